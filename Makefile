@@ -1,0 +1,37 @@
+# The commands people run. Everything lives in .venv; the first of them creates it.
+.PHONY: up demo test check bench proto clean
+PY := .venv/bin/python
+READY := .venv/.ready .venv/.stubs
+
+up: $(READY)
+	@exec .venv/bin/ringmesh up
+
+demo: $(READY)
+	@exec .venv/bin/ringmesh demo
+
+test: $(READY)
+	@$(PY) -m pytest
+
+check: $(READY)
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@.venv/bin/buf lint protos
+	@.venv/bin/buf format --diff --exit-code protos
+	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against '.git#branch=main,subdir=protos'
+
+bench: $(READY)
+	@$(PY) -m tests.bench
+
+proto: $(READY)
+
+clean:
+	rm -rf .venv .ringmesh dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/.ready: pyproject.toml constraints.txt scripts/install
+	@./scripts/install
+
+# The stubs again, after a change in protos/.
+.venv/.stubs: .venv/.ready $(shell find protos -type f)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/pip install --quiet --no-build-isolation --no-deps --force-reinstall ./protos
+	@touch $@

@@ -1,0 +1,1 @@
+"""Keys, the local tier, the shared tier and their gRPC service."""

@@ -1,0 +1,1 @@
+"""The public gRPC service, the ring, membership and forwarding."""

@@ -1,0 +1,1 @@
+"""What every service needs to be one: settings, server, errors, telemetry, shutdown."""

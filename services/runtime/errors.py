@@ -1,0 +1,86 @@
+"""What can go wrong, as the caller sees it.
+
+RingmeshError
+├── InvalidArgumentError     the request is wrong, and would be wrong anywhere
+├── NotFoundError            no such model or version
+├── ResourceExhaustedError   too much now; may be retried later
+├── UnavailableError         nobody can answer now; may be retried elsewhere
+├── DeadlineExceededError    the caller's time is up
+├── UnimplementedError       understood, but not served here
+└── InternalError            our fault
+
+The cores raise these; `rpc.py` turns them into gRPC statuses, and an envelope carries them as
+`Failure` between worker and router.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+from ringmesh.inference.v1 import inference_pb2
+
+
+class RingmeshError(Exception):
+    """An answer that is not the one asked for: a status, a message, and the request field at fault (or "")."""
+
+    code: ClassVar[grpc.StatusCode]
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+    def to_failure(self) -> inference_pb2.Failure:
+        """The error as an envelope carries it."""
+        return inference_pb2.Failure(code=self.code.value[0], message=self.message, field=self.field)
+
+
+class InvalidArgumentError(RingmeshError):
+    """The request is wrong, and would be wrong anywhere."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotFoundError(RingmeshError):
+    """There is no such model, or no such version of it."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class ResourceExhaustedError(RingmeshError):
+    """Too much now; the caller may retry later."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class UnavailableError(RingmeshError):
+    """Nobody can answer now; the caller may retry elsewhere."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceededError(RingmeshError):
+    """The caller's time is up."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class UnimplementedError(RingmeshError):
+    """Understood, but not served here."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class InternalError(RingmeshError):
+    """Our fault; the service's log has the cause."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+_BY_CODE: dict[int, type[RingmeshError]] = {kind.code.value[0]: kind for kind in RingmeshError.__subclasses__()}
+
+
+def from_failure(failure: inference_pb2.Failure) -> RingmeshError:
+    """The error that `to_failure` packed; a code unknown here becomes InternalError."""
+    return _BY_CODE.get(failure.code, InternalError)(failure.message, field=failure.field)

@@ -1,0 +1,52 @@
+"""One process: logging, event loop, signals, and errors at start as one line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, TypeVar
+
+import uvloop
+from pydantic import ValidationError
+
+from services.runtime.server import StartError
+from services.runtime.settings import ServiceSettings, describe
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> NoReturn:
+    """Reads the settings and runs `serve` until it returns; SIGTERM and SIGINT set its event.
+
+    Exits with 0 after a drain, 2 where it could not start.
+    """
+
+    async def main(settings: Settings) -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        await serve(settings, stopping)
+
+    name = settings_type.section
+    try:
+        settings = settings_type()
+        logging.basicConfig(
+            level=settings.log_level,
+            stream=sys.stderr,
+            format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s",
+        )
+        uvloop.run(main(settings))
+    except ValidationError as error:
+        sys.exit(_refuse(name, describe(error)))
+    except StartError as error:
+        sys.exit(_refuse(name, str(error)))
+    sys.exit(0)
+
+
+def _refuse(name: str, why: str) -> int:
+    print(f"{name}: {why}", file=sys.stderr)
+    return 2

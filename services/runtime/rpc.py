@@ -1,0 +1,80 @@
+"""The border between our code and gRPC: bytes to messages, errors to statuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from services.runtime.errors import InternalError, InvalidArgumentError, RingmeshError
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Request = TypeVar("Request", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A gRPC service to serve: its full name, its handlers by method name, and its descriptor for reflection."""
+
+    descriptor: ServiceDescriptor
+    handlers: Mapping[str, Handler]
+
+    @property
+    def name(self) -> str:
+        """The full name, such as `inference.GRPCInferenceService`."""
+        return self.descriptor.full_name
+
+
+def parse(request_type: type[Request], data: bytes) -> Request:
+    """Raises InvalidArgumentError where `data` is not a serialized `request_type`."""
+    try:
+        return request_type.FromString(data)
+    except DecodeError:
+        name = request_type.DESCRIPTOR.full_name
+        raise InvalidArgumentError(f"the {len(data)} bytes received are not a serialized {name}") from None
+
+
+def unary(request_type: type[Request], handle: Callable[[Request, Context], Awaitable[Message]]) -> Handler:
+    """A unary-unary handler around `handle`, which takes a message, returns a message and raises RingmeshError."""
+
+    async def call(data: bytes, context: Context) -> bytes:
+        try:
+            response = await handle(parse(request_type, data), context)
+            return response.SerializeToString()
+        except RingmeshError as error:
+            await abort(context, error)
+        except Exception as error:
+            log.exception("%s failed", request_type.DESCRIPTOR.full_name)
+            await abort(context, unexpected(error))
+
+    return grpc.unary_unary_rpc_method_handler(call)
+
+
+def unexpected(error: Exception) -> InternalError:
+    """What the caller is told of an error nobody foresaw: its kind, never its stack."""
+    return InternalError(f"internal error ({type(error).__name__}); the service's log has the cause")
+
+
+async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:
+    """Ends the call with the error's status; details stand in `grpc-status-details-bin` as google.rpc messages."""
+    await context.abort(error.code, error.message, trailing + status_details(error))
+
+
+def status_details(error: RingmeshError) -> Metadata:
+    """Trailing metadata with google.rpc details: BadRequest where a field is at fault. Empty where there is none."""
+    if not error.field:
+        return ()
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+    status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    return (("grpc-status-details-bin", status.SerializeToString()),)
