@@ -1,0 +1,5 @@
+"""`python -m cache`."""
+
+from cache.main import main
+
+main()

@@ -1,0 +1,44 @@
+"""A circuit breaker: what just failed is left alone for a while, a little longer each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Breaker:
+    """Closed: calls pass. Open after a failure: none pass until a pause is over, then one at a time, as a probe.
+
+    The pause doubles with each failed probe, from `first_pause` to `longest_pause` seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, first_pause: float = 0.25, longest_pause: float = 10.0) -> None:
+        self._clock = clock
+        self._first_pause = first_pause
+        self._longest_pause = longest_pause
+        self._pause = first_pause
+        self._retry_at: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """True from a failure until a probe succeeds."""
+        return self._retry_at is not None
+
+    def allow(self) -> bool:
+        """Whether to try now. Where a probe is due, True is said once and the pause starts again."""
+        if self._retry_at is None:
+            return True
+        if self._clock() < self._retry_at:
+            return False
+        self._retry_at = self._clock() + self._pause
+        return True
+
+    def success(self) -> None:
+        """Closes it."""
+        self._retry_at = None
+        self._pause = self._first_pause
+
+    def failure(self) -> None:
+        """Opens it, or keeps it open for longer."""
+        if self._retry_at is not None:
+            self._pause = min(self._pause * 2, self._longest_pause)
+        self._retry_at = self._clock() + self._pause

@@ -1,0 +1,75 @@
+"""How the tiers combine: local, then equal requests joined, then shared, then computed, then filled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from cache.entry import Entry
+from cache.local_tier import LocalTier
+from cache.shared_tier import SharedTier
+from services.runtime.single_flight import SingleFlight
+from services.runtime.tracing import Trace
+
+Outcome: TypeAlias = Literal["hit-local", "hit-shared", "joined", "miss", "bypass"]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept."""
+
+    entry: Entry
+    key: bytes | None
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An answer, where it came from, and the worker that computed it now ("" where none did)."""
+
+    entry: Entry
+    outcome: Outcome
+    worker: str = ""
+
+
+class Mesh:
+    """The caches of one process. `shared` is None where there is no Redis."""
+
+    def __init__(self, local: LocalTier, shared: SharedTier | None) -> None:
+        self.local = local
+        self.shared = shared
+        self._flights: SingleFlight[Found] = SingleFlight()
+
+    async def get_or_compute(
+        self, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None, trace: Trace
+    ) -> Found:
+        """What the local tier did not have. Equal keys in flight share one look-up and one computation.
+
+        A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
+        `deadline` is the caller's, in time.monotonic.
+        """
+        found, joined = await self._flights.run(key, lambda: self._lead(key, compute, trace), deadline)
+        return Found(found.entry, "joined", found.worker) if joined else found
+
+    async def _lead(self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace) -> Found:
+        if self.shared is not None:
+            start = time.time_ns()
+            entry = await self.shared.get(key)
+            trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
+            if entry is not None:
+                self.local.put(key, entry)
+                return Found(entry, "hit-shared")
+        computed = await compute()
+        if computed.key is not None:
+            self.local.put(computed.key, computed.entry)
+            if self.shared is not None:
+                self.shared.put(computed.key, computed.entry)
+        return Found(computed.entry, "miss", computed.worker)
+
+    async def close(self) -> None:
+        """Ends what is in flight and writes what Redis still lacks."""
+        self._flights.close()
+        if self.shared is not None:
+            await self.shared.close()

@@ -1,0 +1,44 @@
+"""Settings of the caches: shared by routers and by the cache service."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+from pydantic import Field
+
+from cache.breaker import Breaker
+from cache.local_tier import LocalTier
+from cache.mesh import Mesh
+from cache.shared_tier import SharedTier, connect
+from services.runtime.settings import ServiceSettings
+
+
+class MeshSettings(ServiceSettings):
+    """What a process with cache tiers can be told."""
+
+    redis_url: str | None = Field(None, description="Redis or Valkey, such as redis://127.0.0.1:6379; none: local only")
+    local_tier_bytes: int = Field(256 << 20, ge=0, description="memory for the local tier, keys and overhead included")
+    shared_ttl_seconds: float = Field(7 * 86400, gt=0, description="how long an entry stays in Redis")
+    shared_budget_seconds: float = Field(0.05, gt=0, description="longest wait for a look-up in Redis")
+    # The same on every router of a fleet; kept from tenants, who could search for colliding inputs with it.
+    key_secret: str = Field("ringmesh", min_length=1, description="secret that request hashes are keyed with")
+
+    def create_mesh(self) -> Mesh:
+        """The tiers as set. Raises StartError where the Redis URL is not one; an unreachable Redis is none."""
+        shared = None
+        if self.redis_url is not None:
+            shared = SharedTier(
+                connect(self.redis_url),
+                ttl_seconds=self.shared_ttl_seconds,
+                budget_seconds=self.shared_budget_seconds,
+                breaker=Breaker(time.monotonic),
+            )
+        return Mesh(LocalTier(self.local_tier_bytes), shared)
+
+
+class CacheSettings(MeshSettings):
+    """The cache service."""
+
+    section: ClassVar[str] = "cache"
+    address: str = Field("127.0.0.1:8010", description="host:port to serve gRPC on; port 0 takes a free one")

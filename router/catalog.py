@@ -1,0 +1,64 @@
+"""Which models the fleet serves, merged from what its workers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.errors import NotFoundError, UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One version of a model. `uncacheable` says why its answers are not kept, "" where they are."""
+
+    name: str
+    version: str
+    digest: bytes
+    uncacheable: str
+    metadata: v2.ModelMetadataResponse
+
+
+class Catalog:
+    """An immutable view of all models that at least one worker of `holdings` holds."""
+
+    def __init__(self, holdings: Iterable[Iterable[inference_pb2.ModelVersion]]) -> None:
+        found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
+        for models in holdings:
+            for model in models:
+                found.setdefault((model.name, model.version), model)
+        self._versions: dict[str, list[str]] = {}
+        for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
+            self._versions.setdefault(name, []).append(version)
+        self._entries = {key: _entry(model, self._versions[model.name]) for key, model in found.items()}
+        for name, versions in self._versions.items():
+            self._entries[name, ""] = self._entries[name, versions[-1]]
+
+    @property
+    def versions(self) -> Mapping[str, list[str]]:
+        """Versions by model, oldest first."""
+        return self._versions
+
+    def find(self, name: str, version: str) -> ModelEntry:
+        """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
+        entry = self._entries.get((name, version))
+        if entry is not None:
+            return entry
+        if not self._versions:
+            raise UnavailableError("no worker is connected, so no model can be served; retry later")
+        if name not in self._versions:
+            known = ", ".join(self._versions)
+            raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
+        known = ", ".join(self._versions[name])
+        raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
+
+
+def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry:
+    metadata = v2.ModelMetadataResponse()
+    metadata.CopyFrom(model.metadata)
+    metadata.versions[:] = versions
+    uncacheable = "" if model.cacheable else model.cacheable_reason or "the model is not cacheable"
+    return ModelEntry(model.name, model.version, model.digest, uncacheable, metadata)

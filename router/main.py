@@ -1,0 +1,44 @@
+"""The router as a process: ring, fleet, mesh, dispatcher, service; serve; drain."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cache.keys import RequestHasher
+from router.dispatcher import Dispatcher
+from router.fleet import Fleet
+from router.operator_service import OperatorService
+from router.service import InferenceService
+from router.settings import RouterSettings
+from services.runtime.process import run
+from services.runtime.server import Server
+from services.runtime.tracing import create_tracer
+
+
+async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
+    """Serves until `stopping`, then drains."""
+    tracer = create_tracer(
+        "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
+    )
+    mesh = settings.create_mesh()
+    hasher = RequestHasher(settings.key_secret)
+    fleet = Fleet(settings.workers, lambda ready: server.set_serving(ready and not stopping.is_set()))
+    inference = InferenceService(fleet, mesh, hasher, Dispatcher(fleet), tracer)
+    server = Server(
+        settings.engine,
+        settings.address,
+        [inference.service(lambda: server.health.serving), OperatorService(fleet, hasher).service()],
+        max_message_bytes=settings.max_message_bytes,
+    )
+    await server.start()
+    fleet.start()
+    await stopping.wait()
+    await server.stop(settings.drain_seconds)
+    await fleet.close()
+    await mesh.close()
+    await asyncio.to_thread(tracer.close)
+
+
+def main() -> None:
+    """`python -m router`."""
+    run(RouterSettings, serve)

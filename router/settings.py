@@ -1,0 +1,36 @@
+"""Settings of the router."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from cache.settings import MeshSettings
+
+
+class RouterSettings(MeshSettings):
+    """What a router can be told."""
+
+    section: ClassVar[str] = "router"
+    address: str = Field("127.0.0.1:8001", description="host:port to serve gRPC on; port 0 takes a free one")
+    workers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("127.0.0.1:8100",), description="host:port of each worker, separated by commas"
+    )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("workers")
+    @classmethod
+    def _check(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
+        for worker in workers:
+            host, _, port = worker.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(f"{worker!r} is not host:port")
+        if len(set(workers)) != len(workers):
+            raise ValueError("a worker is named twice")
+        return workers

@@ -1,0 +1,195 @@
+"""The way to one worker: requests for it leave in envelopes.
+
+Waiting is batching: while DEPTH envelopes for a model are under way, what arrives for that model gathers
+and leaves as the next one. An idle way adds no wait, and a busy one pays the price of a call (about 200 µs
+of CPU in grpc.aio) once for many requests. Models have lanes of their own, so that a slow one holds up
+no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from ringmesh.inference.v1 import inference_pb2
+
+from services.runtime.errors import DeadlineExceededError
+
+# One envelope at work on the worker, one on the way: it never waits for us.
+DEPTH = 2
+MAX_ITEMS = 64
+MAX_BYTES = 4 << 20
+
+_EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
+_DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
+
+
+_RawCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+
+
+class WorkerUnreachableError(Exception):
+    """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request on its way. `deadline` is in time.monotonic."""
+
+    request: bytes
+    request_hash: bytes
+    deadline: float | None
+    traceparent: str
+
+
+class WorkerLink:
+    """A channel to the worker at `address`, with a lane of envelopes for each model."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.in_flight = 0
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                # A worker that comes back is found by the next Describe, not after grpc's own back-off of 20 s.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                # Requests to one worker must not share a connection with those of another fleet in this process.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self._execute: _RawCall = self._channel.unary_unary(_EXECUTE)
+        self._describe: _RawCall = self._channel.unary_unary(_DESCRIBE)
+        self._lanes: dict[bytes, _Lane] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def execute(self, model_digest: bytes, work: Work) -> inference_pb2.WorkResult:
+        """The worker's result, success or failure. Raises WorkerUnreachableError. Cancelling it leaves others be."""
+        lane = self._lanes.get(model_digest)
+        if lane is None:
+            lane = self._lanes[model_digest] = _Lane()
+        result: asyncio.Future[inference_pb2.WorkResult] = asyncio.get_running_loop().create_future()
+        lane.waiting.append((work, result))
+        self._send(lane)
+        self.in_flight += 1
+        try:
+            return await result
+        finally:
+            self.in_flight -= 1
+
+    async def describe(self, seconds: float) -> inference_pb2.DescribeResponse:
+        """What the worker holds, if it says so in `seconds`. Raises WorkerUnreachableError."""
+        try:
+            return inference_pb2.DescribeResponse.FromString(await self._describe(b"", timeout=seconds))
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnreachableError(_reason(error)) from None
+        except DecodeError:
+            raise WorkerUnreachableError("it does not answer as a worker does") from None
+
+    def give_up(self) -> None:
+        """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""
+        for call in self._calls:
+            call.cancel()
+
+    def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
+        """Drops the idle lanes of models that the worker no longer holds."""
+        for digest in [d for d, lane in self._lanes.items() if d not in model_digests and not lane.busy]:
+            del self._lanes[digest]
+
+    async def close(self) -> None:
+        """Ends what is under way and disconnects."""
+        self.give_up()
+        await self._channel.close()
+
+    def _send(self, lane: _Lane) -> None:
+        while lane.waiting and lane.under_way < DEPTH:
+            lane.under_way += 1
+            call = asyncio.create_task(self._call(lane, lane.next_envelope()))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _call(self, lane: _Lane, items: list[_Item]) -> None:
+        try:
+            if not items:
+                return
+            response = inference_pb2.ExecuteResponse.FromString(await self._execute(_envelope(items)))
+            for (_, future), result in zip(items, response.results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+        except grpc.aio.AioRpcError as error:
+            _fail(items, WorkerUnreachableError(_reason(error)))
+        except asyncio.CancelledError:
+            _fail(items, WorkerUnreachableError("it stopped answering"))
+        except Exception as error:
+            _fail(items, WorkerUnreachableError(f"it answered with something else than an envelope: {error!r}"))
+        finally:
+            lane.under_way -= 1
+            self._send(lane)
+
+
+_Item = tuple[Work, "asyncio.Future[inference_pb2.WorkResult]"]
+
+
+class _Lane:
+    """What waits for one model on one worker."""
+
+    __slots__ = ("under_way", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Item] = deque()
+        self.under_way = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.under_way)
+
+    def next_envelope(self) -> list[_Item]:
+        """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
+        items: list[_Item] = []
+        size = 0
+        now = time.monotonic()
+        while self.waiting and len(items) < MAX_ITEMS:
+            work, future = self.waiting[0]
+            size += len(work.request)
+            if items and size > MAX_BYTES:
+                break
+            self.waiting.popleft()
+            if future.done():
+                continue
+            if work.deadline is not None and work.deadline <= now:
+                future.set_exception(DeadlineExceededError("the deadline passed while the request waited to be sent"))
+                continue
+            items.append((work, future))
+        return items
+
+
+def _envelope(items: list[_Item]) -> bytes:
+    now = time.monotonic()
+    return inference_pb2.ExecuteRequest(
+        items=[
+            inference_pb2.WorkItem(
+                request=work.request,
+                request_hash=work.request_hash,
+                timeout_us=0 if work.deadline is None else max(1, int((work.deadline - now) * 1e6)),
+                traceparent=work.traceparent,
+            )
+            for work, _ in items
+        ]
+    ).SerializeToString()
+
+
+def _fail(items: list[_Item], error: Exception) -> None:
+    for _, future in items:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"

@@ -1,0 +1,1 @@
+"""The inference worker: ONNX Runtime behind dynamic batching."""

@@ -1,0 +1,12 @@
+"""`python -m services.inference`."""
+
+import importlib.util
+import sys
+
+if importlib.util.find_spec("onnxruntime") is None:
+    print("worker: onnxruntime is missing; pip install 'ringmesh-server[cpu]' (or [gpu])", file=sys.stderr)
+    sys.exit(2)
+
+from services.inference.main import main
+
+main()

@@ -1,0 +1,52 @@
+"""The models this worker holds, by name and version, each with its batcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from services.inference.batcher import Batcher
+from services.inference.model import OnnxModel
+from services.runtime.errors import NotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A loaded model version, ready to run."""
+
+    model: OnnxModel
+    batcher: Batcher
+
+
+class HeldModels:
+    """An immutable set of loaded models."""
+
+    def __init__(self, models: Iterable[HeldModel]) -> None:
+        self._by_name: dict[str, dict[str, HeldModel]] = {}
+        for held in sorted(models, key=lambda held: (held.model.name, held.model.version)):
+            self._by_name.setdefault(held.model.name, {})[str(held.model.version)] = held
+
+    def __iter__(self) -> Iterator[HeldModel]:
+        return (held for versions in self._by_name.values() for held in versions.values())
+
+    def versions(self, name: str) -> list[str]:
+        """Oldest first. Raises NotFoundError."""
+        return list(self._versions(name))
+
+    def find(self, name: str, version: str) -> HeldModel:
+        """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
+        versions = self._versions(name)
+        if not version:
+            return next(reversed(versions.values()))
+        held = versions.get(version)
+        if held is None:
+            known = ", ".join(versions)
+            raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
+        return held
+
+    def _versions(self, name: str) -> dict[str, HeldModel]:
+        versions = self._by_name.get(name)
+        if versions is None:
+            known = ", ".join(self._by_name)
+            raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
+        return versions

@@ -1,0 +1,66 @@
+"""The inference worker as a process: load the models, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import onnxruntime
+
+from services.inference.batcher import Batcher
+from services.inference.held_models import HeldModel, HeldModels
+from services.inference.model import ModelLoadError, OnnxModel
+from services.inference.repository import ModelFiles, RepositoryError, scan
+from services.inference.service import EnvelopeService, InferenceService
+from services.inference.settings import WorkerSettings
+from services.inference.worker import Worker
+from services.runtime.process import run
+from services.runtime.server import Server, StartError
+from services.runtime.tracing import create_tracer
+
+_PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
+    """Serves until `stopping`, then drains."""
+    executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
+    models = await asyncio.to_thread(_load, settings, executor)
+    tracer = create_tracer(
+        "worker", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
+    )
+    worker = Worker(settings.worker_id, models, tracer)
+    server = Server(
+        settings.engine,
+        settings.address,
+        [InferenceService(worker).service(lambda: server.health.serving), EnvelopeService(worker).service()],
+        max_message_bytes=settings.max_message_bytes,
+    )
+    await server.start()
+    server.set_serving(True)
+    await stopping.wait()
+    worker.accepting = False
+    await server.stop(settings.drain_seconds)
+    await worker.close()
+    executor.shutdown()
+    await asyncio.to_thread(tracer.close)
+
+
+def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> HeldModels:
+    available = onnxruntime.get_available_providers()
+    providers = [provider for provider in _PREFERRED_PROVIDERS if provider in available]
+    threads = settings.threads or len(os.sched_getaffinity(0))
+
+    def load(files: ModelFiles) -> HeldModel:
+        model = OnnxModel(files, providers=providers, intra_op_threads=threads)
+        return HeldModel(model, Batcher(model, executor, max_batch_rows=settings.max_batch_rows))
+
+    try:
+        return HeldModels([load(files) for files in scan(settings.models)])
+    except (RepositoryError, ModelLoadError) as error:
+        raise StartError(str(error)) from None
+
+
+def main() -> None:
+    """`python -m services.inference`."""
+    run(WorkerSettings, serve)

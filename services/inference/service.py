@@ -1,0 +1,119 @@
+"""The worker's gRPC services: the v2 protocol for callers, the envelope for routers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.held_models import HeldModel
+from services.inference.worker import Worker
+from services.runtime import protocol
+from services.runtime.errors import NotFoundError, UnavailableError, from_failure
+from services.runtime.rpc import Context, Service, abort, unary
+
+
+class InferenceService:
+    """`inference.GRPCInferenceService`, straight at this worker: nothing is cached here."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def service(self, is_ready: protocol.ReadyCheck) -> Service:
+        """The handlers, to be served. `is_ready` answers ServerReady."""
+        return protocol.service(
+            is_ready,
+            {
+                "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
+                "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
+                "ModelInfer": grpc.unary_unary_rpc_method_handler(self._model_infer),
+            },
+        )
+
+    async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
+        try:
+            self._worker.models.find(request.name, request.version)
+        except NotFoundError:
+            return v2.ModelReadyResponse(ready=False)
+        return v2.ModelReadyResponse(ready=True)
+
+    async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
+        metadata = v2.ModelMetadataResponse()
+        metadata.CopyFrom(self._worker.models.find(request.name, request.version).model.metadata())
+        metadata.versions[:] = self._worker.models.versions(request.name)
+        return metadata
+
+    async def _model_infer(self, data: bytes, context: Context) -> bytes:
+        result = await self._worker.execute(
+            data,
+            request_hash=b"",
+            deadline=protocol.deadline(context),
+            traceparent=protocol.traceparent(context),
+        )
+        trailing = (("ringmesh-cache", "bypass"), ("ringmesh-worker", self._worker.worker_id))
+        if result.HasField("failure"):
+            await abort(context, from_failure(result.failure), trailing)
+        context.set_trailing_metadata(trailing)
+        return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
+
+
+class EnvelopeService:
+    """`ringmesh.inference.v1.InferenceWorkerService`: many requests a call, and what is held here."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def service(self) -> Service:
+        """The handlers, to be served."""
+        return Service(
+            inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"],
+            {
+                "Execute": unary(inference_pb2.ExecuteRequest, self._execute),
+                "Describe": unary(inference_pb2.DescribeRequest, self._describe),
+            },
+        )
+
+    async def _execute(self, request: inference_pb2.ExecuteRequest, _: Context) -> inference_pb2.ExecuteResponse:
+        if not self._worker.accepting:
+            raise UnavailableError("the worker is draining")
+        now = time.monotonic()
+        results = await asyncio.gather(
+            *(
+                self._worker.execute(
+                    item.request,
+                    request_hash=item.request_hash,
+                    deadline=now + item.timeout_us / 1e6 if item.timeout_us else None,
+                    traceparent=item.traceparent or _NOT_SAMPLED,
+                )
+                for item in request.items
+            )
+        )
+        return inference_pb2.ExecuteResponse(results=results)
+
+    async def _describe(self, _: inference_pb2.DescribeRequest, __: Context) -> inference_pb2.DescribeResponse:
+        return inference_pb2.DescribeResponse(
+            worker_id=self._worker.worker_id,
+            accepting=self._worker.accepting,
+            models=[_describe(held) for held in self._worker.models],
+        )
+
+
+# What a router does not trace is not traced here either: a trace of half a path helps nobody.
+_NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"
+
+
+def _describe(held: HeldModel) -> inference_pb2.ModelVersion:
+    model = held.model
+    return inference_pb2.ModelVersion(
+        name=model.name,
+        version=str(model.version),
+        digest=model.digest,
+        cacheable=model.cacheable,
+        cacheable_reason=model.cacheable_reason,
+        max_batch_rows=model.max_batch_rows if model.batchable else 1,
+        provider=model.provider,
+        metadata=model.metadata(),
+    )

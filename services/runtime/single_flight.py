@@ -1,0 +1,49 @@
+"""Equal work in flight is done once (after groupcache's singleflight)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from services.runtime.errors import DeadlineExceededError
+
+Result = TypeVar("Result")
+
+
+class SingleFlight(Generic[Result]):
+    """Callers with one key share one run of the work.
+
+    A caller that is cancelled leaves the others, and the work, alone. A failure reaches all that joined;
+    but where it is that the first caller's time was up, one that has more runs the work again.
+    """
+
+    def __init__(self) -> None:
+        self._flights: dict[bytes, asyncio.Task[Result]] = {}
+
+    async def run(
+        self, key: bytes, work: Callable[[], Coroutine[Any, Any, Result]], deadline: float | None
+    ) -> tuple[Result, bool]:
+        """The result, and whether it was another caller's. `deadline` is this caller's, in time.monotonic."""
+        while (flight := self._flights.get(key)) is not None:
+            try:
+                return await asyncio.shield(flight), True
+            except DeadlineExceededError:
+                if deadline is not None and deadline <= time.monotonic():
+                    raise
+                self._landed(key, flight)
+        flight = self._flights[key] = asyncio.create_task(work())
+        flight.add_done_callback(lambda done: self._landed(key, done))
+        return await asyncio.shield(flight), False
+
+    def close(self) -> None:
+        """Cancels what is in flight; those that wait for it are cancelled too."""
+        for flight in list(self._flights.values()):
+            flight.cancel()
+
+    def _landed(self, key: bytes, flight: asyncio.Task[Result]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if not flight.cancelled():
+            flight.exception()  # all callers may have left: asyncio shall not report it as never retrieved

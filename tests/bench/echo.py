@@ -1,0 +1,63 @@
+"""Floors: servers that do nothing but answer, on either engine, in one hop or two.
+
+    python -m tests.bench.echo one-hop --port 9001 --engine native --response-bytes 900
+    python -m tests.bench.echo two-hop --port 9002 --back 9003 --engine native --response-bytes 100
+
+Two hops go through the router's own WorkerLink to a worker that answers each item of an envelope at once.
+"""
+
+import argparse
+import asyncio
+
+import grpc
+import uvloop
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from router.worker_link import Work, WorkerLink
+from services.runtime.rpc import Service
+from services.runtime.server import Engine, Server
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    answer = bytes(arguments.response_bytes)
+    link = WorkerLink(f"127.0.0.1:{arguments.back}")
+
+    async def one_hop(request, context):
+        return answer
+
+    async def two_hop(request, context):
+        return (await link.execute(b"", Work(request, b"", None, ""))).response
+
+    async def execute(request, context):
+        items = inference_pb2.ExecuteRequest.FromString(request).items
+        result = inference_pb2.WorkResult(response=answer)
+        return inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString()
+
+    inference = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    worker = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
+    method, service = {
+        "one-hop": ({"ModelInfer": one_hop}, inference),
+        "two-hop": ({"ModelInfer": two_hop}, inference),
+        "back": ({"Execute": execute}, worker),
+    }[arguments.kind]
+    handlers = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in method.items()}
+    server = Server(
+        arguments.engine, f"127.0.0.1:{arguments.port}", [Service(service, handlers)], max_message_bytes=128 << 20
+    )
+    await server.start()
+    server.set_serving(True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=["one-hop", "two-hop", "back"])
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--back", type=int, default=0)
+    parser.add_argument("--engine", type=Engine, default=Engine.NATIVE)
+    parser.add_argument("--response-bytes", type=int, required=True)
+    uvloop.run(serve(parser.parse_args()))
+
+
+main()

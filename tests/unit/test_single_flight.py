@@ -1,0 +1,82 @@
+import asyncio
+import time
+
+import pytest
+
+from services.runtime.errors import DeadlineExceededError, InternalError
+from services.runtime.single_flight import SingleFlight
+
+
+class Work:
+    """Work that ends when told to, and counts its runs."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.go = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def __call__(self) -> str:
+        self.runs += 1
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return "done"
+
+
+async def start(flights, work, count, deadline=None):
+    callers = [asyncio.create_task(flights.run(b"key", work, deadline)) for _ in range(count)]
+    await asyncio.sleep(0)
+    return callers
+
+
+async def test_equal_keys_in_flight_run_once_and_all_get_the_result():
+    flights, work = SingleFlight(), Work()
+    callers = await start(flights, work, 100)
+    work.go.set()
+    results = await asyncio.gather(*callers)
+    assert work.runs == 1
+    assert sorted(joined for _, joined in results) == [False] + [True] * 99
+    assert {result for result, _ in results} == {"done"}
+
+
+async def test_a_landed_flight_is_not_a_cache():
+    flights, work = SingleFlight(), Work()
+    work.go.set()
+    await flights.run(b"key", work, None)
+    await flights.run(b"key", work, None)
+    assert work.runs == 2
+
+
+async def test_a_cancelled_caller_leaves_the_others_and_the_work_alone():
+    flights, work = SingleFlight(), Work()
+    first, second = await start(flights, work, 2)
+    first.cancel()
+    await asyncio.sleep(0)
+    work.go.set()
+    assert await second == ("done", True)
+    assert first.cancelled()
+    assert work.runs == 1
+
+
+async def test_a_failure_reaches_all_that_joined_and_is_not_kept():
+    flights, work = SingleFlight(), Work()
+    work.error = InternalError("broken")
+    callers = await start(flights, work, 3)
+    work.go.set()
+    assert all(isinstance(error, InternalError) for error in await asyncio.gather(*callers, return_exceptions=True))
+    work.error = None
+    assert await flights.run(b"key", work, None) == ("done", False)
+
+
+async def test_one_with_time_left_runs_again_when_the_first_ran_out_of_it():
+    flights, work = SingleFlight(), Work()
+    work.error = DeadlineExceededError("late")
+    now = time.monotonic()
+    (hasty,) = await start(flights, work, 1, deadline=now - 1)
+    (patient,) = await start(flights, work, 1, deadline=now + 60)
+    work.go.set()
+    with pytest.raises(DeadlineExceededError):
+        await hasty
+    work.error = None
+    assert await patient == ("done", False)
+    assert work.runs == 2
