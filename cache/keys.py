@@ -18,6 +18,8 @@ from services.runtime.tensors import raw_from_contents
 # Keyed, so that nobody outside the fleet can search for two inputs with one hash.
 _CONTEXT = "ringmesh 2026-11 request hash"
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
+# A sequence_id that is 0 or "" means that there is none.
+_RESERVED_PREFIXES = ("triton_", "sequence_")
 
 
 class UncacheableError(Exception):
@@ -36,31 +38,34 @@ class RequestHasher:
         Raises UncacheableError for sequences, shared memory, and tensors without one plain value,
         which only the worker can judge.
         """
-        inputs = request.inputs
         raws = request.raw_input_contents
-        if raws and len(raws) != len(inputs):
+        if raws and len(raws) != len(request.inputs):
             raise UncacheableError("raw_input_contents does not match the inputs")
-        if request.parameters:
-            _refuse_sequences(request.parameters)
-        header = _parameters(request.parameters) if request.parameters else ""
-        if request.outputs:
-            header += "".join(sorted(f"{len(o.name)}:{o.name}?{_parameters(o.parameters)};" for o in request.outputs))
-        if len(inputs) == 1 and raws:
-            tensor = inputs[0]
-            if tensor.HasField("contents"):
+        parameters = request.parameters
+        if parameters:
+            _refuse_sequences(parameters)
+        header = _parameters(parameters) if parameters else ""
+        outputs = request.outputs
+        if outputs:
+            header += "".join(sorted(f"{len(o.name)}:{o.name}{_parameters(o.parameters)};" for o in outputs))
+        tensors = []
+        for index, tensor in enumerate(request.inputs):
+            if not raws:
+                raw = raw_from_contents(tensor)
+            elif tensor.HasField("contents"):
                 raise UncacheableError("raw and typed contents together")
-            raw = raws[0]
-            hasher = blake3(f"{header}|{_describe(tensor, len(raw))}".encode(), key=self._key)
-            return hasher.update(raw).digest(16)
-        hasher = blake3(f"{header}|".encode(), key=self._key)
-        for index in sorted(range(len(inputs)), key=lambda i: inputs[i].name):
-            tensor = inputs[index]
-            typed = tensor.HasField("contents")
-            if raws and typed:
-                raise UncacheableError("raw and typed contents together")
-            raw = raws[index] if raws else raw_from_contents(tensor)
-            hasher.update(_describe(tensor, len(raw)).encode()).update(raw)
-        return hasher.digest(16)
+            else:
+                raw = raws[index]
+            tensors.append((_describe(tensor, len(raw)), raw))
+        if len(tensors) != 1:
+            tensors.sort()
+        # The data first: BLAKE3 is twice as fast where it starts at a chunk boundary. The descriptions hold its sizes.
+        hasher = blake3(tensors[0][1] if tensors else b"", key=self._key)
+        for _, raw in tensors[1:]:
+            hasher.update(raw)
+        description = f"{''.join([description for description, _ in tensors])}|{header}".encode()
+        # With its length at the end, no data can pass for a part of it.
+        return hasher.update(description + len(description).to_bytes(4, "little")).digest(16)
 
 
 def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
@@ -79,7 +84,7 @@ def _describe(tensor: v2.ModelInferRequest.InferInputTensor, size: int) -> str:
 def _parameters(parameters: Mapping[str, v2.InferParameter]) -> str:
     parts = []
     for name in sorted(parameters):
-        if name in _RESERVED or name.startswith("triton_"):
+        if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):
             continue
         if name.startswith("shared_memory"):
             raise UncacheableError("the tensor is in shared memory")

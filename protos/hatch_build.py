@@ -23,9 +23,12 @@ POOL: DescriptorPool
 
 class GenerateStubs(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        out = Path(tempfile.mkdtemp(prefix="ringmesh-stubs-"))
-        generate(Path(self.root), out)
-        build_data["force_include"][str(out / "ringmesh")] = "ringmesh"
+        self._out = tempfile.TemporaryDirectory(prefix="ringmesh-stubs-")
+        generate(Path(self.root), Path(self._out.name))
+        build_data["force_include"][f"{self._out.name}/ringmesh"] = "ringmesh"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        self._out.cleanup()
 
 
 def generate(protos: Path, out: Path) -> None:

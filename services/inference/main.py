@@ -52,8 +52,8 @@ def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> HeldModels:
     threads = settings.threads or len(os.sched_getaffinity(0))
 
     def load(files: ModelFiles) -> HeldModel:
-        model = OnnxModel(files, providers=providers, intra_op_threads=threads)
-        return HeldModel(model, Batcher(model, executor, max_batch_rows=settings.max_batch_rows))
+        model = OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
+        return HeldModel(model, Batcher(model, executor))
 
     try:
         return HeldModels([load(files) for files in scan(settings.models)])

@@ -75,8 +75,8 @@ class Worker:
         response = encode_response(held.model, decoded, batch.arrays)
         _record(trace, held, batch)
         timing = inference_pb2.Timing(
-            queue_us=batch.queue_ns // 1000,
-            compute_us=batch.compute_ns // 1000,
+            queue_us=(batch.start_ns - batch.queued_ns) // 1000,
+            compute_us=(batch.end_ns - batch.start_ns) // 1000,
             batch_requests=batch.batch_requests,
             batch_rows=batch.batch_rows,
         )
@@ -86,8 +86,8 @@ class Worker:
 def _record(trace: Trace, held: HeldModel, batch: BatchResult) -> None:
     if not trace.sampled:
         return
-    trace.span("queue", batch.start_ns - batch.queue_ns, batch.start_ns, {})
+    trace.span("queue", batch.queued_ns, batch.start_ns, {})
     sizes: Attributes = {"ringmesh.batch.requests": batch.batch_requests, "ringmesh.batch.rows": batch.batch_rows}
     trace.span("batch", batch.start_ns, batch.end_ns, sizes)
     run: Attributes = {"ringmesh.provider": held.model.provider, "ringmesh.model.version": str(held.model.version)}
-    trace.span("onnxruntime run", batch.end_ns - batch.compute_ns, batch.end_ns, run)
+    trace.span("onnxruntime run", batch.run_ns, batch.end_ns, run)

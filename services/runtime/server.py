@@ -31,7 +31,7 @@ class StartError(Exception):
 def _create(engine: Engine, options: list[tuple[str, Any]]) -> grpc.aio.Server:
     if engine is Engine.NATIVE:
         try:
-            from pygrpc_native import aio as native
+            import pygrpc_native.aio as native  # `from pygrpc_native import aio` recurses without end in 0.5.0
         except ImportError:
             log.warning("pygrpc-native has no wheel here; serving with grpcio, which is slower")
         else:

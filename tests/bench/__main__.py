@@ -27,7 +27,7 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.demo_models import ensure_demo_models
+from services.cli import demo_models
 
 HERE = Path(__file__).parent
 console = Console()
@@ -143,7 +143,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder, ExitStack() as stack:
         work = Path(folder)
-        ensure_demo_models(work / "models")
+        demo_models.fill(work / "models", console.print)
         rng = np.random.default_rng(1)
         hits = work / "hits.bin"
         write_bodies(hits, "magika", "bytes", rng.integers(0, 256, (1, 1, 2048), dtype=np.int32))

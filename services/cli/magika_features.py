@@ -1,0 +1,79 @@
+"""What magika's model reads of a file: its first and last bytes, as the package `magika` 1.0 prepares them.
+
+After `Magika._extract_features_from_seekable`: up to a block from each end, stripped of whitespace on the
+outer side, cut to the model's size, and padded on the inner side. Only the model and its configuration are
+taken from that package, never its code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.cli.errors import CommandError
+
+
+@dataclass(frozen=True, slots=True)
+class MagikaFeatures:
+    """The model's configuration. Sizes in bytes; `padding` stands where a file has no byte."""
+
+    begin: int
+    end: int
+    block: int
+    padding: int
+    smallest: int
+    labels: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> MagikaFeatures:
+        """From the folder that holds the model's `config.min.json`."""
+        config = json.loads((folder / "config.min.json").read_text())
+        return cls(
+            begin=config["beg_size"],
+            end=config["end_size"],
+            block=config["block_size"],
+            padding=config["padding_token"],
+            smallest=config["min_file_size_for_dl"],
+            labels=tuple(config["target_labels_space"]),
+        )
+
+    def extract(self, file: BinaryIO) -> NDArray[np.int32] | None:
+        """int32 [1, begin + end]; None where the file holds too little to tell its type by the model."""
+        size = file.seek(0, io.SEEK_END)
+        if size < self.smallest:
+            return None
+        length = min(self.block, size)
+        file.seek(0)
+        first = file.read(length).lstrip()[: self.begin]
+        file.seek(size - length)
+        last = file.read(length).rstrip()[-self.end :]
+        if len(first) < self.smallest:
+            return None
+        features = np.full((1, self.begin + self.end), self.padding, np.int32)
+        features[0, : len(first)] = np.frombuffer(first, np.uint8)
+        features[0, features.shape[1] - len(last) :] = np.frombuffer(last, np.uint8)
+        return features
+
+
+def model_folder() -> Path | None:
+    """Where the installed package `magika` keeps its model; None where it is not installed."""
+    spec = importlib.util.find_spec("magika")
+    if spec is None or spec.origin is None:
+        return None
+    models = sorted(Path(spec.origin).parent.glob("models/*/model.onnx"))
+    return models[-1].parent if models else None
+
+
+def require_model_folder() -> Path:
+    """Like `model_folder`. Raises CommandError where there is none."""
+    folder = model_folder()
+    if folder is None:
+        raise CommandError("magika is not installed: pip install 'ringmesh-server[demo]'")
+    return folder

@@ -1,0 +1,187 @@
+"""The command `ringmesh`: reads what it was told, builds the parts, runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from services.cli.errors import CommandError
+
+# What is imported only inside a command is slow to import: `--help` shall not wait for it.
+
+app = typer.Typer(
+    name="ringmesh",
+    help="Serves ONNX models, and answers from a cache what was computed before.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Engine(StrEnum):
+    """As `services.runtime.server.Engine`, whose import takes long."""
+
+    NATIVE = "native"
+    GRPCIO = "grpcio"
+
+
+State = Annotated[Path, typer.Option(help="Folder for models, traces and logs.")]
+EngineOption = Annotated[Engine, typer.Option(envvar="RINGMESH_ENGINE", help="What does the HTTP/2 work.")]
+Drain = Annotated[
+    float, typer.Option(min=0, envvar="RINGMESH_DRAIN_SECONDS", help="Seconds for requests under way when stopped.")
+]
+_STATE = Path(".ringmesh")
+
+
+@app.command()
+def up(
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Inference workers.")] = 2,
+    models: Annotated[
+        Path | None,
+        typer.Option(envvar="RINGMESH_MODELS", help="Model repository in Triton's layout; without it, demo models."),
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Of the router; the rest follows it (8001, 8010, 8011, 8100). 0: free ones."
+        ),
+    ] = 8001,
+    redis: Annotated[
+        str | None, typer.Option(envvar="RINGMESH_REDIS_URL", help="URL of a Redis, instead of the embedded Valkey.")
+    ] = None,
+    engine: EngineOption = Engine.NATIVE,
+    otlp: Annotated[
+        str | None, typer.Option(envvar="RINGMESH_OTLP_ENDPOINT", help="URL of an OTLP/gRPC collector for traces.")
+    ] = None,
+    drain: Drain = 15.0,
+    state: State = _STATE,
+) -> None:
+    """Brings a whole Ringmesh up on this machine, until Ctrl-C."""
+    with _one_line_errors():
+        from services.cli import demo_models, first_calls, traces
+        from services.cli.claim import claim
+        from services.cli.ports import Ports
+        from services.cli.screen import Screen
+        from services.cli.stack import Stack, StackOptions
+        from services.cli.supervise import supervise
+
+        console = _console()
+        screen = Screen(console)
+        options = StackOptions(
+            ports=Ports.from_base(port, workers) if port else Ports.free(workers),
+            state=state,
+            models=models or state / "models",
+            traces=state / "traces",
+            engine=engine.value,
+            redis=redis,
+            otlp=otlp,
+            drain_seconds=drain,
+        )
+
+        async def serve() -> int:
+            screen.endpoints(options)
+            names = sorted(path.name for path in options.models.iterdir() if not path.name.startswith("."))
+            is_demo = models is None and "mlp" in names
+            router = options.router
+            screen.first_calls(first_calls.of_mlp(router, state) if is_demo else first_calls.of_model(router, names[0]))
+            screen.say("ready")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                screen.say("draining; Ctrl-C again to kill")
+            return 0
+
+        with claim(state):
+            if models is None:
+                demo_models.fill(options.models, screen.say)
+            traces.prune(options.traces)
+            code = asyncio.run(supervise(Stack(options, screen), serve, interrupted=0))
+        screen.say("stopped" if code == 0 else "killed")
+        sys.exit(code)
+
+
+@app.command()
+def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
+    """Runs a real model over the files here, twice, on a stack of its own, and shows what the cache did."""
+    with _one_line_errors():
+        from services.cli import demo as show
+        from services.cli import demo_models, traces
+        from services.cli.magika_features import MagikaFeatures, require_model_folder
+        from services.cli.ports import Ports
+        from services.cli.screen import Screen
+        from services.cli.stack import Stack, StackOptions
+        from services.cli.supervise import supervise
+
+        console = _console()
+        screen = Screen(console)
+        magika = MagikaFeatures.load(require_model_folder())
+        samples = show.collect(Path.cwd(), magika)
+        demo_models.fill(state / "models", screen.say)
+        traces.prune(state / "traces")
+        scratch = Path(tempfile.mkdtemp(prefix="ringmesh-demo-"))
+        options = StackOptions(
+            ports=Ports.free(workers=2),
+            state=scratch,
+            models=state / "models",
+            traces=state / "traces",
+            engine=engine.value,
+            redis=None,
+            otlp=None,
+            drain_seconds=5.0,
+        )
+
+        async def work() -> int:
+            return await show.run(console, options.router, samples, magika, state)
+
+        code = asyncio.run(supervise(Stack(options, screen), work, interrupted=130))
+        shutil.rmtree(scratch)  # not after an error, whose message names a log in it
+        sys.exit(code)
+
+
+@app.command()
+def trace(
+    trace_id: Annotated[str | None, typer.Argument(metavar="ID", help="A trace id, or how it begins.")] = None,
+    state: State = _STATE,
+) -> None:
+    """Shows a request's path from span to span; without an ID, lists the latest traces."""
+    with _one_line_errors():
+        from services.cli import traces
+
+        folder = state / "traces"
+        console = _console()
+        if trace_id is not None:
+            console.print(traces.tree(traces.find(folder, trace_id)))
+        elif found := traces.latest(folder):
+            console.print(traces.listing(found))
+        else:
+            console.print(f"no traces in {folder} yet", soft_wrap=True)
+
+
+def _console() -> Console:
+    """Wide where nobody looks at it: a file or a pipe has no edge to wrap at."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except CommandError as error:
+        _refuse(str(error))
+    except ImportError as error:
+        _refuse(f"the installation is broken ({error}); `make clean up` installs anew")
+
+
+def _refuse(why: str) -> NoReturn:
+    print(f"ringmesh: {why}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,84 @@
+"""Which ports a stack takes, and whether they are free."""
+
+from __future__ import annotations
+
+import random
+import socket
+from dataclasses import dataclass
+
+import psutil
+
+from services.cli.errors import CommandError
+
+HOST = "127.0.0.1"
+# Offsets from the router's port, so that one option moves a whole stack: 8001, 8010, 8011, 8100, 8101, ...
+_CACHE, _VALKEY, _WORKERS = 9, 10, 99
+# Below what systems hand out for outgoing connections, which could take a port between our look and its use.
+_FREE_RANGE = range(15000, 32000)
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The ports of one stack, all on the loopback address."""
+
+    router: int
+    cache: int
+    valkey: int
+    workers: tuple[int, ...]
+
+    @classmethod
+    def from_base(cls, port: int, workers: int) -> Ports:
+        """The router on `port` and the rest behind it. Raises CommandError where they do not fit."""
+        if port + _WORKERS + workers - 1 > 65535:
+            raise CommandError(f"port {port} leaves no room for the ports behind it; choose a lower one with --port")
+        first = port + _WORKERS
+        return cls(port, port + _CACHE, port + _VALKEY, tuple(range(first, first + workers)))
+
+    @classmethod
+    def free(cls, workers: int) -> Ports:
+        """Ports that nobody listens on now."""
+        candidates = random.sample(_FREE_RANGE, len(_FREE_RANGE))
+        found: list[int] = []
+        while len(found) < workers + 3:
+            if not candidates:
+                raise CommandError("there are not enough free ports on this machine")
+            port = candidates.pop()
+            if not _is_taken(port):
+                found.append(port)
+        router, cache, valkey, *rest = found
+        return cls(router, cache, valkey, tuple(rest))
+
+    def check_free(self, *, valkey: bool) -> None:
+        """Raises CommandError that names the first port taken, and by whom. `valkey`: whether its port is needed."""
+        for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *self.workers):
+            if _is_taken(port):
+                raise CommandError(f"port {port} is taken{_owner(port)}; choose another with --port")
+
+
+def address(port: int) -> str:
+    """host:port on the loopback address."""
+    return f"{HOST}:{port}"
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: what is left of closed connections does not take the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+            probe.listen(1)
+        except OSError:
+            return True
+    return False
+
+
+def _owner(port: int) -> str:
+    """Told where the system lets us see it; other users' processes may be hidden."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+            if listens and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""

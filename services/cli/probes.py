@@ -1,0 +1,51 @@
+"""Questions to running processes: does it serve, who is in the ring, is Redis there."""
+
+from __future__ import annotations
+
+import grpc
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from ringmesh.health.v1 import health_pb2, health_pb2_grpc
+from ringmesh.router.v1 import router_pb2, router_pb2_grpc
+
+from services.cli.errors import CommandError
+
+_SECONDS = 1.0
+# A proxy has no business on the loopback address, and another probe's back-off is not ours.
+LOCAL = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+
+
+async def serves(address: str) -> bool:
+    """Whether grpc.health.v1 answers SERVING for the server as a whole."""
+    async with grpc.aio.insecure_channel(address, options=LOCAL) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def healthy_workers(router: str) -> int:
+    """How many workers the router sends requests to; 0 where it does not answer."""
+    async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
+        try:
+            ring = await router_pb2_grpc.RouterServiceStub(channel).GetRing(
+                router_pb2.GetRingRequest(), timeout=_SECONDS
+            )
+        except grpc.aio.AioRpcError:
+            return 0
+    return sum(worker.healthy for worker in ring.workers)
+
+
+async def redis_answers(url: str) -> bool:
+    """Whether a PING is answered. Raises CommandError where `url` is not a Redis URL."""
+    try:
+        client = Redis.from_url(url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS)
+    except ValueError as error:
+        raise CommandError(f"--redis: not a Redis URL: {error}") from None
+    try:
+        return bool(await client.ping())
+    except (RedisError, OSError, TimeoutError):
+        return False
+    finally:
+        await client.aclose()

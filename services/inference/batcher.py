@@ -1,0 +1,159 @@
+"""Dynamic batching: what waits while a batch runs is the next batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from services.inference.model import OnnxModel
+from services.inference.request import Decoded
+from services.runtime.errors import DeadlineExceededError, InternalError, ResourceExhaustedError, UnavailableError
+
+MAX_QUEUE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """Outputs in the order asked, with the run that made them. Times are of time.time_ns."""
+
+    arrays: Sequence[npt.NDArray[Any]]
+    queued_ns: int
+    start_ns: int
+    run_ns: int
+    end_ns: int
+    batch_requests: int
+    batch_rows: int
+
+
+class _Waiting:
+    """A request in the queue; `deadline` in time.monotonic."""
+
+    __slots__ = ("deadline", "decoded", "future", "queued_ns")
+
+    def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[BatchResult]) -> None:
+        self.decoded = decoded
+        self.deadline = deadline
+        self.future = future
+        self.queued_ns = time.time_ns()
+
+
+class Batcher:
+    """Runs requests for one model, `instances` batches at a time.
+
+    A free instance takes the oldest request and what waits of its signature, up to the model's `max_batch_rows`; a
+    larger request goes alone. There is no timer: an idle model answers at once.
+    """
+
+    def __init__(self, model: OnnxModel, executor: Executor, *, instances: int = 1) -> None:
+        self._model = model
+        self._executor = executor
+        self._free = instances
+        self._queue: deque[_Waiting] = deque()
+        self._batches: set[asyncio.Task[None]] = set()
+
+    async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
+        """Raises DeadlineExceededError where the time is up before it runs, ResourceExhaustedError where too many wait.
+
+        Cancelled while it waits, it does not run.
+        """
+        if len(self._queue) >= MAX_QUEUE:
+            raise ResourceExhaustedError(
+                f"model {self._model.name!r} has {MAX_QUEUE} requests waiting, as many as it may; retry later"
+            )
+        waiting = _Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        self._dispatch()
+        return await waiting.future
+
+    async def close(self) -> None:
+        """Waits until everything submitted has its answer."""
+        while self._batches:
+            await asyncio.wait(self._batches)
+
+    def _dispatch(self) -> None:
+        while self._free and (batch := self._next_batch()):
+            self._free -= 1
+            task = asyncio.create_task(self._serve(batch))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+
+    def _next_batch(self) -> list[_Waiting]:
+        now = time.monotonic()
+        batch: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        rows = 0
+        while self._queue:
+            waiting = self._queue.popleft()
+            if waiting.future.done():
+                continue
+            if waiting.deadline is not None and waiting.deadline <= now:
+                waiting.future.set_exception(DeadlineExceededError("the deadline passed while the request was queued"))
+                continue
+            decoded = waiting.decoded
+            if batch and not self._model.batchable:
+                left.append(waiting)
+                break
+            if batch and decoded.signature != batch[0].decoded.signature:
+                left.append(waiting)
+                continue
+            if batch and rows + decoded.rows > self._model.max_batch_rows:
+                left.append(waiting)
+                break
+            batch.append(waiting)
+            rows += decoded.rows
+        self._queue.extendleft(reversed(left))
+        return batch
+
+    async def _serve(self, batch: list[_Waiting]) -> None:
+        loop = asyncio.get_running_loop()
+        # What they are told where the run itself is cancelled.
+        results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
+        try:
+            results = await loop.run_in_executor(self._executor, self._run, batch)
+        finally:
+            self._free += 1
+            for waiting, result in zip(batch, results, strict=True):
+                if waiting.future.done():
+                    continue
+                if isinstance(result, BatchResult):
+                    waiting.future.set_result(result)
+                else:
+                    waiting.future.set_exception(result)
+            self._dispatch()
+
+    def _run(self, batch: list[_Waiting]) -> list[BatchResult | Exception]:
+        """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""
+        start = time.time_ns()
+        first = batch[0].decoded
+        try:
+            if len(batch) == 1:
+                inputs = first.arrays
+            else:
+                inputs = {name: np.concatenate([w.decoded.arrays[name] for w in batch]) for name in first.arrays}
+            run = time.time_ns()
+            outputs = self._model.run(inputs, first.outputs)
+            rows = sum(waiting.decoded.rows for waiting in batch)
+            if len(batch) > 1 and any(len(output) != rows for output in outputs):
+                raise InternalError(f"model {self._model.name!r} did not answer one row for each row of its inputs")
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            half = len(batch) // 2
+            return self._run(batch[:half]) + self._run(batch[half:])
+        end = time.time_ns()
+        results: list[BatchResult | Exception] = []
+        row = 0
+        for waiting in batch:
+            next_row = row + waiting.decoded.rows
+            arrays = outputs if len(batch) == 1 else [output[row:next_row] for output in outputs]
+            results.append(BatchResult(arrays, waiting.queued_ns, start, run, end, len(batch), rows))
+            row = next_row
+        return results

@@ -1,0 +1,190 @@
+"""One version of a model in ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.graph import random_operators
+from services.inference.repository import ModelFiles
+from services.runtime.errors import InvalidArgumentError
+from services.runtime.tensors import DATATYPES, Datatype
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+_ONNX_BFLOAT16 = 16
+_TYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(float16)": "FP16",
+    "tensor(bfloat16)": "BF16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+class ModelLoadError(Exception):
+    """The model cannot be served; the message names the file and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output: -1 in `shape` stands for a dimension that the request decides."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+
+class OnnxModel:
+    """A loaded model; `run` may be called from several threads.
+
+    `batchable`: requests may share a run along the first dimension; `batch_reason` says why not. `cacheable`: equal
+    requests have equal answers; `cacheable_reason` says why not. `provider` is the execution provider in use.
+    """
+
+    def __init__(
+        self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = intra_op_threads
+        options.log_severity_level = 3
+        # A thread that spins takes a core from the event loop and from the other workers of this machine.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(files.model, options, providers=list(providers))
+            random = random_operators(files.model)
+        except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
+            raise ModelLoadError(f"cannot load {files.model}: {_first_line(error)}") from None
+        self.name = files.name
+        self.version = files.version
+        self.provider: str = self._session.get_providers()[0]
+        self.digest = files.digest(self.provider)
+        self.inputs = {spec.name: spec for spec in map(self._spec, self._session.get_inputs())}
+        self.outputs = {spec.name: spec for spec in map(self._spec, self._session.get_outputs())}
+        self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
+        self.cacheable = not random
+        self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*self.inputs.values(), *self.outputs.values()))
+        self.batch_reason = self._why_not_batched()
+        self.batchable = not self.batch_reason
+        self.max_batch_rows = max_batch_rows if self.batchable else 1
+
+    def metadata(self) -> v2.ModelMetadataResponse:
+        """Without versions: only who knows all of them can tell."""
+        tensor = v2.ModelMetadataResponse.TensorMetadata
+        inputs, outputs = (
+            [tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values()]
+            for specs in (self.inputs, self.outputs)
+        )
+        return v2.ModelMetadataResponse(name=self.name, platform="onnxruntime_onnx", inputs=inputs, outputs=outputs)
+
+    def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs."""
+        feeds: dict[str, Any] = {
+            name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
+        }
+        try:
+            if self._bfloat16:
+                return self._run_bfloat16(feeds, outputs)
+            arrays: list[npt.NDArray[Any]] = self._session.run(outputs, feeds)
+        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+            raise InvalidArgumentError(f"model {self.name!r}: {_first_line(error)}") from None
+        return arrays
+
+    def _run_bfloat16(self, feeds: dict[str, Any], outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """NumPy has no bfloat16, and ONNX Runtime's bindings refuse ml_dtypes': its bits go in and out by address."""
+        make = onnxruntime.OrtValue
+        values = {
+            name: make.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _ONNX_BFLOAT16)
+            if array.dtype == ml_dtypes.bfloat16
+            else make.ortvalue_from_numpy(array)
+            for name, array in feeds.items()
+        }
+        arrays = []
+        for value in self._session.run_with_ort_values(outputs, values):
+            if value.data_type() != "tensor(bfloat16)":
+                arrays.append(value.numpy())
+                continue
+            data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+            arrays.append(np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()))
+        return arrays
+
+    def _spec(self, node: Any) -> TensorSpec:
+        datatype = _TYPES.get(node.type)
+        if datatype is None:
+            raise ModelLoadError(f"cannot serve {self.name}: {node.name!r} is a {node.type}, and v2 has only tensors")
+        shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
+        return TensorSpec(node.name, DATATYPES[datatype], shape)
+
+    def _why_not_batched(self) -> str:
+        """A free first dimension everywhere is needed, and that two rows together answer as they do alone."""
+        for spec in (*self.inputs.values(), *self.outputs.values()):
+            if not spec.shape or spec.shape[0] != -1:
+                return f"the first dimension of {spec.name!r} is not free"
+        names = list(self.outputs)
+        try:
+            rows = [self._probe_row(seed) for seed in (0, 1)]
+            alone = [self.run(row, names) for row in rows]
+            pair = {name: np.concatenate([row[name] for row in rows]) for name in self.inputs}
+            together = self.run(pair, names)
+        except Exception as error:
+            return f"a probe of two rows failed: {_first_line(error)}"
+        for index, name in enumerate(names):
+            expected = [answer[index] for answer in alone]
+            if len(together[index]) != 2 or any(len(answer) != 1 for answer in expected):
+                return f"{name!r} does not have one row for each row of the inputs"
+            if not _close(np.concatenate(expected), together[index]):
+                return f"{name!r} depends on the other rows"
+        return ""
+
+    def _probe_row(self, seed: int) -> dict[str, npt.NDArray[Any]]:
+        rng = np.random.default_rng(seed)
+        row = {}
+        for spec in self.inputs.values():
+            shape = (1, *(1 if size == -1 else size for size in spec.shape[1:]))
+            if spec.datatype.itemsize == 0:
+                row[spec.name] = np.full(shape, b"%d" % seed, object)
+            else:
+                row[spec.name] = rng.integers(0, 2, shape).astype(spec.datatype.dtype)
+        return row
+
+
+def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """ONNX Runtime's strings are text: it would take bytes by their repr."""
+    try:
+        text = [value.decode() for value in array.ravel()]
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"input {name!r}: ONNX strings are UTF-8, and an element is not: {error.reason} at byte {error.start}"
+        ) from None
+    made = np.empty(len(text), object)
+    made[:] = text
+    return made.reshape(array.shape)
+
+
+def _close(expected: npt.NDArray[Any], got: npt.NDArray[Any]) -> bool:
+    if expected.shape != got.shape:
+        return False
+    if expected.dtype == object or expected.dtype.kind in "biu":
+        return bool((expected == got).all())
+    return bool(np.allclose(expected.astype(np.float64), got.astype(np.float64), rtol=1e-2, atol=1e-3, equal_nan=True))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

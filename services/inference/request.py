@@ -1,0 +1,182 @@
+"""Between ModelInferRequest and arrays: everything a caller can get wrong is found and named here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.model import OnnxModel, TensorSpec
+from services.runtime.errors import InvalidArgumentError, UnimplementedError
+from services.runtime.tensors import DATATYPES, decode, encode, raw_from_contents
+
+# Elements beyond which a shape is taken for a mistake before its bytes are counted.
+_MAX_ELEMENTS = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A request ready to run. `rows` is the size of the first dimension; `outputs` stand in the model's order.
+
+    Requests of one `signature` may share a batch. `classes` holds the top-k asked for, by output.
+    """
+
+    arrays: dict[str, npt.NDArray[Any]]
+    rows: int
+    outputs: tuple[str, ...]
+    classes: Mapping[str, int]
+    signature: Hashable
+
+
+def decode_request(request: v2.ModelInferRequest, model: OnnxModel) -> Decoded:
+    """Raises InvalidArgumentError naming the field and what it should be, UnimplementedError for shared memory."""
+    raws = request.raw_input_contents
+    tensors = request.inputs
+    if raws and len(raws) != len(tensors):
+        raise InvalidArgumentError(
+            f"raw_input_contents has {len(raws)} entries and inputs {len(tensors)}; each input has one",
+            field="raw_input_contents",
+        )
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for index, tensor in enumerate(tensors):
+        name = tensor.name
+        spec = model.inputs.get(name)
+        if spec is None:
+            raise InvalidArgumentError(
+                f"model {model.name!r} has no input {name!r}; it has {_names(model.inputs)}",
+                field=f"inputs[{index}].name",
+            )
+        if name in arrays:
+            raise InvalidArgumentError(f"input {name!r} is given twice", field=f"inputs[{index}].name")
+        arrays[name] = _decode_input(tensor, raws[index] if raws else None, spec, index)
+    if len(arrays) != len(model.inputs):
+        missing = [name for name in model.inputs if name not in arrays]
+        raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
+    outputs, classes = _decode_outputs(request.outputs, model) if request.outputs else (tuple(model.outputs), {})
+    rows = _rows(arrays, model)
+    signature = (outputs, tuple([arrays[name].shape[1:] for name in model.inputs]))
+    return Decoded(arrays, rows, outputs, classes, signature)
+
+
+def encode_response(model: OnnxModel, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
+    """A serialized ModelInferResponse without an id; always raw_output_contents, one an output."""
+    response = v2.ModelInferResponse(model_name=model.name, model_version=str(model.version))
+    for name, array in zip(decoded.outputs, arrays, strict=True):
+        datatype = model.outputs[name].datatype.name
+        if name in decoded.classes:
+            array = _classify(array, decoded.classes[name], model.batchable)
+            datatype = "BYTES"
+        response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        response.raw_output_contents.append(encode(array))
+    return response.SerializeToString()
+
+
+def _decode_input(
+    tensor: v2.ModelInferRequest.InferInputTensor, raw: bytes | None, spec: TensorSpec, index: int
+) -> npt.NDArray[Any]:
+    name = tensor.name
+    if tensor.parameters and "shared_memory_region" in tensor.parameters:
+        raise UnimplementedError(f"input {name!r}: shared memory is not served here; send the tensor in the request")
+    if tensor.datatype != spec.datatype.name:
+        known = "" if tensor.datatype in DATATYPES else f" (there is no {tensor.datatype!r})"
+        raise InvalidArgumentError(
+            f"input {name!r} is {spec.datatype.name}, not {tensor.datatype}{known}", field=f"inputs[{index}].datatype"
+        )
+    shape: tuple[int, ...] = (*tensor.shape,)
+    _check_shape(shape, spec, index)
+    if raw is None:
+        if not tensor.HasField("contents") and 0 not in shape:
+            raise InvalidArgumentError(
+                f"input {name!r} has no data: neither raw_input_contents nor contents", field=f"inputs[{index}]"
+            )
+        _check_count(tensor, spec, shape, index)
+        raw = raw_from_contents(tensor, f"inputs[{index}]")
+    elif tensor.HasField("contents"):
+        raise InvalidArgumentError(
+            f"input {name!r} has contents and raw_input_contents; it takes one of them",
+            field=f"inputs[{index}].contents",
+        )
+    return decode(spec.datatype, shape, raw, name, f"inputs[{index}]")
+
+
+def _check_shape(shape: tuple[int, ...], spec: TensorSpec, index: int) -> None:
+    fits = len(shape) == len(spec.shape) and all(
+        given >= 0 and wanted in (-1, given) for given, wanted in zip(shape, spec.shape, strict=True)
+    )
+    if not fits or math.prod(shape) > _MAX_ELEMENTS:
+        raise InvalidArgumentError(
+            f"input {spec.name!r} has shape {list(shape)}; the model takes {list(spec.shape)}, "
+            "where -1 is for the request to choose",
+            field=f"inputs[{index}].shape",
+        )
+
+
+def _check_count(
+    tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, shape: tuple[int, ...], index: int
+) -> None:
+    contents = spec.datatype.contents
+    if not contents:
+        return
+    given = len(getattr(tensor.contents, contents))
+    wanted = math.prod(shape)
+    if given and given != wanted:
+        raise InvalidArgumentError(
+            f"input {tensor.name!r}: {given} elements in contents.{contents} for shape {list(shape)}, not {wanted}",
+            field=f"inputs[{index}].contents.{contents}",
+        )
+
+
+def _decode_outputs(
+    requested: Sequence[v2.ModelInferRequest.InferRequestedOutputTensor], model: OnnxModel
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    asked: set[str] = set()
+    classes: dict[str, int] = {}
+    for index, output in enumerate(requested):
+        if output.name not in model.outputs:
+            raise InvalidArgumentError(
+                f"model {model.name!r} has no output {output.name!r}; it has {_names(model.outputs)}",
+                field=f"outputs[{index}].name",
+            )
+        if output.name in asked:
+            raise InvalidArgumentError(f"output {output.name!r} is asked for twice", field=f"outputs[{index}].name")
+        asked.add(output.name)
+        if "shared_memory_region" in output.parameters:
+            raise UnimplementedError(f"output {output.name!r}: shared memory is not served here")
+        if "classification" in output.parameters:
+            count = output.parameters["classification"].int64_param
+            if count < 1 or model.outputs[output.name].datatype.itemsize == 0:
+                raise InvalidArgumentError(
+                    f"output {output.name!r}: classification is a number above 0, for numeric outputs",
+                    field=f"outputs[{index}].parameters.classification",
+                )
+            classes[output.name] = count
+    return tuple([name for name in model.outputs if name in asked]), classes
+
+
+def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: OnnxModel) -> int:
+    if not model.batchable:
+        return 1
+    sizes = {name: array.shape[0] for name, array in arrays.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name!r}: {rows}" for name, rows in sizes.items())
+        raise InvalidArgumentError(f"the inputs differ in their first dimension, the batch: {listed}", field="inputs")
+    return next(iter(sizes.values()), 1)
+
+
+def _classify(array: npt.NDArray[Any], count: int, batched: bool) -> npt.NDArray[Any]:
+    """`value:index` of the `count` highest of each row, highest first, as Triton gives them."""
+    rows = array.reshape(len(array), -1) if batched else array.reshape(1, -1)
+    top = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
+    made = np.empty(top.shape, object)
+    for row, indices in enumerate(top):
+        made[row] = [f"{rows[row, index]:f}:{index}" for index in indices]
+    return made if batched else made[0]
+
+
+def _names(names: Sequence[str] | Mapping[str, object]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,147 @@
+"""The v2 datatypes, and tensors as they travel: raw bytes, or typed contents that mean the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Datatype:
+    """A v2 datatype. `itemsize` is 0 and `dtype` object for BYTES; `contents` is "" where it travels only raw."""
+
+    name: str
+    dtype: np.dtype[Any]
+    itemsize: int
+    contents: str
+
+
+def _datatypes() -> dict[str, Datatype]:
+    made = {"BYTES": Datatype("BYTES", np.dtype(object), 0, "bytes_contents")}
+    for name, kind, contents in (
+        ("BOOL", np.bool_, "bool_contents"),
+        ("INT8", np.int8, "int_contents"),
+        ("INT16", np.int16, "int_contents"),
+        ("INT32", np.int32, "int_contents"),
+        ("INT64", np.int64, "int64_contents"),
+        ("UINT8", np.uint8, "uint_contents"),
+        ("UINT16", np.uint16, "uint_contents"),
+        ("UINT32", np.uint32, "uint_contents"),
+        ("UINT64", np.uint64, "uint64_contents"),
+        ("FP16", np.float16, ""),
+        ("BF16", ml_dtypes.bfloat16, ""),
+        ("FP32", np.float32, "fp32_contents"),
+        ("FP64", np.float64, "fp64_contents"),
+    ):
+        dtype = np.dtype(kind)
+        made[name] = Datatype(name, dtype, dtype.itemsize, contents)
+    return made
+
+
+DATATYPES: Mapping[str, Datatype] = _datatypes()
+
+# What protobuf holds in a contents field, before it is cut to the width of the datatype.
+_CARRIERS = {
+    "bool_contents": np.bool_,
+    "int_contents": np.int32,
+    "int64_contents": np.int64,
+    "uint_contents": np.uint32,
+    "uint64_contents": np.uint64,
+    "fp32_contents": np.float32,
+    "fp64_contents": np.float64,
+}
+
+
+def datatype(name: str, tensor: str, field: str = "") -> Datatype:
+    """The datatype of that name. Raises InvalidArgumentError naming `tensor`."""
+    found = DATATYPES.get(name)
+    if found is None:
+        raise InvalidArgumentError(
+            f"input {tensor!r}: no datatype {name!r}; there are {', '.join(DATATYPES)}", field=field
+        )
+    return found
+
+
+def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str = "") -> bytes:
+    """The raw bytes that say the same as a tensor's typed contents.
+
+    Raises InvalidArgumentError where the datatype cannot travel so, or other contents fields are set than its own.
+    """
+    kind = datatype(tensor.datatype, tensor.name, field and f"{field}.datatype")
+    given = [descriptor.name for descriptor, _ in tensor.contents.ListFields()]
+    if not kind.contents:
+        raise InvalidArgumentError(
+            f"input {tensor.name!r}: {kind.name} travels in raw_input_contents, never in contents", field=field
+        )
+    if any(name != kind.contents for name in given):
+        raise InvalidArgumentError(
+            f"input {tensor.name!r}: {kind.name} travels in contents.{kind.contents}, but {', '.join(given)} is set",
+            field=field and f"{field}.contents",
+        )
+    values = getattr(tensor.contents, kind.contents)
+    if kind.itemsize == 0:
+        return b"".join([len(value).to_bytes(4, "little") + value for value in values])
+    carried: npt.NDArray[Any] = np.array(values, dtype=_CARRIERS[kind.contents])
+    return carried.astype(kind.dtype, copy=False).tobytes()
+
+
+def decode(kind: Datatype, shape: Sequence[int], raw: bytes, tensor: str, field: str = "") -> npt.NDArray[Any]:
+    """A read-only view of `raw`; for BYTES an object array of bytes. Raises InvalidArgumentError on a mismatch."""
+    count = math.prod(shape)
+    if kind.itemsize == 0:
+        return _decode_bytes(raw, count, shape, tensor, field)
+    if len(raw) != count * kind.itemsize:
+        raise InvalidArgumentError(
+            f"input {tensor!r}: {len(raw)} bytes for {kind.name} {list(shape)}, which takes {count * kind.itemsize} "
+            f"({count} elements of {kind.itemsize})",
+            field=field,
+        )
+    return np.frombuffer(raw, kind.dtype).reshape(shape)
+
+
+def encode(array: npt.NDArray[Any]) -> bytes:
+    """Raw bytes, row-major and little-endian; object arrays (of str or bytes) as BYTES."""
+    if array.dtype != object:
+        return array.tobytes()
+    parts = []
+    for value in array.ravel():
+        data = value.encode() if isinstance(value, str) else value
+        parts.append(len(data).to_bytes(4, "little"))
+        parts.append(data)
+    return b"".join(parts)
+
+
+def _decode_bytes(raw: bytes, count: int, shape: Sequence[int], tensor: str, field: str) -> npt.NDArray[Any]:
+    if count * 4 > len(raw):  # before anything of that size is allocated
+        raise InvalidArgumentError(
+            f"input {tensor!r}: {len(raw)} bytes for BYTES {list(shape)}, whose {count} lengths alone take {count * 4}",
+            field=field,
+        )
+    array = np.empty(count, object)
+    position = 0
+    for index in range(count):
+        start = position + 4
+        end = start + int.from_bytes(raw[position:start], "little")
+        if start > len(raw) or end > len(raw):
+            raise InvalidArgumentError(
+                f"input {tensor!r}: element {index} of {count} says it has {end - start} bytes, "
+                f"but {max(0, len(raw) - start)} are left",
+                field=field,
+            )
+        array[index] = raw[start:end]
+        position = end
+    if position != len(raw):
+        raise InvalidArgumentError(
+            f"input {tensor!r}: {len(raw) - position} bytes are left after the {count} elements of BYTES {list(shape)}",
+            field=field,
+        )
+    return array.reshape(shape)

@@ -1,0 +1,155 @@
+"""A running stack, brought up as people do it: by `ringmesh up`, as real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.cli.demo_models import write_mlp
+from tests.system import processes
+
+GRPCURL = str(Path(sys.executable).parent / "grpcurl")
+RINGMESH = [sys.executable, "-m", "services.cli"]
+UP_SECONDS = 60
+MAX_MESSAGE_BYTES = 4 << 20
+
+
+@dataclass
+class RunningStack:
+    """`stack.json` of a stack that is ready, and the supervisor that keeps it."""
+
+    supervisor: subprocess.Popen
+    state: str
+    router: str
+    cache: str
+    workers: list[str]
+    redis_url: str
+    trace_dir: Path
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+
+    @property
+    def output(self) -> str:
+        """All that it has printed so far."""
+        return output_file(Path(self.state)).read_text()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """By name: router, cache, valkey, worker-0, ..."""
+        return json.loads((Path(self.state) / "stack.json").read_text())["processes"]
+
+    def tree(self) -> list[psutil.Process]:
+        """The supervisor and all that it started."""
+        supervisor = psutil.Process(self.supervisor.pid)
+        return [supervisor, *supervisor.children(recursive=True)]
+
+
+def output_file(state: Path) -> Path:
+    return state / "output.txt"
+
+
+def start_stack(state: Path, *arguments: str, cwd: Path | None = None) -> RunningStack:
+    """`ringmesh up` on free ports; returns when it is ready."""
+    state.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES)}
+    with output_file(state).open("w") as output:
+        command = [*RINGMESH, "up", "--port", "0", "--state", str(state), *arguments]
+        supervisor = subprocess.Popen(command, stdout=output, stderr=output, cwd=cwd, env=environment)
+
+    def is_ready():
+        assert supervisor.poll() is None, output_file(state).read_text()
+        return output_file(state).read_text().endswith("\nready\n")
+
+    eventually(is_ready, UP_SECONDS)
+    found = json.loads((state / "stack.json").read_text())
+    return RunningStack(
+        supervisor=supervisor,
+        state=str(state),
+        router=found["router"],
+        cache=found["cache"],
+        workers=found["workers"],
+        redis_url=found["redis_url"],
+        trace_dir=Path(found["traces"]),
+    )
+
+
+def stop_stack(stack: RunningStack) -> int:
+    """The exit code after a SIGTERM; nothing of it runs any more."""
+    tree = stack.tree() if stack.supervisor.poll() is None else []
+    stack.supervisor.terminate()
+    try:
+        return stack.supervisor.wait(UP_SECONDS)
+    finally:
+        for process in psutil.wait_procs(tree, timeout=0)[1]:
+            process.kill()
+
+
+def eventually(condition, seconds=20.0):
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session", params=["native", "grpcio"])
+def engine(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """The repository that stacks, workers and routers of these tests serve."""
+    repository = tmp_path_factory.mktemp("models")
+    version = repository / "mlp" / "1"
+    version.mkdir(parents=True)
+    write_mlp(version / "model.onnx")
+    return repository
+
+
+@pytest.fixture(scope="session")
+def stack(engine, models, tmp_path_factory):
+    """A router, two workers, a cache and Valkey on this engine; tests leave it as they found it."""
+    running = start_stack(
+        tmp_path_factory.mktemp(f"stack-{engine}"), "--models", str(models), "--engine", engine, "--drain", "5"
+    )
+    yield running
+    assert stop_stack(running) == 0
+
+
+@pytest.fixture
+def start_worker(engine, models):
+    """Starts a worker of its own: start_worker("name", **settings)."""
+    started = []
+
+    def start(worker_id, **settings):
+        started.append(
+            processes.start(
+                "services.inference", worker_id=worker_id, engine=engine, models=models, threads=1, **settings
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        processes.stop(process)
+
+
+@pytest.fixture
+def start_router(engine):
+    """Starts a router of its own: start_router(worker_addresses, redis_url, **settings)."""
+    started = []
+
+    def start(workers, redis_url, **settings):
+        started.append(
+            processes.start("router", workers=",".join(workers), redis_url=redis_url, engine=engine, **settings)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        processes.stop(process)

@@ -1,0 +1,50 @@
+"""Routers and workers started one by one, for tests that break them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import grpc
+from ringmesh.health.v1 import health_pb2, health_pb2_grpc
+
+
+@dataclass
+class Started:
+    address: str
+    process: subprocess.Popen
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def start(module: str, **settings) -> Started:
+    """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING."""
+    settings.setdefault("address", free_address())
+    environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
+    process = subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **environment})
+    started = Started(settings["address"], process)
+    give_up = time.monotonic() + 30
+    with grpc.insecure_channel(started.address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while True:
+            try:
+                if health.Check(health_pb2.HealthCheckRequest(), timeout=1).status == 1:
+                    return started
+            except grpc.RpcError:
+                pass
+            if process.poll() is not None or time.monotonic() > give_up:
+                process.kill()
+                raise AssertionError(f"{module} did not come up: exit code {process.poll()}")
+            time.sleep(0.02)
+
+
+def stop(started: Started) -> None:
+    if started.process.poll() is None:
+        started.process.kill()
+        started.process.wait()

@@ -1,0 +1,135 @@
+"""Compute once, remember everywhere: outcomes as callers see them."""
+
+import asyncio
+import uuid
+
+import grpc
+import numpy as np
+import pytest
+from redis.asyncio import Redis
+from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def fresh(model="mlp", **fields):
+    """A request nobody has sent before."""
+    shape = (1, 64) if model == "mlp" else (1, 1)
+    array = np.random.default_rng(uuid.uuid4().int).random(shape, dtype=np.float32)
+    request = v2.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()], **fields)
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    return request
+
+
+async def infer(channel, request):
+    """(response, trailing metadata)"""
+    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=30)
+    response = v2.ModelInferResponse.FromString(await call)
+    return response, dict(await call.trailing_metadata())
+
+
+@pytest.fixture
+async def channel(stack):
+    async with grpc.aio.insecure_channel(stack.router) as channel:
+        yield channel
+
+
+async def test_the_second_answer_is_a_hit_and_the_same_to_the_byte(channel):
+    request = fresh()
+    first, told_first = await infer(channel, request)
+    second, told_second = await infer(channel, request)
+    assert (told_first["ringmesh-cache"], told_second["ringmesh-cache"]) == ("miss", "hit-local")
+    assert first.SerializeToString() == second.SerializeToString()
+    assert told_first["ringmesh-worker"].startswith("worker")
+    assert told_first["ringmesh-compute-us"] == told_second["ringmesh-compute-us"] != "0"
+    assert len(told_second["ringmesh-trace-id"]) == 32
+
+
+async def test_an_answer_from_the_cache_has_the_id_of_its_own_request(channel):
+    request = fresh(id="first")
+    await infer(channel, request)
+    request.id = "second"
+    response, told = await infer(channel, request)
+    assert (response.id, told["ringmesh-cache"]) == ("second", "hit-local")
+
+
+async def test_equal_requests_in_flight_are_computed_once(channel):
+    request = fresh("slow")
+    answers = await asyncio.gather(*(infer(channel, request) for _ in range(50)))
+    outcomes = sorted(told["ringmesh-cache"] for _, told in answers)
+    assert outcomes == ["joined"] * 49 + ["miss"]
+    assert len({response.SerializeToString() for response, _ in answers}) == 1
+
+
+async def test_concurrent_mixed_requests_each_get_their_own_answer(channel):
+    requests = [fresh(id=str(index)) for index in range(200)]
+    alone = [await infer(channel, request) for request in requests[:20]]
+    mixed = await asyncio.gather(*(infer(channel, request) for request in requests * 2))
+    for request, (response, _) in zip(requests * 2, mixed, strict=True):
+        assert response.id == request.id
+    by_id = {response.id: response for response, _ in mixed}
+    for response, _ in alone:
+        assert by_id[response.id].SerializeToString() == response.SerializeToString()
+    assert len({response.raw_output_contents[0] for response in by_id.values()}) == 200
+
+
+async def test_another_router_finds_the_answer_in_redis(channel, stack, start_router):
+    request = fresh()
+    response, _ = await infer(channel, request)
+    async with grpc.aio.insecure_channel(start_router(stack.workers, stack.redis_url).address) as other:
+        async with asyncio.timeout(10):
+            while True:  # the fill is written behind the answer
+                again, told = await infer(other, request)
+                if told["ringmesh-cache"] != "miss":
+                    break
+                request = fresh()
+                response, _ = await infer(channel, request)
+    assert told["ringmesh-cache"] == "hit-shared"
+    assert again.SerializeToString() == response.SerializeToString()
+
+
+async def test_a_model_with_a_random_operator_is_never_cached(channel):
+    request = fresh("random")
+    first, told = await infer(channel, request)
+    second, again = await infer(channel, request)
+    assert told["ringmesh-cache"] == again["ringmesh-cache"] == "bypass"
+    assert first.raw_output_contents != second.raw_output_contents
+
+
+async def test_a_sequence_is_never_cached(channel):
+    request = fresh()
+    request.parameters["sequence_id"].int64_param = 5
+    for _ in range(2):
+        _, told = await infer(channel, request)
+        assert told["ringmesh-cache"] == "bypass"
+
+
+async def test_a_failure_is_not_cached(channel):
+    request = fresh()
+    request.inputs[0].shape[:] = [2, 64]
+    for _ in range(2):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await infer(channel, request)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_other_services_share_values_through_the_cache_service(stack):
+    key = uuid.uuid4().bytes
+    async with grpc.aio.insecure_channel(stack.cache) as channel:
+        cache = cache_pb2_grpc.CacheServiceStub(channel)
+        assert not (await cache.Get(cache_pb2.GetRequest(key=key))).HasField("entry")
+        await cache.Put(cache_pb2.PutRequest(key=key, value=b"value", compute_us=5))
+        found = await cache.GetMany(cache_pb2.GetManyRequest(keys=[b"nobody", key]))
+        assert [result.HasField("entry") for result in found.results] == [False, True]
+        assert (found.results[1].entry.value, found.results[1].entry.compute_us) == (b"value", 5)
+        stats = {tier.tier: tier for tier in (await cache.Stats(cache_pb2.StatsRequest())).tiers}
+        assert stats["local"].hits >= 1
+        assert stats["local"].saved_compute_us >= 5
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await cache.Get(cache_pb2.GetRequest())
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    async with Redis.from_url(stack.redis_url) as redis:
+        async with asyncio.timeout(10):
+            while not await redis.exists(b"rm1:" + key):
+                await asyncio.sleep(0.01)

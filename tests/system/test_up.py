@@ -1,0 +1,208 @@
+"""`ringmesh up` as an operator meets it: real processes, started, broken and ended."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from ringmesh.router.v1 import router_pb2, router_pb2_grpc
+
+from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
+
+
+@pytest.fixture(scope="module")
+def demo_models(tmp_path_factory):
+    """Filled once by `up` itself, the way a first start does."""
+    state = tmp_path_factory.mktemp("first")
+    stop_stack(start_stack(state, "--workers", "1"))
+    return state / "models"
+
+
+@pytest.fixture
+def state(demo_models, tmp_path):
+    """A state folder as a second start finds it."""
+    shutil.copytree(demo_models, tmp_path / "models")
+    return tmp_path
+
+
+@pytest.fixture
+def running(state):
+    stack = start_stack(state)
+    yield stack
+    if stack.supervisor.poll() is None:
+        stop_stack(stack)
+
+
+def shell(command, **options):
+    return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, **options)
+
+
+def refused(*arguments):
+    """The one line that `ringmesh up` ends with."""
+    done = subprocess.run([*RINGMESH, "up", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("ringmesh: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stderr
+
+
+def assert_all_end(processes):
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+
+
+def test_the_printed_calls_work_as_printed(running):
+    grpcurl, trace, tritonclient = re.search(
+        r"\ngrpcurl\n(.+?)\n\nits trace\n(.+?)\n\ntritonclient\n(.+?)\n\nready\n", running.output, re.DOTALL
+    ).groups()
+    called = shell(grpcurl)
+    assert called.returncode == 0, called.stderr
+    assert '"model_name": "mlp"' in called.stdout.replace("modelName", "model_name")
+    called = shell(tritonclient, executable="/bin/bash")
+    assert called.returncode == 0, called.stderr
+    assert len(called.stdout.strip("[] \n").split()) == 10
+    eventually(lambda: "worker Execute" in shell(trace).stdout)
+
+
+def test_every_endpoint_is_in_the_table(running):
+    for endpoint in (running.router, running.cache, *running.workers, running.redis_url.removeprefix("redis://")):
+        assert endpoint in running.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_leaves_nothing(running, number):
+    tree = running.tree()
+    assert len(tree) == 6
+    running.supervisor.send_signal(number)
+    assert running.supervisor.wait(30) == 0
+    assert not any(process.is_running() for process in tree)
+    assert running.output.endswith("stopped\n")
+    assert not (Path(running.state) / "stack.json").exists()
+    assert "error" not in "".join(log.read_text().lower() for log in Path(running.state).glob("logs/*.log"))
+
+
+def test_a_signal_while_starting_leaves_nothing(state):
+    command = [*RINGMESH, "up", "--port", "0", "--state", str(state)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout.readline().startswith("starting")
+        tree = [psutil.Process(supervisor.pid)]
+        eventually(lambda: len(tree[0].children()) > 1)
+        tree += tree[0].children(recursive=True)
+        supervisor.send_signal(signal.SIGINT)
+        assert supervisor.wait(30) == 0
+    assert_all_end(tree)
+
+
+def test_a_second_signal_kills_what_does_not_drain(running):
+    tree = running.tree()
+    os.kill(running.pids["worker-1"], signal.SIGSTOP)
+    running.supervisor.send_signal(signal.SIGINT)
+    eventually(lambda: "draining" in running.output)
+    running.supervisor.send_signal(signal.SIGINT)
+    assert running.supervisor.wait(10) == 130
+    assert_all_end(tree)
+
+
+def test_a_killed_supervisor_leaves_nothing(running):
+    tree = running.tree()
+    running.supervisor.kill()
+    running.supervisor.wait()
+    assert_all_end(tree)
+
+
+def test_it_starts_again_where_a_supervisor_was_killed(running):
+    tree = running.tree()
+    running.supervisor.kill()
+    running.supervisor.wait()
+    assert_all_end(tree)
+    assert stop_stack(start_stack(Path(running.state))) == 0
+
+
+@pytest.mark.parametrize("name", ["worker-0", "router", "valkey"])
+def test_a_process_that_dies_is_started_again(running, name):
+    pid = running.pids[name]
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: running.pids[name] not in (0, pid))
+    assert f"{name} (pid {pid}) was ended by SIGKILL; starting it again in 1 s\n" in running.output
+    assert f"{name} is back (pid {running.pids[name]})\n" in running.output
+    with grpc.insecure_channel(running.router) as channel:
+        stub = router_pb2_grpc.RouterServiceStub(channel)
+
+        def all_are_healthy():
+            ring = stub.GetRing(router_pb2.GetRingRequest(), timeout=10, wait_for_ready=True)
+            return [worker.healthy for worker in ring.workers] == [True, True]
+
+        eventually(all_are_healthy)
+
+
+def test_a_taken_port_is_named_with_its_owner(state):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        offset = 9  # the cache's
+        line = refused("--state", str(state), "--port", str(port - offset))
+    name = psutil.Process().name()
+    assert f"port {port} is taken by {name} (pid {os.getpid()}); choose another with --port" in line
+
+
+def test_a_second_stack_in_one_state_folder_is_refused(running):
+    line = refused("--state", running.state, "--port", "0")
+    assert f"already runs in {running.state} (pid {running.supervisor.pid})" in line
+
+
+def test_a_missing_model_repository_is_named(tmp_path):
+    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "nowhere"))
+    assert f"no model repository at {tmp_path / 'nowhere'}" in line
+
+
+def test_an_empty_model_repository_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "empty"))
+    assert f"no models in {tmp_path / 'empty'}" in line
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path):
+    model = tmp_path / "models" / "broken" / "1" / "model.onnx"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"not a model")
+    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "models"))
+    assert line.startswith("ringmesh: worker-0 cannot start: ")
+    assert "broken" in line
+    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
+def test_a_malformed_redis_url_is_refused(state, url):
+    assert "--redis: not a Redis URL" in refused("--state", str(state), "--port", "0", "--redis", url)
+
+
+def test_an_unreachable_redis_is_a_warning(state):
+    stack = start_stack(state, "--redis", "redis://:secret@127.0.0.1:1")
+    assert "warning: the Redis of --redis does not answer" in stack.output
+    assert "secret" not in stack.output
+    assert "valkey" not in stack.pids
+    assert stop_stack(stack) == 0
+
+
+def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("project")
+    for name in ("cache", "router"):
+        (cwd / name).mkdir()
+        (cwd / name / "__init__.py").write_text("raise RuntimeError('this is not the one')")
+    ringmesh = Path(sys.executable).parent / "ringmesh"
+    command = [ringmesh, "up", "--port", "0", "--state", state]
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert "ready\n" in supervisor.stdout
+        supervisor.terminate()
+        assert supervisor.wait(30) == 0
+
+
+def _is_of(process, state):
+    return str(state) in ((process.info["environ"] or {}).get("RINGMESH_TRACE_DIR") or "")
