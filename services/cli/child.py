@@ -136,6 +136,7 @@ class Child:
         return self._process
 
     def _open_log(self) -> BinaryIO:
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         log = self.spec.log.open("ab")
         self._log_start = log.tell()
         return log
@@ -154,7 +155,10 @@ class Child:
 
     def _last_line(self) -> str:
         """Of what it wrote in this life; "" where that is nothing."""
-        with self.spec.log.open("rb") as log:
-            log.seek(max(self._log_start, self.spec.log.stat().st_size - _LOG_TAIL_BYTES))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        try:
+            with self.spec.log.open("rb") as log:
+                log.seek(max(self._log_start, self.spec.log.stat().st_size - _LOG_TAIL_BYTES))
+                lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError:  # somebody cleaned up
+            return ""
         return lines[-1] if lines else ""

@@ -86,8 +86,6 @@ class Stack:
         options = self._options
         await self._check()
         (options.state / "stack.json").unlink(missing_ok=True)
-        for folder in (options.state / "logs", options.traces):
-            folder.mkdir(parents=True, exist_ok=True)
         for log in (options.state / "logs").glob("*.log"):
             log.unlink()
         count = len(options.workers)
@@ -209,6 +207,7 @@ class Stack:
             "processes": {name: child.pid for name, child in self._children.items()},
         }
         path = options.state / "stack.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")
         partial_file.touch(mode=0o600)  # a Redis URL may hold a password
         partial_file.write_text(json.dumps(description, indent=2) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.cli.demo_models import write_mlp
+from tests.models import build
 from tests.system import processes
 
 GRPCURL = str(Path(sys.executable).parent / "grpcurl")
@@ -104,11 +104,7 @@ def engine(request) -> str:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """The repository that stacks, workers and routers of these tests serve."""
-    repository = tmp_path_factory.mktemp("models")
-    version = repository / "mlp" / "1"
-    version.mkdir(parents=True)
-    write_mlp(version / "model.onnx")
-    return repository
+    return build(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

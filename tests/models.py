@@ -1,0 +1,137 @@
+"""Small ONNX models, each for one thing that a test asks."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+IDENTITIES = {
+    "bool": TensorProto.BOOL,
+    "int8": TensorProto.INT8,
+    "int16": TensorProto.INT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "uint8": TensorProto.UINT8,
+    "uint16": TensorProto.UINT16,
+    "uint32": TensorProto.UINT32,
+    "uint64": TensorProto.UINT64,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "fp32": TensorProto.FLOAT,
+    "fp64": TensorProto.DOUBLE,
+    "bytes": TensorProto.STRING,
+}
+
+
+def value(name, kind, *shape):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def save(repository: Path, name: str, nodes, inputs, outputs, initializers=(), version=1) -> Path:
+    graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
+    folder = repository / name / str(version)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, folder / "model.onnx")
+    return folder
+
+
+def identity(repository: Path, name: str) -> Path:
+    """x[n,m] -> y[n,m] of the datatype."""
+    kind = IDENTITIES[name]
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return save(repository, f"identity_{name}", [node], [value("x", kind, "n", "m")], [value("y", kind, "n", "m")])
+
+
+def mlp(repository: Path, *, seed=0, version=1) -> Path:
+    """FP32 x[n,64] -> y[n,10]; `seed` makes its weights."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w1": (64, 64), "b1": (64,), "w2": (64, 10), "b2": (10,)}
+    weights = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), k) for k, s in shapes.items()]
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1", "b1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["a"]),
+        helper.make_node("Gemm", ["a", "w2", "b2"], ["y"]),
+    ]
+    x, y = value("x", TensorProto.FLOAT, "n", 64), value("y", TensorProto.FLOAT, "n", 10)
+    return save(repository, "mlp", nodes, [x], [y], weights, version)
+
+
+def add_sub(repository: Path) -> Path:
+    """FP32 a, b [n,2] -> sum, difference [n,2]."""
+    nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["difference"])]
+    names = {"in": ("a", "b"), "out": ("sum", "difference")}
+    inputs, outputs = ([value(name, TensorProto.FLOAT, "n", 2) for name in names[side]] for side in ("in", "out"))
+    return save(repository, "add_sub", nodes, inputs, outputs)
+
+
+def random(repository: Path) -> Path:
+    """FP32 x[n,1] -> y = x + noise: no two answers are the same."""
+    nodes = [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])]
+    x, y = value("x", TensorProto.FLOAT, "n", 1), value("y", TensorProto.FLOAT, "n", 1)
+    return save(repository, "random", nodes, [x], [y])
+
+
+def hidden_random(repository: Path) -> Path:
+    """The random operator stands in a branch of an If."""
+    noisy = helper.make_graph(
+        [helper.make_node("RandomUniform", [], ["r"], shape=[1, 1])], "then", [], [value("r", TensorProto.FLOAT, 1, 1)]
+    )
+    plain = helper.make_graph([helper.make_node("Identity", ["x"], ["p"])], "else", [], [value("p", TensorProto.FLOAT, 1, 1)])
+    nodes = [helper.make_node("If", ["condition"], ["y"], then_branch=noisy, else_branch=plain)]
+    condition = numpy_helper.from_array(np.array(False), "condition")
+    x, y = value("x", TensorProto.FLOAT, 1, 1), value("y", TensorProto.FLOAT, 1, 1)
+    return save(repository, "hidden_random", nodes, [x], [y], [condition])
+
+
+def slow(repository: Path, trips=600) -> Path:
+    """FP32 x[n,1] -> y[n,1] after a loop of many matrix products."""
+    rng = np.random.default_rng(0)
+    side = 256
+    weights = numpy_helper.from_array((rng.normal(size=(side, side)) / side**0.5).astype(np.float32), "w")
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["m", "w"], ["product"]),
+            helper.make_node("Tanh", ["product"], ["m_out"]),
+            helper.make_node("Identity", ["go"], ["go_out"]),
+        ],
+        "body",
+        [value("i", TensorProto.INT64), value("go", TensorProto.BOOL), value("m", TensorProto.FLOAT, side, side)],
+        [value("go_out", TensorProto.BOOL), value("m_out", TensorProto.FLOAT, side, side)],
+    )
+    start = numpy_helper.from_array(rng.normal(size=(side, side)).astype(np.float32), "start")
+    nodes = [
+        helper.make_node("Loop", ["trips", "go0", "start"], ["m_end"], body=body),
+        helper.make_node("ReduceMean", ["m_end"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("Add", ["x", "nothing"], ["y"]),
+    ]
+    initializers = [
+        weights,
+        start,
+        numpy_helper.from_array(np.array(trips, np.int64), "trips"),  # a quarter to a half of a millisecond each
+        numpy_helper.from_array(np.array(True), "go0"),
+        numpy_helper.from_array(np.array(0, np.float32), "zero"),
+    ]
+    x, y = value("x", TensorProto.FLOAT, "n", 1), value("y", TensorProto.FLOAT, "n", 1)
+    return save(repository, "slow", nodes, [x], [y], initializers)
+
+
+def mean_over_rows(repository: Path) -> Path:
+    """FP32 x[n,2] -> y[n,2] minus the mean over all rows: no row can be computed without the others."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    x, y = value("x", TensorProto.FLOAT, "n", 2), value("y", TensorProto.FLOAT, "n", 2)
+    return save(repository, "mean_over_rows", nodes, [x], [y])
+
+
+def build(repository: Path) -> Path:
+    """All that the system tests ask for."""
+    for name in IDENTITIES:
+        identity(repository, name)
+    for make in (mlp, add_sub, random, slow):
+        make(repository)
+    return repository
