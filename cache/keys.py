@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from blake3 import blake3
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
 from services.runtime.tensors import raw_from_contents
 
 # Keyed, so that nobody outside the fleet can search for two inputs with one hash.

@@ -78,7 +78,9 @@ def hidden_random(repository: Path) -> Path:
     noisy = helper.make_graph(
         [helper.make_node("RandomUniform", [], ["r"], shape=[1, 1])], "then", [], [value("r", TensorProto.FLOAT, 1, 1)]
     )
-    plain = helper.make_graph([helper.make_node("Identity", ["x"], ["p"])], "else", [], [value("p", TensorProto.FLOAT, 1, 1)])
+    plain = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["p"])], "else", [], [value("p", TensorProto.FLOAT, 1, 1)]
+    )
     nodes = [helper.make_node("If", ["condition"], ["y"], then_branch=noisy, else_branch=plain)]
     condition = numpy_helper.from_array(np.array(False), "condition")
     x, y = value("x", TensorProto.FLOAT, 1, 1), value("y", TensorProto.FLOAT, 1, 1)

@@ -21,11 +21,11 @@ import grpc
 import numpy as np
 import onnxruntime
 import psutil
+from rich.console import Console
+from rich.table import Table
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
-from rich.console import Console
-from rich.table import Table
 
 from services.cli import demo_models
 
@@ -100,7 +100,16 @@ def running(*command: str, port: int, **environment: str):
         process.stop()
 
 
-def load(loadgen: Path, target: Process, also: list[Process], bodies: Path, order: str, outstanding: int, offset: int, seconds: float):
+def load(
+    loadgen: Path,
+    target: Process,
+    also: list[Process],
+    bodies: Path,
+    order: str,
+    outstanding: int,
+    offset: int,
+    seconds: float,
+):
     processes = [target, *also]
     before = [process.cpu_seconds() for process in processes]
     command = [
@@ -135,7 +144,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each is taken, in turn")
     arguments = parser.parse_args()
     loadgen = build_loadgen()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
     console.print(
         f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}; "
         f"{arguments.rounds} rounds of {arguments.seconds:g} s, medians"
@@ -156,7 +166,9 @@ def main() -> None:
                           "--response-bytes", "930", port=port)
             for engine in ("native", "grpcio")
         }  # fmt: skip
-        back = start("tests.bench.echo", "back", "--port", str(port := free_port()), "--response-bytes", "90", port=port)
+        back = start(
+            "tests.bench.echo", "back", "--port", str(port := free_port()), "--response-bytes", "90", port=port
+        )
         two_hop = start("tests.bench.echo", "two-hop", "--port", str(port := free_port()), "--back", str(back.port),
                         "--response-bytes", "90", port=port)  # fmt: skip
         worker = start("services.inference", port=(port := free_port()), address=f"127.0.0.1:{port}",
@@ -212,7 +224,9 @@ def main() -> None:
     native, grpcio = median(("hit, router native", 64), "rps"), median(("hit, router grpcio", 64), "rps")
     console.print(f"hits, native over grpcio engine at 64 outstanding: {native / grpcio:.1f}")
     single, batched = (statistics.median(rates) for rates in zip(*ort, strict=True))
-    console.print(f"ONNX Runtime in process, tiny MLP, one thread: {single:,.0f} rows/s alone, {batched:,.0f} in batches of 64")
+    console.print(
+        f"ONNX Runtime in process, tiny MLP, one thread: {single:,.0f} rows/s, in batches of 64 {batched:,.0f}"
+    )
 
 
 main()

@@ -1,0 +1,184 @@
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.inference.batcher import MAX_QUEUE, Batcher
+from services.inference.request import Decoded
+from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
+
+EXECUTOR = ThreadPoolExecutor(4)
+
+
+class Doubler:
+    """Doubles rows; records its batches; waits for `gate`; refuses rows that hold 13."""
+
+    name = "doubler"
+    batchable = True
+    max_batch_rows = 8
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, inputs, outputs):
+        self.gate.wait(10)
+        self.batches.append(len(inputs["x"]))
+        if (inputs["x"] == 13).any():
+            raise InvalidArgumentError("13")
+        return [inputs["x"] * 2]
+
+
+def request(value, rows=1, columns=1):
+    array = np.full((rows, columns), value)
+    return Decoded({"x": array}, rows, ("y",), {}, (columns,))
+
+
+async def held(model, batcher, first):
+    """Submits `first` and returns when it runs, and holds the instance."""
+    model.gate.clear()
+    task = asyncio.create_task(batcher.submit(first, None))
+    await asyncio.sleep(0)
+    return task
+
+
+async def submit(batcher, *requests):
+    tasks = [asyncio.create_task(batcher.submit(made, None)) for made in requests]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_an_idle_model_answers_at_once_and_alone():
+    model = Doubler()
+    result = await Batcher(model, EXECUTOR).submit(request(21), None)
+    assert result.arrays[0].tolist() == [[42]]
+    assert (result.batch_requests, result.batch_rows) == (1, 1)
+    assert result.queued_ns <= result.start_ns <= result.run_ns <= result.end_ns
+
+
+async def test_what_waits_while_a_batch_runs_is_the_next_batch():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    others = await submit(batcher, *(request(value) for value in range(5)))
+    model.gate.set()
+    results = await asyncio.gather(first, *others)
+    assert model.batches == [1, 5]
+    assert [result.arrays[0].tolist() for result in results[1:]] == [[[value * 2]] for value in range(5)]
+
+
+async def test_a_batch_ends_at_its_limit_and_a_larger_request_goes_alone():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    others = await submit(batcher, request(1, 5), request(2, 4), request(3, 20), request(4, 1))
+    model.gate.set()
+    await asyncio.gather(first, *others)
+    assert model.batches == [1, 5, 4, 20, 1]
+
+
+async def test_requests_of_another_shape_wait_for_their_own_batch_and_do_not_starve():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    others = await submit(batcher, request(1), request(2, columns=2), request(3), request(4, columns=2))
+    model.gate.set()
+    results = await asyncio.gather(first, *others)
+    assert model.batches == [1, 2, 2]
+    assert results[2].arrays[0].tolist() == [[4, 4]]
+
+
+async def test_a_failing_request_does_not_fail_its_batch_mates():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    others = await submit(batcher, *(request(value) for value in (1, 2, 13, 4, 5)))
+    model.gate.set()
+    results = await asyncio.gather(first, *others, return_exceptions=True)
+    assert isinstance(results[3], InvalidArgumentError)
+    assert [results[index].arrays[0].item() for index in (1, 2, 4, 5)] == [2, 4, 8, 10]
+
+
+async def test_a_request_whose_time_is_up_does_not_run():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    late = asyncio.create_task(batcher.submit(request(1), time.monotonic()))
+    await asyncio.sleep(0)
+    model.gate.set()
+    await first
+    with pytest.raises(DeadlineExceededError):
+        await late
+    assert model.batches == [1]
+
+
+async def test_a_cancelled_request_does_not_run():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    gone, stays = await submit(batcher, request(1), request(2))
+    gone.cancel()
+    await asyncio.sleep(0)
+    model.gate.set()
+    await asyncio.gather(first, stays)
+    assert model.batches == [1, 1]
+
+
+async def test_a_full_queue_refuses_more():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(0))
+    others = await submit(batcher, *(request(1) for _ in range(MAX_QUEUE)))
+    with pytest.raises(ResourceExhaustedError, match=str(MAX_QUEUE)):
+        await batcher.submit(request(2), None)
+    model.gate.set()
+    await asyncio.gather(first, *others)
+
+
+async def test_instances_run_side_by_side():
+    model = Doubler()
+    model.gate = threading.Barrier(2, timeout=10)  # passes only when two runs are under way
+    batcher = Batcher(model, EXECUTOR, instances=2)
+    results = await asyncio.gather(batcher.submit(request(1), None), batcher.submit(request(2), None))
+    assert [result.arrays[0].item() for result in results] == [2, 4]
+
+
+async def test_a_model_that_loses_rows_mixes_up_nobodys_answers():
+    model = Doubler()
+    model.run = lambda inputs, outputs: [inputs["x"][:1] * 2]
+    batcher = Batcher(model, EXECUTOR)
+    model.gate.clear()
+    results = await asyncio.gather(*(batcher.submit(request(value), None) for value in range(4)))
+    assert [result.arrays[0].item() for result in results] == [0, 2, 4, 6]
+
+
+async def test_closing_waits_for_what_was_submitted():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    tasks = await submit(batcher, *(request(value) for value in range(3)))
+    await batcher.close()
+    await asyncio.sleep(0)
+    assert all(task.done() for task in tasks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=30))
+def test_in_any_mix_each_request_is_answered_as_if_alone(mix):
+    async def answer_all():
+        batcher = Batcher(Doubler(), EXECUTOR)
+        return await asyncio.gather(
+            *(batcher.submit(request(value, rows, columns), None) for value, rows, columns in mix),
+            return_exceptions=True,
+        )
+
+    for (value, rows, columns), result in zip(mix, asyncio.run(answer_all()), strict=True):
+        if value == 13:
+            assert isinstance(result, InvalidArgumentError | InternalError)
+        else:
+            assert result.arrays[0].tolist() == [[value * 2] * columns] * rows
