@@ -100,16 +100,8 @@ def running(*command: str, port: int, **environment: str):
         process.stop()
 
 
-def load(
-    loadgen: Path,
-    target: Process,
-    also: list[Process],
-    bodies: Path,
-    order: str,
-    outstanding: int,
-    offset: int,
-    seconds: float,
-):
+def load(loadgen: Path, case, outstanding: int, offset: int, seconds: float):
+    target, also, bodies, order = case
     processes = [target, *also]
     before = [process.cpu_seconds() for process in processes]
     command = [
@@ -201,10 +193,10 @@ def main() -> None:
         ort = []
         offset = 0
         for _ in range(arguments.rounds):
-            for case, (target, also, bodies, order) in cases.items():
+            for case, (*_, order) in cases.items():
                 if order == "seq":
                     offset = (offset + 30_000) % 380_000  # each miss is a body not sent before
-                results[case].append(load(loadgen, target, also, bodies, order, case[1], offset, arguments.seconds))
+                results[case].append(load(loadgen, cases[case], case[1], offset, arguments.seconds))
             model = work / "models" / "mlp" / "1" / "model.onnx"
             ort.append([onnxruntime_rate(model, "x", rng.random((n, 64), dtype=np.float32), 1) for n in (1, 64)])
 
@@ -224,9 +216,7 @@ def main() -> None:
     native, grpcio = median(("hit, router native", 64), "rps"), median(("hit, router grpcio", 64), "rps")
     console.print(f"hits, native over grpcio engine at 64 outstanding: {native / grpcio:.1f}")
     single, batched = (statistics.median(rates) for rates in zip(*ort, strict=True))
-    console.print(
-        f"ONNX Runtime in process, tiny MLP, one thread: {single:,.0f} rows/s, in batches of 64 {batched:,.0f}"
-    )
+    console.print(f"ONNX Runtime in process, MLP, one thread: {single:,.0f} rows/s, in batches of 64 {batched:,.0f}")
 
 
 main()

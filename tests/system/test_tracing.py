@@ -42,8 +42,15 @@ async def complete(folder, trace_id, names):
 
 
 MISS = {
-    "router ModelInfer", "cache.local", "cache.shared", "forward", "worker Execute", "queue", "batch", "onnxruntime run",
-}  # fmt: skip
+    "router ModelInfer",
+    "cache.local",
+    "cache.shared",
+    "forward",
+    "worker Execute",
+    "queue",
+    "batch",
+    "onnxruntime run",
+}
 
 
 async def test_a_trace_of_a_miss_shows_every_hop_under_the_callers_span(stack):
@@ -105,7 +112,8 @@ async def test_a_broken_traceparent_begins_a_new_trace(stack, broken):
 async def test_ringmesh_trace_shows_the_hops_of_a_trace(stack):
     trace_id, _, _ = await traced(stack.router, fresh())
     await complete(stack.trace_dir, trace_id, MISS)
-    shown = subprocess.run(
+    shown = await asyncio.to_thread(
+        subprocess.run,
         [sys.executable, "-m", "services.cli", "trace", trace_id, "--state", stack.state],
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip

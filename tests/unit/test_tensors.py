@@ -84,5 +84,5 @@ def test_contents_of_another_datatype_are_refused_by_name():
 
 
 def test_a_datatype_that_does_not_exist_is_told_those_that_do():
-    with pytest.raises(InvalidArgumentError, match="FLOAT.*FP32"):
+    with pytest.raises(InvalidArgumentError, match=r"FLOAT.*FP32"):
         raw_from_contents(tensor("FLOAT"))
