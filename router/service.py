@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from typing import NoReturn
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -18,7 +19,7 @@ from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from services.runtime import protocol
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
-from services.runtime.rpc import Context, Service, abort, parse, unary, unexpected
+from services.runtime.rpc import Answer, Context, Metadata, Service, abort, parse, unary, unexpected
 from services.runtime.tracing import Attributes, Trace, Tracer
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class InferenceService:
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
                 "ModelInfer": grpc.unary_unary_rpc_method_handler(self._model_infer),
             },
+            {"ModelInfer": self._admit},
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
@@ -56,75 +58,118 @@ class InferenceService:
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         return self._fleet.view.catalog.find(request.name, request.version).metadata
 
-    async def _model_infer(self, data: bytes, context: Context) -> bytes:
-        """Bytes in, bytes out: a hit is answered without serializing a message."""
-        start = time.time_ns()
-        trace = self._tracer.start(protocol.traceparent(context))
-        name = "ModelInfer"
+    def _admit(self, data: bytes, metadata: Metadata) -> Answer | _Admitted:
+        """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
+        call = _Admitted(data, self._tracer.start(protocol.traceparent(metadata)))
+        trace = call.trace
         try:
             request = parse(v2.ModelInferRequest, data)
-            name = request.model_name
-            found = await self._answer(request, data, context, trace)
+            call.name, call.request_id = request.model_name, request.id
+            call.model = model = self._fleet.view.catalog.find(call.name, request.model_version)
+            if model.uncacheable:
+                raise UncacheableError(model.uncacheable)
+            call.request_hash = self._hasher.hash(request)
+        except UncacheableError as why:
+            trace.span("cache.bypass", call.start, time.time_ns(), {"ringmesh.reason": str(why)})
+            return call
         except RingmeshError as error:
-            await self._fail(context, trace, name, start, error)
+            call.error = error
+            return call
         except Exception as error:
-            log.exception("trace %s: %s failed", trace.trace_id, name)
-            await self._fail(context, trace, name, start, unexpected(error))
-        entry = found.entry
-        context.set_trailing_metadata(
+            log.exception("trace %s: %s failed", trace.trace_id, call.name)
+            call.error = unexpected(error)
+            return call
+        entry = self._mesh.local.get(cache_key(model.digest, call.request_hash))
+        if trace.sampled:
+            trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
+        if entry is None:
+            return call
+        return self._answer(call, Found(entry, "hit-local"))
+
+    async def _model_infer(self, data: bytes | _Admitted, context: Context) -> bytes:
+        """Bytes in, bytes out. On the engine with a lane, the call was admitted before it comes here."""
+        call = self._admit(data, protocol.metadata(context)) if isinstance(data, bytes) else data
+        if isinstance(call, Answer):
+            answer = call
+        else:
+            try:
+                answer = self._answer(call, await self._find(call, protocol.deadline(context)))
+            except RingmeshError as error:
+                await self._fail(context, call, error)
+            except Exception as error:
+                log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
+                await self._fail(context, call, unexpected(error))
+        context.set_trailing_metadata(tuple(answer.trailing))
+        return answer.body
+
+    async def _find(self, call: _Admitted, deadline: float | None) -> Found:
+        """What the local tier did not have."""
+        if call.error is not None:
+            raise call.error
+        model = call.model
+        assert model is not None
+        if not call.request_hash:
+            # Any place on the ring will do, so all of them share the load.
+            computed = await self._compute(call, model, os.urandom(2), deadline)
+            return Found(computed.entry, "bypass", computed.worker)
+        return await self._mesh.get_or_compute(
+            cache_key(model.digest, call.request_hash),
+            lambda: self._compute(call, model, call.request_hash, deadline),
+            deadline,
+            call.trace,
+        )
+
+    async def _compute(self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None) -> Computed:
+        """`place` says where on the ring."""
+        result, member = await self._dispatcher.run(
+            model, call.data, place, call.trace, request_hash=call.request_hash, deadline=deadline
+        )
+        key = cache_key(result.model_digest, call.request_hash) if call.request_hash else None
+        return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
+
+    def _answer(self, call: _Admitted, found: Found) -> Answer:
+        entry, trace = found.entry, call.trace
+        if trace.sampled:
+            attributes: Attributes = {
+                "ringmesh.model": call.name,
+                "ringmesh.cache": found.outcome,
+                "ringmesh.request.bytes": len(call.data),
+            }
+            self._tracer.finish(trace, "router ModelInfer", call.start, time.time_ns(), attributes)
+        return Answer(
+            protocol.with_id(entry.value, call.request_id),
             (
                 ("ringmesh-cache", found.outcome),
                 ("ringmesh-worker", found.worker),
                 ("ringmesh-trace-id", trace.trace_id),
                 ("ringmesh-compute-us", str(entry.compute_us)),
-            )
-        )
-        if trace.sampled:
-            attributes: Attributes = {
-                "ringmesh.model": name,
-                "ringmesh.cache": found.outcome,
-                "ringmesh.request.bytes": len(data),
-            }
-            self._tracer.finish(trace, "router ModelInfer", start, time.time_ns(), attributes)
-        return protocol.with_id(entry.value, request.id)
-
-    async def _answer(self, request: v2.ModelInferRequest, data: bytes, context: Context, trace: Trace) -> Found:
-        model = self._fleet.view.catalog.find(request.model_name, request.model_version)
-        begin = time.time_ns()
-        try:
-            if model.uncacheable:
-                raise UncacheableError(model.uncacheable)
-            request_hash = self._hasher.hash(request)
-        except UncacheableError as why:
-            trace.span("cache.bypass", begin, time.time_ns(), {"ringmesh.reason": str(why)})
-            # Any place on the ring will do, so all of them share the load.
-            computed = await self._compute(model, data, b"", os.urandom(2), protocol.deadline(context), trace)
-            return Found(computed.entry, "bypass", computed.worker)
-
-        key = cache_key(model.digest, request_hash)
-        entry = self._mesh.local.get(key)
-        trace.span("cache.local", begin, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
-        if entry is not None:
-            return Found(entry, "hit-local")
-        deadline = protocol.deadline(context)
-        return await self._mesh.get_or_compute(
-            key, lambda: self._compute(model, data, request_hash, request_hash, deadline, trace), deadline, trace
+            ),
         )
 
-    async def _compute(
-        self, model: ModelEntry, data: bytes, request_hash: bytes, place: bytes, deadline: float | None, trace: Trace
-    ) -> Computed:
-        """`place` says where on the ring; `request_hash` is b"" where the answer is not to be shared or kept."""
-        result, member = await self._dispatcher.run(
-            model, data, place, trace, request_hash=request_hash, deadline=deadline
-        )
-        key = cache_key(result.model_digest, request_hash) if request_hash else None
-        return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
+    async def _fail(self, context: Context, call: _Admitted, error: RingmeshError) -> NoReturn:
+        attributes: Attributes = {"ringmesh.model": call.name, "rpc.grpc.status_code": error.code.value[0]}
+        self._tracer.finish(call.trace, "router ModelInfer", call.start, time.time_ns(), attributes, error.message)
+        await abort(context, error, (("ringmesh-trace-id", call.trace.trace_id),))
 
-    async def _fail(self, context: Context, trace: Trace, name: str, start: int, error: RingmeshError) -> None:
-        attributes: Attributes = {"ringmesh.model": name, "rpc.grpc.status_code": error.code.value[0]}
-        self._tracer.finish(trace, "router ModelInfer", start, time.time_ns(), attributes, error.message)
-        await abort(context, error, (("ringmesh-trace-id", trace.trace_id),))
+
+class _Admitted:
+    """A request on its way. `request_hash` is b"" where the answer is neither shared nor kept."""
+
+    __slots__ = ("data", "error", "model", "name", "request_hash", "request_id", "start", "trace")
+
+    def __init__(self, data: bytes, trace: Trace) -> None:
+        self.start = time.time_ns()
+        self.data = data
+        self.trace = trace
+        self.name = ""
+        self.request_id = ""
+        self.request_hash = b""
+        self.model: ModelEntry | None = None
+        self.error: RingmeshError | None = None
+
+    def __len__(self) -> int:
+        """Bytes of the request, as the engine counts them."""
+        return len(self.data)
 
 
 def _compute_us(result: inference_pb2.WorkResult) -> int:

@@ -51,7 +51,7 @@ class InferenceService:
             data,
             request_hash=b"",
             deadline=protocol.deadline(context),
-            traceparent=protocol.traceparent(context),
+            traceparent=protocol.traceparent(protocol.metadata(context)),
         )
         trailing = (("ringmesh-cache", "bypass"), ("ringmesh-worker", self._worker.worker_id))
         if result.HasField("failure"):

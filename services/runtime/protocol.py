@@ -10,14 +10,15 @@ from typing import TypeAlias, cast
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.rpc import Context, Handler, Service, unary
+from services.runtime.rpc import Context, Handler, Lane, Metadata, Service, unary
 
 ReadyCheck: TypeAlias = Callable[[], bool]
 
+_NO_LANES: Mapping[str, Lane] = {}
 EXTENSIONS = ("binary_tensor_data", "parameters", "classification")
 
 
-def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler]) -> Service:
+def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mapping[str, Lane] = _NO_LANES) -> Service:
     """`inference.GRPCInferenceService` of `handlers`, with what is the same on every server."""
     metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
 
@@ -38,6 +39,7 @@ def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler]) -> Service:
             "ServerMetadata": unary(v2.ServerMetadataRequest, server_metadata),
             **handlers,
         },
+        lanes,
     )
 
 
@@ -49,9 +51,14 @@ def with_id(response: bytes, request_id: str) -> bytes:
     return b"".join((response, b"\x1a", _varint(len(encoded)), encoded))  # field 3, length-delimited
 
 
-def traceparent(context: Context) -> str | None:
+def metadata(context: Context) -> Metadata:
+    """What the caller sent beside the request."""
+    return tuple(context.invocation_metadata() or ())
+
+
+def traceparent(sent: Metadata) -> str | None:
     """The caller's W3C trace context, where it sent one."""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in sent:
         if key == "traceparent":
             return value if isinstance(value, str) else None
     return None

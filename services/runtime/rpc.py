@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -17,17 +17,30 @@ from services.runtime.errors import InternalError, InvalidArgumentError, Ringmes
 log = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Request = TypeVar("Request", bound=Message)
 
 
+class Answer(NamedTuple):
+    """A serialized response and its trailing metadata."""
+
+    body: bytes
+    trailing: Metadata
+
+
+# Takes a request and its metadata, at once and without raising. What is not an Answer is given to the method's
+# handler in place of the request's bytes.
+Lane: TypeAlias = Callable[[bytes, Metadata], Answer | Sized]
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A gRPC service to serve: its full name, its handlers by method name, and its descriptor for reflection."""
+    """A gRPC service to serve: its handlers by method name, and the lanes that an engine may ask before them."""
 
     descriptor: ServiceDescriptor
     handlers: Mapping[str, Handler]
+    lanes: Mapping[str, Lane] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -67,7 +80,7 @@ def unexpected(error: Exception) -> InternalError:
 
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:
     """Ends the call with the error's status; details stand in `grpc-status-details-bin` as google.rpc messages."""
-    await context.abort(error.code, error.message, trailing + status_details(error))
+    await context.abort(error.code, error.message, (*trailing, *status_details(error)))
 
 
 def status_details(error: RingmeshError) -> Metadata:

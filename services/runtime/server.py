@@ -28,15 +28,17 @@ class StartError(Exception):
     """The process cannot start; the message says why in one line."""
 
 
-def _create(engine: Engine, options: list[tuple[str, Any]]) -> grpc.aio.Server:
+def _create(engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service]) -> grpc.aio.Server:
     if engine is Engine.NATIVE:
         try:
-            import pygrpc_native.aio as native  # `from pygrpc_native import aio` recurses without end in 0.5.0
+            from services.runtime.fast_lane import FastLaneServer
         except ImportError:
             log.warning("pygrpc-native has no wheel here; serving with grpcio, which is slower")
         else:
-            server: grpc.aio.Server = native.server(options=options)
-            return server
+            lanes = {
+                f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
+            }
+            return FastLaneServer(options, lanes)
     # Long-lived channels find new backends only when a connection ends; the native engine cannot end them by age.
     age = [("grpc.max_connection_age_ms", 300_000), ("grpc.max_connection_age_grace_ms", 60_000)]
     return grpc.aio.server(options=[*options, *age])
@@ -60,6 +62,7 @@ class Server:
                 # Without this, grpcio lets a second server take the same port unnoticed.
                 ("grpc.so_reuseport", 0),
             ],
+            services,
         )
 
     async def start(self) -> int:

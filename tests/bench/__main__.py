@@ -30,7 +30,7 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 from services.cli import demo_models
 
 HERE = Path(__file__).parent
-console = Console()
+console = Console(width=120)
 
 
 def free_port() -> int:
