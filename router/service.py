@@ -129,6 +129,7 @@ class InferenceService:
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
         entry, trace = found.entry, call.trace
+        trailing: Metadata
         if trace.sampled:
             attributes: Attributes = {
                 "ringmesh.model": call.name,
@@ -136,15 +137,14 @@ class InferenceService:
                 "ringmesh.request.bytes": len(call.data),
             }
             self._tracer.finish(trace, "router ModelInfer", call.start, time.time_ns(), attributes)
-        return Answer(
-            protocol.with_id(entry.value, call.request_id),
-            (
-                ("ringmesh-cache", found.outcome),
-                ("ringmesh-worker", found.worker),
-                ("ringmesh-trace-id", trace.trace_id),
-                ("ringmesh-compute-us", str(entry.compute_us)),
-            ),
+        trailing = (
+            ("ringmesh-cache", found.outcome),
+            ("ringmesh-trace-id", trace.trace_id),
+            ("ringmesh-compute-us", str(entry.compute_us)),
         )
+        if found.worker:
+            trailing = (*trailing, ("ringmesh-worker", found.worker))
+        return Answer(protocol.with_id(entry.value, call.request_id), trailing)
 
     async def _fail(self, context: Context, call: _Admitted, error: RingmeshError) -> NoReturn:
         attributes: Attributes = {"ringmesh.model": call.name, "rpc.grpc.status_code": error.code.value[0]}

@@ -219,4 +219,5 @@ def main() -> None:
     console.print(f"ONNX Runtime in process, MLP, one thread: {single:,.0f} rows/s, in batches of 64 {batched:,.0f}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+
+def start(module, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", module], env={f"RINGMESH_{k}": v for k, v in environment.items()},
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "environment", "words"),
+    [
+        ("router", {"ENGINE": "steam"}, ["RINGMESH_ENGINE", "'native' or 'grpcio'", "'steam'"]),
+        ("router", {"WORKERS": "nowhere"}, ["RINGMESH_WORKERS", "host:port", "nowhere"]),
+        ("router", {"WORKERS": "a:1,a:1"}, ["RINGMESH_WORKERS", "twice"]),
+        ("router", {"REDIS_URL": "http://x"}, ["RINGMESH_REDIS_URL", "http://x"]),
+        ("router", {"ADDRESS": "1.2.3.4:1"}, ["1.2.3.4:1"]),
+        ("router", {"CONFIG": "/nowhere.toml"}, ["RINGMESH_CONFIG", "/nowhere.toml"]),
+        ("cache", {"LOCAL_TIER_BYTES": "-1"}, ["RINGMESH_LOCAL_TIER_BYTES", "-1"]),
+        ("services.inference", {"MODELS": "/nowhere"}, ["/nowhere"]),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line_and_exits_with_2(module, environment, words):
+    done = start(module, **environment)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_variable_wins_over_the_file_and_the_section_over_common(tmp_path, monkeypatch):
+    from router.settings import RouterSettings
+
+    file = tmp_path / "ringmesh.toml"
+    file.write_text(
+        '[common]\ntrace_ratio = 0.5\nlog_level = "DEBUG"\n[router]\nlog_level = "ERROR"\nworkers = ["a:1"]\n'
+    )
+    monkeypatch.setenv("RINGMESH_CONFIG", str(file))
+    monkeypatch.setenv("RINGMESH_TRACE_RATIO", "0.25")
+    settings = RouterSettings()
+    assert (settings.trace_ratio, settings.log_level, settings.workers) == (0.25, "ERROR", ("a:1",))
+
+
+def test_a_misspelt_name_in_the_file_is_told(tmp_path):
+    file = tmp_path / "ringmesh.toml"
+    file.write_text("[router]\nworker = 'a:1'\n")
+    done = start("router", CONFIG=str(file))
+    assert done.returncode == 2
+    assert "WORKER" in done.stderr
