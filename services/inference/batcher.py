@@ -49,13 +49,27 @@ class Batcher:
     """Runs requests for one model, `instances` batches at a time.
 
     A free instance takes the oldest request and what waits of its signature, up to the model's `max_batch_rows`; a
-    larger request goes alone. There is no timer: an idle model answers at once.
+    larger request goes alone. An idle model answers at once, unless `max_delay` (seconds) lets the oldest wait for a
+    batch of a `preferred` size, or the largest.
     """
 
-    def __init__(self, model: OnnxModel, executor: Executor, *, instances: int = 1) -> None:
+    def __init__(
+        self,
+        model: OnnxModel,
+        executor: Executor,
+        *,
+        instances: int = 1,
+        max_delay: float = 0.0,
+        preferred: Sequence[int] = (),
+        max_queue: int = MAX_QUEUE,
+    ) -> None:
         self._model = model
         self._executor = executor
         self._free = instances
+        self._max_delay_ns = int(max_delay * 1e9)
+        self._preferred = sorted(preferred)
+        self._max_queue = max_queue
+        self._timer: asyncio.TimerHandle | None = None
         self._queue: deque[_Waiting] = deque()
         self._batches: set[asyncio.Task[None]] = set()
 
@@ -64,9 +78,9 @@ class Batcher:
 
         Cancelled while it waits, it does not run.
         """
-        if len(self._queue) >= MAX_QUEUE:
+        if len(self._queue) >= self._max_queue:
             raise ResourceExhaustedError(
-                f"model {self._model.name!r} has {MAX_QUEUE} requests waiting, as many as it may; retry later"
+                f"model {self._model.name!r} has {self._max_queue} requests waiting, as many as it may; retry later"
             )
         waiting = _Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
@@ -79,13 +93,34 @@ class Batcher:
             await asyncio.wait(self._batches)
 
     def _dispatch(self) -> None:
-        while self._free and (batch := self._next_batch()):
+        while self._free and not self._waits_for_more() and (batch := self._next_batch()):
             self._free -= 1
             task = asyncio.create_task(self._serve(batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
 
+    def _waits_for_more(self) -> bool:
+        """Whether the oldest may still wait; then a timer comes back to it."""
+        if not (self._max_delay_ns and self._queue):
+            return False
+        rows = sum(waiting.decoded.rows for waiting in self._queue)
+        left = self._queue[0].queued_ns + self._max_delay_ns - time.time_ns()
+        if left <= 0 or rows >= (self._preferred[0] if self._preferred else self._model.max_batch_rows):
+            return False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(left / 1e9, self._dispatch)
+        return True
+
+    def _limit(self) -> int:
+        """The largest preferred size that what waits can fill, if any."""
+        if not self._preferred:
+            return self._model.max_batch_rows
+        rows = sum(waiting.decoded.rows for waiting in self._queue)
+        return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
+
     def _next_batch(self) -> list[_Waiting]:
+        limit = self._limit()
         now = time.monotonic()
         batch: list[_Waiting] = []
         left: deque[_Waiting] = deque()
@@ -104,7 +139,7 @@ class Batcher:
             if batch and decoded.signature != batch[0].decoded.signature:
                 left.append(waiting)
                 continue
-            if batch and rows + decoded.rows > self._model.max_batch_rows:
+            if batch and rows + decoded.rows > limit:
                 left.append(waiting)
                 break
             batch.append(waiting)

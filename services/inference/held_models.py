@@ -29,6 +29,10 @@ class HeldModels:
     def __iter__(self) -> Iterator[HeldModel]:
         return (held for versions in self._by_name.values() for held in versions.values())
 
+    def of(self, name: str) -> list[HeldModel]:
+        """The versions of a model, oldest first; [] where it is not held."""
+        return list(self._by_name.get(name, {}).values())
+
     def versions(self, name: str) -> list[str]:
         """Oldest first. Raises NotFoundError."""
         return list(self._versions(name))
@@ -47,6 +51,6 @@ class HeldModels:
     def _versions(self, name: str) -> dict[str, HeldModel]:
         versions = self._by_name.get(name)
         if versions is None:
-            known = ", ".join(self._by_name)
+            known = ", ".join(self._by_name) or "none"
             raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
         return versions

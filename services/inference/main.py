@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import onnxruntime
 
-from services.inference.batcher import Batcher
-from services.inference.held_models import HeldModel, HeldModels
-from services.inference.model import ModelLoadError, OnnxModel
-from services.inference.repository import ModelFiles, RepositoryError, scan
+from services.inference.model import OnnxModel
+from services.inference.model_store import ModelStore
+from services.inference.repository import ModelFiles, RepositoryError
 from services.inference.service import EnvelopeService, InferenceService
 from services.inference.settings import WorkerSettings
 from services.inference.worker import Worker
@@ -25,11 +24,11 @@ _PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
-    models = await asyncio.to_thread(_load, settings, executor)
+    store = await _load(settings, executor)
     tracer = create_tracer(
         "worker", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
-    worker = Worker(settings.worker_id, models, tracer)
+    worker = Worker(settings.worker_id, store, tracer)
     server = Server(
         settings.engine,
         settings.address,
@@ -41,24 +40,25 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     await stopping.wait()
     worker.accepting = False
     await server.stop(settings.drain_seconds)
-    await worker.close()
+    await store.close()
     executor.shutdown()
     await asyncio.to_thread(tracer.close)
 
 
-def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> HeldModels:
+async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> ModelStore:
     available = onnxruntime.get_available_providers()
     providers = [provider for provider in _PREFERRED_PROVIDERS if provider in available]
     threads = settings.threads or len(os.sched_getaffinity(0))
 
-    def load(files: ModelFiles) -> HeldModel:
-        model = OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
-        return HeldModel(model, Batcher(model, executor))
+    def open_model(files: ModelFiles) -> OnnxModel:
+        return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
 
+    store = ModelStore(settings.models, open_model, executor)
     try:
-        return HeldModels([load(files) for files in scan(settings.models)])
-    except (RepositoryError, ModelLoadError) as error:
+        await store.load_all()
+    except RepositoryError as error:
         raise StartError(str(error)) from None
+    return store
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
+from services.inference.config import ModelConfig
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.runtime.errors import InvalidArgumentError
@@ -39,6 +41,12 @@ _TYPES = {
 }
 
 
+# BYTES is called TYPE_STRING there.
+_CONFIG_TYPES = {
+    name: config_pb2.DataType.Value("TYPE_STRING" if name == "BYTES" else f"TYPE_{name}") for name in DATATYPES
+}
+
+
 class ModelLoadError(Exception):
     """The model cannot be served; the message names the file and the cause."""
 
@@ -62,6 +70,7 @@ class OnnxModel:
     def __init__(
         self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
     ) -> None:
+        """`max_batch_rows` holds where the model's configuration does not say. Raises ModelLoadError."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = intra_op_threads
         options.log_severity_level = 3
@@ -76,14 +85,27 @@ class OnnxModel:
         self.version = files.version
         self.provider: str = self._session.get_providers()[0]
         self.digest = files.digest(self.provider)
+        self._config = files.config or ModelConfig()
         self.inputs = {spec.name: spec for spec in map(self._spec, self._session.get_inputs())}
         self.outputs = {spec.name: spec for spec in map(self._spec, self._session.get_outputs())}
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
-        self.cacheable = not random
+        if self._config.HasField("response_cache"):
+            self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
+        self.cacheable = not self.cacheable_reason
         self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*self.inputs.values(), *self.outputs.values()))
-        self.batch_reason = self._why_not_batched()
+        if files.says_max_batch_size:
+            self.batch_reason = "" if self._config.max_batch_size else "max_batch_size is 0 in its config.pbtxt"
+            max_batch_rows = self._config.max_batch_size
+            if max_batch_rows and (fixed := self._fixed_first_dimension()):
+                raise ModelLoadError(f"cannot load {files.model}: max_batch_size is {max_batch_rows}, but {fixed}")
+        else:
+            self.batch_reason = self._fixed_first_dimension() or self._probe_rows()
         self.batchable = not self.batch_reason
         self.max_batch_rows = max_batch_rows if self.batchable else 1
+        for declared_input in self._config.input:
+            self._check_declared(declared_input, self.inputs, files)
+        for declared_output in self._config.output:
+            self._check_declared(declared_output, self.outputs, files)
 
     def metadata(self) -> v2.ModelMetadataResponse:
         """Without versions: only who knows all of them can tell."""
@@ -93,6 +115,32 @@ class OnnxModel:
             for specs in (self.inputs, self.outputs)
         )
         return v2.ModelMetadataResponse(name=self.name, platform="onnxruntime_onnx", inputs=inputs, outputs=outputs)
+
+    def config(self) -> ModelConfig:
+        """What its config.pbtxt says, completed by what the file says and by what was decided at load."""
+        made = ModelConfig()
+        made.CopyFrom(self._config)
+        made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
+        made.max_batch_size = self.max_batch_rows if self.batchable else 0
+        made.response_cache.enable = self.cacheable
+        if self.batchable and made.WhichOneof("scheduling_choice") is None:
+            made.dynamic_batching.SetInParent()
+        if not made.instance_group:
+            kind = (
+                config_pb2.ModelInstanceGroup.KIND_GPU
+                if "CUDA" in self.provider
+                else config_pb2.ModelInstanceGroup.KIND_CPU
+            )
+            made.instance_group.add(name=f"{self.name}_0", kind=kind, count=1)
+        del made.input[:], made.output[:]
+        for specs, add in ((self.inputs, made.input.add), (self.outputs, made.output.add)):
+            for spec in specs.values():
+                dims = spec.shape[1:] if self.batchable else spec.shape
+                add(name=spec.name, data_type=_CONFIG_TYPES[spec.datatype.name], dims=dims)
+        for name, reason in (("batched", self.batch_reason), ("cached", self.cacheable_reason)):
+            made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
+        made.parameters["ringmesh_provider"].string_value = self.provider
+        return made
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs."""
@@ -132,11 +180,37 @@ class OnnxModel:
         shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
         return TensorSpec(node.name, DATATYPES[datatype], shape)
 
-    def _why_not_batched(self) -> str:
-        """A free first dimension everywhere is needed, and that two rows together answer as they do alone."""
+    def _check_declared(
+        self,
+        declared: config_pb2.ModelInput | config_pb2.ModelOutput,
+        side: Mapping[str, TensorSpec],
+        files: ModelFiles,
+    ) -> None:
+        """What the configuration says of a tensor and the file does not bear out is a mistake in one of them."""
+        spec = side.get(declared.name)
+        where = f"cannot load {files.model}: its config.pbtxt"
+        if spec is None:
+            raise ModelLoadError(f"{where} names {declared.name!r}; the file has {', '.join(map(repr, side))}")
+        if declared.data_type not in (config_pb2.TYPE_INVALID, _CONFIG_TYPES[spec.datatype.name]):
+            given = config_pb2.DataType.Name(declared.data_type)
+            raise ModelLoadError(f"{where} says {declared.name!r} is {given}; the file says {spec.datatype.name}")
+        shape = (-1, *declared.dims) if self._config.max_batch_size else tuple(declared.dims)
+        if declared.dims and (
+            len(shape) != len(spec.shape)
+            or any(-1 not in (ours, theirs) and ours != theirs for ours, theirs in zip(shape, spec.shape, strict=True))
+        ):
+            raise ModelLoadError(
+                f"{where} gives {declared.name!r} dims {list(declared.dims)}; the file has {list(spec.shape)}"
+            )
+
+    def _fixed_first_dimension(self) -> str:
         for spec in (*self.inputs.values(), *self.outputs.values()):
             if not spec.shape or spec.shape[0] != -1:
                 return f"the first dimension of {spec.name!r} is not free"
+        return ""
+
+    def _probe_rows(self) -> str:
+        """Why not to batch: two rows together do not answer as they do alone; "" where they do."""
         names = list(self.outputs)
         try:
             rows = [self._probe_row(seed) for seed in (0, 1)]

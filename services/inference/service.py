@@ -35,15 +35,15 @@ class InferenceService:
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
         try:
-            self._worker.models.find(request.name, request.version)
+            self._worker.store.held.find(request.name, request.version)
         except NotFoundError:
             return v2.ModelReadyResponse(ready=False)
         return v2.ModelReadyResponse(ready=True)
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         metadata = v2.ModelMetadataResponse()
-        metadata.CopyFrom(self._worker.models.find(request.name, request.version).model.metadata())
-        metadata.versions[:] = self._worker.models.versions(request.name)
+        metadata.CopyFrom(self._worker.store.held.find(request.name, request.version).model.metadata())
+        metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
@@ -97,7 +97,7 @@ class EnvelopeService:
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
             accepting=self._worker.accepting,
-            models=[_describe(held) for held in self._worker.models],
+            models=[_describe(held) for held in self._worker.store.held],
         )
 
 

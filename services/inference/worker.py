@@ -9,7 +9,8 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
-from services.inference.held_models import HeldModel, HeldModels
+from services.inference.held_models import HeldModel
+from services.inference.model_store import ModelStore
 from services.inference.request import decode_request, encode_response
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc import parse, unexpected
@@ -22,9 +23,9 @@ log = logging.getLogger(__name__)
 class Worker:
     """Runs requests on the models held. Knows no RPC: results and failures are values."""
 
-    def __init__(self, worker_id: str, models: HeldModels, tracer: Tracer) -> None:
+    def __init__(self, worker_id: str, store: ModelStore, tracer: Tracer) -> None:
         self.worker_id = worker_id
-        self.models = models
+        self.store = store
         self.accepting = True
         self._tracer = tracer
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
@@ -39,7 +40,7 @@ class Worker:
         try:
             request = parse(v2.ModelInferRequest, data)
             name = request.model_name
-            held = self.models.find(name, request.model_version)
+            held = self.store.held.find(name, request.model_version)
             if request_hash:
                 key = held.model.digest + request_hash
                 result, joined = await self._flights.run(
@@ -61,11 +62,6 @@ class Worker:
             failure = result.failure.message
             self._tracer.finish(trace, "worker Execute", start, time.time_ns(), attributes, failure)
         return result
-
-    async def close(self) -> None:
-        """Waits for the batches under way."""
-        for held in self.models:
-            await held.batcher.close()
 
     async def _run(
         self, held: HeldModel, request: v2.ModelInferRequest, deadline: float | None, trace: Trace

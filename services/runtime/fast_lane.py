@@ -7,14 +7,18 @@ then, and the rest takes the usual way. Measured in docs/performance.md.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
 from pygrpc_native import EVENT_CALL
 
 from services.runtime.rpc import Answer, Lane
+
+_FLUSH_SECONDS = 0.1
 
 
 class FastLaneServer(native.Server):
@@ -25,11 +29,21 @@ class FastLaneServer(native.Server):
         self._lanes = lanes
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._lane_of: list[Lane | None] = []
+        self._draining = False
 
     async def start(self) -> None:
         """Serves."""
         await super().start()
         self._lane_of = [self._lanes.get(path) for path, _ in self._table]
+
+    async def stop(self, grace: float | None) -> None:
+        """Turns new calls away, waits for those under way, and closes only when their answers have left."""
+        self._draining = True
+        if tasks := [call.task for call in self._calls.values() if call.task is not None]:
+            await asyncio.wait(tasks, timeout=grace or 0)
+        # Closing takes with it what the engine has not yet written to its sockets; it has no way to wait for that.
+        await asyncio.sleep(_FLUSH_SECONDS)
+        await super().stop(0)
 
     def _on_events(self, events: list[tuple[Any, ...]]) -> None:
         front = self._front
@@ -39,6 +53,9 @@ class FastLaneServer(native.Server):
         rest = []
         for event in events:
             kind, call_id, method_id, payload, client, details = event
+            if self._draining and kind == EVENT_CALL:
+                front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
+                continue
             lane = self._lane_of[method_id] if kind == EVENT_CALL else None
             if lane is not None and len(payload) <= self._largest:
                 answer = lane(payload, details[0])

@@ -1,0 +1,127 @@
+"""`config.pbtxt`: how a model is to be served, as Triton's repositories say it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from google.protobuf import json_format, text_format
+from google.protobuf.message import Message
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+ModelConfig = config_pb2.ModelConfig
+
+_PLATFORMS = ("", "onnxruntime_onnx")
+_BACKENDS = ("", "onnxruntime")
+
+# Fields that change how a model is served here. What else is set is said once, at load.
+_ACTED_ON = frozenset(
+    {
+        "name",
+        "platform",
+        "backend",
+        "version_policy",
+        "max_batch_size",
+        "input",
+        "output",
+        "dynamic_batching",
+        "dynamic_batching.preferred_batch_size",
+        "dynamic_batching.max_queue_delay_microseconds",
+        "dynamic_batching.default_queue_policy",
+        "dynamic_batching.default_queue_policy.max_queue_size",
+        "instance_group",
+        "default_model_filename",
+        "response_cache",
+    }
+)
+# Looked into where they are set; the others are taken or left whole.
+_NESTED = frozenset({"dynamic_batching", "dynamic_batching.default_queue_policy"})
+
+
+class ConfigError(Exception):
+    """The configuration cannot be served; the message names the file or field and what it should be."""
+
+
+def parse(text: str, source: str) -> ModelConfig:
+    """Reads protobuf text. Raises ConfigError with the line of the first mistake."""
+    try:
+        return text_format.Parse(text, ModelConfig())
+    except text_format.ParseError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def parse_json(text: str, source: str) -> ModelConfig:
+    """Reads the JSON that RepositoryModelLoad's `config` parameter carries. Raises ConfigError."""
+    try:
+        return json_format.Parse(text, ModelConfig())
+    except json_format.ParseError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read(path: Path, name: str) -> ModelConfig | None:
+    """The configuration of model `name`; None where there is no such file. Raises ConfigError."""
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    config = parse(text, str(path))
+    _check(config, path, name)
+    return config
+
+
+def ignored_fields(config: ModelConfig) -> list[str]:
+    """Paths of the fields that are set and change nothing here."""
+    return [path for path in _set_fields(config, "") if path not in _ACTED_ON]
+
+
+def says_max_batch_size(path: Path) -> bool:
+    """Whether the file sets max_batch_size at all: 0 and nothing are one in protobuf, but not in meaning."""
+    return path.is_file() and re.search(r"^\s*max_batch_size\s*:", path.read_text(), re.MULTILINE) is not None
+
+
+def wanted_versions(config: ModelConfig | None, versions: Iterable[int]) -> list[int]:
+    """Which of the versions on disk to serve: the latest, where no policy says otherwise."""
+    ordered = sorted(versions)
+    policy = config.version_policy if config is not None else config_pb2.ModelVersionPolicy()
+    kind = policy.WhichOneof("policy_choice")
+    if kind == "all":
+        return ordered
+    if kind == "specific":
+        return [version for version in ordered if version in policy.specific.versions]
+    return ordered[-(policy.latest.num_versions or 1) :]
+
+
+def _check(config: ModelConfig, path: Path, name: str) -> None:
+    if config.name not in ("", name):
+        raise ConfigError(
+            f"{path}: name is {config.name!r}, but the folder is {name!r}; they are the same or name is left out"
+        )
+    if config.platform not in _PLATFORMS:
+        raise ConfigError(f"{path}: platform is {config.platform!r}; Ringmesh serves onnxruntime_onnx")
+    if config.backend not in _BACKENDS:
+        raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
+    if config.max_batch_size < 0:
+        raise ConfigError(f"{path}: max_batch_size is {config.max_batch_size}; it is 0 (no batching) or more")
+    if config.model_transaction_policy.decoupled:
+        raise ConfigError(f"{path}: decoupled models are not served: ONNX Runtime gives one response a request")
+    reshaped = [t.name for t in config.input if t.HasField("reshape")] + [
+        t.name for t in config.output if t.HasField("reshape")
+    ]
+    if reshaped:
+        raise ConfigError(f"{path}: {', '.join(reshaped)} has a reshape, which is not served yet")
+    for tensor in config.input:
+        if tensor.optional or tensor.allow_ragged_batch:
+            raise ConfigError(f"{path}: {tensor.name!r} is optional or ragged, which is not served yet")
+    if config.HasField("ensemble_scheduling"):
+        raise ConfigError(f"{path}: ensembles are not served yet")
+
+
+def _set_fields(message: Message, prefix: str) -> Iterator[str]:
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        yield path
+        if path in _NESTED:
+            yield from _set_fields(value, path + ".")

@@ -1,0 +1,154 @@
+"""The life cycle of models: load, warm up, switch, drain; what is broken leaves what works alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.inference import config, repository
+from services.inference.batcher import MAX_QUEUE, Batcher
+from services.inference.held_models import HeldModel, HeldModels
+from services.inference.model import ModelLoadError, OnnxModel
+from services.inference.repository import ModelFiles, RepositoryError
+from services.runtime.errors import InvalidArgumentError, NotFoundError
+
+log = logging.getLogger(__name__)
+
+READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionState:
+    """A line of the repository index: READY or UNAVAILABLE, and why."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class ModelStore:
+    """The models of a repository and which of them are held. `held` is swapped here and nowhere else.
+
+    `open_model` makes an OnnxModel of files; it runs on a thread, for it takes long.
+    """
+
+    def __init__(self, folder: Path, open_model: Callable[[ModelFiles], OnnxModel], executor: Executor) -> None:
+        self.held = HeldModels([])
+        self._folder = folder
+        self._open_model = open_model
+        self._executor = executor
+        self._failures: dict[str, dict[str, str]] = {}
+        self._changing = asyncio.Lock()
+
+    async def load_all(self) -> None:
+        """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
+        names = await asyncio.to_thread(repository.names, self._folder)
+        for name in names:
+            try:
+                await self.load(name)
+            except InvalidArgumentError as error:
+                log.error("%s", error.message)
+        if not any(True for _ in self.held):
+            raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
+
+    async def load(self, name: str) -> None:
+        """Loads a model, or loads it again: what answered goes on until the new one does, and then drains.
+
+        Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
+        cause; then nothing has changed.
+        """
+        async with self._changing:
+            try:
+                files = await asyncio.to_thread(repository.versions, self._folder, name)
+            except RepositoryError as error:
+                self._failures.setdefault(name, {})[""] = str(error)
+                raise InvalidArgumentError(f"failed to load {name!r}: {error}", field="model_name") from None
+            held = self.held.of(name)
+            fresh = []
+            failures = {}
+            for version in files:
+                try:
+                    fresh.append(await self._open(version, held))
+                except ModelLoadError as error:
+                    failures[str(version.version)] = str(error)
+            self._failures[name] = failures
+            if failures:
+                for model in fresh:
+                    if model not in held:
+                        await model.batcher.close()
+                raise InvalidArgumentError(
+                    f"failed to load {name!r}: {'; '.join(failures.values())}", field="model_name"
+                )
+            self._switch(name, fresh)
+            await self._drain(model for model in held if model not in fresh)
+
+    async def unload(self, name: str) -> None:
+        """Takes a model out at once, and returns when what it had taken is answered. Raises NotFoundError."""
+        async with self._changing:
+            held = self.held.of(name)
+            if not held:
+                raise NotFoundError(f"model {name!r} is not loaded", field="model_name")
+            self._switch(name, [])
+            self._failures[name] = {str(model.model.version): "unloaded" for model in held}
+            await self._drain(held)
+
+    async def index(self) -> list[VersionState]:
+        """Every model in the repository, loaded or not, by name and version."""
+        try:
+            names = set(await asyncio.to_thread(repository.names, self._folder))
+        except RepositoryError:
+            names = set()
+        states = {
+            (held.model.name, str(held.model.version)): VersionState(held.model.name, str(held.model.version), READY)
+            for held in self.held
+        }
+        for name, failures in self._failures.items():
+            for version, reason in failures.items():
+                if (name, version) in states:  # the old one serves, the new one does not
+                    states[name, version] = VersionState(
+                        name, version, READY, f"the new files are not served: {reason}"
+                    )
+                else:
+                    states[name, version] = VersionState(name, version, UNAVAILABLE, reason)
+        for name in names - {name for name, _ in states}:
+            states[name, ""] = VersionState(name, "", UNAVAILABLE, "not loaded")
+        return [states[key] for key in sorted(states)]
+
+    async def close(self) -> None:
+        """Waits for the batches under way."""
+        await self._drain(self.held)
+
+    async def _open(self, files: ModelFiles, held: list[HeldModel]) -> HeldModel:
+        for kept in held:
+            if kept.model.version == files.version:
+                digest = await asyncio.to_thread(files.digest, kept.model.provider)
+                if digest == kept.model.digest:
+                    return kept
+        model = await asyncio.to_thread(self._open_model, files)
+        made = files.config or config.ModelConfig()
+        if ignored := config.ignored_fields(made):
+            log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
+        batching = made.dynamic_batching
+        return HeldModel(
+            model,
+            Batcher(
+                model,
+                self._executor,
+                instances=sum(group.count or 1 for group in made.instance_group) or 1,
+                max_delay=batching.max_queue_delay_microseconds / 1e6,
+                preferred=batching.preferred_batch_size,
+                max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
+            ),
+        )
+
+    def _switch(self, name: str, models: list[HeldModel]) -> None:
+        self.held = HeldModels([*(held for held in self.held if held.model.name != name), *models])
+
+    async def _drain(self, models: Iterable[HeldModel]) -> None:
+        for held in models:
+            await held.batcher.close()
