@@ -82,15 +82,19 @@ class Fleet:
             poll.cancel()
         await asyncio.gather(*(member.link.close() for member in self.view.members.values()))
 
+    async def describe(self, member: Member) -> None:
+        """Asks the worker now what it holds; the next request sees it."""
+        try:
+            description = await member.link.describe(POLL_TIMEOUT_SECONDS)
+        except WorkerUnreachableError as error:
+            self.failed(member, error)
+            member.link.give_up()
+        else:
+            self._update(member, description)
+
     async def _poll(self, member: Member) -> None:
         while True:
-            try:
-                description = await member.link.describe(POLL_TIMEOUT_SECONDS)
-            except WorkerUnreachableError as error:
-                self.failed(member, error)
-                member.link.give_up()
-            else:
-                self._update(member, description)
+            await self.describe(member)
             await asyncio.sleep(POLL_SECONDS)
 
     def _update(self, member: Member, description: inference_pb2.DescribeResponse) -> None:

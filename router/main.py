@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from cache.keys import RequestHasher
+from router.cache_use import CacheUses
+from router.control import FleetControl
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.operator_service import OperatorService
 from router.service import InferenceService
 from router.settings import RouterSettings
+from services.runtime.live_settings import LiveSettings
 from services.runtime.process import run
 from services.runtime.server import Server
 from services.runtime.tracing import create_tracer
@@ -23,11 +26,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     mesh = settings.create_mesh()
     hasher = RequestHasher(settings.key_secret)
     fleet = Fleet(settings.workers, lambda ready: server.set_serving(ready and not stopping.is_set()))
-    inference = InferenceService(fleet, mesh, hasher, Dispatcher(fleet), tracer)
+    uses = CacheUses()
+    inference = InferenceService(fleet, mesh, hasher, Dispatcher(fleet), tracer, uses)
+    more = {**FleetControl(fleet, uses).handlers(), **LiveSettings(tracer).handlers()}
     server = Server(
         settings.engine,
         settings.address,
-        [inference.service(lambda: server.health.serving), OperatorService(fleet, hasher).service()],
+        [inference.service(lambda: server.health.serving, more), OperatorService(fleet, hasher).service()],
         max_message_bytes=settings.max_message_bytes,
     )
     await server.start()

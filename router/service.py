@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import NoReturn
 
 import grpc
@@ -14,12 +15,13 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.entry import Entry
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from cache.mesh import Computed, Found, Mesh
+from router.cache_use import CacheUses
 from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from services.runtime import protocol
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
-from services.runtime.rpc import Answer, Context, Metadata, Service, abort, parse, unary, unexpected
+from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
 from services.runtime.tracing import Attributes, Trace, Tracer
 
 log = logging.getLogger(__name__)
@@ -28,21 +30,32 @@ log = logging.getLogger(__name__)
 class InferenceService:
     """Answers from the mesh what the fleet has computed before, and has the rest computed once."""
 
-    def __init__(self, fleet: Fleet, mesh: Mesh, hasher: RequestHasher, dispatcher: Dispatcher, tracer: Tracer) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        mesh: Mesh,
+        hasher: RequestHasher,
+        dispatcher: Dispatcher,
+        tracer: Tracer,
+        uses: CacheUses,
+    ) -> None:
         self._fleet = fleet
         self._mesh = mesh
         self._hasher = hasher
         self._dispatcher = dispatcher
         self._tracer = tracer
+        self._uses = uses
 
-    def service(self, is_ready: protocol.ReadyCheck) -> Service:
-        """The handlers, to be served. `is_ready` answers ServerReady."""
+    def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
+        """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
                 "ModelInfer": grpc.unary_unary_rpc_method_handler(self._model_infer),
+                "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
+                **more,
             },
             {"ModelInfer": self._admit},
         )
@@ -102,6 +115,12 @@ class InferenceService:
         context.set_trailing_metadata(tuple(answer.trailing))
         return answer.body
 
+    async def _stream_infer(self, data: bytes, context: Context) -> bytes:
+        call = self._admit(data, protocol.metadata(context))
+        if isinstance(call, _Admitted):
+            call = self._answer(call, await self._find(call, protocol.deadline(context)))
+        return call.body
+
     async def _find(self, call: _Admitted, deadline: float | None) -> Found:
         """What the local tier did not have."""
         if call.error is not None:
@@ -129,6 +148,14 @@ class InferenceService:
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
         entry, trace = found.entry, call.trace
+        if call.request_hash and call.model is not None:
+            use = self._uses.of(call.model.name, call.model.version)
+            if found.outcome == "miss":
+                use.misses += 1
+                use.miss_ns += time.time_ns() - call.start
+            else:
+                use.hits += 1
+                use.hit_ns += time.time_ns() - call.start
         trailing: Metadata
         if trace.sampled:
             attributes: Attributes = {

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
-from services.runtime.errors import DeadlineExceededError
+from services.runtime.errors import DeadlineExceededError, from_status
 
 # One envelope at work on the worker, one on the way: it never waits for us.
 DEPTH = 2
@@ -92,6 +92,16 @@ class WorkerLink:
             raise WorkerUnreachableError(_reason(error)) from None
         except DecodeError:
             raise WorkerUnreachableError("it does not answer as a worker does") from None
+
+    async def call(self, method: str, request: bytes, seconds: float) -> bytes:
+        """One call of another method. Raises the worker's own error, or WorkerUnreachableError."""
+        raw: _RawCall = self._channel.unary_unary(method)
+        try:
+            return await raw(request, timeout=seconds)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise WorkerUnreachableError(_reason(error)) from None
+            raise from_status(error.code(), error.details() or "") from None
 
     def give_up(self) -> None:
         """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""

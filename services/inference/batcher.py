@@ -31,6 +31,8 @@ class BatchResult:
     end_ns: int
     batch_requests: int
     batch_rows: int
+    # The first of its batch: one of them speaks for the run as a whole.
+    first: bool
 
 
 class _Waiting:
@@ -189,6 +191,6 @@ class Batcher:
         for waiting in batch:
             next_row = row + waiting.decoded.rows
             arrays = outputs if len(batch) == 1 else [output[row:next_row] for output in outputs]
-            results.append(BatchResult(arrays, waiting.queued_ns, start, run, end, len(batch), rows))
+            results.append(BatchResult(arrays, waiting.queued_ns, start, run, end, len(batch), rows, row == 0))
             row = next_row
         return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import json_format, text_format
@@ -43,33 +44,40 @@ class ConfigError(Exception):
     """The configuration cannot be served; the message names the file or field and what it should be."""
 
 
-def parse(text: str, source: str) -> ModelConfig:
-    """Reads protobuf text. Raises ConfigError with the line of the first mistake."""
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """A configuration, and whether it sets max_batch_size: 0 and nothing are one in protobuf, but not in meaning."""
+
+    message: ModelConfig
+    says_max_batch_size: bool
+
+
+NOTHING = Configured(ModelConfig(), False)
+
+
+def parse(text: str, source: str, name: str) -> Configured:
+    """Reads protobuf text, or the JSON of a load request. Raises ConfigError with what is wrong and where."""
+    message = ModelConfig()
     try:
-        return text_format.Parse(text, ModelConfig())
-    except text_format.ParseError as error:
+        if text.lstrip().startswith("{"):
+            json_format.Parse(text, message)
+        else:
+            text_format.Parse(text, message)
+    except (text_format.ParseError, json_format.ParseError) as error:
         raise ConfigError(f"{source}: {error}") from None
+    _check(message, source, name)
+    return Configured(message, re.search(r"\bmax_?batch_?size\b\W*:", text, re.IGNORECASE) is not None)
 
 
-def parse_json(text: str, source: str) -> ModelConfig:
-    """Reads the JSON that RepositoryModelLoad's `config` parameter carries. Raises ConfigError."""
-    try:
-        return json_format.Parse(text, ModelConfig())
-    except json_format.ParseError as error:
-        raise ConfigError(f"{source}: {error}") from None
-
-
-def read(path: Path, name: str) -> ModelConfig | None:
-    """The configuration of model `name`; None where there is no such file. Raises ConfigError."""
+def read(path: Path, name: str) -> Configured:
+    """The configuration of model `name`; NOTHING where there is no such file. Raises ConfigError."""
     if not path.is_file():
-        return None
+        return NOTHING
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    config = parse(text, str(path))
-    _check(config, path, name)
-    return config
+    return parse(text, str(path), name)
 
 
 def ignored_fields(config: ModelConfig) -> list[str]:
@@ -77,15 +85,10 @@ def ignored_fields(config: ModelConfig) -> list[str]:
     return [path for path in _set_fields(config, "") if path not in _ACTED_ON]
 
 
-def says_max_batch_size(path: Path) -> bool:
-    """Whether the file sets max_batch_size at all: 0 and nothing are one in protobuf, but not in meaning."""
-    return path.is_file() and re.search(r"^\s*max_batch_size\s*:", path.read_text(), re.MULTILINE) is not None
-
-
-def wanted_versions(config: ModelConfig | None, versions: Iterable[int]) -> list[int]:
+def wanted_versions(config: ModelConfig, versions: Iterable[int]) -> list[int]:
     """Which of the versions on disk to serve: the latest, where no policy says otherwise."""
     ordered = sorted(versions)
-    policy = config.version_policy if config is not None else config_pb2.ModelVersionPolicy()
+    policy = config.version_policy
     kind = policy.WhichOneof("policy_choice")
     if kind == "all":
         return ordered
@@ -94,7 +97,7 @@ def wanted_versions(config: ModelConfig | None, versions: Iterable[int]) -> list
     return ordered[-(policy.latest.num_versions or 1) :]
 
 
-def _check(config: ModelConfig, path: Path, name: str) -> None:
+def _check(config: ModelConfig, path: str, name: str) -> None:
     if config.name not in ("", name):
         raise ConfigError(
             f"{path}: name is {config.name!r}, but the folder is {name!r}; they are the same or name is left out"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from services.inference.batcher import Batcher
 from services.inference.model import OnnxModel
+from services.inference.statistics import Statistics
 from services.runtime.errors import NotFoundError
 
 
@@ -16,6 +17,7 @@ class HeldModel:
 
     model: OnnxModel
     batcher: Batcher
+    statistics: Statistics
 
 
 class HeldModels:

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import onnxruntime
 
+from services.inference.control import ModelControl
 from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
 from services.inference.repository import ModelFiles, RepositoryError
 from services.inference.service import EnvelopeService, InferenceService
 from services.inference.settings import WorkerSettings
 from services.inference.worker import Worker
+from services.runtime.live_settings import LiveSettings
 from services.runtime.process import run
 from services.runtime.server import Server, StartError
 from services.runtime.tracing import create_tracer
@@ -29,10 +31,11 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         "worker", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
     worker = Worker(settings.worker_id, store, tracer)
+    more = {**ModelControl(store).handlers(), **LiveSettings(tracer).handlers()}
     server = Server(
         settings.engine,
         settings.address,
-        [InferenceService(worker).service(lambda: server.health.serving), EnvelopeService(worker).service()],
+        [InferenceService(worker).service(lambda: server.health.serving, more), EnvelopeService(worker).service()],
         max_message_bytes=settings.max_message_bytes,
     )
     await server.start()

@@ -85,7 +85,7 @@ class OnnxModel:
         self.version = files.version
         self.provider: str = self._session.get_providers()[0]
         self.digest = files.digest(self.provider)
-        self._config = files.config or ModelConfig()
+        self._config = files.config.message
         self.inputs = {spec.name: spec for spec in map(self._spec, self._session.get_inputs())}
         self.outputs = {spec.name: spec for spec in map(self._spec, self._session.get_outputs())}
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
@@ -93,7 +93,7 @@ class OnnxModel:
             self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
         self.cacheable = not self.cacheable_reason
         self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*self.inputs.values(), *self.outputs.values()))
-        if files.says_max_batch_size:
+        if files.config.says_max_batch_size:
             self.batch_reason = "" if self._config.max_batch_size else "max_batch_size is 0 in its config.pbtxt"
             max_batch_rows = self._config.max_batch_size
             if max_batch_rows and (fixed := self._fixed_first_dimension()):

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.inference import config, repository
 from services.inference.batcher import MAX_QUEUE, Batcher
+from services.inference.config import ConfigError
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import ModelFiles, RepositoryError
+from services.inference.statistics import Statistics
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 
 log = logging.getLogger(__name__)
 
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What a load request brings along: a configuration as JSON, and files by `<version>/<name>`."""
+
+    config: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,7 @@ class ModelStore:
         self._executor = executor
         self._failures: dict[str, dict[str, str]] = {}
         self._changing = asyncio.Lock()
+        self._overrides = tempfile.TemporaryDirectory(prefix="ringmesh-models-")
 
     async def load_all(self) -> None:
         """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
@@ -56,16 +68,17 @@ class ModelStore:
         if not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, overrides: Overrides | None = None) -> None:
         """Loads a model, or loads it again: what answered goes on until the new one does, and then drains.
 
+        `overrides` hold until the next load without them, and take the place of what the repository has.
         Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
         cause; then nothing has changed.
         """
         async with self._changing:
             try:
-                files = await asyncio.to_thread(repository.versions, self._folder, name)
-            except RepositoryError as error:
+                files = await asyncio.to_thread(self._find, name, overrides or Overrides())
+            except (RepositoryError, ConfigError) as error:
                 self._failures.setdefault(name, {})[""] = str(error)
                 raise InvalidArgumentError(f"failed to load {name!r}: {error}", field="model_name") from None
             held = self.held.of(name)
@@ -122,6 +135,23 @@ class ModelStore:
     async def close(self) -> None:
         """Waits for the batches under way."""
         await self._drain(self.held)
+        self._overrides.cleanup()
+
+    def _find(self, name: str, overrides: Overrides) -> list[ModelFiles]:
+        configured = config.parse(overrides.config, "the config parameter", name) if overrides.config else None
+        if not overrides.files:
+            return repository.versions(self._folder, name, configured)
+        if configured is None:
+            raise ConfigError("files are given without a config parameter, which they need")
+        # Written anew for each load: what is loaded may still be mapped from the last one.
+        folder = Path(tempfile.mkdtemp(prefix="load-", dir=self._overrides.name))
+        for path, data in overrides.files.items():
+            version, _, file = path.partition("/")
+            if not version.isdecimal() or not file or Path(file).name != file or not repository.is_name(name):
+                raise ConfigError(f"a file is called {path!r}; it should be <version>/<name>")
+            (folder / name / version).mkdir(parents=True, exist_ok=True)
+            (folder / name / version / file).write_bytes(data)
+        return repository.versions(folder, name, configured)
 
     async def _open(self, files: ModelFiles, held: list[HeldModel]) -> HeldModel:
         for kept in held:
@@ -130,7 +160,7 @@ class ModelStore:
                 if digest == kept.model.digest:
                     return kept
         model = await asyncio.to_thread(self._open_model, files)
-        made = files.config or config.ModelConfig()
+        made = files.config.message
         if ignored := config.ignored_fields(made):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         batching = made.dynamic_batching
@@ -144,6 +174,7 @@ class ModelStore:
                 preferred=batching.preferred_batch_size,
                 max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
             ),
+            Statistics(model.name, str(model.version)),
         )
 
     def _switch(self, name: str, models: list[HeldModel]) -> None:

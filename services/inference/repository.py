@@ -8,7 +8,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from services.inference import config
-from services.inference.config import ConfigError, ModelConfig
+from services.inference.config import ConfigError, Configured
 
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
@@ -25,28 +25,28 @@ class ModelFiles:
     name: str
     version: int
     folder: Path
-    config: ModelConfig | None = None
+    config: Configured
 
     @property
     def model(self) -> Path:
         """The ONNX file; what it keeps outside lies beside it."""
         return self.folder / _model_file(self.config)
 
-    @property
-    def says_max_batch_size(self) -> bool:
-        """Whether its configuration decides on batching."""
-        return config.says_max_batch_size(self.folder.parent / CONFIG_FILE)
-
     def digest(self, provider: str) -> bytes:
         """16 bytes over name, version, every file of the version, the config, and the execution provider."""
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        config_file = self.folder.parent / CONFIG_FILE
-        for path in [*files, *([config_file] if config_file.is_file() else [])]:
-            name = str(path.relative_to(self.folder.parent))
+        for path in files:
+            name = str(path.relative_to(self.folder))
             hasher.update(f"{len(name)}:{name}{path.stat().st_size}:".encode())
             hasher.update_mmap(path)
+        hasher.update(self.config.message.SerializeToString(deterministic=True))
         return hasher.digest(16)
+
+
+def is_name(name: str) -> bool:
+    """Whether it can be the name of a model, which is that of a folder."""
+    return bool(name) and not name.startswith(".") and Path(name).name == name
 
 
 def names(repository: Path) -> list[str]:
@@ -62,25 +62,28 @@ def names(repository: Path) -> list[str]:
     return found
 
 
-def versions(repository: Path, name: str) -> list[ModelFiles]:
-    """The versions of a model that its policy wants, oldest first. Raises RepositoryError where there is none."""
+def versions(repository: Path, name: str, override: Configured | None = None) -> list[ModelFiles]:
+    """The versions of a model that its policy wants, oldest first. Raises RepositoryError where there is none.
+
+    `override` takes the place of its config.pbtxt.
+    """
     folder = repository / name
-    if Path(name).name != name or not folder.is_dir():
+    if not (is_name(name) and folder.is_dir()):
         raise RepositoryError(f"no model {name!r} in {repository}: there is no such folder")
     try:
-        found_config = config.read(folder / CONFIG_FILE, name)
+        found_config = override or config.read(folder / CONFIG_FILE, name)
         file = _model_file(found_config)
         found = {int(path.name): path for path in folder.iterdir() if path.name.isdecimal() and (path / file).is_file()}
     except ConfigError as error:
         raise RepositoryError(str(error)) from None
     except OSError as error:
         raise RepositoryError(f"cannot read {folder}: {error.strerror}") from None
-    wanted = config.wanted_versions(found_config, found)
+    wanted = config.wanted_versions(found_config.message, found)
     if not wanted:
         there = f"; it has {', '.join(map(str, sorted(found)))}" if found else ""
         raise RepositoryError(f"no version of {name!r} to serve: none in {folder} holds {file} and is wanted{there}")
     return [ModelFiles(name, version, found[version], found_config) for version in wanted]
 
 
-def _model_file(found_config: ModelConfig | None) -> str:
-    return (found_config.default_model_filename if found_config is not None else "") or MODEL_FILE
+def _model_file(configured: Configured) -> str:
+    return configured.message.default_model_filename or MODEL_FILE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -13,7 +14,7 @@ from services.inference.held_models import HeldModel
 from services.inference.worker import Worker
 from services.runtime import protocol
 from services.runtime.errors import NotFoundError, UnavailableError, from_failure
-from services.runtime.rpc import Context, Service, abort, unary
+from services.runtime.rpc import Context, Handler, Service, abort, unary
 
 
 class InferenceService:
@@ -22,14 +23,16 @@ class InferenceService:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def service(self, is_ready: protocol.ReadyCheck) -> Service:
-        """The handlers, to be served. `is_ready` answers ServerReady."""
+    def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
+        """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
                 "ModelInfer": grpc.unary_unary_rpc_method_handler(self._model_infer),
+                "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
+                **more,
             },
         )
 
@@ -46,17 +49,26 @@ class InferenceService:
         metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
-    async def _model_infer(self, data: bytes, context: Context) -> bytes:
-        result = await self._worker.execute(
+    async def _execute(self, data: bytes, context: Context) -> inference_pb2.WorkResult:
+        return await self._worker.execute(
             data,
             request_hash=b"",
             deadline=protocol.deadline(context),
             traceparent=protocol.traceparent(protocol.metadata(context)),
         )
+
+    async def _model_infer(self, data: bytes, context: Context) -> bytes:
+        result = await self._execute(data, context)
         trailing = (("ringmesh-cache", "bypass"), ("ringmesh-worker", self._worker.worker_id))
         if result.HasField("failure"):
             await abort(context, from_failure(result.failure), trailing)
         context.set_trailing_metadata(trailing)
+        return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
+
+    async def _stream_infer(self, data: bytes, context: Context) -> bytes:
+        result = await self._execute(data, context)
+        if result.HasField("failure"):
+            raise from_failure(result.failure)
         return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
 
 

@@ -66,9 +66,15 @@ class Worker:
     async def _run(
         self, held: HeldModel, request: v2.ModelInferRequest, deadline: float | None, trace: Trace
     ) -> inference_pb2.WorkResult:
-        decoded = decode_request(request, held.model)
-        batch = await held.batcher.submit(decoded, deadline)
-        response = encode_response(held.model, decoded, batch.arrays)
+        start = time.time_ns()
+        try:
+            decoded = decode_request(request, held.model)
+            batch = await held.batcher.submit(decoded, deadline)
+            response = encode_response(held.model, decoded, batch.arrays)
+        except Exception:
+            held.statistics.failed(time.time_ns() - start)
+            raise
+        held.statistics.succeeded(batch, decoded.rows, time.time_ns() - start, time.time_ns() - batch.end_ns)
         _record(trace, held, batch)
         timing = inference_pb2.Timing(
             queue_us=(batch.start_ns - batch.queued_ns) // 1000,

@@ -81,6 +81,11 @@ class InternalError(RingmeshError):
 _BY_CODE: dict[int, type[RingmeshError]] = {kind.code.value[0]: kind for kind in RingmeshError.__subclasses__()}
 
 
+def from_status(code: grpc.StatusCode, message: str) -> RingmeshError:
+    """The error of a status that another server of ours answered."""
+    return _BY_CODE.get(code.value[0], InternalError)(message)
+
+
 def from_failure(failure: inference_pb2.Failure) -> RingmeshError:
     """The error that `to_failure` packed; a code unknown here becomes InternalError."""
     return _BY_CODE.get(failure.code, InternalError)(failure.message, field=failure.field)

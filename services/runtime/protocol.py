@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import TypeAlias, cast
 
+import grpc
+from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.rpc import Context, Handler, Lane, Metadata, Service, unary
+from services.runtime.errors import RingmeshError
+from services.runtime.rpc import Context, Handler, Lane, Metadata, Service, abort, unary, unexpected
+
+log = logging.getLogger(__name__)
 
 ReadyCheck: TypeAlias = Callable[[], bool]
 
 _NO_LANES: Mapping[str, Lane] = {}
-EXTENSIONS = ("binary_tensor_data", "parameters", "classification")
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+)
+# Requests of one stream under way at once; the rest is read when an answer has left.
+_STREAM_DEPTH = 256
 
 
 def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mapping[str, Lane] = _NO_LANES) -> Service:
@@ -41,6 +59,74 @@ def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mappin
         },
         lanes,
     )
+
+
+def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handler:
+    """ModelStreamInfer around `infer`: requests run side by side, answers leave in the order of the requests.
+
+    An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. What is still
+    running when the caller leaves is cancelled.
+    """
+
+    async def answer(data: bytes, context: Context, strict: bool) -> bytes:
+        request = _id_and_flag(data)
+        try:
+            response = await infer(data, context)
+        except RingmeshError as error:
+            if strict:
+                raise
+            failed = v2.ModelStreamInferResponse(error_message=error.message)
+            failed.infer_response.id = request.id
+            return failed.SerializeToString()
+        except Exception as error:
+            log.exception("a streamed request failed")
+            return v2.ModelStreamInferResponse(error_message=unexpected(error).message).SerializeToString()
+        if request.parameters["triton_enable_empty_final_response"].bool_param:
+            response += _FINAL
+        return b"".join((b"\x12", _varint(len(response)), response))  # field 2, length-delimited
+
+    async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        strict = ("triton_grpc_error", "true") in metadata(context)
+        running: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_STREAM_DEPTH)
+        tasks: set[asyncio.Task[bytes]] = set()
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    task = asyncio.create_task(answer(data, context, strict))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                    await running.put(task)
+            except Exception as error:
+                log.debug("a stream ended: %s", error)
+            await running.put(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (task := await running.get()) is not None:
+                yield await task
+            await reader
+        except RingmeshError as error:
+            await abort(context, error)
+        finally:
+            for left in (reader, *tasks):
+                left.cancel()
+
+    return grpc.stream_stream_rpc_method_handler(stream)
+
+
+def _id_and_flag(data: bytes) -> v2.ModelInferRequest:
+    """The request, for its id and stream flag; an empty one where it cannot be read, which `infer` will say."""
+    try:
+        return v2.ModelInferRequest.FromString(data)
+    except DecodeError:
+        return v2.ModelInferRequest()
+
+
+# A serialized parameter of ModelInferResponse: this is the last response to its request.
+_FINAL = v2.ModelInferResponse(
+    parameters={"triton_final_response": v2.InferParameter(bool_param=True)}
+).SerializeToString()
 
 
 def with_id(response: bytes, request_id: str) -> bytes:

@@ -58,7 +58,7 @@ class Tracer:
     """Starts traces and sends finished ones out. `ratio` is the share sampled where the caller does not say."""
 
     def __init__(self, service: str, ratio: float, exporters: Sequence[SpanExporter]) -> None:
-        self._ratio = ratio
+        self.ratio = ratio
         self._resource = Resource.create({"service.name": f"ringmesh-{service}", "process.pid": os.getpid()})
         self._processors = [
             BatchSpanProcessor(exporter, max_queue_size=8192, schedule_delay_millis=500, max_export_batch_size=512)
@@ -71,7 +71,7 @@ class Tracer:
             trace_id, parent_id, flags = match.groups()
             if int(trace_id, 16) and int(parent_id, 16):
                 return Trace(trace_id, parent_id, bool(int(flags, 16) & 1))
-        return Trace(f"{random.getrandbits(128) or 1:032x}", "", random.random() < self._ratio)
+        return Trace(f"{random.getrandbits(128) or 1:032x}", "", random.random() < self.ratio)
 
     def finish(
         self, trace: Trace, name: str, start_ns: int, end_ns: int, attributes: Attributes, error: str = ""

@@ -123,11 +123,8 @@ def start_worker(engine, models):
     started = []
 
     def start(worker_id, **settings):
-        started.append(
-            processes.start(
-                "services.inference", worker_id=worker_id, engine=engine, models=models, threads=1, **settings
-            )
-        )
+        defaults = {"worker_id": worker_id, "engine": engine, "models": models, "threads": 1}
+        started.append(processes.start("services.inference", **(defaults | settings)))
         return started[-1]
 
     yield start

@@ -182,3 +182,24 @@ def test_in_any_mix_each_request_is_answered_as_if_alone(mix):
             assert isinstance(result, InvalidArgumentError | InternalError)
         else:
             assert result.arrays[0].tolist() == [[value * 2] * columns] * rows
+
+
+async def test_a_delay_gathers_a_batch_of_the_preferred_size():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR, max_delay=30, preferred=[4])
+    results = await asyncio.gather(*(batcher.submit(request(value), None) for value in range(4)))
+    assert model.batches == [4]
+    assert [result.arrays[0].item() for result in results] == [0, 2, 4, 6]
+
+
+async def test_a_delay_ends_though_the_batch_is_not_full():
+    model = Doubler()
+    results = await asyncio.gather(
+        *(
+            batcher.submit(request(value), None)
+            for batcher in [Batcher(model, EXECUTOR, max_delay=0.05)]
+            for value in (1, 2)
+        )
+    )
+    assert model.batches == [2]
+    assert [result.arrays[0].item() for result in results] == [2, 4]

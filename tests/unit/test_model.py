@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 
 from services.inference.model import ModelLoadError, OnnxModel
-from services.inference.repository import scan
+from services.inference.repository import versions
 from services.runtime.errors import InvalidArgumentError
 from tests import models
 
 
 def load(folder):
-    (files,) = scan(folder.parent.parent)
+    (files,) = versions(folder.parent.parent, folder.parent.name)
     return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
 
 
@@ -71,3 +71,55 @@ def test_a_damaged_file_is_named_with_the_cause(tmp_path, damage):
         load(file.parent)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def configured(folder, text):
+    (folder.parent / "config.pbtxt").write_text(text)
+    return load(folder)
+
+
+def test_a_configured_batch_size_holds(tmp_path):
+    assert configured(models.mlp(tmp_path), "max_batch_size: 3").max_batch_rows == 3
+
+
+def test_a_configured_batch_size_of_0_turns_batching_off(tmp_path):
+    model = configured(models.mlp(tmp_path), "max_batch_size: 0")
+    assert (model.batchable, model.max_batch_rows) == (False, 1)
+
+
+def test_a_batch_size_for_a_model_that_cannot_batch_is_a_mistake(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"max_batch_size is 4.*not free"):
+        configured(models.hidden_random(tmp_path), "max_batch_size: 4")
+
+
+def test_the_owner_may_overrule_what_was_found_about_caching(tmp_path):
+    assert configured(models.random(tmp_path / "a"), "response_cache { enable: true }").cacheable
+    model = configured(models.mlp(tmp_path / "b"), "response_cache { enable: false }")
+    assert not model.cacheable
+    assert "config" in model.cacheable_reason
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('input { name: "z" }', ["'z'", "'x'"]),
+        ('input { name: "x" data_type: TYPE_INT8 }', ["TYPE_INT8", "FP32"]),
+        ('max_batch_size: 8 output { name: "y" dims: [11] }', ["[11]", "10"]),
+    ],
+)
+def test_a_configuration_that_the_file_does_not_bear_out_is_a_mistake(tmp_path, text, words):
+    with pytest.raises(ModelLoadError) as caught:
+        configured(models.mlp(tmp_path), text)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_the_configuration_told_is_complete(tmp_path):
+    config = load(models.mlp(tmp_path)).config()
+    assert (config.name, config.platform, config.max_batch_size) == ("mlp", "onnxruntime_onnx", 8)
+    assert [(tensor.name, list(tensor.dims)) for tensor in (*config.input, *config.output)] == [
+        ("x", [64]),
+        ("y", [10]),
+    ]
+    assert config.response_cache.enable
+    assert config.HasField("dynamic_batching")
+    assert config.parameters["ringmesh_cached"].string_value == "yes"

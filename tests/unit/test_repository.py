@@ -1,6 +1,6 @@
 import pytest
 
-from services.inference.repository import RepositoryError, scan
+from services.inference.repository import RepositoryError, names, versions
 
 
 def write(repository, name, version, data=b"model"):
@@ -10,16 +10,55 @@ def write(repository, name, version, data=b"model"):
 
 
 def digest(repository):
-    (files,) = scan(repository)
+    (name,) = names(repository)
+    (files,) = versions(repository, name)
     return files.digest("CPUExecutionProvider")
 
 
-def test_every_version_is_found_and_what_is_no_version_is_not(tmp_path):
-    for name, version in (("b", "2"), ("a", "10"), ("a", "9"), ("a", "latest")):
-        write(tmp_path, name, version)
-    (tmp_path / "a" / "3").mkdir()
+def numbers(repository, name):
+    return [files.version for files in versions(repository, name)]
+
+
+def test_models_are_folders(tmp_path):
+    write(tmp_path, "b", "2")
+    write(tmp_path, "a", "1")
     (tmp_path / "README").touch()
-    assert [(files.name, files.version) for files in scan(tmp_path)] == [("a", 9), ("a", 10), ("b", 2)]
+    (tmp_path / ".git").mkdir()
+    assert names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        ("", [10]),
+        ("version_policy { latest { num_versions: 2 } }", [9, 10]),
+        ("version_policy { all {} }", [2, 9, 10]),
+        ("version_policy { specific { versions: [2, 10, 11] } }", [2, 10]),
+    ],
+)
+def test_the_policy_chooses_among_the_versions_on_disk(tmp_path, policy, served):
+    for version in ("2", "10", "9", "latest"):
+        write(tmp_path, "a", version)
+    (tmp_path / "a" / "30").mkdir()
+    if policy:
+        (tmp_path / "a" / "config.pbtxt").write_text(policy)
+    assert numbers(tmp_path, "a") == served
+
+
+@pytest.mark.parametrize("name", ["nobody", "..", "a/1", ""])
+def test_a_name_that_is_no_model_is_refused(tmp_path, name):
+    write(tmp_path, "a", "1")
+    with pytest.raises(RepositoryError):
+        versions(tmp_path, name)
+
+
+def test_the_model_file_may_have_another_name(tmp_path):
+    write(tmp_path, "a", "1")
+    (tmp_path / "a" / "config.pbtxt").write_text('default_model_filename: "net.onnx"')
+    with pytest.raises(RepositoryError, match=r"net\.onnx"):
+        versions(tmp_path, "a")
+    (tmp_path / "a" / "1" / "model.onnx").rename(tmp_path / "a" / "1" / "net.onnx")
+    assert versions(tmp_path, "a")[0].model.name == "net.onnx"
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "file"])
@@ -30,7 +69,7 @@ def test_a_repository_that_cannot_be_served_is_named(tmp_path, what):
     elif what == "file":
         repository.touch()
     with pytest.raises(RepositoryError, match=str(repository)):
-        scan(repository)
+        names(repository)
 
 
 def test_the_digest_is_the_same_for_the_same_files(tmp_path):
@@ -70,5 +109,5 @@ def test_whatever_can_change_an_answer_changes_the_digest(tmp_path, change):
 
 def test_the_provider_is_part_of_the_digest(tmp_path):
     write(tmp_path, "m", "1")
-    (files,) = scan(tmp_path)
+    (files,) = versions(tmp_path, "m")
     assert files.digest("CPUExecutionProvider") != files.digest("CUDAExecutionProvider")

@@ -1,0 +1,84 @@
+"""The part of the v2 protocol that manages models: configuration, statistics, index, load and unload."""
+
+from __future__ import annotations
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.model_store import READY, ModelStore, Overrides
+from services.runtime.errors import InvalidArgumentError, UnimplementedError
+from services.runtime.rpc import Context, Handler, unary
+
+
+class ModelControl:
+    """Handlers over a ModelStore."""
+
+    def __init__(self, store: ModelStore) -> None:
+        self._store = store
+
+    def handlers(self) -> dict[str, Handler]:
+        """For `inference.GRPCInferenceService`."""
+        return {
+            "ModelConfig": unary(v2.ModelConfigRequest, self._config),
+            "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),
+            "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
+            "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load),
+            "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
+        }
+
+    async def _config(self, request: v2.ModelConfigRequest, _: Context) -> v2.ModelConfigResponse:
+        return v2.ModelConfigResponse(config=self._store.held.find(request.name, request.version).model.config())
+
+    async def _statistics(self, request: v2.ModelStatisticsRequest, _: Context) -> v2.ModelStatisticsResponse:
+        held = self._store.held
+        if request.name and request.version:
+            chosen = [held.find(request.name, request.version)]
+        elif request.name:
+            held.find(request.name, "")
+            chosen = held.of(request.name)
+        else:
+            chosen = list(held)
+        return v2.ModelStatisticsResponse(model_stats=[model.statistics.message() for model in chosen])
+
+    async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:
+        _only_one_repository(request.repository_name)
+        line = v2.RepositoryIndexResponse.ModelIndex
+        return v2.RepositoryIndexResponse(
+            models=[
+                line(name=state.name, version=state.version, state=state.state, reason=state.reason)
+                for state in await self._store.index()
+                if state.state == READY or not request.ready
+            ]
+        )
+
+    async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
+        _only_one_repository(request.repository_name)
+        config = ""
+        files = {}
+        for name, parameter in request.parameters.items():
+            kind = parameter.WhichOneof("parameter_choice")
+            if name == "config" and kind == "string_param":
+                config = parameter.string_param
+            elif name.startswith("file:") and kind == "bytes_param":
+                files[name.removeprefix("file:")] = parameter.bytes_param
+            else:
+                raise InvalidArgumentError(
+                    f"no parameter {name!r} of that type; there are config (string) and file:<version>/<name> (bytes)",
+                    field=f"parameters[{name}]",
+                )
+        await self._store.load(request.model_name, Overrides(config, files))
+        return v2.RepositoryModelLoadResponse()
+
+    async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
+        _only_one_repository(request.repository_name)
+        for name, parameter in request.parameters.items():
+            if name != "unload_dependents":
+                raise InvalidArgumentError(f"no parameter {name!r}; there is unload_dependents", field="parameters")
+            if parameter.bool_param:
+                raise UnimplementedError("no model here depends on another", field="parameters[unload_dependents]")
+        await self._store.unload(request.model_name)
+        return v2.RepositoryModelUnloadResponse()
+
+
+def _only_one_repository(name: str) -> None:
+    if name:
+        raise InvalidArgumentError("a worker has one repository; leave repository_name out", field="repository_name")

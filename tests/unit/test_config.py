@@ -1,0 +1,49 @@
+import pytest
+
+from services.inference.config import NOTHING, ConfigError, ignored_fields, parse, read
+
+
+def test_what_is_set_and_not_acted_on_is_listed_by_path():
+    config = parse(
+        """
+        name: "m"
+        dynamic_batching { max_queue_delay_microseconds: 5 preserve_ordering: true }
+        model_warmup { name: "w" }
+        """,
+        "config.pbtxt",
+        "m",
+    )
+    assert ignored_fields(config.message) == ["dynamic_batching.preserve_ordering", "model_warmup"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_batch_sise: 8", ["max_batch_sise", "1:1"]),
+        ("max_batch_size: eight", ["eight"]),
+        ('name: "other"', ["'other'", "'m'"]),
+        ('platform: "tensorflow_savedmodel"', ["tensorflow_savedmodel", "onnxruntime_onnx"]),
+        ('backend: "python"', ["python", "onnxruntime"]),
+        ("max_batch_size: -1", ["-1"]),
+        ("model_transaction_policy { decoupled: true }", ["decoupled"]),
+        ('input { name: "x" reshape { shape: [1] } }', ["x", "reshape"]),
+    ],
+)
+def test_a_mistake_is_named_with_the_file(tmp_path, text, words):
+    path = tmp_path / "config.pbtxt"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read(path, "m")
+    assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
+
+
+def test_no_file_is_no_configuration(tmp_path):
+    assert read(tmp_path / "config.pbtxt", "m") is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("max_batch_size: 0", True), ('{"maxBatchSize": 4}', True), ('{"max_batch_size": 4}', True), ("", False)],
+)
+def test_a_batch_size_of_0_is_not_the_same_as_none(text, says):
+    assert parse(text, "config", "m").says_max_batch_size is says
