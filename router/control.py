@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -22,6 +22,15 @@ _SECONDS = 10.0
 
 Response = TypeVar("Response", bound=Message)
 
+_SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
+    ("SystemSharedMemoryStatus", v2.SystemSharedMemoryStatusRequest, v2.SystemSharedMemoryStatusResponse),
+    ("SystemSharedMemoryRegister", v2.SystemSharedMemoryRegisterRequest, v2.SystemSharedMemoryRegisterResponse),
+    ("SystemSharedMemoryUnregister", v2.SystemSharedMemoryUnregisterRequest, v2.SystemSharedMemoryUnregisterResponse),
+    ("CudaSharedMemoryStatus", v2.CudaSharedMemoryStatusRequest, v2.CudaSharedMemoryStatusResponse),
+    ("CudaSharedMemoryRegister", v2.CudaSharedMemoryRegisterRequest, v2.CudaSharedMemoryRegisterResponse),
+    ("CudaSharedMemoryUnregister", v2.CudaSharedMemoryUnregisterRequest, v2.CudaSharedMemoryUnregisterResponse),
+)
+
 
 class FleetControl:
     """Handlers that ask one worker, or all of them and put the answers together."""
@@ -38,7 +47,16 @@ class FleetControl:
             "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
             "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load),
             "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
+            **{method: unary(request, self._to_all(method, response)) for method, request, response in _SHARED_MEMORY},
         }
+
+    def _to_all(self, method: str, response_type: type[Response]) -> Callable[[Message, Context], Awaitable[Response]]:
+        """All workers of the caller's host must know a region, for any of them may be asked; they answer alike."""
+
+        async def ask(request: Message, _: Context) -> Response:
+            return (await self._ask_all(method, request, response_type, _SECONDS))[0][1]
+
+        return ask
 
     async def _config(self, request: v2.ModelConfigRequest, _: Context) -> v2.ModelConfigResponse:
         model = self._fleet.view.catalog.find(request.name, request.version)

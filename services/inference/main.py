@@ -14,6 +14,7 @@ from services.inference.model_store import ModelStore
 from services.inference.repository import ModelFiles, RepositoryError
 from services.inference.service import EnvelopeService, InferenceService
 from services.inference.settings import WorkerSettings
+from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
 from services.runtime.live_settings import LiveSettings
 from services.runtime.process import run
@@ -31,7 +32,11 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         "worker", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
     worker = Worker(settings.worker_id, store, tracer)
-    more = {**ModelControl(store).handlers(), **LiveSettings(tracer).handlers()}
+    more = {
+        **ModelControl(store).handlers(),
+        **SharedMemoryControl(worker.memory).handlers(),
+        **LiveSettings(tracer).handlers(),
+    }
     server = Server(
         settings.engine,
         settings.address,

@@ -12,11 +12,13 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.model import OnnxModel, TensorSpec
-from services.runtime.errors import InvalidArgumentError, UnimplementedError
+from services.inference.shared_memory import SharedMemory
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.tensors import DATATYPES, decode, encode, raw_from_contents
 
 # Elements beyond which a shape is taken for a mistake before its bytes are counted.
 _MAX_ELEMENTS = 1 << 40
+_REGION = "shared_memory_region"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +32,22 @@ class Decoded:
     rows: int
     outputs: tuple[str, ...]
     classes: Mapping[str, int]
+    regions: Mapping[str, _OutputRegion]
     signature: Hashable
 
 
-def decode_request(request: v2.ModelInferRequest, model: OnnxModel) -> Decoded:
-    """Raises InvalidArgumentError naming the field and what it should be, UnimplementedError for shared memory."""
+def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: SharedMemory) -> Decoded:
+    """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region."""
     raws = request.raw_input_contents
     tensors = request.inputs
-    if raws and len(raws) != len(tensors):
+    shared = [bool(tensor.parameters) and _REGION in tensor.parameters for tensor in tensors]
+    if raws and len(raws) != len(tensors) - sum(shared):
         raise InvalidArgumentError(
-            f"raw_input_contents has {len(raws)} entries and inputs {len(tensors)}; each input has one",
+            f"raw_input_contents has {len(raws)} entries for {len(tensors) - sum(shared)} inputs that are not in "
+            "shared memory; each of them has one",
             field="raw_input_contents",
         )
+    raw_of = iter(raws)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for index, tensor in enumerate(tensors):
         name = tensor.name
@@ -53,14 +59,21 @@ def decode_request(request: v2.ModelInferRequest, model: OnnxModel) -> Decoded:
             )
         if name in arrays:
             raise InvalidArgumentError(f"input {name!r} is given twice", field=f"inputs[{index}].name")
-        arrays[name] = _decode_input(tensor, raws[index] if raws else None, spec, index)
+        if shared[index]:
+            arrays[name] = _decode_shared(tensor, spec, index, memory)
+        else:
+            arrays[name] = _decode_input(tensor, next(raw_of) if raws else None, spec, index)
     if len(arrays) != len(model.inputs):
         missing = [name for name in model.inputs if name not in arrays]
         raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
-    outputs, classes = _decode_outputs(request.outputs, model) if request.outputs else (tuple(model.outputs), {})
+    outputs: tuple[str, ...] = tuple(model.outputs)
+    classes: dict[str, int] = {}
+    regions: dict[str, _OutputRegion] = {}
+    if request.outputs:
+        outputs = _decode_outputs(request.outputs, model, classes, regions, memory)
     rows = _rows(arrays, model)
     signature = (outputs, tuple([arrays[name].shape[1:] for name in model.inputs]))
-    return Decoded(arrays, rows, outputs, classes, signature)
+    return Decoded(arrays, rows, outputs, classes, regions, signature)
 
 
 def encode_response(model: OnnxModel, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
@@ -71,8 +84,12 @@ def encode_response(model: OnnxModel, decoded: Decoded, arrays: Sequence[npt.NDA
         if name in decoded.classes:
             array = _classify(array, decoded.classes[name], model.batchable)
             datatype = "BYTES"
-        response.outputs.add(name=name, datatype=datatype, shape=array.shape)
-        response.raw_output_contents.append(encode(array))
+        told = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        raw = encode(array)
+        if name in decoded.regions:
+            decoded.regions[name].write(raw, told)
+            raw = b""
+        response.raw_output_contents.append(raw)
     return response.SerializeToString()
 
 
@@ -80,15 +97,7 @@ def _decode_input(
     tensor: v2.ModelInferRequest.InferInputTensor, raw: bytes | None, spec: TensorSpec, index: int
 ) -> npt.NDArray[Any]:
     name = tensor.name
-    if tensor.parameters and "shared_memory_region" in tensor.parameters:
-        raise UnimplementedError(f"input {name!r}: shared memory is not served here; send the tensor in the request")
-    if tensor.datatype != spec.datatype.name:
-        known = "" if tensor.datatype in DATATYPES else f" (there is no {tensor.datatype!r})"
-        raise InvalidArgumentError(
-            f"input {name!r} is {spec.datatype.name}, not {tensor.datatype}{known}", field=f"inputs[{index}].datatype"
-        )
-    shape: tuple[int, ...] = (*tensor.shape,)
-    _check_shape(shape, spec, index)
+    shape = _check_tensor(tensor, spec, index)
     if raw is None:
         if not tensor.HasField("contents") and 0 not in shape:
             raise InvalidArgumentError(
@@ -98,10 +107,37 @@ def _decode_input(
         raw = raw_from_contents(tensor, f"inputs[{index}]")
     elif tensor.HasField("contents"):
         raise InvalidArgumentError(
-            f"input {name!r} has contents and raw_input_contents; it takes one of them",
-            field=f"inputs[{index}].contents",
+            f"input {name!r} has contents and raw_input_contents; it takes one", field=f"inputs[{index}].contents"
         )
     return decode(spec.datatype, shape, raw, name, f"inputs[{index}]")
+
+
+def _decode_shared(
+    tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, index: int, memory: SharedMemory
+) -> npt.NDArray[Any]:
+    shape = _check_tensor(tensor, spec, index)
+    if tensor.HasField("contents"):
+        raise InvalidArgumentError(
+            f"input {tensor.name!r} has contents and is in shared memory; it takes one",
+            field=f"inputs[{index}].contents",
+        )
+    field = f"inputs[{index}].parameters"
+    region, offset, size = _place(tensor.parameters)
+    view = memory.view(region, offset, size, field)
+    # BYTES are read element by element, and their elements outlive the view.
+    return decode(spec.datatype, shape, view if spec.datatype.itemsize else bytes(view), tensor.name, field)
+
+
+def _check_tensor(tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, index: int) -> tuple[int, ...]:
+    name = tensor.name
+    if tensor.datatype != spec.datatype.name:
+        known = "" if tensor.datatype in DATATYPES else f" (there is no {tensor.datatype!r})"
+        raise InvalidArgumentError(
+            f"input {name!r} is {spec.datatype.name}, not {tensor.datatype}{known}", field=f"inputs[{index}].datatype"
+        )
+    shape: tuple[int, ...] = (*tensor.shape,)
+    _check_shape(shape, spec, index)
+    return shape
 
 
 def _check_shape(shape: tuple[int, ...], spec: TensorSpec, index: int) -> None:
@@ -132,30 +168,66 @@ def _check_count(
 
 
 def _decode_outputs(
-    requested: Sequence[v2.ModelInferRequest.InferRequestedOutputTensor], model: OnnxModel
-) -> tuple[tuple[str, ...], dict[str, int]]:
+    requested: Sequence[v2.ModelInferRequest.InferRequestedOutputTensor],
+    model: OnnxModel,
+    classes: dict[str, int],
+    regions: dict[str, _OutputRegion],
+    memory: SharedMemory,
+) -> tuple[str, ...]:
+    """The outputs asked for, in the model's order; fills `classes` and `regions`."""
     asked: set[str] = set()
-    classes: dict[str, int] = {}
     for index, output in enumerate(requested):
-        if output.name not in model.outputs:
+        name = output.name
+        if name not in model.outputs:
             raise InvalidArgumentError(
-                f"model {model.name!r} has no output {output.name!r}; it has {_names(model.outputs)}",
+                f"model {model.name!r} has no output {name!r}; it has {_names(model.outputs)}",
                 field=f"outputs[{index}].name",
             )
-        if output.name in asked:
-            raise InvalidArgumentError(f"output {output.name!r} is asked for twice", field=f"outputs[{index}].name")
-        asked.add(output.name)
-        if "shared_memory_region" in output.parameters:
-            raise UnimplementedError(f"output {output.name!r}: shared memory is not served here")
+        if name in asked:
+            raise InvalidArgumentError(f"output {name!r} is asked for twice", field=f"outputs[{index}].name")
+        asked.add(name)
         if "classification" in output.parameters:
             count = output.parameters["classification"].int64_param
-            if count < 1 or model.outputs[output.name].datatype.itemsize == 0:
+            if count < 1 or model.outputs[name].datatype.itemsize == 0:
                 raise InvalidArgumentError(
-                    f"output {output.name!r}: classification is a number above 0, for numeric outputs",
+                    f"output {name!r}: classification is a number above 0, for numeric outputs",
                     field=f"outputs[{index}].parameters.classification",
                 )
-            classes[output.name] = count
-    return tuple([name for name in model.outputs if name in asked]), classes
+            classes[name] = count
+        if _REGION in output.parameters:
+            region, offset, size = _place(output.parameters)
+            view = memory.view(region, offset, size, f"outputs[{index}].parameters")
+            regions[name] = _OutputRegion(region, offset, view)
+    return tuple([name for name in model.outputs if name in asked])
+
+
+def _place(parameters: Mapping[str, v2.InferParameter]) -> tuple[str, int, int]:
+    """(region, offset, byte size) of a tensor in shared memory."""
+    offset = parameters["shared_memory_offset"].int64_param if "shared_memory_offset" in parameters else 0
+    size = parameters["shared_memory_byte_size"].int64_param if "shared_memory_byte_size" in parameters else 0
+    return parameters[_REGION].string_param, offset, size
+
+
+@dataclass(frozen=True, slots=True)
+class _OutputRegion:
+    """Where an output is to be left."""
+
+    region: str
+    offset: int
+    view: memoryview
+
+    def write(self, raw: bytes, told: v2.ModelInferResponse.InferOutputTensor) -> None:
+        """Leaves the output there and says so. Raises InvalidArgumentError where it does not fit."""
+        if len(raw) > len(self.view):
+            raise InvalidArgumentError(
+                f"output {told.name!r} has {len(raw)} bytes, and {len(self.view)} are given to it in shared memory "
+                f"region {self.region!r}",
+                field="outputs",
+            )
+        self.view[: len(raw)] = raw
+        told.parameters[_REGION].string_param = self.region
+        told.parameters["shared_memory_offset"].int64_param = self.offset
+        told.parameters["shared_memory_byte_size"].int64_param = len(raw)
 
 
 def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: OnnxModel) -> int:

@@ -12,6 +12,7 @@ from services.inference.batcher import BatchResult
 from services.inference.held_models import HeldModel
 from services.inference.model_store import ModelStore
 from services.inference.request import decode_request, encode_response
+from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc import parse, unexpected
 from services.runtime.single_flight import SingleFlight
@@ -26,6 +27,7 @@ class Worker:
     def __init__(self, worker_id: str, store: ModelStore, tracer: Tracer) -> None:
         self.worker_id = worker_id
         self.store = store
+        self.memory = SharedMemory()
         self.accepting = True
         self._tracer = tracer
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
@@ -68,7 +70,7 @@ class Worker:
     ) -> inference_pb2.WorkResult:
         start = time.time_ns()
         try:
-            decoded = decode_request(request, held.model)
+            decoded = decode_request(request, held.model, self.memory)
             batch = await held.batcher.submit(decoded, deadline)
             response = encode_response(held.model, decoded, batch.arrays)
         except Exception:

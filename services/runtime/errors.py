@@ -3,6 +3,7 @@
 RingmeshError
 ├── InvalidArgumentError     the request is wrong, and would be wrong anywhere
 ├── NotFoundError            no such model or version
+├── AlreadyExistsError       the name is taken
 ├── ResourceExhaustedError   too much now; may be retried later
 ├── UnavailableError         nobody can answer now; may be retried elsewhere
 ├── DeadlineExceededError    the caller's time is up
@@ -46,6 +47,12 @@ class NotFoundError(RingmeshError):
     """There is no such model, or no such version of it."""
 
     code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExistsError(RingmeshError):
+    """The name is taken."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class ResourceExhaustedError(RingmeshError):

@@ -94,11 +94,13 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
     return carried.astype(kind.dtype, copy=False).tobytes()
 
 
-def decode(kind: Datatype, shape: Sequence[int], raw: bytes, tensor: str, field: str = "") -> npt.NDArray[Any]:
+def decode(
+    kind: Datatype, shape: Sequence[int], raw: bytes | memoryview, tensor: str, field: str = ""
+) -> npt.NDArray[Any]:
     """A read-only view of `raw`; for BYTES an object array of bytes. Raises InvalidArgumentError on a mismatch."""
     count = math.prod(shape)
     if kind.itemsize == 0:
-        return _decode_bytes(raw, count, shape, tensor, field)
+        return _decode_bytes(bytes(raw), count, shape, tensor, field)
     if len(raw) != count * kind.itemsize:
         raise InvalidArgumentError(
             f"input {tensor!r}: {len(raw)} bytes for {kind.name} {list(shape)}, which takes {count * kind.itemsize} "

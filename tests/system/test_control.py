@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import uuid
 
 import grpc
 import numpy as np
@@ -221,3 +222,66 @@ async def test_replacing_a_model_under_load_fails_no_request_and_serves_no_old_a
             stop.set()
             await asyncio.gather(*callers)
     assert served > 40
+
+
+@pytest.fixture
+def region():
+    """(name, key, handle) of a new shared memory object of 4 KiB."""
+    import tritonclient.utils.shared_memory as shm
+
+    name = f"ringmesh_test_{uuid.uuid4().hex}"
+    handle = shm.create_shared_memory_region(name, f"/{name}", 4096)
+    yield name, f"/{name}", handle
+    shm.destroy_shared_memory_region(handle)
+
+
+def in_shared_memory(client, region, *, input_size=256, output_size=40):
+    name = region[0]
+    tensor = triton.InferInput("x", [1, 64], "FP32")
+    tensor.set_shared_memory(name, input_size)
+    output = triton.InferRequestedOutput("y")
+    output.set_shared_memory(name, output_size, offset=1024)
+    return client.infer("mlp", [tensor], outputs=[output])
+
+
+def test_tensors_go_through_system_shared_memory(client, region):
+    import tritonclient.utils.shared_memory as shm
+
+    name, key, handle = region
+    array = np.random.default_rng(1).random((1, 64), dtype=np.float32)
+    shm.set_shared_memory_region(handle, [array])
+    client.register_system_shared_memory(name, key, 4096)
+    assert client.get_system_shared_memory_status().regions[name].byte_size == 4096
+    response = in_shared_memory(client, region).get_response()
+    assert list(response.raw_output_contents) == [b""]
+    found = shm.get_contents_as_numpy(handle, np.float32, [1, 10], offset=1024)
+    tensor = triton.InferInput("x", [1, 64], "FP32")
+    tensor.set_data_from_numpy(array)
+    np.testing.assert_allclose(found, client.infer("mlp", [tensor]).as_numpy("y"), rtol=1e-5)
+    client.unregister_system_shared_memory(name)
+    with pytest.raises(InferenceServerException, match=name):
+        in_shared_memory(client, region)
+
+
+def test_shared_memory_that_does_not_fit_is_refused(client, region):
+    name, key, _ = region
+    with pytest.raises(InferenceServerException, match="4096"):
+        client.register_system_shared_memory(name, key, 8192)
+    with pytest.raises(InferenceServerException, match="nowhere"):
+        client.register_system_shared_memory(name, "/nowhere", 16)
+    client.register_system_shared_memory(name, key, 4096)
+    with pytest.raises(InferenceServerException, match="already"):
+        client.register_system_shared_memory(name, key, 4096)
+    with pytest.raises(InferenceServerException, match="252 bytes"):
+        in_shared_memory(client, region, input_size=252)
+    with pytest.raises(InferenceServerException, match="40 bytes"):
+        in_shared_memory(client, region, output_size=36)
+    with pytest.raises(InferenceServerException, match="4096"):
+        in_shared_memory(client, region, output_size=4000)
+
+
+def test_cuda_shared_memory_is_unimplemented_in_clear_words(client):
+    client.unregister_cuda_shared_memory()
+    with pytest.raises(InferenceServerException, match="CUDA shared memory is not served") as caught:
+        client.register_cuda_shared_memory("region", b"aGFuZGxl", 0, 16)
+    assert "UNIMPLEMENTED" in caught.value.status()

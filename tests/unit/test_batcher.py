@@ -37,7 +37,7 @@ class Doubler:
 
 def request(value, rows=1, columns=1):
     array = np.full((rows, columns), value)
-    return Decoded({"x": array}, rows, ("y",), {}, (columns,))
+    return Decoded({"x": array}, rows, ("y",), {}, {}, (columns,))
 
 
 async def held(model, batcher, first):

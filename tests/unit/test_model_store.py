@@ -8,6 +8,7 @@ from services.inference.model import OnnxModel
 from services.inference.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository import RepositoryError
 from services.inference.request import decode_request
+from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 from tests import models
 from tests.system.test_cache import fresh
@@ -29,7 +30,7 @@ async def answer(made, value=1.0):
     held = made.held.find("mlp", "")
     request = fresh()
     request.raw_input_contents[0] = np.full((1, 64), value, np.float32).tobytes()
-    return (await held.batcher.submit(decode_request(request, held.model), None)).arrays[0].tolist()
+    return (await held.batcher.submit(decode_request(request, held.model, SharedMemory()), None)).arrays[0].tolist()
 
 
 async def states(made):
