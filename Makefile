@@ -25,6 +25,10 @@ bench: $(READY)
 
 proto: $(READY)
 
+# The real perf_analyzer, for the tests: its last wheel, CUDA's runtime, and a Debian library, nothing installed.
+.venv/perf_analyzer: | $(READY)
+	@./scripts/get-perf-analyzer $@
+
 clean:
 	rm -rf .venv .ringmesh dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 

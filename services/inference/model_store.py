@@ -55,7 +55,7 @@ class ModelStore:
         self._executor = executor
         self._failures: dict[str, dict[str, str]] = {}
         self._changing = asyncio.Lock()
-        self._overrides = tempfile.TemporaryDirectory(prefix="ringmesh-models-")
+        self._overrides: list[tempfile.TemporaryDirectory[str]] = []
 
     async def load_all(self) -> None:
         """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
@@ -135,7 +135,8 @@ class ModelStore:
     async def close(self) -> None:
         """Waits for the batches under way."""
         await self._drain(self.held)
-        self._overrides.cleanup()
+        for folder in self._overrides:
+            folder.cleanup()
 
     def _find(self, name: str, overrides: Overrides) -> list[ModelFiles]:
         configured = config.parse(overrides.config, "the config parameter", name) if overrides.config else None
@@ -143,8 +144,9 @@ class ModelStore:
             return repository.versions(self._folder, name, configured)
         if configured is None:
             raise ConfigError("files are given without a config parameter, which they need")
-        # Written anew for each load: what is loaded may still be mapped from the last one.
-        folder = Path(tempfile.mkdtemp(prefix="load-", dir=self._overrides.name))
+        # A new folder for each load: what is loaded may still be mapped from the last one.
+        self._overrides.append(tempfile.TemporaryDirectory(prefix="ringmesh-models-"))
+        folder = Path(self._overrides[-1].name)
         for path, data in overrides.files.items():
             version, _, file = path.partition("/")
             if not version.isdecimal() or not file or Path(file).name != file or not repository.is_name(name):

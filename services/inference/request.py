@@ -144,10 +144,16 @@ def _check_shape(shape: tuple[int, ...], spec: TensorSpec, index: int) -> None:
     fits = len(shape) == len(spec.shape) and all(
         given >= 0 and wanted in (-1, given) for given, wanted in zip(shape, spec.shape, strict=True)
     )
-    if not fits or math.prod(shape) > _MAX_ELEMENTS:
+    if not fits:
         raise InvalidArgumentError(
             f"input {spec.name!r} has shape {list(shape)}; the model takes {list(spec.shape)}, "
             "where -1 is for the request to choose",
+            field=f"inputs[{index}].shape",
+        )
+    # Without the zeros: NumPy refuses an empty array too where its other dimensions overflow.
+    if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+        raise InvalidArgumentError(
+            f"input {spec.name!r} has shape {list(shape)}; its dimensions may multiply to {_MAX_ELEMENTS} at most",
             field=f"inputs[{index}].shape",
         )
 
@@ -188,7 +194,7 @@ def _decode_outputs(
         asked.add(name)
         if "classification" in output.parameters:
             count = output.parameters["classification"].int64_param
-            if count < 1 or model.outputs[name].datatype.itemsize == 0:
+            if count < 1 or model.outputs[name].datatype.name in ("BOOL", "BYTES"):
                 raise InvalidArgumentError(
                     f"output {name!r}: classification is a number above 0, for numeric outputs",
                     field=f"outputs[{index}].parameters.classification",
@@ -242,11 +248,15 @@ def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: OnnxModel) -> int:
 
 def _classify(array: npt.NDArray[Any], count: int, batched: bool) -> npt.NDArray[Any]:
     """`value:index` of the `count` highest of each row, highest first, as Triton gives them."""
-    rows = array.reshape(len(array), -1) if batched else array.reshape(1, -1)
-    top = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
+    rows = array.reshape((len(array), math.prod(array.shape[1:])) if batched else (1, array.size))
+    whole = rows.dtype.kind in "iu"
+    if not whole:
+        rows = rows.astype(np.float64)
+    # Integers in reverse order by their complement: it is exact, and the negative of an unsigned one is not.
+    top = np.argsort(~rows if whole else -rows, axis=1, kind="stable")[:, :count]
     made = np.empty(top.shape, object)
     for row, indices in enumerate(top):
-        made[row] = [f"{rows[row, index]:f}:{index}" for index in indices]
+        made[row] = [f"{rows[row, index]:{'d' if whole else 'f'}}:{index}" for index in indices]
     return made if batched else made[0]
 
 

@@ -45,6 +45,9 @@ def start(module: str, **settings) -> Started:
 
 
 def stop(started: Started) -> None:
-    if started.process.poll() is None:
+    started.process.terminate()
+    try:
+        started.process.wait(5)
+    except subprocess.TimeoutExpired:
         started.process.kill()
         started.process.wait()

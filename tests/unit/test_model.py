@@ -1,6 +1,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import versions
@@ -51,6 +52,64 @@ def test_a_model_that_draws_random_numbers_is_not_cacheable_wherever_it_does(tmp
     model = load(make(tmp_path))
     assert not model.cacheable
     assert "Random" in model.cacheable_reason
+
+
+def across_rows(repository, kind, columns, nodes, *constants):
+    """x[n,columns] -> y, by nodes of which the first may look at all rows at once."""
+    x, y = (models.value(name, kind, "n", columns) for name in ("x", "y"))
+    return models.save(repository, "across_rows", nodes, [x], [y], constants)
+
+
+def times_the_largest(repository, kind, columns):
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], axes=[0], keepdims=1),
+        helper.make_node("Mul", ["x", "largest"], ["y"]),
+    ]
+    return across_rows(repository, kind, columns, nodes)
+
+
+def sum_of_later_rows(repository, kind, columns):
+    nodes = [helper.make_node("CumSum", ["x", "axis"], ["y"], reverse=1)]
+    return across_rows(repository, kind, columns, nodes, numpy_helper.from_array(np.array(0), "axis"))
+
+
+def sorted_rows(repository, kind, columns):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"], end=1),
+        helper.make_node("TopK", ["x", "rows"], ["y", "order"], axis=0),
+    ]
+    return across_rows(repository, kind, columns, nodes)
+
+
+def tiny_share_of_the_largest(repository, kind, columns):
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], axes=[0], keepdims=1),
+        helper.make_node("Div", ["x", "largest"], ["share"]),
+        helper.make_node("Mul", ["share", "tiny"], ["y"]),
+    ]
+    tiny = numpy_helper.from_array(helper.tensor_dtype_to_np_dtype(kind).type(1e-4), "tiny")
+    return across_rows(repository, kind, columns, nodes, tiny)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (make, kind)
+        for make in (times_the_largest, sum_of_later_rows, sorted_rows)
+        for kind in (TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64)
+    ]
+    + [(tiny_share_of_the_largest, TensorProto.FLOAT)],
+)
+def test_rows_that_look_at_each_other_are_found_out_whatever_the_order_and_size(tmp_path, make, kind, columns):
+    assert "other rows" in load(make(tmp_path, kind, columns)).batch_reason
+
+
+def test_an_embedding_of_two_words_is_batched(tmp_path):
+    x, y = models.value("x", TensorProto.INT64, "n", 1), models.value("y", TensorProto.FLOAT, "n", 1)
+    words = numpy_helper.from_array(np.array([1, 2], np.float32), "words")
+    nodes = [helper.make_node("Gather", ["words", "x"], ["y"])]
+    assert load(models.save(tmp_path, "embedding", nodes, [x], [y], [words])).batchable
 
 
 def test_a_model_whose_rows_depend_on_each_other_is_not_batched(tmp_path):
