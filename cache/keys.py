@@ -37,6 +37,10 @@ class RequestHasher:
         # Callers send few kinds of requests: what a request is, but for its data and id, is described once.
         self._described: dict[bytes, _Description] = {}
 
+    def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
+        """A place on the ring, the same for every request of a sequence."""
+        return blake3(f"{model_name}/{sequence!r}".encode(), key=self._key).digest(16)
+
     def hash(self, request: v2.ModelInferRequest) -> bytes:
         """16 bytes that equal requests share, whatever the model. Model name and version are not in it.
 
@@ -82,7 +86,8 @@ def _describe(request: v2.ModelInferRequest, raw_count: int, *, typed: bool) -> 
         raise UncacheableError("it has no inputs")
     if raw_count != len(request.inputs):
         raise UncacheableError("raw_input_contents does not match the inputs")
-    _refuse_sequences(request.parameters)
+    if sequence_of(request):
+        raise UncacheableError("it belongs to a sequence")
     tensors = []
     for tensor in request.inputs:
         if not typed and tensor.HasField("contents"):
@@ -117,9 +122,9 @@ def _parameters(parameters: Mapping[str, v2.InferParameter]) -> str:
     return "".join(parts)
 
 
-def _refuse_sequences(parameters: Mapping[str, v2.InferParameter]) -> None:
-    if "sequence_id" not in parameters:
-        return
-    sequence = parameters["sequence_id"]
-    if sequence.int64_param or sequence.string_param or sequence.uint64_param:
-        raise UncacheableError("it belongs to a sequence")
+def sequence_of(request: v2.ModelInferRequest) -> int | str:
+    """The id of the sequence it belongs to; 0 or "" where it belongs to none."""
+    if "sequence_id" not in request.parameters:
+        return 0
+    sequence = request.parameters["sequence_id"]
+    return sequence.int64_param or sequence.string_param or sequence.uint64_param

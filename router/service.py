@@ -13,7 +13,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.entry import Entry
-from cache.keys import RequestHasher, UncacheableError, cache_key
+from cache.keys import RequestHasher, UncacheableError, cache_key, sequence_of
 from cache.mesh import Computed, Found, Mesh
 from router.cache_use import CacheUses
 from router.catalog import ModelEntry
@@ -83,6 +83,8 @@ class InferenceService:
                 raise UncacheableError(model.uncacheable)
             call.request_hash = self._hasher.hash(request)
         except UncacheableError as why:
+            if sequence := sequence_of(request):
+                call.place = self._hasher.sequence_place(call.name, sequence)
             trace.span("cache.bypass", call.start, time.time_ns(), {"ringmesh.reason": str(why)})
             return call
         except RingmeshError as error:
@@ -128,8 +130,8 @@ class InferenceService:
         model = call.model
         assert model is not None
         if not call.request_hash:
-            # Any place on the ring will do, so all of them share the load.
-            computed = await self._compute(call, model, os.urandom(2), deadline)
+            # Any place on the ring will do for what does not stick, so all of them share the load.
+            computed = await self._compute(call, model, call.place or os.urandom(2), deadline)
             return Found(computed.entry, "bypass", computed.worker)
         return await self._mesh.get_or_compute(
             cache_key(model.digest, call.request_hash),
@@ -180,9 +182,9 @@ class InferenceService:
 
 
 class _Admitted:
-    """A request on its way. `request_hash` is b"" where the answer is neither shared nor kept."""
+    """A request on its way. `request_hash` is b"" where the answer is not kept, `place` but for sequences."""
 
-    __slots__ = ("data", "error", "model", "name", "request_hash", "request_id", "start", "trace")
+    __slots__ = ("data", "error", "model", "name", "place", "request_hash", "request_id", "start", "trace")
 
     def __init__(self, data: bytes, trace: Trace) -> None:
         self.start = time.time_ns()
@@ -191,6 +193,7 @@ class _Admitted:
         self.name = ""
         self.request_id = ""
         self.request_hash = b""
+        self.place = b""
         self.model: ModelEntry | None = None
         self.error: RingmeshError | None = None
 

@@ -71,6 +71,8 @@ class Batcher:
         self._max_delay_ns = int(max_delay * 1e9)
         self._preferred = sorted(preferred)
         self._max_queue = max_queue
+        # Since the queue was last cleared of them.
+        self._cancelled = 0
         self._timer: asyncio.TimerHandle | None = None
         self._queue: deque[_Waiting] = deque()
         self._batches: set[asyncio.Task[None]] = set()
@@ -80,6 +82,9 @@ class Batcher:
 
         Cancelled while it waits, it does not run.
         """
+        if len(self._queue) >= self._max_queue and self._cancelled:
+            self._queue = deque(waiting for waiting in self._queue if not waiting.future.done())
+            self._cancelled = 0
         if len(self._queue) >= self._max_queue:
             raise ResourceExhaustedError(
                 f"model {self._model.name!r} has {self._max_queue} requests waiting, as many as it may; retry later"
@@ -87,7 +92,11 @@ class Batcher:
         waiting = _Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._dispatch()
-        return await waiting.future
+        try:
+            return await waiting.future
+        except asyncio.CancelledError:
+            self._cancelled += 1
+            raise
 
     async def close(self) -> None:
         """Waits until everything submitted has its answer."""

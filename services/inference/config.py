@@ -33,6 +33,7 @@ _ACTED_ON = frozenset(
         "dynamic_batching.default_queue_policy.max_queue_size",
         "instance_group",
         "default_model_filename",
+        "model_warmup",
         "response_cache",
     }
 )

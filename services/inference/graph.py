@@ -1,7 +1,7 @@
 """Looks into an ONNX file for operators whose answers do not repeat, without the onnx package.
 
-An ONNX file is a protobuf message (onnx/onnx.proto): only the operators' names are walked to, in the graph,
-in subgraphs held by attributes, and in functions; weights are skipped over.
+An ONNX file is a protobuf message (onnx/onnx.proto): only the operators' names and inputs are walked to, in the
+graph, in subgraphs held by attributes, and in functions; weights are skipped over.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ _CHILDREN = {
     _NODE: {5: _ATTRIBUTE},
     _ATTRIBUTE: {6: _GRAPH, 11: _GRAPH},
 }
+_INPUT = 1
 _OP_TYPE = 4
+_TRAINING_MODE = 2  # the position of that input of Dropout
 
 
 def random_operators(model: Path) -> list[str]:
     """The operators of the file that draw random numbers, by name. Raises ValueError where it is not a protobuf."""
     with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return sorted(RANDOM_OPERATORS & set(_operators(data, 0, len(data), _MODEL)))
+        return sorted(set(_random(data, 0, len(data), _MODEL)))
 
 
-def _operators(data: mmap.mmap, start: int, end: int, message: int) -> Iterator[str]:
+def _random(data: mmap.mmap, start: int, end: int, message: int) -> Iterator[str]:
+    operator = b""
+    inputs: list[bytes] = []
     position = start
     while position < end:
         tag, position = _varint(data, position, end)
@@ -49,12 +53,20 @@ def _operators(data: mmap.mmap, start: int, end: int, message: int) -> Iterator[
                 raise ValueError("a field ends beyond its message")
             field = tag >> 3
             if message == _NODE and field == _OP_TYPE:
-                yield data[position : position + size].decode("utf-8", "replace")
+                operator = data[position : position + size]
+            elif message == _NODE and field == _INPUT:
+                inputs.append(data[position : position + size])
             elif field in _CHILDREN[message]:
-                yield from _operators(data, position, position + size, _CHILDREN[message][field])
+                yield from _random(data, position, position + size, _CHILDREN[message][field])
             position += size
         else:
             raise ValueError(f"wire type {wire_type}")
+    name = operator.decode("utf-8", "replace")
+    if name in RANDOM_OPERATORS:
+        yield name
+    elif name == "Dropout" and any(inputs[_TRAINING_MODE:]):
+        # Its value may be computed, so that it is given at all counts: a model not cached for nothing answers right.
+        yield "Dropout with training_mode"
 
 
 def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:

@@ -45,7 +45,10 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     )
     await server.start()
     server.set_serving(True)
+    polling = asyncio.create_task(store.poll(settings.poll_seconds)) if settings.poll_seconds else None
     await stopping.wait()
+    if polling is not None:
+        polling.cancel()
     worker.accepting = False
     await server.stop(settings.drain_seconds)
     await store.close()

@@ -18,7 +18,7 @@ from services.inference.config import ModelConfig
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.tensors import DATATYPES, Datatype
+from services.runtime.tensors import DATATYPES, Datatype, decode
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -73,9 +73,11 @@ class OnnxModel:
         """`max_batch_rows` holds where the model's configuration does not say. Raises ModelLoadError."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = intra_op_threads
-        options.log_severity_level = 3
+        # What fails is told to the caller; logged as well, callers could flood the log.
+        options.log_severity_level = 4
         # A thread that spins takes a core from the event loop and from the other workers of this machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        before = files.digest("")
         try:
             self._session = onnxruntime.InferenceSession(files.model, options, providers=list(providers))
             random = random_operators(files.model)
@@ -85,7 +87,11 @@ class OnnxModel:
         self.version = files.version
         self.provider: str = self._session.get_providers()[0]
         self.digest = files.digest(self.provider)
+        if files.digest("") != before:
+            # Else the answers of one set of files would be filed under the digest of another.
+            raise ModelLoadError(f"cannot load {files.model}: its files changed meanwhile; load it again")
         self._config = files.config.message
+        self._folder = files.folder
         self.inputs = {spec.name: spec for spec in map(self._spec, self._session.get_inputs())}
         self.outputs = {spec.name: spec for spec in map(self._spec, self._session.get_outputs())}
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
@@ -106,6 +112,31 @@ class OnnxModel:
             self._check_declared(declared_input, self.inputs, files)
         for declared_output in self._config.output:
             self._check_declared(declared_output, self.outputs, files)
+
+    def warm_up(self) -> None:
+        """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
+        for sample in self._config.model_warmup:
+            try:
+                inputs = {name: self._warm_up_input(name, sample) for name in sample.inputs}
+                for _ in range(sample.count or 1):
+                    self.run(inputs, list(self.outputs))
+            except Exception as error:
+                raise ModelLoadError(
+                    f"cannot load {self._folder}: model_warmup {sample.name!r} failed: {_first_line(error)}"
+                ) from None
+
+    def _warm_up_input(self, name: str, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
+        wanted = sample.inputs[name]
+        dtype = self.inputs[name].datatype.dtype
+        shape = (*((sample.batch_size or 1,) if self._config.max_batch_size else ()), *wanted.dims)
+        kind = wanted.WhichOneof("input_data_type")
+        if kind == "input_data_file":
+            raw = (self._folder.parent / "warmup" / wanted.input_data_file).read_bytes()
+            return decode(self.inputs[name].datatype, shape, raw, name)
+        if dtype.hasobject:
+            return np.full(shape, b"", object)
+        random = np.random.default_rng(0).random(shape) * (kind == "random_data")
+        return random.astype(dtype)
 
     def metadata(self) -> v2.ModelMetadataResponse:
         """Without versions: only who knows all of them can tell."""

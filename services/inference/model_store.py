@@ -53,12 +53,15 @@ class ModelStore:
         self._folder = folder
         self._open_model = open_model
         self._executor = executor
+        self._loaded: dict[str, frozenset[tuple[str, int, int]]] = {}
         self._failures: dict[str, dict[str, str]] = {}
         self._changing = asyncio.Lock()
         self._overrides: list[tempfile.TemporaryDirectory[str]] = []
 
     async def load_all(self) -> None:
         """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
+        # Before anything is read: what changes while it loads is seen by the first look.
+        self._loaded = await asyncio.to_thread(repository.fingerprint, self._folder)
         names = await asyncio.to_thread(repository.names, self._folder)
         for name in names:
             try:
@@ -109,6 +112,29 @@ class ModelStore:
             self._switch(name, [])
             self._failures[name] = {str(model.model.version): "unloaded" for model in held}
             await self._drain(held)
+
+    async def poll(self, seconds: float) -> None:
+        """Follows the repository: loads what changed, once it has stopped changing, and unloads what went."""
+        served = before = self._loaded
+        while True:
+            await asyncio.sleep(seconds)
+            now = await asyncio.to_thread(repository.fingerprint, self._folder)
+            # A repository that cannot be read for a moment is not an empty one.
+            if now and now == before != served:
+                for name in sorted(now.keys() | served.keys()):
+                    if now.get(name) != served.get(name):
+                        await self._follow(name, name in now)
+                served = now
+            before = now
+
+    async def _follow(self, name: str, exists: bool) -> None:
+        try:
+            if exists:
+                await self.load(name)
+            elif self.held.of(name):
+                await self.unload(name)
+        except InvalidArgumentError as error:
+            log.error("%s", error.message)
 
     async def index(self) -> list[VersionState]:
         """Every model in the repository, loaded or not, by name and version."""
@@ -162,6 +188,7 @@ class ModelStore:
                 if digest == kept.model.digest:
                     return kept
         model = await asyncio.to_thread(self._open_model, files)
+        await asyncio.to_thread(model.warm_up)
         made = files.config.message
         if ignored := config.ignored_fields(made):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))

@@ -62,6 +62,21 @@ def names(repository: Path) -> list[str]:
     return found
 
 
+def fingerprint(repository: Path) -> dict[str, frozenset[tuple[str, int, int]]]:
+    """Path, size and time of change of every file, by model; {} where the repository cannot be read."""
+    try:
+        return {
+            name: frozenset(
+                (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                for path in (repository / name).rglob("*")
+                if path.is_file()
+            )
+            for name in names(repository)
+        }
+    except (OSError, RepositoryError):
+        return {}
+
+
 def versions(repository: Path, name: str, override: Configured | None = None) -> list[ModelFiles]:
     """The versions of a model that its policy wants, oldest first. Raises RepositoryError where there is none.
 

@@ -39,9 +39,9 @@ def _create(engine: Engine, options: list[tuple[str, Any]], services: Sequence[S
                 f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
             }
             return FastLaneServer(options, lanes)
-    # Long-lived channels find new backends only when a connection ends; the native engine cannot end them by age.
-    age = [("grpc.max_connection_age_ms", 300_000), ("grpc.max_connection_age_grace_ms", 60_000)]
-    return grpc.aio.server(options=[*options, *age])
+    # Long-lived channels find new backends only when a connection ends, and streams on it may; the native engine
+    # cannot end connections by age.
+    return grpc.aio.server(options=[*options, ("grpc.max_connection_age_ms", 300_000)])
 
 
 class Server:

@@ -105,6 +105,16 @@ async def test_a_sequence_is_never_cached(channel):
         assert told["ringmesh-cache"] == "bypass"
 
 
+async def test_a_sequence_stays_on_one_worker(channel):
+    for sequence in ("a", "b", "c", "d"):
+        workers = set()
+        for _ in range(8):
+            request = fresh()
+            request.parameters["sequence_id"].string_param = sequence
+            workers.add((await infer(channel, request))[1]["ringmesh-worker"])
+        assert len(workers) == 1
+
+
 async def test_a_failure_is_not_cached(channel):
     request = fresh()
     request.inputs[0].shape[:] = [2, 64]

@@ -203,3 +203,17 @@ async def test_a_delay_ends_though_the_batch_is_not_full():
     )
     assert model.batches == [2]
     assert [result.arrays[0].item() for result in results] == [2, 4]
+
+
+async def test_cancelled_requests_do_not_fill_the_queue():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR, max_queue=4)
+    first = await held(model, batcher, request(0))
+    gone = await submit(batcher, *(request(1) for _ in range(4)))
+    for task in gone:
+        task.cancel()
+    await asyncio.sleep(0)
+    (stays,) = await submit(batcher, request(5))
+    model.gate.set()
+    assert (await stays).arrays[0].item() == 10
+    await first

@@ -8,12 +8,12 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
         """
         name: "m"
         dynamic_batching { max_queue_delay_microseconds: 5 preserve_ordering: true }
-        model_warmup { name: "w" }
+        metric_tags { key: "k" value: "v" }
         """,
         "config.pbtxt",
         "m",
     )
-    assert ignored_fields(config.message) == ["dynamic_batching.preserve_ordering", "model_warmup"]
+    assert ignored_fields(config.message) == ["metric_tags", "dynamic_batching.preserve_ordering"]
 
 
 @pytest.mark.parametrize(

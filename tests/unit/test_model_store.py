@@ -1,4 +1,5 @@
 import asyncio
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -161,3 +162,49 @@ async def test_a_load_with_wrong_overrides_changes_nothing(tmp_path, overrides):
     with pytest.raises(InvalidArgumentError):
         await made.load("mlp", overrides)
     assert made.held.find("mlp", "") is held
+
+
+async def test_polling_follows_the_repository(tmp_path):
+    models.mlp(tmp_path, seed=0)
+    made = await store(tmp_path)
+    before = await answer(made)
+    polling = asyncio.create_task(made.poll(0.02))
+    models.mlp(tmp_path, seed=1)
+    models.add_sub(tmp_path)
+    async with asyncio.timeout(20):
+        while await answer(made) == before or not made.held.of("add_sub"):
+            await asyncio.sleep(0.01)
+    shutil.rmtree(tmp_path / "add_sub")
+    (models.mlp(tmp_path) / "model.onnx").write_bytes(b"broken")
+    async with asyncio.timeout(20):
+        while made.held.of("add_sub") or not any(line.reason for line in await made.index() if line.name == "mlp"):
+            await asyncio.sleep(0.01)
+    assert await answer(made) != before
+    assert not polling.done()
+    polling.cancel()
+
+
+def warm_up(folder, inputs):
+    sample = f'name: "w" batch_size: 2 count: 3 inputs {{ key: "x" value {{ {inputs} }} }}'
+    (folder.parent / "config.pbtxt").write_text(f"max_batch_size: 8 model_warmup {{ {sample} }}")
+
+
+async def test_a_model_is_warmed_up_before_it_takes_traffic(tmp_path, monkeypatch):
+    warm_up(models.mlp(tmp_path), "data_type: TYPE_FP32 dims: [64] random_data: true")
+    runs = []
+    run = OnnxModel.run
+    monkeypatch.setattr(OnnxModel, "run", lambda self, i, o: runs.append(i["x"].shape) or run(self, i, o))
+    await store(tmp_path)
+    assert runs == [(2, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    "inputs", ["dims: [63] zero_data: true", 'dims: [64] input_data_file: "nowhere"'], ids=["shape", "file"]
+)
+async def test_a_warm_up_that_fails_keeps_the_version_from_serving(tmp_path, inputs):
+    models.add_sub(tmp_path)
+    warm_up(models.mlp(tmp_path), inputs)
+    made = await store(tmp_path)
+    (line,) = [line for line in await made.index() if line.name == "mlp"]
+    assert line.state == UNAVAILABLE
+    assert "model_warmup 'w'" in line.reason
