@@ -14,6 +14,7 @@ import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
+from services.inference import row_independence
 from services.inference.config import ModelConfig
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
@@ -77,17 +78,18 @@ class OnnxModel:
         options.log_severity_level = 4
         # A thread that spins takes a core from the event loop and from the other workers of this machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        before = files.digest("")
         try:
+            before = files.digest("")
             self._session = onnxruntime.InferenceSession(files.model, options, providers=list(providers))
             random = random_operators(files.model)
+            self.provider: str = self._session.get_providers()[0]
+            self.digest = files.digest(self.provider)
+            changed = files.digest("") != before
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
-            raise ModelLoadError(f"cannot load {files.model}: {_first_line(error)}") from None
+            raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
         self.name = files.name
         self.version = files.version
-        self.provider: str = self._session.get_providers()[0]
-        self.digest = files.digest(self.provider)
-        if files.digest("") != before:
+        if changed:
             # Else the answers of one set of files would be filed under the digest of another.
             raise ModelLoadError(f"cannot load {files.model}: its files changed meanwhile; load it again")
         self._config = files.config.message
@@ -102,10 +104,10 @@ class OnnxModel:
         if files.config.says_max_batch_size:
             self.batch_reason = "" if self._config.max_batch_size else "max_batch_size is 0 in its config.pbtxt"
             max_batch_rows = self._config.max_batch_size
-            if max_batch_rows and (fixed := self._fixed_first_dimension()):
+            if max_batch_rows and (fixed := row_independence.fixed_first_dimension(self)):
                 raise ModelLoadError(f"cannot load {files.model}: max_batch_size is {max_batch_rows}, but {fixed}")
         else:
-            self.batch_reason = self._fixed_first_dimension() or self._probe_rows()
+            self.batch_reason = row_independence.why_not(self)
         self.batchable = not self.batch_reason
         self.max_batch_rows = max_batch_rows if self.batchable else 1
         for declared_input in self._config.input:
@@ -122,7 +124,7 @@ class OnnxModel:
                     self.run(inputs, list(self.outputs))
             except Exception as error:
                 raise ModelLoadError(
-                    f"cannot load {self._folder}: model_warmup {sample.name!r} failed: {_first_line(error)}"
+                    f"cannot load {self._folder}: model_warmup {sample.name!r} failed: {first_line(error)}"
                 ) from None
 
     def _warm_up_input(self, name: str, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
@@ -183,7 +185,7 @@ class OnnxModel:
                 return self._run_bfloat16(feeds, outputs)
             arrays: list[npt.NDArray[Any]] = self._session.run(outputs, feeds)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise InvalidArgumentError(f"model {self.name!r}: {_first_line(error)}") from None
+            raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
         return arrays
 
     def _run_bfloat16(self, feeds: dict[str, Any], outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
@@ -225,60 +227,17 @@ class OnnxModel:
         if declared.data_type not in (config_pb2.TYPE_INVALID, _CONFIG_TYPES[spec.datatype.name]):
             given = config_pb2.DataType.Name(declared.data_type)
             raise ModelLoadError(f"{where} says {declared.name!r} is {given}; the file says {spec.datatype.name}")
-        shape = (-1, *declared.dims) if self._config.max_batch_size else tuple(declared.dims)
-        if declared.dims and (
-            len(shape) != len(spec.shape)
-            or any(-1 not in (ours, theirs) and ours != theirs for ours, theirs in zip(shape, spec.shape, strict=True))
-        ):
+        shapes = [(*declared.dims,), (-1, *declared.dims)]  # the batch stands before the dims where there is one
+        if files.config.says_max_batch_size:
+            shapes = shapes[1:] if self._config.max_batch_size else shapes[:1]
+        if declared.dims and not any(_agree(shape, spec.shape) for shape in shapes):
             raise ModelLoadError(
                 f"{where} gives {declared.name!r} dims {list(declared.dims)}; the file has {list(spec.shape)}"
             )
 
-    def _fixed_first_dimension(self) -> str:
-        for spec in (*self.inputs.values(), *self.outputs.values()):
-            if not spec.shape or spec.shape[0] != -1:
-                return f"the first dimension of {spec.name!r} is not free"
-        return ""
 
-    def _probe_rows(self) -> str:
-        """Why not to batch: two rows together do not answer as they do alone; "" where they do."""
-        try:
-            try:
-                return self._probe(lowest_integer=1)
-            except Exception:  # 2 may be beyond what the model takes, such as the rows of an embedding
-                return self._probe(lowest_integer=0)
-        except Exception as error:
-            return f"a probe of two rows failed: {_first_line(error)}"
-
-    def _probe(self, lowest_integer: int) -> str:
-        """In both orders: rows that are sorted or summed up along the batch look independent in one of them."""
-        names = list(self.outputs)
-        rows = [self._probe_row(row, lowest_integer) for row in (0, 1)]
-        alone = [self.run(row, names) for row in rows]
-        for order in ((0, 1), (1, 0)):
-            pair = {name: np.concatenate([rows[row][name] for row in order]) for name in self.inputs}
-            for index, together in enumerate(self.run(pair, names)):
-                expected = [alone[row][index] for row in order]
-                if len(together) != 2 or any(len(answer) != 1 for answer in expected):
-                    return f"{names[index]!r} does not have one row for each row of the inputs"
-                if not _close(np.concatenate(expected), together):
-                    return f"{names[index]!r} depends on the other rows"
-        return ""
-
-    def _probe_row(self, row: int, lowest_integer: int) -> dict[str, npt.NDArray[Any]]:
-        """Rows 0 and 1 differ in every element. 0 and 1 only where they must: a product by either shows little."""
-        made = {}
-        for spec in self.inputs.values():
-            shape = (1, *(1 if size == -1 else size for size in spec.shape[1:]))
-            if spec.datatype.itemsize == 0:
-                made[spec.name] = np.full(shape, b"%d" % row, object)
-            elif spec.datatype.dtype.kind in "biu":
-                bits = (np.random.default_rng(0).integers(0, 2, shape) + row) % 2
-                lowest = lowest_integer if spec.datatype.name != "BOOL" else 0
-                made[spec.name] = (bits + lowest).astype(spec.datatype.dtype)
-            else:
-                made[spec.name] = np.random.default_rng(row).uniform(0.25, 2, shape).astype(spec.datatype.dtype)
-        return made
+def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
+    return len(one) == len(other) and all(-1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -294,16 +253,6 @@ def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return made.reshape(array.shape)
 
 
-def _close(expected: npt.NDArray[Any], got: npt.NDArray[Any]) -> bool:
-    if expected.shape != got.shape:
-        return False
-    if expected.dtype == object or expected.dtype.kind in "biu":
-        return bool((expected == got).all())
-    expected, got = expected.astype(np.float64), got.astype(np.float64)
-    # Relative to the largest: the probabilities of a thousand classes are all below any fixed tolerance.
-    largest = np.abs(expected).max(initial=0, where=np.isfinite(expected))
-    return bool(np.allclose(expected, got, rtol=1e-2, atol=1e-3 * largest, equal_nan=True))
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says before it goes into detail."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,71 @@
+"""Whether requests may share a run: whether each row is answered as it would be alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from services.inference.model import OnnxModel, TensorSpec
+
+
+def why_not(model: OnnxModel) -> str:
+    """Why requests may not share a run; "" where two rows, in either order, answered as they do alone."""
+    if fixed := fixed_first_dimension(model):
+        return fixed
+    try:
+        try:
+            return _probe(model, lowest_integer=1)
+        except Exception:  # 2 may be beyond what the model takes, such as the rows of an embedding
+            return _probe(model, lowest_integer=0)
+    except Exception as error:
+        return f"a probe of two rows failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
+def fixed_first_dimension(model: OnnxModel) -> str:
+    """Which input or output has no room for a batch; "" where all have."""
+    for spec in (*model.inputs.values(), *model.outputs.values()):
+        if not spec.shape or spec.shape[0] != -1:
+            return f"the first dimension of {spec.name!r} is not free"
+    return ""
+
+
+def _probe(model: OnnxModel, lowest_integer: int) -> str:
+    """In both orders: rows that are sorted or summed up along the batch look independent in one of them."""
+    names = list(model.outputs)
+    rows = [{spec.name: _values(spec, row, lowest_integer) for spec in model.inputs.values()} for row in (0, 1)]
+    alone = [model.run(row, names) for row in rows]
+    for order in ((0, 1), (1, 0)):
+        pair = {name: np.concatenate([rows[row][name] for row in order]) for name in model.inputs}
+        for index, together in enumerate(model.run(pair, names)):
+            expected = [alone[row][index] for row in order]
+            if len(together) != 2 or any(len(answer) != 1 for answer in expected):
+                return f"{names[index]!r} does not have one row for each row of the inputs"
+            if not _close(np.concatenate(expected), together):
+                return f"{names[index]!r} depends on the other rows"
+    return ""
+
+
+def _values(spec: TensorSpec, row: int, lowest_integer: int) -> npt.NDArray[Any]:
+    """Rows 0 and 1 differ in every element. 0 and 1 only where they must: a product by either shows little."""
+    shape = (1, *(1 if size == -1 else size for size in spec.shape[1:]))
+    dtype = spec.datatype.dtype
+    if spec.datatype.itemsize == 0:
+        return np.full(shape, b"%d" % row, object)
+    if dtype.kind in "biu":
+        bits = (np.random.default_rng(0).integers(0, 2, shape) + row) % 2
+        return (bits + (lowest_integer if dtype.kind != "b" else 0)).astype(dtype)
+    return np.random.default_rng(row).uniform(0.25, 2, shape).astype(dtype)
+
+
+def _close(expected: npt.NDArray[Any], got: npt.NDArray[Any]) -> bool:
+    if expected.shape != got.shape:
+        return False
+    if expected.dtype.hasobject or expected.dtype.kind in "biu":
+        return bool((expected == got).all())
+    expected, got = expected.astype(np.float64), got.astype(np.float64)
+    # Relative to the largest: the probabilities of a thousand classes are all below any fixed tolerance.
+    largest = np.abs(expected).max(initial=0, where=np.isfinite(expected))
+    return bool(np.allclose(expected, got, rtol=1e-2, atol=1e-3 * largest, equal_nan=True))
