@@ -164,5 +164,7 @@ def create_tracer(service: str, *, ratio: float, folder: Path | None, otlp_endpo
     if otlp_endpoint is not None:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        exporters.append(OTLPSpanExporter(endpoint=otlp_endpoint, insecure=otlp_endpoint.startswith("http://")))
+        # The timeout holds up the end of the process where the collector is gone.
+        insecure = otlp_endpoint.startswith("http://")
+        exporters.append(OTLPSpanExporter(endpoint=otlp_endpoint, insecure=insecure, timeout=2))
     return Tracer(service, ratio, exporters)

@@ -124,8 +124,9 @@ def start_worker(engine, models):
 
     def start(worker_id, **settings):
         defaults = {"worker_id": worker_id, "engine": engine, "models": models, "threads": 1}
-        started.append(processes.start("services.inference", **(defaults | settings)))
-        return started[-1]
+        process = processes.start("services.inference", **(defaults | settings))
+        started.append(process)
+        return process
 
     yield start
     for process in started:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -36,7 +37,8 @@ async def eventually(condition, seconds=20.0):
 
 @pytest.fixture
 def workers(start_worker):
-    return [start_worker("worker-a"), start_worker("worker-b")]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(start_worker, ("worker-a", "worker-b")))
 
 
 @pytest.fixture
