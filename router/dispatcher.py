@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 
 from ringmesh.inference.v1 import inference_pb2
 
 from router.catalog import ModelEntry
 from router.fleet import Fleet, Member
+from router.ring import RANKS
 from router.worker_link import Work, WorkerUnreachableError
 from services.runtime.errors import UnavailableError, from_failure
 from services.runtime.tracing import Trace, new_span_id
@@ -38,11 +40,18 @@ class Dispatcher:
         """
         view = self._fleet.view
         skipped = []
-        for address in view.ring.ranked(place):
+        ranked = view.ring.ranked(place)
+        # Past the ranks, for models that only a few of a large fleet hold.
+        rest = (address for address in view.ring.members if address not in ranked)
+        attempts = 0
+        for address in chain(ranked, rest):
+            if attempts == RANKS:
+                break
             member = view.members[address]
             if reason := member.why_not(model):
                 skipped.append(f"{member.worker_id}: {reason}")
                 continue
+            attempts += 1
             span_id = new_span_id() if trace.sampled else ""
             work = Work(request, request_hash, deadline, trace.traceparent(span_id) if trace.sampled else "")
             start = time.time_ns()
