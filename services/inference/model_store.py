@@ -34,7 +34,7 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class VersionState:
-    """A line of the repository index: READY or UNAVAILABLE, and why."""
+    """A line of the repository index: READY (and why it is not cached) or UNAVAILABLE (and why)."""
 
     name: str
     version: str
@@ -143,7 +143,12 @@ class ModelStore:
         except RepositoryError:
             names = set()
         states = {
-            (held.model.name, str(held.model.version)): VersionState(held.model.name, str(held.model.version), READY)
+            (held.model.name, str(held.model.version)): VersionState(
+                held.model.name,
+                str(held.model.version),
+                READY,
+                "" if held.model.cacheable else f"not cached: {held.model.cacheable_reason}",
+            )
             for held in self.held
         }
         for name, failures in self._failures.items():

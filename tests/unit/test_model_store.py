@@ -208,3 +208,10 @@ async def test_a_warm_up_that_fails_keeps_the_version_from_serving(tmp_path, inp
     (line,) = [line for line in await made.index() if line.name == "mlp"]
     assert line.state == UNAVAILABLE
     assert "model_warmup 'w'" in line.reason
+
+
+async def test_the_index_says_why_a_model_is_not_cached(tmp_path):
+    models.mlp(tmp_path)
+    models.random(tmp_path)
+    reasons = {line.name: line.reason for line in await (await store(tmp_path)).index()}
+    assert reasons == {"mlp": "", "random": "not cached: its graph holds RandomNormalLike"}
