@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.model import OnnxModel
 from services.inference.request import Decoded
-from services.runtime.errors import DeadlineExceededError, InternalError, ResourceExhaustedError, UnavailableError
+from services.inference.request_queue import RequestQueue, Waiting
+from services.runtime.errors import InternalError, UnavailableError
 
-MAX_QUEUE = 4096
+_AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +36,12 @@ class BatchResult:
     first: bool
 
 
-class _Waiting:
-    """A request in the queue; `deadline` in time.monotonic."""
-
-    __slots__ = ("deadline", "decoded", "future", "queued_ns")
-
-    def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[BatchResult]) -> None:
-        self.decoded = decoded
-        self.deadline = deadline
-        self.future = future
-        self.queued_ns = time.time_ns()
-
-
 class Batcher:
     """Runs requests for one model, `instances` batches at a time.
 
-    A free instance takes the oldest request and what waits of its signature, up to the model's `max_batch_rows`; a
-    larger request goes alone. An idle model answers at once, unless `max_delay` (seconds) lets the oldest wait for a
-    batch of a `preferred` size, or the largest.
+    A free instance takes the first in the queue and what waits of its signature, up to the model's `max_batch_rows`; a
+    larger request goes alone. An idle model answers at once, unless `batching` lets the first wait for a batch of a
+    preferred size, or the largest.
     """
 
     def __init__(
@@ -61,20 +50,15 @@ class Batcher:
         executor: Executor,
         *,
         instances: int = 1,
-        max_delay: float = 0.0,
-        preferred: Sequence[int] = (),
-        max_queue: int = MAX_QUEUE,
+        batching: config_pb2.ModelDynamicBatching = _AS_THEY_COME,
     ) -> None:
         self._model = model
         self._executor = executor
         self._free = instances
-        self._max_delay_ns = int(max_delay * 1e9)
-        self._preferred = sorted(preferred)
-        self._max_queue = max_queue
-        # Since the queue was last cleared of them.
-        self._cancelled = 0
+        self._max_delay_ns = batching.max_queue_delay_microseconds * 1000
+        self._preferred = sorted(batching.preferred_batch_size)
         self._timer: asyncio.TimerHandle | None = None
-        self._queue: deque[_Waiting] = deque()
+        self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
@@ -82,21 +66,15 @@ class Batcher:
 
         Cancelled while it waits, it does not run.
         """
-        if len(self._queue) >= self._max_queue and self._cancelled:
-            self._queue = deque(waiting for waiting in self._queue if not waiting.future.done())
-            self._cancelled = 0
-        if len(self._queue) >= self._max_queue:
-            raise ResourceExhaustedError(
-                f"model {self._model.name!r} has {self._max_queue} requests waiting, as many as it may; retry later"
-            )
-        waiting = _Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
+        waiting = Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
+        self._queue.push(waiting)
         self._dispatch()
         try:
-            return await waiting.future
+            result: BatchResult = await waiting.future
         except asyncio.CancelledError:
-            self._cancelled += 1
+            self._queue.cancelled(waiting)
             raise
+        return result
 
     async def close(self) -> None:
         """Waits until everything submitted has its answer."""
@@ -111,11 +89,11 @@ class Batcher:
             task.add_done_callback(self._batches.discard)
 
     def _waits_for_more(self) -> bool:
-        """Whether the oldest may still wait; then a timer comes back to it."""
-        if not (self._max_delay_ns and self._queue):
+        """Whether the first may still wait; then a timer comes back to it."""
+        if not self._max_delay_ns or (first := next(iter(self._queue), None)) is None:
             return False
         rows = sum(waiting.decoded.rows for waiting in self._queue)
-        left = self._queue[0].queued_ns + self._max_delay_ns - time.time_ns()
+        left = first.queued_ns + self._max_delay_ns - time.time_ns()
         if left <= 0 or rows >= (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             return False
         if self._timer is not None:
@@ -130,19 +108,13 @@ class Batcher:
         rows = sum(waiting.decoded.rows for waiting in self._queue)
         return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
 
-    def _next_batch(self) -> list[_Waiting]:
+    def _next_batch(self) -> list[Waiting]:
         limit = self._limit()
         now = time.monotonic()
-        batch: list[_Waiting] = []
-        left: deque[_Waiting] = deque()
+        batch: list[Waiting] = []
+        left: list[Waiting] = []
         rows = 0
-        while self._queue:
-            waiting = self._queue.popleft()
-            if waiting.future.done():
-                continue
-            if waiting.deadline is not None and waiting.deadline <= now:
-                waiting.future.set_exception(DeadlineExceededError("the deadline passed while the request was queued"))
-                continue
+        while waiting := self._queue.pop(now):
             decoded = waiting.decoded
             if batch and not self._model.batchable:
                 left.append(waiting)
@@ -155,10 +127,10 @@ class Batcher:
                 break
             batch.append(waiting)
             rows += decoded.rows
-        self._queue.extendleft(reversed(left))
+        self._queue.put_back(left)
         return batch
 
-    async def _serve(self, batch: list[_Waiting]) -> None:
+    async def _serve(self, batch: list[Waiting]) -> None:
         loop = asyncio.get_running_loop()
         # What they are told where the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
@@ -175,7 +147,7 @@ class Batcher:
                     waiting.future.set_exception(result)
             self._dispatch()
 
-    def _run(self, batch: list[_Waiting]) -> list[BatchResult | Exception]:
+    def _run(self, batch: list[Waiting]) -> list[BatchResult | Exception]:
         """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""
         start = time.time_ns()
         first = batch[0].decoded

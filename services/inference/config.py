@@ -30,7 +30,10 @@ _ACTED_ON = frozenset(
         "dynamic_batching.preferred_batch_size",
         "dynamic_batching.max_queue_delay_microseconds",
         "dynamic_batching.default_queue_policy",
-        "dynamic_batching.default_queue_policy.max_queue_size",
+        "dynamic_batching.preserve_ordering",
+        "dynamic_batching.priority_levels",
+        "dynamic_batching.default_priority_level",
+        "dynamic_batching.priority_queue_policy",
         "instance_group",
         "default_model_filename",
         "model_warmup",
@@ -38,7 +41,7 @@ _ACTED_ON = frozenset(
     }
 )
 # Looked into where they are set; the others are taken or left whole.
-_NESTED = frozenset({"dynamic_batching", "dynamic_batching.default_queue_policy"})
+_NESTED = frozenset({"dynamic_batching"})
 
 
 class ConfigError(Exception):
@@ -109,6 +112,17 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
     if config.max_batch_size < 0:
         raise ConfigError(f"{path}: max_batch_size is {config.max_batch_size}; it is 0 (no batching) or more")
+    batching = config.dynamic_batching
+    levels = batching.priority_levels
+    if not (1 if levels else 0) <= batching.default_priority_level <= levels:
+        raise ConfigError(
+            f"{path}: default_priority_level is {batching.default_priority_level}; "
+            + (f"it is from 1 to priority_levels, {levels}" if levels else "without priority_levels it is left out")
+        )
+    if beyond := [level for level in batching.priority_queue_policy if not 1 <= level <= levels]:
+        raise ConfigError(
+            f"{path}: priority_queue_policy is for levels {sorted(beyond)}; priority_levels has 1 to {levels}"
+        )
     if config.model_transaction_policy.decoupled:
         raise ConfigError(f"{path}: decoupled models are not served: ONNX Runtime gives one response a request")
     reshaped = [t.name for t in config.input if t.HasField("reshape")] + [

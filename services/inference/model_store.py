@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.inference import config, repository
-from services.inference.batcher import MAX_QUEUE, Batcher
+from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, OnnxModel
@@ -197,16 +197,13 @@ class ModelStore:
         made = files.config.message
         if ignored := config.ignored_fields(made):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
-        batching = made.dynamic_batching
         return HeldModel(
             model,
             Batcher(
                 model,
                 self._executor,
                 instances=sum(group.count or 1 for group in made.instance_group) or 1,
-                max_delay=batching.max_queue_delay_microseconds / 1e6,
-                preferred=batching.preferred_batch_size,
-                max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
+                batching=made.dynamic_batching,
             ),
             Statistics(model.name, str(model.version)),
         )

@@ -25,7 +25,8 @@ _REGION = "shared_memory_region"
 class Decoded:
     """A request ready to run. `rows` is the size of the first dimension; `outputs` stand in the model's order.
 
-    Requests of one `signature` may share a batch. `classes` holds the top-k asked for, by output.
+    Requests of one `signature` may share a batch. `classes` holds the top-k asked for, by output. `priority`: 1 goes
+    first, 0 is the model's default. `timeout_us`: how long it may be queued, 0 where it does not say.
     """
 
     arrays: dict[str, npt.NDArray[Any]]
@@ -34,6 +35,8 @@ class Decoded:
     classes: Mapping[str, int]
     regions: Mapping[str, _OutputRegion]
     signature: Hashable
+    priority: int = 0
+    timeout_us: int = 0
 
 
 def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: SharedMemory) -> Decoded:
@@ -73,7 +76,18 @@ def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: Shar
         outputs = _decode_outputs(request.outputs, model, classes, regions, memory)
     rows = _rows(arrays, model)
     signature = (outputs, tuple([arrays[name].shape[1:] for name in model.inputs]))
-    return Decoded(arrays, rows, outputs, classes, regions, signature)
+    if not request.parameters:
+        return Decoded(arrays, rows, outputs, classes, regions, signature)
+    return Decoded(
+        arrays,
+        rows,
+        outputs,
+        classes,
+        regions,
+        signature,
+        priority=_whole_parameter(request, "priority"),
+        timeout_us=_whole_parameter(request, "timeout"),
+    )
 
 
 def encode_response(model: OnnxModel, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
@@ -205,6 +219,19 @@ def _decode_outputs(
             view = memory.view(region, offset, size, f"outputs[{index}].parameters")
             regions[name] = _OutputRegion(region, offset, view)
     return tuple([name for name in model.outputs if name in asked])
+
+
+def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
+    """0 where it is not given."""
+    if name not in request.parameters:
+        return 0
+    given = request.parameters[name]
+    kind = given.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param") or getattr(given, kind) < 0:
+        raise InvalidArgumentError(
+            f"{name} is a whole number, 0 or more, in int64_param or uint64_param", field=f"parameters.{name}"
+        )
+    return int(getattr(given, kind))
 
 
 def _place(parameters: Mapping[str, v2.InferParameter]) -> tuple[str, int, int]:

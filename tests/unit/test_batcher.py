@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePolicy
 
-from services.inference.batcher import MAX_QUEUE, Batcher
+from services.inference.batcher import Batcher
 from services.inference.request import Decoded
+from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
 
 EXECUTOR = ThreadPoolExecutor(4)
@@ -35,9 +37,9 @@ class Doubler:
         return [inputs["x"] * 2]
 
 
-def request(value, rows=1, columns=1):
+def request(value, rows=1, columns=1, **more):
     array = np.full((rows, columns), value)
-    return Decoded({"x": array}, rows, ("y",), {}, {}, (columns,))
+    return Decoded({"x": array}, rows, ("y",), {}, {}, (columns,), **more)
 
 
 async def held(model, batcher, first):
@@ -186,7 +188,11 @@ def test_in_any_mix_each_request_is_answered_as_if_alone(mix):
 
 async def test_a_delay_gathers_a_batch_of_the_preferred_size():
     model = Doubler()
-    batcher = Batcher(model, EXECUTOR, max_delay=30, preferred=[4])
+    batcher = Batcher(
+        model,
+        EXECUTOR,
+        batching=ModelDynamicBatching(max_queue_delay_microseconds=30_000_000, preferred_batch_size=[4]),
+    )
     results = await asyncio.gather(*(batcher.submit(request(value), None) for value in range(4)))
     assert model.batches == [4]
     assert [result.arrays[0].item() for result in results] == [0, 2, 4, 6]
@@ -197,7 +203,9 @@ async def test_a_delay_ends_though_the_batch_is_not_full():
     results = await asyncio.gather(
         *(
             batcher.submit(request(value), None)
-            for batcher in [Batcher(model, EXECUTOR, max_delay=0.05)]
+            for batcher in [
+                Batcher(model, EXECUTOR, batching=ModelDynamicBatching(max_queue_delay_microseconds=50_000))
+            ]
             for value in (1, 2)
         )
     )
@@ -207,7 +215,7 @@ async def test_a_delay_ends_though_the_batch_is_not_full():
 
 async def test_cancelled_requests_do_not_fill_the_queue():
     model = Doubler()
-    batcher = Batcher(model, EXECUTOR, max_queue=4)
+    batcher = Batcher(model, EXECUTOR, batching=ModelDynamicBatching(default_queue_policy={"max_queue_size": 4}))
     first = await held(model, batcher, request(0))
     gone = await submit(batcher, *(request(1) for _ in range(4)))
     for task in gone:
@@ -217,3 +225,107 @@ async def test_cancelled_requests_do_not_fill_the_queue():
     model.gate.set()
     assert (await stays).arrays[0].item() == 10
     await first
+
+
+def levels(count, **more):
+    return ModelDynamicBatching(priority_levels=count, default_priority_level=count, **more)
+
+
+async def test_a_higher_priority_goes_first_and_the_default_is_as_configured():
+    model = Doubler()
+    model.batchable = False
+    batcher = Batcher(model, EXECUTOR, batching=levels(3))
+    first = await held(model, batcher, request(0))
+    order = []
+    for priority in (3, 0, 2, 1, 99, 2):
+        (task,) = await submit(batcher, request(priority, priority=priority))
+        task.add_done_callback(lambda task: order.append(task.result().arrays[0].item() // 2))
+    model.gate.set()
+    await first
+    await batcher.close()
+    await asyncio.sleep(0)
+    assert order == [1, 2, 2, 3, 0, 99]
+
+
+async def test_levels_share_a_batch_and_what_does_not_fit_keeps_its_place():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR, batching=levels(2))
+    first = await held(model, batcher, request(0))
+    await submit(batcher, request(1, 6, priority=2), request(2, 5, priority=1), request(3, 2, priority=1))
+    model.gate.set()
+    await first
+    await batcher.close()
+    assert model.batches == [1, 7, 6]
+
+
+async def test_each_level_is_bounded_by_itself():
+    model = Doubler()
+    batcher = Batcher(
+        model, EXECUTOR, batching=levels(2, priority_queue_policy={1: ModelQueuePolicy(max_queue_size=1)})
+    )
+    first = await held(model, batcher, request(0))
+    others = await submit(batcher, request(1, priority=1), request(2, priority=2), request(3, priority=2))
+    with pytest.raises(ResourceExhaustedError, match="1 requests waiting"):
+        await batcher.submit(request(4, priority=1), None)
+    model.gate.set()
+    await asyncio.gather(first, *others)
+
+
+def queue_policy(**policy):
+    return ModelDynamicBatching(default_queue_policy=policy)
+
+
+async def wait_until_overdue(queued_us=2000):
+    end = time.time_ns() + queued_us * 1000
+    while time.time_ns() <= end:
+        await asyncio.sleep(0.001)
+
+
+async def test_what_waits_longer_than_its_queue_timeout_is_refused():
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR, batching=queue_policy(default_timeout_microseconds=1000))
+    first = await held(model, batcher, request(0))
+    (late,) = await submit(batcher, request(1, timeout_us=10**9))
+    await wait_until_overdue()
+    model.gate.set()
+    await first
+    with pytest.raises(DeadlineExceededError, match="queue timeout of 1000 us"):
+        await late
+    assert model.batches == [1]
+
+
+async def test_a_request_may_shorten_its_queue_timeout_where_the_model_lets_it():
+    for allowed in (True, False):
+        model = Doubler()
+        policy = queue_policy(default_timeout_microseconds=10**9, allow_timeout_override=allowed)
+        batcher = Batcher(model, EXECUTOR, batching=policy)
+        first = await held(model, batcher, request(0))
+        (short,) = await submit(batcher, request(1, timeout_us=1000))
+        await wait_until_overdue()
+        model.gate.set()
+        await first
+        if allowed:
+            with pytest.raises(DeadlineExceededError, match="queue timeout of 1000 us"):
+                await short
+        else:
+            assert (await short).arrays[0].item() == 2
+
+
+async def test_a_level_that_delays_serves_the_overdue_after_the_others():
+    model = Doubler()
+    model.batchable = False
+    policy = queue_policy(
+        default_timeout_microseconds=10**9, allow_timeout_override=True, timeout_action=ModelQueuePolicy.DELAY
+    )
+    batcher = Batcher(model, EXECUTOR, batching=policy)
+    first = await held(model, batcher, request(0))
+    order = []
+    for value, timeout_us in ((1, 1000), (2, 0), (3, 0)):
+        (task,) = await submit(batcher, request(value, timeout_us=timeout_us))
+        task.add_done_callback(lambda task: order.append(task.result().arrays[0].item() // 2))
+    await wait_until_overdue()
+    model.gate.set()
+    await first
+    await batcher.close()
+    await asyncio.sleep(0)
+    assert order == [2, 3, 1]

@@ -161,6 +161,20 @@ def test_half_precision_is_refused_as_typed_contents(load, name):
     assert "raw_input_contents" in message
 
 
+def test_priority_and_timeout_are_whole_numbers(mlp):
+    asked = request(("x", "FP32", [1, 64]))
+    asked.parameters["priority"].uint64_param = 2
+    asked.parameters["timeout"].int64_param = 1500
+    decoded = decode_request(asked, mlp)
+    assert (decoded.priority, decoded.timeout_us) == (2, 1500)
+    for name in ("priority", "timeout"):
+        for wrong in (v2.InferParameter(string_param="1"), v2.InferParameter(int64_param=-1)):
+            asked = request(("x", "FP32", [1, 64]))
+            asked.parameters[name].CopyFrom(wrong)
+            with pytest.raises(InvalidArgumentError, match=f"{name} is a whole number"):
+                decode_request(asked, mlp)
+
+
 def test_outputs_stand_in_the_models_order_whatever_order_was_asked(add_sub):
     forward, backward, default = (
         decode_request(request(A, B, outputs=names), add_sub)
