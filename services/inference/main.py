@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import onnxruntime
 
+from services.inference import cores
 from services.inference.control import ModelControl
 from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
@@ -59,7 +59,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
 async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> ModelStore:
     available = onnxruntime.get_available_providers()
     providers = [provider for provider in _PREFERRED_PROVIDERS if provider in available]
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.threads or cores.available()
 
     def open_model(files: ModelFiles) -> OnnxModel:
         return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
