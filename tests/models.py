@@ -66,6 +66,14 @@ def add_sub(repository: Path) -> Path:
     return save(repository, "add_sub", nodes, inputs, outputs)
 
 
+def scaled(repository: Path) -> Path:
+    """FP32 x[n,2] -> y = x * scale; the file has scale[1] = 2, which a request may override."""
+    scale = value("scale", TensorProto.FLOAT, 1)
+    two = numpy_helper.from_array(np.array([2], np.float32), "scale")
+    x, y = value("x", TensorProto.FLOAT, "n", 2), value("y", TensorProto.FLOAT, "n", 2)
+    return save(repository, "scaled", [helper.make_node("Mul", ["x", "scale"], ["y"])], [x, scale], [y], [two])
+
+
 def random(repository: Path) -> Path:
     """FP32 x[n,1] -> y = x + noise: no two answers are the same."""
     nodes = [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])]

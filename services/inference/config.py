@@ -125,14 +125,8 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         )
     if config.model_transaction_policy.decoupled:
         raise ConfigError(f"{path}: decoupled models are not served: ONNX Runtime gives one response a request")
-    reshaped = [t.name for t in config.input if t.HasField("reshape")] + [
-        t.name for t in config.output if t.HasField("reshape")
-    ]
-    if reshaped:
-        raise ConfigError(f"{path}: {', '.join(reshaped)} has a reshape, which is not served yet")
-    for tensor in config.input:
-        if tensor.optional or tensor.allow_ragged_batch:
-            raise ConfigError(f"{path}: {tensor.name!r} is optional or ragged, which is not served yet")
+    if ragged := [tensor.name for tensor in config.input if tensor.allow_ragged_batch]:
+        raise ConfigError(f"{path}: {', '.join(ragged)} is ragged, which ONNX Runtime has no form for")
     if config.HasField("ensemble_scheduling"):
         raise ConfigError(f"{path}: ensembles are not served yet")
 

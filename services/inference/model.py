@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -15,57 +14,28 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference import row_independence
-from services.inference.config import ModelConfig
+from services.inference.config import ConfigError, ModelConfig
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
+from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.tensors import DATATYPES, Datatype, decode
+from services.runtime.tensors import decode
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 _ONNX_BFLOAT16 = 16
-_TYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(float16)": "FP16",
-    "tensor(bfloat16)": "BF16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
-
-
-# BYTES is called TYPE_STRING there.
-_CONFIG_TYPES = {
-    name: config_pb2.DataType.Value("TYPE_STRING" if name == "BYTES" else f"TYPE_{name}") for name in DATATYPES
-}
 
 
 class ModelLoadError(Exception):
     """The model cannot be served; the message names the file and the cause."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An input or output: -1 in `shape` stands for a dimension that the request decides."""
-
-    name: str
-    datatype: Datatype
-    shape: tuple[int, ...]
-
-
 class OnnxModel:
     """A loaded model; `run` may be called from several threads.
 
-    `batchable`: requests may share a run along the first dimension; `batch_reason` says why not. `cacheable`: equal
-    requests have equal answers; `cacheable_reason` says why not. `provider` is the execution provider in use.
+    `required` names the inputs that every request has. `batchable`: requests may share a run along the first dimension;
+    `batch_reason` says why not. `cacheable`: equal requests have equal answers; `cacheable_reason` says why not.
+    `provider` is the execution provider in use.
     """
 
     def __init__(
@@ -94,8 +64,14 @@ class OnnxModel:
             raise ModelLoadError(f"cannot load {files.model}: its files changed meanwhile; load it again")
         self._config = files.config.message
         self._folder = files.folder
-        self.inputs = {spec.name: spec for spec in map(self._spec, self._session.get_inputs())}
-        self.outputs = {spec.name: spec for spec in map(self._spec, self._session.get_outputs())}
+        session = self._session
+        try:
+            self.inputs = input_specs(session.get_inputs(), session.get_overridable_initializers(), files.config)
+            self.outputs = output_specs(session.get_outputs(), files.config)
+        except ConfigError as error:
+            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+        self.required = tuple([name for name, spec in self.inputs.items() if not spec.optional])
+        self._reshapes = any(spec.inner is not None for spec in (*self.inputs.values(), *self.outputs.values()))
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
         if self._config.HasField("response_cache"):
             self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
@@ -110,10 +86,6 @@ class OnnxModel:
             self.batch_reason = row_independence.why_not(self)
         self.batchable = not self.batch_reason
         self.max_batch_rows = max_batch_rows if self.batchable else 1
-        for declared_input in self._config.input:
-            self._check_declared(declared_input, self.inputs, files)
-        for declared_output in self._config.output:
-            self._check_declared(declared_output, self.outputs, files)
 
     def warm_up(self) -> None:
         """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
@@ -130,7 +102,8 @@ class OnnxModel:
     def _warm_up_input(self, name: str, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
         wanted = sample.inputs[name]
         dtype = self.inputs[name].datatype.dtype
-        shape = (*((sample.batch_size or 1,) if self._config.max_batch_size else ()), *wanted.dims)
+        batched = self._config.max_batch_size and not self.inputs[name].optional
+        shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
         kind = wanted.WhichOneof("input_data_type")
         if kind == "input_data_file":
             raw = (self._folder.parent / "warmup" / wanted.input_data_file).read_bytes()
@@ -166,24 +139,39 @@ class OnnxModel:
             )
             made.instance_group.add(name=f"{self.name}_0", kind=kind, count=1)
         del made.input[:], made.output[:]
-        for specs, add in ((self.inputs, made.input.add), (self.outputs, made.output.add)):
-            for spec in specs.values():
-                dims = spec.shape[1:] if self.batchable else spec.shape
-                add(name=spec.name, data_type=_CONFIG_TYPES[spec.datatype.name], dims=dims)
+        for spec in self.inputs.values():
+            made.input.add(optional=spec.optional, **self._declaration(spec))
+        for spec in self.outputs.values():
+            made.output.add(**self._declaration(spec))
         for name, reason in (("batched", self.batch_reason), ("cached", self.cacheable_reason)):
             made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
         made.parameters["ringmesh_provider"].string_value = self.provider
         return made
+
+    def _declaration(self, spec: TensorSpec) -> dict[str, Any]:
+        """What a configuration says of an input or output: the batch is not in its dims."""
+        first = 1 if self.batchable and not spec.optional else 0
+        reshape = None if spec.inner is None else config_pb2.ModelTensorReshape(shape=spec.inner[first:])
+        return {
+            "name": spec.name,
+            "data_type": CONFIG_TYPES[spec.datatype.name],
+            "dims": spec.shape[first:],
+            "reshape": reshape,
+        }
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs."""
         feeds: dict[str, Any] = {
             name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
         }
+        if self._reshapes:
+            feeds = {name: self.inputs[name].to_inner(array) for name, array in feeds.items()}
         try:
-            if self._bfloat16:
-                return self._run_bfloat16(feeds, outputs)
-            arrays: list[npt.NDArray[Any]] = self._session.run(outputs, feeds)
+            arrays: list[npt.NDArray[Any]] = (
+                self._run_bfloat16(feeds, outputs) if self._bfloat16 else self._session.run(outputs, feeds)
+            )
+            if self._reshapes:
+                return [self.outputs[name].to_outer(array) for name, array in zip(outputs, arrays, strict=True)]
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
         return arrays
@@ -205,39 +193,6 @@ class OnnxModel:
             data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
             arrays.append(np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()))
         return arrays
-
-    def _spec(self, node: Any) -> TensorSpec:
-        datatype = _TYPES.get(node.type)
-        if datatype is None:
-            raise ModelLoadError(f"cannot serve {self.name}: {node.name!r} is a {node.type}, and v2 has only tensors")
-        shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-        return TensorSpec(node.name, DATATYPES[datatype], shape)
-
-    def _check_declared(
-        self,
-        declared: config_pb2.ModelInput | config_pb2.ModelOutput,
-        side: Mapping[str, TensorSpec],
-        files: ModelFiles,
-    ) -> None:
-        """What the configuration says of a tensor and the file does not bear out is a mistake in one of them."""
-        spec = side.get(declared.name)
-        where = f"cannot load {files.model}: its config.pbtxt"
-        if spec is None:
-            raise ModelLoadError(f"{where} names {declared.name!r}; the file has {', '.join(map(repr, side))}")
-        if declared.data_type not in (config_pb2.TYPE_INVALID, _CONFIG_TYPES[spec.datatype.name]):
-            given = config_pb2.DataType.Name(declared.data_type)
-            raise ModelLoadError(f"{where} says {declared.name!r} is {given}; the file says {spec.datatype.name}")
-        shapes = [(*declared.dims,), (-1, *declared.dims)]  # the batch stands before the dims where there is one
-        if files.config.says_max_batch_size:
-            shapes = shapes[1:] if self._config.max_batch_size else shapes[:1]
-        if declared.dims and not any(_agree(shape, spec.shape) for shape in shapes):
-            raise ModelLoadError(
-                f"{where} gives {declared.name!r} dims {list(declared.dims)}; the file has {list(spec.shape)}"
-            )
-
-
-def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
-    return len(one) == len(other) and all(-1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

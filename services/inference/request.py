@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.model import OnnxModel, TensorSpec
+from services.inference.model import OnnxModel
 from services.inference.shared_memory import SharedMemory
+from services.inference.tensor_spec import TensorSpec
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.tensors import DATATYPES, decode, encode, raw_from_contents
 
@@ -66,8 +67,7 @@ def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: Shar
             arrays[name] = _decode_shared(tensor, spec, index, memory)
         else:
             arrays[name] = _decode_input(tensor, next(raw_of) if raws else None, spec, index)
-    if len(arrays) != len(model.inputs):
-        missing = [name for name in model.inputs if name not in arrays]
+    if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
         raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
     outputs: tuple[str, ...] = tuple(model.outputs)
     classes: dict[str, int] = {}
@@ -75,7 +75,10 @@ def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: Shar
     if request.outputs:
         outputs = _decode_outputs(request.outputs, model, classes, regions, memory)
     rows = _rows(arrays, model)
-    signature = (outputs, tuple([arrays[name].shape[1:] for name in model.inputs]))
+    signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
+    if len(arrays) > len(model.required):
+        # An optional input is for the whole run, so the request that gives one has a run of its own.
+        signature = object()
     if not request.parameters:
         return Decoded(arrays, rows, outputs, classes, regions, signature)
     return Decoded(
@@ -266,7 +269,7 @@ class _OutputRegion:
 def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: OnnxModel) -> int:
     if not model.batchable:
         return 1
-    sizes = {name: array.shape[0] for name, array in arrays.items()}
+    sizes = {name: arrays[name].shape[0] for name in model.required}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name!r}: {rows}" for name, rows in sizes.items())
         raise InvalidArgumentError(f"the inputs differ in their first dimension, the batch: {listed}", field="inputs")

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from services.inference.model import OnnxModel, TensorSpec
+    from services.inference.model import OnnxModel
+    from services.inference.tensor_spec import TensorSpec
 
 
 def why_not(model: OnnxModel) -> str:
@@ -26,7 +27,7 @@ def why_not(model: OnnxModel) -> str:
 
 def fixed_first_dimension(model: OnnxModel) -> str:
     """Which input or output has no room for a batch; "" where all have."""
-    for spec in (*model.inputs.values(), *model.outputs.values()):
+    for spec in (*(model.inputs[name] for name in model.required), *model.outputs.values()):
         if not spec.shape or spec.shape[0] != -1:
             return f"the first dimension of {spec.name!r} is not free"
     return ""
@@ -35,10 +36,10 @@ def fixed_first_dimension(model: OnnxModel) -> str:
 def _probe(model: OnnxModel, lowest_integer: int) -> str:
     """In both orders: rows that are sorted or summed up along the batch look independent in one of them."""
     names = list(model.outputs)
-    rows = [{spec.name: _values(spec, row, lowest_integer) for spec in model.inputs.values()} for row in (0, 1)]
+    rows = [{name: _values(model.inputs[name], row, lowest_integer) for name in model.required} for row in (0, 1)]
     alone = [model.run(row, names) for row in rows]
     for order in ((0, 1), (1, 0)):
-        pair = {name: np.concatenate([rows[row][name] for row in order]) for name in model.inputs}
+        pair = {name: np.concatenate([rows[row][name] for row in order]) for name in model.required}
         for index, together in enumerate(model.run(pair, names)):
             expected = [alone[row][index] for row in order]
             if len(together) != 2 or any(len(answer) != 1 for answer in expected):

@@ -32,7 +32,7 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
             "dynamic_batching { priority_levels: 2 default_priority_level: 1 priority_queue_policy { key: 3 } }",
             ["[3]", "1 to 2"],
         ),
-        ('input { name: "x" reshape { shape: [1] } }', ["x", "reshape"]),
+        ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
     ],
 )
 def test_a_mistake_is_named_with_the_file(tmp_path, text, words):

@@ -164,6 +164,10 @@ def test_the_owner_may_overrule_what_was_found_about_caching(tmp_path):
         ('input { name: "z" }', ["'z'", "'x'"]),
         ('input { name: "x" data_type: TYPE_INT8 }', ["TYPE_INT8", "FP32"]),
         ('max_batch_size: 8 output { name: "y" dims: [11] }', ["[11]", "10"]),
+        ('input { name: "x" dims: [8, 8] reshape { shape: [63] } }', ["'x'", "[63]", "64"]),
+        ('input { name: "x" dims: [8, 7] reshape { shape: [64] } }', ["'x'", "[8, 7]", "[64]"]),
+        ('input { name: "x" dims: [-1, 64] reshape { shape: [64] } }', ["'x'", "[-1, 64]", "[64]"]),
+        ('input { name: "x" dims: [64] optional: true }', ["'x'", "optional"]),
     ],
 )
 def test_a_configuration_that_the_file_does_not_bear_out_is_a_mistake(tmp_path, text, words):
@@ -182,3 +186,43 @@ def test_the_configuration_told_is_complete(tmp_path):
     assert config.response_cache.enable
     assert config.HasField("dynamic_batching")
     assert config.parameters["ringmesh_cached"].string_value == "yes"
+
+
+@pytest.mark.parametrize("batch", ["", "max_batch_size: 4"])
+def test_a_reshaped_model_is_served_in_the_shapes_of_its_configuration(tmp_path, batch):
+    plain = load(models.mlp(tmp_path))
+    reshape = """
+        input { name: "x" data_type: TYPE_FP32 dims: [8, 8] reshape { shape: [64] } }
+        output { name: "y" data_type: TYPE_FP32 dims: [2, 5] reshape { shape: [10] } }
+    """
+    model = configured(tmp_path / "mlp/1", batch + reshape)
+    assert (model.inputs["x"].shape, model.outputs["y"].shape, model.batchable) == ((-1, 8, 8), (-1, 2, 5), True)
+    told = model.config()
+    assert ([*told.input[0].dims], [*told.input[0].reshape.shape]) == ([8, 8], [64])
+    x = np.random.default_rng(0).random((3, 8, 8), np.float32)
+    (expected,) = plain.run({"x": x.reshape(3, 64)}, ["y"])
+    (answer,) = model.run({"x": x}, ["y"])
+    assert answer.tobytes() == expected.tobytes()
+    assert answer.shape == (3, 2, 5)
+
+
+def test_free_dimensions_go_through_a_reshape_in_their_order(tmp_path):
+    text = 'max_batch_size: 0 input { name: "x" dims: [-1, 1, -1] reshape { shape: [-1, -1] } }'
+    model = configured(models.identity(tmp_path, "fp32"), text)
+    (answer,) = model.run({"x": np.arange(6, dtype=np.float32).reshape(3, 1, 2)}, ["y"])
+    assert answer.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_an_optional_input_may_be_left_out_or_given(tmp_path):
+    model = configured(models.scaled(tmp_path), 'input { name: "scale" data_type: TYPE_FP32 dims: [1] optional: true }')
+    assert (model.required, model.batchable) == (("x",), True)
+    x = np.ones((1, 2), np.float32)
+    assert model.run({"x": x}, ["y"])[0].tolist() == [[2, 2]]
+    assert model.run({"x": x, "scale": np.array([5], np.float32)}, ["y"])[0].tolist() == [[5, 5]]
+    assert [(tensor.name, tensor.optional) for tensor in model.config().input] == [("x", False), ("scale", True)]
+
+
+def test_a_value_of_the_file_is_not_an_input_unless_it_is_offered(tmp_path):
+    assert set(load(models.scaled(tmp_path)).inputs) == {"x"}
+    with pytest.raises(ModelLoadError, match=r"'scale'.*say optional"):
+        configured(tmp_path / "scaled/1", 'input { name: "scale" dims: [1] }')

@@ -203,6 +203,20 @@ def test_requests_of_other_shapes_or_outputs_have_other_signatures(load, add_sub
     assert both != one
 
 
+def test_requests_that_give_an_optional_input_share_no_batch(load):
+    def scaled(repository):
+        folder = models.scaled(repository)
+        (folder.parent / "config.pbtxt").write_text('input { name: "scale" optional: true }')
+        return folder
+
+    model = load(scaled)
+    without = [decode_request(request(("x", "FP32", [3, 2])), model) for _ in range(2)]
+    given = [decode_request(request(("scale", "FP32", [1]), ("x", "FP32", [3, 2])), model) for _ in range(2)]
+    assert [decoded.rows for decoded in (*without, *given)] == [3, 3, 3, 3]
+    assert len({decoded.signature for decoded in without}) == 1
+    assert len({decoded.signature for decoded in (*without, *given)}) == 3
+
+
 def test_an_answer_has_raw_contents_and_version_but_no_id(add_sub):
     a, b = (np.array([values], np.float32).tobytes() for values in ([3, 4], [1, 1]))
     response = answer(add_sub, request((*A, a), (*B, b)))
