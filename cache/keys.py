@@ -15,12 +15,12 @@ from typing import NamedTuple
 from blake3 import blake3
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.protocol import sequence_of
 from services.runtime.tensors import raw_from_contents
 
 # Keyed, so that nobody outside the fleet can search for two inputs with one hash.
 _CONTEXT = "ringmesh 2026-11 request hash"
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
-# A sequence_id that is 0 or "" means that there is none.
 _MAX_DESCRIBED = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")
 
@@ -120,11 +120,3 @@ def _parameters(parameters: Mapping[str, v2.InferParameter]) -> str:
         value = getattr(parameters[name], kind) if kind else None
         parts.append(f"{len(name)}:{name}={kind}:{value!r},")
     return "".join(parts)
-
-
-def sequence_of(request: v2.ModelInferRequest) -> int | str:
-    """The id of the sequence it belongs to; 0 or "" where it belongs to none."""
-    if "sequence_id" not in request.parameters:
-        return 0
-    sequence = request.parameters["sequence_id"]
-    return sequence.int64_param or sequence.string_param or sequence.uint64_param

@@ -11,10 +11,12 @@ from router.catalog import ModelEntry
 from router.fleet import Fleet, Member
 from router.ring import RANKS
 from router.worker_link import Work, WorkerUnreachableError
-from services.runtime.errors import UnavailableError, from_failure
+from services.runtime.errors import FailedPreconditionError, UnavailableError, from_failure
 from services.runtime.tracing import Trace, new_span_id
 
+# Failures of this worker, and perhaps not of another.
 _UNAVAILABLE = UnavailableError.code.value[0]
+_FAILED_PRECONDITION = FailedPreconditionError.code.value[0]
 
 
 class Dispatcher:
@@ -40,6 +42,7 @@ class Dispatcher:
         """
         view = self._fleet.view
         skipped = []
+        lacking: inference_pb2.Failure | None = None
         ranked = view.ring.ranked(place)
         # Past the ranks, for models that only a few of a large fleet hold.
         rest = (address for address in view.ring.members if address not in ranked)
@@ -58,7 +61,10 @@ class Dispatcher:
             error = ""
             try:
                 result = await member.link.execute(model.digest, work)
-                if result.failure.code != _UNAVAILABLE:
+                if result.failure.code == _FAILED_PRECONDITION:
+                    # A sequence that began elsewhere, before its place on the ring went to this one.
+                    lacking = lacking or result.failure
+                elif result.failure.code != _UNAVAILABLE:
                     if result.HasField("failure"):
                         raise from_failure(result.failure)
                     return result, member
@@ -75,4 +81,6 @@ class Dispatcher:
                     span_id,
                 )
             skipped.append(f"{member.worker_id}: {error}")
+        if lacking is not None:
+            raise from_failure(lacking)
         raise UnavailableError(f"no worker could answer for model {model.name!r}, retry later; {'; '.join(skipped)}")

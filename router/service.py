@@ -13,7 +13,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.entry import Entry
-from cache.keys import RequestHasher, UncacheableError, cache_key, sequence_of
+from cache.keys import RequestHasher, UncacheableError, cache_key
 from cache.mesh import Computed, Found, Mesh
 from router.cache_use import CacheUses
 from router.catalog import ModelEntry
@@ -21,6 +21,7 @@ from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from services.runtime import protocol
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
+from services.runtime.keyed_lock import KeyedLock
 from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
 from services.runtime.tracing import Attributes, Trace, Tracer
 
@@ -45,6 +46,7 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._tracer = tracer
         self._uses = uses
+        self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
         """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
@@ -83,7 +85,7 @@ class InferenceService:
                 raise UncacheableError(model.uncacheable)
             call.request_hash = self._hasher.hash(request)
         except UncacheableError as why:
-            if sequence := sequence_of(request):
+            if sequence := protocol.sequence_of(request):
                 call.place = self._hasher.sequence_place(call.name, sequence)
             trace.span("cache.bypass", call.start, time.time_ns(), {"ringmesh.reason": str(why)})
             return call
@@ -129,9 +131,14 @@ class InferenceService:
             raise call.error
         model = call.model
         assert model is not None
+        if call.place:
+            # A sequence is in order here too: two envelopes may overtake each other.
+            async with self._sequences.hold(call.place):
+                computed = await self._compute(call, model, call.place, deadline)
+            return Found(computed.entry, "bypass", computed.worker)
         if not call.request_hash:
             # Any place on the ring will do for what does not stick, so all of them share the load.
-            computed = await self._compute(call, model, call.place or os.urandom(2), deadline)
+            computed = await self._compute(call, model, os.urandom(2), deadline)
             return Found(computed.entry, "bypass", computed.worker)
         return await self._mesh.get_or_compute(
             cache_key(model.digest, call.request_hash),

@@ -74,6 +74,42 @@ def scaled(repository: Path) -> Path:
     return save(repository, "scaled", [helper.make_node("Mul", ["x", "scale"], ["y"])], [x, scale], [y], [two])
 
 
+def accumulator(repository: Path) -> Path:
+    """FP32 x[n,1] -> sum[n,1] of a sequence; START and CORRID are controls, total_in and total_out its state."""
+    names = {"start": TensorProto.INT32, "corrid": TensorProto.INT64, "total_in": TensorProto.FLOAT}
+    nodes = [
+        helper.make_node("Cast", ["start"], ["start_float"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["one", "start_float"], ["keep"]),
+        helper.make_node("Mul", ["total_in", "keep"], ["before"]),
+        helper.make_node("Add", ["before", "x"], ["total_out"]),
+        helper.make_node("Identity", ["total_out"], ["sum"]),
+        helper.make_node("Identity", ["corrid"], ["which"]),
+    ]
+    inputs = [value("x", TensorProto.FLOAT, "n", 1), *(value(name, kind, "n", 1) for name, kind in names.items())]
+    outputs = [value(name, TensorProto.FLOAT, "n", 1) for name in ("sum", "total_out")]
+    outputs.append(value("which", TensorProto.INT64, "n", 1))
+    one = numpy_helper.from_array(np.array([[1]], np.float32), "one")
+    folder = save(repository, "accumulator", nodes, inputs, outputs, [one])
+    (folder.parent / "config.pbtxt").write_text(
+        """
+        max_batch_size: 8
+        sequence_batching {
+          max_sequence_idle_microseconds: 5000000
+          control_input {
+            name: "start"
+            control { kind: CONTROL_SEQUENCE_START int32_false_true: [0, 1] }
+          }
+          control_input {
+            name: "corrid"
+            control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_INT64 }
+          }
+          state { input_name: "total_in" output_name: "total_out" data_type: TYPE_FP32 dims: [1] }
+        }
+        """
+    )
+    return folder
+
+
 def random(repository: Path) -> Path:
     """FP32 x[n,1] -> y = x + noise: no two answers are the same."""
     nodes = [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])]
@@ -144,6 +180,6 @@ def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:
         identity(repository, name)
-    for make in (mlp, add_sub, random, slow):
+    for make in (mlp, add_sub, accumulator, random, slow):
         make(repository)
     return repository

@@ -34,6 +34,16 @@ _ACTED_ON = frozenset(
         "dynamic_batching.priority_levels",
         "dynamic_batching.default_priority_level",
         "dynamic_batching.priority_queue_policy",
+        "sequence_batching",
+        "sequence_batching.max_sequence_idle_microseconds",
+        "sequence_batching.control_input",
+        "sequence_batching.state",
+        "sequence_batching.direct",
+        "sequence_batching.direct.max_queue_delay_microseconds",
+        "sequence_batching.oldest",
+        "sequence_batching.oldest.max_queue_delay_microseconds",
+        "sequence_batching.oldest.preferred_batch_size",
+        "sequence_batching.oldest.preserve_ordering",
         "instance_group",
         "default_model_filename",
         "model_warmup",
@@ -41,7 +51,7 @@ _ACTED_ON = frozenset(
     }
 )
 # Looked into where they are set; the others are taken or left whole.
-_NESTED = frozenset({"dynamic_batching"})
+_NESTED = frozenset({"dynamic_batching", "sequence_batching", "sequence_batching.direct", "sequence_batching.oldest"})
 
 
 class ConfigError(Exception):
@@ -89,6 +99,21 @@ def ignored_fields(config: ModelConfig) -> list[str]:
     return [path for path in _set_fields(config, "") if path not in _ACTED_ON]
 
 
+def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
+    """How requests form batches; those of sequences do it as others do."""
+    sequences = config.sequence_batching
+    if sequences.HasField("oldest"):
+        return config_pb2.ModelDynamicBatching(
+            preferred_batch_size=sequences.oldest.preferred_batch_size,
+            max_queue_delay_microseconds=sequences.oldest.max_queue_delay_microseconds,
+        )
+    if sequences.HasField("direct"):
+        return config_pb2.ModelDynamicBatching(
+            max_queue_delay_microseconds=sequences.direct.max_queue_delay_microseconds
+        )
+    return config.dynamic_batching
+
+
 def wanted_versions(config: ModelConfig, versions: Iterable[int]) -> list[int]:
     """Which of the versions on disk to serve: the latest, where no policy says otherwise."""
     ordered = sorted(versions)
@@ -127,6 +152,8 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: decoupled models are not served: ONNX Runtime gives one response a request")
     if ragged := [tensor.name for tensor in config.input if tensor.allow_ragged_batch]:
         raise ConfigError(f"{path}: {', '.join(ragged)} is ragged, which ONNX Runtime has no form for")
+    if config.sequence_batching.iterative_sequence:
+        raise ConfigError(f"{path}: iterative_sequence is not served: ONNX Runtime gives one response a request")
     if config.HasField("ensemble_scheduling"):
         raise ConfigError(f"{path}: ensembles are not served yet")
 

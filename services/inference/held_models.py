@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from services.inference.batcher import Batcher
 from services.inference.model import OnnxModel
+from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
 from services.runtime.errors import NotFoundError
 
@@ -16,7 +17,7 @@ class HeldModel:
     """A loaded model version, ready to run."""
 
     model: OnnxModel
-    batcher: Batcher
+    batcher: Batcher | Sequencer
     statistics: Statistics
 
 

@@ -33,9 +33,9 @@ class ModelLoadError(Exception):
 class OnnxModel:
     """A loaded model; `run` may be called from several threads.
 
-    `required` names the inputs that every request has. `batchable`: requests may share a run along the first dimension;
-    `batch_reason` says why not. `cacheable`: equal requests have equal answers; `cacheable_reason` says why not.
-    `provider` is the execution provider in use.
+    `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
+    `batchable`: requests may share a run along the first dimension; `batch_reason` says why not. `cacheable`: equal
+    requests have equal answers; `cacheable_reason` says why not. `provider` is the execution provider in use.
     """
 
     def __init__(
@@ -68,16 +68,23 @@ class OnnxModel:
         try:
             self.inputs = input_specs(session.get_inputs(), session.get_overridable_initializers(), files.config)
             self.outputs = output_specs(session.get_outputs(), files.config)
+            self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+        every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
         self.required = tuple([name for name, spec in self.inputs.items() if not spec.optional])
-        self._reshapes = any(spec.inner is not None for spec in (*self.inputs.values(), *self.outputs.values()))
+        self._reshapes = any(spec.inner is not None for spec in every)
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
-        if self._config.HasField("response_cache"):
+        if self._config.HasField("sequence_batching"):
+            self.cacheable_reason = "it serves sequences, whose answers depend on what came before"
+        elif self._config.HasField("response_cache"):
             self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
         self.cacheable = not self.cacheable_reason
-        self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*self.inputs.values(), *self.outputs.values()))
-        if files.config.says_max_batch_size:
+        self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*every, *self.hidden_outputs.values()))
+        if self._config.HasField("sequence_batching") and not files.config.says_max_batch_size:
+            # A probe of its rows would have to know what it does with a state.
+            self.batch_reason = "it serves sequences, and its config.pbtxt does not say max_batch_size"
+        elif files.config.says_max_batch_size:
             self.batch_reason = "" if self._config.max_batch_size else "max_batch_size is 0 in its config.pbtxt"
             max_batch_rows = self._config.max_batch_size
             if max_batch_rows and (fixed := row_independence.fixed_first_dimension(self)):
@@ -86,6 +93,26 @@ class OnnxModel:
             self.batch_reason = row_independence.why_not(self)
         self.batchable = not self.batch_reason
         self.max_batch_rows = max_batch_rows if self.batchable else 1
+
+    @property
+    def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
+        """What its configuration says of sequences; empty where it serves none."""
+        return self._config.sequence_batching
+
+    def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Takes what callers neither give nor get out of `inputs` and `outputs`. Raises ConfigError."""
+        batching = self._config.sequence_batching
+        wanted = [tensor.name for tensor in batching.control_input] + [state.input_name for state in batching.state]
+        if missing := [name for name in wanted if name not in self.inputs]:
+            raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such input")
+        states = [state.output_name for state in batching.state]
+        if missing := [name for name in states if name not in self.outputs]:
+            raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such output")
+        shown = {tensor.name for tensor in self._config.output}
+        return (
+            {name: self.inputs.pop(name) for name in wanted},
+            {name: self.outputs.pop(name) for name in states if name not in shown},
+        )
 
     def warm_up(self) -> None:
         """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
@@ -101,13 +128,14 @@ class OnnxModel:
 
     def _warm_up_input(self, name: str, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
         wanted = sample.inputs[name]
-        dtype = self.inputs[name].datatype.dtype
-        batched = self._config.max_batch_size and not self.inputs[name].optional
+        spec = (self.inputs | self.hidden_inputs)[name]
+        dtype = spec.datatype.dtype
+        batched = self._config.max_batch_size and not spec.optional
         shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
         kind = wanted.WhichOneof("input_data_type")
         if kind == "input_data_file":
             raw = (self._folder.parent / "warmup" / wanted.input_data_file).read_bytes()
-            return decode(self.inputs[name].datatype, shape, raw, name)
+            return decode(spec.datatype, shape, raw, name)
         if dtype.hasobject:
             return np.full(shape, b"", object)
         random = np.random.default_rng(0).random(shape) * (kind == "random_data")
@@ -165,13 +193,16 @@ class OnnxModel:
             name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
         }
         if self._reshapes:
-            feeds = {name: self.inputs[name].to_inner(array) for name, array in feeds.items()}
+            feeds |= {name: self.inputs[name].to_inner(feeds[name]) for name in self.inputs if name in feeds}
         try:
             arrays: list[npt.NDArray[Any]] = (
                 self._run_bfloat16(feeds, outputs) if self._bfloat16 else self._session.run(outputs, feeds)
             )
             if self._reshapes:
-                return [self.outputs[name].to_outer(array) for name, array in zip(outputs, arrays, strict=True)]
+                return [
+                    self.outputs[name].to_outer(array) if name in self.outputs else array
+                    for name, array in zip(outputs, arrays, strict=True)
+                ]
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
         return arrays

@@ -16,6 +16,7 @@ from services.inference.config import ConfigError
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import ModelFiles, RepositoryError
+from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 
@@ -197,16 +198,19 @@ class ModelStore:
         made = files.config.message
         if ignored := config.ignored_fields(made):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
-        return HeldModel(
+        batcher = Batcher(
             model,
-            Batcher(
-                model,
-                self._executor,
-                instances=sum(group.count or 1 for group in made.instance_group) or 1,
-                batching=made.dynamic_batching,
-            ),
-            Statistics(model.name, str(model.version)),
+            self._executor,
+            instances=sum(group.count or 1 for group in made.instance_group) or 1,
+            batching=config.batching(made),
         )
+        statistics = Statistics(model.name, str(model.version))
+        if not made.HasField("sequence_batching"):
+            return HeldModel(model, batcher, statistics)
+        try:
+            return HeldModel(model, Sequencer(model, batcher, files.folder.parent), statistics)
+        except ConfigError as error:
+            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
 
     def _switch(self, name: str, models: list[HeldModel]) -> None:
         self.held = HeldModels([*(held for held in self.held if held.model.name != name), *models])

@@ -15,11 +15,21 @@ from services.inference.model import OnnxModel
 from services.inference.shared_memory import SharedMemory
 from services.inference.tensor_spec import TensorSpec
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.protocol import sequence_of
 from services.runtime.tensors import DATATYPES, decode, encode, raw_from_contents
 
 # Elements beyond which a shape is taken for a mistake before its bytes are counted.
 _MAX_ELEMENTS = 1 << 40
 _REGION = "shared_memory_region"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """Which sequence a request belongs to, and whether it begins or ends it."""
+
+    sequence_id: int | str
+    start: bool
+    end: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,7 @@ class Decoded:
     signature: Hashable
     priority: int = 0
     timeout_us: int = 0
+    sequence: SequenceStep | None = None
 
 
 def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: SharedMemory) -> Decoded:
@@ -90,6 +101,7 @@ def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: Shar
         signature,
         priority=_whole_parameter(request, "priority"),
         timeout_us=_whole_parameter(request, "timeout"),
+        sequence=_sequence(request),
     )
 
 
@@ -222,6 +234,17 @@ def _decode_outputs(
             view = memory.view(region, offset, size, f"outputs[{index}].parameters")
             regions[name] = _OutputRegion(region, offset, view)
     return tuple([name for name in model.outputs if name in asked])
+
+
+def _sequence(request: v2.ModelInferRequest) -> SequenceStep | None:
+    sequence_id = sequence_of(request)
+    if not sequence_id:
+        return None
+    start, end = (
+        name in request.parameters and request.parameters[name].bool_param
+        for name in ("sequence_start", "sequence_end")
+    )
+    return SequenceStep(sequence_id, start, end)
 
 
 def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:

@@ -27,7 +27,8 @@ def why_not(model: OnnxModel) -> str:
 
 def fixed_first_dimension(model: OnnxModel) -> str:
     """Which input or output has no room for a batch; "" where all have."""
-    for spec in (*(model.inputs[name] for name in model.required), *model.outputs.values()):
+    inputs = (*(model.inputs[name] for name in model.required), *model.hidden_inputs.values())
+    for spec in (*inputs, *model.outputs.values(), *model.hidden_outputs.values()):
         if not spec.shape or spec.shape[0] != -1:
             return f"the first dimension of {spec.name!r} is not free"
     return ""

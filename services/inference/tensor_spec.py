@@ -120,7 +120,7 @@ def _declared(
     batches: list[tuple[int, ...]] = [(), (-1,)]
     if configured.says_max_batch_size:
         batches = batches[1:] if configured.message.max_batch_size else batches[:1]
-    fitting = [batch for batch in batches if _agree((*batch, *inner), spec.shape)]
+    fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
     if not fitting and (dims or reshaped):
         kind = "a reshape to" if reshaped else "dims"
         raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}")
@@ -141,5 +141,6 @@ def _elements(dims: Iterable[int]) -> int:
     return math.prod(size for size in dims if size != -1)
 
 
-def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
+def agree(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether an array can have both shapes; -1 goes with any size."""
     return len(one) == len(other) and all(-1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))

@@ -4,6 +4,7 @@ RingmeshError
 ├── InvalidArgumentError     the request is wrong, and would be wrong anywhere
 ├── NotFoundError            no such model or version
 ├── AlreadyExistsError       the name is taken
+├── FailedPreconditionError  what the request builds on is not here; it may be elsewhere
 ├── ResourceExhaustedError   too much now; may be retried later
 ├── UnavailableError         nobody can answer now; may be retried elsewhere
 ├── DeadlineExceededError    the caller's time is up
@@ -53,6 +54,12 @@ class AlreadyExistsError(RingmeshError):
     """The name is taken."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class FailedPreconditionError(RingmeshError):
+    """What the request builds on is not here; it may be elsewhere."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class ResourceExhaustedError(RingmeshError):

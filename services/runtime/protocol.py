@@ -160,6 +160,14 @@ def deadline(context: Context) -> float | None:
     return time.monotonic() + remaining
 
 
+def sequence_of(request: v2.ModelInferRequest) -> int | str:
+    """The id of the sequence it belongs to; 0 or "" where it belongs to none, which 0 and "" say too."""
+    if "sequence_id" not in request.parameters:
+        return 0
+    sequence = request.parameters["sequence_id"]
+    return sequence.int64_param or sequence.string_param or sequence.uint64_param
+
+
 def _varint(number: int) -> bytes:
     out = bytearray()
     while number > 0x7F:

@@ -1,0 +1,77 @@
+"""Sequences as tritonclient sends them, on router and worker."""
+
+import queue
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+
+@pytest.fixture(params=["router", "worker"])
+def client(request, stack):
+    address = stack.router if request.param == "router" else stack.workers[0]
+    with triton.InferenceServerClient(address) as client:
+        yield client
+
+
+def one(value):
+    tensor = triton.InferInput("x", [1, 1], "FP32")
+    tensor.set_data_from_numpy(np.array([[value]], np.float32))
+    return [tensor]
+
+
+def test_a_sequence_adds_up(client):
+    steps = [(1, True, False), (2, False, False), (3, False, True)]
+    answers = [
+        client.infer("accumulator", one(value), sequence_id=901, sequence_start=start, sequence_end=end)
+        for value, start, end in steps
+    ]
+    assert [answer.as_numpy("sum").item() for answer in answers] == [1, 3, 6]
+
+
+def test_a_stream_keeps_the_order_of_each_sequence(client):
+    answers: queue.Queue = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error or result))
+    for value in range(50):
+        for sequence in (911, 912):
+            client.async_stream_infer(
+                "accumulator",
+                one(value + sequence),
+                request_id=str(sequence),
+                sequence_id=sequence,
+                sequence_start=value == 0,
+                sequence_end=value == 49,
+            )
+    sums: dict[str, list[float]] = {"911": [], "912": []}
+    for _ in range(100):
+        answer = answers.get(timeout=30)
+        sums[answer.get_response().id].append(answer.as_numpy("sum").item())
+    client.stop_stream()
+    for sequence, got in sums.items():
+        assert got == np.cumsum([value + int(sequence) for value in range(50)]).tolist()
+
+
+def test_a_sequence_that_did_not_begin_is_refused(client):
+    with pytest.raises(triton.InferenceServerException, match="no sequence 921") as caught:
+        client.infer("accumulator", one(1), sequence_id=921)
+    assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
+
+
+def test_the_sequences_of_a_lost_worker_begin_again_elsewhere(start_worker, start_router):
+    workers = [start_worker(name) for name in ("a", "b")]
+    router = start_router([worker.address for worker in workers], None)
+    with triton.InferenceServerClient(router.address) as client:
+        for sequence in range(1, 9):
+            client.infer("accumulator", one(1), sequence_id=sequence, sequence_start=True)
+        workers[0].process.kill()
+        lost = set()
+        for sequence in range(1, 9):
+            try:
+                assert client.infer("accumulator", one(1), sequence_id=sequence).as_numpy("sum").item() == 2
+            except triton.InferenceServerException as error:
+                assert error.status() == "StatusCode.FAILED_PRECONDITION", error
+                lost.add(sequence)
+        assert 0 < len(lost) < 8
+        for sequence in lost:
+            answer = client.infer("accumulator", one(1), sequence_id=sequence, sequence_start=True)
+            assert answer.as_numpy("sum").item() == 1
