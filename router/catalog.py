@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime import ensemble
+from services.runtime.ensemble import Plan
 from services.runtime.errors import NotFoundError, UnavailableError
+
+# A parameter in the config.pbtxt of an ensemble.
+CACHE_STEPS = "ringmesh_cache_steps"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One version of a model. `uncacheable` says why its answers are not kept, "" where they are."""
+    """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
+
+    An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the cache.
+    """
 
     name: str
     version: str
     digest: bytes
     uncacheable: str
     metadata: v2.ModelMetadataResponse
+    plan: Plan | None = None
+    cache_steps: bool = False
 
 
 class Catalog:
@@ -36,6 +46,13 @@ class Catalog:
         self._entries = {key: _entry(model, self._versions[model.name]) for key, model in found.items()}
         for name, versions in self._versions.items():
             self._entries[name, ""] = self._entries[name, versions[-1]]
+        # After the models, which are their steps.
+        for key, model in found.items():
+            if model.HasField("ensemble"):
+                entry = self._ensemble(model.ensemble, self._entries[key], found)
+                self._entries[key] = entry
+                if key[1] == self._versions[key[0]][-1]:
+                    self._entries[key[0], ""] = entry
 
     @property
     def versions(self) -> Mapping[str, list[str]]:
@@ -54,6 +71,33 @@ class Catalog:
             raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
         known = ", ".join(self._versions[name])
         raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
+
+    def _ensemble(
+        self,
+        told: inference_pb2.Ensemble,
+        entry: ModelEntry,
+        found: Mapping[tuple[str, str], inference_pb2.ModelVersion],
+    ) -> ModelEntry:
+        """The ensemble over the steps of the whole fleet; as it is where a step is an ensemble, which is refused."""
+        config = told.config
+        plan = ensemble.plan(
+            config.ensemble_scheduling, (t.name for t in config.input), (t.name for t in config.output)
+        )
+        parameter = config.parameters.get(CACHE_STEPS)
+        cache_steps = parameter is not None and parameter.string_value == "true"
+        try:
+            steps = [self.find(step.model, step.version) for step in plan.steps]
+        except (NotFoundError, UnavailableError):
+            return replace(entry, plan=plan, uncacheable="a step of it is nowhere held")
+        if any(found[step.name, step.version].HasField("ensemble") for step in steps):
+            return entry
+        return replace(
+            entry,
+            plan=plan,
+            cache_steps=cache_steps,
+            digest=ensemble.digest(told.own_digest, (step.digest for step in steps)),
+            uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
+        )
 
 
 def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry:

@@ -61,7 +61,7 @@ class FleetControl:
     async def _config(self, request: v2.ModelConfigRequest, _: Context) -> v2.ModelConfigResponse:
         model = self._fleet.view.catalog.find(request.name, request.version)
         for member in self._healthy():
-            if not member.why_not(model):
+            if (model.name, model.version) in member.held:
                 return await self._ask(member, "ModelConfig", request, v2.ModelConfigResponse, _SECONDS)
         raise UnavailableError(f"no worker that holds model {request.name!r} can be reached; retry later")
 

@@ -30,6 +30,8 @@ class Member:
         self.reason = "not yet connected"
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
         self.held: frozenset[tuple[str, str]] = frozenset()
+        # Ensembles of which it lacks a step.
+        self.partly: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def healthy(self) -> bool:
@@ -40,7 +42,10 @@ class Member:
         """Why it would not be asked for `model`; "" where it would."""
         if self.reason:
             return self.reason
-        return "" if (model.name, model.version) in self.held else "does not hold the model"
+        key = (model.name, model.version)
+        if key in self.partly:
+            return "does not hold every step of the ensemble"
+        return "" if key in self.held else "does not hold the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,7 @@ class Fleet:
         member.reason = reason
         member.models = models
         member.held = frozenset((model.name, model.version) for model in models)
+        member.partly = frozenset((model.name, model.version) for model in models if model.ensemble.not_runnable)
         member.link.forget_lanes(frozenset(model.digest for model in models))
         self._refresh()
 

@@ -15,6 +15,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.entry import Entry
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from cache.mesh import Computed, Found, Mesh
+from router import ensembles
 from router.cache_use import CacheUses
 from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
@@ -63,20 +64,29 @@ class InferenceService:
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
+        return v2.ModelReadyResponse(ready=self._is_ready(request.name, request.version))
+
+    def _is_ready(self, name: str, version: str) -> bool:
         try:
-            model = self._fleet.view.catalog.find(request.name, request.version)
+            model = self._fleet.view.catalog.find(name, version)
         except (NotFoundError, UnavailableError):
-            return v2.ModelReadyResponse(ready=False)
-        members = self._fleet.view.members.values()
-        return v2.ModelReadyResponse(ready=any(not member.why_not(model) for member in members))
+            return False
+        if any(not member.why_not(model) for member in self._fleet.view.members.values()):
+            return True
+        return model.plan is not None and all(self._is_ready(step.model, step.version) for step in model.plan.steps)
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         return self._fleet.view.catalog.find(request.name, request.version).metadata
 
     def _admit(self, data: bytes, metadata: Metadata) -> Answer | _Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
-        call = _Admitted(data, self._tracer.start(protocol.traceparent(metadata)))
-        trace = call.trace
+        call = self._key(data, self._tracer.start(protocol.traceparent(metadata)))
+        entry = self._local(call)
+        return call if entry is None else self._answer(call, Found(entry, "hit-local"))
+
+    def _key(self, data: bytes, trace: Trace) -> _Admitted:
+        """Parses, finds the model and keys; what is wrong is in `error`."""
+        call = _Admitted(data, trace)
         try:
             request = parse(v2.ModelInferRequest, data)
             call.name, call.request_id = request.model_name, request.id
@@ -96,12 +106,16 @@ class InferenceService:
             log.exception("trace %s: %s failed", trace.trace_id, call.name)
             call.error = unexpected(error)
             return call
-        entry = self._mesh.local.get(cache_key(model.digest, call.request_hash))
-        if trace.sampled:
-            trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
-        if entry is None:
-            return call
-        return self._answer(call, Found(entry, "hit-local"))
+        return call
+
+    def _local(self, call: _Admitted) -> Entry | None:
+        """What the local tier has."""
+        if not call.request_hash or call.model is None:
+            return None
+        entry = self._mesh.local.get(cache_key(call.model.digest, call.request_hash))
+        if call.trace.sampled:
+            call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
+        return entry
 
     async def _model_infer(self, data: bytes | _Admitted, context: Context) -> bytes:
         """Bytes in, bytes out. On the engine with a lane, the call was admitted before it comes here."""
@@ -149,22 +163,44 @@ class InferenceService:
 
     async def _compute(self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None) -> Computed:
         """`place` says where on the ring."""
+        if model.plan is not None and not self._runs_whole(model):
+            entry = await ensembles.run(
+                model, model.plan, call.data, lambda data: self._run_step(data, call.trace, deadline)
+            )
+            key = cache_key(model.digest, call.request_hash) if call.request_hash else None
+            return Computed(entry, key, "")
         result, member = await self._dispatcher.run(
             model, call.data, place, call.trace, request_hash=call.request_hash, deadline=deadline
         )
         key = cache_key(result.model_digest, call.request_hash) if call.request_hash else None
         return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
 
+    def _runs_whole(self, model: ModelEntry) -> bool:
+        """Whether an ensemble is run by one worker: one holds all steps, and they are not to be cached each."""
+        members = self._fleet.view.members.values()
+        return not model.cache_steps and any(not member.why_not(model) for member in members)
+
+    async def _run_step(self, data: bytes, trace: Trace, deadline: float | None) -> Entry:
+        call = self._key(data, trace)
+        entry = self._local(call)
+        found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
+        self._count(call, found)
+        return found.entry
+
+    def _count(self, call: _Admitted, found: Found) -> None:
+        if not call.request_hash or call.model is None:
+            return
+        use = self._uses.of(call.model.name, call.model.version)
+        if found.outcome == "miss":
+            use.misses += 1
+            use.miss_ns += time.time_ns() - call.start
+        else:
+            use.hits += 1
+            use.hit_ns += time.time_ns() - call.start
+
     def _answer(self, call: _Admitted, found: Found) -> Answer:
         entry, trace = found.entry, call.trace
-        if call.request_hash and call.model is not None:
-            use = self._uses.of(call.model.name, call.model.version)
-            if found.outcome == "miss":
-                use.misses += 1
-                use.miss_ns += time.time_ns() - call.start
-            else:
-                use.hits += 1
-                use.hit_ns += time.time_ns() - call.start
+        self._count(call, found)
         trailing: Metadata
         if trace.sampled:
             attributes: Attributes = {

@@ -74,6 +74,28 @@ def scaled(repository: Path) -> Path:
     return save(repository, "scaled", [helper.make_node("Mul", ["x", "scale"], ["y"])], [x, scale], [y], [two])
 
 
+def pipeline(repository: Path, *, parameters="") -> Path:
+    """An ensemble: mlp's x[n,64] -> y[n,10], through doubled (y + y)."""
+    y, doubled = value("a", TensorProto.FLOAT, "n", 10), value("b", TensorProto.FLOAT, "n", 10)
+    save(repository, "doubled", [helper.make_node("Add", ["a", "a"], ["b"])], [y], [doubled])
+    folder = repository / "pipeline/1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "config.pbtxt").write_text(
+        """
+        platform: "ensemble"
+        max_batch_size: 8
+        input { name: "in" data_type: TYPE_FP32 dims: [64] }
+        output { name: "out" data_type: TYPE_FP32 dims: [10] }
+        ensemble_scheduling {
+          step { model_name: "doubled" input_map { key: "a" value: "between" } output_map { key: "b" value: "out" } }
+          step { model_name: "mlp" input_map { key: "x" value: "in" } output_map { key: "y" value: "between" } }
+        }
+        """
+        + parameters
+    )
+    return folder
+
+
 def accumulator(repository: Path) -> Path:
     """FP32 x[n,1] -> sum[n,1] of a sequence; START and CORRID are controls, total_in and total_out its state."""
     names = {"start": TensorProto.INT32, "corrid": TensorProto.INT64, "total_in": TensorProto.FLOAT}
@@ -180,6 +202,6 @@ def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:
         identity(repository, name)
-    for make in (mlp, add_sub, accumulator, random, slow):
+    for make in (mlp, add_sub, accumulator, pipeline, random, slow):
         make(repository)
     return repository

@@ -13,7 +13,7 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 ModelConfig = config_pb2.ModelConfig
 
-_PLATFORMS = ("", "onnxruntime_onnx")
+_PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
 
 # Fields that change how a model is served here. What else is set is said once, at load.
@@ -44,6 +44,7 @@ _ACTED_ON = frozenset(
         "sequence_batching.oldest.max_queue_delay_microseconds",
         "sequence_batching.oldest.preferred_batch_size",
         "sequence_batching.oldest.preserve_ordering",
+        "ensemble_scheduling",
         "instance_group",
         "default_model_filename",
         "model_warmup",
@@ -132,7 +133,7 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
             f"{path}: name is {config.name!r}, but the folder is {name!r}; they are the same or name is left out"
         )
     if config.platform not in _PLATFORMS:
-        raise ConfigError(f"{path}: platform is {config.platform!r}; Ringmesh serves onnxruntime_onnx")
+        raise ConfigError(f"{path}: platform is {config.platform!r}; Ringmesh serves onnxruntime_onnx and ensemble")
     if config.backend not in _BACKENDS:
         raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
     if config.max_batch_size < 0:
@@ -154,8 +155,8 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: {', '.join(ragged)} is ragged, which ONNX Runtime has no form for")
     if config.sequence_batching.iterative_sequence:
         raise ConfigError(f"{path}: iterative_sequence is not served: ONNX Runtime gives one response a request")
-    if config.HasField("ensemble_scheduling"):
-        raise ConfigError(f"{path}: ensembles are not served yet")
+    if config.HasField("ensemble_scheduling") != (config.platform == "ensemble"):
+        raise ConfigError(f'{path}: platform "ensemble" and ensemble_scheduling go together; one of them is missing')
 
 
 def _set_fields(message: Message, prefix: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.model_store import READY, ModelStore, Overrides
-from services.runtime.errors import InvalidArgumentError, UnimplementedError
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.rpc import Context, Handler, unary
 
 
@@ -70,12 +70,12 @@ class ModelControl:
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
         _only_one_repository(request.repository_name)
+        dependents = False
         for name, parameter in request.parameters.items():
             if name != "unload_dependents":
                 raise InvalidArgumentError(f"no parameter {name!r}; there is unload_dependents", field="parameters")
-            if parameter.bool_param:
-                raise UnimplementedError("no model here depends on another", field="parameters[unload_dependents]")
-        await self._store.unload(request.model_name)
+            dependents = parameter.bool_param
+        await self._store.unload(request.model_name, dependents=dependents)
         return v2.RepositoryModelUnloadResponse()
 
 

@@ -1,9 +1,10 @@
-"""The models this worker holds, by name and version, each with its batcher."""
+"""The models this worker holds, by name and version, each with what forms its batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from services.inference.batcher import Batcher
 from services.inference.model import OnnxModel
@@ -11,14 +12,24 @@ from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
 from services.runtime.errors import NotFoundError
 
+if TYPE_CHECKING:
+    from services.inference.ensemble import Ensemble
+
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A loaded model version, ready to run."""
+    """A loaded model version, ready to run. An ensemble is its own batcher."""
 
-    model: OnnxModel
-    batcher: Batcher | Sequencer
+    model: OnnxModel | Ensemble
+    batcher: Batcher | Sequencer | Ensemble
     statistics: Statistics
+
+    def over(self, models: HeldModels) -> HeldModel:
+        """Itself; an ensemble with the steps that are in `models`."""
+        if isinstance(self.model, OnnxModel):
+            return self
+        resolved = self.model.resolved(models)
+        return replace(self, model=resolved, batcher=resolved)
 
 
 class HeldModels:
@@ -26,8 +37,11 @@ class HeldModels:
 
     def __init__(self, models: Iterable[HeldModel]) -> None:
         self._by_name: dict[str, dict[str, HeldModel]] = {}
-        for held in sorted(models, key=lambda held: (held.model.name, held.model.version)):
+        held_models = sorted(models, key=lambda held: (held.model.name, held.model.version))
+        for held in held_models:
             self._by_name.setdefault(held.model.name, {})[str(held.model.version)] = held
+        for held in held_models:
+            self._by_name[held.model.name][str(held.model.version)] = held.over(self)
 
     def __iter__(self) -> Iterator[HeldModel]:
         return (held for versions in self._by_name.values() for held in versions.values())

@@ -38,6 +38,9 @@ class OnnxModel:
     requests have equal answers; `cacheable_reason` says why not. `provider` is the execution provider in use.
     """
 
+    # Of an ensemble, whose steps may be elsewhere.
+    not_runnable = ""
+
     def __init__(
         self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
     ) -> None:
@@ -53,7 +56,7 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(files.model, options, providers=list(providers))
             random = random_operators(files.model)
             self.provider: str = self._session.get_providers()[0]
-            self.digest = files.digest(self.provider)
+            self.digest = self.own_digest = files.digest(self.provider)
             changed = files.digest("") != before
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
             raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
@@ -143,12 +146,7 @@ class OnnxModel:
 
     def metadata(self) -> v2.ModelMetadataResponse:
         """Without versions: only who knows all of them can tell."""
-        tensor = v2.ModelMetadataResponse.TensorMetadata
-        inputs, outputs = (
-            [tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values()]
-            for specs in (self.inputs, self.outputs)
-        )
-        return v2.ModelMetadataResponse(name=self.name, platform="onnxruntime_onnx", inputs=inputs, outputs=outputs)
+        return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
         """What its config.pbtxt says, completed by what the file says and by what was decided at load."""
@@ -226,10 +224,22 @@ class OnnxModel:
         return arrays
 
 
+def metadata(
+    name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+) -> v2.ModelMetadataResponse:
+    """What ModelMetadata tells, without versions."""
+    tensor = v2.ModelMetadataResponse.TensorMetadata
+    told = v2.ModelMetadataResponse(name=name, platform=platform)
+    for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
+        field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
+    return told
+
+
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """ONNX Runtime's strings are text: it would take bytes by their repr."""
     try:
-        text = [value.decode() for value in array.ravel()]
+        # From another step of an ensemble, or the state of a sequence, it is text already.
+        text = [value if isinstance(value, str) else value.decode() for value in array.ravel()]
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(
             f"input {name!r}: ONNX strings are UTF-8, and an element is not: {error.reason} at byte {error.start}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from services.inference import config, repository
 from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
+from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import ModelFiles, RepositoryError
@@ -104,15 +105,28 @@ class ModelStore:
             self._switch(name, fresh)
             await self._drain(model for model in held if model not in fresh)
 
-    async def unload(self, name: str) -> None:
-        """Takes a model out at once, and returns when what it had taken is answered. Raises NotFoundError."""
+    async def unload(self, name: str, *, dependents: bool = False) -> None:
+        """Takes a model out at once, and returns when what it had taken is answered. Raises NotFoundError.
+
+        `dependents`: the steps of an ensemble go with it.
+        """
         async with self._changing:
             held = self.held.of(name)
             if not held:
                 raise NotFoundError(f"model {name!r} is not loaded", field="model_name")
-            self._switch(name, [])
-            self._failures[name] = {str(model.model.version): "unloaded" for model in held}
-            await self._drain(held)
+            names = {name}
+            if dependents:
+                names |= {
+                    step.model
+                    for ensemble in held
+                    if isinstance(ensemble.model, Ensemble)
+                    for step in ensemble.model.plan.steps
+                }
+            for gone in names:
+                of_name = self.held.of(gone)
+                self._switch(gone, [])
+                self._failures[gone] = {str(model.model.version): "unloaded" for model in of_name}
+                await self._drain(of_name)
 
     async def poll(self, seconds: float) -> None:
         """Follows the repository: loads what changed, once it has stopped changing, and unloads what went."""
@@ -148,7 +162,7 @@ class ModelStore:
                 held.model.name,
                 str(held.model.version),
                 READY,
-                "" if held.model.cacheable else f"not cached: {held.model.cacheable_reason}",
+                _remark(held.model),
             )
             for held in self.held
         }
@@ -191,8 +205,11 @@ class ModelStore:
         for kept in held:
             if kept.model.version == files.version:
                 digest = await asyncio.to_thread(files.digest, kept.model.provider)
-                if digest == kept.model.digest:
+                if digest == kept.model.own_digest:
                     return kept
+        if files.config.message.HasField("ensemble_scheduling"):
+            ensemble = await asyncio.to_thread(Ensemble, files)
+            return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
         model = await asyncio.to_thread(self._open_model, files)
         await asyncio.to_thread(model.warm_up)
         made = files.config.message
@@ -218,3 +235,10 @@ class ModelStore:
     async def _drain(self, models: Iterable[HeldModel]) -> None:
         for held in models:
             await held.batcher.close()
+
+
+def _remark(model: OnnxModel | Ensemble) -> str:
+    """What is worth knowing of a model that is READY."""
+    if model.not_runnable:
+        return f"only runs through the router, step by step: {model.not_runnable}"
+    return f"not cached: {model.cacheable_reason}" if model.cacheable_reason else ""

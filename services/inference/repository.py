@@ -88,7 +88,12 @@ def versions(repository: Path, name: str, override: Configured | None = None) ->
     try:
         found_config = override or config.read(folder / CONFIG_FILE, name)
         file = _model_file(found_config)
-        found = {int(path.name): path for path in folder.iterdir() if path.name.isdecimal() and (path / file).is_file()}
+        ensemble = found_config.message.HasField("ensemble_scheduling")
+        found = {
+            int(path.name): path
+            for path in folder.iterdir()
+            if path.name.isdecimal() and (path.is_dir() if ensemble else (path / file).is_file())
+        }
     except ConfigError as error:
         raise RepositoryError(str(error)) from None
     except OSError as error:
@@ -96,7 +101,8 @@ def versions(repository: Path, name: str, override: Configured | None = None) ->
     wanted = config.wanted_versions(found_config.message, found)
     if not wanted:
         there = f"; it has {', '.join(map(str, sorted(found)))}" if found else ""
-        raise RepositoryError(f"no version of {name!r} to serve: none in {folder} holds {file} and is wanted{there}")
+        wanting = "is a folder (empty, for an ensemble)" if ensemble else f"holds {file}"
+        raise RepositoryError(f"no version of {name!r} to serve: none in {folder} {wanting} and is wanted{there}")
     return [ModelFiles(name, version, found[version], found_config) for version in wanted]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.model import OnnxModel
 from services.inference.shared_memory import SharedMemory
 from services.inference.tensor_spec import TensorSpec
 from services.runtime.errors import InvalidArgumentError
@@ -21,6 +20,17 @@ from services.runtime.tensors import DATATYPES, decode, encode, raw_from_content
 # Elements beyond which a shape is taken for a mistake before its bytes are counted.
 _MAX_ELEMENTS = 1 << 40
 _REGION = "shared_memory_region"
+
+
+class Model(Protocol):
+    """What a request needs to know of a model or an ensemble: see OnnxModel."""
+
+    name: str
+    version: int
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    required: tuple[str, ...]
+    batchable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,7 @@ class Decoded:
     sequence: SequenceStep | None = None
 
 
-def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: SharedMemory) -> Decoded:
+def decode_request(request: v2.ModelInferRequest, model: Model, memory: SharedMemory) -> Decoded:
     """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region."""
     raws = request.raw_input_contents
     tensors = request.inputs
@@ -78,34 +88,43 @@ def decode_request(request: v2.ModelInferRequest, model: OnnxModel, memory: Shar
             arrays[name] = _decode_shared(tensor, spec, index, memory)
         else:
             arrays[name] = _decode_input(tensor, next(raw_of) if raws else None, spec, index)
-    if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
-        raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
     outputs: tuple[str, ...] = tuple(model.outputs)
     classes: dict[str, int] = {}
     regions: dict[str, _OutputRegion] = {}
     if request.outputs:
         outputs = _decode_outputs(request.outputs, model, classes, regions, memory)
-    rows = _rows(arrays, model)
-    signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
-    if len(arrays) > len(model.required):
-        # An optional input is for the whole run, so the request that gives one has a run of its own.
-        signature = object()
-    if not request.parameters:
-        return Decoded(arrays, rows, outputs, classes, regions, signature)
-    return Decoded(
-        arrays,
-        rows,
-        outputs,
-        classes,
-        regions,
-        signature,
+    decoded = _decoded(arrays, model, outputs)
+    if not (classes or regions or request.parameters):
+        return decoded
+    return replace(
+        decoded,
+        classes=classes,
+        regions=regions,
         priority=_whole_parameter(request, "priority"),
         timeout_us=_whole_parameter(request, "timeout"),
         sequence=_sequence(request),
     )
 
 
-def encode_response(model: OnnxModel, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
+def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], request: Decoded) -> Decoded:
+    """A request of `model` on behalf of another: arrays in its datatypes. Raises InvalidArgumentError."""
+    for index, (name, array) in enumerate(arrays.items()):
+        _check_shape(array.shape, model.inputs[name], index)
+    decoded = _decoded(arrays, model, outputs)
+    return replace(decoded, priority=request.priority, timeout_us=request.timeout_us, sequence=request.sequence)
+
+
+def _decoded(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...]) -> Decoded:
+    if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
+        raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
+    signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
+    if len(arrays) > len(model.required):
+        # An optional input is for the whole run, so the request that gives one has a run of its own.
+        signature = object()
+    return Decoded(arrays, _rows(arrays, model), outputs, {}, {}, signature)
+
+
+def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
     """A serialized ModelInferResponse without an id; always raw_output_contents, one an output."""
     response = v2.ModelInferResponse(model_name=model.name, model_version=str(model.version))
     for name, array in zip(decoded.outputs, arrays, strict=True):
@@ -204,7 +223,7 @@ def _check_count(
 
 def _decode_outputs(
     requested: Sequence[v2.ModelInferRequest.InferRequestedOutputTensor],
-    model: OnnxModel,
+    model: Model,
     classes: dict[str, int],
     regions: dict[str, _OutputRegion],
     memory: SharedMemory,
@@ -289,7 +308,7 @@ class _OutputRegion:
         told.parameters["shared_memory_byte_size"].int64_param = len(raw)
 
 
-def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: OnnxModel) -> int:
+def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
     if not model.batchable:
         return 1
     sizes = {name: arrays[name].shape[0] for name in model.required}

@@ -154,13 +154,9 @@ class Sequencer:
         answered = dict(zip(whole.outputs, result.arrays, strict=True))
         # Copies: a view would hold the outputs of the whole batch in memory.
         sequence.states = {
-            name: _keep(answered[output]) for name, output in zip(self._initial, self._state_outputs, strict=True)
+            name: answered[output].copy() for name, output in zip(self._initial, self._state_outputs, strict=True)
         }
         return replace(result, arrays=result.arrays[: len(decoded.outputs)])
-
-
-def _keep(array: Array) -> Array:
-    return np.vectorize(str.encode, otypes=[object])(array) if array.dtype.hasobject else array.copy()
 
 
 def _control(control: _Control, spec: TensorSpec) -> Callable[[SequenceStep], Array]:

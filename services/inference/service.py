@@ -10,6 +10,7 @@ import grpc
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Worker
 from services.runtime import protocol
@@ -38,10 +39,10 @@ class InferenceService:
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
         try:
-            self._worker.store.held.find(request.name, request.version)
+            held = self._worker.store.held.find(request.name, request.version)
         except NotFoundError:
             return v2.ModelReadyResponse(ready=False)
-        return v2.ModelReadyResponse(ready=True)
+        return v2.ModelReadyResponse(ready=not held.model.not_runnable)
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         metadata = v2.ModelMetadataResponse()
@@ -119,7 +120,13 @@ _NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"
 
 def _describe(held: HeldModel) -> inference_pb2.ModelVersion:
     model = held.model
+    ensemble = None
+    if isinstance(model, Ensemble):
+        ensemble = inference_pb2.Ensemble(
+            own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
+        )
     return inference_pb2.ModelVersion(
+        ensemble=ensemble,
         name=model.name,
         version=str(model.version),
         digest=model.digest,

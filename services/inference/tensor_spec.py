@@ -36,6 +36,9 @@ CONFIG_TYPES = {
 }
 
 
+_DATATYPES = {number: DATATYPES[name] for name, number in CONFIG_TYPES.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """An input or output as callers see it: -1 in `shape` stands for a dimension that the request decides.
@@ -80,6 +83,13 @@ def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: C
 def output_specs(nodes: Iterable[Any], configured: Configured) -> dict[str, TensorSpec]:
     """Of the file's outputs. Raises ConfigError where the configuration contradicts the file."""
     return _specs(nodes, configured.message.output, configured, ignore=set())
+
+
+def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batched: bool) -> TensorSpec:
+    """Of a tensor that only the configuration knows, as those of an ensemble. Raises ConfigError."""
+    if tensor.data_type not in _DATATYPES:
+        raise ConfigError(f"gives {tensor.name!r} no data_type")
+    return TensorSpec(tensor.name, _DATATYPES[tensor.data_type], (*((-1,) if batched else ()), *tensor.dims))
 
 
 def _specs(

@@ -24,6 +24,8 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
         ('name: "other"', ["'other'", "'m'"]),
         ('platform: "tensorflow_savedmodel"', ["tensorflow_savedmodel", "onnxruntime_onnx"]),
         ('backend: "python"', ["python", "onnxruntime"]),
+        ('platform: "ensemble"', ["ensemble_scheduling", "together"]),
+        ("ensemble_scheduling { }", ["ensemble_scheduling", "together"]),
         ("max_batch_size: -1", ["-1"]),
         ("model_transaction_policy { decoupled: true }", ["decoupled"]),
         ("dynamic_batching { priority_levels: 2 }", ["default_priority_level is 0", "1 to priority_levels, 2"]),

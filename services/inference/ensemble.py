@@ -1,0 +1,131 @@
+"""Ensembles on a worker: steps that are held here run as one model, their tensors never leaving the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.batcher import BatchResult
+from services.inference.config import ConfigError, ModelConfig
+from services.inference.held_models import HeldModel, HeldModels
+from services.inference.model import ModelLoadError, metadata
+from services.inference.repository import ModelFiles
+from services.inference.request import Decoded, prepare
+from services.inference.tensor_spec import declared_spec
+from services.runtime import ensemble
+from services.runtime.ensemble import EnsembleError
+from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError
+
+Array = npt.NDArray[Any]
+
+
+class Ensemble:
+    """One version of an ensemble, with the interface of a model and of its batcher.
+
+    `not_runnable` says which step is missing or does not fit, "" where all are here.
+    """
+
+    provider = "ensemble"
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Raises ModelLoadError."""
+        self.name = files.name
+        self.version = files.version
+        self._config = files.config.message
+        where = f"cannot load {files.folder.parent}: its config.pbtxt"
+        self.max_batch_rows = max(1, self._config.max_batch_size)
+        self.batchable = self._config.max_batch_size > 0
+        try:
+            self.inputs = {t.name: declared_spec(t, self.batchable) for t in self._config.input}
+            self.outputs = {t.name: declared_spec(t, self.batchable) for t in self._config.output}
+            self.plan = ensemble.plan(self._config.ensemble_scheduling, self.inputs, self.outputs)
+        except (ConfigError, EnsembleError) as error:
+            raise ModelLoadError(f"{where}: {error}") from None
+        self.required = tuple(self.inputs)
+        self.own_digest = self.digest = files.digest("ensemble")
+        self.not_runnable = "its steps are not known yet"
+        self.cacheable, self.cacheable_reason = False, self.not_runnable
+        self._steps: list[HeldModel] = []
+
+    def resolved(self, models: HeldModels) -> Ensemble:
+        """The same ensemble over these models."""
+        made = object.__new__(Ensemble)
+        made.__dict__.update(self.__dict__)
+        try:
+            made._steps = [models.find(step.model, step.version) for step in self.plan.steps]
+            made.not_runnable = made._misfit()
+        except NotFoundError as error:
+            made._steps, made.not_runnable = [], error.message
+        made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
+        reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
+        made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)
+        made.cacheable = not made.cacheable_reason
+        return made
+
+    def metadata(self) -> v2.ModelMetadataResponse:
+        """Without versions: only who knows all of them can tell."""
+        return metadata(self.name, "ensemble", self.inputs, self.outputs)
+
+    def config(self) -> ModelConfig:
+        """What its config.pbtxt says, completed by what was found of caching."""
+        made = ModelConfig()
+        made.CopyFrom(self._config)
+        made.name, made.platform = self.name, "ensemble"
+        reason = self.cacheable_reason
+        made.parameters["ringmesh_cached"].string_value = f"no: {reason}" if reason else "yes"
+        return made
+
+    async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
+        """Runs the steps, each in the batches of its model. Raises what a step raises, with the step's name."""
+        if self.not_runnable:
+            raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.not_runnable}")
+        start = time.time_ns()
+
+        async def run_step(index: int, inputs: dict[str, Array]) -> Mapping[str, Array]:
+            held, begun = self._steps[index], time.time_ns()
+            outputs = tuple([name for name in held.model.outputs if name in self.plan.steps[index].outputs])
+            try:
+                step = prepare(inputs, held.model, outputs, decoded)
+                batch = await held.batcher.submit(step, deadline)
+            except RingmeshError as error:
+                held.statistics.failed(time.time_ns() - begun)
+                error.message = f"step {held.model.name!r} of ensemble {self.name!r}: {error.message}"
+                raise
+            held.statistics.succeeded(batch, step.rows, time.time_ns() - begun, time.time_ns() - batch.end_ns)
+            return dict(zip(outputs, batch.arrays, strict=True))
+
+        tensors = await ensemble.run(self.plan, decoded.arrays, run_step)
+        arrays = [tensors[name] for name in decoded.outputs]
+        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True)
+
+    async def close(self) -> None:
+        """Nothing of its own waits: what its steps have taken is drained with them."""
+
+    def _misfit(self) -> str:
+        """Why these steps cannot be joined so; "" where they can."""
+        types = {name: spec.datatype.name for name, spec in self.inputs.items()}
+        for step, held in zip(self.plan.steps, self._steps, strict=True):
+            if isinstance(held.model, Ensemble):
+                return f"step {step.model!r} is an ensemble itself; a step is a model"
+            inputs, outputs = held.model.inputs, held.model.outputs
+            if wrong := [name for name in step.inputs if name not in inputs]:
+                return f"step {step.model!r} has no input {wrong[0]!r}"
+            if missing := [name for name in held.model.required if name not in step.inputs]:
+                return f"step {step.model!r} needs input {missing[0]!r} as well"
+            if wrong := [name for name in step.outputs if name not in outputs]:
+                return f"step {step.model!r} has no output {wrong[0]!r}"
+            for name, tensor in step.inputs.items():
+                if types[tensor] != inputs[name].datatype.name:
+                    return (
+                        f"step {step.model!r} takes {name!r} as {inputs[name].datatype.name}, "
+                        f"and tensor {tensor!r} is {types[tensor]}"
+                    )
+            types |= {tensor: outputs[name].datatype.name for name, tensor in step.outputs.items()}
+        for name, spec in self.outputs.items():
+            if types[name] != spec.datatype.name:
+                return f"output {name!r} is {types[name]}, and its config.pbtxt says {spec.datatype.name}"
+        return ""

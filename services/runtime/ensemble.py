@@ -1,0 +1,120 @@
+"""Ensembles: models whose tensors flow into one another, called as one. The same on a worker and on a router."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import TypeVar
+
+from blake3 import blake3
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+Tensor = TypeVar("Tensor")
+
+
+class EnsembleError(Exception):
+    """The steps do not make a graph; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A model of the ensemble. `inputs` maps its inputs to the ensemble's tensors, `outputs` its outputs.
+
+    `version` is "" for the latest.
+    """
+
+    model: str
+    version: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps in an order in which each comes after those it needs; `needs` has their indices."""
+
+    steps: Sequence[Step]
+    needs: Sequence[Sequence[int]]
+
+
+def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs: Iterable[str]) -> Plan:
+    """The plan of a configuration with these inputs and outputs. Raises EnsembleError."""
+    steps = [
+        Step(
+            step.model_name,
+            str(step.model_version) if step.model_version > 0 else "",
+            dict(step.input_map),
+            dict(step.output_map),
+        )
+        for step in scheduling.step
+    ]
+    maker: dict[str, int | None] = dict.fromkeys(inputs)
+    for index, step in enumerate(steps):
+        for tensor in step.outputs.values():
+            if tensor in maker:
+                raise EnsembleError(f"tensor {tensor!r} is made twice; step {step.model!r} may not make it again")
+            maker[tensor] = index
+    needs: dict[int, set[int]] = {}
+    for index, step in enumerate(steps):
+        for tensor in step.inputs.values():
+            if tensor not in maker:
+                raise EnsembleError(f"step {step.model!r} takes tensor {tensor!r}, which nothing makes")
+        needs[index] = {made for tensor in step.inputs.values() if (made := maker[tensor]) is not None}
+    for tensor in outputs:
+        if maker.get(tensor) is None:
+            raise EnsembleError(f"output {tensor!r} is not made by any step")
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        names = " -> ".join(steps[index].model for index in error.args[1])
+        raise EnsembleError(f"the steps wait for one another: {names}") from None
+    place = {index: position for position, index in enumerate(order)}
+    return Plan(
+        [steps[index] for index in order],
+        [sorted(place[needed] for needed in needs[index]) for index in order],
+    )
+
+
+async def run(
+    whole: Plan,
+    given: Mapping[str, Tensor],
+    run_step: Callable[[int, dict[str, Tensor]], Awaitable[Mapping[str, Tensor]]],
+) -> dict[str, Tensor]:
+    """All tensors of the ensemble. Steps that do not need each other run side by side; a failure ends them all.
+
+    `run_step` takes the index of a step and its model's inputs, and returns its model's outputs, by their names there.
+    """
+    tensors = dict(given)
+    tasks: list[asyncio.Task[None]] = []
+
+    async def run_one(index: int) -> None:
+        step = whole.steps[index]
+        for needed in whole.needs[index]:
+            await tasks[needed]
+        made = await run_step(index, {name: tensors[tensor] for name, tensor in step.inputs.items()})
+        for name, tensor in step.outputs.items():
+            tensors[tensor] = made[name]
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks.extend(group.create_task(run_one(index)) for index in range(len(whole.steps)))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return tensors
+
+
+def digest(own: bytes, steps: Iterable[bytes]) -> bytes:
+    """16 bytes over the ensemble's own digest and those of its steps, in the order of its plan."""
+    hasher = blake3(own)
+    for step in steps:
+        hasher.update(step)
+    return hasher.digest(16)
+
+
+def uncacheable_reason(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, str]]) -> str:
+    """Why the answers of an ensemble are not kept, "" where they are. `steps`: names, and why their answers are not."""
+    if config.HasField("response_cache"):
+        return "" if config.response_cache.enable else "its config.pbtxt says so"
+    return next((f"of its step {name!r}: {reason}" for name, reason in steps if reason), "")

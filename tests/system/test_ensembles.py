@@ -1,0 +1,108 @@
+"""Ensembles as tritonclient calls them: on one worker, through the router, and with their steps on two workers."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+from tests import models as make
+from tests.system.conftest import eventually
+
+X = np.random.default_rng(0).random((3, 64), np.float32)
+
+
+def infer(client, model, name, array, **options):
+    tensor = triton.InferInput(name, list(array.shape), "FP32")
+    tensor.set_data_from_numpy(array)
+    return client.infer(model, [tensor], **options)
+
+
+def hits_and_misses(client, model):
+    stats = client.get_inference_statistics(model).model_stats[0].inference_stats
+    return stats.cache_hit.count, stats.cache_miss.count
+
+
+@pytest.fixture(params=["router", "worker"])
+def client(request, stack):
+    address = stack.router if request.param == "router" else stack.workers[0]
+    with triton.InferenceServerClient(address) as client:
+        yield client
+
+
+def test_an_ensemble_answers_as_its_steps_do_one_after_the_other(client):
+    between = infer(client, "mlp", "x", X).as_numpy("y")
+    expected = infer(client, "doubled", "a", between).as_numpy("b")
+    assert infer(client, "pipeline", "in", X).as_numpy("out").tobytes() == expected.tobytes()
+    metadata = client.get_model_metadata("pipeline")
+    assert (metadata.platform, list(metadata.inputs[0].shape)) == ("ensemble", [-1, 64])
+    assert client.is_model_ready("pipeline")
+
+
+def test_what_a_step_refuses_is_told_with_its_name(client):
+    with pytest.raises(triton.InferenceServerException, match="64"):
+        infer(client, "pipeline", "in", np.ones((1, 63), np.float32))
+
+
+@pytest.fixture
+def split(tmp_path, models, start_worker, start_router):
+    """A client of a router over two workers, each with the ensemble and one of its steps."""
+    addresses = []
+    for held in ("mlp", "doubled"):
+        for name in ("pipeline", held):
+            shutil.copytree(models / name, tmp_path / held / name)
+        addresses.append(start_worker(f"holds-{held}", models=tmp_path / held).address)
+    router = start_router(addresses, None)
+    with triton.InferenceServerClient(router.address) as client, triton.InferenceServerClient(addresses[0]) as worker:
+        eventually(lambda: client.is_model_ready("doubled") and client.is_model_ready("mlp"))
+        yield client, worker
+
+
+def test_steps_on_two_workers_run_through_the_router(split):
+    client, worker = split
+    between = infer(client, "mlp", "x", X).as_numpy("y")
+    answer = infer(client, "pipeline", "in", X).as_numpy("out")
+    assert answer.tobytes() == (between + between).tobytes()
+    # The step was asked for before, and is found in the cache; then the whole is.
+    assert hits_and_misses(client, "mlp") == (1, 1)
+    infer(client, "pipeline", "in", X)
+    assert hits_and_misses(client, "mlp") == (1, 1)
+    assert client.is_model_ready("pipeline")
+    with pytest.raises(triton.InferenceServerException, match=r"no model 'doubled'") as caught:
+        infer(worker, "pipeline", "in", X)
+    assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
+    assert not worker.is_model_ready("pipeline")
+
+
+def test_bad_input_is_told_where_steps_are_on_two_workers(split):
+    client, _ = split
+    with pytest.raises(triton.InferenceServerException, match="64") as caught:
+        infer(client, "pipeline", "in", np.ones((1, 63), np.float32))
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    with pytest.raises(triton.InferenceServerException, match="unknown to ensemble"):
+        infer(client, "pipeline", "x", X)
+
+
+def test_steps_are_cached_by_themselves_where_the_ensemble_asks_for_it(tmp_path, start_worker, start_router):
+    make.mlp(tmp_path)
+    make.pipeline(tmp_path, parameters='parameters { key: "ringmesh_cache_steps" value { string_value: "true" } }')
+    router = start_router([start_worker("one", models=tmp_path).address], None)
+    with triton.InferenceServerClient(router.address) as client:
+        infer(client, "mlp", "x", X)
+        infer(client, "pipeline", "in", X)
+        assert hits_and_misses(client, "mlp") == (1, 1)
+
+
+def test_a_step_that_is_replaced_changes_what_the_ensemble_answers(tmp_path, start_worker, start_router):
+    make.mlp(tmp_path, seed=0)
+    make.pipeline(tmp_path)
+    router = start_router([start_worker("one", models=tmp_path).address], None)
+    with triton.InferenceServerClient(router.address) as client:
+        before = infer(client, "pipeline", "in", X).as_numpy("out")
+        make.mlp(tmp_path, seed=1)
+        client.load_model("mlp")
+        after = infer(client, "pipeline", "in", X).as_numpy("out")
+        between = infer(client, "mlp", "x", X).as_numpy("y")
+        assert after.tobytes() == (between + between).tobytes() != before.tobytes()
+        client.unload_model("pipeline", unload_dependents=True)
+        assert not any(client.is_model_ready(name) for name in ("pipeline", "mlp", "doubled"))
