@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test check bench proto clean
+.PHONY: up demo test proof check bench proto clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs
 
@@ -12,13 +12,17 @@ demo: $(READY)
 test: $(READY)
 	@$(PY) -m pytest
 
+# Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
+proof: $(READY)
+	@$(PY) -m pytest -m proof
+
 check: $(READY)
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@.venv/bin/buf lint protos
 	@.venv/bin/buf format --diff --exit-code protos
-	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against '.git#branch=main,subdir=protos'
+	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
 
 bench: $(READY)
 	@$(PY) -m tests.bench

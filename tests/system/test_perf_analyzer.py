@@ -10,7 +10,10 @@ import pytest
 
 FOLDER = Path(sys.prefix) / "perf_analyzer"
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="perf_analyzer is not here: make .venv/perf_analyzer")
+pytestmark = [
+    pytest.mark.proof,
+    pytest.mark.skipif(not FOLDER.exists(), reason="perf_analyzer is not here: make .venv/perf_analyzer"),
+]
 
 
 def analyze(address, *mode):
