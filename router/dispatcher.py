@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from itertools import chain
 
 from ringmesh.inference.v1 import inference_pb2
 
 from router.catalog import ModelEntry
 from router.fleet import Fleet, Member
+from router.picker import candidates
 from router.ring import RANKS
 from router.worker_link import Work, WorkerUnreachableError
 from services.runtime.errors import FailedPreconditionError, UnavailableError, from_failure
@@ -35,7 +35,7 @@ class Dispatcher:
         request_hash: bytes = b"",
         deadline: float | None = None,
     ) -> tuple[inference_pb2.WorkResult, Member]:
-        """The first answer that a worker gives, in the order that the ring has for `place`, and who gave it.
+        """The first answer that a worker gives, in the picker's order for `place`, and who gave it.
 
         Inference is idempotent, so an attempt whose worker is lost is made again elsewhere. Raises the worker's own
         error, or UnavailableError where nobody could be reached.
@@ -43,16 +43,13 @@ class Dispatcher:
         view = self._fleet.view
         skipped = []
         lacking: inference_pb2.Failure | None = None
-        ranked = view.ring.ranked(place)
-        # Past the ranks, for models that only a few of a large fleet hold.
-        rest = (address for address in view.ring.members if address not in ranked)
         attempts = 0
-        for address in chain(ranked, rest):
+        for candidate in candidates(view, model, place, sticky=bool(place) and not request_hash):
             if attempts == RANKS:
                 break
-            member = view.members[address]
-            if reason := member.why_not(model):
-                skipped.append(f"{member.worker_id}: {reason}")
+            member = candidate.member
+            if candidate.reason:
+                skipped.append(f"{member.worker_id}: {candidate.reason}")
                 continue
             attempts += 1
             span_id = new_span_id() if trace.sampled else ""
@@ -77,7 +74,7 @@ class Dispatcher:
                     "forward",
                     start,
                     time.time_ns(),
-                    {"ringmesh.worker": member.worker_id, "ringmesh.rank": len(skipped), "ringmesh.error": error},
+                    {"ringmesh.worker": member.worker_id, "ringmesh.rank": candidate.rank, "ringmesh.error": error},
                     span_id,
                 )
             skipped.append(f"{member.worker_id}: {error}")

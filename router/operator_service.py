@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from ringmesh.router.v1 import router_pb2
 
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from router.fleet import Fleet
+from router.picker import candidates
+from router.ring import RANKS
 from services.runtime.rpc import Context, Service, unary
 
 
@@ -54,15 +58,13 @@ class OperatorService:
             return router_pb2.ExplainResponse(uncached_reason=f"{why}; any worker that holds the model may be asked")
         response = router_pb2.ExplainResponse(key=cache_key(model.digest, request_hash).hex())
         chosen = False
-        for rank, address in enumerate(view.ring.ranked(request_hash)):
-            member = view.members[address]
-            reason = member.why_not(model)
-            take = not reason and not chosen
+        for candidate in islice(candidates(view, model, request_hash), RANKS):
+            take = not candidate.reason and not chosen
             chosen = chosen or take
             response.candidates.add(
-                worker_id=member.worker_id,
-                rank=rank,
+                worker_id=candidate.member.worker_id,
+                rank=candidate.rank,
                 chosen=take,
-                reason=reason or ("first in rank that can answer" if take else "asked if those before it fail"),
+                reason=candidate.reason or ("first that can answer" if take else "asked if those before it fail"),
             )
         return response

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import NoReturn
@@ -151,8 +150,7 @@ class InferenceService:
                 computed = await self._compute(call, model, call.place, deadline)
             return Found(computed.entry, "bypass", computed.worker)
         if not call.request_hash:
-            # Any place on the ring will do for what does not stick, so all of them share the load.
-            computed = await self._compute(call, model, os.urandom(2), deadline)
+            computed = await self._compute(call, model, b"", deadline)
             return Found(computed.entry, "bypass", computed.worker)
         return await self._mesh.get_or_compute(
             cache_key(model.digest, call.request_hash),
@@ -162,7 +160,7 @@ class InferenceService:
         )
 
     async def _compute(self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None) -> Computed:
-        """`place` says where on the ring."""
+        """`place` says where on the ring, b"" that any will do."""
         if model.plan is not None and not self._runs_whole(model):
             entry = await ensembles.run(
                 model, model.plan, call.data, lambda data: self._run_step(data, call.trace, deadline)
