@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from cache.cache_control import CacheControl
 from cache.entry import Entry
 from cache.local_tier import LocalTier
 from cache.shared_tier import SharedTier
+from services.runtime.errors import FailedPreconditionError
 from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Trace
 
@@ -53,20 +55,48 @@ class Mesh:
         found, joined = await self._flights.run(key, lambda: self._lead(key, compute, trace), deadline)
         return Found(found.entry, "joined", found.worker) if joined else found
 
-    async def _lead(self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace) -> Found:
-        if self.shared is not None:
-            start = time.time_ns()
-            entry = await self.shared.get(key)
-            trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
-            if entry is not None:
-                self.local.put(key, entry)
+    async def get_or_compute_as_told(
+        self, key: bytes, compute: Callable[[], Awaitable[Computed]], control: CacheControl, trace: Trace
+    ) -> Found:
+        """As `get_or_compute`, within the caller's `cache-control`. Joins nobody: their answers may be too old for it.
+
+        Raises FailedPreconditionError where it is only-if-cached and there is nothing it takes.
+        """
+        if not control.no_cache:
+            entry = await self._look_up(key, trace)
+            if entry is not None and control.takes(entry.created_at_ms, time.time_ns() // 1_000_000):
                 return Found(entry, "hit-shared")
+        if control.only_if_cached:
+            raise FailedPreconditionError("there is no such answer in the cache, and cache-control is only-if-cached")
         computed = await compute()
+        if not control.no_store:
+            self._fill(computed)
+        return Found(computed.entry, "miss", computed.worker)
+
+    async def _lead(self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace) -> Found:
+        entry = await self._look_up(key, trace)
+        if entry is not None:
+            return Found(entry, "hit-shared")
+        computed = await compute()
+        self._fill(computed)
+        return Found(computed.entry, "miss", computed.worker)
+
+    async def _look_up(self, key: bytes, trace: Trace) -> Entry | None:
+        """In the shared tier."""
+        if self.shared is None:
+            return None
+        start = time.time_ns()
+        entry = await self.shared.get(key)
+        trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
+        if entry is not None:
+            self.local.put(key, entry)
+        return entry
+
+    def _fill(self, computed: Computed) -> None:
         if computed.key is not None:
             self.local.put(computed.key, computed.entry)
             if self.shared is not None:
                 self.shared.put(computed.key, computed.entry)
-        return Found(computed.entry, "miss", computed.worker)
 
     async def close(self) -> None:
         """Ends what is in flight and writes what Redis still lacks."""

@@ -11,6 +11,7 @@ import grpc
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from cache.cache_control import CacheControl, parse_cache_control
 from cache.entry import Entry
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from cache.mesh import Computed, Found, Mesh
@@ -20,7 +21,7 @@ from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from services.runtime import protocol
-from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
+from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
 from services.runtime.tracing import Attributes, Trace, Tracer
@@ -79,14 +80,18 @@ class InferenceService:
 
     def _admit(self, data: bytes, metadata: Metadata) -> Answer | _Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
-        call = self._key(data, self._tracer.start(protocol.traceparent(metadata)))
+        traceparent, control = protocol.trace_and_cache_control(metadata)
+        call = self._key(data, self._tracer.start(traceparent), control)
         entry = self._local(call)
         return call if entry is None else self._answer(call, Found(entry, "hit-local"))
 
-    def _key(self, data: bytes, trace: Trace) -> _Admitted:
+    def _key(self, data: bytes, trace: Trace, control: str) -> _Admitted:
         """Parses, finds the model and keys; what is wrong is in `error`."""
         call = _Admitted(data, trace)
         try:
+            if control:
+                call.cache_control = control
+                call.control = parse_cache_control(control)
             request = parse(v2.ModelInferRequest, data)
             call.name, call.request_id = request.model_name, request.id
             call.model = model = self._fleet.view.catalog.find(call.name, request.model_version)
@@ -111,7 +116,11 @@ class InferenceService:
         """What the local tier has."""
         if not call.request_hash or call.model is None:
             return None
+        if call.control is not None and call.control.no_cache:
+            return None
         entry = self._mesh.local.get(cache_key(call.model.digest, call.request_hash))
+        if entry is not None and call.control is not None:
+            entry = entry if call.control.takes(entry.created_at_ms, time.time_ns() // 1_000_000) else None
         if call.trace.sampled:
             call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
         return entry
@@ -144,6 +153,8 @@ class InferenceService:
             raise call.error
         model = call.model
         assert model is not None
+        if call.control is not None and call.control.only_if_cached and not call.request_hash:
+            raise FailedPreconditionError("such an answer is never cached, and cache-control is only-if-cached")
         if call.place:
             # A sequence is in order here too: two envelopes may overtake each other.
             async with self._sequences.hold(call.place):
@@ -152,23 +163,25 @@ class InferenceService:
         if not call.request_hash:
             computed = await self._compute(call, model, b"", deadline)
             return Found(computed.entry, "bypass", computed.worker)
-        return await self._mesh.get_or_compute(
-            cache_key(model.digest, call.request_hash),
-            lambda: self._compute(call, model, call.request_hash, deadline),
-            deadline,
-            call.trace,
-        )
+        key = cache_key(model.digest, call.request_hash)
+
+        async def compute() -> Computed:
+            return await self._compute(call, model, call.request_hash, deadline)
+
+        if call.control is not None:
+            return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace)
+        return await self._mesh.get_or_compute(key, compute, deadline, call.trace)
 
     async def _compute(self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None) -> Computed:
         """`place` says where on the ring, b"" that any will do."""
         if model.plan is not None and not self._runs_whole(model):
-            entry = await ensembles.run(
-                model, model.plan, call.data, lambda data: self._run_step(data, call.trace, deadline)
-            )
+            entry = await ensembles.run(model, model.plan, call.data, lambda data: self._run_step(data, call, deadline))
             key = cache_key(model.digest, call.request_hash) if call.request_hash else None
             return Computed(entry, key, "")
+        # What is to be computed anew joins nothing on the worker either.
+        joins = call.request_hash if call.control is None or not call.control.no_cache else b""
         result, member = await self._dispatcher.run(
-            model, call.data, place, call.trace, request_hash=call.request_hash, deadline=deadline
+            model, call.data, place, call.trace, request_hash=joins, deadline=deadline
         )
         key = cache_key(result.model_digest, call.request_hash) if call.request_hash else None
         return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
@@ -178,8 +191,8 @@ class InferenceService:
         members = self._fleet.view.members.values()
         return not model.cache_steps and any(not member.why_not(model) for member in members)
 
-    async def _run_step(self, data: bytes, trace: Trace, deadline: float | None) -> Entry:
-        call = self._key(data, trace)
+    async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
+        call = self._key(data, whole.trace, whole.cache_control)
         entry = self._local(call)
         found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
         self._count(call, found)
@@ -225,7 +238,19 @@ class InferenceService:
 class _Admitted:
     """A request on its way. `request_hash` is b"" where the answer is not kept, `place` but for sequences."""
 
-    __slots__ = ("data", "error", "model", "name", "place", "request_hash", "request_id", "start", "trace")
+    __slots__ = (
+        "cache_control",
+        "control",
+        "data",
+        "error",
+        "model",
+        "name",
+        "place",
+        "request_hash",
+        "request_id",
+        "start",
+        "trace",
+    )
 
     def __init__(self, data: bytes, trace: Trace) -> None:
         self.start = time.time_ns()
@@ -235,6 +260,8 @@ class _Admitted:
         self.request_id = ""
         self.request_hash = b""
         self.place = b""
+        self.cache_control = ""
+        self.control: CacheControl | None = None
         self.model: ModelEntry | None = None
         self.error: RingmeshError | None = None
 

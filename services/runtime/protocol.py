@@ -143,6 +143,17 @@ def metadata(context: Context) -> Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
+def trace_and_cache_control(sent: Metadata) -> tuple[str | None, str]:
+    """The caller's W3C trace context (None: not sent) and cache-control ("": not sent), in one pass."""
+    trace, control = None, ""
+    for key, value in sent:
+        if key == "traceparent":
+            trace = value if isinstance(value, str) else None
+        elif key == "cache-control" and isinstance(value, str):
+            control = f"{control},{value}" if control else value
+    return trace, control
+
+
 def traceparent(sent: Metadata) -> str | None:
     """The caller's W3C trace context, where it sent one."""
     for key, value in sent:
