@@ -2,14 +2,16 @@
 
 A key is the digest of the model version that answers (16 bytes) followed by the hash of the request's
 canonical content (16 bytes). The content is every input's name, datatype, shape, raw bytes and
-parameters, the set of requested outputs with theirs, and every request parameter that is not reserved.
+parameters, the set of requested outputs with theirs, every request parameter that is not reserved, and
+the tenant where the model is scoped by tenant.
 It leaves out what cannot change the answer: id, trace context, priority, timeout, the order of inputs
-and of fields, unknown fields, and whether tensors travel raw or typed.
+and of fields, unknown fields, whether tensors travel raw or typed, and whether all outputs are named or none.
+Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own key and by the frame's checksum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -22,6 +24,7 @@ from services.runtime.tensors import raw_from_contents
 _CONTEXT = "ringmesh 2026-11 request hash"
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
+_MAX_DESCRIBED_BYTES = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")
 
 
@@ -36,14 +39,16 @@ class RequestHasher:
         self._key = blake3(secret.encode(), derive_key_context=_CONTEXT).digest()
         # Callers send few kinds of requests: what a request is, but for its data and id, is described once.
         self._described: dict[bytes, _Description] = {}
+        self._tenant_keys: dict[str, bytes] = {}
 
     def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
         """A place on the ring, the same for every request of a sequence."""
         return blake3(f"{model_name}/{sequence!r}".encode(), key=self._key).digest(16)
 
-    def hash(self, request: v2.ModelInferRequest) -> bytes:
+    def hash(self, request: v2.ModelInferRequest, outputs: Collection[str] = (), tenant: str | None = None) -> bytes:
         """16 bytes that equal requests share, whatever the model. Model name and version are not in it.
 
+        `outputs` are those of the model: naming all of them is naming none. `tenant` is in the hash unless it is None.
         Takes the id and the raw contents out of `request`. Raises UncacheableError for sequences, shared memory, and
         tensors without one plain value, which only the worker can judge.
         """
@@ -54,33 +59,49 @@ class RequestHasher:
         if raws:
             head = request.SerializeToString()
             description = self._described.get(head)
-            if description is None:
-                if len(self._described) >= _MAX_DESCRIBED:
-                    self._described.clear()
-                description = self._described[head] = _describe(request, len(raws), typed=False)
+            if description is None or description.outputs is not outputs:
+                description = _describe(request, len(raws), outputs, typed=False)
+                if len(head) <= _MAX_DESCRIBED_BYTES:
+                    if len(self._described) >= _MAX_DESCRIBED:
+                        self._described.clear()
+                    self._described[head] = description
         else:
             raws = [raw_from_contents(tensor) for tensor in request.inputs]
-            description = _describe(request, len(raws), typed=True)
+            description = _describe(request, len(raws), outputs, typed=True)
         if description.order:
             raws = [raws[index] for index in description.order]
         # The data first: BLAKE3 is twice as fast where it starts at a chunk boundary. What follows can be read from
         # its end, so no data can pass for a part of it.
-        hasher = blake3(raws[0], key=self._key)
+        hasher = blake3(raws[0], key=self._key if tenant is None else self._tenant_key(tenant))
         sizes = len(raws[0]).to_bytes(8, "little")
         for raw in raws[1:]:
             hasher.update(raw)
             sizes += len(raw).to_bytes(8, "little")
         return hasher.update(sizes + description.trailer).digest(16)
 
+    def _tenant_key(self, tenant: str) -> bytes:
+        key = self._tenant_keys.get(tenant)
+        if key is None:
+            if len(self._tenant_keys) >= _MAX_DESCRIBED:
+                self._tenant_keys.clear()
+            key = self._tenant_keys[tenant] = blake3(tenant.encode(), key=self._key).digest()
+        return key
+
 
 class _Description(NamedTuple):
-    """`order`: the inputs sorted by name, () where they are. `trailer`: all but data and sizes, then its length."""
+    """`order`: the inputs sorted by name, () where they are. `trailer`: all but data and sizes, then its length.
+
+    `outputs` are those of the model that it was made for.
+    """
 
     order: tuple[int, ...]
     trailer: bytes
+    outputs: Collection[str]
 
 
-def _describe(request: v2.ModelInferRequest, raw_count: int, *, typed: bool) -> _Description:
+def _describe(
+    request: v2.ModelInferRequest, raw_count: int, model_outputs: Collection[str], *, typed: bool
+) -> _Description:
     """Lengths stand before names, so that no two requests read the same."""
     if not request.inputs:
         raise UncacheableError("it has no inputs")
@@ -96,17 +117,24 @@ def _describe(request: v2.ModelInferRequest, raw_count: int, *, typed: bool) -> 
         tensors.append(
             f"{len(tensor.name)}:{tensor.name}{len(tensor.datatype)}:{tensor.datatype}{[*tensor.shape]}{parameters}"
         )
-    outputs = sorted(f"{len(o.name)}:{o.name}{_parameters(o.parameters)}" for o in request.outputs)
+    outputs = sorted(_output(output.name, _parameters(output.parameters)) for output in request.outputs)
+    if model_outputs and outputs == sorted(_output(name) for name in model_outputs):
+        outputs = []
     order = tuple(sorted(range(len(tensors)), key=tensors.__getitem__))
     text = ";".join(
         [*(tensors[index] for index in order), "|", *outputs, "|", _parameters(request.parameters)]
     ).encode()
-    return _Description(order if order != tuple(range(len(order))) else (), text + len(text).to_bytes(4, "little"))
+    trailer = text + len(text).to_bytes(4, "little")
+    return _Description(order if order != tuple(range(len(order))) else (), trailer, model_outputs)
 
 
 def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
     """32 bytes: the answer of this model version to this request."""
     return model_digest + request_hash
+
+
+def _output(name: str, parameters: str = "") -> str:
+    return f"{len(name)}:{name}{parameters}"
 
 
 def _parameters(parameters: Mapping[str, v2.InferParameter]) -> str:

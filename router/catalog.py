@@ -20,7 +20,8 @@ CACHE_STEPS = "ringmesh_cache_steps"
 class ModelEntry:
     """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
 
-    An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the cache.
+    `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. An ensemble has a `plan`; with
+    `cache_steps` the router runs it step by step, each through the cache.
     """
 
     name: str
@@ -28,6 +29,8 @@ class ModelEntry:
     digest: bytes
     uncacheable: str
     metadata: v2.ModelMetadataResponse
+    outputs: tuple[str, ...] = ()
+    tenant_scoped: bool = False
     plan: Plan | None = None
     cache_steps: bool = False
 
@@ -95,6 +98,7 @@ class Catalog:
             entry,
             plan=plan,
             cache_steps=cache_steps,
+            tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
             digest=ensemble.digest(told.own_digest, (step.digest for step in steps)),
             uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
         )
@@ -105,4 +109,12 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
     metadata.CopyFrom(model.metadata)
     metadata.versions[:] = versions
     uncacheable = "" if model.cacheable else model.cacheable_reason or "the model is not cacheable"
-    return ModelEntry(model.name, model.version, model.digest, uncacheable, metadata)
+    return ModelEntry(
+        model.name,
+        model.version,
+        model.digest,
+        uncacheable,
+        metadata,
+        outputs=tuple(output.name for output in metadata.outputs),
+        tenant_scoped=model.tenant_scoped,
+    )

@@ -53,7 +53,8 @@ class OperatorService:
         try:
             if model.uncacheable:
                 raise UncacheableError(model.uncacheable)
-            request_hash = self._hasher.hash(request.request)
+            tenant = request.tenant if model.tenant_scoped else None
+            request_hash = self._hasher.hash(request.request, model.outputs, tenant)
         except UncacheableError as why:
             return router_pb2.ExplainResponse(uncached_reason=f"{why}; any worker that holds the model may be asked")
         response = router_pb2.ExplainResponse(key=cache_key(model.digest, request_hash).hex())

@@ -81,23 +81,23 @@ class InferenceService:
     def _admit(self, data: bytes, metadata: Metadata) -> Answer | _Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
         traceparent, control = protocol.trace_and_cache_control(metadata)
-        call = self._key(data, self._tracer.start(traceparent), control)
+        call = self._key(data, self._tracer.start(traceparent), metadata, control)
         entry = self._local(call)
         return call if entry is None else self._answer(call, Found(entry, "hit-local"))
 
-    def _key(self, data: bytes, trace: Trace, control: str) -> _Admitted:
+    def _key(self, data: bytes, trace: Trace, metadata: Metadata, control: str) -> _Admitted:
         """Parses, finds the model and keys; what is wrong is in `error`."""
-        call = _Admitted(data, trace)
+        call = _Admitted(data, trace, metadata)
         try:
             if control:
-                call.cache_control = control
                 call.control = parse_cache_control(control)
             request = parse(v2.ModelInferRequest, data)
             call.name, call.request_id = request.model_name, request.id
             call.model = model = self._fleet.view.catalog.find(call.name, request.model_version)
             if model.uncacheable:
                 raise UncacheableError(model.uncacheable)
-            call.request_hash = self._hasher.hash(request)
+            tenant = protocol.tenant(metadata) if model.tenant_scoped else None
+            call.request_hash = self._hasher.hash(request, model.outputs, tenant)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(request):
                 call.place = self._hasher.sequence_place(call.name, sequence)
@@ -192,7 +192,8 @@ class InferenceService:
         return not model.cache_steps and any(not member.why_not(model) for member in members)
 
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
-        call = self._key(data, whole.trace, whole.cache_control)
+        _, control = protocol.trace_and_cache_control(whole.metadata)
+        call = self._key(data, whole.trace, whole.metadata, control)
         entry = self._local(call)
         found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
         self._count(call, found)
@@ -239,10 +240,10 @@ class _Admitted:
     """A request on its way. `request_hash` is b"" where the answer is not kept, `place` but for sequences."""
 
     __slots__ = (
-        "cache_control",
         "control",
         "data",
         "error",
+        "metadata",
         "model",
         "name",
         "place",
@@ -252,15 +253,15 @@ class _Admitted:
         "trace",
     )
 
-    def __init__(self, data: bytes, trace: Trace) -> None:
+    def __init__(self, data: bytes, trace: Trace, metadata: Metadata) -> None:
         self.start = time.time_ns()
         self.data = data
         self.trace = trace
+        self.metadata = metadata
         self.name = ""
         self.request_id = ""
         self.request_hash = b""
         self.place = b""
-        self.cache_control = ""
         self.control: CacheControl | None = None
         self.model: ModelEntry | None = None
         self.error: RingmeshError | None = None

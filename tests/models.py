@@ -132,6 +132,16 @@ def accumulator(repository: Path) -> Path:
     return folder
 
 
+def scoped(repository: Path) -> Path:
+    """FP32 x[n,1] -> y[n,1], the same, whose answers tenants do not share."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    x, y = value("x", TensorProto.FLOAT, "n", 1), value("y", TensorProto.FLOAT, "n", 1)
+    folder = save(repository, "scoped", [node], [x], [y])
+    flag = 'parameters { key: "ringmesh_tenant_scope" value { string_value: "true" } }'
+    (folder.parent / "config.pbtxt").write_text(flag)
+    return folder
+
+
 def random(repository: Path) -> Path:
     """FP32 x[n,1] -> y = x + noise: no two answers are the same."""
     nodes = [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])]
@@ -202,6 +212,6 @@ def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:
         identity(repository, name)
-    for make in (mlp, add_sub, accumulator, pipeline, random, slow):
+    for make in (mlp, add_sub, accumulator, pipeline, random, scoped, slow):
         make(repository)
     return repository

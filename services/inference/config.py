@@ -13,6 +13,10 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 ModelConfig = config_pb2.ModelConfig
 
+TENANT_SCOPE = "ringmesh_tenant_scope"
+# Parameters that are ours; each is "true" or "false".
+_FLAGS = frozenset({TENANT_SCOPE, "ringmesh_cache_steps"})
+
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
 
@@ -49,6 +53,7 @@ _ACTED_ON = frozenset(
         "default_model_filename",
         "model_warmup",
         "response_cache",
+        "parameters",
     }
 )
 # Looked into where they are set; the others are taken or left whole.
@@ -97,7 +102,13 @@ def read(path: Path, name: str) -> Configured:
 
 def ignored_fields(config: ModelConfig) -> list[str]:
     """Paths of the fields that are set and change nothing here."""
-    return [path for path in _set_fields(config, "") if path not in _ACTED_ON]
+    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in _FLAGS]
+    return [path for path in _set_fields(config, "") if path not in _ACTED_ON] + parameters
+
+
+def says(config: ModelConfig, flag: str) -> bool | None:
+    """What the parameter `flag` says; None where it is not given."""
+    return config.parameters[flag].string_value == "true" if flag in config.parameters else None
 
 
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
@@ -138,6 +149,9 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
     if config.max_batch_size < 0:
         raise ConfigError(f"{path}: max_batch_size is {config.max_batch_size}; it is 0 (no batching) or more")
+    for flag in sorted(_FLAGS & config.parameters.keys()):
+        if (value := config.parameters[flag].string_value) not in ("true", "false"):
+            raise ConfigError(f'{path}: parameter {flag} is {value!r}; it is "true" or "false"')
     batching = config.dynamic_batching
     levels = batching.priority_levels
     if not (1 if levels else 0) <= batching.default_priority_level <= levels:

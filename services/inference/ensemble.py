@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
-from services.inference.config import ConfigError, ModelConfig
+from services.inference.config import TENANT_SCOPE, ConfigError, ModelConfig, says
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, metadata
 from services.inference.repository import ModelFiles
@@ -46,6 +46,7 @@ class Ensemble:
         except (ConfigError, EnsembleError) as error:
             raise ModelLoadError(f"{where}: {error}") from None
         self.required = tuple(self.inputs)
+        self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.own_digest = self.digest = files.digest("ensemble")
         self.not_runnable = "its steps are not known yet"
         self.cacheable, self.cacheable_reason = False, self.not_runnable

@@ -14,7 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference import row_independence
-from services.inference.config import ConfigError, ModelConfig
+from services.inference.config import TENANT_SCOPE, ConfigError, ModelConfig, says
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
@@ -35,7 +35,8 @@ class OnnxModel:
 
     `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
     `batchable`: requests may share a run along the first dimension; `batch_reason` says why not. `cacheable`: equal
-    requests have equal answers; `cacheable_reason` says why not. `provider` is the execution provider in use.
+    requests have equal answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers.
+    `provider` is the execution provider in use.
     """
 
     # Of an ensemble, whose steps may be elsewhere.
@@ -83,6 +84,7 @@ class OnnxModel:
         elif self._config.HasField("response_cache"):
             self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
         self.cacheable = not self.cacheable_reason
+        self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*every, *self.hidden_outputs.values()))
         if self._config.HasField("sequence_batching") and not files.config.says_max_batch_size:
             # A probe of its rows would have to know what it does with a state.

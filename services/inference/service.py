@@ -135,4 +135,5 @@ def _describe(held: HeldModel) -> inference_pb2.ModelVersion:
         max_batch_rows=model.max_batch_rows if model.batchable else 1,
         provider=model.provider,
         metadata=model.metadata(),
+        tenant_scoped=model.tenant_scoped,
     )

@@ -162,6 +162,14 @@ def traceparent(sent: Metadata) -> str | None:
     return None
 
 
+def tenant(sent: Metadata) -> str:
+    """Who is calling, as `ringmesh-tenant` says; "" where it does not."""
+    for key, value in sent:
+        if key == "ringmesh-tenant":
+            return str(value)
+    return ""
+
+
 def deadline(context: Context) -> float | None:
     """When the caller's time is up, in time.monotonic; None where it set no deadline."""
     # grpcio says None where there is no deadline, pygrpc-native sys.maxsize.

@@ -22,9 +22,9 @@ def fresh(model="mlp", **fields):
     return request
 
 
-async def infer(channel, request):
+async def infer(channel, request, metadata=()):
     """(response, trailing metadata)"""
-    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=30)
+    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=30, metadata=metadata)
     response = v2.ModelInferResponse.FromString(await call)
     return response, dict(await call.trailing_metadata())
 
@@ -95,6 +95,24 @@ async def test_a_model_with_a_random_operator_is_never_cached(channel):
     second, again = await infer(channel, request)
     assert told["ringmesh-cache"] == again["ringmesh-cache"] == "bypass"
     assert first.raw_output_contents != second.raw_output_contents
+
+
+async def test_tenants_share_the_answers_of_a_model_unless_it_is_scoped_by_tenant(channel):
+    outcomes = {}
+    for model in ("slow", "scoped"):
+        request = fresh(model)
+        for tenant in ("a", "b", "b"):
+            _, told = await infer(channel, request, [("ringmesh-tenant", tenant)])
+            outcomes.setdefault(model, []).append(told["ringmesh-cache"])
+    assert outcomes["slow"] == ["miss", "hit-local", "hit-local"]
+    assert outcomes["scoped"] == ["miss", "miss", "hit-local"]
+
+
+async def test_naming_all_outputs_finds_the_answer_of_a_request_that_names_none(channel):
+    request = fresh()
+    await infer(channel, request)
+    request.outputs.add(name="y")
+    assert (await infer(channel, request))[1]["ringmesh-cache"] == "hit-local"
 
 
 async def test_a_sequence_is_never_cached(channel):

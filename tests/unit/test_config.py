@@ -9,11 +9,13 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
         name: "m"
         dynamic_batching { max_queue_delay_microseconds: 5 preserve_ordering: true }
         metric_tags { key: "k" value: "v" }
+        parameters { key: "ringmesh_tenant_scope" value { string_value: "true" } }
+        parameters { key: "theirs" value { string_value: "v" } }
         """,
         "config.pbtxt",
         "m",
     )
-    assert ignored_fields(config.message) == ["metric_tags"]
+    assert ignored_fields(config.message) == ["metric_tags", "parameters.theirs"]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,10 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
         (
             "dynamic_batching { priority_levels: 2 default_priority_level: 1 priority_queue_policy { key: 3 } }",
             ["[3]", "1 to 2"],
+        ),
+        (
+            'parameters { key: "ringmesh_tenant_scope" value { string_value: "yes" } }',
+            ["ringmesh_tenant_scope", "'yes'", '"true" or "false"'],
         ),
         ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
     ],

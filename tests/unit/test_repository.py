@@ -91,6 +91,10 @@ def add_config(folder):
     (folder / "m" / "config.pbtxt").write_text('name: "m"')
 
 
+def say_what_is_the_default(folder):
+    (folder / "m" / "config.pbtxt").write_text("max_batch_size: 0")
+
+
 def rename(folder):
     (folder / "m").rename(folder / "n")
 
@@ -99,7 +103,10 @@ def renumber(folder):
     (folder / "m" / "1").rename(folder / "m" / "2")
 
 
-@pytest.mark.parametrize("change", [change_weights, add_external_data, add_config, rename, renumber])
+@pytest.mark.parametrize(
+    "change",
+    [change_weights, add_external_data, add_config, say_what_is_the_default, rename, renumber],
+)
 def test_whatever_can_change_an_answer_changes_the_digest(tmp_path, change):
     write(tmp_path, "m", "1")
     before = digest(tmp_path)
