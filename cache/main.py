@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+from cache.metrics import CacheMetrics
 from cache.service import CacheService
 from cache.settings import CacheSettings
+from services.runtime.exposition import MetricsServer
+from services.runtime.metrics import Metrics
 from services.runtime.process import run
+from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server
 
 
@@ -19,10 +23,16 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         [CacheService(mesh).service()],
         max_message_bytes=settings.max_message_bytes,
     )
+    metrics = Metrics()
+    metrics.add(CacheMetrics(mesh).samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
+    await exposition.start()
+    ProcessMetrics("cache", settings.engine, metrics).start()
     server.set_serving(True)
     await stopping.wait()
     await server.stop(settings.drain_seconds)
+    exposition.close()
     await mesh.close()
 
 

@@ -42,3 +42,4 @@ class CacheSettings(MeshSettings):
 
     section: ClassVar[str] = "cache"
     address: str = Field("127.0.0.1:8010", description="host:port to serve gRPC on; port 0 takes a free one")
+    metrics_address: str = Field("127.0.0.1:8012", description="host:port to serve /metrics on")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from typing import Any
 
 from redis.asyncio import Redis
@@ -20,6 +21,7 @@ from redis.exceptions import RedisError
 from cache.breaker import Breaker
 from cache.entry import Entry, pack, unpack
 from cache.stats import TierCounters
+from services.runtime.metrics import Histogram
 from services.runtime.server import StartError
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,13 @@ class SharedTier:
         self._write_task: asyncio.Task[None] | None = None
         self._probe_task: asyncio.Task[None] | None = None
         self.counters = TierCounters("shared")
+        self.get_times = Histogram()
+        self.set_times = Histogram()
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether Redis failed and is not back."""
+        return self._breaker.is_open
 
     async def get(self, key: bytes) -> Entry | None:
         """None on a miss, and where Redis is down, slow, or holds something damaged. A cancelled look-up goes on."""
@@ -121,6 +130,7 @@ class SharedTier:
             while (batch := self._pending) is not None:
                 self._pending = None
                 keys = list(batch.waiters)
+                start = time.monotonic_ns()
                 try:
                     async with asyncio.timeout(self._budget):
                         frames: list[Any] = await self._redis.mget([_PREFIX + key for key in keys])
@@ -128,6 +138,7 @@ class SharedTier:
                     self._failed(error, batch)
                 else:
                     self._deliver(batch, keys, frames)
+                self.get_times.observe(time.monotonic_ns() - start)
         finally:
             self._lookup_task = None
 
@@ -155,6 +166,7 @@ class SharedTier:
                     frame = self._unwritten.pop(key)
                     self._unwritten_bytes -= len(frame)
                     pipeline.set(_PREFIX + key, frame, px=int(self._ttl_ms * random.uniform(0.9, 1.1)))
+                start = time.monotonic_ns()
                 try:
                     async with asyncio.timeout(_WRITE_SECONDS):
                         await pipeline.execute()
@@ -163,6 +175,7 @@ class SharedTier:
                     self._failed(error)
                 else:
                     self.counters.fills += len(keys)
+                self.set_times.observe(time.monotonic_ns() - start)
         finally:
             self._write_task = None
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.cache_use import CacheUses
 from router.fleet import Fleet, Member
+from router.request_metrics import RequestMetrics
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.rpc import Context, Handler, unary
@@ -35,9 +35,9 @@ _SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
 class FleetControl:
     """Handlers that ask one worker, or all of them and put the answers together."""
 
-    def __init__(self, fleet: Fleet, uses: CacheUses) -> None:
+    def __init__(self, fleet: Fleet, requests: RequestMetrics) -> None:
         self._fleet = fleet
-        self._uses = uses
+        self._requests = requests
 
     def handlers(self) -> dict[str, Handler]:
         """For `inference.GRPCInferenceService`."""
@@ -85,8 +85,8 @@ class FleetControl:
                     _add(sums[key], stats)
                 else:
                     sums[key] = stats
-        for (name, version), stats in sums.items():
-            self._uses.of(name, version).add_to(stats)
+        for stats in sums.values():
+            self._requests.add_to(stats)
         return v2.ModelStatisticsResponse(model_stats=[sums[key] for key in sorted(sums)])
 
     async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:

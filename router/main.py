@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 
 from cache.keys import RequestHasher
-from router.cache_use import CacheUses
+from cache.metrics import CacheMetrics
 from router.control import FleetControl
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
+from router.fleet_metrics import FleetMetrics
 from router.operator_service import OperatorService
+from router.request_metrics import RequestMetrics
 from router.service import InferenceService
 from router.settings import RouterSettings
+from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
+from services.runtime.metrics import Metrics
 from services.runtime.process import run
+from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server
 from services.runtime.tracing import create_tracer
 
@@ -26,19 +31,26 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     mesh = settings.create_mesh()
     hasher = RequestHasher(settings.key_secret)
     fleet = Fleet(settings.workers, lambda ready: server.set_serving(ready and not stopping.is_set()))
-    uses = CacheUses()
-    inference = InferenceService(fleet, mesh, hasher, Dispatcher(fleet), tracer, uses)
-    more = {**FleetControl(fleet, uses).handlers(), **LiveSettings(tracer).handlers()}
+    requests = RequestMetrics()
+    inference = InferenceService(fleet, mesh, hasher, Dispatcher(fleet), tracer, requests)
+    more = {**FleetControl(fleet, requests).handlers(), **LiveSettings(tracer).handlers()}
     server = Server(
         settings.engine,
         settings.address,
         [inference.service(lambda: server.health.serving, more), OperatorService(fleet, hasher).service()],
         max_message_bytes=settings.max_message_bytes,
     )
+    metrics = Metrics()
+    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh)):
+        metrics.add(part.samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
+    await exposition.start()
+    ProcessMetrics("router", settings.engine, metrics).start()
     fleet.start()
     await stopping.wait()
     await server.stop(settings.drain_seconds)
+    exposition.close()
     await fleet.close()
     await mesh.close()
     await asyncio.to_thread(tracer.close)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from typing import NoReturn
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -16,13 +16,14 @@ from cache.entry import Entry
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from cache.mesh import Computed, Found, Mesh
 from router import ensembles
-from router.cache_use import CacheUses
 from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
+from router.request_metrics import OK, RequestMetrics
 from services.runtime import protocol
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
+from services.runtime.metrics import OTHER
 from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
 from services.runtime.tracing import Attributes, Trace, Tracer
 
@@ -39,14 +40,14 @@ class InferenceService:
         hasher: RequestHasher,
         dispatcher: Dispatcher,
         tracer: Tracer,
-        uses: CacheUses,
+        requests: RequestMetrics,
     ) -> None:
         self._fleet = fleet
         self._mesh = mesh
         self._hasher = hasher
         self._dispatcher = dispatcher
         self._tracer = tracer
-        self._uses = uses
+        self._requests = requests
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -78,16 +79,16 @@ class InferenceService:
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         return self._fleet.view.catalog.find(request.name, request.version).metadata
 
-    def _admit(self, data: bytes, metadata: Metadata) -> Answer | _Admitted:
+    def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | _Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
         traceparent, control = protocol.trace_and_cache_control(metadata)
-        call = self._key(data, self._tracer.start(traceparent), metadata, control)
+        call = self._key(data, self._tracer.start(traceparent), metadata, control, method)
         entry = self._local(call)
         return call if entry is None else self._answer(call, Found(entry, "hit-local"))
 
-    def _key(self, data: bytes, trace: Trace, metadata: Metadata, control: str) -> _Admitted:
+    def _key(self, data: bytes, trace: Trace, metadata: Metadata, control: str, method: str) -> _Admitted:
         """Parses, finds the model and keys; what is wrong is in `error`."""
-        call = _Admitted(data, trace, metadata)
+        call = _Admitted(data, trace, metadata, method)
         try:
             if control:
                 call.control = parse_cache_control(control)
@@ -132,20 +133,36 @@ class InferenceService:
             answer = call
         else:
             try:
-                answer = self._answer(call, await self._find(call, protocol.deadline(context)))
+                answer = await self._slowly(call, context)
             except RingmeshError as error:
-                await self._fail(context, call, error)
-            except Exception as error:
-                log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
-                await self._fail(context, call, unexpected(error))
+                await abort(context, error, (("ringmesh-trace-id", call.trace.trace_id),))
         context.set_trailing_metadata(tuple(answer.trailing))
         return answer.body
 
     async def _stream_infer(self, data: bytes, context: Context) -> bytes:
-        call = self._admit(data, protocol.metadata(context))
+        call = self._admit(data, protocol.metadata(context), "ModelStreamInfer")
         if isinstance(call, _Admitted):
-            call = self._answer(call, await self._find(call, protocol.deadline(context)))
+            call = await self._slowly(call, context)
         return call.body
+
+    async def _slowly(self, call: _Admitted, context: Context) -> Answer:
+        """What the local tier could not answer. Raises RingmeshError."""
+        self._requests.in_flight += 1
+        try:
+            return self._answer(call, await self._find(call, protocol.deadline(context)))
+        except RingmeshError as error:
+            self._failed(call, error.code.name, error.message)
+            raise
+        except asyncio.CancelledError:
+            self._failed(call, grpc.StatusCode.CANCELLED.name, "the caller left")
+            raise
+        except Exception as error:
+            log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
+            told = unexpected(error)
+            self._failed(call, told.code.name, told.message)
+            raise told from None
+        finally:
+            self._requests.in_flight -= 1
 
     async def _find(self, call: _Admitted, deadline: float | None) -> Found:
         """What the local tier did not have."""
@@ -193,22 +210,20 @@ class InferenceService:
 
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
         _, control = protocol.trace_and_cache_control(whole.metadata)
-        call = self._key(data, whole.trace, whole.metadata, control)
+        call = self._key(data, whole.trace, whole.metadata, control, "step")
         entry = self._local(call)
         found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
         self._count(call, found)
         return found.entry
 
     def _count(self, call: _Admitted, found: Found) -> None:
-        if not call.request_hash or call.model is None:
-            return
-        use = self._uses.of(call.model.name, call.model.version)
-        if found.outcome == "miss":
-            use.misses += 1
-            use.miss_ns += time.time_ns() - call.start
-        else:
-            use.hits += 1
-            use.hit_ns += time.time_ns() - call.start
+        model = call.model
+        assert model is not None
+        self._requests.count(
+            (call.method, model.name, model.version, call.tenant, OK, found.outcome),
+            time.time_ns() - call.start,
+            found.entry.compute_us,
+        )
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
         entry, trace = found.entry, call.trace
@@ -230,10 +245,15 @@ class InferenceService:
             trailing = (*trailing, ("ringmesh-worker", found.worker))
         return Answer(protocol.with_id(entry.value, call.request_id), trailing)
 
-    async def _fail(self, context: Context, call: _Admitted, error: RingmeshError) -> NoReturn:
-        attributes: Attributes = {"ringmesh.model": call.name, "rpc.grpc.status_code": error.code.value[0]}
-        self._tracer.finish(call.trace, "router ModelInfer", call.start, time.time_ns(), attributes, error.message)
-        await abort(context, error, (("ringmesh-trace-id", call.trace.trace_id),))
+    def _failed(self, call: _Admitted, code: str, message: str) -> None:
+        end = time.time_ns()
+        model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
+        self._requests.count((call.method, model, version, call.tenant, code, "error"), end - call.start, 0)
+        attributes: Attributes = {
+            "ringmesh.model": call.name,
+            "rpc.grpc.status_code": grpc.StatusCode[code].value[0],
+        }
+        self._tracer.finish(call.trace, "router ModelInfer", call.start, end, attributes, message)
 
 
 class _Admitted:
@@ -244,20 +264,24 @@ class _Admitted:
         "data",
         "error",
         "metadata",
+        "method",
         "model",
         "name",
         "place",
         "request_hash",
         "request_id",
         "start",
+        "tenant",
         "trace",
     )
 
-    def __init__(self, data: bytes, trace: Trace, metadata: Metadata) -> None:
+    def __init__(self, data: bytes, trace: Trace, metadata: Metadata, method: str) -> None:
         self.start = time.time_ns()
         self.data = data
         self.trace = trace
         self.metadata = metadata
+        self.method = method
+        self.tenant = ""
         self.name = ""
         self.request_id = ""
         self.request_hash = b""

@@ -15,6 +15,7 @@ class RouterSettings(MeshSettings):
 
     section: ClassVar[str] = "router"
     address: str = Field("127.0.0.1:8001", description="host:port to serve gRPC on; port 0 takes a free one")
+    metrics_address: str = Field("127.0.0.1:8002", description="host:port to serve /metrics on")
     workers: Annotated[tuple[str, ...], NoDecode] = Field(
         ("127.0.0.1:8100",), description="host:port of each worker, separated by commas"
     )

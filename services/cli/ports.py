@@ -13,6 +13,8 @@ from services.cli.errors import CommandError
 HOST = "127.0.0.1"
 # Offsets from the router's port, so that one option moves a whole stack: 8001, 8010, 8011, 8100, 8101, ...
 _CACHE, _VALKEY, _WORKERS = 9, 10, 99
+# Of metrics: 8002, 8012, 8200, 8201, ...
+_ROUTER_METRICS, _CACHE_METRICS, _WORKER_METRICS = 1, 11, 199
 # Below what systems hand out for outgoing connections, which could take a port between our look and its use.
 _FREE_RANGE = range(15000, 32000)
 
@@ -25,32 +27,43 @@ class Ports:
     cache: int
     valkey: int
     workers: tuple[int, ...]
+    router_metrics: int
+    cache_metrics: int
+    worker_metrics: tuple[int, ...]
 
     @classmethod
     def from_base(cls, port: int, workers: int) -> Ports:
         """The router on `port` and the rest behind it. Raises CommandError where they do not fit."""
-        if port + _WORKERS + workers - 1 > 65535:
+        if port + _WORKER_METRICS + workers - 1 > 65535:
             raise CommandError(f"port {port} leaves no room for the ports behind it; choose a lower one with --port")
-        first = port + _WORKERS
-        return cls(port, port + _CACHE, port + _VALKEY, tuple(range(first, first + workers)))
+        return cls(
+            port,
+            port + _CACHE,
+            port + _VALKEY,
+            tuple(port + _WORKERS + number for number in range(workers)),
+            port + _ROUTER_METRICS,
+            port + _CACHE_METRICS,
+            tuple(port + _WORKER_METRICS + number for number in range(workers)),
+        )
 
     @classmethod
     def free(cls, workers: int) -> Ports:
         """Ports that nobody listens on now."""
         candidates = random.sample(_FREE_RANGE, len(_FREE_RANGE))
         found: list[int] = []
-        while len(found) < workers + 3:
+        while len(found) < 2 * workers + 5:
             if not candidates:
                 raise CommandError("there are not enough free ports on this machine")
             port = candidates.pop()
             if not _is_taken(port):
                 found.append(port)
-        router, cache, valkey, *rest = found
-        return cls(router, cache, valkey, tuple(rest))
+        router, cache, valkey, router_metrics, cache_metrics, *rest = found
+        return cls(router, cache, valkey, tuple(rest[:workers]), router_metrics, cache_metrics, tuple(rest[workers:]))
 
     def check_free(self, *, valkey: bool) -> None:
         """Raises CommandError that names the first port taken, and by whom. `valkey`: whether its port is needed."""
-        for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *self.workers):
+        metrics = (self.router_metrics, self.cache_metrics, *self.worker_metrics)
+        for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *self.workers, *metrics):
             if _is_taken(port):
                 raise CommandError(f"port {port} is taken{_owner(port)}; choose another with --port")
 

@@ -38,6 +38,7 @@ class Screen:
         redis = urlsplit(options.redis_url)
         shown = redis.netloc.rpartition("@")[2] or redis.path  # without user and password
         table.add_row("valkey" if options.redis is None else "redis", shown, "Redis protocol")
+        table.add_row("metrics", f"http://{options.metrics['router']}/metrics", "Prometheus text")
         self._console.print()
         self._console.print(table)
 

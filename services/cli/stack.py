@@ -58,6 +58,13 @@ class StackOptions:
         """host:port of each."""
         return [address(port) for port in self.ports.workers]
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """host:port of /metrics by process."""
+        ports = self.ports
+        workers = {f"worker-{number}": address(port) for number, port in enumerate(ports.worker_metrics)}
+        return {"router": address(ports.router_metrics), "cache": address(ports.cache_metrics), **workers}
+
 
 class Reporter(Protocol):
     """Where the stack tells how it fares."""
@@ -167,7 +174,7 @@ class Stack:
             [sys.executable, "-P", "-m", module],
             endpoint,
             partial(probes.serves, endpoint),
-            {**environment, "RINGMESH_ADDRESS": endpoint},
+            {**environment, "RINGMESH_ADDRESS": endpoint, "RINGMESH_METRICS_ADDRESS": self._options.metrics[name]},
         )
 
     def _valkey(self) -> ChildSpec:
@@ -201,6 +208,7 @@ class Stack:
             "router": options.router,
             "cache": options.cache,
             "workers": options.workers,
+            "metrics": options.metrics,
             "redis_url": options.redis_url,
             "models": str(options.models.absolute()),
             "traces": str(options.traces.absolute()),

@@ -76,6 +76,11 @@ class Batcher:
             raise
         return result
 
+    @property
+    def waiting(self) -> int:
+        """Requests that no batch has taken."""
+        return sum(not waiting.future.done() for waiting in self._queue)
+
     async def close(self) -> None:
         """Waits until everything submitted has its answer."""
         while self._batches:

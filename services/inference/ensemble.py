@@ -30,6 +30,8 @@ class Ensemble:
     """
 
     provider = "ensemble"
+    # What waits, waits for its steps.
+    waiting = 0
 
     def __init__(self, files: ModelFiles) -> None:
         """Raises ModelLoadError."""

@@ -9,6 +9,7 @@ import onnxruntime
 
 from services.inference import cores
 from services.inference.control import ModelControl
+from services.inference.metrics import WorkerMetrics
 from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
 from services.inference.repository import ModelFiles, RepositoryError
@@ -16,8 +17,11 @@ from services.inference.service import EnvelopeService, InferenceService
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
+from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
+from services.runtime.metrics import Metrics
 from services.runtime.process import run
+from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server, StartError
 from services.runtime.tracing import create_tracer
 
@@ -43,7 +47,12 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         [InferenceService(worker).service(lambda: server.health.serving, more), EnvelopeService(worker).service()],
         max_message_bytes=settings.max_message_bytes,
     )
+    metrics = Metrics()
+    metrics.add(WorkerMetrics(worker).samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
+    await exposition.start()
+    ProcessMetrics("worker", settings.engine, metrics).start()
     server.set_serving(True)
     polling = asyncio.create_task(store.poll(settings.poll_seconds)) if settings.poll_seconds else None
     await stopping.wait()
@@ -51,6 +60,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         polling.cancel()
     worker.accepting = False
     await server.stop(settings.drain_seconds)
+    exposition.close()
     await store.close()
     executor.shutdown()
     await asyncio.to_thread(tracer.close)

@@ -104,6 +104,11 @@ class Sequencer:
             if not (sequence.begun or sequence.pending):
                 del self._sequences[step.sequence_id]
 
+    @property
+    def waiting(self) -> int:
+        """Requests that no batch has taken."""
+        return self._batcher.waiting
+
     async def close(self) -> None:
         """Waits until everything submitted has its answer."""
         while pending := [sequence for sequence in self._sequences.values() if sequence.pending]:

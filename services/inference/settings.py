@@ -16,6 +16,7 @@ class WorkerSettings(ServiceSettings):
 
     section: ClassVar[str] = "worker"
     address: str = Field("127.0.0.1:8100", description="host:port to serve gRPC on; port 0 takes a free one")
+    metrics_address: str = Field("127.0.0.1:8200", description="host:port to serve /metrics on")
     worker_id: str = Field(f"worker-{os.getpid()}", min_length=1, description="name in traces, metadata and the ring")
     models: Path = Field(Path("models"), description="model repository in Triton's layout")
     threads: int = Field(

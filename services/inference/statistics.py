@@ -7,6 +7,7 @@ import time
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
+from services.runtime.metrics import Histogram
 
 
 class Statistics:
@@ -15,6 +16,7 @@ class Statistics:
     def __init__(self, name: str, version: str) -> None:
         self._message = v2.ModelStatistics(name=name, version=version)
         self._batches: dict[int, v2.InferBatchStatistics] = {}
+        self.stages = {stage: Histogram() for stage in ("queue", "input", "compute", "output")}
 
     def succeeded(self, batch: BatchResult, rows: int, total_ns: int, output_ns: int) -> None:
         """One request was answered; `output_ns` from the end of its run to the finished response."""
@@ -23,15 +25,18 @@ class Statistics:
         input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
         message.last_inference = time.time_ns() // 1_000_000
         message.inference_count += rows
+        queue_ns = batch.start_ns - batch.queued_ns
         for duration, ns in (
             (stats.success, total_ns),
-            (stats.queue, batch.start_ns - batch.queued_ns),
+            (stats.queue, queue_ns),
             (stats.compute_input, input_ns),
             (stats.compute_infer, infer_ns),
             (stats.compute_output, output_ns),
         ):
             duration.count += 1
             duration.ns += ns
+        for stage, ns in zip(self.stages.values(), (queue_ns, input_ns, infer_ns, output_ns), strict=True):
+            stage.observe(ns)
         if not batch.first:
             return
         message.execution_count += 1

@@ -20,6 +20,7 @@ class ServiceSettings(BaseSettings):
     section: ClassVar[str]
 
     address: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 takes a free one")
+    metrics_address: str = Field("127.0.0.1:0", description="host:port to serve /metrics on; port 0 takes a free one")
     engine: Engine = Field(Engine.NATIVE, description="what does the HTTP/2 work: native (Rust) or grpcio")
     max_message_bytes: int = Field(128 << 20, gt=0, description="largest request taken")
     drain_seconds: float = Field(15.0, ge=0, description="time for requests under way after SIGTERM")

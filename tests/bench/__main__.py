@@ -65,7 +65,8 @@ class Process:
         self.port = port
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
-            env={**os.environ, **{f"RINGMESH_{name.upper()}": value for name, value in environment.items()}},
+            env={**os.environ, "RINGMESH_METRICS_ADDRESS": "127.0.0.1:0"}
+            | {f"RINGMESH_{name.upper()}": value for name, value in environment.items()},
             stderr=subprocess.DEVNULL,
         )
         self._info = psutil.Process(self._process.pid)

@@ -26,6 +26,7 @@ def free_address() -> str:
 def start(module: str, **settings) -> Started:
     """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING."""
     settings.setdefault("address", free_address())
+    settings.setdefault("metrics_address", "127.0.0.1:0")
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
     process = subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **environment})
     started = Started(settings["address"], process)

@@ -1,0 +1,52 @@
+"""The caches of a process, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cache.mesh import Mesh
+from services.runtime.metrics import Family, Sample
+
+_TIER = ("tier",)
+LOOKUPS = Family("ringmesh_cache_lookups_total", "counter", "look-ups by result: hit, miss", ("tier", "result"))
+FILLS = Family("ringmesh_cache_fills_total", "counter", "entries written", _TIER)
+EVICTIONS = Family("ringmesh_cache_evictions_total", "counter", "entries given up for room", _TIER)
+FAILURES = Family(
+    "ringmesh_cache_failures_total", "counter", "look-ups and fills given up: down, slow, full or damaged", _TIER
+)
+ENTRIES = Family("ringmesh_cache_entries", "gauge", "entries held; of the local tier only", _TIER)
+BYTES = Family("ringmesh_cache_bytes", "gauge", "memory held, with keys and overhead; of the local tier only", _TIER)
+SAVED = Family(
+    "ringmesh_cache_saved_compute_seconds_total", "counter", "compute time that hits made unnecessary", _TIER
+)
+REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "round trips to Redis", ("operation",))
+BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
+
+
+class CacheMetrics:
+    """Reads the counters that the tiers of `mesh` keep."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        shared = self._mesh.shared
+        for tier in (self._mesh.local, shared):
+            if tier is None:
+                continue
+            counters = tier.counters
+            name = (counters.tier,)
+            yield Sample(LOOKUPS, (counters.tier, "hit"), counters.hits)
+            yield Sample(LOOKUPS, (counters.tier, "miss"), counters.misses)
+            yield Sample(FILLS, name, counters.fills)
+            yield Sample(FAILURES, name, counters.failures)
+            yield Sample(SAVED, name, counters.saved_compute_us / 1e6)
+            if tier is self._mesh.local:
+                yield Sample(EVICTIONS, name, counters.evictions)
+                yield Sample(ENTRIES, name, counters.entries)
+                yield Sample(BYTES, name, counters.bytes)
+        if shared is not None:
+            yield Sample(BREAKER_OPEN, (), shared.is_skipped)
+            yield Sample(REDIS_SECONDS, ("get",), shared.get_times.buckets())
+            yield Sample(REDIS_SECONDS, ("set",), shared.set_times.buckets())

@@ -1,0 +1,51 @@
+"""The models of a worker, as metrics; the counts are those of ModelStatistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.inference.worker import Worker
+from services.runtime.metrics import Buckets, Family, Sample
+
+_MODEL = ("model", "version")
+REQUESTS = Family("ringmesh_worker_requests_total", "counter", "requests by result: ok, failed", (*_MODEL, "result"))
+STAGE = Family(
+    "ringmesh_worker_stage_seconds", "histogram", "time of requests by stage: queue, input, compute, output",
+    (*_MODEL, "stage"),
+)  # fmt: skip
+BATCH_ROWS = Family("ringmesh_worker_batch_rows", "histogram", "rows of the batches that ran", _MODEL)
+QUEUED = Family("ringmesh_worker_queue_depth", "gauge", "requests that wait for a batch", _MODEL)
+LOADED = Family(
+    "ringmesh_worker_model_info", "gauge", "always 1; a model held, and what runs it",
+    (*_MODEL, "provider", "cacheable"),
+)  # fmt: skip
+
+_ROW_BOUNDS = tuple(float(1 << power) for power in range(11))
+
+
+class WorkerMetrics:
+    """Reads the models that `worker` holds."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        for held in self._worker.store.held:
+            model = (held.model.name, str(held.model.version))
+            message = held.statistics.message()
+            stats = message.inference_stats
+            cacheable = "true" if held.model.cacheable else "false"
+            yield Sample(LOADED, (*model, held.model.provider, cacheable), 1)
+            yield Sample(REQUESTS, (*model, "ok"), stats.success.count)
+            yield Sample(REQUESTS, (*model, "failed"), stats.fail.count)
+            yield Sample(QUEUED, model, held.batcher.waiting)
+            for stage, times in held.statistics.stages.items():
+                yield Sample(STAGE, (*model, stage), times.buckets())
+            counts = [0] * (len(_ROW_BOUNDS) + 1)
+            for batch in message.batch_stats:
+                runs = batch.compute_infer.count
+                place = next((i for i, bound in enumerate(_ROW_BOUNDS) if batch.batch_size <= bound), len(_ROW_BOUNDS))
+                counts[place] += runs
+            rows = sum(batch.batch_size * batch.compute_infer.count for batch in message.batch_stats)
+            yield Sample(BATCH_ROWS, model, Buckets(_ROW_BOUNDS, counts, rows))

@@ -1,0 +1,125 @@
+"""Metrics: families with their labels, and sources that are read only when somebody asks.
+
+What happens is counted in plain ints by whoever sees it happen (a look-up of labels, a lock or an object for each
+request would cost more than a cache hit may); a source turns those ints into samples at a scrape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+# What labels fold into, so that nobody outside can make series without end.
+OTHER = "other"
+_MAX_SERIES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: its name as Prometheus knows it, its type, what it means, and its labels."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    meaning: str
+    labels: tuple[str, ...] = ()
+
+
+class Exemplar(NamedTuple):
+    """One observation in a bucket, by its trace. `value` in the histogram's unit, `at` in seconds since the epoch."""
+
+    trace_id: str
+    value: float
+    at: float
+
+
+class Buckets(NamedTuple):
+    """What a histogram holds: `counts` has one more than `bounds` (upper ends, inclusive), and is not cumulative."""
+
+    bounds: Sequence[float]
+    counts: Sequence[int]
+    sum: float
+    exemplars: Sequence[Exemplar | None] = ()
+
+
+class Sample(NamedTuple):
+    """The value of one series now; `labels` in the order of the family's."""
+
+    family: Family
+    labels: tuple[str, ...]
+    value: float | Buckets
+
+
+Source: TypeAlias = Callable[[], Iterable[Sample]]
+
+
+class Metrics:
+    """The sources of one process."""
+
+    def __init__(self) -> None:
+        self._sources: list[Source] = []
+        self._slow_sources: list[Source] = []
+
+    def add(self, source: Source) -> None:
+        """`source` is read on the event loop, and must be quick."""
+        self._sources.append(source)
+
+    def add_slow(self, source: Source) -> None:
+        """`source` asks the system; it is read on a thread."""
+        self._slow_sources.append(source)
+
+    async def collect(self) -> list[Sample]:
+        """All series as they are now."""
+        samples = [sample for source in self._sources for sample in source()]
+        samples += await asyncio.to_thread(lambda: [sample for source in self._slow_sources for sample in source()])
+        return samples
+
+
+class Counter:
+    """A counter, or a gauge, by labels: for what happens thousands of times a second at most."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._values: dict[tuple[str, ...], float] = {}
+
+    def add(self, *labels: str, by: float = 1) -> None:
+        """Counts; beyond some hundred series, under `other`."""
+        if labels not in self._values and len(self._values) >= _MAX_SERIES:
+            labels = (OTHER,) * len(labels)
+        self._values[labels] = self._values.get(labels, 0) + by
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        return (Sample(self._family, labels, value) for labels, value in self._values.items())
+
+
+def _decades(first: int, last: int) -> tuple[int, ...]:
+    """Bounds in nanoseconds, six to a decade, from 10**first to 10**last."""
+    steps = (10, 15, 20, 30, 50, 70)
+    return (*(step * 10 ** (power - 1) for power in range(first, last) for step in steps), 10**last)
+
+
+# From 10 us, a fourth of a cache hit, to 100 s.
+BOUNDS_NS = _decades(4, 11)
+BOUNDS_SECONDS = tuple(bound / 1e9 for bound in BOUNDS_NS)
+
+
+class Histogram:
+    """Durations, in buckets that are at most half as wide again as their lower end."""
+
+    __slots__ = ("counts", "sum_ns")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS_NS) + 1)
+        self.sum_ns = 0
+
+    def observe(self, ns: int) -> None:
+        """`ns` is in nanoseconds."""
+        self.counts[bisect_left(BOUNDS_NS, ns)] += 1
+        self.sum_ns += ns
+
+    def buckets(self) -> Buckets:
+        """In seconds."""
+        return Buckets(BOUNDS_SECONDS, tuple(self.counts), self.sum_ns / 1e9)

@@ -1,0 +1,118 @@
+"""What a scrape of the running stack says."""
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.system.test_cache import fresh
+from tests.unit.test_metrics import documented
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def addresses(stack):
+    return json.loads((Path(stack.state) / "stack.json").read_text())["metrics"]
+
+
+def scrape(address):
+    """Values by (name, labels)."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(scraped, name, **labels):
+    """The sum over the series that have these labels."""
+    wanted = set(labels.items())
+    return sum(v for (n, found), v in scraped.items() if n == name and wanted <= found)
+
+
+def call(address, request):
+    with grpc.insecure_channel(address) as channel:
+        return channel.unary_unary(INFER)(request.SerializeToString(), timeout=30)
+
+
+def test_a_scrape_tells_hits_from_misses_and_errors(stack):
+    router = addresses(stack)["router"]
+    before = scrape(router)
+    request, wrong, unknown = fresh(), fresh(), fresh()
+    wrong.inputs[0].name = "z"
+    unknown.model_name = "no such model"
+    for _ in range(3):
+        call(stack.router, request)
+    for bad in (wrong, unknown):
+        with pytest.raises(grpc.RpcError):
+            call(stack.router, bad)
+    after = scrape(router)
+
+    def grew(name, **labels):
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    model = request.model_name
+    name = "ringmesh_requests_total"
+    assert grew(name, model=model, code="OK", outcome="miss", method="ModelInfer") == 1
+    assert grew(name, model=model, code="OK", outcome="hit-local") == 2
+    assert grew(name, model=model, code="INVALID_ARGUMENT", outcome="error") == 1
+    assert grew(name, model="other", code="NOT_FOUND") == 1
+    assert value(after, name, model="no such model") == 0
+    assert grew("ringmesh_request_duration_seconds_count", model=model, outcome="hit-local") == 2
+    assert grew("ringmesh_request_duration_seconds_sum", model=model, outcome="miss") > 0
+    assert grew("ringmesh_cache_lookups_total", tier="local", result="hit") == 2
+    assert value(after, "ringmesh_requests_in_flight") == 0
+
+
+def test_a_scrape_of_a_worker_tells_what_it_ran(stack):
+    workers = [address for name, address in addresses(stack).items() if name.startswith("worker")]
+    request = fresh()
+
+    def ran():
+        scraped = [scrape(worker) for worker in workers]
+        return [
+            sum(value(s, name, model=request.model_name, **labels) for s in scraped)
+            for name, labels in (
+                ("ringmesh_worker_requests_total", {"result": "ok"}),
+                ("ringmesh_worker_stage_seconds_count", {"stage": "compute"}),
+                ("ringmesh_worker_batch_rows_count", {}),
+            )
+        ]
+
+    before = ran()
+    call(stack.router, request)
+    assert [after - was for was, after in zip(before, ran(), strict=True)] == [1, 1, 1]
+
+
+def test_every_process_serves_metrics_and_only_those_of_the_table(stack):
+    table = {family.name: family for family in documented()}
+    assert set(addresses(stack)) == {"router", "cache", "worker-0", "worker-1"}
+    seen = set()
+    for address in addresses(stack).values():
+        for name, labels in scrape(address):
+            for suffix in ("", "_bucket", "_sum", "_count"):
+                family = table.get(name.removesuffix(suffix))
+                if family is not None:
+                    assert {label for label, _ in labels} - {"le"} == set(family.labels)
+                    seen.add(family.name)
+                    break
+            else:
+                assert name.endswith("_created"), f"{name} is not in docs/metrics.md"
+    assert len(seen) > 25
+
+
+@pytest.mark.parametrize("module", ["router", "cache"])
+def test_a_taken_metrics_port_is_told_in_one_line(module):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = {"RINGMESH_METRICS_ADDRESS": address, "RINGMESH_ADDRESS": "127.0.0.1:0"}
+        done = subprocess.run([sys.executable, "-m", module], env=settings, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert address in last
+    assert "RINGMESH_METRICS_ADDRESS" in last
+    assert "Traceback" not in done.stderr
