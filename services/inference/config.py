@@ -51,13 +51,29 @@ _ACTED_ON = frozenset(
         "ensemble_scheduling",
         "instance_group",
         "default_model_filename",
+        "optimization",
+        "optimization.graph",
+        "optimization.cuda",
+        "optimization.cuda.graphs",
+        "optimization.execution_accelerators",
+        "optimization.output_pinned_memory",
+        # Some are read, see execution.py; the others are the owner's own, and told by ModelConfig.
+        "parameters",
         "model_warmup",
         "response_cache",
-        "parameters",
     }
 )
 # Looked into where they are set; the others are taken or left whole.
-_NESTED = frozenset({"dynamic_batching", "sequence_batching", "sequence_batching.direct", "sequence_batching.oldest"})
+_NESTED = frozenset(
+    {
+        "dynamic_batching",
+        "optimization",
+        "optimization.cuda",
+        "sequence_batching",
+        "sequence_batching.direct",
+        "sequence_batching.oldest",
+    }
+)
 
 
 class ConfigError(Exception):

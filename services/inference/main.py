@@ -9,6 +9,7 @@ import onnxruntime
 
 from services.inference import cores
 from services.inference.control import ModelControl
+from services.inference.execution import CUDA
 from services.inference.metrics import WorkerMetrics
 from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
@@ -24,8 +25,6 @@ from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server, StartError
 from services.runtime.tracing import create_tracer
-
-_PREFERRED_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
@@ -67,8 +66,10 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
 
 
 async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> ModelStore:
-    available = onnxruntime.get_available_providers()
-    providers = [provider for provider in _PREFERRED_PROVIDERS if provider in available]
+    providers = onnxruntime.get_available_providers()
+    if CUDA in providers:
+        # CUDA and cuDNN from pip, where they were installed with the extra `gpu`.
+        onnxruntime.preload_dlls()
     threads = settings.threads or cores.available()
 
     def open_model(files: ModelFiles) -> OnnxModel:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -17,13 +15,12 @@ from services.inference import row_independence
 from services.inference.config import TENANT_SCOPE, ConfigError, ModelConfig, says
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
+from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.tensors import decode
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-
-_ONNX_BFLOAT16 = 16
 
 
 class ModelLoadError(Exception):
@@ -45,20 +42,20 @@ class OnnxModel:
     def __init__(
         self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
     ) -> None:
-        """`max_batch_rows` holds where the model's configuration does not say. Raises ModelLoadError."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = intra_op_threads
-        # What fails is told to the caller; logged as well, callers could flood the log.
-        options.log_severity_level = 4
-        # A thread that spins takes a core from the event loop and from the other workers of this machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        """`providers` are those of this machine. `intra_op_threads` and `max_batch_rows` hold where the model's
+        configuration does not say. Raises ModelLoadError."""
+        self._config = files.config.message
+        # Until the probe of its rows says more.
+        self.batchable = False
         try:
             before = files.digest("")
-            self._session = onnxruntime.InferenceSession(files.model, options, providers=list(providers))
+            self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
             random = random_operators(files.model)
-            self.provider: str = self._session.get_providers()[0]
+            self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
             changed = files.digest("") != before
+        except ConfigError as error:
+            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
             raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
         self.name = files.name
@@ -66,12 +63,11 @@ class OnnxModel:
         if changed:
             # Else the answers of one set of files would be filed under the digest of another.
             raise ModelLoadError(f"cannot load {files.model}: its files changed meanwhile; load it again")
-        self._config = files.config.message
         self._folder = files.folder
-        session = self._session
+        sessions = self._sessions
         try:
-            self.inputs = input_specs(session.get_inputs(), session.get_overridable_initializers(), files.config)
-            self.outputs = output_specs(session.get_outputs(), files.config)
+            self.inputs = input_specs(sessions.inputs, sessions.initializers, files.config)
+            self.outputs = output_specs(sessions.outputs, files.config)
             self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
@@ -85,7 +81,6 @@ class OnnxModel:
             self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
         self.cacheable = not self.cacheable_reason
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
-        self._bfloat16 = any(spec.datatype.name == "BF16" for spec in (*every, *self.hidden_outputs.values()))
         if self._config.HasField("sequence_batching") and not files.config.says_max_batch_size:
             # A probe of its rows would have to know what it does with a state.
             self.batch_reason = "it serves sequences, and its config.pbtxt does not say max_batch_size"
@@ -195,9 +190,7 @@ class OnnxModel:
         if self._reshapes:
             feeds |= {name: self.inputs[name].to_inner(feeds[name]) for name in self.inputs if name in feeds}
         try:
-            arrays: list[npt.NDArray[Any]] = (
-                self._run_bfloat16(feeds, outputs) if self._bfloat16 else self._session.run(outputs, feeds)
-            )
+            arrays = self._sessions.run(outputs, feeds)
             if self._reshapes:
                 return [
                     self.outputs[name].to_outer(array) if name in self.outputs else array
@@ -207,23 +200,13 @@ class OnnxModel:
             raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
         return arrays
 
-    def _run_bfloat16(self, feeds: dict[str, Any], outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """NumPy has no bfloat16, and ONNX Runtime's bindings refuse ml_dtypes': its bits go in and out by address."""
-        make = onnxruntime.OrtValue
-        values = {
-            name: make.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _ONNX_BFLOAT16)
-            if array.dtype == ml_dtypes.bfloat16
-            else make.ortvalue_from_numpy(array)
-            for name, array in feeds.items()
-        }
-        arrays = []
-        for value in self._session.run_with_ort_values(outputs, values):
-            if value.data_type() != "tensor(bfloat16)":
-                arrays.append(value.numpy())
-                continue
-            data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-            arrays.append(np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()))
-        return arrays
+    def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
+        """Which shape the file's output will have; None where only the run can tell."""
+        spec = self.outputs.get(name) or self.hidden_outputs[name]
+        first, *rest = (spec.inner or spec.shape) or (1,)
+        if -1 in rest or (first == -1 and not self.batchable):
+            return None
+        return (feeds[self.required[0]].shape[0], *rest) if first == -1 else spec.inner or spec.shape
 
 
 def metadata(
@@ -249,8 +232,3 @@ def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     made = np.empty(len(text), object)
     made[:] = text
     return made.reshape(array.shape)
-
-
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says before it goes into detail."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

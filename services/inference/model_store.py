@@ -218,7 +218,7 @@ class ModelStore:
         batcher = Batcher(
             model,
             self._executor,
-            instances=sum(group.count or 1 for group in made.instance_group) or 1,
+            instances=sum((group.count or 1) * (len(group.gpus) or 1) for group in made.instance_group) or 1,
             batching=config.batching(made),
         )
         statistics = Statistics(model.name, str(model.version))

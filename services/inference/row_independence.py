@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from services.inference.sessions import first_line
+
 if TYPE_CHECKING:
     from services.inference.model import OnnxModel
     from services.inference.tensor_spec import TensorSpec
@@ -22,7 +24,7 @@ def why_not(model: OnnxModel) -> str:
         except Exception:  # 2 may be beyond what the model takes, such as the rows of an embedding
             return _probe(model, lowest_integer=0)
     except Exception as error:
-        return f"a probe of two rows failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"a probe of two rows failed: {first_line(error)}"
 
 
 def fixed_first_dimension(model: OnnxModel) -> str:

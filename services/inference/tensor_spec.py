@@ -36,6 +36,12 @@ CONFIG_TYPES = {
 }
 
 
+def datatype_of(node: Any) -> Datatype | None:
+    """Of an ONNX Runtime NodeArg; None where it is no tensor, or of a type that the protocol lacks."""
+    name = _TYPES.get(node.type)
+    return None if name is None else DATATYPES[name]
+
+
 _DATATYPES = {number: DATATYPES[name] for name, number in CONFIG_TYPES.items()}
 
 

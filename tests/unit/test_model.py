@@ -226,3 +226,34 @@ def test_a_value_of_the_file_is_not_an_input_unless_it_is_offered(tmp_path):
     assert set(load(models.scaled(tmp_path)).inputs) == {"x"}
     with pytest.raises(ModelLoadError, match=r"'scale'.*say optional"):
         configured(tmp_path / "scaled/1", 'input { name: "scale" dims: [1] }')
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")  # of a build that has none
+def test_a_model_that_wants_a_gpu_answers_from_the_cpu_where_there_is_none(tmp_path, caplog):
+    folder = models.mlp(tmp_path)
+    (folder.parent / "config.pbtxt").write_text("instance_group { gpus: [ 0, 1 ] }")
+    (files,) = versions(folder.parent.parent, folder.parent.name)
+    available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    model = OnnxModel(files, providers=available, intra_op_threads=1, max_batch_rows=8)
+    assert model.provider == "CPUExecutionProvider"
+    assert "runs on CPUExecutionProvider, without CUDAExecutionProvider" in caplog.text
+    x = np.ones((1, 64), np.float32)
+    assert (
+        model.run({"x": x}, ["y"])[0].tobytes()
+        == load(models.mlp(tmp_path / "plain")).run({"x": x}, ["y"])[0].tobytes()
+    )
+
+
+@pytest.mark.parametrize("level", [-1, 2])
+def test_parameters_and_levels_reach_the_session(tmp_path, level):
+    folder = models.mlp(tmp_path)
+    (folder.parent / "config.pbtxt").write_text(
+        f"""optimization {{ graph {{ level: {level} }} }}
+        parameters {{ key: "execution_mode" value {{ string_value: "1" }} }}
+        parameters {{ key: "enable_mem_arena" value {{ string_value: "0" }} }}
+        parameters {{ key: "memory.enable_memory_arena_shrinkage" value {{ string_value: "cpu:0" }} }}""",
+    )
+    model = load(folder)
+    with pytest.raises(Exception, match="arena"):
+        # Only a session that was told both refuses: there is no arena to shrink.
+        model.run({"x": np.ones((1, 64), np.float32)}, ["y"])
