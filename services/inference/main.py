@@ -75,8 +75,8 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> Model
     def open_model(files: ModelFiles) -> OnnxModel:
         return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
 
-    store = ModelStore(settings.models, open_model, executor)
     try:
+        store = ModelStore(await asyncio.to_thread(settings.model_source), open_model, executor)
         await store.load_all()
     except RepositoryError as error:
         raise StartError(str(error)) from None

@@ -16,10 +16,16 @@ from services.inference.config import ConfigError
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, OnnxModel
-from services.inference.repository import ModelFiles, RepositoryError
+from services.inference.repository import (
+    Fingerprint,
+    ModelFiles,
+    ModelSource,
+    RepositoryError,
+    RepositoryUnavailableError,
+)
 from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
-from services.runtime.errors import InvalidArgumentError, NotFoundError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +56,12 @@ class ModelStore:
     `open_model` makes an OnnxModel of files; it runs on a thread, for it takes long.
     """
 
-    def __init__(self, folder: Path, open_model: Callable[[ModelFiles], OnnxModel], executor: Executor) -> None:
+    def __init__(self, source: ModelSource, open_model: Callable[[ModelFiles], OnnxModel], executor: Executor) -> None:
         self.held = HeldModels([])
-        self._folder = folder
+        self._source = source
         self._open_model = open_model
         self._executor = executor
-        self._loaded: dict[str, frozenset[tuple[str, int, int]]] = {}
+        self._loaded: dict[str, Fingerprint] = {}
         self._failures: dict[str, dict[str, str]] = {}
         self._changing = asyncio.Lock()
         self._overrides: list[tempfile.TemporaryDirectory[str]] = []
@@ -63,12 +69,12 @@ class ModelStore:
     async def load_all(self) -> None:
         """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
         # Before anything is read: what changes while it loads is seen by the first look.
-        self._loaded = await asyncio.to_thread(repository.fingerprint, self._folder)
-        names = await asyncio.to_thread(repository.names, self._folder)
+        self._loaded = await asyncio.to_thread(self._source.fingerprint)
+        names = await asyncio.to_thread(self._source.names)
         for name in names:
             try:
                 await self.load(name)
-            except InvalidArgumentError as error:
+            except RingmeshError as error:
                 log.error("%s", error.message)
         if not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
@@ -78,14 +84,15 @@ class ModelStore:
 
         `overrides` hold until the next load without them, and take the place of what the repository has.
         Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
-        cause; then nothing has changed.
+        cause, or UnavailableError where the repository cannot be read; then nothing has changed.
         """
         async with self._changing:
             try:
                 files = await asyncio.to_thread(self._find, name, overrides or Overrides())
             except (RepositoryError, ConfigError) as error:
                 self._failures.setdefault(name, {})[""] = str(error)
-                raise InvalidArgumentError(f"failed to load {name!r}: {error}", field="model_name") from None
+                kind = UnavailableError if isinstance(error, RepositoryUnavailableError) else InvalidArgumentError
+                raise kind(f"failed to load {name!r}: {error}", field="model_name") from None
             held = self.held.of(name)
             fresh = []
             failures = {}
@@ -130,31 +137,37 @@ class ModelStore:
 
     async def poll(self, seconds: float) -> None:
         """Follows the repository: loads what changed, once it has stopped changing, and unloads what went."""
-        served = before = self._loaded
+        before = self._loaded
+        served = dict(before)
         while True:
             await asyncio.sleep(seconds)
-            now = await asyncio.to_thread(repository.fingerprint, self._folder)
+            now = await asyncio.to_thread(self._source.fingerprint)
             # A repository that cannot be read for a moment is not an empty one.
             if now and now == before != served:
                 for name in sorted(now.keys() | served.keys()):
-                    if now.get(name) != served.get(name):
-                        await self._follow(name, name in now)
-                served = now
+                    if now.get(name) != served.get(name) and await self._follow(name, name in now):
+                        if name in now:
+                            served[name] = now[name]
+                        else:
+                            del served[name]
             before = now
 
-    async def _follow(self, name: str, exists: bool) -> None:
+    async def _follow(self, name: str, exists: bool) -> bool:
+        """Whether it is done with: a model that is broken is, one that could not be read is tried again."""
         try:
             if exists:
                 await self.load(name)
             elif self.held.of(name):
                 await self.unload(name)
-        except InvalidArgumentError as error:
+        except RingmeshError as error:
             log.error("%s", error.message)
+            return not isinstance(error, UnavailableError)
+        return True
 
     async def index(self) -> list[VersionState]:
         """Every model in the repository, loaded or not, by name and version."""
         try:
-            names = set(await asyncio.to_thread(repository.names, self._folder))
+            names = set(await asyncio.to_thread(self._source.names))
         except RepositoryError:
             names = set()
         states = {
@@ -187,7 +200,7 @@ class ModelStore:
     def _find(self, name: str, overrides: Overrides) -> list[ModelFiles]:
         configured = config.parse(overrides.config, "the config parameter", name) if overrides.config else None
         if not overrides.files:
-            return repository.versions(self._folder, name, configured)
+            return repository.versions(self._source.fetch(name, configured), name, configured)
         if configured is None:
             raise ConfigError("files are given without a config parameter, which they need")
         # A new folder for each load: what is loaded may still be mapped from the last one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 from blake3 import blake3
 
@@ -13,9 +14,16 @@ from services.inference.config import ConfigError, Configured
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
 
+# Every file of a model: its path, its size, and what is another when its content is.
+Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
+
 
 class RepositoryError(Exception):
     """The repository cannot be served; the message names the folder and what is missing."""
+
+
+class RepositoryUnavailableError(RepositoryError):
+    """It cannot be read now, and may be later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +59,58 @@ def is_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and Path(name).name == name
 
 
-def names(repository: Path) -> list[str]:
-    """The models of a repository: its folders. Raises RepositoryError where there is none."""
-    if not repository.is_dir():
-        raise RepositoryError(f"no model repository at {repository}: there is no such folder")
-    try:
-        found = sorted(path.name for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise RepositoryError(f"cannot read the model repository at {repository}: {error.strerror}") from None
-    if not found:
-        raise RepositoryError(f"no model in {repository}: it should hold <model>/<version>/{MODEL_FILE}")
-    return found
+class ModelSource(Protocol):
+    """Where models come from. Its methods may take long."""
+
+    def names(self) -> list[str]:
+        """The models. Raises RepositoryError where there is none."""
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """What the models are made of; {} where it cannot be read."""
+
+    def fetch(self, name: str, override: Configured | None) -> Path:
+        """A folder that holds the model as it is now; `override` takes the place of its config.pbtxt.
+
+        Raises RepositoryError or ConfigError.
+        """
 
 
-def fingerprint(repository: Path) -> dict[str, frozenset[tuple[str, int, int]]]:
-    """Path, size and time of change of every file, by model; {} where the repository cannot be read."""
-    try:
-        return {
-            name: frozenset(
-                (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-                for path in (repository / name).rglob("*")
-                if path.is_file()
-            )
-            for name in names(repository)
-        }
-    except (OSError, RepositoryError):
-        return {}
+class Directory:
+    """A repository in a folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def names(self) -> list[str]:
+        """Its folders. Raises RepositoryError where there is none."""
+        folder = self._folder
+        if not folder.is_dir():
+            raise RepositoryError(f"no model repository at {folder}: there is no such folder")
+        try:
+            found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except OSError as error:
+            raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
+        if not found:
+            raise RepositoryError(f"no model in {folder}: it should hold <model>/<version>/{MODEL_FILE}")
+        return found
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """Path, size and time of change of every file, by model; {} where it cannot be read."""
+        try:
+            return {
+                name: frozenset(
+                    (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                    for path in (self._folder / name).rglob("*")
+                    if path.is_file()
+                )
+                for name in self.names()
+            }
+        except (OSError, RepositoryError):
+            return {}
+
+    def fetch(self, name: str, override: Configured | None) -> Path:
+        """The folder itself."""
+        return self._folder
 
 
 def versions(repository: Path, name: str, override: Configured | None = None) -> list[ModelFiles]:

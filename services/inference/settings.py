@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from services.inference.remote_repository import SCHEMES, RemoteRepository
+from services.inference.repository import Directory, ModelSource
 from services.runtime.settings import ServiceSettings
 
 
@@ -18,9 +20,26 @@ class WorkerSettings(ServiceSettings):
     address: str = Field("127.0.0.1:8100", description="host:port to serve gRPC on; port 0 takes a free one")
     metrics_address: str = Field("127.0.0.1:8200", description="host:port to serve /metrics on")
     worker_id: str = Field(f"worker-{os.getpid()}", min_length=1, description="name in traces, metadata and the ring")
-    models: Path = Field(Path("models"), description="model repository in Triton's layout")
+    models: str = Field(
+        "models", description="model repository in Triton's layout: a folder, or an s3://, gs:// or https:// URL"
+    )
+    state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for downloaded models")
     threads: int = Field(
         0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
     )
     poll_seconds: float = Field(0.0, ge=0, description="how often to look for changed models; 0: only when asked to")
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
+
+    @field_validator("models")
+    @classmethod
+    def _known_scheme(cls, models: str) -> str:
+        scheme, separator, _ = models.partition("://")
+        if separator and scheme not in SCHEMES:
+            raise ValueError(f"a model repository is a folder, or a URL of {', '.join(SCHEMES)}")
+        return models
+
+    def model_source(self) -> ModelSource:
+        """Where models come from. Raises RepositoryError."""
+        if "://" in self.models:
+            return RemoteRepository(self.models, self.state_dir / "models")
+        return Directory(Path(self.models))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ringmesh.oip.v2.model_config_pb2 import ModelEnsembling
 
 from services.inference.model_store import ModelStore
+from services.inference.repository import Directory
 from services.runtime import ensemble
 from services.runtime.ensemble import EnsembleError
 from services.runtime.errors import InvalidArgumentError
@@ -93,7 +94,7 @@ async def test_a_failing_step_ends_the_others():
 
 
 async def store_of(folder):
-    made = ModelStore(folder, lambda files: load(files.folder), EXECUTOR)
+    made = ModelStore(Directory(folder), lambda files: load(files.folder), EXECUTOR)
     await made.load_all()
     return made
 

@@ -7,7 +7,7 @@ import pytest
 
 from services.inference.model import OnnxModel
 from services.inference.model_store import READY, UNAVAILABLE, ModelStore, Overrides
-from services.inference.repository import RepositoryError
+from services.inference.repository import Directory, RepositoryError
 from services.inference.request import decode_request
 from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import InvalidArgumentError, NotFoundError
@@ -22,7 +22,7 @@ def open_model(files):
 
 
 async def store(folder):
-    made = ModelStore(folder, open_model, EXECUTOR)
+    made = ModelStore(Directory(folder), open_model, EXECUTOR)
     await made.load_all()
     return made
 

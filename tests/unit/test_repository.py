@@ -1,6 +1,6 @@
 import pytest
 
-from services.inference.repository import RepositoryError, names, versions
+from services.inference.repository import Directory, RepositoryError, versions
 
 
 def write(repository, name, version, data=b"model"):
@@ -10,7 +10,7 @@ def write(repository, name, version, data=b"model"):
 
 
 def digest(repository):
-    (name,) = names(repository)
+    (name,) = Directory(repository).names()
     (files,) = versions(repository, name)
     return files.digest("CPUExecutionProvider")
 
@@ -24,7 +24,7 @@ def test_models_are_folders(tmp_path):
     write(tmp_path, "a", "1")
     (tmp_path / "README").touch()
     (tmp_path / ".git").mkdir()
-    assert names(tmp_path) == ["a", "b"]
+    assert Directory(tmp_path).names() == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_repository_that_cannot_be_served_is_named(tmp_path, what):
     elif what == "file":
         repository.touch()
     with pytest.raises(RepositoryError, match=str(repository)):
-        names(repository)
+        Directory(repository).names()
 
 
 def test_the_digest_is_the_same_for_the_same_files(tmp_path):

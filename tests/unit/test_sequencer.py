@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from services.inference import sequencer
 from services.inference.model_store import ModelStore
-from services.inference.repository import RepositoryError
+from services.inference.repository import Directory, RepositoryError
 from services.inference.request import Decoded, SequenceStep
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from tests import models
@@ -20,7 +20,7 @@ EXECUTOR = ThreadPoolExecutor(4)
 
 def held(folder):
     """The model as a worker holds it."""
-    store = ModelStore(folder.parent.parent, lambda files: load(files.folder), EXECUTOR)
+    store = ModelStore(Directory(folder.parent.parent), lambda files: load(files.folder), EXECUTOR)
     asyncio.run(store.load_all())
     return store.held.find(folder.parent.name, "")
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -22,6 +23,12 @@ def start(module, **environment):
         ("router", {"CONFIG": "/nowhere.toml"}, ["RINGMESH_CONFIG", "/nowhere.toml"]),
         ("cache", {"LOCAL_TIER_BYTES": "-1"}, ["RINGMESH_LOCAL_TIER_BYTES", "-1"]),
         ("services.inference", {"MODELS": "/nowhere"}, ["/nowhere"]),
+        ("services.inference", {"MODELS": "http://x/models"}, ["RINGMESH_MODELS", "https"]),
+        (
+            "services.inference",
+            {"MODELS": "https://127.0.0.1:1/models", "STATE_DIR": tempfile.gettempdir()},
+            ["https://127.0.0.1:1/models/SHA256SUMS", "Connection refused"],
+        ),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line_and_exits_with_2(module, environment, words):
