@@ -4,119 +4,28 @@ Needs g++, pkg-config and libnghttp2-dev for the load generator. Everything runs
 """
 
 import argparse
-import json
 import os
 import platform
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import numpy as np
 import onnxruntime
-import psutil
 from rich.console import Console
 from rich.table import Table
-from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
 from services.cli import demo_models
+from tests.bench.bodies import write_bodies
+from tests.bench.harness import build_loadgen, free_port, load, running
 
-HERE = Path(__file__).parent
 console = Console(width=120)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def build_loadgen() -> Path:
-    binary = HERE / "build" / "loadgen"
-    source = HERE / "loadgen" / "loadgen.cc"
-    if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
-        if not (shutil.which("g++") and shutil.which("pkg-config")):
-            sys.exit("bench: the load generator needs a compiler; apt-get install g++ pkg-config libnghttp2-dev")
-        binary.parent.mkdir(exist_ok=True)
-        subprocess.run(["bash", HERE / "loadgen" / "build.sh", binary], check=True, stdout=subprocess.DEVNULL)
-    return binary
-
-
-def write_bodies(path: Path, model: str, name: str, arrays) -> None:
-    with path.open("wb") as file:
-        for array in arrays:
-            request = v2.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()])
-            datatype = {"int32": "INT32", "float32": "FP32"}[str(array.dtype)]
-            request.inputs.add(name=name, datatype=datatype, shape=array.shape)
-            body = request.SerializeToString()
-            file.write(len(body).to_bytes(4, "little") + body)
-
-
-class Process:
-    def __init__(self, *command: str, port: int, **environment: str) -> None:
-        self.port = port
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env={**os.environ, "RINGMESH_METRICS_ADDRESS": "127.0.0.1:0"}
-            | {f"RINGMESH_{name.upper()}": value for name, value in environment.items()},
-            stderr=subprocess.DEVNULL,
-        )
-        self._info = psutil.Process(self._process.pid)
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            give_up = time.monotonic() + 30
-            while True:
-                try:
-                    if stub.Check(health_pb2.HealthCheckRequest(), timeout=1).status == 1:
-                        return
-                except grpc.RpcError:
-                    pass
-                if time.monotonic() > give_up or self._process.poll() is not None:
-                    sys.exit(f"bench: {' '.join(command)} does not come up")
-                time.sleep(0.05)
-
-    def cpu_seconds(self) -> float:
-        times = self._info.cpu_times()
-        return times.user + times.system
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
-
-
-@contextmanager
-def running(*command: str, port: int, **environment: str):
-    process = Process(*command, port=port, **environment)
-    try:
-        yield process
-    finally:
-        process.stop()
-
-
-def load(loadgen: Path, case, outstanding: int, offset: int, seconds: float):
-    target, also, bodies, order = case
-    processes = [target, *also]
-    before = [process.cpu_seconds() for process in processes]
-    command = [
-        loadgen, "--target", f"127.0.0.1:{target.port}", "--bodies", bodies, "--order", order, "--offset", str(offset),
-        "--concurrency", str(outstanding), "--connections", str(min(4, outstanding)), "--seconds", str(seconds),
-        "--warmup", "0.5",
-    ]  # fmt: skip
-    result = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True).stdout)
-    used = sum(process.cpu_seconds() - start for process, start in zip(processes, before, strict=True))
-    # The warm-up counts towards the CPU and not towards the calls.
-    result["cpu_us"] = used / (result["rps"] * (seconds + 0.5)) * 1e6
-    if result["errors"]:
-        sys.exit(f"bench: calls failed: {result}")
-    return result
 
 
 def onnxruntime_rate(model: Path, name: str, array: np.ndarray, seconds: float) -> float:
@@ -197,21 +106,26 @@ def main() -> None:
             for case, (*_, order) in cases.items():
                 if order == "seq":
                     offset = (offset + 30_000) % 380_000  # each miss is a body not sent before
-                results[case].append(load(loadgen, cases[case], case[1], offset, arguments.seconds))
+                target, also, bodies, _ = cases[case]
+                measured = load(loadgen, target, bodies, order=order, outstanding=case[1], seconds=arguments.seconds,
+                                offset=offset, also=also)  # fmt: skip
+                if measured.errors:
+                    sys.exit(f"bench: calls failed: {measured}")
+                results[case].append(measured)
             model = work / "models" / "mlp" / "1" / "model.onnx"
             ort.append([onnxruntime_rate(model, "x", rng.random((n, 64), dtype=np.float32), 1) for n in (1, 64)])
 
     floors = {"hit, router native": "echo native, 1 hop", "hit, router grpcio": "echo grpcio, 1 hop",
               "miss MLP, router + worker": "echo native, 2 hops"}  # fmt: skip
-    median = lambda case, key: statistics.median(result[key] for result in results[case])  # noqa: E731
+    median = lambda case, key: statistics.median(getattr(result, key) for result in results[case])  # noqa: E731
     table = Table("", "outstanding", "req/s", "spread", "p50 ms", "p99 ms", "CPU µs", "of its floor")
     for case in cases:
-        rates = [result["rps"] for result in results[case]]
+        rates = [result.rps for result in results[case]]
         floor = (floors.get(case[0], ""), case[1])
         ratio = f"{median(case, 'rps') / median(floor, 'rps'):.2f}" if floor in cases else ""
         table.add_row(
             case[0], str(case[1]), f"{median(case, 'rps'):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}",
-            f"{median(case, 'p50_ms'):.2f}", f"{median(case, 'p99_ms'):.2f}", f"{median(case, 'cpu_us'):.0f}", ratio,
+            f"{median(case, 'p50'):.2f}", f"{median(case, 'p99'):.2f}", f"{median(case, 'cpu_us'):.0f}", ratio,
         )  # fmt: skip
     console.print(table)
     native, grpcio = median(("hit, router native", 64), "rps"), median(("hit, router grpcio", 64), "rps")
