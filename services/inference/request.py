@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ from services.runtime.tensors import DATATYPES, decode, encode, raw_from_content
 # Elements beyond which a shape is taken for a mistake before its bytes are counted.
 _MAX_ELEMENTS = 1 << 40
 _REGION = "shared_memory_region"
+# The tag of raw_output_contents, which is field 6, length-delimited.
+_RAW_OUTPUT = b"\x32"
 
 
 class Model(Protocol):
@@ -27,6 +30,7 @@ class Model(Protocol):
 
     name: str
     version: int
+    digest: bytes
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     required: tuple[str, ...]
@@ -126,6 +130,42 @@ def _decoded(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[s
 
 def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
     """A serialized ModelInferResponse without an id; always raw_output_contents, one an output."""
+    if decoded.classes or decoded.regions:
+        return _encode_as_asked(model, decoded, arrays)
+    outputs = tuple(
+        [
+            (name, model.outputs[name].datatype.name, array.shape)
+            for name, array in zip(decoded.outputs, arrays, strict=True)
+        ]
+    )
+    parts = [_response_head(model.name, model.version, outputs)]
+    for array in arrays:
+        raw = encode(array)
+        parts += (_RAW_OUTPUT, _varint(len(raw)), raw)
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def _response_head(name: str, version: int, outputs: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    """All fields before raw_output_contents, which comes last on the wire: the same for many responses."""
+    response = v2.ModelInferResponse(model_name=name, model_version=str(version))
+    for output, datatype, shape in outputs:
+        response.outputs.add(name=output, datatype=datatype, shape=shape)
+    return response.SerializeToString()
+
+
+def _varint(number: int) -> bytes:
+    """As lengths stand on the wire."""
+    made = bytearray()
+    while number > 0x7F:
+        made.append(number & 0x7F | 0x80)
+        number >>= 7
+    made.append(number)
+    return bytes(made)
+
+
+def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
+    """With classes in place of values, and with outputs left in shared memory."""
     response = v2.ModelInferResponse(model_name=model.name, model_version=str(model.version))
     for name, array in zip(decoded.outputs, arrays, strict=True):
         datatype = model.outputs[name].datatype.name

@@ -2,60 +2,99 @@
 
 from __future__ import annotations
 
-import time
-
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
 from services.runtime.metrics import Histogram
 
 
+class _Duration:
+    """How often something happened, and how long it took in all."""
+
+    __slots__ = ("count", "ns")
+
+    def __init__(self) -> None:
+        self.count = self.ns = 0
+
+    def add(self, ns: int) -> None:
+        self.count += 1
+        self.ns += ns
+
+    def message(self) -> v2.StatisticDuration:
+        return v2.StatisticDuration(count=self.count, ns=self.ns)
+
+
+class _Runs:
+    """The batches of one size."""
+
+    __slots__ = ("infer", "input", "output")
+
+    def __init__(self) -> None:
+        self.input, self.infer, self.output = _Duration(), _Duration(), _Duration()
+
+
 class Statistics:
-    """Counts and cumulative times of a model version."""
+    """Counts and cumulative times of a model version. Plain ints: a message is made when somebody asks."""
 
     def __init__(self, name: str, version: str) -> None:
-        self._message = v2.ModelStatistics(name=name, version=version)
-        self._batches: dict[int, v2.InferBatchStatistics] = {}
+        self._name, self._version = name, version
+        self._last_ns = self._rows = self._executions = 0
+        self._success, self._fail, self._queue = _Duration(), _Duration(), _Duration()
+        self._input, self._infer, self._output = _Duration(), _Duration(), _Duration()
+        self._batches: dict[int, _Runs] = {}
         self.stages = {stage: Histogram() for stage in ("queue", "input", "compute", "output")}
+        self._observe = tuple([histogram.observe for histogram in self.stages.values()])
 
     def succeeded(self, batch: BatchResult, rows: int, total_ns: int, output_ns: int) -> None:
         """One request was answered; `output_ns` from the end of its run to the finished response."""
-        message = self._message
-        stats = message.inference_stats
-        input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
-        message.last_inference = time.time_ns() // 1_000_000
-        message.inference_count += rows
         queue_ns = batch.start_ns - batch.queued_ns
-        for duration, ns in (
-            (stats.success, total_ns),
-            (stats.queue, queue_ns),
-            (stats.compute_input, input_ns),
-            (stats.compute_infer, infer_ns),
-            (stats.compute_output, output_ns),
-        ):
-            duration.count += 1
-            duration.ns += ns
-        for stage, ns in zip(self.stages.values(), (queue_ns, input_ns, infer_ns, output_ns), strict=True):
-            stage.observe(ns)
+        input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
+        self._rows += rows
+        self._last_ns = batch.end_ns
+        self._success.add(total_ns)
+        self._queue.add(queue_ns)
+        self._input.add(input_ns)
+        self._infer.add(infer_ns)
+        self._output.add(output_ns)
+        for observe, ns in zip(self._observe, (queue_ns, input_ns, infer_ns, output_ns), strict=True):
+            observe(ns)
         if not batch.first:
             return
-        message.execution_count += 1
-        size = self._batches.get(batch.batch_rows)
-        if size is None:
-            size = self._batches[batch.batch_rows] = message.batch_stats.add(batch_size=batch.batch_rows)
-        for duration, ns in (
-            (size.compute_input, input_ns),
-            (size.compute_infer, infer_ns),
-            (size.compute_output, output_ns),
-        ):
-            duration.count += 1
-            duration.ns += ns
+        self._executions += 1
+        runs = self._batches.get(batch.batch_rows)
+        if runs is None:
+            runs = self._batches[batch.batch_rows] = _Runs()
+        runs.input.add(input_ns)
+        runs.infer.add(infer_ns)
+        runs.output.add(output_ns)
 
     def failed(self, total_ns: int) -> None:
         """One request was not answered."""
-        self._message.inference_stats.fail.count += 1
-        self._message.inference_stats.fail.ns += total_ns
+        self._fail.add(total_ns)
 
     def message(self) -> v2.ModelStatistics:
-        """As it is now; not a copy."""
-        return self._message
+        """As it is now."""
+        return v2.ModelStatistics(
+            name=self._name,
+            version=self._version,
+            last_inference=self._last_ns // 1_000_000,
+            inference_count=self._rows,
+            execution_count=self._executions,
+            inference_stats=v2.InferStatistics(
+                success=self._success.message(),
+                fail=self._fail.message(),
+                queue=self._queue.message(),
+                compute_input=self._input.message(),
+                compute_infer=self._infer.message(),
+                compute_output=self._output.message(),
+            ),
+            batch_stats=[
+                v2.InferBatchStatistics(
+                    batch_size=size,
+                    compute_input=runs.input.message(),
+                    compute_infer=runs.infer.message(),
+                    compute_output=runs.output.message(),
+                )
+                for size, runs in self._batches.items()
+            ],
+        )
