@@ -11,7 +11,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.batcher import BatchResult
 from services.inference.held_models import HeldModel
 from services.inference.model_store import ModelStore
-from services.inference.request import decode_request, encode_response
+from services.inference.request import encode_response
+from services.inference.request_decoder import RequestDecoder
 from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc import parse, unexpected
@@ -29,6 +30,7 @@ class Worker:
         self.store = store
         self.memory = SharedMemory()
         self.accepting = True
+        self._decoder = RequestDecoder(self.memory)
         self._tracer = tracer
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
 
@@ -70,7 +72,7 @@ class Worker:
     ) -> inference_pb2.WorkResult:
         start = time.time_ns()
         try:
-            decoded = decode_request(request, held.model, self.memory)
+            decoded = self._decoder.decode(request, held.model)
             batch = await held.batcher.submit(decoded, deadline)
             response = encode_response(held.model, decoded, batch.arrays)
         except Exception:
