@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 
 class Breaker:
     """Closed: calls pass. Open after a failure: none pass until a pause is over, then one at a time, as a probe.
 
-    The pause doubles with each failed probe, from `first_pause` to `longest_pause` seconds.
+    The pause doubles with each failed probe, from `first_pause` to `longest_pause` seconds, and is up to `spread`
+    of itself longer, so that a fleet does not come back all at once.
     """
 
-    def __init__(self, clock: Callable[[], float], *, first_pause: float = 0.25, longest_pause: float = 10.0) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        first_pause: float = 0.25,
+        longest_pause: float = 10.0,
+        spread: float = 0.3,
+    ) -> None:
         self._clock = clock
         self._first_pause = first_pause
         self._longest_pause = longest_pause
+        self._spread = spread
         self._pause = first_pause
         self._retry_at: float | None = None
 
@@ -29,7 +39,7 @@ class Breaker:
             return True
         if self._clock() < self._retry_at:
             return False
-        self._retry_at = self._clock() + self._pause
+        self._retry_at = self._next()
         return True
 
     def success(self) -> None:
@@ -41,4 +51,7 @@ class Breaker:
         """Opens it, or keeps it open for longer."""
         if self._retry_at is not None:
             self._pause = min(self._pause * 2, self._longest_pause)
-        self._retry_at = self._clock() + self._pause
+        self._retry_at = self._next()
+
+    def _next(self) -> float:
+        return self._clock() + self._pause * random.uniform(1.0, 1.0 + self._spread)

@@ -29,6 +29,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     await server.start()
     await exposition.start()
     ProcessMetrics("cache", settings.engine, metrics).start()
+    mesh.start()
     server.set_serving(True)
     await stopping.wait()
     await server.stop(settings.drain_seconds)

@@ -44,6 +44,11 @@ class Mesh:
         self.shared = shared
         self._flights: SingleFlight[Found] = SingleFlight()
 
+    def start(self) -> None:
+        """Connects."""
+        if self.shared is not None:
+            self.shared.start()
+
     async def get_or_compute(
         self, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None, trace: Trace
     ) -> Found:

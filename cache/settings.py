@@ -10,14 +10,16 @@ from pydantic import Field
 from cache.breaker import Breaker
 from cache.local_tier import LocalTier
 from cache.mesh import Mesh
-from cache.shared_tier import SharedTier, connect
+from cache.shared_tier import SharedTier
 from services.runtime.settings import ServiceSettings
 
 
 class MeshSettings(ServiceSettings):
     """What a process with cache tiers can be told."""
 
-    redis_url: str | None = Field(None, description="Redis or Valkey, such as redis://127.0.0.1:6379; none: local only")
+    redis_url: str | None = Field(
+        None, description="Redis or Valkey, one or many (cache/redis_url.py); none: local only"
+    )
     local_tier_bytes: int = Field(256 << 20, ge=0, description="memory for the local tier, keys and overhead included")
     shared_ttl_seconds: float = Field(7 * 86400, gt=0, description="how long an entry stays in Redis")
     shared_budget_seconds: float = Field(0.05, gt=0, description="longest wait for a look-up in Redis")
@@ -29,10 +31,10 @@ class MeshSettings(ServiceSettings):
         shared = None
         if self.redis_url is not None:
             shared = SharedTier(
-                connect(self.redis_url),
+                self.redis_url,
                 ttl_seconds=self.shared_ttl_seconds,
                 budget_seconds=self.shared_budget_seconds,
-                breaker=Breaker(time.monotonic),
+                create_breaker=lambda: Breaker(time.monotonic),
             )
         return Mesh(LocalTier(self.local_tier_bytes), shared)
 

@@ -1,209 +1,161 @@
-"""The tier in Redis, shared by the fleet: never an error, never a wait beyond its budget.
-
-Look-ups that arrive while a round trip is under way leave together as one MGET; fills are written
-behind the answer, in pipelines. A failure opens a circuit breaker, and the tier is skipped until a
-probe succeeds.
-"""
+"""The tier in Redis, shared by the fleet: never an error, never a wait beyond its budget."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import AskError, MovedError
 
 from cache.breaker import Breaker
 from cache.entry import Entry, pack, unpack
+from cache.redis_node import FAILURES, Fill, RedisNode, Reply
+from cache.redis_nodes import Nodes, create_nodes
+from cache.redis_url import parse_redis_url
 from cache.stats import TierCounters
+from services.runtime.errors import UnavailableError
 from services.runtime.metrics import Histogram
-from services.runtime.server import StartError
 
 log = logging.getLogger(__name__)
 
 _PREFIX = b"rm1:"
-_MAX_UNWRITTEN_BYTES = 64 << 20
-_MAX_PIPELINE = 256
-_WRITE_SECONDS = 1.0
-_FAILURES = (RedisError, OSError, TimeoutError)
-
-
-def connect(url: str) -> Redis:
-    """A client that neither retries nor waits long by itself. Raises StartError where the URL is not one."""
-    try:
-        return Redis.from_url(url, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0), protocol=3)
-    except ValueError as error:
-        raise StartError(f"RINGMESH_REDIS_URL: {url!r} is not a Redis URL: {error}") from None
-
-
-class _Batch:
-    """Look-ups that leave together; the first of them starts the budget."""
-
-    __slots__ = ("timer", "waiters")
-
-    def __init__(self) -> None:
-        self.waiters: dict[bytes, asyncio.Future[Entry | None]] = {}
-        self.timer: asyncio.TimerHandle | None = None
-
-    def end(self) -> int:
-        """Misses for all that still wait; how many there were."""
-        if self.timer is not None:
-            self.timer.cancel()
-        left = [waiter for waiter in self.waiters.values() if not waiter.done()]
-        for waiter in left:
-            waiter.set_result(None)
-        return len(left)
+_REDIRECTS = 2
+_CHECK_SECONDS = 5.0
+Result = TypeVar("Result")
 
 
 class SharedTier:
     """Entries in Redis under `rm1:<key>`, kept for `ttl_seconds` (give or take a tenth, so as not to end together).
 
-    `budget_seconds` bounds what a look-up may wait; past it, it is a miss.
+    `url` as in redis_url.py; raises StartError where it is none. `budget_seconds` bounds what a look-up may wait for
+    one server; past it, it is a miss.
     """
 
-    def __init__(self, redis: Redis, *, ttl_seconds: float, budget_seconds: float, breaker: Breaker) -> None:
-        self._redis = redis
+    def __init__(
+        self, url: str, *, ttl_seconds: float, budget_seconds: float, create_breaker: Callable[[], Breaker]
+    ) -> None:
         self._ttl_ms = ttl_seconds * 1000
         self._budget = budget_seconds
-        self._breaker = breaker
-        self._pending: _Batch | None = None
-        self._unwritten: dict[bytes, bytes] = {}
-        self._unwritten_bytes = 0
-        self._lookup_task: asyncio.Task[None] | None = None
-        self._write_task: asyncio.Task[None] | None = None
-        self._probe_task: asyncio.Task[None] | None = None
+        self._create_breaker = create_breaker
+        self._check_task: asyncio.Task[None] | None = None
         self.counters = TierCounters("shared")
         self.get_times = Histogram()
         self.set_times = Histogram()
+        self.nodes: Nodes = create_nodes(parse_redis_url(url), self._create_node)
 
     @property
     def is_skipped(self) -> bool:
-        """Whether Redis failed and is not back."""
-        return self._breaker.is_open
+        """Whether a server of it failed and is not back."""
+        return any(node.breaker.is_open for node in self.nodes.all)
+
+    def start(self) -> None:
+        """Connects, learns what is where, and warns of a server that will refuse writes."""
+        self.nodes.owner(_PREFIX)
+        self._check_task = asyncio.create_task(self._check_memory_policy())
 
     async def get(self, key: bytes) -> Entry | None:
         """None on a miss, and where Redis is down, slow, or holds something damaged. A cancelled look-up goes on."""
-        if self._breaker.is_open:
+        name = _PREFIX + key
+        node = self.nodes.owner(name)
+        reply: Reply = None
+        if node is None:
             self.counters.failures += 1
-            if self._breaker.allow():
-                self._probe_task = asyncio.create_task(self._probe())
             return None
-        if self._pending is None:
-            self._pending = batch = _Batch()
-            batch.timer = asyncio.get_running_loop().call_later(self._budget, self._expire, batch)
-        waiter = self._pending.waiters.get(key)
-        if waiter is None:
-            waiter = self._pending.waiters[key] = asyncio.get_running_loop().create_future()
-        if self._lookup_task is None:
-            self._lookup_task = asyncio.create_task(self._look_up())
-        # Shielded: another caller may wait for the same key.
-        return await asyncio.shield(waiter)
+        reply = await node.get(name)
+        for _ in range(_REDIRECTS):
+            if not isinstance(reply, AskError) or (node := self.nodes.redirected(reply)) is None:
+                break
+            reply = await node.get(name, asking=type(reply) is AskError)
+        if reply is None:
+            self.counters.misses += 1
+            return None
+        entry = unpack(key, reply) if isinstance(reply, bytes) else None
+        if entry is None:
+            self.counters.failures += 1
+            return None
+        self.counters.hits += 1
+        self.counters.saved_compute_us += entry.compute_us
+        return entry
 
-    def put(self, key: bytes, entry: Entry) -> None:
-        """Writes behind. Dropped (and counted) where Redis is down or cannot keep up."""
-        frame = pack(key, entry)
-        if self._breaker.is_open or self._unwritten_bytes + len(frame) > _MAX_UNWRITTEN_BYTES:
+    def put(self, key: bytes, entry: Entry, ttl_ms: int | None = None) -> None:
+        """Writes behind. Dropped (and counted) where Redis is down, refuses, or cannot keep up."""
+        name = _PREFIX + key
+        node = self.nodes.owner(name)
+        if node is None:
             self.counters.failures += 1
             return
-        if key not in self._unwritten:
-            self._unwritten[key] = frame
-            self._unwritten_bytes += len(frame)
-        if self._write_task is None:
-            self._write_task = asyncio.create_task(self._write())
+        if ttl_ms is None:
+            ttl_ms = int(self._ttl_ms * random.uniform(0.9, 1.1))
+        node.put(Fill(name, pack(key, entry), ttl_ms))
+
+    async def run(self, name: bytes, command: Callable[[Redis], Awaitable[Result]], seconds: float) -> Result:
+        """A command of another kind on the server that owns `name`. Raises UnavailableError, also past `seconds`."""
+        node = self.nodes.owner(name)
+        why: Any = "the map of the cluster's slots is not known yet"
+        for _ in range(_REDIRECTS + 1):
+            if node is None:
+                break
+            try:
+                async with asyncio.timeout(seconds):
+                    return await command(node.client)
+            except AskError as error:
+                why, node = error, self.nodes.redirected(error)
+            except FAILURES as error:
+                why = error
+                break
+        raise UnavailableError(f"Redis cannot be used: {why!r}; retry later")
 
     async def close(self) -> None:
         """Writes what is left, for a second at most, and disconnects."""
-        if self._write_task is not None:
-            await asyncio.wait([self._write_task], timeout=_WRITE_SECONDS)
-        for task in (self._lookup_task, self._write_task, self._probe_task):
-            if task is not None:
-                task.cancel()
-        await self._redis.aclose()
+        if self._check_task is not None:
+            self._check_task.cancel()
+        await self.nodes.close()
 
-    async def _look_up(self) -> None:
-        try:
-            while (batch := self._pending) is not None:
-                self._pending = None
-                keys = list(batch.waiters)
-                start = time.monotonic_ns()
-                try:
-                    async with asyncio.timeout(self._budget):
-                        frames: list[Any] = await self._redis.mget([_PREFIX + key for key in keys])
-                except _FAILURES as error:
-                    self._failed(error, batch)
-                else:
-                    self._deliver(batch, keys, frames)
-                self.get_times.observe(time.monotonic_ns() - start)
-        finally:
-            self._lookup_task = None
+    def _create_node(self, name: str, client: Redis, one_slot: bool, on_failure: Callable[[], None]) -> RedisNode:
+        return RedisNode(
+            name,
+            client,
+            budget_seconds=self._budget,
+            breaker=self._create_breaker(),
+            one_slot=one_slot,
+            on_failure=on_failure,
+            on_fill=self._filled,
+            get_times=self.get_times,
+            set_times=self.set_times,
+        )
 
-    def _deliver(self, batch: _Batch, keys: list[bytes], frames: list[bytes | None]) -> None:
-        for key, frame in zip(keys, frames, strict=True):
-            entry = None
-            if frame is None:
-                self.counters.misses += 1
-            elif (entry := unpack(key, frame)) is None:
-                self.counters.failures += 1
-            else:
-                self.counters.hits += 1
-                self.counters.saved_compute_us += entry.compute_us
-            waiter = batch.waiters[key]
-            if not waiter.done():
-                waiter.set_result(entry)
-        batch.end()
-
-    async def _write(self) -> None:
-        try:
-            while self._unwritten:
-                keys = list(self._unwritten)[:_MAX_PIPELINE]
-                pipeline = self._redis.pipeline(transaction=False)
-                for key in keys:
-                    frame = self._unwritten.pop(key)
-                    self._unwritten_bytes -= len(frame)
-                    pipeline.set(_PREFIX + key, frame, px=int(self._ttl_ms * random.uniform(0.9, 1.1)))
-                start = time.monotonic_ns()
-                try:
-                    async with asyncio.timeout(_WRITE_SECONDS):
-                        await pipeline.execute()
-                except _FAILURES as error:
-                    self.counters.failures += len(keys)
-                    self._failed(error)
-                else:
-                    self.counters.fills += len(keys)
-                self.set_times.observe(time.monotonic_ns() - start)
-        finally:
-            self._write_task = None
-
-    async def _probe(self) -> None:
-        """Off the path of any request, so that nobody waits to learn that Redis is still down."""
-        try:
-            async with asyncio.timeout(self._budget):
-                await self._redis.ping()
-        except _FAILURES:
-            self._breaker.failure()
+    def _filled(self, fill: Fill, error: Exception | None) -> None:
+        if error is None:
+            self.counters.fills += 1
+        elif isinstance(error, MovedError) and not fill.moved and (node := self.nodes.redirected(error)) is not None:
+            node.put(fill._replace(moved=True))
         else:
-            self._breaker.success()
-            log.info("the shared tier is back")
+            self.counters.failures += 1
 
-    def _expire(self, batch: _Batch) -> None:
-        if batch is self._pending:
-            self._pending = None
-        self._failed(TimeoutError(f"no answer within {self._budget * 1000:.0f} ms"), batch)
+    async def _check_memory_policy(self) -> None:
+        """Of each server once, as soon as it answers."""
+        checked: set[str] = set()
+        while True:
+            for node in self.nodes.all:
+                if node.name not in checked and await self._check(node):
+                    checked.add(node.name)
+            await asyncio.sleep(_CHECK_SECONDS)
 
-    def _failed(self, error: Exception, batch: _Batch | None = None) -> None:
-        """Nobody waits on: not the batch that failed, not those that gathered behind it."""
-        if not self._breaker.is_open:
-            log.warning("the shared tier is skipped for now: Redis: %r", error)
-            self._breaker.failure()
-        for ended in (batch, self._pending):
-            if ended is not None:
-                self.counters.failures += ended.end()
-        self._pending = None
-        self.counters.failures += len(self._unwritten)
-        self._unwritten.clear()
-        self._unwritten_bytes = 0
+    async def _check(self, node: RedisNode) -> bool:
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                memory = await node.client.info("memory")
+        except FAILURES:
+            return False
+        if memory.get("maxmemory") and memory.get("maxmemory_policy") == "noeviction":
+            log.warning(
+                "Redis %s has maxmemory-policy noeviction: when its %d bytes are full it refuses what is to be "
+                "cached; set allkeys-lru or allkeys-lfu",
+                node.name,
+                memory["maxmemory"],
+            )
+        return True

@@ -47,6 +47,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await server.start()
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
+    mesh.start()
     fleet.start()
     await stopping.wait()
     await server.stop(settings.drain_seconds)

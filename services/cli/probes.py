@@ -38,7 +38,9 @@ async def healthy_workers(router: str) -> int:
 
 
 async def redis_answers(url: str) -> bool:
-    """Whether a PING is answered. Raises CommandError where `url` is not a Redis URL."""
+    """Whether a PING is answered; Sentinels and clusters are left to the services. Raises CommandError."""
+    if url.partition("://")[0].endswith(("+sentinel", "+cluster")):
+        return True
     try:
         client = Redis.from_url(url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS)
     except ValueError as error:
