@@ -32,6 +32,8 @@ class Member:
         self.held: frozenset[tuple[str, str]] = frozenset()
         # Ensembles of which it lacks a step.
         self.partly: frozenset[tuple[str, str]] = frozenset()
+        # What it would have to load first.
+        self.unloaded: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def healthy(self) -> bool:
@@ -114,6 +116,7 @@ class Fleet:
         member.models = models
         member.held = frozenset((model.name, model.version) for model in models)
         member.partly = frozenset((model.name, model.version) for model in models if model.ensemble.not_runnable)
+        member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
         member.link.forget_lanes(frozenset(model.digest for model in models))
         self._refresh()
 

@@ -32,6 +32,14 @@ def candidates(view: FleetView, model: ModelEntry, place: bytes, *, sticky: bool
     ranked = view.ring.ranked(place or os.urandom(2))
     # Past the ranks, for models that only a few of a large fleet hold.
     rest = (address for address in view.ring.members if address not in ranked)
+    key = (model.name, model.version)
+    unloaded = []
     for rank, address in enumerate(chain(ranked, rest)):
         member = view.members[address]
-        yield Candidate(member, rank, member.why_not(model))
+        candidate = Candidate(member, rank, member.why_not(model))
+        if not sticky and key in member.unloaded:
+            unloaded.append(candidate)
+        else:
+            yield candidate
+    # They can answer too, when they have loaded it.
+    yield from unloaded

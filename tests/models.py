@@ -58,6 +58,15 @@ def mlp(repository: Path, *, seed=0, version=1) -> Path:
     return save(repository, "mlp", nodes, [x], [y], weights, version)
 
 
+def table(repository: Path, name: str, *, number: int, megabytes: int) -> Path:
+    """INT64 x[n] -> FP32 y[n]: element x of a large table that begins with `number`."""
+    values = np.zeros(megabytes << 18, np.float32)
+    values[0] = number
+    node = helper.make_node("Gather", ["values", "x"], ["y"])
+    x, y = value("x", TensorProto.INT64, "n"), value("y", TensorProto.FLOAT, "n")
+    return save(repository, name, [node], [x], [y], [numpy_helper.from_array(values, "values")])
+
+
 def add_sub(repository: Path) -> Path:
     """FP32 a, b [n,2] -> sum, difference [n,2]."""
     nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["difference"])]

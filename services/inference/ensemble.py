@@ -93,7 +93,7 @@ class Ensemble:
             outputs = tuple([name for name in held.model.outputs if name in self.plan.steps[index].outputs])
             try:
                 step = prepare(inputs, held.model, outputs, decoded)
-                batch = await held.batcher.submit(step, deadline)
+                batch = await held.submit(step, deadline)
             except RingmeshError as error:
                 held.statistics.failed(time.time_ns() - begun)
                 error.message = f"step {held.model.name!r} of ensemble {self.name!r}: {error.message}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from services.inference.batcher import Batcher
+from services.inference.batcher import Batcher, BatchResult
+from services.inference.memory_budget import MemoryBudget, Resident
 from services.inference.model import OnnxModel
+from services.inference.request import Decoded
 from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
 from services.runtime.errors import NotFoundError
@@ -18,11 +20,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A loaded model version, ready to run. An ensemble is its own batcher."""
+    """A model version, ready to run. An ensemble is its own batcher.
+
+    Under a memory budget it may have to be loaded first: `submit` sees to that.
+    """
 
     model: OnnxModel | Ensemble
     batcher: Batcher | Sequencer | Ensemble
     statistics: Statistics
+    budget: MemoryBudget | None = None
+    resident: Resident | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it is in memory."""
+        return self.resident is None or self.resident.loaded
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no batch has taken."""
+        return self.batcher.waiting + (0 if self.resident is None else len(self.resident.waiting))
+
+    def submit(self, decoded: Decoded, deadline: float | None) -> Awaitable[BatchResult]:
+        """As Batcher.submit, and as MemoryBudget.enter."""
+        if self.budget is None or self.resident is None:
+            return self.batcher.submit(decoded, deadline)
+        return self._submit(self.budget, self.resident, decoded, deadline)
+
+    async def _submit(
+        self, budget: MemoryBudget, resident: Resident, decoded: Decoded, deadline: float | None
+    ) -> BatchResult:
+        await budget.enter(resident, deadline)
+        try:
+            return await self.batcher.submit(decoded, deadline)
+        finally:
+            budget.leave(resident)
 
     def over(self, models: HeldModels) -> HeldModel:
         """Itself; an ensemble with the steps that are in `models`."""

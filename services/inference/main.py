@@ -76,7 +76,8 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> Model
         return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
 
     try:
-        store = ModelStore(await asyncio.to_thread(settings.model_source), open_model, executor)
+        source = await asyncio.to_thread(settings.model_source)
+        store = ModelStore(source, open_model, executor, memory_limit=settings.model_memory_bytes)
         await store.load_all()
     except RepositoryError as error:
         raise StartError(str(error)) from None

@@ -15,6 +15,8 @@ STAGE = Family(
 )  # fmt: skip
 BATCH_ROWS = Family("ringmesh_worker_batch_rows", "histogram", "rows of the batches that ran", _MODEL)
 QUEUED = Family("ringmesh_worker_queue_depth", "gauge", "requests that wait for a batch", _MODEL)
+MEMORY = Family("ringmesh_worker_model_bytes", "gauge", "memory of a model; 0 while it is unloaded for room", _MODEL)
+LOADS = Family("ringmesh_worker_model_loads_total", "counter", "times a model was loaded", _MODEL)
 LOADED = Family(
     "ringmesh_worker_model_info", "gauge", "always 1; a model held, and what runs it",
     (*_MODEL, "provider", "cacheable"),
@@ -39,7 +41,10 @@ class WorkerMetrics:
             yield Sample(LOADED, (*model, held.model.provider, cacheable), 1)
             yield Sample(REQUESTS, (*model, "ok"), stats.success.count)
             yield Sample(REQUESTS, (*model, "failed"), stats.fail.count)
-            yield Sample(QUEUED, model, held.batcher.waiting)
+            yield Sample(QUEUED, model, held.waiting)
+            if held.resident is not None:
+                yield Sample(MEMORY, model, held.resident.bytes if held.loaded else 0)
+                yield Sample(LOADS, model, held.resident.loads)
             for stage, times in held.statistics.stages.items():
                 yield Sample(STAGE, (*model, stage), times.buckets())
             counts = [0] * (len(_ROW_BOUNDS) + 1)

@@ -114,6 +114,14 @@ class OnnxModel:
             {name: self.outputs.pop(name) for name in states if name not in shown},
         )
 
+    def release(self) -> None:
+        """Gives its memory back. It still describes itself, and runs again after `restore`."""
+        del self._sessions
+
+    def restore(self, fresh: OnnxModel) -> None:
+        """Takes over the sessions of a model of the same files."""
+        self._sessions = fresh._sessions
+
     def warm_up(self) -> None:
         """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
         for sample in self._config.model_warmup:

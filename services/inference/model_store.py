@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
+from services.inference.memory_budget import MemoryBudget, resident_memory
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import (
     Fingerprint,
@@ -25,7 +27,13 @@ from services.inference.repository import (
 )
 from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
-from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError
+from services.runtime.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    RingmeshError,
+    UnavailableError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +64,16 @@ class ModelStore:
     `open_model` makes an OnnxModel of files; it runs on a thread, for it takes long.
     """
 
-    def __init__(self, source: ModelSource, open_model: Callable[[ModelFiles], OnnxModel], executor: Executor) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        open_model: Callable[[ModelFiles], OnnxModel],
+        executor: Executor,
+        *,
+        memory_limit: int = 0,
+        process_memory: Callable[[], int] = resident_memory,
+    ) -> None:
+        """`memory_limit`: bytes of models in memory at once; 0: all that are held."""
         self.held = HeldModels([])
         self._source = source
         self._open_model = open_model
@@ -65,6 +82,10 @@ class ModelStore:
         self._failures: dict[str, dict[str, str]] = {}
         self._changing = asyncio.Lock()
         self._overrides: list[tempfile.TemporaryDirectory[str]] = []
+        self._budget = (
+            MemoryBudget(memory_limit, self._open_warm, process_memory, self._refresh) if memory_limit else None
+        )
+        self._catching_up: dict[str, asyncio.Task[None]] = {}
 
     async def load_all(self) -> None:
         """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
@@ -103,14 +124,28 @@ class ModelStore:
                     failures[str(version.version)] = str(error)
             self._failures[name] = failures
             if failures:
-                for model in fresh:
-                    if model not in held:
-                        await model.batcher.close()
+                await self._drain(model for model in fresh if model not in held)
                 raise InvalidArgumentError(
                     f"failed to load {name!r}: {'; '.join(failures.values())}", field="model_name"
                 )
             self._switch(name, fresh)
             await self._drain(model for model in held if model not in fresh)
+            for model in fresh:
+                if model.budget is not None and model.resident is not None:
+                    await model.budget.load(model.resident)
+
+    async def catch_up(self, name: str, deadline: float | None) -> None:
+        """Loads a model whose files changed while it was out of memory. Raises UnavailableError where that fails."""
+        task = self._catching_up.get(name)
+        if task is None:
+            task = self._catching_up[name] = asyncio.create_task(self.load(name))
+            task.add_done_callback(lambda _: self._catching_up.pop(name))
+        # Not by cancelling it: others wait for it too.
+        seconds = None if deadline is None else deadline - time.monotonic()
+        if not (await asyncio.wait([task], timeout=seconds))[0]:
+            raise DeadlineExceededError("the deadline passed while the model was loaded")
+        if error := task.exception():
+            raise UnavailableError(str(error))
 
     async def unload(self, name: str, *, dependents: bool = False) -> None:
         """Takes a model out at once, and returns when what it had taken is answered. Raises NotFoundError.
@@ -174,14 +209,15 @@ class ModelStore:
             (held.model.name, str(held.model.version)): VersionState(
                 held.model.name,
                 str(held.model.version),
-                READY,
-                _remark(held.model),
+                UNAVAILABLE if held.resident is not None and held.resident.failure else READY,
+                _remark(held),
             )
             for held in self.held
         }
         for name, failures in self._failures.items():
             for version, reason in failures.items():
-                if (name, version) in states:  # the old one serves, the new one does not
+                known = states.get((name, version))
+                if known is not None and known.state == READY:  # the old one serves, the new one does not
                     states[name, version] = VersionState(
                         name, version, READY, f"the new files are not served: {reason}"
                     )
@@ -223,8 +259,12 @@ class ModelStore:
         if files.config.message.HasField("ensemble_scheduling"):
             ensemble = await asyncio.to_thread(Ensemble, files)
             return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
-        model = await asyncio.to_thread(self._open_model, files)
-        await asyncio.to_thread(model.warm_up)
+        budget, resident = self._budget, None
+        if budget is None:
+            model = await asyncio.to_thread(self._open_warm, files)
+        else:
+            resident = await budget.add(files, [kept.resident for kept in held if kept.resident is not None])
+            model = resident.model
         made = files.config.message
         if ignored := config.ignored_fields(made):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
@@ -236,22 +276,43 @@ class ModelStore:
         )
         statistics = Statistics(model.name, str(model.version))
         if not made.HasField("sequence_batching"):
-            return HeldModel(model, batcher, statistics)
+            return HeldModel(model, batcher, statistics, budget, resident)
         try:
-            return HeldModel(model, Sequencer(model, batcher, files.folder.parent), statistics)
+            sequencer = Sequencer(model, batcher, files.folder.parent)
+            return HeldModel(model, sequencer, statistics, budget, resident)
         except ConfigError as error:
+            if budget is not None and resident is not None:
+                await budget.remove(resident)
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+
+    def _open_warm(self, files: ModelFiles) -> OnnxModel:
+        """On a thread."""
+        model = self._open_model(files)
+        model.warm_up()
+        return model
+
+    def _refresh(self) -> None:
+        """Another set of the same models: one was loaded or unloaded."""
+        self.held = HeldModels(self.held)
 
     def _switch(self, name: str, models: list[HeldModel]) -> None:
         self.held = HeldModels([*(held for held in self.held if held.model.name != name), *models])
 
     async def _drain(self, models: Iterable[HeldModel]) -> None:
         for held in models:
+            if held.budget is not None and held.resident is not None:
+                await held.budget.remove(held.resident)
             await held.batcher.close()
 
 
-def _remark(model: OnnxModel | Ensemble) -> str:
-    """What is worth knowing of a model that is READY."""
+def _remark(held: HeldModel) -> str:
+    """What is worth knowing of a model that is held."""
+    model = held.model
     if model.not_runnable:
         return f"only runs through the router, step by step: {model.not_runnable}"
-    return f"not cached: {model.cacheable_reason}" if model.cacheable_reason else ""
+    remarks = []
+    if held.resident is not None and not held.resident.loaded:
+        remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")
+    if model.cacheable_reason:
+        remarks.append(f"not cached: {model.cacheable_reason}")
+    return "; ".join(remarks)

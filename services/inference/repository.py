@@ -40,6 +40,10 @@ class ModelFiles:
         """The ONNX file; what it keeps outside lies beside it."""
         return self.folder / _model_file(self.config)
 
+    def size(self) -> int:
+        """Bytes of all files of the version."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def digest(self, provider: str) -> bytes:
         """16 bytes over name, version, every file of the version, the config, and the execution provider."""
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())

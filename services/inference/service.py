@@ -110,7 +110,7 @@ class EnvelopeService:
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
             accepting=self._worker.accepting,
-            models=[_describe(held) for held in self._worker.store.held],
+            models=[describe(held) for held in self._worker.store.held],
         )
 
 
@@ -118,7 +118,8 @@ class EnvelopeService:
 _NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"
 
 
-def _describe(held: HeldModel) -> inference_pb2.ModelVersion:
+def describe(held: HeldModel) -> inference_pb2.ModelVersion:
+    """What a router is told of a model."""
     model = held.model
     ensemble = None
     if isinstance(model, Ensemble):
@@ -136,4 +137,5 @@ def _describe(held: HeldModel) -> inference_pb2.ModelVersion:
         provider=model.provider,
         metadata=model.metadata(),
         tenant_scoped=model.tenant_scoped,
+        unloaded=not held.loaded,
     )

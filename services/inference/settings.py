@@ -24,6 +24,9 @@ class WorkerSettings(ServiceSettings):
         "models", description="model repository in Triton's layout: a folder, or an s3://, gs:// or https:// URL"
     )
     state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for downloaded models")
+    model_memory_bytes: int = Field(
+        0, ge=0, description="models in memory at once; the least recently used make room for others; 0: all"
+    )
     threads: int = Field(
         0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
     )

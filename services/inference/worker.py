@@ -10,6 +10,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
 from services.inference.held_models import HeldModel
+from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
 from services.inference.request import encode_response
 from services.inference.request_decoder import RequestDecoder
@@ -68,13 +69,25 @@ class Worker:
         return result
 
     async def _run(
-        self, held: HeldModel, request: v2.ModelInferRequest, deadline: float | None, trace: Trace
+        self,
+        held: HeldModel,
+        request: v2.ModelInferRequest,
+        deadline: float | None,
+        trace: Trace,
+        *,
+        caught_up: bool = False,
     ) -> inference_pb2.WorkResult:
         start = time.time_ns()
         try:
             decoded = self._decoder.decode(request, held.model)
-            batch = await held.batcher.submit(decoded, deadline)
+            batch = await held.submit(decoded, deadline)
             response = encode_response(held.model, decoded, batch.arrays)
+        except ModelChangedError as changed:
+            if caught_up:
+                raise
+            await self.store.catch_up(changed.model, deadline)
+            held = self.store.held.find(request.model_name, request.model_version)
+            return await self._run(held, request, deadline, trace, caught_up=True)
         except Exception:
             held.statistics.failed(time.time_ns() - start)
             raise

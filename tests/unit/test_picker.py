@@ -11,6 +11,7 @@ NAMES = [f"w{index}" for index in range(20)]
 class Worker:
     def __init__(self, address, reason=""):
         self.worker_id = self.address = address
+        self.unloaded = frozenset()
         self._reason = reason
 
     def why_not(self, model):
@@ -33,6 +34,18 @@ def test_who_is_passed_over_keeps_its_rank_and_says_why():
     view = fleet({"w3": "draining"})
     told = {candidate.member.address: candidate.reason for candidate in candidates(view, MODEL, PLACE)}
     assert told == {name: "draining" if name == "w3" else "" for name in NAMES}
+
+
+def test_workers_that_have_the_model_in_memory_come_before_those_that_would_load_it():
+    view = fleet()
+    ranked = view.ring.ranked(PLACE)
+    view.members[ranked[0]].unloaded = view.members[ranked[2]].unloaded = {("m", "1")}
+    order = [candidate.member.address for candidate in candidates(view, MODEL, PLACE)]
+    assert order[:2] == [ranked[1], ranked[3]]
+    assert order[-2:] == [ranked[0], ranked[2]]
+    # What a sequence has built up is on its owner, whatever is in memory there.
+    sticky = [candidate.member.address for candidate in candidates(view, MODEL, PLACE, sticky=True)]
+    assert tuple(sticky[:8]) == ranked
 
 
 def test_a_request_for_any_place_is_not_always_sent_to_the_same_worker():
