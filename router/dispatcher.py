@@ -1,29 +1,43 @@
-"""Sends a request to its owner on the ring, and on to the next where that one cannot be reached."""
+"""Sends a request to its owner on the ring, and on to the next where that one cannot be reached or has enough."""
 
 from __future__ import annotations
 
+import random
 import time
 
 from ringmesh.inference.v1 import inference_pb2
 
+from router.admission.caller import ANYBODY, Caller, RefusedError
+from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
 from router.catalog import ModelEntry
 from router.fleet import Fleet, Member
-from router.picker import candidates
+from router.picker import Candidate, candidates
+from router.retry_budget import RetryBudget
 from router.ring import RANKS
 from router.worker_link import Work, WorkerUnreachableError
-from services.runtime.errors import FailedPreconditionError, UnavailableError, from_failure
+from services.runtime.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    ResourceExhaustedError,
+    UnavailableError,
+    from_failure,
+)
 from services.runtime.tracing import Trace, new_span_id
 
 # Failures of this worker, and perhaps not of another.
 _UNAVAILABLE = UnavailableError.code.value[0]
 _FAILED_PRECONDITION = FailedPreconditionError.code.value[0]
+_RESOURCE_EXHAUSTED = ResourceExhaustedError.code.value[0]
+_ELSEWHERE = frozenset((_UNAVAILABLE, _FAILED_PRECONDITION, _RESOURCE_EXHAUSTED))
 
 
 class Dispatcher:
-    """Runs requests on the workers of `fleet`."""
+    """Runs requests on the workers of `fleet`, within `limits` on what is under way to each, and `retries`."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, limits: ConcurrencyLimits, retries: RetryBudget) -> None:
         self._fleet = fleet
+        self._limits = limits
+        self._retries = retries
 
     async def run(
         self,
@@ -34,50 +48,103 @@ class Dispatcher:
         *,
         request_hash: bytes = b"",
         deadline: float | None = None,
+        caller: Caller = ANYBODY,
     ) -> tuple[inference_pb2.WorkResult, Member]:
         """The first answer that a worker gives, in the picker's order for `place`, and who gave it.
 
         Inference is idempotent, so an attempt whose worker is lost is made again elsewhere. Raises the worker's own
-        error, or UnavailableError where nobody could be reached.
+        error, RefusedError where all have enough to do, or UnavailableError where nobody could be reached.
         """
-        view = self._fleet.view
+        sticky = bool(place) and not request_hash
         skipped = []
-        lacking: inference_pb2.Failure | None = None
+        failure: inference_pb2.Failure | None = None
+        full = False
         attempts = 0
-        for candidate in candidates(view, model, place, sticky=bool(place) and not request_hash):
+        for candidate in candidates(self._fleet.view, model, place, sticky=sticky):
             if attempts == RANKS:
                 break
             member = candidate.member
             if candidate.reason:
                 skipped.append(f"{member.worker_id}: {candidate.reason}")
                 continue
+            limit = self._limits.of(member.address, model.digest)
+            # A sequence goes where its state is, one step at a time.
+            if not sticky and not limit.admits(caller.priority):
+                full = True
+                skipped.append(
+                    f"{member.worker_id}: has {limit.in_flight} requests under way, as many as it can answer"
+                )
+                continue
+            if not attempts:
+                self._retries.request()
+            elif not self._retries.take():
+                skipped.append("not tried further: too many requests needed retries in the last seconds")
+                break
             attempts += 1
-            span_id = new_span_id() if trace.sampled else ""
-            work = Work(request, request_hash, deadline, trace.traceparent(span_id) if trace.sampled else "")
-            start = time.time_ns()
-            error = ""
             try:
-                result = await member.link.execute(model.digest, work)
-                if result.failure.code == _FAILED_PRECONDITION:
-                    # A sequence that began elsewhere, before its place on the ring went to this one.
-                    lacking = lacking or result.failure
-                elif result.failure.code != _UNAVAILABLE:
-                    if result.HasField("failure"):
-                        raise from_failure(result.failure)
-                    return result, member
-                error = result.failure.message
+                result = await self._attempt(candidate, limit, model, request, request_hash, deadline, trace)
             except WorkerUnreachableError as lost:
                 self._fleet.failed(member, lost)
-                error = str(lost)
-            finally:
-                trace.span(
-                    "forward",
-                    start,
-                    time.time_ns(),
-                    {"ringmesh.worker": member.worker_id, "ringmesh.rank": candidate.rank, "ringmesh.error": error},
-                    span_id,
-                )
-            skipped.append(f"{member.worker_id}: {error}")
-        if lacking is not None:
-            raise from_failure(lacking)
-        raise UnavailableError(f"no worker could answer for model {model.name!r}, retry later; {'; '.join(skipped)}")
+                skipped.append(f"{member.worker_id}: {lost}")
+                continue
+            if not result.HasField("failure"):
+                return result, member
+            if result.failure.code not in _ELSEWHERE:
+                raise from_failure(result.failure)
+            skipped.append(f"{member.worker_id}: {result.failure.message}")
+            # Also for a sequence that began elsewhere, before its place on the ring went to this one.
+            if failure is None and result.failure.code != _UNAVAILABLE:
+                failure = result.failure
+        if failure is not None:
+            raise from_failure(failure)
+        why = "; ".join(skipped)
+        if full:
+            # Spread, so that those who are told so at once do not come back at once.
+            seconds = self._limits.target * random.uniform(0.5, 1.5)
+            raise RefusedError(
+                f"overloaded: no worker can take more of model {model.name!r} now, retry later; {why}",
+                caller,
+                retry_after=seconds,
+            )
+        raise UnavailableError(f"no worker could answer for model {model.name!r}, retry later; {why}")
+
+    async def _attempt(
+        self,
+        candidate: Candidate,
+        limit: ConcurrencyLimit,
+        model: ModelEntry,
+        request: bytes,
+        request_hash: bytes,
+        deadline: float | None,
+        trace: Trace,
+    ) -> inference_pb2.WorkResult:
+        """The worker's result, success or failure. Raises WorkerUnreachableError, DeadlineExceededError."""
+        member = candidate.member
+        span_id = new_span_id() if trace.sampled else ""
+        work = Work(request, request_hash, deadline, trace.traceparent(span_id) if trace.sampled else "")
+        start = time.time_ns()
+        began = time.monotonic()
+        error = ""
+        begun = limit.begin()
+        try:
+            result = await member.link.execute(model.digest, work)
+            error = result.failure.message
+            if not result.timing.joined:
+                limit.completed(begun, time.monotonic() - began, result.timing.compute_us / 1e6)
+            return result
+        except DeadlineExceededError as late:
+            limit.completed(begun, time.monotonic() - began, 0.0)
+            error = late.message
+            raise
+        except WorkerUnreachableError as lost:
+            error = str(lost)
+            raise
+        finally:
+            limit.end()
+            trace.span(
+                "forward",
+                start,
+                time.time_ns(),
+                {"ringmesh.worker": member.worker_id, "ringmesh.rank": candidate.rank, "ringmesh.error": error},
+                span_id,
+            )

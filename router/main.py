@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from cache.keys import RequestHasher
 from cache.metrics import CacheMetrics
+from router.admission.concurrency_limit import ConcurrencyLimits
+from router.admission.quotas import Quotas
 from router.control import FleetControl
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from router.operator_service import OperatorService
 from router.request_metrics import RequestMetrics
+from router.retry_budget import RetryBudget
 from router.service import InferenceService
 from router.settings import RouterSettings
 from services.runtime.exposition import MetricsServer
@@ -32,7 +36,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     hasher = RequestHasher(settings.key_secret)
     fleet = Fleet(settings.workers, lambda ready: server.set_serving(ready and not stopping.is_set()))
     requests = RequestMetrics()
-    inference = InferenceService(fleet, mesh, hasher, Dispatcher(fleet), tracer, requests)
+    limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
+    dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic))
+    quotas = Quotas(settings.quotas, time.monotonic)
+    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, quotas)
     more = {**FleetControl(fleet, requests).handlers(), **LiveSettings(tracer).handlers()}
     server = Server(
         settings.engine,

@@ -16,6 +16,8 @@ from cache.entry import Entry
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from cache.mesh import Computed, Found, Mesh
 from router import ensembles
+from router.admission.caller import ANYBODY, RefusedError, caller_of
+from router.admission.quotas import Quotas
 from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
@@ -29,6 +31,9 @@ from services.runtime.tracing import Attributes, Trace, Tracer
 
 log = logging.getLogger(__name__)
 
+# The method, in metrics, of what an ensemble asks of its steps.
+_STEP = "step"
+
 
 class InferenceService:
     """Answers from the mesh what the fleet has computed before, and has the rest computed once."""
@@ -41,6 +46,7 @@ class InferenceService:
         dispatcher: Dispatcher,
         tracer: Tracer,
         requests: RequestMetrics,
+        quotas: Quotas,
     ) -> None:
         self._fleet = fleet
         self._mesh = mesh
@@ -48,6 +54,7 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._tracer = tracer
         self._requests = requests
+        self._quotas = quotas
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -149,6 +156,7 @@ class InferenceService:
         """What the local tier could not answer. Raises RingmeshError."""
         self._requests.in_flight += 1
         try:
+            call.caller = caller_of(call.metadata)
             return self._answer(call, await self._find(call, protocol.deadline(context)))
         except RingmeshError as error:
             self._failed(call, error.code.name, error.message)
@@ -187,10 +195,18 @@ class InferenceService:
 
         if call.control is not None:
             return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace)
-        return await self._mesh.get_or_compute(key, compute, deadline, call.trace)
+        while True:
+            try:
+                return await self._mesh.get_or_compute(key, compute, deadline, call.trace)
+            except RefusedError as refused:
+                # Where it joined another caller's request, the refusal was not meant for it.
+                if refused.caller == call.caller:
+                    raise
 
     async def _compute(self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None) -> Computed:
         """`place` says where on the ring, b"" that any will do."""
+        if call.method != _STEP:
+            self._quotas.take(call.caller)
         if model.plan is not None and not self._runs_whole(model):
             entry = await ensembles.run(model, model.plan, call.data, lambda data: self._run_step(data, call, deadline))
             key = cache_key(model.digest, call.request_hash) if call.request_hash else None
@@ -198,7 +214,13 @@ class InferenceService:
         # What is to be computed anew joins nothing on the worker either.
         joins = call.request_hash if call.control is None or not call.control.no_cache else b""
         result, member = await self._dispatcher.run(
-            model, call.data, place, call.trace, request_hash=joins, deadline=deadline
+            model,
+            call.data,
+            place,
+            call.trace,
+            request_hash=joins,
+            deadline=deadline,
+            caller=call.caller,
         )
         key = cache_key(result.model_digest, call.request_hash) if call.request_hash else None
         return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
@@ -210,7 +232,8 @@ class InferenceService:
 
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
         _, control = protocol.trace_and_cache_control(whole.metadata)
-        call = self._key(data, whole.trace, whole.metadata, control, "step")
+        call = self._key(data, whole.trace, whole.metadata, control, _STEP)
+        call.caller = whole.caller
         entry = self._local(call)
         found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
         self._count(call, found)
@@ -260,6 +283,7 @@ class _Admitted:
     """A request on its way. `request_hash` is b"" where the answer is not kept, `place` but for sequences."""
 
     __slots__ = (
+        "caller",
         "control",
         "data",
         "error",
@@ -289,6 +313,8 @@ class _Admitted:
         self.control: CacheControl | None = None
         self.model: ModelEntry | None = None
         self.error: RingmeshError | None = None
+        # Known when it is asked who wants it computed, which hits are not.
+        self.caller = ANYBODY
 
     def __len__(self) -> int:
         """Bytes of the request, as the engine counts them."""

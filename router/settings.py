@@ -20,6 +20,24 @@ class RouterSettings(MeshSettings):
         ("127.0.0.1:8100",), description="host:port of each worker, separated by commas"
     )
 
+    queue_seconds: float = Field(
+        0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"
+    )
+    quotas: Annotated[dict[str, Annotated[float, Field(gt=0)]], NoDecode] = Field(
+        {},
+        description="computed requests a second by tenant, `acme=100,*=10` (* is each other one); none: no limits",
+    )
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
+        if not all(tenant.strip() and equals for tenant, equals, _ in pairs):
+            raise ValueError("a quota is tenant=requests-a-second")
+        return {tenant.strip(): rate for tenant, _, rate in pairs}
+
     @field_validator("workers", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

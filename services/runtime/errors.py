@@ -27,6 +27,8 @@ class RingmeshError(Exception):
     """An answer that is not the one asked for: a status, a message, and the request field at fault (or "")."""
 
     code: ClassVar[grpc.StatusCode]
+    # When a retry may do better, in seconds from now; None: nobody knows.
+    retry_after: float | None = None
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -63,9 +65,10 @@ class FailedPreconditionError(RingmeshError):
 
 
 class ResourceExhaustedError(RingmeshError):
-    """Too much now; the caller may retry later."""
+    """Too much now; the caller may retry after `retry_after` seconds."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry_after = 0.1
 
 
 class UnavailableError(RingmeshError):

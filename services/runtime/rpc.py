@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
@@ -28,6 +29,9 @@ class Answer(NamedTuple):
     body: bytes
     trailing: Metadata
 
+
+# Milliseconds after which a client with a retry policy tries again, by gRFC A6.
+PUSHBACK = "grpc-retry-pushback-ms"
 
 # Takes a request and its metadata, at once and without raising. What is not an Answer is given to the method's
 # handler in place of the request's bytes.
@@ -84,10 +88,22 @@ async def abort(context: Context, error: RingmeshError, trailing: Metadata = ())
 
 
 def status_details(error: RingmeshError) -> Metadata:
-    """Trailing metadata with google.rpc details: BadRequest where a field is at fault. Empty where there is none."""
-    if not error.field:
+    """Trailing metadata with google.rpc details: BadRequest where a field is at fault, RetryInfo where it says when.
+
+    The latter also as PUSHBACK, which gRPC clients with a retry policy follow.
+    """
+    if not error.field and error.retry_after is None:
         return ()
     status = status_pb2.Status(code=error.code.value[0], message=error.message)
-    violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
-    status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    return (("grpc-status-details-bin", status.SerializeToString()),)
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after is None:
+        return (("grpc-status-details-bin", status.SerializeToString()),)
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromMicroseconds(int(error.retry_after * 1e6))
+    status.details.add().Pack(retry)
+    return (
+        ("grpc-status-details-bin", status.SerializeToString()),
+        (PUSHBACK, str(math.ceil(error.retry_after * 1e3))),
+    )

@@ -1,11 +1,14 @@
+import time
 import types
 
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 
+from router.admission.concurrency_limit import ConcurrencyLimits
 from router.catalog import Catalog, ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import FleetView
+from router.retry_budget import RetryBudget
 from router.ring import RANKS, Ring
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
@@ -45,7 +48,12 @@ def dispatcher(outcomes, reasons):
     fleet = types.SimpleNamespace(
         view=FleetView(ring, members, Catalog([])), failed=lambda member, error: lost.append(member.address)
     )
-    return Dispatcher(fleet), ring.ranked(PLACE), asked, lost
+    return (
+        Dispatcher(fleet, ConcurrencyLimits(0.1, time.monotonic), RetryBudget(time.monotonic)),
+        ring.ranked(PLACE),
+        asked,
+        lost,
+    )
 
 
 DONE = inference_pb2.WorkResult(response=b"answer")

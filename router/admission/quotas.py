@@ -1,0 +1,44 @@
+"""What each tenant may have computed: requests a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from router.admission.caller import Caller, RefusedError
+from router.admission.token_bucket import TokenBucket
+
+# The quota of each tenant that has none of its own.
+OTHERS = "*"
+_MANY = 10_000
+
+
+class Quotas:
+    """A bucket for each tenant, by requests a second; a second's worth may come at once.
+
+    A tenant that is not in `rates` has a bucket of its own at the rate of OTHERS, and no limit where that is not given.
+    """
+
+    def __init__(self, rates: Mapping[str, float], clock: Callable[[], float]) -> None:
+        self._rates = rates
+        self._clock = clock
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def take(self, caller: Caller) -> None:
+        """Raises RefusedError where the caller's tenant has used up its quota."""
+        if not self._rates:
+            return
+        rate = self._rates.get(caller.tenant, self._rates.get(OTHERS))
+        if rate is None:
+            return
+        bucket = self._buckets.get(caller.tenant)
+        if bucket is None:
+            if len(self._buckets) >= _MANY:
+                self._buckets = {tenant: kept for tenant, kept in self._buckets.items() if not kept.full}
+            bucket = self._buckets[caller.tenant] = TokenBucket(rate, max(1.0, rate), self._clock)
+        if seconds := bucket.take():
+            raise RefusedError(
+                f"tenant {caller.tenant!r} has used up its quota of {rate:g} computed requests a second; "
+                f"retry in {seconds:.3f} s",
+                caller,
+                retry_after=seconds,
+            )

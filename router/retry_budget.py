@@ -1,0 +1,42 @@
+"""How many retries a router may make: a share of its traffic, so that a fleet in trouble is not asked ever more.
+
+After Finagle's RetryBudget: 20 % of the requests of the last ten seconds, and 10 a second besides, so that few
+requests can be retried too. Envoy's budget is 20 % of the requests under way, and at least 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+SHARE = 0.2
+RESERVE_PER_SECOND = 10
+WINDOW_SECONDS = 10
+
+
+class RetryBudget:
+    """Counts first attempts and retries of the last WINDOW_SECONDS."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # By second: what requests of that second allow, less the retries made in it.
+        self._balance = [0.0] * WINDOW_SECONDS
+        self._second = int(clock())
+
+    def request(self) -> None:
+        """A request was sent for the first time."""
+        self._slot()
+        self._balance[self._second % WINDOW_SECONDS] += SHARE
+
+    def take(self) -> bool:
+        """Whether one may be sent again; if so, it counts."""
+        self._slot()
+        if sum(self._balance) + RESERVE_PER_SECOND * WINDOW_SECONDS < 1:
+            return False
+        self._balance[self._second % WINDOW_SECONDS] -= 1
+        return True
+
+    def _slot(self) -> None:
+        now = int(self._clock())
+        for second in range(max(self._second + 1, now - WINDOW_SECONDS + 1), now + 1):
+            self._balance[second % WINDOW_SECONDS] = 0.0
+        self._second = max(self._second, now)
