@@ -15,6 +15,8 @@ HOST = "127.0.0.1"
 _CACHE, _VALKEY, _WORKERS = 9, 10, 99
 # Of metrics: 8002, 8012, 8200, 8201, ...
 _ROUTER_METRICS, _CACHE_METRICS, _WORKER_METRICS = 1, 11, 199
+# Of the console: 8080 for browsers, 8013 for spans, 8014 for metrics.
+_PAGES, _SPANS, _CONSOLE_METRICS = 79, 12, 13
 # Below what systems hand out for outgoing connections, which could take a port between our look and its use.
 _FREE_RANGE = range(15000, 32000)
 
@@ -30,6 +32,9 @@ class Ports:
     router_metrics: int
     cache_metrics: int
     worker_metrics: tuple[int, ...]
+    pages: int
+    spans: int
+    console_metrics: int
 
     @classmethod
     def from_base(cls, port: int, workers: int) -> Ports:
@@ -44,6 +49,9 @@ class Ports:
             port + _ROUTER_METRICS,
             port + _CACHE_METRICS,
             tuple(port + _WORKER_METRICS + number for number in range(workers)),
+            port + _PAGES,
+            port + _SPANS,
+            port + _CONSOLE_METRICS,
         )
 
     @classmethod
@@ -51,19 +59,22 @@ class Ports:
         """Ports that nobody listens on now."""
         candidates = random.sample(_FREE_RANGE, len(_FREE_RANGE))
         found: list[int] = []
-        while len(found) < 2 * workers + 5:
+        while len(found) < 2 * workers + 8:
             if not candidates:
                 raise CommandError("there are not enough free ports on this machine")
             port = candidates.pop()
             if not _is_taken(port):
                 found.append(port)
-        router, cache, valkey, router_metrics, cache_metrics, *rest = found
-        return cls(router, cache, valkey, tuple(rest[:workers]), router_metrics, cache_metrics, tuple(rest[workers:]))
+        router, cache, valkey, router_metrics, cache_metrics, pages, spans, console_metrics, *rest = found
+        of_workers, their_metrics = tuple(rest[:workers]), tuple(rest[workers:])
+        metrics = (router_metrics, cache_metrics, their_metrics)
+        return cls(router, cache, valkey, of_workers, *metrics, pages, spans, console_metrics)
 
     def check_free(self, *, valkey: bool) -> None:
         """Raises CommandError that names the first port taken, and by whom. `valkey`: whether its port is needed."""
-        metrics = (self.router_metrics, self.cache_metrics, *self.worker_metrics)
-        for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *self.workers, *metrics):
+        metrics = (self.router_metrics, self.cache_metrics, *self.worker_metrics, self.console_metrics)
+        others = (*self.workers, *metrics, self.pages, self.spans)
+        for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *others):
             if _is_taken(port):
                 raise CommandError(f"port {port} is taken{_owner(port)}; choose another with --port")
 

@@ -20,7 +20,7 @@ class Screen:
 
     def started(self, name: str, endpoint: str, seconds: float) -> None:
         """A process is ready."""
-        self._console.print(f"  [green]✓[/] {name:<10} {endpoint:<16} {seconds:5.1f} s", highlight=False)
+        self._console.print(f"  [green]✓[/] {name:<10} {endpoint:<21} {seconds:5.1f} s", highlight=False)
 
     def say(self, line: str) -> None:
         """One line, never wrapped."""
@@ -38,6 +38,7 @@ class Screen:
         redis = urlsplit(options.redis_url)
         shown = redis.netloc.rpartition("@")[2] or redis.path  # without user and password
         table.add_row("valkey" if options.redis is None else "redis", shown, "Redis protocol")
+        table.add_row("console", options.console, "open it in a browser", style="bold")
         table.add_row("metrics", f"http://{options.metrics['router']}/metrics", "Prometheus text")
         self._console.print()
         self._console.print(table)

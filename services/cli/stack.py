@@ -1,4 +1,4 @@
-"""A whole Ringmesh on this machine: Valkey, cache, workers and router, each a process, and their supervisor."""
+"""A whole Ringmesh on this machine: Valkey, cache, workers, router, console, each a process, and their supervisor."""
 
 from __future__ import annotations
 
@@ -63,7 +63,22 @@ class StackOptions:
         """host:port of /metrics by process."""
         ports = self.ports
         workers = {f"worker-{number}": address(port) for number, port in enumerate(ports.worker_metrics)}
-        return {"router": address(ports.router_metrics), "cache": address(ports.cache_metrics), **workers}
+        return {
+            "router": address(ports.router_metrics),
+            "cache": address(ports.cache_metrics),
+            **workers,
+            "console": address(ports.console_metrics),
+        }
+
+    @property
+    def console(self) -> str:
+        """The URL of its pages."""
+        return f"http://{address(self.ports.pages)}"
+
+    @property
+    def spans(self) -> str:
+        """Where processes send their spans: the console, unless another collector is named."""
+        return self.otlp or f"http://{address(self.ports.spans)}"
 
 
 class Reporter(Protocol):
@@ -104,18 +119,19 @@ class Stack:
         for child in self._children.values():
             await child.ready(_START_SECONDS)
             child.keep()
-            self._reporter.started(child.spec.name, child.spec.address, time.monotonic() - began)
+            where = self._options.console if child.spec.name == "console" else child.spec.address
+            self._reporter.started(child.spec.name, where, time.monotonic() - began)
         await self._ring_is_complete()
         self._is_up = True
         self._describe()
 
     async def stop(self) -> None:
-        """Drains: router first, so that nothing new arrives; then workers; then the caches that they fill."""
+        """Drains: router first, so that nothing new arrives; then workers, cache, and the console that sees it."""
         self._is_up = False
         (self._options.state / "stack.json").unlink(missing_ok=True)
         seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
         workers = [name for name in self._children if name.startswith("worker")]
-        for names in (["router"], workers, ["cache"], ["valkey"]):
+        for names in (["router"], workers, ["cache"], ["console"], ["valkey"]):
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
@@ -149,8 +165,9 @@ class Stack:
             "RINGMESH_ENGINE": options.engine,
             "RINGMESH_TRACE_DIR": str(options.traces.absolute()),
             "RINGMESH_DRAIN_SECONDS": str(options.drain_seconds),
-            **({"RINGMESH_OTLP_ENDPOINT": options.otlp} if options.otlp else {}),
+            "RINGMESH_OTLP_ENDPOINT": options.spans,
         }
+        yield self._console(common)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
         yield self._service("cache", "cache", options.cache, caches)
         threads = max(1, _cores() // len(options.workers))
@@ -166,6 +183,17 @@ class Stack:
         yield self._service(
             "router", "router", options.router, {**caches, "RINGMESH_WORKERS": ",".join(options.workers)}
         )
+
+    def _console(self, common: Mapping[str, str]) -> ChildSpec:
+        options = self._options
+        environment = {
+            **common,
+            "RINGMESH_HTTP_ADDRESS": address(options.ports.pages),
+            "RINGMESH_ROUTERS": options.router,
+            "RINGMESH_CACHE_ADDRESS": options.cache,
+            "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={where}" for name, where in options.metrics.items()),
+        }
+        return self._service("console", "services.console", address(options.ports.spans), environment)
 
     def _service(self, name: str, module: str, endpoint: str, environment: Mapping[str, str]) -> ChildSpec:
         return self._spec(
@@ -209,6 +237,7 @@ class Stack:
             "cache": options.cache,
             "workers": options.workers,
             "metrics": options.metrics,
+            "console": options.console,
             "redis_url": options.redis_url,
             "models": str(options.models.absolute()),
             "traces": str(options.traces.absolute()),

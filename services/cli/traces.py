@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from services.cli.errors import CommandError
+from services.runtime.span_tree import Span, SpanTree, trees
 
 _LATEST = 20
 _BAR_CELLS = 24
 _KEPT_FILES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One line of a trace file. Times in ns since the Unix epoch; `error` is "" on success."""
-
-    trace_id: str
-    span_id: str
-    parent_id: str
-    service: str
-    name: str
-    start_ns: int
-    end_ns: int
-    error: str
-    attributes: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """The spans of one request, in tree order, each with its depth. A span whose parent is elsewhere is a root."""
-
-    trace_id: str
-    rows: tuple[tuple[int, Span], ...]
-
-    @property
-    def start_ns(self) -> int:
-        """When the first span began."""
-        return min(span.start_ns for _, span in self.rows)
-
-    @property
-    def duration_ns(self) -> int:
-        """From the first start to the last end."""
-        return max(span.end_ns for _, span in self.rows) - self.start_ns
-
-
-def find(folder: Path, prefix: str) -> Trace:
+def find(folder: Path, prefix: str) -> SpanTree:
     """The trace whose id begins with `prefix`. Raises CommandError where there is none, or more than one."""
     prefix = prefix.lower()
-    found = _traces(_read(folder, prefix))
+    found = trees(_read(folder, prefix))
     if not found:
         raise CommandError(f"no trace {prefix} in {folder}; spans appear there a second after a sampled request")
     if len(found) > 1:
@@ -64,9 +30,9 @@ def find(folder: Path, prefix: str) -> Trace:
     return found[0]
 
 
-def latest(folder: Path) -> list[Trace]:
+def latest(folder: Path) -> list[SpanTree]:
     """The newest first."""
-    return sorted(_traces(_read(folder, "")), key=lambda trace: trace.start_ns, reverse=True)[:_LATEST]
+    return sorted(trees(_read(folder, "")), key=lambda trace: trace.start_ns, reverse=True)[:_LATEST]
 
 
 def prune(folder: Path) -> None:
@@ -76,7 +42,7 @@ def prune(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def tree(trace: Trace) -> Table:
+def tree(trace: SpanTree) -> Table:
     """A line a span: where it is in the tree, when it ran and for how long."""
     table = Table(title=f"trace {trace.trace_id}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("span", no_wrap=True)
@@ -98,7 +64,7 @@ def tree(trace: Trace) -> Table:
     return table
 
 
-def listing(traces: Iterable[Trace]) -> Table:
+def listing(traces: Iterable[SpanTree]) -> Table:
     """A line a trace."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("trace id", "began"):
@@ -139,27 +105,6 @@ def _parse(line: str) -> Span | None:
         return None
 
 
-def _traces(spans: Iterable[Span]) -> list[Trace]:
-    by_id: dict[str, list[Span]] = {}
-    for span in spans:
-        by_id.setdefault(span.trace_id, []).append(span)
-    return [Trace(trace_id, tuple(_in_order(members))) for trace_id, members in by_id.items()]
-
-
-def _in_order(spans: list[Span]) -> Iterator[tuple[int, Span]]:
-    spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-    known = {span.span_id for span in spans}
-    children: dict[str, list[Span]] = {}
-    for span in spans:
-        parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else ""
-        children.setdefault(parent, []).append(span)
-    stack = [(0, span) for span in reversed(children.get("", []))]
-    while stack:
-        depth, span = stack.pop()
-        yield depth, span
-        stack.extend((depth + 1, child) for child in reversed(children.get(span.span_id, [])))
-
-
 def _guides(depths: list[int]) -> list[str]:
     """The lines drawn before each name: a row is linked down where a later sibling follows."""
     guides: list[str] = []
@@ -172,7 +117,7 @@ def _guides(depths: list[int]) -> list[str]:
     return guides[::-1]
 
 
-def _bar(span: Span, trace: Trace) -> str:
+def _bar(span: Span, trace: SpanTree) -> str:
     total = max(1, trace.duration_ns)
     start = min(_BAR_CELLS - 1, (span.start_ns - trace.start_ns) * _BAR_CELLS // total)
     cells = max(1, round((span.end_ns - span.start_ns) * _BAR_CELLS / total))

@@ -82,9 +82,11 @@ def test_commands_exist_with_their_options(command):
 def test_every_setting_is_in_the_table_of_operations():
     from cache.settings import CacheSettings
     from router.settings import RouterSettings
+    from services.console.settings import ConsoleSettings
     from services.inference.settings import WorkerSettings
 
     table = set(re.findall(r"`RINGMESH_([A-Z_]+)`", (ROOT / "docs/operations.md").read_text()))
-    settings = {name.upper() for kind in (CacheSettings, RouterSettings, WorkerSettings) for name in kind.model_fields}
+    kinds = (CacheSettings, ConsoleSettings, RouterSettings, WorkerSettings)
+    settings = {name.upper() for kind in kinds for name in kind.model_fields}
     assert settings <= table
     assert table - settings == {"CONFIG"}

@@ -80,7 +80,7 @@ def test_every_endpoint_is_in_the_table(running):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_leaves_nothing(running, number):
     tree = running.tree()
-    assert len(tree) == 6
+    assert len(tree) == 7
     running.supervisor.send_signal(number)
     assert running.supervisor.wait(30) == 0
     assert not any(process.is_running() for process in tree)

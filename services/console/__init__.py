@@ -1,0 +1,1 @@
+"""The console: what the fleet does, in a browser."""

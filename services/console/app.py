@@ -1,0 +1,44 @@
+"""The console's URLs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from services.console import fleet_page, traces_page
+from services.console.live import Pages
+from services.console.security import Guard
+from services.console.sources import Sources
+
+
+def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> Starlette:
+    """`hosts`: the names that it answers to beside addresses and localhost. `stopping` ends what is live."""
+    pages = Pages(stopping)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        title = HTTPStatus(error.status_code).phrase
+        detail = error.detail if error.detail != title else f"There is no {request.url.path} here."
+        return pages.render("error.html", request, {"title": title, "detail": detail}, error.status_code)
+
+    return Starlette(
+        routes=[
+            Route("/", pages.page("fleet.html", partial(fleet_page.contents, sources))),
+            Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
+            Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),
+            Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
+        ],
+        middleware=[Middleware(Guard, hosts=hosts)],
+        exception_handlers={HTTPException: refused},
+    )

@@ -1,0 +1,219 @@
+"""What needs attention: each fault found in what the fleet says of itself, named, and where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, TypeAlias
+from urllib.parse import urlencode
+
+from services.console.fleet_watch import FleetView
+from services.console.history import History
+from services.console.overview import REQUESTS, SERVER_FAULTS, STAGE
+from services.console.trace_store import Query, TraceStore
+from services.console.units import number, percent, seconds
+
+Severity: TypeAlias = Literal["critical", "warning", "note"]
+
+_WINDOW = 120.0
+# A worker is slow where it takes that much longer than its peers for the same model, over that many runs.
+_SLOW_FACTOR = 2.5
+_SLOW_RUNS = 5
+_ERROR_SHARE = 0.01
+_LAG_SECONDS = 0.2
+_FAILING_A_MINUTE = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault. `where` names the part; `link` is the page that shows more."""
+
+    severity: Severity
+    title: str
+    where: str
+    detail: str
+    link: str
+    link_text: str
+
+
+def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str, str]) -> list[Finding]:
+    """The worst first. `silent`: why there are no metrics, by process."""
+    found = [
+        *_routers(view),
+        *_workers(view),
+        *_redis(history),
+        *_slow_workers(history),
+        *_errors(history, traces),
+        *_models(view),
+        *_cache(view),
+        *_processes(history, silent),
+    ]
+    return sorted(found, key=lambda finding: ("critical", "warning", "note").index(finding.severity))
+
+
+def _routers(view: FleetView) -> Iterator[Finding]:
+    for router in view.routers:
+        if router.problem and router.problem != "not asked yet":
+            yield Finding(
+                "critical",
+                "Router is down",
+                f"router {router.address}",
+                f"{router.address}: {router.problem}. What stands below is what it said last.",
+                "/#routers",
+                "routers",
+            )
+
+
+def _workers(view: FleetView) -> Iterator[Finding]:
+    if view.router is None:
+        return
+    workers = view.workers.values()
+    for worker in workers:
+        if not worker.healthy:
+            last = "" if any(other.healthy for other in workers) else " No other can take its place: requests fail."
+            yield Finding(
+                "critical",
+                "Worker gets no requests",
+                f"worker {worker.id or worker.address}",
+                f"{worker.address}: {worker.reason}. Its keys go to the next in rank.{last}",
+                "/#workers",
+                "workers",
+            )
+    if not workers:
+        yield Finding(
+            "critical",
+            "The ring is empty",
+            "router",
+            "The router knows no worker: RINGMESH_WORKERS names them.",
+            "/#workers",
+            "workers",
+        )
+
+
+def _redis(history: History) -> Iterator[Finding]:
+    breakers = history.last("ringmesh_redis_breaker_open", ("target",))
+    skipped = sorted(target for (target,), is_open in breakers.items() if is_open)
+    failures = history.increase("ringmesh_cache_failures_total", _WINDOW, ("target",), tier="shared")
+    if skipped:
+        yield Finding(
+            "critical",
+            "Redis is down",
+            f"shared cache tier, seen by {', '.join(skipped)}",
+            "Look-ups failed or were too slow, so the breaker is open and the shared tier is skipped. "
+            "Requests are answered, but what another process computed is computed again.",
+            "/cache#shared",
+            "cache",
+        )
+        return
+    for (target,), count in failures.items():
+        if count >= _FAILING_A_MINUTE * _WINDOW / 60:
+            yield Finding(
+                "warning",
+                "Redis fails at times",
+                f"shared cache tier, seen by {target}",
+                f"{number(count)} look-ups or fills were given up in the last {seconds(_WINDOW)}.",
+                "/cache#shared",
+                "cache",
+            )
+
+
+def _slow_workers(history: History) -> Iterator[Finding]:
+    """By mean compute time, model by model, against the median of the other workers."""
+    total = history.increase(f"{STAGE}_sum", _WINDOW, ("model", "version", "target"), stage="compute")
+    count = history.increase(f"{STAGE}_count", _WINDOW, ("model", "version", "target"), stage="compute")
+    means: dict[tuple[str, str], dict[str, float]] = {}
+    for (model, version, target), runs in count.items():
+        if runs >= _SLOW_RUNS:
+            means.setdefault((model, version), {})[target] = total.get((model, version, target), 0.0) / runs
+    worst: dict[str, tuple[float, str]] = {}
+    for (model, _), by_target in means.items():
+        for target, mean in by_target.items():
+            others = [other for name, other in by_target.items() if name != target]
+            if others and mean > _SLOW_FACTOR * median(others) and mean > 1e-3:
+                factor = mean / median(others)
+                said = f"{model} takes {seconds(mean)} there and {seconds(median(others))} on the others"
+                if target not in worst or factor > worst[target][0]:
+                    worst[target] = (factor, said)
+    for target, (factor, said) in worst.items():
+        yield Finding(
+            "warning",
+            "Worker is slow",
+            f"worker {target}",
+            f"{said}: {factor:.1f} times as long. Another program on its cores, throttling, or swapping would show so.",
+            f"/traces?{urlencode({'worker': target, 'sort': 'slowest'})}",
+            "its traces",
+        )
+
+
+def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
+    by_model = history.increase(REQUESTS, _WINDOW, ("model",))
+    by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
+    for (model, tenant, code), count in sorted(by_code.items(), key=lambda item: -item[1]):
+        share = count / by_model[(model,)] if by_model.get((model,)) else 0.0
+        if code == "OK" or count < 1 or share < _ERROR_SHARE:
+            continue
+        known = "" if model == "other" else model
+        last = next(iter(traces.search(Query(model=known, status="error"), 1)), None)
+        said = f" The last said: {last.error}" if last else ""
+        who = f"model {model}" if model != "other" else "a model that nobody serves"
+        yield Finding(
+            "critical" if code in SERVER_FAULTS else "warning",
+            "Requests fail" if code in SERVER_FAULTS else "Callers send what is refused",
+            f"{who}{f', tenant {tenant}' if tenant else ''}",
+            f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(share)} of the model's) "
+            f"ended with {code}.{said}",
+            f"/traces?{urlencode({'status': 'error', **({'model': known} if known else {})})}",
+            "failed traces",
+        )
+
+
+def _models(view: FleetView) -> Iterator[Finding]:
+    for model in view.models:
+        if model.state == "UNAVAILABLE":
+            yield Finding(
+                "warning",
+                "Model is not served",
+                f"model {model.name} {model.version}".rstrip(),
+                model.reason or "unloaded",
+                f"/models/{model.name}",
+                "model",
+            )
+        if len({copy.digest for copy in model.copies}) > 1:
+            yield Finding(
+                "note",
+                "Workers differ",
+                f"model {model.name} {model.version}",
+                "Workers hold different content under one version; an answer is filed under what computed it.",
+                f"/models/{model.name}",
+                "model",
+            )
+
+
+def _cache(view: FleetView) -> Iterator[Finding]:
+    if view.cache.problem and view.cache.problem != "not asked yet":
+        yield Finding(
+            "warning",
+            "Cache service is down",
+            f"cache {view.cache.address}",
+            f"{view.cache.problem}. Routers use Redis themselves and do not need it; other services do.",
+            "/cache",
+            "cache",
+        )
+
+
+def _processes(history: History, silent: dict[str, str]) -> Iterator[Finding]:
+    for name, problem in silent.items():
+        yield Finding("warning", "Process is silent", name, problem, "/#processes", "processes")
+    lag = history.quantile(0.99, "ringmesh_event_loop_lag_seconds", _WINDOW, ("target",))
+    for (target,), p99 in lag.items():
+        if not math.isnan(p99) and p99 > _LAG_SECONDS:
+            yield Finding(
+                "warning",
+                "Process is late",
+                target,
+                f"Its event loop calls back {seconds(p99)} late (p99): it is short of CPU or something blocks it.",
+                "/#processes",
+                "processes",
+            )

@@ -1,0 +1,59 @@
+"""The console as a process: receive spans, read metrics, watch the fleet, serve pages; drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from services.console import app
+from services.console.fleet_watch import FleetWatch
+from services.console.history import History
+from services.console.http_server import HttpServer
+from services.console.metrics import ConsoleMetrics
+from services.console.otlp import TraceReceiver
+from services.console.scraper import Scraper
+from services.console.settings import ConsoleSettings
+from services.console.sources import Sources
+from services.console.trace_store import TraceStore
+from services.runtime.exposition import MetricsServer
+from services.runtime.metrics import Metrics
+from services.runtime.process import run
+from services.runtime.process_metrics import ProcessMetrics
+from services.runtime.server import Server
+
+
+async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
+    """Serves until `stopping`, then drains."""
+    traces = TraceStore(max_bytes=settings.trace_store_bytes, max_traces=settings.trace_store_traces)
+    history = History(time.time)
+    scraper = Scraper(settings.metrics_targets, history)
+    fleet = FleetWatch(settings.routers, settings.cache_address)
+    sources = Sources(fleet, history, scraper, traces, settings.trace_ui)
+    metrics = Metrics()
+    metrics.add(ConsoleMetrics(traces).samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
+    pages = HttpServer(app.create(sources, stopping, settings.console_hosts), settings.http_address)
+    receiver = Server(
+        settings.engine,
+        settings.address,
+        [TraceReceiver(traces).service()],
+        max_message_bytes=settings.max_message_bytes,
+    )
+    await exposition.start()
+    ProcessMetrics("console", settings.engine, metrics).start()
+    pages.start()
+    await receiver.start()
+    fleet.start()
+    scraper.start()
+    receiver.set_serving(True)
+    await stopping.wait()
+    await receiver.stop(settings.drain_seconds)
+    await pages.stop(settings.drain_seconds)
+    exposition.close()
+    scraper.close()
+    await fleet.close()
+
+
+def main() -> None:
+    """`python -m services.console`."""
+    run(ConsoleSettings, serve)

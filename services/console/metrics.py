@@ -1,0 +1,26 @@
+"""What the console holds, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.console.trace_store import TraceStore
+from services.runtime.metrics import Family, Sample
+
+TRACES = Family("ringmesh_console_traces", "gauge", "traces held")
+TRACE_BYTES = Family("ringmesh_console_trace_bytes", "gauge", "memory of the traces held")
+SPANS = Family("ringmesh_console_spans_total", "counter", "spans received, and those given up for room", ("result",))
+
+
+class ConsoleMetrics:
+    """Reads the trace store."""
+
+    def __init__(self, store: TraceStore) -> None:
+        self._store = store
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield Sample(TRACES, (), len(self._store))
+        yield Sample(TRACE_BYTES, (), self._store.bytes)
+        yield Sample(SPANS, ("received",), self._store.received_spans)
+        yield Sample(SPANS, ("dropped",), self._store.dropped_spans)

@@ -1,0 +1,44 @@
+"""The OTLP/gRPC receiver: spans of every process into the trace store."""
+
+from __future__ import annotations
+
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+from services.console.trace_store import TraceStore
+from services.runtime.rpc import Context, Service, unary
+
+_Request = trace_service_pb2.ExportTraceServiceRequest
+_Response = trace_service_pb2.ExportTraceServiceResponse
+
+
+class TraceReceiver:
+    """`opentelemetry.proto.collector.trace.v1.TraceService`."""
+
+    def __init__(self, store: TraceStore) -> None:
+        self._store = store
+
+    def service(self) -> Service:
+        """The handlers, to be served."""
+        descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
+        return Service(descriptor, {"Export": unary(_Request, self._export)})
+
+    async def _export(self, request: _Request, _: Context) -> _Response:
+        response = _Response()
+        rejected = response.partial_success
+        for resource in request.resource_spans:
+            service = _service_name(resource.resource.attributes)
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    try:
+                        self._store.add(service, span)
+                    except ValueError as error:
+                        rejected.rejected_spans += 1
+                        rejected.error_message = str(error)
+        return response
+
+
+def _service_name(attributes: object) -> str:
+    for attribute in attributes:  # type: ignore[attr-defined]
+        if attribute.key == "service.name":
+            return str(attribute.value.string_value)
+    return "unknown"

@@ -1,0 +1,102 @@
+"""The fleet's vital signs, from the history of its metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.console.history import Curve, History
+
+NOW_SECONDS = 60.0
+SPAN_SECONDS = 900.0
+STEP_SECONDS = 10.0
+
+REQUESTS = "ringmesh_requests_total"
+DURATION = "ringmesh_request_duration_seconds"
+COMPUTE = "ringmesh_compute_seconds_total"
+STAGE = "ringmesh_worker_stage_seconds"
+HITS = ("hit-local", "hit-shared", "hit-peer", "joined")
+# Codes by which the service failed its caller; the rest are the caller's own doing.
+SERVER_FAULTS = frozenset(
+    {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "DATA_LOSS"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """Over the last minute; times in seconds, rates a second, NaN where nothing is known."""
+
+    requests: float
+    errors: float
+    hit_ratio: float
+    p50: float
+    p99: float
+    saved: float
+    spent: float
+
+
+def vitals(history: History, seconds: float = NOW_SECONDS, **where: str) -> Vitals:
+    """Of all requests, or of those with the labels `where`."""
+    by_outcome = history.rate(REQUESTS, seconds, ("outcome", "code"), **where)
+    ok = sum(rate for (_, code), rate in by_outcome.items() if code == "OK")
+    hits = sum(rate for (outcome, code), rate in by_outcome.items() if code == "OK" and outcome in HITS)
+    compute = history.rate(COMPUTE, seconds, ("outcome",), **where)
+    return Vitals(
+        requests=sum(by_outcome.values()) if history.knows(REQUESTS) else math.nan,
+        errors=sum(by_outcome.values()) - ok if history.knows(REQUESTS) else math.nan,
+        hit_ratio=hits / ok if ok else math.nan,
+        p50=only(history.quantile(0.5, DURATION, seconds, **where)),
+        p99=only(history.quantile(0.99, DURATION, seconds, **where)),
+        saved=sum(rate for (outcome,), rate in compute.items() if outcome in HITS),
+        spent=sum(rate for (outcome,), rate in compute.items() if outcome not in HITS),
+    )
+
+
+def only(values: Mapping[tuple[str, ...], float]) -> float:
+    """The one value of an answer without labels; NaN where there is none."""
+    return values.get((), math.nan)
+
+
+def requests(history: History, **where: str) -> Curve:
+    """Requests a second."""
+    return history.rates(REQUESTS, SPAN_SECONDS, STEP_SECONDS, **where)
+
+
+def errors(history: History, **where: str) -> Curve:
+    """Failed requests a second."""
+    return _minus(requests(history, **where), requests(history, code="OK", **where))
+
+
+def hit_ratio(history: History, **where: str) -> Curve:
+    """Share of good answers that came from a cache or another's computation; NaN where there were none."""
+    ok = history.rates(REQUESTS, SPAN_SECONDS, STEP_SECONDS, code="OK", **where)
+    curves = [history.rates(REQUESTS, SPAN_SECONDS, STEP_SECONDS, code="OK", outcome=hit, **where) for hit in HITS]
+    hits = [sum(_zero(curve.values[i]) for curve in curves) for i in range(len(ok.values))]
+    return Curve(ok.times, [hit / all_ if all_ > 0 else math.nan for hit, all_ in zip(hits, ok.values, strict=True)])
+
+
+def latency(history: History, q: float, **where: str) -> Curve:
+    """A quantile of the time to answer, in seconds."""
+    return history.quantiles(q, DURATION, SPAN_SECONDS, STEP_SECONDS, **where)
+
+
+def saved(history: History, **where: str) -> Curve:
+    """Seconds of compute that a second saved."""
+    curves = [history.rates(COMPUTE, SPAN_SECONDS, STEP_SECONDS, outcome=hit, **where) for hit in HITS]
+    steps = zip(*(curve.values for curve in curves), strict=True)
+    return Curve(
+        curves[0].times,
+        [math.nan if all(map(math.isnan, step)) else math.fsum(map(_zero, step)) for step in steps],
+    )
+
+
+def _minus(all_: Curve, part: Curve) -> Curve:
+    return Curve(
+        all_.times,
+        [a if math.isnan(a) else max(0.0, a - _zero(b)) for a, b in zip(all_.values, part.values, strict=True)],
+    )
+
+
+def _zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value

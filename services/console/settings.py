@@ -1,0 +1,61 @@
+"""Settings of the console."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, TypeAlias
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from services.runtime.settings import ServiceSettings
+
+Addresses: TypeAlias = str | tuple[str, ...] | dict[str, str]
+
+
+class ConsoleSettings(ServiceSettings):
+    """What the console can be told."""
+
+    section: ClassVar[str] = "console"
+    address: str = Field("127.0.0.1:8013", description="host:port to take spans on, by OTLP/gRPC")
+    max_message_bytes: int = Field(16 << 20, gt=0, description="largest request taken")
+    http_address: str = Field("127.0.0.1:8080", description="host:port of the pages")
+    console_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names that browsers reach the pages by, beside IP addresses and localhost"
+    )
+    routers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("127.0.0.1:8001",), description="host:port of each router, separated by commas"
+    )
+    cache_address: str = Field("127.0.0.1:8010", description="host:port of the cache service")
+    metrics_address: str = Field(
+        "127.0.0.1:8014", description="host:port to serve /metrics on; port 0 takes a free one"
+    )
+    metrics_targets: Annotated[dict[str, str], NoDecode] = Field(
+        {}, description="what /metrics to read: name=host:port of each process, separated by commas; a worker by its id"
+    )
+    trace_store_bytes: int = Field(64 << 20, gt=0, description="memory for traces")
+    trace_store_traces: int = Field(20_000, gt=0, description="number of traces kept")
+    trace_ui: str = Field("", pattern=r"^(https?://[^\s]*\{trace_id\}[^\s]*)?$", description="URL of a trace elsewhere")
+
+    @field_validator("console_hosts", "routers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("metrics_targets", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        return {name.strip(): address.strip() for name, _, address in pairs}
+
+    @field_validator("routers", "cache_address", "http_address", "metrics_targets")
+    @classmethod
+    def _check(cls, value: Addresses) -> Addresses:
+        for address in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(f"{address!r} is not host:port")
+        if value == ():
+            raise ValueError("name at least one router")
+        return value

@@ -1,0 +1,32 @@
+"""All that the pages are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.console import findings
+from services.console.findings import Finding
+from services.console.fleet_watch import FleetView, FleetWatch
+from services.console.history import History
+from services.console.scraper import Scraper
+from services.console.trace_store import TraceStore
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """`trace_ui` is the URL of a trace in Jaeger or Tempo, with `{trace_id}` in it; "" where there is none."""
+
+    fleet: FleetWatch
+    history: History
+    scraper: Scraper
+    traces: TraceStore
+    trace_ui: str
+
+    @property
+    def view(self) -> FleetView:
+        """The fleet as it was seen last."""
+        return self.fleet.view
+
+    def findings(self) -> list[Finding]:
+        """What needs attention now, the worst first."""
+        return findings.find(self.view, self.history, self.traces, self.scraper.problems)

@@ -1,0 +1,80 @@
+// Keeps the live part of a page as the server sees it. Without script the page stands as it was loaded.
+"use strict";
+
+// Makes `old` like `fresh` and leaves alone what is the same, so that focus, selection and scrolling stay.
+function morph(old, fresh) {
+  if (old.nodeName !== fresh.nodeName) {
+    old.replaceWith(fresh);
+    return;
+  }
+  if (old.nodeType !== Node.ELEMENT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  for (const { name } of [...old.attributes]) {
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  }
+  for (const { name, value } of fresh.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  morphChildren(old, fresh);
+}
+
+function morphChildren(old, fresh) {
+  const before = [...old.childNodes];
+  const after = [...fresh.childNodes];
+  after.forEach((node, index) => (index < before.length ? morph(before[index], node) : old.append(node)));
+  before.slice(after.length).forEach((node) => node.remove());
+}
+
+function keepLive(live) {
+  const box = document.getElementById("liveness");
+  const state = document.getElementById("liveness-state");
+  const pause = document.getElementById("pause");
+  let source = null;
+
+  function say(text, kind) {
+    if (state.textContent !== text) state.textContent = text;
+    box.className = `liveness ${kind}`;
+  }
+
+  function connect() {
+    say("Connecting…", "");
+    source = new EventSource(location.href);
+    source.onopen = () => say("Live", "on");
+    source.onerror = () => {
+      say("The console does not answer; trying again", "off");
+      // After a refusal the browser gives up; we do not.
+      if (source.readyState === EventSource.CLOSED) setTimeout(() => source && connect(), 5000);
+    };
+    source.onmessage = (event) => {
+      const fresh = document.createElement("template");
+      fresh.innerHTML = event.data;
+      morphChildren(live, fresh.content);
+      live.dataset.updates = String(Number(live.dataset.updates || 0) + 1);
+    };
+  }
+
+  function disconnect() {
+    source?.close();
+    source = null;
+  }
+
+  pause.addEventListener("click", () => {
+    const paused = pause.getAttribute("aria-pressed") === "false";
+    pause.setAttribute("aria-pressed", String(paused));
+    if (paused) {
+      disconnect();
+      say("Paused", "off");
+    } else {
+      connect();
+    }
+  });
+  addEventListener("pagehide", disconnect);
+  addEventListener("pageshow", (event) => event.persisted && pause.getAttribute("aria-pressed") === "false" && connect());
+  box.hidden = false;
+  connect();
+}
+
+const live = document.getElementById("live");
+if (live) keepLive(live);

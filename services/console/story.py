@@ -1,0 +1,84 @@
+"""A trace in words: what was decided on the way, why, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.console import span_names as names
+from services.console.trace_store import Summary
+from services.console.units import clock, nanoseconds, number
+from services.runtime.span_tree import Span, SpanTree
+
+_OUTCOMES = {
+    "hit-local": "The router's own memory had the answer.",
+    "hit-shared": "The shared cache tier had the answer.",
+    "hit-peer": "The cache of another region had the answer.",
+    "joined": "The same request was being computed already: this one waited for that answer.",
+    "miss": "No cache had the answer, so it was computed.",
+    "bypass": "It was computed past the caches.",
+}
+
+
+def tell(summary: Summary, tree: SpanTree) -> list[str]:
+    """One sentence for each thing that happened."""
+    return [*_opening(summary), *(line for _, span in tree.rows for line in _line(span)), *_closing(summary, tree)]
+
+
+def _opening(summary: Summary) -> Iterator[str]:
+    what = f"A request for {summary.model} {summary.version}".rstrip() if summary.model else "A request"
+    whose = f" of tenant {summary.tenant}" if summary.tenant else ""
+    at, took = clock(summary.start_ns), nanoseconds(summary.duration_ns)
+    if summary.error:
+        code = f" with {summary.code}" if summary.code else ""
+        yield f"{what}{whose} came at {at} and failed{code} after {took}: {summary.error}"
+    else:
+        yield f"{what}{whose} came at {at} and was answered after {took}."
+    if summary.kept == "slow":
+        yield "It was slower than nearly all others of its model, and kept for that."
+    if summary.cache in _OUTCOMES:
+        yield _OUTCOMES[summary.cache]
+
+
+def _line(span: Span) -> Iterator[str]:
+    said = span.attributes
+    took = nanoseconds(span.end_ns - span.start_ns)
+    if span.name == names.BYPASS:
+        yield f"Its answer is not kept: {said.get(names.REASON, 'no reason was given')}."
+    elif span.name == names.SHARED and not said.get(names.HIT):
+        yield f"The shared tier was asked and did not have it, or was skipped ({took})."
+    elif span.name == names.FORWARD:
+        yield from _forward(span, took)
+    elif span.name == names.QUEUE:
+        yield f"On the worker it waited {took} for a batch to start."
+    elif span.name == names.BATCH:
+        requests, rows = said.get(names.BATCH_REQUESTS, 1), said.get(names.BATCH_ROWS, 1)
+        yield f"It ran in a batch of {number(float(requests))} requests with {number(float(rows))} rows, for {took}."
+    elif span.name == names.RUN:
+        yield f"ONNX Runtime computed on {said.get(names.PROVIDER, 'an unnamed provider')} for {took}."
+
+
+def _forward(span: Span, took: str) -> Iterator[str]:
+    said = span.attributes
+    worker = said.get(names.WORKER, "a worker")
+    for candidate in said.get(names.CANDIDATES, ()):
+        yield f"On the ring: {candidate}."
+    rank = said.get(names.RANK)
+    owner = "the owner of its key" if rank == 0 else f"rank {rank} on the ring for its key"
+    place = f", {owner}," if isinstance(rank, int) else ""
+    if error := span.error or said.get(names.ERROR):
+        yield f"It was sent to {worker}{place} which did not answer it: {error} ({took}). The next in rank was tried."
+    else:
+        yield f"It was sent to {worker}{place} and was back after {took}."
+
+
+def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
+    """Where most of the time went, where one part took most of it."""
+    own = {id(span): span.end_ns - span.start_ns for _, span in tree.rows}
+    by_id = {span.span_id: span for _, span in tree.rows}
+    for _, span in tree.rows:
+        if (parent := by_id.get(span.parent_id)) is not None and parent is not span:
+            own[id(parent)] -= span.end_ns - span.start_ns
+    longest = max((span for _, span in tree.rows), key=lambda span: own[id(span)])
+    share = own[id(longest)] / max(1, summary.duration_ns)
+    if share > 0.5 and len(tree.rows) > 1:
+        yield f"Most of the time, {nanoseconds(own[id(longest)])}, went into “{longest.name}” on {longest.service}."

@@ -1,0 +1,220 @@
+"""The traces of late, in memory: bounded in bytes and in number, the failed and the slow kept longest."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from opentelemetry.proto.trace.v1 import trace_pb2
+
+from services.console import span_names
+from services.runtime.span_tree import Span, SpanTree, trees
+
+# What a span costs in memory beside its own bytes, measured with tracemalloc.
+_SPAN_OVERHEAD = 160
+_TRACE_OVERHEAD = 900
+MAX_SPANS = 2000
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a search sees of one trace. Times in ns; `error` is the first failure's message, "" where all went well."""
+
+    trace_id: str
+    start_ns: int = 0
+    end_ns: int = 0
+    name: str = ""
+    model: str = ""
+    version: str = ""
+    tenant: str = ""
+    cache: str = ""
+    worker: str = ""
+    code: str = ""
+    error: str = ""
+    # "slow" or "failed" where the process kept it though it was not sampled.
+    kept: str = ""
+    spans: int = 0
+
+    @property
+    def duration_ns(self) -> int:
+        """From the first start to the last end."""
+        return self.end_ns - self.start_ns
+
+    @property
+    def is_notable(self) -> bool:
+        """Failed or slow."""
+        return bool(self.error or self.kept)
+
+
+@dataclass(slots=True)
+class _Kept:
+    summary: Summary
+    size: int = _TRACE_OVERHEAD
+    # (service, serialized span) by span id: an exporter that tries again sends a span twice.
+    spans: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to look for; "" and 0 match everything. `status` is "ok", "error" or "slow"; times in ms."""
+
+    model: str = ""
+    tenant: str = ""
+    cache: str = ""
+    status: str = ""
+    worker: str = ""
+    text: str = ""
+    min_ms: float = 0
+    max_ms: float = 0
+
+    def matches(self, found: Summary) -> bool:
+        """Whether a trace is among what is looked for."""
+        took = found.duration_ns / 1e6
+        return (
+            (not self.model or self.model == found.model)
+            and (not self.tenant or self.tenant == found.tenant)
+            and (not self.cache or self.cache == found.cache)
+            and (not self.worker or self.worker == found.worker)
+            and (self.status != "ok" or not found.error)
+            and (self.status != "error" or bool(found.error))
+            and (self.status != "slow" or found.kept == "slow")
+            and (not self.min_ms or took >= self.min_ms)
+            and (not self.max_ms or took <= self.max_ms)
+            and (
+                not self.text
+                or found.trace_id.startswith(self.text.lower())
+                or self.text.lower() in f"{found.name} {found.error}".lower()
+            )
+        )
+
+
+class TraceStore:
+    """Takes spans as OTLP brings them. At most `max_bytes` and `max_traces`: the oldest go first.
+
+    Of failed and slow traces, up to half of the room outlives newer ordinary ones.
+    """
+
+    def __init__(self, *, max_bytes: int, max_traces: int) -> None:
+        self.bytes = 0
+        self.evicted = 0
+        self.dropped_spans = 0
+        self.received_spans = 0
+        self._max_bytes = max_bytes
+        self._max_traces = max_traces
+        self._plain: OrderedDict[str, _Kept] = OrderedDict()
+        self._notable: OrderedDict[str, _Kept] = OrderedDict()
+        self._notable_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self._notable)
+
+    def add(self, service: str, span: trace_pb2.Span) -> None:
+        """Raises ValueError where its ids are not those of a span."""
+        if len(span.trace_id) != 16 or len(span.span_id) != 8 or not any(span.trace_id):
+            raise ValueError("a span has a trace id of 16 bytes and a span id of 8")
+        self.received_spans += 1
+        trace_id = span.trace_id.hex()
+        kept = self._notable.get(trace_id) or self._plain.get(trace_id)
+        if kept is None:
+            kept = self._plain[trace_id] = _Kept(Summary(trace_id))
+            self.bytes += kept.size
+        if span.span_id in kept.spans:
+            return
+        if len(kept.spans) == MAX_SPANS:
+            self.dropped_spans += 1
+            return
+        data = span.SerializeToString()
+        size = len(data) + _SPAN_OVERHEAD
+        kept.spans[span.span_id] = (service, data)
+        kept.size += size
+        self.bytes += size
+        _summarize(kept.summary, service, span)
+        if trace_id in self._notable:
+            self._notable_bytes += size
+        elif kept.summary.is_notable:
+            self._notable[trace_id] = self._plain.pop(trace_id)
+            self._notable_bytes += kept.size
+        self._evict()
+
+    def find(self, trace_id: str) -> tuple[Summary, SpanTree] | None:
+        """The trace, whole as far as its spans have come; None where it is not here."""
+        kept = self._notable.get(trace_id) or self._plain.get(trace_id)
+        if kept is None:
+            return None
+        spans = [as_span(service, trace_pb2.Span.FromString(data)) for service, data in kept.spans.values()]
+        return kept.summary, trees(spans)[0]
+
+    def search(self, query: Query, limit: int) -> list[Summary]:
+        """The newest first."""
+        found = [summary for summary in self.summaries() if query.matches(summary)]
+        return sorted(found, key=lambda summary: summary.start_ns, reverse=True)[:limit]
+
+    def summaries(self) -> Iterator[Summary]:
+        """All, in no order."""
+        for part in (self._plain, self._notable):
+            for kept in part.values():
+                yield kept.summary
+
+    def values(self, of: Callable[[Summary], str]) -> list[str]:
+        """What there is to choose from, such as the models seen."""
+        return sorted({value for summary in self.summaries() if (value := of(summary))})
+
+    def _evict(self) -> None:
+        while len(self) > 1 and (self.bytes > self._max_bytes or len(self) > self._max_traces):
+            crowded = (
+                self._notable_bytes > self._max_bytes // 2
+                or len(self._notable) > self._max_traces // 2
+                or not self._plain
+            )
+            part = self._notable if crowded else self._plain
+            _, gone = part.popitem(last=False)
+            self.bytes -= gone.size
+            if crowded:
+                self._notable_bytes -= gone.size
+            self.evicted += 1
+
+
+def as_span(service: str, span: trace_pb2.Span) -> Span:
+    """As `ringmesh trace` knows it."""
+    return Span(
+        span.trace_id.hex(),
+        span.span_id.hex(),
+        span.parent_span_id.hex(),
+        service,
+        span.name,
+        span.start_time_unix_nano,
+        max(span.start_time_unix_nano, span.end_time_unix_nano),
+        _error(span),
+        {attribute.key: _plain(attribute.value) for attribute in span.attributes},
+    )
+
+
+def _error(span: trace_pb2.Span) -> str:
+    if span.status.code != trace_pb2.Status.STATUS_CODE_ERROR:
+        return ""
+    return span.status.message or "failed"
+
+
+def _plain(value: object) -> object:
+    kind = value.WhichOneof("value")  # type: ignore[attr-defined]
+    if kind == "array_value":
+        return [_plain(item) for item in value.array_value.values]  # type: ignore[attr-defined]
+    return getattr(value, kind) if kind in ("string_value", "bool_value", "int_value", "double_value") else ""
+
+
+def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
+    summary.spans += 1
+    start, end = span.start_time_unix_nano, max(span.start_time_unix_nano, span.end_time_unix_nano)
+    if not summary.start_ns or start < summary.start_ns:
+        summary.start_ns = start
+        summary.name = span.name
+    summary.end_ns = max(summary.end_ns, end)
+    attributes = {attribute.key: _plain(attribute.value) for attribute in span.attributes}
+    is_entry = span_names.is_entry(service, span.name)
+    if error := _error(span):
+        # The router's words are those that the caller got.
+        summary.error = error if is_entry or not summary.error else summary.error
+    for part, value in span_names.summary(attributes).items():
+        if is_entry or not getattr(summary, part):
+            setattr(summary, part, value)

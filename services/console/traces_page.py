@@ -1,0 +1,91 @@
+"""Traces: a search over those of late, and one as a waterfall with its story."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from services.console import story
+from services.console.live import Context
+from services.console.sources import Sources
+from services.console.trace_store import Query
+from services.runtime.span_tree import Span
+
+_LIMIT = 100
+_OUTCOMES = ("hit-local", "hit-shared", "hit-peer", "joined", "miss", "bypass")
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A row of the waterfall. `start` and `width` are shares of the whole, 0 to 1."""
+
+    span: Span
+    depth: int
+    start: float
+    width: float
+
+
+async def listing(sources: Sources, request: Request) -> Context:
+    """What `traces.html` shows."""
+    query, problem = _query(request)
+    store = sources.traces
+    found = [] if problem else store.search(query, len(store))
+    if request.query_params.get("sort") == "slowest":
+        found.sort(key=lambda summary: summary.duration_ns, reverse=True)
+    return {
+        "query": query,
+        "sort": request.query_params.get("sort", ""),
+        "problem": problem,
+        "found": found[:_LIMIT],
+        "count": len(found),
+        "longest": max((summary.duration_ns for summary in found[:_LIMIT]), default=0),
+        "store": store,
+        "models": store.values(lambda summary: summary.model),
+        "tenants": store.values(lambda summary: summary.tenant),
+        "workers": store.values(lambda summary: summary.worker),
+        "outcomes": _OUTCOMES,
+    }
+
+
+async def one(sources: Sources, request: Request) -> Context:
+    """What `trace.html` shows. 404 in words where the trace is not here."""
+    trace_id = request.path_params["trace_id"].lower()
+    found = sources.traces.find(trace_id)
+    if found is None:
+        raise HTTPException(
+            404,
+            f"Trace {trace_id} is not here. Spans arrive about a second after the request, if it was sampled; "
+            "the oldest are given up when memory is full.",
+        )
+    summary, tree = found
+    total = max(1, tree.duration_ns)
+    bars = [
+        Bar(span, depth, (span.start_ns - tree.start_ns) / total, (span.end_ns - span.start_ns) / total)
+        for depth, span in tree.rows
+    ]
+    return {
+        "summary": summary,
+        "bars": bars,
+        "total_ns": total,
+        "story": story.tell(summary, tree),
+        "elsewhere": sources.trace_ui.replace("{trace_id}", trace_id),
+    }
+
+
+def _query(request: Request) -> tuple[Query, str]:
+    """What is asked for, or what is wrong with it in words."""
+    asked: dict[str, str | float] = {}
+    for field in fields(Query):
+        value = request.query_params.get(field.name, "").strip()
+        if not value:
+            continue
+        if field.name in ("min_ms", "max_ms"):
+            try:
+                asked[field.name] = float(value)
+            except ValueError:
+                return Query(), f"“{value}” is no number of milliseconds."
+        else:
+            asked[field.name] = value
+    return Query(**asked), ""  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""Spans as they are read back, and the order in which a trace is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A finished span. Times in ns since the Unix epoch; `error` is "" on success."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    service: str
+    name: str
+    start_ns: int
+    end_ns: int
+    error: str
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SpanTree:
+    """The spans of one trace, in tree order, each with its depth. A span whose parent is elsewhere is a root."""
+
+    trace_id: str
+    rows: tuple[tuple[int, Span], ...]
+
+    @property
+    def start_ns(self) -> int:
+        """When the first span began."""
+        return min(span.start_ns for _, span in self.rows)
+
+    @property
+    def duration_ns(self) -> int:
+        """From the first start to the last end."""
+        return max(span.end_ns for _, span in self.rows) - self.start_ns
+
+
+def trees(spans: Iterable[Span]) -> list[SpanTree]:
+    """One for each trace among `spans`."""
+    by_id: dict[str, list[Span]] = {}
+    for span in spans:
+        by_id.setdefault(span.trace_id, []).append(span)
+    return [SpanTree(trace_id, tuple(_in_order(members))) for trace_id, members in by_id.items()]
+
+
+def _in_order(spans: list[Span]) -> Iterable[tuple[int, Span]]:
+    spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
+    known = {span.span_id for span in spans}
+    children: dict[str, list[Span]] = {}
+    for span in spans:
+        parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else ""
+        children.setdefault(parent, []).append(span)
+    # Spans may come from anybody: one that is its own ancestor is a root as well, and is told once.
+    told: set[int] = set()
+    for root in [*children.get("", []), *spans]:
+        stack = [(0, root)]
+        while stack:
+            depth, span = stack.pop()
+            if id(span) not in told:
+                told.add(id(span))
+                yield depth, span
+                stack.extend((depth + 1, child) for child in reversed(children.get(span.span_id, [])))

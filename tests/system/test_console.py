@@ -1,0 +1,147 @@
+"""The console of a running stack, asked over HTTP as a browser asks."""
+
+import asyncio
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.system import processes
+from tests.system.conftest import eventually
+from tests.system.test_cache import fresh
+from tests.system.test_tracing import traced
+
+SECRET = "hunter2"
+
+
+@pytest.fixture(scope="module")
+def console(stack):
+    """The URL of its pages."""
+    return json.loads((Path(stack.state) / "stack.json").read_text())["console"]
+
+
+def get(url, **headers):
+    """(status, headers, text)"""
+    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+def post(url, headers, **fields):
+    request = urllib.request.Request(url, urllib.parse.urlencode(fields).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def shows(url, *texts):
+    return all(text in get(url)[2] for text in texts)
+
+
+def test_the_fleet_page_names_every_part(stack, console):
+    eventually(lambda: shows(f"{console}/", "2 of 2 workers", "worker-0", "worker-1", *stack.workers, stack.router))
+
+
+async def test_a_traced_request_is_found_and_told_in_words(stack, console):
+    trace_id, _, _ = await traced(stack.router, fresh())
+    url = f"{console}/traces/{trace_id}"
+    # Spans arrive process by process: the worker's may be the last.
+    await asyncio.to_thread(eventually, lambda: shows(url, "onnxruntime run", "router ModelInfer"))
+    _, _, page = await asyncio.to_thread(get, url)
+    for words in ("No cache had the answer", "It was sent to worker-", "the owner of its key", "CPUExecutionProvider"):
+        assert words in page
+    _, _, listing = await asyncio.to_thread(get, f"{console}/traces?model=mlp&cache=miss&text={trace_id}")
+    assert f"/traces/{trace_id}" in listing
+    _, _, other = await asyncio.to_thread(get, f"{console}/traces?model=mlp&cache=hit-local&text={trace_id}")
+    assert f"/traces/{trace_id}" not in other
+
+
+def test_a_trace_that_is_not_there_is_said_in_words(console):
+    status, _, page = get(f"{console}/traces/{'0' * 32}")
+    assert status == 404
+    assert "is not here" in page
+    assert "Traceback" not in page
+
+
+def test_a_search_for_no_number_is_answered_in_words(console):
+    status, _, page = get(f"{console}/traces?min_ms=fast")
+    assert status == 200
+    assert "“fast” is no number" in page
+
+
+def test_a_page_that_does_not_exist_is_said_in_words(console):
+    status, headers, page = get(f"{console}/nowhere")
+    assert (status, headers.get_content_type()) == (404, "text/html")
+    assert "There is no /nowhere here." in page
+
+
+def test_what_a_span_says_is_shown_and_never_run(stack, console):
+    request = fresh()
+    request.model_name = "<script>alert(1)</script>"
+    with pytest.raises(Exception, match="NOT_FOUND"):
+        asyncio.run(traced(stack.router, request))
+    eventually(lambda: shows(f"{console}/traces?status=error", "&lt;script&gt;alert(1)"))
+    assert "<script>alert" not in get(f"{console}/traces?status=error")[2]
+
+
+@pytest.mark.parametrize("path", ["/", "/traces", "/nowhere", "/static/console.css"])
+def test_nothing_may_be_loaded_or_run_from_elsewhere(console, path):
+    _, headers, page = get(console + path)
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "style=" not in page
+    assert "http://" not in page.replace(console, "").replace("http://www.w3.org", "")
+
+
+def test_a_name_that_is_not_ours_is_refused(console):
+    """As a page that rebinds its own name to this address would come."""
+    assert get(f"{console}/", Host="evil.example")[0] == 403
+    assert get(f"{console}/", Host="localhost:8080")[0] == 200
+
+
+def test_a_live_page_sends_its_content_and_then_what_changed(stack, console):
+    address = urllib.parse.urlsplit(console).netloc
+    connection = http.client.HTTPConnection(address, timeout=20)
+    connection.request("GET", "/", headers={"Accept": "text/event-stream"})
+    stream = connection.getresponse()
+    assert stream.headers.get_content_type() == "text/event-stream"
+    lines = []
+    while not (lines and lines[-1] == ""):
+        lines.append(stream.readline().decode().rstrip("\n"))
+    assert lines[0].startswith("data: ")
+    assert any("worker-0" in line for line in lines)
+    assert not any("<html" in line for line in lines)
+    while stream.readline().decode() not in ("data: <h1>Fleet</h1>\n", ":\n"):
+        pass
+    connection.close()
+
+
+def test_a_console_without_a_router_says_so(engine):
+    nowhere = processes.free_address()
+    pages = processes.free_address()
+    started = processes.start(
+        "services.console",
+        http_address=pages,
+        routers=nowhere,
+        cache_address=nowhere,
+        metrics_targets=f"router={nowhere}",
+        engine=engine,
+    )
+    try:
+        texts = ("No router answers", "Router is down", "nothing listens there", "Process is silent")
+        eventually(lambda: shows(f"http://{pages}/", *texts))
+        assert shows(f"http://{pages}/traces", "No trace has come yet")
+    finally:
+        processes.stop(started)
+    assert started.process.returncode == 0
