@@ -15,14 +15,19 @@ _MAX_COMPUTE_US = 2**32 - 1
 
 
 class Entry:
-    """`value` (a serialized response without id), what it took to compute, and when that was."""
+    """`value` (a serialized response without id), what it took to compute, and when that was.
 
-    __slots__ = ("compute_us", "created_at_ms", "value")
+    `hits`, `weighed_hits` and `worth` are the local tier's: how often it was asked for, and its place there.
+    """
+
+    __slots__ = ("compute_us", "created_at_ms", "hits", "value", "weighed_hits", "worth")
 
     def __init__(self, value: bytes, compute_us: int, created_at_ms: int | None = None) -> None:
         self.value = value
         self.compute_us = min(compute_us, _MAX_COMPUTE_US)
         self.created_at_ms = time.time_ns() // 1_000_000 if created_at_ms is None else created_at_ms
+        self.hits = self.weighed_hits = 0
+        self.worth = 0.0
 
 
 def pack(key: bytes, entry: Entry) -> bytes:

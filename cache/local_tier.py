@@ -1,51 +1,104 @@
-"""The tier in this process's memory: byte-bounded, least recently used out first."""
+"""The tier in this process's memory: byte-bounded; what was expensive to compute, for its size, stays.
+
+GreedyDual-Size-Frequency (Cherkasova, 1998): an entry is worth clock + hits * cost / size. The least worth is
+evicted, and the clock goes on to what that was worth, so that what is no longer asked for ages. A hit only counts;
+the heap is put right when the entry comes to its top. docs/decisions/0009 compares it with others.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from heapq import heappop, heappush
 
 from cache.entry import Entry
 from cache.stats import TierCounters
 
-# Measured with tracemalloc on CPython 3.11: dict slot, linked-list node, Entry, two int objects, bytes headers.
-_OVERHEAD_BYTES = 330
+# Measured with tracemalloc on CPython 3.11: dict slot, heap slot and tuple, Entry, its numbers, bytes headers.
+_OVERHEAD_BYTES = 370
+# A miss costs the fleet this much CPU even where computing is nothing: two calls, parsed and packed.
+_TRIP_US = 200
+# No call does more than a little: one dict would be rehashed at once, and a large entry may push out thousands.
+_SHARDS = 256
+_MOST_EVICTED = 16
+_HEADROOM = 16
 
 
 class LocalTier:
-    """Entries by key, at most `capacity_bytes` of them with keys and overhead. Not thread-safe: one event loop."""
+    """Entries by key, at most `capacity_bytes` of them with keys and overhead. Not thread-safe: one event loop.
+
+    A sixteenth of it is room for what came faster than evictions, of which a call makes a few; so an entry larger than
+    that is not kept.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity = capacity_bytes
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._largest = capacity_bytes // _HEADROOM
+        self._shards: list[dict[bytes, Entry]] = [{} for _ in range(_SHARDS)]
+        self._heap: list[tuple[float, bytes]] = []
+        self._clock = 0.0
         self.counters = TierCounters("local")
 
     def get(self, key: bytes) -> Entry | None:
-        """The entry, now the most recently used; None on a miss."""
-        entry = self._entries.get(key)
+        """The entry, worth more now; None on a miss."""
+        entry = self._shards[key[-1]].get(key)
         if entry is None:
             self.counters.misses += 1
             return None
-        self._entries.move_to_end(key)
+        entry.hits += 1
         self.counters.hits += 1
         self.counters.saved_compute_us += entry.compute_us
         return entry
 
     def put(self, key: bytes, entry: Entry) -> None:
-        """Keeps the entry, unless it alone is larger than the tier."""
+        """Keeps the entry, in place of one of the same key, unless it is too large or at once the one worth least."""
         size = _size(key, entry)
-        if size > self._capacity:
+        shard = self._shards[key[-1]]
+        counters = self.counters
+        old = shard.get(key)
+        if size > self._largest:
+            if old is not None:
+                self._drop(shard, key, old)
             return
-        old = self._entries.pop(key, None)
+        shard[key] = entry
         if old is not None:
-            self.counters.bytes -= _size(key, old)
-        self._entries[key] = entry
-        self.counters.bytes += size
-        self.counters.fills += 1
-        while self.counters.bytes > self._capacity:
-            evicted_key, evicted = self._entries.popitem(last=False)
-            self.counters.bytes -= _size(evicted_key, evicted)
-            self.counters.evictions += 1
-        self.counters.entries = len(self._entries)
+            counters.bytes += size - _size(key, old)
+            entry.hits, entry.weighed_hits, entry.worth = old.hits, old.weighed_hits, old.worth
+        else:
+            counters.bytes += size
+            counters.entries += 1
+            self._push(key, entry, size)
+        counters.fills += 1
+        self._evict()
+        if counters.bytes > self._capacity and shard.get(key) is entry:
+            self._drop(shard, key, entry)
+
+    def _push(self, key: bytes, entry: Entry, size: int) -> None:
+        entry.weighed_hits = entry.hits
+        entry.worth = self._clock + (1 + entry.hits) * (entry.compute_us + _TRIP_US) / size
+        heappush(self._heap, (entry.worth, key))
+
+    def _evict(self) -> None:
+        """A step towards having the headroom free."""
+        heap = self._heap
+        target = self._capacity - self._largest
+        for _ in range(_MOST_EVICTED):
+            if self.counters.bytes <= target:
+                return
+            worth, key = heappop(heap)
+            shard = self._shards[key[-1]]
+            entry = shard.get(key)
+            if entry is None or entry.worth is not worth:
+                continue  # the place of one that was dropped
+            self._clock = max(self._clock, worth)
+            if entry.hits != entry.weighed_hits:
+                self._push(key, entry, _size(key, entry))
+            else:
+                self._drop(shard, key, entry)
+                self.counters.evictions += 1
+
+    def _drop(self, shard: dict[bytes, Entry], key: bytes, entry: Entry) -> None:
+        del shard[key]
+        self.counters.bytes -= _size(key, entry)
+        self.counters.entries -= 1
 
 
 def _size(key: bytes, entry: Entry) -> int:
