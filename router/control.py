@@ -9,7 +9,8 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.fleet import Fleet, Member
+from router.fleet import Fleet
+from router.member import Member
 from router.request_metrics import RequestMetrics
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError

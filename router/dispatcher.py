@@ -10,7 +10,8 @@ from ringmesh.inference.v1 import inference_pb2
 from router.admission.caller import ANYBODY, Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
 from router.catalog import ModelEntry
-from router.fleet import Fleet, Member
+from router.fleet import Fleet
+from router.member import Member
 from router.picker import Candidate, candidates
 from router.retry_budget import RetryBudget
 from router.ring import RANKS
@@ -128,6 +129,7 @@ class Dispatcher:
         begun = limit.begin()
         try:
             result = await member.link.execute(model.digest, work)
+            self._fleet.answered(member, model.digest, time.monotonic() - began)
             error = result.failure.message
             if not result.timing.joined:
                 limit.completed(begun, time.monotonic() - began, result.timing.compute_us / 1e6)

@@ -1,129 +1,331 @@
-"""The workers this router knows: polled, ranked and skipped when they do not answer."""
+"""The workers this router knows: who belongs, who answers, who holds what, and the ring over them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
+from ringmesh.router.v1 import router_pb2
 
 from router.catalog import Catalog, ModelEntry
+from router.fleet_events import FleetEvents
+from router.load import Pool, WorkerLoad, pools
+from router.member import Member
+from router.membership import Listing, Membership
+from router.outliers import Outliers
 from router.ring import Ring
+from router.slow_start import SlowStart
 from router.worker_link import WorkerLink, WorkerUnreachableError
 
 log = logging.getLogger(__name__)
 
+TICK_SECONDS = 0.25
 POLL_SECONDS = 0.5
+# Beyond so many a second the polls of a large fleet grow rarer; each costs about 200 µs here.
+MOST_POLLS_A_SECOND = 120
 # Long enough for a worker whose event loop is busy, short enough for callers of a hung one.
 POLL_TIMEOUT_SECONDS = 2.0
+_RETIRE_SECONDS = 30.0
+
+_Event = router_pb2.WatchResponse
 
 
-class Member:
-    """A worker in the ring. `reason` says why it is passed over, "" while it is not."""
+class Source(Protocol):
+    """Something that knows workers."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.link = WorkerLink(address)
-        self.worker_id = address
-        self.reason = "not yet connected"
-        self.models: tuple[inference_pb2.ModelVersion, ...] = ()
-        self.held: frozenset[tuple[str, str]] = frozenset()
-        # Ensembles of which it lacks a step.
-        self.partly: frozenset[tuple[str, str]] = frozenset()
-        # What it would have to load first.
-        self.unloaded: frozenset[tuple[str, str]] = frozenset()
-
-    @property
-    def healthy(self) -> bool:
-        """Whether to send it work."""
-        return not self.reason
-
-    def why_not(self, model: ModelEntry) -> str:
-        """Why it would not be asked for `model`; "" where it would."""
-        if self.reason:
-            return self.reason
-        key = (model.name, model.version)
-        if key in self.partly:
-            return "does not hold every step of the ensemble"
-        return "" if key in self.held else "does not hold the model"
+    async def watch(self, told: Callable[[Iterable[Listing]], None]) -> None:
+        """Tells all that it lists, again at each change; runs until it is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """What a request sees of the fleet: it never changes, a new one takes its place."""
+    """What a request sees of the fleet: it never changes, a new one takes its place.
+
+    `ring` is over the workers of the router's own region (all, where it has none), `far` over the others. `pools` has
+    those to ask, by name and version of a model.
+    """
 
     ring: Ring
-    members: dict[str, Member]
+    members: Mapping[str, Member]
     catalog: Catalog
+    far: Ring = field(default_factory=lambda: Ring({}))
+    pools: Mapping[tuple[str, str], Pool] = field(default_factory=dict)
+
+    def pool(self, model: ModelEntry) -> Pool | None:
+        """Whom to ask for `model`; None where nobody can be."""
+        return self.pools.get((model.name, model.version))
+
+    def share(self, member: Member) -> float:
+        """The part of the key space that the member owns, 0 to 1, among those of its region."""
+        return (self.ring if member.address in self.ring.members else self.far).share(member.address)
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """Where a router stands; "" where that does not matter."""
+
+    region: str = ""
+    zone: str = ""
+
+    def is_far(self, member: Member) -> bool:
+        """Whether the member stands in another region. One that does not say stands everywhere."""
+        return bool(self.region and member.region and member.region != self.region)
 
 
 class Fleet:
-    """Polls the workers at `addresses`; `view` is swapped here and nowhere else.
+    """Keeps `view` true; it is swapped here and nowhere else.
 
-    A worker stays in the ring when it stops answering: its keys go to the next in rank, and come back with it.
-    `on_ready` hears whether anybody can be asked.
+    A worker stays in the ring when it stops answering: its keys go to the next in rank, and come back with it. It
+    leaves when the sources no longer list it. `on_ready` hears whether anybody can be asked; `clock` in seconds.
     """
 
-    def __init__(self, addresses: Sequence[str], on_ready: Callable[[bool], None]) -> None:
-        members = {address: Member(address) for address in addresses}
-        self.view = FleetView(Ring(dict.fromkeys(members, 1.0)), members, Catalog([]))
+    def __init__(
+        self,
+        listings: Sequence[Listing],
+        on_ready: Callable[[bool], None],
+        *,
+        clock: Callable[[], float],
+        sources: Mapping[str, Source] | None = None,
+        locality: Locality | None = None,
+    ) -> None:
+        self.events = FleetEvents()
         self._on_ready = on_ready
-        self._polls: list[asyncio.Task[None]] = []
+        self._sources = sources or {}
+        self._locality = locality or Locality()
+        self._membership = Membership(clock)
+        self._outliers = Outliers(clock)
+        self._slow_start = SlowStart(clock)
+        self._members: dict[str, Member] = {}
+        self._gone: dict[str, Member] = {}
+        self._listed: Mapping[str, Listing] = {}
+        self._polls: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_ring: Mapping[str, tuple[float, bool]] = {}
+        self._building: asyncio.Task[None] | None = None
+        self._started = False
+        self._membership.told("settings", listings)
+        self._follow_membership()
+        self._in_ring = self._ring_members()
+        self.view = self._view(*_rings(self._in_ring), Catalog([]))
 
     def start(self) -> None:
-        """Begins to poll."""
-        self._polls = [asyncio.create_task(self._poll(member)) for member in self.view.members.values()]
-
-    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
-        """Passes the member over until it answers again."""
-        if member.healthy:
-            log.warning("worker %s is passed over: %s", member.worker_id, error)
-            member.reason = str(error) or "unreachable"
-            self._refresh()
+        """Begins to poll and to follow the sources."""
+        self._started = True
+        for member in self._members.values():
+            self._start_polling(member)
+        for name, source in self._sources.items():
+            self._spawn(source.watch(partial(self._told, name)))
+        self._spawn(self._tick())
 
     async def close(self) -> None:
         """Stops polling and disconnects."""
-        for poll in self._polls:
-            poll.cancel()
-        await asyncio.gather(*(member.link.close() for member in self.view.members.values()))
+        for task in (*self._polls.values(), *self._tasks):
+            task.cancel()
+        self.events.close()
+        await asyncio.gather(*(member.link.close() for member in self._members.values()))
+
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
+        """An attempt was lost: passes the member over until it answers again."""
+        self._outliers.failed(member.address)
+        self._unreachable(member, error)
+
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
+        """An attempt took so long, or was given up after so long because another was faster."""
+        self._outliers.answered(member.address, model_digest, seconds)
 
     async def describe(self, member: Member) -> None:
         """Asks the worker now what it holds; the next request sees it."""
+        known = member.version
         try:
-            description = await member.link.describe(POLL_TIMEOUT_SECONDS)
+            description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
         except WorkerUnreachableError as error:
-            self.failed(member, error)
+            self._unreachable(member, error)
             member.link.give_up()
         else:
-            self._update(member, description)
+            self._update(member, description, known)
+
+    def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
+        reason = str(error) or "unreachable"
+        if member.healthy:
+            log.warning("worker %s is passed over: %s", member.worker_id, reason)
+            self._tell(_Event.KIND_EJECTED, member, reason=reason)
+            member.reason = reason
+            self._refresh()
+        elif member.reason == "draining":
+            member.reason = reason
 
     async def _poll(self, member: Member) -> None:
+        heard = -1
         while True:
-            await self.describe(member)
-            await asyncio.sleep(POLL_SECONDS)
+            load = member.load
+            # Its answers are as good as a description, as long as they say that nothing has changed.
+            if not member.healthy or load.reports == heard or load.version != member.version:
+                await self.describe(member)
+            heard = load.reports
+            seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
+            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
 
-    def _update(self, member: Member, description: inference_pb2.DescribeResponse) -> None:
-        reason = "" if description.accepting else "draining"
-        models = tuple(description.models)
+    def _update(self, member: Member, told: inference_pb2.DescribeResponse, known: int) -> None:
+        same = told.version != 0 and told.version == known
+        models = member.models if same else tuple(told.models)
+        member.version = told.version
+        reason = "" if told.accepting else "draining"
+        weight, region = told.weight or member.weight, told.region or member.region
+        moved = (weight, region) != (member.weight, member.region)
+        member.weight, member.region, member.zone = weight, region, told.zone or member.zone
+        member.worker_id = told.worker_id
+        if moved:
+            self._rebuild()
         if reason == member.reason and models == member.models:
             return
         if not reason and not member.healthy:
-            log.info("worker %s takes requests", description.worker_id)
-        member.worker_id = description.worker_id
+            log.info("worker %s takes requests", member.worker_id)
+            if not same:  # another process than the one that was lost
+                self._slow_start.begin(member.address)
+                member.ramp = self._slow_start.ramp(member.address)
+            self._tell(_Event.KIND_RESTORED, member)
+        elif reason and reason != member.reason:
+            self._tell(_Event.KIND_DRAINING, member)
         member.reason = reason
+        self._holds(member, models)
+        self._refresh()
+
+    def _holds(self, member: Member, models: tuple[inference_pb2.ModelVersion, ...]) -> None:
+        if models == member.models:
+            return
+        before = member.held
         member.models = models
         member.held = frozenset((model.name, model.version) for model in models)
         member.partly = frozenset((model.name, model.version) for model in models if model.ensemble.not_runnable)
         member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
         member.link.forget_lanes(frozenset(model.digest for model in models))
-        self._refresh()
+        for name, version in sorted(member.held - before):
+            self._tell(_Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
+        for name, version in sorted(before - member.held):
+            self._tell(_Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
 
     def _refresh(self) -> None:
-        healthy = [member for member in self.view.members.values() if member.healthy]
+        healthy = [member for member in self._members.values() if member.healthy]
         # With nobody healthy the last catalog stands: callers are told UNAVAILABLE, not that there is no such model.
-        if healthy:
-            catalog = Catalog(member.models for member in healthy)
-            self.view = FleetView(self.view.ring, self.view.members, catalog)
+        catalog = Catalog(member.models for member in healthy) if healthy else self.view.catalog
+        self.view = self._view(self.view.ring, self.view.far, catalog)
         self._on_ready(bool(healthy))
+
+    def _view(self, ring: Ring, far: Ring, catalog: Catalog) -> FleetView:
+        # Who left is in the ring until the next one is built.
+        known = {**self._gone, **self._members}
+        members = {address: known[address] for address in (*ring.members, *far.members)}
+        return FleetView(
+            ring, members, catalog, far, pools(members.values(), self._locality.is_far, self._locality.zone)
+        )
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._follow_membership()
+            self._judge()
+
+    def _judge(self) -> None:
+        ejected = self._outliers.ejected([address for address, member in self._members.items() if member.healthy])
+        changed = False
+        for member in self._members.values():
+            reason = ejected.get(member.address, "")
+            if reason and not member.ejected:
+                log.warning("worker %s is %s", member.worker_id, reason)
+                self._tell(_Event.KIND_EJECTED, member, reason=reason)
+            elif member.ejected and not reason:
+                self._slow_start.begin(member.address)
+                self._tell(_Event.KIND_RESTORED, member)
+            ramp = self._slow_start.ramp(member.address)
+            changed = changed or (reason, ramp) != (member.ejected, member.ramp)
+            member.ejected, member.ramp = reason, ramp
+        if changed:
+            self.view = self._view(self.view.ring, self.view.far, self.view.catalog)
+
+    def _told(self, source: str, listings: Iterable[Listing]) -> None:
+        self._membership.told(source, listings)
+        self._follow_membership()
+
+    def _follow_membership(self) -> None:
+        """Members come and go; the ring follows when it is built."""
+        found = self._membership.members(lambda address: self._members[address].healthy)
+        for address, listing in found.items():
+            if address not in self._members:
+                self._join(listing)
+            elif listing != self._listed.get(address):
+                self._spawn(self.describe(self._members[address]))
+        self._listed = found
+        for address in [address for address in self._members if address not in found]:
+            self._leave(self._members.pop(address))
+        if self._ring_members() != self._in_ring:
+            self._rebuild()
+
+    def _join(self, listing: Listing) -> None:
+        load = WorkerLoad()
+        member = self._members[listing.address] = Member(listing, WorkerLink(listing.address, load), load)
+        self._tell(_Event.KIND_JOINED, member)
+        if self._started:
+            self._start_polling(member)
+
+    def _leave(self, member: Member) -> None:
+        log.info("worker %s left", member.worker_id)
+        self._tell(_Event.KIND_LEFT, member)
+        member.reason = "left the fleet"
+        self._gone[member.address] = member
+        self._refresh()
+        self._polls.pop(member.address).cancel()
+        self._outliers.forget(member.address)
+        self._slow_start.forget(member.address)
+        self._spawn(_retire(member))
+
+    def _start_polling(self, member: Member) -> None:
+        self._polls[member.address] = asyncio.create_task(self._poll(member))
+
+    def _ring_members(self) -> Mapping[str, tuple[float, bool]]:
+        return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
+
+    def _rebuild(self) -> None:
+        """Ranking takes long in a large fleet, so it is done on a thread, by one task at a time."""
+        if self._started and self._building is None:
+            self._building = self._spawn(self._build())
+
+    async def _build(self) -> None:
+        try:
+            while (wanted := self._ring_members()) != self._in_ring:
+                ring, far = await asyncio.to_thread(_rings, wanted)
+                self._in_ring = wanted
+                if self._members.keys() >= wanted.keys():
+                    self.view = self._view(ring, far, self.view.catalog)
+                    self._gone.clear()
+        finally:
+            self._building = None
+
+    def _tell(self, kind: _Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
+        self.events.tell(kind, member.address, member.worker_id, model=model, reason=reason)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _rings(members: Mapping[str, tuple[float, bool]]) -> tuple[Ring, Ring]:
+    """Over those that stand near, and over the far ones; (weight, is far) by address."""
+    near = Ring({address: weight for address, (weight, far) in members.items() if not far})
+    return near, Ring({address: weight for address, (weight, far) in members.items() if far})
+
+
+async def _retire(member: Member) -> None:
+    """Disconnects when what is under way there is done."""
+    for _ in range(int(_RETIRE_SECONDS / TICK_SECONDS)):
+        if not member.load.in_flight:
+            break
+        await asyncio.sleep(TICK_SECONDS)
+    await member.link.close()

@@ -26,6 +26,6 @@ class FleetMetrics:
         view = self._fleet.view
         for member in view.members.values():
             worker = (member.worker_id,)
-            yield Sample(HEALTHY, worker, member.healthy)
-            yield Sample(SHARE, worker, view.ring.share(member.address))
-            yield Sample(LOAD, worker, member.link.in_flight)
+            yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
+            yield Sample(SHARE, worker, view.share(member))
+            yield Sample(LOAD, worker, member.load.in_flight)

@@ -13,6 +13,7 @@ from router.control import FleetControl
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
+from router.membership import Listing
 from router.operator_service import OperatorService
 from router.request_metrics import RequestMetrics
 from router.retry_budget import RetryBudget
@@ -34,7 +35,11 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     mesh = settings.create_mesh()
     hasher = RequestHasher(settings.key_secret)
-    fleet = Fleet(settings.workers, lambda ready: server.set_serving(ready and not stopping.is_set()))
+    fleet = Fleet(
+        [Listing(address) for address in settings.workers],
+        lambda ready: server.set_serving(ready and not stopping.is_set()),
+        clock=time.monotonic,
+    )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic))

@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
+from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, from_status
 
 # One envelope at work on the worker, one on the way: it never waits for us.
@@ -49,9 +50,11 @@ class Work:
 class WorkerLink:
     """A channel to the worker at `address`, with a lane of envelopes for each model."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, load: WorkerLoad) -> None:
         self.address = address
-        self.in_flight = 0
+        self._load = load
+        # Requests in the envelopes under way.
+        self._under_way = 0
         self._channel = grpc.aio.insecure_channel(
             address,
             options=[
@@ -78,16 +81,22 @@ class WorkerLink:
         result: asyncio.Future[inference_pb2.WorkResult] = asyncio.get_running_loop().create_future()
         lane.waiting.append((work, result))
         self._send(lane)
-        self.in_flight += 1
+        self._load.sent()
         try:
             return await result
         finally:
-            self.in_flight -= 1
+            self._load.ended()
 
-    async def describe(self, seconds: float) -> inference_pb2.DescribeResponse:
-        """What the worker holds, if it says so in `seconds`. Raises WorkerUnreachableError."""
+    async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
+        """What the worker holds, if it says so in `seconds`; without models where that is `known_version`.
+
+        Raises WorkerUnreachableError.
+        """
+        request = inference_pb2.DescribeRequest(known_version=known_version).SerializeToString()
         try:
-            return inference_pb2.DescribeResponse.FromString(await self._describe(b"", timeout=seconds))
+            response = inference_pb2.DescribeResponse.FromString(await self._describe(request, timeout=seconds))
+            self._load.reported(response.load, self._under_way)
+            return response
         except grpc.aio.AioRpcError as error:
             raise WorkerUnreachableError(_reason(error)) from None
         except DecodeError:
@@ -129,7 +138,13 @@ class WorkerLink:
         try:
             if not items:
                 return
-            response = inference_pb2.ExecuteResponse.FromString(await self._execute(_envelope(items)))
+            self._under_way += len(items)
+            try:
+                answer = await self._execute(_envelope(items))
+            finally:
+                self._under_way -= len(items)
+            response = inference_pb2.ExecuteResponse.FromString(answer)
+            self._load.reported(response.load, self._under_way)
             for (_, future), result in zip(items, response.results, strict=True):
                 if not future.done():
                     future.set_result(result)

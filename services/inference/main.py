@@ -14,7 +14,7 @@ from services.inference.metrics import WorkerMetrics
 from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
 from services.inference.repository import ModelFiles, RepositoryError
-from services.inference.service import EnvelopeService, InferenceService
+from services.inference.service import EnvelopeService, InferenceService, Locality
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
@@ -40,10 +40,14 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         **SharedMemoryControl(worker.memory).handlers(),
         **LiveSettings(tracer).handlers(),
     }
+    locality = Locality(settings.region, settings.zone, settings.weight)
     server = Server(
         settings.engine,
         settings.address,
-        [InferenceService(worker).service(lambda: server.health.serving, more), EnvelopeService(worker).service()],
+        [
+            InferenceService(worker).service(lambda: server.health.serving, more),
+            EnvelopeService(worker, locality).service(),
+        ],
         max_message_bytes=settings.max_message_bytes,
     )
     metrics = Metrics()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -73,11 +75,24 @@ class InferenceService:
         return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
 
 
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """Where a worker stands, and its part of the keys against others'."""
+
+    region: str
+    zone: str
+    weight: float
+
+
 class EnvelopeService:
     """`ringmesh.inference.v1.InferenceWorkerService`: many requests a call, and what is held here."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, locality: Locality) -> None:
         self._worker = worker
+        self._locality = locality
+        self._held = worker.store.held
+        # Of two runs of a worker no version is the same.
+        self._version = random.getrandbits(62) + 1
 
     def service(self) -> Service:
         """The handlers, to be served."""
@@ -104,13 +119,29 @@ class EnvelopeService:
                 for item in request.items
             )
         )
-        return inference_pb2.ExecuteResponse(results=results)
+        return inference_pb2.ExecuteResponse(results=results, load=self._load())
 
-    async def _describe(self, _: inference_pb2.DescribeRequest, __: Context) -> inference_pb2.DescribeResponse:
+    async def _describe(self, request: inference_pb2.DescribeRequest, _: Context) -> inference_pb2.DescribeResponse:
+        load = self._load()
+        known = request.known_version == load.version
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
             accepting=self._worker.accepting,
-            models=[describe(held) for held in self._worker.store.held],
+            models=() if known else [describe(held) for held in self._held],
+            load=load,
+            version=load.version,
+            region=self._locality.region,
+            zone=self._locality.zone,
+            weight=self._locality.weight,
+        )
+
+    def _load(self) -> inference_pb2.LoadReport:
+        if self._held is not self._worker.store.held:
+            self._held = self._worker.store.held
+            self._version += 1
+        load = self._worker.load
+        return inference_pb2.LoadReport(
+            requests=load.requests, estimated_wait_us=int(load.estimated_wait * 1e6), version=self._version
         )
 
 

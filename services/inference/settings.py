@@ -32,6 +32,9 @@ class WorkerSettings(ServiceSettings):
     )
     poll_seconds: float = Field(0.0, ge=0, description="how often to look for changed models; 0: only when asked to")
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
+    region: str = Field("", description="where it stands: routers prefer workers of their own region")
+    zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")
+    weight: float = Field(1.0, gt=0, description="its part of the keys and of the load, against other workers'")
 
     @field_validator("models")
     @classmethod

@@ -10,6 +10,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
 from services.inference.held_models import HeldModel
+from services.inference.load import Load
 from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
 from services.inference.request import encode_response
@@ -32,6 +33,7 @@ class Worker:
         self.memory = SharedMemory()
         self.accepting = True
         self._decoder = RequestDecoder(self.memory)
+        self.load = Load(time.monotonic)
         self._tracer = tracer
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
 
@@ -78,6 +80,7 @@ class Worker:
         caught_up: bool = False,
     ) -> inference_pb2.WorkResult:
         start = time.time_ns()
+        self.load.started()
         try:
             decoded = self._decoder.decode(request, held.model)
             batch = await held.submit(decoded, deadline)
@@ -91,6 +94,8 @@ class Worker:
         except Exception:
             held.statistics.failed(time.time_ns() - start)
             raise
+        finally:
+            self.load.ended()
         held.statistics.succeeded(batch, decoded.rows, time.time_ns() - start, time.time_ns() - batch.end_ns)
         _record(trace, held, batch)
         timing = inference_pb2.Timing(

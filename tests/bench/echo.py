@@ -14,6 +14,7 @@ import uvloop
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from router.load import WorkerLoad
 from router.worker_link import Work, WorkerLink
 from services.runtime.rpc import Service
 from services.runtime.server import Engine, Server
@@ -21,7 +22,7 @@ from services.runtime.server import Engine, Server
 
 async def serve(arguments: argparse.Namespace) -> None:
     answer = bytes(arguments.response_bytes)
-    link = WorkerLink(f"127.0.0.1:{arguments.back}")
+    link = WorkerLink(f"127.0.0.1:{arguments.back}", WorkerLoad())
 
     async def one_hop(request, context):
         return answer

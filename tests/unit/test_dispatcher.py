@@ -5,52 +5,46 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.concurrency_limit import ConcurrencyLimits
-from router.catalog import Catalog, ModelEntry
 from router.dispatcher import Dispatcher
-from router.fleet import FleetView
 from router.retry_budget import RetryBudget
-from router.ring import RANKS, Ring
+from router.ring import RANKS
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.tracing import Trace
+from tests.unit.fleets import MODEL, member, view
 
-MODEL = ModelEntry("m", "1", b"d" * 16, "", None)
 NOT_SAMPLED = Trace("a" * 32, "", sampled=False)
 PLACE = b"\x12\x34" + bytes(14)
 
 
-class Worker:
-    """A member whose link answers, fails, or is lost."""
+class Link:
+    """The way to a worker that answers, fails, or is lost."""
 
-    def __init__(self, address, asked, outcome, reason=""):
-        self.worker_id = self.address = address
-        self.link = self
+    def __init__(self, address, asked, outcome):
+        self._address = address
         self._asked = asked
         self._outcome = outcome
-        self._reason = reason
-
-    def why_not(self, model):
-        return self._reason
 
     async def execute(self, digest, work):
-        self._asked.append(self.address)
+        self._asked.append(self._address)
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
 
 
-def dispatcher(outcomes, reasons):
+def dispatcher(outcomes, lacking=()):
     """A dispatcher over workers by address, and the list of those it asks."""
     asked = []
-    members = {name: Worker(name, asked, outcome, reasons.get(name, "")) for name, outcome in outcomes.items()}
-    ring = Ring(dict.fromkeys(members, 1.0))
+    seen = view(
+        [member(name, link=Link(name, asked, outcome), holds=name not in lacking) for name, outcome in outcomes.items()]
+    )
     lost = []
     fleet = types.SimpleNamespace(
-        view=FleetView(ring, members, Catalog([])), failed=lambda member, error: lost.append(member.address)
+        view=seen, failed=lambda member, error: lost.append(member.address), answered=lambda *_: None
     )
     return (
         Dispatcher(fleet, ConcurrencyLimits(0.1, time.monotonic), RetryBudget(time.monotonic)),
-        ring.ranked(PLACE),
+        seen.ring.ranked(PLACE),
         asked,
         lost,
     )
@@ -66,45 +60,44 @@ async def run(made):
 
 
 async def test_the_owner_is_asked_first():
-    made, ranked, asked, _ = dispatcher(dict.fromkeys(NAMES, DONE), {})
+    made, ranked, asked, _ = dispatcher(dict.fromkeys(NAMES, DONE))
     result, member = await run(made)
     assert (result.response, asked, member.address) == (b"answer", [ranked[0]], ranked[0])
 
 
 async def test_a_lost_worker_is_reported_and_the_next_in_rank_asked():
-    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE), {})
-    made, _, asked, lost = dispatcher({name: LOST if name == ranked[0] else DONE for name in NAMES}, {})
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
+    made, _, asked, lost = dispatcher({name: LOST if name == ranked[0] else DONE for name in NAMES})
     _, member = await run(made)
     assert (asked, lost, member.address) == ([*ranked[:2]], [ranked[0]], ranked[1])
 
 
 async def test_a_worker_that_is_draining_is_passed_over_and_not_reported():
     drains = inference_pb2.WorkResult(failure=inference_pb2.Failure(code=14, message="draining"))
-    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE), {})
-    made, _, asked, lost = dispatcher({name: drains if name == ranked[0] else DONE for name in NAMES}, {})
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
+    made, _, asked, lost = dispatcher({name: drains if name == ranked[0] else DONE for name in NAMES})
     await run(made)
     assert (asked, lost) == ([*ranked[:2]], [])
 
 
 async def test_a_wrong_request_is_not_tried_elsewhere():
     wrong = inference_pb2.WorkResult(failure=inference_pb2.Failure(code=3, message="wrong", field="inputs"))
-    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, wrong), {})
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, wrong))
     with pytest.raises(InvalidArgumentError, match="wrong"):
         await run(made)
     assert len(asked) == 1
 
 
 async def test_the_one_holder_in_a_large_fleet_is_found_beyond_the_ranks():
-    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE), {})
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
     holder = next(name for name in NAMES if name not in ranked)
-    reasons = {name: "does not hold the model" for name in NAMES if name != holder}
-    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, DONE), reasons)
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, DONE), [name for name in NAMES if name != holder])
     await run(made)
     assert asked == [holder]
 
 
 async def test_a_fleet_that_is_down_is_given_up_after_as_many_attempts_as_there_are_ranks():
-    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, LOST), {})
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, LOST))
     with pytest.raises(UnavailableError, match="'m'"):
         await run(made)
     assert len(asked) == RANKS

@@ -1,0 +1,64 @@
+"""What happens to the fleet, told to whoever watches."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+
+from ringmesh.router.v1 import router_pb2
+
+from services.runtime.errors import ResourceExhaustedError
+
+# Events that may wait for a slow watcher, enough for a fleet of hundreds to change as a whole.
+MAX_WAITING = 4096
+
+Event = router_pb2.WatchResponse
+
+
+class FleetEvents:
+    """Hands every event to all watchers, without ever waiting for one."""
+
+    def __init__(self) -> None:
+        self._watchers: set[asyncio.Queue[Event | None]] = set()
+
+    def tell(
+        self, kind: Event.Kind.ValueType, address: str, worker_id: str, *, model: str = "", reason: str = ""
+    ) -> None:
+        """To be called as it happens."""
+        if self._watchers:
+            event = make(kind, address, worker_id, model=model, reason=reason)
+            for queue in self._watchers:
+                if queue.qsize() <= MAX_WAITING:
+                    queue.put_nowait(event)
+
+    async def watch(self, first: Iterable[Event]) -> AsyncIterator[Event]:
+        """`first`, then all from now on, until `close`.
+
+        Raises ResourceExhaustedError for a watcher that falls MAX_WAITING behind.
+        """
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._watchers.add(queue)
+        try:
+            for event in first:
+                yield event
+            while (found := await queue.get()) is not None:
+                if queue.qsize() >= MAX_WAITING:
+                    raise ResourceExhaustedError(
+                        f"the watcher fell {MAX_WAITING} events behind; watch again to hear who is in the ring"
+                    )
+                yield found
+        finally:
+            self._watchers.discard(queue)
+
+    def close(self) -> None:
+        """Ends all watches, so that they do not hold up the server's stop."""
+        for queue in self._watchers:
+            queue.put_nowait(None)
+
+
+def make(kind: Event.Kind.ValueType, address: str, worker_id: str, *, model: str = "", reason: str = "") -> Event:
+    """An event of this moment."""
+    return Event(
+        at_ms=time.time_ns() // 1_000_000, kind=kind, address=address, worker_id=worker_id, model=model, reason=reason
+    )

@@ -1,0 +1,57 @@
+"""One worker, as this router knows it."""
+
+from __future__ import annotations
+
+from ringmesh.inference.v1 import inference_pb2
+
+from router.catalog import ModelEntry
+from router.load import WorkerLoad
+from router.membership import Listing
+from router.worker_link import WorkerLink
+
+
+class Member:
+    """A worker in the ring, written by the fleet alone.
+
+    `reason` says why it cannot be asked, "" where it can. `ejected` says why it should not be while others can: it
+    answers badly. `ramp` is the part of its weight that counts towards its load, below 1 while it starts slowly.
+    """
+
+    def __init__(self, listing: Listing, link: WorkerLink, load: WorkerLoad) -> None:
+        self.address = listing.address
+        self.worker_id = listing.worker_id or listing.address
+        self.region = listing.region
+        self.zone = listing.zone
+        self.weight = listing.weight
+        self.link = link
+        self.load = load
+        self.reason = "not yet connected"
+        self.ejected = ""
+        self.ramp = 1.0
+        # The worker's version of `models`.
+        self.version = 0
+        self.models: tuple[inference_pb2.ModelVersion, ...] = ()
+        self.held: frozenset[tuple[str, str]] = frozenset()
+        # Ensembles of which it lacks a step.
+        self.partly: frozenset[tuple[str, str]] = frozenset()
+        # What it would have to load first.
+        self.unloaded: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can be sent work."""
+        return not self.reason
+
+    @property
+    def capacity(self) -> float:
+        """Its weight, as far as it has started."""
+        return self.weight * self.ramp
+
+    def why_not(self, model: ModelEntry) -> str:
+        """Why it cannot be asked for `model`; "" where it can."""
+        if self.reason:
+            return self.reason
+        key = (model.name, model.version)
+        if key in self.partly:
+            return "does not hold every step of the ensemble"
+        return "" if key in self.held else "does not hold the model"
