@@ -9,11 +9,13 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from router.audit import Audit
+from router.catalog import Catalog
 from router.fleet import Fleet
 from router.member import Member
 from router.request_metrics import RequestMetrics
 from router.worker_link import WorkerUnreachableError
-from services.runtime.errors import InvalidArgumentError, UnavailableError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from services.runtime.rpc import Context, Handler, unary
 
 _SERVICE = "/inference.GRPCInferenceService/"
@@ -36,9 +38,10 @@ _SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
 class FleetControl:
     """Handlers that ask one worker, or all of them and put the answers together."""
 
-    def __init__(self, fleet: Fleet, requests: RequestMetrics) -> None:
+    def __init__(self, fleet: Fleet, requests: RequestMetrics, audit: Audit) -> None:
         self._fleet = fleet
         self._requests = requests
+        self._audit = audit
 
     def handlers(self) -> dict[str, Handler]:
         """For `inference.GRPCInferenceService`."""
@@ -63,7 +66,10 @@ class FleetControl:
         model = self._fleet.view.catalog.find(request.name, request.version)
         for member in self._healthy():
             if (model.name, model.version) in member.held:
-                return await self._ask(member, "ModelConfig", request, v2.ModelConfigResponse, _SECONDS)
+                answer = await self._ask(member, "ModelConfig", request, v2.ModelConfigResponse, _SECONDS)
+                if why_not := self._audit.why_not(model, self._fleet.view.catalog):
+                    answer.config.parameters["ringmesh_cached"].string_value = f"no: {why_not}"
+                return answer
         raise UnavailableError(f"no worker that holds model {request.name!r} can be reached; retry later")
 
     async def _statistics(self, request: v2.ModelStatisticsRequest, _: Context) -> v2.ModelStatisticsResponse:
@@ -102,9 +108,18 @@ class FleetControl:
                     lines[key] = line
                 if line.reason:
                     reasons.setdefault(key, []).append(f"{member.worker_id}: {line.reason}")
+        catalog = self._fleet.view.catalog
         for key, line in lines.items():
+            if line.state == "READY" and (why_not := self._distrusted(catalog, *key)):
+                reasons.setdefault(key, []).append(f"not cached: {why_not}")
             line.reason = "; ".join(reasons.get(key, []))
         return v2.RepositoryIndexResponse(models=[lines[key] for key in sorted(lines)])
+
+    def _distrusted(self, catalog: Catalog, name: str, version: str) -> str:
+        try:
+            return self._audit.why_not(catalog.find(name, version), catalog)
+        except (NotFoundError, UnavailableError):
+            return ""
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
         """Returns when every worker serves the new files, and this router keys by them."""

@@ -9,6 +9,7 @@ from cache.keys import RequestHasher
 from cache.metrics import CacheMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.audit import Audit
 from router.control import FleetControl
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
@@ -44,16 +45,17 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic))
     quotas = Quotas(settings.quotas, time.monotonic)
-    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, quotas)
-    more = {**FleetControl(fleet, requests).handlers(), **LiveSettings(tracer).handlers()}
+    audit = Audit(dispatcher, settings.audit_share, time.monotonic)
+    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, quotas, audit)
+    more = {**FleetControl(fleet, requests, audit).handlers(), **LiveSettings(tracer).handlers()}
     server = Server(
         settings.engine,
         settings.address,
-        [inference.service(lambda: server.health.serving, more), OperatorService(fleet, hasher).service()],
+        [inference.service(lambda: server.health.serving, more), OperatorService(fleet, hasher, audit).service()],
         max_message_bytes=settings.max_message_bytes,
     )
     metrics = Metrics()
-    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh)):
+    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()

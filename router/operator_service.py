@@ -9,6 +9,7 @@ from ringmesh.router.v1 import router_pb2
 
 from cache.keys import RequestHasher, UncacheableError, cache_key
 from router import fleet_events
+from router.audit import Audit
 from router.fleet import Fleet, FleetView
 from router.fleet_events import Event
 from router.member import Member
@@ -24,9 +25,10 @@ _MOST_CANDIDATES = 32
 class OperatorService:
     """GetRing, Explain and Watch, from the same view that requests see."""
 
-    def __init__(self, fleet: Fleet, hasher: RequestHasher) -> None:
+    def __init__(self, fleet: Fleet, hasher: RequestHasher, audit: Audit) -> None:
         self._fleet = fleet
         self._hasher = hasher
+        self._audit = audit
 
     def service(self) -> Service:
         """The handlers, to be served."""
@@ -49,8 +51,8 @@ class OperatorService:
         response = router_pb2.ExplainResponse()
         place, sticky = b"", False
         try:
-            if model.uncacheable:
-                raise UncacheableError(model.uncacheable)
+            if why_not := model.uncacheable or self._audit.why_not(model, view.catalog):
+                raise UncacheableError(why_not)
             tenant = request.tenant if model.tenant_scoped else None
             place = self._hasher.hash(request.request, model.outputs, tenant)
             response.key = cache_key(model.digest, place).hex()

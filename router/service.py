@@ -18,6 +18,7 @@ from cache.mesh import Computed, Found, Mesh
 from router import ensembles
 from router.admission.caller import ANYBODY, RefusedError, caller_of
 from router.admission.quotas import Quotas
+from router.audit import Audit
 from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
@@ -47,6 +48,7 @@ class InferenceService:
         tracer: Tracer,
         requests: RequestMetrics,
         quotas: Quotas,
+        audit: Audit,
     ) -> None:
         self._fleet = fleet
         self._mesh = mesh
@@ -55,6 +57,7 @@ class InferenceService:
         self._tracer = tracer
         self._requests = requests
         self._quotas = quotas
+        self._audit = audit
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -91,7 +94,10 @@ class InferenceService:
         traceparent, control = protocol.trace_and_cache_control(metadata)
         call = self._key(data, self._tracer.start(traceparent), metadata, control, method)
         entry = self._local(call)
-        return call if entry is None else self._answer(call, Found(entry, "hit-local"))
+        if entry is None or call.model is None:
+            return call
+        self._audit.hit(call.model, data, entry.value)
+        return self._answer(call, Found(entry, "hit-local"))
 
     def _key(self, data: bytes, trace: Trace, metadata: Metadata, control: str, method: str) -> _Admitted:
         """Parses, finds the model and keys; what is wrong is in `error`."""
@@ -102,8 +108,10 @@ class InferenceService:
             request = parse(v2.ModelInferRequest, data)
             call.name, call.request_id = request.model_name, request.id
             call.model = model = self._fleet.view.catalog.find(call.name, request.model_version)
-            if model.uncacheable:
-                raise UncacheableError(model.uncacheable)
+            if model.uncacheable or self._audit.distrusted:
+                why_not = model.uncacheable or self._audit.why_not(model, self._fleet.view.catalog)
+                if why_not:
+                    raise UncacheableError(why_not)
             tenant = protocol.tenant(metadata) if model.tenant_scoped else None
             call.request_hash = self._hasher.hash(request, model.outputs, tenant)
         except UncacheableError as why:
@@ -157,7 +165,10 @@ class InferenceService:
         self._requests.in_flight += 1
         try:
             call.caller = caller_of(call.metadata)
-            return self._answer(call, await self._find(call, protocol.deadline(context)))
+            found = await self._find(call, protocol.deadline(context))
+            if found.outcome == "hit-shared" and call.model is not None:
+                self._audit.hit(call.model, call.data, found.entry.value)
+            return self._answer(call, found)
         except RingmeshError as error:
             self._failed(call, error.code.name, error.message)
             raise

@@ -20,6 +20,12 @@ class RouterSettings(MeshSettings):
         ("127.0.0.1:8100",), description="host:port of each worker, separated by commas"
     )
 
+    audit_share: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="share of the hits that are computed again and compared, if there is time; 0: none",
+    )
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"
     )

