@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
@@ -16,10 +17,12 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from services.console import fleet_page, traces_page
+from services.console import cache_page, cost_page, fleet_page, models_page, objectives_page, traces_page, try_page
 from services.console.live import Pages
 from services.console.security import Guard
 from services.console.sources import Sources
+
+log = logging.getLogger(__name__)
 
 
 def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> Starlette:
@@ -32,13 +35,24 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
         detail = error.detail if error.detail != title else f"There is no {request.url.path} here."
         return pages.render("error.html", request, {"title": title, "detail": detail}, error.status_code)
 
+    async def failed(request: Request, error: Exception) -> Response:
+        log.error("%s failed", request.url.path, exc_info=error)
+        detail = f"This page failed ({type(error).__name__}); the console's log has the cause."
+        return pages.render("error.html", request, {"title": "Internal error", "detail": detail}, 500)
+
     return Starlette(
         routes=[
             Route("/", pages.page("fleet.html", partial(fleet_page.contents, sources))),
+            Route("/models", pages.page("models.html", partial(models_page.listing, sources))),
+            Route("/models/{name}", pages.page("model.html", partial(models_page.one, sources))),
+            Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources))),
+            Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
+            Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources))),
+            Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
             Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
         middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={HTTPException: refused},
+        exception_handlers={HTTPException: refused, Exception: failed},
     )

@@ -66,7 +66,17 @@ class ModelView:
     state: str
     reason: str
     copies: tuple[ModelCopy, ...] = ()
-    statistics: v2.ModelStatistics | None = None
+
+    @property
+    def uncacheable(self) -> str:
+        """Why no worker's answers are kept; "" where those of any are."""
+        reasons = [copy.uncacheable for copy in self.copies]
+        return reasons[0] if reasons and all(reasons) else ""
+
+    @property
+    def providers(self) -> str:
+        """What computes it, by ONNX Runtime's names without the ending they share."""
+        return ", ".join(sorted({copy.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +137,14 @@ class FleetWatch:
 
     async def _ask_router(self, last: RouterView) -> RouterView:
         stub = router_pb2_grpc.RouterServiceStub(self.channel(last.address))
-        ring, problem = await _ask(lambda: stub.GetRing(router_pb2.GetRingRequest(), timeout=_TIMEOUT))
+        ring, problem = await ask(lambda: stub.GetRing(router_pb2.GetRingRequest(), timeout=_TIMEOUT))
         if ring is None:
             return RouterView(last.address, problem, last.workers, last.answered_at)
         return RouterView(last.address, "", tuple(ring.workers), time.time())
 
     async def _ask_cache(self, last: CacheView) -> CacheView:
         stub = cache_pb2_grpc.CacheServiceStub(self.channel(last.address))
-        stats, problem = await _ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
+        stats, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
         return CacheView(last.address, problem, stats or last.stats)
 
     async def _ask_models(self) -> tuple[ModelView, ...]:
@@ -143,11 +153,9 @@ class FleetWatch:
         if router is None:
             return self.view.models
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self.channel(router.address))
-        index, _ = await _ask(lambda: stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=_TIMEOUT))
+        index, _ = await ask(lambda: stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=_TIMEOUT))
         if index is None:
             return self.view.models
-        stats, _ = await _ask(lambda: stub.ModelStatistics(v2.ModelStatisticsRequest(), timeout=_TIMEOUT))
-        counted = {(one.name, one.version): one for one in stats.model_stats} if stats else {}
         copies = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
         return tuple(
             ModelView(
@@ -156,7 +164,6 @@ class FleetWatch:
                 model.state,
                 model.reason,
                 tuple(copies.get((model.name, model.version), ())),
-                counted.get((model.name, model.version)),
             )
             for model in index.models
         )
@@ -182,10 +189,10 @@ class FleetWatch:
 
 async def _describe(channel: grpc.aio.Channel) -> inference_pb2.DescribeResponse | None:
     stub = inference_pb2_grpc.InferenceWorkerServiceStub(channel)
-    return (await _ask(lambda: stub.Describe(inference_pb2.DescribeRequest(), timeout=_TIMEOUT)))[0]
+    return (await ask(lambda: stub.Describe(inference_pb2.DescribeRequest(), timeout=_TIMEOUT)))[0]
 
 
-async def _ask(call: Callable[[], Awaitable[Answer]]) -> tuple[Answer | None, str]:
+async def ask(call: Callable[[], Awaitable[Answer]]) -> tuple[Answer | None, str]:
     """The answer, or why there is none in words."""
     try:
         return await call(), ""

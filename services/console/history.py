@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeAlias
 
 import numpy as np
@@ -114,12 +115,11 @@ class History:
 
     def increase(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
         """By how much counters grew within the last `seconds`; a restarted process counts from 0."""
-        since = self._clock() - seconds
         out: dict[Labels, float] = {}
-        for times, series in self._matching(name, where):
-            grown = float(_growth(times, series)[np.frombuffer(times) > since].sum())
-            key = _key(series, by)
-            out[key] = out.get(key, 0.0) + grown
+        for _, matching, grown in self._grown(name, where, self._clock() - seconds):
+            for series, total in zip(matching, grown.sum(axis=1).tolist(), strict=True):
+                key = _key(series, by)
+                out[key] = out.get(key, 0.0) + total
         return out
 
     def rate(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
@@ -147,20 +147,19 @@ class History:
         edges = self._edges(seconds, step)
         total = np.zeros(len(edges) - 1)
         seen = np.zeros(len(edges) - 1, bool)
-        for times, series in self._matching(name, where):
-            at = np.frombuffer(times)
-            total += np.histogram(at, edges, weights=_growth(times, series))[0]
-            seen |= np.histogram(at, edges)[0] > 0
+        for times, _, grown in self._grown(name, where, edges[0]):
+            total += _binned(times, grown, edges).sum(axis=0)
+            seen |= np.histogram(times, edges)[0] > 0
         return Curve(edges[1:].tolist(), np.where(seen, total / step, math.nan).tolist())
 
     def quantiles(self, q: float, name: str, seconds: float, step: float, **where: str) -> Curve:
         """A quantile step by step; NaN where nothing was observed."""
         edges = self._edges(seconds, step)
         buckets: dict[float, Floats] = {}
-        for times, series in self._matching(f"{name}_bucket", where):
-            grown = np.histogram(np.frombuffer(times), edges, weights=_growth(times, series))[0]
-            bound = float(series.labels["le"])
-            buckets[bound] = buckets[bound] + grown if bound in buckets else grown
+        for times, matching, grown in self._grown(f"{name}_bucket", where, edges[0]):
+            for series, counts in zip(matching, _binned(times, grown, edges), strict=True):
+                bound = float(series.labels["le"])
+                buckets[bound] = buckets[bound] + counts if bound in buckets else counts
         values = [_quantile(q, {bound: counts[i] for bound, counts in buckets.items()}) for i in range(len(edges) - 1)]
         return Curve(edges[1:].tolist(), values)
 
@@ -169,9 +168,9 @@ class History:
         edges = self._edges(seconds, step)
         total = np.zeros(len(edges) - 1)
         seen = np.zeros(len(edges) - 1, bool)
-        for times, series in self._matching(name, where):
-            at = np.frombuffer(times)[-len(series.values) :]
-            values = np.frombuffer(series.values)
+        for target, series in self._matching(name, where):
+            values = np.frombuffer(series.values)[-len(target.times) :]
+            at = np.frombuffer(target.times)[-len(values) :]
             known = ~np.isnan(values)
             count = np.histogram(at[known], edges)[0]
             total += np.histogram(at[known], edges, weights=values[known])[0] / np.maximum(count, 1)
@@ -183,11 +182,33 @@ class History:
         end = math.floor(self._clock() / step) * step
         return end - step * np.arange(round(seconds / step), -1, -1, dtype=np.float64)
 
-    def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[array[float], _Series]]:
+    def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[_Target, _Series]]:
         for target in self._targets.values():
             for series in target.by_name.get(name, {}).values():
                 if all(series.labels.get(label) == value for label, value in where.items()):
-                    yield target.times, series
+                    yield target, series
+
+    def _grown(
+        self, name: str, where: Mapping[str, str], since: float
+    ) -> Iterator[tuple[Floats, list[_Series], Floats]]:
+        """Target by target: the scrapes after `since`, the series that match, and what each grew by at each scrape."""
+        for target, pairs in groupby(self._matching(name, where), lambda pair: pair[0]):
+            matching = [series for _, series in pairs]
+            times = np.frombuffer(target.times)
+            first = int(np.searchsorted(times, since, "right"))
+            count = len(times) - first
+            if not count:
+                continue
+            # One column more than asked for: what the first scrape is compared with.
+            block = np.full((len(matching), count + 1), math.nan)
+            for row, series in zip(block, matching, strict=True):
+                tail = np.frombuffer(series.values)[-min(count + 1, len(times)) :]
+                row[count + 1 - len(tail) :] = tail
+            grown = np.diff(block, axis=1)
+            grown = np.where(grown < 0, block[:, 1:], grown)
+            for index in np.flatnonzero(np.isnan(grown).any(axis=1)):
+                grown[index] = _bridged(target, matching[index])[first:]
+            yield times[first:], matching, grown
 
 
 def _trim(values: array[float]) -> None:
@@ -199,18 +220,25 @@ def _key(series: _Series, by: Sequence[str]) -> Labels:
     return tuple(series.labels.get(label, "") for label in by)
 
 
-def _growth(times: array[float], series: _Series) -> Floats:
-    """What was added at each of `times`; a counter that appears after the first scrape began at 0."""
-    values = np.frombuffer(series.values)[-len(times) :]
-    grown = np.zeros(len(times))
+def _bridged(target: _Target, series: _Series) -> Floats:
+    """What a series with gaps grew by at each scrape; one that appears after the first scrape began at 0."""
+    values = np.frombuffer(series.values)[-len(target.times) :]
+    grown = np.zeros(len(target.times))
     known = np.flatnonzero(~np.isnan(values))
     if not len(known):
         return grown
-    offset = len(times) - len(values)
+    offset = len(target.times) - len(values)
     first = values[known[0]] if offset + known[0] > 0 and len(series.values) <= KEPT_SAMPLES else 0.0
     steps = np.diff(values[known])
     grown[offset + known] = np.concatenate(([first], np.where(steps < 0, values[known[1:]], steps)))
     return grown
+
+
+def _binned(times: Floats, grown: Floats, edges: Floats) -> Floats:
+    """Sums of `grown` between the edges, row by row."""
+    sums = np.concatenate((np.zeros((len(grown), 1)), np.cumsum(grown, axis=1)), axis=1)
+    places = np.searchsorted(times, edges, "right")
+    return sums[:, places[1:]] - sums[:, places[:-1]]
 
 
 def _quantile(q: float, cumulative: Mapping[float, float]) -> float:

@@ -11,6 +11,8 @@ from services.console.history import Curve, History
 NOW_SECONDS = 60.0
 SPAN_SECONDS = 900.0
 STEP_SECONDS = 10.0
+# A console that was started just now shows what there is, larger.
+_YOUNG = (180.0, 5.0)
 
 REQUESTS = "ringmesh_requests_total"
 DURATION = "ringmesh_request_duration_seconds"
@@ -36,8 +38,9 @@ class Vitals:
     spent: float
 
 
-def vitals(history: History, seconds: float = NOW_SECONDS, **where: str) -> Vitals:
+def vitals(history: History, **where: str) -> Vitals:
     """Of all requests, or of those with the labels `where`."""
+    seconds = NOW_SECONDS
     by_outcome = history.rate(REQUESTS, seconds, ("outcome", "code"), **where)
     ok = sum(rate for (_, code), rate in by_outcome.items() if code == "OK")
     hits = sum(rate for (outcome, code), rate in by_outcome.items() if code == "OK" and outcome in HITS)
@@ -53,6 +56,11 @@ def vitals(history: History, seconds: float = NOW_SECONDS, **where: str) -> Vita
     )
 
 
+def span(history: History) -> tuple[float, float]:
+    """How far curves reach back, and their step; in seconds."""
+    return _YOUNG if history.watched(SPAN_SECONDS) < _YOUNG[0] else (SPAN_SECONDS, STEP_SECONDS)
+
+
 def only(values: Mapping[tuple[str, ...], float]) -> float:
     """The one value of an answer without labels; NaN where there is none."""
     return values.get((), math.nan)
@@ -60,7 +68,8 @@ def only(values: Mapping[tuple[str, ...], float]) -> float:
 
 def requests(history: History, **where: str) -> Curve:
     """Requests a second."""
-    return history.rates(REQUESTS, SPAN_SECONDS, STEP_SECONDS, **where)
+    seconds, step = span(history)
+    return history.rates(REQUESTS, seconds, step, **where)
 
 
 def errors(history: History, **where: str) -> Curve:
@@ -70,20 +79,23 @@ def errors(history: History, **where: str) -> Curve:
 
 def hit_ratio(history: History, **where: str) -> Curve:
     """Share of good answers that came from a cache or another's computation; NaN where there were none."""
-    ok = history.rates(REQUESTS, SPAN_SECONDS, STEP_SECONDS, code="OK", **where)
-    curves = [history.rates(REQUESTS, SPAN_SECONDS, STEP_SECONDS, code="OK", outcome=hit, **where) for hit in HITS]
+    seconds, step = span(history)
+    ok = history.rates(REQUESTS, seconds, step, code="OK", **where)
+    curves = [history.rates(REQUESTS, seconds, step, code="OK", outcome=hit, **where) for hit in HITS]
     hits = [sum(_zero(curve.values[i]) for curve in curves) for i in range(len(ok.values))]
     return Curve(ok.times, [hit / all_ if all_ > 0 else math.nan for hit, all_ in zip(hits, ok.values, strict=True)])
 
 
 def latency(history: History, q: float, **where: str) -> Curve:
     """A quantile of the time to answer, in seconds."""
-    return history.quantiles(q, DURATION, SPAN_SECONDS, STEP_SECONDS, **where)
+    seconds, step = span(history)
+    return history.quantiles(q, DURATION, seconds, step, **where)
 
 
 def saved(history: History, **where: str) -> Curve:
     """Seconds of compute that a second saved."""
-    curves = [history.rates(COMPUTE, SPAN_SECONDS, STEP_SECONDS, outcome=hit, **where) for hit in HITS]
+    seconds, step = span(history)
+    curves = [history.rates(COMPUTE, seconds, step, outcome=hit, **where) for hit in HITS]
     steps = zip(*(curve.values for curve in curves), strict=True)
     return Curve(
         curves[0].times,

@@ -5,43 +5,64 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import grpc
+from opentelemetry.proto.trace.v1 import trace_pb2
 
 BYPASS = "cache.bypass"
 SHARED = "cache.shared"
-FORWARD = "forward"
+EXECUTE = "Execute"
 QUEUE = "queue"
 BATCH = "batch"
 RUN = "onnxruntime run"
+CANDIDATE = "ringmesh.candidate"
 
-MODEL = "ringmesh.model"
+MODEL = "ringmesh.model.name"
 VERSION = "ringmesh.model.version"
 TENANT = "ringmesh.tenant"
-CACHE = "ringmesh.cache"
+OUTCOME = "ringmesh.cache.outcome"
+KEY = "ringmesh.key"
 HIT = "ringmesh.cache.hit"
-REASON = "ringmesh.reason"
-WORKER = "ringmesh.worker"
+REASON = "ringmesh.cache.reason"
+AGE = "ringmesh.cache.age_ms"
+WORKER = "ringmesh.worker.id"
 RANK = "ringmesh.rank"
-CANDIDATES = "ringmesh.candidates"
-ERROR = "ringmesh.error"
+LOAD = "ringmesh.load"
+TAKEN = "ringmesh.taken"
+WHY = "ringmesh.reason"
+JOINED = "ringmesh.joined"
 BATCH_REQUESTS = "ringmesh.batch.requests"
 BATCH_ROWS = "ringmesh.batch.rows"
 PROVIDER = "ringmesh.provider"
-CODE = "rpc.grpc.status_code"
-KEPT = "ringmesh.kept"
+CODE = "rpc.response.status_code"
 
-_SUMMARY = {"model": MODEL, "version": VERSION, "tenant": TENANT, "cache": CACHE, "worker": WORKER, "kept": KEPT}
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+_SUMMARY = {
+    "model": MODEL,
+    "version": VERSION,
+    "tenant": TENANT,
+    "cache": OUTCOME,
+    "worker": WORKER,
+    "key": KEY,
+    "code": CODE,
+}
 
 
-def is_entry(service: str, name: str) -> bool:
+_FORMER = {
+    "ringmesh.model": MODEL,
+    "ringmesh.cache": OUTCOME,
+    "ringmesh.worker": WORKER,
+    "ringmesh.reason": REASON,
+}
+
+
+def current(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The same by the names of today."""
+    return {_FORMER.get(name, name): value for name, value in attributes.items()}
+
+
+def is_entry(service: str, span: trace_pb2.Span) -> bool:
     """Whether the span is the router's own of a request: what it says is what the caller saw."""
-    return service == "ringmesh-router" and name == "router ModelInfer"
+    return service == "ringmesh-router" and span.kind == trace_pb2.Span.SPAN_KIND_SERVER
 
 
 def summary(attributes: Mapping[str, Any]) -> dict[str, str]:
     """What `attributes` say about the trace as a whole, by the fields of a trace's summary."""
-    found = {part: str(attributes[name]) for part, name in _SUMMARY.items() if attributes.get(name)}
-    if code := attributes.get(CODE):
-        found["code"] = _CODES.get(code, str(code))
-    return found
+    return {part: str(attributes[name]) for part, name in _SUMMARY.items() if attributes.get(name)}

@@ -33,8 +33,6 @@ def _opening(summary: Summary) -> Iterator[str]:
         yield f"{what}{whose} came at {at} and failed{code} after {took}: {summary.error}"
     else:
         yield f"{what}{whose} came at {at} and was answered after {took}."
-    if summary.kept == "slow":
-        yield "It was slower than nearly all others of its model, and kept for that."
     if summary.cache in _OUTCOMES:
         yield _OUTCOMES[summary.cache]
 
@@ -46,8 +44,10 @@ def _line(span: Span) -> Iterator[str]:
         yield f"Its answer is not kept: {said.get(names.REASON, 'no reason was given')}."
     elif span.name == names.SHARED and not said.get(names.HIT):
         yield f"The shared tier was asked and did not have it, or was skipped ({took})."
-    elif span.name == names.FORWARD:
-        yield from _forward(span, took)
+    elif span.short_name in (names.EXECUTE, "forward") and span.service == "ringmesh-router":
+        yield from _attempt(span, took)
+    elif span.short_name == names.EXECUTE and said.get(names.JOINED):
+        yield f"The worker was computing the same request already; this one waited {took} for it."
     elif span.name == names.QUEUE:
         yield f"On the worker it waited {took} for a batch to start."
     elif span.name == names.BATCH:
@@ -57,18 +57,22 @@ def _line(span: Span) -> Iterator[str]:
         yield f"ONNX Runtime computed on {said.get(names.PROVIDER, 'an unnamed provider')} for {took}."
 
 
-def _forward(span: Span, took: str) -> Iterator[str]:
+def _attempt(span: Span, took: str) -> Iterator[str]:
+    """Whom the ring offered, and how the one that was asked did."""
     said = span.attributes
-    worker = said.get(names.WORKER, "a worker")
-    for candidate in said.get(names.CANDIDATES, ()):
-        yield f"On the ring: {candidate}."
-    rank = said.get(names.RANK)
-    owner = "the owner of its key" if rank == 0 else f"rank {rank} on the ring for its key"
-    place = f", {owner}," if isinstance(rank, int) else ""
-    if error := span.error or said.get(names.ERROR):
-        yield f"It was sent to {worker}{place} which did not answer it: {error} ({took}). The next in rank was tried."
+    for event in span.events:
+        told = event["attributes"]
+        if event["name"] == names.CANDIDATE and not told.get(names.TAKEN):
+            yield (
+                f"{told.get(names.WORKER)}, rank {told.get(names.RANK)} on the ring for its key, was passed over: "
+                f"{told.get(names.WHY)} (it had {told.get(names.LOAD, 0)} requests in flight)."
+            )
+    worker, rank = said.get(names.WORKER, "a worker"), said.get(names.RANK)
+    place = "the owner of its key" if rank == 0 else f"rank {rank} on the ring for its key"
+    if span.error:
+        yield f"It was sent to {worker}, {place}, and failed there after {took}: {span.error}"
     else:
-        yield f"It was sent to {worker}{place} and was back after {took}."
+        yield f"It was sent to {worker}, {place}, and was back after {took}."
 
 
 def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
@@ -81,4 +85,5 @@ def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
     longest = max((span for _, span in tree.rows), key=lambda span: own[id(span)])
     share = own[id(longest)] / max(1, summary.duration_ns)
     if share > 0.5 and len(tree.rows) > 1:
-        yield f"Most of the time, {nanoseconds(own[id(longest)])}, went into “{longest.name}” on {longest.service}."
+        took = nanoseconds(own[id(longest)])
+        yield f"Most of the time, {took}, went into “{longest.short_name}” on {longest.service}."

@@ -1,10 +1,11 @@
-"""The traces of late, in memory: bounded in bytes and in number, the failed and the slow kept longest."""
+"""The traces of late, in memory: bounded in bytes and in number, the failed kept longest."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from opentelemetry.proto.trace.v1 import trace_pb2
 
@@ -32,19 +33,13 @@ class Summary:
     worker: str = ""
     code: str = ""
     error: str = ""
-    # "slow" or "failed" where the process kept it though it was not sampled.
-    kept: str = ""
+    key: str = ""
     spans: int = 0
 
     @property
     def duration_ns(self) -> int:
         """From the first start to the last end."""
         return self.end_ns - self.start_ns
-
-    @property
-    def is_notable(self) -> bool:
-        """Failed or slow."""
-        return bool(self.error or self.kept)
 
 
 @dataclass(slots=True)
@@ -57,13 +52,14 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for; "" and 0 match everything. `status` is "ok", "error" or "slow"; times in ms."""
+    """What to look for; "" and 0 match everything. `status` is "ok" or "error"; times in ms."""
 
     model: str = ""
     tenant: str = ""
     cache: str = ""
     status: str = ""
     worker: str = ""
+    key: str = ""
     text: str = ""
     min_ms: float = 0
     max_ms: float = 0
@@ -76,9 +72,9 @@ class Query:
             and (not self.tenant or self.tenant == found.tenant)
             and (not self.cache or self.cache == found.cache)
             and (not self.worker or self.worker == found.worker)
+            and (not self.key or self.key == found.key)
             and (self.status != "ok" or not found.error)
             and (self.status != "error" or bool(found.error))
-            and (self.status != "slow" or found.kept == "slow")
             and (not self.min_ms or took >= self.min_ms)
             and (not self.max_ms or took <= self.max_ms)
             and (
@@ -92,7 +88,7 @@ class Query:
 class TraceStore:
     """Takes spans as OTLP brings them. At most `max_bytes` and `max_traces`: the oldest go first.
 
-    Of failed and slow traces, up to half of the room outlives newer ordinary ones.
+    Of failed ones, up to half of the room outlives newer ones that went well.
     """
 
     def __init__(self, *, max_bytes: int, max_traces: int) -> None:
@@ -103,11 +99,11 @@ class TraceStore:
         self._max_bytes = max_bytes
         self._max_traces = max_traces
         self._plain: OrderedDict[str, _Kept] = OrderedDict()
-        self._notable: OrderedDict[str, _Kept] = OrderedDict()
-        self._notable_bytes = 0
+        self._failed: OrderedDict[str, _Kept] = OrderedDict()
+        self._failed_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._plain) + len(self._notable)
+        return len(self._plain) + len(self._failed)
 
     def add(self, service: str, span: trace_pb2.Span) -> None:
         """Raises ValueError where its ids are not those of a span."""
@@ -115,7 +111,7 @@ class TraceStore:
             raise ValueError("a span has a trace id of 16 bytes and a span id of 8")
         self.received_spans += 1
         trace_id = span.trace_id.hex()
-        kept = self._notable.get(trace_id) or self._plain.get(trace_id)
+        kept = self._failed.get(trace_id) or self._plain.get(trace_id)
         if kept is None:
             kept = self._plain[trace_id] = _Kept(Summary(trace_id))
             self.bytes += kept.size
@@ -130,16 +126,16 @@ class TraceStore:
         kept.size += size
         self.bytes += size
         _summarize(kept.summary, service, span)
-        if trace_id in self._notable:
-            self._notable_bytes += size
-        elif kept.summary.is_notable:
-            self._notable[trace_id] = self._plain.pop(trace_id)
-            self._notable_bytes += kept.size
+        if trace_id in self._failed:
+            self._failed_bytes += size
+        elif kept.summary.error:
+            self._failed[trace_id] = self._plain.pop(trace_id)
+            self._failed_bytes += kept.size
         self._evict()
 
     def find(self, trace_id: str) -> tuple[Summary, SpanTree] | None:
         """The trace, whole as far as its spans have come; None where it is not here."""
-        kept = self._notable.get(trace_id) or self._plain.get(trace_id)
+        kept = self._failed.get(trace_id) or self._plain.get(trace_id)
         if kept is None:
             return None
         spans = [as_span(service, trace_pb2.Span.FromString(data)) for service, data in kept.spans.values()]
@@ -152,7 +148,7 @@ class TraceStore:
 
     def summaries(self) -> Iterator[Summary]:
         """All, in no order."""
-        for part in (self._plain, self._notable):
+        for part in (self._plain, self._failed):
             for kept in part.values():
                 yield kept.summary
 
@@ -163,15 +159,15 @@ class TraceStore:
     def _evict(self) -> None:
         while len(self) > 1 and (self.bytes > self._max_bytes or len(self) > self._max_traces):
             crowded = (
-                self._notable_bytes > self._max_bytes // 2
-                or len(self._notable) > self._max_traces // 2
+                self._failed_bytes > self._max_bytes // 2
+                or len(self._failed) > self._max_traces // 2
                 or not self._plain
             )
-            part = self._notable if crowded else self._plain
+            part = self._failed if crowded else self._plain
             _, gone = part.popitem(last=False)
             self.bytes -= gone.size
             if crowded:
-                self._notable_bytes -= gone.size
+                self._failed_bytes -= gone.size
             self.evicted += 1
 
 
@@ -186,8 +182,14 @@ def as_span(service: str, span: trace_pb2.Span) -> Span:
         span.start_time_unix_nano,
         max(span.start_time_unix_nano, span.end_time_unix_nano),
         _error(span),
-        {attribute.key: _plain(attribute.value) for attribute in span.attributes},
+        _attributes(span),
+        events=tuple({"name": event.name, "attributes": _attributes(event)} for event in span.events),
+        links=tuple((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
     )
+
+
+def _attributes(of: trace_pb2.Span | trace_pb2.Span.Event) -> dict[str, Any]:
+    return span_names.current({attribute.key: _plain(attribute.value) for attribute in of.attributes})
 
 
 def _error(span: trace_pb2.Span) -> str:
@@ -208,10 +210,10 @@ def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
     start, end = span.start_time_unix_nano, max(span.start_time_unix_nano, span.end_time_unix_nano)
     if not summary.start_ns or start < summary.start_ns:
         summary.start_ns = start
-        summary.name = span.name
+        summary.name = span.name.rpartition("/")[2]
     summary.end_ns = max(summary.end_ns, end)
-    attributes = {attribute.key: _plain(attribute.value) for attribute in span.attributes}
-    is_entry = span_names.is_entry(service, span.name)
+    attributes = _attributes(span)
+    is_entry = span_names.is_entry(service, span)
     if error := _error(span):
         # The router's words are those that the caller got.
         summary.error = error if is_entry or not summary.error else summary.error

@@ -62,7 +62,13 @@ def percent(value: float | None) -> str:
     shown = value * 100
     if shown in (0, 100):
         return f"{shown:.0f} %"
-    return f"{shown:.2f} %" if shown > 99 or shown < 1 else f"{shown:.0f} %" if shown >= 10 else f"{shown:.1f} %"
+    return (
+        f"{float(f'{shown:.2f}'):g} %"
+        if shown > 99 or shown < 1
+        else f"{shown:.0f} %"
+        if shown >= 10
+        else f"{shown:.1f} %"
+    )
 
 
 def clock(ns: int) -> str:

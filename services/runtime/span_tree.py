@@ -20,6 +20,16 @@ class Span:
     end_ns: int
     error: str
     attributes: dict[str, Any]
+    kind: str = ""
+    instance: str = ""
+    # Each with its `name` and `attributes`.
+    events: tuple[Any, ...] = ()
+    links: tuple[Any, ...] = ()
+
+    @property
+    def short_name(self) -> str:
+        """Of an RPC, its method without the service."""
+        return self.name.rpartition("/")[2]
 
 
 @dataclass(frozen=True, slots=True)

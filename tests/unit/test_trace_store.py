@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from services.console import span_names
 from services.console.trace_store import MAX_SPANS, Query, TraceStore
 
 MS = 1_000_000
+NAMES = {
+    "model": span_names.MODEL,
+    "cache": span_names.OUTCOME,
+    "tenant": span_names.TENANT,
+    "worker": span_names.WORKER,
+}
 
 
 def span(trace, number=1, *, parent=0, start=0, end=1, error="", name="router ModelInfer", **attributes):
@@ -19,13 +26,11 @@ def span(trace, number=1, *, parent=0, start=0, end=1, error="", name="router Mo
         span_id=number.to_bytes(8, "big"),
         parent_span_id=parent.to_bytes(8, "big") if parent else b"",
         name=name,
+        kind=Span.SPAN_KIND_SERVER if name == "router ModelInfer" else Span.SPAN_KIND_INTERNAL,
         start_time_unix_nano=(1000 + start) * MS,
         end_time_unix_nano=(1000 + end) * MS,
         status=Status(code=2, message=error) if error else Status(),
-        attributes=[
-            KeyValue(key=f"ringmesh.{key.replace('_', '.')}", value=AnyValue(string_value=value))
-            for key, value in attributes.items()
-        ],
+        attributes=[KeyValue(key=NAMES[key], value=AnyValue(string_value=value)) for key, value in attributes.items()],
     )
 
 

@@ -1,0 +1,161 @@
+"""The caches: tier by tier, model by model, key by key."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from services.console import overview, units
+from services.console.chart import Line, plot
+from services.console.history import History
+from services.console.live import Context
+from services.console.overview import COMPUTE, HITS, NOW_SECONDS, REQUESTS, SPAN_SECONDS, span
+from services.console.sources import Sources
+
+REDIS = "ringmesh_redis_duration_seconds"
+_KEYS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class TierRow:
+    """One tier of one process. Rates a second; bytes and entries are known of local tiers only."""
+
+    process: str
+    tier: str
+    hits: float
+    misses: float
+    fills: float
+    evictions: float
+    failures: float
+    entries: float
+    bytes: float
+
+    @property
+    def ratio(self) -> float:
+        """Of look-ups that were hits."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class UseRow:
+    """What caching did for a model and tenant within the charts' span. `saved` and `spent` in seconds of compute."""
+
+    model: str
+    tenant: str
+    hits: float
+    misses: float
+    saved: float
+    spent: float
+
+    @property
+    def ratio(self) -> float:
+        """Of answers that came from a cache."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A key, by how often it was in the traces that are here."""
+
+    key: str
+    model: str
+    count: int
+    hits: int
+
+
+async def contents(sources: Sources, _: Request) -> Context:
+    """What `cache.html` shows."""
+    history = sources.history
+    breakers = history.last("ringmesh_redis_breaker_open", ("target",))
+    return {
+        "view": sources.view.cache,
+        "tiers": _tiers(history),
+        "uses": _uses(history),
+        "keys": _keys(sources),
+        "vitals": overview.vitals(history),
+        "saved": sum(row.saved for row in _uses(history)),
+        "breakers": [(target, bool(is_open)) for (target,), is_open in sorted(breakers.items())],
+        "redis": [
+            (target, operation, value)
+            for (target, operation), value in sorted(
+                history.quantile(0.99, REDIS, NOW_SECONDS, ("target", "operation")).items()
+            )
+        ],
+        "charts": [
+            plot("From the cache", [Line("hit ratio", overview.hit_ratio(history))], units.percent, least=1.0),
+            plot("Compute saved, a second", [Line("saved", overview.saved(history))], units.seconds),
+            plot(
+                "Redis, look-ups",
+                [
+                    Line(
+                        name,
+                        history.quantiles(q, REDIS, *span(history), operation="get"),
+                    )
+                    for name, q in (("p99", 0.99), ("p50", 0.5))
+                ],
+                units.seconds,
+            ),
+            plot(
+                "Memory of the local tiers",
+                [Line("held", history.gauge("ringmesh_cache_bytes", *span(history)))],
+                units.size,
+            ),
+        ],
+    }
+
+
+def _tiers(history: History) -> list[TierRow]:
+    by = ("target", "tier")
+    looks = history.rate("ringmesh_cache_lookups_total", NOW_SECONDS, (*by, "result"))
+    rates = {
+        name: history.rate(f"ringmesh_cache_{name}_total", NOW_SECONDS, by)
+        for name in ("fills", "evictions", "failures")
+    }
+    held = {name: history.last(f"ringmesh_cache_{name}", by) for name in ("entries", "bytes")}
+    return [
+        TierRow(
+            process,
+            tier,
+            looks.get((process, tier, "hit"), 0.0),
+            looks.get((process, tier, "miss"), 0.0),
+            *(rates[name].get((process, tier), math.nan) for name in rates),
+            *(held[name].get((process, tier), math.nan) for name in held),
+        )
+        for process, tier in sorted({(process, tier) for process, tier, _ in looks})
+    ]
+
+
+def _uses(history: History) -> list[UseRow]:
+    by = ("model", "tenant", "outcome")
+    answers = history.increase(REQUESTS, SPAN_SECONDS, by, code="OK")
+    compute = history.increase(COMPUTE, SPAN_SECONDS, by)
+
+    def total(of: dict[tuple[str, ...], float], who: tuple[str, str], *, hit: bool) -> float:
+        return sum(value for (*whose, outcome), value in of.items() if tuple(whose) == who and (outcome in HITS) == hit)
+
+    rows = [
+        UseRow(
+            *who,
+            total(answers, who, hit=True),
+            total(answers, who, hit=False),
+            total(compute, who, hit=True),
+            total(compute, who, hit=False),
+        )
+        for who in {(model, tenant) for model, tenant, _ in answers}
+    ]
+    return sorted((row for row in rows if row.hits + row.misses), key=lambda row: -row.saved)
+
+
+def _keys(sources: Sources) -> list[KeyRow]:
+    """Among traced requests: a sample, and the same one for every key."""
+    seen: Counter[tuple[str, str]] = Counter()
+    hits: Counter[tuple[str, str]] = Counter()
+    for summary in sources.traces.summaries():
+        if summary.key:
+            seen[summary.key, summary.model] += 1
+            hits[summary.key, summary.model] += summary.cache in HITS
+    return [KeyRow(key, model, count, hits[key, model]) for (key, model), count in seen.most_common(_KEYS) if count > 1]

@@ -1,0 +1,115 @@
+"""Objectives: what was promised, what was kept, and how fast the error budget goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from services.console import overview, units
+from services.console.chart import Line, plot
+from services.console.history import Curve, History
+from services.console.live import Context
+from services.console.overview import DURATION, REQUESTS, SERVER_FAULTS
+from services.console.sources import Sources
+
+# The console's memory is short: these are the short windows of the alerts in deploy/prometheus.
+WINDOWS = ((300.0, "5 min"), (1500.0, "25 min"))
+AVAILABILITY = 0.999
+LATENCY = 0.99
+LATENCY_SECONDS = 0.1
+# At which the 30-day budget is gone in two days: the alert that pages.
+FAST_BURN = 14.4
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An objective within one window. `good` is NaN where nothing was asked for."""
+
+    window: str
+    good: float
+    burn: float
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A promise, and how it was kept."""
+
+    name: str
+    promise: str
+    kept: list[Kept]
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        burns = [kept.burn for kept in self.kept]
+        if all(map(math.isnan, burns)):
+            return "nothing was asked for"
+        if all(burn > FAST_BURN for burn in burns):
+            return "the month's budget would be gone within two days"
+        if burns[0] > 1:
+            return "the budget goes faster than it may"
+        return "kept"
+
+
+async def contents(sources: Sources, _: Request) -> Context:
+    """What `objectives.html` shows."""
+    history = sources.history
+    models = sorted({model for (model,) in history.increase(REQUESTS, WINDOWS[-1][0], ("model",))})
+    return {
+        "objectives": objectives(history),
+        "models": [(model, objectives(history, model=model)) for model in models],
+        "windows": [name for _, name in WINDOWS],
+        "charts": [
+            plot("Requests that the service failed", [Line("share", _failed(history))], units.percent, least=0.01),
+            plot(
+                "Time to answer",
+                [Line("p99", overview.latency(history, 0.99)), Line("p50", overview.latency(history, 0.5))],
+                units.seconds,
+            ),
+        ],
+    }
+
+
+def objectives(history: History, **where: str) -> list[Objective]:
+    """Availability and latency, of all requests or of those with the labels `where`."""
+    return [
+        Objective(
+            "Availability",
+            f"{units.percent(AVAILABILITY)} of requests are answered, or refused for what the caller did",
+            [_kept(name, _available(history, seconds, **where), AVAILABILITY) for seconds, name in WINDOWS],
+        ),
+        Objective(
+            "Latency",
+            f"{units.percent(LATENCY)} of requests within {units.seconds(LATENCY_SECONDS)}",
+            [_kept(name, _quick(history, seconds, **where), LATENCY) for seconds, name in WINDOWS],
+        ),
+    ]
+
+
+def _kept(window: str, good: float, objective: float) -> Kept:
+    return Kept(window, good, (1 - good) / (1 - objective))
+
+
+def _available(history: History, seconds: float, **where: str) -> float:
+    by_code = history.increase(REQUESTS, seconds, ("code",), **where)
+    total = sum(by_code.values())
+    return 1 - sum(by_code.get((code,), 0.0) for code in SERVER_FAULTS) / total if total else math.nan
+
+
+def _quick(history: History, seconds: float, **where: str) -> float:
+    buckets = history.increase(f"{DURATION}_bucket", seconds, ("le",), **where)
+    total = buckets.get(("+Inf",), 0.0)
+    within = max((count for (le,), count in buckets.items() if float(le) <= LATENCY_SECONDS), default=0.0)
+    return within / total if total else math.nan
+
+
+def _failed(history: History) -> Curve:
+    all_ = overview.requests(history)
+    faults = [history.rates(REQUESTS, *overview.span(history), code=code) for code in sorted(SERVER_FAULTS)]
+    shares = [
+        sum(curve.values[i] for curve in faults if not math.isnan(curve.values[i])) / asked if asked > 0 else math.nan
+        for i, asked in enumerate(all_.values)
+    ]
+    return Curve(all_.times, shares)
