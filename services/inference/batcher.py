@@ -60,21 +60,36 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
+        self._dispatching = False
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
         """Raises DeadlineExceededError where the time is up before it runs, ResourceExhaustedError where too many wait.
 
         Cancelled while it waits, it does not run.
         """
-        waiting = Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
-        self._queue.push(waiting)
-        self._dispatch()
+        waiting = self.enqueue(decoded, deadline)
         try:
             result: BatchResult = await waiting.future
         except asyncio.CancelledError:
             self._queue.cancelled(waiting)
             raise
         return result
+
+    def enqueue(self, decoded: Decoded, deadline: float | None) -> Waiting:
+        """As `submit`, whose result comes to the future of what is returned."""
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(decoded, deadline, loop.create_future())
+        self._queue.push(waiting)
+        if not self._dispatching:
+            # After all that this turn of the loop brings: the requests of an envelope share a run.
+            self._dispatching = True
+            loop.call_soon(self._dispatch)
+        return waiting
+
+    def withdraw(self, waiting: Waiting) -> None:
+        """Nobody waits for it any more: if it has not begun to run, it will not."""
+        if waiting.future.cancel():
+            self._queue.cancelled(waiting)
 
     @property
     def waiting(self) -> int:
@@ -83,10 +98,12 @@ class Batcher:
 
     async def close(self) -> None:
         """Waits until everything submitted has its answer."""
+        self._dispatch()
         while self._batches:
             await asyncio.wait(self._batches)
 
     def _dispatch(self) -> None:
+        self._dispatching = False
         while self._free and not self._waits_for_more() and (batch := self._next_batch()):
             self._free -= 1
             task = asyncio.create_task(self._serve(batch))
@@ -107,10 +124,12 @@ class Batcher:
         return True
 
     def _limit(self) -> int:
-        """The largest preferred size that what waits can fill, if any."""
-        if not self._preferred:
+        """The largest preferred size that what waits can fill; without any, an even share for each free instance."""
+        if not self._preferred and self._free == 1:
             return self._model.max_batch_rows
         rows = sum(waiting.decoded.rows for waiting in self._queue)
+        if not self._preferred:
+            return min(self._model.max_batch_rows, -(-rows // self._free))
         return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
 
     def _next_batch(self) -> list[Waiting]:

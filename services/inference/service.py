@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
-from services.inference.worker import Worker
+from services.inference.worker import Work, Worker
 from services.runtime import protocol
 from services.runtime.errors import NotFoundError, UnavailableError, from_failure
 from services.runtime.rpc import Context, Handler, Service, abort, unary
@@ -108,16 +107,14 @@ class EnvelopeService:
         if not self._worker.accepting:
             raise UnavailableError("the worker is draining")
         now = time.monotonic()
-        results = await asyncio.gather(
-            *(
-                self._worker.execute(
-                    item.request,
-                    request_hash=item.request_hash,
-                    deadline=now + item.timeout_us / 1e6 if item.timeout_us else None,
-                    traceparent=item.traceparent or _NOT_SAMPLED,
-                )
-                for item in request.items
+        results = await self._worker.execute_all(
+            Work(
+                item.request,
+                item.request_hash,
+                now + item.timeout_us / 1e6 if item.timeout_us else None,
+                item.traceparent,
             )
+            for item in request.items
         )
         return inference_pb2.ExecuteResponse(results=results, load=self._load())
 
@@ -143,10 +140,6 @@ class EnvelopeService:
         return inference_pb2.LoadReport(
             requests=load.requests, estimated_wait_us=int(load.estimated_wait * 1e6), version=self._version
         )
-
-
-# What a router does not trace is not traced here either: a trace of half a path helps nobody.
-_NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:

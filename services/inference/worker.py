@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.batcher import BatchResult
+from services.inference.batcher import Batcher, BatchResult
 from services.inference.held_models import HeldModel
 from services.inference.load import Load
 from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
-from services.inference.request import encode_response
+from services.inference.request import Decoded, encode_response
 from services.inference.request_decoder import RequestDecoder
 from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import RingmeshError
@@ -22,6 +27,26 @@ from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Attributes, Trace, Tracer
 
 log = logging.getLogger(__name__)
+
+# What a router does not trace is not traced here either: a trace of half a path helps nobody.
+NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A serialized request; `deadline` in time.monotonic; `traceparent` as W3C has it, "" where it is not sampled."""
+
+    data: bytes
+    request_hash: bytes
+    deadline: float | None
+    traceparent: str
+
+
+class _Begun(NamedTuple):
+    """`withdraw`: what to call when the caller has gone; None where the work goes on."""
+
+    answer: asyncio.Future[inference_pb2.WorkResult]
+    withdraw: Callable[[], object] | None
 
 
 class Worker:
@@ -70,6 +95,62 @@ class Worker:
             self._tracer.finish(trace, "worker Execute", start, time.time_ns(), attributes, failure)
         return result
 
+    async def execute_all(self, works: Iterable[Work]) -> list[inference_pb2.WorkResult]:
+        """As `execute` each. Plain requests, which most are, are run without a task of their own."""
+        begun = [self._begin(work) for work in works]
+        try:
+            for answer, _ in begun:
+                if not answer.done():
+                    await asyncio.wait([answer])
+        except asyncio.CancelledError:
+            for answer, withdraw in begun:
+                if withdraw is not None:
+                    withdraw()
+                    answer.cancel()
+            raise
+        return [_result(answer) for answer, _ in begun]
+
+    def _begin(self, work: Work) -> _Begun:
+        """Where it is not plain, a task of `execute`: traced, equal to another, or more than a batch of one model."""
+        start = time.time_ns()
+        loop = asyncio.get_running_loop()
+        held = None
+        try:
+            request = parse(v2.ModelInferRequest, work.data)
+            held = self.store.held.find(request.model_name, request.model_version)
+            key = held.model.digest + work.request_hash
+            if (
+                type(held.batcher) is not Batcher
+                or held.resident is not None
+                or work.traceparent
+                or (work.request_hash and key in self._flights)
+            ):
+                task = loop.create_task(
+                    self.execute(
+                        work.data,
+                        request_hash=work.request_hash,
+                        deadline=work.deadline,
+                        traceparent=work.traceparent or NOT_SAMPLED,
+                    )
+                )
+                return _Begun(task, task.cancel)
+            decoded = self._decoder.decode(request, held.model)
+            waiting = held.batcher.enqueue(decoded, work.deadline)
+        except Exception as error:
+            if held is not None:
+                held.statistics.failed(time.time_ns() - start)
+            failed = loop.create_future()
+            failed.set_exception(error)
+            return _Begun(failed, None)
+        answer: asyncio.Future[inference_pb2.WorkResult] = loop.create_future()
+        waiting.future.add_done_callback(partial(self._finish, held, decoded, start, answer))
+        self.load.started()
+        if work.request_hash:
+            # Others may have joined it by the time its caller leaves.
+            self._flights.lead(key, answer)
+            return _Begun(answer, None)
+        return _Begun(answer, partial(held.batcher.withdraw, waiting))
+
     async def _run(
         self,
         held: HeldModel,
@@ -96,15 +177,53 @@ class Worker:
             raise
         finally:
             self.load.ended()
-        held.statistics.succeeded(batch, decoded.rows, time.time_ns() - start, time.time_ns() - batch.end_ns)
         _record(trace, held, batch)
-        timing = inference_pb2.Timing(
-            queue_us=(batch.start_ns - batch.queued_ns) // 1000,
-            compute_us=(batch.end_ns - batch.start_ns) // 1000,
-            batch_requests=batch.batch_requests,
-            batch_rows=batch.batch_rows,
-        )
-        return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
+        return _answer(held, decoded, batch, response, start)
+
+    def _finish(
+        self,
+        held: HeldModel,
+        decoded: Decoded,
+        start: int,
+        answer: asyncio.Future[inference_pb2.WorkResult],
+        ran: asyncio.Future[BatchResult],
+    ) -> None:
+        """When the batch of a plain request has run."""
+        self.load.ended()
+        if ran.cancelled() or answer.done():
+            answer.cancel()
+            return
+        try:
+            batch = ran.result()
+            answer.set_result(_answer(held, decoded, batch, encode_response(held.model, decoded, batch.arrays), start))
+        except Exception as error:
+            held.statistics.failed(time.time_ns() - start)
+            answer.set_exception(error)
+
+
+def _answer(
+    held: HeldModel, decoded: Decoded, batch: BatchResult, response: bytes, start: int
+) -> inference_pb2.WorkResult:
+    now = time.time_ns()
+    held.statistics.succeeded(batch, decoded.rows, now - start, now - batch.end_ns)
+    timing = inference_pb2.Timing(
+        queue_us=(batch.start_ns - batch.queued_ns) // 1000,
+        compute_us=(batch.end_ns - batch.start_ns) // 1000,
+        batch_requests=batch.batch_requests,
+        batch_rows=batch.batch_rows,
+    )
+    return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
+
+
+def _result(answer: asyncio.Future[inference_pb2.WorkResult]) -> inference_pb2.WorkResult:
+    """What it has, or its failure."""
+    try:
+        return answer.result()
+    except RingmeshError as error:
+        return inference_pb2.WorkResult(failure=error.to_failure())
+    except Exception as error:
+        log.error("a request failed", exc_info=error)
+        return inference_pb2.WorkResult(failure=unexpected(error).to_failure())
 
 
 def _record(trace: Trace, held: HeldModel, batch: BatchResult) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from services.runtime.errors import DeadlineExceededError
@@ -20,7 +21,7 @@ class SingleFlight(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._flights: dict[bytes, asyncio.Task[Result]] = {}
+        self._flights: dict[bytes, asyncio.Future[Result]] = {}
 
     async def run(
         self, key: bytes, work: Callable[[], Coroutine[Any, Any, Result]], deadline: float | None
@@ -33,16 +34,25 @@ class SingleFlight(Generic[Result]):
                 if deadline is not None and deadline <= time.monotonic():
                     raise
                 self._landed(key, flight)
-        flight = self._flights[key] = asyncio.create_task(work())
-        flight.add_done_callback(lambda done: self._landed(key, done))
+        flight = asyncio.create_task(work())
+        self.lead(key, flight)
         return await asyncio.shield(flight), False
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether it is in flight."""
+        return key in self._flights
+
+    def lead(self, key: bytes, flight: asyncio.Future[Result]) -> None:
+        """Others may join `flight`, which is under way; there is none of this key yet."""
+        self._flights[key] = flight
+        flight.add_done_callback(partial(self._landed, key))
 
     def close(self) -> None:
         """Cancels what is in flight; those that wait for it are cancelled too."""
         for flight in list(self._flights.values()):
             flight.cancel()
 
-    def _landed(self, key: bytes, flight: asyncio.Task[Result]) -> None:
+    def _landed(self, key: bytes, flight: asyncio.Future[Result]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
         if not flight.cancelled():

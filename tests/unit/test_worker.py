@@ -1,0 +1,121 @@
+"""The requests of an envelope: each has an answer or a failure of its own, and equal ones run once."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.model import OnnxModel
+from services.inference.model_store import ModelStore
+from services.inference.repository import Directory
+from services.inference.worker import Work, Worker
+from services.runtime.tracing import create_tracer
+from tests import models
+
+SAMPLED = f"00-{7:032x}-{7:016x}-01"
+
+
+class Gated(OnnxModel):
+    """Runs only while the gate is open, and counts its runs."""
+
+    gate: threading.Event
+    runs: list[int]
+
+    def run(self, inputs, outputs):
+        if hasattr(self, "gate"):
+            assert self.gate.wait(10)
+            self.runs.append(len(inputs["x"]))
+        return super().run(inputs, outputs)
+
+
+@pytest.fixture
+async def worker(tmp_path):
+    models.mlp(tmp_path)
+    executor = ThreadPoolExecutor(2)
+
+    def open_model(files):
+        return Gated(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=64)
+
+    store = ModelStore(Directory(tmp_path), open_model, executor)
+    await store.load_all()
+    worker = Worker("w", store, create_tracer("worker", ratio=0, folder=None, otlp_endpoint=None))
+    model = store.held.find("mlp", "").model
+    model.gate, model.runs = threading.Event(), []
+    model.gate.set()
+    worker.model = model
+    yield worker
+    model.gate.set()
+    await store.close()
+    executor.shutdown()
+
+
+def work(value, request_hash=b"", *, columns=64, deadline=None, traceparent=""):
+    x = np.full((1, columns), value, np.float32)
+    request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[x.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    return Work(request.SerializeToString(), request_hash, deadline, traceparent)
+
+
+def answer(worker, value):
+    (array,) = OnnxModel.run(worker.model, {"x": np.full((1, 64), value, np.float32)}, ["y"])
+    return array
+
+
+def told(result):
+    return np.frombuffer(v2.ModelInferResponse.FromString(result.response).raw_output_contents[0], np.float32)
+
+
+async def test_an_envelope_is_one_batch(worker):
+    worker.model.runs.clear()
+    results = await worker.execute_all(work(value) for value in range(20))
+    assert worker.model.runs == [20]
+    for value, result in enumerate(results):
+        np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
+        assert (result.timing.batch_requests, result.model_digest) == (20, worker.model.digest)
+
+
+async def test_a_wrong_request_fails_alone(worker):
+    results = await worker.execute_all([work(1), work(2, columns=63), Work(b"\xff", b"", None, ""), work(3)])
+    assert [result.failure.code for result in results] == [0, 3, 3, 0]
+    assert "[1, 63]" in results[1].failure.message
+    assert worker.load.requests == 0
+
+
+@pytest.mark.parametrize("traceparent", ["", SAMPLED], ids=["plain", "traced"])
+async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker, traceparent):
+    worker.model.gate.clear()
+    worker.model.runs.clear()
+    envelopes = [
+        asyncio.create_task(worker.execute_all([work(1, b"h" * 16, traceparent=traceparent) for _ in range(2)]))
+        for _ in range(2)
+    ]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    worker.model.gate.set()
+    results = [result for results in await asyncio.gather(*envelopes) for result in results]
+    assert worker.model.runs == [1]
+    assert [result.timing.joined for result in results].count(False) == 1
+    for result in results:
+        np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
+
+
+async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_joined_and_drops_the_rest(worker):
+    worker.model.gate.clear()
+    busy = asyncio.create_task(worker.execute_all([work(0)]))
+    await asyncio.sleep(0.01)  # it has the only instance
+    worker.model.runs.clear()
+    leaving = asyncio.create_task(worker.execute_all([work(1, b"h" * 16), *(work(value) for value in range(2, 6))]))
+    await asyncio.sleep(0)
+    staying = asyncio.create_task(worker.execute_all([work(1, b"h" * 16)]))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    worker.model.gate.set()
+    (result,) = await staying
+    np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
+    await busy
+    assert worker.model.runs == [1, 1]  # the busy one and what was joined; the four others never ran
+    assert worker.load.requests == 0
