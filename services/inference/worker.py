@@ -76,14 +76,14 @@ class Worker:
             if request_hash:
                 key = held.model.digest + request_hash
                 result, joined = await self._flights.run(
-                    key, lambda: self._run(held, request, deadline, trace), deadline
+                    key, lambda: self._run(held, request, data, deadline, trace), deadline
                 )
                 if joined:
                     shared, result = result, inference_pb2.WorkResult()
                     result.CopyFrom(shared)
                     result.timing.joined = True
             else:
-                result = await self._run(held, request, deadline, trace)
+                result = await self._run(held, request, data, deadline, trace)
         except RingmeshError as error:
             result = inference_pb2.WorkResult(failure=error.to_failure())
         except Exception as error:
@@ -155,6 +155,7 @@ class Worker:
         self,
         held: HeldModel,
         request: v2.ModelInferRequest,
+        data: bytes,
         deadline: float | None,
         trace: Trace,
         *,
@@ -171,7 +172,9 @@ class Worker:
                 raise
             await self.store.catch_up(changed.model, deadline)
             held = self.store.held.find(request.model_name, request.model_version)
-            return await self._run(held, request, deadline, trace, caught_up=True)
+            # The request was taken apart when it was decoded.
+            request = parse(v2.ModelInferRequest, data)
+            return await self._run(held, request, data, deadline, trace, caught_up=True)
         except Exception:
             held.statistics.failed(time.time_ns() - start)
             raise

@@ -173,9 +173,12 @@ async def test_files_that_changed_while_their_model_was_unloaded_are_served_as_n
     made = await store(repository, 1)
     before = (await expected(repository))["m0"]
     digest = made.held.find("m0", "").model.digest
+    asked = worker(made)
+    for name in ("m0", "m1"):
+        await ask(asked, name)
     shutil.copy(repository / "m3/1/model.onnx", repository / "m0/1/model.onnx")
     data = request("m0").SerializeToString()
-    result = await worker(made).execute(data, request_hash=b"", deadline=None, traceparent=None)
+    result = await asked.execute(data, request_hash=b"", deadline=None, traceparent=None)
     assert v2.ModelInferResponse.FromString(result.response).raw_output_contents[0] != before
     assert result.model_digest == made.held.find("m0", "").model.digest != digest
 
