@@ -217,6 +217,38 @@ def mean_over_rows(repository: Path) -> Path:
     return save(repository, "mean_over_rows", nodes, [x], [y])
 
 
+def crashing(repository: Path) -> Path:
+    """Kills the process that loads it: ONNX Runtime 1.32 reads trees by recursion, and this one is 60,000 deep."""
+    depth = 60_000
+    leaves = depth + 1
+    nodes = depth + leaves
+    tree = helper.make_node(
+        "TreeEnsembleRegressor",
+        ["x"],
+        ["y"],
+        domain="ai.onnx.ml",
+        nodes_treeids=[0] * nodes,
+        nodes_nodeids=range(nodes),
+        nodes_featureids=[0] * nodes,
+        nodes_values=[float(node) for node in range(nodes)],
+        nodes_modes=["BRANCH_LEQ"] * depth + ["LEAF"] * leaves,
+        nodes_truenodeids=[*range(1, depth), nodes - 1, *[0] * leaves],
+        nodes_falsenodeids=[*range(depth, nodes - 1), *[0] * leaves],
+        target_treeids=[0] * leaves,
+        target_nodeids=range(depth, nodes),
+        target_ids=[0] * leaves,
+        target_weights=[1.0] * leaves,
+        n_targets=1,
+    )
+    x, y = value("x", TensorProto.FLOAT, "n", 1), value("y", TensorProto.FLOAT, "n", 1)
+    graph = helper.make_graph([tree], "crashing", [x], [y])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    folder = repository / "crashing/1"
+    folder.mkdir(parents=True)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), folder / "model.onnx")
+    return folder
+
+
 def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:

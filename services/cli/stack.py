@@ -177,6 +177,7 @@ class Stack:
                 **common,
                 "RINGMESH_WORKER_ID": name,
                 "RINGMESH_MODELS": str(options.models.absolute()),
+                "RINGMESH_STATE_DIR": str(options.state.absolute() / "worker"),
                 "RINGMESH_THREADS": str(threads),
             }
             yield self._service(name, "services.inference", endpoint, environment)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
+from services.inference.crash_journal import UNWATCHED, Watch
 from services.inference.model import OnnxModel
 from services.inference.request import Decoded
 from services.inference.request_queue import RequestQueue, Waiting
@@ -51,8 +53,10 @@ class Batcher:
         *,
         instances: int = 1,
         batching: config_pb2.ModelDynamicBatching = _AS_THEY_COME,
+        watch: Watch = UNWATCHED,
     ) -> None:
         self._model = model
+        self._watch = watch
         self._executor = executor
         self._free = instances
         self._max_delay_ns = batching.max_queue_delay_microseconds * 1000
@@ -159,7 +163,8 @@ class Batcher:
         # What they are told where the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
         try:
-            results = await loop.run_in_executor(self._executor, self._run, batch)
+            async with self._watch.turn if self._watch.suspect else nullcontext():
+                results = await loop.run_in_executor(self._executor, self._run, batch)
         finally:
             self._free += 1
             for waiting, result in zip(batch, results, strict=True):
@@ -181,7 +186,8 @@ class Batcher:
             else:
                 inputs = {name: np.concatenate([w.decoded.arrays[name] for w in batch]) for name in first.arrays}
             run = time.time_ns()
-            outputs = self._model.run(inputs, first.outputs)
+            with self._watch:
+                outputs = self._model.run(inputs, first.outputs)
             rows = sum(waiting.decoded.rows for waiting in batch)
             if len(batch) > 1 and any(len(output) != rows for output in outputs):
                 raise InternalError(f"model {self._model.name!r} did not answer one row for each row of its inputs")

@@ -65,7 +65,7 @@ class ModelControl:
                     f"no parameter {name!r} of that type; there are config (string) and file:<version>/<name> (bytes)",
                     field=f"parameters[{name}]",
                 )
-        await self._store.load(request.model_name, Overrides(config, files))
+        await self._store.load(request.model_name, Overrides(config, files), pardon=True)
         return v2.RepositoryModelLoadResponse()
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import onnxruntime
 
 from services.inference import cores
 from services.inference.control import ModelControl
+from services.inference.crash_journal import CrashJournal
 from services.inference.execution import CUDA
 from services.inference.metrics import WorkerMetrics
 from services.inference.model import OnnxModel
@@ -26,11 +29,14 @@ from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server, StartError
 from services.runtime.tracing import create_tracer
 
+log = logging.getLogger(__name__)
+
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
-    store = await _load(settings, executor)
+    journal = _journal(settings)
+    store = await _load(settings, executor, journal)
     tracer = create_tracer(
         "worker", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
@@ -66,10 +72,22 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     exposition.close()
     await store.close()
     executor.shutdown()
+    if journal is not None:
+        journal.close()
     await asyncio.to_thread(tracer.close)
 
 
-async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> ModelStore:
+def _journal(settings: WorkerSettings) -> CrashJournal | None:
+    """By the address: it is the same at the next start, and another worker's is another."""
+    path = settings.state_dir / "crashes" / quote(settings.address, safe=":")
+    try:
+        return CrashJournal(path)
+    except OSError as error:
+        log.warning("no crash journal at %s (%s): models that kill this worker are not left out", path, error.strerror)
+        return None
+
+
+async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
         # CUDA and cuDNN from pip, where they were installed with the extra `gpu`.
@@ -81,7 +99,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor) -> Model
 
     try:
         source = await asyncio.to_thread(settings.model_source)
-        store = ModelStore(source, open_model, executor, memory_limit=settings.model_memory_bytes)
+        store = ModelStore(source, open_model, executor, memory_limit=settings.model_memory_bytes, journal=journal)
         await store.load_all()
     except RepositoryError as error:
         raise StartError(str(error)) from None

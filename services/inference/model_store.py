@@ -14,6 +14,7 @@ from pathlib import Path
 from services.inference import config, repository
 from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
+from services.inference.crash_journal import UNWATCHED, CrashJournal, Watch
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.memory_budget import MemoryBudget, resident_memory
@@ -72,12 +73,15 @@ class ModelStore:
         *,
         memory_limit: int = 0,
         process_memory: Callable[[], int] = resident_memory,
+        journal: CrashJournal | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: all that are held."""
+        """`memory_limit`: bytes of models in memory at once; 0: all that are held. `journal`: of what killed us."""
         self.held = HeldModels([])
         self._source = source
         self._open_model = open_model
         self._executor = executor
+        self._journal = journal
+        self._quarantined = False
         self._loaded: dict[str, Fingerprint] = {}
         self._failures: dict[str, dict[str, str]] = {}
         self._changing = asyncio.Lock()
@@ -88,7 +92,10 @@ class ModelStore:
         self._catching_up: dict[str, asyncio.Task[None]] = {}
 
     async def load_all(self) -> None:
-        """Loads every model. Raises RepositoryError where not one could be; else what failed is in the index."""
+        """Loads every model; what failed is in the index.
+
+        Raises RepositoryError where not one could be, but for those in quarantine: these can be let out.
+        """
         # Before anything is read: what changes while it loads is seen by the first look.
         self._loaded = await asyncio.to_thread(self._source.fingerprint)
         names = await asyncio.to_thread(self._source.names)
@@ -97,13 +104,14 @@ class ModelStore:
                 await self.load(name)
             except RingmeshError as error:
                 log.error("%s", error.message)
-        if not any(True for _ in self.held):
+        if not self._quarantined and not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
 
-    async def load(self, name: str, overrides: Overrides | None = None) -> None:
+    async def load(self, name: str, overrides: Overrides | None = None, *, pardon: bool = False) -> None:
         """Loads a model, or loads it again: what answered goes on until the new one does, and then drains.
 
-        `overrides` hold until the next load without them, and take the place of what the repository has.
+        `overrides` hold until the next load without them, and take the place of what the repository has. `pardon`
+        ends its quarantine.
         Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
         cause, or UnavailableError where the repository cannot be read; then nothing has changed.
         """
@@ -119,7 +127,7 @@ class ModelStore:
             failures = {}
             for version in files:
                 try:
-                    fresh.append(await self._open(version, held))
+                    fresh.append(await self._open(version, held, pardon))
                 except ModelLoadError as error:
                     failures[str(version.version)] = str(error)
             self._failures[name] = failures
@@ -250,7 +258,7 @@ class ModelStore:
             (folder / name / version / file).write_bytes(data)
         return repository.versions(folder, name, configured)
 
-    async def _open(self, files: ModelFiles, held: list[HeldModel]) -> HeldModel:
+    async def _open(self, files: ModelFiles, held: list[HeldModel], pardon: bool) -> HeldModel:
         for kept in held:
             if kept.model.version == files.version:
                 digest = await asyncio.to_thread(files.digest, kept.model.provider)
@@ -259,6 +267,13 @@ class ModelStore:
         if files.config.message.HasField("ensemble_scheduling"):
             ensemble = await asyncio.to_thread(Ensemble, files)
             return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
+        if self._journal is not None:
+            digest = await asyncio.to_thread(files.digest, "")
+            if pardon:
+                self._journal.pardon(digest)
+            if reason := self._journal.quarantine(digest):
+                self._quarantined = True
+                raise ModelLoadError(f"cannot load {files.model}: {reason}")
         budget, resident = self._budget, None
         if budget is None:
             model = await asyncio.to_thread(self._open_warm, files)
@@ -273,6 +288,7 @@ class ModelStore:
             self._executor,
             instances=sum((group.count or 1) * (len(group.gpus) or 1) for group in made.instance_group) or 1,
             batching=config.batching(made),
+            watch=await asyncio.to_thread(self._watch, files),
         )
         statistics = Statistics(model.name, str(model.version))
         if not made.HasField("sequence_batching"):
@@ -287,9 +303,13 @@ class ModelStore:
 
     def _open_warm(self, files: ModelFiles) -> OnnxModel:
         """On a thread."""
-        model = self._open_model(files)
-        model.warm_up()
+        with self._watch(files):
+            model = self._open_model(files)
+            model.warm_up()
         return model
+
+    def _watch(self, files: ModelFiles) -> Watch:
+        return UNWATCHED if self._journal is None else self._journal.watch(files.digest(""))
 
     def _refresh(self) -> None:
         """Another set of the same models: one was loaded or unloaded."""

@@ -23,7 +23,7 @@ class WorkerSettings(ServiceSettings):
     models: str = Field(
         "models", description="model repository in Triton's layout: a folder, or an s3://, gs:// or https:// URL"
     )
-    state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for downloaded models")
+    state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for what outlives the process")
     model_memory_bytes: int = Field(
         0, ge=0, description="models in memory at once; the least recently used make room for others; 0: all"
     )

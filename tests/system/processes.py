@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
@@ -26,6 +28,7 @@ def free_address() -> str:
 def start(module: str, **settings) -> Started:
     """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING."""
     settings.setdefault("address", free_address())
+    settings.setdefault("state_dir", Path(tempfile.gettempdir(), f"ringmesh-tests-{os.getpid()}"))
     settings.setdefault("metrics_address", "127.0.0.1:0")
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
     process = subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **environment})

@@ -1,0 +1,179 @@
+"""Which models were at work when this worker last died, so that one that kills it again and again is left out.
+
+A model at work has a mark in a mapped file, which outlives the process however it ends. At the next start the marks
+tell who may have done it. Where several were at work, all are suspects, and suspects run one at a time; so the next
+crash has one culprit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import mmap
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+# So many crashes, none further than this from the next, and a model is quarantined.
+CRASHES = 3
+WINDOW_SECONDS = 600.0
+
+_RECORDS = 1024
+# Digest of the files, at work, suspect, crashes, time of the last crash; a record of zeros is free.
+_RECORD = struct.Struct("<16sBBHxxxxd")
+_AT_WORK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    digest: bytes
+    at_work: int
+    suspect: int
+    crashes: int
+    last: float
+
+
+class Watch:
+    """Marks a model as at work, from any thread: `with watch: run()`. A suspect should run under `turn`."""
+
+    def __init__(
+        self,
+        journal: mmap.mmap | None = None,
+        at: int = 0,
+        suspect_until: float = 0.0,
+        clock: Callable[[], float] = time.time,
+        turn: asyncio.Lock | None = None,
+    ) -> None:
+        self.turn = turn or asyncio.Lock()
+        self._clock = clock
+        self._journal = journal
+        self._at = at
+        self._suspect_until = suspect_until
+        self._at_work = 0
+        self._lock = threading.Lock()
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may have killed this worker."""
+        return self._suspect_until > 0 and self._clock() < self._suspect_until
+
+    def __enter__(self) -> None:
+        self._mark(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._mark(-1)
+
+    def _mark(self, more: int) -> None:
+        if self._journal is None:
+            return
+        with self._lock:
+            self._at_work += more
+            self._journal[self._at] = min(self._at_work, 255)
+
+
+UNWATCHED = Watch()
+
+
+class CrashJournal:
+    """The journal of one worker at `path`. Digests are of a model's files, so that changed files are another model."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """Raises OSError where the file cannot be made, or is another worker's."""
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._turn = asyncio.Lock()
+        self._watches: dict[bytes, Watch] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file.truncate(_RECORDS * _RECORD.size)
+        self._map = mmap.mmap(self._file.fileno(), _RECORDS * _RECORD.size)
+        self._blame()
+
+    def watch(self, digest: bytes) -> Watch:
+        """Of a model that is about to be loaded; the same for as long as this worker lives."""
+        with self._lock:
+            if digest not in self._watches:
+                self._watches[digest] = self._new_watch(digest)
+            return self._watches[digest]
+
+    def _new_watch(self, digest: bytes) -> Watch:
+        free = None
+        for place, record in self._records():
+            if record.digest == digest:
+                until = record.last + WINDOW_SECONDS if record.suspect else 0.0
+                return self._watch_of(place, until)
+            if free is None and not record.suspect and record.digest not in self._watches:
+                free = place
+        if free is None:
+            return UNWATCHED
+        self._write(free, _Record(digest, 0, 0, 0, 0.0))
+        return self._watch_of(free, 0.0)
+
+    def _watch_of(self, place: int, suspect_until: float) -> Watch:
+        return Watch(self._map, place * _RECORD.size + _AT_WORK, suspect_until, self._clock, self._turn)
+
+    def quarantine(self, digest: bytes) -> str:
+        """Why the model is not to be loaded; "" where it may be."""
+        for _, record in self._records():
+            if record.digest == digest and record.crashes >= CRASHES:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.last))
+                return (
+                    f"quarantined: this worker died {record.crashes} times while it was loaded or run, last at {when} "
+                    "UTC; other files or RepositoryModelLoad give it another chance"
+                )
+        return ""
+
+    def pardon(self, digest: bytes) -> None:
+        """Gives a model another chance."""
+        with self._lock:
+            for place, record in self._records():
+                if record.digest == digest and record.crashes:
+                    self._write(place, _Record(digest, 0, 0, 0, 0.0))
+
+    def close(self) -> None:
+        """At the end, with no model at work. What there is to remember stays."""
+        if not any(record.suspect for _, record in self._records()):
+            self._path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _blame(self) -> None:
+        """Reads the marks of the life before. A culprit is a suspect too: it runs alone."""
+        now = self._clock()
+        for place, record in self._records():
+            if record.crashes < CRASHES and record.last < now - WINDOW_SECONDS:
+                self._write(place, replace(record, suspect=0, crashes=0, last=0.0))
+        at_work = {place: record for place, record in self._records() if record.at_work}
+        suspects = {place: record for place, record in at_work.items() if record.suspect}
+        culprits = at_work if len(at_work) == 1 else suspects
+        for place, record in at_work.items():
+            left = replace(record, at_work=0)
+            if len(culprits) != 1:
+                left = replace(left, suspect=1, last=now)
+            elif place in culprits:
+                left = replace(left, suspect=1, last=now, crashes=record.crashes + 1)
+            self._write(place, left)
+        if at_work:
+            log.warning("the last run of this worker ended with %d models at work", len(at_work))
+        if any(self._read(place).crashes >= CRASHES for place in at_work):
+            for place, record in self._records():
+                if not record.crashes:  # they were beside it
+                    self._write(place, replace(record, suspect=0, last=0.0))
+
+    def _records(self) -> Iterator[tuple[int, _Record]]:
+        return ((place, self._read(place)) for place in range(_RECORDS))
+
+    def _read(self, place: int) -> _Record:
+        return _Record(*_RECORD.unpack_from(self._map, place * _RECORD.size))
+
+    def _write(self, place: int, record: _Record) -> None:
+        _RECORD.pack_into(
+            self._map, place * _RECORD.size, record.digest, record.at_work, record.suspect, record.crashes, record.last
+        )
