@@ -11,7 +11,7 @@ Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own k
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -33,13 +33,17 @@ class UncacheableError(Exception):
 
 
 class RequestHasher:
-    """Hashes requests under one fleet-wide secret: every router must be given the same."""
+    """Hashes requests under one fleet-wide secret: every router must be given the same.
 
-    def __init__(self, secret: str) -> None:
+    `tenant_epoch` tells how often a tenant was purged, in any numbers that grow.
+    """
+
+    def __init__(self, secret: str, tenant_epoch: Callable[[str], int] = lambda _: 0) -> None:
+        self._tenant_epoch = tenant_epoch
         self._key = blake3(secret.encode(), derive_key_context=_CONTEXT).digest()
         # Callers send few kinds of requests: what a request is, but for its data and id, is described once.
         self._described: dict[bytes, _Description] = {}
-        self._tenant_keys: dict[str, bytes] = {}
+        self._tenant_keys: dict[tuple[str, int], bytes] = {}
 
     def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
         """A place on the ring, the same for every request of a sequence."""
@@ -80,11 +84,13 @@ class RequestHasher:
         return hasher.update(sizes + description.trailer).digest(16)
 
     def _tenant_key(self, tenant: str) -> bytes:
-        key = self._tenant_keys.get(tenant)
+        epoch = self._tenant_epoch(tenant)
+        key = self._tenant_keys.get((tenant, epoch))
         if key is None:
             if len(self._tenant_keys) >= _MAX_DESCRIBED:
                 self._tenant_keys.clear()
-            key = self._tenant_keys[tenant] = blake3(tenant.encode(), key=self._key).digest()
+            name = f"{tenant}\0{epoch}" if epoch else tenant
+            key = self._tenant_keys[tenant, epoch] = blake3(name.encode(), key=self._key).digest()
         return key
 
 
@@ -129,7 +135,7 @@ def _describe(
 
 
 def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
-    """32 bytes: the answer of this model version to this request."""
+    """32 bytes: the answer of this model version to this request. Purges add to it (epochs.py)."""
     return model_digest + request_hash
 
 

@@ -17,10 +17,11 @@ from services.runtime.server import Server
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
     mesh = settings.create_mesh()
+    service = CacheService(mesh)
     server = Server(
         settings.engine,
         settings.address,
-        [CacheService(mesh).service()],
+        [service.service()],
         max_message_bytes=settings.max_message_bytes,
     )
     metrics = Metrics()
@@ -32,6 +33,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     mesh.start()
     server.set_serving(True)
     await stopping.wait()
+    service.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await mesh.close()

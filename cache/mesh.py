@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from cache.cache_control import CacheControl
 from cache.entry import Entry
 from cache.local_tier import LocalTier
+from cache.purge_board import PurgeBoard
 from cache.shared_tier import SharedTier
 from services.runtime.errors import FailedPreconditionError
 from services.runtime.single_flight import SingleFlight
@@ -39,15 +40,17 @@ class Found:
 class Mesh:
     """The caches of one process. `shared` is None where there is no Redis."""
 
-    def __init__(self, local: LocalTier, shared: SharedTier | None) -> None:
+    def __init__(self, local: LocalTier, shared: SharedTier | None, purges: PurgeBoard) -> None:
         self.local = local
         self.shared = shared
+        self.purges = purges
         self._flights: SingleFlight[Found] = SingleFlight()
 
     def start(self) -> None:
         """Connects."""
         if self.shared is not None:
             self.shared.start()
+        self.purges.start()
 
     async def get_or_compute(
         self, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None, trace: Trace
@@ -87,14 +90,15 @@ class Mesh:
         return Found(computed.entry, "miss", computed.worker)
 
     async def _look_up(self, key: bytes, trace: Trace) -> Entry | None:
-        """In the shared tier."""
-        if self.shared is None:
+        """In the shared tier, once it is known what was purged."""
+        if self.shared is None or not self.purges.is_known:
             return None
         start = time.time_ns()
         entry = await self.shared.get(key)
         trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
-        if entry is not None:
-            self.local.put(key, entry)
+        if entry is None or entry.created_at_ms < self.purges.oldest_ms:
+            return None
+        self.local.put(key, entry)
         return entry
 
     def _fill(self, computed: Computed) -> None:
@@ -106,5 +110,6 @@ class Mesh:
     async def close(self) -> None:
         """Ends what is in flight and writes what Redis still lacks."""
         self._flights.close()
+        await self.purges.close()
         if self.shared is not None:
             await self.shared.close()

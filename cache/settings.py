@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ from pydantic import Field
 from cache.breaker import Breaker
 from cache.local_tier import LocalTier
 from cache.mesh import Mesh
+from cache.purge_board import PurgeBoard
 from cache.shared_tier import SharedTier
 from services.runtime.settings import ServiceSettings
 
@@ -23,6 +26,11 @@ class MeshSettings(ServiceSettings):
     local_tier_bytes: int = Field(256 << 20, ge=0, description="memory for the local tier, keys and overhead included")
     shared_ttl_seconds: float = Field(7 * 86400, gt=0, description="how long an entry stays in Redis")
     shared_budget_seconds: float = Field(0.05, gt=0, description="longest wait for a look-up in Redis")
+    purge_lease_seconds: float = Field(
+        30.0,
+        ge=5,
+        description="how old an answer may be while Redis cannot be reached for as long; bounds what a purge waits",
+    )
     # The same on every router of a fleet; kept from tenants, who could search for colliding inputs with it.
     key_secret: str = Field("ringmesh", min_length=1, description="secret that request hashes are keyed with")
 
@@ -36,7 +44,9 @@ class MeshSettings(ServiceSettings):
                 budget_seconds=self.shared_budget_seconds,
                 create_breaker=lambda: Breaker(time.monotonic),
             )
-        return Mesh(LocalTier(self.local_tier_bytes), shared)
+        address = self.address if not self.address.endswith(":0") else str(os.getpid())
+        purges = PurgeBoard(shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds)
+        return Mesh(LocalTier(self.local_tier_bytes), shared, purges)
 
 
 class CacheSettings(MeshSettings):

@@ -7,6 +7,7 @@ import time
 
 from cache.keys import RequestHasher
 from cache.metrics import CacheMetrics
+from cache.service import CacheService
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.audit import Audit
@@ -35,7 +36,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
     mesh = settings.create_mesh()
-    hasher = RequestHasher(settings.key_secret)
+    hasher = RequestHasher(settings.key_secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
     fleet = Fleet(
         [Listing(address) for address in settings.workers],
         lambda ready: server.set_serving(ready and not stopping.is_set()),
@@ -48,10 +49,15 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)
     inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, quotas, audit)
     more = {**FleetControl(fleet, requests, audit).handlers(), **LiveSettings(tracer).handlers()}
+    cache = CacheService(mesh)
     server = Server(
         settings.engine,
         settings.address,
-        [inference.service(lambda: server.health.serving, more), OperatorService(fleet, hasher, audit).service()],
+        [
+            inference.service(lambda: server.health.serving, more),
+            OperatorService(fleet, hasher, audit).service(),
+            cache.service(),
+        ],
         max_message_bytes=settings.max_message_bytes,
     )
     metrics = Metrics()
@@ -64,6 +70,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     mesh.start()
     fleet.start()
     await stopping.wait()
+    cache.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await fleet.close()

