@@ -23,6 +23,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [service.service()],
         max_message_bytes=settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age_seconds,
     )
     metrics = Metrics()
     metrics.add(CacheMetrics(mesh).samples)

@@ -29,6 +29,8 @@ from services.runtime.tracing import Trace, new_span_id
 _UNAVAILABLE = UnavailableError.code.value[0]
 _FAILED_PRECONDITION = FailedPreconditionError.code.value[0]
 _RESOURCE_EXHAUSTED = ResourceExhaustedError.code.value[0]
+# Workers that an error says something of; a fleet may be large.
+_TOLD = 8
 _ELSEWHERE = frozenset((_UNAVAILABLE, _FAILED_PRECONDITION, _RESOURCE_EXHAUSTED))
 
 
@@ -69,8 +71,8 @@ class Dispatcher:
                 skipped.append(f"{member.worker_id}: {candidate.reason}")
                 continue
             limit = self._limits.of(member.address, model.digest)
-            # A sequence goes where its state is, one step at a time.
-            if not sticky and not limit.admits(caller.priority):
+            # A sequence goes where its state is, one step at a time; what was admitted and lost is not refused.
+            if not sticky and not attempts and not limit.admits(caller.priority):
                 full = True
                 skipped.append(
                     f"{member.worker_id}: has {limit.in_flight} requests under way, as many as it can answer"
@@ -98,7 +100,7 @@ class Dispatcher:
                 failure = result.failure
         if failure is not None:
             raise from_failure(failure)
-        why = "; ".join(skipped)
+        why = "; ".join(skipped[:_TOLD])
         if full:
             # Spread, so that those who are told so at once do not come back at once.
             seconds = self._limits.target * random.uniform(0.5, 1.5)

@@ -59,6 +59,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age_seconds,
+        share_port=settings.share_port,
     )
     metrics = Metrics()
     for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit):

@@ -26,6 +26,7 @@ class RouterSettings(MeshSettings):
         le=1,
         description="share of the hits that are computed again and compared, if there is time; 0: none",
     )
+    share_port: bool = Field(False, description="other routers that say so too may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"
     )

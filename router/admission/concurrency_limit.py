@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 from router.admission.caller import Priority
 
-# One at work, one on the way: less would let the worker wait for us.
+# One at work, one on the way: less would let the worker wait for us. And what it would run one by one within the
+# target is never refused, up to a bound: where so little queues, something else is slow, and refusing cures nothing.
 _LEAST = 2
+_FEW = 64
 # What one decision rests on.
 _WINDOW_SECONDS = 0.1
 _WINDOW_REQUESTS = 4
@@ -93,7 +95,8 @@ class ConcurrencyLimit:
         target = max(self._target, _RUNS * self._shortest)
         if queued > target:
             rate = max(self._served / self._took, self._count / (now - self._began))
-            self.limit = max(_LEAST, min(self.limit, rate * (target + self._shortest)))
+            least = max(_LEAST, min(_FEW, self._target / max(self._shortest, 1e-6)))
+            self.limit = max(least, min(self.limit, rate * (target + self._shortest)))
         else:
             self.limit *= 1 + _GROWTH * (1 - max(0.0, queued) / target)
 

@@ -38,6 +38,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [TraceReceiver(traces).service()],
         max_message_bytes=settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age_seconds,
     )
     await exposition.start()
     ProcessMetrics("console", settings.engine, metrics).start()

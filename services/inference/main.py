@@ -55,6 +55,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
             EnvelopeService(worker, locality).service(),
         ],
         max_message_bytes=settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age_seconds,
     )
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)

@@ -39,7 +39,10 @@ class FastLaneServer(native.Server):
     async def stop(self, grace: float | None) -> None:
         """Turns new calls away, waits for those under way, and closes only when their answers have left."""
         self._draining = True
-        if tasks := [call.task for call in self._calls.values() if call.task is not None]:
+        tasks = [call.task for call in self._calls.values() if call.task is not None]
+        if self._fallback is not None:
+            tasks.append(asyncio.create_task(self._fallback.stop(grace)))
+        if tasks:
             await asyncio.wait(tasks, timeout=grace or 0)
         # Closing takes with it what the engine has not yet written to its sockets; it has no way to wait for that.
         await asyncio.sleep(_FLUSH_SECONDS)

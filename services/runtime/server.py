@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
@@ -11,10 +13,14 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 
 from services.runtime import reflection
+from services.runtime.connections import Connections
 from services.runtime.health import Health
 from services.runtime.rpc import Service
 
 log = logging.getLogger(__name__)
+
+# What callers had sent before they heard that they should go elsewhere comes within this.
+_LEAVE_SECONDS = 0.3
 
 
 class Engine(StrEnum):
@@ -39,61 +45,101 @@ def _create(engine: Engine, options: list[tuple[str, Any]], services: Sequence[S
                 f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
             }
             return FastLaneServer(options, lanes)
-    # Long-lived channels find new backends only when a connection ends, and streams on it may; the native engine
-    # cannot end connections by age.
-    return grpc.aio.server(options=[*options, ("grpc.max_connection_age_ms", 300_000)])
+    return grpc.aio.server(options=options)
 
 
 class Server:
     """Serves `services` on one address; not ready until `set_serving`, drained by `stop`.
 
-    Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED.
+    Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
+    `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
+    processes that say so too may listen on the same port, and the kernel spreads connections over them. With `socket`,
+    the same is served at that path for callers on this host.
     """
 
-    def __init__(self, engine: Engine, address: str, services: Sequence[Service], *, max_message_bytes: int) -> None:
-        self._address = address
+    def __init__(
+        self,
+        engine: Engine,
+        address: str,
+        services: Sequence[Service],
+        *,
+        max_message_bytes: int,
+        max_connection_age: float,
+        share_port: bool = False,
+        socket: str = "",
+    ) -> None:
         self._services = services
+        self._max_connection_age = max_connection_age
+        self._connections = Connections([])
+        self._aging: asyncio.Task[None] | None = None
         self.health = Health(service.name for service in services)
-        self._server = _create(
-            engine,
-            [
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                # Without this, grpcio lets a second server take the same port unnoticed.
-                ("grpc.so_reuseport", 0),
-            ],
-            services,
-        )
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # Unless told otherwise, grpcio lets a second server take the same port unnoticed.
+            ("grpc.so_reuseport", int(share_port)),
+        ]
+        # The native engine listens on one address only.
+        self._servers = {
+            where: _create(engine, options, services) for where in (address, *([f"unix:{socket}"] if socket else []))
+        }
 
     async def start(self) -> int:
         """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError where the address is taken."""
+        ports = []
+        endpoints: list[int | str] = []
+        for address, server in self._servers.items():
+            self._register(server)
+            try:
+                ports.append(server.add_insecure_port(address))
+            except RuntimeError:
+                raise StartError(f"cannot listen on {address}: the port is taken or the address is not ours") from None
+            endpoints.append(address.removeprefix("unix:") if address.startswith("unix:") else ports[-1])
+        for server in self._servers.values():
+            await server.start()
+        self._connections = Connections(endpoints)
+        self._aging = asyncio.create_task(self._end_old_connections())
+        return ports[0]
+
+    def _register(self, server: grpc.aio.Server) -> None:
         services = [*self._services, self.health.service()]
         for service in services:
-            self._server.add_registered_method_handlers(service.name, dict(service.handlers))
-            self._server.add_generic_rpc_handlers(
+            server.add_registered_method_handlers(service.name, dict(service.handlers))
+            server.add_generic_rpc_handlers(
                 (grpc.method_handlers_generic_handler(service.name, dict(service.handlers)),)
             )
-        channelz.add_channelz_servicer(self._server)
+        channelz.add_channelz_servicer(server)
         channelz_name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
         names = [*(service.name for service in services), channelz_name]
         for name, handlers in reflection.handlers(names).items():
-            self._server.add_registered_method_handlers(name, handlers)
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-        try:
-            port = self._server.add_insecure_port(self._address)
-        except RuntimeError:
-            raise StartError(
-                f"cannot listen on {self._address}: the port is taken or the address is not ours"
-            ) from None
-        await self._server.start()
-        return port
+            server.add_registered_method_handlers(name, handlers)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
     def set_serving(self, serving: bool) -> None:
         """Whether load balancers and callers should send requests here."""
         self.health.set_serving(serving)
 
     async def stop(self, grace: float) -> None:
-        """Turns away new requests, waits up to `grace` seconds for those under way, then ends the rest."""
+        """Asks callers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
         self.health.set_serving(False)
         self.health.close()
-        await self._server.stop(grace)
+        if self._aging is not None:
+            self._aging.cancel()
+        await self._release_all()
+        await asyncio.gather(*(server.stop(grace) for server in self._servers.values()))
+
+    async def _release_all(self) -> None:
+        # It would warn of every attempt to accept more.
+        logging.getLogger("pygrpc_native.server").setLevel(logging.ERROR)
+        await asyncio.to_thread(self._connections.stop_listening)
+        end = time.monotonic() + _LEAVE_SECONDS
+        all_asked = False
+        while (now := time.monotonic()) < end:
+            if not all_asked:
+                all_asked = await asyncio.to_thread(self._connections.release, now)
+            await asyncio.sleep(_LEAVE_SECONDS / 10)
+
+    async def _end_old_connections(self) -> None:
+        while True:
+            await asyncio.sleep(self._max_connection_age / 30)
+            await asyncio.to_thread(self._connections.release, time.monotonic(), self._max_connection_age)

@@ -23,6 +23,9 @@ class ServiceSettings(BaseSettings):
     metrics_address: str = Field("127.0.0.1:0", description="host:port to serve /metrics on; port 0 takes a free one")
     engine: Engine = Field(Engine.NATIVE, description="what does the HTTP/2 work: native (Rust) or grpcio")
     max_message_bytes: int = Field(128 << 20, gt=0, description="largest request taken")
+    max_connection_age_seconds: float = Field(
+        300.0, gt=0, description="when the client of a connection is asked to open another, which may find new servers"
+    )
     drain_seconds: float = Field(15.0, ge=0, description="time for requests under way after SIGTERM")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")

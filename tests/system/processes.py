@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
 
@@ -17,6 +18,11 @@ from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 class Started:
     address: str
     process: subprocess.Popen
+
+    @property
+    def info(self) -> psutil.Process:
+        """What the system knows of it."""
+        return psutil.Process(self.process.pid)
 
 
 def free_address() -> str:

@@ -1,0 +1,91 @@
+"""A server's connections as the kernel lists them, to ask clients to leave without ending their calls.
+
+HTTP/2 has a frame for that: GOAWAY with the highest stream id (RFC 9113 6.8), upon which a client finishes its calls
+here and makes new ones on another connection. pygrpc-native never sends it, and grpc.aio only when it stops, when it
+cancels calls that were on their way. But a frame is bytes: it is written here between those of the engine. A write to a
+socket is whole unless its buffer is full, so a connection on which bytes are still unsent is left for the next time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import random
+import socket
+import struct
+import termios
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+# Length 8, type 7, no flags, stream 0; last stream 2^31 - 1, NO_ERROR.
+_GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
+
+
+class Connections:
+    """Those that this process accepted at `endpoints`, TCP ports or paths of Unix sockets. Methods block."""
+
+    def __init__(self, endpoints: Iterable[int | str]) -> None:
+        self._endpoints = frozenset(endpoints)
+        # When each was first seen, by inode; inf for those that were asked to go.
+        self._seen: dict[str, float] = {}
+
+    def stop_listening(self) -> None:
+        """New connections are refused, as if the process were gone."""
+        for _, connection in self._sockets(listening=True):
+            with suppress(OSError):  # already done through another descriptor of the same socket
+                connection.shutdown(socket.SHUT_RD)
+
+    def release(self, now: float, older_than: float = 0.0) -> bool:
+        """Asks the clients of connections seen for so long to go elsewhere; False where some could not be asked."""
+        seen = {}
+        all_asked = True
+        for inode, connection in self._sockets(listening=False):
+            # Spread, so that connections that began together do not end together.
+            first = self._seen.get(inode) or now + random.uniform(0, older_than / 10)
+            if first <= now - older_than:
+                if _go_away(connection):
+                    first = math.inf
+                else:
+                    all_asked = False
+            seen[inode] = first
+        self._seen = seen
+        return all_asked
+
+    def _sockets(self, *, listening: bool) -> Iterator[tuple[str, socket.socket]]:
+        """By inode; each is open until the next is asked for."""
+        for descriptor in Path("/proc/self/fd").iterdir():
+            try:
+                inode = str(descriptor.readlink())
+                if not inode.startswith("socket:"):
+                    continue
+                connection = socket.socket(fileno=os.dup(int(descriptor.name)))
+            except OSError:  # closed in between
+                continue
+            with connection:
+                try:
+                    if _endpoint(connection) not in self._endpoints:
+                        continue
+                    if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != listening:
+                        continue
+                    if not listening:
+                        connection.getpeername()
+                except OSError:
+                    continue
+                yield inode, connection
+
+
+def _endpoint(connection: socket.socket) -> int | str | None:
+    name = connection.getsockname()
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        return int(name[1])
+    return name if isinstance(name, str) else None
+
+
+def _go_away(connection: socket.socket) -> bool:
+    try:
+        (unsent,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+        return unsent == 0 and connection.send(_GOAWAY, socket.MSG_DONTWAIT) == len(_GOAWAY)
+    except OSError:  # it is gone
+        return True
