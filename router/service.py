@@ -16,7 +16,7 @@ from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh
-from router import ensembles
+from router import ensembles, request_span
 from router.admission.caller import ANYBODY, RefusedError, caller_of
 from router.admission.quotas import Quotas
 from router.audit import Audit
@@ -24,12 +24,13 @@ from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.request_metrics import OK, RequestMetrics
-from services.runtime import protocol
+from services.runtime import protocol, w3c
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.metrics import OTHER
 from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
-from services.runtime.tracing import Attributes, Trace, Tracer
+from services.runtime.spans import Attributes, Value
+from services.runtime.tracing import Trace, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +93,9 @@ class InferenceService:
 
     def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | _Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
-        traceparent, control = protocol.trace_and_cache_control(metadata)
+        traceparent, control, tenant = protocol.trace_and_cache_control(metadata)
         call = self._key(data, self._tracer.start(traceparent), metadata, control, method)
+        call.tenant = tenant
         entry = self._local(call)
         if entry is None or call.model is None:
             return call
@@ -118,7 +120,7 @@ class InferenceService:
         except UncacheableError as why:
             if sequence := protocol.sequence_of(request):
                 call.place = self._hasher.sequence_place(call.name, sequence)
-            trace.span("cache.bypass", call.start, time.time_ns(), {"ringmesh.reason": str(why)})
+            call.reason = str(why)
             return call
         except RingmeshError as error:
             call.error = error
@@ -142,8 +144,8 @@ class InferenceService:
                 entry = None
             elif call.control is not None:
                 entry = entry if call.control.takes(entry.created_at_ms, time.time_ns() // 1_000_000) else None
-        if call.trace.sampled:
-            call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
+        if entry is None:
+            call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": False})
         return entry
 
     async def _model_infer(self, data: bytes | _Admitted, context: Context) -> bytes:
@@ -175,15 +177,15 @@ class InferenceService:
                 self._audit.hit(call.model, call.data, found.entry.value)
             return self._answer(call, found)
         except RingmeshError as error:
-            self._failed(call, error.code.name, error.message)
+            self._failed(call, error.code, error.message)
             raise
         except asyncio.CancelledError:
-            self._failed(call, grpc.StatusCode.CANCELLED.name, "the caller left")
+            self._failed(call, grpc.StatusCode.CANCELLED, "the caller left")
             raise
         except Exception as error:
             log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
             told = unexpected(error)
-            self._failed(call, told.code.name, told.message)
+            self._failed(call, told.code, told.message)
             raise told from None
         finally:
             self._requests.in_flight -= 1
@@ -251,9 +253,9 @@ class InferenceService:
         return not model.cache_steps and any(not member.why_not(model) for member in members)
 
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
-        _, control = protocol.trace_and_cache_control(whole.metadata)
+        _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
         call = self._key(data, whole.trace, whole.metadata, control, _STEP)
-        call.caller = whole.caller
+        call.tenant, call.caller = tenant, whole.caller
         entry = self._local(call)
         found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
         self._count(call, found)
@@ -262,41 +264,57 @@ class InferenceService:
     def _count(self, call: _Admitted, found: Found) -> None:
         model = call.model
         assert model is not None
-        self._requests.count(
-            (call.method, model.name, model.version, call.tenant, OK, found.outcome),
-            time.time_ns() - call.start,
-            found.entry.compute_us,
-        )
+        labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
+        end = time.time_ns()
+        slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        if (slow or call.trace.sampled) and call.method != _STEP:
+            if found.outcome == "hit-local":
+                call.trace.span("cache.local", call.start, end, {"ringmesh.cache.hit": True})
+            self._keep(call, labels, end, request_span.answered(found, end))
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
-        entry, trace = found.entry, call.trace
         self._count(call, found)
-        trailing: Metadata
-        if trace.sampled:
-            attributes: Attributes = {
-                "ringmesh.model": call.name,
-                "ringmesh.cache": found.outcome,
-                "ringmesh.request.bytes": len(call.data),
-            }
-            self._tracer.finish(trace, "router ModelInfer", call.start, time.time_ns(), attributes)
-        trailing = (
+        trailing: Metadata = (
             ("ringmesh-cache", found.outcome),
-            ("ringmesh-trace-id", trace.trace_id),
-            ("ringmesh-compute-us", str(entry.compute_us)),
+            ("ringmesh-trace-id", call.trace.trace_id),
+            ("ringmesh-compute-us", str(found.entry.compute_us)),
         )
         if found.worker:
             trailing = (*trailing, ("ringmesh-worker", found.worker))
-        return Answer(protocol.with_id(entry.value, call.request_id), trailing)
+        return Answer(protocol.with_id(found.entry.value, call.request_id), trailing)
 
-    def _failed(self, call: _Admitted, code: str, message: str) -> None:
+    def _failed(self, call: _Admitted, code: grpc.StatusCode, message: str) -> None:
         end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
-        self._requests.count((call.method, model, version, call.tenant, code, "error"), end - call.start, 0)
-        attributes: Attributes = {
-            "ringmesh.model": call.name,
-            "rpc.grpc.status_code": grpc.StatusCode[code].value[0],
+        labels = (call.method, model, version, call.tenant, code.name, "error")
+        self._requests.count(labels, end - call.start, 0)
+        self._keep(call, labels, end, {}, code, message)
+
+    def _keep(
+        self,
+        call: _Admitted,
+        labels: tuple[str, str, str, str, str, str],
+        end: int,
+        attributes: Attributes,
+        code: grpc.StatusCode = grpc.StatusCode.OK,
+        message: str = "",
+    ) -> None:
+        """Of a request that is sampled, slow or failed."""
+        trace = call.trace
+        self._requests.exemplify(labels, end - call.start, trace.trace_id)
+        trace.state = w3c.usable_state(protocol.joined(call.metadata, "tracestate"))
+        told: dict[str, Value] = {
+            **protocol.span_attributes(call.method, code.value[0]),
+            "ringmesh.model.name": call.name,
+            "ringmesh.model.version": call.model.version if call.model is not None else "",
+            "ringmesh.tenant": call.tenant,
+            "ringmesh.key": call.request_hash[:8].hex(),
+            "ringmesh.cache.reason": call.reason,
+            "ringmesh.request.bytes": len(call.data),
+            **attributes,
+            **request_span.baggage(protocol.joined(call.metadata, "baggage")),
         }
-        self._tracer.finish(call.trace, "router ModelInfer", call.start, end, attributes, message)
+        self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
 
 
 class _Admitted:
@@ -312,6 +330,7 @@ class _Admitted:
         "model",
         "name",
         "place",
+        "reason",
         "request_hash",
         "request_id",
         "start",
@@ -330,6 +349,7 @@ class _Admitted:
         self.request_id = ""
         self.request_hash = b""
         self.place = b""
+        self.reason = ""
         self.control: CacheControl | None = None
         self.model: ModelEntry | None = None
         self.error: RingmeshError | None = None

@@ -20,7 +20,7 @@ from services.cli.errors import CommandError
 from services.cli.first_calls import show_trace
 from services.cli.magika_features import MagikaFeatures
 from services.cli.probes import LOCAL
-from services.runtime.tracing import new_span_id
+from services.runtime.w3c import new_span_id
 
 _MOST_FILES = 60
 _SECONDS = 60.0

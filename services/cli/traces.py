@@ -53,7 +53,7 @@ def tree(trace: SpanTree) -> Table:
     table.add_column("attributes", overflow="fold")
     for guide, (_, span) in zip(_guides([depth for depth, _ in trace.rows]), trace.rows, strict=True):
         table.add_row(
-            f"[dim]{guide}[/]{escape(span.name)}",
+            f"[dim]{guide}[/]{escape(span.short_name)}",
             escape(span.service.removeprefix("ringmesh-")),
             _ms(span.start_ns - trace.start_ns),
             _ms(span.end_ns - span.start_ns),
@@ -81,7 +81,7 @@ def listing(traces: Iterable[SpanTree]) -> Table:
             began,
             _ms(trace.duration_ns),
             str(len(trace.rows)),
-            escape(f"{root.name} {_details(root)}"),
+            escape(f"{root.short_name} {_details(root)}"),
         )
         table.add_row(*row, style="red" if failed else "")
     return table

@@ -36,6 +36,8 @@ class BatchResult:
     batch_rows: int
     # The first of its batch: one of them speaks for the run as a whole.
     first: bool
+    # The trace contexts of all of them, one after the other.
+    members: bytes = b""
 
 
 class Batcher:
@@ -198,10 +200,11 @@ class Batcher:
             return self._run(batch[:half]) + self._run(batch[half:])
         end = time.time_ns()
         results: list[BatchResult | Exception] = []
+        members = b"".join([waiting.decoded.trace_context for waiting in batch])
         row = 0
         for waiting in batch:
             next_row = row + waiting.decoded.rows
             arrays = outputs if len(batch) == 1 else [output[row:next_row] for output in outputs]
-            results.append(BatchResult(arrays, waiting.queued_ns, start, run, end, len(batch), rows, row == 0))
+            results.append(BatchResult(arrays, waiting.queued_ns, start, run, end, len(batch), rows, row == 0, members))
             row = next_row
         return results

@@ -38,9 +38,13 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     journal = _journal(settings)
     store = await _load(settings, executor, journal)
     tracer = create_tracer(
-        "worker", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
+        "worker",
+        ratio=settings.trace_ratio,
+        folder=settings.trace_dir,
+        otlp_endpoint=settings.otlp_endpoint,
+        instance=settings.worker_id,
     )
-    worker = Worker(settings.worker_id, store, tracer)
+    worker = Worker(settings.worker_id, store)
     more = {
         **ModelControl(store).handlers(),
         **SharedMemoryControl(worker.memory).handlers(),
@@ -51,7 +55,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         settings.engine,
         settings.address,
         [
-            InferenceService(worker).service(lambda: server.health.serving, more),
+            InferenceService(worker, tracer).service(lambda: server.health.serving, more),
             EnvelopeService(worker, locality).service(),
         ],
         max_message_bytes=settings.max_message_bytes,
@@ -59,6 +63,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
+    metrics.add(tracer.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
     await exposition.start()
@@ -75,7 +80,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     executor.shutdown()
     if journal is not None:
         journal.close()
-    await asyncio.to_thread(tracer.close)
+    await tracer.close()
 
 
 def _journal(settings: WorkerSettings) -> CrashJournal | None:

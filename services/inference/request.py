@@ -63,9 +63,13 @@ class Decoded:
     priority: int = 0
     timeout_us: int = 0
     sequence: SequenceStep | None = None
+    # Whose request it is: a trace id (16 bytes) and a span id (8).
+    trace_context: bytes = b""
 
 
-def decode_request(request: v2.ModelInferRequest, model: Model, memory: SharedMemory) -> Decoded:
+def decode_request(
+    request: v2.ModelInferRequest, model: Model, memory: SharedMemory, trace_context: bytes = b""
+) -> Decoded:
     """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region."""
     raws = request.raw_input_contents
     tensors = request.inputs
@@ -97,7 +101,7 @@ def decode_request(request: v2.ModelInferRequest, model: Model, memory: SharedMe
     regions: dict[str, _OutputRegion] = {}
     if request.outputs:
         outputs = _decode_outputs(request.outputs, model, classes, regions, memory)
-    decoded = _decoded(arrays, model, outputs)
+    decoded = _decoded(arrays, model, outputs, trace_context)
     if not (classes or regions or request.parameters):
         return decoded
     return replace(
@@ -114,18 +118,20 @@ def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[st
     """A request of `model` on behalf of another: arrays in its datatypes. Raises InvalidArgumentError."""
     for index, (name, array) in enumerate(arrays.items()):
         _check_shape(array.shape, model.inputs[name], index)
-    decoded = _decoded(arrays, model, outputs)
+    decoded = _decoded(arrays, model, outputs, request.trace_context)
     return replace(decoded, priority=request.priority, timeout_us=request.timeout_us, sequence=request.sequence)
 
 
-def _decoded(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...]) -> Decoded:
+def _decoded(
+    arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], trace_context: bytes
+) -> Decoded:
     if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
         raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
     if len(arrays) > len(model.required):
         # An optional input is for the whole run, so the request that gives one has a run of its own.
         signature = object()
-    return Decoded(arrays, _rows(arrays, model), outputs, {}, {}, signature)
+    return Decoded(arrays, _rows(arrays, model), outputs, {}, {}, signature, trace_context=trace_context)
 
 
 def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:

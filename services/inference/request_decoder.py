@@ -42,11 +42,11 @@ class RequestDecoder:
         self._memory = memory
         self._kinds: dict[bytes, _Kind] = {}
 
-    def decode(self, request: v2.ModelInferRequest, model: Model) -> Decoded:
+    def decode(self, request: v2.ModelInferRequest, model: Model, trace_context: bytes = b"") -> Decoded:
         """Takes the id and the raw contents out of `request`. Raises what `decode_request` raises."""
         raws = [*request.raw_input_contents]
         if not raws:
-            return decode_request(request, model, self._memory)
+            return decode_request(request, model, self._memory, trace_context)
         del request.raw_input_contents[:]
         request.ClearField("id")
         head = model.digest + request.SerializeToString()
@@ -58,9 +58,12 @@ class RequestDecoder:
                     break
                 arrays[name] = np.frombuffer(raw, dtype).reshape(shape)
             else:
-                return Decoded(arrays, kind.rows, kind.outputs, {}, {}, kind.signature, kind.priority, kind.timeout_us)
+                priority, timeout_us = kind.priority, kind.timeout_us
+                return Decoded(
+                    arrays, kind.rows, kind.outputs, {}, {}, kind.signature, priority, timeout_us, None, trace_context
+                )
         request.raw_input_contents.extend(raws)
-        decoded = decode_request(request, model, self._memory)
+        decoded = decode_request(request, model, self._memory, trace_context)
         if (kind := _kind(request, model, decoded)) is not None:
             if len(self._kinds) >= MAX_KINDS:
                 self._kinds.clear()

@@ -14,16 +14,18 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
-from services.runtime import protocol
+from services.runtime import protocol, w3c
 from services.runtime.errors import NotFoundError, UnavailableError, from_failure
 from services.runtime.rpc import Context, Handler, Service, abort, unary
+from services.runtime.tracing import Tracer
 
 
 class InferenceService:
     """`inference.GRPCInferenceService`, straight at this worker: nothing is cached here."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, tracer: Tracer) -> None:
         self._worker = worker
+        self._tracer = tracer
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
         """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
@@ -51,16 +53,24 @@ class InferenceService:
         metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
-    async def _execute(self, data: bytes, context: Context) -> inference_pb2.WorkResult:
-        return await self._worker.execute(
+    async def _execute(self, data: bytes, context: Context, method: str) -> inference_pb2.WorkResult:
+        trace = self._tracer.start(protocol.traceparent(protocol.metadata(context)))
+        trace.span_id = w3c.new_span_id()
+        start = time.time_ns()
+        result = await self._worker.execute(
             data,
             request_hash=b"",
             deadline=protocol.deadline(context),
-            traceparent=protocol.traceparent(protocol.metadata(context)),
+            trace_context=bytes.fromhex(trace.trace_id + trace.span_id),
         )
+        if trace.sampled or result.HasField("failure"):
+            name, failure = protocol.full_name(method), result.failure
+            attributes = protocol.span_attributes(method, failure.code)
+            self._tracer.finish(trace, name, start, time.time_ns(), attributes, failure.message, result.timing)
+        return result
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
-        result = await self._execute(data, context)
+        result = await self._execute(data, context, "ModelInfer")
         trailing = (("ringmesh-cache", "bypass"), ("ringmesh-worker", self._worker.worker_id))
         if result.HasField("failure"):
             await abort(context, from_failure(result.failure), trailing)
@@ -68,7 +78,7 @@ class InferenceService:
         return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
 
     async def _stream_infer(self, data: bytes, context: Context) -> bytes:
-        result = await self._execute(data, context)
+        result = await self._execute(data, context, "ModelStreamInfer")
         if result.HasField("failure"):
             raise from_failure(result.failure)
         return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
@@ -112,7 +122,7 @@ class EnvelopeService:
                 item.request,
                 item.request_hash,
                 now + item.timeout_us / 1e6 if item.timeout_us else None,
-                item.traceparent,
+                w3c.packed(item.traceparent),
             )
             for item in request.items
         )

@@ -24,22 +24,18 @@ from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc import parse, unexpected
 from services.runtime.single_flight import SingleFlight
-from services.runtime.tracing import Attributes, Trace, Tracer
 
 log = logging.getLogger(__name__)
-
-# What a router does not trace is not traced here either: a trace of half a path helps nobody.
-NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A serialized request; `deadline` in time.monotonic; `traceparent` as W3C has it, "" where it is not sampled."""
+    """A serialized request; `deadline` in time.monotonic; `trace_context` is the router's span of it, as w3c.packed."""
 
     data: bytes
     request_hash: bytes
     deadline: float | None
-    traceparent: str
+    trace_context: bytes
 
 
 class _Begun(NamedTuple):
@@ -47,27 +43,29 @@ class _Begun(NamedTuple):
 
     answer: asyncio.Future[inference_pb2.WorkResult]
     withdraw: Callable[[], object] | None
+    start: int
 
 
 class Worker:
     """Runs requests on the models held. Knows no RPC: results and failures are values."""
 
-    def __init__(self, worker_id: str, store: ModelStore, tracer: Tracer) -> None:
+    def __init__(self, worker_id: str, store: ModelStore) -> None:
         self.worker_id = worker_id
         self.store = store
         self.memory = SharedMemory()
         self.accepting = True
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
-        self._tracer = tracer
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
 
     async def execute(
-        self, data: bytes, *, request_hash: bytes, deadline: float | None, traceparent: str | None
+        self, data: bytes, *, request_hash: bytes, deadline: float | None, trace_context: bytes = b""
     ) -> inference_pb2.WorkResult:
-        """The response without an id, or the failure. Equal requests in flight (by hash; b"": never) run once."""
+        """The response without an id, or the failure. Equal requests in flight (by hash; b"": never) run once.
+
+        The result's timing is enough to build the spans under the one that `trace_context` names.
+        """
         start = time.time_ns()
-        trace = self._tracer.start(traceparent)
         name = ""
         try:
             request = parse(v2.ModelInferRequest, data)
@@ -76,39 +74,37 @@ class Worker:
             if request_hash:
                 key = held.model.digest + request_hash
                 result, joined = await self._flights.run(
-                    key, lambda: self._run(held, request, data, deadline, trace), deadline
+                    key, lambda: self._run(held, request, data, deadline, trace_context, start), deadline
                 )
                 if joined:
                     shared, result = result, inference_pb2.WorkResult()
                     result.CopyFrom(shared)
                     result.timing.joined = True
             else:
-                result = await self._run(held, request, data, deadline, trace)
+                result = await self._run(held, request, data, deadline, trace_context, start)
         except RingmeshError as error:
             result = inference_pb2.WorkResult(failure=error.to_failure())
         except Exception as error:
-            log.exception("trace %s: model %s failed", trace.trace_id, name)
+            log.exception("trace %s: model %s failed", trace_context[:16].hex(), name)
             result = inference_pb2.WorkResult(failure=unexpected(error).to_failure())
-        if trace.sampled:
-            attributes: Attributes = {"ringmesh.model": name, "ringmesh.joined": result.timing.joined}
-            failure = result.failure.message
-            self._tracer.finish(trace, "worker Execute", start, time.time_ns(), attributes, failure)
+        result.timing.received_unix_ns = start
+        result.timing.total_us = (time.time_ns() - start) // 1000
         return result
 
     async def execute_all(self, works: Iterable[Work]) -> list[inference_pb2.WorkResult]:
         """As `execute` each. Plain requests, which most are, are run without a task of their own."""
         begun = [self._begin(work) for work in works]
         try:
-            for answer, _ in begun:
+            for answer, _, _ in begun:
                 if not answer.done():
                     await asyncio.wait([answer])
         except asyncio.CancelledError:
-            for answer, withdraw in begun:
+            for answer, withdraw, _ in begun:
                 if withdraw is not None:
                     withdraw()
                     answer.cancel()
             raise
-        return [_result(answer) for answer, _ in begun]
+        return [_result(answer, start) for answer, _, start in begun]
 
     def _begin(self, work: Work) -> _Begun:
         """Where it is not plain, a task of `execute`: traced, equal to another, or more than a batch of one model."""
@@ -122,7 +118,6 @@ class Worker:
             if (
                 type(held.batcher) is not Batcher
                 or held.resident is not None
-                or work.traceparent
                 or (work.request_hash and key in self._flights)
             ):
                 task = loop.create_task(
@@ -130,26 +125,26 @@ class Worker:
                         work.data,
                         request_hash=work.request_hash,
                         deadline=work.deadline,
-                        traceparent=work.traceparent or NOT_SAMPLED,
+                        trace_context=work.trace_context,
                     )
                 )
-                return _Begun(task, task.cancel)
-            decoded = self._decoder.decode(request, held.model)
+                return _Begun(task, task.cancel, start)
+            decoded = self._decoder.decode(request, held.model, work.trace_context)
             waiting = held.batcher.enqueue(decoded, work.deadline)
         except Exception as error:
             if held is not None:
                 held.statistics.failed(time.time_ns() - start)
             failed = loop.create_future()
             failed.set_exception(error)
-            return _Begun(failed, None)
+            return _Begun(failed, None, start)
         answer: asyncio.Future[inference_pb2.WorkResult] = loop.create_future()
         waiting.future.add_done_callback(partial(self._finish, held, decoded, start, answer))
         self.load.started()
         if work.request_hash:
             # Others may have joined it by the time its caller leaves.
             self._flights.lead(key, answer)
-            return _Begun(answer, None)
-        return _Begun(answer, partial(held.batcher.withdraw, waiting))
+            return _Begun(answer, None, start)
+        return _Begun(answer, partial(held.batcher.withdraw, waiting), start)
 
     async def _run(
         self,
@@ -157,14 +152,14 @@ class Worker:
         request: v2.ModelInferRequest,
         data: bytes,
         deadline: float | None,
-        trace: Trace,
+        trace_context: bytes,
+        start: int,
         *,
         caught_up: bool = False,
     ) -> inference_pb2.WorkResult:
-        start = time.time_ns()
         self.load.started()
         try:
-            decoded = self._decoder.decode(request, held.model)
+            decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
             response = encode_response(held.model, decoded, batch.arrays)
         except ModelChangedError as changed:
@@ -174,13 +169,12 @@ class Worker:
             held = self.store.held.find(request.model_name, request.model_version)
             # The request was taken apart when it was decoded.
             request = parse(v2.ModelInferRequest, data)
-            return await self._run(held, request, data, deadline, trace, caught_up=True)
+            return await self._run(held, request, data, deadline, trace_context, start, caught_up=True)
         except Exception:
             held.statistics.failed(time.time_ns() - start)
             raise
         finally:
             self.load.ended()
-        _record(trace, held, batch)
         return _answer(held, decoded, batch, response, start)
 
     def _finish(
@@ -214,26 +208,24 @@ def _answer(
         compute_us=(batch.end_ns - batch.start_ns) // 1000,
         batch_requests=batch.batch_requests,
         batch_rows=batch.batch_rows,
+        received_unix_ns=start,
+        total_us=(now - start) // 1000,
+        queued_at_us=(batch.queued_ns - start) // 1000,
+        run_at_us=(batch.run_ns - start) // 1000,
+        provider=held.model.provider,
+        batch_members=batch.members,
     )
     return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
 
 
-def _result(answer: asyncio.Future[inference_pb2.WorkResult]) -> inference_pb2.WorkResult:
+def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inference_pb2.WorkResult:
     """What it has, or its failure."""
     try:
         return answer.result()
     except RingmeshError as error:
-        return inference_pb2.WorkResult(failure=error.to_failure())
+        failure = error.to_failure()
     except Exception as error:
         log.error("a request failed", exc_info=error)
-        return inference_pb2.WorkResult(failure=unexpected(error).to_failure())
-
-
-def _record(trace: Trace, held: HeldModel, batch: BatchResult) -> None:
-    if not trace.sampled:
-        return
-    trace.span("queue", batch.queued_ns, batch.start_ns, {})
-    sizes: Attributes = {"ringmesh.batch.requests": batch.batch_requests, "ringmesh.batch.rows": batch.batch_rows}
-    trace.span("batch", batch.start_ns, batch.end_ns, sizes)
-    run: Attributes = {"ringmesh.provider": held.model.provider, "ringmesh.model.version": str(held.model.version)}
-    trace.span("onnxruntime run", batch.run_ns, batch.end_ns, run)
+        failure = unexpected(error).to_failure()
+    timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
+    return inference_pb2.WorkResult(failure=failure, timing=timing)

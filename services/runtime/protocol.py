@@ -14,8 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime import wire
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc import Context, Handler, Lane, Metadata, Service, abort, unary, unexpected
+from services.runtime.spans import Value
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ EXTENSIONS = (
     "trace",
     "logging",
 )
+_SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 # Requests of one stream under way at once; the rest is read when an answer has left.
 _STREAM_DEPTH = 256
 
@@ -84,7 +88,7 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handl
             return v2.ModelStreamInferResponse(error_message=unexpected(error).message).SerializeToString()
         if request.parameters["triton_enable_empty_final_response"].bool_param:
             response += _FINAL
-        return b"".join((b"\x12", _varint(len(response)), response))  # field 2, length-delimited
+        return wire.field(2, response)
 
     async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         strict = ("triton_grpc_error", "true") in metadata(context)
@@ -134,8 +138,7 @@ def with_id(response: bytes, request_id: str) -> bytes:
     """A serialized ModelInferResponse with this id: on the wire, the last value of a field wins."""
     if not request_id:
         return response
-    encoded = request_id.encode()
-    return b"".join((response, b"\x1a", _varint(len(encoded)), encoded))  # field 3, length-delimited
+    return response + wire.field(3, request_id.encode())
 
 
 def metadata(context: Context) -> Metadata:
@@ -143,15 +146,40 @@ def metadata(context: Context) -> Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
-def trace_and_cache_control(sent: Metadata) -> tuple[str | None, str]:
-    """The caller's W3C trace context (None: not sent) and cache-control ("": not sent), in one pass."""
-    trace, control = None, ""
+def trace_and_cache_control(sent: Metadata) -> tuple[str | None, str, str]:
+    """The caller's W3C trace context (None: not sent), cache-control and tenant ("": not sent), in one pass."""
+    trace, control, caller = None, "", ""
     for key, value in sent:
         if key == "traceparent":
             trace = value if isinstance(value, str) else None
         elif key == "cache-control" and isinstance(value, str):
             control = f"{control},{value}" if control else value
-    return trace, control
+        elif key == "ringmesh-tenant" and not caller:
+            caller = str(value)
+    return trace, control, caller
+
+
+def joined(sent: Metadata, name: str) -> str:
+    """The values of `name`, which may be sent in several parts, as one list; "" where there is none."""
+    return ",".join(value for key, value in sent if key == name and isinstance(value, str))
+
+
+def full_name(method: str) -> str:
+    """As spans and OpenTelemetry name it: `package.Service/Method`."""
+    return f"{_SERVICE}/{method}"
+
+
+def span_attributes(method: str, code: int) -> dict[str, Value]:
+    """What the semantic conventions for RPC (1.45) ask of a server's span. `code` is a google.rpc.Code."""
+    name = _CODES.get(code, "UNKNOWN")
+    attributes: dict[str, Value] = {
+        "rpc.system.name": "grpc",
+        "rpc.method": full_name(method),
+        "rpc.response.status_code": name,
+    }
+    if code:
+        attributes["error.type"] = name
+    return attributes
 
 
 def traceparent(sent: Metadata) -> str | None:
@@ -185,12 +213,3 @@ def sequence_of(request: v2.ModelInferRequest) -> int | str:
         return 0
     sequence = request.parameters["sequence_id"]
     return sequence.int64_param or sequence.string_param or sequence.uint64_param
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

@@ -1,170 +1,173 @@
-"""Traces: W3C context in and out, spans built after the fact and only for sampled requests.
+"""Traces: times are recorded for every request, and spans are built when it ends, for those that are kept.
 
-A request records plain timestamps; what is sampled becomes OpenTelemetry spans when it ends. Spans go
-to an OTLP collector, to a folder that `ringmesh trace` reads, or both, through a bounded queue on a
-thread of its own: a slow or dead collector costs spans, never requests.
+Kept are the requests that the caller samples, a share of those where it does not say, and every one that failed or was
+slow. What a worker did comes back with its answer, so that a trace can be kept whole after the fact: see
+docs/decisions/0013.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NamedTuple
 
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from ringmesh.inference.v1 import inference_pb2
 
-Attributes: TypeAlias = Mapping[str, str | int | float | bool]
+from services.runtime import w3c
+from services.runtime.metrics import Family, Sample
+from services.runtime.span_export import Collector, SpanFolder, SpanQueue
+from services.runtime.spans import Attributes, Event, Kind, Process, Span
+from services.runtime.w3c import new_span_id, new_trace_id
+from services.runtime.worker_spans import run_spans, worker_spans
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_FILE_BYTES = 16 << 20
+SPANS = Family(
+    "ringmesh_trace_spans_total",
+    "counter",
+    "spans by destination (otlp, folder) and result: sent, or dropped for want of room or by the destination",
+    ("destination", "result"),
+)
+
+
+class Stage(NamedTuple):
+    """A part of a request; `result` is what a worker answered to it, `worker` that worker's id."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+    attributes: Attributes
+    span_id: str
+    kind: Kind
+    error: str
+    events: tuple[Event, ...]
+    worker: str
+    result: inference_pb2.WorkResult | None
 
 
 class Trace:
-    """One request's place in its trace. `span_id` names the span of this process; `parent_id` is "" at a root."""
+    """One request's place in its trace. `parent_id` is "" at a root; `state` is the caller's tracestate."""
 
-    __slots__ = ("_spans", "parent_id", "sampled", "span_id", "trace_id")
+    __slots__ = ("parent_id", "sampled", "span_id", "stages", "state", "trace_id")
 
     def __init__(self, trace_id: str, parent_id: str, sampled: bool) -> None:
         self.trace_id = trace_id
         self.parent_id = parent_id
         self.sampled = sampled
-        self.span_id = new_span_id() if sampled else ""
-        self._spans: list[tuple[str, str, int, int, Attributes]] = []
+        self.span_id = ""
+        self.state = ""
+        self.stages: list[Stage] = []
 
-    def span(self, name: str, start_ns: int, end_ns: int, attributes: Attributes, span_id: str = "") -> None:
-        """Records a child span (times since the Unix epoch); nothing where the request is not sampled."""
-        if self.sampled:
-            self._spans.append((span_id or new_span_id(), name, start_ns, end_ns, attributes))
-
-    def traceparent(self, span_id: str) -> str:
-        """What to send on, so that `span_id` becomes the parent there."""
-        return f"00-{self.trace_id}-{span_id}-01"
-
-
-def new_span_id() -> str:
-    """16 hexadecimal digits, as W3C has them."""
-    return f"{random.getrandbits(64) or 1:016x}"
-
-
-class Tracer:
-    """Starts traces and sends finished ones out. `ratio` is the share sampled where the caller does not say."""
-
-    def __init__(self, service: str, ratio: float, exporters: Sequence[SpanExporter]) -> None:
-        self.ratio = ratio
-        self._resource = Resource.create({"service.name": f"ringmesh-{service}", "process.pid": os.getpid()})
-        self._processors = [
-            BatchSpanProcessor(exporter, max_queue_size=8192, schedule_delay_millis=500, max_export_batch_size=512)
-            for exporter in exporters
-        ]
-
-    def start(self, traceparent: str | None) -> Trace:
-        """Continues the caller's trace and respects its sampled flag; otherwise begins one."""
-        if traceparent is not None and (match := _TRACEPARENT.fullmatch(traceparent)):
-            trace_id, parent_id, flags = match.groups()
-            if int(trace_id, 16) and int(parent_id, 16):
-                return Trace(trace_id, parent_id, bool(int(flags, 16) & 1))
-        return Trace(f"{random.getrandbits(128) or 1:032x}", "", random.random() < self.ratio)
-
-    def finish(
-        self, trace: Trace, name: str, start_ns: int, end_ns: int, attributes: Attributes, error: str = ""
-    ) -> None:
-        """Ends the request's own span, with its children. `error` is the failure's message, "" on success."""
-        if not (trace.sampled and self._processors):
-            return
-        status = Status(StatusCode.ERROR, error) if error else Status(StatusCode.UNSET)
-        kind = SpanKind.SERVER
-        self._export(trace.trace_id, trace.span_id, trace.parent_id, name, start_ns, end_ns, attributes, kind, status)
-        for span_id, child, start, end, child_attributes in trace._spans:
-            self._export(
-                trace.trace_id, span_id, trace.span_id, child, start, end, child_attributes, SpanKind.INTERNAL, Status()
-            )
-
-    def close(self) -> None:
-        """Sends what is queued; blocks for up to some seconds, so call it off the event loop."""
-        for processor in self._processors:
-            processor.shutdown()  # type: ignore[no-untyped-call]
-
-    def _export(
+    def span(
         self,
-        trace_id: str,
-        span_id: str,
-        parent_id: str,
         name: str,
         start_ns: int,
         end_ns: int,
         attributes: Attributes,
-        kind: SpanKind,
-        status: Status,
+        span_id: str = "",
+        *,
+        kind: Kind = Kind.INTERNAL,
+        error: str = "",
+        events: tuple[Event, ...] = (),
+        worker: str = "",
+        result: inference_pb2.WorkResult | None = None,
     ) -> None:
-        trace = int(trace_id, 16)
-        span = ReadableSpan(
-            name,
-            context=SpanContext(trace, int(span_id, 16), is_remote=False, trace_flags=_SAMPLED),
-            parent=SpanContext(trace, int(parent_id, 16), is_remote=True, trace_flags=_SAMPLED) if parent_id else None,
-            resource=self._resource,
-            attributes=attributes,
-            kind=kind,
-            status=status,
-            start_time=start_ns,
-            end_time=end_ns,
-        )
-        for processor in self._processors:
-            processor.on_end(span)
+        """Records a child span; times in ns since the Unix epoch."""
+        self.stages.append(Stage(name, start_ns, end_ns, attributes, span_id, kind, error, events, worker, result))
+
+    def traceparent(self, span_id: str) -> str:
+        """What to send on, so that `span_id` becomes the parent there."""
+        return w3c.traceparent(self.trace_id, span_id, self.sampled)
 
 
-class FolderExporter(SpanExporter):
-    """Writes spans as JSON lines, one file a process, the file before it kept: at most 32 MB each."""
+class Tracer:
+    """Starts traces and sends kept ones out. `ratio` is the share sampled where the caller does not say."""
 
-    def __init__(self, folder: Path, service: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"{service}-{os.getpid()}.jsonl"
+    def __init__(self, process: Process, ratio: float, queues: Sequence[SpanQueue[Any]]) -> None:
+        self.ratio = ratio
+        self._process = process
+        self._queues = queues
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """A full or missing disk loses these spans and nothing else."""
-        lines = "".join(json.dumps(_as_dict(span), separators=(",", ":")) + "\n" for span in spans)
-        try:
-            if self._path.exists() and self._path.stat().st_size > _FILE_BYTES:
-                self._path.replace(self._path.with_suffix(".1.jsonl"))
-            with self._path.open("a") as file:
-                file.write(lines)
-        except OSError:
-            return SpanExportResult.FAILURE
-        return SpanExportResult.SUCCESS
+    def start(self, traceparent: str | None) -> Trace:
+        """Continues the caller's trace and respects its sampled flag; otherwise begins one."""
+        if traceparent is not None and (parent := w3c.parse_traceparent(traceparent)) is not None:
+            return Trace(*parent)
+        return Trace(new_trace_id(), "", random.random() < self.ratio)
+
+    def finish(
+        self,
+        trace: Trace,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes,
+        error: str = "",
+        timing: inference_pb2.Timing | None = None,
+    ) -> None:
+        """Keeps the trace: the request's own span, with its children. `error` is the failure's message, "" on success.
+
+        `timing` is of what this process itself has run.
+        Where no destination has room, nothing is built, so that a storm of failures costs no more than it must.
+        """
+        ready = []
+        for queue in self._queues:
+            if queue.has_room:
+                ready.append(queue)
+            else:
+                queue.dropped += 1 + len(trace.stages)
+        if ready:
+            spans = list(self._build(trace, name, start_ns, end_ns, attributes, error, timing))
+            for queue in ready:
+                queue.put(spans)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        for queue in self._queues:
+            yield Sample(SPANS, (queue.destination.name, "sent"), queue.sent)
+            yield Sample(SPANS, (queue.destination.name, "dropped"), queue.dropped)
+
+    async def close(self) -> None:
+        """Sends what is queued, for some seconds at most."""
+        for queue in self._queues:
+            await queue.close()
+
+    def _build(
+        self,
+        trace: Trace,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes,
+        error: str,
+        timing: inference_pb2.Timing | None,
+    ) -> Iterator[Span]:
+        trace.span_id = trace.span_id or new_span_id()
+        trace_id, process, state = trace.trace_id, self._process, trace.state
+        yield Span(
+            process, trace_id, trace.span_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
+            state,
+        )  # fmt: skip
+        if timing is not None:
+            yield from run_spans(trace_id, trace.span_id, process, timing)
+        for stage in trace.stages:
+            span_id = stage.span_id or new_span_id()
+            span = Span(
+                process, trace_id, span_id, trace.span_id, stage.name, stage.kind, stage.start_ns, stage.end_ns,
+                stage.attributes, stage.error, state, stage.events,
+            )  # fmt: skip
+            yield span
+            if stage.result is not None:
+                yield from worker_spans(span, Process("worker", stage.worker), stage.result)
 
 
-def _as_dict(span: ReadableSpan) -> dict[str, object]:
-    context = span.get_span_context()
-    assert context is not None
-    return {
-        "trace_id": f"{context.trace_id:032x}",
-        "span_id": f"{context.span_id:016x}",
-        "parent_id": f"{span.parent.span_id:016x}" if span.parent else "",
-        "service": span.resource.attributes["service.name"],
-        "name": span.name,
-        "start_ns": span.start_time,
-        "end_ns": span.end_time,
-        "error": span.status.description or "",
-        "attributes": dict(span.attributes or {}),
-    }
-
-
-def create_tracer(service: str, *, ratio: float, folder: Path | None, otlp_endpoint: str | None) -> Tracer:
-    """A tracer with the exporters that are set; with none, context still passes through."""
-    exporters: list[SpanExporter] = []
+def create_tracer(
+    service: str, *, ratio: float, folder: Path | None, otlp_endpoint: str | None, instance: str = ""
+) -> Tracer:
+    """A tracer with the destinations that are set; with none, context still passes through."""
+    queues: list[SpanQueue[Any]] = []
     if folder is not None:
-        exporters.append(FolderExporter(folder, service))
+        queues.append(SpanQueue(SpanFolder(folder, service)))
     if otlp_endpoint is not None:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-
-        # The timeout holds up the end of the process where the collector is gone.
-        insecure = otlp_endpoint.startswith("http://")
-        exporters.append(OTLPSpanExporter(endpoint=otlp_endpoint, insecure=insecure, timeout=2))
-    return Tracer(service, ratio, exporters)
+        queues.append(SpanQueue(Collector(otlp_endpoint)))
+    return Tracer(Process(service, instance or f"{socket.gethostname()}:{os.getpid()}"), ratio, queues)

@@ -10,11 +10,13 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
-from services.runtime.tracing import new_span_id
+from services.runtime.w3c import new_span_id
 from tests.system.processes import free_address
 from tests.system.test_cache import fresh
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+# Spans of calls are named by service and method, as both ends of a call have one name.
+SERVER, FORWARD, WORKER = "router ModelInfer", "router Execute", "worker Execute"
 
 
 async def traced(address, request, *, sampled=True):
@@ -31,22 +33,31 @@ def spans(folder, trace_id):
     found = []
     for file in folder.glob("*.jsonl"):
         found += [json.loads(line) for line in file.read_text().splitlines() if trace_id in line]
-    return found
+    return [span for span in found if span["trace_id"] == trace_id]  # others link to it
+
+
+def named(found):
+    """By name, without the package; a call's with the service."""
+    named = {}
+    for span in found:
+        service, _, method = span["name"].rpartition("/")
+        named[f"{span['service'].removeprefix('ringmesh-')} {method}" if service else method] = span
+    return named
 
 
 async def complete(folder, trace_id, names):
     async with asyncio.timeout(20):
-        while not names <= {span["name"] for span in spans(folder, trace_id)}:
+        while not names <= named(spans(folder, trace_id)).keys():
             await asyncio.sleep(0.05)
-    return {span["name"]: span for span in spans(folder, trace_id)}
+    return named(spans(folder, trace_id))
 
 
 MISS = {
-    "router ModelInfer",
+    SERVER,
     "cache.local",
     "cache.shared",
-    "forward",
-    "worker Execute",
+    FORWARD,
+    WORKER,
     "queue",
     "batch",
     "onnxruntime run",
@@ -58,14 +69,15 @@ async def test_a_trace_of_a_miss_shows_every_hop_under_the_callers_span(stack):
     assert told["ringmesh-trace-id"] == trace_id
     found = await complete(stack.trace_dir, trace_id, MISS)
     parents = {name: span["parent_id"] for name, span in found.items()}
-    assert parents["router ModelInfer"] == caller
-    router = found["router ModelInfer"]["span_id"]
-    assert {parents[name] for name in ("cache.local", "cache.shared", "forward")} == {router}
-    assert parents["worker Execute"] == found["forward"]["span_id"]
-    worker = found["worker Execute"]["span_id"]
-    assert {parents[name] for name in ("queue", "batch", "onnxruntime run")} == {worker}
+    assert parents[SERVER] == caller
+    router = found[SERVER]["span_id"]
+    assert {parents[name] for name in ("cache.local", "cache.shared", FORWARD)} == {router}
+    assert parents[WORKER] == found[FORWARD]["span_id"]
+    worker = found[WORKER]["span_id"]
+    assert {parents[name] for name in ("queue", "batch")} == {worker}
+    assert parents["onnxruntime run"] == found["batch"]["span_id"]
     assert found["onnxruntime run"]["attributes"]["ringmesh.provider"] == "CPUExecutionProvider"
-    for inner, outer in (("onnxruntime run", "worker Execute"), ("forward", "router ModelInfer")):
+    for inner, outer in (("onnxruntime run", WORKER), (FORWARD, SERVER)):
         assert found[outer]["start_ns"] <= found[inner]["start_ns"] <= found[inner]["end_ns"] <= found[outer]["end_ns"]
 
 
@@ -73,17 +85,111 @@ async def test_a_trace_of_a_hit_ends_at_the_cache(stack):
     request = fresh()
     await traced(stack.router, request)
     trace_id, _, _ = await traced(stack.router, request)
-    found = await complete(stack.trace_dir, trace_id, {"router ModelInfer", "cache.local"})
-    assert set(found) == {"router ModelInfer", "cache.local"}
-    assert found["router ModelInfer"]["attributes"]["ringmesh.cache"] == "hit-local"
+    found = await complete(stack.trace_dir, trace_id, {SERVER, "cache.local"})
+    assert set(found) == {SERVER, "cache.local"}
+    told = found[SERVER]["attributes"]
+    assert told["ringmesh.cache.outcome"] == "hit-local"
+    assert told["ringmesh.cache.tier"] == "local"
+    assert told["ringmesh.cache.age_ms"] >= 0
+    assert told["rpc.response.status_code"] == "OK"
 
 
-async def test_a_caller_that_does_not_sample_is_respected(stack):
-    trace_id, _, told = await traced(stack.router, fresh(), sampled=False)
+async def test_the_routing_decision_is_told(stack):
+    trace_id, _, told = await traced(stack.router, fresh())
+    attempt = (await complete(stack.trace_dir, trace_id, MISS))[FORWARD]
+    first = attempt["events"][0]["attributes"]
+    assert first["ringmesh.rank"] == 0
+    assert attempt["events"][-1]["attributes"]["ringmesh.worker.id"] == told["ringmesh-worker"]
+    assert attempt["events"][-1]["attributes"]["ringmesh.taken"]
+    assert attempt["kind"] == "client"
+    assert f"{attempt['attributes']['server.address']}:{attempt['attributes']['server.port']}" in stack.workers
+
+
+async def test_what_the_caller_says_beside_its_trace_is_kept(stack):
+    trace_id, span_id = new_span_id() * 2, new_span_id()
+    sent = (
+        ("traceparent", f"00-{trace_id}-{span_id}-01"),
+        ("baggage", "order=4711, who=an%20na;p=1"),
+        ("ringmesh-tenant", "shop"),
+    )
+    async with grpc.aio.insecure_channel(stack.router) as channel:
+        await channel.unary_unary(INFER)(fresh().SerializeToString(), metadata=sent)
+    told = (await complete(stack.trace_dir, trace_id, {SERVER}))[SERVER]["attributes"]
+    assert (told["baggage.order"], told["baggage.who"]) == ("4711", "an na")
+    assert told["ringmesh.tenant"] == "shop"
+
+
+@pytest.fixture
+def quiet(start_router, start_worker, tmp_path):
+    """A router that samples nothing by itself, and its folder of spans."""
+    worker = start_worker("worker-quiet")
+    return start_router([worker.address], None, trace_dir=tmp_path, trace_ratio=0), tmp_path
+
+
+async def test_a_caller_that_does_not_sample_is_respected(quiet):
+    router, folder = quiet
+    trace_id, _, told = await traced(router.address, fresh(), sampled=False)
     assert told["ringmesh-trace-id"] == trace_id
-    marker, _, _ = await traced(stack.router, fresh())
-    await complete(stack.trace_dir, marker, MISS)  # sent later, so the other would be there by now
-    assert spans(stack.trace_dir, trace_id) == []
+    marker, _, _ = await traced(router.address, fresh())
+    await complete(folder, marker, MISS - {"cache.shared"})  # sent later, so the other would be there by now
+    assert spans(folder, trace_id) == []
+
+
+async def test_a_request_that_fails_is_kept_whole_though_it_is_not_sampled(quiet):
+    router, folder = quiet
+    request = fresh()
+    request.inputs[0].name = "z"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await traced(router.address, request, sampled=False)
+    trace_id = dict(caught.value.trailing_metadata())["ringmesh-trace-id"]
+    found = await complete(folder, trace_id, {SERVER, FORWARD, WORKER})
+    assert found[SERVER]["attributes"]["error.type"] == "INVALID_ARGUMENT"
+    assert "'z'" in found[WORKER]["error"]
+
+
+async def test_a_slow_request_is_kept_whole_though_it_is_not_sampled(quiet):
+    router, folder = quiet
+    request = fresh()
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        infer = channel.unary_unary(INFER)
+
+        async def slow_one():
+            # Many hits, so that a miss is above their 99th percentile once that has been taken.
+            for _ in range(200):
+                await infer(request.SerializeToString())
+            call = infer(fresh().SerializeToString())
+            await call
+            return dict(await call.trailing_metadata())["ringmesh-trace-id"]
+
+        slow, kept = [], []
+        async with asyncio.timeout(30):
+            while not kept:
+                slow.append(await slow_one())
+                await asyncio.sleep(0.3)
+                kept = [trace_id for trace_id in slow if spans(folder, trace_id)]
+    found = await complete(folder, kept[0], {SERVER, FORWARD, WORKER, "batch", "onnxruntime run"})
+    assert found[SERVER]["error"] == ""
+
+
+async def test_a_batch_links_the_requests_that_it_served(quiet):
+    router, folder = quiet
+    rounds = 0
+    linked = set()
+    while not linked:
+        rounds += 1
+        assert rounds < 20
+        ids = [
+            trace_id for trace_id, _, _ in await asyncio.gather(*(traced(router.address, fresh()) for _ in range(16)))
+        ]
+        found = [await complete(folder, trace_id, {"batch"}) for trace_id in ids]
+        forwards = {(named["batch"]["trace_id"], named[FORWARD]["span_id"]) for named in found}
+        for named_spans in found:
+            batch = named_spans["batch"]
+            links = {tuple(link) for link in batch["links"]}
+            assert len(links) == batch["attributes"]["ringmesh.batch.requests"]
+            assert links <= forwards
+            if len(links) > 1:
+                linked |= links
 
 
 async def test_a_failure_is_marked_in_its_trace(stack):
@@ -95,9 +201,9 @@ async def test_a_failure_is_marked_in_its_trace(stack):
             await channel.unary_unary(INFER)(
                 request.SerializeToString(), metadata=(("traceparent", f"00-{trace_id}-{span_id}-01"),)
             )
-    found = await complete(stack.trace_dir, trace_id, {"router ModelInfer", "worker Execute"})
-    assert "'z'" in found["router ModelInfer"]["error"]
-    assert "'z'" in found["worker Execute"]["error"]
+    found = await complete(stack.trace_dir, trace_id, {SERVER, WORKER})
+    assert "'z'" in found[SERVER]["error"]
+    assert "'z'" in found[WORKER]["error"]
 
 
 @pytest.mark.parametrize("broken", ["", "00-zz-11-01", "00-" + "0" * 32 + "-" + "1" * 16 + "-01", "x" * 200])
@@ -119,7 +225,7 @@ async def test_ringmesh_trace_shows_the_hops_of_a_trace(stack):
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     for name in MISS:
-        assert name in shown.stdout
+        assert name.split()[-1] in shown.stdout
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -129,7 +235,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(self, request, context):
         for resource in request.resource_spans:
             for scope in resource.scope_spans:
-                self.names |= {(span.trace_id.hex(), span.name) for span in scope.spans}
+                self.names |= {(span.trace_id.hex(), span.name.rpartition("/")[2]) for span in scope.spans}
         return trace_service_pb2.ExportTraceServiceResponse()
 
 
@@ -143,7 +249,7 @@ async def test_spans_reach_an_otlp_collector(start_router, start_worker):
     router = start_router([worker.address], None, otlp_endpoint=endpoint)
     trace_id, _, _ = await traced(router.address, fresh())
     async with asyncio.timeout(20):
-        while not {(trace_id, "router ModelInfer"), (trace_id, "onnxruntime run")} <= collector.names:
+        while not {(trace_id, "ModelInfer"), (trace_id, "onnxruntime run")} <= collector.names:
             await asyncio.sleep(0.05)
     server.stop(0)
 

@@ -12,7 +12,6 @@ from services.inference.repository import Directory, versions
 from services.inference.service import describe
 from services.inference.worker import Worker
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
-from services.runtime.tracing import create_tracer
 from tests import models
 from tests.system.test_cache import fresh
 from tests.unit.test_model_store import EXECUTOR, open_model
@@ -40,7 +39,7 @@ async def store(repository, room_for, open_model=open_model):
 
 
 def worker(made):
-    return Worker("w", made, create_tracer("worker", ratio=0, folder=None, otlp_endpoint=None))
+    return Worker("w", made)
 
 
 def request(name, value=1.0):
@@ -52,7 +51,7 @@ def request(name, value=1.0):
 
 async def ask(made, name, value=1.0, deadline=None):
     data = request(name, value).SerializeToString()
-    result = await made.execute(data, request_hash=b"", deadline=deadline, traceparent=None)
+    result = await made.execute(data, request_hash=b"", deadline=deadline)
     assert not result.HasField("failure"), result.failure.message
     return v2.ModelInferResponse.FromString(result.response).raw_output_contents[0]
 
@@ -178,7 +177,7 @@ async def test_files_that_changed_while_their_model_was_unloaded_are_served_as_n
         await ask(asked, name)
     shutil.copy(repository / "m3/1/model.onnx", repository / "m0/1/model.onnx")
     data = request("m0").SerializeToString()
-    result = await asked.execute(data, request_hash=b"", deadline=None, traceparent=None)
+    result = await asked.execute(data, request_hash=b"", deadline=None)
     assert v2.ModelInferResponse.FromString(result.response).raw_output_contents[0] != before
     assert result.model_digest == made.held.find("m0", "").model.digest != digest
 
@@ -188,7 +187,7 @@ async def test_files_that_broke_while_their_model_was_unloaded_are_told_and_trie
     asked = worker(made)
     good = (repository / "m0/1/model.onnx").read_bytes()
     (repository / "m0/1/model.onnx").write_bytes(b"broken")
-    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None, traceparent=None)
+    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
     assert result.failure.code == UnavailableError.code.value[0]
     assert "m0/1/model.onnx" in result.failure.message
     assert {line.name: line.state for line in await made.index()} == dict.fromkeys(NAMES, READY) | {"m0": UNAVAILABLE}
@@ -266,8 +265,6 @@ async def test_an_ensemble_runs_though_its_steps_do_not_fit_together(tmp_path):
     message.inputs.add(name="in", datatype="FP32", shape=[1, 64])
     message.raw_input_contents.append(np.ones((1, 64), np.float32).tobytes())
     for _ in range(2):
-        result = await worker(made).execute(
-            message.SerializeToString(), request_hash=b"", deadline=None, traceparent=None
-        )
+        result = await worker(made).execute(message.SerializeToString(), request_hash=b"", deadline=None)
         assert not result.HasField("failure"), result.failure.message
     assert loaded(made) == {"doubled", "pipeline"}

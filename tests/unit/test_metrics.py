@@ -81,6 +81,45 @@ def test_series_are_bounded_whatever_callers_send():
     assert any(s.labels[1] == OTHER and s.labels[3] == OTHER for s in series)
 
 
+def answered(requests, ns, times=1, model="m"):
+    slow = [requests.count(("ModelInfer", model, "1", "", OK, "miss"), ns, 1) for _ in range(times)]
+    return slow[-1]
+
+
+def test_what_is_above_the_p99_of_its_model_is_slow():
+    requests = RequestMetrics()
+    assert not answered(requests, 10**9)  # nothing is known yet
+    answered(requests, 1_000_000, 1000)
+    requests.mark()
+    assert answered(requests, 2_000_000)
+    assert not answered(requests, 900_000)
+    assert not answered(requests, 10**9, model="another")
+
+
+def test_a_model_that_becomes_slower_is_not_slow_for_ever():
+    requests = RequestMetrics()
+    for _ in range(30):
+        answered(requests, 1_000_000, 200)
+        requests.mark()
+    assert answered(requests, 50_000_000)
+    for _ in range(30):
+        answered(requests, 50_000_000, 200)
+        requests.mark()
+    assert answered(requests, 50_000_001)
+    assert not answered(requests, 50_000_000)
+
+
+def test_a_kept_request_is_an_exemplar_in_its_bucket():
+    requests = RequestMetrics()
+    labels = ("ModelInfer", "m", "1", "", OK, "miss")
+    requests.count(labels, 42_000, 1)
+    requests.exemplify(labels, 42_000, "ab" * 16)
+    text, _ = expose(requests.samples(), "application/openmetrics-text; version=1.0.0")
+    (line,) = [line for line in text.decode().splitlines() if "trace_id" in line]
+    assert 'le="5e-05"' in line
+    assert f'{{trace_id="{"ab" * 16}"}} 4.2e-05' in line
+
+
 def test_a_counter_is_bounded_and_loses_nothing():
     counter = Counter(EVENTS)
     for number in range(5000):

@@ -1,5 +1,6 @@
 """What the runtime's exporter writes is what `ringmesh trace` shows."""
 
+import asyncio
 import os
 
 import pytest
@@ -7,7 +8,9 @@ from rich.console import Console
 
 from services.cli import traces
 from services.cli.errors import CommandError
-from services.runtime.tracing import FolderExporter, Tracer
+from services.runtime.span_export import SpanFolder, SpanQueue
+from services.runtime.spans import Process
+from services.runtime.tracing import Tracer
 
 MS = 1_000_000
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -23,13 +26,17 @@ def shown(table):
 
 def write(folder, service, traceparent, start, end, children=(), error=""):
     """Returns the traceparent that the last child sends on."""
-    tracer = Tracer(service, 1.0, [FolderExporter(folder, service)])
-    trace = tracer.start(traceparent)
+    trace = Tracer(Process(service, "0"), 1.0, []).start(traceparent)
     onward = "00" + "f" * 14
     for name, child_start, child_end in children:
         trace.span(name, child_start * MS, child_end * MS, {"ringmesh.rank": 0, "ringmesh.empty": ""}, onward)
-    tracer.finish(trace, f"{service} call", start * MS, end * MS, {"ringmesh.model": "mlp"}, error)
-    tracer.close()
+
+    async def finish():
+        tracer = Tracer(Process(service, "0"), 1.0, [SpanQueue(SpanFolder(folder, service))])
+        tracer.finish(trace, f"{service} call", start * MS, end * MS, {"ringmesh.model": "mlp"}, error)
+        await tracer.close()
+
+    asyncio.run(finish())
     return trace.trace_id, trace.traceparent(onward)
 
 

@@ -12,10 +12,7 @@ from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
 from services.inference.repository import Directory
 from services.inference.worker import Work, Worker
-from services.runtime.tracing import create_tracer
 from tests import models
-
-SAMPLED = f"00-{7:032x}-{7:016x}-01"
 
 
 class Gated(OnnxModel):
@@ -41,7 +38,7 @@ async def worker(tmp_path):
 
     store = ModelStore(Directory(tmp_path), open_model, executor)
     await store.load_all()
-    worker = Worker("w", store, create_tracer("worker", ratio=0, folder=None, otlp_endpoint=None))
+    worker = Worker("w", store)
     model = store.held.find("mlp", "").model
     model.gate, model.runs = threading.Event(), []
     model.gate.set()
@@ -52,11 +49,11 @@ async def worker(tmp_path):
     executor.shutdown()
 
 
-def work(value, request_hash=b"", *, columns=64, deadline=None, traceparent=""):
+def work(value, request_hash=b"", *, columns=64, deadline=None):
     x = np.full((1, columns), value, np.float32)
     request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[x.tobytes()])
     request.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    return Work(request.SerializeToString(), request_hash, deadline, traceparent)
+    return Work(request.SerializeToString(), request_hash, deadline, b"")
 
 
 def answer(worker, value):
@@ -78,20 +75,16 @@ async def test_an_envelope_is_one_batch(worker):
 
 
 async def test_a_wrong_request_fails_alone(worker):
-    results = await worker.execute_all([work(1), work(2, columns=63), Work(b"\xff", b"", None, ""), work(3)])
+    results = await worker.execute_all([work(1), work(2, columns=63), Work(b"\xff", b"", None, b""), work(3)])
     assert [result.failure.code for result in results] == [0, 3, 3, 0]
     assert "[1, 63]" in results[1].failure.message
     assert worker.load.requests == 0
 
 
-@pytest.mark.parametrize("traceparent", ["", SAMPLED], ids=["plain", "traced"])
-async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker, traceparent):
+async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker):
     worker.model.gate.clear()
     worker.model.runs.clear()
-    envelopes = [
-        asyncio.create_task(worker.execute_all([work(1, b"h" * 16, traceparent=traceparent) for _ in range(2)]))
-        for _ in range(2)
-    ]
+    envelopes = [asyncio.create_task(worker.execute_all([work(1, b"h" * 16) for _ in range(2)])) for _ in range(2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     worker.model.gate.set()

@@ -1,0 +1,131 @@
+"""A span as a plain record, and as it goes out: OTLP bytes, or a line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+from opentelemetry.proto.common.v1 import common_pb2
+from opentelemetry.proto.trace.v1 import trace_pb2
+
+from services.runtime import wire
+
+Value: TypeAlias = str | int | float | bool
+Attributes: TypeAlias = Mapping[str, Value]
+
+_SAMPLED = 1
+_HAS_IS_REMOTE = 0x100
+_IS_REMOTE = 0x200
+
+
+class Kind(Enum):
+    """What a span is of."""
+
+    INTERNAL = trace_pb2.Span.SPAN_KIND_INTERNAL
+    SERVER = trace_pb2.Span.SPAN_KIND_SERVER
+    CLIENT = trace_pb2.Span.SPAN_KIND_CLIENT
+
+
+class Process(NamedTuple):
+    """Where a span was: `service.name` without its prefix, and `service.instance.id`."""
+
+    service: str
+    instance: str
+
+
+class Event(NamedTuple):
+    """Something at one moment of a span."""
+
+    name: str
+    at_ns: int
+    attributes: Attributes
+
+
+class Span(NamedTuple):
+    """Ids in hexadecimal, `parent_id` "" at a root; times in ns since the Unix epoch; `error` "" on success.
+
+    `links` are spans of other traces, as (trace id, span id).
+    """
+
+    process: Process
+    trace_id: str
+    span_id: str
+    parent_id: str
+    name: str
+    kind: Kind
+    start_ns: int
+    end_ns: int
+    attributes: Attributes
+    error: str = ""
+    trace_state: str = ""
+    events: tuple[Event, ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
+
+    def to_otlp(self) -> bytes:
+        """A serialized opentelemetry.proto.trace.v1.Span."""
+        span = trace_pb2.Span(
+            trace_id=bytes.fromhex(self.trace_id),
+            span_id=bytes.fromhex(self.span_id),
+            parent_span_id=bytes.fromhex(self.parent_id),
+            trace_state=self.trace_state,
+            flags=_SAMPLED | _HAS_IS_REMOTE | (_IS_REMOTE if self.kind is Kind.SERVER else 0),
+            name=self.name,
+            kind=self.kind.value,
+            start_time_unix_nano=self.start_ns,
+            end_time_unix_nano=self.end_ns,
+        )
+        if self.error:
+            span.status.code = trace_pb2.Status.STATUS_CODE_ERROR
+            span.status.message = self.error
+        for event in self.events:
+            told = span.events.add(name=event.name, time_unix_nano=event.at_ns)
+            told.attributes.extend(_key_value(key, value) for key, value in event.attributes.items())
+        for trace_id, span_id in self.links:
+            span.links.add(trace_id=bytes.fromhex(trace_id), span_id=bytes.fromhex(span_id))
+        # Most attributes are the same from request to request; building them is most of the time otherwise.
+        attributes = [_attribute(key, value) for key, value in self.attributes.items()]
+        return b"".join((span.SerializeToString(), *attributes))
+
+    def to_json(self) -> str:
+        """One line, as `ringmesh trace` reads it."""
+        told = {
+            "trace_id": self.trace_id,
+            "span_id": self.span_id,
+            "parent_id": self.parent_id,
+            "service": f"ringmesh-{self.process.service}",
+            "instance": self.process.instance,
+            "name": self.name,
+            "kind": self.kind.name.lower(),
+            "start_ns": self.start_ns,
+            "end_ns": self.end_ns,
+            "error": self.error,
+            "attributes": self.attributes,
+            "events": [event._asdict() for event in self.events],
+            "links": self.links,
+        }
+        return json.dumps(told, separators=(",", ":"))
+
+
+def resource(process: Process) -> bytes:
+    """A serialized opentelemetry.proto.resource.v1.Resource."""
+    attributes = {"service.name": f"ringmesh-{process.service}", "service.instance.id": process.instance}
+    return b"".join(wire.field(1, _key_value(*pair).SerializeToString()) for pair in attributes.items())
+
+
+def _key_value(key: str, value: Value) -> common_pb2.KeyValue:
+    if isinstance(value, str):
+        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(string_value=value))
+    if isinstance(value, bool):
+        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(bool_value=value))
+    if isinstance(value, int):
+        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(int_value=value))
+    return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(double_value=value))
+
+
+@lru_cache(4096, typed=True)
+def _attribute(key: str, value: Value) -> bytes:
+    """As field 9 of a Span."""
+    return wire.field(9, _key_value(key, value).SerializeToString())
