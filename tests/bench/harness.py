@@ -70,7 +70,7 @@ class Process:
                 if time.monotonic() > started + patience or self._process.poll() is not None:
                     self._process.kill()
                     self._said.seek(0)
-                    raise RuntimeError(f"{' '.join(command)} does not come up: {self._said.read()[-2000:].decode()}")
+                    raise RuntimeError(f"{' '.join(command)} does not come up: {self._said.read()[-9000:].decode()}")
                 time.sleep(0.01)
         self.ready_seconds = time.monotonic() - started
 

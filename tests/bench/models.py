@@ -1,0 +1,88 @@
+"""The models that are measured, each for one thing it shows."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from services.cli import demo_models, magika_features
+from tests import models as small
+
+
+@dataclass(frozen=True)
+class Model:
+    """One input, one output. Dims are those of a row, -1 where free."""
+
+    name: str
+    datatype: str
+    input: str
+    input_dims: Sequence[int]
+    output: str
+    output_dims: Sequence[int]
+    write: Callable[[Path], object]
+
+    def row(self, rng: np.random.Generator, width: int = 1) -> np.ndarray:
+        """A request of one row; `width` stands for what is free."""
+        shape = (1, *(width if dim < 0 else dim for dim in self.input_dims))
+        if self.datatype == "INT32":
+            return rng.integers(0, 256, shape, dtype=np.int32)
+        return rng.random(shape, dtype=np.float32)
+
+
+def write(model: Model, repository: Path) -> None:
+    """As Ringmesh and Triton have it: `<repository>/<name>/1/model.onnx`."""
+    (repository / model.name / "1").mkdir(parents=True)
+    model.write(repository)
+
+
+def _mlp(repository: Path) -> None:
+    demo_models.write_mlp(repository / "mlp" / "1" / "model.onnx")
+
+
+def _magika(repository: Path) -> None:
+    folder = magika_features.model_folder()
+    assert folder is not None, "the bench needs magika: pip install 'ringmesh-server[demo]'"
+    shutil.copyfile(folder / "model.onnx", repository / "magika" / "1" / "model.onnx")
+
+
+def _dense(repository: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (256, 1024), "w2": (1024, 1024), "w3": (1024, 1024), "w4": (1024, 16)}
+    weights = [
+        numpy_helper.from_array((rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    nodes, last = [], "x"
+    for name in ("w1", "w2", "w3"):
+        nodes += [helper.make_node("MatMul", [last, name], [f"{name}m"]), helper.make_node("Relu", [f"{name}m"], [f"{name}r"])]  # fmt: skip
+        last = f"{name}r"
+    nodes.append(helper.make_node("MatMul", [last, "w4"], ["y"]))
+    x, y = small.value("x", TensorProto.FLOAT, "n", 256), small.value("y", TensorProto.FLOAT, "n", 16)
+    small.save(repository, "dense", nodes, [x], [y], weights)
+
+
+def _image(repository: Path) -> None:
+    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
+    x, y = small.value("x", TensorProto.FLOAT, "n", 3, 224, 224), small.value("y", TensorProto.FLOAT, "n", 3)
+    small.save(repository, "image", [node], [x], [y])
+
+
+def _identity(repository: Path) -> None:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    x, y = (small.value(name, TensorProto.FLOAT, "n", "m") for name in "xy")
+    small.save(repository, "identity", [node], [x], [y])
+
+
+# So cheap that the path around it is what shows.
+MLP = Model("mlp", "FP32", "x", [64], "y", [10], _mlp)
+# 9 MB of weights, read once a batch: a batch of 16 takes little more than one row.
+DENSE = Model("dense", "FP32", "x", [256], "y", [16], _dense)
+# A real one: 12 ms a row, and no gain from batches on a CPU. Its requests are 8 KB, its answers 0.9 KB.
+MAGIKA = Model("magika", "INT32", "bytes", [2048], "target_label", [214], _magika)
+# 600 KB in, 12 bytes out.
+IMAGE = Model("image", "FP32", "x", [3, 224, 224], "y", [3], _image)
+# As large out as in.
+IDENTITY = Model("identity", "FP32", "x", [-1], "y", [-1], _identity)
