@@ -121,9 +121,10 @@ def running(module: str, *arguments: str, port: int, folder: Path | None = None,
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One load run. Latencies in ms, CPU of the servers in µs a call, memory of the servers in bytes."""
+    """One load run. `ok` ended well within the time measured, `calls` are all. Latencies in ms, CPU of the servers in µs a call, memory of the servers in bytes."""
 
     ok: int
+    calls: int
     errors: dict[str, int]
     rps: float
     p50: float
@@ -145,12 +146,14 @@ def load(
     outstanding: int,
     seconds: float,
     offset: int = 0,
+    stamp: int = 0,
     warm_up: float = WARM_UP_SECONDS,
     also: Sequence[Process] = (),
 ) -> Measured:
     """Closed-loop load on `target`; `also` are the servers behind it whose CPU and memory count.
 
-    `order` is one (the body at `offset`, again and again), seq (each once, from `offset`), uniform or zipf:S.
+    `order` is one (the body at `offset`, again and again), seq (each once, from `offset`), uniform or zipf:S. Where `stamp` is
+    not 0 each call sends a body of its own, whatever the order: those from `stamp` to `stamp` + `calls`.
     """
     processes = [target, *also]
     for process in processes:
@@ -158,7 +161,7 @@ def load(
     before = [process.cpu_seconds() for process in processes]
     command = [
         loadgen, "--target", f"127.0.0.1:{target.port}", "--bodies", bodies, "--order", order, "--offset", offset,
-        "--concurrency", outstanding, "--connections", min(4, outstanding), "--seconds", seconds, "--warmup", warm_up,
+        "--stamp", stamp, "--concurrency", outstanding, "--connections", min(4, outstanding), "--seconds", seconds, "--warmup", warm_up,
     ]  # fmt: skip
     ran = subprocess.run(list(map(str, command)), capture_output=True, timeout=seconds + warm_up + 90)
     if not ran.stdout:
@@ -167,6 +170,7 @@ def load(
     used = sum(process.cpu_seconds() - start for process, start in zip(processes, before, strict=True))
     return Measured(
         ok=result["ok"],
+        calls=result["total"],
         errors=result["errors"],
         rps=result["rps"],
         p50=result["p50_ms"],
