@@ -24,8 +24,9 @@ check: $(READY)
 	@.venv/bin/buf format --diff --exit-code protos
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
 
+# Beside Triton, echoes and ONNX Runtime: about 25 minutes. `--quick`, `--only WORKLOAD`, `--against main`: see `--help`.
 bench: $(READY)
-	@$(PY) -m tests.bench
+	@$(PY) -m tests.bench $(ARGUMENTS)
 
 proto: $(READY)
 

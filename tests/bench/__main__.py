@@ -1,137 +1,159 @@
-"""`make bench`: hit path and miss path beside their floors, in turn, in one run, as ratios of medians.
+"""`make bench`: Ringmesh beside Triton and the floors beneath it, in turn, in one run, as medians.
 
-Needs g++, pkg-config and libnghttp2-dev for the load generator. Everything runs on this machine, the generator too.
+Needs g++, pkg-config and libnghttp2-dev for the load generator, and fetches Triton from PyPI once. Everything runs on
+this machine, the generator too. `--against main` compares this working tree with a branch instead.
 """
 
 import argparse
 import os
 import platform
-import statistics
-import sys
+import shutil
+import subprocess
 import tempfile
-import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-import grpc
 import numpy as np
 import onnxruntime
 from rich.console import Console
-from rich.table import Table
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
-from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
-from services.cli import demo_models
-from tests.bench.bodies import write_bodies
-from tests.bench.harness import build_loadgen, free_port, load, running
+from tests.bench import models, peers, report, results, triton
+from tests.bench.harness import build_loadgen
+from tests.bench.peers import Peer, Server
+from tests.bench.results import Results, figures
+from tests.bench.workloads import QUICK, WORKLOADS, Workload
 
-console = Console(width=120)
+ROOT = Path(__file__).parents[2]
+console = Console(width=150)
 
 
-def onnxruntime_rate(model: Path, name: str, array: np.ndarray, seconds: float) -> float:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    runs = 0
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        session.run(None, {name: array})
-        runs += 1
-    return runs * len(array) / seconds
+def ringmesh_beside_peers(
+    stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes, *, quick: bool
+) -> list[Peer]:
+    """Ringmesh and everything it is compared with under this workload, serving."""
+    start = stack.enter_context
+    repository = work / "models"
+    ringmesh = start(peers.ringmesh(results.RINGMESH, loadgen, repository, work / "traces"))
+    answer = ringmesh.response_bytes(body)
+    found: list[Peer] = [ringmesh]
+    if not triton.why_not():
+        server = start(triton.serving([workload.model], repository, work / "triton"))
+        found.append(Server(results.TRITON, loadgen, server))
+    if workload.kind == "hit":
+        found.append(start(peers.echo(results.LOW_LEVEL, loadgen, answer)))
+    if workload.name == "hit" and not quick:
+        found.append(start(peers.echo("echo, asyncio", loadgen, answer, "native")))
+        found.append(start(peers.echo("echo, grpc.aio", loadgen, answer, "grpcio")))
+        found.append(start(peers.ringmesh("Ringmesh, grpcio", loadgen, repository, work / "traces", engine="grpcio")))
+        if shutil.which("redis-benchmark"):
+            found.append(start(peers.redis_get("Redis GET", answer)))
+    if workload.kind == "miss":
+        path = repository / workload.model.name / "1" / "model.onnx"
+        found.append(peers.InProcess(results.IN_PROCESS, workload.model, path, batches=False))
+        if not quick:
+            found.append(peers.InProcess(results.BATCHES, workload.model, path, batches=True))
+    if workload.name == "miss":
+        found.append(start(peers.echo_behind_envelopes("echo behind envelopes", loadgen, answer)))
+    return found
+
+
+def two_trees(
+    stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes, *, other: Path
+) -> list[Peer]:
+    """Ringmesh of this tree and of another."""
+    trees = {results.RINGMESH: ROOT, "the other tree": other}
+    return [
+        stack.enter_context(peers.ringmesh(name, loadgen, work / "models", work / f"traces-{tree.name}", tree=tree))
+        for name, tree in trees.items()
+    ]
+
+
+def measure(
+    workload: Workload,
+    outstanding: tuple[int, ...],
+    start_peers,
+    loadgen: Path,
+    seconds: float,
+    rounds: int,
+    found: Results,
+) -> None:
+    """All peers in turn, `rounds` times, each round from another peer on."""
+    rng = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder, ExitStack() as stack:
+        work = Path(folder)
+        models.write(workload.model, work / "models")
+        bodies = workload.write_bodies(work / "bodies", rng)
+        with bodies.open("rb") as file:
+            body = file.read(int.from_bytes(file.read(4), "little"))
+        serving = start_peers(stack, workload, loadgen, work, body)
+        for turn in range(rounds):
+            if workload.kind == "zipf":
+                workload.write_bodies(bodies, rng)
+            for level in outstanding:
+                for peer in (*serving[turn % len(serving) :], *serving[: turn % len(serving)]):
+                    before = peer.executed(workload.model.name) if workload.kind == "zipf" else 0
+                    measured = peer.measure(workload, bodies, level, seconds)
+                    row = found.row(workload, level, peer.name)
+                    row.runs.append(measured)
+                    if workload.kind == "zipf":
+                        row.executions.append((peer.executed(workload.model.name) - before) / measured.distinct)
+
+
+@contextmanager
+def tree_of(revision: str) -> Iterator[Path]:
+    """A git work tree of `revision`, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-tree-") as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=ROOT, check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+
+
+def machine() -> str:
+    """What all this ran on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
+    revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
+        f"onnxruntime {onnxruntime.__version__}, Ringmesh {revision.stdout.strip()}, Triton {triton.VERSION}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is taken, in turn")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is taken")
+    parser.add_argument("--quick", action="store_true", help="only what the goals need")
+    parser.add_argument("--only", action="append", metavar="WORKLOAD", choices=[w.name for w in WORKLOADS])
+    parser.add_argument("--against", metavar="REVISION", help="compare with the tree of this revision, and no peers")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and its plots")
     arguments = parser.parse_args()
+    quick = arguments.quick or arguments.against is not None
+
     loadgen = build_loadgen()
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
-    console.print(
-        f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}; "
-        f"{arguments.rounds} rounds of {arguments.seconds:g} s, medians"
-    )
-
-    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder, ExitStack() as stack:
-        work = Path(folder)
-        demo_models.fill(work / "models", console.print)
-        rng = np.random.default_rng(1)
-        hits = work / "hits.bin"
-        write_bodies(hits, "magika", "bytes", rng.integers(0, 256, (1, 1, 2048), dtype=np.int32))
-        misses = work / "misses.bin"
-        write_bodies(misses, "mlp", "x", rng.random((400_000, 1, 64), dtype=np.float32))
-
-        start = lambda *command, **environment: stack.enter_context(running(*command, **environment))  # noqa: E731
-        echo = {
-            engine: start("tests.bench.echo", "one-hop", "--port", str(port := free_port()), "--engine", engine,
-                          "--response-bytes", "930", port=port)
-            for engine in ("native", "grpcio")
-        }  # fmt: skip
-        back = start(
-            "tests.bench.echo", "back", "--port", str(port := free_port()), "--response-bytes", "90", port=port
-        )
-        two_hop = start("tests.bench.echo", "two-hop", "--port", str(port := free_port()), "--back", str(back.port),
-                        "--response-bytes", "90", port=port)  # fmt: skip
-        worker = start("services.inference", port=(port := free_port()), address=f"127.0.0.1:{port}",
-                       models=str(work / "models"), threads="1")  # fmt: skip
-        router = {
-            engine: start("router", port=(port := free_port()), address=f"127.0.0.1:{port}", engine=engine,
-                          workers=f"127.0.0.1:{worker.port}")
-            for engine in ("native", "grpcio")
-        }  # fmt: skip
-        with grpc.insecure_channel(f"127.0.0.1:{router['native'].port}") as channel:
-            body = hits.read_bytes()[4:]
-            response = v2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(v2.ModelInferRequest.FromString(body))
-            console.print(f"hit: {len(body)} B in, {response.ByteSize()} B out; miss: tiny MLP, 300 B in, 90 B out")
-
-        cases = {
-            ("echo native, 1 hop", 16): (echo["native"], [], hits, "one"),
-            ("echo native, 1 hop", 64): (echo["native"], [], hits, "one"),
-            ("echo grpcio, 1 hop", 64): (echo["grpcio"], [], hits, "one"),
-            ("hit, router native", 16): (router["native"], [], hits, "one"),
-            ("hit, router native", 64): (router["native"], [], hits, "one"),
-            ("hit, router grpcio", 64): (router["grpcio"], [], hits, "one"),
-            ("hit, router native", 1): (router["native"], [], hits, "one"),
-            ("echo native, 2 hops", 16): (two_hop, [back], misses, "seq"),
-            ("echo native, 2 hops", 64): (two_hop, [back], misses, "seq"),
-            ("miss MLP, router + worker", 16): (router["native"], [worker], misses, "seq"),
-            ("miss MLP, router + worker", 64): (router["native"], [worker], misses, "seq"),
-            ("miss MLP, router + worker", 1): (router["native"], [worker], misses, "seq"),
-        }
-        results: dict = {case: [] for case in cases}
-        ort = []
-        offset = 0
-        for _ in range(arguments.rounds):
-            for case, (*_, order) in cases.items():
-                if order == "seq":
-                    offset = (offset + 30_000) % 380_000  # each miss is a body not sent before
-                target, also, bodies, _ = cases[case]
-                measured = load(loadgen, target, bodies, order=order, outstanding=case[1], seconds=arguments.seconds,
-                                offset=offset, also=also)  # fmt: skip
-                if measured.errors:
-                    sys.exit(f"bench: calls failed: {measured}")
-                results[case].append(measured)
-            model = work / "models" / "mlp" / "1" / "model.onnx"
-            ort.append([onnxruntime_rate(model, "x", rng.random((n, 64), dtype=np.float32), 1) for n in (1, 64)])
-
-    floors = {"hit, router native": "echo native, 1 hop", "hit, router grpcio": "echo grpcio, 1 hop",
-              "miss MLP, router + worker": "echo native, 2 hops"}  # fmt: skip
-    median = lambda case, key: statistics.median(getattr(result, key) for result in results[case])  # noqa: E731
-    table = Table("", "outstanding", "req/s", "spread", "p50 ms", "p99 ms", "CPU µs", "of its floor")
-    for case in cases:
-        rates = [result.rps for result in results[case]]
-        floor = (floors.get(case[0], ""), case[1])
-        ratio = f"{median(case, 'rps') / median(floor, 'rps'):.2f}" if floor in cases else ""
-        table.add_row(
-            case[0], str(case[1]), f"{median(case, 'rps'):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}",
-            f"{median(case, 'p50'):.2f}", f"{median(case, 'p99'):.2f}", f"{median(case, 'cpu_us'):.0f}", ratio,
-        )  # fmt: skip
-    console.print(table)
-    native, grpcio = median(("hit, router native", 64), "rps"), median(("hit, router grpcio", 64), "rps")
-    console.print(f"hits, native over grpcio engine at 64 outstanding: {native / grpcio:.1f}")
-    single, batched = (statistics.median(rates) for rates in zip(*ort, strict=True))
-    console.print(f"ONNX Runtime in process, MLP, one thread: {single:,.0f} rows/s, in batches of 64 {batched:,.0f}")
+    how = f"{arguments.rounds} rounds of {arguments.seconds:g} s"
+    console.print(f"{machine()}. {how}.")
+    found = Results()
+    with ExitStack() as stack:
+        if arguments.against:
+            start_peers = partial(two_trees, other=stack.enter_context(tree_of(arguments.against)))
+        else:
+            start_peers = partial(ringmesh_beside_peers, quick=quick)
+            if why := triton.why_not():
+                console.print(f"no Triton: {why}")
+        for workload in WORKLOADS:
+            if workload.name in (arguments.only or (QUICK if quick else [w.name for w in WORKLOADS])):
+                console.print(f"{workload.name} ...")
+                levels = QUICK.get(workload.name, workload.outstanding) if quick else workload.outstanding
+                measure(workload, tuple(levels), start_peers, loadgen, arguments.seconds, arguments.rounds, found)
+    report.show(console, found, figures(found))
+    if arguments.write:
+        report.write(ROOT / "docs", machine(), how, found, figures(found))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
     python -m tests.bench.echo one-hop --port 9001 --engine native --response-bytes 900
     python -m tests.bench.echo two-hop --port 9002 --back 9003 --engine native --response-bytes 100
+    python -m tests.bench.echo low-level --port 9004 --response-bytes 900
 
-Two hops go through the router's own WorkerLink to a worker that answers each item of an envelope at once.
+Two hops go through the router's own WorkerLink to a worker that answers each item of an envelope at once. Low-level
+is the native engine by its calls alone, without asyncio: recv_batch and respond on one thread.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import asyncio
 
 import grpc
 import uvloop
+from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -51,14 +54,29 @@ async def serve(arguments: argparse.Namespace) -> None:
     await asyncio.Event().wait()
 
 
+def serve_low_level(port: int, response_bytes: int) -> None:
+    infer = f"/{v2.DESCRIPTOR.services_by_name['GRPCInferenceService'].full_name}/ModelInfer"
+    front = NativeGrpcFront(f"127.0.0.1:{port}", [(infer, False), ("/grpc.health.v1.Health/Check", False)])
+    front.start()
+    answers = [bytes(response_bytes), b"\x08\x01"]  # SERVING
+    while (events := front.recv_batch(64)) is not None:
+        for kind, call_id, method_id, _, _ in events:
+            if kind == EVENT_CALL:
+                front.respond(call_id, answers[method_id])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["one-hop", "two-hop", "back"])
+    parser.add_argument("kind", choices=["one-hop", "two-hop", "back", "low-level"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--back", type=int, default=0)
     parser.add_argument("--engine", type=Engine, default=Engine.NATIVE)
     parser.add_argument("--response-bytes", type=int, required=True)
-    uvloop.run(serve(parser.parse_args()))
+    arguments = parser.parse_args()
+    if arguments.kind == "low-level":
+        serve_low_level(arguments.port, arguments.response_bytes)
+    else:
+        uvloop.run(serve(arguments))
 
 
 main()

@@ -121,7 +121,10 @@ def running(module: str, *arguments: str, port: int, folder: Path | None = None,
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One load run. `ok` ended well within the time measured, `calls` are all. Latencies in ms, CPU of the servers in µs a call, memory of the servers in bytes."""
+    """One load run. `ok` ended well within the time measured, `calls` are all.
+
+    Latencies in ms, CPU of the servers in µs a call, memory of the servers in bytes.
+    """
 
     ok: int
     calls: int
@@ -152,8 +155,8 @@ def load(
 ) -> Measured:
     """Closed-loop load on `target`; `also` are the servers behind it whose CPU and memory count.
 
-    `order` is one (the body at `offset`, again and again), seq (each once, from `offset`), uniform or zipf:S. Where `stamp` is
-    not 0 each call sends a body of its own, whatever the order: those from `stamp` to `stamp` + `calls`.
+    `order` is one (the body at `offset`, again and again), seq (each once, from `offset`), uniform or zipf:S. Where
+    `stamp` is not 0 each call sends a body of its own, whatever the order: those from `stamp` to `stamp` + `calls`.
     """
     processes = [target, *also]
     for process in processes:
@@ -161,7 +164,8 @@ def load(
     before = [process.cpu_seconds() for process in processes]
     command = [
         loadgen, "--target", f"127.0.0.1:{target.port}", "--bodies", bodies, "--order", order, "--offset", offset,
-        "--stamp", stamp, "--concurrency", outstanding, "--connections", min(4, outstanding), "--seconds", seconds, "--warmup", warm_up,
+        "--stamp", stamp, "--concurrency", outstanding, "--connections", min(4, outstanding),
+        "--seconds", seconds, "--warmup", warm_up,
     ]  # fmt: skip
     ran = subprocess.run(list(map(str, command)), capture_output=True, timeout=seconds + warm_up + 90)
     if not ran.stdout:

@@ -32,10 +32,20 @@ class Model:
         return rng.random(shape, dtype=np.float32)
 
 
+# The same for Ringmesh and Triton.
+CONFIG = """
+max_batch_size: 64
+instance_group { count: 2 kind: KIND_CPU }
+dynamic_batching { }
+response_cache { enable: true }
+"""
+
+
 def write(model: Model, repository: Path) -> None:
-    """As Ringmesh and Triton have it: `<repository>/<name>/1/model.onnx`."""
+    """As Ringmesh has it: `<repository>/<name>/1/model.onnx` and `config.pbtxt`."""
     (repository / model.name / "1").mkdir(parents=True)
     model.write(repository)
+    (repository / model.name / "config.pbtxt").write_text(CONFIG)
 
 
 def _mlp(repository: Path) -> None:
@@ -57,8 +67,9 @@ def _dense(repository: Path) -> None:
     ]
     nodes, last = [], "x"
     for name in ("w1", "w2", "w3"):
-        nodes += [helper.make_node("MatMul", [last, name], [f"{name}m"]), helper.make_node("Relu", [f"{name}m"], [f"{name}r"])]  # fmt: skip
-        last = f"{name}r"
+        nodes.append(helper.make_node("MatMul", [last, name], [f"{name}_product"]))
+        nodes.append(helper.make_node("Relu", [f"{name}_product"], [f"{name}_out"]))
+        last = f"{name}_out"
     nodes.append(helper.make_node("MatMul", [last, "w4"], ["y"]))
     x, y = small.value("x", TensorProto.FLOAT, "n", 256), small.value("y", TensorProto.FLOAT, "n", 16)
     small.save(repository, "dense", nodes, [x], [y], weights)

@@ -1,4 +1,4 @@
-"""The peer: the real Triton with its python backend, dynamic batching and local response cache, on the same ONNX files."""
+"""The peer: the real Triton, with its python backend and its local response cache, on the same ONNX files."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bench.harness import Process, free_port
-from tests.bench.models import Model
+from tests.bench.models import CONFIG, Model
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv" / "triton"
 SERVER = FOLDER / "pytriton" / "tritonserver"
+VERSION = "2.51.0 (nvidia-pytriton 0.7.0)"
 CACHE_BYTES = 256 << 20  # what a router's local tier has
-INSTANCES = 2
 
 # One run for all requests of a batch, one thread in each: two instances then use two cores.
 _MODEL = """
@@ -43,12 +43,8 @@ class TritonPythonModel:
 
 _CONFIG = """
 backend: "python"
-max_batch_size: 64
 input {{ name: "{input}" data_type: TYPE_{datatype} dims: {input_dims} }}
 output {{ name: "{output}" data_type: TYPE_FP32 dims: {output_dims} }}
-instance_group {{ count: {instances} kind: KIND_CPU }}
-dynamic_batching {{ }}
-response_cache {{ enable: true }}
 """
 
 
@@ -63,10 +59,6 @@ def why_not() -> str:
         if fetched.returncode:
             return f"scripts/get-triton failed: {fetched.stderr.strip().splitlines()[-1:]}"
     return ""
-
-
-def version() -> str:
-    return "of the nvidia-pytriton 0.7.0 wheel"
 
 
 @contextmanager
@@ -84,8 +76,8 @@ def serving(models: list[Model], onnx_files: Path, repository: Path) -> Iterator
                 input_dims=list(model.input_dims),
                 output=model.output,
                 output_dims=list(model.output_dims),
-                instances=INSTANCES,
             )
+            + CONFIG
         )
     port = free_port()
     process = Process(

@@ -1,0 +1,53 @@
+"""What is asked: which model, how large, how often the same, and how many at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tests.bench.bodies import write_bodies
+from tests.bench.models import DENSE, IDENTITY, IMAGE, MAGIKA, MLP, Model
+
+ZIPF_KEYS = 10_000
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`kind` hit: one body again and again; miss: no two alike; zipf: body i with weight 1/i, from cold."""
+
+    name: str
+    title: str
+    kind: Literal["hit", "miss", "zipf"]
+    model: Model
+    outstanding: Sequence[int]
+    width: int = 1
+
+    @property
+    def order(self) -> str:
+        """As the load generator has it."""
+        return {"hit": "one", "miss": "seq", "zipf": "zipf:1.0"}[self.kind]
+
+    def write_bodies(self, path: Path, rng: np.random.Generator) -> Path:
+        """Misses need few: the load generator makes each call a body of its own."""
+        count = {"hit": 1, "miss": 8, "zipf": ZIPF_KEYS}[self.kind]
+        return write_bodies(
+            path, self.model.name, self.model.input, (self.model.row(rng, self.width) for _ in range(count))
+        )
+
+
+WORKLOADS = [
+    Workload("hit", "hit: 8 KB in, 0.9 KB out", "hit", MAGIKA, (1, 16, 64, 256)),
+    Workload("hit-64B", "hit: 64 B message in and out", "hit", IDENTITY, (1, 16, 64), width=8),
+    Workload("hit-8KB", "hit: 8 KB message in and out", "hit", IDENTITY, (1, 16, 64), width=2048),
+    Workload("hit-1MB", "hit: 1 MB message in and out", "hit", IDENTITY, (1, 16), width=262_144),
+    Workload("hit-image", "hit: 600 KB image in, 12 B out", "hit", IMAGE, (1, 16, 64)),
+    Workload("miss", "miss: a tiny MLP", "miss", MLP, (1, 16, 64, 256)),
+    Workload("miss-dense", "miss: a model that gains from batches", "miss", DENSE, (1, 16, 64, 256)),
+    Workload("miss-magika", "miss: magika, 12 ms of a core each", "miss", MAGIKA, (1, 16, 64)),
+    Workload("miss-image", "miss: 600 KB image in, 12 B out", "miss", IMAGE, (1, 16, 64)),
+    Workload("zipf", "zipf 1.0 over 10,000 magika requests, from cold", "zipf", MAGIKA, (16,)),
+]
+# Those of the figures to reach, and no more.
+QUICK = {"hit": (1, 16, 64), "miss": (1, 16, 64), "miss-magika": (16,), "zipf": (16,)}
