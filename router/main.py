@@ -26,6 +26,7 @@ from services.runtime.live_settings import LiveSettings
 from services.runtime.metrics import Metrics
 from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
+from services.runtime.request_log import RequestLog
 from services.runtime.server import Server
 from services.runtime.tracing import create_tracer
 
@@ -47,7 +48,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic))
     quotas = Quotas(settings.quotas, time.monotonic)
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)
-    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, quotas, audit)
+    request_log = RequestLog(time.monotonic)
+    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, request_log, quotas, audit)
     more = {**FleetControl(fleet, requests, audit).handlers(), **LiveSettings(tracer).handlers()}
     cache = CacheService(mesh)
     server = Server(
@@ -63,7 +65,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         share_port=settings.share_port,
     )
     metrics = Metrics()
-    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer):
+    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer, request_log):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()

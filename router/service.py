@@ -28,6 +28,7 @@ from services.runtime import protocol, w3c
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.metrics import OTHER
+from services.runtime.request_log import RequestLog
 from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
 from services.runtime.spans import Attributes, Value
 from services.runtime.tracing import Trace, Tracer
@@ -49,6 +50,7 @@ class InferenceService:
         dispatcher: Dispatcher,
         tracer: Tracer,
         requests: RequestMetrics,
+        request_log: RequestLog,
         quotas: Quotas,
         audit: Audit,
     ) -> None:
@@ -58,6 +60,7 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._tracer = tracer
         self._requests = requests
+        self._log = request_log
         self._quotas = quotas
         self._audit = audit
         self._sequences = KeyedLock()
@@ -270,7 +273,8 @@ class InferenceService:
         if (slow or call.trace.sampled) and call.method != _STEP:
             if found.outcome == "hit-local":
                 call.trace.span("cache.local", call.start, end, {"ringmesh.cache.hit": True})
-            self._keep(call, labels, end, request_span.answered(found, end))
+            kept = "sampled" if call.trace.sampled else "slow"
+            self._keep(call, labels, end, {**request_span.answered(found, end), "ringmesh.kept": kept}, slow=slow)
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
         self._count(call, found)
@@ -288,7 +292,8 @@ class InferenceService:
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
-        self._keep(call, labels, end, {}, code, message)
+        kept = "sampled" if call.trace.sampled else "failed"
+        self._keep(call, labels, end, {"ringmesh.kept": kept}, code, message)
 
     def _keep(
         self,
@@ -298,6 +303,8 @@ class InferenceService:
         attributes: Attributes,
         code: grpc.StatusCode = grpc.StatusCode.OK,
         message: str = "",
+        *,
+        slow: bool = False,
     ) -> None:
         """Of a request that is sampled, slow or failed."""
         trace = call.trace
@@ -315,6 +322,18 @@ class InferenceService:
             **request_span.baggage(protocol.joined(call.metadata, "baggage")),
         }
         self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
+        if code is not grpc.StatusCode.OK or slow:
+            self._log.tell(
+                code=code.name,
+                error=message,
+                duration_ns=end - call.start,
+                trace_id=trace.trace_id,
+                method=call.method,
+                model=call.name,
+                version=labels[2],
+                tenant=call.tenant,
+                outcome=labels[5],
+            )
 
 
 class _Admitted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,6 +12,7 @@ from typing import NoReturn, TypeVar
 import uvloop
 from pydantic import ValidationError
 
+from services.runtime.logs import to_stderr
 from services.runtime.server import StartError
 from services.runtime.settings import ServiceSettings, describe
 
@@ -37,12 +37,8 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     gc.set_threshold(20_000, 50, 10_000)
     try:
         settings = settings_type()
-        logging.basicConfig(
-            level=settings.log_level,
-            stream=sys.stderr,
-            format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s",
-        )
-        uvloop.run(main(settings))
+        with to_stderr(name, settings.log_format, settings.log_level):
+            uvloop.run(main(settings))
     except ValidationError as error:
         sys.exit(_refuse(name, describe(error)))
     except StartError as error:

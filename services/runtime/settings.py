@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from services.runtime.logs import LogFormat
 from services.runtime.server import Engine, StartError
 
 
@@ -28,6 +29,7 @@ class ServiceSettings(BaseSettings):
     )
     drain_seconds: float = Field(15.0, ge=0, description="time for requests under way after SIGTERM")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
     trace_dir: Path | None = Field(None, description="folder that spans are written to, for `ringmesh trace`")
     otlp_endpoint: str | None = Field(None, description="URL of an OTLP/gRPC collector, such as http://127.0.0.1:4317")

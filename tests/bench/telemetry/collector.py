@@ -1,0 +1,28 @@
+"""An OTLP collector that takes everything and reads nothing: what is measured is what sending costs."""
+
+import asyncio
+import os
+from types import SimpleNamespace
+
+import grpc
+
+from services.runtime.rpc import Service
+from services.runtime.server import Engine, Server
+
+
+async def main() -> None:
+    async def export(data, _):
+        return b""
+
+    service = Service(
+        SimpleNamespace(full_name="opentelemetry.proto.collector.trace.v1.TraceService"),
+        {"Export": grpc.unary_unary_rpc_method_handler(export)},
+    )
+    server = Server(Engine.NATIVE, os.environ["RINGMESH_ADDRESS"], [service], max_message_bytes=64 << 20)
+    await server.start()
+    server.set_serving(True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
