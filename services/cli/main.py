@@ -26,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+cache_app = typer.Typer(no_args_is_help=False)
+app.add_typer(cache_app, name="cache")
 
 
 class Engine(StrEnum):
@@ -165,6 +167,94 @@ def trace(
             console.print(traces.listing(found))
         else:
             console.print(f"no traces in {folder} yet", soft_wrap=True)
+
+
+RouterOption = Annotated[str | None, typer.Option(help="host:port of the router; without it, of the stack in --state.")]
+
+
+@app.command()
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    console_url: Annotated[
+        str | None, typer.Option("--console", help="URL of the console; without it, of the stack in --state.")
+    ] = None,
+    state: State = _STATE,
+) -> None:
+    """Shows how the fleet does, until Ctrl-C: what needs attention, workers, models, processes."""
+    with _one_line_errors():
+        from services.cli import running
+        from services.cli import top as show
+
+        url = console_url or running.find(state).console
+        if once or not sys.stdout.isatty():
+            show.once(_console(), url)
+        else:
+            show.watch(_console(), url)
+
+
+@app.command()
+def explain(
+    model: Annotated[str | None, typer.Argument(help="A model, asked with random values.")] = None,
+    request: Annotated[
+        str | None, typer.Option(help="A file with a ModelInferRequest as JSON, as grpcurl takes it; - is the input.")
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Who would be asking.")] = "",
+    router: RouterOption = None,
+    state: State = _STATE,
+) -> None:
+    """Says where a request would go, and why: its key, the owner, and the others in the order they would be asked."""
+    with _one_line_errors():
+        from services.cli import explain as show
+        from services.cli import running
+
+        if (model is None) == (request is None):
+            raise CommandError("name a model, or a file with --request")
+        where = router or running.find(state).router
+        sent = show.read_request(request) if request is not None else show.random_request(where, model or "")
+        show.show(_console(), show.explain(where, sent, tenant))
+
+
+@app.command()
+def models(router: RouterOption = None, state: State = _STATE) -> None:
+    """Lists the models of the fleet, with their state and counts."""
+    with _one_line_errors():
+        from services.cli import model_list, running
+
+        _console().print(model_list.listing(router or running.find(state).router))
+
+
+CacheOption = Annotated[
+    str | None, typer.Option("--cache", help="host:port of the cache service; without it, of the stack in --state.")
+]
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache(context: typer.Context, address: CacheOption = None, state: State = _STATE) -> None:
+    """Shows what the tiers of the cache service hold and saved; `purge` makes them forget."""
+    if context.invoked_subcommand is not None:
+        return
+    with _one_line_errors():
+        from services.cli import cache_service, running
+
+        _console().print(cache_service.listing(address or running.find(state).cache))
+
+
+@cache_app.command()
+def purge(
+    everything: Annotated[bool, typer.Option("--everything", help="All there is.")] = False,
+    model: Annotated[str, typer.Option(help="A model, in all its versions.")] = "",
+    tenant: Annotated[str, typer.Option(help="What is kept apart for a tenant.")] = "",
+    key: Annotated[str, typer.Option(help="One answer, by the key that `ringmesh explain` tells.")] = "",
+    address: CacheOption = None,
+    state: State = _STATE,
+) -> None:
+    """Makes the caches forget; returns when no router or cache answers from what was kept before."""
+    with _one_line_errors():
+        from services.cli import cache_service, running
+
+        request = cache_service.purge_request(everything=everything, model=model, tenant=tenant, key=key)
+        done = cache_service.purge(address or running.find(state).cache, request)
+        _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
 
 
 def _console() -> Console:

@@ -17,7 +17,16 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from services.console import cache_page, cost_page, fleet_page, models_page, objectives_page, traces_page, try_page
+from services.console import (
+    cache_page,
+    cost_page,
+    fleet_page,
+    models_page,
+    objectives_page,
+    summary_api,
+    traces_page,
+    try_page,
+)
 from services.console.live import Pages
 from services.console.security import Guard
 from services.console.sources import Sources
@@ -45,12 +54,13 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
             Route("/", pages.page("fleet.html", partial(fleet_page.contents, sources))),
             Route("/models", pages.page("models.html", partial(models_page.listing, sources))),
             Route("/models/{name}", pages.page("model.html", partial(models_page.one, sources))),
-            Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources))),
+            Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources)), methods=["GET", "POST"]),
             Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
             Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources))),
             Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
             Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),
+            Route("/api/summary", partial(summary_api.summary, sources)),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
         middleware=[Middleware(Guard, hosts=hosts)],

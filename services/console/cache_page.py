@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from starlette.requests import Request
 
-from services.console import overview, units
+from services.console import form, overview, units
 from services.console.chart import Line, plot
+from services.console.fleet_watch import ask
 from services.console.history import History
 from services.console.live import Context
 from services.console.overview import COMPUTE, HITS, NOW_SECONDS, REQUESTS, SPAN_SECONDS, span
@@ -17,6 +19,8 @@ from services.console.sources import Sources
 
 REDIS = "ringmesh_redis_duration_seconds"
 _KEYS = 15
+_PURGE_SECONDS = 10.0
+SCOPES = ("model", "tenant", "key", "everything")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +71,16 @@ class KeyRow:
     hits: int
 
 
-async def contents(sources: Sources, _: Request) -> Context:
-    """What `cache.html` shows."""
+async def contents(sources: Sources, request: Request) -> Context:
+    """What `cache.html` shows; with a POST, after the purge."""
     history = sources.history
+    notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
     breakers = history.last("ringmesh_redis_breaker_open", ("target",))
     return {
-        "view": sources.view.cache,
+        "notice": notice,
+        "problem": problem,
+        "scopes": SCOPES,
+        "models": sorted({model.name for model in sources.view.models}),
         "tiers": _tiers(history),
         "uses": _uses(history),
         "keys": _keys(sources),
@@ -106,6 +114,25 @@ async def contents(sources: Sources, _: Request) -> Context:
             ),
         ],
     }
+
+
+async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
+    """(what was done, what went wrong), one of them in words."""
+    sent = await form.read(request)
+    scope, value = sent.get("scope", ""), sent.get("value", "").strip()
+    if scope not in SCOPES or (scope != "everything" and not value):
+        return "", "Say what to purge: a model, a tenant or a key by its name, or everything."
+    try:
+        given: bool | str | bytes = True if scope == "everything" else bytes.fromhex(value) if scope == "key" else value
+    except ValueError:
+        return "", f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` tells them."
+    stub = cache_pb2_grpc.CacheServiceStub(sources.fleet.channel(sources.view.cache.address))
+    purge = cache_pb2.PurgeRequest(**{scope: given})  # type: ignore[arg-type]
+    done, problem = await ask(lambda: stub.Purge(purge, timeout=_PURGE_SECONDS))
+    if done is None:
+        return "", f"Not purged. The cache service at {sources.view.cache.address}: {problem}."
+    what = "Everything" if scope == "everything" else f"The {scope} {value}"
+    return f"{what} was purged; {done.confirmed} processes confirmed it.", ""
 
 
 def _tiers(history: History) -> list[TierRow]:

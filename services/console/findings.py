@@ -47,6 +47,7 @@ def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str
         *_slow_workers(history),
         *_errors(history, traces),
         *_models(view),
+        *_audit(history),
         *_cache(view),
         *_processes(history, silent),
     ]
@@ -187,6 +188,21 @@ def _models(view: FleetView) -> Iterator[Finding]:
                 f"model {model.name} {model.version}",
                 "Workers hold different content under one version; an answer is filed under what computed it.",
                 f"/models/{model.name}",
+                "model",
+            )
+
+
+def _audit(history: History) -> Iterator[Finding]:
+    distrusted = history.last("ringmesh_cache_audit_distrusted", ("model", "version"))
+    for (model, version), is_off in distrusted.items():
+        if is_off:
+            yield Finding(
+                "warning",
+                "Model does not repeat itself",
+                f"model {model} {version}",
+                "Cached answers were computed again and came out different, so the model left the cache: it is "
+                "right, and slower. A random operator that was not found, or a worker whose hardware computes wrongly.",
+                f"/models/{model}",
                 "model",
             )
 

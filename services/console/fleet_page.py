@@ -132,7 +132,7 @@ def regions(rows: list[WorkerRow]) -> Mapping[str, list[WorkerRow]]:
     """Workers by region; empty where no worker says where it is."""
     by_region: dict[str, list[WorkerRow]] = {}
     for row in rows:
-        by_region.setdefault(str(getattr(row.worker, "region", "")), []).append(row)
+        by_region.setdefault(row.worker.region, []).append(row)
     return by_region if set(by_region) - {""} else {}
 
 

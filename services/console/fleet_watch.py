@@ -130,7 +130,7 @@ class FleetWatch:
                 self._ask_cache(self.view.cache),
             )
             self.view = FleetView(tuple(routers), cache, self.view.models)
-            if turn % _MODELS_EVERY == 0:
+            if turn % _MODELS_EVERY == 0 or not self.view.models:
                 self.view = FleetView(tuple(routers), cache, await self._ask_models())
             turn += 1
             await asyncio.sleep(_ASK_SECONDS)

@@ -17,6 +17,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import tensors
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.sample_tensor import WORDS, fill
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 _SECONDS = 30.0
@@ -25,7 +26,6 @@ _SHOWN = 64
 _TYPED = 256
 _MAX_ELEMENTS = 1 << 20
 _Infer: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
-WORDS = ("random", "zeros", "ones")
 
 
 class TrialError(Exception):
@@ -73,7 +73,7 @@ def blank(metadata: v2.ModelMetadataResponse) -> list[Field]:
         shape = [1 if size < 0 else size for size in tensor.shape]
         declared = " × ".join("any" if size < 0 else str(size) for size in tensor.shape)  # noqa: RUF001
         count = math.prod(shape)
-        values = "random" if count > _TYPED else json.dumps(_listed(_fill("random", tensor.datatype, shape)))
+        values = "random" if count > _TYPED else json.dumps(_listed(fill("random", tensor.datatype, shape)))
         fields.append(Field(tensor.name, tensor.datatype, declared, ", ".join(map(str, shape)), values))
     return fields
 
@@ -148,7 +148,7 @@ def _read(field: Field) -> npt.NDArray[Any]:
         raise TrialError(f"{field.name}: a shape has no negative sizes, and up to {_MAX_ELEMENTS:,} elements here")
     text = field.values.strip()
     if text in WORDS:
-        return _fill(text, field.datatype, shape)
+        return fill(text, field.datatype, shape)
     try:
         values = json.loads(text)
         dtype = _dtype(field.datatype)
@@ -162,19 +162,6 @@ def _read(field: Field) -> npt.NDArray[Any]:
             f"{field.name}: {field.datatype} values are a JSON list with {math.prod(shape):,} in all for the shape "
             f"{field.shape}, or one of the words {', '.join(WORDS)} ({error})"
         ) from None
-
-
-def _fill(word: str, datatype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
-    dtype = _dtype(datatype)
-    if dtype.kind == "O":
-        words = ["" if word == "zeros" else f"text {random.randrange(1000)}" for _ in range(math.prod(shape))]
-        return np.array([text.encode() for text in words], object).reshape(shape)
-    if word != "random":
-        return (np.zeros if word == "zeros" else np.ones)(shape, dtype)
-    generator = np.random.default_rng()
-    if dtype.kind in "biu":
-        return generator.integers(0, 2 if dtype.kind == "b" else 100, shape).astype(dtype)
-    return generator.standard_normal(shape).round(3).astype(dtype)
 
 
 def _dtype(datatype: str) -> np.dtype[Any]:

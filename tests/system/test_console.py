@@ -219,3 +219,25 @@ def test_a_form_that_is_too_large_is_refused(stack, console):
     status, page = sent(console, model="mlp", **{"values:x": "1" * (3 << 20)})
     assert status == 413
     assert "up to 2 MiB" in page
+
+
+def test_a_purge_is_confirmed_in_words(stack, console):
+    form = {"model": "add_sub", "values:a": "[3, 4]", "values:b": "[1, 1]"}
+    sent(console, **form)
+    assert ">hit-local<" in sent(console, **form)[1]
+    status, page = post(f"{console}/cache", {"Origin": console}, scope="model", value="add_sub")
+    assert status == 200
+    assert "The model add_sub was purged" in page
+    assert ">miss<" in sent(console, **form)[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "Say what to purge"),
+        ({"scope": "model"}, "Say what to purge"),
+        ({"scope": "key", "value": "z"}, "not a key"),
+    ],
+)
+def test_a_purge_of_nothing_is_said_in_words(stack, console, fields, words):
+    assert words in post(f"{console}/cache", {"Origin": console}, **fields)[1]

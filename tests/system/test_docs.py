@@ -38,7 +38,7 @@ def test_shell_examples_run(code, stack):
     for line in here(code, stack).strip().splitlines():
         words = shlex.split(line)
         words[0] = words[0].replace(".venv/bin", str(Path(sys.executable).parent))
-        if words[1:] == ["trace"]:
+        if words[0].endswith("/ringmesh"):
             words += ["--state", stack.state]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"

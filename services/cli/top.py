@@ -1,0 +1,98 @@
+"""`ringmesh top`: what the console's first page says, in a terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from services.cli.errors import CommandError
+
+_PERIOD_SECONDS = 2.0
+_TIMEOUT = 5.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def read(url: str) -> dict[str, Any]:
+    """The summary of the console at `url`. Raises CommandError where it does not answer."""
+    try:
+        with _OPENER.open(f"{url.rstrip('/')}/api/summary", timeout=_TIMEOUT) as answer:
+            summary: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise CommandError(
+            f"the console at {url} answered {error.code}: {error.read().decode(errors='replace')[:200]}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CommandError(f"no console answers at {url}: {error}; `ringmesh up` starts one") from None
+    return summary
+
+
+def once(console: Console, url: str) -> None:
+    """One frame."""
+    console.print(frame(read(url)))
+
+
+def watch(console: Console, url: str) -> None:
+    """A frame each two seconds, until Ctrl-C. A console that goes away is told, and waited for."""
+    shown: RenderableType = frame(read(url))
+    with Live(shown, console=console, screen=True, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(shown, refresh=True)
+                time.sleep(_PERIOD_SECONDS)
+                try:
+                    shown = frame(read(url))
+                except CommandError as error:
+                    shown = Text(f"{error}\n\nTrying again; Ctrl-C ends.", style="red")
+        except KeyboardInterrupt:
+            return
+
+
+def frame(summary: dict[str, Any]) -> RenderableType:
+    """All of it, one below the other."""
+    parts: list[RenderableType] = [Text(summary["headline"], style="bold"), ""]
+    for finding in summary["findings"]:
+        style = _STYLES.get(finding["severity"], "")
+        parts.append(
+            Text.assemble(
+                (f"{finding['severity']:<9}", style), f"{finding['title']}: {finding['where']}. {finding['detail']}"
+            )
+        )
+    if not summary["findings"]:
+        parts.append(Text("nothing needs attention", style="green"))
+    vitals = summary["vitals"]
+    parts += ["", _row({name.replace("_", " "): value for name, value in vitals.items()}), ""]
+    for title, rows in (
+        ("workers", summary["workers"]),
+        ("models", summary["models"]),
+        ("processes", summary["processes"]),
+    ):
+        if rows:
+            parts += [_table(title, rows), ""]
+    return Group(*parts)
+
+
+def _row(values: dict[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in values:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*(f"[bold]{escape(value)}[/]" for value in values.values()))
+    return table
+
+
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(rows[0]):
+        table.add_column(name.replace("_", " "), justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(value) for value in row.values()))
+    return table

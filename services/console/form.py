@@ -1,0 +1,26 @@
+"""Forms that the console's own pages send."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+_MAX_BYTES = 2 << 20
+_MAX_FIELDS = 200
+
+
+async def read(request: Request) -> dict[str, str]:
+    """The fields of an urlencoded form. Raises HTTPException where it is too large or none."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > _MAX_BYTES:
+            detail = f"A form here has up to {_MAX_BYTES >> 20} MiB; the words random, zeros and ones are short."
+            raise HTTPException(413, detail)
+    try:
+        text = body.decode()
+        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_FIELDS, strict_parsing=bool(text)))
+    except ValueError:
+        raise HTTPException(400, "This is not a form.") from None

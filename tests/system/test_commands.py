@@ -1,0 +1,113 @@
+"""`ringmesh top`, `explain`, `models` and `cache` against a running stack, and what they say where none runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.system.conftest import eventually
+from tests.system.processes import free_address
+
+
+def ringmesh(*arguments, text=None):
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli", *arguments], input=text, capture_output=True, text=True, timeout=60
+    )
+
+
+def shown(*arguments, text=None):
+    done = ringmesh(*arguments, text=text)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(*arguments, text=None):
+    """The one line that it ends with."""
+    done = ringmesh(*arguments, text=text)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("ringmesh: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_top_prints_one_frame_of_what_the_console_knows(stack):
+    eventually(lambda: "mlp 1" in shown("top", "--once", "--state", stack.state))
+    frame = shown("top", "--once", "--state", stack.state)
+    for words in ("worker-0", "worker-1", "2 of 2 workers serve", "ready", "router", "from cache"):
+        assert words in frame
+
+
+def test_explain_names_the_owner_and_the_others_and_why(stack):
+    told = shown("explain", "mlp", "--state", stack.state)
+    assert "key " in told
+    rows = [line for line in told.splitlines() if "worker-" in line and not line.startswith("owner")]
+    assert len(rows) == 2
+    assert rows[0].startswith("→")
+    owner = next(line.split()[1] for line in told.splitlines() if line.startswith("owner"))
+    assert owner in rows[0]
+
+
+def test_explain_takes_a_request_as_grpcurl_does(stack):
+    request = {
+        "model_name": "add_sub",
+        "inputs": [
+            {"name": name, "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1, 2]}}
+            for name in ("a", "b")
+        ],
+    }
+    first, second = (shown("explain", "--request", "-", "--state", stack.state, text=json.dumps(request)) for _ in "12")
+    keys = [line for told in (first, second) for line in told.splitlines() if line.startswith("key")]
+    assert len(set(keys)) == 1
+
+
+def test_explain_says_why_a_model_is_not_cached(stack):
+    assert "RandomNormalLike" in shown("explain", "random", "--state", stack.state)
+
+
+def test_models_lists_each_with_its_state(stack):
+    lines = shown("models", "--state", stack.state).splitlines()
+    assert any(line.split()[:3] == ["mlp", "1", "ready"] for line in lines)
+    assert any(line.startswith("random") and "RandomNormalLike" in line for line in lines)
+
+
+def test_cache_shows_the_tiers(stack):
+    told = shown("cache", "--state", stack.state)
+    assert "local" in told
+    assert "shared" in told
+
+
+@pytest.mark.parametrize("command", [["top", "--once"], ["explain", "mlp"], ["models"], ["cache"]])
+def test_where_no_stack_runs_the_way_to_one_is_told(tmp_path, command):
+    assert f"no stack runs in {tmp_path}: `ringmesh up` starts one" in refused(*command, "--state", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["top", "--once", "--console"], ["explain", "mlp", "--router"], ["models", "--router"], ["cache", "--cache"]],
+)
+def test_a_part_that_does_not_answer_is_named(command):
+    nowhere = free_address()
+    address = f"http://{nowhere}" if "--console" in command else nowhere
+    line = refused(*command, address)
+    assert nowhere in line
+    assert "answers at" in line
+
+
+def test_what_is_no_request_is_refused_with_its_reason(stack, tmp_path):
+    where = ["--state", stack.state]
+    assert "not an inference.ModelInferRequest" in refused("explain", "--request", "-", *where, text='{"nme": 1}')
+    assert "cannot read" in refused("explain", "--request", str(tmp_path / "none"), *where)
+    assert "name a model, or a file" in refused("explain", *where)
+    assert "NOT_FOUND" in refused("explain", "no-such-model", *where)
+
+
+def test_purge_forgets_a_model_and_says_who_confirmed(stack):
+    assert "processes confirmed it" in shown("cache", "purge", "--model", "mlp", "--state", stack.state)
+
+
+def test_purge_wants_one_scope(stack):
+    where = ["--state", stack.state]
+    assert "one of --everything" in refused("cache", "purge", *where)
+    assert "one of --everything" in refused("cache", "purge", "--model", "a", "--tenant", "b", *where)
+    assert "not hexadecimal" in refused("cache", "purge", "--key", "xyz", *where)
