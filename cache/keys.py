@@ -11,7 +11,7 @@ Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -72,11 +72,29 @@ class RequestHasher:
         else:
             raws = [raw_from_contents(tensor) for tensor in request.inputs]
             description = _describe(request, len(raws), outputs, typed=True)
+        return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
+
+    def hash_rows(
+        self,
+        request: v2.ModelInferRequest,
+        rows: Sequence[Sequence[bytes]],
+        outputs: Collection[str] = (),
+        tenant: str | None = None,
+    ) -> list[bytes]:
+        """The hash that each of `rows`, raw contents of all inputs, has as a request of its own.
+
+        `request` is that of one row, without its data. Raises UncacheableError.
+        """
+        description = _describe(request, len(request.inputs), outputs, typed=False)
+        key = self._key if tenant is None else self._tenant_key(tenant)
+        return [self._digest(row, description, key) for row in rows]
+
+    def _digest(self, raws: Sequence[bytes], description: _Description, key: bytes) -> bytes:
         if description.order:
             raws = [raws[index] for index in description.order]
         # The data first: BLAKE3 is twice as fast where it starts at a chunk boundary. What follows can be read from
         # its end, so no data can pass for a part of it.
-        hasher = blake3(raws[0], key=self._key if tenant is None else self._tenant_key(tenant))
+        hasher = blake3(raws[0], key=key)
         sizes = len(raws[0]).to_bytes(8, "little")
         for raw in raws[1:]:
             hasher.update(raw)

@@ -30,11 +30,15 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An answer, where it came from, and the worker that computed it now ("" where none did)."""
+    """An answer, where it came from, and the worker that computed it now ("" where none did).
+
+    `rows` says how many rows of a batch were known, such as "6/8"; "" where it was not taken row by row.
+    """
 
     entry: Entry
     outcome: Outcome
     worker: str = ""
+    rows: str = ""
 
 
 class Mesh:
@@ -71,26 +75,26 @@ class Mesh:
         Raises FailedPreconditionError where it is only-if-cached and there is nothing it takes.
         """
         if not control.no_cache:
-            entry = await self._look_up(key, trace)
+            entry = await self.look_up(key, trace)
             if entry is not None and control.takes(entry.created_at_ms, time.time_ns() // 1_000_000):
                 return Found(entry, "hit-shared")
         if control.only_if_cached:
             raise FailedPreconditionError("there is no such answer in the cache, and cache-control is only-if-cached")
         computed = await compute()
         if not control.no_store:
-            self._fill(computed)
+            self.fill(computed)
         return Found(computed.entry, "miss", computed.worker)
 
     async def _lead(self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace) -> Found:
-        entry = await self._look_up(key, trace)
+        entry = await self.look_up(key, trace)
         if entry is not None:
             return Found(entry, "hit-shared")
         computed = await compute()
-        self._fill(computed)
+        self.fill(computed)
         return Found(computed.entry, "miss", computed.worker)
 
-    async def _look_up(self, key: bytes, trace: Trace) -> Entry | None:
-        """In the shared tier, once it is known what was purged."""
+    async def look_up(self, key: bytes, trace: Trace) -> Entry | None:
+        """In the shared tier, once it is known what was purged; what is found goes into the local one too."""
         if self.shared is None or not self.purges.is_known:
             return None
         start = time.time_ns()
@@ -101,7 +105,8 @@ class Mesh:
         self.local.put(key, entry)
         return entry
 
-    def _fill(self, computed: Computed) -> None:
+    def fill(self, computed: Computed) -> None:
+        """Keeps it in both tiers, if it is to be kept."""
         if computed.key is not None:
             self.local.put(computed.key, computed.entry)
             if self.shared is not None:

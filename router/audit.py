@@ -21,7 +21,7 @@ from router.comparison import Verdict, compare
 from router.dispatcher import Dispatcher
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
 from services.runtime.metrics import Family, Sample
-from services.runtime.tracing import Trace
+from services.runtime.tracing import untraced
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ _REST = 20.0
 _DEADLINE_SECONDS = 30.0
 # What is refused first where there is overload, and belongs to no tenant's quota.
 _CALLER = Caller("", Priority.SHEDDABLE)
-_NOT_TRACED = Trace("0" * 31 + "1", "", False)
 # When a model is distrusted: as many different answers, and as large a part of those audited.
 _LEAST_DIFFERENT = 3
 _LARGEST_PART = 0.01
@@ -152,7 +151,7 @@ class Audit:
         try:
             # Joined to nothing and anywhere on the ring: the one who computed it first may be the one who errs.
             result, _ = await self._dispatcher.run(
-                model, request, b"", _NOT_TRACED, deadline=time.monotonic() + _DEADLINE_SECONDS, caller=_CALLER
+                model, request, b"", untraced(), deadline=time.monotonic() + _DEADLINE_SECONDS, caller=_CALLER
             )
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))

@@ -20,8 +20,9 @@ CACHE_STEPS = "ringmesh_cache_steps"
 class ModelEntry:
     """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
 
-    `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. An ensemble has a `plan`; with
-    `cache_steps` the router runs it step by step, each through the cache.
+    `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
+    batch are cached one by one. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each
+    through the cache.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ModelEntry:
     metadata: v2.ModelMetadataResponse
     outputs: tuple[str, ...] = ()
     tenant_scoped: bool = False
+    row_cache: bool = False
     plan: Plan | None = None
     cache_steps: bool = False
 
@@ -117,4 +119,5 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         metadata,
         outputs=tuple(output.name for output in metadata.outputs),
         tenant_scoped=model.tenant_scoped,
+        row_cache=model.row_cache,
     )

@@ -16,7 +16,7 @@ from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh
-from router import ensembles, request_span
+from router import ensembles, request_span, rows
 from router.admission.caller import ANYBODY, RefusedError, caller_of
 from router.admission.quotas import Quotas
 from router.audit import Audit
@@ -24,6 +24,7 @@ from router.catalog import ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.request_metrics import OK, RequestMetrics
+from router.rows import RowCache
 from services.runtime import protocol, w3c
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
@@ -63,6 +64,7 @@ class InferenceService:
         self._log = request_log
         self._quotas = quotas
         self._audit = audit
+        self._rows = RowCache(mesh, hasher)
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -212,6 +214,11 @@ class InferenceService:
             computed = await self._compute(call, model, b"", deadline, epochs)
             return Found(computed.entry, "bypass", computed.worker)
         key = epochs.key(model.digest, model.name, call.request_hash)
+        # Where the answer itself was purged by its key, its rows would bring it back.
+        if model.row_cache and call.control is None and key.endswith(call.request_hash):
+            found = await self._find_rows(call, model, deadline, epochs, key)
+            if found is not None:
+                return found
 
         async def compute() -> Computed:
             return await self._compute(call, model, call.request_hash, deadline, epochs)
@@ -225,6 +232,34 @@ class InferenceService:
                 # Where it joined another caller's request, the refusal was not meant for it.
                 if refused.caller == call.caller:
                     raise
+
+    async def _find_rows(
+        self, call: _Admitted, model: ModelEntry, deadline: float | None, epochs: Epochs, key: bytes
+    ) -> Found | None:
+        """A batch, row by row; None where it is none, or must be computed whole."""
+        batch = rows.split(v2.ModelInferRequest.FromString(call.data))
+        if batch is None:
+            return None
+
+        async def compute(data: bytes, request_hash: bytes) -> tuple[inference_pb2.WorkResult, str]:
+            self._quotas.take(call.caller)
+            result, member = await self._dispatcher.run(
+                model,
+                data,
+                request_hash,
+                call.trace,
+                request_hash=request_hash,
+                deadline=deadline,
+                caller=call.caller,
+            )
+            return result, member.worker_id
+
+        start = time.time_ns()
+        tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
+        found = await self._rows.find(batch, model, tenant, epochs, key, compute)
+        if found is not None:
+            call.trace.span("cache.rows", start, time.time_ns(), {"ringmesh.rows.known": found.rows})
+        return found
 
     async def _compute(
         self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None, epochs: Epochs
@@ -283,6 +318,8 @@ class InferenceService:
             ("ringmesh-trace-id", call.trace.trace_id),
             ("ringmesh-compute-us", str(found.entry.compute_us)),
         )
+        if found.rows:
+            trailing = (*trailing, ("ringmesh-rows", found.rows))
         if found.worker:
             trailing = (*trailing, ("ringmesh-worker", found.worker))
         return Answer(protocol.with_id(found.entry.value, call.request_id), trailing)

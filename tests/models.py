@@ -44,7 +44,7 @@ def identity(repository: Path, name: str) -> Path:
     return save(repository, f"identity_{name}", [node], [value("x", kind, "n", "m")], [value("y", kind, "n", "m")])
 
 
-def mlp(repository: Path, *, seed=0, version=1) -> Path:
+def mlp(repository: Path, *, seed=0, version=1, name="mlp") -> Path:
     """FP32 x[n,64] -> y[n,10]; `seed` makes its weights."""
     rng = np.random.default_rng(seed)
     shapes = {"w1": (64, 64), "b1": (64,), "w2": (64, 10), "b2": (10,)}
@@ -55,7 +55,7 @@ def mlp(repository: Path, *, seed=0, version=1) -> Path:
         helper.make_node("Gemm", ["a", "w2", "b2"], ["y"]),
     ]
     x, y = value("x", TensorProto.FLOAT, "n", 64), value("y", TensorProto.FLOAT, "n", 10)
-    return save(repository, "mlp", nodes, [x], [y], weights, version)
+    return save(repository, name, nodes, [x], [y], weights, version)
 
 
 def table(repository: Path, name: str, *, number: int, megabytes: int) -> Path:
@@ -65,6 +65,24 @@ def table(repository: Path, name: str, *, number: int, megabytes: int) -> Path:
     node = helper.make_node("Gather", ["values", "x"], ["y"])
     x, y = value("x", TensorProto.INT64, "n"), value("y", TensorProto.FLOAT, "n")
     return save(repository, name, [node], [x], [y], [numpy_helper.from_array(values, "values")])
+
+
+def row_cached(repository: Path) -> Path:
+    """As mlp; rows of a batch are cached one by one."""
+    folder = mlp(repository, name="row_cached")
+    flag = 'parameters { key: "ringmesh_row_cache" value { string_value: "true" } }'
+    (folder.parent / "config.pbtxt").write_text(flag)
+    return folder
+
+
+def wide(repository: Path, operator: str) -> Path:
+    """FP32 x[n,256] -> y[n,256], after 400 turns of `operator`, each a millionth of a second or more a row."""
+    nodes = [
+        helper.make_node(operator, ["x" if turn == 0 else f"t{turn}"], [f"t{turn + 1}" if turn < 399 else "y"])
+        for turn in range(400)
+    ]
+    x, y = value("x", TensorProto.FLOAT, "n", 256), value("y", TensorProto.FLOAT, "n", 256)
+    return save(repository, operator.lower(), nodes, [x], [y])
 
 
 def add_sub(repository: Path) -> Path:
@@ -253,6 +271,6 @@ def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:
         identity(repository, name)
-    for make in (mlp, add_sub, accumulator, pipeline, random, scoped, slow):
+    for make in (mlp, row_cached, add_sub, accumulator, pipeline, random, scoped, slow):
         make(repository)
     return repository

@@ -14,8 +14,9 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 ModelConfig = config_pb2.ModelConfig
 
 TENANT_SCOPE = "ringmesh_tenant_scope"
+ROW_CACHE = "ringmesh_row_cache"
 # Parameters that are ours; each is "true" or "false".
-_FLAGS = frozenset({TENANT_SCOPE, "ringmesh_cache_steps"})
+_FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, "ringmesh_cache_steps"})
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")

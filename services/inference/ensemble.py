@@ -30,6 +30,7 @@ class Ensemble:
     """
 
     provider = "ensemble"
+    row_cache = False
     # What waits, waits for its steps.
     waiting = 0
 

@@ -12,7 +12,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference import row_independence
-from services.inference.config import TENANT_SCOPE, ConfigError, ModelConfig, says
+from services.inference.config import ROW_CACHE, TENANT_SCOPE, ConfigError, ModelConfig, says
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.inference.sessions import Sessions, first_line
@@ -33,6 +33,7 @@ class OnnxModel:
     `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
     `batchable`: requests may share a run along the first dimension; `batch_reason` says why not. `cacheable`: equal
     requests have equal answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers.
+    `row_cache`: rows of a batch may be cached one by one; `row_cache_reason` says why not.
     `provider` is the execution provider in use.
     """
 
@@ -93,6 +94,20 @@ class OnnxModel:
             self.batch_reason = row_independence.why_not(self)
         self.batchable = not self.batch_reason
         self.max_batch_rows = max_batch_rows if self.batchable else 1
+        self.row_cache_reason = self._why_no_row_cache()
+        self.row_cache = not self.row_cache_reason
+
+    def _why_no_row_cache(self) -> str:
+        """Raises ModelLoadError where it is asked for and cannot be."""
+        told = says(self._config, ROW_CACHE)
+        if told is False:
+            return "its config.pbtxt says so"
+        reason = self.cacheable_reason or self.batch_reason
+        if not reason and len(self.inputs) > len(self.required):
+            reason = "it has optional inputs, which are for a whole run"
+        if told and reason:
+            raise ModelLoadError(f"cannot load {self._folder}: {ROW_CACHE} is true in its config.pbtxt, but {reason}")
+        return reason or ("" if told else row_independence.why_not_cached(self))
 
     @property
     def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
@@ -174,7 +189,11 @@ class OnnxModel:
             made.input.add(optional=spec.optional, **self._declaration(spec))
         for spec in self.outputs.values():
             made.output.add(**self._declaration(spec))
-        for name, reason in (("batched", self.batch_reason), ("cached", self.cacheable_reason)):
+        for name, reason in (
+            ("batched", self.batch_reason),
+            ("cached", self.cacheable_reason),
+            ("row_cache", self.row_cache_reason),
+        ):
             made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
         made.parameters["ringmesh_provider"].string_value = self.provider
         return made

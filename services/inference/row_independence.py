@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from services.inference.sessions import first_line
+from services.runtime.tensors import encode
+
+# Batch sizes in which a row is compared with itself alone.
+_SIZES = (2, 3, 8)
+# A row that is computed faster than this is not worth looking for; a slower one would hold up the load of the model.
+_LEAST_SECONDS = 0.0002
+_MOST_SECONDS = 0.1
 
 if TYPE_CHECKING:
     from services.inference.model import OnnxModel
@@ -25,6 +33,35 @@ def why_not(model: OnnxModel) -> str:
             return _probe(model, lowest_integer=0)
     except Exception as error:
         return f"a probe of two rows failed: {first_line(error)}"
+
+
+def why_not_cached(model: OnnxModel) -> str:
+    """Why rows are not cached one by one unless that is asked for.
+
+    "" where it pays, and rows had the same bits alone and in batches of several sizes.
+    """
+    names = list(model.outputs)
+    sizes = [size for size in _SIZES if size <= model.max_batch_rows]
+    count = max(sizes, default=1)
+    try:
+        rows = [{name: _drawn(model.inputs[name], row) for name in model.required} for row in range(count)]
+        seconds = min(_timed(model, rows[0], names) for _ in range(3))
+        if seconds < _LEAST_SECONDS:
+            return f"a row is computed in {seconds * 1e6:.0f} us, which is not worth looking for it"
+        if seconds > _MOST_SECONDS:
+            return f"a probe of its rows would take long: one is computed in {seconds:.1f} s"
+        alone = [model.run(row, names) for row in rows]
+        for size in sizes:
+            # Each row in another place than at the size before.
+            places = [(size + place) % count for place in range(size)]
+            batch = {name: np.concatenate([rows[row][name] for row in places]) for name in model.required}
+            for index, together in enumerate(model.run(batch, names)):
+                apart = np.concatenate([alone[row][index] for row in places])
+                if apart.shape != together.shape or encode(apart) != encode(together):
+                    return f"the last bits of {names[index]!r} depend on the size of a batch"
+    except Exception as error:
+        return f"a probe of its rows failed: {first_line(error)}"
+    return ""
 
 
 def fixed_first_dimension(model: OnnxModel) -> str:
@@ -62,6 +99,23 @@ def _values(spec: TensorSpec, row: int, lowest_integer: int) -> npt.NDArray[Any]
         bits = (np.random.default_rng(0).integers(0, 2, shape) + row) % 2
         return (bits + (lowest_integer if dtype.kind != "b" else 0)).astype(dtype)
     return np.random.default_rng(row).uniform(0.25, 2, shape).astype(dtype)
+
+
+def _timed(model: OnnxModel, row: dict[str, npt.NDArray[Any]], names: list[str]) -> float:
+    start = time.perf_counter()
+    model.run(row, names)
+    return time.perf_counter() - start
+
+
+def _drawn(spec: TensorSpec, row: int) -> npt.NDArray[Any]:
+    """Rows that differ; whole numbers are 0 or 1, which are rows of any embedding."""
+    random = np.random.default_rng(row)
+    shape = (1, *(4 if size == -1 else size for size in spec.shape[1:]))
+    if spec.datatype.itemsize == 0:
+        return np.full(shape, b"%d" % row, object)
+    if spec.datatype.dtype.kind in "biu":
+        return random.integers(0, 2, shape).astype(spec.datatype.dtype)
+    return random.normal(size=shape).astype(spec.datatype.dtype)
 
 
 def _close(expected: npt.NDArray[Any], got: npt.NDArray[Any]) -> bool:

@@ -171,5 +171,6 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         provider=model.provider,
         metadata=model.metadata(),
         tenant_scoped=model.tenant_scoped,
+        row_cache=model.row_cache,
         unloaded=not held.loaded,
     )

@@ -81,6 +81,11 @@ class Trace:
         return w3c.traceparent(self.trace_id, span_id, self.sampled)
 
 
+def untraced() -> Trace:
+    """For work that no caller waits for."""
+    return Trace("0" * 31 + "1", "", False)
+
+
 class Tracer:
     """Starts traces and sends kept ones out. `ratio` is the share sampled where the caller does not say."""
 
