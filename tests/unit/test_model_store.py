@@ -195,7 +195,7 @@ async def test_a_model_is_warmed_up_before_it_takes_traffic(tmp_path, monkeypatc
     run = OnnxModel.run
     monkeypatch.setattr(OnnxModel, "run", lambda self, i, o: runs.append(i["x"].shape) or run(self, i, o))
     await store(tmp_path)
-    assert runs == [(2, 64)] * 3
+    assert runs[-3:] == [(2, 64)] * 3  # after those of the probes
 
 
 @pytest.mark.parametrize(
