@@ -35,6 +35,7 @@ class ModelEntry:
     row_cache: bool = False
     plan: Plan | None = None
     cache_steps: bool = False
+    provider: str = ""
 
 
 class Catalog:
@@ -120,4 +121,5 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         outputs=tuple(output.name for output in metadata.outputs),
         tenant_scoped=model.tenant_scoped,
         row_cache=model.row_cache,
+        provider=model.provider,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -11,6 +12,7 @@ from router.admission.caller import ANYBODY, Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
 from router.attempt_span import at_bound, attempt_attributes, consideration
 from router.catalog import ModelEntry
+from router.dispatch_metrics import ATTEMPTS, RETRIES_DENIED, SHEDS
 from router.fleet import Fleet
 from router.member import Member
 from router.picker import Candidate, candidates
@@ -24,6 +26,7 @@ from services.runtime.errors import (
     UnavailableError,
     from_failure,
 )
+from services.runtime.metrics import Counter, Sample
 from services.runtime.spans import Event, Kind
 from services.runtime.tracing import Trace
 from services.runtime.w3c import new_span_id
@@ -45,6 +48,14 @@ class Dispatcher:
         self._fleet = fleet
         self._limits = limits
         self._retries = retries
+        self._attempts = Counter(ATTEMPTS)
+        self._sheds = 0
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield from self._attempts.samples()
+        yield Sample(RETRIES_DENIED, (), self._retries.denied)
+        yield Sample(SHEDS, ("overload",), self._sheds)
 
     async def run(
         self,
@@ -95,7 +106,10 @@ class Dispatcher:
                 considered += [at_bound(candidate) for candidate in put_off if candidate.is_full]
                 considered.append(consideration(candidate, ""))
                 events, considered = tuple(considered), []
-                result = await self._attempt(candidate, limit, model, request, request_hash, deadline, trace, events)
+                kind = "retry" if attempts > 1 else "first"
+                result = await self._attempt(
+                    candidate, limit, model, request, request_hash, deadline, trace, events, kind
+                )
             except WorkerUnreachableError as lost:
                 self._fleet.failed(member, lost)
                 skipped.append(f"{member.worker_id}: {lost}")
@@ -112,6 +126,7 @@ class Dispatcher:
             raise from_failure(failure)
         why = "; ".join(skipped[:_TOLD])
         if full:
+            self._sheds += 1
             # Spread, so that those who are told so at once do not come back at once.
             seconds = self._limits.target * random.uniform(0.5, 1.5)
             raise RefusedError(
@@ -131,6 +146,7 @@ class Dispatcher:
         deadline: float | None,
         trace: Trace,
         events: tuple[Event, ...],
+        kind: str,
     ) -> inference_pb2.WorkResult:
         """The worker's result, success or failure. Raises WorkerUnreachableError, DeadlineExceededError."""
         member = candidate.member
@@ -157,11 +173,13 @@ class Dispatcher:
             raise
         finally:
             limit.end()
+            attributes = attempt_attributes(member, candidate.rank, result)
+            self._attempts.add(member.worker_id, kind, str(attributes["rpc.response.status_code"]))
             trace.span(
                 EXECUTE,
                 start,
                 time.time_ns(),
-                attempt_attributes(member, candidate.rank, result),
+                attributes,
                 span_id,
                 kind=Kind.CLIENT,
                 error=error,

@@ -14,6 +14,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.router.v1 import router_pb2
 
 from router.catalog import Catalog, ModelEntry
+from router.dispatch_metrics import EJECTIONS
 from router.fleet_events import FleetEvents
 from router.load import Pool, WorkerLoad, pools
 from router.member import Member
@@ -22,6 +23,7 @@ from router.outliers import Outliers
 from router.ring import Ring
 from router.slow_start import SlowStart
 from router.worker_link import WorkerLink, WorkerUnreachableError
+from services.runtime.metrics import Counter
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class Fleet:
         locality: Locality | None = None,
     ) -> None:
         self.events = FleetEvents()
+        self.ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._sources = sources or {}
         self._locality = locality or Locality()
@@ -238,6 +241,7 @@ class Fleet:
             reason = ejected.get(member.address, "")
             if reason and not member.ejected:
                 log.warning("worker %s is %s", member.worker_id, reason)
+                self.ejections.add(member.worker_id)
                 self._tell(_Event.KIND_EJECTED, member, reason=reason)
             elif member.ejected and not reason:
                 self._slow_start.begin(member.address)

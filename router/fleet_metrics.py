@@ -29,3 +29,4 @@ class FleetMetrics:
             yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
             yield Sample(SHARE, worker, view.share(member))
             yield Sample(LOAD, worker, member.load.in_flight)
+        yield from self._fleet.ejections.samples()

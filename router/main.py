@@ -12,6 +12,7 @@ from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.audit import Audit
 from router.control import FleetControl
+from router.cost import Cost, Prices
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
@@ -21,9 +22,11 @@ from router.request_metrics import RequestMetrics
 from router.retry_budget import RetryBudget
 from router.service import InferenceService
 from router.settings import RouterSettings
+from router.slo import Objectives, Slo
 from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
 from services.runtime.metrics import Metrics
+from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.request_log import RequestLog
@@ -49,7 +52,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     quotas = Quotas(settings.quotas, time.monotonic)
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
-    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, request_log, quotas, audit)
+    cost = Cost(Prices(settings.cpu_second_price, settings.gpu_second_price), requests, fleet)
+    objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
+    slo = Slo(objectives, requests, time.monotonic)
+    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, request_log, cost, quotas, audit)
     more = {**FleetControl(fleet, requests, audit).handlers(), **LiveSettings(tracer).handlers()}
     cache = CacheService(mesh)
     server = Server(
@@ -65,7 +71,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         share_port=settings.share_port,
     )
     metrics = Metrics()
-    for part in (requests, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer, request_log):
+    counted = (requests, dispatcher, quotas, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer, request_log)
+    for part in (*counted, cost, slo):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
@@ -73,10 +80,14 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     ProcessMetrics("router", settings.engine, metrics).start()
     mesh.start()
     fleet.start()
-    marking = asyncio.create_task(requests.keep_marking())
+    export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
+    export.start()
+    tickers = [asyncio.create_task(work) for work in (requests.keep_marking(), slo.keep_sampling())]
     await stopping.wait()
     cache.close()
-    marking.cancel()
+    for ticker in tickers:
+        ticker.cancel()
+    await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await fleet.close()

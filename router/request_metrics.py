@@ -37,10 +37,16 @@ MARK_SECONDS = 5.0
 _RECENT = 2048
 _MIN_REQUESTS = 100
 _NEVER = 1 << 62
+_MAX_SERIES = 5000
 _MAX_MODELS = 200
 _MAX_TENANTS = 100
 _HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "joined"})
 OK = "OK"
+# The method of what an ensemble asks for, which is no request of a caller's.
+STEP = "step"
+_OUR_DOING = frozenset(
+    {"UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNIMPLEMENTED"}
+)
 
 
 class Labels(NamedTuple):
@@ -136,7 +142,6 @@ class RequestMetrics:
         """For `Metrics.add`."""
         durations: dict[tuple[str, ...], Histogram] = {}
         exemplars: dict[tuple[str, ...], dict[int, Exemplar]] = {}
-        compute: dict[tuple[str, ...], int] = {}
         for key, series in self._series.items():
             labels = Labels(*key)
             yield Sample(REQUESTS, key, series.count)
@@ -148,16 +153,42 @@ class RequestMetrics:
             for place, exemplar in series.exemplars.items():
                 if place not in shown or shown[place].at < exemplar.at:
                     shown[place] = exemplar
-            if labels.code == OK:
-                by_tenant = (labels.model, labels.version, labels.tenant, labels.outcome)
-                compute[by_tenant] = compute.get(by_tenant, 0) + series.compute_us
         for key, histogram in durations.items():
             shown = exemplars[key]
             kept = tuple(shown.get(place) for place in range(len(histogram.counts)))
             yield Sample(DURATION, key, histogram.buckets()._replace(exemplars=kept))
-        for key, us in compute.items():
-            yield Sample(COMPUTE, key, us / 1e6)
+        for group, us in self.compute_us().items():
+            yield Sample(COMPUTE, group, us / 1e6)
         yield Sample(IN_FLIGHT, (), self.in_flight)
+
+    def compute_us(self) -> dict[tuple[str, str, str, str], int]:
+        """Of what was answered, by model, version, tenant and outcome."""
+        totals: dict[tuple[str, str, str, str], int] = {}
+        for key, series in self._series.items():
+            labels = Labels(*key)
+            if labels.code == OK:
+                group = (labels.model, labels.version, labels.tenant, labels.outcome)
+                totals[group] = totals.get(group, 0) + series.compute_us
+        return totals
+
+    def totals(self, seconds: float) -> tuple[int, int, int, int]:
+        """Of callers' requests: how many, how many failed by our doing, were answered, and so later than `seconds`.
+
+        `seconds` counts as the next bound of the buckets.
+        """
+        beyond = bisect_left(BOUNDS_NS, int(seconds * 1e9)) + 1
+        total = failed = answered = slow = 0
+        for key, series in self._series.items():
+            labels = Labels(*key)
+            if labels.method == STEP:
+                continue
+            total += series.count
+            if labels.code == OK:
+                answered += series.count
+                slow += sum(series.counts[beyond:])
+            elif labels.code in _OUR_DOING:
+                failed += series.count
+        return total, failed, answered, slow
 
     def _open(self, labels: Labels) -> Series:
         if labels.model != OTHER and (labels.model, labels.version) not in self._models:
@@ -170,5 +201,7 @@ class RequestMetrics:
                 self._tenants.add(labels.tenant)
             else:
                 labels = labels._replace(tenant=OTHER)
+        if len(self._series) >= _MAX_SERIES:
+            labels = labels._replace(tenant=OTHER)
         recent = self._recent.setdefault(labels.model, deque(maxlen=_RECENT))
         return self._series.setdefault(labels, Series(recent, self._marks.get(labels.model, _NEVER)))

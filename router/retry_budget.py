@@ -18,6 +18,7 @@ class RetryBudget:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self.denied = 0
         # By second: what requests of that second allow, less the retries made in it.
         self._balance = [0.0] * WINDOW_SECONDS
         self._second = int(clock())
@@ -31,6 +32,7 @@ class RetryBudget:
         """Whether one may be sent again; if so, it counts."""
         self._slot()
         if sum(self._balance) + RESERVE_PER_SECOND * WINDOW_SECONDS < 1:
+            self.denied += 1
             return False
         self._balance[self._second % WINDOW_SECONDS] -= 1
         return True

@@ -21,9 +21,10 @@ from router.admission.caller import ANYBODY, RefusedError, caller_of
 from router.admission.quotas import Quotas
 from router.audit import Audit
 from router.catalog import ModelEntry
+from router.cost import Cost
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
-from router.request_metrics import OK, RequestMetrics
+from router.request_metrics import OK, STEP, RequestMetrics
 from router.rows import RowCache
 from services.runtime import protocol, w3c
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
@@ -37,7 +38,6 @@ from services.runtime.tracing import Trace, Tracer
 log = logging.getLogger(__name__)
 
 # The method, in metrics, of what an ensemble asks of its steps.
-_STEP = "step"
 
 
 class InferenceService:
@@ -52,6 +52,7 @@ class InferenceService:
         tracer: Tracer,
         requests: RequestMetrics,
         request_log: RequestLog,
+        cost: Cost,
         quotas: Quotas,
         audit: Audit,
     ) -> None:
@@ -62,6 +63,7 @@ class InferenceService:
         self._tracer = tracer
         self._requests = requests
         self._log = request_log
+        self._cost = cost
         self._quotas = quotas
         self._audit = audit
         self._rows = RowCache(mesh, hasher)
@@ -265,7 +267,7 @@ class InferenceService:
         self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None, epochs: Epochs
     ) -> Computed:
         """`place` says where on the ring, b"" that any will do."""
-        if call.method != _STEP:
+        if call.method != STEP:
             self._quotas.take(call.caller)
         if model.plan is not None and not self._runs_whole(model):
             entry = await ensembles.run(model, model.plan, call.data, lambda data: self._run_step(data, call, deadline))
@@ -292,7 +294,7 @@ class InferenceService:
 
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
         _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
-        call = self._key(data, whole.trace, whole.metadata, control, _STEP)
+        call = self._key(data, whole.trace, whole.metadata, control, STEP)
         call.tenant, call.caller = tenant, whole.caller
         entry = self._local(call)
         found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
@@ -305,11 +307,13 @@ class InferenceService:
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
-        if (slow or call.trace.sampled) and call.method != _STEP:
+        if (slow or call.trace.sampled) and call.method != STEP:
             if found.outcome == "hit-local":
                 call.trace.span("cache.local", call.start, end, {"ringmesh.cache.hit": True})
-            kept = "sampled" if call.trace.sampled else "slow"
-            self._keep(call, labels, end, {**request_span.answered(found, end), "ringmesh.kept": kept}, slow=slow)
+            told = request_span.answered(found, end)
+            told["ringmesh.cost"] = self._cost.of(model.provider, found.entry.compute_us)
+            told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
+            self._keep(call, labels, end, told, slow=slow)
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
         self._count(call, found)

@@ -26,6 +26,11 @@ class RouterSettings(MeshSettings):
         le=1,
         description="share of the hits that are computed again and compared, if there is time; 0: none",
     )
+    slo_availability: float = Field(0.999, gt=0, lt=1, description="part of the requests that are to be answered")
+    slo_latency: float = Field(0.99, gt=0, lt=1, description="part of the answers that are to come in time")
+    slo_latency_seconds: float = Field(0.3, gt=0, description="what in time is; counts as the next bucket's bound")
+    cpu_second_price: float = Field(0.00001, ge=0, description="price of a second of computing on CPUs")
+    gpu_second_price: float = Field(0.0002, ge=0, description="price of a second of computing on a GPU")
     share_port: bool = Field(False, description="other routers that say so too may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"

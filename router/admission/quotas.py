@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from router.admission.caller import Caller, RefusedError
 from router.admission.token_bucket import TokenBucket
+from router.dispatch_metrics import SHEDS
+from services.runtime.metrics import Sample
 
 # The quota of each tenant that has none of its own.
 OTHERS = "*"
@@ -22,6 +24,11 @@ class Quotas:
         self._rates = rates
         self._clock = clock
         self._buckets: dict[str, TokenBucket] = {}
+        self.refused = 0
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield Sample(SHEDS, ("quota",), self.refused)
 
     def take(self, caller: Caller) -> None:
         """Raises RefusedError where the caller's tenant has used up its quota."""
@@ -36,6 +43,7 @@ class Quotas:
                 self._buckets = {tenant: kept for tenant, kept in self._buckets.items() if not kept.full}
             bucket = self._buckets[caller.tenant] = TokenBucket(rate, max(1.0, rate), self._clock)
         if seconds := bucket.take():
+            self.refused += 1
             raise RefusedError(
                 f"tenant {caller.tenant!r} has used up its quota of {rate:g} computed requests a second; "
                 f"retry in {seconds:.3f} s",

@@ -22,8 +22,10 @@ from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
 from services.runtime.exposition import MetricsServer
+from services.runtime.gpu_metrics import GpuMetrics
 from services.runtime.live_settings import LiveSettings
 from services.runtime.metrics import Metrics
+from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server, StartError
@@ -64,10 +66,13 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
+    metrics.add_slow(GpuMetrics.of_this_host().samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
     await exposition.start()
     ProcessMetrics("worker", settings.engine, metrics).start()
+    export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
+    export.start()
     server.set_serving(True)
     polling = asyncio.create_task(store.poll(settings.poll_seconds)) if settings.poll_seconds else None
     await stopping.wait()
@@ -80,6 +85,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     executor.shutdown()
     if journal is not None:
         journal.close()
+    await export.close()
     await tracer.close()
 
 

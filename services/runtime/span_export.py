@@ -16,6 +16,7 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 import grpc
 
 from services.runtime import wire
+from services.runtime.otlp import open_channel
 from services.runtime.spans import Process, Span, resource
 
 _QUEUE = 16384
@@ -134,14 +135,7 @@ class Collector:
     name = "otlp"
 
     def __init__(self, endpoint: str) -> None:
-        scheme, _, rest = endpoint.rpartition("://")
-        target = rest.rstrip("/")
-        options = [("grpc.max_reconnect_backoff_ms", 5000)]
-        self._channel = (
-            grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options)
-            if scheme == "https"
-            else grpc.aio.insecure_channel(target, options)
-        )
+        self._channel = open_channel(endpoint)
         self._export: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORT)
         self._resources: dict[Process, bytes] = {}
 

@@ -91,7 +91,7 @@ class Tracer:
 
     def __init__(self, process: Process, ratio: float, queues: Sequence[SpanQueue[Any]]) -> None:
         self.ratio = ratio
-        self._process = process
+        self.process = process
         self._queues = queues
 
     def start(self, traceparent: str | None) -> Trace:
@@ -148,7 +148,7 @@ class Tracer:
         timing: inference_pb2.Timing | None,
     ) -> Iterator[Span]:
         trace.span_id = trace.span_id or new_span_id()
-        trace_id, process, state = trace.trace_id, self._process, trace.state
+        trace_id, process, state = trace.trace_id, self.process, trace.state
         yield Span(
             process, trace_id, trace.span_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
             state,

@@ -18,7 +18,9 @@ async def main() -> None:
         SimpleNamespace(full_name="opentelemetry.proto.collector.trace.v1.TraceService"),
         {"Export": grpc.unary_unary_rpc_method_handler(export)},
     )
-    server = Server(Engine.NATIVE, os.environ["RINGMESH_ADDRESS"], [service], max_message_bytes=64 << 20)
+    server = Server(
+        Engine.NATIVE, os.environ["RINGMESH_ADDRESS"], [service], max_message_bytes=64 << 20, max_connection_age=3600
+    )
     await server.start()
     server.set_serving(True)
     await asyncio.Event().wait()
