@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
-from services.runtime.errors import InvalidArgumentError
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.tensors import decode
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -210,7 +211,8 @@ class OnnxModel:
         }
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs."""
+        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and
+        ResourceExhaustedError where memory is short."""
         feeds: dict[str, Any] = {
             name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
         }
@@ -225,6 +227,12 @@ class OnnxModel:
                 ]
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
+        except Exception as error:
+            if wanted := _refused_memory(error):
+                raise ResourceExhaustedError(
+                    f"model {self.name!r} needs more memory for this request than this worker has: {wanted}"
+                ) from None
+            raise
         return arrays
 
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
@@ -245,6 +253,14 @@ def metadata(
     for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
         field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
     return told
+
+
+def _refused_memory(error: Exception) -> str:
+    """What was asked for, where that is why it failed; "" where it is not."""
+    found = re.search(r"(?<=requested buffer of size )\d+", str(error))
+    if found is not None:
+        return f"{found[0]} bytes"
+    return str(error) if isinstance(error, MemoryError) or "bad_alloc" in str(error) else ""
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

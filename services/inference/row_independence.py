@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ _MOST_SECONDS = 0.1
 if TYPE_CHECKING:
     from services.inference.model import OnnxModel
     from services.inference.tensor_spec import TensorSpec
+
+# A probe is not worth more; what a file declares may be terabytes.
+_MOST_ELEMENTS = 1 << 26
 
 
 def why_not(model: OnnxModel) -> str:
@@ -93,6 +97,8 @@ def _values(spec: TensorSpec, row: int, lowest_integer: int) -> npt.NDArray[Any]
     """Rows 0 and 1 differ in every element. 0 and 1 only where they must: a product by either shows little."""
     shape = (1, *(1 if size == -1 else size for size in spec.shape[1:]))
     dtype = spec.datatype.dtype
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"a row of {spec.name!r} has {math.prod(shape)} elements")
     if spec.datatype.itemsize == 0:
         return np.full(shape, b"%d" % row, object)
     if dtype.kind in "biu":

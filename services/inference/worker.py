@@ -21,11 +21,15 @@ from services.inference.model_store import ModelStore
 from services.inference.request import Decoded, encode_response
 from services.inference.request_decoder import RequestDecoder
 from services.inference.shared_memory import SharedMemory
-from services.runtime.errors import RingmeshError
+from services.runtime.errors import ResourceExhaustedError, RingmeshError
 from services.runtime.rpc import parse, unexpected
 from services.runtime.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
+
+# An envelope, which many share, is below 2 GiB: protobuf goes no further.
+MAX_RESPONSE_BYTES = 1 << 30
+MAX_ENVELOPE_BYTES = (2 << 30) - (64 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,16 @@ class Worker:
                     withdraw()
                     answer.cancel()
             raise
-        return [_result(answer, start) for answer, _, start in begun]
+        results = []
+        room = MAX_ENVELOPE_BYTES
+        for answer, _, start in begun:
+            result = _result(answer, start)
+            if len(result.response) > room:
+                failure = ResourceExhaustedError("too much was answered at once; retry later").to_failure()
+                result = inference_pb2.WorkResult(failure=failure)
+            room -= len(result.response)
+            results.append(result)
+        return results
 
     def _begin(self, work: Work) -> _Begun:
         """Where it is not plain, a task of `execute`: traced, equal to another, or more than a batch of one model."""
@@ -161,7 +174,7 @@ class Worker:
         try:
             decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
-            response = encode_response(held.model, decoded, batch.arrays)
+            response = _encode(held, decoded, batch)
         except ModelChangedError as changed:
             if caught_up:
                 raise
@@ -192,10 +205,19 @@ class Worker:
             return
         try:
             batch = ran.result()
-            answer.set_result(_answer(held, decoded, batch, encode_response(held.model, decoded, batch.arrays), start))
+            answer.set_result(_answer(held, decoded, batch, _encode(held, decoded, batch), start))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start)
             answer.set_exception(error)
+
+
+def _encode(held: HeldModel, decoded: Decoded, batch: BatchResult) -> bytes:
+    if (size := sum([array.nbytes for array in batch.arrays])) > MAX_RESPONSE_BYTES:
+        raise ResourceExhaustedError(
+            f"model {held.model.name!r} answers this request with {size} bytes; an answer has at most "
+            f"{MAX_RESPONSE_BYTES}"
+        )
+    return encode_response(held.model, decoded, batch.arrays)
 
 
 def _answer(
