@@ -18,7 +18,7 @@ from router.member import Member
 from router.picker import Candidate, candidates
 from router.retry_budget import RetryBudget
 from router.ring import RANKS
-from router.worker_link import Work, WorkerUnreachableError
+from router.worker_link import Work, WorkerLostError, WorkerUnreachableError
 from services.runtime.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -39,6 +39,8 @@ _RESOURCE_EXHAUSTED = ResourceExhaustedError.code.value[0]
 # Workers that an error says something of; a fleet may be large.
 _TOLD = 8
 _ELSEWHERE = frozenset((_UNAVAILABLE, _FAILED_PRECONDITION, _RESOURCE_EXHAUSTED))
+# A request that kills who runs it would else go through the whole fleet.
+MOST_ENDED = 2
 
 
 class Dispatcher:
@@ -70,15 +72,16 @@ class Dispatcher:
     ) -> tuple[inference_pb2.WorkResult, Member]:
         """The first answer that a worker gives, in the picker's order for `place`, and who gave it.
 
-        Inference is idempotent, so an attempt whose worker is lost is made again elsewhere. Raises the worker's own
-        error, RefusedError where all have enough to do, or UnavailableError where nobody could be reached.
+        Inference is idempotent, so an attempt whose worker is lost is made again elsewhere, but not where the request
+        may be what ends them. Raises the worker's own error, RefusedError where all have enough to do, or
+        UnavailableError where nobody could be reached.
         """
         sticky = bool(place) and not request_hash
         skipped = []
         failure: inference_pb2.Failure | None = None
         full = False
         considered: list[Event] = []
-        attempts = 0
+        attempts = ended = 0
         put_off: list[Candidate] = []
         for candidate in candidates(self._fleet.view, model, place, sticky=sticky, put_off=put_off):
             if attempts == RANKS:
@@ -113,6 +116,10 @@ class Dispatcher:
             except WorkerUnreachableError as lost:
                 self._fleet.failed(member, lost)
                 skipped.append(f"{member.worker_id}: {lost}")
+                ended += isinstance(lost, WorkerLostError)
+                if ended == MOST_ENDED:
+                    skipped.insert(0, f"not tried further: {ended} workers ended while they had it")
+                    break
                 continue
             if not result.HasField("failure"):
                 return result, member

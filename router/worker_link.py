@@ -9,6 +9,7 @@ no other.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -29,12 +30,18 @@ MAX_BYTES = 4 << 20
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
 
+# What grpc-core says of a connection that ended under a call; of one that was refused it says "failed to connect".
+_BROKEN = re.compile("Socket closed|Connection reset|Broken pipe")
 
 _RawCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 class WorkerUnreachableError(Exception):
     """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
+
+
+class WorkerLostError(WorkerUnreachableError):
+    """It was lost with the request under way, which may be what ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,8 @@ class WorkerLink:
                 if not future.done():
                     future.set_result(result)
         except grpc.aio.AioRpcError as error:
-            _fail(items, WorkerUnreachableError(_reason(error)))
+            lost = _BROKEN.search(error.details() or "")
+            _fail(items, (WorkerLostError if lost else WorkerUnreachableError)(_reason(error)))
         except asyncio.CancelledError:
             _fail(items, WorkerUnreachableError("it stopped answering"))
         except Exception as error:

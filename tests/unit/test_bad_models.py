@@ -159,7 +159,7 @@ async def test_answers_that_are_too_many_for_one_envelope_fail_alone(tmp_path, m
     exploding(tmp_path)
     made = worker(await served(tmp_path))
     monkeypatch.setattr(worker_module, "MAX_ENVELOPE_BYTES", 10_000)
-    works = [worker_module.Work(request(rows, 1), b"", None) for rows in (1000, 2000, 1000)]
+    works = [worker_module.Work(request(rows, 1), b"", None, b"") for rows in (1000, 2000, 1000)]
     failed = [result.HasField("failure") for result in await made.execute_all(works)]
     assert failed == [False, True, False]
 

@@ -5,10 +5,10 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.concurrency_limit import ConcurrencyLimits
-from router.dispatcher import Dispatcher
+from router.dispatcher import MOST_ENDED, Dispatcher
 from router.retry_budget import RetryBudget
 from router.ring import RANKS
-from router.worker_link import WorkerUnreachableError
+from router.worker_link import WorkerLostError, WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.tracing import Trace
 from tests.unit.fleets import MODEL, member, view
@@ -101,3 +101,10 @@ async def test_a_fleet_that_is_down_is_given_up_after_as_many_attempts_as_there_
     with pytest.raises(UnavailableError, match="'m'"):
         await run(made)
     assert len(asked) == RANKS
+
+
+async def test_a_request_that_may_be_what_ends_its_workers_does_not_go_through_the_whole_fleet():
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, WorkerLostError("Socket closed")))
+    with pytest.raises(UnavailableError, match=f"{MOST_ENDED} workers ended while they had it"):
+        await run(made)
+    assert len(asked) == MOST_ENDED
