@@ -6,8 +6,6 @@ import math
 import os
 from pathlib import Path
 
-from services.inference import cgroups
-
 
 def available(root: Path = Path("/")) -> int:
     """Whole cores, at least 1. A quota of 1.5 counts as 2: threads that are throttled sometimes beat a core unused."""
@@ -20,7 +18,7 @@ def _quota(root: Path) -> float:
     Source: Linux admin-guide/cgroup-v2.rst, "CPU Interface Files"; v1 in scheduler/sched-bwc.rst.
     """
     quotas = [math.inf]
-    for folder in cgroups.folders(root, "cpu"):
+    for folder in _cgroups(root):
         try:
             if (folder / "cpu.max").is_file():
                 quota, period = (folder / "cpu.max").read_text().split()
@@ -32,3 +30,20 @@ def _quota(root: Path) -> float:
         except (OSError, ValueError):  # the root cgroup has no quota, and a file may be unreadable
             continue
     return min(quotas)
+
+
+def _cgroups(root: Path) -> list[Path]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        own = mount / path.lstrip("/")
+        # Inside a container the path may be the host's: then the mount itself is its cgroup.
+        found += [own, *(parent for parent in own.parents if parent.is_relative_to(mount))]
+    return found

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import onnxruntime
 
-from services.inference import cores, memory_ceiling
+from services.inference import cores
 from services.inference.control import ModelControl
 from services.inference.crash_journal import CrashJournal
 from services.inference.execution import CUDA
@@ -104,8 +104,6 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
     if CUDA in providers:
         # CUDA and cuDNN from pip, where they were installed with the extra `gpu`.
         onnxruntime.preload_dlls()
-    else:  # CUDA reserves addresses far beyond what it uses
-        memory_ceiling.lower(memory_ceiling.available())
     threads = settings.threads or cores.available()
 
     def open_model(files: ModelFiles) -> OnnxModel:

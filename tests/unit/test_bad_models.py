@@ -1,15 +1,11 @@
 """What cannot be served is told by name and cause; what is beside it is served."""
 
-import subprocess
-import sys
-
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference import memory_ceiling
 from services.inference import worker as worker_module
 from services.inference.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository import Directory
@@ -162,37 +158,3 @@ async def test_answers_that_are_too_many_for_one_envelope_fail_alone(tmp_path, m
     works = [worker_module.Work(request(rows, 1), b"", None, b"") for rows in (1000, 2000, 1000)]
     failed = [result.HasField("failure") for result in await made.execute_all(works)]
     assert failed == [False, True, False]
-
-
-UNDER_A_CEILING = """
-import sys
-from services.inference import memory_ceiling
-memory_ceiling.lower(512 << 20)
-from tests.unit.test_bad_models import *
-import asyncio, pathlib
-async def main():
-    exploding(pathlib.Path(sys.argv[1]))
-    made = await served(pathlib.Path(sys.argv[1]))
-    print((await ask(made, 1 << 20, 256)).failure.message)
-    print(len((await ask(made, 1000, 10)).response) > 40000)
-asyncio.run(main())
-"""
-
-
-def test_what_the_container_cannot_hold_is_refused_rather_than_granted_and_punished(tmp_path):
-    done = subprocess.run([sys.executable, "-c", UNDER_A_CEILING, tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "needs more memory for this request than this worker has: 1073741824 bytes" in done.stdout
-    assert done.stdout.endswith("True\n")
-
-
-def test_the_least_limit_of_the_containers_around_counts(tmp_path):
-    total = memory_ceiling.available(tmp_path)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/pod/box\n")
-    box = tmp_path / "sys/fs/cgroup/pod/box"
-    box.mkdir(parents=True)
-    (box / "memory.max").write_text("max\n")
-    assert memory_ceiling.available(tmp_path) == total
-    (box.parent / "memory.max").write_text("1048576\n")
-    assert memory_ceiling.available(tmp_path) == 1 << 20
