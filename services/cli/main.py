@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 import tempfile
@@ -49,8 +50,11 @@ _STATE = Path(".ringmesh")
 def up(
     workers: Annotated[int, typer.Option(min=1, max=256, help="Inference workers.")] = 2,
     models: Annotated[
-        Path | None,
-        typer.Option(envvar="RINGMESH_MODELS", help="Model repository in Triton's layout; without it, demo models."),
+        str | None,
+        typer.Option(
+            envvar="RINGMESH_MODELS",
+            help="Model repository in Triton's layout, a folder or a URL of s3, gs or https; without it, demo models.",
+        ),
     ] = None,
     port: Annotated[
         int,
@@ -82,7 +86,7 @@ def up(
         options = StackOptions(
             ports=Ports.from_base(port, workers) if port else Ports.free(workers),
             state=state,
-            models=models or state / "models",
+            models=models if models and "://" in models else str(Path(models or state / "models").absolute()),
             traces=state / "traces",
             engine=engine.value,
             redis=redis,
@@ -92,10 +96,13 @@ def up(
 
         async def serve() -> int:
             screen.endpoints(options)
-            names = sorted(path.name for path in options.models.iterdir() if not path.name.startswith("."))
+            # Only the workers know what is behind a URL.
+            names = [] if "://" in options.models else sorted(os.listdir(options.models))
+            names = [name for name in names if not name.startswith(".")]
             is_demo = models is None and "mlp" in names
             router = options.router
-            screen.first_calls(first_calls.of_mlp(router, state) if is_demo else first_calls.of_model(router, names[0]))
+            name = names[0] if names else "<model>"
+            screen.first_calls(first_calls.of_mlp(router, state) if is_demo else first_calls.of_model(router, name))
             screen.say("ready")
             try:
                 await asyncio.Event().wait()
@@ -105,7 +112,7 @@ def up(
 
         with claim(state):
             if models is None:
-                demo_models.fill(options.models, screen.say)
+                demo_models.fill(Path(options.models), screen.say)
             traces.prune(options.traces)
             code = asyncio.run(supervise(Stack(options, screen), serve, interrupted=0))
         screen.say("stopped" if code == 0 else "killed")
@@ -134,7 +141,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
         options = StackOptions(
             ports=Ports.free(workers=2),
             state=scratch,
-            models=state / "models",
+            models=str((state / "models").absolute()),
             traces=state / "traces",
             engine=engine.value,
             redis=None,

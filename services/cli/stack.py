@@ -27,11 +27,11 @@ _STOP_MARGIN_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class StackOptions:
-    """What to bring up, and where. `redis`: an existing server instead of the embedded one."""
+    """What to bring up, and where. `models` is a folder or URL; `redis` an existing server instead of the embedded."""
 
     ports: Ports
     state: Path
-    models: Path
+    models: str
     traces: Path
     engine: str
     redis: str | None
@@ -146,7 +146,8 @@ class Stack:
             raise CommandError(
                 "onnxruntime is not installed; install Ringmesh with an extra: pip install 'ringmesh-server[cpu]'"
             )
-        _check_models(options.models)
+        if "://" not in options.models:
+            _check_models(Path(options.models))
         options.ports.check_free(valkey=options.redis is None)
         if options.redis is not None and not await probes.redis_answers(options.redis):
             self._reporter.say("warning: the Redis of --redis does not answer; going on without a shared cache tier")
@@ -176,7 +177,7 @@ class Stack:
             environment = {
                 **common,
                 "RINGMESH_WORKER_ID": name,
-                "RINGMESH_MODELS": str(options.models.absolute()),
+                "RINGMESH_MODELS": options.models,
                 "RINGMESH_STATE_DIR": str(options.state.absolute() / "worker"),
                 "RINGMESH_THREADS": str(threads),
             }
@@ -240,7 +241,7 @@ class Stack:
             "metrics": options.metrics,
             "console": options.console,
             "redis_url": options.redis_url,
-            "models": str(options.models.absolute()),
+            "models": options.models,
             "traces": str(options.traces.absolute()),
             "processes": {name: child.pid for name, child in self._children.items()},
         }
