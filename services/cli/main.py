@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import sys
 import tempfile
@@ -96,9 +95,7 @@ def up(
 
         async def serve() -> int:
             screen.endpoints(options)
-            # Only the workers know what is behind a URL.
-            names = [] if "://" in options.models else sorted(os.listdir(options.models))
-            names = [name for name in names if not name.startswith(".")]
+            names = _names(options.models)
             is_demo = models is None and "mlp" in names
             router = options.router
             name = names[0] if names else "<model>"
@@ -282,3 +279,9 @@ def _one_line_errors() -> Iterator[None]:
 def _refuse(why: str) -> NoReturn:
     print(f"ringmesh: {why}", file=sys.stderr)
     sys.exit(2)
+
+
+def _names(models: str) -> list[str]:
+    """The models of a folder; [] for a URL: only the workers know what is there."""
+    found = Path(models).iterdir() if "://" not in models else ()
+    return sorted(path.name for path in found if not path.name.startswith("."))

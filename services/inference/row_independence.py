@@ -95,16 +95,22 @@ def _probe(model: OnnxModel, lowest_integer: int) -> str:
 
 def _values(spec: TensorSpec, row: int, lowest_integer: int) -> npt.NDArray[Any]:
     """Rows 0 and 1 differ in every element. 0 and 1 only where they must: a product by either shows little."""
-    shape = (1, *(1 if size == -1 else size for size in spec.shape[1:]))
+    shape = _row_shape(spec, 1)
     dtype = spec.datatype.dtype
-    if math.prod(shape) > _MOST_ELEMENTS:
-        raise ValueError(f"a row of {spec.name!r} has {math.prod(shape)} elements")
     if spec.datatype.itemsize == 0:
         return np.full(shape, b"%d" % row, object)
     if dtype.kind in "biu":
         bits = (np.random.default_rng(0).integers(0, 2, shape) + row) % 2
         return (bits + (lowest_integer if dtype.kind != "b" else 0)).astype(dtype)
     return np.random.default_rng(row).uniform(0.25, 2, shape).astype(dtype)
+
+
+def _row_shape(spec: TensorSpec, free: int) -> tuple[int, ...]:
+    """With `free` for each size that is. Raises ValueError where it is too large to be probed."""
+    shape = (1, *(free if size == -1 else size for size in spec.shape[1:]))
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"a row of {spec.name!r} has {math.prod(shape)} elements")
+    return shape
 
 
 def _timed(model: OnnxModel, row: dict[str, npt.NDArray[Any]], names: list[str]) -> float:
@@ -116,7 +122,7 @@ def _timed(model: OnnxModel, row: dict[str, npt.NDArray[Any]], names: list[str])
 def _drawn(spec: TensorSpec, row: int) -> npt.NDArray[Any]:
     """Rows that differ; whole numbers are 0 or 1, which are rows of any embedding."""
     random = np.random.default_rng(row)
-    shape = (1, *(4 if size == -1 else size for size in spec.shape[1:]))
+    shape = _row_shape(spec, 4)
     if spec.datatype.itemsize == 0:
         return np.full(shape, b"%d" % row, object)
     if spec.datatype.dtype.kind in "biu":

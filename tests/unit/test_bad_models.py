@@ -118,9 +118,12 @@ async def test_a_model_that_cannot_be_served_says_why_and_the_others_are_served(
 
 async def test_a_file_that_declares_rows_of_terabytes_is_loaded_without_a_probe_of_them(tmp_path):
     x, y = value("x", TensorProto.FLOAT, "n", 1 << 40), value("y", TensorProto.FLOAT, "n", 1 << 40)
-    save(tmp_path, "wide", [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+    for name in ("wide", "configured"):
+        save(tmp_path, name, [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+    (tmp_path / "configured/config.pbtxt").write_text("max_batch_size: 8")
     made = await served(tmp_path)
     assert "1099511627776 elements" in made.held.find("wide", "").model.batch_reason
+    assert made.held.find("configured", "").model.batchable
 
 
 def exploding(repository):
