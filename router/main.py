@@ -14,9 +14,8 @@ from router.audit import Audit
 from router.control import FleetControl
 from router.cost import Cost, Prices
 from router.dispatcher import Dispatcher
-from router.fleet import Fleet
+from router.fleet import Fleet, Locality
 from router.fleet_metrics import FleetMetrics
-from router.membership import Listing
 from router.operator_service import OperatorService
 from router.request_metrics import RequestMetrics
 from router.retry_budget import RetryBudget
@@ -42,9 +41,11 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     mesh = settings.create_mesh()
     hasher = RequestHasher(settings.key_secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
     fleet = Fleet(
-        [Listing(address) for address in settings.workers],
+        settings.listings(),
         lambda ready: server.set_serving(ready and not stopping.is_set()),
         clock=time.monotonic,
+        sources=settings.create_sources(),
+        locality=Locality(settings.region, settings.zone),
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)

@@ -18,7 +18,8 @@ class Listing:
     region: str = ""
     zone: str = ""
     weight: float = 1.0
-    # Digests of the models held, where the source tells: a change is a reason to ask the worker.
+    # What changes while it runs, where the source tells: a reason to ask the worker.
+    accepting: bool = True
     digests: frozenset[bytes] = frozenset()
 
 

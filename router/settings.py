@@ -8,6 +8,12 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from cache.settings import MeshSettings
+from router.discovery import AnnouncedWorkers, ResolvedWorkers
+from router.fleet import Source
+from router.membership import Listing
+from services.runtime.discovery import connect
+
+_DNS = "dns://"
 
 
 class RouterSettings(MeshSettings):
@@ -17,9 +23,12 @@ class RouterSettings(MeshSettings):
     address: str = Field("127.0.0.1:8001", description="host:port to serve gRPC on; port 0 takes a free one")
     metrics_address: str = Field("127.0.0.1:8002", description="host:port to serve /metrics on")
     workers: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("127.0.0.1:8100",), description="host:port of each worker, separated by commas"
+        ("127.0.0.1:8100",),
+        description="host:port of each worker, or dns://name:port for all behind a name, separated by commas",
     )
-
+    discovery_url: str | None = Field(None, description="Redis that workers announce themselves in; none: `workers`")
+    region: str = Field("", description="where it stands: workers of its own region are asked first")
+    zone: str = Field("", description="part of the region: its own is asked first for what is not cached")
     audit_share: float = Field(
         0.001,
         ge=0,
@@ -59,9 +68,26 @@ class RouterSettings(MeshSettings):
     @classmethod
     def _check(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
         for worker in workers:
-            host, _, port = worker.rpartition(":")
+            host, _, port = worker.removeprefix(_DNS).rpartition(":")
             if not host or not port.isdecimal():
-                raise ValueError(f"{worker!r} is not host:port")
+                raise ValueError(f"{worker!r} is not host:port or dns://name:port")
         if len(set(workers)) != len(workers):
             raise ValueError("a worker is named twice")
         return workers
+
+    def listings(self) -> list[Listing]:
+        """The workers named by their address; without the default one where they announce themselves."""
+        if self.discovery_url is not None and "workers" not in self.model_fields_set:
+            return []
+        return [Listing(worker) for worker in self.workers if not worker.startswith(_DNS)]
+
+    def create_sources(self) -> dict[str, Source]:
+        """What else knows workers, by name. Raises StartError where the URL is not one."""
+        sources: dict[str, Source] = {}
+        for worker in self.workers:
+            if worker.startswith(_DNS):
+                host, _, port = worker.removeprefix(_DNS).rpartition(":")
+                sources[worker] = ResolvedWorkers(host, int(port))
+        if self.discovery_url is not None:
+            sources["announcements"] = AnnouncedWorkers(connect(self.discovery_url))
+        return sources

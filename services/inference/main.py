@@ -21,6 +21,7 @@ from services.inference.service import EnvelopeService, InferenceService, Locali
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
+from services.runtime.discovery import Announcer, connect
 from services.runtime.exposition import MetricsServer
 from services.runtime.gpu_metrics import GpuMetrics
 from services.runtime.live_settings import LiveSettings
@@ -52,13 +53,13 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         **SharedMemoryControl(worker.memory).handlers(),
         **LiveSettings(tracer).handlers(),
     }
-    locality = Locality(settings.region, settings.zone, settings.weight)
+    envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
     server = Server(
         settings.engine,
         settings.address,
         [
             InferenceService(worker, tracer).service(lambda: server.health.serving, more),
-            EnvelopeService(worker, locality).service(),
+            envelopes.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
@@ -68,18 +69,26 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics.add(tracer.samples)
     metrics.add_slow(GpuMetrics.of_this_host().samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    await server.start()
+    redis = connect(settings.discovery_url) if settings.discovery_url is not None else None
+    port = await server.start()
     await exposition.start()
     ProcessMetrics("worker", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
     server.set_serving(True)
+    announcer = None
+    if redis is not None:
+        address = settings.advertised(port)
+        announcer = Announcer(redis, lambda: envelopes.announcement(address))
+        announcer.start()
     polling = asyncio.create_task(store.poll(settings.poll_seconds)) if settings.poll_seconds else None
     await stopping.wait()
     if polling is not None:
         polling.cancel()
     worker.accepting = False
     await server.stop(settings.drain_seconds)
+    if announcer is not None:
+        await announcer.close()
     exposition.close()
     await store.close()
     executor.shutdown()

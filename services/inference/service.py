@@ -142,6 +142,21 @@ class EnvelopeService:
             weight=self._locality.weight,
         )
 
+    def announcement(self, address: str) -> inference_pb2.Announcement:
+        """For routers that do not know of this worker yet, which they would reach at `address`."""
+        return inference_pb2.Announcement(
+            address=address,
+            worker_id=self._worker.worker_id,
+            region=self._locality.region,
+            zone=self._locality.zone,
+            weight=self._locality.weight,
+            accepting=self._worker.accepting,
+            models=[
+                inference_pb2.HeldModel(name=held.model.name, version=str(held.model.version), digest=held.model.digest)
+                for held in self._worker.store.held
+            ],
+        )
+
     def _load(self) -> inference_pb2.LoadReport:
         if self._held is not self._worker.store.held:
             self._held = self._worker.store.held

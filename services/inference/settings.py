@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from services.inference.remote_repository import SCHEMES, RemoteRepository
 from services.inference.repository import Directory, ModelSource
+from services.runtime.server import StartError
 from services.runtime.settings import ServiceSettings
 
 
@@ -34,7 +35,20 @@ class WorkerSettings(ServiceSettings):
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
     region: str = Field("", description="where it stands: routers prefer workers of their own region")
     zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")
+    discovery_url: str | None = Field(None, description="Redis to announce itself in, for routers to find; none: not")
+    advertise: str | None = Field(
+        None, description="host:port at which routers reach it, where that is not the address it serves on"
+    )
     weight: float = Field(1.0, gt=0, description="its part of the keys and of the load, against other workers'")
+
+    @field_validator("advertise")
+    @classmethod
+    def _is_address(cls, advertise: str | None) -> str | None:
+        if advertise is not None:
+            host, _, port = advertise.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError("not host:port")
+        return advertise
 
     @field_validator("models")
     @classmethod
@@ -49,3 +63,14 @@ class WorkerSettings(ServiceSettings):
         if "://" in self.models:
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
+
+    def advertised(self, port: int) -> str:
+        """Where routers reach it when it serves on `port`. Raises StartError where that is not known."""
+        if self.advertise is not None:
+            return self.advertise
+        host, _, _ = self.address.rpartition(":")
+        if host in ("0.0.0.0", "[::]", "*"):  # noqa: S104
+            raise StartError(
+                f"RINGMESH_ADVERTISE: routers cannot reach {self.address}; say at which host:port they can"
+            )
+        return f"{host}:{port}"

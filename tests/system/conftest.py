@@ -140,7 +140,7 @@ def start_router(engine):
 
     def start(workers, redis_url, **settings):
         started.append(
-            processes.start("router", workers=",".join(workers), redis_url=redis_url, engine=engine, **settings)
+            processes.start("router", workers=",".join(workers) or None, redis_url=redis_url, engine=engine, **settings)
         )
         return started[-1]
 

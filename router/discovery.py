@@ -1,0 +1,113 @@
+"""Where a router learns of workers: their announcements in Redis, and the addresses behind a name in DNS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from redis.asyncio import Redis
+from ringmesh.inference.v1 import inference_pb2
+
+from router.membership import Listing
+from services.runtime.discovery import ADDRESSES, CHANGE_SECONDS, FAILURES, TTL_SECONDS, VERSION, key
+
+log = logging.getLogger(__name__)
+
+# Announcements expire without a change of the version.
+_READ_SECONDS = TTL_SECONDS / 2
+_DNS_SECONDS = 1.0
+
+Told = Callable[[Iterable[Listing]], None]
+
+
+class AnnouncedWorkers:
+    """What workers say of themselves in Redis. While it is down, nothing is told, and what was told stands."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def watch(self, told: Told) -> None:
+        """Tells all that is announced, again at each change; runs until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        seen: bytes | str | None = None
+        due = 0.0
+        failing = False
+        try:
+            while True:
+                try:
+                    version = await self._redis.get(VERSION)
+                    if version != seen or loop.time() >= due:
+                        told(await self._read())
+                        seen, due = version, loop.time() + _READ_SECONDS
+                    if failing:
+                        log.info("announcements are read again")
+                    failing = False
+                except FAILURES as error:
+                    if not failing:
+                        log.warning("the fleet stays as it is known: Redis: %r", error)
+                    failing = True
+                await asyncio.sleep(CHANGE_SECONDS)
+        finally:
+            await self._redis.aclose()
+
+    async def _read(self) -> list[Listing]:
+        # As bytes, for the client does not decode.
+        addresses = [bytes(address).decode() for address in await self._redis.smembers(ADDRESSES)]  # type: ignore[arg-type]
+        if not addresses:
+            return []
+        found: list[Any] = await self._redis.mget([key(address) for address in addresses])
+        if gone := [address for address, data in zip(addresses, found, strict=True) if data is None]:
+            # One that is just announcing itself does so again within a second.
+            await self._redis.srem(ADDRESSES, *gone)
+        return [listing for data in found if data is not None and (listing := _listing(data)) is not None]
+
+
+class ResolvedWorkers:
+    """The addresses of a name, such as a headless service of Kubernetes. A name that is not found has not changed."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+
+    async def watch(self, told: Told) -> None:
+        """Tells all addresses, every second; runs until it is cancelled."""
+        failing = False
+        while True:
+            try:
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    self._host, self._port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+                )
+                told(Listing(_host_port(family, address[0], self._port)) for family, *_, address in found)
+                failing = False
+            except OSError as error:
+                if not failing:
+                    log.warning("the workers of %s stay as they are known: DNS: %s", self._host, error)
+                failing = True
+            await asyncio.sleep(_DNS_SECONDS)
+
+
+def _host_port(family: int, host: object, port: int) -> str:
+    return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+
+
+def _listing(data: bytes) -> Listing | None:
+    try:
+        told = inference_pb2.Announcement.FromString(data)
+    except DecodeError:
+        told = inference_pb2.Announcement()
+    if not told.address or not told.weight > 0:
+        log.warning("an announcement is not one, and is ignored: %r", data[:100])
+        return None
+    return Listing(
+        told.address,
+        told.worker_id,
+        told.region,
+        told.zone,
+        told.weight,
+        told.accepting,
+        frozenset(model.digest for model in told.models),
+    )

