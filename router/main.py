@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 from cache.keys import RequestHasher
@@ -24,6 +25,7 @@ from router.settings import RouterSettings
 from router.slo import Objectives, Slo
 from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
+from services.runtime.load_report import LoadReport
 from services.runtime.metrics import Metrics
 from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
@@ -51,12 +53,15 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic))
     quotas = Quotas(settings.quotas, time.monotonic)
+    report = LoadReport(requests.answers, cores=os.cpu_count() or 1)
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
     cost = Cost(Prices(settings.cpu_second_price, settings.gpu_second_price), requests, fleet)
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
-    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, request_log, cost, quotas, audit)
+    inference = InferenceService(
+        fleet, mesh, hasher, dispatcher, tracer, requests, request_log, cost, quotas, audit, report
+    )
     more = {**FleetControl(fleet, requests, audit).handlers(), **LiveSettings(tracer).handlers()}
     cache = CacheService(mesh)
     server = Server(
@@ -79,12 +84,14 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await server.start()
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
+    report.start()
     mesh.start()
     fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
     tickers = [asyncio.create_task(work) for work in (requests.keep_marking(), slo.keep_sampling())]
     await stopping.wait()
+    fleet.events.close()
     cache.close()
     for ticker in tickers:
         ticker.cancel()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.load_report import Answers
 from services.runtime.metrics import BOUNDS_NS, OTHER, Exemplar, Family, Histogram, Sample
 
 REQUESTS = Family(
@@ -41,6 +42,7 @@ _MAX_SERIES = 5000
 _MAX_MODELS = 200
 _MAX_TENANTS = 100
 _HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "joined"})
+_SERVERS_FAULTS = frozenset({"DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN"})
 OK = "OK"
 # The method of what an ensemble asks for, which is no request of a caller's.
 STEP = "step"
@@ -137,6 +139,13 @@ class RequestMetrics:
             elif labels.outcome == "miss":
                 stats.cache_miss.count += series.count
                 stats.cache_miss.ns += series.sum_ns
+
+    def answers(self) -> Answers:
+        """All of them."""
+        counts = [(key[4], series.count) for key, series in self._series.items()]
+        return Answers(
+            sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
+        )
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""

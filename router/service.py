@@ -29,6 +29,7 @@ from router.rows import RowCache
 from services.runtime import protocol, w3c
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
+from services.runtime.load_report import LoadReport
 from services.runtime.metrics import OTHER
 from services.runtime.request_log import RequestLog
 from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
@@ -55,6 +56,7 @@ class InferenceService:
         cost: Cost,
         quotas: Quotas,
         audit: Audit,
+        report: LoadReport,
     ) -> None:
         self._fleet = fleet
         self._mesh = mesh
@@ -67,6 +69,7 @@ class InferenceService:
         self._quotas = quotas
         self._audit = audit
         self._rows = RowCache(mesh, hasher)
+        self._report = report
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -321,6 +324,7 @@ class InferenceService:
             ("ringmesh-cache", found.outcome),
             ("ringmesh-trace-id", call.trace.trace_id),
             ("ringmesh-compute-us", str(found.entry.compute_us)),
+            self._report.trailer,
         )
         if found.rows:
             trailing = (*trailing, ("ringmesh-rows", found.rows))

@@ -17,6 +17,7 @@ class Load:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.requests = 0
+        self.answered = 0
         self._clock = clock
         self._interval = 0.0
         self._answers = 0
@@ -32,9 +33,14 @@ class Load:
         """One was answered, or given up."""
         now = self._clock()
         self.requests -= 1
+        self.answered += 1
         self._answers = min(self._answers + 1, _ANSWERS)
         self._interval += (now - self._last - self._interval) / self._answers
         self._last = now
+
+    def metrics(self) -> dict[str, float]:
+        """For callers' load balancers."""
+        return {"requests": self.requests, "estimated_wait_seconds": self.estimated_wait}
 
     @property
     def estimated_wait(self) -> float:

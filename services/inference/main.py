@@ -25,6 +25,7 @@ from services.runtime.discovery import Announcer, connect
 from services.runtime.exposition import MetricsServer
 from services.runtime.gpu_metrics import GpuMetrics
 from services.runtime.live_settings import LiveSettings
+from services.runtime.load_report import Answers, LoadReport
 from services.runtime.metrics import Metrics
 from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
@@ -53,12 +54,14 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         **SharedMemoryControl(worker.memory).handlers(),
         **LiveSettings(tracer).handlers(),
     }
+    load = worker.load
+    report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
     server = Server(
         settings.engine,
         settings.address,
         [
-            InferenceService(worker, tracer).service(lambda: server.health.serving, more),
+            InferenceService(worker, tracer, report).service(lambda: server.health.serving, more),
             envelopes.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
@@ -75,6 +78,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     ProcessMetrics("worker", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
+    report.start()
     server.set_serving(True)
     announcer = None
     if redis is not None:

@@ -16,6 +16,7 @@ from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
 from services.runtime import protocol, w3c
 from services.runtime.errors import NotFoundError, UnavailableError, from_failure
+from services.runtime.load_report import LoadReport
 from services.runtime.rpc import Context, Handler, Service, abort, unary
 from services.runtime.tracing import Tracer
 
@@ -23,9 +24,10 @@ from services.runtime.tracing import Tracer
 class InferenceService:
     """`inference.GRPCInferenceService`, straight at this worker: nothing is cached here."""
 
-    def __init__(self, worker: Worker, tracer: Tracer) -> None:
+    def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport) -> None:
         self._worker = worker
         self._tracer = tracer
+        self._report = report
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
         """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
@@ -71,7 +73,11 @@ class InferenceService:
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
         result = await self._execute(data, context, "ModelInfer")
-        trailing = (("ringmesh-cache", "bypass"), ("ringmesh-worker", self._worker.worker_id))
+        trailing = (
+            ("ringmesh-cache", "bypass"),
+            ("ringmesh-worker", self._worker.worker_id),
+            self._report.trailer,
+        )
         if result.HasField("failure"):
             await abort(context, from_failure(result.failure), trailing)
         context.set_trailing_metadata(trailing)
