@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import grpc
 import pytest
@@ -142,3 +143,37 @@ async def test_workers_behind_a_name_are_found(start_worker, start_router, watch
     port = worker.address.rpartition(":")[2]
     router = start_router([f"dns://localhost:{port}"], None)
     eventually(lambda: f"127.0.0.1:{port}" in watch(router.address).healthy())
+
+
+@pytest.mark.proof
+async def test_changes_reach_two_routers_in_the_order_they_happened(start_worker, start_router, valkey, watch):
+    stays = start_worker("stays", discovery_url=valkey.connection_url)
+    routers = [start_router([], None, discovery_url=valkey.connection_url) for _ in range(2)]
+    watchers = [watch(router.address) for router in routers]
+    for watcher in watchers:
+        eventually(lambda watcher=watcher: watcher.healthy() == {stays.address})
+    comes = start_worker("comes", discovery_url=valkey.connection_url)
+    begin = time.time()
+    for watcher in watchers:
+        eventually(lambda watcher=watcher: comes.address in watcher.healthy())
+    joined = [event.at_ms / 1000 for event in told(watchers, comes, Kind.KIND_JOINED)]
+    print(f"seen {[round(at - begin, 3) for at in joined]} s after the worker said it serves")
+    begin = time.time()
+    comes.process.terminate()
+    for watcher in watchers:
+        eventually(lambda watcher=watcher: watcher.members() == {stays.address})
+    drained = [event.at_ms / 1000 for event in told(watchers, comes, Kind.KIND_DRAINING)]
+    left = [event.at_ms / 1000 for event in told(watchers, comes, Kind.KIND_LEFT)]
+    print(f"draining {[round(at - begin, 3) for at in drained]} s, gone {[round(at - begin, 3) for at in left]} s")
+    for watcher in watchers:
+        seen = [kind for kind in watcher.kinds(comes.address) if kind not in ("MODEL_GAINED", "EJECTED")]
+        assert seen == ["JOINED", "RESTORED", "DRAINING", "LEFT"]
+        ring = watcher.stub.GetRing(router_pb2.GetRingRequest())
+        assert [(worker.id, worker.share) for worker in ring.workers] == [("stays", 1.0)]
+
+
+def told(watchers, worker, kind):
+    return [
+        next(event for event in watcher.events if (event.address, event.kind) == (worker.address, kind))
+        for watcher in watchers
+    ]
