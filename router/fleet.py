@@ -168,7 +168,7 @@ class Fleet:
         while True:
             load = member.load
             # Its answers are as good as a description, as long as they say that nothing has changed.
-            if not member.healthy or load.reports == heard or load.version != member.version:
+            if not member.healthy or load.reports == heard or load.version != member.version or not load.version:
                 await self.describe(member)
             heard = load.reports
             seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
