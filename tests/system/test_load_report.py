@@ -11,12 +11,13 @@ from ringmesh.orca.v3 import orca_load_report_pb2
 from tests.system.conftest import GRPCURL
 
 X = {"name": "x", "datatype": "FP32", "shape": [1, 64], "contents": {"fp32_contents": [0.5] * 64}}
+MODEL_INFER = "inference.GRPCInferenceService/ModelInfer"
 REQUEST = json.dumps({"model_name": "mlp", "inputs": [X]})
 
 
 def report(address):
     """By grpcurl, for gRPC's own clients keep it to themselves."""
-    call = [GRPCURL, "-plaintext", "-v", "-d", REQUEST, address, "inference.GRPCInferenceService/ModelInfer"]
+    call = [GRPCURL, "-plaintext", "-v", "-H", "cache-control: no-cache", "-d", REQUEST, address, MODEL_INFER]
     told = subprocess.run(call, capture_output=True, text=True, timeout=30, check=True).stdout
     encoded = re.search(r"^endpoint-load-metrics-bin: (\S+)$", told, re.MULTILINE).group(1)
     return orca_load_report_pb2.OrcaLoadReport.FromString(base64.b64decode(encoded + "=="))
