@@ -21,7 +21,7 @@ from services.inference.service import EnvelopeService, InferenceService, Locali
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
-from services.runtime.discovery import Announcer, connect
+from services.runtime.discovery import Announcer
 from services.runtime.exposition import MetricsServer
 from services.runtime.gpu_metrics import GpuMetrics
 from services.runtime.live_settings import LiveSettings
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
+    redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _journal(settings)
     store = await _load(settings, executor, journal)
@@ -72,7 +73,6 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics.add(tracer.samples)
     metrics.add_slow(GpuMetrics.of_this_host().samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    redis = connect(settings.discovery_url) if settings.discovery_url is not None else None
     port = await server.start()
     await exposition.start()
     ProcessMetrics("worker", settings.engine, metrics).start()

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, field_validator
+from redis.asyncio import Redis
 
 from services.inference.remote_repository import SCHEMES, RemoteRepository
 from services.inference.repository import Directory, ModelSource
+from services.runtime.discovery import connect
 from services.runtime.server import StartError
 from services.runtime.settings import ServiceSettings
 
@@ -64,13 +66,16 @@ class WorkerSettings(ServiceSettings):
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
 
-    def advertised(self, port: int) -> str:
-        """Where routers reach it when it serves on `port`. Raises StartError where that is not known."""
-        if self.advertise is not None:
-            return self.advertise
-        host, _, _ = self.address.rpartition(":")
-        if host in ("0.0.0.0", "[::]", "*"):  # noqa: S104
+    def create_discovery(self) -> Redis | None:
+        """Where to announce itself, if anywhere. Raises StartError where that is not a URL, or nobody could come."""
+        if self.discovery_url is None:
+            return None
+        if self.advertise is None and self.address.rpartition(":")[0] in ("0.0.0.0", "[::]", "*"):  # noqa: S104
             raise StartError(
-                f"RINGMESH_ADVERTISE: routers cannot reach {self.address}; say at which host:port they can"
+                f"RINGMESH_ADVERTISE: routers cannot reach {self.address}; say the host:port that they can"
             )
-        return f"{host}:{port}"
+        return connect(self.discovery_url)
+
+    def advertised(self, port: int) -> str:
+        """Where routers reach it when it serves on `port`."""
+        return self.advertise or f"{self.address.rpartition(':')[0]}:{port}"
