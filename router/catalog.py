@@ -21,8 +21,8 @@ class ModelEntry:
     """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
 
     `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
-    batch are cached one by one. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each
-    through the cache.
+    batch are cached one by one. With `hedged`, a slow attempt is made elsewhere too. An ensemble has a `plan`; with
+    `cache_steps` the router runs it step by step, each through the cache.
     """
 
     name: str
@@ -33,6 +33,7 @@ class ModelEntry:
     outputs: tuple[str, ...] = ()
     tenant_scoped: bool = False
     row_cache: bool = False
+    hedged: bool = False
     plan: Plan | None = None
     cache_steps: bool = False
     provider: str = ""
@@ -122,4 +123,5 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         tenant_scoped=model.tenant_scoped,
         row_cache=model.row_cache,
         provider=model.provider,
+        hedged=model.hedged,
     )

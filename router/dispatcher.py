@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.caller import ANYBODY, Caller, RefusedError
-from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
+from router.admission.concurrency_limit import ConcurrencyLimits
 from router.attempt_span import at_bound, attempt_attributes, consideration
 from router.catalog import ModelEntry
 from router.dispatch_metrics import ATTEMPTS, RETRIES_DENIED, SHEDS
@@ -18,6 +20,7 @@ from router.member import Member
 from router.picker import Candidate, candidates
 from router.retry_budget import RetryBudget
 from router.ring import RANKS
+from router.tail_latency import TailLatency
 from router.worker_link import Work, WorkerLostError, WorkerUnreachableError
 from services.runtime.errors import (
     DeadlineExceededError,
@@ -43,13 +46,28 @@ _ELSEWHERE = frozenset((_UNAVAILABLE, _FAILED_PRECONDITION, _RESOURCE_EXHAUSTED)
 MOST_ENDED = 2
 
 
-class Dispatcher:
-    """Runs requests on the workers of `fleet`, within `limits` on what is under way to each, and `retries`."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What every attempt of one request is told."""
 
-    def __init__(self, fleet: Fleet, limits: ConcurrencyLimits, retries: RetryBudget) -> None:
+    model: ModelEntry
+    request: bytes
+    request_hash: bytes
+    deadline: float | None
+    trace: Trace
+
+
+class Dispatcher:
+    """Runs requests on the workers of `fleet`, within `limits` on what is under way to each, and `retries`.
+
+    Where a model says so, one that takes longer than most of its kind, by `tails`, is asked of a second worker too.
+    """
+
+    def __init__(self, fleet: Fleet, limits: ConcurrencyLimits, retries: RetryBudget, tails: TailLatency) -> None:
         self._fleet = fleet
         self._limits = limits
         self._retries = retries
+        self._tails = tails
         self._attempts = Counter(ATTEMPTS)
         self._sheds = 0
 
@@ -77,13 +95,15 @@ class Dispatcher:
         UnavailableError where nobody could be reached.
         """
         sticky = bool(place) and not request_hash
+        asked = _Asked(model, request, request_hash, deadline, trace)
         skipped = []
         failure: inference_pb2.Failure | None = None
         full = False
         considered: list[Event] = []
         attempts = ended = 0
         put_off: list[Candidate] = []
-        for candidate in candidates(self._fleet.view, model, place, sticky=sticky, put_off=put_off):
+        order = candidates(self._fleet.view, model, place, sticky=sticky, put_off=put_off)
+        for candidate in order:
             if attempts == RANKS:
                 break
             member = candidate.member
@@ -105,16 +125,17 @@ class Dispatcher:
                 skipped.append("not tried further: too many requests needed retries in the last seconds")
                 break
             attempts += 1
+            patience = self._tails.of(model.digest) if model.hedged and not sticky else None
             try:
                 considered += [at_bound(candidate) for candidate in put_off if candidate.is_full]
                 considered.append(consideration(candidate, ""))
                 events, considered = tuple(considered), []
                 kind = "retry" if attempts > 1 else "first"
-                result = await self._attempt(
-                    candidate, limit, model, request, request_hash, deadline, trace, events, kind
-                )
+                if patience is None:
+                    result = await self._attempt(asked, candidate, events, kind)
+                else:
+                    result, member = await self._hedged(asked, candidate, order, patience, caller, events, kind)
             except WorkerUnreachableError as lost:
-                self._fleet.failed(member, lost)
                 skipped.append(f"{member.worker_id}: {lost}")
                 ended += isinstance(lost, WorkerLostError)
                 if ended == MOST_ENDED:
@@ -143,22 +164,57 @@ class Dispatcher:
             )
         raise UnavailableError(f"no worker could answer for model {model.name!r}, retry later; {why}")
 
-    async def _attempt(
+    async def _hedged(
         self,
-        candidate: Candidate,
-        limit: ConcurrencyLimit,
-        model: ModelEntry,
-        request: bytes,
-        request_hash: bytes,
-        deadline: float | None,
-        trace: Trace,
+        asked: _Asked,
+        first: Candidate,
+        order: Iterator[Candidate],
+        patience: float,
+        caller: Caller,
         events: tuple[Event, ...],
         kind: str,
+    ) -> tuple[inference_pb2.WorkResult, Member]:
+        """What `first` says, or, where it takes longer than `patience` seconds, what it or the next says first.
+
+        The other is cancelled: it leaves the queue here; what the worker has already, it may still run. A hedge counts
+        as a retry. Raises as `_attempt`.
+        """
+        under_way = {asyncio.create_task(self._attempt(asked, first, events, kind)): first.member}
+        try:
+            await asyncio.wait(under_way, timeout=patience)
+            if all(not task.done() for task in under_way) and (second := self._spare(asked, order, caller)):
+                under_way[asyncio.create_task(self._attempt(asked, second, (consideration(second, ""),), "hedge"))] = (
+                    second.member
+                )
+            pending = set(under_way)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    lost = isinstance(task.exception(), WorkerUnreachableError)
+                    if not pending or not (lost or task.result().failure.code in _ELSEWHERE):
+                        return task.result(), under_way[task]
+            raise AssertionError("one of them is the last")
+        finally:
+            for task in under_way:
+                if not task.cancel() and not task.cancelled():
+                    task.exception()  # asyncio shall not report it as never retrieved
+
+    def _spare(self, asked: _Asked, order: Iterator[Candidate], caller: Caller) -> Candidate | None:
+        """The next that has room, where the budget has."""
+        for candidate in order:
+            limit = self._limits.of(candidate.member.address, asked.model.digest)
+            if not candidate.reason and limit.admits(caller.priority):
+                return candidate if self._retries.take() else None
+        return None
+
+    async def _attempt(
+        self, asked: _Asked, candidate: Candidate, events: tuple[Event, ...], kind: str
     ) -> inference_pb2.WorkResult:
         """The worker's result, success or failure. Raises WorkerUnreachableError, DeadlineExceededError."""
-        member = candidate.member
+        member, model, trace = candidate.member, asked.model, asked.trace
+        limit = self._limits.of(member.address, model.digest)
         span_id = new_span_id()
-        work = Work(request, request_hash, deadline, trace.traceparent(span_id))
+        work = Work(asked.request, asked.request_hash, asked.deadline, trace.traceparent(span_id))
         start = time.time_ns()
         began = time.monotonic()
         error = ""
@@ -166,17 +222,26 @@ class Dispatcher:
         begun = limit.begin()
         try:
             result = await member.link.execute(model.digest, work)
-            self._fleet.answered(member, model.digest, time.monotonic() - began)
+            took = time.monotonic() - began
+            self._fleet.answered(member, model.digest, took)
             error = result.failure.message
             if not result.timing.joined:
-                limit.completed(begun, time.monotonic() - began, result.timing.compute_us / 1e6)
+                limit.completed(begun, took, result.timing.compute_us / 1e6)
+            if model.hedged:
+                self._tails.observe(model.digest, took)
             return result
         except DeadlineExceededError as late:
             limit.completed(begun, time.monotonic() - began, 0.0)
             error = late.message
             raise
         except WorkerUnreachableError as lost:
+            self._fleet.failed(member, lost)
             error = str(lost)
+            raise
+        except asyncio.CancelledError:
+            error = "nobody waits for it any more"
+            if model.hedged:
+                self._tails.observe(model.digest, time.monotonic() - began)
             raise
         finally:
             limit.end()

@@ -23,6 +23,7 @@ from router.retry_budget import RetryBudget
 from router.service import InferenceService
 from router.settings import RouterSettings
 from router.slo import Objectives, Slo
+from router.tail_latency import TailLatency
 from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
 from services.runtime.load_report import LoadReport
@@ -51,7 +52,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
-    dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic))
+    dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
     quotas = Quotas(settings.quotas, time.monotonic)
     report = LoadReport(requests.answers, cores=os.cpu_count() or 1)
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)

@@ -15,8 +15,9 @@ ModelConfig = config_pb2.ModelConfig
 
 TENANT_SCOPE = "ringmesh_tenant_scope"
 ROW_CACHE = "ringmesh_row_cache"
+HEDGE = "ringmesh_hedge"
 # Parameters that are ours; each is "true" or "false".
-_FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, "ringmesh_cache_steps"})
+_FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
-from services.inference.config import TENANT_SCOPE, ConfigError, ModelConfig, says
+from services.inference.config import HEDGE, TENANT_SCOPE, ConfigError, ModelConfig, says
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, metadata
 from services.inference.repository import ModelFiles
@@ -50,6 +50,7 @@ class Ensemble:
             raise ModelLoadError(f"{where}: {error}") from None
         self.required = tuple(self.inputs)
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
+        self.hedged = says(self._config, HEDGE) is True
         self.own_digest = self.digest = files.digest("ensemble")
         self.not_runnable = "its steps are not known yet"
         self.cacheable, self.cacheable_reason = False, self.not_runnable

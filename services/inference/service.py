@@ -193,5 +193,6 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         metadata=model.metadata(),
         tenant_scoped=model.tenant_scoped,
         row_cache=model.row_cache,
+        hedged=model.hedged,
         unloaded=not held.loaded,
     )

@@ -1,13 +1,17 @@
+import asyncio
 import time
 import types
+from dataclasses import replace
 
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 
+from router.admission.caller import RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.dispatcher import MOST_ENDED, Dispatcher
-from router.retry_budget import RetryBudget
+from router.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
 from router.ring import RANKS
+from router.tail_latency import TailLatency
 from router.worker_link import WorkerLostError, WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.tracing import Trace
@@ -27,6 +31,8 @@ class Link:
 
     async def execute(self, digest, work):
         self._asked.append(self._address)
+        if self._outcome is NEVER:
+            await asyncio.Event().wait()
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
@@ -43,13 +49,14 @@ def dispatcher(outcomes, lacking=()):
         view=seen, failed=lambda member, error: lost.append(member.address), answered=lambda *_: None
     )
     return (
-        Dispatcher(fleet, ConcurrencyLimits(0.1, time.monotonic), RetryBudget(time.monotonic)),
+        Dispatcher(fleet, ConcurrencyLimits(0.1, time.monotonic), RetryBudget(time.monotonic), TailLatency()),
         seen.ring.ranked(PLACE),
         asked,
         lost,
     )
 
 
+NEVER = object()
 DONE = inference_pb2.WorkResult(response=b"answer")
 LOST = WorkerUnreachableError("gone")
 NAMES = [f"w{index}" for index in range(20)]
@@ -108,3 +115,73 @@ async def test_a_request_that_may_be_what_ends_its_workers_does_not_go_through_t
     with pytest.raises(UnavailableError, match=f"{MOST_ENDED} workers ended while they had it"):
         await run(made)
     assert len(asked) == MOST_ENDED
+
+
+HEDGED = replace(MODEL, hedged=True)
+
+
+async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
+    """Who answered, who was asked, the owner, and who was lost, after so many answers of a model that is hedged."""
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
+    made, _, asked, lost = dispatcher({name: outcome_of_owner if name == ranked[0] else outcome for name in NAMES})
+    for _ in range(seen):
+        made._tails.observe(HEDGED.digest, 0.001)
+    result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
+    done, _ = await asyncio.wait([result], timeout=0.5)
+    member = (await result)[1].address if done else None
+    result.cancel()
+    return member, asked, ranked, lost
+
+
+async def test_a_slow_attempt_of_a_hedged_model_is_made_elsewhere_too():
+    member, asked, ranked, _ = await hedged(NEVER)
+    assert (member, asked) == (ranked[1], [*ranked[:2]])
+
+
+async def test_a_fast_answer_is_not_hedged():
+    member, asked, ranked, _ = await hedged(DONE)
+    assert (member, asked) == (ranked[0], [ranked[0]])
+
+
+async def test_nothing_is_hedged_before_it_is_known_what_is_slow():
+    member, asked, ranked, _ = await hedged(NEVER, seen=63)
+    assert (member, asked) == (None, [ranked[0]])
+
+
+async def test_a_hedge_that_is_lost_leaves_the_first_attempt_alone():
+    member, asked, ranked, lost = await hedged(NEVER, LOST)
+    assert (member, asked, lost) == (None, [*ranked[:2]], [ranked[1]])
+
+
+async def test_a_hedged_model_is_retried_as_others_are():
+    member, asked, ranked, lost = await hedged(LOST)
+    assert (member, asked, lost) == (ranked[1], [*ranked[:2]], [ranked[0]])
+
+
+async def test_a_fleet_that_fails_is_not_asked_for_more_than_the_retry_budget():
+    drains = inference_pb2.WorkResult(failure=inference_pb2.Failure(code=14, message="draining"))
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, drains))
+    for _ in range(1000):
+        with pytest.raises(UnavailableError):
+            await run(made)
+    assert len(asked) == 1000 + SHARE * 1000 + RESERVE_PER_SECOND * WINDOW_SECONDS
+
+
+async def test_where_all_have_enough_to_do_a_request_is_refused_at_once_and_told_when_to_retry():
+    made, ranked, asked, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
+    for name in ranked:
+        limit = made._limits.of(name, MODEL.digest)
+        limit.limit = 1
+        limit.begin()
+    with pytest.raises(RefusedError, match="overloaded") as refused:
+        await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+    assert (asked, refused.value.retry_after > 0) == ([], True)
+
+
+async def test_a_worker_that_has_enough_to_do_is_passed_over():
+    made, ranked, asked, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
+    limit = made._limits.of(ranked[0], MODEL.digest)
+    limit.limit = 1
+    limit.begin()
+    await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+    assert asked == [ranked[1]]
