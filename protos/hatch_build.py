@@ -2,6 +2,7 @@
 
 import importlib.resources
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ _INIT = '''"""gRPC stubs of Ringmesh, generated from protos/; do not edit."""
 
 from google.protobuf.descriptor_pool import DescriptorPool
 
+from ringmesh.channel import SERVICE_CONFIG, channel_options
+
+__all__ = ["POOL", "SERVICE_CONFIG", "channel_options"]
+
 # Not the default pool: tritonclient describes the same `inference.*` names there.
 POOL = DescriptorPool()
 '''
 _INIT_PYI = """from google.protobuf.descriptor_pool import DescriptorPool
+
+from ringmesh.channel import SERVICE_CONFIG as SERVICE_CONFIG
+from ringmesh.channel import channel_options as channel_options
 
 POOL: DescriptorPool
 """
@@ -48,6 +56,7 @@ def generate(protos: Path, out: Path) -> None:
     package = out / "ringmesh"
     (package / "__init__.py").write_text(_INIT)
     (package / "__init__.pyi").write_text(_INIT_PYI)
+    shutil.copy(protos / "channel.py", package)
     (package / "py.typed").touch()
 
 

@@ -78,6 +78,8 @@ class Server:
             ("grpc.max_send_message_length", -1),
             # Unless told otherwise, grpcio lets a second server take the same port unnoticed.
             ("grpc.so_reuseport", int(share_port)),
+            # grpcio ends connections that ping more often; callers with our channel options do so every 10 s.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ]
         # The native engine listens on one address only.
         self._servers = {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,16 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(module: str, **settings) -> Started:
-    """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING."""
+def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
+    """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING.
+
+    `within` is a command that runs it, such as that of a network namespace.
+    """
     settings.setdefault("address", free_address())
     settings.setdefault("state_dir", Path(tempfile.gettempdir(), f"ringmesh-tests-{os.getpid()}"))
     settings.setdefault("metrics_address", "127.0.0.1:0")
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
-    process = subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **environment})
+    process = subprocess.Popen([*within, sys.executable, "-m", module], env={**os.environ, **environment})
     started = Started(settings["address"], process)
     give_up = time.monotonic() + 30
     with grpc.insecure_channel(started.address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:

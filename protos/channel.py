@@ -1,0 +1,67 @@
+"""How a channel to Ringmesh should be set up: shipped beside the stubs, needs nothing but them.
+
+Calls go to all routers that the target names and that are serving; one that dies or leaves costs no call: what it
+had not answered is made again elsewhere, unless too many calls fail (gRFC A6).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_SERVICE = "inference.GRPCInferenceService"
+# What may be made twice. Not streams; and a sequence, which may not, uses a channel without retries.
+_REPEATABLE = (
+    "ModelInfer",
+    "ServerLive",
+    "ServerReady",
+    "ModelReady",
+    "ServerMetadata",
+    "ModelMetadata",
+    "ModelConfig",
+    "ModelStatistics",
+    "RepositoryIndex",
+)
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": _SERVICE, "method": method} for method in _REPEATABLE],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    # Retries stop while more than one call in eleven fails.
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+}
+_BALANCING = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    # A router that drains, or has no worker, gets no calls.
+    "healthCheckConfig": {"serviceName": ""},
+}
+
+SERVICE_CONFIG = json.dumps(_BALANCING | _RETRIES)
+
+
+def channel_options(*, retries: bool = True) -> list[tuple[str, Any]]:
+    """For `grpc.insecure_channel`, `grpc.aio.insecure_channel`, and `channel_args` of tritonclient.
+
+    `retries=False` for sequences, whose steps must not run twice.
+    """
+    return [
+        ("grpc.service_config", SERVICE_CONFIG if retries else json.dumps(_BALANCING)),
+        ("grpc.enable_retries", int(retries)),
+        # A router whose host vanished is noticed within 15 s.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # The connections to a router that comes back wait no longer than this.
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # A router says itself what is too large.
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+    ]
