@@ -55,6 +55,8 @@ def channel_options(*, retries: bool = True) -> list[tuple[str, Any]]:
     return [
         ("grpc.service_config", SERVICE_CONFIG if retries else json.dumps(_BALANCING)),
         ("grpc.enable_retries", int(retries)),
+        # Of a target with several addresses gRPC makes an authority that is none, which the routers' HTTP/2 refuses.
+        ("grpc.default_authority", "ringmesh"),
         # A router whose host vanished is noticed within 15 s.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),

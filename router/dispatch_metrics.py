@@ -7,7 +7,7 @@ from services.runtime.metrics import Family
 ATTEMPTS = Family(
     "ringmesh_attempts_total",
     "counter",
-    "requests sent to workers; kind: first, retry; code: of the answer, UNAVAILABLE where none came",
+    "requests sent to workers; kind: first, retry, hedge; code: of the answer, UNAVAILABLE where none came",
     ("worker", "kind", "code"),
 )
 RETRIES_DENIED = Family("ringmesh_retries_denied_total", "counter", "retries not made, to keep within the budget")

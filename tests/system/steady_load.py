@@ -61,6 +61,11 @@ class SteadyLoad:
         phase.append(time.monotonic() - begin)
         self.workers.append(dict(await call.trailing_metadata()).get("ringmesh-worker", ""))
 
+    @property
+    def under_way(self):
+        """Calls without an answer yet."""
+        return len(self._calls)
+
     def stop(self):
         self._stopping = True
 

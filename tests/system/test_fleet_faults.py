@@ -6,16 +6,24 @@ import signal
 import subprocess
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import grpc
 import pytest
+import ringmesh
+import tritonclient.grpc.aio as triton
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from tests.system import processes
 from tests.system.steady_load import steady_load
-from tests.system.test_faults import eventually
+from tests.system.test_cache import INFER, fresh
+from tests.system.test_faults import eventually, valkey
 
 pytestmark = pytest.mark.proof
+
+__all__ = ["valkey"]  # a fixture
 
 NAMES = ("worker-a", "worker-b", "worker-c")
 
@@ -146,3 +154,122 @@ async def test_a_worker_whose_network_is_cut(far_router, away):
         seconds=5.0,
     )
     assert "worker-away" in load.workers
+
+
+class SlowWay:
+    """A way to a worker that takes `seconds` longer in each direction, for kernels without netem."""
+
+    def __init__(self, target):
+        self.seconds = 0.0
+        self._host, _, self._port = target.rpartition(":")
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+
+    async def _connected(self, reader, writer):
+        there = await asyncio.open_connection(self._host, int(self._port))
+        await asyncio.gather(self._carry(reader, there[1]), self._carry(there[0], writer))
+
+    async def _carry(self, reader, writer):
+        loop = asyncio.get_running_loop()
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                loop.call_later(self.seconds, writer.write, data)
+        loop.call_later(self.seconds, writer.close)
+
+
+async def test_a_worker_that_is_slowed_by_300_ms(start_router, workers):
+    async with SlowWay(workers[0].address) as way:
+        addresses = [way.address, *(worker.address for worker in workers[1:])]
+        router = await asyncio.to_thread(start_router, addresses, None)
+
+        async def slow():
+            way.seconds = 0.15
+
+        async def heal():
+            way.seconds = 0.0
+
+        await through(router.address, "300 ms slower", slow, heal, seconds=5.0)
+
+
+@pytest.fixture
+def routers(start_router, workers):
+    with ThreadPoolExecutor() as pool:
+        addresses = [worker.address for worker in workers]
+        return list(pool.map(lambda _: start_router(addresses, None), range(2)))
+
+
+def both(routers):
+    return "ipv4:" + ",".join(router.address for router in routers)
+
+
+async def killed(routers, title, options):
+    """The load that a router was killed under, and how many calls were under way then."""
+    async with steady_load(both(routers), options=options) as load:
+        await load.phase("before", 1.0)
+        routers[0].process.kill()
+        under_way = load.under_way
+        await load.phase("during", 1.0)
+        await load.phase("after", 1.0)
+    load.report(title)
+    return load, under_way
+
+
+async def test_a_router_that_is_killed_costs_no_call_with_our_channel_options(routers):
+    load, _ = await killed(routers, "router killed, our channel options", ringmesh.channel_options())
+    assert load.errors == []
+
+
+async def test_a_router_that_is_killed_costs_its_own_unanswered_calls_without_retries(routers):
+    load, under_way = await killed(routers, "router killed, no retries", ringmesh.channel_options(retries=False))
+    # And one or two that were sent before the channel heard of it.
+    assert len(load.errors) <= under_way + 2
+
+
+async def test_a_rolling_restart_of_all_routers(routers, start_router, workers):
+    addresses = [worker.address for worker in workers]
+    async with steady_load(both(routers), options=ringmesh.channel_options()) as load:
+        await load.phase("before", 1.0)
+        for router in routers:
+            await load.phase("during", 0)
+            router.process.terminate()
+            assert await asyncio.to_thread(router.process.wait, 20) == 0
+            await asyncio.to_thread(start_router, addresses, None, address=router.address)
+        await load.phase("after", 1.0)
+    load.report("rolling restart of 2 routers")
+    assert load.errors == []
+
+
+async def test_tritonclient_with_our_channel_options_outlives_a_router(routers):
+    client = triton.InferenceServerClient(both(routers), channel_args=ringmesh.channel_options())
+    assert await client.is_server_ready()
+    routers[0].process.kill()
+    for _ in range(20):
+        assert await client.is_model_ready("mlp")
+    await client.close()
+
+
+async def test_a_thousand_equal_requests_through_two_routers_to_three_workers_run_once(start_router, workers, valkey):
+    addresses = [worker.address for worker in workers]
+    routers = [start_router(addresses, valkey.connection_url).address for _ in range(2)]
+    request = fresh("slow").SerializeToString()
+    channels = [grpc.aio.insecure_channel(router) for router in routers]
+    answers = await asyncio.gather(
+        *(channels[number % 2].unary_unary(INFER)(request, timeout=30) for number in range(1000))
+    )
+    assert len(set(answers)) == 1
+    executions = 0
+    for address in addresses:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stats = await v2_grpc.GRPCInferenceServiceStub(channel).ModelStatistics(
+                v2.ModelStatisticsRequest(name="slow")
+            )
+            executions += sum(model.execution_count for model in stats.model_stats)
+    assert executions == 1
+    for channel in channels:
+        await channel.close()
