@@ -149,10 +149,10 @@ def _slow_workers(history: History) -> Iterator[Finding]:
 
 
 def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
-    by_model = history.increase(REQUESTS, _WINDOW, ("model",))
+    asked = history.increase(REQUESTS, _WINDOW, ("model", "tenant"))
     by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
     for (model, tenant, code), count in sorted(by_code.items(), key=lambda item: -item[1]):
-        share = count / by_model[(model,)] if by_model.get((model,)) else 0.0
+        share = count / asked[model, tenant] if asked[model, tenant] else 0.0
         if code == "OK" or count < 1 or share < _ERROR_SHARE:
             continue
         known = "" if model == "other" else model
@@ -163,7 +163,7 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
             "critical" if code in SERVER_FAULTS else "warning",
             "Requests fail" if code in SERVER_FAULTS else "Callers send what is refused",
             f"{who}{f', tenant {tenant}' if tenant else ''}",
-            f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(share)} of the model's) "
+            f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(share)} of theirs) "
             f"ended with {code}.{said}",
             f"/traces?{urlencode({'status': 'error', **({'model': known} if known else {})})}",
             "failed traces",

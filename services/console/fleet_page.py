@@ -18,6 +18,7 @@ from services.console.overview import NOW_SECONDS, STAGE, Vitals
 from services.console.sources import Sources
 
 _BUSY = 16.0
+_EVENTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ async def contents(sources: Sources, _: Request) -> Context:
         "workers": workers,
         "regions": regions(workers),
         "view": view,
+        "events": sources.fleet.events(_EVENTS),
         "processes": process_rows(sources),
         "refused": history.refused(),
     }
@@ -95,10 +97,7 @@ def charts(history: History, **where: str) -> list[Any]:
         ),
         plot(
             "Time to answer",
-            [
-                Line("p99", overview.latency(history, 0.99, **where)),
-                Line("p50", overview.latency(history, 0.5, **where)),
-            ],
+            overview.latency(history, **where),
             units.seconds,
         ),
         plot("From the cache", [Line("hit ratio", overview.hit_ratio(history, **where))], units.percent, least=1.0),

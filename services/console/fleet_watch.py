@@ -15,6 +15,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from services.console.fleet_events import FleetEvent, FleetEvents
+
 _ASK_SECONDS = 1.0
 _MODELS_EVERY = 5
 _TIMEOUT = 2.0
@@ -106,7 +108,8 @@ class FleetWatch:
         self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
         self.view = FleetView(tuple(RouterView(address) for address in routers), CacheView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._events = [FleetEvents(address, self._channels[address]) for address in routers]
+        self._tasks: list[asyncio.Task[None]] = []
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """To a router or the cache."""
@@ -114,12 +117,17 @@ class FleetWatch:
 
     def start(self) -> None:
         """Until `close`."""
-        self._task = asyncio.create_task(self._run())
+        self._tasks = [asyncio.create_task(follow) for follow in (self._run(), *(one.follow() for one in self._events))]
+
+    def events(self, count: int) -> list[FleetEvent]:
+        """The newest of all routers, the newest first."""
+        newest = [event for one in self._events for event in one.newest(count)]
+        return sorted(newest, key=lambda event: event.at_ms, reverse=True)[:count]
 
     async def close(self) -> None:
         """Stops asking and disconnects."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))
 
     async def _run(self) -> None:

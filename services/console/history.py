@@ -152,16 +152,16 @@ class History:
             seen |= np.histogram(times, edges)[0] > 0
         return Curve(edges[1:].tolist(), np.where(seen, total / step, math.nan).tolist())
 
-    def quantiles(self, q: float, name: str, seconds: float, step: float, **where: str) -> Curve:
-        """A quantile step by step; NaN where nothing was observed."""
+    def quantiles(self, qs: Sequence[float], name: str, seconds: float, step: float, **where: str) -> list[Curve]:
+        """Quantiles of a histogram step by step, a curve for each of `qs`; NaN where nothing was observed."""
         edges = self._edges(seconds, step)
         buckets: dict[float, Floats] = {}
         for times, matching, grown in self._grown(f"{name}_bucket", where, edges[0]):
             for series, counts in zip(matching, _binned(times, grown, edges), strict=True):
                 bound = float(series.labels["le"])
                 buckets[bound] = buckets[bound] + counts if bound in buckets else counts
-        values = [_quantile(q, {bound: counts[i] for bound, counts in buckets.items()}) for i in range(len(edges) - 1)]
-        return Curve(edges[1:].tolist(), values)
+        steps = [{bound: counts[i] for bound, counts in buckets.items()} for i in range(len(edges) - 1)]
+        return [Curve(edges[1:].tolist(), [_quantile(q, counts) for counts in steps]) for q in qs]
 
     def gauge(self, name: str, seconds: float, step: float, **where: str) -> Curve:
         """The sum of all matching gauges, the mean of each step."""

@@ -65,7 +65,7 @@ async def contents(sources: Sources, _: Request) -> Context:
             plot("Requests that the service failed", [Line("share", _failed(history))], units.percent, least=0.01),
             plot(
                 "Time to answer",
-                [Line("p99", overview.latency(history, 0.99)), Line("p50", overview.latency(history, 0.5))],
+                overview.latency(history),
                 units.seconds,
             ),
         ],

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.console.chart import Line
 from services.console.history import Curve, History
 
 NOW_SECONDS = 60.0
@@ -86,10 +87,11 @@ def hit_ratio(history: History, **where: str) -> Curve:
     return Curve(ok.times, [hit / all_ if all_ > 0 else math.nan for hit, all_ in zip(hits, ok.values, strict=True)])
 
 
-def latency(history: History, q: float, **where: str) -> Curve:
-    """A quantile of the time to answer, in seconds."""
+def latency(history: History, **where: str) -> list[Line]:
+    """The time to answer, in seconds: its 99th percentile and its median."""
     seconds, step = span(history)
-    return history.quantiles(q, DURATION, seconds, step, **where)
+    p99, p50 = history.quantiles((0.99, 0.5), DURATION, seconds, step, **where)
+    return [Line("p99", p99), Line("p50", p50)]
 
 
 def saved(history: History, **where: str) -> Curve:

@@ -8,9 +8,8 @@ import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from services.console.history import History, Sample
+from services.console.exposition_reader import ExpositionReader
+from services.console.history import History
 
 PERIOD_SECONDS = 2.0
 _TIMEOUT = 2.0
@@ -42,28 +41,25 @@ class Scraper:
 
     async def _run(self, name: str) -> None:
         loop = asyncio.get_running_loop()
+        reader = ExpositionReader()
         while True:
             began = loop.time()
             try:
-                samples = await loop.run_in_executor(self._threads, read, self.targets[name])
-                self._history.add(name, samples)
+                text = await loop.run_in_executor(self._threads, fetch, self.targets[name])
+                self._history.add(name, reader.read(text))
                 self.problems.pop(name, None)
             except (OSError, ValueError) as error:
                 self.problems[name] = f"no metrics from {self.targets[name]}: {_reason(error)}"
             await asyncio.sleep(max(0.1, began + PERIOD_SECONDS - loop.time()))
 
 
-def read(address: str) -> list[Sample]:
-    """One scrape. Raises OSError where nobody answers, ValueError where the answer is not metrics."""
+def fetch(address: str) -> str:
+    """One scrape. Raises OSError where nobody answers, ValueError where the answer is not text, or too long."""
     with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT) as response:
-        text = response.read(_MAX_BYTES + 1)
+        text: bytes = response.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:
         raise ValueError(f"the answer is larger than {_MAX_BYTES >> 20} MiB")
-    return [
-        Sample(sample.name, sample.labels, sample.value)
-        for family in text_string_to_metric_families(text.decode())
-        for sample in family.samples
-    ]
+    return text.decode()
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-BYPASS = "cache.bypass"
 SHARED = "cache.shared"
 EXECUTE = "Execute"
 QUEUE = "queue"
@@ -43,19 +42,6 @@ _SUMMARY = {
     "key": KEY,
     "code": CODE,
 }
-
-
-_FORMER = {
-    "ringmesh.model": MODEL,
-    "ringmesh.cache": OUTCOME,
-    "ringmesh.worker": WORKER,
-    "ringmesh.reason": REASON,
-}
-
-
-def current(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The same by the names of today."""
-    return {_FORMER.get(name, name): value for name, value in attributes.items()}
 
 
 def is_entry(service: str, span: trace_pb2.Span) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from services.console import span_names as names
 from services.console.trace_store import Summary
-from services.console.units import clock, nanoseconds, number
+from services.console.units import clock, nanoseconds
 from services.runtime.span_tree import Span, SpanTree
 
 _OUTCOMES = {
@@ -40,11 +40,11 @@ def _opening(summary: Summary) -> Iterator[str]:
 def _line(span: Span) -> Iterator[str]:
     said = span.attributes
     took = nanoseconds(span.end_ns - span.start_ns)
-    if span.name == names.BYPASS:
-        yield f"Its answer is not kept: {said.get(names.REASON, 'no reason was given')}."
+    if reason := said.get(names.REASON):
+        yield f"The caches had no part in it: {reason}."
     elif span.name == names.SHARED and not said.get(names.HIT):
         yield f"The shared tier was asked and did not have it, or was skipped ({took})."
-    elif span.short_name in (names.EXECUTE, "forward") and span.service == "ringmesh-router":
+    elif span.short_name == names.EXECUTE and span.service == "ringmesh-router":
         yield from _attempt(span, took)
     elif span.short_name == names.EXECUTE and said.get(names.JOINED):
         yield f"The worker was computing the same request already; this one waited {took} for it."
@@ -52,7 +52,8 @@ def _line(span: Span) -> Iterator[str]:
         yield f"On the worker it waited {took} for a batch to start."
     elif span.name == names.BATCH:
         requests, rows = said.get(names.BATCH_REQUESTS, 1), said.get(names.BATCH_ROWS, 1)
-        yield f"It ran in a batch of {number(float(requests))} requests with {number(float(rows))} rows, for {took}."
+        of = "alone" if requests == 1 else f"in a batch of {requests} requests"
+        yield f"It ran {of}, {rows} {'row' if rows == 1 else 'rows'} in all, for {took}."
     elif span.name == names.RUN:
         yield f"ONNX Runtime computed on {said.get(names.PROVIDER, 'an unnamed provider')} for {took}."
 
@@ -65,12 +66,12 @@ def _attempt(span: Span, took: str) -> Iterator[str]:
         if event["name"] == names.CANDIDATE and not told.get(names.TAKEN):
             yield (
                 f"{told.get(names.WORKER)}, rank {told.get(names.RANK)} on the ring for its key, was passed over: "
-                f"{told.get(names.WHY)} (it had {told.get(names.LOAD, 0)} requests in flight)."
+                f"{told.get(names.WHY)}."
             )
     worker, rank = said.get(names.WORKER, "a worker"), said.get(names.RANK)
     place = "the owner of its key" if rank == 0 else f"rank {rank} on the ring for its key"
     if span.error:
-        yield f"It was sent to {worker}, {place}, and failed there after {took}: {span.error}"
+        yield f"It was sent to {worker}, {place}, and failed there after {took}: {span.error}."
     else:
         yield f"It was sent to {worker}, {place}, and was back after {took}."
 
@@ -86,4 +87,8 @@ def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
     share = own[id(longest)] / max(1, summary.duration_ns)
     if share > 0.5 and len(tree.rows) > 1:
         took = nanoseconds(own[id(longest)])
-        yield f"Most of the time, {took}, went into “{longest.short_name}” on {longest.service}."
+        if longest.short_name == names.EXECUTE and longest.service == "ringmesh-router":
+            worker = longest.attributes.get(names.WORKER, "the worker")
+            yield f"Most of the time, {took}, went by between the router and {worker}: sending, waiting, receiving."
+        else:
+            yield f"Most of the time, {took}, went into “{longest.short_name}” on {longest.service}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,10 +152,6 @@ class TraceStore:
             for kept in part.values():
                 yield kept.summary
 
-    def values(self, of: Callable[[Summary], str]) -> list[str]:
-        """What there is to choose from, such as the models seen."""
-        return sorted({value for summary in self.summaries() if (value := of(summary))})
-
     def _evict(self) -> None:
         while len(self) > 1 and (self.bytes > self._max_bytes or len(self) > self._max_traces):
             crowded = (
@@ -189,7 +185,7 @@ def as_span(service: str, span: trace_pb2.Span) -> Span:
 
 
 def _attributes(of: trace_pb2.Span | trace_pb2.Span.Event) -> dict[str, Any]:
-    return span_names.current({attribute.key: _plain(attribute.value) for attribute in of.attributes})
+    return {attribute.key: _plain(attribute.value) for attribute in of.attributes}
 
 
 def _error(span: trace_pb2.Span) -> str:

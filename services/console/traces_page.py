@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from heapq import nlargest
+from operator import attrgetter
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,21 +32,27 @@ class Bar:
 async def listing(sources: Sources, request: Request) -> Context:
     """What `traces.html` shows."""
     query, problem = _query(request)
+    sort = request.query_params.get("sort", "")
     store = sources.traces
-    found = [] if problem else store.search(query, len(store))
-    if request.query_params.get("sort") == "slowest":
-        found.sort(key=lambda summary: summary.duration_ns, reverse=True)
+    seen: dict[str, set[str]] = {"model": set(), "tenant": set(), "worker": set()}
+    found = []
+    for summary in store.summaries():
+        for part, values in seen.items():
+            values.add(getattr(summary, part))
+        if not problem and query.matches(summary):
+            found.append(summary)
+    shown = nlargest(_LIMIT, found, key=attrgetter("duration_ns" if sort == "slowest" else "start_ns"))
     return {
         "query": query,
-        "sort": request.query_params.get("sort", ""),
+        "sort": sort,
         "problem": problem,
-        "found": found[:_LIMIT],
+        "found": shown,
         "count": len(found),
-        "longest": max((summary.duration_ns for summary in found[:_LIMIT]), default=0),
+        "longest": max((summary.duration_ns for summary in shown), default=0),
         "store": store,
-        "models": store.values(lambda summary: summary.model),
-        "tenants": store.values(lambda summary: summary.tenant),
-        "workers": store.values(lambda summary: summary.worker),
+        "models": sorted(seen["model"] - {""}),
+        "tenants": sorted(seen["tenant"] - {""}),
+        "workers": sorted(seen["worker"] - {""}),
         "outcomes": _OUTCOMES,
     }
 

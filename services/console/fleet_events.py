@@ -1,0 +1,65 @@
+"""What has changed in the fleet of late, as its routers tell it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+import grpc
+from ringmesh.router.v1 import router_pb2, router_pb2_grpc
+
+_KEPT = 200
+_PAUSE_SECONDS = 2.0
+_Kind = router_pb2.WatchResponse.Kind
+_WORDS = {
+    _Kind.KIND_JOINED: "joined",
+    _Kind.KIND_LEFT: "left",
+    _Kind.KIND_EJECTED: "is passed over",
+    _Kind.KIND_RESTORED: "is asked again",
+    _Kind.KIND_DRAINING: "is draining",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """One change. `at_ms` in milliseconds since the Unix epoch."""
+
+    at_ms: int
+    router: str
+    worker: str
+    what: str
+    reason: str
+
+
+class FleetEvents:
+    """The newest events of one router's Watch; after a break it is watched again."""
+
+    def __init__(self, router: str, channel: grpc.aio.Channel) -> None:
+        self._router = router
+        self._stub = router_pb2_grpc.RouterServiceStub(channel)
+        self._events: deque[FleetEvent] = deque(maxlen=_KEPT)
+
+    def newest(self, count: int) -> list[FleetEvent]:
+        """The newest first."""
+        return sorted(self._events, key=lambda event: event.at_ms, reverse=True)[:count]
+
+    async def follow(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            try:
+                async for told in self._stub.Watch(router_pb2.WatchRequest()):
+                    self._add(told)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    return
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    def _add(self, told: router_pb2.WatchResponse) -> None:
+        if told.kind not in _WORDS:
+            # A worker that joins tells of each of its models, which the page of models shows.
+            return
+        event = FleetEvent(told.at_ms, self._router, told.worker_id or told.address, _WORDS[told.kind], told.reason)
+        # A watch begins with what is so already, which after a break is known.
+        if event not in self._events:
+            self._events.append(event)

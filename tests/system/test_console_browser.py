@@ -1,0 +1,235 @@
+"""The console in a real browser: on a desk and on a phone, light and dark, by keyboard, and live.
+
+RINGMESH_SCREENSHOTS=1 writes what it sees to docs/images.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.w3c import new_span_id
+from tests.system.browser import ENTER, TAB, Browser, is_here
+from tests.system.conftest import start_stack, stop_stack
+
+pytestmark = [
+    pytest.mark.proof,
+    pytest.mark.skipif(not is_here(), reason="needs Debian's chromium and chromium-driver"),
+]
+IMAGES = Path(__file__).parents[2] / "docs/images"
+PAGES = ["/", "/models", "/models/mlp", "/cache", "/traces", "/objectives", "/cost", "/try?model=mlp", "/nowhere"]
+DESK, PHONE = (1280, 860), (375, 740)
+
+# Elements whose text stands out less from what is behind it than WCAG AA asks for (4.5, large text 3).
+FAINT = """
+const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = rgb => rgb.map(v => linear(v / 255))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+const painted = new Map();
+const over = (color, below) => {  // paints one on the other, as the browser does
+  const key = color + below;
+  if (!painted.has(key)) painted.set(key, paint(color, below));
+  return painted.get(key);
+};
+const paint = (color, below) => {
+  canvas.fillStyle = `rgb(${below})`; canvas.fillRect(0, 0, 1, 1);
+  canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+};
+const behind = e => {
+  const chain = [];
+  for (; e; e = e.parentElement) chain.push(getComputedStyle(e).backgroundColor);
+  return chain.reverse().reduce((below, color) => over(color, below), [255, 255, 255]);
+};
+const found = [];
+for (const e of document.querySelectorAll('body *')) {
+  if (e.closest('svg') && e.tagName !== 'text') continue;
+  if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.getClientRects().length) continue;
+  const style = getComputedStyle(e);
+  let back = behind(e.closest('svg') ? e.closest('svg').parentElement : e);
+  const arc = e.closest('g.arc');
+  if (arc) back = over(getComputedStyle(arc.querySelector('path')).fill, back);
+  const a = light(over(arc || e.closest('svg') ? style.fill : style.color, back)), b = light(back);
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+  if (ratio < (large ? 3 : 4.5)) found.push(`${e.tagName} "${e.textContent.trim().slice(0, 30)}" ${ratio.toFixed(2)}`);
+}
+return found;
+"""
+# What somebody who does not see the page, or has no mouse, would miss.
+UNNAMED = """
+const found = [];
+for (const e of document.querySelectorAll('input:not([type=hidden]), select, textarea'))
+  if (!e.labels.length || !e.labels[0].textContent.trim()) found.push('no label: ' + e.outerHTML.slice(0, 80));
+for (const e of document.querySelectorAll('a, button'))
+  if (!e.textContent.trim() && !e.getAttribute('aria-label')) found.push('no name: ' + e.outerHTML.slice(0, 80));
+for (const e of document.querySelectorAll('svg'))
+  if (e.getAttribute('aria-hidden') !== 'true' && !(e.getAttribute('role') === 'img' && e.getAttribute('aria-label')))
+    found.push('no words for ' + e.outerHTML.slice(0, 80));
+for (const e of document.querySelectorAll('.scroll'))
+  if (e.tabIndex !== 0 || !e.getAttribute('aria-label')) found.push('not reached by keys: ' + e.outerHTML.slice(0, 80));
+for (const [css, count] of [['h1', 1], ['main', 1], ['nav[aria-label]', 1], ['html[lang]', 1]])
+  if (document.querySelectorAll(css).length !== count) found.push(`not ${count} ${css}`);
+const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
+for (const id of ids) if (ids.indexOf(id) !== ids.lastIndexOf(id)) found.push('twice: ' + id);
+return found;
+"""
+
+
+def infer(stub, *, tenant="", wrong=False, value=1.0, sampled=False):
+    request = v2.ModelInferRequest(model_name="mlp")
+    request.inputs.add(name="z" if wrong else "x", datatype="FP32", shape=[1, 64])
+    request.raw_input_contents.append(np.full((1, 64), value, np.float32).tobytes())
+    metadata = [("ringmesh-tenant", tenant)]
+    if sampled:
+        metadata.append(("traceparent", f"00-{new_span_id() * 2}-{new_span_id()}-01"))
+    with contextlib.suppress(grpc.RpcError):
+        stub(request.SerializeToString(), metadata=metadata, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def console(models, tmp_path_factory):
+    """The URL of a console with something to show: a stack under a light load of three tenants."""
+    stack = start_stack(tmp_path_factory.mktemp("browser"), "--models", str(models), "--drain", "2")
+    done = threading.Event()
+
+    def load():
+        rng = np.random.default_rng(1)
+        with grpc.insecure_channel(stack.router) as channel:
+            stub = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            for number in range(20_000):
+                if done.wait(0.01):
+                    return
+                tenant = ("search", "ads", "mail")[number % 3]
+                value = float(rng.zipf(1.4) % 1000)
+                infer(stub, tenant=tenant, value=value, wrong=number % 40 == 39, sampled=number % 5 == 0)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    yield json.loads((Path(stack.state) / "stack.json").read_text())["console"]
+    done.set()
+    thread.join()
+    assert stop_stack(stack) == 0
+
+
+@pytest.fixture(scope="module")
+def browser(console, tmp_path_factory):
+    window = Browser(tmp_path_factory.mktemp("chromium"))
+    window.look(*DESK)
+    window.open(f"{console}/")
+    # From here on there is something on every page.
+    window.wait(lambda: "Callers send what is refused" in window.text() and "worker-1" in window.text())
+    window.open(f"{console}/models/mlp")
+    window.wait(lambda: "CPUExecutionProvider" in window.text())
+    yield window
+    window.close()
+
+
+def keep(browser, name):
+    if os.environ.get("RINGMESH_SCREENSHOTS"):
+        IMAGES.mkdir(exist_ok=True)
+        browser.screenshot(IMAGES / f"{name}.png")
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_every_page_can_be_read_by_everybody(browser, console, size):
+    problems = {}
+    browser.complaints()
+    for page in PAGES:
+        browser.open(console + page)
+        found = browser.run(UNNAMED)
+        for dark in (False, True):
+            browser.look(*size, dark=dark)
+            found += browser.run(FAINT)
+        found += [line for line in browser.complaints() if "404" not in line]
+        if (width := browser.run("return document.documentElement.scrollWidth")) > size[0]:
+            found.append(f"{width} pixels wide")
+        if found:
+            problems[page] = found
+    assert problems == {}
+
+
+def test_the_first_page_is_live_and_can_be_paused(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/")
+    updates = "return Number(document.getElementById('live').dataset.updates || 0)"
+    browser.wait(lambda: browser.run(updates) >= 2 and browser.text("#liveness-state") == "Live")
+    keep(browser, "fleet")
+    browser.run("document.querySelector('.findings a').focus()")
+    before = browser.run(updates)
+    browser.wait(lambda: browser.run(updates) > before)
+    assert browser.run("return document.activeElement.textContent").startswith("See ")  # an update takes no focus
+    browser.click("#pause")
+    assert browser.text("#liveness-state") == "Paused"
+    before = browser.run(updates)
+    browser.run("return new Promise(done => setTimeout(done, 2500))")
+    assert browser.run(updates) == before
+    browser.click("#pause")
+    browser.wait(lambda: browser.run(updates) > before)
+
+
+def test_keys_reach_everything_and_the_focus_is_seen(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/models")
+    browser.press(TAB)
+    assert browser.run("return document.activeElement.textContent") == "Skip to content"
+    assert browser.run("return document.activeElement.getBoundingClientRect().left") >= 0
+    browser.press(ENTER)
+    assert browser.run("return document.activeElement.id") == "main"
+    browser.press(TAB)
+    assert browser.run("return document.activeElement.className") == "scroll"
+    assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press(TAB)
+    browser.press(ENTER)
+    browser.wait(lambda: "/models/" in browser.url)
+
+
+def test_a_request_is_sent_and_followed_to_its_trace(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/try?model=mlp")
+    browser.type("input[name=tenant]", "search")
+    browser.click("#send")
+    browser.wait(lambda: "See its trace" in browser.text())
+    assert "miss" in browser.text("#result")
+    keep(browser, "try")
+    trace = browser.run("return document.querySelector('#result a').href")
+    browser.open(trace)
+    browser.wait(lambda: browser.open(trace) or "onnxruntime run" in browser.text())
+    story = browser.text(".story")
+    assert "A request for mlp 1 of tenant search" in story
+    assert "the owner of its key" in story
+    assert browser.text(".waterfall").count("\n") >= 6
+    keep(browser, "trace")
+
+
+def test_a_search_narrows_and_can_be_cleared(browser, console):
+    browser.look(*DESK, dark=True)
+    browser.open(f"{console}/traces")
+    browser.choose("select[name=status]", "error")
+    browser.click("form.search button")
+    browser.wait(lambda: "status=error" in browser.url)
+    assert "INVALID_ARGUMENT" in browser.text("table.traces")
+    assert "ok" not in browser.run(
+        "return [...document.querySelectorAll('table.traces .status')].map(e => e.textContent)"
+    )
+    keep(browser, "traces")
+    browser.click("form.search a")
+    browser.wait(lambda: browser.url.endswith("/traces"))
+
+
+def test_pictures_for_the_documents(browser, console):
+    browser.look(*DESK, dark=True)
+    browser.open(f"{console}/cache")
+    assert "search" in browser.text("#live")
+    keep(browser, "cache")
+    browser.look(*PHONE)
+    browser.open(f"{console}/")
+    assert "Needs attention" in browser.text()
+    keep(browser, "phone")
