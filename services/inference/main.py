@@ -90,9 +90,10 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     if polling is not None:
         polling.cancel()
     worker.accepting = False
-    await server.stop(settings.drain_seconds)
+    # First it leaves the ring, then it finishes what it has.
     if announcer is not None:
         await announcer.close()
+    await server.stop(settings.drain_seconds)
     exposition.close()
     await store.close()
     executor.shutdown()
