@@ -90,6 +90,7 @@ def test_crashes_far_apart_are_not_counted_together_but_a_quarantine_stays(path)
     assert look(path, clock=lambda: later) == (set(), set())
     for _ in range(CRASHES):
         die(path, A)
+    assert look(path)[0] == {A}
     assert look(path, clock=lambda: later)[0] == {A}
 
 
