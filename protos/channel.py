@@ -27,8 +27,8 @@ _RETRIES = {
         {
             "name": [{"service": _SERVICE, "method": method} for method in _REPEATABLE],
             "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.05s",
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 3,
                 "retryableStatusCodes": ["UNAVAILABLE"],
@@ -61,7 +61,9 @@ def channel_options(*, retries: bool = True) -> list[tuple[str, Any]]:
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
-        # The connections to a router that comes back wait no longer than this.
+        # A router that comes back is found this soon.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
         # A router says itself what is too large.
         ("grpc.max_receive_message_length", -1),

@@ -15,7 +15,7 @@ import random
 import socket
 import struct
 import termios
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,11 +23,14 @@ from pathlib import Path
 _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
 
-class Connections:
-    """Those that this process accepted at `endpoints`, TCP ports or paths of Unix sockets. Methods block."""
+_TCP = (socket.AF_INET, socket.AF_INET6)
 
-    def __init__(self, endpoints: Iterable[int | str]) -> None:
-        self._endpoints = frozenset(endpoints)
+
+class Connections:
+    """Those that this process accepted at a TCP port. Methods block."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
         # When each was first seen, by inode; inf for those that were asked to go.
         self._seen: dict[str, float] = {}
 
@@ -65,7 +68,7 @@ class Connections:
                 continue
             with connection:
                 try:
-                    if _endpoint(connection) not in self._endpoints:
+                    if connection.family not in _TCP or connection.getsockname()[1] != self._port:
                         continue
                     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != listening:
                         continue
@@ -74,13 +77,6 @@ class Connections:
                 except OSError:
                     continue
                 yield inode, connection
-
-
-def _endpoint(connection: socket.socket) -> int | str | None:
-    name = connection.getsockname()
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        return int(name[1])
-    return name if isinstance(name, str) else None
 
 
 def _go_away(connection: socket.socket) -> bool:

@@ -53,8 +53,7 @@ class Server:
 
     Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
     `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
-    processes that say so too may listen on the same port, and the kernel spreads connections over them. With `socket`,
-    the same is served at that path for callers on this host.
+    processes that say so too may listen on the same port, and the kernel spreads connections over them.
     """
 
     def __init__(
@@ -66,14 +65,14 @@ class Server:
         max_message_bytes: int,
         max_connection_age: float,
         share_port: bool = False,
-        socket: str = "",
     ) -> None:
+        self._address = address
         self._services = services
         self._max_connection_age = max_connection_age
-        self._connections = Connections([])
+        self._connections: Connections | None = None
         self._aging: asyncio.Task[None] | None = None
         self.health = Health(service.name for service in services)
-        options: list[tuple[str, Any]] = [
+        options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
             # Unless told otherwise, grpcio lets a second server take the same port unnoticed.
@@ -81,29 +80,11 @@ class Server:
             # grpcio ends connections that ping more often; callers with our channel options do so every 10 s.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ]
-        # The native engine listens on one address only.
-        self._servers = {
-            where: _create(engine, options, services) for where in (address, *([f"unix:{socket}"] if socket else []))
-        }
+        self._server = _create(engine, options, services)
 
     async def start(self) -> int:
         """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError where the address is taken."""
-        ports = []
-        endpoints: list[int | str] = []
-        for address, server in self._servers.items():
-            self._register(server)
-            try:
-                ports.append(server.add_insecure_port(address))
-            except RuntimeError:
-                raise StartError(f"cannot listen on {address}: the port is taken or the address is not ours") from None
-            endpoints.append(address.removeprefix("unix:") if address.startswith("unix:") else ports[-1])
-        for server in self._servers.values():
-            await server.start()
-        self._connections = Connections(endpoints)
-        self._aging = asyncio.create_task(self._end_old_connections())
-        return ports[0]
-
-    def _register(self, server: grpc.aio.Server) -> None:
+        server = self._server
         services = [*self._services, self.health.service()]
         for service in services:
             server.add_registered_method_handlers(service.name, dict(service.handlers))
@@ -116,6 +97,16 @@ class Server:
         for name, handlers in reflection.handlers(names).items():
             server.add_registered_method_handlers(name, handlers)
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+        try:
+            port = server.add_insecure_port(self._address)
+        except RuntimeError:
+            raise StartError(
+                f"cannot listen on {self._address}: the port is taken or the address is not ours"
+            ) from None
+        await server.start()
+        self._connections = Connections(port)
+        self._aging = asyncio.create_task(self._end_old_connections(self._connections))
+        return port
 
     def set_serving(self, serving: bool) -> None:
         """Whether load balancers and callers should send requests here."""
@@ -125,23 +116,23 @@ class Server:
         """Asks callers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
         self.health.set_serving(False)
         self.health.close()
-        if self._aging is not None:
+        if self._aging is not None and self._connections is not None:
             self._aging.cancel()
-        await self._release_all()
-        await asyncio.gather(*(server.stop(grace) for server in self._servers.values()))
+            await self._release_all(self._connections)
+        await self._server.stop(grace)
 
-    async def _release_all(self) -> None:
+    async def _release_all(self, connections: Connections) -> None:
         # It would warn of every attempt to accept more.
         logging.getLogger("pygrpc_native.server").setLevel(logging.ERROR)
-        await asyncio.to_thread(self._connections.stop_listening)
+        await asyncio.to_thread(connections.stop_listening)
         end = time.monotonic() + _LEAVE_SECONDS
         all_asked = False
         while (now := time.monotonic()) < end:
             if not all_asked:
-                all_asked = await asyncio.to_thread(self._connections.release, now)
+                all_asked = await asyncio.to_thread(connections.release, now)
             await asyncio.sleep(_LEAVE_SECONDS / 10)
 
-    async def _end_old_connections(self) -> None:
+    async def _end_old_connections(self, connections: Connections) -> None:
         while True:
             await asyncio.sleep(self._max_connection_age / 30)
-            await asyncio.to_thread(self._connections.release, time.monotonic(), self._max_connection_age)
+            await asyncio.to_thread(connections.release, time.monotonic(), self._max_connection_age)

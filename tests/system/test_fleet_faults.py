@@ -240,6 +240,8 @@ async def test_a_rolling_restart_of_all_routers(routers, start_router, workers):
             router.process.terminate()
             assert await asyncio.to_thread(router.process.wait, 20) == 0
             await asyncio.to_thread(start_router, addresses, None, address=router.address)
+            # As minReadySeconds of a Kubernetes deployment: callers find it before the next one goes.
+            await load.phase("during", 2.0)
         await load.phase("after", 1.0)
     load.report("rolling restart of 2 routers")
     assert load.errors == []
