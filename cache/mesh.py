@@ -16,7 +16,7 @@ from services.runtime.errors import FailedPreconditionError
 from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Trace
 
-Outcome: TypeAlias = Literal["hit-local", "hit-shared", "joined", "miss", "bypass"]
+Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-semantic", "joined", "miss", "bypass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,14 @@ class Found:
     """An answer, where it came from, and the worker that computed it now ("" where none did).
 
     `rows` says how many rows of a batch were known, such as "6/8"; "" where it was not taken row by row.
+    `similarity` is above 0 where it is the answer to a similar request.
     """
 
     entry: Entry
     outcome: Outcome
     worker: str = ""
     rows: str = ""
+    similarity: float = 0.0
 
 
 class Mesh:

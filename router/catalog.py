@@ -22,7 +22,8 @@ class ModelEntry:
 
     `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
     batch are cached one by one. With `hedged`, a slow attempt is made elsewhere too. An ensemble has a `plan`; with
-    `cache_steps` the router runs it step by step, each through the cache.
+    `cache_steps` the router runs it step by step, each through the cache. From a `semantic_threshold` above 0, a
+    vector may be answered as a similar one was.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelEntry:
     tenant_scoped: bool = False
     row_cache: bool = False
     hedged: bool = False
+    semantic_threshold: float = 0.0
     plan: Plan | None = None
     cache_steps: bool = False
     provider: str = ""
@@ -124,4 +126,5 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         row_cache=model.row_cache,
         provider=model.provider,
         hedged=model.hedged,
+        semantic_threshold=model.semantic_threshold,
     )

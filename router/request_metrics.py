@@ -41,7 +41,7 @@ _NEVER = 1 << 62
 _MAX_SERIES = 5000
 _MAX_MODELS = 200
 _MAX_TENANTS = 100
-_HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "joined"})
+_HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined"})
 _SERVERS_FAULTS = frozenset({"DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN"})
 OK = "OK"
 # The method of what an ensemble asks for, which is no request of a caller's.

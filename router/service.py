@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -16,7 +16,8 @@ from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh
-from router import ensembles, request_span, rows
+from cache.semantic_index import SemanticIndex
+from router import ensembles, request_span, rows, similar
 from router.admission.caller import ANYBODY, RefusedError, caller_of
 from router.admission.quotas import Quotas
 from router.audit import Audit
@@ -40,8 +41,8 @@ log = logging.getLogger(__name__)
 
 # One in so many hits carries the load report: on each of them it cost 5 us more.
 _HITS_A_REPORT = 16
-
-# The method, in metrics, of what an ensemble asks of its steps.
+# Besides the hits of the lane.
+_AUDITED = frozenset({"hit-local", "hit-shared"})
 
 
 class InferenceService:
@@ -74,6 +75,7 @@ class InferenceService:
         self._rows = RowCache(mesh, hasher)
         self._report = report
         self._hits = 0
+        self._semantic = SemanticIndex()
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -187,7 +189,7 @@ class InferenceService:
         try:
             call.caller = caller_of(call.metadata)
             found = await self._find(call, protocol.deadline(context))
-            if found.outcome == "hit-shared" and call.model is not None:
+            if found.outcome in _AUDITED and call.model is not None:
                 self._audit.hit(call.model, call.data, found.entry.value)
             return self._answer(call, found)
         except RingmeshError as error:
@@ -234,6 +236,37 @@ class InferenceService:
 
         if call.control is not None:
             return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace)
+        question = None
+        if model.semantic_threshold:
+            question = similar.question(v2.ModelInferRequest.FromString(call.data))
+        if question is None:
+            return await self._find_exact(call, key, compute, deadline)
+        tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
+        (kind,) = self._hasher.hash_rows(question.request, [[b""]], model.outputs, tenant)
+        group = model.digest + kind + epochs.version.to_bytes(8, "little")
+        found = await self._find_similar(call, model, group, question, key)
+        if found is None:
+            found = await self._find_exact(call, key, compute, deadline)
+            self._semantic.add(group, question.vector, key)
+        return found
+
+    async def _find_similar(
+        self, call: _Admitted, model: ModelEntry, group: bytes, question: similar.Question, key: bytes
+    ) -> Found | None:
+        """An answer in this process to a request near enough; but the right one where the shared tier has it."""
+        near = self._semantic.nearest(group, question.vector)
+        if near is None or near.key == key or near.similarity < model.semantic_threshold:
+            return None
+        if (exact := await self._mesh.look_up(key, call.trace)) is not None:
+            return Found(exact, "hit-shared")
+        entry = self._mesh.local.get(near.key)
+        if entry is None or entry.created_at_ms < self._mesh.purges.oldest_ms:
+            return None
+        return Found(entry, "hit-semantic", similarity=near.similarity)
+
+    async def _find_exact(
+        self, call: _Admitted, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None
+    ) -> Found:
         while True:
             try:
                 return await self._mesh.get_or_compute(key, compute, deadline, call.trace)
@@ -329,6 +362,8 @@ class InferenceService:
             ("ringmesh-trace-id", call.trace.trace_id),
             ("ringmesh-compute-us", str(found.entry.compute_us)),
         )
+        if found.similarity:
+            trailing = (*trailing, ("ringmesh-similarity", f"{found.similarity:.4f}"))
         if found.rows:
             trailing = (*trailing, ("ringmesh-rows", found.rows))
         if found.worker:

@@ -75,6 +75,14 @@ def row_cached(repository: Path) -> Path:
     return folder
 
 
+def similar(repository: Path) -> Path:
+    """FP32 x[n,64] -> y[n,10] as mlp; a vector is answered as one with a cosine of 0.99 with it was."""
+    folder = mlp(repository, name="similar")
+    threshold = 'parameters { key: "ringmesh_semantic_threshold" value { string_value: "0.99" } }'
+    (folder.parent / "config.pbtxt").write_text(threshold)
+    return folder
+
+
 def wide(repository: Path, operator: str) -> Path:
     """FP32 x[n,256] -> y[n,256], after 400 turns of `operator`, each a millionth of a second or more a row."""
     nodes = [
@@ -271,6 +279,6 @@ def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:
         identity(repository, name)
-    for make in (mlp, row_cached, add_sub, accumulator, pipeline, random, scoped, slow):
+    for make in (mlp, row_cached, similar, add_sub, accumulator, pipeline, random, scoped, slow):
         make(repository)
     return repository

@@ -227,6 +227,26 @@ def models(router: RouterOption = None, state: State = _STATE) -> None:
         _console().print(model_list.listing(router or running.find(state).router))
 
 
+@app.command("semantic-precision")
+def semantic_precision(
+    model: Annotated[str, typer.Argument(help="A model with one input, a vector.")],
+    vectors: Annotated[Path, typer.Argument(help="A .npy file of the owner's own vectors, one a row.")],
+    thresholds: Annotated[
+        list[float] | None, typer.Option("--threshold", min=0, max=1, help="May be repeated.")
+    ] = None,
+    router: RouterOption = None,
+    state: State = _STATE,
+) -> None:
+    """Measures how often the answer to a similar vector would have been right, by threshold of similarity."""
+    with _one_line_errors():
+        from services.cli import running
+        from services.cli import semantic_precision as tool
+
+        address = router or running.find(state).router
+        chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
+        asyncio.run(tool.measure(address, model, vectors, chosen, _console()))
+
+
 CacheOption = Annotated[
     str | None, typer.Option("--cache", help="host:port of the cache service; without it, of the stack in --state.")
 ]

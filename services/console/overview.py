@@ -19,7 +19,7 @@ REQUESTS = "ringmesh_requests_total"
 DURATION = "ringmesh_request_duration_seconds"
 COMPUTE = "ringmesh_compute_seconds_total"
 STAGE = "ringmesh_worker_stage_seconds"
-HITS = ("hit-local", "hit-shared", "hit-peer", "joined")
+HITS = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined")
 # Codes by which the service failed its caller; the rest are the caller's own doing.
 SERVER_FAULTS = frozenset(
     {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "DATA_LOSS"}

@@ -12,6 +12,7 @@ from services.runtime.span_tree import Span, SpanTree
 _OUTCOMES = {
     "hit-local": "The router's own memory had the answer.",
     "hit-shared": "The shared cache tier had the answer.",
+    "hit-semantic": "The cache had the answer to a similar request.",
     "hit-peer": "The cache of another region had the answer.",
     "joined": "The same request was being computed already: this one waited for that answer.",
     "miss": "No cache had the answer, so it was computed.",

@@ -16,7 +16,7 @@ from services.console.trace_store import Query
 from services.runtime.span_tree import Span
 
 _LIMIT = 100
-_OUTCOMES = ("hit-local", "hit-shared", "hit-peer", "joined", "miss", "bypass")
+_OUTCOMES = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass")
 
 
 @dataclass(frozen=True, slots=True)

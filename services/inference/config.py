@@ -16,8 +16,10 @@ ModelConfig = config_pb2.ModelConfig
 TENANT_SCOPE = "ringmesh_tenant_scope"
 ROW_CACHE = "ringmesh_row_cache"
 HEDGE = "ringmesh_hedge"
+SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
 # Parameters that are ours; each is "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
+_OURS = _FLAGS | {SEMANTIC_THRESHOLD}
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
@@ -120,13 +122,23 @@ def read(path: Path, name: str) -> Configured:
 
 def ignored_fields(config: ModelConfig) -> list[str]:
     """Paths of the fields that are set and change nothing here."""
-    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in _FLAGS]
+    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in _OURS]
     return [path for path in _set_fields(config, "") if path not in _ACTED_ON] + parameters
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
     """What the parameter `flag` says; None where it is not given."""
     return config.parameters[flag].string_value == "true" if flag in config.parameters else None
+
+
+def semantic_threshold(config: ModelConfig) -> float:
+    """The cosine from which vectors are taken for the same; 0 where none is set, -1 where it is no number."""
+    if SEMANTIC_THRESHOLD not in config.parameters:
+        return 0.0
+    try:
+        return float(config.parameters[SEMANTIC_THRESHOLD].string_value)
+    except ValueError:
+        return -1.0
 
 
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
@@ -170,6 +182,9 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     for flag in sorted(_FLAGS & config.parameters.keys()):
         if (value := config.parameters[flag].string_value) not in ("true", "false"):
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it is "true" or "false"')
+    if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
+        value = config.parameters[SEMANTIC_THRESHOLD].string_value
+        raise ConfigError(f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it is a number above 0, 1 at most")
     batching = config.dynamic_batching
     levels = batching.priority_levels
     if not (1 if levels else 0) <= batching.default_priority_level <= levels:

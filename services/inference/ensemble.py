@@ -31,6 +31,7 @@ class Ensemble:
 
     provider = "ensemble"
     row_cache = False
+    semantic_threshold = 0.0
     # What waits, waits for its steps.
     waiting = 0
 

@@ -13,7 +13,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference import row_independence
-from services.inference.config import HEDGE, ROW_CACHE, TENANT_SCOPE, ConfigError, ModelConfig, says
+from services.inference.config import HEDGE, ROW_CACHE, TENANT_SCOPE, ConfigError, ModelConfig, says, semantic_threshold
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.inference.sessions import Sessions, first_line
@@ -98,6 +98,7 @@ class OnnxModel:
         self.max_batch_rows = max_batch_rows if self.batchable else 1
         self.row_cache_reason = self._why_no_row_cache()
         self.row_cache = not self.row_cache_reason
+        self.semantic_threshold = semantic_threshold(self._config) if self.cacheable else 0.0
 
     def _why_no_row_cache(self) -> str:
         """Raises ModelLoadError where it is asked for and cannot be."""

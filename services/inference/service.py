@@ -194,5 +194,6 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         tenant_scoped=model.tenant_scoped,
         row_cache=model.row_cache,
         hedged=model.hedged,
+        semantic_threshold=model.semantic_threshold,
         unloaded=not held.loaded,
     )

@@ -40,6 +40,14 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
             'parameters { key: "ringmesh_tenant_scope" value { string_value: "yes" } }',
             ["ringmesh_tenant_scope", "'yes'", '"true" or "false"'],
         ),
+        (
+            'parameters { key: "ringmesh_semantic_threshold" value { string_value: "1.5" } }',
+            ["ringmesh_semantic_threshold", "'1.5'", "1 at most"],
+        ),
+        (
+            'parameters { key: "ringmesh_semantic_threshold" value { string_value: "high" } }',
+            ["'high'", "a number above 0"],
+        ),
         ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
     ],
 )
