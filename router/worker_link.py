@@ -1,8 +1,8 @@
 """The way to one worker: requests for it leave in envelopes.
 
 Waiting is batching: while DEPTH envelopes for a model are under way, what arrives for that model gathers
-and leaves as the next one. An idle way adds no wait, and a busy one pays the price of a call (about 200 µs
-of CPU in grpc.aio) once for many requests. Models have lanes of their own, so that a slow one holds up
+and leaves as the next one. An idle way adds no wait, and a busy one pays the price of a call once for many
+requests. Models have lanes of their own, so that a slow one holds up
 no other.
 """
 
@@ -13,12 +13,12 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
+from router.grpc_channel import CallError, GrpcChannel
 from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, from_status
 
@@ -29,12 +29,6 @@ MAX_BYTES = 4 << 20
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
-
-# What grpc-core says of a connection that ended under a call; of one that was refused it says "failed to connect".
-_BROKEN = re.compile("Socket closed|Connection reset|Broken pipe")
-
-_RawCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
-
 
 class WorkerUnreachableError(Exception):
     """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
@@ -62,21 +56,7 @@ class WorkerLink:
         self._load = load
         # Requests in the envelopes under way.
         self._under_way = 0
-        self._channel = grpc.aio.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                # A worker that comes back is found by the next Describe, not after grpc's own back-off of 20 s.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-                # Requests to one worker must not share a connection with those of another fleet in this process.
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
-        )
-        self._execute: _RawCall = self._channel.unary_unary(_EXECUTE)
-        self._describe: _RawCall = self._channel.unary_unary(_DESCRIBE)
+        self._channel = GrpcChannel(address)
         self._lanes: dict[bytes, _Lane] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -87,7 +67,10 @@ class WorkerLink:
             lane = self._lanes[model_digest] = _Lane()
         result: asyncio.Future[inference_pb2.WorkResult] = asyncio.get_running_loop().create_future()
         lane.waiting.append((work, result))
-        self._send(lane)
+        if not lane.sending:
+            # After all that this turn of the loop brings: what callers sent together leaves together.
+            lane.sending = True
+            asyncio.get_running_loop().call_soon(self._send, lane)
         self._load.sent()
         try:
             return await result
@@ -101,23 +84,29 @@ class WorkerLink:
         """
         request = inference_pb2.DescribeRequest(known_version=known_version).SerializeToString()
         try:
-            response = inference_pb2.DescribeResponse.FromString(await self._describe(request, timeout=seconds))
+            response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds))
             self._load.reported(response.load, self._under_way)
             return response
-        except grpc.aio.AioRpcError as error:
-            raise WorkerUnreachableError(_reason(error)) from None
+        except CallError as error:
+            raise WorkerUnreachableError(str(error)) from None
         except DecodeError:
             raise WorkerUnreachableError("it does not answer as a worker does") from None
 
     async def call(self, method: str, request: bytes, seconds: float) -> bytes:
         """One call of another method. Raises the worker's own error, or WorkerUnreachableError."""
-        raw: _RawCall = self._channel.unary_unary(method)
         try:
-            return await raw(request, timeout=seconds)
-        except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise WorkerUnreachableError(_reason(error)) from None
-            raise from_status(error.code(), error.details() or "") from None
+            return await self._timed(method, request, seconds)
+        except CallError as error:
+            if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise WorkerUnreachableError(str(error)) from None
+            raise from_status(error.code, error.details) from None
+
+    async def _timed(self, method: str, request: bytes, seconds: float) -> bytes:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._channel.call(method, request)
+        except TimeoutError:
+            raise CallError(grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {seconds:g} s") from None
 
     def give_up(self) -> None:
         """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""
@@ -135,6 +124,7 @@ class WorkerLink:
         await self._channel.close()
 
     def _send(self, lane: _Lane) -> None:
+        lane.sending = False
         while lane.waiting and lane.under_way < DEPTH:
             lane.under_way += 1
             call = asyncio.create_task(self._call(lane, lane.next_envelope()))
@@ -147,7 +137,7 @@ class WorkerLink:
                 return
             self._under_way += len(items)
             try:
-                answer = await self._execute(_envelope(items))
+                answer = await self._channel.call(_EXECUTE, _envelope(items))
             finally:
                 self._under_way -= len(items)
             response = inference_pb2.ExecuteResponse.FromString(answer)
@@ -155,9 +145,8 @@ class WorkerLink:
             for (_, future), result in zip(items, response.results, strict=True):
                 if not future.done():
                     future.set_result(result)
-        except grpc.aio.AioRpcError as error:
-            lost = _BROKEN.search(error.details() or "")
-            _fail(items, (WorkerLostError if lost else WorkerUnreachableError)(_reason(error)))
+        except CallError as error:
+            _fail(items, (WorkerLostError if error.lost else WorkerUnreachableError)(str(error)))
         except asyncio.CancelledError:
             _fail(items, WorkerUnreachableError("it stopped answering"))
         except Exception as error:
@@ -173,11 +162,12 @@ _Item = tuple[Work, "asyncio.Future[inference_pb2.WorkResult]"]
 class _Lane:
     """What waits for one model on one worker."""
 
-    __slots__ = ("under_way", "waiting")
+    __slots__ = ("sending", "under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[_Item] = deque()
         self.under_way = 0
+        self.sending = False
 
     @property
     def busy(self) -> bool:
@@ -222,7 +212,3 @@ def _fail(items: list[_Item], error: Exception) -> None:
     for _, future in items:
         if not future.done():
             future.set_exception(error)
-
-
-def _reason(error: grpc.aio.AioRpcError) -> str:
-    return f"{error.code().name}: {error.details()}"

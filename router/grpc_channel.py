@@ -1,0 +1,124 @@
+"""Unary gRPC calls to one server, over connections of our own: see http2.py for why.
+
+Source: gRPC over HTTP2 (PROTOCOL-HTTP2.md of grpc/grpc).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from urllib.parse import unquote
+
+import grpc
+import hpack
+
+from router.http2 import Connection, ConnectionLostError, RequestError, Stream
+
+_CONNECT_SECONDS = 1.0
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_PREFIX_BYTES = 5
+
+
+class CallError(Exception):
+    """The server answered with another status than OK, or could not be reached (UNAVAILABLE).
+
+    `lost`: the connection ended while the call was under way.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, *, lost: bool = False) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+        self.lost = lost
+
+
+class GrpcChannel:
+    """Calls to the server at `address`, host:port or unix:path. Connects at the first call, and again after a loss."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._connection: Connection | None = None
+        # Those that finish what they have, after the server asked us to go.
+        self._connections: set[Connection] = set()
+        self._connecting = asyncio.Lock()
+        self._header_blocks: dict[str, bytes] = {}
+
+    async def call(self, method: str, request: bytes) -> bytes:
+        """The serialized response. Raises CallError. Cancelled: the server is told."""
+        connection = self._connection
+        if connection is None or not connection.is_open:
+            connection = await self._connect()
+        headers = self._header_blocks.get(method)
+        if headers is None:
+            headers = self._header_blocks[method] = self._headers(method)
+        number, stream = connection.request(headers, b"\0" + len(request).to_bytes(4, "big") + request)
+        try:
+            await stream.done
+        except RequestError as error:
+            lost = isinstance(error, ConnectionLostError)
+            raise CallError(grpc.StatusCode.UNAVAILABLE, str(error), lost=lost) from None
+        except asyncio.CancelledError:
+            connection.cancel(number)
+            raise
+        return _response(stream)
+
+    async def close(self) -> None:
+        """Disconnects; what is under way fails."""
+        for connection in list(self._connections):
+            connection.close()
+
+    async def _connect(self) -> Connection:
+        async with self._connecting:
+            if self._connection is not None and self._connection.is_open:
+                return self._connection
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(_CONNECT_SECONDS):
+                    if self._address.startswith("unix:"):
+                        path = self._address.removeprefix("unix:")
+                        _, made = await loop.create_unix_connection(lambda: Connection(self._lost), path)
+                    else:
+                        host, _, port = self._address.rpartition(":")
+                        _, made = await loop.create_connection(
+                            lambda: Connection(self._lost), host.strip("[]"), int(port)
+                        )
+            except TimeoutError:
+                message = f"no connection to {self._address} within {_CONNECT_SECONDS:g} s"
+                raise CallError(grpc.StatusCode.UNAVAILABLE, message) from None
+            except OSError as error:
+                raise CallError(grpc.StatusCode.UNAVAILABLE, f"cannot connect to {self._address}: {error}") from None
+            self._connections.add(made)
+            self._connection = made
+            return made
+
+    def _lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if self._connection is connection:
+            self._connection = None
+
+    def _headers(self, method: str) -> bytes:
+        """The block of every request for `method`: with no entry for the server's table, it stands for itself."""
+        authority = "localhost" if self._address.startswith("unix:") else self._address
+        headers = [
+            (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", authority),
+            ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "ringmesh-router"),
+        ]  # fmt: skip
+        return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
+
+
+def _response(stream: Stream) -> bytes:
+    headers = stream.headers
+    status = headers.get("grpc-status")
+    if status is None:
+        http = headers.get(":status", "no status")
+        raise CallError(grpc.StatusCode.UNAVAILABLE, f"the server does not speak gRPC: HTTP {http}")
+    if status != "0":
+        code = grpc.StatusCode.UNKNOWN
+        with suppress(ValueError, KeyError):
+            code = _CODES[int(status)]
+        raise CallError(code, unquote(headers.get("grpc-message", "")))
+    body = stream.body
+    size = int.from_bytes(body[1:_PREFIX_BYTES], "big")
+    if len(body) != _PREFIX_BYTES + size or body[0]:
+        raise CallError(grpc.StatusCode.INTERNAL, f"a response of {len(body)} bytes that is not one plain message")
+    return bytes(memoryview(body)[_PREFIX_BYTES:])
