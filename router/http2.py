@@ -69,7 +69,7 @@ class Stream:
         self.headers: dict[str, str] = {}
         self.body = bytearray()
         # What the server has no room for yet.
-        self.unsent = b""
+        self.unsent = memoryview(b"")
 
 
 class Connection(asyncio.Protocol):
@@ -128,7 +128,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join((head, _head(len(body), Frame.DATA, _END_STREAM, number), body)))
         else:
             self._transport.write(head)
-            stream.unsent = body
+            stream.unsent = memoryview(body)
             self._send(number, stream)
         return number, stream
 
@@ -304,8 +304,8 @@ def _head(length: int, kind: Frame, flags: int, number: int) -> bytes:
     return struct.pack(">BHBBI", length >> 16, length & 0xFFFF, kind, flags, number)
 
 
-def _frame(kind: Frame, flags: int, number: int, payload: bytes) -> bytes:
-    return _head(len(payload), kind, flags, number) + payload
+def _frame(kind: Frame, flags: int, number: int, payload: bytes | memoryview) -> bytes:
+    return b"".join((_head(len(payload), kind, flags, number), payload))
 
 
 def _text(value: bytes | str) -> str:
