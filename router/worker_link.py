@@ -9,7 +9,6 @@ no other.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ MAX_BYTES = 4 << 20
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
+
 
 class WorkerUnreachableError(Exception):
     """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
