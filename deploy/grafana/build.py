@@ -29,7 +29,7 @@ DASHBOARDS: dict[str, tuple[str, list[tuple[str, list[Panel]]]]] = {
                 "Objectives",
                 [
                     ("Requests failed by us", "percentunit", [("ringmesh:unavailable:ratio_rate5m", "{{model}}")]),
-                    ("Answers slower than 100 ms", "percentunit", [("ringmesh:slow:ratio_rate5m", "{{model}}")]),
+                    ("Answers slower than 300 ms", "percentunit", [("ringmesh:slow:ratio_rate5m", "{{model}}")]),
                     (
                         "Burn of the month's budget, 1 h",
                         "none",

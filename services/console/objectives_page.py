@@ -16,9 +16,10 @@ from services.console.sources import Sources
 
 # The console's memory is short: these are the short windows of the alerts in deploy/prometheus.
 WINDOWS = ((300.0, "5 min"), (1500.0, "25 min"))
+LONG_WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 AVAILABILITY = 0.999
 LATENCY = 0.99
-LATENCY_SECONDS = 0.1
+LATENCY_SECONDS = 0.3
 # At which the 30-day budget is gone in two days: the alert that pages.
 FAST_BURN = 14.4
 
@@ -61,6 +62,8 @@ async def contents(sources: Sources, _: Request) -> Context:
         "objectives": objectives(history),
         "models": [(model, objectives(history, model=model)) for model in models],
         "windows": [name for _, name in WINDOWS],
+        "burns": _burns(history),
+        "long_windows": LONG_WINDOWS,
         "charts": [
             plot("Requests that the service failed", [Line("share", _failed(history))], units.percent, least=0.01),
             plot(
@@ -86,6 +89,17 @@ def objectives(history: History, **where: str) -> list[Objective]:
             [_kept(name, _quick(history, seconds, **where), LATENCY) for seconds, name in WINDOWS],
         ),
     ]
+
+
+def _burns(history: History) -> dict[str, dict[str, float]]:
+    """Burn rates by objective and window, of the router that burns fastest; empty where none tells."""
+    burns: dict[str, dict[str, float]] = {}
+    for (objective, window, _), burn in history.last(
+        "ringmesh_slo_burn_rate", ("objective", "window", "target")
+    ).items():
+        of = burns.setdefault(objective, {})
+        of[window] = max(burn, of.get(window, 0.0))
+    return burns
 
 
 def _kept(window: str, good: float, objective: float) -> Kept:

@@ -139,7 +139,7 @@ PAGES = {
     "/models/mlp": ("worker-0", "worker-1", "FP32", "[-1, 64]", "answers are cached"),
     "/models/random": ("not cached because",),
     "/cache": ("router", "shared", "By model and tenant"),
-    "/objectives": ("Availability", "Latency", "99.9 %"),
+    "/objectives": ("Availability", "Latency", "99.9 %", "Burn rates as the routers count them", "3d"),
     "/cost": ("By model", "By tenant"),
     "/try?model=mlp": ("Send", "FP32, any"),
 }

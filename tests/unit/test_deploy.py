@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from router.settings import RouterSettings
 from services.console import objectives_page, overview
 from tests.unit.test_metrics import documented
 
@@ -80,7 +81,10 @@ def test_every_alert_has_a_test_of_its_own():
     assert tested == {alert["alert"] for alert in alerts()}
 
 
-def test_the_console_shows_the_objectives_that_the_alerts_watch():
+def test_router_console_and_alerts_watch_the_same_objectives():
+    ours = (objectives_page.AVAILABILITY, objectives_page.LATENCY, objectives_page.LATENCY_SECONDS)
+    names = ("slo_availability", "slo_latency", "slo_latency_seconds")
+    assert ours == tuple(RouterSettings.model_fields[name].default for name in names)
     faults = "|".join(sorted(overview.SERVER_FAULTS))
     text = RULES.read_text()
     for match in re.findall(r'code=~"([A-Z_|]*UNAVAILABLE[A-Z_|]*)"', text):
