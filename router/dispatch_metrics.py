@@ -10,6 +10,9 @@ ATTEMPTS = Family(
     "requests sent to workers; kind: first, retry, hedge; code: of the answer, UNAVAILABLE where none came",
     ("worker", "kind", "code"),
 )
+ATTEMPT_SECONDS = Family(
+    "ringmesh_attempt_duration_seconds", "histogram", "from sending a request to a worker to its answer", ("worker",)
+)
 RETRIES_DENIED = Family("ringmesh_retries_denied_total", "counter", "retries not made, to keep within the budget")
 SHEDS = Family("ringmesh_sheds_total", "counter", "requests refused; reason: overload, quota", ("reason",))
 EJECTIONS = Family(

@@ -14,7 +14,7 @@ from router.admission.caller import ANYBODY, Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.attempt_span import at_bound, attempt_attributes, consideration
 from router.catalog import ModelEntry
-from router.dispatch_metrics import ATTEMPTS, RETRIES_DENIED, SHEDS
+from router.dispatch_metrics import ATTEMPT_SECONDS, ATTEMPTS, RETRIES_DENIED, SHEDS
 from router.fleet import Fleet
 from router.member import Member
 from router.picker import Candidate, candidates
@@ -29,7 +29,7 @@ from services.runtime.errors import (
     UnavailableError,
     from_failure,
 )
-from services.runtime.metrics import Counter, Sample
+from services.runtime.metrics import OTHER, Counter, Histogram, Sample
 from services.runtime.spans import Event, Kind
 from services.runtime.tracing import Trace
 from services.runtime.w3c import new_span_id
@@ -39,6 +39,7 @@ from services.runtime.worker_spans import EXECUTE
 _UNAVAILABLE = UnavailableError.code.value[0]
 _FAILED_PRECONDITION = FailedPreconditionError.code.value[0]
 _RESOURCE_EXHAUSTED = ResourceExhaustedError.code.value[0]
+_MAX_WORKERS = 200
 # Workers that an error says something of; a fleet may be large.
 _TOLD = 8
 _ELSEWHERE = frozenset((_UNAVAILABLE, _FAILED_PRECONDITION, _RESOURCE_EXHAUSTED))
@@ -69,11 +70,14 @@ class Dispatcher:
         self._retries = retries
         self._tails = tails
         self._attempts = Counter(ATTEMPTS)
+        self._attempt_times: dict[str, Histogram] = {}
         self._sheds = 0
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
         yield from self._attempts.samples()
+        for worker, times in self._attempt_times.items():
+            yield Sample(ATTEMPT_SECONDS, (worker,), times.buckets())
         yield Sample(RETRIES_DENIED, (), self._retries.denied)
         yield Sample(SHEDS, ("overload",), self._sheds)
 
@@ -246,11 +250,13 @@ class Dispatcher:
         finally:
             limit.end()
             attributes = attempt_attributes(member, candidate.rank, result)
+            end = time.time_ns()
+            self._times(member.worker_id).observe(end - start)
             self._attempts.add(member.worker_id, kind, str(attributes["rpc.response.status_code"]))
             trace.span(
                 EXECUTE,
                 start,
-                time.time_ns(),
+                end,
                 attributes,
                 span_id,
                 kind=Kind.CLIENT,
@@ -259,3 +265,11 @@ class Dispatcher:
                 worker=member.worker_id,
                 result=result,
             )
+
+    def _times(self, worker: str) -> Histogram:
+        times = self._attempt_times.get(worker)
+        if times is None:
+            # Workers come and go under new names.
+            worker = worker if len(self._attempt_times) < _MAX_WORKERS else OTHER
+            times = self._attempt_times.setdefault(worker, Histogram())
+        return times
