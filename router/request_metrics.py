@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
@@ -103,11 +102,11 @@ class RequestMetrics:
         series.recent.append(ns)
         return ns > series.slow_ns
 
-    def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str) -> None:
+    def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str, end_ns: int) -> None:
         """The trace of a request that was counted and is kept."""
         series = self._series.get(labels)
         if series is not None:
-            series.exemplars[bisect_left(BOUNDS_NS, ns)] = Exemplar(trace_id, ns / 1e9, time.time())
+            series.exemplars[bisect_left(BOUNDS_NS, ns)] = Exemplar(trace_id, ns / 1e9, end_ns / 1e9)
 
     async def keep_marking(self) -> None:
         """Until cancelled."""

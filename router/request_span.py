@@ -27,4 +27,4 @@ def answered(found: Found, now_ns: int) -> dict[str, Value]:
 
 def baggage(sent: str) -> dict[str, Value]:
     """The caller's baggage, so that a trace is found by what the caller says of it."""
-    return {f"baggage.{key}": value for key, value in w3c.parse_baggage(sent).items()} if sent else {}
+    return {f"baggage.{key}": value for key, value in w3c.parse_baggage(sent).items()}

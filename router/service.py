@@ -348,8 +348,6 @@ class InferenceService:
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
         if (slow or call.trace.sampled) and call.method != STEP:
-            if found.outcome == "hit-local":
-                call.trace.span("cache.local", call.start, end, {"ringmesh.cache.hit": True})
             told = request_span.answered(found, end)
             told["ringmesh.cost"] = self._cost.of(model.provider, found.entry.compute_us)
             told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
@@ -395,19 +393,24 @@ class InferenceService:
     ) -> None:
         """Of a request that is sampled, slow or failed."""
         trace = call.trace
-        self._requests.exemplify(labels, end - call.start, trace.trace_id)
-        trace.state = w3c.usable_state(protocol.joined(call.metadata, "tracestate"))
+        self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
+        state, baggage = protocol.state_and_baggage(call.metadata)
+        trace.state = w3c.usable_state(state)
         told: dict[str, Value] = {
             **protocol.span_attributes(call.method, code.value[0]),
             "ringmesh.model.name": call.name,
             "ringmesh.model.version": call.model.version if call.model is not None else "",
-            "ringmesh.tenant": call.tenant,
-            "ringmesh.key": call.request_hash[:8].hex(),
-            "ringmesh.cache.reason": call.reason,
             "ringmesh.request.bytes": len(call.data),
             **attributes,
-            **request_span.baggage(protocol.joined(call.metadata, "baggage")),
         }
+        if call.tenant:
+            told["ringmesh.tenant"] = call.tenant
+        if call.request_hash:
+            told["ringmesh.key"] = call.request_hash[:8].hex()
+        if call.reason:
+            told["ringmesh.cache.reason"] = call.reason
+        if baggage:
+            told |= request_span.baggage(baggage)
         self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
         if code is not grpc.StatusCode.OK or slow:
             self._log.tell(

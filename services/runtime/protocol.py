@@ -159,9 +159,15 @@ def trace_and_cache_control(sent: Metadata) -> tuple[str | None, str, str]:
     return trace, control, caller
 
 
-def joined(sent: Metadata, name: str) -> str:
-    """The values of `name`, which may be sent in several parts, as one list; "" where there is none."""
-    return ",".join(value for key, value in sent if key == name and isinstance(value, str))
+def state_and_baggage(sent: Metadata) -> tuple[str, str]:
+    """The caller's W3C tracestate and baggage, which may come in several parts; "" where it sent none."""
+    state, baggage = "", ""
+    for key, value in sent:
+        if key == "tracestate" and isinstance(value, str):
+            state = f"{state},{value}" if state else value
+        elif key == "baggage" and isinstance(value, str):
+            baggage = f"{baggage},{value}" if baggage else value
+    return state, baggage
 
 
 def full_name(method: str) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+_BYTES = [bytes((value,)) for value in range(256)]
+
 
 def varint(number: int) -> bytes:
     """`number`, 0 or more."""
+    if number < 0x80:
+        return _BYTES[number]
+    if number < 0x4000:
+        return bytes((number & 0x7F | 0x80, number >> 7))
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -15,4 +21,4 @@ def varint(number: int) -> bytes:
 
 def field(number: int, payload: bytes) -> bytes:
     """A length-delimited field: a submessage, bytes or text. `number` is below 16."""
-    return b"".join((bytes((number << 3 | 2,)), varint(len(payload)), payload))
+    return _BYTES[number << 3 | 2] + varint(len(payload)) + payload

@@ -40,7 +40,7 @@ def test_the_second_pass_is_all_hits_and_every_request_has_a_trace(project):
     assert "hit ratio           5 of 10 (50%); second pass 5 of 5" in done.stdout
     assert int(re.search(r"compute time saved +(\d+) ms", done.stdout)[1]) > 0
     assert "the same answers byte for byte" in done.stdout
-    for row, last in ((rows[0], "onnxruntime run"), (rows[-1], "cache.local")):
+    for row, last in ((rows[0], "onnxruntime run"), (rows[-1], "hit-local")):
         trace = run(project, "trace", row[5])
         assert trace.returncode == 0, trace.stderr
         assert last in trace.stdout

@@ -113,7 +113,7 @@ def test_a_kept_request_is_an_exemplar_in_its_bucket():
     requests = RequestMetrics()
     labels = ("ModelInfer", "m", "1", "", OK, "miss")
     requests.count(labels, 42_000, 1)
-    requests.exemplify(labels, 42_000, "ab" * 16)
+    requests.exemplify(labels, 42_000, "ab" * 16, 10**18)
     text, _ = expose(requests.samples(), "application/openmetrics-text; version=1.0.0")
     (line,) = [line for line in text.decode().splitlines() if "trace_id" in line]
     assert 'le="5e-05"' in line
