@@ -14,7 +14,7 @@ from router.load import BALANCE
 from tests.system.conftest import eventually
 from tests.system.test_cache import fresh, infer
 
-CALLERS = 48
+CALLERS = 24
 SECONDS = 6.0
 BOUND = math.ceil(BALANCE * CALLERS / 3)
 
