@@ -12,6 +12,8 @@ from types import MappingProxyType
 from blake3 import blake3
 
 EVERYTHING = "all"
+# Not of any key: raised when models were loaded or unloaded.
+MODELS = "models"
 _MAX_PREFIXES = 4096
 
 
@@ -49,26 +51,11 @@ class Epochs:
         if not self.version:
             return model_digest + request_hash
         if self._keys and (epoch := self._keys.get(model_digest + request_hash)):
-            return blake3(model_digest + request_hash + self._prefix(model_digest, model_name) + _bytes(epoch)).digest()
+            return blake3(model_digest + request_hash + self.prefix(model_digest, model_name) + _bytes(epoch)).digest()
         prefix = self._prefixes.get(model_digest)
-        return (self._prefix(model_digest, model_name) if prefix is None else prefix) + request_hash
+        return (self.prefix(model_digest, model_name) if prefix is None else prefix) + request_hash
 
-    def own_key(self, namespace: str, tenant: str, key: bytes) -> bytes:
-        """32 bytes: what another service filed under `key`, since the last purge of it."""
-        epochs = [self._everything, self.scopes.get(model_scope(namespace), 0), self.tenant(tenant)]
-        name, owner = namespace.encode(), tenant.encode()
-        text = b"".join((_bytes(len(name)), name, _bytes(len(owner)), owner, *map(_bytes, epochs), key))
-        return blake3(text, derive_key_context="ringmesh 2026-11 data of other services").digest()
-
-    def tenant(self, tenant: str) -> int:
-        """The epoch of a tenant, 0 where it was never purged."""
-        return self.scopes.get(tenant_scope(tenant), 0)
-
-    def merged(self, scopes: Mapping[str, int]) -> Epochs:
-        """With what another view has."""
-        return Epochs({**self.scopes, **{s: max(e, self.scopes.get(s, 0)) for s, e in scopes.items()}})
-
-    def _prefix(self, model_digest: bytes, model_name: str) -> bytes:
+    def prefix(self, model_digest: bytes, model_name: str) -> bytes:
         """16 bytes in place of the digest; the digest itself where no purge covers the model."""
         prefix = self._prefixes.get(model_digest)
         if prefix is None:
@@ -78,6 +65,21 @@ class Epochs:
                 self._prefixes.clear()
             self._prefixes[model_digest] = prefix
         return prefix
+
+    def own_key(self, namespace: str, tenant: str, key: bytes) -> bytes:
+        """64 hexadecimal digits (so without braces): what another service filed under `key` since the last purge."""
+        epochs = [self._everything, self.scopes.get(model_scope(namespace), 0), self.tenant(tenant)]
+        name, owner = namespace.encode(), tenant.encode()
+        text = b"".join((_bytes(len(name)), name, _bytes(len(owner)), owner, *map(_bytes, epochs), key))
+        return blake3(text, derive_key_context="ringmesh 2026-11 data of other services").hexdigest().encode()
+
+    def tenant(self, tenant: str) -> int:
+        """The epoch of a tenant, 0 where it was never purged."""
+        return self.scopes.get(tenant_scope(tenant), 0)
+
+    def merged(self, scopes: Mapping[str, int]) -> Epochs:
+        """With what another view has."""
+        return Epochs({**self.scopes, **{s: max(e, self.scopes.get(s, 0)) for s, e in scopes.items()}})
 
 
 def _bytes(number: int) -> bytes:

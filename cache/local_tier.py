@@ -7,6 +7,7 @@ the heap is put right when the entry comes to its top. docs/decisions/0009 compa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heappop, heappush
 
 from cache.entry import Entry
@@ -47,6 +48,20 @@ class LocalTier:
         self.counters.hits += 1
         self.counters.saved_compute_us += entry.compute_us
         return entry
+
+    def peek(self, key: bytes) -> Entry | None:
+        """As `get`, and counts nothing."""
+        return self._shards[key[-1]].get(key)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes."""
+        return self._capacity
+
+    def shards(self) -> Iterator[list[tuple[bytes, Entry]]]:
+        """All that is held, in parts short enough to walk between two requests."""
+        for shard in self._shards:
+            yield list(shard.items())
 
     def put(self, key: bytes, entry: Entry) -> None:
         """Keeps the entry, in place of one of the same key, unless it is too large or at once the one worth least."""

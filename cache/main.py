@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cache.metrics import CacheMetrics
+from cache.replication import Replication
 from cache.service import CacheService
 from cache.settings import CacheSettings
 from services.runtime.exposition import MetricsServer
@@ -32,9 +33,15 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     await exposition.start()
     ProcessMetrics("cache", settings.engine, metrics).start()
     mesh.start()
+    replication = None
+    if mesh.shared is not None and mesh.peers.peers and settings.peer_bytes_per_second:
+        replication = Replication(mesh.peers.peers, mesh.shared, settings.peer_bytes_per_second)
+        replication.start()
     server.set_serving(True)
     await stopping.wait()
     service.close()
+    if replication is not None:
+        replication.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await mesh.close()

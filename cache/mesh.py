@@ -1,4 +1,4 @@
-"""How the tiers combine: local, then equal requests joined, then shared, then computed, then filled."""
+"""How the tiers combine: local, then equal requests joined, shared, peer regions, computed, then filled."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from cache.cache_control import CacheControl
+from cache.doorkeeper import Doorkeeper
 from cache.entry import Entry
 from cache.local_tier import LocalTier
+from cache.peer_regions import PeerRegions
 from cache.purge_board import PurgeBoard
+from cache.refusals import Refusals
 from cache.shared_tier import SharedTier
-from services.runtime.errors import FailedPreconditionError
+from cache.valuable import Valuable
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Trace
 
-Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-semantic", "joined", "miss", "bypass"]
+_MODEL_BYTES = 16
+_MAX_MODELS = 4096
+_SMOOTHING = 0.2
+
+Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +52,48 @@ class Found:
 
 
 class Mesh:
-    """The caches of one process. `shared` is None where there is no Redis."""
+    """The caches of one process. `shared` is None where there is no Redis.
 
-    def __init__(self, local: LocalTier, shared: SharedTier | None, purges: PurgeBoard) -> None:
+    `doorkeeper` holds back from the shared tier what is asked for only once; None: all is written.
+    """
+
+    def __init__(
+        self,
+        local: LocalTier,
+        shared: SharedTier | None,
+        purges: PurgeBoard,
+        peers: PeerRegions,
+        refusals: Refusals,
+        doorkeeper: Doorkeeper | None = None,
+    ) -> None:
         self.local = local
         self.shared = shared
         self.purges = purges
+        self.peers = peers
+        self.valuable = Valuable(local, shared) if shared is not None else None
+        self._refusals = refusals
+        self._doorkeeper = doorkeeper
         self._flights: SingleFlight[Found] = SingleFlight()
+        # What computing took of late, in seconds, by the model's half of the key.
+        self._costs: dict[bytes, float] = {}
 
     def start(self) -> None:
         """Connects."""
         if self.shared is not None:
             self.shared.start()
         self.purges.start()
+        self.peers.start()
+        if self.valuable is not None:
+            self.valuable.start()
+        if self._doorkeeper is not None:
+            self._doorkeeper.start()
+
+    async def find(self, key: bytes) -> Entry | None:
+        """What is filed under `key` in any tier of this region."""
+        entry = self.local.get(key)
+        if entry is not None and entry.created_at_ms >= self.purges.oldest_ms:
+            return entry
+        return await self.look_up(key)
 
     async def get_or_compute(
         self, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None, trace: Trace
@@ -66,6 +103,11 @@ class Mesh:
         A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
         `deadline` is the caller's, in time.monotonic.
         """
+        self._refusals.check(key)
+        # Again: between the first look and now, an equal request in flight may have been filed and be gone.
+        entry = self.local.peek(key)
+        if entry is not None and entry.created_at_ms >= self.purges.oldest_ms:
+            return Found(entry, "hit-local")
         found, joined = await self._flights.run(key, lambda: self._lead(key, compute, trace), deadline)
         return Found(found.entry, "joined", found.worker) if joined else found
 
@@ -91,17 +133,46 @@ class Mesh:
         entry = await self.look_up(key, trace)
         if entry is not None:
             return Found(entry, "hit-shared")
-        computed = await compute()
+        # Who cannot know what was purged here must not bring it back from there.
+        may_ask = self.purges.is_known and not self.purges.oldest_ms
+        peers = self.peers.worth_asking(self._costs.get(key[:_MODEL_BYTES], 0.0)) if may_ask else []
+        if peers:
+            start = time.time_ns()
+            answer = await self.peers.race(peers, key, lambda: self._compute(key, compute))
+            trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
+            if isinstance(answer, Entry):
+                self.fill(Computed(answer, key, ""))
+                return Found(answer, "hit-peer")
+            computed = answer
+        else:
+            computed = await self._compute(key, compute)
         self.fill(computed)
         return Found(computed.entry, "miss", computed.worker)
 
-    async def look_up(self, key: bytes, trace: Trace) -> Entry | None:
+    async def _compute(self, key: bytes, compute: Callable[[], Awaitable[Computed]]) -> Computed:
+        """Learns what it costs, and of requests that are wrong wherever they are computed."""
+        start = time.monotonic()
+        try:
+            computed = await compute()
+        except InvalidArgumentError as error:
+            self._refusals.keep(key, error)
+            raise
+        seconds = time.monotonic() - start
+        model = key[:_MODEL_BYTES]
+        known = self._costs.get(model)
+        if known is None and len(self._costs) >= _MAX_MODELS:
+            self._costs.clear()
+        self._costs[model] = seconds if known is None else known + _SMOOTHING * (seconds - known)
+        return computed
+
+    async def look_up(self, key: bytes, trace: Trace | None = None) -> Entry | None:
         """In the shared tier, once it is known what was purged; what is found goes into the local one too."""
         if self.shared is None or not self.purges.is_known:
             return None
         start = time.time_ns()
         entry = await self.shared.get(key)
-        trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
+        if trace is not None:
+            trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
         if entry is None or entry.created_at_ms < self.purges.oldest_ms:
             return None
         self.local.put(key, entry)
@@ -111,12 +182,19 @@ class Mesh:
         """Keeps it in both tiers, if it is to be kept."""
         if computed.key is not None:
             self.local.put(computed.key, computed.entry)
-            if self.shared is not None:
+            if self._doorkeeper is not None:
+                self._doorkeeper.offer(computed.key, computed.entry)
+            elif self.shared is not None:
                 self.shared.put(computed.key, computed.entry)
 
     async def close(self) -> None:
         """Ends what is in flight and writes what Redis still lacks."""
         self._flights.close()
+        await self.peers.close()
+        if self._doorkeeper is not None:
+            await self._doorkeeper.close()
+        if self.valuable is not None:
+            await self.valuable.close()
         await self.purges.close()
         if self.shared is not None:
             await self.shared.close()

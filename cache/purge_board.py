@@ -15,7 +15,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -106,6 +106,8 @@ class PurgeBoard:
         # Entries that were computed before this are not to be served: 0 but for a process that is cut off.
         self.oldest_ms = 0
         self.changed = asyncio.Event()
+        # Called with the scopes that others have purged or announced, before this process confirms them.
+        self.on_news: Callable[[set[str]], Awaitable[None]] = _nothing
         self._shared = shared
         self._member = member
         self._lease = lease_seconds
@@ -118,6 +120,11 @@ class PurgeBoard:
             self._contact = time.monotonic()
             self._task = asyncio.create_task(self._beat_on())
 
+    async def announce(self, scope: str) -> None:
+        """As a purge of a scope that no key is in: returns when every process has heard it with its `on_news`."""
+        if self._shared is not None:
+            await self._publish([scope], 0.0)
+
     async def purge(self, scopes: Sequence[str]) -> tuple[int, int]:
         """The epoch, and how many processes go by it: all there are, so that none serves what was filed before.
 
@@ -128,27 +135,7 @@ class PurgeBoard:
             epoch = max(time.time_ns() // 1_000_000, self.epochs.version + 1)
             self._merge(dict.fromkeys(scopes, epoch))
             return epoch, 1
-        start = time.monotonic()
-        told = await self._run(_PURGE, str(self.epochs.version + 1), str(_MAX_SCOPES), *scopes)
-        if told == b"full":
-            raise ResourceExhaustedError(
-                f"{_MAX_SCOPES} models, tenants and keys were purged since everything was; purge everything"
-            )
-        epoch = int(told)
-        self._merge(dict.fromkeys(scopes, epoch))
-        await self._beat()
-        while True:
-            now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
-            beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
-            behind = {member: int(now) - int(at) for member, (version, at) in beats.items() if int(version) < epoch}
-            waited = time.monotonic() - start
-            if waited >= _SETTLE_SECONDS and (
-                not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
-            ):
-                return epoch, len(beats) - len(behind)
-            if waited >= 1.0 and waited < 1.0 + _BEAT_SECONDS / 4:
-                log.warning("a purge waits for %s, not heard from", ", ".join(map(repr, behind)))
-            await asyncio.sleep(_BEAT_SECONDS / 4)
+        return await self._publish(scopes, _SETTLE_SECONDS)
 
     async def merge(self, scopes: Mapping[str, int]) -> None:
         """Takes over what another region has purged. Raises UnavailableError."""
@@ -168,6 +155,29 @@ class PurgeBoard:
         except UnavailableError as error:
             log.debug("left without a word: %s", error.message)
 
+    async def _publish(self, scopes: Sequence[str], settle_seconds: float) -> tuple[int, int]:
+        start = time.monotonic()
+        told = await self._run(_PURGE, str(self.epochs.version + 1), str(_MAX_SCOPES), *scopes)
+        if told == b"full":
+            raise ResourceExhaustedError(
+                f"{_MAX_SCOPES} models, tenants and keys were purged since everything was; purge everything"
+            )
+        epoch = int(told)
+        self._merge(dict.fromkeys(scopes, epoch))
+        await self._beat()
+        while True:
+            now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
+            beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
+            behind = {member: int(now) - int(at) for member, (version, at) in beats.items() if int(version) < epoch}
+            waited = time.monotonic() - start
+            if waited >= settle_seconds and (
+                not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
+            ):
+                return epoch, len(beats) - len(behind)
+            if waited >= 1.0 and waited < 1.0 + _BEAT_SECONDS / 4:
+                log.warning("a purge waits for %s, not heard from", ", ".join(map(repr, behind)))
+            await asyncio.sleep(_BEAT_SECONDS / 4)
+
     async def _beat_on(self) -> None:
         while True:
             try:
@@ -182,11 +192,14 @@ class PurgeBoard:
     async def _beat(self) -> None:
         before = time.monotonic()
         version, *flat = await self._run(_BEAT, self._member, str(self.epochs.version))
-        self._merge({k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"})
+        scopes = {k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"}
+        news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
+        self._merge(scopes)
         if int(version) < self.epochs.version:
             # Redis lost it, by a restart or a failover.
             await self._run(_MERGE, *_flat(self.epochs.scopes))
         if flat:
+            await self.on_news(news)
             await self._run(_BEAT, self._member, str(self.epochs.version))
         self.is_known = True
         self._contact = before
@@ -219,6 +232,10 @@ class PurgeBoard:
         assert self._shared is not None
         run: Callable[..., Any] = self._shared.run
         return await run(EPOCHS, command, _COMMAND_SECONDS)
+
+
+async def _nothing(_: set[str]) -> None:
+    pass
 
 
 def _flat(scopes: Mapping[str, int]) -> list[str]:

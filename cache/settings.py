@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
 from cache.breaker import Breaker
+from cache.doorkeeper import Doorkeeper
 from cache.local_tier import LocalTier
 from cache.mesh import Mesh
+from cache.peer_regions import PeerRegion, PeerRegions
 from cache.purge_board import PurgeBoard
+from cache.refusals import Refusals
 from cache.shared_tier import SharedTier
 from services.runtime.settings import ServiceSettings
 
@@ -31,8 +35,33 @@ class MeshSettings(ServiceSettings):
         ge=5,
         description="how old an answer may be while Redis cannot be reached for as long; bounds what a purge waits",
     )
+    shared_admission: bool = Field(False, description="whether only what is asked for again is written to Redis")
+    refusal_seconds: float = Field(
+        0.0, ge=0, description="how long a request found wrong is refused without asking a worker"
+    )
+    peer_regions: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
+        (), description="caches of other regions: region=host:port, separated by commas"
+    )
     # The same on every router of a fleet; kept from tenants, who could search for colliding inputs with it.
     key_secret: str = Field("ringmesh", min_length=1, description="secret that request hashes are keyed with")
+
+    @field_validator("peer_regions", mode="before")
+    @classmethod
+    def _split_peers(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(tuple(part.strip().partition("=")[::2]) for part in value.split(",") if part.strip())
+
+    @field_validator("peer_regions")
+    @classmethod
+    def _check_peers(cls, peers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        for region, address in peers:
+            host, _, port = address.rpartition(":")
+            if not (region and host and port.isdecimal()):
+                raise ValueError(f"{region}={address} is not region=host:port")
+        if len({region for region, _ in peers}) != len(peers):
+            raise ValueError("a region is named twice")
+        return peers
 
     def create_mesh(self) -> Mesh:
         """The tiers as set. Raises StartError where the Redis URL is not one; an unreachable Redis is none."""
@@ -46,7 +75,15 @@ class MeshSettings(ServiceSettings):
             )
         address = self.address if not self.address.endswith(":0") else str(os.getpid())
         purges = PurgeBoard(shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds)
-        return Mesh(LocalTier(self.local_tier_bytes), shared, purges)
+        peers = [PeerRegion(region, peer, Breaker(time.monotonic)) for region, peer in self.peer_regions]
+        return Mesh(
+            LocalTier(self.local_tier_bytes),
+            shared,
+            purges,
+            PeerRegions(peers, purges),
+            Refusals(self.refusal_seconds),
+            Doorkeeper(shared) if self.shared_admission and shared is not None else None,
+        )
 
 
 class CacheSettings(MeshSettings):
@@ -54,4 +91,7 @@ class CacheSettings(MeshSettings):
 
     section: ClassVar[str] = "cache"
     address: str = Field("127.0.0.1:8010", description="host:port to serve gRPC on; port 0 takes a free one")
+    peer_bytes_per_second: int = Field(
+        1 << 20, ge=0, description="budget for copying what peer regions find valuable; 0: none is copied"
+    )
     metrics_address: str = Field("127.0.0.1:8012", description="host:port to serve /metrics on")

@@ -25,7 +25,13 @@ log = logging.getLogger(__name__)
 _PREFIX = b"rm1:"
 _REDIRECTS = 2
 _CHECK_SECONDS = 5.0
+_COMMAND_SECONDS = 1.0
 Result = TypeVar("Result")
+
+
+def stored_name(key: bytes) -> bytes:
+    """The name in Redis of the entry under `key`."""
+    return _PREFIX + key
 
 
 class SharedTier:
@@ -38,7 +44,7 @@ class SharedTier:
     def __init__(
         self, url: str, *, ttl_seconds: float, budget_seconds: float, create_breaker: Callable[[], Breaker]
     ) -> None:
-        self._ttl_ms = ttl_seconds * 1000
+        self.ttl_ms = int(ttl_seconds * 1000)
         self._budget = budget_seconds
         self._create_breaker = create_breaker
         self._check_task: asyncio.Task[None] | None = None
@@ -89,8 +95,17 @@ class SharedTier:
             self.counters.failures += 1
             return
         if ttl_ms is None:
-            ttl_ms = int(self._ttl_ms * random.uniform(0.9, 1.1))
+            ttl_ms = int(self.ttl_ms * random.uniform(0.9, 1.1))
         node.put(Fill(name, pack(key, entry), ttl_ms))
+
+    async def delete(self, key: bytes) -> None:
+        """Raises UnavailableError where Redis cannot be reached."""
+        name = _PREFIX + key
+
+        def command(redis: Redis) -> Any:
+            return redis.unlink(name)
+
+        await self.run(name, command, _COMMAND_SECONDS)
 
     async def run(self, name: bytes, command: Callable[[Redis], Awaitable[Result]], seconds: float) -> Result:
         """A command of another kind on the server that owns `name`. Raises UnavailableError, also past `seconds`."""

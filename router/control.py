@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ from router.request_metrics import RequestMetrics
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from services.runtime.rpc import Context, Handler, unary
+
+log = logging.getLogger(__name__)
 
 _SERVICE = "/inference.GRPCInferenceService/"
 # Loading may take minutes; a worker that hangs is noticed by the fleet's polls.
@@ -36,9 +39,15 @@ _SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
 
 
 class FleetControl:
-    """Handlers that ask one worker, or all of them and put the answers together."""
+    """Handlers that ask one worker, or all of them and put the answers together.
 
-    def __init__(self, fleet: Fleet, requests: RequestMetrics, audit: Audit) -> None:
+    `announce` returns when the other routers have asked the workers what they hold now.
+    """
+
+    def __init__(
+        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._announce = announce
         self._fleet = fleet
         self._requests = requests
         self._audit = audit
@@ -122,7 +131,7 @@ class FleetControl:
             return ""
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
-        """Returns when every worker serves the new files, and this router keys by them."""
+        """Returns when every worker serves the new files, and every router keys by them."""
         await self._change("RepositoryModelLoad", request, v2.RepositoryModelLoadResponse)
         return v2.RepositoryModelLoadResponse()
 
@@ -135,6 +144,10 @@ class FleetControl:
             await self._ask_all(method, request, response_type, _LOAD_SECONDS)
         finally:  # also where only some of them did it
             await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
+            try:
+                await self._announce()
+            except UnavailableError as error:
+                log.warning("other routers learn of %s by their polls only: %s", method, error.message)
 
     async def _ask_all(
         self, method: str, request: Message, response_type: type[Response], seconds: float

@@ -6,7 +6,9 @@ import asyncio
 import os
 import time
 
+from cache.epochs import MODELS
 from cache.keys import RequestHasher
+from cache.mesh import Mesh
 from cache.metrics import CacheMetrics
 from cache.service import CacheService
 from router.admission.concurrency_limit import ConcurrencyLimits
@@ -63,8 +65,11 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     inference = InferenceService(
         fleet, mesh, hasher, dispatcher, tracer, requests, request_log, cost, quotas, audit, report
     )
-    more = {**FleetControl(fleet, requests, audit).handlers(), **LiveSettings(tracer).handlers()}
-    cache = CacheService(mesh)
+    more = {
+        **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
+        **LiveSettings(tracer).handlers(),
+    }
+    cache = CacheService(mesh, requests.usages, lambda: _models(fleet, mesh))
     server = Server(
         settings.engine,
         settings.address,
@@ -86,6 +91,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
     report.start()
+    mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()
     fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
@@ -102,6 +108,19 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await fleet.close()
     await mesh.close()
     await tracer.close()
+
+
+async def _ask_again(fleet: Fleet, news: set[str]) -> None:
+    """Another router had models loaded or unloaded: what it says is true here too from now on."""
+    if MODELS in news:
+        await asyncio.gather(*(fleet.describe(member) for member in fleet.view.members.values() if member.healthy))
+
+
+def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:
+    """Which model the first half of a key means."""
+    epochs, catalog = mesh.purges.epochs, fleet.view.catalog
+    models = [catalog.find(name, version) for name, versions in catalog.versions.items() for version in versions]
+    return {epochs.prefix(model.digest, model.name): model.name for model in models}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ringmesh.cache.v1 import cache_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.load_report import Answers
@@ -145,6 +146,23 @@ class RequestMetrics:
         return Answers(
             sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
         )
+
+    def usages(self) -> list[cache_pb2.UsageStats]:
+        """For the cache's own statistics: by model, tenant and where the answer came from."""
+        sums: dict[tuple[str, str, str], cache_pb2.UsageStats] = {}
+        for key, series in self._series.items():
+            labels = Labels(*key)
+            if labels.outcome not in _HITS and labels.outcome != "miss":
+                continue
+            tier = labels.outcome.removeprefix("hit-").removeprefix("miss")
+            place = (labels.model, labels.tenant, tier)
+            usage = sums.setdefault(place, cache_pb2.UsageStats(model=place[0], tenant=place[1], tier=tier))
+            if tier:
+                usage.hits += series.count
+                usage.saved_compute_us += series.compute_us
+            else:
+                usage.misses += series.count
+        return list(sums.values())
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""

@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 class SingleFlight(Generic[Result]):
     """Callers with one key share one run of the work.
 
-    A caller that is cancelled leaves the others, and the work, alone. A failure reaches all that joined;
-    but where it is that the first caller's time was up, one that has more runs the work again.
+    A caller that is cancelled, or whose deadline passes, leaves the others and the work alone. A failure reaches all
+    that joined; but where it is that the first caller's time was up, one that has more runs the work again.
     """
 
     def __init__(self) -> None:
@@ -26,17 +26,22 @@ class SingleFlight(Generic[Result]):
     async def run(
         self, key: bytes, work: Callable[[], Coroutine[Any, Any, Result]], deadline: float | None
     ) -> tuple[Result, bool]:
-        """The result, and whether it was another caller's. `deadline` is this caller's, in time.monotonic."""
+        """The result, and whether it was another caller's.
+
+        `deadline` is this caller's, in time.monotonic. Raises DeadlineExceededError when it passes.
+        """
         while (flight := self._flights.get(key)) is not None:
+            await _wait(flight, deadline)
             try:
-                return await asyncio.shield(flight), True
+                return flight.result(), True
             except DeadlineExceededError:
                 if deadline is not None and deadline <= time.monotonic():
                     raise
                 self._landed(key, flight)
         flight = asyncio.create_task(work())
         self.lead(key, flight)
-        return await asyncio.shield(flight), False
+        await _wait(flight, deadline)
+        return flight.result(), False
 
     def __contains__(self, key: bytes) -> bool:
         """Whether it is in flight."""
@@ -57,3 +62,11 @@ class SingleFlight(Generic[Result]):
             del self._flights[key]
         if not flight.cancelled():
             flight.exception()  # all callers may have left: asyncio shall not report it as never retrieved
+
+
+async def _wait(flight: asyncio.Future[Any], deadline: float | None) -> None:
+    """Until it is done. asyncio.wait leaves the flight alone, whatever becomes of this caller."""
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+    done, _ = await asyncio.wait((flight,), timeout=timeout)
+    if not done:
+        raise DeadlineExceededError("the deadline passed before the answer was computed")

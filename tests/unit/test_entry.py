@@ -1,3 +1,5 @@
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +15,24 @@ def test_what_was_packed_is_unpacked(key, value, compute_us):
     assert entry.compute_us == min(compute_us, 2**32 - 1)
 
 
-@given(st.data())
-def test_one_flipped_bit_anywhere_is_noticed(data):
-    frame = bytearray(pack(b"key", Entry(b"some value", 12)))
+@given(st.binary(max_size=8), st.integers(0, 3000))
+def test_what_repeats_itself_is_packed_smaller_and_comes_back_the_same(pattern, times):
+    value = pattern * times
+    frame = pack(b"key", Entry(value, 1))
+    assert unpack(b"key", frame).value == value
+    if len(value) >= 1024:
+        assert len(frame) < len(value) / 2
+
+
+def test_what_does_not_compress_is_kept_as_it_is():
+    value = random.Random(0).randbytes(10_000)
+    assert pack(b"key", Entry(value, 1)).endswith(value)
+
+
+@pytest.mark.parametrize("value", [b"some value", b"some value" * 1000], ids=["plain", "compressed"])
+@given(data=st.data())
+def test_one_flipped_bit_anywhere_is_noticed(value, data):
+    frame = bytearray(pack(b"key", Entry(value, 12)))
     padding = (1, 2, 3)
     position = data.draw(st.integers(0, len(frame) - 1).filter(lambda index: index not in padding))
     frame[position] ^= 1 << data.draw(st.integers(0, 7))

@@ -80,3 +80,26 @@ async def test_one_with_time_left_runs_again_when_the_first_ran_out_of_it():
     work.error = None
     assert await patient == ("done", False)
     assert work.runs == 2
+
+
+async def test_each_caller_gets_its_own_deadline_and_the_work_goes_on_for_the_rest():
+    flights, work = SingleFlight(), Work()
+    patient, *_ = await start(flights, work, 1)
+    hasty, *_ = await start(flights, work, 1, deadline=time.monotonic() + 0.02)
+    with pytest.raises(DeadlineExceededError):
+        await hasty
+    assert not patient.done()
+    work.go.set()
+    assert await patient == ("done", False)
+    assert work.runs == 1
+
+
+async def test_a_first_caller_out_of_time_leaves_the_work_to_those_that_joined():
+    flights, work = SingleFlight(), Work()
+    first, *_ = await start(flights, work, 1, deadline=time.monotonic() + 0.02)
+    joined, *_ = await start(flights, work, 1)
+    with pytest.raises(DeadlineExceededError):
+        await first
+    work.go.set()
+    assert await joined == ("done", True)
+    assert work.runs == 1

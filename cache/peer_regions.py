@@ -1,0 +1,210 @@
+"""Other regions' caches: asked on a miss where computing costs more than the trip, and first answer wins.
+
+An answer is filed under what it was computed from and the purges since, so a peer's answer is right where its key is
+ours. Peers tell each other of purges by `Watch`. A peer that fails or hangs is skipped by its circuit breaker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from ringmesh.cache.v1 import cache_pb2
+
+from cache.breaker import Breaker
+from cache.entry import Entry
+from cache.purge_board import PurgeBoard
+from services.runtime.errors import RingmeshError
+
+log = logging.getLogger(__name__)
+
+_SERVICE = "/ringmesh.cache.v1.CacheService/"
+_PROBE_SECONDS = 2.0
+_LONGEST_SECONDS = 2.0
+_CALLS = 8
+_MAX_KEYS = 64
+# A peer's answer is waited for this many usual trips before computing begins beside it.
+_PATIENCE = 2.0
+_SMOOTHING = 0.2
+_FAILURES = (grpc.aio.AioRpcError, DecodeError, asyncio.TimeoutError, OSError)
+
+_RawCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+_RawStream: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[bytes, bytes]"
+Result = TypeVar("Result")
+
+
+class PeerRegion:
+    """The cache service of `region` at `address`. `trip_seconds` is a usual trip; infinite until one was made."""
+
+    def __init__(self, region: str, address: str, breaker: Breaker) -> None:
+        self.region = region
+        self.trip_seconds = float("inf")
+        self._breaker = breaker
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_reconnect_backoff_ms", 2000),
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self._fetch: _RawCall = self._channel.unary_unary(_SERVICE + "Fetch")
+        self._list: _RawCall = self._channel.unary_unary(_SERVICE + "ListValuable")
+        self._watch: _RawStream = self._channel.unary_stream(_SERVICE + "Watch")
+        self._waiting: dict[bytes, asyncio.Future[Entry | None]] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it may be asked."""
+        return not self._breaker.is_open
+
+    async def get(self, key: bytes) -> Entry | None:
+        """None on a miss and on any failure. Look-ups that wait for others leave together."""
+        waiter = self._waiting.get(key)
+        if waiter is None:
+            waiter = self._waiting[key] = asyncio.get_running_loop().create_future()
+        self._send()
+        return await asyncio.shield(waiter)
+
+    async def get_many(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        """In one call. Raises grpc.aio.AioRpcError."""
+        start = time.monotonic()
+        timeout = min(_LONGEST_SECONDS, max(0.1, 10 * self.trip_seconds))
+        data = await self._fetch(cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout)
+        found = [
+            Entry(each.entry.value, each.entry.compute_us, each.entry.created_at_ms) if each.HasField("entry") else None
+            for each in cache_pb2.FetchResponse.FromString(data).results
+        ]
+        trip = time.monotonic() - start
+        known = self.trip_seconds
+        self.trip_seconds = trip if known == float("inf") else known + _SMOOTHING * (trip - known)
+        return found
+
+    async def valuable(self) -> list[bytes]:
+        """Keys of what saves it most computing. Raises grpc.aio.AioRpcError."""
+        data = await self._list(b"", timeout=_LONGEST_SECONDS)
+        return list(cache_pb2.ListValuableResponse.FromString(data).keys)
+
+    async def probe_on(self) -> None:
+        """Measures the trip, and finds out when it is back."""
+        while True:
+            if self._breaker.allow():
+                try:
+                    await self.get_many(())
+                    if self._breaker.is_open:
+                        log.info("peer region %s answers", self.region)
+                    self._breaker.success()
+                except _FAILURES as error:
+                    self._failed(error)
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def watch_on(self, purges: PurgeBoard) -> None:
+        """Takes over its purges as they come."""
+        while True:
+            with contextlib.suppress(*_FAILURES, RingmeshError):
+                async for data in self._watch(b""):
+                    await purges.merge(cache_pb2.WatchResponse.FromString(data).purges)
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def close(self) -> None:
+        """Ends what is under way and disconnects."""
+        for call in self._calls:
+            call.cancel()
+        await self._channel.close()
+
+    def _send(self) -> None:
+        while self._waiting and len(self._calls) < _CALLS:
+            keys = list(self._waiting)[:_MAX_KEYS]
+            call = asyncio.create_task(self._ask({key: self._waiting.pop(key) for key in keys}))
+            self._calls.add(call)
+            call.add_done_callback(self._called)
+
+    def _called(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._send()
+
+    async def _ask(self, waiters: dict[bytes, asyncio.Future[Entry | None]]) -> None:
+        found: Sequence[Entry | None] = ()
+        try:
+            if self.is_up:
+                found = await self.get_many(tuple(waiters))
+        except _FAILURES as error:
+            self._failed(error)
+        finally:
+            for index, waiter in enumerate(waiters.values()):
+                if not waiter.done():
+                    waiter.set_result(found[index] if index < len(found) else None)
+
+    def _failed(self, error: Exception) -> None:
+        if not self._breaker.is_open:
+            log.warning("peer region %s is skipped for now: %r", self.region, error)
+        self._breaker.failure()
+
+
+class PeerRegions:
+    """The peers that a miss may ask."""
+
+    def __init__(self, peers: Sequence[PeerRegion], purges: PurgeBoard) -> None:
+        self.peers = peers
+        self._purges = purges
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begins to measure, and to hear of purges."""
+        for peer in self.peers:
+            self._tasks.append(asyncio.create_task(peer.probe_on()))
+            self._tasks.append(asyncio.create_task(peer.watch_on(self._purges)))
+
+    async def close(self) -> None:
+        """Disconnects."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(peer.close() for peer in self.peers))
+
+    def worth_asking(self, compute_seconds: float) -> list[PeerRegion]:
+        """Those up and nearer than the computing would take."""
+        return [peer for peer in self.peers if peer.is_up and peer.trip_seconds < compute_seconds]
+
+    async def race(
+        self, peers: Sequence[PeerRegion], key: bytes, compute: Callable[[], Awaitable[Result]]
+    ) -> Entry | Result:
+        """The first answer: a peer's entry, or what was computed. The rest is cancelled.
+
+        Computing begins when no peer has it, or none has answered within two usual trips. Raises what `compute` raises
+        where no peer has an answer.
+        """
+        loop = asyncio.get_running_loop()
+        asks = {asyncio.ensure_future(peer.get(key)) for peer in peers}
+        begin = loop.time() + _PATIENCE * min(peer.trip_seconds for peer in peers)
+        computing: asyncio.Future[Result] | None = None
+        try:
+            while True:
+                running: list[asyncio.Future[Any]] = [*asks]
+                timeout: float | None = max(0.0, begin - loop.time())
+                if computing is not None:
+                    running.append(computing)
+                    timeout = None
+                await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                for ask in [each for each in asks if each.done()]:
+                    asks.discard(ask)
+                    if (entry := ask.result()) is not None:
+                        return entry
+                if computing is None:
+                    if not asks or loop.time() >= begin:
+                        computing = asyncio.ensure_future(compute())
+                        await asyncio.sleep(0)
+                elif computing.done() and (computing.exception() is None or not asks):
+                    return computing.result()
+                elif computing.done():
+                    await asyncio.wait(asks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for left in (*asks, computing):
+                if left is not None and not left.done():
+                    left.cancel()
