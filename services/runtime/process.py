@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 import uvloop
 from pydantic import ValidationError
 
+from services.runtime import memory
 from services.runtime.logs import to_stderr
 from services.runtime.server import StartError
 from services.runtime.settings import ServiceSettings, describe
@@ -35,6 +36,7 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     name = settings_type.section
     # A full collection walks every cached entry: at 100,000 of them all requests stood for 80 ms (docs/performance.md).
     gc.set_threshold(20_000, 50, 10_000)
+    memory.keep_large_buffers()
     try:
         settings = settings_type()
         with to_stderr(name, settings.log_format, settings.log_level):

@@ -108,11 +108,14 @@ class Process:
 
 
 @contextmanager
-def running(module: str, *arguments: str, port: int, folder: Path | None = None, **settings: str) -> Iterator[Process]:
+def running(
+    module: str, *arguments: str, port: int, folder: Path | None = None, patience: float = 60, **settings: str
+) -> Iterator[Process]:
     """`python -m module` with RINGMESH_* settings, in the tree at `folder`."""
     environment = {"RINGMESH_METRICS_ADDRESS": "127.0.0.1:0"}
     environment |= {f"RINGMESH_{name.upper()}": value for name, value in settings.items()}
-    process = Process(sys.executable, "-m", module, *arguments, port=port, environment=environment, folder=folder)
+    command = (sys.executable, "-m", module, *arguments)
+    process = Process(*command, port=port, environment=environment, folder=folder, patience=patience)
     try:
         yield process
     finally:
