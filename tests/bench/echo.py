@@ -47,7 +47,11 @@ async def serve(arguments: argparse.Namespace) -> None:
     }[arguments.kind]
     handlers = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in method.items()}
     server = Server(
-        arguments.engine, f"127.0.0.1:{arguments.port}", [Service(service, handlers)], max_message_bytes=128 << 20
+        arguments.engine,
+        f"127.0.0.1:{arguments.port}",
+        [Service(service, handlers)],
+        max_message_bytes=128 << 20,
+        max_connection_age=3600,
     )
     await server.start()
     server.set_serving(True)
