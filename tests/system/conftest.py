@@ -96,7 +96,8 @@ def eventually(condition, seconds=20.0):
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="session", params=["native", "grpcio"])
+# Every test of a stack runs on both; on the slower engine with the proofs, so that the default run stays short.
+@pytest.fixture(scope="session", params=["native", pytest.param("grpcio", marks=pytest.mark.proof)])
 def engine(request) -> str:
     return request.param
 
