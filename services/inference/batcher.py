@@ -20,6 +20,7 @@ from services.inference.request import Decoded
 from services.inference.request_queue import RequestQueue, Waiting
 from services.runtime.errors import InternalError, UnavailableError
 
+MAX_MEMBERS = 16
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
@@ -36,7 +37,7 @@ class BatchResult:
     batch_rows: int
     # The first of its batch: one of them speaks for the run as a whole.
     first: bool
-    # The trace contexts of all of them, one after the other.
+    # The trace contexts of the first MAX_MEMBERS of them, one after the other.
     members: bytes = b""
 
 
@@ -200,7 +201,8 @@ class Batcher:
             return self._run(batch[:half]) + self._run(batch[half:])
         end = time.time_ns()
         results: list[BatchResult | Exception] = []
-        members = b"".join([waiting.decoded.trace_context for waiting in batch])
+        # Each result carries them, so their number is bounded: else a batch would cost its size squared.
+        members = b"".join([waiting.decoded.trace_context for waiting in batch[:MAX_MEMBERS]])
         row = 0
         for waiting in batch:
             next_row = row + waiting.decoded.rows

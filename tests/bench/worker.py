@@ -1,0 +1,107 @@
+"""A worker beside ONNX Runtime in process: what the way through gRPC, and batches of single requests, cost.
+
+    python -m tests.bench.worker [--rounds 5] [--seconds 3] [--width 2048]
+
+The model gains from batches: four layers, two of them [width, width]. In process it runs at its best batch size, on all
+cores; the worker has as many threads, and 64 callers that send one row each. In turn, medians of ratios.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from tests import models as small
+from tests.bench.bodies import write_bodies
+from tests.bench.harness import build_loadgen, free_port, load, running
+
+FEATURES = 256
+CALLERS = 64
+
+
+def write_wide(repository: Path, width: int) -> Path:
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (FEATURES, width), "w2": (width, width), "w3": (width, width), "w4": (width, 16)}
+    weights = [
+        numpy_helper.from_array((rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    nodes, last = [], "x"
+    for name in ("w1", "w2", "w3"):
+        nodes.append(helper.make_node("MatMul", [last, name], [f"{name}_product"]))
+        nodes.append(helper.make_node("Relu", [f"{name}_product"], [f"{name}_out"]))
+        last = f"{name}_out"
+    nodes.append(helper.make_node("MatMul", [last, "w4"], ["y"]))
+    x, y = small.value("x", TensorProto.FLOAT, "n", FEATURES), small.value("y", TensorProto.FLOAT, "n", 16)
+    return small.save(repository, "wide", nodes, [x], [y], weights) / "model.onnx"
+
+
+def run_for(session: onnxruntime.InferenceSession, rows: int, seconds: float) -> tuple[float, float]:
+    """Rows a second, and the median time of a run in ms."""
+    x = np.random.default_rng(1).random((rows, FEATURES), dtype=np.float32)
+    session.run(None, {"x": x})
+    times = []
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        session.run(None, {"x": x})
+        times.append(time.perf_counter() - start)
+    return rows * len(times) / sum(times), statistics.median(times) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--width", type=int, default=2048)
+    arguments = parser.parse_args()
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder:
+        repository = Path(folder) / "models"
+        file = write_wide(repository, arguments.width)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = cores
+        session = onnxruntime.InferenceSession(file, options)
+        rates = {rows: run_for(session, rows, 0.7)[0] for rows in (1, 8, 16, 32, 64, 128)}
+        best = max(rates, key=rates.__getitem__)
+        print("rows/s in process by batch size:", {rows: round(rate) for rows, rate in rates.items()})
+        rng = np.random.default_rng(2)
+        bodies = write_bodies(
+            Path(folder) / "rows.bin", "wide", "x", rng.random((20_000, 1, FEATURES), dtype=np.float32)
+        )
+        generator = build_loadgen()
+        port = free_port()
+        address = f"127.0.0.1:{port}"
+        with running(
+            "services.inference", port=port, address=address, models=str(repository), threads=str(cores)
+        ) as worker:
+            many, one = [], []
+            for _ in range(arguments.rounds):
+                before, _ = run_for(session, best, arguments.seconds / 2)
+                through = load(generator, worker, bodies, order="seq", outstanding=CALLERS, seconds=arguments.seconds)
+                after, _ = run_for(session, best, arguments.seconds / 2)
+                many.append((through.rps, (before + after) / 2))
+                _, alone = run_for(session, 1, arguments.seconds / 2)
+                single = load(generator, worker, bodies, order="seq", outstanding=1, seconds=arguments.seconds / 2)
+                one.append((single.p50, alone))
+    ratios = [through / inside for through, inside in many]
+    added = [through - inside for through, inside in one]
+    print(
+        f"{CALLERS} callers of one row: {statistics.median(rps for rps, _ in many):,.0f}/s; in process in batches of "
+        f"{best}: {statistics.median(inside for _, inside in many):,.0f}/s; ratio {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    print(
+        f"one caller, median: {statistics.median(p50 for p50, _ in one):.2f} ms; session.run: "
+        f"{statistics.median(inside for _, inside in one):.2f} ms; added {statistics.median(added):.2f} ms "
+        f"({min(added):.2f} to {max(added):.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
