@@ -12,6 +12,9 @@ from tests.system.conftest import RINGMESH
 REPOSITORY = Path(__file__).parents[2]
 SAMPLES = ["README.md", "Makefile", "pyproject.toml", "router/main.py", "protos/ringmesh/router/v1/router.proto"]
 
+# Many stacks, one after the other; the default run starts and stops one, in conftest.
+pytestmark = pytest.mark.proof
+
 
 def run(cwd, *arguments):
     return subprocess.run([*RINGMESH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)

@@ -16,6 +16,9 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
 
+# Many stacks, one after the other; the default run starts and stops one, in conftest.
+pytestmark = pytest.mark.proof
+
 
 @pytest.fixture(scope="module")
 def demo_models(tmp_path_factory):
