@@ -1,6 +1,6 @@
 """A worker beside ONNX Runtime in process: what the way through gRPC, and batches of single requests, cost.
 
-    python -m tests.bench.worker [--rounds 5] [--seconds 3] [--width 2048]
+    python -m tests.bench.worker [--rounds 5] [--seconds 3] [--width 6144] [--delay-us 0]
 
 The model gains from batches: four layers, two of them [width, width]. In process it runs at its best batch size, on all
 cores; the worker has as many threads, and 64 callers that send one row each. In turn, medians of ratios.
@@ -58,12 +58,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=6144)
+    parser.add_argument("--delay-us", type=int, default=0, help="max_queue_delay_microseconds, for batches of 64")
     arguments = parser.parse_args()
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder:
         repository = Path(folder) / "models"
         file = write_wide(repository, arguments.width)
+        if arguments.delay_us:
+            (repository / "wide/config.pbtxt").write_text(
+                "max_batch_size: 64 dynamic_batching { preferred_batch_size: 64 "
+                f"max_queue_delay_microseconds: {arguments.delay_us} }}"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = cores
         session = onnxruntime.InferenceSession(file, options)
