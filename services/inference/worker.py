@@ -120,7 +120,7 @@ class Worker:
         return results
 
     def _begin(self, work: Work) -> _Begun:
-        """Where it is not plain, a task of `execute`: traced, equal to another, or more than a batch of one model."""
+        """Where it is not plain, a task of `execute`: equal to one in flight, or more than a batch of one model."""
         start = time.time_ns()
         loop = asyncio.get_running_loop()
         held = None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePolicy
 
-from services.inference.batcher import Batcher
+from services.inference.batcher import MAX_MEMBERS, Batcher
 from services.inference.request import Decoded
 from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
@@ -46,7 +46,8 @@ async def held(model, batcher, first):
     """Submits `first` and returns when it runs, and holds the instance."""
     model.gate.clear()
     task = asyncio.create_task(batcher.submit(first, None))
-    await asyncio.sleep(0)
+    for _ in range(3):  # queued, gathered in the next turn of the loop, handed to a thread
+        await asyncio.sleep(0)
     return task
 
 
@@ -329,3 +330,13 @@ async def test_a_level_that_delays_serves_the_overdue_after_the_others():
     await batcher.close()
     await asyncio.sleep(0)
     assert order == [2, 3, 1]
+
+
+async def test_a_result_names_the_requests_of_its_batch_up_to_a_bound():
+    model = Doubler()
+    model.max_batch_rows = 32
+    batcher = Batcher(model, EXECUTOR)
+    contexts = [bytes([index]) * 24 for index in range(MAX_MEMBERS + 4)]
+    results = await asyncio.gather(*(batcher.submit(request(1, trace_context=context), None) for context in contexts))
+    assert {result.batch_requests for result in results} == {len(contexts)}
+    assert {result.members for result in results} == {b"".join(contexts[:MAX_MEMBERS])}
