@@ -10,9 +10,11 @@ from cache.service import CacheService
 from cache.settings import CacheSettings
 from services.runtime.exposition import MetricsServer
 from services.runtime.metrics import Metrics
+from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server
+from services.runtime.spans import this_process
 
 
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
@@ -28,10 +30,13 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(CacheMetrics(mesh).samples)
+    metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
     await exposition.start()
     ProcessMetrics("cache", settings.engine, metrics).start()
+    export = MetricsExport(settings.otlp_endpoint, this_process("cache"), metrics)
+    export.start()
     mesh.start()
     replication = None
     if mesh.shared is not None and mesh.peers.peers and settings.peer_bytes_per_second:
@@ -42,6 +47,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     service.close()
     if replication is not None:
         replication.close()
+    await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await mesh.close()

@@ -123,7 +123,9 @@ class Mesh:
             if entry is not None and control.takes(entry.created_at_ms, time.time_ns() // 1_000_000):
                 return Found(entry, "hit-shared")
         if control.only_if_cached:
-            raise FailedPreconditionError("there is no such answer in the cache, and cache-control is only-if-cached")
+            raise FailedPreconditionError(
+                "there is no such answer in the cache, and cache-control is only-if-cached", kind="not_cached"
+            )
         computed = await compute()
         if not control.no_store:
             self.fill(computed)

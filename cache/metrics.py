@@ -48,5 +48,6 @@ class CacheMetrics:
                 yield Sample(BYTES, name, counters.bytes)
         if shared is not None:
             yield Sample(BREAKER_OPEN, (), shared.is_skipped)
+            yield from shared.errors.samples()
             yield Sample(REDIS_SECONDS, ("get",), shared.get_times.buckets())
             yield Sample(REDIS_SECONDS, ("set",), shared.set_times.buckets())

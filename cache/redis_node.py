@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.breaker import Breaker
-from services.runtime.metrics import Histogram
+from services.runtime.metrics import Counter, Histogram
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,13 @@ class GivenUpError(Exception):
 
 
 _GIVEN_UP = GivenUpError()
+
+
+def kind_of(error: Exception) -> str:
+    """What went wrong with a server, in a word."""
+    if isinstance(error, (TimeoutError, RedisTimeoutError)):
+        return "slow"
+    return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
 
 
 class Fill(NamedTuple):
@@ -69,7 +78,8 @@ class RedisNode:
     """The server behind `client`. `budget_seconds` bounds what a look-up may wait.
 
     `one_slot`: whether its keys may share an MGET, which in a cluster they may not. `on_failure` hears when the
-    breaker opens, `on_fill` how each fill ended. `get_times` and `set_times` take the nanoseconds of each round trip.
+    breaker opens, `on_fill` how each fill ended. `get_times` and `set_times` take the nanoseconds of each round trip,
+    `errors` the kind of each that failed.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class RedisNode:
         on_fill: Callable[[Fill, Exception | None], None],
         get_times: Histogram,
         set_times: Histogram,
+        errors: Counter,
     ) -> None:
         self.name = name
         self.client = client
@@ -94,6 +105,7 @@ class RedisNode:
         self._on_fill = on_fill
         self._get_times = get_times
         self._set_times = set_times
+        self._errors = errors
         self._pending: _Batch | None = None
         self._unwritten: dict[bytes, Fill] = {}
         self._unwritten_bytes = 0
@@ -202,7 +214,7 @@ class RedisNode:
                         replies = await pipeline.execute(raise_on_error=False)
                 except FAILURES as error:
                     self._failed(error)
-                    replies = [error] * len(fills)
+                    replies = [_GIVEN_UP] * len(fills)
                 self._set_times.observe(time.monotonic_ns() - start)
                 if any(isinstance(reply, ReadOnlyError) for reply in replies):
                     # A failover behind one address: connect anew, to what is the primary now.
@@ -231,6 +243,7 @@ class RedisNode:
 
     def _failed(self, error: Exception) -> None:
         """Nobody waits on, nor those that gathered behind the trip that failed."""
+        self._errors.add(kind_of(error))
         if not self.breaker.is_open:
             log.warning("Redis %s is skipped for now: %r", self.name, error)
             self.breaker.failure()

@@ -13,14 +13,21 @@ from redis.exceptions import AskError, MovedError
 
 from cache.breaker import Breaker
 from cache.entry import Entry, pack, unpack
-from cache.redis_node import FAILURES, Fill, RedisNode, Reply
+from cache.redis_node import FAILURES, Fill, GivenUpError, RedisNode, Reply, kind_of
 from cache.redis_nodes import Nodes, create_nodes
 from cache.redis_url import parse_redis_url
 from cache.stats import TierCounters
 from services.runtime.errors import UnavailableError
-from services.runtime.metrics import Histogram
+from services.runtime.metrics import Counter, Family, Histogram
 
 log = logging.getLogger(__name__)
+
+ERRORS = Family(
+    "ringmesh_redis_errors_total",
+    "counter",
+    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), damaged",
+    ("type",),
+)
 
 _PREFIX = b"rm1:"
 _REDIRECTS = 2
@@ -51,6 +58,7 @@ class SharedTier:
         self.counters = TierCounters("shared")
         self.get_times = Histogram()
         self.set_times = Histogram()
+        self.errors = Counter(ERRORS)
         self.nodes: Nodes = create_nodes(parse_redis_url(url), self._create_node)
 
     @property
@@ -81,6 +89,8 @@ class SharedTier:
             return None
         entry = unpack(key, reply) if isinstance(reply, bytes) else None
         if entry is None:
+            if not isinstance(reply, GivenUpError):
+                self.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
             self.counters.failures += 1
             return None
         self.counters.hits += 1
@@ -122,7 +132,7 @@ class SharedTier:
             except FAILURES as error:
                 why = error
                 break
-        raise UnavailableError(f"Redis cannot be used: {why!r}; retry later")
+        raise UnavailableError(f"Redis cannot be used: {why!r}; retry later", kind="redis")
 
     async def close(self) -> None:
         """Writes what is left, for a second at most, and disconnects."""
@@ -141,6 +151,7 @@ class SharedTier:
             on_fill=self._filled,
             get_times=self.get_times,
             set_times=self.set_times,
+            errors=self.errors,
         )
 
     def _filled(self, fill: Fill, error: Exception | None) -> None:
@@ -149,6 +160,8 @@ class SharedTier:
         elif isinstance(error, MovedError) and not fill.moved and (node := self.nodes.redirected(error)) is not None:
             node.put(fill._replace(moved=True))
         else:
+            if not isinstance(error, GivenUpError):
+                self.errors.add(kind_of(error))
             self.counters.failures += 1
 
     async def _check_memory_policy(self) -> None:

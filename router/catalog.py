@@ -74,7 +74,7 @@ class Catalog:
         if entry is not None:
             return entry
         if not self._versions:
-            raise UnavailableError("no worker is connected, so no model can be served; retry later")
+            raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
         if name not in self._versions:
             known = ", ".join(self._versions)
             raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")

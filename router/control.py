@@ -79,7 +79,9 @@ class FleetControl:
                 if why_not := self._audit.why_not(model, self._fleet.view.catalog):
                     answer.config.parameters["ringmesh_cached"].string_value = f"no: {why_not}"
                 return answer
-        raise UnavailableError(f"no worker that holds model {request.name!r} can be reached; retry later")
+        raise UnavailableError(
+            f"no worker that holds model {request.name!r} can be reached; retry later", kind="no_worker"
+        )
 
     async def _statistics(self, request: v2.ModelStatisticsRequest, _: Context) -> v2.ModelStatisticsResponse:
         """Sums over the workers, with this router's hits and misses."""
@@ -154,7 +156,7 @@ class FleetControl:
     ) -> list[tuple[Member, Response]]:
         members = self._healthy()
         if not members:
-            raise UnavailableError("no worker is connected; retry later")
+            raise UnavailableError("no worker is connected; retry later", kind="no_worker")
         asked: list[Awaitable[Response]] = [
             self._ask(member, method, request, response_type, seconds) for member in members
         ]
@@ -174,7 +176,7 @@ class FleetControl:
                 await member.link.call(_SERVICE + method, request.SerializeToString(), seconds)
             )
         except WorkerUnreachableError as lost:
-            raise UnavailableError(f"worker {member.worker_id}: {lost}") from None
+            raise UnavailableError(f"worker {member.worker_id}: {lost}", kind="worker_lost") from None
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"worker {member.worker_id}: {error.message}", field=error.field) from None
 

@@ -166,7 +166,10 @@ class Dispatcher:
                 caller,
                 retry_after=seconds,
             )
-        raise UnavailableError(f"no worker could answer for model {model.name!r}, retry later; {why}")
+        raise UnavailableError(
+            f"no worker could answer for model {model.name!r}, retry later; {why}",
+            kind="worker_lost" if attempts else "no_worker",
+        )
 
     async def _hedged(
         self,

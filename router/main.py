@@ -84,7 +84,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     counted = (requests, dispatcher, quotas, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer, request_log)
-    for part in (*counted, cost, slo):
+    for part in (*counted, cost, slo, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()

@@ -26,6 +26,13 @@ DURATION = Family(
     "time from a request's arrival to its answer",
     ("model", "version", "outcome"),
 )
+ERRORS = Family(
+    "ringmesh_errors_total",
+    "counter",
+    "requests that failed; type: invalid_input, unknown_model, precondition, not_cached, overload, quota, memory, "
+    "too_large, no_worker, worker_lost, unavailable, deadline, cancelled, execution, internal, redis, unimplemented",
+    ("model", "version", "type"),
+)
 COMPUTE = Family(
     "ringmesh_compute_seconds_total",
     "counter",
@@ -90,6 +97,7 @@ class RequestMetrics:
         self._tenants: set[str] = set()
         self._marks: dict[str, int] = {}
         self._recent: dict[str, deque[int]] = {}
+        self._errors: dict[tuple[str, str, str], int] = {}
 
     def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> bool:
         """One request, by what is in Labels; whether it was slow. On the path of every hit: measured at 0.4 us."""
@@ -102,6 +110,11 @@ class RequestMetrics:
         series.counts[bisect_left(BOUNDS_NS, ns)] += 1
         series.recent.append(ns)
         return ns > series.slow_ns
+
+    def failed(self, model: str, version: str, kind: str) -> None:
+        """A request that was counted failed for a RingmeshError of `kind`."""
+        error = (model, version, kind) if (model, version) in self._models else (OTHER, "", kind)
+        self._errors[error] = self._errors.get(error, 0) + 1
 
     def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str, end_ns: int) -> None:
         """The trace of a request that was counted and is kept."""
@@ -185,6 +198,8 @@ class RequestMetrics:
             yield Sample(DURATION, key, histogram.buckets()._replace(exemplars=kept))
         for group, us in self.compute_us().items():
             yield Sample(COMPUTE, group, us / 1e6)
+        for error, count in self._errors.items():
+            yield Sample(ERRORS, error, count)
         yield Sample(IN_FLIGHT, (), self.in_flight)
 
     def compute_us(self) -> dict[tuple[str, str, str, str], int]:

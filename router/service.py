@@ -193,15 +193,15 @@ class InferenceService:
                 self._audit.hit(call.model, call.data, found.entry.value)
             return self._answer(call, found)
         except RingmeshError as error:
-            self._failed(call, error.code, error.message)
+            self._failed(call, error.code, error.message, error.kind)
             raise
         except asyncio.CancelledError:
-            self._failed(call, grpc.StatusCode.CANCELLED, "the caller left")
+            self._failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
             raise
         except Exception as error:
             log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
             told = unexpected(error)
-            self._failed(call, told.code, told.message)
+            self._failed(call, told.code, told.message, told.kind)
             raise told from None
         finally:
             self._requests.in_flight -= 1
@@ -213,7 +213,9 @@ class InferenceService:
         model = call.model
         assert model is not None
         if call.control is not None and call.control.only_if_cached and not call.request_hash:
-            raise FailedPreconditionError("such an answer is never cached, and cache-control is only-if-cached")
+            raise FailedPreconditionError(
+                "such an answer is never cached, and cache-control is only-if-cached", kind="not_cached"
+            )
         # An answer is filed by the purges that were when its computing began.
         epochs = self._mesh.purges.epochs
         if call.place:
@@ -372,13 +374,14 @@ class InferenceService:
                 trailing = (*trailing, self._report.trailer)
         return Answer(protocol.with_id(found.entry.value, call.request_id), trailing)
 
-    def _failed(self, call: _Admitted, code: grpc.StatusCode, message: str) -> None:
+    def _failed(self, call: _Admitted, code: grpc.StatusCode, message: str, kind: str) -> None:
         end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
+        self._requests.failed(model, version, kind)
         kept = "sampled" if call.trace.sampled else "failed"
-        self._keep(call, labels, end, {"ringmesh.kept": kept}, code, message)
+        self._keep(call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 
     def _keep(
         self,
@@ -423,6 +426,7 @@ class InferenceService:
                 version=labels[2],
                 tenant=call.tenant,
                 outcome=labels[5],
+                type=str(attributes.get("ringmesh.error", "")),
             )
 
 

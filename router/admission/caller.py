@@ -34,8 +34,8 @@ _PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 class RefusedError(ResourceExhaustedError):
     """Not admitted. It holds for `caller`, and says nothing of others who ask for the same."""
 
-    def __init__(self, message: str, caller: Caller, *, retry_after: float) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, caller: Caller, *, retry_after: float, kind: str = "") -> None:
+        super().__init__(message, kind=kind)
         self.caller = caller
         self.retry_after = retry_after
 

@@ -49,4 +49,5 @@ class Quotas:
                 f"retry in {seconds:.3f} s",
                 caller,
                 retry_after=seconds,
+                kind="quota",
             )

@@ -31,7 +31,6 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     sources = Sources(fleet, history, scraper, traces, settings.trace_ui)
     metrics = Metrics()
     metrics.add(ConsoleMetrics(traces).samples)
-    exposition = MetricsServer(settings.metrics_address, metrics)
     pages = HttpServer(app.create(sources, stopping, settings.console_hosts), settings.http_address)
     receiver = Server(
         settings.engine,
@@ -40,6 +39,8 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
     )
+    metrics.add(receiver.calls.samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
     await exposition.start()
     ProcessMetrics("console", settings.engine, metrics).start()
     pages.start()

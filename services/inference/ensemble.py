@@ -98,7 +98,7 @@ class Ensemble:
                 step = prepare(inputs, held.model, outputs, decoded)
                 batch = await held.submit(step, deadline)
             except RingmeshError as error:
-                held.statistics.failed(time.time_ns() - begun)
+                held.statistics.failed(time.time_ns() - begun, error.kind)
                 error.message = f"step {held.model.name!r} of ensemble {self.name!r}: {error.message}"
                 raise
             held.statistics.succeeded(batch, step.rows, time.time_ns() - begun, time.time_ns() - batch.end_ns)

@@ -71,6 +71,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
+    metrics.add(server.calls.samples)
     metrics.add_slow(GpuMetrics.of_this_host().samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     port = await server.start()

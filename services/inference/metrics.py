@@ -9,6 +9,7 @@ from services.runtime.metrics import Buckets, Family, Sample
 
 _MODEL = ("model", "version")
 REQUESTS = Family("ringmesh_worker_requests_total", "counter", "requests by result: ok, failed", (*_MODEL, "result"))
+ERRORS = Family("ringmesh_worker_errors_total", "counter", "requests that failed, by type of error", (*_MODEL, "type"))
 STAGE = Family(
     "ringmesh_worker_stage_seconds", "histogram", "time of requests by stage: queue, input, compute, output",
     (*_MODEL, "stage"),
@@ -41,6 +42,8 @@ class WorkerMetrics:
             yield Sample(LOADED, (*model, held.model.provider, cacheable), 1)
             yield Sample(REQUESTS, (*model, "ok"), stats.success.count)
             yield Sample(REQUESTS, (*model, "failed"), stats.fail.count)
+            for kind, count in held.statistics.errors.items():
+                yield Sample(ERRORS, (*model, kind), count)
             yield Sample(QUEUED, model, held.waiting)
             if held.resident is not None:
                 yield Sample(MEMORY, model, held.resident.bytes if held.loaded else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +19,10 @@ from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
-from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from services.runtime.tensors import decode
+
+log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -214,7 +217,7 @@ class OnnxModel:
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and
-        ResourceExhaustedError where memory is short."""
+        ResourceExhaustedError where memory is short, and InternalError where the run fails otherwise."""
         feeds: dict[str, Any] = {
             name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
         }
@@ -232,9 +235,14 @@ class OnnxModel:
         except Exception as error:
             if wanted := _refused_memory(error):
                 raise ResourceExhaustedError(
-                    f"model {self.name!r} needs more memory for this request than this worker has: {wanted}"
+                    f"model {self.name!r} needs more memory for this request than this worker has: {wanted}",
+                    kind="memory",
                 ) from None
-            raise
+            log.exception("model %s failed", self.name)
+            raise InternalError(
+                f"model {self.name!r} failed in ONNX Runtime ({type(error).__name__}); the worker's log has the cause",
+                kind="execution",
+            ) from None
         return arrays
 
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:

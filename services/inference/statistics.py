@@ -42,6 +42,8 @@ class Statistics:
         self._success, self._fail, self._queue = _Duration(), _Duration(), _Duration()
         self._input, self._infer, self._output = _Duration(), _Duration(), _Duration()
         self._batches: dict[int, _Runs] = {}
+        # By the kind of the error.
+        self.errors: dict[str, int] = {}
         self.stages = {stage: Histogram() for stage in ("queue", "input", "compute", "output")}
         self._observe = tuple([histogram.observe for histogram in self.stages.values()])
 
@@ -68,9 +70,10 @@ class Statistics:
         runs.infer.add(infer_ns)
         runs.output.add(output_ns)
 
-    def failed(self, total_ns: int) -> None:
-        """One request was not answered."""
+    def failed(self, total_ns: int, kind: str) -> None:
+        """One request was not answered, for a RingmeshError of `kind`."""
         self._fail.add(total_ns)
+        self.errors[kind] = self.errors.get(kind, 0) + 1
 
     def message(self) -> v2.ModelStatistics:
         """As it is now."""

@@ -21,7 +21,7 @@ from services.inference.model_store import ModelStore
 from services.inference.request import Decoded, encode_response
 from services.inference.request_decoder import RequestDecoder
 from services.inference.shared_memory import SharedMemory
-from services.runtime.errors import ResourceExhaustedError, RingmeshError
+from services.runtime.errors import ResourceExhaustedError, RingmeshError, kind_of
 from services.runtime.rpc import parse, unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -113,7 +113,9 @@ class Worker:
         for answer, _, start in begun:
             result = _result(answer, start)
             if len(result.response) > room:
-                failure = ResourceExhaustedError("too much was answered at once; retry later").to_failure()
+                failure = ResourceExhaustedError(
+                    "too much was answered at once; retry later", kind="too_large"
+                ).to_failure()
                 result = inference_pb2.WorkResult(failure=failure)
             room -= len(result.response)
             results.append(result)
@@ -146,7 +148,7 @@ class Worker:
             waiting = held.batcher.enqueue(decoded, work.deadline)
         except Exception as error:
             if held is not None:
-                held.statistics.failed(time.time_ns() - start)
+                held.statistics.failed(time.time_ns() - start, kind_of(error))
             failed = loop.create_future()
             failed.set_exception(error)
             return _Begun(failed, None, start)
@@ -183,8 +185,8 @@ class Worker:
             # The request was taken apart when it was decoded.
             request = parse(v2.ModelInferRequest, data)
             return await self._run(held, request, data, deadline, trace_context, start, caught_up=True)
-        except Exception:
-            held.statistics.failed(time.time_ns() - start)
+        except Exception as error:
+            held.statistics.failed(time.time_ns() - start, kind_of(error))
             raise
         finally:
             self.load.ended()
@@ -207,7 +209,7 @@ class Worker:
             batch = ran.result()
             answer.set_result(_answer(held, decoded, batch, _encode(held, decoded, batch), start))
         except Exception as error:
-            held.statistics.failed(time.time_ns() - start)
+            held.statistics.failed(time.time_ns() - start, kind_of(error))
             answer.set_exception(error)
 
 
@@ -215,7 +217,8 @@ def _encode(held: HeldModel, decoded: Decoded, batch: BatchResult) -> bytes:
     if (size := sum([array.nbytes for array in batch.arrays])) > MAX_RESPONSE_BYTES:
         raise ResourceExhaustedError(
             f"model {held.model.name!r} answers this request with {size} bytes; an answer has at most "
-            f"{MAX_RESPONSE_BYTES}"
+            f"{MAX_RESPONSE_BYTES}",
+            kind="too_large",
         )
     return encode_response(held.model, decoded, batch.arrays)
 

@@ -13,6 +13,7 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 
 from services.runtime import reflection
+from services.runtime.calls import Calls
 from services.runtime.connections import Connections
 from services.runtime.health import Health
 from services.runtime.rpc import Service
@@ -72,6 +73,7 @@ class Server:
         self._connections: Connections | None = None
         self._aging: asyncio.Task[None] | None = None
         self.health = Health(service.name for service in services)
+        self.calls = Calls()
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
@@ -87,10 +89,9 @@ class Server:
         server = self._server
         services = [*self._services, self.health.service()]
         for service in services:
-            server.add_registered_method_handlers(service.name, dict(service.handlers))
-            server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(service.name, dict(service.handlers)),)
-            )
+            handlers = self.calls.counted(service)
+            server.add_registered_method_handlers(service.name, handlers)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
         channelz.add_channelz_servicer(server)
         channelz_name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
         names = [*(service.name for service in services), channelz_name]

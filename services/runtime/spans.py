@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import struct
 from collections.abc import Mapping
 from enum import StrEnum
@@ -36,6 +38,11 @@ class Process(NamedTuple):
 
     service: str
     instance: str
+
+
+def this_process(service: str) -> Process:
+    """By its host and pid."""
+    return Process(service, f"{socket.gethostname()}:{os.getpid()}")
 
 
 class Event(NamedTuple):

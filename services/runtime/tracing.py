@@ -7,9 +7,7 @@ docs/decisions/0013.
 
 from __future__ import annotations
 
-import os
 import random
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from ringmesh.inference.v1 import inference_pb2
 from services.runtime import w3c
 from services.runtime.metrics import Family, Sample
 from services.runtime.span_export import Collector, SpanFolder, SpanQueue
-from services.runtime.spans import Attributes, Event, Kind, Process, Span
+from services.runtime.spans import Attributes, Event, Kind, Process, Span, this_process
 from services.runtime.w3c import new_span_id, new_trace_id
 from services.runtime.worker_spans import run_spans, worker_spans
 
@@ -175,4 +173,4 @@ def create_tracer(
         queues.append(SpanQueue(SpanFolder(folder, service)))
     if otlp_endpoint is not None:
         queues.append(SpanQueue(Collector(otlp_endpoint)))
-    return Tracer(Process(service, instance or f"{socket.gethostname()}:{os.getpid()}"), ratio, queues)
+    return Tracer(Process(service, instance) if instance else this_process(service), ratio, queues)

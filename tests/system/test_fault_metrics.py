@@ -64,8 +64,10 @@ async def test_each_fault_is_told_apart_in_a_scrape(fleet):
     # Redis: skipped, and no caller noticed.
     assert value(now, "ringmesh_redis_breaker_open") == 1
     assert value(now, "ringmesh_cache_failures_total", tier="shared") > 0
+    assert value(now, "ringmesh_redis_errors_total", type="lost") > 0
     # Bad input: the callers' fault, by model, and no error of ours.
     assert value(now, "ringmesh_requests_total", code="INVALID_ARGUMENT", model=bad.model_name) == 5
+    assert value(now, "ringmesh_errors_total", type="invalid_input", model=bad.model_name) == 5
     assert value(now, "ringmesh_slo_bad_total", objective="availability") == 0
     assert value(now, "ringmesh_ring_member_healthy", worker="ill") == 1
 
@@ -85,6 +87,8 @@ async def test_each_fault_is_told_apart_in_a_scrape(fleet):
     assert set(await load(router.address, [fresh() for _ in range(10)])) == {"UNAVAILABLE"}
     now = await scraped(metrics)
     assert value(now, "ringmesh_slo_bad_total", objective="availability") == 10
+    ours = [value(now, "ringmesh_errors_total", type=kind) for kind in ("worker_lost", "no_worker")]
+    assert sum(ours) == 10
     assert value(now, "ringmesh_slo_burn_rate", objective="availability", window="5m") > 14.4
 
     # Each of those failures is a trace that says which worker did not answer.

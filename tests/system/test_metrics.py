@@ -4,13 +4,20 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ringmesh.cache.v1 import cache_pb2
+from ringmesh.health.v1 import health_pb2
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.router.v1 import router_pb2
 
+from tests.system.conftest import eventually
 from tests.system.test_cache import fresh
 from tests.unit.test_metrics import documented
 
@@ -66,6 +73,79 @@ def test_a_scrape_tells_hits_from_misses_and_errors(stack):
     assert grew("ringmesh_request_duration_seconds_sum", model=model, outcome="miss") > 0
     assert grew("ringmesh_cache_lookups_total", tier="local", result="hit") == 2
     assert value(after, "ringmesh_requests_in_flight") == 0
+
+
+METHODS = [
+    # process, method, request, code
+    ("router", "inference.GRPCInferenceService/ModelReady", v2.ModelReadyRequest(name="mlp"), "OK"),
+    ("router", "inference.GRPCInferenceService/ModelMetadata", v2.ModelMetadataRequest(name="none"), "NOT_FOUND"),
+    ("router", "ringmesh.router.v1.RouterService/GetRing", router_pb2.GetRingRequest(), "OK"),
+    ("worker-0", "inference.GRPCInferenceService/ModelConfig", v2.ModelConfigRequest(name="none"), "NOT_FOUND"),
+    ("worker-0", "ringmesh.inference.v1.InferenceWorkerService/Describe", inference_pb2.DescribeRequest(), "OK"),
+    ("cache", "ringmesh.cache.v1.CacheService/Stats", cache_pb2.StatsRequest(), "OK"),
+    ("cache", "ringmesh.cache.v1.CacheService/Get", cache_pb2.GetRequest(), "INVALID_ARGUMENT"),
+    ("cache", "grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(), "OK"),
+]
+
+
+@pytest.mark.parametrize(("process", "method", "request_", "code"), METHODS)
+def test_calls_of_every_method_are_counted_by_how_they_ended(stack, process, method, request_, code):
+    served = {"router": stack.router, "cache": stack.cache, "worker-0": stack.workers[0]}[process]
+
+    def counted():
+        return value(scrape(addresses(stack)[process]), "ringmesh_rpc_calls_total", method=method, code=code)
+
+    before = counted()
+    with grpc.insecure_channel(served) as channel:
+        ended = channel.unary_unary(f"/{method}").future(request_.SerializeToString(), timeout=30)
+        assert ended.code().name == code
+    assert counted() > before
+
+
+def test_streams_are_counted_when_they_end(stack):
+    method = "inference.GRPCInferenceService/ModelStreamInfer"
+
+    def counted(code):
+        return value(scrape(addresses(stack)["router"]), "ringmesh_rpc_calls_total", method=method, code=code)
+
+    before = {code: counted(code) for code in ("OK", "CANCELLED")}
+    going_on = threading.Event()
+
+    def requests():
+        yield fresh().SerializeToString()
+        going_on.wait(30)
+
+    with grpc.insecure_channel(stack.router) as channel:
+        infer = channel.stream_stream(f"/{method}")
+        assert len(list(infer(iter([fresh().SerializeToString()]), timeout=30))) == 1
+        left = infer(requests(), timeout=30)
+        next(left)
+        left.cancel()
+        going_on.set()
+        for code, count in before.items():
+            eventually(lambda code=code, count=count: counted(code) == count + 1)
+
+
+def test_errors_are_counted_by_their_type(stack):
+    router = addresses(stack)["router"]
+    wrong, unknown = fresh(), fresh()
+    wrong.inputs[0].name = "z"
+    unknown.model_name = "no such model"
+
+    def counted():
+        scraped = scrape(router)
+        workers = [scrape(address) for name, address in addresses(stack).items() if name.startswith("worker")]
+        return (
+            value(scraped, "ringmesh_errors_total", type="invalid_input", model=wrong.model_name),
+            value(scraped, "ringmesh_errors_total", type="unknown_model", model="other"),
+            sum(value(worker, "ringmesh_worker_errors_total", type="invalid_input") for worker in workers),
+        )
+
+    before = counted()
+    for bad in (wrong, unknown):
+        with pytest.raises(grpc.RpcError):
+            call(stack.router, bad)
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [1, 1, 1]
 
 
 def test_a_scrape_of_a_worker_tells_what_it_ran(stack):

@@ -5,7 +5,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import versions
-from services.runtime.errors import InvalidArgumentError
+from services.runtime.errors import InternalError, InvalidArgumentError
 from tests import models
 
 
@@ -257,3 +257,16 @@ def test_parameters_and_levels_reach_the_session(tmp_path, level):
     with pytest.raises(Exception, match="arena"):
         # Only a session that was told both refuses: there is no arena to shrink.
         model.run({"x": np.ones((1, 64), np.float32)}, ["y"])
+
+
+def test_a_run_that_fails_for_no_fault_of_the_request_is_an_execution_error(tmp_path, caplog):
+    # 2 by 3 values into 4 by 4: ONNX Runtime finds out only when it runs.
+    shape = numpy_helper.from_array(np.array([4, 4], np.int64), "shape")
+    x, y = (models.value(name, TensorProto.FLOAT, "n", "m") for name in "xy")
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    model = load(models.save(tmp_path, "breaks", [node], [x], [y], [shape]))
+    with pytest.raises(InternalError, match="'breaks' failed in ONNX Runtime") as caught:
+        model.run({"x": np.ones((2, 3), np.float32)}, ["y"])
+    assert caught.value.kind == "execution"
+    assert "Reshape" in caplog.text
+    assert "Traceback" not in caught.value.message
