@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from cache.cache_control import CacheControl
 from cache.doorkeeper import Doorkeeper
@@ -74,6 +74,8 @@ class Mesh:
         self._refusals = refusals
         self._doorkeeper = doorkeeper
         self._flights: SingleFlight[Found] = SingleFlight()
+        # Of the flights, so that those that join tell whose work they wait for.
+        self._leaders: dict[bytes, Trace] = {}
         # What computing took of late, in seconds, by the model's half of the key.
         self._costs: dict[bytes, float] = {}
 
@@ -108,7 +110,8 @@ class Mesh:
         entry = self.local.peek(key)
         if entry is not None and entry.created_at_ms >= self.purges.oldest_ms:
             return Found(entry, "hit-local")
-        found, joined = await self._flights.run(key, lambda: self._lead(key, compute, trace), deadline)
+        trace.leader = self._leaders.get(key)
+        found, joined = await self._flights.run(key, lambda: self._begin(key, compute, trace), deadline)
         return Found(found.entry, "joined", found.worker) if joined else found
 
     async def get_or_compute_as_told(
@@ -131,25 +134,34 @@ class Mesh:
             self.fill(computed)
         return Found(computed.entry, "miss", computed.worker)
 
+    def _begin(
+        self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace
+    ) -> Coroutine[Any, Any, Found]:
+        self._leaders[key] = trace
+        return self._lead(key, compute, trace)
+
     async def _lead(self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace) -> Found:
-        entry = await self.look_up(key, trace)
-        if entry is not None:
-            return Found(entry, "hit-shared")
-        # Who cannot know what was purged here must not bring it back from there.
-        may_ask = self.purges.is_known and not self.purges.oldest_ms
-        peers = self.peers.worth_asking(self._costs.get(key[:_MODEL_BYTES], 0.0)) if may_ask else []
-        if peers:
-            start = time.time_ns()
-            answer = await self.peers.race(peers, key, lambda: self._compute(key, compute))
-            trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
-            if isinstance(answer, Entry):
-                self.fill(Computed(answer, key, ""))
-                return Found(answer, "hit-peer")
-            computed = answer
-        else:
-            computed = await self._compute(key, compute)
-        self.fill(computed)
-        return Found(computed.entry, "miss", computed.worker)
+        try:
+            entry = await self.look_up(key, trace)
+            if entry is not None:
+                return Found(entry, "hit-shared")
+            # Who cannot know what was purged here must not bring it back from there.
+            may_ask = self.purges.is_known and not self.purges.oldest_ms
+            peers = self.peers.worth_asking(self._costs.get(key[:_MODEL_BYTES], 0.0)) if may_ask else []
+            if peers:
+                start = time.time_ns()
+                answer = await self.peers.race(peers, key, lambda: self._compute(key, compute))
+                trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
+                if isinstance(answer, Entry):
+                    self.fill(Computed(answer, key, ""))
+                    return Found(answer, "hit-peer")
+                computed = answer
+            else:
+                computed = await self._compute(key, compute)
+            self.fill(computed)
+            return Found(computed.entry, "miss", computed.worker)
+        finally:
+            del self._leaders[key]
 
     async def _compute(self, key: bytes, compute: Callable[[], Awaitable[Computed]]) -> Computed:
         """Learns what it costs, and of requests that are wrong wherever they are computed."""

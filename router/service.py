@@ -27,7 +27,7 @@ from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.request_metrics import OK, STEP, RequestMetrics
 from router.rows import RowCache
-from services.runtime import protocol, w3c
+from services.runtime import protocol, w3c, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.load_report import LoadReport
@@ -296,6 +296,7 @@ class InferenceService:
                 deadline=deadline,
                 caller=call.caller,
             )
+            call.provider = result.timing.provider
             return result, member.worker_id
 
         start = time.time_ns()
@@ -326,6 +327,7 @@ class InferenceService:
             deadline=deadline,
             caller=call.caller,
         )
+        call.provider = result.timing.provider
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
         return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
 
@@ -336,10 +338,21 @@ class InferenceService:
 
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
         _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
-        call = self._key(data, whole.trace, whole.metadata, control, STEP)
+        call = self._key(data, whole.trace.child(), whole.metadata, control, STEP)
         call.tenant, call.caller = tenant, whole.caller
-        entry = self._local(call)
-        found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
+        version = call.model.version if call.model is not None else ""
+        told: dict[str, Value] = {"ringmesh.model.name": call.name, "ringmesh.model.version": version}
+        message = "it was ended"
+        try:
+            entry = self._local(call)
+            found = Found(entry, "hit-local") if entry is not None else await self._find(call, deadline)
+            told["ringmesh.cache.outcome"] = found.outcome
+            message = ""
+        except RingmeshError as error:
+            message = error.message
+            raise
+        finally:
+            whole.trace.span(worker_spans.STEP, call.start, time.time_ns(), told, call.trace.span_id, error=message)
         self._count(call, found)
         return found.entry
 
@@ -353,6 +366,8 @@ class InferenceService:
             told = request_span.answered(found, end)
             told["ringmesh.cost"] = self._cost.of(model.provider, found.entry.compute_us)
             told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
+            if call.provider:
+                told["ringmesh.provider"] = call.provider
             self._keep(call, labels, end, told, slow=slow)
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
@@ -368,6 +383,8 @@ class InferenceService:
             trailing = (*trailing, ("ringmesh-rows", found.rows))
         if found.worker:
             trailing = (*trailing, ("ringmesh-worker", found.worker), self._report.trailer)
+            if call.provider:
+                trailing = (*trailing, ("ringmesh-provider", call.provider))
         else:
             self._hits += 1
             if not self._hits % _HITS_A_REPORT:
@@ -443,6 +460,7 @@ class _Admitted:
         "model",
         "name",
         "place",
+        "provider",
         "reason",
         "request_hash",
         "request_id",
@@ -463,6 +481,8 @@ class _Admitted:
         self.request_hash = b""
         self.place = b""
         self.reason = ""
+        # What ran the model, where it was computed for this call.
+        self.provider = ""
         self.control: CacheControl | None = None
         self.model: ModelEntry | None = None
         self.error: RingmeshError | None = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,17 @@ class BatchResult:
     first: bool
     # The trace contexts of the first MAX_MEMBERS of them, one after the other.
     members: bytes = b""
+    # Of an ensemble.
+    steps: Sequence[StepResult] = ()
+
+
+class StepResult(NamedTuple):
+    """What a step of an ensemble took; `begun_ns` and `ended_ns` of time.time_ns."""
+
+    model: OnnxModel
+    begun_ns: int
+    ended_ns: int
+    batch: BatchResult
 
 
 class Batcher:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.batcher import BatchResult
+from services.inference.batcher import BatchResult, StepResult
 from services.inference.config import HEDGE, TENANT_SCOPE, ConfigError, ModelConfig, says
 from services.inference.held_models import HeldModel, HeldModels
-from services.inference.model import ModelLoadError, metadata
+from services.inference.model import ModelLoadError, OnnxModel, metadata
 from services.inference.repository import ModelFiles
 from services.inference.request import Decoded, prepare
 from services.inference.tensor_spec import declared_spec
@@ -90,6 +90,7 @@ class Ensemble:
         if self.not_runnable:
             raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.not_runnable}")
         start = time.time_ns()
+        steps: list[StepResult] = []
 
         async def run_step(index: int, inputs: dict[str, Array]) -> Mapping[str, Array]:
             held, begun = self._steps[index], time.time_ns()
@@ -101,12 +102,15 @@ class Ensemble:
                 held.statistics.failed(time.time_ns() - begun, error.kind)
                 error.message = f"step {held.model.name!r} of ensemble {self.name!r}: {error.message}"
                 raise
-            held.statistics.succeeded(batch, step.rows, time.time_ns() - begun, time.time_ns() - batch.end_ns)
+            now = time.time_ns()
+            held.statistics.succeeded(batch, step.rows, now - begun, now - batch.end_ns)
+            assert isinstance(held.model, OnnxModel)  # else it did not resolve
+            steps.append(StepResult(held.model, begun, now, batch))
             return dict(zip(outputs, batch.arrays, strict=True))
 
         tensors = await ensemble.run(self.plan, decoded.arrays, run_step)
         arrays = [tensors[name] for name in decoded.outputs]
-        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True)
+        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True, steps=steps)
 
     async def close(self) -> None:
         """Nothing of its own waits: what its steps have taken is drained with them."""

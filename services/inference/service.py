@@ -80,7 +80,7 @@ class InferenceService:
         )
         if result.HasField("failure"):
             await abort(context, from_failure(result.failure), trailing)
-        context.set_trailing_metadata(trailing)
+        context.set_trailing_metadata((*trailing, ("ringmesh-provider", result.timing.provider)))
         return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
 
     async def _stream_infer(self, data: bytes, context: Context) -> bytes:

@@ -228,19 +228,30 @@ def _answer(
 ) -> inference_pb2.WorkResult:
     now = time.time_ns()
     held.statistics.succeeded(batch, decoded.rows, now - start, now - batch.end_ns)
-    timing = inference_pb2.Timing(
+    timing = _timing(held.model.provider, batch, start, now)
+    for step in batch.steps:
+        timing.steps.add(
+            model=step.model.name,
+            version=str(step.model.version),
+            begun_at_us=(step.begun_ns - start) // 1000,
+            timing=_timing(step.model.provider, step.batch, step.begun_ns, step.ended_ns),
+        )
+    return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
+
+
+def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inference_pb2.Timing:
+    return inference_pb2.Timing(
         queue_us=(batch.start_ns - batch.queued_ns) // 1000,
         compute_us=(batch.end_ns - batch.start_ns) // 1000,
         batch_requests=batch.batch_requests,
         batch_rows=batch.batch_rows,
         received_unix_ns=start,
-        total_us=(now - start) // 1000,
+        total_us=(end - start) // 1000,
         queued_at_us=(batch.queued_ns - start) // 1000,
         run_at_us=(batch.run_ns - start) // 1000,
-        provider=held.model.provider,
+        provider=provider,
         batch_members=batch.members,
     )
-    return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
 
 
 def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inference_pb2.WorkResult:

@@ -42,12 +42,17 @@ class Stage(NamedTuple):
     events: tuple[Event, ...]
     worker: str
     result: inference_pb2.WorkResult | None
+    # "": under the request's own span.
+    parent_id: str
 
 
 class Trace:
-    """One request's place in its trace. `parent_id` is "" at a root; `state` is the caller's tracestate."""
+    """One request's place in its trace. `parent_id` is "" at a root; `state` is the caller's tracestate.
 
-    __slots__ = ("parent_id", "sampled", "span_id", "stages", "state", "trace_id")
+    `leader` is the request whose answer this one waited for, where it joined one.
+    """
+
+    __slots__ = ("leader", "parent_id", "sampled", "span_id", "stages", "state", "trace_id")
 
     def __init__(self, trace_id: str, parent_id: str, sampled: bool) -> None:
         self.trace_id = trace_id
@@ -56,6 +61,19 @@ class Trace:
         self.span_id = ""
         self.state = ""
         self.stages: list[Stage] = []
+        self.leader: Trace | None = None
+
+    def child(self) -> Trace:
+        """For a part of the request that has parts itself: what is recorded in it stands under its `span_id`."""
+        child = Trace(self.trace_id, self.span_id, self.sampled)
+        child.span_id = new_span_id()
+        child.stages = self.stages
+        return child
+
+    def context(self) -> tuple[str, str]:
+        """The ids of the trace and of the request's own span, for others to link to."""
+        self.span_id = self.span_id or new_span_id()
+        return self.trace_id, self.span_id
 
     def span(
         self,
@@ -72,7 +90,9 @@ class Trace:
         result: inference_pb2.WorkResult | None = None,
     ) -> None:
         """Records a child span; times in ns since the Unix epoch."""
-        self.stages.append(Stage(name, start_ns, end_ns, attributes, span_id, kind, error, events, worker, result))
+        self.stages.append(
+            Stage(name, start_ns, end_ns, attributes, span_id, kind, error, events, worker, result, self.span_id)
+        )
 
     def traceparent(self, span_id: str) -> str:
         """What to send on, so that `span_id` becomes the parent there."""
@@ -145,19 +165,20 @@ class Tracer:
         error: str,
         timing: inference_pb2.Timing | None,
     ) -> Iterator[Span]:
-        trace.span_id = trace.span_id or new_span_id()
-        trace_id, process, state = trace.trace_id, self.process, trace.state
+        trace_id, own_id = trace.context()
+        process, state = self.process, trace.state
+        links = (trace.leader.context(),) if trace.leader is not None else ()
         yield Span(
-            process, trace_id, trace.span_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
-            state,
+            process, trace_id, own_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
+            state, (), links,
         )  # fmt: skip
         if timing is not None:
-            yield from run_spans(trace_id, trace.span_id, process, timing)
+            yield from run_spans(trace_id, own_id, process, timing)
         for stage in trace.stages:
             span_id = stage.span_id or new_span_id()
             span = Span(
-                process, trace_id, span_id, trace.span_id, stage.name, stage.kind, stage.start_ns, stage.end_ns,
-                stage.attributes, stage.error, state, stage.events,
+                process, trace_id, span_id, stage.parent_id or own_id, stage.name, stage.kind, stage.start_ns,
+                stage.end_ns, stage.attributes, stage.error, state, stage.events,
             )  # fmt: skip
             yield span
             if stage.result is not None:

@@ -10,6 +10,7 @@ from ringmesh.inference.v1 import inference_pb2
 from services.runtime.spans import Attributes, Kind, Process, Span
 from services.runtime.w3c import new_span_id
 
+STEP = "ensemble step"
 EXECUTE = "ringmesh.inference.v1.InferenceWorkerService/Execute"
 _CONTEXT_BYTES = 24
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -34,9 +35,11 @@ def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) 
         "ringmesh.worker.id": worker.instance,
         "ringmesh.joined": timing.joined,
     }
+    # What it joined is the run of one of these.
+    links = _links(timing) if timing.joined else ()
     yield Span(
         worker, call.trace_id, span_id, call.span_id, EXECUTE, Kind.SERVER, start, start + took, attributes, failure,
-        call.trace_state,
+        call.trace_state, (), links,
     )  # fmt: skip
     yield from run_spans(call.trace_id, span_id, worker, timing, start)
 
@@ -44,16 +47,28 @@ def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) 
 def run_spans(
     trace_id: str, parent_id: str, worker: Process, timing: inference_pb2.Timing, received_ns: int = 0
 ) -> Iterator[Span]:
-    """Queue, batch and run under the span `parent_id`; none where it never came to a batch, or joined another's."""
+    """Queue, batch and run under the span `parent_id`, or the steps of an ensemble, each with its own.
+
+    None where it never came to a batch, or joined another's.
+    """
     received_ns = received_ns or timing.received_unix_ns
     if timing.joined or not timing.batch_requests:
+        return
+    for step in timing.steps:
+        start = received_ns + step.begun_at_us * 1000
+        attributes: Attributes = {"ringmesh.model.name": step.model, "ringmesh.model.version": step.version}
+        step_id = new_span_id()
+        yield Span(
+            worker, trace_id, step_id, parent_id, STEP, Kind.INTERNAL, start, start + step.timing.total_us * 1000,
+            attributes,
+        )  # fmt: skip
+        yield from run_spans(trace_id, step_id, worker, step.timing, start)
+    if timing.steps:
         return
     queued = received_ns + timing.queued_at_us * 1000
     start = queued + timing.queue_us * 1000
     end = start + timing.compute_us * 1000
     run = min(end, max(start, received_ns + timing.run_at_us * 1000))
-    members = timing.batch_members.hex()
-    links = [members[at : at + 2 * _CONTEXT_BYTES] for at in range(0, len(members), 2 * _CONTEXT_BYTES)]
     sizes: Attributes = {"ringmesh.batch.requests": timing.batch_requests, "ringmesh.batch.rows": timing.batch_rows}
 
     def span(name: str, parent: str, start_ns: int, end_ns: int, attributes: Attributes) -> Span:
@@ -61,5 +76,12 @@ def run_spans(
 
     yield span("queue", parent_id, queued, start, {})
     batch = span("batch", parent_id, start, end, sizes)
-    yield batch._replace(links=tuple((link[:32], link[32:]) for link in links))
+    yield batch._replace(links=_links(timing))
     yield span("onnxruntime run", batch.span_id, run, end, {"ringmesh.provider": timing.provider})
+
+
+def _links(timing: inference_pb2.Timing) -> tuple[tuple[str, str], ...]:
+    """To the requests of its batch."""
+    members = timing.batch_members.hex()
+    contexts = [members[at : at + 2 * _CONTEXT_BYTES] for at in range(0, len(members), 2 * _CONTEXT_BYTES)]
+    return tuple((context[:32], context[32:]) for context in contexts)

@@ -1,5 +1,6 @@
 """Ensembles as tritonclient calls them: on one worker, through the router, and with their steps on two workers."""
 
+import json
 import shutil
 
 import numpy as np
@@ -52,7 +53,7 @@ def split(tmp_path, models, start_worker, start_router):
         for name in ("pipeline", held):
             shutil.copytree(models / name, tmp_path / held / name)
         addresses.append(start_worker(f"holds-{held}", models=tmp_path / held).address)
-    router = start_router(addresses, None)
+    router = start_router(addresses, None, trace_dir=tmp_path / "traces", trace_ratio=1)
     with triton.InferenceServerClient(router.address) as client, triton.InferenceServerClient(addresses[0]) as worker:
         eventually(lambda: client.is_model_ready("doubled") and client.is_model_ready("mlp"))
         yield client, worker
@@ -72,6 +73,27 @@ def test_steps_on_two_workers_run_through_the_router(split):
         infer(worker, "pipeline", "in", X)
     assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
     assert not worker.is_model_ready("pipeline")
+
+
+def test_steps_on_two_workers_stand_in_one_trace_each_with_its_attempt(split, tmp_path):
+    client, _ = split
+    infer(client, "pipeline", "in", X)
+
+    def found():
+        lines = [line for file in (tmp_path / "traces").glob("*.jsonl") for line in file.read_text().splitlines()]
+        return list(map(json.loads, lines))
+
+    eventually(lambda: len({span["name"] for span in found()} & {"ensemble step", "onnxruntime run"}) == 2)
+    steps = {span["span_id"]: span for span in found() if span["name"] == "ensemble step"}
+    assert [step["attributes"]["ringmesh.model.name"] for step in steps.values()] == ["mlp", "doubled"]
+    attempts = [span for span in found() if span["name"].endswith("/Execute") and span["kind"] == "client"]
+    told = {steps[a["parent_id"]]["attributes"]["ringmesh.model.name"]: a["attributes"] for a in attempts}
+    assert {name: one["ringmesh.worker.id"] for name, one in told.items()} == {
+        "mlp": "holds-mlp",
+        "doubled": "holds-doubled",
+    }
+    (root,) = [span for span in found() if span["name"].endswith("ModelInfer")]
+    assert {step["parent_id"] for step in steps.values()} == {root["span_id"]}
 
 
 def test_bad_input_is_told_where_steps_are_on_two_workers(split):

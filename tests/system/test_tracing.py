@@ -192,6 +192,51 @@ async def test_a_batch_links_the_requests_that_it_served(quiet):
                 linked |= links
 
 
+async def test_a_request_that_joined_another_links_to_it(stack):
+    request = fresh("slow")
+    asked = await asyncio.gather(*(traced(stack.router, request) for _ in range(4)))
+    found = [(await complete(stack.trace_dir, trace_id, {SERVER}))[SERVER] for trace_id, _, _ in asked]
+    outcomes = {span["trace_id"]: span["attributes"]["ringmesh.cache.outcome"] for span in found}
+    assert sorted(outcomes.values()) == ["joined", "joined", "joined", "miss"]
+    (leader,) = [span for span in found if outcomes[span["trace_id"]] == "miss"]
+    assert leader["links"] == []
+    for span in found:
+        if span is not leader:
+            assert span["links"] == [[leader["trace_id"], leader["span_id"]]]
+
+
+async def test_the_steps_of_an_ensemble_are_told_each_with_its_run(stack):
+    request = fresh()
+    request.model_name, request.inputs[0].name = "pipeline", "in"
+    trace_id, _, told = await traced(stack.router, request)
+    await complete(stack.trace_dir, trace_id, {SERVER, WORKER, "ensemble step", "onnxruntime run"})
+    found = spans(stack.trace_dir, trace_id)
+    (worker,) = [span for span in found if span["name"].endswith("/Execute") and span["kind"] == "server"]
+    steps = [span for span in found if span["name"] == "ensemble step"]
+    assert [step["attributes"]["ringmesh.model.name"] for step in steps] == ["mlp", "doubled"]
+    assert {step["parent_id"] for step in steps} == {worker["span_id"]}
+    for step in steps:
+        children = [span for span in found if span["parent_id"] == step["span_id"]]
+        assert {span["name"] for span in children} == {"queue", "batch"}
+        assert all(step["start_ns"] <= span["start_ns"] <= span["end_ns"] <= step["end_ns"] for span in children)
+    assert {s["attributes"]["ringmesh.provider"] for s in found if s["name"] == "onnxruntime run"} == {
+        "CPUExecutionProvider"
+    }
+    assert told["ringmesh-provider"] == "ensemble"
+
+
+async def test_what_ran_the_model_is_told_of_what_was_computed(stack):
+    request = fresh()
+    trace_id, _, told = await traced(stack.router, request)
+    assert told["ringmesh-provider"] == "CPUExecutionProvider"
+    found = await complete(stack.trace_dir, trace_id, {SERVER})
+    assert found[SERVER]["attributes"]["ringmesh.provider"] == "CPUExecutionProvider"
+    _, _, told = await traced(stack.router, request)
+    assert (told["ringmesh-cache"], told.get("ringmesh-provider")) == ("hit-local", None)
+    _, _, told = await traced(stack.workers[0], fresh())
+    assert told["ringmesh-provider"] == "CPUExecutionProvider"
+
+
 async def test_a_failure_is_marked_in_its_trace(stack):
     request = fresh()
     request.inputs[0].name = "z"
