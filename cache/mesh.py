@@ -97,6 +97,10 @@ class Mesh:
             return entry
         return await self.look_up(key)
 
+    def must_compute(self, key: bytes) -> bool:
+        """Whether nothing but computing can answer what the local tier did not have: nobody to join or to ask."""
+        return self.shared is None and not self.peers.peers and key not in self._flights
+
     async def get_or_compute(
         self, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None, trace: Trace
     ) -> Found:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.caller import ANYBODY, Caller, RefusedError
-from router.admission.concurrency_limit import ConcurrencyLimits
+from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
 from router.attempt_span import at_bound, attempt_attributes, consideration
 from router.catalog import ModelEntry
 from router.dispatch_metrics import ATTEMPT_SECONDS, ATTEMPTS, RETRIES_DENIED, SHEDS
@@ -119,7 +119,7 @@ class Dispatcher:
             # A sequence goes where its state is, one step at a time; what was admitted and lost is not refused.
             if not sticky and not attempts and not limit.admits(caller.priority):
                 full = True
-                why = f"has {limit.in_flight} requests under way, as many as it can answer"
+                why = _no_room(limit)
                 considered.append(consideration(candidate, why))
                 skipped.append(f"{member.worker_id}: {why}")
                 continue
@@ -156,19 +156,37 @@ class Dispatcher:
                 failure = result.failure
         if failure is not None:
             raise from_failure(failure)
-        why = "; ".join(skipped[:_TOLD])
         if full:
-            self._sheds += 1
-            # Spread, so that those who are told so at once do not come back at once.
-            seconds = self._limits.target * random.uniform(0.5, 1.5)
-            raise RefusedError(
-                f"overloaded: no worker can take more of model {model.name!r} now, retry later; {why}",
-                caller,
-                retry_after=seconds,
-            )
+            raise self._shed(model, caller, skipped)
+        why = "; ".join(skipped[:_TOLD])
         raise UnavailableError(
             f"no worker could answer for model {model.name!r}, retry later; {why}",
             kind="worker_lost" if attempts else "no_worker",
+        )
+
+    def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
+        """What `run` would raise now for want of room, to be known before anything is done for a request.
+
+        None where somebody has room, or nobody could be asked, and for the step of a sequence, which is not refused.
+        """
+        skipped: list[str] = []
+        for member in self._fleet.view.members.values():
+            if not member.why_not(model):
+                limit = self._limits.of(member.address, model.digest)
+                if limit.admits(caller.priority):
+                    return None
+                if len(skipped) < _TOLD:
+                    skipped.append(f"{member.worker_id}: {_no_room(limit)}")
+        return self._shed(model, caller, skipped) if skipped else None
+
+    def _shed(self, model: ModelEntry, caller: Caller, skipped: list[str]) -> RefusedError:
+        self._sheds += 1
+        why = "; ".join(skipped[:_TOLD])
+        return RefusedError(
+            f"overloaded: no worker can take more of model {model.name!r} now, retry later; {why}",
+            caller,
+            # Spread, so that those who are told so at once do not come back at once.
+            retry_after=self._limits.target * random.uniform(0.5, 1.5),
         )
 
     async def _hedged(
@@ -276,3 +294,7 @@ class Dispatcher:
             worker = worker if len(self._attempt_times) < _MAX_WORKERS else OTHER
             times = self._attempt_times.setdefault(worker, Histogram())
         return times
+
+
+def _no_room(limit: ConcurrencyLimit) -> str:
+    return f"has {limit.in_flight} requests under way, as many as it can answer"

@@ -33,7 +33,19 @@ from services.runtime.keyed_lock import KeyedLock
 from services.runtime.load_report import LoadReport
 from services.runtime.metrics import OTHER
 from services.runtime.request_log import RequestLog
-from services.runtime.rpc import Answer, Context, Handler, Metadata, Service, abort, parse, unary, unexpected
+from services.runtime.rpc import (
+    Answer,
+    Context,
+    Failure,
+    Handler,
+    Metadata,
+    Service,
+    abort,
+    failure,
+    parse,
+    unary,
+    unexpected,
+)
 from services.runtime.spans import Attributes, Value
 from services.runtime.tracing import Trace, Tracer
 
@@ -89,7 +101,7 @@ class InferenceService:
                 "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
                 **more,
             },
-            {"ModelInfer": self._admit},
+            {"ModelInfer": self._admit_or_refuse},
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
@@ -114,9 +126,34 @@ class InferenceService:
         call.tenant = tenant
         entry = self._local(call)
         if entry is None or call.model is None:
+            call.error = call.error or self._refusal(call)
             return call
         self._audit.hit(call.model, data, entry.value)
         return self._answer(call, Found(entry, "hit-local"))
+
+    def _admit_or_refuse(self, data: bytes, metadata: Metadata) -> Answer | Failure | _Admitted:
+        """As `_admit`; what is refused for want of room is so here, where it costs least."""
+        call = self._admit(data, metadata)
+        if type(call) is not _Admitted or not isinstance(call.error, RefusedError):
+            return call
+        self._failed(call, call.error.code, call.error.message)
+        return failure(call.error, (("ringmesh-trace-id", call.trace.trace_id),))
+
+    def _refusal(self, call: _Admitted) -> RingmeshError | None:
+        """Where only computing can answer, and nobody has room for it; None where that is to be seen on the way."""
+        model = call.model
+        assert model is not None
+        if call.place or call.control is not None or model.plan is not None or model.row_cache:
+            return None
+        if call.request_hash:
+            key = self._mesh.purges.epochs.key(model.digest, model.name, call.request_hash)
+            if model.semantic_threshold or not self._mesh.must_compute(key):
+                return None
+        try:
+            call.caller = caller_of(call.metadata)
+        except RingmeshError as error:
+            return error
+        return self._dispatcher.refusal(model, call.caller)
 
     def _key(self, data: bytes, trace: Trace, metadata: Metadata, control: str, method: str) -> _Admitted:
         """Parses, finds the model and keys; what is wrong is in `error`."""

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from router.admission.caller import Priority
 
-# One at work, one on the way: less would let the worker wait for us. And what it would run one by one within the
-# target is never refused, up to a bound: where so little queues, something else is slow, and refusing cures nothing.
-_LEAST = 2
+# So many are never refused: callers who wait for their answers before they ask again are not an overload, however slow
+# the model. Nor is what the worker would run one by one within the target, up to a bound: where so little queues,
+# something else is slow, and refusing cures nothing.
+_LEAST = 8
 _FEW = 64
 # What one decision rests on.
 _WINDOW_SECONDS = 0.1
@@ -91,10 +92,14 @@ class ConcurrencyLimit:
             self._clear(now)
 
     def _decide(self, now: float) -> None:
-        queued = self._took / self._count - self._shortest
+        rate = max(self._served / self._took, self._count / (now - self._began))
+        took = self._took / self._count
+        if self.limit == math.inf:
+            # Those answered tell how long the queue was when they came; it may have become far longer.
+            took = max(took, self.in_flight / rate)
+        queued = took - self._shortest
         target = max(self._target, _RUNS * self._shortest)
         if queued > target:
-            rate = max(self._served / self._took, self._count / (now - self._began))
             least = max(_LEAST, min(_FEW, self._target / max(self._shortest, 1e-6)))
             self.limit = max(least, min(self.limit, rate * (target + self._shortest)))
         else:

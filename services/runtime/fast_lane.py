@@ -16,7 +16,7 @@ import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
 from pygrpc_native import EVENT_CALL
 
-from services.runtime.rpc import PUSHBACK, Answer, Lane
+from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata
 
 _FLUSH_SECONDS = 0.1
 
@@ -49,8 +49,7 @@ class FastLaneServer(native.Server):
         await super().stop(0)
 
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
-        # The engine keeps names that begin with grpc- to itself; RetryInfo in the details says the same.
-        context._trailing_metadata = [pair for pair in context._trailing_metadata if pair[0] != PUSHBACK]
+        context._trailing_metadata = _sendable(context._trailing_metadata)
         super()._fail(call, context, details)
 
     def _on_events(self, events: list[tuple[Any, ...]]) -> None:
@@ -70,7 +69,16 @@ class FastLaneServer(native.Server):
                 if type(answer) is Answer:
                     front.respond(call_id, answer.body, trailing_metadata=answer.trailing)
                     continue
+                if type(answer) is Failure:
+                    trailing = _sendable(answer.trailing)
+                    front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=trailing)
+                    continue
                 event = (kind, call_id, method_id, answer, client, details)
             rest.append(event)
         if rest:
             super()._on_events(rest)
+
+
+def _sendable(trailing: Metadata) -> Metadata:
+    # The engine keeps names that begin with grpc- to itself; RetryInfo in the details says the same.
+    return [pair for pair in trailing if pair[0] != PUSHBACK]

@@ -30,12 +30,20 @@ class Answer(NamedTuple):
     trailing: Metadata
 
 
+class Failure(NamedTuple):
+    """The error that a call ends with, its trailing metadata with it."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing: Metadata
+
+
 # Milliseconds after which a client with a retry policy tries again, by gRFC A6.
 PUSHBACK = "grpc-retry-pushback-ms"
 
-# Takes a request and its metadata, at once and without raising. What is not an Answer is given to the method's
-# handler in place of the request's bytes.
-Lane: TypeAlias = Callable[[bytes, Metadata], Answer | Sized]
+# Takes a request and its metadata, at once and without raising. What is neither an Answer nor a Failure is given to the
+# method's handler in place of the request's bytes.
+Lane: TypeAlias = Callable[[bytes, Metadata], Answer | Failure | Sized]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,12 @@ def unexpected(error: Exception) -> InternalError:
 
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:
     """Ends the call with the error's status; details stand in `grpc-status-details-bin` as google.rpc messages."""
-    await context.abort(error.code, error.message, (*trailing, *status_details(error)))
+    await context.abort(*failure(error, trailing))
+
+
+def failure(error: RingmeshError, trailing: Metadata = ()) -> Failure:
+    """As `abort`, for a lane."""
+    return Failure(error.code, error.message, (*trailing, *status_details(error)))
 
 
 def status_details(error: RingmeshError) -> Metadata:

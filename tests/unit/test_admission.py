@@ -47,6 +47,23 @@ class Worker:
             else:
                 self.refused += 1
 
+    def callers(self, count, seconds):
+        """So many, each of whom asks again when it has its answer."""
+        end = self.clock.now + seconds
+        idle = count
+        while self.clock.now < end:
+            for _ in range(idle):
+                if self.limit.admits(Priority.NORMAL):
+                    self._waiting.append((self.clock.now, self.limit.begin()))
+                else:
+                    self.refused += 1
+            self._start()
+            if not self._running:
+                break
+            idle = len(self._running)
+            self.clock.now = self._done_at
+            self._finish()
+
     def _start(self):
         if self._waiting and not self._running:
             self._running, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
@@ -79,7 +96,8 @@ def test_under_five_times_its_capacity_a_worker_stays_busy_and_latency_at_the_ta
     worker.load(5 * capacity, 30)
     settled = [took for came, took in worker.latencies if came > 1000 + 15]
     assert len(settled) > 0.9 * 15 * capacity
-    assert sum(settled) / len(settled) < 1.2 * (max(0.1, 2 * run(1)) + run(1))
+    fewest = 8 / batch * run(batch)  # of those who are never refused, the last waits so long
+    assert sum(settled) / len(settled) < 1.2 * max(0.1 + run(1), 3 * run(1), fewest)
     assert worker.refused > 3 * len(worker.latencies)
 
 
@@ -88,6 +106,15 @@ def test_below_its_capacity_a_worker_refuses_nothing(kind):
     batch, run = WORKERS[kind]
     worker = Worker(0.1, batch=batch, run=run)
     worker.load(0.5 / run(1), 30)
+    assert worker.refused == 0
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.05, 0.3, 2.0])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_eight_who_wait_for_their_answers_are_never_refused_however_slow_the_model(seconds, batch):
+    worker = Worker(0.2, batch=batch, run=lambda n: seconds)
+    worker.callers(8, 200 * seconds)
+    assert len(worker.latencies) >= 199 * batch
     assert worker.refused == 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 
-from router.admission.caller import RefusedError
+from router.admission.caller import ANYBODY, Caller, Priority, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.dispatcher import MOST_ENDED, Dispatcher
 from router.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
@@ -176,6 +176,26 @@ async def test_where_all_have_enough_to_do_a_request_is_refused_at_once_and_told
     with pytest.raises(RefusedError, match="overloaded") as refused:
         await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
     assert (asked, refused.value.retry_after > 0) == ([], True)
+
+
+async def test_what_would_be_refused_is_known_beforehand():
+    made, ranked, _, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
+    for name in ranked:
+        assert made.refusal(MODEL, ANYBODY) is None
+        limit = made._limits.of(name, MODEL.digest)
+        limit.limit = 2
+        limit.begin()
+        limit.begin()
+    refused = made.refusal(MODEL, ANYBODY)
+    assert "overloaded" in refused.message
+    assert all(f"{name}: has 2 requests under way" in refused.message for name in ranked)
+    assert refused.retry_after > 0
+    assert made.refusal(MODEL, Caller("", Priority.CRITICAL)) is None
+
+
+async def test_where_nobody_holds_the_model_it_is_not_said_beforehand_that_there_is_no_room():
+    made, *_ = dispatcher(dict.fromkeys(NAMES[:2], DONE), lacking=NAMES[:2])
+    assert made.refusal(MODEL, ANYBODY) is None
 
 
 async def test_a_worker_that_has_enough_to_do_is_passed_over():
