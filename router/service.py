@@ -136,7 +136,7 @@ class InferenceService:
         call = self._admit(data, metadata)
         if type(call) is not _Admitted or not isinstance(call.error, RefusedError):
             return call
-        self._failed(call, call.error.code, call.error.message)
+        self._failed(call, call.error.code, call.error.message, call.error.kind)
         return failure(call.error, (("ringmesh-trace-id", call.trace.trace_id),))
 
     def _refusal(self, call: _Admitted) -> RingmeshError | None:
