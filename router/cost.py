@@ -1,8 +1,8 @@
-"""What computing costs: a price a second of each kind of hardware times the compute time of each model."""
+"""What answers cost: a price a second of each kind of hardware times the compute time of each model; and memory's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from router.fleet import Fleet
@@ -13,8 +13,14 @@ from services.runtime.metrics import Family, Sample
 COST = Family(
     "ringmesh_cost_total",
     "counter",
-    "price of the compute time, in the currency of the settings; kind: spent, or saved by hits and joins",
+    "price in the currency of the settings; kind: compute spent, or saved by hits and joins; memory of the local tier",
     ("model", "version", "tenant", "kind"),
+)
+PRICE = Family(
+    "ringmesh_price",
+    "gauge",
+    "price of one unit, as the settings have it; unit: cpu_second, gpu_second, memory_gb_hour",
+    ("unit", "currency"),
 )
 
 _SPENT = frozenset({"miss", "bypass"})
@@ -22,10 +28,12 @@ _CPU = "CPUExecutionProvider"
 
 
 class Prices(NamedTuple):
-    """Of one second, in any currency."""
+    """Of a second of computing, and of holding 10**9 bytes for an hour. `currency` is a name for people."""
 
     cpu_second: float
     gpu_second: float
+    memory_gb_hour: float = 0.0
+    currency: str = ""
 
     def of(self, provider: str) -> float:
         """Of a second of a model that `provider` runs."""
@@ -33,12 +41,26 @@ class Prices(NamedTuple):
 
 
 class Cost:
-    """Prices what `requests` counted."""
+    """Prices what `requests` counted, and the bytes that are `held` from one scrape to the next.
 
-    def __init__(self, prices: Prices, requests: RequestMetrics, fleet: Fleet) -> None:
+    `clock` as time.monotonic.
+    """
+
+    def __init__(
+        self,
+        prices: Prices,
+        requests: RequestMetrics,
+        fleet: Fleet,
+        held: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
         self._prices = prices
         self._requests = requests
         self._fleet = fleet
+        self._held = held
+        self._clock = clock
+        self._asked_at = clock()
+        self._byte_seconds = 0.0
         # Models that nobody holds any more keep the provider they had.
         self._providers: dict[tuple[str, str], str] = {}
 
@@ -50,6 +72,12 @@ class Cost:
             totals[key] = totals.get(key, 0.0) + us / 1e6 * self._prices.of(self._provider(model, version))
         for key, amount in totals.items():
             yield Sample(COST, key, amount)
+        now = self._clock()
+        self._byte_seconds += self._held() * (now - self._asked_at)
+        self._asked_at = now
+        yield Sample(COST, ("", "", "", "memory"), self._byte_seconds / 1e9 / 3600 * self._prices.memory_gb_hour)
+        for unit in ("cpu_second", "gpu_second", "memory_gb_hour"):
+            yield Sample(PRICE, (unit, self._prices.currency), getattr(self._prices, unit))
 
     def of(self, provider: str, compute_us: int) -> float:
         """Of one answer."""

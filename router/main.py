@@ -59,7 +59,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(requests.answers, cores=os.cpu_count() or 1)
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
-    cost = Cost(Prices(settings.cpu_second_price, settings.gpu_second_price), requests, fleet)
+    prices = Prices(
+        settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
+    )
+    cost = Cost(prices, requests, fleet, lambda: mesh.local.counters.bytes, time.monotonic)
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     inference = InferenceService(

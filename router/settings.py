@@ -40,6 +40,8 @@ class RouterSettings(MeshSettings):
     slo_latency_seconds: float = Field(0.3, gt=0, description="what in time is; counts as the next bucket's bound")
     cpu_second_price: float = Field(0.00001, ge=0, description="price of a second of computing on CPUs")
     gpu_second_price: float = Field(0.0002, ge=0, description="price of a second of computing on a GPU")
+    memory_gb_hour_price: float = Field(0.005, ge=0, description="price of an hour of 1 GB of the local tier's memory")
+    currency: str = Field("USD", pattern=r"^[!-~]{1,8}$", description="of the prices; 1 to 8 characters")
     share_port: bool = Field(False, description="other routers that say so too may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"

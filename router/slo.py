@@ -16,6 +16,7 @@ from services.runtime.metrics import Family, Sample
 
 _OBJECTIVE = ("objective",)
 TARGET = Family("ringmesh_slo_target_ratio", "gauge", "part of the requests that are to be good", _OBJECTIVE)
+SECONDS = Family("ringmesh_slo_latency_seconds", "gauge", "what an answer may take; counts as the next bucket's bound")
 REQUESTS = Family("ringmesh_slo_requests_total", "counter", "requests that an objective is about", _OBJECTIVE)
 BAD = Family(
     "ringmesh_slo_bad_total",
@@ -71,6 +72,7 @@ class Slo:
         """For `Metrics.add`."""
         now = self._point()
         times = [point.at for point in self._past]
+        yield Sample(SECONDS, (), self._seconds)
         for objective, target in self._targets.items():
             total, bad = now.values[objective]
             yield Sample(TARGET, (objective,), target)

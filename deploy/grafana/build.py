@@ -84,6 +84,16 @@ DASHBOARDS: dict[str, tuple[str, list[tuple[str, list[Panel]]]]] = {
                 "Cost",
                 [
                     (
+                        "Cost, 30 days like this, in RINGMESH_CURRENCY",
+                        "none",
+                        [
+                            (
+                                f'sum by (model, kind) (rate(ringmesh_cost_total{{model=~"$model",kind=~"spent|saved"}}[{_R}])) * 2592000',
+                                "{{model}} {{kind}}",
+                            )
+                        ],
+                    ),
+                    (
                         "Compute spent",
                         "s",
                         [

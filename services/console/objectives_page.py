@@ -17,11 +17,17 @@ from services.console.sources import Sources
 # The console's memory is short: these are the short windows of the alerts in deploy/prometheus.
 WINDOWS = ((300.0, "5 min"), (1500.0, "25 min"))
 LONG_WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
-AVAILABILITY = 0.999
-LATENCY = 0.99
-LATENCY_SECONDS = 0.3
 # At which the 30-day budget is gone in two days: the alert that pages.
 FAST_BURN = 14.4
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the routers say is promised, from their settings; `latency` is of the answers within `seconds`."""
+
+    availability: float
+    latency: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,11 @@ async def contents(sources: Sources, _: Request) -> Context:
     """What `objectives.html` shows."""
     history = sources.history
     models = sorted({model for (model,) in history.increase(REQUESTS, WINDOWS[-1][0], ("model",))})
+    promise = promised(history)
     return {
-        "objectives": objectives(history),
-        "models": [(model, objectives(history, model=model)) for model in models],
+        "objectives": objectives(history, promise) if promise else [],
+        "models": [(model, objectives(history, promise, model=model)) for model in models] if promise else [],
+        "fast_burn": FAST_BURN,
         "windows": [name for _, name in WINDOWS],
         "burns": _burns(history),
         "long_windows": LONG_WINDOWS,
@@ -75,18 +83,34 @@ async def contents(sources: Sources, _: Request) -> Context:
     }
 
 
-def objectives(history: History, **where: str) -> list[Objective]:
+def promised(history: History) -> Promise | None:
+    """The strictest, where routers differ; None before one has told."""
+    targets = history.last("ringmesh_slo_target_ratio", ("objective", "target"))
+    seconds = history.last("ringmesh_slo_latency_seconds", ("target",))
+    if not targets or not seconds:
+        return None
+    strictest = {
+        name: max((value for (told, _), value in targets.items() if told == name), default=0.0)
+        for name in ("availability", "latency")
+    }
+    return Promise(strictest["availability"], strictest["latency"], min(seconds.values()))
+
+
+def objectives(history: History, promise: Promise, **where: str) -> list[Objective]:
     """Availability and latency, of all requests or of those with the labels `where`."""
     return [
         Objective(
             "Availability",
-            f"{units.percent(AVAILABILITY)} of requests are answered, or refused for what the caller did",
-            [_kept(name, _available(history, seconds, **where), AVAILABILITY) for seconds, name in WINDOWS],
+            f"{units.percent(promise.availability)} of requests are answered, or refused for what the caller did",
+            [_kept(name, _available(history, seconds, **where), promise.availability) for seconds, name in WINDOWS],
         ),
         Objective(
             "Latency",
-            f"{units.percent(LATENCY)} of requests within {units.seconds(LATENCY_SECONDS)}",
-            [_kept(name, _quick(history, seconds, **where), LATENCY) for seconds, name in WINDOWS],
+            f"{units.percent(promise.latency)} of answers within {units.seconds(promise.seconds)}",
+            [
+                _kept(name, _quick(history, seconds, promise.seconds, **where), promise.latency)
+                for seconds, name in WINDOWS
+            ],
         ),
     ]
 
@@ -112,10 +136,11 @@ def _available(history: History, seconds: float, **where: str) -> float:
     return 1 - sum(by_code.get((code,), 0.0) for code in SERVER_FAULTS) / total if total else math.nan
 
 
-def _quick(history: History, seconds: float, **where: str) -> float:
+def _quick(history: History, seconds: float, limit: float, **where: str) -> float:
+    """The limit counts as the next bound of the buckets, as on the router."""
     buckets = history.increase(f"{DURATION}_bucket", seconds, ("le",), **where)
     total = buckets.get(("+Inf",), 0.0)
-    within = max((count for (le,), count in buckets.items() if float(le) <= LATENCY_SECONDS), default=0.0)
+    within = min((count for (le,), count in buckets.items() if float(le) >= limit), default=0.0)
     return within / total if total else math.nan
 
 

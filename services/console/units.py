@@ -38,6 +38,18 @@ def nanoseconds(value: float) -> str:
     return seconds(value / 1e9)
 
 
+def money(value: float | None) -> str:
+    """1,234; 12.35; 0.0042; 0.0000031; in any currency."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    # Two digits behind the point at least, and of what is small two that are not 0, down to a billionth.
+    digits = max(2, min(9, 1 - math.floor(math.log10(abs(value)))))
+    whole, _, rest = f"{value:,.{digits}f}".partition(".")
+    return f"{whole}.{rest.rstrip('0').ljust(2, '0')}"
+
+
 def size(value: float | None) -> str:
     """1.5 MiB."""
     if value is None or math.isnan(value):
@@ -80,6 +92,7 @@ FILTERS = {
     "number": number,
     "seconds": seconds,
     "nanoseconds": nanoseconds,
+    "money": money,
     "size": size,
     "percent": percent,
     "clock": clock,

@@ -139,14 +139,15 @@ PAGES = {
     "/models/mlp": ("worker-0", "worker-1", "FP32", "[-1, 64]", "answers are cached"),
     "/models/random": ("not cached because",),
     "/cache": ("router", "shared", "By model and tenant"),
-    "/objectives": ("Availability", "Latency", "99.9 %", "Burn rates as the routers count them", "3d"),
-    "/cost": ("By model", "By tenant"),
+    "/objectives": ("Availability", "Latency", "99.9 %", "within 300 ms", "Burn rates as the routers count them", "3d"),
+    "/cost": ("By model", "By tenant", "A million requests, USD", "0.00001 USD a second of CPU"),
     "/try?model=mlp": ("Send", "FP32, any"),
 }
 
 
 @pytest.mark.parametrize("path", PAGES)
 def test_every_page_tells_of_its_subject(stack, console, path):
+    asyncio.run(traced(stack.router, fresh()))
     eventually(lambda: shows(console + path, *PAGES[path]))
 
 
