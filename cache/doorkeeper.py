@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from typing import NamedTuple
 
 from cache.entry import Entry
 from cache.shared_tier import SharedTier
@@ -19,12 +20,19 @@ _MAX_WAITING_BYTES = 64 << 20
 _MAX_WAITING = 20_000
 
 
+class _Waiting(NamedTuple):
+    until: float
+    key: bytes
+    entry: Entry
+    kept_ms: int | None
+
+
 class Doorkeeper:
     """Writes to `shared` what was asked for again within a minute."""
 
     def __init__(self, shared: SharedTier) -> None:
         self._shared = shared
-        self._waiting: deque[tuple[float, bytes, Entry]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._bytes = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -32,24 +40,24 @@ class Doorkeeper:
         """Begins to look."""
         self._task = asyncio.create_task(self._look_on())
 
-    def offer(self, key: bytes, entry: Entry) -> None:
-        """Waits from now on. The oldest are forgotten where too much waits."""
-        self._waiting.append((time.monotonic() + _WAIT_SECONDS, key, entry))
+    def offer(self, key: bytes, entry: Entry, kept_ms: int | None = None) -> None:
+        """Waits from now on, to be written as by SharedTier.put. The oldest are forgotten where too much waits."""
+        self._waiting.append(_Waiting(time.monotonic() + _WAIT_SECONDS, key, entry, kept_ms))
         self._bytes += len(entry.value)
         while self._bytes > _MAX_WAITING_BYTES or len(self._waiting) > _MAX_WAITING:
-            self._bytes -= len(self._waiting.popleft()[2].value)
+            self._bytes -= len(self._waiting.popleft().entry.value)
 
     def look(self) -> None:
         """Writes what has had a hit, forgets what has waited too long."""
         now = time.monotonic()
-        still: deque[tuple[float, bytes, Entry]] = deque()
+        still: deque[_Waiting] = deque()
         size = 0
-        for until, key, entry in self._waiting:
-            if entry.hits:
-                self._shared.put(key, entry)
-            elif now < until:
-                still.append((until, key, entry))
-                size += len(entry.value)
+        for waiting in self._waiting:
+            if waiting.entry.hits:
+                self._shared.put(waiting.key, waiting.entry, waiting.kept_ms)
+            elif now < waiting.until:
+                still.append(waiting)
+                size += len(waiting.entry.value)
         self._waiting, self._bytes = still, size
 
     async def close(self) -> None:

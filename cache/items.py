@@ -2,20 +2,19 @@
 
 An item may change, so it is read where all processes see the same: in Redis, and in the local tier only where there is
 no Redis. Past its freshness it may be kept a while longer, stale: it still answers while one caller computes it anew
-(stale-while-revalidate). That caller is picked a little before the end at random, the sooner the longer computing takes
-(XFetch: Vattani, Chierichetti, Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015).
+(stale-while-revalidate), who is picked a little before the end (freshness.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import struct
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cache import freshness
 from cache.entry import Entry, pack
 from cache.leases import Lease, Leases
 from cache.mesh import Mesh
@@ -47,10 +46,8 @@ class Item(NamedTuple):
         return bool(self.fresh_until_ms) and now_ms >= self.fresh_until_ms
 
     def is_due(self, now_ms: float, chance: float) -> bool:
-        """Whether the caller with this `chance` (0 to 1, uniform) is to compute it anew: XFetch with beta 1."""
-        if not self.fresh_until_ms:
-            return False
-        return now_ms - self.compute_us / 1000 * math.log(max(chance, 1e-300)) >= self.fresh_until_ms
+        """Whether the caller with this `chance` is to compute it anew."""
+        return bool(self.fresh_until_ms) and freshness.is_due(self.fresh_until_ms, now_ms, self.compute_us, chance)
 
 
 class Usage:

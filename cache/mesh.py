@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cache.cache_control import CacheControl
 from cache.doorkeeper import Doorkeeper
-from cache.entry import Entry
+from cache.entry import Entry, pack
+from cache.freshness import Freshness
+from cache.leases import Leases
 from cache.local_tier import LocalTier
 from cache.peer_regions import PeerRegions
 from cache.purge_board import PurgeBoard
 from cache.refusals import Refusals
+from cache.renewals import Renewals, Renewed
 from cache.shared_tier import SharedTier
 from cache.valuable import Valuable
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, RingmeshError
 from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Trace
 
 _MODEL_BYTES = 16
 _MAX_MODELS = 4096
 _SMOOTHING = 0.2
+# Longer than a renewal may take.
+_LEASE_MS = 60_000
 
 Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"]
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept."""
+    """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept.
+
+    `freshness` is that of its model, None where it has no end.
+    """
 
     entry: Entry
     key: bytes | None
     worker: str
+    freshness: Freshness | None = None
+
+
+class Renewal(NamedTuple):
+    """How long an answer is given, and what computes it anew."""
+
+    freshness: Freshness
+    compute: Callable[[], Awaitable[Computed]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +95,9 @@ class Mesh:
         self._leaders: dict[bytes, Trace] = {}
         # What computing took of late, in seconds, by the model's half of the key.
         self._costs: dict[bytes, float] = {}
+        self.renewals = Renewals()
+        self._leases = Leases(shared)
+        self.stale_answers = 0
 
     def start(self) -> None:
         """Connects."""
@@ -102,32 +122,101 @@ class Mesh:
         return self.shared is None and not self.peers.peers and key not in self._flights
 
     async def get_or_compute(
-        self, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None, trace: Trace
+        self,
+        key: bytes,
+        compute: Callable[[], Awaitable[Computed]],
+        deadline: float | None,
+        trace: Trace,
+        renewal: Renewal | None = None,
     ) -> Found:
         """What the local tier did not have. Equal keys in flight share one look-up and one computation.
 
         A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
-        `deadline` is the caller's, in time.monotonic.
+        `deadline` is the caller's, in time.monotonic. `renewal` is None where answers have no end.
         """
         self._refusals.check(key)
         # Again: between the first look and now, an equal request in flight may have been filed and be gone.
         entry = self.local.peek(key)
-        if entry is not None and entry.created_at_ms >= self.purges.oldest_ms:
+        if (
+            entry is not None
+            and entry.created_at_ms >= self.purges.oldest_ms
+            and (renewal is None or self.is_usable(key, entry, renewal, time.time_ns() // 1_000_000))
+        ):
             return Found(entry, "hit-local")
+        freshness = renewal.freshness if renewal is not None else None
         trace.leader = self._leaders.get(key)
-        found, joined = await self._flights.run(key, lambda: self._begin(key, compute, trace), deadline)
+        found, joined = await self._flights.run(key, lambda: self._begin(key, compute, trace, freshness), deadline)
         return Found(found.entry, "joined", found.worker) if joined else found
 
+    def is_usable(self, key: bytes, entry: Entry, renewal: Renewal, now_ms: int) -> bool:
+        """Whether its age lets it be given; where that will soon be over, it is computed anew off the path."""
+        freshness = renewal.freshness
+        if freshness.is_over(entry.created_at_ms, now_ms):
+            return False
+        took_us = max(entry.compute_us, 1e6 * self._costs.get(key[:_MODEL_BYTES], 0.0))
+        if freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random()):
+            self.renewals.begin(key, lambda: self._renew(key, entry, renewal.compute))
+        return True
+
+    async def _renew(self, key: bytes, old: Entry, compute: Callable[[], Awaitable[Computed]]) -> Renewed:
+        """By one process of the fleet. Raises RingmeshError.
+
+        All hold the same answer and see its end at the same moment, and an answer is in Redis only milliseconds after
+        it was computed: the key's owner on the ring would compute a quick one for each of them. So a lease decides.
+        """
+        if await self._find_newer(key, old):
+            return "found"
+        lease = await self._leases.take(key, _LEASE_MS)
+        if lease is None:
+            return "busy"
+        try:
+            if await self._find_newer(key, old):
+                await self._leases.release(key, lease.token)
+                return "found"
+            computed = await self._compute(key, compute)
+            frame = pack(key, computed.entry)
+            written = computed.key == key and await self._leases.fill(key, lease.token, frame, self._kept_ms(computed))
+        except RingmeshError:
+            await self._leases.release(key, lease.token)
+            raise
+        if written:
+            self.local.put(key, computed.entry)
+        else:
+            self.fill(computed)
+        return "computed"
+
+    async def _find_newer(self, key: bytes, old: Entry) -> bool:
+        """Whether another process has renewed it; then it is here too."""
+        if self.shared is None or not self.purges.is_known:
+            return False
+        entry = await self.shared.get(key)
+        if entry is None or entry.created_at_ms <= max(old.created_at_ms, self.purges.oldest_ms):
+            return False
+        self.local.put(key, entry)
+        return True
+
     async def get_or_compute_as_told(
-        self, key: bytes, compute: Callable[[], Awaitable[Computed]], control: CacheControl, trace: Trace
+        self,
+        key: bytes,
+        compute: Callable[[], Awaitable[Computed]],
+        control: CacheControl,
+        trace: Trace,
+        freshness: Freshness | None = None,
     ) -> Found:
         """As `get_or_compute`, within the caller's `cache-control`. Joins nobody: their answers may be too old for it.
+
+        Nor is it given a stale one.
 
         Raises FailedPreconditionError where it is only-if-cached and there is nothing it takes.
         """
         if not control.no_cache:
             entry = await self.look_up(key, trace)
-            if entry is not None and control.takes(entry.created_at_ms, time.time_ns() // 1_000_000):
+            now_ms = time.time_ns() // 1_000_000
+            if (
+                entry is not None
+                and control.takes(entry.created_at_ms, now_ms)
+                and (freshness is None or not freshness.is_stale(entry.created_at_ms, now_ms))
+            ):
                 return Found(entry, "hit-shared")
         if control.only_if_cached:
             raise FailedPreconditionError(
@@ -139,25 +228,30 @@ class Mesh:
         return Found(computed.entry, "miss", computed.worker)
 
     def _begin(
-        self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace
+        self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace, freshness: Freshness | None
     ) -> Coroutine[Any, Any, Found]:
         self._leaders[key] = trace
-        return self._lead(key, compute, trace)
+        return self._lead(key, compute, trace, freshness)
 
-    async def _lead(self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace) -> Found:
+    async def _lead(
+        self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace, freshness: Freshness | None
+    ) -> Found:
+        def usable(found: Entry) -> bool:
+            return freshness is None or not freshness.is_over(found.created_at_ms, time.time_ns() // 1_000_000)
+
         try:
             entry = await self.look_up(key, trace)
-            if entry is not None:
+            if entry is not None and usable(entry):
                 return Found(entry, "hit-shared")
             # Who cannot know what was purged here must not bring it back from there.
             may_ask = self.purges.is_known and not self.purges.oldest_ms
             peers = self.peers.worth_asking(self._costs.get(key[:_MODEL_BYTES], 0.0)) if may_ask else []
             if peers:
                 start = time.time_ns()
-                answer = await self.peers.race(peers, key, lambda: self._compute(key, compute))
+                answer = await self.peers.race(peers, key, lambda: self._compute(key, compute), usable)
                 trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
                 if isinstance(answer, Entry):
-                    self.fill(Computed(answer, key, ""))
+                    self.fill(Computed(answer, key, "", freshness))
                     return Found(answer, "hit-peer")
                 computed = answer
             else:
@@ -198,16 +292,25 @@ class Mesh:
 
     def fill(self, computed: Computed) -> None:
         """Keeps it in both tiers, if it is to be kept."""
-        if computed.key is not None:
-            self.local.put(computed.key, computed.entry)
-            if self._doorkeeper is not None:
-                self._doorkeeper.offer(computed.key, computed.entry)
-            elif self.shared is not None:
-                self.shared.put(computed.key, computed.entry)
+        if computed.key is None:
+            return
+        self.local.put(computed.key, computed.entry)
+        kept_ms = self._kept_ms(computed)
+        if self._doorkeeper is not None:
+            self._doorkeeper.offer(computed.key, computed.entry, kept_ms)
+        elif self.shared is not None:
+            self.shared.put(computed.key, computed.entry, kept_ms)
+
+    def _kept_ms(self, computed: Computed) -> int | None:
+        """How long Redis is to keep it; None: as long as any."""
+        if self.shared is None or computed.freshness is None or computed.freshness.kept_ms >= self.shared.ttl_ms:
+            return None
+        return computed.freshness.kept_ms
 
     async def close(self) -> None:
         """Ends what is in flight and writes what Redis still lacks."""
         self._flights.close()
+        self.renewals.close()
         await self.peers.close()
         if self._doorkeeper is not None:
             await self._doorkeeper.close()

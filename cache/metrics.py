@@ -19,6 +19,13 @@ BYTES = Family("ringmesh_cache_bytes", "gauge", "memory held, with keys and over
 SAVED = Family(
     "ringmesh_cache_saved_compute_seconds_total", "counter", "compute time that hits made unnecessary", _TIER
 )
+RENEWALS = Family(
+    "ringmesh_cache_renewals_total",
+    "counter",
+    "answers to be renewed before their end, by result: computed, found (in Redis), busy (elsewhere), failed",
+    ("result",),
+)
+STALE = Family("ringmesh_cache_stale_answers_total", "counter", "answers given past their time to live")
 REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "round trips to Redis", ("operation",))
 BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
 
@@ -46,6 +53,9 @@ class CacheMetrics:
                 yield Sample(EVICTIONS, name, counters.evictions)
                 yield Sample(ENTRIES, name, counters.entries)
                 yield Sample(BYTES, name, counters.bytes)
+        for result, count in self._mesh.renewals.counts.items():
+            yield Sample(RENEWALS, (result,), count)
+        yield Sample(STALE, (), self._mesh.stale_answers)
         if shared is not None:
             yield Sample(BREAKER_OPEN, (), shared.is_skipped)
             yield from shared.errors.samples()

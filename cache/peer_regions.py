@@ -173,9 +173,13 @@ class PeerRegions:
         return [peer for peer in self.peers if peer.is_up and peer.trip_seconds < compute_seconds]
 
     async def race(
-        self, peers: Sequence[PeerRegion], key: bytes, compute: Callable[[], Awaitable[Result]]
+        self,
+        peers: Sequence[PeerRegion],
+        key: bytes,
+        compute: Callable[[], Awaitable[Result]],
+        usable: Callable[[Entry], bool],
     ) -> Entry | Result:
-        """The first answer: a peer's entry, or what was computed. The rest is cancelled.
+        """The first answer: a peer's entry, where it is `usable`, or what was computed. The rest is cancelled.
 
         Computing begins when no peer has it, or none has answered within two usual trips. Raises what `compute` raises
         where no peer has an answer.
@@ -194,7 +198,7 @@ class PeerRegions:
                 await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for ask in [each for each in asks if each.done()]:
                     asks.discard(ask)
-                    if (entry := ask.result()) is not None:
+                    if (entry := ask.result()) is not None and usable(entry):
                         return entry
                 if computing is None:
                     if not asks or loop.time() >= begin:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.admission.caller import Caller, Priority
+from router.admission.caller import ROUTER
 from router.catalog import Catalog, ModelEntry
 from router.comparison import Verdict, compare
 from router.dispatcher import Dispatcher
@@ -48,8 +48,6 @@ DISTRUSTED = Family(
 _SECONDS_APART = 0.05
 _REST = 20.0
 _DEADLINE_SECONDS = 30.0
-# What is refused first where there is overload, and belongs to no tenant's quota.
-_CALLER = Caller("", Priority.SHEDDABLE)
 # When a model is distrusted: as many different answers, and as large a part of those audited.
 _LEAST_DIFFERENT = 3
 _LARGEST_PART = 0.01
@@ -151,7 +149,7 @@ class Audit:
         try:
             # Joined to nothing and anywhere on the ring: the one who computed it first may be the one who errs.
             result, _ = await self._dispatcher.run(
-                model, request, b"", untraced(), deadline=time.monotonic() + _DEADLINE_SECONDS, caller=_CALLER
+                model, request, b"", untraced(), deadline=time.monotonic() + _DEADLINE_SECONDS, caller=ROUTER
             )
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))

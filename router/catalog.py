@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from cache.freshness import Freshness, tightest
 from services.runtime import ensemble
 from services.runtime.ensemble import Plan
 from services.runtime.errors import NotFoundError, UnavailableError
@@ -23,7 +24,7 @@ class ModelEntry:
     `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
     batch are cached one by one. With `hedged`, a slow attempt is made elsewhere too. An ensemble has a `plan`; with
     `cache_steps` the router runs it step by step, each through the cache. From a `semantic_threshold` above 0, a
-    vector may be answered as a similar one was.
+    vector may be answered as a similar one was. `freshness` says how long answers are given; None: without end.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelEntry:
     row_cache: bool = False
     hedged: bool = False
     semantic_threshold: float = 0.0
+    freshness: Freshness | None = None
     plan: Plan | None = None
     cache_steps: bool = False
     provider: str = ""
@@ -100,10 +102,14 @@ class Catalog:
             return replace(entry, plan=plan, uncacheable="a step of it is nowhere held")
         if any(found[step.name, step.version].HasField("ensemble") for step in steps):
             return entry
+        freshness = entry.freshness
+        for each in steps:
+            freshness = tightest(freshness, each.freshness)
         return replace(
             entry,
             plan=plan,
             cache_steps=cache_steps,
+            freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
             digest=ensemble.digest(told.own_digest, (step.digest for step in steps)),
             uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
@@ -127,4 +133,5 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         provider=model.provider,
         hedged=model.hedged,
         semantic_threshold=model.semantic_threshold,
+        freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,
     )

@@ -7,6 +7,7 @@ Each row is filed under the key that it would have as a request of its own.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -77,7 +78,7 @@ class RowCache:
         found: dict[bytes, _Row] = {}
         for key in wanted:
             entry = self._mesh.local.get(key)
-            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms:
+            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and _is_fresh(model, entry):
                 found[key] = _Row(entry, "hit-local")
         known = sum(key in found for key in keys)
         missing = [key for key in wanted if key not in found]
@@ -147,7 +148,9 @@ class RowCache:
             trace = untraced()
             shared = await asyncio.gather(*(self._mesh.look_up(key, trace) for key in flights))
             landed = {
-                key: _Row(entry, "hit-shared") for key, entry in zip(flights, shared, strict=True) if entry is not None
+                key: _Row(entry, "hit-shared")
+                for key, entry in zip(flights, shared, strict=True)
+                if entry is not None and _is_fresh(model, entry)
             }
             if missing := [key for key in flights if key not in landed]:
                 landed |= await self._compute(batch, model, missing, wanted, tenant, compute)
@@ -185,8 +188,14 @@ class RowCache:
             for key, value in zip(keys, cut_response(result.response, len(keys)), strict=True)
         }
         for key, row in rows.items():
-            self._mesh.fill(Computed(row.entry, key, row.worker))
+            self._mesh.fill(Computed(row.entry, key, row.worker, model.freshness))
         return rows
+
+
+def _is_fresh(model: ModelEntry, entry: Entry) -> bool:
+    """What is stale is computed with the rows that are missing: it costs no call of its own."""
+    freshness = model.freshness
+    return freshness is None or not freshness.is_stale(entry.created_at_ms, time.time_ns() // 1_000_000)
 
 
 def split(request: v2.ModelInferRequest) -> Batch | None:

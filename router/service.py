@@ -15,10 +15,10 @@ from cache.cache_control import CacheControl, parse_cache_control
 from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
-from cache.mesh import Computed, Found, Mesh
+from cache.mesh import Computed, Found, Mesh, Renewal
 from cache.semantic_index import SemanticIndex
 from router import ensembles, request_span, rows, similar
-from router.admission.caller import ANYBODY, RefusedError, caller_of
+from router.admission.caller import ANYBODY, ROUTER, RefusedError, caller_of
 from router.admission.quotas import Quotas
 from router.audit import Audit
 from router.catalog import ModelEntry
@@ -47,7 +47,7 @@ from services.runtime.rpc import (
     unexpected,
 )
 from services.runtime.spans import Attributes, Value
-from services.runtime.tracing import Trace, Tracer
+from services.runtime.tracing import Trace, Tracer, untraced
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 _HITS_A_REPORT = 16
 # Besides the hits of the lane.
 _AUDITED = frozenset({"hit-local", "hit-shared"})
+_RENEWAL_SECONDS = 30.0
 
 
 class InferenceService:
@@ -191,15 +192,48 @@ class InferenceService:
         if call.control is not None and call.control.no_cache:
             return None
         purges = self._mesh.purges
-        entry = self._mesh.local.get(purges.epochs.key(call.model.digest, call.model.name, call.request_hash))
+        model = call.model
+        key = purges.epochs.key(model.digest, model.name, call.request_hash)
+        entry = self._mesh.local.get(key)
         if entry is not None:
             if entry.created_at_ms < purges.oldest_ms:
                 entry = None
             elif call.control is not None:
-                entry = entry if call.control.takes(entry.created_at_ms, time.time_ns() // 1_000_000) else None
+                entry = entry if self._takes(call, model, entry) else None
+            elif model.freshness is not None and not self._is_usable(call, model, key, entry):
+                entry = None
         if entry is None:
             call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": False})
         return entry
+
+    def _takes(self, call: _Admitted, model: ModelEntry, entry: Entry) -> bool:
+        """Whether the caller's cache-control does, which nothing stale satisfies."""
+        now_ms = time.time_ns() // 1_000_000
+        if model.freshness is not None and model.freshness.is_stale(entry.created_at_ms, now_ms):
+            return False
+        return call.control is None or call.control.takes(entry.created_at_ms, now_ms)
+
+    def _is_usable(self, call: _Admitted, model: ModelEntry, key: bytes, entry: Entry) -> bool:
+        """Whether its age lets an answer be given. One whose time soon is over is computed anew off the path."""
+        now_ms = call.start // 1_000_000
+        if model.freshness is None or model.freshness.is_young(entry.created_at_ms, now_ms):
+            return True
+        renewal = self._renewal(call, model)
+        call.stale = model.freshness.is_stale(entry.created_at_ms, now_ms)
+        return renewal is None or self._mesh.is_usable(key, entry, renewal, now_ms)
+
+    def _renewal(self, call: _Admitted, model: ModelEntry) -> Renewal | None:
+        """None where answers have no end. It is computed for no caller, and joined with who does it for one."""
+        if model.freshness is None:
+            return None
+
+        async def compute() -> Computed:
+            again = _Admitted(call.data, untraced(), call.metadata, STEP)
+            again.request_hash, again.tenant, again.caller = call.request_hash, call.tenant, ROUTER
+            deadline = time.monotonic() + _RENEWAL_SECONDS
+            return await self._compute(again, model, again.request_hash, deadline, self._mesh.purges.epochs)
+
+        return Renewal(model.freshness, compute)
 
     async def _model_infer(self, data: bytes | _Admitted, context: Context) -> bytes:
         """Bytes in, bytes out. On the engine with a lane, the call was admitted before it comes here."""
@@ -226,6 +260,8 @@ class InferenceService:
         try:
             call.caller = caller_of(call.metadata)
             found = await self._find(call, protocol.deadline(context))
+            if call.model is not None and call.model.freshness is not None:
+                call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
             if found.outcome in _AUDITED and call.model is not None:
                 self._audit.hit(call.model, call.data, found.entry.value)
             return self._answer(call, found)
@@ -274,18 +310,18 @@ class InferenceService:
             return await self._compute(call, model, call.request_hash, deadline, epochs)
 
         if call.control is not None:
-            return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace)
+            return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace, model.freshness)
         question = None
         if model.semantic_threshold:
             question = similar.question(v2.ModelInferRequest.FromString(call.data))
         if question is None:
-            return await self._find_exact(call, key, compute, deadline)
+            return await self._find_exact(call, model, key, compute, deadline)
         tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
         (kind,) = self._hasher.hash_rows(question.request, [[b""]], model.outputs, tenant)
         group = model.digest + kind + epochs.version.to_bytes(8, "little")
         found = await self._find_similar(call, model, group, question, key)
         if found is None:
-            found = await self._find_exact(call, key, compute, deadline)
+            found = await self._find_exact(call, model, key, compute, deadline)
             self._semantic.add(group, question.vector, key)
         return found
 
@@ -296,19 +332,26 @@ class InferenceService:
         near = self._semantic.nearest(group, question.vector)
         if near is None or near.key == key or near.similarity < model.semantic_threshold:
             return None
-        if (exact := await self._mesh.look_up(key, call.trace)) is not None:
+        exact = await self._mesh.look_up(key, call.trace)
+        if exact is not None and self._takes(call, model, exact):
             return Found(exact, "hit-shared")
         entry = self._mesh.local.get(near.key)
-        if entry is None or entry.created_at_ms < self._mesh.purges.oldest_ms:
+        if entry is None or entry.created_at_ms < self._mesh.purges.oldest_ms or not self._takes(call, model, entry):
             return None
         return Found(entry, "hit-semantic", similarity=near.similarity)
 
     async def _find_exact(
-        self, call: _Admitted, key: bytes, compute: Callable[[], Awaitable[Computed]], deadline: float | None
+        self,
+        call: _Admitted,
+        model: ModelEntry,
+        key: bytes,
+        compute: Callable[[], Awaitable[Computed]],
+        deadline: float | None,
     ) -> Found:
+        renewal = self._renewal(call, model)
         while True:
             try:
-                return await self._mesh.get_or_compute(key, compute, deadline, call.trace)
+                return await self._mesh.get_or_compute(key, compute, deadline, call.trace, renewal)
             except RefusedError as refused:
                 # Where it joined another caller's request, the refusal was not meant for it.
                 if refused.caller == call.caller:
@@ -350,9 +393,13 @@ class InferenceService:
         if call.method != STEP:
             self._quotas.take(call.caller)
         if model.plan is not None and not self._runs_whole(model):
-            entry = await ensembles.run(model, model.plan, call.data, lambda data: self._run_step(data, call, deadline))
+            ages: list[int] = []
+            entry = await ensembles.run(
+                model, model.plan, call.data, lambda data: self._run_step(data, call, deadline, ages)
+            )
+            entry.created_at_ms = min(ages, default=entry.created_at_ms)
             key = epochs.key(model.digest, model.name, call.request_hash) if call.request_hash else None
-            return Computed(entry, key, "")
+            return Computed(entry, key, "", model.freshness)
         # What is to be computed anew joins nothing on the worker either.
         joins = call.request_hash if call.control is None or not call.control.no_cache else b""
         result, member = await self._dispatcher.run(
@@ -366,14 +413,15 @@ class InferenceService:
         )
         call.provider = result.timing.provider
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
-        return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id)
+        return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id, model.freshness)
 
     def _runs_whole(self, model: ModelEntry) -> bool:
         """Whether an ensemble is run by one worker: one holds all steps, and they are not to be cached each."""
         members = self._fleet.view.members.values()
         return not model.cache_steps and any(not member.why_not(model) for member in members)
 
-    async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None) -> Entry:
+    async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None, ages: list[int]) -> Entry:
+        """The step's answer; where it has a time to live, the whole is as old as that."""
         _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
         call = self._key(data, whole.trace.child(), whole.metadata, control, STEP)
         call.tenant, call.caller = tenant, whole.caller
@@ -391,6 +439,8 @@ class InferenceService:
         finally:
             whole.trace.span(worker_spans.STEP, call.start, time.time_ns(), told, call.trace.span_id, error=message)
         self._count(call, found)
+        if call.model is not None and call.model.freshness is not None:
+            ages.append(found.entry.created_at_ms)
         return found.entry
 
     def _count(self, call: _Admitted, found: Found) -> None:
@@ -414,6 +464,9 @@ class InferenceService:
             ("ringmesh-trace-id", call.trace.trace_id),
             ("ringmesh-compute-us", str(found.entry.compute_us)),
         )
+        if call.stale:
+            self._mesh.stale_answers += 1
+            trailing = (*trailing, ("ringmesh-stale", "true"))
         if found.similarity:
             trailing = (*trailing, ("ringmesh-similarity", f"{found.similarity:.4f}"))
         if found.rows:
@@ -501,6 +554,7 @@ class _Admitted:
         "reason",
         "request_hash",
         "request_id",
+        "stale",
         "start",
         "tenant",
         "trace",
@@ -518,6 +572,7 @@ class _Admitted:
         self.request_hash = b""
         self.place = b""
         self.reason = ""
+        self.stale = False
         # What ran the model, where it was computed for this call.
         self.provider = ""
         self.control: CacheControl | None = None

@@ -83,6 +83,18 @@ def similar(repository: Path) -> Path:
     return folder
 
 
+def expiring(repository: Path, *, ttl: float, stale: float = 0, name="expiring") -> Path:
+    """As mlp; answers are fresh for `ttl` seconds and given for `stale` more."""
+    folder = mlp(repository, name=name)
+    seconds = {"ringmesh_cache_ttl_seconds": ttl} | ({"ringmesh_cache_stale_seconds": stale} if stale else {})
+    (folder.parent / "config.pbtxt").write_text(
+        "".join(
+            f'parameters {{ key: "{name}" value {{ string_value: "{told}" }} }}\n' for name, told in seconds.items()
+        )
+    )
+    return folder
+
+
 def wide(repository: Path, operator: str) -> Path:
     """FP32 x[n,256] -> y[n,256], after 400 turns of `operator`, each a millionth of a second or more a row."""
     nodes = [

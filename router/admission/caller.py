@@ -28,6 +28,8 @@ class Caller(NamedTuple):
 
 
 ANYBODY = Caller("", Priority.NORMAL)
+# Work of the router's own: refused first where there is overload, and on no tenant's quota.
+ROUTER = Caller("", Priority.SHEDDABLE)
 _PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ TENANT_SCOPE = "ringmesh_tenant_scope"
 ROW_CACHE = "ringmesh_row_cache"
 HEDGE = "ringmesh_hedge"
 SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
+CACHE_TTL = "ringmesh_cache_ttl_seconds"
+CACHE_STALE = "ringmesh_cache_stale_seconds"
 # Parameters that are ours; each is "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
-_OURS = _FLAGS | {SEMANTIC_THRESHOLD}
+_OURS = _FLAGS | {SEMANTIC_THRESHOLD, CACHE_TTL, CACHE_STALE}
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
@@ -141,6 +144,17 @@ def semantic_threshold(config: ModelConfig) -> float:
         return -1.0
 
 
+def milliseconds(config: ModelConfig, parameter: str) -> int:
+    """What the parameter says in seconds; 0 where it is not given, -1 where it is no number above 0."""
+    if parameter not in config.parameters:
+        return 0
+    try:
+        seconds = float(config.parameters[parameter].string_value)
+    except ValueError:
+        return -1
+    return math.ceil(seconds * 1000) if 0 < seconds < math.inf else -1
+
+
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
     """How requests form batches; those of sequences do it as others do."""
     sequences = config.sequence_batching
@@ -185,6 +199,12 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
         value = config.parameters[SEMANTIC_THRESHOLD].string_value
         raise ConfigError(f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it is a number above 0, 1 at most")
+    for parameter in (CACHE_TTL, CACHE_STALE):
+        if milliseconds(config, parameter) < 0:
+            value = config.parameters[parameter].string_value
+            raise ConfigError(f"{path}: parameter {parameter} is {value!r}; it is a number of seconds above 0")
+    if CACHE_STALE in config.parameters and CACHE_TTL not in config.parameters:
+        raise ConfigError(f"{path}: parameter {CACHE_STALE} needs {CACHE_TTL}: what has no end is never stale")
     batching = config.dynamic_batching
     levels = batching.priority_levels
     if not (1 if levels else 0) <= batching.default_priority_level <= levels:

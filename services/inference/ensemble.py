@@ -10,7 +10,16 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult, StepResult
-from services.inference.config import HEDGE, TENANT_SCOPE, ConfigError, ModelConfig, says
+from services.inference.config import (
+    CACHE_STALE,
+    CACHE_TTL,
+    HEDGE,
+    TENANT_SCOPE,
+    ConfigError,
+    ModelConfig,
+    milliseconds,
+    says,
+)
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.model import ModelLoadError, OnnxModel, metadata
 from services.inference.repository import ModelFiles
@@ -52,6 +61,8 @@ class Ensemble:
         self.required = tuple(self.inputs)
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
+        self.ttl_ms = milliseconds(self._config, CACHE_TTL)
+        self.stale_ms = milliseconds(self._config, CACHE_STALE)
         self.own_digest = self.digest = files.digest("ensemble")
         self.not_runnable = "its steps are not known yet"
         self.cacheable, self.cacheable_reason = False, self.not_runnable

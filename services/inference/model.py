@@ -14,7 +14,18 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference import row_independence
-from services.inference.config import HEDGE, ROW_CACHE, TENANT_SCOPE, ConfigError, ModelConfig, says, semantic_threshold
+from services.inference.config import (
+    CACHE_STALE,
+    CACHE_TTL,
+    HEDGE,
+    ROW_CACHE,
+    TENANT_SCOPE,
+    ConfigError,
+    ModelConfig,
+    milliseconds,
+    says,
+    semantic_threshold,
+)
 from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles
 from services.inference.sessions import Sessions, first_line
@@ -87,6 +98,8 @@ class OnnxModel:
         self.cacheable = not self.cacheable_reason
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
+        self.ttl_ms = milliseconds(self._config, CACHE_TTL)
+        self.stale_ms = milliseconds(self._config, CACHE_STALE)
         if self._config.HasField("sequence_batching") and not files.config.says_max_batch_size:
             # A probe of its rows would have to know what it does with a state.
             self.batch_reason = "it serves sequences, and its config.pbtxt does not say max_batch_size"

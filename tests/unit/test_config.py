@@ -48,6 +48,14 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
             'parameters { key: "ringmesh_semantic_threshold" value { string_value: "high" } }',
             ["'high'", "a number above 0"],
         ),
+        (
+            'parameters { key: "ringmesh_cache_ttl_seconds" value { string_value: "nan" } }',
+            ["ringmesh_cache_ttl_seconds", "'nan'", "seconds above 0"],
+        ),
+        (
+            'parameters { key: "ringmesh_cache_stale_seconds" value { string_value: "5" } }',
+            ["ringmesh_cache_stale_seconds", "needs ringmesh_cache_ttl_seconds"],
+        ),
         ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
     ],
 )

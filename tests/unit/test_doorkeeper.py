@@ -8,7 +8,7 @@ class Shared:
     def __init__(self):
         self.keys = []
 
-    def put(self, key, entry):
+    def put(self, key, entry, kept_ms):
         self.keys.append(key)
 
 
