@@ -21,6 +21,8 @@ _TRIP_US = 200
 _SHARDS = 256
 _MOST_EVICTED = 16
 _HEADROOM = 16
+_MODEL_BYTES = 16
+_MAX_MODELS = 4096
 
 
 class LocalTier:
@@ -36,6 +38,7 @@ class LocalTier:
         self._shards: list[dict[bytes, Entry]] = [{} for _ in range(_SHARDS)]
         self._heap: list[tuple[float, bytes]] = []
         self._clock = 0.0
+        self._evicted: dict[bytes, int] = {}
         self.counters = TierCounters("local")
 
     def get(self, key: bytes) -> Entry | None:
@@ -62,6 +65,11 @@ class LocalTier:
         """All that is held, in parts short enough to walk between two requests."""
         for shard in self._shards:
             yield list(shard.items())
+
+    def take_evicted(self) -> dict[bytes, int]:
+        """How many entries made room since this was asked last, by how their keys begin; b"" for very many models."""
+        evicted, self._evicted = self._evicted, {}
+        return evicted
 
     def put(self, key: bytes, entry: Entry) -> None:
         """Keeps the entry, in place of one of the same key, unless it is too large or at once the one worth least."""
@@ -109,6 +117,10 @@ class LocalTier:
             else:
                 self._drop(shard, key, entry)
                 self.counters.evictions += 1
+                prefix = key[:_MODEL_BYTES]
+                if prefix not in self._evicted and len(self._evicted) >= _MAX_MODELS:
+                    prefix = b""
+                self._evicted[prefix] = self._evicted.get(prefix, 0) + 1
 
     def _drop(self, shard: dict[bytes, Entry], key: bytes, entry: Entry) -> None:
         del shard[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cache.evictions import Evictions
 from cache.metrics import CacheMetrics
 from cache.replication import Replication
 from cache.service import CacheService
@@ -20,7 +21,8 @@ from services.runtime.spans import this_process
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
     mesh = settings.create_mesh()
-    service = CacheService(mesh)
+    evictions = Evictions(mesh.local)
+    service = CacheService(mesh, evictions)
     server = Server(
         settings.engine,
         settings.address,
@@ -29,7 +31,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         max_connection_age=settings.max_connection_age_seconds,
     )
     metrics = Metrics()
-    metrics.add(CacheMetrics(mesh).samples)
+    metrics.add(CacheMetrics(mesh, evictions).samples)
     metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cache.evictions import Evictions
 from cache.mesh import Mesh
 from services.runtime.metrics import Family, Sample
 
 _TIER = ("tier",)
 LOOKUPS = Family("ringmesh_cache_lookups_total", "counter", "look-ups by result: hit, miss", ("tier", "result"))
 FILLS = Family("ringmesh_cache_fills_total", "counter", "entries written", _TIER)
-EVICTIONS = Family("ringmesh_cache_evictions_total", "counter", "entries given up for room", _TIER)
+EVICTIONS = Family(
+    "ringmesh_cache_evictions_total",
+    "counter",
+    "entries given up for room; shared: all keys that Redis evicted, as it says itself, the same from every process",
+    ("tier", "model"),
+)
 FAILURES = Family(
     "ringmesh_cache_failures_total", "counter", "look-ups and fills given up: down, slow, full or damaged", _TIER
 )
@@ -33,8 +39,9 @@ BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the share
 class CacheMetrics:
     """Reads the counters that the tiers of `mesh` keep."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, evictions: Evictions) -> None:
         self._mesh = mesh
+        self._evictions = evictions
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -50,9 +57,12 @@ class CacheMetrics:
             yield Sample(FAILURES, name, counters.failures)
             yield Sample(SAVED, name, counters.saved_compute_us / 1e6)
             if tier is self._mesh.local:
-                yield Sample(EVICTIONS, name, counters.evictions)
                 yield Sample(ENTRIES, name, counters.entries)
                 yield Sample(BYTES, name, counters.bytes)
+        for model, count in self._evictions.by_model().items():
+            yield Sample(EVICTIONS, ("local", model), count)
+        if shared is not None:
+            yield Sample(EVICTIONS, ("shared", ""), shared.counters.evictions)
         for result, count in self._mesh.renewals.counts.items():
             yield Sample(RENEWALS, (result,), count)
         yield Sample(STALE, (), self._mesh.stale_answers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 
 import grpc
@@ -12,6 +12,7 @@ from ringmesh.cache.v1 import cache_pb2
 
 from cache.entry import Entry
 from cache.epochs import EVERYTHING, key_scope, model_scope, tenant_scope
+from cache.evictions import OTHER, Evictions
 from cache.items import Item, ItemId, Items
 from cache.mesh import Mesh
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
@@ -39,16 +40,21 @@ _ItemRequest = (
 class CacheService:
     """Items, purges and statistics over the tiers of `mesh`.
 
-    `usages` tells what else this process uses the tiers for, `models` which model the first 16 bytes of a key mean.
+    `usages` tells what else this process uses the tiers for, `models` which model the first 16 bytes of a key mean,
+    `tenant_scoped` which models keep tenants apart; None: this process does not know.
     """
 
     def __init__(
         self,
         mesh: Mesh,
+        evictions: Evictions,
         usages: Callable[[], Iterable[cache_pb2.UsageStats]] = tuple,
         models: Callable[[], Mapping[bytes, str]] = dict,
+        tenant_scoped: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self._mesh = mesh
+        self._evictions = evictions
+        self._tenant_scoped = tenant_scoped
         self._items = Items(mesh)
         self._usages = usages
         self._models = models
@@ -158,17 +164,35 @@ class CacheService:
         prefixes = self._models()
         for shard in self._mesh.local.shards():
             for key, entry in shard:
-                model = prefixes.get(key[:16], "")
+                model = prefixes.get(key[:16], OTHER)
                 size = sizes.setdefault(model, cache_pb2.ModelBytes(model=model))
                 size.entries += 1
                 size.bytes += len(entry.value)
             await asyncio.sleep(0)
+        for model, count in self._evictions.by_model().items():
+            sizes.setdefault(model, cache_pb2.ModelBytes(model=model)).evictions = count
         response.models.extend(sizes.values())
         return response
 
     async def _purge(self, request: cache_pb2.PurgeRequest, _: Context) -> cache_pb2.PurgeResponse:
         epoch, confirmed = await self._mesh.purges.purge([_scope(request)])
-        return cache_pb2.PurgeResponse(epoch=epoch, confirmed=confirmed)
+        return cache_pb2.PurgeResponse(epoch=epoch, confirmed=confirmed, warning=self._warning(request))
+
+    def _warning(self, request: cache_pb2.PurgeRequest) -> str:
+        """Where a purge of a tenant may have touched less than was meant."""
+        if not request.tenant:
+            return ""
+        if self._tenant_scoped is None:
+            return (
+                "answers are purged of models that keep tenants apart (ringmesh_tenant_scope) and of no others; "
+                "a router that is asked to purge says whether there are any"
+            )
+        if not self._tenant_scoped():
+            return (
+                "no model served here keeps tenants apart (ringmesh_tenant_scope), so no answer of a model was purged, "
+                "only items of other services that were put for this tenant; a model's answers go by its name"
+            )
+        return ""
 
     async def _watch(self, data: bytes, _: Context) -> AsyncIterator[bytes]:
         told: Mapping[str, int] = {}

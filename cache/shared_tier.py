@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -69,7 +70,7 @@ class SharedTier:
     def start(self) -> None:
         """Connects, learns what is where, and warns of a server that will refuse writes."""
         self.nodes.owner(_PREFIX)
-        self._check_task = asyncio.create_task(self._check_memory_policy())
+        self._check_task = asyncio.create_task(self._check_memory())
 
     async def get(self, key: bytes) -> Entry | None:
         """None on a miss, and where Redis is down, slow, or holds something damaged. A cancelled look-up goes on."""
@@ -164,16 +165,21 @@ class SharedTier:
                 self.errors.add(kind_of(error))
             self.counters.failures += 1
 
-    async def _check_memory_policy(self) -> None:
-        """Of each server once, as soon as it answers."""
+    async def _check_memory(self) -> None:
+        """The policy of each server once, as soon as it answers; what it evicted, again and again."""
         checked: set[str] = set()
+        evicted: dict[str, int] = {}
         while True:
             for node in self.nodes.all:
-                if node.name not in checked and await self._check(node):
+                if node.name not in checked and await self._check_policy(node):
                     checked.add(node.name)
+                with contextlib.suppress(*FAILURES):
+                    async with asyncio.timeout(_CHECK_SECONDS):
+                        evicted[node.name] = (await node.client.info("stats"))["evicted_keys"]
+            self.counters.evictions = sum(evicted.values())
             await asyncio.sleep(_CHECK_SECONDS)
 
-    async def _check(self, node: RedisNode) -> bool:
+    async def _check_policy(self, node: RedisNode) -> bool:
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 memory = await node.client.info("memory")

@@ -70,6 +70,11 @@ class Catalog:
         """Versions by model, oldest first."""
         return self._versions
 
+    @property
+    def tenant_scoped(self) -> list[str]:
+        """Models that keep tenants apart."""
+        return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
+
     def find(self, name: str, version: str) -> ModelEntry:
         """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
         entry = self._entries.get((name, version))

@@ -7,6 +7,7 @@ import os
 import time
 
 from cache.epochs import MODELS
+from cache.evictions import Evictions
 from cache.keys import RequestHasher
 from cache.mesh import Mesh
 from cache.metrics import CacheMetrics
@@ -72,7 +73,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
         **LiveSettings(tracer).handlers(),
     }
-    cache = CacheService(mesh, requests.usages, lambda: _models(fleet, mesh))
+    evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
+    cache = CacheService(
+        mesh, evictions, requests.usages, lambda: _models(fleet, mesh), lambda: fleet.view.catalog.tenant_scoped
+    )
     server = Server(
         settings.engine,
         settings.address,
@@ -86,7 +90,16 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         share_port=settings.share_port,
     )
     metrics = Metrics()
-    counted = (requests, dispatcher, quotas, FleetMetrics(fleet), CacheMetrics(mesh), audit, tracer, request_log)
+    counted = (
+        requests,
+        dispatcher,
+        quotas,
+        FleetMetrics(fleet),
+        CacheMetrics(mesh, evictions),
+        audit,
+        tracer,
+        request_log,
+    )
     for part in (*counted, cost, slo, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)

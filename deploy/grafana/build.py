@@ -239,7 +239,11 @@ DASHBOARDS: dict[str, tuple[str, list[tuple[str, list[Panel]]]]] = {
                         "ops",
                         [
                             (f"sum by (tier) (rate(ringmesh_cache_fills_total[{_R}]))", "fills {{tier}}"),
-                            (f"sum by (tier) (rate(ringmesh_cache_evictions_total[{_R}]))", "evictions {{tier}}"),
+                            (
+                                f'sum by (model) (rate(ringmesh_cache_evictions_total{{tier="local"}}[{_R}]))',
+                                "evictions local {{model}}",
+                            ),
+                            (f'max(rate(ringmesh_cache_evictions_total{{tier="shared"}}[{_R}]))', "evictions Redis"),
                         ],
                     ),
                     ("Memory", "bytes", [("sum by (instance) (ringmesh_cache_bytes)", "{{instance}}")]),

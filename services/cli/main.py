@@ -279,6 +279,8 @@ def purge(
         request = cache_service.purge_request(everything=everything, model=model, tenant=tenant, key=key)
         done = cache_service.purge(address or running.find(state).cache, request)
         _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
+        if done.warning:
+            _console().print(done.warning, highlight=False)
 
 
 def _console() -> Console:

@@ -127,7 +127,8 @@ async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
     if done is None:
         return "", f"Not purged. The cache service at {sources.view.cache.address}: {problem}."
     what = "Everything" if scope == "everything" else f"The {scope} {value}"
-    return f"{what} was purged; {done.confirmed} processes confirmed it.", ""
+    warning = f" But {done.warning}." if done.warning else ""
+    return f"{what} was purged; {done.confirmed} processes confirmed it.{warning}", ""
 
 
 def _tiers(history: History) -> list[TierRow]:

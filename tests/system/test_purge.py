@@ -12,7 +12,10 @@ from redis.asyncio import Redis
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from cache.evictions import Evictions
 from cache.purge_board import EPOCHS
+from cache.service import CacheService
+from cache.settings import CacheSettings
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
 
@@ -94,6 +97,21 @@ async def test_a_tenant_is_purged_and_no_other(channels):
         told = [(await infer(channels[0], request, [("ringmesh-tenant", tenant)]))[1] for tenant in ("a", "b")]
         outcomes += [each["ringmesh-cache"] for each in told]
     assert outcomes == ["miss", "miss", "hit-local", "hit-local", "miss", "hit-local"]
+
+
+async def test_a_tenants_purge_says_where_it_may_touch_less_than_was_meant(channels):
+    tenant = uuid.uuid4().hex
+    assert (await purge(channels[0], tenant=tenant)).warning == ""  # `scoped` keeps tenants apart
+    assert "ringmesh_tenant_scope" in (await purge(channels[2], tenant=tenant)).warning
+    assert (await purge(channels[2], model=tenant)).warning == ""
+
+
+async def test_a_tenants_purge_says_that_no_model_keeps_tenants_apart(engine):
+    mesh = CacheSettings(address="127.0.0.1:0").create_mesh()
+    service = CacheService(mesh, Evictions(mesh.local), tenant_scoped=list)
+    answer = await service._purge(cache_pb2.PurgeRequest(tenant="acme"), None)
+    assert "no answer of a model was purged" in answer.warning
+    await mesh.close()
 
 
 @pytest.mark.parametrize(

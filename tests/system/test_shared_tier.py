@@ -144,6 +144,21 @@ async def test_a_server_that_refuses_writes_is_no_error(tier, valkey):
     await put(tier, b"a")
 
 
+async def test_what_redis_evicted_is_counted(tier, valkey):
+    async with Redis.from_url(valkey.connection_url) as redis:
+        used = (await redis.info("memory"))["used_memory"]
+        await redis.config_set("maxmemory-policy", "allkeys-lru")
+        await redis.config_set("maxmemory", used + 100_000)
+        for index in range(40):
+            await redis.set(f"other {index}", bytes(10_000))
+    tier.start()
+
+    async def counted():
+        return tier.counters.evictions > 0
+
+    await eventually(counted)
+
+
 async def test_a_cancelled_lookup_leaves_another_of_the_same_key_alone(tier):
     await put(tier, b"a")
     first = asyncio.create_task(tier.get(b"a"))
