@@ -187,15 +187,18 @@ class Fleet:
             self._rebuild()
         if reason == member.reason and models == member.models:
             return
-        if not reason and not member.healthy:
+        restored = not reason and not member.healthy
+        if reason and reason != member.reason:
+            self._tell(_Event.KIND_DRAINING, member)
+        member.reason = reason
+        if restored:
             log.info("worker %s takes requests", member.worker_id)
             if not same:  # another process than the one that was lost
                 self._slow_start.begin(member.address)
-                member.ramp = self._slow_start.ramp(member.address)
-            self._tell(_Event.KIND_RESTORED, member)
-        elif reason and reason != member.reason:
-            self._tell(_Event.KIND_DRAINING, member)
-        member.reason = reason
+            # Before it is asked again: it may have failed too often.
+            self._judge()
+            if not member.ejected:
+                self._tell(_Event.KIND_RESTORED, member)
         self._holds(member, models)
         self._refresh()
 
@@ -235,7 +238,7 @@ class Fleet:
             self._judge()
 
     def _judge(self) -> None:
-        ejected = self._outliers.ejected([address for address, member in self._members.items() if member.healthy])
+        ejected = self._outliers.ejected({address: member.healthy for address, member in self._members.items()})
         changed = False
         for member in self._members.values():
             reason = ejected.get(member.address, "")
@@ -245,7 +248,8 @@ class Fleet:
                 self._tell(_Event.KIND_EJECTED, member, reason=reason)
             elif member.ejected and not reason:
                 self._slow_start.begin(member.address)
-                self._tell(_Event.KIND_RESTORED, member)
+                if member.healthy:
+                    self._tell(_Event.KIND_RESTORED, member)
             ramp = self._slow_start.ramp(member.address)
             changed = changed or (reason, ramp) != (member.ejected, member.ramp)
             member.ejected, member.ramp = reason, ramp

@@ -6,14 +6,15 @@ After Envoy's outlier detection: consecutive failures of the transport, and late
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 CONSECUTIVE_FAILURES = 3
 # Seconds of the first ejection; doubled for each further one.
 FIRST_EJECTION = 2.0
 LONGEST_EJECTION = 60.0
-# How often latencies are compared, and what makes one an outlier: twice in a row so many times the others', by so much.
+# How often latencies are compared, those of so many answers or more, and what makes one an outlier: twice in a row so
+# many times the others', by so much.
 WINDOW_SECONDS = 1.0
 LEAST_ANSWERS = 10
 FACTOR = 4.0
@@ -64,13 +65,15 @@ class Outliers:
         """It has left."""
         self._records.pop(worker, None)
 
-    def ejected(self, fleet: Collection[str]) -> dict[str, str]:
-        """Who should not be asked now, and why."""
+    def ejected(self, fleet: Mapping[str, bool]) -> dict[str, str]:
+        """Who should not be asked now, and why. `fleet` says of each whether it can be: only those are judged."""
         now = self._clock()
-        slow = self._slow(fleet) if now >= self._window_ends else {}
-        allowed = max(1, int(len(fleet) * LARGEST_SHARE)) if len(fleet) > 1 else 0
+        judged = [worker for worker, can_be_asked in fleet.items() if can_be_asked]
+        slow = self._slow(judged) if now >= self._window_ends else {}
+        allowed = max(1, int(len(judged) * LARGEST_SHARE)) if len(judged) > 1 else 0
         out = {worker for worker in fleet if self._record(worker).ejected_until > now}
-        for worker in fleet:
+        allowed += sum(not fleet[worker] for worker in out)
+        for worker in judged:
             record = self._record(worker)
             if worker in out:
                 continue
@@ -109,7 +112,8 @@ class Outliers:
                 record.slow_windows = 0
                 # One good window takes back one step of the back-off.
                 record.ejections = max(0, record.ejections - 1)
-        for record in self._records.values():
+        # Who is so slow that it gave few answers is judged when there are enough.
+        for record in judged.values():
             record.answers, record.taken, record.usual = 0, 0.0, 0.0
         return slow
 

@@ -29,11 +29,15 @@ class SteadyLoad:
         self._phase = self._phases.setdefault(name, [])
         await asyncio.sleep(seconds)
 
+    def workers_of(self, name):
+        """Who answered what began in this phase."""
+        return {worker for _, worker in self._phases[name]}
+
     def report(self, title):
         """Latencies by phase, printed."""
         parts = []
         for name, times in self._phases.items():
-            times = sorted(times)
+            times = sorted(took for took, _ in times)
             p = lambda q, times=times: times[int(q * (len(times) - 1))] * 1e3 if times else float("nan")  # noqa: E731
             parts.append(f"{name}: {len(times)} answers, p50 {p(0.5):.1f} p99 {p(0.99):.1f} ms")
         print(f"\n{title}: {'; '.join(parts)}; failed {len(self.errors)}")
@@ -58,8 +62,10 @@ class SteadyLoad:
             self.errors.append(f"{error.code().name}: {error.details()}")
             return
         self.answers += 1
-        phase.append(time.monotonic() - begin)
-        self.workers.append(dict(await call.trailing_metadata()).get("ringmesh-worker", ""))
+        took = time.monotonic() - begin
+        worker = dict(await call.trailing_metadata()).get("ringmesh-worker", "")
+        phase.append((took, worker))
+        self.workers.append(worker)
 
     @property
     def under_way(self):

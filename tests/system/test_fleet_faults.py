@@ -6,7 +6,6 @@ import signal
 import subprocess
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import grpc
 import pytest
@@ -20,6 +19,7 @@ from tests.system import processes
 from tests.system.steady_load import steady_load
 from tests.system.test_cache import INFER, fresh
 from tests.system.test_faults import eventually, valkey
+from tests.system.way import Way
 
 pytestmark = pytest.mark.proof
 
@@ -55,9 +55,9 @@ async def all_serve(router, count=3):
         await eventually(serve)
 
 
-async def through(router, title, fault, heal=None, *, seconds=3.0):
+async def through(router, title, fault, heal=None, *, seconds=3.0, count=3):
     """Load before, during and after the fault."""
-    await all_serve(router)
+    await all_serve(router, count)
     async with steady_load(router) as load:
         await load.phase("before", 1.5)
         await load.phase("during", 0)
@@ -99,6 +99,36 @@ async def test_a_rolling_restart_of_all_workers(router, workers, start_worker):
 
     load = await through(router, "rolling restart of 3 workers", restart, seconds=0.5)
     assert set(load.workers[-100:]) == set(NAMES)
+
+
+async def test_a_worker_that_is_added(start_router, start_worker, valkey):
+    url = valkey.connection_url
+    for name in NAMES[:2]:
+        await asyncio.to_thread(start_worker, name, discovery_url=url)
+    router = (await asyncio.to_thread(start_router, [], None, discovery_url=url)).address
+
+    async def add():
+        await asyncio.to_thread(start_worker, NAMES[2], discovery_url=url)
+        await all_serve(router)
+
+    load = await through(router, "worker added", add, count=2)
+    assert set(load.workers[:100]) == set(NAMES[:2])
+    assert set(load.workers[-100:]) == set(NAMES)
+
+
+async def test_a_worker_that_is_removed(start_router, start_worker, valkey):
+    url = valkey.connection_url
+    workers = [await asyncio.to_thread(start_worker, name, discovery_url=url) for name in NAMES]
+    router = (await asyncio.to_thread(start_router, [], None, discovery_url=url)).address
+
+    async def remove():
+        workers[0].process.terminate()
+        assert await asyncio.to_thread(workers[0].process.wait, 20) == 0
+        await all_serve(router, 2)
+
+    load = await through(router, "worker removed", remove)
+    assert set(load.workers[:100]) == set(NAMES)
+    assert set(load.workers[-100:]) == set(NAMES[1:])
 
 
 @pytest.fixture
@@ -156,35 +186,8 @@ async def test_a_worker_whose_network_is_cut(far_router, away):
     assert "worker-away" in load.workers
 
 
-class SlowWay:
-    """A way to a worker that takes `seconds` longer in each direction, for kernels without netem."""
-
-    def __init__(self, target):
-        self.seconds = 0.0
-        self._host, _, self._port = target.rpartition(":")
-
-    async def __aenter__(self):
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_):
-        self._server.close()
-
-    async def _connected(self, reader, writer):
-        there = await asyncio.open_connection(self._host, int(self._port))
-        await asyncio.gather(self._carry(reader, there[1]), self._carry(there[0], writer))
-
-    async def _carry(self, reader, writer):
-        loop = asyncio.get_running_loop()
-        with suppress(ConnectionError):
-            while data := await reader.read(1 << 16):
-                loop.call_later(self.seconds, writer.write, data)
-        loop.call_later(self.seconds, writer.close)
-
-
 async def test_a_worker_that_is_slowed_by_300_ms(start_router, workers):
-    async with SlowWay(workers[0].address) as way:
+    async with Way(workers[0].address) as way:
         addresses = [way.address, *(worker.address for worker in workers[1:])]
         router = await asyncio.to_thread(start_router, addresses, None)
 
