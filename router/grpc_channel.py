@@ -6,6 +6,7 @@ Source: gRPC over HTTP2 (PROTOCOL-HTTP2.md of grpc/grpc).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import unquote
 
@@ -33,10 +34,12 @@ class CallError(Exception):
 
 
 class GrpcChannel:
-    """Calls to the server at `address`, host:port or unix:path. Connects at the first call, and again after a loss."""
+    """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss."""
 
     def __init__(self, address: str) -> None:
         self._address = address
+        # Of the same server, as it says.
+        self._socket = ""
         self._connection: Connection | None = None
         # Those that finish what they have, after the server asked us to go.
         self._connections: set[Connection] = set()
@@ -62,6 +65,20 @@ class GrpcChannel:
             raise
         return _response(stream)
 
+    async def use_socket(self, path: str, port: int) -> None:
+        """The server says that it is at this Unix socket too: from now on there, if it is on this host and found.
+
+        `port` is its own, so that nothing is passed by that somebody put in between.
+        """
+        async with self._connecting:
+            connection = self._connection
+            if not path or connection is None or not connection.is_local(port):
+                return
+            with suppress(OSError, TimeoutError):
+                self._take(await _connect_unix(path, self._lost))
+                self._socket = path
+                connection.retire()
+
     async def close(self) -> None:
         """Disconnects; what is under way fails."""
         for connection in list(self._connections):
@@ -71,25 +88,26 @@ class GrpcChannel:
         async with self._connecting:
             if self._connection is not None and self._connection.is_open:
                 return self._connection
+            if self._socket:
+                with suppress(OSError, TimeoutError):
+                    return self._take(await _connect_unix(self._socket, self._lost))
+                self._socket = ""
+            host, _, port = self._address.rpartition(":")
             loop = asyncio.get_running_loop()
             try:
                 async with asyncio.timeout(_CONNECT_SECONDS):
-                    if self._address.startswith("unix:"):
-                        path = self._address.removeprefix("unix:")
-                        _, made = await loop.create_unix_connection(lambda: Connection(self._lost), path)
-                    else:
-                        host, _, port = self._address.rpartition(":")
-                        _, made = await loop.create_connection(
-                            lambda: Connection(self._lost), host.strip("[]"), int(port)
-                        )
+                    _, made = await loop.create_connection(lambda: Connection(self._lost), host.strip("[]"), int(port))
             except TimeoutError:
                 message = f"no connection to {self._address} within {_CONNECT_SECONDS:g} s"
                 raise CallError(grpc.StatusCode.UNAVAILABLE, message) from None
             except OSError as error:
                 raise CallError(grpc.StatusCode.UNAVAILABLE, f"cannot connect to {self._address}: {error}") from None
-            self._connections.add(made)
-            self._connection = made
-            return made
+            return self._take(made)
+
+    def _take(self, made: Connection) -> Connection:
+        self._connections.add(made)
+        self._connection = made
+        return made
 
     def _lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
@@ -98,12 +116,18 @@ class GrpcChannel:
 
     def _headers(self, method: str) -> bytes:
         """The block of every request for `method`: with no entry for the server's table, it stands for itself."""
-        authority = "localhost" if self._address.startswith("unix:") else self._address
         headers = [
-            (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", authority),
+            (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", self._address),
             ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "ringmesh-router"),
         ]  # fmt: skip
         return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
+
+
+async def _connect_unix(path: str, on_lost: Callable[[Connection], None]) -> Connection:
+    """Raises OSError, TimeoutError."""
+    async with asyncio.timeout(_CONNECT_SECONDS):
+        _, made = await asyncio.get_running_loop().create_unix_connection(lambda: Connection(on_lost), path)
+        return made
 
 
 def _response(stream: Stream) -> bytes:

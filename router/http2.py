@@ -97,6 +97,13 @@ class Connection(asyncio.Protocol):
         """Whether a request may be begun here."""
         return self._transport is not None and not self._leaving and self._next_id < _MAX_WINDOW
 
+    def is_local(self, port: int) -> bool:
+        """Whether it goes to this port of our own host, and not to a proxy: the other end has the address we have."""
+        if self._transport is None:
+            return False
+        ours, theirs = (self._transport.get_extra_info(name) for name in ("sockname", "peername"))
+        return isinstance(ours, tuple) and isinstance(theirs, tuple) and theirs[:2] == (ours[0], port)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Says hello: no table for headers, so that each block stands for itself; no push; room for any response."""
         self._transport = made = cast("asyncio.Transport", transport)
@@ -136,6 +143,11 @@ class Connection(asyncio.Protocol):
         """Tells the server that nobody waits for it any more."""
         if self._streams.pop(number, None) is not None and self._transport is not None:
             self._transport.write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
+
+    def retire(self) -> None:
+        """Begins no more requests, and ends when those under way have."""
+        self._leaving = True
+        self._close_if_done()
 
     def close(self) -> None:
         """Ends the connection with all that is under way."""

@@ -86,6 +86,7 @@ class WorkerLink:
         try:
             response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds))
             self._load.reported(response.load, self._under_way)
+            await self._channel.use_socket(response.socket, response.port)
             return response
         except CallError as error:
             raise WorkerUnreachableError(str(error)) from None

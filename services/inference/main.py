@@ -26,6 +26,7 @@ from services.runtime.exposition import MetricsServer
 from services.runtime.gpu_metrics import GpuMetrics
 from services.runtime.live_settings import LiveSettings
 from services.runtime.load_report import Answers, LoadReport
+from services.runtime.local_server import LocalServer
 from services.runtime.metrics import Metrics
 from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
@@ -58,23 +59,27 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     load = worker.load
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
-    server = Server(
-        settings.engine,
-        settings.address,
-        [
-            InferenceService(worker, tracer, report).service(lambda: server.health.serving, more),
-            envelopes.service(),
-        ],
-        max_message_bytes=settings.max_message_bytes,
-        max_connection_age=settings.max_connection_age_seconds,
-    )
+    inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more)
+
+    def listener(address: str) -> Server:
+        return Server(
+            settings.engine,
+            address,
+            [inference, envelopes.service()],
+            max_message_bytes=settings.max_message_bytes,
+            max_connection_age=settings.max_connection_age_seconds,
+        )
+
+    server = listener(settings.address)
+    local = LocalServer(settings.socket_dir, listener)
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
     metrics.add(server.calls.samples)
     metrics.add_slow(GpuMetrics.of_this_host().samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    port = await server.start()
+    envelopes.socket = await local.start()
+    port = envelopes.port = await server.start()
     await exposition.start()
     ProcessMetrics("worker", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
@@ -94,7 +99,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     # First it leaves the ring, then it finishes what it has.
     if announcer is not None:
         await announcer.close()
-    await server.stop(settings.drain_seconds)
+    await asyncio.gather(server.stop(settings.drain_seconds), local.stop(settings.drain_seconds))
     exposition.close()
     await store.close()
     executor.shutdown()

@@ -105,6 +105,9 @@ class EnvelopeService:
     def __init__(self, worker: Worker, locality: Locality) -> None:
         self._worker = worker
         self._locality = locality
+        # Where routers of this host find it too, "" while there is none, and the port that it serves on.
+        self.socket = ""
+        self.port = 0
         self._held = worker.store.held
         # Of two runs of a worker no version is the same.
         self._version = random.getrandbits(62) + 1
@@ -146,6 +149,8 @@ class EnvelopeService:
             region=self._locality.region,
             zone=self._locality.zone,
             weight=self._locality.weight,
+            socket=self.socket,
+            port=self.port,
         )
 
     def announcement(self, address: str) -> inference_pb2.Announcement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +35,10 @@ class WorkerSettings(ServiceSettings):
         0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
     )
     poll_seconds: float = Field(0.0, ge=0, description="how often to look for changed models; 0: only when asked to")
+    socket_dir: str = Field(
+        tempfile.gettempdir(),
+        description="folder for a Unix socket, on which routers of this host reach it; empty: none",
+    )
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
     region: str = Field("", description="where it stands: routers prefer workers of their own region")
     zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")

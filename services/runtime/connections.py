@@ -23,14 +23,11 @@ from pathlib import Path
 _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
 
-_TCP = (socket.AF_INET, socket.AF_INET6)
-
-
 class Connections:
-    """Those that this process accepted at a TCP port. Methods block."""
+    """Those that this process accepted at a TCP port, or at the path of a Unix socket. Methods block."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, place: int | str) -> None:
+        self._place = place
         # When each was first seen, by inode; inf for those that were asked to go.
         self._seen: dict[str, float] = {}
 
@@ -68,7 +65,7 @@ class Connections:
                 continue
             with connection:
                 try:
-                    if connection.family not in _TCP or connection.getsockname()[1] != self._port:
+                    if _place(connection) != self._place:
                         continue
                     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != listening:
                         continue
@@ -77,6 +74,14 @@ class Connections:
                 except OSError:
                     continue
                 yield inode, connection
+
+
+def _place(connection: socket.socket) -> int | str | None:
+    name = connection.getsockname()
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        port: int = name[1]
+        return port
+    return name if isinstance(name, str) else None
 
 
 def _go_away(connection: socket.socket) -> bool:

@@ -1,0 +1,98 @@
+"""A worker on the router's host is reached over a Unix socket, and over TCP where that is not to be had."""
+
+import asyncio
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import grpc
+import pytest
+from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
+
+from tests.system.test_faults import eventually, load
+
+
+async def described(worker):
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        stub = inference_pb2_grpc.InferenceWorkerServiceStub(channel)
+        return await stub.Describe(inference_pb2.DescribeRequest())
+
+
+async def accepted(worker, path):
+    """Connections to its socket."""
+    return sum(connection.laddr == path for connection in worker.info.net_connections("unix")) - 1
+
+
+async def over_tcp(router, worker):
+    """Connections that the router has to the worker's port."""
+    return sum(
+        bool(connection.raddr) and f"{connection.raddr.ip}:{connection.raddr.port}" == worker.address
+        for connection in router.info.net_connections("tcp")
+    )
+
+
+def modes(path):
+    """Of the socket and its folder; [] where they are gone."""
+    return [oct(place.stat().st_mode & 0o777) for place in (Path(path), Path(path).parent) if place.exists()]
+
+
+async def uses_the_socket(router, worker, path):
+    return await accepted(worker, path) == 1 and await over_tcp(router, worker) == 0
+
+
+@pytest.fixture
+def worker(start_worker, tmp_path):
+    return start_worker("worker-a", socket_dir=tmp_path)
+
+
+async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_with_it(start_router, worker):
+    router = start_router([worker.address], None)
+    path = (await described(worker)).socket
+    await eventually(partial(uses_the_socket, router, worker, path))
+    assert modes(path) == ["0o600", "0o700"]
+    _, errors = await load(router.address, 0.5)
+    assert errors == []
+    assert await uses_the_socket(router, worker, path)
+    worker.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(worker.process.wait, 20) == 0
+    assert modes(path) == []
+
+
+@pytest.mark.proof
+async def test_a_worker_restarted_under_load_is_found_at_its_new_socket_and_a_killed_ones_is_removed(
+    start_router, start_worker, worker, tmp_path
+):
+    other = await asyncio.to_thread(start_worker, "worker-b", socket_dir=tmp_path)
+    router = start_router([worker.address, other.address], None)
+    old = (await described(worker)).socket
+    await eventually(partial(uses_the_socket, router, worker, old))
+    running = asyncio.create_task(load(router.address, 3.0))
+    await asyncio.sleep(0.3)
+    worker.process.kill()
+    worker.process.wait()
+    assert modes(old)
+    again = await asyncio.to_thread(start_worker, "worker-a", address=worker.address, socket_dir=tmp_path)
+    assert modes(old) == []
+    _, errors = await running
+    assert errors == []
+    await eventually(partial(uses_the_socket, router, again, (await described(again)).socket))
+
+
+@pytest.mark.proof
+async def test_a_worker_whose_socket_was_deleted_is_reached_over_tcp_again_and_no_request_fails(
+    start_router, start_worker, tmp_path
+):
+    worker = start_worker("worker-a", socket_dir=tmp_path, max_connection_age_seconds=1)
+    router = start_router([worker.address], None)
+    path = (await described(worker)).socket
+    running = asyncio.create_task(load(router.address, 3.0))
+    await eventually(partial(uses_the_socket, router, worker, path))
+    await asyncio.to_thread(shutil.rmtree, tmp_path)
+
+    async def moved():
+        return await over_tcp(router, worker) == 1
+
+    await eventually(moved)  # when it is asked to open another connection
+    _, errors = await running
+    assert errors == []
