@@ -38,6 +38,17 @@ _RETRIES = {
     # Retries stop while more than one call in eleven fails.
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
+# Calls by the capacity that a router's answers tell: their number a second over how busy it was. What does not know
+# it takes the next in the list.
+_WEIGHTED = {
+    "weighted_round_robin": {
+        "enableOobLoadReport": False,
+        # A router that is new to the channel is believed after this, and one that says nothing for so long is not.
+        "blackoutPeriod": "2s",
+        "weightExpirationPeriod": "30s",
+        "weightUpdatePeriod": "1s",
+    }
+}
 _BALANCING = {
     "loadBalancingConfig": [{"round_robin": {}}],
     # A router that drains, or has no worker, gets no calls.
@@ -47,13 +58,17 @@ _BALANCING = {
 SERVICE_CONFIG = json.dumps(_BALANCING | _RETRIES)
 
 
-def channel_options(*, retries: bool = True) -> list[tuple[str, Any]]:
+def channel_options(*, retries: bool = True, weighted: bool = False) -> list[tuple[str, Any]]:
     """For `grpc.insecure_channel`, `grpc.aio.insecure_channel`, and `channel_args` of tritonclient.
 
-    `retries=False` for sequences, whose steps must not run twice.
+    `retries=False` for sequences, whose steps must not run twice. `weighted=True` where routers are not equally fast:
+    each gets calls by its capacity instead of in turn.
     """
+    config = _BALANCING | (_RETRIES if retries else {})
+    if weighted:
+        config |= {"loadBalancingConfig": [_WEIGHTED, *_BALANCING["loadBalancingConfig"]]}
     return [
-        ("grpc.service_config", SERVICE_CONFIG if retries else json.dumps(_BALANCING)),
+        ("grpc.service_config", json.dumps(config)),
         ("grpc.enable_retries", int(retries)),
         # Of a target with several addresses gRPC makes an authority that is none, which the routers' HTTP/2 refuses.
         ("grpc.default_authority", "ringmesh"),

@@ -22,13 +22,13 @@ _LOG_TAIL_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What to run. `is_ready` asks the running process; `environment` is added to ours."""
+    """What to run. `is_ready` asks the running process, true or not; `environment` is added to ours."""
 
     name: str
     command: Sequence[str]
     address: str
     log: Path
-    is_ready: Callable[[], Awaitable[bool]]
+    is_ready: Callable[[], Awaitable[object]]
     environment: Mapping[str, str] = field(default_factory=dict)
 
 

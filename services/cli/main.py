@@ -48,6 +48,7 @@ _STATE = Path(".ringmesh")
 @app.command()
 def up(
     workers: Annotated[int, typer.Option(min=1, max=256, help="Inference workers.")] = 2,
+    routers: Annotated[int, typer.Option(min=1, max=8, help="Router processes, on one port.")] = 1,
     models: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +84,7 @@ def up(
         console = _console()
         screen = Screen(console)
         options = StackOptions(
-            ports=Ports.from_base(port, workers) if port else Ports.free(workers),
+            ports=Ports.from_base(port, workers, routers) if port else Ports.free(workers, routers),
             state=state,
             models=models if models and "://" in models else str(Path(models or state / "models").absolute()),
             traces=state / "traces",

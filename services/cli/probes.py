@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import urllib.request
+
 import grpc
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
-from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.cli.errors import CommandError
 
 _SECONDS = 1.0
 # A proxy has no business on the loopback address, and another probe's back-off is not ours.
 LOCAL = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 async def serves(address: str) -> bool:
@@ -25,16 +29,21 @@ async def serves(address: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def healthy_workers(router: str) -> int:
-    """How many workers the router sends requests to; 0 where it does not answer."""
-    async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
-        try:
-            ring = await router_pb2_grpc.RouterServiceStub(channel).GetRing(
-                router_pb2.GetRingRequest(), timeout=_SECONDS
-            )
-        except grpc.aio.AioRpcError:
-            return 0
-    return sum(worker.healthy for worker in ring.workers)
+async def healthy_workers(metrics: str) -> int:
+    """How many workers the router whose /metrics that is sends requests to; 0 where it does not answer.
+
+    Of routers that share a port, a call there would ask any.
+    """
+    return await asyncio.to_thread(_healthy_workers, metrics)
+
+
+def _healthy_workers(metrics: str) -> int:
+    try:
+        with _OPENER.open(f"http://{metrics}/metrics", timeout=_SECONDS) as response:
+            text: str = response.read().decode()
+    except (OSError, ValueError):
+        return 0
+    return len(re.findall(r"^ringmesh_ring_member_healthy\{.*\} 1\b", text, re.MULTILINE))
 
 
 async def redis_answers(url: str) -> bool:

@@ -31,7 +31,13 @@ class Screen:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for column in ("process", "endpoint", "speaks"):
             table.add_column(column, no_wrap=True)
-        table.add_row("router", options.router, "inference v2: send requests here", style="bold")
+        count = len(options.routers)
+        table.add_row(
+            "router" if count == 1 else f"{count} routers",
+            options.router,
+            "inference v2: send requests here",
+            style="bold",
+        )
         for number, endpoint in enumerate(options.workers):
             table.add_row(f"worker-{number}", endpoint, "inference v2, envelopes")
         table.add_row("cache", options.cache, "ringmesh.cache.v1")
@@ -39,7 +45,7 @@ class Screen:
         shown = redis.netloc.rpartition("@")[2] or redis.path  # without user and password
         table.add_row("valkey" if options.redis is None else "redis", shown, "Redis protocol")
         table.add_row("console", options.console, "open it in a browser", style="bold")
-        table.add_row("metrics", f"http://{options.metrics['router']}/metrics", "Prometheus text")
+        table.add_row("metrics", f"http://{next(iter(options.routers.values()))}/metrics", "Prometheus text")
         self._console.print()
         self._console.print(table)
 

@@ -45,8 +45,15 @@ class StackOptions:
 
     @property
     def router(self) -> str:
-        """host:port."""
+        """host:port, of all routers."""
         return address(self.ports.router)
+
+    @property
+    def routers(self) -> dict[str, str]:
+        """host:port of /metrics by name: `router`, or `router-0`, `router-1` and so on where there are several."""
+        ports = self.ports.router_metrics
+        names = ["router"] if len(ports) == 1 else [f"router-{number}" for number in range(len(ports))]
+        return {name: address(port) for name, port in zip(names, ports, strict=True)}
 
     @property
     def cache(self) -> str:
@@ -64,7 +71,7 @@ class StackOptions:
         ports = self.ports
         workers = {f"worker-{number}": address(port) for number, port in enumerate(ports.worker_metrics)}
         return {
-            "router": address(ports.router_metrics),
+            **self.routers,
             "cache": address(ports.cache_metrics),
             **workers,
             "console": address(ports.console_metrics),
@@ -110,8 +117,11 @@ class Stack:
         (options.state / "stack.json").unlink(missing_ok=True)
         for log in (options.state / "logs").glob("*.log"):
             log.unlink()
-        count = len(options.workers)
-        self._reporter.say(f"starting a router and {count} worker{'s'[: count > 1]}; logs in {options.state / 'logs'}")
+        routers, workers = len(options.routers), len(options.workers)
+        self._reporter.say(
+            f"starting {'a' if routers == 1 else routers} router{'s'[: routers > 1]} and {workers} "
+            f"worker{'s'[: workers > 1]}; logs in {options.state / 'logs'}"
+        )
         began = time.monotonic()
         for spec in self._specs():
             child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe)
@@ -121,7 +131,7 @@ class Stack:
             child.keep()
             where = self._options.console if child.spec.name == "console" else child.spec.address
             self._reporter.started(child.spec.name, where, time.monotonic() - began)
-        await self._ring_is_complete()
+        await self._rings_are_complete()
         self._is_up = True
         self._describe()
 
@@ -131,7 +141,7 @@ class Stack:
         (self._options.state / "stack.json").unlink(missing_ok=True)
         seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
         workers = [name for name in self._children if name.startswith("worker")]
-        for names in (["router"], workers, ["cache"], ["console"], ["valkey"]):
+        for names in ([*self._options.routers], workers, ["cache"], ["console"], ["valkey"]):
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
@@ -152,11 +162,12 @@ class Stack:
         if options.redis is not None and not await probes.redis_answers(options.redis):
             self._reporter.say("warning: the Redis of --redis does not answer; going on without a shared cache tier")
 
-    async def _ring_is_complete(self) -> None:
-        while True:
-            if await probes.healthy_workers(self._options.router) == len(self._options.workers):
-                return
-            await asyncio.sleep(_POLL_SECONDS)
+    async def _rings_are_complete(self) -> None:
+        for metrics in self._options.routers.values():
+            while True:
+                if await probes.healthy_workers(metrics) == len(self._options.workers):
+                    break
+                await asyncio.sleep(_POLL_SECONDS)
 
     def _specs(self) -> Iterator[ChildSpec]:
         options = self._options
@@ -182,9 +193,13 @@ class Stack:
                 "RINGMESH_THREADS": str(threads),
             }
             yield self._service(name, "services.inference", endpoint, environment)
-        yield self._service(
-            "router", "router", options.router, {**caches, "RINGMESH_WORKERS": ",".join(options.workers)}
-        )
+        environment = {
+            **caches,
+            "RINGMESH_WORKERS": ",".join(options.workers),
+            "RINGMESH_SHARE_PORT": str(len(options.routers) > 1),
+        }
+        for name, metrics in options.routers.items():
+            yield self._service(name, "router", options.router, environment, partial(probes.healthy_workers, metrics))
 
     def _console(self, common: Mapping[str, str]) -> ChildSpec:
         options = self._options
@@ -197,13 +212,20 @@ class Stack:
         }
         return self._service("console", "services.console", address(options.ports.spans), environment)
 
-    def _service(self, name: str, module: str, endpoint: str, environment: Mapping[str, str]) -> ChildSpec:
+    def _service(
+        self,
+        name: str,
+        module: str,
+        endpoint: str,
+        environment: Mapping[str, str],
+        is_ready: Callable[[], Awaitable[object]] | None = None,
+    ) -> ChildSpec:
         return self._spec(
             name,
             # -P: a folder `cache` or `router` where the command runs is not ours.
             [sys.executable, "-P", "-m", module],
             endpoint,
-            partial(probes.serves, endpoint),
+            is_ready or partial(probes.serves, endpoint),
             {**environment, "RINGMESH_ADDRESS": endpoint, "RINGMESH_METRICS_ADDRESS": self._options.metrics[name]},
         )
 
@@ -221,7 +243,7 @@ class Stack:
         name: str,
         command: Sequence[str],
         endpoint: str,
-        is_ready: Callable[[], Awaitable[bool]],
+        is_ready: Callable[[], Awaitable[object]],
         environment: Mapping[str, str] | None = None,
     ) -> ChildSpec:
         log = self._options.state / "logs" / f"{name}.log"

@@ -146,6 +146,27 @@ def test_a_process_that_dies_is_started_again(running, name):
         eventually(all_are_healthy)
 
 
+def test_several_routers_share_the_port_and_one_that_dies_comes_back(state):
+    stack = start_stack(state, "--routers", "3")
+    names = ["router-0", "router-1", "router-2"]
+    assert [name for name in stack.pids if name.startswith("router")] == names
+    assert "starting 3 routers and 2 workers" in stack.output
+    port = int(stack.router.rpartition(":")[2])
+
+    def listeners():
+        """Which of them listen on the port, and none other."""
+        found = [psutil.Process(stack.pids[name]).net_connections("tcp") for name in names if stack.pids[name]]
+        return [any(c.status == "LISTEN" and c.laddr.port == port for c in connections) for connections in found]
+
+    assert listeners() == [True, True, True]
+    killed = stack.pids["router-1"]
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: f"router-1 is back (pid {stack.pids['router-1']})\n" in stack.output)
+    assert stack.pids["router-1"] != killed
+    assert listeners() == [True, True, True]
+    assert stop_stack(stack) == 0
+
+
 def test_a_taken_port_is_named_with_its_owner(state):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
