@@ -201,8 +201,8 @@ class Dispatcher:
     ) -> tuple[inference_pb2.WorkResult, Member]:
         """What `first` says, or, where it takes longer than `patience` seconds, what it or the next says first.
 
-        The other is cancelled: it leaves the queue here; what the worker has already, it may still run. A hedge counts
-        as a retry. Raises as `_attempt`.
+        The other is cancelled: it leaves the queue here or at the worker, unless it runs already. A hedge counts as a
+        retry. Raises as `_attempt`.
         """
         under_way = {asyncio.create_task(self._attempt(asked, first, events, kind)): first.member}
         try:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -25,8 +28,10 @@ from services.runtime.errors import DeadlineExceededError, from_status
 DEPTH = 2
 MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
+_WITHDRAW_SECONDS = 1.0
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
+_WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
 _DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
 
 
@@ -59,9 +64,14 @@ class WorkerLink:
         self._channel = GrpcChannel(address)
         self._lanes: dict[bytes, _Lane] = {}
         self._calls: set[asyncio.Task[None]] = set()
+        # Trace contexts of what was sent and nobody waits for any more.
+        self._unwanted: list[str] = []
 
     async def execute(self, model_digest: bytes, work: Work) -> inference_pb2.WorkResult:
-        """The worker's result, success or failure. Raises WorkerUnreachableError. Cancelling it leaves others be."""
+        """The worker's result, success or failure. Raises WorkerUnreachableError.
+
+        Cancelling it leaves others be; what the worker has not begun by then it does not run.
+        """
         lane = self._lanes.get(model_digest)
         if lane is None:
             lane = self._lanes[model_digest] = _Lane()
@@ -74,6 +84,10 @@ class WorkerLink:
         self._load.sent()
         try:
             return await result
+        except asyncio.CancelledError:
+            if not any(future is result for _, future in lane.waiting):
+                self._withdraw(work.traceparent)
+            raise
         finally:
             self._load.ended()
 
@@ -124,13 +138,31 @@ class WorkerLink:
         self.give_up()
         await self._channel.close()
 
+    def _withdraw(self, traceparent: str) -> None:
+        if not self._unwanted:
+            # Of many that are cancelled together, one call tells.
+            asyncio.get_running_loop().call_soon(self._tell_unwanted)
+        self._unwanted.append(traceparent)
+
+    def _tell_unwanted(self) -> None:
+        request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
+        self._unwanted = []
+        self._spawn(self._tell(request.SerializeToString()))
+
+    async def _tell(self, withdraw: bytes) -> None:
+        with suppress(CallError):  # then it runs in vain
+            await self._timed(_WITHDRAW, withdraw, _WITHDRAW_SECONDS)
+
     def _send(self, lane: _Lane) -> None:
         lane.sending = False
         while lane.waiting and lane.under_way < DEPTH:
             lane.under_way += 1
-            call = asyncio.create_task(self._call(lane, lane.next_envelope()))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+            self._spawn(self._call(lane, lane.next_envelope()))
+
+    def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
 
     async def _call(self, lane: _Lane, items: list[_Item]) -> None:
         try:

@@ -210,8 +210,8 @@ def hidden_random(repository: Path) -> Path:
     return save(repository, "hidden_random", nodes, [x], [y], [condition])
 
 
-def slow(repository: Path, trips=600) -> Path:
-    """FP32 x[n,1] -> y[n,1] after a loop of many matrix products."""
+def slow(repository: Path, trips: int | None = 600, *, name="slow", config="") -> Path:
+    """FP32 x[n,1] -> y[n,1] after a loop of many matrix products; without `trips`, of as many as x says."""
     rng = np.random.default_rng(0)
     side = 256
     weights = numpy_helper.from_array((rng.normal(size=(side, side)) / side**0.5).astype(np.float32), "w")
@@ -226,7 +226,12 @@ def slow(repository: Path, trips=600) -> Path:
         [value("go_out", TensorProto.BOOL), value("m_out", TensorProto.FLOAT, side, side)],
     )
     start = numpy_helper.from_array(rng.normal(size=(side, side)).astype(np.float32), "start")
+    told = [] if trips else [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["trips"], to=TensorProto.INT64),
+    ]  # fmt: skip
     nodes = [
+        *told,
         helper.make_node("Loop", ["trips", "go0", "start"], ["m_end"], body=body),
         helper.make_node("ReduceMean", ["m_end"], ["mean"], keepdims=0),
         helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
@@ -235,13 +240,14 @@ def slow(repository: Path, trips=600) -> Path:
     initializers = [
         weights,
         start,
-        numpy_helper.from_array(np.array(trips, np.int64), "trips"),  # a quarter to a half of a millisecond each
         numpy_helper.from_array(np.array(True), "go0"),
         numpy_helper.from_array(np.array(0, np.float32), "zero"),
     ]
+    if trips:  # a quarter to a half of a millisecond each
+        initializers.append(numpy_helper.from_array(np.array(trips, np.int64), "trips"))
     x, y = value("x", TensorProto.FLOAT, "n", 1), value("y", TensorProto.FLOAT, "n", 1)
-    folder = save(repository, "slow", nodes, [x], [y], initializers)
-    (folder.parent / "config.pbtxt").write_text("max_batch_size: 0")  # else it is probed at each load
+    folder = save(repository, name, nodes, [x], [y], initializers)
+    (folder.parent / "config.pbtxt").write_text(f"max_batch_size: 0 {config}")  # else it is probed at each load
     return folder
 
 

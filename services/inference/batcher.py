@@ -104,10 +104,12 @@ class Batcher:
             loop.call_soon(self._dispatch)
         return waiting
 
-    def withdraw(self, waiting: Waiting) -> None:
-        """Nobody waits for it any more: if it has not begun to run, it will not."""
-        if waiting.future.cancel():
-            self._queue.cancelled(waiting)
+    def withdraw(self, waiting: Waiting) -> bool:
+        """Nobody waits for it any more: if it has not begun to run, it will not; whether that is so."""
+        if waiting.begun or not waiting.future.cancel():
+            return False
+        self._queue.cancelled(waiting)
+        return True
 
     @property
     def waiting(self) -> int:
@@ -174,6 +176,8 @@ class Batcher:
 
     async def _serve(self, batch: list[Waiting]) -> None:
         loop = asyncio.get_running_loop()
+        for waiting in batch:
+            waiting.begun = True
         # What they are told where the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
         try:

@@ -21,6 +21,7 @@ from services.inference.service import EnvelopeService, InferenceService, Locali
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
+from services.runtime.calls import Calls
 from services.runtime.discovery import Announcer
 from services.runtime.exposition import MetricsServer
 from services.runtime.gpu_metrics import GpuMetrics
@@ -59,6 +60,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     load = worker.load
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
+    calls = Calls()
     inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more)
 
     def listener(address: str) -> Server:
@@ -68,6 +70,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
             [inference, envelopes.service()],
             max_message_bytes=settings.max_message_bytes,
             max_connection_age=settings.max_connection_age_seconds,
+            calls=calls,
         )
 
     server = listener(settings.address)
@@ -75,7 +78,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
-    metrics.add(server.calls.samples)
+    metrics.add(calls.samples)
     metrics.add_slow(GpuMetrics.of_this_host().samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     envelopes.socket = await local.start()

@@ -8,7 +8,10 @@ from services.inference.worker import Worker
 from services.runtime.metrics import Buckets, Family, Sample
 
 _MODEL = ("model", "version")
-REQUESTS = Family("ringmesh_worker_requests_total", "counter", "requests by result: ok, failed", (*_MODEL, "result"))
+REQUESTS = Family(
+    "ringmesh_worker_requests_total", "counter",
+    "requests by result: ok, failed, withdrawn (a hedge that lost, before it ran)", (*_MODEL, "result"),
+)  # fmt: skip
 ERRORS = Family("ringmesh_worker_errors_total", "counter", "requests that failed, by type of error", (*_MODEL, "type"))
 STAGE = Family(
     "ringmesh_worker_stage_seconds", "histogram", "time of requests by stage: queue, input, compute, output",
@@ -42,6 +45,7 @@ class WorkerMetrics:
             yield Sample(LOADED, (*model, held.model.provider, cacheable), 1)
             yield Sample(REQUESTS, (*model, "ok"), stats.success.count)
             yield Sample(REQUESTS, (*model, "failed"), stats.fail.count)
+            yield Sample(REQUESTS, (*model, "withdrawn"), held.statistics.withdrawn)
             for kind, count in held.statistics.errors.items():
                 yield Sample(ERRORS, (*model, kind), count)
             yield Sample(QUEUED, model, held.waiting)

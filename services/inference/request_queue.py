@@ -19,7 +19,7 @@ MAX_QUEUE = 4096
 class Waiting:
     """A request in the queue; `deadline` in time.monotonic, `queued_ns` in time.time_ns."""
 
-    __slots__ = ("deadline", "decoded", "delayed", "future", "level", "queued_ns")
+    __slots__ = ("begun", "deadline", "decoded", "delayed", "future", "level", "queued_ns")
 
     def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[Any]) -> None:
         self.decoded = decoded
@@ -28,6 +28,8 @@ class Waiting:
         self.queued_ns = time.time_ns()
         self.level: _Level | None = None
         self.delayed = False
+        # Its batch has left the queue.
+        self.begun = False
 
 
 class RequestQueue:

@@ -118,6 +118,7 @@ class EnvelopeService:
             inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"],
             {
                 "Execute": unary(inference_pb2.ExecuteRequest, self._execute),
+                "Withdraw": unary(inference_pb2.WithdrawRequest, self._withdraw),
                 "Describe": unary(inference_pb2.DescribeRequest, self._describe),
             },
         )
@@ -136,6 +137,11 @@ class EnvelopeService:
             for item in request.items
         )
         return inference_pb2.ExecuteResponse(results=results, load=self._load())
+
+    async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
+        return inference_pb2.WithdrawResponse(
+            withdrawn=self._worker.withdraw(w3c.packed(traceparent) for traceparent in request.traceparents)
+        )
 
     async def _describe(self, request: inference_pb2.DescribeRequest, _: Context) -> inference_pb2.DescribeResponse:
         load = self._load()

@@ -44,6 +44,8 @@ class Statistics:
         self._batches: dict[int, _Runs] = {}
         # By the kind of the error.
         self.errors: dict[str, int] = {}
+        # Taken back before they ran.
+        self.withdrawn = 0
         self.stages = {stage: Histogram() for stage in ("queue", "input", "compute", "output")}
         self._observe = tuple([histogram.observe for histogram in self.stages.values()])
 

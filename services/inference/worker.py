@@ -20,8 +20,9 @@ from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
 from services.inference.request import Decoded, encode_response
 from services.inference.request_decoder import RequestDecoder
+from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
-from services.runtime.errors import ResourceExhaustedError, RingmeshError, kind_of
+from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError, RingmeshError, kind_of
 from services.runtime.rpc import parse, unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -50,6 +51,13 @@ class _Begun(NamedTuple):
     start: int
 
 
+class _Plain(NamedTuple):
+    held: HeldModel
+    batcher: Batcher
+    waiting: Waiting
+    answer: asyncio.Future[inference_pb2.WorkResult]
+
+
 class Worker:
     """Runs requests on the models held. Knows no RPC: results and failures are values."""
 
@@ -61,6 +69,8 @@ class Worker:
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
+        # Plain requests that have no answer, by their trace context.
+        self._plain: dict[bytes, _Plain] = {}
 
     async def execute(
         self, data: bytes, *, request_hash: bytes, deadline: float | None, trace_context: bytes = b""
@@ -121,6 +131,21 @@ class Worker:
             results.append(result)
         return results
 
+    def withdraw(self, trace_contexts: Iterable[bytes]) -> int:
+        """Nobody waits for these any more: those that have not begun to run, will not; how many that are.
+
+        They fail. Whoever joined one runs it for himself. What is more than a plain request, is left to run.
+        """
+        withdrawn = 0
+        for trace_context in trace_contexts:
+            plain = self._plain.get(trace_context)
+            if plain is not None and plain.batcher.withdraw(plain.waiting):
+                # As if the time of who sent it were up.
+                plain.answer.set_exception(DeadlineExceededError("nobody waits for it any more"))
+                plain.held.statistics.withdrawn += 1
+                withdrawn += 1
+        return withdrawn
+
     def _begin(self, work: Work) -> _Begun:
         """Where it is not plain, a task of `execute`: equal to one in flight, or more than a batch of one model."""
         start = time.time_ns()
@@ -130,8 +155,9 @@ class Worker:
             request = parse(v2.ModelInferRequest, work.data)
             held = self.store.held.find(request.model_name, request.model_version)
             key = held.model.digest + work.request_hash
+            batcher = held.batcher
             if (
-                type(held.batcher) is not Batcher
+                type(batcher) is not Batcher
                 or held.resident is not None
                 or (work.request_hash and key in self._flights)
             ):
@@ -145,7 +171,7 @@ class Worker:
                 )
                 return _Begun(task, task.cancel, start)
             decoded = self._decoder.decode(request, held.model, work.trace_context)
-            waiting = held.batcher.enqueue(decoded, work.deadline)
+            waiting = batcher.enqueue(decoded, work.deadline)
         except Exception as error:
             if held is not None:
                 held.statistics.failed(time.time_ns() - start, kind_of(error))
@@ -155,11 +181,13 @@ class Worker:
         answer: asyncio.Future[inference_pb2.WorkResult] = loop.create_future()
         waiting.future.add_done_callback(partial(self._finish, held, decoded, start, answer))
         self.load.started()
+        if work.trace_context:
+            self._plain[work.trace_context] = _Plain(held, batcher, waiting, answer)
         if work.request_hash:
             # Others may have joined it by the time its caller leaves.
             self._flights.lead(key, answer)
             return _Begun(answer, None, start)
-        return _Begun(answer, partial(held.batcher.withdraw, waiting), start)
+        return _Begun(answer, partial(batcher.withdraw, waiting), start)
 
     async def _run(
         self,
@@ -202,6 +230,7 @@ class Worker:
     ) -> None:
         """When the batch of a plain request has run."""
         self.load.ended()
+        self._plain.pop(decoded.trace_context, None)
         if ran.cancelled() or answer.done():
             answer.cancel()
             return

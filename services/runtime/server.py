@@ -54,7 +54,8 @@ class Server:
 
     Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
     `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
-    processes that say so too may listen on the same port, and the kernel spreads connections over them.
+    processes that say so too may listen on the same port, and the kernel spreads connections over them. `calls` counts
+    what is called, here and on other servers that are given the same.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Server:
         max_message_bytes: int,
         max_connection_age: float,
         share_port: bool = False,
+        calls: Calls | None = None,
     ) -> None:
         self._address = address
         self._services = services
@@ -73,7 +75,7 @@ class Server:
         self._connections: Connections | None = None
         self._aging: asyncio.Task[None] | None = None
         self.health = Health(service.name for service in services)
-        self.calls = Calls()
+        self.calls = calls or Calls()
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),

@@ -1,6 +1,7 @@
 """A worker on the router's host is reached over a Unix socket, and over TCP where that is not to be had."""
 
 import asyncio
+import re
 import shutil
 import signal
 from functools import partial
@@ -10,7 +11,11 @@ import grpc
 import pytest
 from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 
+from services.console.scraper import fetch
+from tests.system.processes import free_address
 from tests.system.test_faults import eventually, load
+
+METRICS = free_address()
 
 
 async def described(worker):
@@ -43,7 +48,7 @@ async def uses_the_socket(router, worker, path):
 
 @pytest.fixture
 def worker(start_worker, tmp_path):
-    return start_worker("worker-a", socket_dir=tmp_path)
+    return start_worker("worker-a", socket_dir=tmp_path, metrics_address=METRICS)
 
 
 async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_with_it(start_router, worker):
@@ -54,6 +59,8 @@ async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_w
     _, errors = await load(router.address, 0.5)
     assert errors == []
     assert await uses_the_socket(router, worker, path)
+    counted = r"^ringmesh_rpc_calls_total\{.*InferenceWorkerService/Execute.*\} [1-9]"
+    assert re.search(counted, await asyncio.to_thread(fetch, METRICS), re.MULTILINE)
     worker.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(worker.process.wait, 20) == 0
     assert modes(path) == []

@@ -49,11 +49,11 @@ async def worker(tmp_path):
     executor.shutdown()
 
 
-def work(value, request_hash=b"", *, columns=64, deadline=None):
+def work(value, request_hash=b"", *, columns=64, deadline=None, trace_context=b""):
     x = np.full((1, columns), value, np.float32)
     request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[x.tobytes()])
     request.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    return Work(request.SerializeToString(), request_hash, deadline, b"")
+    return Work(request.SerializeToString(), request_hash, deadline, trace_context)
 
 
 def answer(worker, value):
@@ -112,3 +112,43 @@ async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_join
     await busy
     assert worker.model.runs == [1, 1]  # the busy one and what was joined; the four others never ran
     assert worker.load.requests == 0
+
+
+async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelope_be(worker):
+    worker.model.gate.clear()
+    worker.model.runs.clear()
+    running = asyncio.create_task(worker.execute_all([work(0, trace_context=b"running")]))
+    await asyncio.sleep(0.01)  # it has the only instance
+    works = [work(1, b"h" * 16, trace_context=b"lost"), work(2, trace_context=b"kept")]
+    envelope = asyncio.create_task(worker.execute_all(works))
+    await asyncio.sleep(0)
+    assert worker.withdraw([b"lost", b"unknown", b"running"]) == 1
+    assert worker.withdraw([b"lost"]) == 0
+    worker.model.gate.set()
+    lost, kept = await envelope
+    assert (lost.failure.code, lost.failure.message) == (4, "nobody waits for it any more")
+    np.testing.assert_allclose(told(kept), answer(worker, 2)[0], rtol=1e-5)
+    assert [result.failure.code for result in await running] == [0]
+    assert worker.model.runs == [1, 1]
+    statistics = worker.store.held.find("mlp", "").statistics
+    assert (statistics.withdrawn, statistics.message().inference_stats.success.count) == (1, 2)
+    assert worker.load.requests == 0
+
+
+async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
+    worker.model.gate.clear()
+    busy = asyncio.create_task(worker.execute_all([work(0)]))
+    await asyncio.sleep(0.01)
+    worker.model.runs.clear()
+    first = asyncio.create_task(worker.execute_all([work(1, b"h" * 16, trace_context=b"lost")]))
+    await asyncio.sleep(0)
+    joined = asyncio.create_task(worker.execute_all([work(1, b"h" * 16)]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert worker.withdraw([b"lost"]) == 1
+    worker.model.gate.set()
+    (result,) = await joined
+    np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
+    assert [result.failure.code for result in await first] == [4]
+    await busy
+    assert worker.model.runs == [1, 1]
