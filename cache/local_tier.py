@@ -26,7 +26,9 @@ _MAX_MODELS = 4096
 
 
 class LocalTier:
-    """Entries by key, at most `capacity_bytes` of them with keys and overhead. Not thread-safe: one event loop.
+    """Entries by key, at most `capacity_bytes` of them with keys and overhead.
+
+    Changed on one thread, the event loop's; `get` and `peek` may be called beside it.
 
     A sixteenth of it is room for what came faster than evictions, of which a call makes a few; so an entry larger than
     that is not kept.

@@ -53,8 +53,7 @@ class Renewal(NamedTuple):
     compute: Callable[[], Awaitable[Computed]]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """An answer, where it came from, and the worker that computed it now ("" where none did).
 
     `rows` says how many rows of a batch were known, such as "6/8"; "" where it was not taken row by row.
@@ -150,13 +149,20 @@ class Mesh:
 
     def is_usable(self, key: bytes, entry: Entry, renewal: Renewal, now_ms: int) -> bool:
         """Whether its age lets it be given; where that will soon be over, it is computed anew off the path."""
-        freshness = renewal.freshness
-        if freshness.is_over(entry.created_at_ms, now_ms):
+        if renewal.freshness.is_over(entry.created_at_ms, now_ms):
             return False
-        took_us = max(entry.compute_us, 1e6 * self._costs.get(key[:_MODEL_BYTES], 0.0))
-        if freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random()):
-            self.renewals.begin(key, lambda: self._renew(key, entry, renewal.compute))
+        if self.is_due(key, entry, renewal.freshness, now_ms):
+            self.renew(key, entry, renewal)
         return True
+
+    def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
+        """Whether this look at it is the one to have it computed anew."""
+        took_us = max(entry.compute_us, 1e6 * self._costs.get(key[:_MODEL_BYTES], 0.0))
+        return freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random())
+
+    def renew(self, key: bytes, entry: Entry, renewal: Renewal) -> None:
+        """Computes it anew, off the path."""
+        self.renewals.begin(key, lambda: self._renew(key, entry, renewal.compute))
 
     async def _renew(self, key: bytes, old: Entry, compute: Callable[[], Awaitable[Computed]]) -> Renewed:
         """By one process of the fleet. Raises RingmeshError.

@@ -92,12 +92,18 @@ class Audit:
         self._audits: dict[bytes, ModelAudit] = {}
         self.distrusted: dict[bytes, str] = {}
 
-    def hit(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
-        """An answer that came from the cache, with the request as it was sent. On the path of every hit."""
+    def takes_hit(self) -> bool:
+        """To be asked at each hit; whether this one is to be audited."""
         self._left -= 1
-        if self._left < 0:
-            self._left = self._interval()
-            self._begin(model, request, answer)
+        if self._left >= 0:
+            return False
+        self._left = self._interval()
+        return True
+
+    def begin(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
+        """Audits an answer that came from the cache, with the request as it was sent, unless it is too soon."""
+        if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
+            self._task = asyncio.create_task(self._run(model, request, answer))
 
     def why_not(self, model: ModelEntry, catalog: Catalog) -> str:
         """Why the model's answers are not trusted: its own, or those of a step of the ensemble. "" where they are."""
@@ -134,10 +140,6 @@ class Audit:
         if self._share in (0, 1):
             return math.inf if not self._share else 0
         return math.floor(math.log(1 - random.random()) / math.log1p(-self._share))
-
-    def _begin(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
-        if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
-            self._task = asyncio.create_task(self._run(model, request, answer))
 
     async def _run(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
         began = self._clock()

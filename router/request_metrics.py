@@ -130,17 +130,17 @@ class RequestMetrics:
 
     def mark(self) -> None:
         """To be called every few seconds."""
-        for model, recent in self._recent.items():
+        for model, recent in list(self._recent.items()):
             # With fewer than that the percentile would be the slowest of a handful.
             if len(recent) >= _MIN_REQUESTS:
                 self._marks[model] = sorted(recent)[len(recent) * 99 // 100]
-        for key, series in self._series.items():
+        for key, series in self._all():
             series.slow_ns = self._marks.get(Labels(*key).model, _NEVER)
 
     def add_to(self, statistics: v2.ModelStatistics) -> None:
         """As Triton counts: a hit is a success that was queued, and no inference and no execution."""
         stats = statistics.inference_stats
-        for key, series in self._series.items():
+        for key, series in self._all():
             labels = Labels(*key)
             if (labels.model, labels.version, labels.code) != (statistics.name, statistics.version, OK):
                 continue
@@ -155,7 +155,7 @@ class RequestMetrics:
 
     def answers(self) -> Answers:
         """All of them."""
-        counts = [(key[4], series.count) for key, series in self._series.items()]
+        counts = [(key[4], series.count) for key, series in self._all()]
         return Answers(
             sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
         )
@@ -163,7 +163,7 @@ class RequestMetrics:
     def usages(self) -> list[cache_pb2.UsageStats]:
         """For the cache's own statistics: by model, tenant and where the answer came from."""
         sums: dict[tuple[str, str, str], cache_pb2.UsageStats] = {}
-        for key, series in self._series.items():
+        for key, series in self._all():
             labels = Labels(*key)
             if labels.outcome not in _HITS and labels.outcome != "miss":
                 continue
@@ -181,7 +181,7 @@ class RequestMetrics:
         """For `Metrics.add`."""
         durations: dict[tuple[str, ...], Histogram] = {}
         exemplars: dict[tuple[str, ...], dict[int, Exemplar]] = {}
-        for key, series in self._series.items():
+        for key, series in self._all():
             labels = Labels(*key)
             yield Sample(REQUESTS, key, series.count)
             by_model = (labels.model, labels.version, labels.outcome)
@@ -205,7 +205,7 @@ class RequestMetrics:
     def compute_us(self) -> dict[tuple[str, str, str, str], int]:
         """Of what was answered, by model, version, tenant and outcome."""
         totals: dict[tuple[str, str, str, str], int] = {}
-        for key, series in self._series.items():
+        for key, series in self._all():
             labels = Labels(*key)
             if labels.code == OK:
                 group = (labels.model, labels.version, labels.tenant, labels.outcome)
@@ -219,7 +219,7 @@ class RequestMetrics:
         """
         beyond = bisect_left(BOUNDS_NS, int(seconds * 1e9)) + 1
         total = failed = answered = slow = 0
-        for key, series in self._series.items():
+        for key, series in self._all():
             labels = Labels(*key)
             if labels.method == STEP:
                 continue
@@ -230,6 +230,10 @@ class RequestMetrics:
             elif labels.code in _OUR_DOING:
                 failed += series.count
         return total, failed, answered, slow
+
+    def _all(self) -> list[tuple[tuple[str, ...], Series]]:
+        """A copy: hits are counted beside the event loop."""
+        return list(self._series.items())
 
     def _open(self, labels: Labels) -> Series:
         if labels.model != OTHER and (labels.model, labels.version) not in self._models:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -16,12 +17,13 @@ from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh, Renewal
+from cache.request_memo import LARGEST_BYTES, RequestMemo
 from cache.semantic_index import SemanticIndex
 from router import ensembles, request_span, rows, similar
 from router.admission.caller import ANYBODY, ROUTER, RefusedError, caller_of
 from router.admission.quotas import Quotas
 from router.audit import Audit
-from router.catalog import ModelEntry
+from router.catalog import Catalog, ModelEntry
 from router.cost import Cost
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
@@ -53,7 +55,8 @@ log = logging.getLogger(__name__)
 
 # One in so many hits carries the load report: on each of them it cost 5 us more.
 _HITS_A_REPORT = 16
-# Besides the hits of the lane.
+# Requests whose meaning is remembered, at about 300 bytes each.
+_REMEMBERED = 32_768
 _AUDITED = frozenset({"hit-local", "hit-shared"})
 _RENEWAL_SECONDS = 30.0
 
@@ -87,6 +90,7 @@ class InferenceService:
         self._audit = audit
         self._rows = RowCache(mesh, hasher)
         self._report = report
+        self._memo = RequestMemo[_Meaning](_REMEMBERED)
         self._hits = 0
         self._semantic = SemanticIndex()
         self._sequences = KeyedLock()
@@ -123,22 +127,37 @@ class InferenceService:
     def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | _Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
         traceparent, control, tenant = protocol.trace_and_cache_control(metadata)
-        call = self._key(data, self._tracer.start(traceparent), metadata, control, method)
+        call = _Admitted(data, self._tracer.start(traceparent), metadata, method)
         call.tenant = tenant
+        if control or len(data) > LARGEST_BYTES or self._audit.distrusted:
+            self._key(call, control)
+        else:
+            digest = self._memo.digest(data, tenant)
+            catalog, epochs = self._fleet.view.catalog, self._mesh.purges.epochs
+            meaning = self._memo.get(digest)
+            if meaning is not None and meaning.catalog is catalog and meaning.epochs is epochs:
+                call.model, call.request_id, call.request_hash = meaning.model, meaning.request_id, meaning.request_hash
+                call.name = meaning.model.name
+            else:
+                self._key(call, control)
+                if call.request_hash and call.model is not None:
+                    self._memo.put(digest, _Meaning(catalog, epochs, call.model, call.request_id, call.request_hash))
         entry = self._local(call)
-        if entry is None or call.model is None:
+        if entry is None:
             call.error = call.error or self._refusal(call)
             return call
-        self._audit.hit(call.model, data, entry.value)
         return self._answer(call, Found(entry, "hit-local"))
 
     def _admit_or_refuse(self, data: bytes, metadata: Metadata) -> Answer | Failure | _Admitted:
         """As `_admit`; what is refused for want of room is so here, where it costs least."""
         call = self._admit(data, metadata)
-        if type(call) is not _Admitted or not isinstance(call.error, RefusedError):
+        if not isinstance(call, _Admitted) or not isinstance(refused := call.error, RefusedError):
             return call
-        self._failed(call, call.error.code, call.error.message, call.error.kind)
-        return failure(call.error, (("ringmesh-trace-id", call.trace.trace_id),))
+        return failure(
+            refused,
+            (("ringmesh-trace-id", call.trace.trace_id),),
+            lambda: self._failed(call, refused.code, refused.message, refused.kind),
+        )
 
     def _refusal(self, call: _Admitted) -> RingmeshError | None:
         """Where only computing can answer, and nobody has room for it; None where that is to be seen on the way."""
@@ -156,34 +175,29 @@ class InferenceService:
             return error
         return self._dispatcher.refusal(model, call.caller)
 
-    def _key(self, data: bytes, trace: Trace, metadata: Metadata, control: str, method: str) -> _Admitted:
+    def _key(self, call: _Admitted, control: str) -> None:
         """Parses, finds the model and keys; what is wrong is in `error`."""
-        call = _Admitted(data, trace, metadata, method)
         try:
             if control:
                 call.control = parse_cache_control(control)
-            request = parse(v2.ModelInferRequest, data)
+            request = parse(v2.ModelInferRequest, call.data)
             call.name, call.request_id = request.model_name, request.id
             call.model = model = self._fleet.view.catalog.find(call.name, request.model_version)
             if model.uncacheable or self._audit.distrusted:
                 why_not = model.uncacheable or self._audit.why_not(model, self._fleet.view.catalog)
                 if why_not:
                     raise UncacheableError(why_not)
-            tenant = protocol.tenant(metadata) if model.tenant_scoped else None
+            tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
             call.request_hash = self._hasher.hash(request, model.outputs, tenant)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(request):
                 call.place = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
-            return call
         except RingmeshError as error:
             call.error = error
-            return call
         except Exception as error:
-            log.exception("trace %s: %s failed", trace.trace_id, call.name)
+            log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
             call.error = unexpected(error)
-            return call
-        return call
 
     def _local(self, call: _Admitted) -> Entry | None:
         """What the local tier has."""
@@ -216,11 +230,15 @@ class InferenceService:
     def _is_usable(self, call: _Admitted, model: ModelEntry, key: bytes, entry: Entry) -> bool:
         """Whether its age lets an answer be given. One whose time soon is over is computed anew off the path."""
         now_ms = call.start // 1_000_000
-        if model.freshness is None or model.freshness.is_young(entry.created_at_ms, now_ms):
-            return True
         renewal = self._renewal(call, model)
-        call.stale = model.freshness.is_stale(entry.created_at_ms, now_ms)
-        return renewal is None or self._mesh.is_usable(key, entry, renewal, now_ms)
+        if renewal is None or renewal.freshness.is_young(entry.created_at_ms, now_ms):
+            return True
+        if renewal.freshness.is_over(entry.created_at_ms, now_ms):
+            return False
+        call.stale = renewal.freshness.is_stale(entry.created_at_ms, now_ms)
+        if self._mesh.is_due(key, entry, renewal.freshness, now_ms):
+            call.renew = lambda: self._mesh.renew(key, entry, renewal)
+        return True
 
     def _renewal(self, call: _Admitted, model: ModelEntry) -> Renewal | None:
         """None where answers have no end. It is computed for no caller, and joined with who does it for one."""
@@ -245,6 +263,8 @@ class InferenceService:
                 answer = await self._slowly(call, context)
             except RingmeshError as error:
                 await abort(context, error, (("ringmesh-trace-id", call.trace.trace_id),))
+        if answer.afterwards is not None:
+            answer.afterwards()
         context.set_trailing_metadata(tuple(answer.trailing))
         return answer.body
 
@@ -252,6 +272,8 @@ class InferenceService:
         call = self._admit(data, protocol.metadata(context), "ModelStreamInfer")
         if isinstance(call, _Admitted):
             call = await self._slowly(call, context)
+        if call.afterwards is not None:
+            call.afterwards()
         return call.body
 
     async def _slowly(self, call: _Admitted, context: Context) -> Answer:
@@ -262,8 +284,6 @@ class InferenceService:
             found = await self._find(call, protocol.deadline(context))
             if call.model is not None and call.model.freshness is not None:
                 call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
-            if found.outcome in _AUDITED and call.model is not None:
-                self._audit.hit(call.model, call.data, found.entry.value)
             return self._answer(call, found)
         except RingmeshError as error:
             self._failed(call, error.code, error.message, error.kind)
@@ -423,8 +443,9 @@ class InferenceService:
     async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None, ages: list[int]) -> Entry:
         """The step's answer; where it has a time to live, the whole is as old as that."""
         _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
-        call = self._key(data, whole.trace.child(), whole.metadata, control, STEP)
+        call = _Admitted(data, whole.trace.child(), whole.metadata, STEP)
         call.tenant, call.caller = tenant, whole.caller
+        self._key(call, control)
         version = call.model.version if call.model is not None else ""
         told: dict[str, Value] = {"ringmesh.model.name": call.name, "ringmesh.model.version": version}
         message = "it was ended"
@@ -438,27 +459,27 @@ class InferenceService:
             raise
         finally:
             whole.trace.span(worker_spans.STEP, call.start, time.time_ns(), told, call.trace.span_id, error=message)
-        self._count(call, found)
+        if afterwards := self._count(call, found):
+            afterwards()
         if call.model is not None and call.model.freshness is not None:
             ages.append(found.entry.created_at_ms)
         return found.entry
 
-    def _count(self, call: _Admitted, found: Found) -> None:
+    def _count(self, call: _Admitted, found: Found) -> Callable[[], None] | None:
+        """What is left to be done on the event loop."""
         model = call.model
         assert model is not None
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
         if (slow or call.trace.sampled) and call.method != STEP:
-            told = request_span.answered(found, end)
-            told["ringmesh.cost"] = self._cost.of(model.provider, found.entry.compute_us)
-            told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
-            if call.provider:
-                told["ringmesh.provider"] = call.provider
-            self._keep(call, labels, end, told, slow=slow)
+            return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
+        return call.renew
 
     def _answer(self, call: _Admitted, found: Found) -> Answer:
-        self._count(call, found)
+        afterwards = self._count(call, found)
+        if found.outcome in _AUDITED and self._audit.takes_hit():
+            afterwards = _both(afterwards, lambda: self._begin_audit(call, found))
         trailing: Metadata = (
             ("ringmesh-cache", found.outcome),
             ("ringmesh-trace-id", call.trace.trace_id),
@@ -479,7 +500,22 @@ class InferenceService:
             self._hits += 1
             if not self._hits % _HITS_A_REPORT:
                 trailing = (*trailing, self._report.trailer)
-        return Answer(protocol.with_id(found.entry.value, call.request_id), trailing)
+        return Answer(protocol.with_id(found.entry.value, call.request_id), trailing, afterwards)
+
+    def _begin_audit(self, call: _Admitted, found: Found) -> None:
+        assert call.model is not None
+        self._audit.begin(call.model, call.data, found.entry.value)
+
+    def _keep_answered(
+        self, call: _Admitted, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
+    ) -> None:
+        assert call.model is not None
+        told = request_span.answered(found, end)
+        told["ringmesh.cost"] = self._cost.of(call.model.provider, found.entry.compute_us)
+        told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
+        if call.provider:
+            told["ringmesh.provider"] = call.provider
+        self._keep(call, labels, end, told, slow=slow)
 
     def _failed(self, call: _Admitted, code: grpc.StatusCode, message: str, kind: str) -> None:
         end = time.time_ns()
@@ -537,28 +573,46 @@ class InferenceService:
             )
 
 
+def _both(first: Callable[[], None] | None, second: Callable[[], None]) -> Callable[[], None]:
+    if first is None:
+        return second
+
+    def both() -> None:
+        first()
+        second()
+
+    return both
+
+
+class _Meaning(NamedTuple):
+    """What the bytes of a request say, by a catalog and the purges."""
+
+    catalog: Catalog
+    epochs: Epochs
+    model: ModelEntry
+    request_id: str
+    request_hash: bytes
+
+
 class _Admitted:
     """A request on its way. `request_hash` is b"" where the answer is not kept, `place` but for sequences."""
 
-    __slots__ = (
-        "caller",
-        "control",
-        "data",
-        "error",
-        "metadata",
-        "method",
-        "model",
-        "name",
-        "place",
-        "provider",
-        "reason",
-        "request_hash",
-        "request_id",
-        "stale",
-        "start",
-        "tenant",
-        "trace",
-    )
+    tenant = ""
+    name = ""
+    request_id = ""
+    request_hash = b""
+    place = b""
+    reason = ""
+    stale = False
+    # Has the answer computed anew, where it was found that it is time to.
+    renew: Callable[[], None] | None = None
+    # What ran the model, where it was computed for this call.
+    provider = ""
+    control: CacheControl | None = None
+    model: ModelEntry | None = None
+    error: RingmeshError | None = None
+    # Known when it is asked who wants it computed, which hits are not.
+    caller = ANYBODY
 
     def __init__(self, data: bytes, trace: Trace, metadata: Metadata, method: str) -> None:
         self.start = time.time_ns()
@@ -566,20 +620,6 @@ class _Admitted:
         self.trace = trace
         self.metadata = metadata
         self.method = method
-        self.tenant = ""
-        self.name = ""
-        self.request_id = ""
-        self.request_hash = b""
-        self.place = b""
-        self.reason = ""
-        self.stale = False
-        # What ran the model, where it was computed for this call.
-        self.provider = ""
-        self.control: CacheControl | None = None
-        self.model: ModelEntry | None = None
-        self.error: RingmeshError | None = None
-        # Known when it is asked who wants it computed, which hits are not.
-        self.caller = ANYBODY
 
     def __len__(self) -> int:
         """Bytes of the request, as the engine counts them."""

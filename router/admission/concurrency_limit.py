@@ -125,6 +125,7 @@ class ConcurrencyLimits:
         if limit is None:
             if len(self._limits) >= _MANY:
                 # Of models and workers that are no more; one at rest is as good as new.
-                self._limits = {key: kept for key, kept in self._limits.items() if kept.in_flight}
-            limit = self._limits[worker, model] = ConcurrencyLimit(self.target, self._clock)
+                self._limits = {key: kept for key, kept in list(self._limits.items()) if kept.in_flight}
+            # A refusal in the lane may have been here meanwhile.
+            limit = self._limits.setdefault((worker, model), ConcurrencyLimit(self.target, self._clock))
         return limit

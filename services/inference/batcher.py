@@ -21,6 +21,7 @@ from services.inference.request_queue import RequestQueue, Waiting
 from services.runtime.errors import InternalError, UnavailableError
 
 MAX_MEMBERS = 16
+RETURN_SHARE = 0.1
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
@@ -57,7 +58,8 @@ class Batcher:
 
     A free instance takes the first in the queue and what waits of its signature, up to the model's `max_batch_rows`; a
     larger request goes alone. An idle model answers at once, unless `batching` lets the first wait for a batch of a
-    preferred size, or the largest.
+    preferred size, or the largest. After a batch of several, what waits goes on waiting for its callers to come back,
+    for RETURN_SHARE of its run at most: else callers in a closed loop split into two halves that take turns.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class Batcher:
         self._max_delay_ns = batching.max_queue_delay_microseconds * 1000
         self._preferred = sorted(batching.preferred_batch_size)
         self._timer: asyncio.TimerHandle | None = None
+        # Until when the callers of the last batch are waited for, in time.time_ns, and how many rows there are then.
+        self._return_ns = 0
+        self._return_rows = 0
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
         self._dispatching = False
@@ -132,15 +137,20 @@ class Batcher:
 
     def _waits_for_more(self) -> bool:
         """Whether the first may still wait; then a timer comes back to it."""
-        if not self._max_delay_ns or (first := next(iter(self._queue), None)) is None:
+        now = time.time_ns()
+        if not self._max_delay_ns and now >= self._return_ns:
+            return False
+        if (first := next(iter(self._queue), None)) is None:
             return False
         rows = sum(waiting.decoded.rows for waiting in self._queue)
-        left = first.queued_ns + self._max_delay_ns - time.time_ns()
-        if left <= 0 or rows >= (self._preferred[0] if self._preferred else self._model.max_batch_rows):
+        until = self._return_ns if rows < self._return_rows else 0
+        if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
+            until = max(until, first.queued_ns + self._max_delay_ns)
+        if until <= now:
             return False
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(left / 1e9, self._dispatch)
+        self._timer = asyncio.get_running_loop().call_later((until - now) / 1e9, self._dispatch)
         return True
 
     def _limit(self) -> int:
@@ -192,7 +202,14 @@ class Batcher:
                     waiting.future.set_result(result)
                 else:
                     waiting.future.set_exception(result)
+            self._expect_return(results)
             self._dispatch()
+
+    def _expect_return(self, results: Sequence[BatchResult | Exception]) -> None:
+        if len(results) > 1 and isinstance(last := results[-1], BatchResult):
+            waiting = sum(waiting.decoded.rows for waiting in self._queue)
+            self._return_rows = min(waiting + last.batch_rows, self._model.max_batch_rows)
+            self._return_ns = time.time_ns() + int((last.end_ns - last.run_ns) * RETURN_SHARE)
 
     def _run(self, batch: list[Waiting]) -> list[BatchResult | Exception]:
         """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""

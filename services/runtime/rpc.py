@@ -24,25 +24,27 @@ Request = TypeVar("Request", bound=Message)
 
 
 class Answer(NamedTuple):
-    """A serialized response and its trailing metadata."""
+    """A serialized response and its trailing metadata; `afterwards` is to be called on the event loop, sent or not."""
 
     body: bytes
     trailing: Metadata
+    afterwards: Callable[[], None] | None = None
 
 
 class Failure(NamedTuple):
-    """The error that a call ends with, its trailing metadata with it."""
+    """The error that a call ends with, its trailing metadata with it; `afterwards` as that of an Answer."""
 
     code: grpc.StatusCode
     message: str
     trailing: Metadata
+    afterwards: Callable[[], None] | None = None
 
 
 # Milliseconds after which a client with a retry policy tries again, by gRFC A6.
 PUSHBACK = "grpc-retry-pushback-ms"
 
-# Takes a request and its metadata, at once and without raising. What is neither an Answer nor a Failure is given to the
-# method's handler in place of the request's bytes.
+# Takes a request and its metadata, at once and on a thread beside the event loop's, so it changes nothing but counts.
+# What is neither an Answer nor a Failure is given to the method's handler in place of the request's bytes.
 Lane: TypeAlias = Callable[[bytes, Metadata], Answer | Failure | Sized]
 
 
@@ -92,12 +94,12 @@ def unexpected(error: Exception) -> InternalError:
 
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:
     """Ends the call with the error's status; details stand in `grpc-status-details-bin` as google.rpc messages."""
-    await context.abort(*failure(error, trailing))
+    await context.abort(error.code, error.message, (*trailing, *status_details(error)))
 
 
-def failure(error: RingmeshError, trailing: Metadata = ()) -> Failure:
+def failure(error: RingmeshError, trailing: Metadata, afterwards: Callable[[], None]) -> Failure:
     """As `abort`, for a lane."""
-    return Failure(error.code, error.message, (*trailing, *status_details(error)))
+    return Failure(error.code, error.message, (*trailing, *status_details(error)), afterwards)
 
 
 def status_details(error: RingmeshError) -> Metadata:

@@ -112,6 +112,11 @@ class Server:
         self._aging = asyncio.create_task(self._end_old_connections(self._connections))
         return port
 
+    def lane_seconds(self) -> float:
+        """CPU time of the thread that lanes answer on, where the engine has one."""
+        seconds: float = getattr(self._server, "lane_seconds", 0.0)
+        return seconds
+
     def set_serving(self, serving: bool) -> None:
         """Whether load balancers and callers should send requests here."""
         self.health.set_serving(serving)

@@ -79,9 +79,14 @@ class Clock:
         return self.now
 
 
+def hit(audit, model, request, value):
+    if audit.takes_hit():
+        audit.begin(model, request, value)
+
+
 async def audited(audit, clock, hits, model=MODEL, value=None, seconds=1.0):
     for _ in range(hits):
-        audit.hit(model, REQUEST, value or answer([1]))
+        hit(audit, model, REQUEST, value or answer([1]))
         while audit._task is not None:
             await asyncio.sleep(0)
         clock.now += seconds
@@ -137,7 +142,7 @@ async def test_one_at_a_time_and_with_pauses_however_many_hits_there_are():
     dispatcher = FakeDispatcher(answer([1]))
     audit = Audit(dispatcher, 1, clock)
     for _ in range(1000):
-        audit.hit(MODEL, REQUEST, answer([1]))
+        hit(audit, MODEL, REQUEST, answer([1]))
     await asyncio.sleep(0.01)
     assert dispatcher.asked == 1
     await audited(audit, clock, 1000, seconds=0.001)
@@ -171,6 +176,6 @@ async def test_classes_are_not_audited():
     request.outputs.add(name="y").parameters["classification"].int64_param = 1
     dispatcher = FakeDispatcher(answer([1]))
     audit = Audit(dispatcher, 1, Clock())
-    audit.hit(MODEL, request.SerializeToString(), answer([1]))
+    hit(audit, MODEL, request.SerializeToString(), answer([1]))
     await asyncio.sleep(0)
     assert dispatcher.asked == 0

@@ -214,6 +214,43 @@ async def test_a_delay_ends_though_the_batch_is_not_full():
     assert [result.arrays[0].item() for result in results] == [2, 4]
 
 
+class Slow(Doubler):
+    def run(self, inputs, outputs):
+        time.sleep(0.05)
+        return super().run(inputs, outputs)
+
+
+async def test_callers_in_a_closed_loop_come_together_in_one_batch():
+    model = Slow()
+    batcher = Batcher(model, EXECUTOR)
+
+    async def call_again_and_again():
+        for _ in range(4):
+            await batcher.submit(request(1), None)
+
+    model.gate.clear()
+    callers = [asyncio.create_task(call_again_and_again())]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    callers += [asyncio.create_task(call_again_and_again()) for _ in range(3)]
+    await asyncio.sleep(0)
+    model.gate.set()
+    await asyncio.gather(*callers)
+    assert model.batches == [1, 3, 4, 4, 4]
+
+
+async def test_what_waits_does_not_wait_for_callers_that_stay_away():
+    model = Slow()
+    batcher = Batcher(model, EXECUTOR)
+    first = await held(model, batcher, request(1))
+    pair = await submit(batcher, *[request(value, rows=4) for value in (1, 2)])
+    (last,) = await submit(batcher, request(3, rows=8))
+    model.gate.set()
+    await asyncio.gather(first, *pair)
+    assert (await last).arrays[0].sum() == 48
+    assert model.batches == [1, 8, 8]
+
+
 async def test_cancelled_requests_do_not_fill_the_queue():
     model = Doubler()
     batcher = Batcher(model, EXECUTOR, batching=ModelDynamicBatching(default_queue_policy={"max_queue_size": 4}))
