@@ -40,9 +40,9 @@ from services.runtime.rpc import (
     Context,
     Failure,
     Handler,
+    Lane,
     Metadata,
     Service,
-    abort,
     failure,
     parse,
     unary,
@@ -102,11 +102,10 @@ class InferenceService:
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
-                "ModelInfer": grpc.unary_unary_rpc_method_handler(self._model_infer),
                 "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
                 **more,
             },
-            {"ModelInfer": self._admit_or_refuse},
+            {"ModelInfer": Lane(self._admit_or_refuse, self._finish)},
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
@@ -253,35 +252,26 @@ class InferenceService:
 
         return Renewal(model.freshness, compute)
 
-    async def _model_infer(self, data: bytes | _Admitted, context: Context) -> bytes:
-        """Bytes in, bytes out. On the engine with a lane, the call was admitted before it comes here."""
-        call = self._admit(data, protocol.metadata(context)) if isinstance(data, bytes) else data
-        if isinstance(call, Answer):
-            answer = call
-        else:
-            try:
-                answer = await self._slowly(call, context)
-            except RingmeshError as error:
-                await abort(context, error, (("ringmesh-trace-id", call.trace.trace_id),))
-        if answer.afterwards is not None:
-            answer.afterwards()
-        context.set_trailing_metadata(tuple(answer.trailing))
-        return answer.body
+    async def _finish(self, call: _Admitted, deadline: float | None) -> Answer | Failure:
+        try:
+            return await self._slowly(call, deadline)
+        except RingmeshError as error:
+            return failure(error, (("ringmesh-trace-id", call.trace.trace_id),))
 
     async def _stream_infer(self, data: bytes, context: Context) -> bytes:
         call = self._admit(data, protocol.metadata(context), "ModelStreamInfer")
         if isinstance(call, _Admitted):
-            call = await self._slowly(call, context)
+            call = await self._slowly(call, protocol.deadline(context))
         if call.afterwards is not None:
             call.afterwards()
         return call.body
 
-    async def _slowly(self, call: _Admitted, context: Context) -> Answer:
+    async def _slowly(self, call: _Admitted, deadline: float | None) -> Answer:
         """What the local tier could not answer. Raises RingmeshError."""
         self._requests.in_flight += 1
         try:
             call.caller = caller_of(call.metadata)
-            found = await self._find(call, protocol.deadline(context))
+            found = await self._find(call, deadline)
             if call.model is not None and call.model.freshness is not None:
                 call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
             return self._answer(call, found)
@@ -620,10 +610,6 @@ class _Admitted:
         self.trace = trace
         self.metadata = metadata
         self.method = method
-
-    def __len__(self) -> int:
-        """Bytes of the request, as the engine counts them."""
-        return len(self.data)
 
 
 def _compute_us(result: inference_pb2.WorkResult) -> int:

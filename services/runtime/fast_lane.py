@@ -12,18 +12,20 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
-from pygrpc_native import EVENT_CALL, NativeGrpcFront
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL, NativeGrpcFront
 
-from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, unexpected
+from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, failure, unexpected
 
 log = logging.getLogger(__name__)
 
 _BATCH = 64
 _FLUSH_SECONDS = 0.1
+# The lane, the call's id, what is to be finished, and the seconds that the caller has left.
+_Admitted: TypeAlias = tuple[Lane, int, Any, float | None]
 
 
 class FastLaneServer(native.Server):
@@ -35,6 +37,8 @@ class FastLaneServer(native.Server):
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._lane_of: list[Lane | None] = []
         self._draining = False
+        # Calls that `finish` is at, by id.
+        self._finishing: dict[int, asyncio.Task[None]] = {}
         # CPU time of the lanes' thread.
         self.lane_seconds = 0.0
 
@@ -47,12 +51,17 @@ class FastLaneServer(native.Server):
         """Turns new calls away, waits for those under way, and closes only when their answers have left."""
         self._draining = True
         tasks = [call.task for call in self._calls.values() if call.task is not None]
+        tasks += self._finishing.values()
         if self._fallback is not None:
             tasks.append(asyncio.create_task(self._fallback.stop(grace)))
         if tasks:
             await asyncio.wait(tasks, timeout=grace or 0)
         # Closing takes with it what the engine has not yet written to its sockets; it has no way to wait for that.
         await asyncio.sleep(_FLUSH_SECONDS)
+        unfinished = [*self._finishing.values()]
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
         await super().stop(0)
 
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
@@ -65,11 +74,11 @@ class FastLaneServer(native.Server):
         assert front is not None
         assert loop is not None
         while (events := front.recv_batch_details(_BATCH)) is not None:
-            rest, afterwards = self._answer_at_once(front, events)
+            admitted, rest, afterwards = self._answer_at_once(front, events)
             self.lane_seconds = time.thread_time()
             try:
-                if rest:
-                    loop.call_soon_threadsafe(self._on_events, rest)
+                if admitted or rest:
+                    loop.call_soon_threadsafe(self._take, admitted, rest)
                 for call in afterwards:
                     loop.call_soon_threadsafe(call)
             except RuntimeError:
@@ -79,40 +88,72 @@ class FastLaneServer(native.Server):
 
     def _answer_at_once(
         self, front: NativeGrpcFront, events: list[tuple[Any, ...]]
-    ) -> tuple[list[tuple[Any, ...]], list[Callable[[], None]]]:
-        """What is left of the events, and what the answers leave to be done."""
+    ) -> tuple[list[_Admitted], list[tuple[Any, ...]], list[Callable[[], None]]]:
+        """What is left to be finished, what had no lane, and what the answers leave to be done."""
+        admitted: list[_Admitted] = []
         rest, afterwards = [], []
         lanes, largest = self._lane_of, self._largest
         for event in events:
-            kind, call_id, method_id, payload, client, details = event
+            kind, call_id, method_id, payload, _, details = event
             lane = lanes[method_id] if kind == EVENT_CALL and lanes else None
-            if lane is not None and not self._draining and len(payload) <= largest:
-                try:
-                    answer = lane(payload, details[0])
-                except Exception as error:
-                    log.exception("a lane failed")
-                    front.fail(call_id, grpc.StatusCode.INTERNAL.value[0], unexpected(error).message)
-                    continue
-                if type(answer) is Answer:
-                    front.respond(call_id, answer.body, trailing_metadata=answer.trailing)
-                elif type(answer) is Failure:
-                    trailing = _sendable(answer.trailing)
-                    front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=trailing)
-                if type(answer) is Answer or type(answer) is Failure:
-                    if answer.afterwards is not None:
-                        afterwards.append(answer.afterwards)
-                    continue
-                event = (kind, call_id, method_id, answer, client, details)
-            rest.append(event)
-        return rest, afterwards
+            if lane is None or self._draining or len(payload) > largest:
+                rest.append(event)
+                continue
+            try:
+                answer = lane.admit(payload, details[0])
+            except Exception as error:
+                log.exception("a lane failed")
+                answer = failure(unexpected(error))
+            if type(answer) is not Answer and type(answer) is not Failure:
+                admitted.append((lane, call_id, answer, details[2]))
+                continue
+            _send(front, call_id, answer)
+            if answer.afterwards is not None:
+                afterwards.append(answer.afterwards)
+        return admitted, rest, afterwards
 
-    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
-        if self._draining and self._front is not None:
+    def _take(self, admitted: list[_Admitted], events: list[tuple[Any, ...]]) -> None:
+        """On the event loop."""
+        front, loop = self._front, self._loop
+        assert front is not None
+        assert loop is not None
+        if self._draining:
+            for call_id in [call[1] for call in admitted] + [event[1] for event in events if event[0] == EVENT_CALL]:
+                front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
+            admitted, events = [], [event for event in events if event[0] != EVENT_CALL]
+        for lane, call_id, call, remaining in admitted:
+            deadline = None if remaining is None else time.monotonic() + remaining
+            self._finishing[call_id] = loop.create_task(self._finish(front, lane, call_id, call, deadline))
+        if events:
             for event in events:
-                if event[0] == EVENT_CALL:
-                    self._front.fail(event[1], grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
-            events = [event for event in events if event[0] != EVENT_CALL]
-        super()._on_events(events)
+                if event[0] == EVENT_CANCEL and (task := self._finishing.get(event[1])) is not None:
+                    task.cancel()
+            self._on_events(events)
+
+    async def _finish(
+        self, front: NativeGrpcFront, lane: Lane, call_id: int, call: object, deadline: float | None
+    ) -> None:
+        try:
+            answer = await lane.finish(call, deadline)
+        except asyncio.CancelledError:
+            # Heard only by a caller that did not leave.
+            front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is stopping")
+            return
+        except Exception as error:
+            log.exception("a lane failed")
+            answer = failure(unexpected(error))
+        finally:
+            del self._finishing[call_id]
+        _send(front, call_id, answer)
+        if answer.afterwards is not None:
+            answer.afterwards()
+
+
+def _send(front: NativeGrpcFront, call_id: int, answer: Answer | Failure) -> None:
+    if isinstance(answer, Answer):
+        front.respond(call_id, answer.body, trailing_metadata=answer.trailing)
+    else:
+        front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=_sendable(answer.trailing))
 
 
 def _sendable(trailing: Metadata) -> Metadata:

@@ -16,7 +16,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
 from services.runtime.errors import RingmeshError
-from services.runtime.rpc import Context, Handler, Lane, Metadata, Service, abort, unary, unexpected
+from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, abort, unary, unexpected
 from services.runtime.spans import Value
 
 log = logging.getLogger(__name__)
@@ -60,10 +60,28 @@ def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mappin
             "ServerLive": unary(v2.ServerLiveRequest, live),
             "ServerReady": unary(v2.ServerReadyRequest, ready),
             "ServerMetadata": unary(v2.ServerMetadataRequest, server_metadata),
+            **{method: lane_handler(lane) for method, lane in lanes.items()},
             **handlers,
         },
         lanes,
     )
+
+
+def lane_handler(lane: Lane) -> Handler:
+    """For engines without lanes."""
+
+    async def call(data: bytes, context: Context) -> bytes:
+        answer = lane.admit(data, metadata(context))
+        if not isinstance(answer, Answer | Failure):
+            answer = await lane.finish(answer, deadline(context))
+        if answer.afterwards is not None:
+            answer.afterwards()
+        if isinstance(answer, Failure):
+            await context.abort(answer.code, answer.message, tuple(answer.trailing))
+        context.set_trailing_metadata(tuple(answer.trailing))
+        return answer.body
+
+    return grpc.unary_unary_rpc_method_handler(call)
 
 
 def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
@@ -43,14 +43,23 @@ class Failure(NamedTuple):
 # Milliseconds after which a client with a retry policy tries again, by gRFC A6.
 PUSHBACK = "grpc-retry-pushback-ms"
 
-# Takes a request and its metadata, at once and on a thread beside the event loop's, so it changes nothing but counts.
-# What is neither an Answer nor a Failure is given to the method's handler in place of the request's bytes.
-Lane: TypeAlias = Callable[[bytes, Metadata], Answer | Failure | Sized]
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A unary method in two parts, for an engine that can do without a handler.
+
+    `admit` takes a request and its metadata, at once and on a thread beside the event loop's, so it changes nothing but
+    counts. What it returns that is neither an Answer nor a Failure goes to `finish`, with the caller's deadline in
+    time.monotonic. That is cancelled when the caller leaves; neither raises anything else.
+    """
+
+    admit: Callable[[bytes, Metadata], Any]
+    finish: Callable[[Any, float | None], Coroutine[Any, Any, Answer | Failure]]
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A gRPC service to serve: its handlers by method name, and the lanes that an engine may ask before them."""
+    """A gRPC service to serve: its handlers by method name, and the lanes that an engine may take instead of them."""
 
     descriptor: ServiceDescriptor
     handlers: Mapping[str, Handler]
@@ -97,7 +106,7 @@ async def abort(context: Context, error: RingmeshError, trailing: Metadata = ())
     await context.abort(error.code, error.message, (*trailing, *status_details(error)))
 
 
-def failure(error: RingmeshError, trailing: Metadata, afterwards: Callable[[], None]) -> Failure:
+def failure(error: RingmeshError, trailing: Metadata = (), afterwards: Callable[[], None] | None = None) -> Failure:
     """As `abort`, for a lane."""
     return Failure(error.code, error.message, (*trailing, *status_details(error)), afterwards)
 

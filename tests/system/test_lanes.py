@@ -7,19 +7,17 @@ import grpc
 import pytest
 
 from services.runtime.fast_lane import FastLaneServer
-from services.runtime.rpc import Answer
+from services.runtime.protocol import lane_handler
+from services.runtime.rpc import Answer, Lane
 
 NAME = "test.Lanes"
 
 
-async def serve(lane):
-    """The server and a channel to it; what its lane does not answer, the handler does."""
-
-    async def handle(data, context):
-        return b"handled " + data
-
+async def serve(admit, finish=None):
+    """The server and a channel to it."""
+    lane = Lane(admit, finish)
     server = FastLaneServer([], {f"/{NAME}/Call": lane})
-    handlers = {"Call": grpc.unary_unary_rpc_method_handler(handle)}
+    handlers = {"Call": lane_handler(lane)}
     server.add_registered_method_handlers(NAME, handlers)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -44,12 +42,61 @@ async def test_a_lane_answers_while_the_event_loop_is_held_up():
     await server.stop(0)
 
 
-async def test_what_a_lane_does_not_answer_goes_to_the_handler_in_place_of_the_request():
-    server, channel = await serve(lambda data, _: data.upper())
+async def test_what_is_not_answered_at_once_is_finished_on_the_event_loop():
+    loop = asyncio.get_running_loop()
+
+    async def finish(call, deadline):
+        assert asyncio.get_running_loop() is loop
+        return Answer(call + b" %d" % round(deadline - time.monotonic()), (("told", "so"),))
+
+    server, channel = await serve(lambda data, _: data.upper(), finish)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").with_call
+        answer, told = await asyncio.to_thread(call, b"x", timeout=20)
+        assert answer == b"X 20"
+        assert ("told", "so") in told.trailing_metadata()
+    await server.stop(0)
+
+
+async def test_a_caller_that_leaves_cancels_what_is_being_finished():
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def finish(call, deadline):
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    server, channel = await serve(lambda data, _: data, finish)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
+        await asyncio.wait_for(begun.wait(), 10)
+        call.cancel()
+        await asyncio.wait_for(cancelled.wait(), 10)
+    await server.stop(0)
+
+
+async def test_a_drain_waits_for_what_is_being_finished_and_ends_the_rest():
+    begun = asyncio.Event()
+
+    async def finish(call, deadline):
+        begun.set()
+        await asyncio.sleep(float(call))
+        return Answer(b"finished", ())
+
+    server, channel = await serve(lambda data, _: data, finish)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        assert await asyncio.to_thread(call, b"x", timeout=10) == b"handled X"
-    await server.stop(0)
+        quick = call.future(b"0.3", timeout=60)
+        slow = call.future(b"60", timeout=60)
+        await asyncio.wait_for(begun.wait(), 10)
+        await asyncio.to_thread(call.future(b"0", timeout=60).result, 10)
+        await server.stop(1)
+        assert await asyncio.to_thread(quick.result, 10) == b"finished"
+        error = await asyncio.to_thread(slow.exception, 10)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_lane_that_fails_fails_that_call_alone():
