@@ -14,10 +14,9 @@ from services.console.chart import Line, plot
 from services.console.fleet_watch import ask
 from services.console.history import History
 from services.console.live import Context
-from services.console.overview import COMPUTE, HITS, NOW_SECONDS, REQUESTS, SPAN_SECONDS, span
+from services.console.overview import COMPUTE, HITS, NOW_SECONDS, REDIS, REQUESTS, SPAN_SECONDS, span
 from services.console.sources import Sources
 
-REDIS = "ringmesh_redis_duration_seconds"
 _KEYS = 15
 _PURGE_SECONDS = 10.0
 SCOPES = ("model", "tenant", "key", "everything")
@@ -75,6 +74,7 @@ async def contents(sources: Sources, request: Request) -> Context:
     """What `cache.html` shows; with a POST, after the purge."""
     history = sources.history
     notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
+    uses = _uses(history)
     p99, p50 = history.quantiles((0.99, 0.5), REDIS, *span(history), operation="get")
     breakers = history.last("ringmesh_redis_breaker_open", ("target",))
     return {
@@ -83,10 +83,10 @@ async def contents(sources: Sources, request: Request) -> Context:
         "scopes": SCOPES,
         "models": sorted({model.name for model in sources.view.models}),
         "tiers": _tiers(history),
-        "uses": _uses(history),
+        "uses": uses,
         "keys": _keys(sources),
         "vitals": overview.vitals(history),
-        "saved": sum(row.saved for row in _uses(history)),
+        "saved": sum(row.saved for row in uses),
         "breakers": [(target, bool(is_open)) for (target,), is_open in sorted(breakers.items())],
         "redis": [
             (target, operation, value)
@@ -157,19 +157,12 @@ def _uses(history: History) -> list[UseRow]:
     answers = history.increase(REQUESTS, SPAN_SECONDS, by, code="OK")
     compute = history.increase(COMPUTE, SPAN_SECONDS, by)
 
-    def total(of: dict[tuple[str, ...], float], who: tuple[str, str], *, hit: bool) -> float:
-        return sum(value for (*whose, outcome), value in of.items() if tuple(whose) == who and (outcome in HITS) == hit)
-
-    rows = [
-        UseRow(
-            *who,
-            total(answers, who, hit=True),
-            total(answers, who, hit=False),
-            total(compute, who, hit=True),
-            total(compute, who, hit=False),
-        )
-        for who in {(model, tenant) for model, tenant, _ in answers}
-    ]
+    # Hits, misses, saved, spent.
+    sums: dict[tuple[str, str], list[float]] = {}
+    for place, values in ((0, answers), (2, compute)):
+        for (model, tenant, outcome), value in values.items():
+            sums.setdefault((model, tenant), [0.0] * 4)[place + (outcome not in HITS)] += value
+    rows = [UseRow(*who, *parts) for who, parts in sums.items()]
     return sorted((row for row in rows if row.hits + row.misses), key=lambda row: -row.saved)
 
 

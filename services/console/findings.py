@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from services.console.fleet_watch import FleetView
 from services.console.history import History
-from services.console.overview import REQUESTS, SERVER_FAULTS, STAGE
+from services.console.overview import LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
 from services.console.trace_store import Query, TraceStore
 from services.console.units import number, percent, seconds
 
@@ -222,7 +222,7 @@ def _cache(view: FleetView) -> Iterator[Finding]:
 def _processes(history: History, silent: dict[str, str]) -> Iterator[Finding]:
     for name, problem in silent.items():
         yield Finding("warning", "Process is silent", name, problem, "/#processes", "processes")
-    lag = history.quantile(0.99, "ringmesh_event_loop_lag_seconds", _WINDOW, ("target",))
+    lag = history.quantile(0.99, LOOP_LAG, _WINDOW, ("target",))
     for (target,), p99 in lag.items():
         if not math.isnan(p99) and p99 > _LAG_SECONDS:
             yield Finding(

@@ -14,7 +14,7 @@ from services.console import overview, units
 from services.console.chart import Line, Slice, plot, ring
 from services.console.history import History
 from services.console.live import Context
-from services.console.overview import NOW_SECONDS, STAGE, Vitals
+from services.console.overview import LOOP_LAG, NOW_SECONDS, STAGE, Vitals
 from services.console.sources import Sources
 
 _BUSY = 16.0
@@ -142,7 +142,7 @@ def process_rows(sources: Sources) -> list[ProcessRow]:
     cpu = history.rate("ringmesh_process_cpu_seconds_total", NOW_SECONDS, by)
     memory = history.last("ringmesh_process_resident_memory_bytes", by)
     files = history.last("ringmesh_process_open_files", by)
-    lag = history.quantile(0.99, "ringmesh_event_loop_lag_seconds", NOW_SECONDS, by)
+    lag = history.quantile(0.99, LOOP_LAG, NOW_SECONDS, by)
     versions = {labels[0]: labels[1] for labels in history.last("ringmesh_build_info", ("target", "version"))}
     rows = []
     for name, address in sources.scraper.targets.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +28,8 @@ class Pages:
     def __init__(self, stopping: asyncio.Event) -> None:
         self._stopping = stopping
         self._streams = 0
+        # What was sent of late, by path and query: all who watch one page share its rendering.
+        self._rendered: dict[str, tuple[float, str]] = {}
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parent / "templates"),
             autoescape=True,
@@ -60,11 +64,9 @@ class Pages:
     async def _events(self, template: str, contents: Contents, request: Request) -> AsyncIterator[str]:
         self._streams += 1
         try:
-            block = self._templates.get_template(template)
             last = ""
             while not self._stopping.is_set():
-                context = block.new_context({"path": request.url.path, **await contents(request)})
-                html = "".join(block.blocks["live"](context))
+                html = await self._live(template, contents, request)
                 # An empty comment finds out who has left.
                 yield ":\n\n" if html == last else "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
                 last = html
@@ -75,3 +77,18 @@ class Pages:
                     continue
         finally:
             self._streams -= 1
+
+    async def _live(self, template: str, contents: Contents, request: Request) -> str:
+        """The page's block `live`, at most a period old."""
+        page = f"{request.url.path}?{request.url.query}"
+        now = time.monotonic()
+        at, html = self._rendered.get(page, (-math.inf, ""))
+        if now - at < _PERIOD_SECONDS * 0.9:
+            return html
+        block = self._templates.get_template(template)
+        context = block.new_context({"path": request.url.path, **await contents(request)})
+        html = "".join(block.blocks["live"](context))
+        if len(self._rendered) >= MAX_STREAMS:
+            self._rendered.clear()
+        self._rendered[page] = (now, html)
+        return html

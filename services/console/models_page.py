@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -12,6 +13,7 @@ from starlette.requests import Request
 
 from services.console import fleet_page, overview
 from services.console.fleet_watch import ModelView, ask
+from services.console.history import History
 from services.console.live import Context
 from services.console.overview import NOW_SECONDS, STAGE, Vitals
 from services.console.sources import Sources
@@ -44,7 +46,7 @@ class CopyRow:
 
 async def listing(sources: Sources, _: Request) -> Context:
     """What `models.html` shows."""
-    return {"models": [_row(sources, model) for model in sources.view.models], "router": sources.view.router}
+    return {"models": _rows(sources, sources.view.models), "router": sources.view.router}
 
 
 async def one(sources: Sources, request: Request) -> Context:
@@ -57,8 +59,8 @@ async def one(sources: Sources, request: Request) -> Context:
         )
     return {
         "name": name,
-        "rows": [_row(sources, model) for model in versions],
-        "copies": [copy for model in versions for copy in _copies(sources, model)],
+        "rows": _rows(sources, versions),
+        "copies": _copies(sources.history, name, versions),
         "charts": fleet_page.charts(sources.history, model=name),
         "metadata": await metadata(sources, name),
     }
@@ -73,32 +75,36 @@ async def metadata(sources: Sources, name: str) -> v2.ModelMetadataResponse | No
     return answer
 
 
-def _row(sources: Sources, model: ModelView) -> ModelRow:
-    where = {"model": model.name, "version": model.version}
-    rows = sources.history.increase("ringmesh_worker_batch_rows_sum", NOW_SECONDS, **where).get((), 0.0)
-    runs = sources.history.increase("ringmesh_worker_batch_rows_count", NOW_SECONDS, **where).get((), 0.0)
-    return ModelRow(model, overview.vitals(sources.history, **where), rows / runs if runs else math.nan)
-
-
-def _copies(sources: Sources, model: ModelView) -> list[CopyRow]:
-    history = sources.history
+def _rows(sources: Sources, models: Sequence[ModelView]) -> list[ModelRow]:
+    history, by = sources.history, ("model", "version")
+    vitals, nobody = overview.vitals_by(history, by), overview.unasked(history)
+    rows = history.increase("ringmesh_worker_batch_rows_sum", NOW_SECONDS, by)
+    runs = history.increase("ringmesh_worker_batch_rows_count", NOW_SECONDS, by)
     made = []
-    for copy in model.copies:
-        where = {"model": model.name, "version": model.version, "target": copy.worker}
-        total = history.increase(f"{STAGE}_sum", NOW_SECONDS, ("stage",), **where)
-        count = history.increase(f"{STAGE}_count", NOW_SECONDS, ("stage",), **where)
-        mean = {stage: total[stage,] / runs for (stage,), runs in count.items() if runs}
-        rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, **where).get((), math.nan)
-        made.append(
-            CopyRow(
-                copy.worker,
-                model.version,
-                copy.provider,
-                copy.digest,
-                copy.uncacheable,
-                rate,
-                mean.get("queue", math.nan),
-                mean.get("compute", math.nan),
-            )
-        )
+    for model in models:
+        key = (model.name, model.version)
+        mean = rows[key] / runs[key] if runs.get(key) else math.nan
+        made.append(ModelRow(model, vitals.get(key, nobody), mean))
     return made
+
+
+def _copies(history: History, name: str, versions: Sequence[ModelView]) -> list[CopyRow]:
+    by = ("version", "target", "stage")
+    total = history.increase(f"{STAGE}_sum", NOW_SECONDS, by, model=name)
+    count = history.increase(f"{STAGE}_count", NOW_SECONDS, by, model=name)
+    mean = {key: total[key] / runs for key, runs in count.items() if runs}
+    rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, ("version", "target"), model=name)
+    return [
+        CopyRow(
+            copy.worker,
+            model.version,
+            copy.provider,
+            copy.digest,
+            copy.uncacheable,
+            rate.get((model.version, copy.worker), math.nan),
+            mean.get((model.version, copy.worker, "queue"), math.nan),
+            mean.get((model.version, copy.worker, "compute"), math.nan),
+        )
+        for model in versions
+        for copy in model.copies
+    ]

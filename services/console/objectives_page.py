@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from services.console import overview, units
 from services.console.chart import Line, plot
-from services.console.history import Curve, History
+from services.console.history import Curve, History, Labels
 from services.console.live import Context
 from services.console.overview import DURATION, REQUESTS, SERVER_FAULTS
 from services.console.sources import Sources
@@ -63,11 +64,10 @@ class Objective:
 async def contents(sources: Sources, _: Request) -> Context:
     """What `objectives.html` shows."""
     history = sources.history
-    models = sorted({model for (model,) in history.increase(REQUESTS, WINDOWS[-1][0], ("model",))})
     promise = promised(history)
     return {
-        "objectives": objectives(history, promise) if promise else [],
-        "models": [(model, objectives(history, promise, model=model)) for model in models] if promise else [],
+        "objectives": objectives(history, promise)[()] if promise else [],
+        "models": objectives(history, promise, ("model",)) if promise else {},
         "fast_burn": FAST_BURN,
         "windows": [name for _, name in WINDOWS],
         "burns": _burns(history),
@@ -96,23 +96,26 @@ def promised(history: History) -> Promise | None:
     return Promise(strictest["availability"], strictest["latency"], min(seconds.values()))
 
 
-def objectives(history: History, promise: Promise, **where: str) -> list[Objective]:
-    """Availability and latency, of all requests or of those with the labels `where`."""
-    return [
-        Objective(
-            "Availability",
-            f"{units.percent(promise.availability)} of requests are answered, or refused for what the caller did",
-            [_kept(name, _available(history, seconds, **where), promise.availability) for seconds, name in WINDOWS],
-        ),
-        Objective(
-            "Latency",
-            f"{units.percent(promise.latency)} of answers within {units.seconds(promise.seconds)}",
-            [
-                _kept(name, _quick(history, seconds, promise.seconds, **where), promise.latency)
-                for seconds, name in WINDOWS
-            ],
-        ),
-    ]
+def objectives(history: History, promise: Promise, by: Sequence[str] = ()) -> dict[Labels, list[Objective]]:
+    """Availability and latency, of all requests or of those with each value of the labels `by`."""
+    answered = [_available(history, seconds, by) for seconds, _ in WINDOWS]
+    quick = [_quick(history, seconds, promise.seconds, by) for seconds, _ in WINDOWS]
+    groups = sorted({group for shares in answered for group in shares}) or [()]
+    return {
+        group: [
+            Objective(
+                "Availability",
+                f"{units.percent(promise.availability)} of requests are answered, or refused for what the caller did",
+                _kept(answered, group, promise.availability),
+            ),
+            Objective(
+                "Latency",
+                f"{units.percent(promise.latency)} of answers within {units.seconds(promise.seconds)}",
+                _kept(quick, group, promise.latency),
+            ),
+        ]
+        for group in groups
+    }
 
 
 def _burns(history: History) -> dict[str, dict[str, float]]:
@@ -126,22 +129,33 @@ def _burns(history: History) -> dict[str, dict[str, float]]:
     return burns
 
 
-def _kept(window: str, good: float, objective: float) -> Kept:
-    return Kept(window, good, (1 - good) / (1 - objective))
+def _kept(shares: Sequence[Mapping[Labels, float]], group: Labels, objective: float) -> list[Kept]:
+    """Window by window, from the shares that were good."""
+    goods = [(name, good.get(group, math.nan)) for (_, name), good in zip(WINDOWS, shares, strict=True)]
+    return [Kept(name, good, (1 - good) / (1 - objective)) for name, good in goods]
 
 
-def _available(history: History, seconds: float, **where: str) -> float:
-    by_code = history.increase(REQUESTS, seconds, ("code",), **where)
-    total = sum(by_code.values())
-    return 1 - sum(by_code.get((code,), 0.0) for code in SERVER_FAULTS) / total if total else math.nan
+def _available(history: History, seconds: float, by: Sequence[str]) -> dict[Labels, float]:
+    """The share that did not fail by our doing, of what was asked for at all."""
+    total: dict[Labels, float] = {}
+    failed: dict[Labels, float] = {}
+    for (*group, code), count in history.increase(REQUESTS, seconds, (*by, "code")).items():
+        key = tuple(group)
+        total[key] = total.get(key, 0.0) + count
+        failed[key] = failed.get(key, 0.0) + count * (code in SERVER_FAULTS)
+    return {key: 1 - failed[key] / asked for key, asked in total.items() if asked}
 
 
-def _quick(history: History, seconds: float, limit: float, **where: str) -> float:
-    """The limit counts as the next bound of the buckets, as on the router."""
-    buckets = history.increase(f"{DURATION}_bucket", seconds, ("le",), **where)
-    total = buckets.get(("+Inf",), 0.0)
-    within = min((count for (le,), count in buckets.items() if float(le) >= limit), default=0.0)
-    return within / total if total else math.nan
+def _quick(history: History, seconds: float, limit: float, by: Sequence[str]) -> dict[Labels, float]:
+    """The share within the limit, which counts as the next bound of the buckets, as on the router."""
+    buckets: dict[Labels, dict[float, float]] = {}
+    for (*group, le), count in history.increase(f"{DURATION}_bucket", seconds, (*by, "le")).items():
+        buckets.setdefault(tuple(group), {})[float(le)] = count
+    return {
+        key: min(count for le, count in counts.items() if le >= limit) / counts[math.inf]
+        for key, counts in buckets.items()
+        if counts.get(math.inf)
+    }
 
 
 def _failed(history: History) -> Curve:

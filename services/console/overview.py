@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.console.chart import Line
-from services.console.history import Curve, History
+from services.console.history import Curve, History, Labels
 
 NOW_SECONDS = 60.0
 SPAN_SECONDS = 900.0
@@ -19,6 +19,8 @@ REQUESTS = "ringmesh_requests_total"
 DURATION = "ringmesh_request_duration_seconds"
 COMPUTE = "ringmesh_compute_seconds_total"
 STAGE = "ringmesh_worker_stage_seconds"
+REDIS = "ringmesh_redis_duration_seconds"
+LOOP_LAG = "ringmesh_event_loop_lag_seconds"
 HITS = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined")
 # Codes by which the service failed its caller; the rest are the caller's own doing.
 SERVER_FAULTS = frozenset(
@@ -39,32 +41,46 @@ class Vitals:
     spent: float
 
 
-def vitals(history: History, **where: str) -> Vitals:
-    """Of all requests, or of those with the labels `where`."""
-    seconds = NOW_SECONDS
-    by_outcome = history.rate(REQUESTS, seconds, ("outcome", "code"), **where)
-    ok = sum(rate for (_, code), rate in by_outcome.items() if code == "OK")
-    hits = sum(rate for (outcome, code), rate in by_outcome.items() if code == "OK" and outcome in HITS)
-    compute = history.rate(COMPUTE, seconds, ("outcome",), **where)
-    return Vitals(
-        requests=sum(by_outcome.values()) if history.knows(REQUESTS) else math.nan,
-        errors=sum(by_outcome.values()) - ok if history.knows(REQUESTS) else math.nan,
-        hit_ratio=hits / ok if ok else math.nan,
-        p50=only(history.quantile(0.5, DURATION, seconds, **where)),
-        p99=only(history.quantile(0.99, DURATION, seconds, **where)),
-        saved=sum(rate for (outcome,), rate in compute.items() if outcome in HITS),
-        spent=sum(rate for (outcome,), rate in compute.items() if outcome not in HITS),
-    )
+def vitals(history: History) -> Vitals:
+    """Of all requests."""
+    return vitals_by(history, ()).get((), unasked(history))
+
+
+def vitals_by(history: History, by: Sequence[str]) -> dict[Labels, Vitals]:
+    """Of the requests with each value of the labels `by`, as far as there were any since their process started."""
+    answers: dict[Labels, dict[Labels, float]] = {}
+    for (*key, outcome, code), rate in history.rate(REQUESTS, NOW_SECONDS, (*by, "outcome", "code")).items():
+        answers.setdefault(tuple(key), {})[outcome, code] = rate
+    compute: dict[Labels, dict[str, float]] = {}
+    for (*key, outcome), rate in history.rate(COMPUTE, NOW_SECONDS, (*by, "outcome")).items():
+        compute.setdefault(tuple(key), {})[outcome] = rate
+    p50, p99 = (history.quantile(q, DURATION, NOW_SECONDS, by) for q in (0.5, 0.99))
+    found = {}
+    for group, rates in answers.items():
+        ok = sum(rate for (_, code), rate in rates.items() if code == "OK")
+        hits = sum(rate for (outcome, code), rate in rates.items() if code == "OK" and outcome in HITS)
+        computed = compute.get(group, {})
+        found[group] = Vitals(
+            requests=sum(rates.values()),
+            errors=sum(rates.values()) - ok,
+            hit_ratio=hits / ok if ok else math.nan,
+            p50=p50.get(group, math.nan),
+            p99=p99.get(group, math.nan),
+            saved=sum(rate for outcome, rate in computed.items() if outcome in HITS),
+            spent=sum(rate for outcome, rate in computed.items() if outcome not in HITS),
+        )
+    return found
+
+
+def unasked(history: History) -> Vitals:
+    """Of what nobody has asked for; where no router was read yet, nobody knows."""
+    none = 0.0 if history.knows(REQUESTS) else math.nan
+    return Vitals(none, none, math.nan, math.nan, math.nan, 0.0, 0.0)
 
 
 def span(history: History) -> tuple[float, float]:
     """How far curves reach back, and their step; in seconds."""
     return _YOUNG if history.watched(SPAN_SECONDS) < _YOUNG[0] else (SPAN_SECONDS, STEP_SECONDS)
-
-
-def only(values: Mapping[tuple[str, ...], float]) -> float:
-    """The one value of an answer without labels; NaN where there is none."""
-    return values.get((), math.nan)
 
 
 def requests(history: History, **where: str) -> Curve:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from services.console.exposition_reader import ExpositionReader
-from services.console.history import History
+from services.console.history import History, Sample
 
 PERIOD_SECONDS = 2.0
 _TIMEOUT = 2.0
@@ -45,12 +45,16 @@ class Scraper:
         while True:
             began = loop.time()
             try:
-                text = await loop.run_in_executor(self._threads, fetch, self.targets[name])
-                self._history.add(name, reader.read(text))
+                samples = await loop.run_in_executor(self._threads, _scrape, self.targets[name], reader)
+                self._history.add(name, samples)
                 self.problems.pop(name, None)
             except (OSError, ValueError) as error:
                 self.problems[name] = f"no metrics from {self.targets[name]}: {_reason(error)}"
             await asyncio.sleep(max(0.1, began + PERIOD_SECONDS - loop.time()))
+
+
+def _scrape(address: str, reader: ExpositionReader) -> list[Sample]:
+    return reader.read(fetch(address))
 
 
 def fetch(address: str) -> str:

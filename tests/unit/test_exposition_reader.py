@@ -10,7 +10,7 @@ from services.runtime.exposition import expose
 from services.runtime.metrics import Buckets, Family, Sample
 
 COUNTER = Family("ringmesh_events_total", "counter", "what happened", ("model", "tenant"))
-TIMES = Family("ringmesh_times_seconds", "histogram", "how long")
+TIMES = Family("ringmesh_redis_duration_seconds", "histogram", "how long")
 
 
 def simple(samples):
@@ -38,3 +38,22 @@ def test_a_line_that_is_no_sample_is_refused(line):
 def test_what_is_not_ours_is_left_out():
     text = "# HELP go_threads x\ngo_threads 5\nringmesh_x 1 1700000000\n<html>\n"
     assert simple(ExpositionReader().read(text)) == [("ringmesh_x", [], 1.0)]
+
+
+def test_of_most_histograms_only_sums_and_counts_are_read():
+    text = 'ringmesh_s_seconds_bucket{le="1"} 2\nringmesh_s_seconds_count 2\nringmesh_s_seconds_sum 1.5\n'
+    assert [name for name, _, _ in simple(ExpositionReader().read(text))] == [
+        "ringmesh_s_seconds_count",
+        "ringmesh_s_seconds_sum",
+    ]
+
+
+def test_durations_are_added_up_over_where_answers_came_from():
+    text = """ringmesh_request_duration_seconds_bucket{model="m",outcome="miss",le="1"} 2
+ringmesh_request_duration_seconds_bucket{model="m",outcome="joined",le="1"} 3
+"""
+    reader = ExpositionReader()
+    for _ in range(2):
+        assert simple(reader.read(text)) == [
+            ("ringmesh_request_duration_seconds_bucket", [("le", "1"), ("model", "m")], 5.0)
+        ]

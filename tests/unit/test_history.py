@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.console.history import KEPT_SAMPLES, MAX_SERIES, History, Sample
+from services.console.history import KEPT_SECONDS, MAX_SCRAPES, MAX_SERIES, History, Sample
 
 
 class Clock:
@@ -108,17 +110,56 @@ def test_a_curve_has_gaps_where_nobody_looked(history, clock):
 
 
 def test_memory_is_bounded_in_time_and_in_series(history, clock):
-    scrape(history, clock, *range(KEPT_SAMPLES * 2))
-    series = history._targets["router"].by_name["requests_total"]
-    assert len(history._targets["router"].times) < KEPT_SAMPLES + 100
-    assert all(len(one.values) < KEPT_SAMPLES + 100 for one in series.values())
-    assert history.increase("requests_total", 20) == {(): 9.0}
+    scrape(history, clock, *range(3 * MAX_SCRAPES))
+    target = history._targets["router"]
+    assert target.count <= MAX_SCRAPES
+    assert target.tables["requests_total"].values.shape[0] == MAX_SCRAPES
+    assert history.watched(10_000) < KEPT_SECONDS + 2 * MAX_SCRAPES
     history.add("many", [Sample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES + 7)])
     assert history.refused() == 7
 
 
+def test_what_is_older_than_two_minutes_is_coarser_and_loses_no_count(history, clock):
+    scrape(history, clock, *range(0, 3 * MAX_SCRAPES * 5, 5))
+    assert history.increase("requests_total", 20) == {(): 45.0}
+    assert history.increase("requests_total", 1500)[()] == pytest.approx(3750, abs=25)
+    curve = history.rates("requests_total", 900, 10)
+    assert curve.values == pytest.approx([2.5] * 90, rel=0.21)  # 4 to 6 scrapes in a step
+    assert sum(curve.values) * 10 == pytest.approx(2250, abs=25)
+
+
 def test_series_that_are_long_gone_make_room(history, clock):
     history.add("router", [Sample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES)])
-    scrape(history, clock, *[None] * (KEPT_SAMPLES + 1))
+    scrape(history, clock, *[None] * int(KEPT_SECONDS))
     scrape(history, clock, 1)
     assert history.refused() == 0
+    assert not history.knows("n")
+
+
+VALUES = st.lists(st.one_of(st.none(), st.integers(0, 50)), min_size=1, max_size=40)
+
+
+@given(VALUES, VALUES, st.integers(1, 100))
+def test_what_a_counter_grew_by_is_the_same_as_counted_one_by_one(one, two, seconds):
+    """Two series that come, go, and begin anew at any time, over windows that begin anywhere."""
+    clock = Clock()
+    history = History(clock)
+    grown = {}
+    last = {}
+    length = max(len(one), len(two))
+    for at in range(length):
+        now = {name: values[at] for name, values in (("one", one), ("two", two)) if at < len(values)}
+        now = {name: value for name, value in now.items() if value is not None}
+        history.add("t", [Sample("n", {"who": name}, value) for name, value in now.items()])
+        for name, value in now.items():
+            before = last.get(name, 0 if at else value)  # what was there at first is not of now
+            grown.setdefault(name, []).append((clock.now, value - before if value >= before else value))
+            last[name] = value
+        clock.now += 2
+    since = clock.now - seconds
+    expected = {(name,): float(sum(by for at, by in steps if at > since)) for name, steps in grown.items()}
+    found = history.increase("n", seconds, ("who",))
+    if clock.now - 2 > since:
+        assert found == expected
+    else:
+        assert found == {}
