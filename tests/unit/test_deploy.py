@@ -123,11 +123,78 @@ def test_dashboards_are_what_their_source_says():
         assert (build.FOLDER / f"{name}.json").read_text() == build.build(name), "run python deploy/grafana/build.py"
 
 
-def test_the_collector_uses_what_it_declares():
-    config = yaml.safe_load((DEPLOY / "otel-collector/config.yaml").read_text())
-    for pipeline in config["service"]["pipelines"].values():
+# What the collector's components take, by the `mapstructure` names of their Config structs in opentelemetry-collector
+# and -contrib; {}: any of its own.
+QUEUE = {"enabled": {}, "num_consumers": {}, "queue_size": {}, "sizer": {}, "block_on_overflow": {}}
+RETRY = {"enabled": {}, "initial_interval": {}, "max_interval": {}, "max_elapsed_time": {}, "multiplier": {}}
+POLICIES = {
+    "always_sample": {},
+    "latency": {"threshold_ms": {}, "upper_threshold_ms": {}},
+    "numeric_attribute": {"key": {}, "min_value": {}, "max_value": {}, "invert_match": {}},
+    "probabilistic": {"sampling_percentage": {}, "hash_salt": {}},
+    "status_code": {"status_codes": {}},
+    "string_attribute": {"key": {}, "values": {}, "enabled_regex_matching": {}, "invert_match": {}},
+    "rate_limiting": {"spans_per_second": {}},
+}
+COMPONENTS = {
+    "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": {}, "max_recv_msg_size_mib": {}, "tls": {}}}}},
+    "processors": {
+        "memory_limiter": {"check_interval": {}, "limit_mib": {}, "spike_limit_mib": {}},
+        "tail_sampling": {
+            "decision_wait": {}, "num_traces": {}, "expected_new_traces_per_sec": {}, "policies": {},
+        },
+        "batch": {"send_batch_size": {}, "send_batch_max_size": {}, "timeout": {}},
+    },
+    "exporters": {
+        "otlp": {"endpoint": {}, "tls": {"insecure": {}}, "sending_queue": QUEUE, "retry_on_failure": RETRY}
+    },
+    "extensions": {"health_check": {"endpoint": {}, "path": {}}},
+}  # fmt: skip
+
+
+def unknown(config, schema, where=""):
+    """What `config` has and `schema` does not."""
+    for key, value in config.items():
+        if key not in schema:
+            yield f"{where}{key}"
+        elif schema[key] and isinstance(value, dict):
+            yield from unknown(value, schema[key], f"{where}{key}.")
+
+
+@pytest.fixture(scope="module")
+def collector():
+    return yaml.safe_load((DEPLOY / "otel-collector/config.yaml").read_text())
+
+
+def test_the_collector_uses_what_it_declares_and_declares_what_it_uses(collector):
+    used = {"extensions": set(collector["service"]["extensions"])}
+    for pipeline in collector["service"]["pipelines"].values():
         for kind in ("receivers", "processors", "exporters"):
-            assert set(pipeline[kind]) <= set(config[kind])
-    assert set(config["service"]["extensions"]) <= set(config["extensions"])
-    policies = {policy["name"] for policy in config["processors"]["tail_sampling"]["policies"]}
-    assert {"failed", "slow", "rest"} <= policies
+            used.setdefault(kind, set()).update(pipeline[kind])
+    assert {kind: set(collector[kind]) for kind in used} == used
+    assert set(collector) == {*used, "service"}
+
+
+def test_the_collectors_components_take_their_settings(collector):
+    for kind, known in COMPONENTS.items():
+        # A name may follow the type: otlp/traces.
+        declared = {name.partition("/")[0]: settings for name, settings in collector[kind].items()}
+        assert list(unknown(declared, known)) == []
+
+
+def test_the_collector_limits_memory_first_and_batches_last(collector):
+    assert collector["service"]["pipelines"]["traces"]["processors"] == ["memory_limiter", "tail_sampling", "batch"]
+
+
+def test_tail_sampling_keeps_what_failed_was_slow_or_was_retried_by_names_that_spans_have(collector):
+    policies = collector["processors"]["tail_sampling"]["policies"]
+    attributes = (ROOT / "docs/architecture.md").read_text()
+    for policy in policies:
+        kind = policy["type"]
+        assert set(policy) == {"name", "type", kind}
+        assert list(unknown(policy[kind], POLICIES[kind])) == []
+        if "key" in policy[kind]:
+            assert policy[kind]["key"].removeprefix("ringmesh.") in re.findall(
+                r"`(?:ringmesh)?\.([a-z_.]+)`", attributes
+            )
+    assert {policy["name"] for policy in policies} == {"failed", "kept", "slow", "retried", "rest"}

