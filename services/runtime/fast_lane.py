@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
-from pygrpc_native import EVENT_CALL, EVENT_CANCEL, NativeGrpcFront
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
 
 from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, failure, unexpected
 
@@ -24,12 +24,15 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 _FLUSH_SECONDS = 0.1
+# How soon, and at least how often, a stream whose client does not read is tried again.
+_RETRY_SECONDS = 0.001
+_LONGEST_RETRY_SECONDS = 0.05
 # The lane, the call's id, what is to be finished, and the seconds that the caller has left.
 _Admitted: TypeAlias = tuple[Lane, int, Any, float | None]
 
 
 class FastLaneServer(native.Server):
-    """`pygrpc_native.aio.server()` with lanes by method path, on four of its private names that our tests hold."""
+    """`pygrpc_native.aio.server()` with lanes by method path, on some of its private names that our tests hold."""
 
     def __init__(self, options: list[tuple[str, Any]], lanes: Mapping[str, Lane]) -> None:
         super().__init__(options=options)
@@ -67,6 +70,20 @@ class FastLaneServer(native.Server):
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
         context._trailing_metadata = _sendable(context._trailing_metadata)
         super()._fail(call, context, details)
+
+    async def _send(self, call: Any, context: Any, response: Any) -> bool:
+        # The engine would hold one of the process's few threads for each client that does not read.
+        front = self._front
+        assert front is not None
+        data = self._encode(call, context, response)
+        if data is None:
+            return False
+        context._initial_sent = True
+        pause = _RETRY_SECONDS
+        while (sent := front.stream_try_send(call.call_id, data)) == STREAM_FULL:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
+        return bool(sent != STREAM_CLOSED)
 
     def _dispatch(self) -> None:
         """On the engine's receiving thread: a hit answered here spares it and the event loop a wake-up each."""
