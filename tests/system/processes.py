@@ -43,7 +43,7 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
     process = subprocess.Popen([*within, sys.executable, "-m", module], env={**os.environ, **environment})
     started = Started(settings["address"], process)
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 60
     with grpc.insecure_channel(started.address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while True:

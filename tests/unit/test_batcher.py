@@ -15,6 +15,8 @@ from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
 
 EXECUTOR = ThreadPoolExecutor(4)
+# In microseconds.
+SECOND = 10**6
 
 
 class Doubler:
@@ -313,21 +315,21 @@ def queue_policy(**policy):
     return ModelDynamicBatching(default_queue_policy=policy)
 
 
-async def wait_until_overdue(queued_us=2000):
-    end = time.time_ns() + queued_us * 1000
-    while time.time_ns() <= end:
-        await asyncio.sleep(0.001)
+def pass_seconds(batcher, seconds):
+    """All that waits has waited so much longer."""
+    for waiting in batcher._queue:
+        waiting.queued_ns -= seconds * 10**9
 
 
 async def test_what_waits_longer_than_its_queue_timeout_is_refused():
     model = Doubler()
-    batcher = Batcher(model, EXECUTOR, batching=queue_policy(default_timeout_microseconds=1000))
+    batcher = Batcher(model, EXECUTOR, batching=queue_policy(default_timeout_microseconds=60 * SECOND))
     first = await held(model, batcher, request(0))
-    (late,) = await submit(batcher, request(1, timeout_us=10**9))
-    await wait_until_overdue()
+    (late,) = await submit(batcher, request(1, timeout_us=1000 * SECOND))
+    pass_seconds(batcher, 61)
     model.gate.set()
     await first
-    with pytest.raises(DeadlineExceededError, match="queue timeout of 1000 us"):
+    with pytest.raises(DeadlineExceededError, match="queue timeout of 60000000 us"):
         await late
     assert model.batches == [1]
 
@@ -335,15 +337,15 @@ async def test_what_waits_longer_than_its_queue_timeout_is_refused():
 async def test_a_request_may_shorten_its_queue_timeout_where_the_model_lets_it():
     for allowed in (True, False):
         model = Doubler()
-        policy = queue_policy(default_timeout_microseconds=10**9, allow_timeout_override=allowed)
+        policy = queue_policy(default_timeout_microseconds=1000 * SECOND, allow_timeout_override=allowed)
         batcher = Batcher(model, EXECUTOR, batching=policy)
         first = await held(model, batcher, request(0))
-        (short,) = await submit(batcher, request(1, timeout_us=1000))
-        await wait_until_overdue()
+        (short,) = await submit(batcher, request(1, timeout_us=60 * SECOND))
+        pass_seconds(batcher, 61)
         model.gate.set()
         await first
         if allowed:
-            with pytest.raises(DeadlineExceededError, match="queue timeout of 1000 us"):
+            with pytest.raises(DeadlineExceededError, match="queue timeout of 60000000 us"):
                 await short
         else:
             assert (await short).arrays[0].item() == 2
@@ -353,15 +355,15 @@ async def test_a_level_that_delays_serves_the_overdue_after_the_others():
     model = Doubler()
     model.batchable = False
     policy = queue_policy(
-        default_timeout_microseconds=10**9, allow_timeout_override=True, timeout_action=ModelQueuePolicy.DELAY
+        default_timeout_microseconds=1000 * SECOND, allow_timeout_override=True, timeout_action=ModelQueuePolicy.DELAY
     )
     batcher = Batcher(model, EXECUTOR, batching=policy)
     first = await held(model, batcher, request(0))
     order = []
-    for value, timeout_us in ((1, 1000), (2, 0), (3, 0)):
+    for value, timeout_us in ((1, 60 * SECOND), (2, 0), (3, 0)):
         (task,) = await submit(batcher, request(value, timeout_us=timeout_us))
         task.add_done_callback(lambda task: order.append(task.result().arrays[0].item() // 2))
-    await wait_until_overdue()
+    pass_seconds(batcher, 61)
     model.gate.set()
     await first
     await batcher.close()

@@ -8,7 +8,7 @@ import pytest
 def start(module, **environment):
     return subprocess.run(
         [sys.executable, "-m", module], env={f"RINGMESH_{k}": v for k, v in environment.items()},
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
