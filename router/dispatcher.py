@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Dispatcher:
         self._attempts = Counter(ATTEMPTS)
         self._attempt_times: dict[str, Histogram] = {}
         self._sheds = 0
+        self._shedding = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -165,22 +167,23 @@ class Dispatcher:
         )
 
     def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
-        """What `run` would raise now for want of room, to be known before anything is done for a request.
+        """What `run` would raise now for want of room, to be known before anything is done for a request. Any thread.
 
-        None where somebody has room, or nobody could be asked, and for the step of a sequence, which is not refused.
+        None where somebody has room, or nobody could be asked. Not for the step of a sequence, which is not refused.
         """
         skipped: list[str] = []
         for member in self._fleet.view.members.values():
             if not member.why_not(model):
-                limit = self._limits.of(member.address, model.digest)
-                if limit.admits(caller.priority):
+                limit = self._limits.known(member.address, model.digest)
+                if limit is None or limit.admits(caller.priority):
                     return None
                 if len(skipped) < _TOLD:
                     skipped.append(f"{member.worker_id}: {_no_room(limit)}")
         return self._shed(model, caller, skipped) if skipped else None
 
     def _shed(self, model: ModelEntry, caller: Caller, skipped: list[str]) -> RefusedError:
-        self._sheds += 1
+        with self._shedding:
+            self._sheds += 1
         why = "; ".join(skipped[:_TOLD])
         return RefusedError(
             f"overloaded: no worker can take more of model {model.name!r} now, retry later; {why}",

@@ -119,6 +119,10 @@ class ConcurrencyLimits:
         self._clock = clock
         self._limits: dict[tuple[str, bytes], ConcurrencyLimit] = {}
 
+    def known(self, worker: str, model: bytes) -> ConcurrencyLimit | None:
+        """As `of`, from any thread; None where nothing was sent yet."""
+        return self._limits.get((worker, model))
+
     def of(self, worker: str, model: bytes) -> ConcurrencyLimit:
         """For the worker at an address and the digest of a model."""
         limit = self._limits.get((worker, model))
