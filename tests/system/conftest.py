@@ -16,7 +16,7 @@ from tests.system import processes
 
 GRPCURL = str(Path(sys.executable).parent / "grpcurl")
 RINGMESH = [sys.executable, "-m", "services.cli"]
-UP_SECONDS = 60
+UP_SECONDS = 180
 MAX_MESSAGE_BYTES = 4 << 20
 
 
