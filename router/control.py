@@ -108,22 +108,26 @@ class FleetControl:
         return v2.ModelStatisticsResponse(model_stats=[sums[key] for key in sorted(sums)])
 
     async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:
-        """What is READY on one worker is READY; reasons name the worker."""
+        """What is READY on one worker is READY; reasons name the workers, unless all give the same."""
         answers = await self._ask_all("RepositoryIndex", request, v2.RepositoryIndexResponse, _SECONDS)
         lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
-        reasons: dict[tuple[str, str], list[str]] = {}
+        reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
         for member, answer in answers:
             for line in answer.models:
                 key = (line.name, line.version)
                 if key not in lines or line.state == "READY":
                     lines[key] = line
                 if line.reason:
-                    reasons.setdefault(key, []).append(f"{member.worker_id}: {line.reason}")
+                    reasons.setdefault(key, {}).setdefault(line.reason, []).append(member.worker_id)
         catalog = self._fleet.view.catalog
         for key, line in lines.items():
+            told = [
+                reason if len(workers) == len(answers) else f"{', '.join(sorted(workers))}: {reason}"
+                for reason, workers in reasons.get(key, {}).items()
+            ]
             if line.state == "READY" and (why_not := self._distrusted(catalog, *key)):
-                reasons.setdefault(key, []).append(f"not cached: {why_not}")
-            line.reason = "; ".join(reasons.get(key, []))
+                told.append(f"not cached: {why_not}")
+            line.reason = "; ".join(told)
         return v2.RepositoryIndexResponse(models=[lines[key] for key in sorted(lines)])
 
     def _distrusted(self, catalog: Catalog, name: str, version: str) -> str:

@@ -1,6 +1,8 @@
-"""`ringmesh cache`: what the cache service holds and saved, and making it forget."""
+"""`ringmesh cache`: what the caches of router and cache service hold and saved, and making them forget."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import grpc
 from rich.table import Table
@@ -10,19 +12,22 @@ from services.cli import running
 from services.cli.errors import CommandError
 
 
-def listing(cache: str) -> Table:
-    """A line a tier of the cache service. Raises CommandError."""
+def listing(processes: Mapping[str, str]) -> Table:
+    """A line a tier of each process, by its name and host:port. Raises CommandError."""
 
     async def call(channel: grpc.aio.Channel, seconds: float) -> cache_pb2.StatsResponse:
         return await cache_pb2_grpc.CacheServiceStub(channel).Stats(cache_pb2.StatsRequest(), timeout=seconds)
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("tier", no_wrap=True)
+    for column in ("process", "tier"):
+        table.add_column(column, no_wrap=True)
     for column in ("hits", "misses", "hit ratio", "fills", "evicted", "given up", "entries", "MiB", "saved s"):
         table.add_column(column, justify="right", no_wrap=True)
-    for tier in running.ask(cache, "cache", call).tiers:
+    tiers = [(name, tier) for name, address in processes.items() for tier in running.ask(address, name, call).tiers]
+    for name, tier in tiers:
         asked = tier.hits + tier.misses
         table.add_row(
+            name,
             tier.tier,
             f"{tier.hits:,}",
             f"{tier.misses:,}",

@@ -255,13 +255,18 @@ CacheOption = Annotated[
 
 @cache_app.callback(invoke_without_command=True)
 def cache(context: typer.Context, address: CacheOption = None, state: State = _STATE) -> None:
-    """Shows what the tiers of the cache service hold and saved; `purge` makes them forget."""
+    """Shows what the tiers of router and cache service hold and saved; `purge` makes them forget."""
     if context.invoked_subcommand is not None:
         return
     with _one_line_errors():
         from services.cli import cache_service, running
 
-        _console().print(cache_service.listing(address or running.find(state).cache))
+        if address is not None:
+            processes = {"cache": address}
+        else:
+            stack = running.find(state)
+            processes = {"router": stack.router, "cache": stack.cache}
+        _console().print(cache_service.listing(processes))
 
 
 @cache_app.command()

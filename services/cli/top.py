@@ -18,6 +18,8 @@ from services.cli.errors import CommandError
 
 _PERIOD_SECONDS = 2.0
 _TIMEOUT = 5.0
+# Of each table, so that the next one is on the screen too.
+_MOST_ROWS = 15
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -77,7 +79,10 @@ def frame(summary: dict[str, Any]) -> RenderableType:
         ("processes", summary["processes"]),
     ):
         if rows:
-            parts += [_table(title, rows), ""]
+            parts.append(_table(title, rows[:_MOST_ROWS]))
+            if len(rows) > _MOST_ROWS:
+                parts.append(Text(f"and {len(rows) - _MOST_ROWS} more", style="dim"))
+            parts.append("")
     return Group(*parts)
 
 

@@ -67,23 +67,34 @@ def tree(trace: SpanTree) -> Table:
 def listing(traces: Iterable[SpanTree]) -> Table:
     """A line a trace."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("trace id", "began"):
-        table.add_column(column, no_wrap=True)
+    # Whole, however narrow the terminal: it is there to be copied.
+    table.add_column("trace id", no_wrap=True, min_width=32)
+    table.add_column("began", no_wrap=True)
     for column in ("took ms", "spans"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("first span", overflow="ellipsis", no_wrap=True)
+    for column in ("of", "answer from", "worker", "tenant", "error"):
+        table.add_column(column, overflow="ellipsis", no_wrap=True)
     for trace in traces:
         root = trace.rows[0][1]
+        said = root.attributes
         began = datetime.fromtimestamp(trace.start_ns / 1e9).strftime("%H:%M:%S")
-        failed = any(span.error for _, span in trace.rows)
-        row = (
+        error = root.error or next((span.error for _, span in trace.rows if span.error), "")
+        model = f"{said.get('ringmesh.model.name', '')} {said.get('ringmesh.model.version', '')}".strip()
+        told = (
+            model or root.short_name,
+            said.get("ringmesh.cache.outcome", ""),
+            said.get("ringmesh.worker.id", ""),
+            said.get("ringmesh.tenant", ""),
+            error,
+        )
+        table.add_row(
             trace.trace_id,
             began,
             _ms(trace.duration_ns),
             str(len(trace.rows)),
-            escape(f"{root.short_name} {_details(root)}"),
+            *(escape(str(one)) for one in told),
+            style="red" if error else "",
         )
-        table.add_row(*row, style="red" if failed else "")
     return table
 
 

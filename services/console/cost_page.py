@@ -67,8 +67,6 @@ async def contents(sources: Sources, _: Request) -> Context:
         "watched": watched,
         "spent": spent,
         "saved": saved,
-        "busy": spent / watched,
-        "without": (spent + saved) / watched,
         "currency": next((currency for _, _, currency in prices), ""),
         "spent_price": spent_price,
         "saved_price": saved_price,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal, TypeAlias
@@ -24,6 +24,7 @@ _SLOW_RUNS = 5
 _ERROR_SHARE = 0.01
 _LAG_SECONDS = 0.2
 _FAILING_A_MINUTE = 3.0
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +150,16 @@ def _slow_workers(history: History) -> Iterator[Finding]:
 
 
 def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
+    """Of each model and code once, with the tenants that meet it, those with the most first."""
     asked = history.increase(REQUESTS, _WINDOW, ("model", "tenant"))
     by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
+    groups: dict[tuple[str, str], dict[str, float]] = {}
     for (model, tenant, code), count in sorted(by_code.items(), key=lambda item: -item[1]):
-        share = count / asked[model, tenant] if asked[model, tenant] else 0.0
-        if code == "OK" or count < 1 or share < _ERROR_SHARE:
-            continue
+        if code != "OK" and count >= 1 and count >= _ERROR_SHARE * asked[model, tenant]:
+            groups.setdefault((model, code), {})[tenant] = count
+    for (model, code), tenants in groups.items():
+        count = sum(tenants.values())
+        share = count / sum(asked[model, tenant] for tenant in tenants)
         known = "" if model == "other" else model
         last = next(iter(traces.search(Query(model=known, status="error"), 1)), None)
         said = f" The last said: {last.error}" if last else ""
@@ -162,12 +167,20 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
         yield Finding(
             "critical" if code in SERVER_FAULTS else "warning",
             "Requests fail" if code in SERVER_FAULTS else "Callers send what is refused",
-            f"{who}{f', tenant {tenant}' if tenant else ''}",
+            f"{who}{_of(tenants)}",
             f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(share)} of theirs) "
             f"ended with {code}.{said}",
             f"/traces?{urlencode({'status': 'error', **({'model': known} if known else {})})}",
             "failed traces",
         )
+
+
+def _of(tenants: Iterable[str]) -> str:
+    """Which tenants, in words; "" where nobody says who it is."""
+    named = [tenant for tenant in tenants if tenant]
+    more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+    which = f"{', '.join(named[:_MOST_NAMED])}{more}"
+    return f", {'tenant' if len(named) == 1 else 'tenants'} {which}" if named else ""
 
 
 def _models(view: FleetView) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -44,9 +44,30 @@ class CopyRow:
     compute: float
 
 
-async def listing(sources: Sources, _: Request) -> Context:
+ORDERS: Mapping[str, Callable[[ModelRow], float]] = {
+    "busiest": lambda row: row.vitals.requests,
+    "slowest": lambda row: row.vitals.p99,
+    "failing": lambda row: row.vitals.errors,
+    "costliest": lambda row: row.vitals.spent,
+}
+
+
+async def listing(sources: Sources, request: Request) -> Context:
     """What `models.html` shows."""
-    return {"models": _rows(sources, sources.view.models), "router": sources.view.router}
+    rows = _rows(sources, sources.view.models)
+    text, order = (request.query_params.get(name, "").strip() for name in ("text", "order"))
+    found = [row for row in rows if text.lower() in row.model.name.lower()]
+    if order in ORDERS:
+        # What is not known stands last.
+        found.sort(key=lambda row: -value if (value := ORDERS[order](row)) == value else math.inf)
+    return {
+        "models": found,
+        "count": len(rows),
+        "text": text,
+        "order": order,
+        "orders": tuple(ORDERS),
+        "router": sources.view.router,
+    }
 
 
 async def one(sources: Sources, request: Request) -> Context:

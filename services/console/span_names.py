@@ -12,6 +12,7 @@ EXECUTE = "Execute"
 QUEUE = "queue"
 BATCH = "batch"
 RUN = "onnxruntime run"
+STEP = "ensemble step"
 CANDIDATE = "ringmesh.candidate"
 
 MODEL = "ringmesh.model.name"

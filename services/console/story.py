@@ -49,6 +49,8 @@ def _line(span: Span) -> Iterator[str]:
         yield from _attempt(span, took)
     elif span.short_name == names.EXECUTE and said.get(names.JOINED):
         yield f"The worker was computing the same request already; this one waited {took} for it."
+    elif span.name == names.STEP:
+        yield f"Then the ensemble's step {said.get(names.MODEL, 'without a name')}, which took {took}."
     elif span.name == names.QUEUE:
         yield f"On the worker it waited {took} for a batch to start."
     elif span.name == names.BATCH:
@@ -86,7 +88,8 @@ def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
             own[id(parent)] -= span.end_ns - span.start_ns
     longest = max((span for _, span in tree.rows), key=lambda span: own[id(span)])
     share = own[id(longest)] / max(1, summary.duration_ns)
-    if share > 0.5 and len(tree.rows) > 1:
+    # That one which joined another waited is said already.
+    if share > 0.5 and len(tree.rows) > 1 and summary.cache != "joined":
         took = nanoseconds(own[id(longest)])
         if longest.short_name == names.EXECUTE and longest.service == "ringmesh-router":
             worker = longest.attributes.get(names.WORKER, "the worker")

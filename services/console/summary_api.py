@@ -16,6 +16,8 @@ async def summary(sources: Sources, request: Request) -> Response:
     """headline, findings, vitals, and tables of workers, models and processes; each row in the order to show."""
     vitals = overview.vitals(sources.history)
     models = (await models_page.listing(sources, request))["models"]
+    # The busiest first: a terminal shows some of them.
+    models.sort(key=lambda row: -row.vitals.requests if row.vitals.requests > 0 else 0.0)
     return JSONResponse(
         {
             "headline": fleet_page.headline(sources, vitals),

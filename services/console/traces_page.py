@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from heapq import nlargest
 from operator import attrgetter
@@ -9,7 +10,7 @@ from operator import attrgetter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from services.console import story
+from services.console import span_names, story
 from services.console.live import Context
 from services.console.sources import Sources
 from services.console.trace_store import Query
@@ -27,6 +28,11 @@ class Bar:
     depth: int
     start: float
     width: float
+
+    @property
+    def step(self) -> str:
+        """Which model, of a step of an ensemble; "" of other spans."""
+        return str(self.span.attributes.get(span_names.MODEL, "")) if self.span.name == span_names.STEP else ""
 
 
 async def listing(sources: Sources, request: Request) -> Context:
@@ -78,8 +84,19 @@ async def one(sources: Sources, request: Request) -> Context:
         "bars": bars,
         "total_ns": total,
         "story": story.tell(summary, tree),
+        "linked": _linked(sources, summary.trace_id, bars),
         "elsewhere": sources.trace_ui.replace("{trace_id}", trace_id),
     }
+
+
+def _linked(sources: Sources, trace_id: str, bars: Sequence[Bar]) -> list[tuple[str, str, bool]]:
+    """Other traces that spans of this one link to: the span, the trace, and whether it is here."""
+    seen: dict[str, str] = {}
+    for bar in bars:
+        for other, _ in bar.span.links:
+            if other != trace_id:
+                seen.setdefault(other, bar.span.short_name)
+    return [(name, other, sources.traces.find(other) is not None) for other, name in seen.items()]
 
 
 def _query(request: Request) -> tuple[Query, str]:

@@ -81,6 +81,7 @@ def test_models_lists_each_with_its_state(stack):
 @on_one_engine
 def test_cache_shows_the_tiers(stack):
     told = shown("cache", "--state", stack.state)
+    assert "router" in told
     assert "local" in told
     assert "shared" in told
 

@@ -95,8 +95,8 @@ def infer(stub, *, tenant="", wrong=False, value=1.0, sampled=False):
 
 
 @pytest.fixture(scope="module")
-def console(models, tmp_path_factory):
-    """The URL of a console with something to show: a stack under a light load of three tenants."""
+def stack(models, tmp_path_factory):
+    """A stack under a light load of three tenants, so that its console has something to show."""
     stack = start_stack(tmp_path_factory.mktemp("browser"), "--models", str(models), "--drain", "2")
     done = threading.Event()
 
@@ -113,10 +113,21 @@ def console(models, tmp_path_factory):
 
     thread = threading.Thread(target=load)
     thread.start()
-    yield json.loads((Path(stack.state) / "stack.json").read_text())["console"]
+    yield stack
     done.set()
     thread.join()
     assert stop_stack(stack) == 0
+
+
+@pytest.fixture(scope="module")
+def console(stack):
+    """The URL of its pages."""
+    return json.loads((Path(stack.state) / "stack.json").read_text())["console"]
+
+
+@pytest.fixture(scope="module")
+def router(stack):
+    return stack.router
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +194,8 @@ def test_keys_reach_everything_and_the_focus_is_seen(browser, console):
     assert browser.run("return document.activeElement.getBoundingClientRect().left") >= 0
     browser.press(ENTER)
     assert browser.run("return document.activeElement.id") == "main"
-    browser.press(TAB)
+    for _ in range(5):  # name, order, show, clear
+        browser.press(TAB)
     assert browser.run("return document.activeElement.className") == "scroll"
     assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.press(TAB)
@@ -207,6 +219,41 @@ def test_a_request_is_sent_and_followed_to_its_trace(browser, console):
     assert "the owner of its key" in story
     assert browser.text(".waterfall").count("\n") >= 6
     keep(browser, "trace")
+
+
+def test_models_are_found_by_name_and_put_in_order(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/models?order=busiest")
+    names = "return [...document.querySelectorAll('#live th.name a')].map(e => e.textContent)"
+    assert browser.run(names)[0] == "mlp"
+    browser.type("input[name=text]", "IDENTITY_F")
+    browser.click("form.search button")
+    browser.wait(lambda: "text=IDENTITY_F" in browser.url)
+    assert sorted(browser.run(names)) == ["identity_fp16", "identity_fp32", "identity_fp64"]
+    browser.wait(lambda: browser.text("#liveness-state") == "Live" and "3 of " in browser.text("#live"))
+    browser.open(f"{console}/models?text=nothing+like+it")
+    assert "has “nothing like it” in its name" in browser.text()
+
+
+def test_a_request_that_joined_another_leads_to_it(browser, console, router):
+    request = v2.ModelInferRequest(model_name="slow")
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+    request.raw_input_contents.append(np.random.default_rng().random((1, 1), np.float32).tobytes())
+    ids = [new_span_id() * 2 for _ in range(3)]
+    with grpc.insecure_channel(router) as channel:
+        stub = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        sent = [
+            stub.future(
+                request.SerializeToString(), metadata=[("traceparent", f"00-{one}-{new_span_id()}-01")], timeout=30
+            )
+            for one in ids
+        ]
+        outcomes = [dict(call.trailing_metadata())["ringmesh-cache"] for call in sent]
+    joined, leader = ids[outcomes.index("joined")], ids[outcomes.index("miss")]
+    browser.wait(lambda: browser.open(f"{console}/traces/{joined}") or leader[:12] in browser.text(".linked a"))
+    browser.click(".linked a")
+    browser.wait(lambda: browser.url.endswith(leader))
+    assert "onnxruntime run" in browser.text(".waterfall")
 
 
 def test_a_search_narrows_and_can_be_cleared(browser, console):
