@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cache.cache_control import CacheControl
@@ -33,8 +32,7 @@ _LEASE_MS = 60_000
 Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"]
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept.
 
     `freshness` is that of its model, None where it has no end.

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -48,8 +48,7 @@ _ELSEWHERE = frozenset((_UNAVAILABLE, _FAILED_PRECONDITION, _RESOURCE_EXHAUSTED)
 MOST_ENDED = 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(NamedTuple):
     """What every attempt of one request is told."""
 
     model: ModelEntry

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.catalog import ModelEntry
 from router.fleet import FleetView
@@ -16,8 +16,7 @@ from router.member import Member
 from router.ring import Ring
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A worker in the order for one request. `reason` says why it is passed over, "" where it is asked.
 
     `rank` is its place on the ring, 0 for the owner. `bound` is how much it may have outstanding for this request; 0

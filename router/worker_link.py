@@ -13,8 +13,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -43,8 +42,7 @@ class WorkerLostError(WorkerUnreachableError):
     """It was lost with the request under way, which may be what ended it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """One request on its way. `deadline` is in time.monotonic."""
 
     request: bytes

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +24,7 @@ RETURN_SHARE = 0.1
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult:
+class BatchResult(NamedTuple):
     """Outputs in the order asked, with the run that made them. Times are of time.time_ns."""
 
     arrays: Sequence[npt.NDArray[Any]]

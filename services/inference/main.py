@@ -67,7 +67,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         return Server(
             settings.engine,
             address,
-            [inference, envelopes.service()],
+            [inference, envelopes.service(calls)],
             max_message_bytes=settings.max_message_bytes,
             max_connection_age=settings.max_connection_age_seconds,
             calls=calls,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,7 @@ class SequenceStep:
     end: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """A request ready to run. `rows` is the size of the first dimension; `outputs` stand in the model's order.
 
     Requests of one `signature` may share a batch. `classes` holds the top-k asked for, by output. `priority`: 1 goes
@@ -104,8 +103,7 @@ def decode_request(
     decoded = _decoded(arrays, model, outputs, trace_context)
     if not (classes or regions or request.parameters):
         return decoded
-    return replace(
-        decoded,
+    return decoded._replace(
         classes=classes,
         regions=regions,
         priority=_whole_parameter(request, "priority"),
@@ -119,7 +117,7 @@ def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[st
     for index, (name, array) in enumerate(arrays.items()):
         _check_shape(array.shape, model.inputs[name], index)
     decoded = _decoded(arrays, model, outputs, request.trace_context)
-    return replace(decoded, priority=request.priority, timeout_us=request.timeout_us, sequence=request.sequence)
+    return decoded._replace(priority=request.priority, timeout_us=request.timeout_us, sequence=request.sequence)
 
 
 def _decoded(

@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +148,7 @@ class Sequencer:
     ) -> BatchResult:
         hidden = {name: control(step) for control, name in self._controls} | sequence.states
         shapes = tuple([state.shape for state in sequence.states.values()])
-        whole = replace(
-            decoded,
+        whole = decoded._replace(
             arrays=decoded.arrays | hidden,
             outputs=(*decoded.outputs, *(name for name in self._state_outputs if name not in decoded.outputs)),
             signature=(decoded.signature, shapes),
@@ -161,7 +159,7 @@ class Sequencer:
         sequence.states = {
             name: answered[output].copy() for name, output in zip(self._initial, self._state_outputs, strict=True)
         }
-        return replace(result, arrays=result.arrays[: len(decoded.outputs)])
+        return result._replace(arrays=result.arrays[: len(decoded.outputs)])
 
 
 def _control(control: _Control, spec: TensorSpec) -> Callable[[SequenceStep], Array]:

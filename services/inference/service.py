@@ -15,9 +15,11 @@ from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
 from services.runtime import protocol, w3c
+from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, UnavailableError, from_failure
 from services.runtime.load_report import LoadReport
-from services.runtime.rpc import Context, Handler, Service, abort, unary
+from services.runtime.protocol import lane_handler
+from services.runtime.rpc import Context, Handler, Service, abort, unary, unary_lane
 from services.runtime.tracing import Tracer
 
 
@@ -112,18 +114,22 @@ class EnvelopeService:
         # Of two runs of a worker no version is the same.
         self._version = random.getrandbits(62) + 1
 
-    def service(self) -> Service:
-        """The handlers, to be served."""
+    def service(self, calls: Calls) -> Service:
+        """The handlers, to be served; `calls` are counted."""
+        descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
+        execute = unary_lane(inference_pb2.ExecuteRequest, self._execute)
+        execute = calls.counted_lane(f"{descriptor.full_name}/Execute", execute)
         return Service(
-            inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"],
+            descriptor,
             {
-                "Execute": unary(inference_pb2.ExecuteRequest, self._execute),
+                "Execute": lane_handler(execute),
                 "Withdraw": unary(inference_pb2.WithdrawRequest, self._withdraw),
                 "Describe": unary(inference_pb2.DescribeRequest, self._describe),
             },
+            {"Execute": execute},
         )
 
-    async def _execute(self, request: inference_pb2.ExecuteRequest, _: Context) -> inference_pb2.ExecuteResponse:
+    async def _execute(self, request: inference_pb2.ExecuteRequest) -> inference_pb2.ExecuteResponse:
         if not self._worker.accepting:
             raise UnavailableError("the worker is draining")
         now = time.monotonic()

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -33,8 +32,7 @@ MAX_RESPONSE_BYTES = 1 << 30
 MAX_ENVELOPE_BYTES = (2 << 30) - (64 << 20)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """A serialized request; `deadline` in time.monotonic; `trace_context` is the router's span of it, as w3c.packed."""
 
     data: bytes

