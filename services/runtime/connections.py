@@ -16,7 +16,6 @@ import socket
 import struct
 import termios
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 # Length 8, type 7, no flags, stream 0; last stream 2^31 - 1, NO_ERROR.
@@ -32,16 +31,22 @@ class Connections:
         self._seen: dict[str, float] = {}
 
     def stop_listening(self) -> None:
-        """New connections are refused, as if the process were gone."""
-        for _, connection in self._sockets(listening=True):
-            with suppress(OSError):  # already done through another descriptor of the same socket
-                connection.shutdown(socket.SHUT_RD)
+        """New connections are refused, as if the process were gone.
+
+        Each descriptor that listens becomes one of a socket that nobody knows of. After a shutdown(2) of it
+        pygrpc-native would try to accept without end, with a core for itself.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as deaf:
+            deaf.bind("")  # a name that the kernel makes up
+            deaf.listen()
+            for descriptor, _, _ in self._sockets(listening=True):
+                os.dup2(deaf.fileno(), descriptor, inheritable=False)
 
     def release(self, now: float, older_than: float = 0.0) -> bool:
         """Asks the clients of connections seen for so long to go elsewhere; False where some could not be asked."""
         seen = {}
         all_asked = True
-        for inode, connection in self._sockets(listening=False):
+        for _, inode, connection in self._sockets(listening=False):
             # Spread, so that connections that began together do not end together.
             first = self._seen.get(inode) or now + random.uniform(0, older_than / 10)
             if first <= now - older_than:
@@ -53,8 +58,8 @@ class Connections:
         self._seen = seen
         return all_asked
 
-    def _sockets(self, *, listening: bool) -> Iterator[tuple[str, socket.socket]]:
-        """By inode; each is open until the next is asked for."""
+    def _sockets(self, *, listening: bool) -> Iterator[tuple[int, str, socket.socket]]:
+        """Descriptors and inodes, with a socket that is open until the next is asked for."""
         for descriptor in Path("/proc/self/fd").iterdir():
             try:
                 inode = str(descriptor.readlink())
@@ -73,7 +78,7 @@ class Connections:
                         connection.getpeername()
                 except OSError:
                     continue
-                yield inode, connection
+                yield int(descriptor.name), inode, connection
 
 
 def _place(connection: socket.socket) -> int | str | None:

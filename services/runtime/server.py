@@ -131,8 +131,6 @@ class Server:
         await self._server.stop(grace)
 
     async def _release_all(self, connections: Connections) -> None:
-        # It would warn of every attempt to accept more.
-        logging.getLogger("pygrpc_native.server").setLevel(logging.ERROR)
         await asyncio.to_thread(connections.stop_listening)
         end = time.monotonic() + _LEAVE_SECONDS
         all_asked = False

@@ -1,6 +1,8 @@
 """Where a server's Unix socket is: for its user alone, and gone when nobody listens."""
 
+import asyncio
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,15 @@ async def test_only_the_owner_may_enter_and_it_is_removed_at_the_end(tmp_path):
     assert [place.stat().st_mode & 0o777 for place in (path, path.parent)] == [0o600, 0o700]
     await local.stop(0)
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_one_that_stopped_keeps_no_core_busy(tmp_path):
+    local = LocalServer(str(tmp_path), listener)
+    await local.start()
+    await local.stop(0)
+    before = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - before < 0.2
 
 
 async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_stays(tmp_path):
