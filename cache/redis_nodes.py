@@ -13,15 +13,13 @@ import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, MovedError
 
 from cache.redis_node import FAILURES, RedisNode
-from cache.redis_url import RedisUrl, Topology
+from services.runtime import redis_client
+from services.runtime.redis_url import RedisUrl, Topology
 
 log = logging.getLogger(__name__)
 
@@ -53,30 +51,12 @@ CreateNode = Callable[[str, Redis, bool, Callable[[], None]], RedisNode]
 
 def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
     """Connects at first use; an unreachable server is no error here."""
-    options: dict[str, Any] = {
-        "protocol": 3,
-        "socket_connect_timeout": _CONNECT_SECONDS,
-        # We skip what fails, and retry by probes: a client that retries by itself takes the time of callers.
-        "retry": Retry(NoBackoff(), 0),
-    }
+    # What fails is skipped, and retried by probes.
+    options = redis_client.options(_CONNECT_SECONDS)
     if url.topology is Topology.CLUSTER:
         return ClusterNodes(url, options, create)
-    if url.topology is Topology.SENTINEL:
-        ssl = "connection_class" in url.options
-        plain = {name: value for name, value in url.options.items() if name != "connection_class"}
-        servers = {**plain, **options, **({"ssl": True} if ssl else {})}
-        secure = {name: value for name, value in servers.items() if name.startswith("ssl")}
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]
-            list(url.hosts), sentinel_kwargs={**options, **secure, "socket_timeout": 0.5, **url.sentinel_options}
-        )
-        return OneNode(create(url.service, sentinel.master_for(url.service, **servers), True, lambda: None))
-    host = {"host": url.hosts[0][0], "port": url.hosts[0][1]} if url.hosts else {}
     name = f"{url.hosts[0][0]}:{url.hosts[0][1]}" if url.hosts else str(url.options.get("path"))
-    return OneNode(create(name, _client({**url.options, **host, **options}), True, lambda: None))
-
-
-def _client(options: dict[str, Any]) -> Redis:
-    return Redis.from_pool(ConnectionPool(**options))
+    return OneNode(create(url.service or name, redis_client.server(url, options), True, lambda: None))
 
 
 class OneNode:
@@ -143,7 +123,7 @@ class ClusterNodes:
     def _node(self, host: str, port: int) -> RedisNode:
         node = self._nodes.get((host, port))
         if node is None:
-            client = _client({**self._options, "host": host, "port": port})
+            client = redis_client.one_server({**self._options, "host": host, "port": port})
             node = self._nodes[host, port] = self._create(f"{host}:{port}", client, False, self._refresh)
         return node
 
@@ -168,7 +148,7 @@ class ClusterNodes:
                 return True
         for host, port in self._seeds:
             if (host, port) not in self._nodes:
-                client = _client({**self._options, "host": host, "port": port})
+                client = redis_client.one_server({**self._options, "host": host, "port": port})
                 try:
                     if await self._ask_one(client, host):
                         return True

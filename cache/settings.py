@@ -25,7 +25,7 @@ class MeshSettings(ServiceSettings):
     """What a process with cache tiers can be told."""
 
     redis_url: str | None = Field(
-        None, description="Redis or Valkey, one or many (cache/redis_url.py); none: local only"
+        None, description="Redis or Valkey, one or many (services/runtime/redis_url.py); none: local only"
     )
     local_tier_bytes: int = Field(256 << 20, ge=0, description="memory for the local tier, keys and overhead included")
     shared_ttl_seconds: float = Field(7 * 86400, gt=0, description="how long an entry stays in Redis")

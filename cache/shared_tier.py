@@ -16,10 +16,10 @@ from cache.breaker import Breaker
 from cache.entry import Entry, pack, unpack
 from cache.redis_node import FAILURES, Fill, GivenUpError, RedisNode, Reply, kind_of
 from cache.redis_nodes import Nodes, create_nodes
-from cache.redis_url import parse_redis_url
 from cache.stats import TierCounters
 from services.runtime.errors import UnavailableError
 from services.runtime.metrics import Counter, Family, Histogram
+from services.runtime.redis_url import parse_redis_url
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ def stored_name(key: bytes) -> bytes:
 class SharedTier:
     """Entries in Redis under `rm1:<key>`, kept for `ttl_seconds` (give or take a tenth, so as not to end together).
 
-    `url` as in redis_url.py; raises StartError where it is none. `budget_seconds` bounds what a look-up may wait for
-    one server; past it, it is a miss.
+    `url` as in services/runtime/redis_url.py; raises StartError where it is none. `budget_seconds` bounds what a
+    look-up may wait for one server; past it, it is a miss.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SharedTier:
         self.get_times = Histogram()
         self.set_times = Histogram()
         self.errors = Counter(ERRORS)
-        self.nodes: Nodes = create_nodes(parse_redis_url(url), self._create_node)
+        self.nodes: Nodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
 
     @property
     def is_skipped(self) -> bool:

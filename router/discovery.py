@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from redis.asyncio import Redis
 from ringmesh.inference.v1 import inference_pb2
 
 from router.membership import Listing
-from services.runtime.discovery import ADDRESSES, CHANGE_SECONDS, FAILURES, TTL_SECONDS, VERSION, key
+from services.runtime.discovery import ADDRESSES, CHANGE_SECONDS, FAILURES, TTL_SECONDS, VERSION, AnyRedis, key
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ Told = Callable[[Iterable[Listing]], None]
 class AnnouncedWorkers:
     """What workers say of themselves in Redis. While it is down, nothing is told, and what was told stands."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: AnyRedis) -> None:
         self._redis = redis
 
     async def watch(self, told: Told) -> None:

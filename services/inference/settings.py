@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, field_validator
-from redis.asyncio import Redis
 
 from services.inference.remote_repository import SCHEMES, RemoteRepository
 from services.inference.repository import Directory, ModelSource
-from services.runtime.discovery import connect
+from services.runtime.discovery import AnyRedis, connect
 from services.runtime.server import StartError
 from services.runtime.settings import ServiceSettings
 
@@ -71,7 +70,7 @@ class WorkerSettings(ServiceSettings):
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
 
-    def create_discovery(self) -> Redis | None:
+    def create_discovery(self) -> AnyRedis | None:
         """Where to announce itself, if anywhere. Raises StartError where that is not a URL, or nobody could come."""
         if self.discovery_url is None:
             return None

@@ -11,15 +11,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import RedisClusterException, RedisError
 from ringmesh.inference.v1 import inference_pb2
 
-from services.runtime.server import StartError
+from services.runtime import redis_client
+from services.runtime.redis_url import Topology, parse_redis_url
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ HEARTBEAT_SECONDS = 1.0
 # How soon a change is written, and how soon it is read.
 CHANGE_SECONDS = 0.25
 TIMEOUT_SECONDS = 1.0
-FAILURES: Final = (RedisError, OSError, TimeoutError)
+FAILURES: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
+
+AnyRedis: TypeAlias = "Redis | RedisCluster"
 
 
 def key(address: str) -> str:
@@ -38,24 +40,19 @@ def key(address: str) -> str:
     return f"{ADDRESSES}:{address}"
 
 
-def connect(url: str) -> Redis:
+def connect(url: str) -> AnyRedis:
     """A client that neither retries nor waits long by itself. Raises StartError where the URL is not one."""
-    try:
-        return Redis.from_url(
-            url,
-            socket_connect_timeout=TIMEOUT_SECONDS,
-            socket_timeout=TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-            protocol=3,
-        )
-    except ValueError as error:
-        raise StartError(f"RINGMESH_DISCOVERY_URL: {url!r} is not a Redis URL: {error}") from None
+    found = parse_redis_url(url, "RINGMESH_DISCOVERY_URL")
+    options = {**redis_client.options(TIMEOUT_SECONDS), "socket_timeout": TIMEOUT_SECONDS}
+    if found.topology is Topology.CLUSTER:
+        return redis_client.cluster(found, options)
+    return redis_client.server(found, options)
 
 
 class Announcer:
     """Keeps what `describe` says in Redis. A Redis that is down is told when it is back."""
 
-    def __init__(self, redis: Redis, describe: Callable[[], inference_pb2.Announcement]) -> None:
+    def __init__(self, redis: AnyRedis, describe: Callable[[], inference_pb2.Announcement]) -> None:
         self._redis = redis
         self._describe = describe
         self._written = b""

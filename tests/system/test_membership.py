@@ -11,6 +11,7 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.runtime.discovery import ADDRESSES, key
 from tests.system.conftest import eventually
+from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 from tests.system.test_cache import fresh, infer
 
 Kind = router_pb2.WatchResponse.Kind
@@ -178,3 +179,45 @@ def after(begin, watchers, worker, kind):
 
     eventually(lambda: all(told(watcher) for watcher in watchers))
     return [round(told(watcher)[0] / 1000 - begin, 3) for watcher in watchers]
+
+
+@pytest.mark.proof
+@needs_redis_server
+async def test_workers_are_found_in_a_redis_cluster_and_a_primary_that_dies_loses_none(
+    start_worker,
+    start_router,
+    redis_cluster,  # noqa: F811
+    watch,
+):
+    first = start_worker("first", discovery_url=redis_cluster.url)
+    router = start_router([], None, discovery_url=redis_cluster.url)
+    watcher = watch(router.address)
+    eventually(lambda: watcher.healthy() == {first.address})
+    (primary,) = [server for server in redis_cluster.primaries() if server.cli("keys", "{rm:fleet}*")]
+    primary.kill()
+    second = start_worker("second", discovery_url=redis_cluster.url)
+    eventually(lambda: watcher.healthy() == {first.address, second.address}, 30)
+    assert "LEFT" not in watcher.kinds(first.address)
+
+
+@pytest.mark.proof
+@needs_redis_server
+async def test_workers_are_found_at_the_primary_that_sentinels_name(
+    start_worker,
+    start_router,
+    start_redis,  # noqa: F811
+    watch,
+):
+    primary = start_redis()
+    primary.wait()
+    sentinel = start_redis(f"sentinel monitor fleet 127.0.0.1 {primary.port} 1", sentinel=True)
+    sentinel.wait()
+    url = f"redis+sentinel://127.0.0.1:{sentinel.port}/fleet"
+    worker = start_worker("first", discovery_url=url)
+    router = start_router([], None, discovery_url=url)
+    watcher = watch(router.address)
+    eventually(lambda: watcher.healthy() == {worker.address})
+    worker.process.terminate()
+    assert worker.process.wait(20) == 0
+    eventually(lambda: watcher.members() == set())
+    assert primary.cli("smembers", ADDRESSES) == ""

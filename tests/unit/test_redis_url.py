@@ -1,6 +1,6 @@
 import pytest
 
-from cache.redis_url import Topology, parse_redis_url
+from services.runtime.redis_url import Topology, parse_redis_url
 from services.runtime.server import StartError
 
 
@@ -16,12 +16,12 @@ from services.runtime.server import StartError
     ],
 )
 def test_a_url_names_topology_hosts_and_service(url, topology, hosts, service):
-    found = parse_redis_url(url)
+    found = parse_redis_url(url, "RINGMESH_REDIS_URL")
     assert (found.topology, found.hosts, found.service) == (topology, hosts, service)
 
 
 def test_credentials_database_and_tls_become_options_of_the_connection():
-    options = parse_redis_url("rediss+sentinel://u%40x:p%25@a/s/4?sentinel_password=q&ssl_cert_reqs=none").options
+    options = parse_redis_url("rediss+sentinel://u%40x:p%25@a/s/4?sentinel_password=q&ssl_cert_reqs=none", "X").options
     assert (options["username"], options["password"], options["db"]) == ("u@x", "p%", 4)
     assert options["ssl_cert_reqs"] == "none"
     assert "sentinel_password" not in options
@@ -47,11 +47,11 @@ def test_credentials_database_and_tls_become_options_of_the_connection():
 )
 def test_what_is_no_redis_url_is_refused_with_what_is_wrong(url, says):
     with pytest.raises(StartError, match=says):
-        parse_redis_url(url)
+        parse_redis_url(url, "RINGMESH_REDIS_URL")
 
 
 def test_a_refusal_does_not_show_the_password():
     with pytest.raises(StartError) as caught:
-        parse_redis_url("redis+ring://user:hidden@one")
+        parse_redis_url("redis+ring://user:hidden@one", "X")
     assert "hidden" not in str(caught.value)
     assert "***@one" in str(caught.value)

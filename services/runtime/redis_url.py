@@ -47,13 +47,18 @@ class RedisUrl:
     options: Mapping[str, Any]
     sentinel_options: Mapping[str, Any]
 
+    @property
+    def is_secure(self) -> bool:
+        """Whether connections speak TLS."""
+        return "connection_class" in self.options and self.topology is not Topology.NODE
 
-def parse_redis_url(url: str) -> RedisUrl:
-    """Raises StartError, which says what is wrong and never the password."""
+
+def parse_redis_url(url: str, variable: str) -> RedisUrl:
+    """Raises StartError, which says what is wrong with the variable's value and never the password."""
     try:
         return _parse(url)
     except (ValueError, TypeError) as error:
-        raise StartError(f"RINGMESH_REDIS_URL: {_redacted(url)} is not a Redis URL: {error}") from None
+        raise StartError(f"{variable}: {_redacted(url)} is not a Redis URL: {error}") from None
 
 
 def _parse(url: str) -> RedisUrl:
