@@ -31,7 +31,7 @@ from tests.bench.harness import build_loadgen, free_port, running
 from tests.bench.models import MLP
 
 BODIES = 10_000
-console = Console(width=120)
+console = Console(width=140)
 
 
 @contextmanager
