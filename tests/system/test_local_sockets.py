@@ -12,8 +12,9 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 
 from services.console.scraper import fetch
-from tests.system.processes import free_address
+from tests.system.processes import Started, free_address
 from tests.system.test_faults import eventually, load
+from tests.system.test_fleet_faults import away  # noqa: F401
 
 METRICS = free_address()
 
@@ -103,3 +104,16 @@ async def test_a_worker_whose_socket_was_deleted_is_reached_over_tcp_again_and_n
     await eventually(moved)  # when it is asked to open another connection
     _, errors = await running
     assert errors == []
+
+
+@pytest.mark.proof
+async def test_a_worker_in_another_network_namespace_is_reached_over_tcp_though_its_socket_is_in_reach(
+    start_router,
+    away,  # noqa: F811
+):
+    worker = Started(away[0], None)
+    router = await asyncio.to_thread(start_router, [worker.address], None)
+    assert modes((await described(worker)).socket) == ["0o600", "0o700"]
+    _, errors = await load(router.address, 1.0)
+    assert errors == []
+    assert await over_tcp(router, worker) == 1

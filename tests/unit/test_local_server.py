@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from router.http2 import PREFACE, Frame
 from services.runtime.local_server import LocalServer
 from services.runtime.server import Engine, Server
 
@@ -30,6 +31,24 @@ async def test_one_that_stopped_keeps_no_core_busy(tmp_path):
     before = time.process_time()
     await asyncio.sleep(0.5)
     assert time.process_time() - before < 0.2
+
+
+@pytest.mark.parametrize("engine", [Engine.NATIVE, Engine.GRPCIO])
+async def test_who_is_connected_is_asked_to_go_when_it_stops(tmp_path, engine):
+    def listener(address):
+        return Server(engine, address, [], max_message_bytes=1 << 20, max_connection_age=300)
+
+    local = LocalServer(str(tmp_path), listener)
+    reader, writer = await asyncio.open_unix_connection(await local.start())
+    writer.write(PREFACE + bytes((0, 0, 0, Frame.SETTINGS, 0, 0, 0, 0, 0)))
+    received = await reader.read(100)
+    stopping = asyncio.create_task(local.stop(0))
+    async with asyncio.timeout(20):
+        while more := await reader.read(100):
+            received += more
+    assert bytes((0, 0, 8, Frame.GOAWAY, 0, 0, 0, 0, 0, 0x7F, 0xFF, 0xFF, 0xFF)) in received
+    writer.close()
+    await stopping
 
 
 async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_stays(tmp_path):
