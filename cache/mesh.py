@@ -87,7 +87,8 @@ class Mesh:
         self.valuable = Valuable(local, shared) if shared is not None else None
         self._refusals = refusals
         self._doorkeeper = doorkeeper
-        self._flights: SingleFlight[Found] = SingleFlight()
+        # Work under way, by key: rows of batches join and are joined here too.
+        self.flights: SingleFlight[Found] = SingleFlight()
         # Of the flights, so that those that join tell whose work they wait for.
         self._leaders: dict[bytes, Trace] = {}
         # What computing took of late, in seconds, by the model's half of the key.
@@ -116,7 +117,7 @@ class Mesh:
 
     def must_compute(self, key: bytes) -> bool:
         """Whether nothing but computing can answer what the local tier did not have: nobody to join or to ask."""
-        return self.shared is None and not self.peers.peers and key not in self._flights
+        return self.shared is None and not self.peers.peers and key not in self.flights
 
     async def get_or_compute(
         self,
@@ -142,7 +143,7 @@ class Mesh:
             return Found(entry, "hit-local")
         freshness = renewal.freshness if renewal is not None else None
         trace.leader = self._leaders.get(key)
-        found, joined = await self._flights.run(key, lambda: self._begin(key, compute, trace, freshness), deadline)
+        found, joined = await self.flights.run(key, lambda: self._begin(key, compute, trace, freshness), deadline)
         return Found(found.entry, "joined", found.worker) if joined else found
 
     def is_usable(self, key: bytes, entry: Entry, renewal: Renewal, now_ms: int) -> bool:
@@ -313,7 +314,7 @@ class Mesh:
 
     async def close(self) -> None:
         """Ends what is in flight and writes what Redis still lacks."""
-        self._flights.close()
+        self.flights.close()
         self.renewals.close()
         await self.peers.close()
         if self._doorkeeper is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from ringmesh.inference.v1 import inference_pb2
@@ -41,20 +40,21 @@ class UnlikeRowsError(Exception):
     """The rows do not make one answer; the batch must be computed whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    entry: Entry
-    outcome: Outcome
-    worker: str = ""
+class RowFailedError(Exception):
+    """A batch ended by `error` without this row: who joined it asks for the row by itself."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class RowCache:
-    """Finds the rows of batches in `mesh`. Equal rows in flight are computed once."""
+    """Finds the rows of batches in `mesh`. A row in flight, in a batch or as a request of its own, is computed once."""
 
     def __init__(self, mesh: Mesh, hasher: RequestHasher) -> None:
         self._mesh = mesh
         self._hasher = hasher
-        self._flights: dict[bytes, asyncio.Future[_Row]] = {}
+        self._flights = mesh.flights
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(
@@ -75,11 +75,11 @@ class RowCache:
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
         keys = [epochs.key(model.digest, model.name, row_hash) for row_hash in hashes]
         wanted = {key: index for index, key in enumerate(keys)}
-        found: dict[bytes, _Row] = {}
+        found: dict[bytes, Found] = {}
         for key in wanted:
             entry = self._mesh.local.get(key)
             if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and _is_fresh(model, entry):
-                found[key] = _Row(entry, "hit-local")
+                found[key] = Found(entry, "hit-local")
         known = sum(key in found for key in keys)
         missing = [key for key in wanted if key not in found]
         joined = {key: flight for key in missing if (flight := self._flights.get(key)) is not None}
@@ -90,9 +90,13 @@ class RowCache:
             for key, flight in joined.items():
                 try:
                     row = await asyncio.shield(flight)
-                    found[key] = _Row(row.entry, "joined", row.worker)
-                except (RingmeshError, UnlikeRowsError):
+                except (RingmeshError, RowFailedError):
                     failed.append(key)  # their caller's quota or deadline may have ended it, not ours
+                    continue
+                if self._mesh.local.peek(key) is row.entry:
+                    found[key] = Found(row.entry, "joined", row.worker)
+                else:
+                    failed.append(key)  # computed by what has replaced the model: rows of two models are no answer
             if failed:
                 found |= await self._lead(batch, model, failed, wanted, tenant, compute)
             rows = [found[key] for key in keys]
@@ -101,7 +105,7 @@ class RowCache:
             return None
         return self._whole(rows, known, value, whole)
 
-    def _whole(self, rows: Sequence[_Row], known: int, value: bytes, key: bytes) -> Found:
+    def _whole(self, rows: Sequence[Found], known: int, value: bytes, key: bytes) -> Found:
         """Kept in this process too, for the next time: Redis has the rows."""
         created = min(row.entry.created_at_ms for row in rows)
         self._mesh.local.put(key, Entry(value, sum(row.entry.compute_us for row in rows), created))
@@ -121,34 +125,40 @@ class RowCache:
         wanted: Mapping[bytes, int],
         tenant: str | None,
         compute: Compute,
-    ) -> dict[bytes, _Row]:
+    ) -> dict[bytes, Found]:
         if not keys:
             return {}
         loop = asyncio.get_running_loop()
-        flights = {key: self._flights.setdefault(key, loop.create_future()) for key in keys}
+        flights: dict[bytes, asyncio.Future[Found]] = {key: loop.create_future() for key in keys}
+        for key, flight in flights.items():
+            if key not in self._flights:
+                self._flights.lead(key, flight)
         task = asyncio.create_task(self._fly(batch, model, flights, wanted, tenant, compute))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return {key: await asyncio.shield(flight) for key, flight in flights.items()}
+        try:
+            return {key: await asyncio.shield(flight) for key, flight in flights.items()}
+        except RowFailedError as failed:
+            raise failed.error from None
 
     async def _fly(
         self,
         batch: Batch,
         model: ModelEntry,
-        flights: dict[bytes, asyncio.Future[_Row]],
+        flights: dict[bytes, asyncio.Future[Found]],
         wanted: Mapping[bytes, int],
         tenant: str | None,
         compute: Compute,
     ) -> None:
         """Lands all flights, in the shared tier or on a worker."""
-        landed: dict[bytes, _Row] = {}
-        failure: BaseException = UnlikeRowsError()
+        landed: dict[bytes, Found] = {}
+        failure: Exception = UnlikeRowsError()
         try:
             # Started together, the look-ups leave as one round trip.
             trace = untraced()
             shared = await asyncio.gather(*(self._mesh.look_up(key, trace) for key in flights))
             landed = {
-                key: _Row(entry, "hit-shared")
+                key: Found(entry, "hit-shared")
                 for key, entry in zip(flights, shared, strict=True)
                 if entry is not None and _is_fresh(model, entry)
             }
@@ -158,15 +168,12 @@ class RowCache:
             failure = error
         finally:
             for key, flight in flights.items():
-                if self._flights.get(key) is flight:
-                    del self._flights[key]
-                if flight.done():
-                    continue
-                if key in landed:
-                    flight.set_result(landed[key])
-                else:
-                    flight.set_exception(failure)
-                    flight.exception()  # all callers may have left
+                if not flight.done():
+                    if key in landed:
+                        flight.set_result(landed[key])
+                    else:
+                        flight.set_exception(RowFailedError(failure))
+                self._flights.landed(key, flight)
 
     async def _compute(
         self,
@@ -176,7 +183,7 @@ class RowCache:
         wanted: Mapping[bytes, int],
         tenant: str | None,
         compute: Compute,
-    ) -> dict[bytes, _Row]:
+    ) -> dict[bytes, Found]:
         request = smaller(batch, [wanted[key] for key in keys])
         data = request.SerializeToString()
         result, worker = await compute(data, self._hasher.hash(request, model.outputs, tenant))
@@ -184,7 +191,7 @@ class RowCache:
             raise UnlikeRowsError  # replaced meanwhile: rows of two models are no answer
         compute_us = result.timing.compute_us // max(1, result.timing.batch_rows)
         rows = {
-            key: _Row(Entry(value, int(compute_us)), "miss", worker)
+            key: Found(Entry(value, int(compute_us)), "miss", worker)
             for key, value in zip(keys, cut_response(result.response, len(keys)), strict=True)
         }
         for key, row in rows.items():

@@ -366,6 +366,8 @@ class InferenceService:
                 # Where it joined another caller's request, the refusal was not meant for it.
                 if refused.caller == call.caller:
                     raise
+            except rows.RowFailedError:
+                pass  # nor was the failure of a batch that has the same row
 
     async def _find_rows(
         self, call: _Admitted, model: ModelEntry, deadline: float | None, epochs: Epochs, key: bytes

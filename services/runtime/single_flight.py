@@ -37,7 +37,7 @@ class SingleFlight(Generic[Result]):
             except DeadlineExceededError:
                 if deadline is not None and deadline <= time.monotonic():
                     raise
-                self._landed(key, flight)
+                self.landed(key, flight)
         flight = asyncio.create_task(work())
         self.lead(key, flight)
         await _wait(flight, deadline)
@@ -47,17 +47,22 @@ class SingleFlight(Generic[Result]):
         """Whether it is in flight."""
         return key in self._flights
 
+    def get(self, key: bytes) -> asyncio.Future[Result] | None:
+        """What is in flight, to be waited for behind asyncio.shield."""
+        return self._flights.get(key)
+
     def lead(self, key: bytes, flight: asyncio.Future[Result]) -> None:
         """Others may join `flight`, which is under way; there is none of this key yet."""
         self._flights[key] = flight
-        flight.add_done_callback(partial(self._landed, key))
+        flight.add_done_callback(partial(self.landed, key))
 
     def close(self) -> None:
         """Cancels what is in flight; those that wait for it are cancelled too."""
         for flight in list(self._flights.values()):
             flight.cancel()
 
-    def _landed(self, key: bytes, flight: asyncio.Future[Result]) -> None:
+    def landed(self, key: bytes, flight: asyncio.Future[Result]) -> None:
+        """`flight` is done and is not joined any more. Called by itself soon after."""
         if self._flights.get(key) is flight:
             del self._flights[key]
         if not flight.cancelled():

@@ -75,6 +75,18 @@ async def test_batches_that_overlap_in_flight_compute_each_row_once(channel):
         assert response.raw_output_contents[0][:280] == first[:280]
 
 
+async def test_a_batch_and_requests_of_its_rows_in_flight_compute_each_row_once(channel):
+    rows = fresh_rows(16)
+    before = await rows_computed(channel)
+    singles = [infer(channel, batch(rows[row : row + 1])) for row in range(16)]
+    batches = [infer(channel, batch(rows[start : start + 8])) for start in (0, 8, 4)]
+    answers = await asyncio.gather(*batches[:1], *singles, *batches[1:])
+    assert await rows_computed(channel) - before == 16
+    alone = [response.raw_output_contents[0] for response, _ in answers[1:17]]
+    for (response, _), start in zip([answers[0], *answers[17:]], (0, 8, 4), strict=True):
+        assert response.raw_output_contents[0] == b"".join(alone[start : start + 8])
+
+
 async def test_a_mistake_in_a_batch_is_told_as_ever(channel):
     wrong = batch(fresh_rows(4))
     wrong.inputs[0].shape[:] = [4, 63]

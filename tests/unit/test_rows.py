@@ -12,9 +12,11 @@ from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher
 from cache.local_tier import LocalTier
+from cache.mesh import Found
 from router.catalog import ModelEntry
-from router.rows import MAX_ROWS, RowCache, UnlikeRowsError, cut_response, join, smaller, split
+from router.rows import MAX_ROWS, RowCache, RowFailedError, UnlikeRowsError, cut_response, join, smaller, split
 from services.runtime.errors import UnavailableError
+from services.runtime.single_flight import SingleFlight
 from services.runtime.tensors import DATATYPES, decode, encode
 
 HASHER = RequestHasher("secret")
@@ -128,6 +130,7 @@ class FakeMesh:
         self.local = LocalTier(1 << 20)
         self.shared = {}
         self.purges = SimpleNamespace(oldest_ms=0)
+        self.flights = SingleFlight()
 
     async def look_up(self, key, _):
         await asyncio.sleep(0)
@@ -210,7 +213,7 @@ async def test_rows_in_flight_are_joined_and_outlive_the_caller_that_started_the
     worker.gate.set()
     assert (await second).entry.value == response([2, 3])
     assert worker.computed == [[1, 2], [3]]
-    assert not cache._flights
+    assert not cache._flights._flights
 
 
 async def test_a_failure_of_another_caller_is_not_ours():
@@ -226,6 +229,64 @@ async def test_a_failure_of_another_caller_is_not_ours():
         await first
     assert (await second).entry.value == response([2, 1])
     assert worker.computed == [[1, 2], [2, 1]]
+
+
+def alone(mesh, value, worker):
+    """A request of one row, as the mesh runs it."""
+    key = MODEL.digest + HASHER.hash(request([value]))
+
+    async def work():
+        result, _ = await worker(request([value]).SerializeToString(), b"")
+        entry = Entry(result.response, 1)
+        mesh.local.put(result.model_digest + key[16:], entry)
+        return Found(entry, "miss", "w")
+
+    return mesh.flights.run(key, work, None)
+
+
+@pytest.mark.parametrize("first", ["batch", "alone"])
+async def test_a_row_in_flight_is_joined_whether_it_is_in_a_batch_or_alone(first):
+    mesh, worker = FakeMesh(), FakeWorker()
+    cache = RowCache(mesh, HASHER)
+    worker.gate = asyncio.Event()
+    calls = [find(cache, [1, 2], worker), alone(mesh, 2, worker)]
+    tasks = []
+    for call in calls if first == "batch" else calls[::-1]:
+        tasks.append(asyncio.create_task(call))
+        await asyncio.sleep(0.01)
+    worker.gate.set()
+    batch, single = await asyncio.gather(*(tasks if first == "batch" else tasks[::-1]))
+    assert batch.entry.value == response([1, 2])
+    assert single[0].entry.value == response([2])
+    assert worker.computed == ([[1, 2]] if first == "batch" else [[2], [1]])
+
+
+async def test_who_joined_a_row_of_a_batch_that_failed_asks_for_it_again():
+    mesh, worker = FakeMesh(), FakeWorker()
+    worker.gate, worker.failures = asyncio.Event(), [UnavailableError("gone")]
+    batch = asyncio.create_task(find(RowCache(mesh, HASHER), [1, 2], worker))
+    await asyncio.sleep(0.01)
+    single = asyncio.create_task(alone(mesh, 2, worker))
+    await asyncio.sleep(0.01)
+    worker.gate.set()
+    with pytest.raises(RowFailedError):
+        await single
+    with pytest.raises(UnavailableError):
+        await batch
+    assert (await alone(mesh, 2, worker))[0].entry.value == response([2])
+
+
+async def test_a_row_that_another_model_computed_meanwhile_is_not_put_into_the_batch():
+    mesh, worker, replaced = FakeMesh(), FakeWorker(), FakeWorker(digest=b"n" * 16)
+    replaced.gate = asyncio.Event()
+    single = asyncio.create_task(alone(mesh, 2, replaced))
+    await asyncio.sleep(0.01)
+    batch = asyncio.create_task(find(RowCache(mesh, HASHER), [1, 2], worker))
+    await asyncio.sleep(0.01)
+    replaced.gate.set()
+    await single
+    assert (await batch).entry.value == response([1, 2])
+    assert worker.computed == [[1], [2]]
 
 
 async def test_rows_of_two_models_are_never_joined():
