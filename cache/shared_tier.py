@@ -53,7 +53,7 @@ class SharedTier:
         self, url: str, *, ttl_seconds: float, budget_seconds: float, create_breaker: Callable[[], Breaker]
     ) -> None:
         self.ttl_ms = int(ttl_seconds * 1000)
-        self._budget = budget_seconds
+        self.budget_seconds = budget_seconds
         self._create_breaker = create_breaker
         self._check_task: asyncio.Task[None] | None = None
         self.counters = TierCounters("shared")
@@ -145,7 +145,7 @@ class SharedTier:
         return RedisNode(
             name,
             client,
-            budget_seconds=self._budget,
+            budget_seconds=self.budget_seconds,
             breaker=self._create_breaker(),
             one_slot=one_slot,
             on_failure=on_failure,

@@ -24,7 +24,8 @@ class ModelEntry:
     `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
     batch are cached one by one. With `hedged`, a slow attempt is made elsewhere too. An ensemble has a `plan`; with
     `cache_steps` the router runs it step by step, each through the cache. From a `semantic_threshold` above 0, a
-    vector may be answered as a similar one was. `freshness` says how long answers are given; None: without end.
+    vector, or what `semantic_embedding` makes of the inputs, may be answered as a similar one was. `freshness` says
+    how long answers are given; None: without end.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelEntry:
     row_cache: bool = False
     hedged: bool = False
     semantic_threshold: float = 0.0
+    semantic_embedding: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
     cache_steps: bool = False
@@ -138,5 +140,6 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         provider=model.provider,
         hedged=model.hedged,
         semantic_threshold=model.semantic_threshold,
+        semantic_embedding=model.semantic_embedding,
         freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,
     )

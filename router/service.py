@@ -18,7 +18,7 @@ from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh, Renewal
 from cache.request_memo import LARGEST_BYTES, RequestMemo
-from cache.semantic_index import SemanticIndex
+from cache.semantic_tier import SemanticTier
 from router import ensembles, request_span, rows, similar
 from router.admission.caller import ANYBODY, ROUTER, RefusedError, caller_of
 from router.admission.quotas import Quotas
@@ -92,7 +92,7 @@ class InferenceService:
         self._report = report
         self._memo = RequestMemo[_Meaning](_REMEMBERED)
         self._hits = 0
-        self._semantic = SemanticIndex()
+        self._semantic = SemanticTier(mesh.shared)
         self._sequences = KeyedLock()
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
@@ -321,32 +321,56 @@ class InferenceService:
 
         if call.control is not None:
             return await self._mesh.get_or_compute_as_told(key, compute, call.control, call.trace, model.freshness)
-        question = None
-        if model.semantic_threshold:
-            question = similar.question(v2.ModelInferRequest.FromString(call.data))
-        if question is None:
+        asked = await self._asked(call, model, deadline) if model.semantic_threshold else None
+        if asked is None:
             return await self._find_exact(call, model, key, compute, deadline)
+        question, space = asked
         tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
-        (kind,) = self._hasher.hash_rows(question.request, [[b""]], model.outputs, tenant)
-        group = model.digest + kind + epochs.version.to_bytes(8, "little")
+        (kind,) = self._hasher.hash_rows(
+            question.request, [[b""] * len(question.request.inputs)], model.outputs, tenant
+        )
+        group = model.digest + kind + space + epochs.version.to_bytes(8, "little")
         found = await self._find_similar(call, model, group, question, key)
         if found is None:
             found = await self._find_exact(call, model, key, compute, deadline)
             self._semantic.add(group, question.vector, key)
         return found
 
+    async def _asked(
+        self, call: _Admitted, model: ModelEntry, deadline: float | None
+    ) -> tuple[similar.Question, bytes] | None:
+        """What it asks, and the digest of the embedding model that says so, b"" without one.
+
+        None where it is no single vector; also where the embedding failed: then it is computed, as it would be anyway.
+        """
+        request = v2.ModelInferRequest.FromString(call.data)
+        if not model.semantic_embedding:
+            question = similar.question(request)
+            return None if question is None else (question, b"")
+        data = similar.to_embed(request, model.semantic_embedding)
+        if data is None:
+            return None
+        try:
+            space = self._fleet.view.catalog.find(model.semantic_embedding, "").digest
+            answer = await self._run_step(data, call, deadline, [])
+        except RingmeshError as error:
+            log.info("model %s: what is similar is not known: %s", model.name, error.message)
+            return None
+        question = similar.embedded(request, answer.value)
+        return None if question is None else (question, space)
+
     async def _find_similar(
         self, call: _Admitted, model: ModelEntry, group: bytes, question: similar.Question, key: bytes
     ) -> Found | None:
-        """An answer in this process to a request near enough; but the right one where the shared tier has it."""
-        near = self._semantic.nearest(group, question.vector)
-        if near is None or near.key == key or near.similarity < model.semantic_threshold:
+        """The answer to a request near enough; but the right one where the shared tier has it."""
+        near = await self._semantic.nearest(group, question.vector, model.semantic_threshold)
+        if near is None or near.key == key:
             return None
         exact = await self._mesh.look_up(key, call.trace)
         if exact is not None and self._takes(call, model, exact):
             return Found(exact, "hit-shared")
-        entry = self._mesh.local.get(near.key)
-        if entry is None or entry.created_at_ms < self._mesh.purges.oldest_ms or not self._takes(call, model, entry):
+        entry = await self._mesh.find(near.key)
+        if entry is None or not self._takes(call, model, entry):
             return None
         return Found(entry, "hit-semantic", similarity=near.similarity)
 

@@ -83,6 +83,31 @@ def similar(repository: Path) -> Path:
     return folder
 
 
+def words(repository: Path) -> Path:
+    """BYTES x[n,m] of words -> FP32 y[n,8]: how often each of eight is among them."""
+    pool = ["to", "be", "or", "not", "that", "is", "the", "question"]
+    node = helper.make_node(
+        "TfIdfVectorizer", ["x"], ["y"], mode="TF", min_gram_length=1, max_gram_length=1, max_skip_count=0,
+        ngram_counts=[0], ngram_indexes=range(len(pool)), pool_strings=pool,
+    )  # fmt: skip
+    x, y = value("x", TensorProto.STRING, "n", "m"), value("y", TensorProto.FLOAT, "n", len(pool))
+    return save(repository, "words", [node], [x], [y])
+
+
+def texts(repository: Path) -> Path:
+    """BYTES x[n,m] -> y[n,m], the same; answered as a text was whose `words` have a cosine of 0.95."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    x, y = value("x", TensorProto.STRING, "n", "m"), value("y", TensorProto.STRING, "n", "m")
+    folder = save(repository, "texts", [node], [x], [y])
+    (folder.parent / "config.pbtxt").write_text(
+        """
+        parameters { key: "ringmesh_semantic_threshold" value { string_value: "0.95" } }
+        parameters { key: "ringmesh_semantic_embedding" value { string_value: "words" } }
+        """
+    )
+    return folder
+
+
 def expiring(repository: Path, *, ttl: float, stale: float = 0, name="expiring") -> Path:
     """As mlp; answers are fresh for `ttl` seconds and given for `stale` more."""
     folder = mlp(repository, name=name)
@@ -297,6 +322,6 @@ def build(repository: Path) -> Path:
     """All that the system tests ask for."""
     for name in IDENTITIES:
         identity(repository, name)
-    for make in (mlp, row_cached, similar, add_sub, accumulator, pipeline, random, scoped, slow):
+    for make in (mlp, row_cached, similar, words, texts, add_sub, accumulator, pipeline, random, scoped, slow):
         make(repository)
     return repository

@@ -18,11 +18,12 @@ TENANT_SCOPE = "ringmesh_tenant_scope"
 ROW_CACHE = "ringmesh_row_cache"
 HEDGE = "ringmesh_hedge"
 SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
+SEMANTIC_EMBEDDING = "ringmesh_semantic_embedding"
 CACHE_TTL = "ringmesh_cache_ttl_seconds"
 CACHE_STALE = "ringmesh_cache_stale_seconds"
 # Parameters that are ours; each is "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
-_OURS = _FLAGS | {SEMANTIC_THRESHOLD, CACHE_TTL, CACHE_STALE}
+_OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE}
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
@@ -199,6 +200,13 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
         value = config.parameters[SEMANTIC_THRESHOLD].string_value
         raise ConfigError(f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it is a number above 0, 1 at most")
+    if SEMANTIC_EMBEDDING in config.parameters:
+        embedding = config.parameters[SEMANTIC_EMBEDDING].string_value
+        if embedding in ("", name) or SEMANTIC_THRESHOLD not in config.parameters:
+            raise ConfigError(
+                f"{path}: parameter {SEMANTIC_EMBEDDING} is {embedding!r}; it is the name of another model, "
+                f"beside {SEMANTIC_THRESHOLD}"
+            )
     for parameter in (CACHE_TTL, CACHE_STALE):
         if milliseconds(config, parameter) < 0:
             value = config.parameters[parameter].string_value

@@ -41,6 +41,7 @@ class Ensemble:
     provider = "ensemble"
     row_cache = False
     semantic_threshold = 0.0
+    semantic_embedding = ""
     # What waits, waits for its steps.
     waiting = 0
 

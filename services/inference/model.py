@@ -19,6 +19,7 @@ from services.inference.config import (
     CACHE_TTL,
     HEDGE,
     ROW_CACHE,
+    SEMANTIC_EMBEDDING,
     TENANT_SCOPE,
     ConfigError,
     ModelConfig,
@@ -115,6 +116,11 @@ class OnnxModel:
         self.row_cache_reason = self._why_no_row_cache()
         self.row_cache = not self.row_cache_reason
         self.semantic_threshold = semantic_threshold(self._config) if self.cacheable else 0.0
+        self.semantic_embedding = (
+            self._config.parameters[SEMANTIC_EMBEDDING].string_value
+            if SEMANTIC_EMBEDDING in self._config.parameters
+            else ""
+        )
 
     def _why_no_row_cache(self) -> str:
         """Raises ModelLoadError where it is asked for and cannot be."""

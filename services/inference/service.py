@@ -212,6 +212,7 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         row_cache=model.row_cache,
         hedged=model.hedged,
         semantic_threshold=model.semantic_threshold,
+        semantic_embedding=model.semantic_embedding,
         ttl_ms=model.ttl_ms,
         stale_ms=model.stale_ms,
         unloaded=not held.loaded,

@@ -1,11 +1,15 @@
 """The semantic tier: approximate, always marked, and only where a model asks for it."""
 
 import subprocess
+import uuid
 
 import grpc
 import numpy as np
 import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.tensors import encode
+from tests.models import texts
 from tests.system.conftest import RINGMESH
 from tests.system.test_cache import infer
 from tests.system.test_rows import batch
@@ -64,6 +68,34 @@ async def test_what_asks_for_something_else_is_not_similar(channel, change):
     elif change == "batch":
         request = batch(np.concatenate([near(vector, 0.999)] * 2), "similar")
     assert (await infer(channel, request))[1]["ringmesh-cache"] == "miss"
+
+
+def text(words, model="texts"):
+    array = np.array([[word.encode() for word in words.split()]], object)
+    request = v2.ModelInferRequest(model_name=model, raw_input_contents=[encode(array)])
+    request.inputs.add(name="x", datatype="BYTES", shape=array.shape)
+    return request
+
+
+async def test_a_text_is_answered_as_one_was_whose_embedding_is_near(channel):
+    unique = uuid.uuid4().hex  # no word of the embedding
+    first, told = await infer(channel, text(f"to be or not to be that is the question {unique}"))
+    assert told["ringmesh-cache"] == "miss"
+    second, told = await infer(channel, text(f"the question is to be or not to be {unique}"))
+    assert (told["ringmesh-cache"], told["ringmesh-similarity"]) == ("hit-semantic", "0.9636")  # 13 / sqrt(14 * 13)
+    assert second.SerializeToString() == first.SerializeToString()
+    assert (await infer(channel, text(f"not the question {unique}")))[1]["ringmesh-cache"] == "miss"
+    assert (await infer(channel, text(f"nothing known {unique}")))[1]["ringmesh-cache"] == "miss"
+    assert (await infer(channel, text(f"to be {unique}", model="identity_bytes")))[1]["ringmesh-cache"] == "miss"
+
+
+async def test_without_its_embedding_model_a_request_is_computed_as_ever(start_worker, start_router, tmp_path):
+    texts(tmp_path)
+    worker = start_worker("worker", models=tmp_path)
+    router = start_router([worker.address], None)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        for words in ("to be or not", "or not to be"):
+            assert (await infer(channel, text(words)))[1]["ringmesh-cache"] == "miss"
 
 
 def test_the_tool_tells_how_often_a_similar_answer_would_be_right(stack, tmp_path):

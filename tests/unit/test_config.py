@@ -56,6 +56,10 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
             'parameters { key: "ringmesh_cache_stale_seconds" value { string_value: "5" } }',
             ["ringmesh_cache_stale_seconds", "needs ringmesh_cache_ttl_seconds"],
         ),
+        (
+            'parameters { key: "ringmesh_semantic_embedding" value { string_value: "e" } }',
+            ["ringmesh_semantic_embedding", "'e'", "beside ringmesh_semantic_threshold"],
+        ),
         ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
     ],
 )
