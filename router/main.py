@@ -27,6 +27,7 @@ from router.service import InferenceService
 from router.settings import RouterSettings
 from router.slo import Objectives, Slo
 from router.tail_latency import TailLatency
+from services.runtime import huge_pages
 from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
 from services.runtime.load_report import LoadReport
@@ -112,7 +113,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
-    tickers = [asyncio.create_task(work) for work in (requests.keep_marking(), slo.keep_sampling())]
+    works = (requests.keep_marking(), slo.keep_sampling(), huge_pages.keep_collapsing())
+    tickers = [asyncio.create_task(work) for work in works]
     await stopping.wait()
     fleet.events.close()
     cache.close()
