@@ -1,0 +1,32 @@
+from google.protobuf import text_format
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import model_config_pb2
+
+from cache.freshness import Freshness
+from router.catalog import Catalog
+
+
+def version(name, **fields):
+    return inference_pb2.ModelVersion(name=name, version="1", digest=name.encode(), cacheable=True, **fields)
+
+
+def test_an_ensemble_is_as_fresh_as_its_shortest_lived_step():
+    text = """
+        input { name: "a" } output { name: "c" }
+        ensemble_scheduling {
+          step { model_name: "one" input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }
+          step { model_name: "two" input_map { key: "x" value: "b" } output_map { key: "y" value: "c" } }
+        }
+    """
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    whole = inference_pb2.Ensemble(own_digest=b"w", config=config)
+    steps = [version("one", ttl_ms=5000, stale_ms=100), version("two")]
+    assert Catalog([steps]).find("one", "").freshness == Freshness(5000, 100)
+    assert Catalog([steps]).find("two", "").freshness is None
+    assert Catalog([[*steps, version("e", ensemble=whole)]]).find("e", "").freshness == Freshness(5000, 100)
+    ensemble = version("e", ensemble=whole, ttl_ms=1000, stale_ms=900)
+    assert Catalog([[*steps, ensemble]]).find("e", "").freshness == Freshness(1000, 100)
+
+
+def test_the_models_that_keep_tenants_apart_are_told():
+    assert Catalog([[version("one", tenant_scoped=True), version("two")]]).tenant_scoped == ["one"]
