@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,31 +28,34 @@ _LEAST_RESIDENT = 500
 
 async def keep_collapsing() -> None:
     """Until cancelled; returns at once where the kernel cannot."""
-    while True:
-        try:
-            await asyncio.to_thread(collapse)
-        except OSError as error:
-            log.debug("memory stays on small pages: %s", error)
-            return
-        await asyncio.sleep(_ROUND_SECONDS)
+    stopping = threading.Event()
+    try:
+        while True:
+            await asyncio.to_thread(collapse, stopping)
+            await asyncio.sleep(_ROUND_SECONDS)
+    except OSError as error:
+        log.debug("memory stays on small pages: %s", error)
+    finally:
+        stopping.set()
 
 
-def collapse() -> int:
+def collapse(stopping: threading.Event) -> int:
     """How many bytes are on huge pages after it. Raises OSError where the system knows no such thing."""
     libc = ctypes.CDLL(None, use_errno=True)
     resident = (ctypes.c_ubyte * (_HUGE // _PAGE))()
     done = 0
     for start in _anonymous():
+        if stopping.is_set():
+            break
         address, size = ctypes.c_void_p(start), ctypes.c_size_t(_HUGE)
         if libc.mincore(address, size, resident) or sum(resident) < _LEAST_RESIDENT:
             continue
         began = time.monotonic()
         if libc.madvise(address, size, _MADV_COLLAPSE) == 0:
             done += _HUGE
-        if (
-            time.monotonic() - began > _PAUSE_SECONDS / 10
-        ):  # it was copied: on huge pages already, this takes a microsecond
-            time.sleep(_PAUSE_SECONDS)
+        # What lies on huge pages already takes a microsecond.
+        if time.monotonic() - began > _PAUSE_SECONDS / 10:
+            stopping.wait(_PAUSE_SECONDS)
     return done
 
 
