@@ -94,10 +94,8 @@ class FastLaneServer(native.Server):
             admitted, rest, afterwards = self._answer_at_once(front, events)
             self.lane_seconds = time.thread_time()
             try:
-                if admitted or rest:
-                    loop.call_soon_threadsafe(self._take, admitted, rest)
-                for call in afterwards:
-                    loop.call_soon_threadsafe(call)
+                if admitted or rest or afterwards:
+                    loop.call_soon_threadsafe(self._take, admitted, rest, afterwards)
             except RuntimeError:
                 # The loop was closed without stop().
                 front.close()
@@ -129,7 +127,9 @@ class FastLaneServer(native.Server):
                 afterwards.append(answer.afterwards)
         return admitted, rest, afterwards
 
-    def _take(self, admitted: list[_Admitted], events: list[tuple[Any, ...]]) -> None:
+    def _take(
+        self, admitted: list[_Admitted], events: list[tuple[Any, ...]], afterwards: list[Callable[[], None]]
+    ) -> None:
         """On the event loop."""
         front, loop = self._front, self._loop
         assert front is not None
@@ -143,9 +143,12 @@ class FastLaneServer(native.Server):
             self._finishing[call_id] = loop.create_task(self._finish(front, lane, call_id, call, deadline))
         if events:
             for event in events:
-                if event[0] == EVENT_CANCEL and (task := self._finishing.get(event[1])) is not None:
+                # It may not have begun, and then would not come to its end either.
+                if event[0] == EVENT_CANCEL and (task := self._finishing.pop(event[1], None)) is not None:
                     task.cancel()
             self._on_events(events)
+        for then in afterwards:
+            loop.call_soon(then)
 
     async def _finish(
         self, front: NativeGrpcFront, lane: Lane, call_id: int, call: object, deadline: float | None
@@ -160,7 +163,7 @@ class FastLaneServer(native.Server):
             log.exception("a lane failed")
             answer = failure(unexpected(error))
         finally:
-            del self._finishing[call_id]
+            self._finishing.pop(call_id, None)
         _send(front, call_id, answer)
         if answer.afterwards is not None:
             answer.afterwards()

@@ -37,7 +37,8 @@ async def test_a_lane_answers_while_the_event_loop_is_held_up():
             time.sleep(0.001)  # noqa: ASYNC251, holds up the event loop
         assert answer.result(0) == b"at once x"
         assert done == [b"warm"]
-        await asyncio.sleep(0)
+        for _ in range(3):  # told to the event loop, which then does it
+            await asyncio.sleep(0)
         assert done == [b"warm", b"x"]
     await server.stop(0)
 
@@ -75,6 +76,23 @@ async def test_a_caller_that_leaves_cancels_what_is_being_finished():
         await asyncio.wait_for(begun.wait(), 10)
         call.cancel()
         await asyncio.wait_for(cancelled.wait(), 10)
+    await server.stop(0)
+
+
+async def test_a_caller_that_leaves_before_anything_is_begun_leaves_nothing_behind():
+    async def finish(call, deadline):
+        await asyncio.sleep(60)
+
+    server, channel = await serve(lambda data, _: data, finish)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
+        await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
+        time.sleep(0.2)  # noqa: ASYNC251, both come in one turn of the event loop
+        call.cancel()
+        time.sleep(0.2)  # noqa: ASYNC251
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        assert server._finishing == {}
     await server.stop(0)
 
 
