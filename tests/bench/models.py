@@ -11,6 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from services.cli import demo_models, magika_features
 from tests import models as small
 
+# Of a row of what `write_layers` makes.
+FEATURES = 256
+
 
 @dataclass(frozen=True)
 class Model:
@@ -59,20 +62,25 @@ def _magika(repository: Path) -> None:
 
 
 def _dense(repository: Path) -> None:
+    write_layers(repository, "dense", 1024)
+
+
+def write_layers(repository: Path, name: str, width: int) -> Path:
+    """A model of four layers, two of them [width, width]: from rows of FEATURES to rows of 16. Its file."""
     rng = np.random.default_rng(0)
-    shapes = {"w1": (256, 1024), "w2": (1024, 1024), "w3": (1024, 1024), "w4": (1024, 16)}
+    shapes = {"w1": (FEATURES, width), "w2": (width, width), "w3": (width, width), "w4": (width, 16)}
     weights = [
-        numpy_helper.from_array((rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), name)
-        for name, shape in shapes.items()
+        numpy_helper.from_array((rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), weight)
+        for weight, shape in shapes.items()
     ]
     nodes, last = [], "x"
-    for name in ("w1", "w2", "w3"):
-        nodes.append(helper.make_node("MatMul", [last, name], [f"{name}_product"]))
-        nodes.append(helper.make_node("Relu", [f"{name}_product"], [f"{name}_out"]))
-        last = f"{name}_out"
+    for weight in ("w1", "w2", "w3"):
+        nodes.append(helper.make_node("MatMul", [last, weight], [f"{weight}_product"]))
+        nodes.append(helper.make_node("Relu", [f"{weight}_product"], [f"{weight}_out"]))
+        last = f"{weight}_out"
     nodes.append(helper.make_node("MatMul", [last, "w4"], ["y"]))
-    x, y = small.value("x", TensorProto.FLOAT, "n", 256), small.value("y", TensorProto.FLOAT, "n", 16)
-    small.save(repository, "dense", nodes, [x], [y], weights)
+    x, y = small.value("x", TensorProto.FLOAT, "n", FEATURES), small.value("y", TensorProto.FLOAT, "n", 16)
+    return small.save(repository, name, nodes, [x], [y], weights) / "model.onnx"
 
 
 def _image(repository: Path) -> None:

@@ -15,31 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 
-from tests import models as small
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, free_port, load, running
+from tests.bench.models import FEATURES, write_layers
 
-FEATURES = 256
 CALLERS = 64
-
-
-def write_wide(repository: Path, width: int) -> Path:
-    rng = np.random.default_rng(0)
-    shapes = {"w1": (FEATURES, width), "w2": (width, width), "w3": (width, width), "w4": (width, 16)}
-    weights = [
-        numpy_helper.from_array((rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), name)
-        for name, shape in shapes.items()
-    ]
-    nodes, last = [], "x"
-    for name in ("w1", "w2", "w3"):
-        nodes.append(helper.make_node("MatMul", [last, name], [f"{name}_product"]))
-        nodes.append(helper.make_node("Relu", [f"{name}_product"], [f"{name}_out"]))
-        last = f"{name}_out"
-    nodes.append(helper.make_node("MatMul", [last, "w4"], ["y"]))
-    x, y = small.value("x", TensorProto.FLOAT, "n", FEATURES), small.value("y", TensorProto.FLOAT, "n", 16)
-    return small.save(repository, "wide", nodes, [x], [y], weights) / "model.onnx"
 
 
 def run_for(session: onnxruntime.InferenceSession, rows: int, seconds: float) -> tuple[float, float]:
@@ -64,7 +45,7 @@ def main() -> None:
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder:
         repository = Path(folder) / "models"
-        file = write_wide(repository, arguments.width)
+        file = write_layers(repository, "wide", arguments.width)
         if arguments.delay_us:
             (repository / "wide/config.pbtxt").write_text(
                 "max_batch_size: 64 dynamic_batching { preferred_batch_size: 64 "
