@@ -229,13 +229,13 @@ class InferenceService:
     def _is_usable(self, call: _Admitted, model: ModelEntry, key: bytes, entry: Entry) -> bool:
         """Whether its age lets an answer be given. One whose time soon is over is computed anew off the path."""
         now_ms = call.start // 1_000_000
-        renewal = self._renewal(call, model)
-        if renewal is None or renewal.freshness.is_young(entry.created_at_ms, now_ms):
+        freshness = model.freshness
+        if freshness is None or freshness.is_young(entry.created_at_ms, now_ms):
             return True
-        if renewal.freshness.is_over(entry.created_at_ms, now_ms):
+        if freshness.is_over(entry.created_at_ms, now_ms):
             return False
-        call.stale = renewal.freshness.is_stale(entry.created_at_ms, now_ms)
-        if self._mesh.is_due(key, entry, renewal.freshness, now_ms):
+        call.stale = freshness.is_stale(entry.created_at_ms, now_ms)
+        if self._mesh.is_due(key, entry, freshness, now_ms) and (renewal := self._renewal(call, model)):
             call.renew = lambda: self._mesh.renew(key, entry, renewal)
         return True
 
