@@ -85,8 +85,8 @@ async def test_a_caller_that_leaves_before_anything_is_begun_leaves_nothing_behi
 
     server, channel = await serve(lambda data, _: data, finish)
     with channel:
-        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
         await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
         time.sleep(0.2)  # noqa: ASYNC251, both come in one turn of the event loop
         call.cancel()
         time.sleep(0.2)  # noqa: ASYNC251
