@@ -11,6 +11,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 _FLUSH_SECONDS = 0.1
+# What answers leave to be done waits so long: a wake-up, and a change of the GIL's holder, costs more than most of it.
+_AFTERWARDS_SECONDS = 0.02
 # How soon, and at least how often, a stream whose client does not read is tried again.
 _RETRY_SECONDS = 0.001
 _LONGEST_RETRY_SECONDS = 0.05
@@ -42,6 +45,9 @@ class FastLaneServer(native.Server):
         self._draining = False
         # Calls that `finish` is at, by id.
         self._finishing: dict[int, asyncio.Task[None]] = {}
+        # What answers leave to be done, until the event loop is told.
+        self._afterwards: deque[Callable[[], None]] = deque()
+        self._is_told = False
         # CPU time of the lanes' thread.
         self.lane_seconds = 0.0
 
@@ -91,11 +97,14 @@ class FastLaneServer(native.Server):
         assert front is not None
         assert loop is not None
         while (events := front.recv_batch_details(_BATCH)) is not None:
-            admitted, rest, afterwards = self._answer_at_once(front, events)
+            admitted, rest = self._answer_at_once(front, events)
             self.lane_seconds = time.thread_time()
             try:
-                if admitted or rest or afterwards:
-                    loop.call_soon_threadsafe(self._take, admitted, rest, afterwards)
+                if admitted or rest:
+                    loop.call_soon_threadsafe(self._take, admitted, rest)
+                if self._afterwards and not self._is_told:
+                    self._is_told = True
+                    loop.call_soon_threadsafe(loop.call_later, _AFTERWARDS_SECONDS, self._do_afterwards)
             except RuntimeError:
                 # The loop was closed without stop().
                 front.close()
@@ -103,10 +112,10 @@ class FastLaneServer(native.Server):
 
     def _answer_at_once(
         self, front: NativeGrpcFront, events: list[tuple[Any, ...]]
-    ) -> tuple[list[_Admitted], list[tuple[Any, ...]], list[Callable[[], None]]]:
-        """What is left to be finished, what had no lane, and what the answers leave to be done."""
+    ) -> tuple[list[_Admitted], list[tuple[Any, ...]]]:
+        """What is left to be finished, and what had no lane."""
         admitted: list[_Admitted] = []
-        rest, afterwards = [], []
+        rest = []
         lanes, largest = self._lane_of, self._largest
         for event in events:
             kind, call_id, method_id, payload, _, details = event
@@ -124,12 +133,26 @@ class FastLaneServer(native.Server):
                 continue
             _send(front, call_id, answer)
             if answer.afterwards is not None:
-                afterwards.append(answer.afterwards)
-        return admitted, rest, afterwards
+                self._afterwards.append(answer.afterwards)
+        return admitted, rest
 
-    def _take(
-        self, admitted: list[_Admitted], events: list[tuple[Any, ...]], afterwards: list[Callable[[], None]]
-    ) -> None:
+    def _do_afterwards(self) -> None:
+        """Some of it at a time, so that it holds up neither the event loop nor, by the GIL, the lanes."""
+        assert self._loop is not None
+        for _ in range(_BATCH):
+            if not self._afterwards:
+                # In this order: what comes between the two is told again.
+                self._is_told = False
+                break
+            try:
+                self._afterwards.popleft()()
+            except Exception:
+                log.exception("what an answer left to be done failed")
+        if self._afterwards:
+            self._is_told = True
+            self._loop.call_soon(self._do_afterwards)
+
+    def _take(self, admitted: list[_Admitted], events: list[tuple[Any, ...]]) -> None:
         """On the event loop."""
         front, loop = self._front, self._loop
         assert front is not None
@@ -147,8 +170,6 @@ class FastLaneServer(native.Server):
                 if event[0] == EVENT_CANCEL and (task := self._finishing.pop(event[1], None)) is not None:
                     task.cancel()
             self._on_events(events)
-        for then in afterwards:
-            loop.call_soon(then)
 
     async def _finish(
         self, front: NativeGrpcFront, lane: Lane, call_id: int, call: object, deadline: float | None

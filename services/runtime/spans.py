@@ -89,7 +89,7 @@ class Span(NamedTuple):
             parts += b"\x22\x08", bytes.fromhex(self.parent_id)
         if self.error or self.events or self.links or self.trace_state:
             parts.append(self._rest())
-        parts += [_attribute(key, value) for key, value in self.attributes.items()]
+        parts += map(_attribute, self.attributes, self.attributes.values())
         return b"".join(parts)
 
     def _rest(self) -> bytes:
@@ -150,4 +150,13 @@ def _head(name: str, kind: Kind) -> bytes:
 @lru_cache(4096, typed=True)
 def _attribute(key: str, value: Value) -> bytes:
     """As field 9 of a Span."""
+    # The key of a request is another one each time, and building messages took 6 us.
+    if isinstance(value, str):
+        return wire.field(9, _key(key) + wire.field(2, wire.field(1, value.encode())))
     return wire.field(9, _key_value(key, value).SerializeToString())
+
+
+@lru_cache(1024)
+def _key(key: str) -> bytes:
+    """The field `key` of a KeyValue."""
+    return wire.field(1, key.encode())
