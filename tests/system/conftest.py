@@ -96,8 +96,15 @@ def eventually(condition, seconds=20.0):
         time.sleep(0.02)
 
 
-# Every test of a stack runs on both; on the slower engine with the proofs, so that the default run stays short.
-@pytest.fixture(scope="session", params=["native", pytest.param("grpcio", marks=pytest.mark.proof)])
+def pytest_generate_tests(metafunc):
+    """On the native engine; what an engine does in a way of its own also on grpcio, with the proofs."""
+    if "engine" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("both_engines") is not None
+        others = [pytest.param("grpcio", marks=pytest.mark.proof)] if both else []
+        metafunc.parametrize("engine", ["native", *others], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def engine(request) -> str:
     return request.param
 
@@ -130,8 +137,7 @@ def start_worker(engine, models):
         return process
 
     yield start
-    for process in started:
-        processes.stop(process)
+    processes.kill(*started)
 
 
 @pytest.fixture
@@ -146,5 +152,4 @@ def start_router(engine):
         return started[-1]
 
     yield start
-    for process in started:
-        processes.stop(process)
+    processes.kill(*started)

@@ -26,6 +26,7 @@ async def call(channel, request, *metadata):
     return grpc.StatusCode.OK, None
 
 
+@pytest.mark.both_engines
 async def test_a_tenant_over_its_quota_is_told_when_to_retry_and_still_gets_hits(router, engine):
     acme = ("ringmesh-tenant", "acme")
     async with grpc.aio.insecure_channel(router) as channel:

@@ -5,9 +5,9 @@ import pytest
 from tests.bench import peers
 
 
-@pytest.mark.parametrize("engine", ["", "native", "grpcio"])
-def test_an_echo_answers_as_many_bytes_as_it_was_told(tmp_path, engine):
-    with peers.echo("echo", tmp_path, 100, engine) as echo:
+@pytest.mark.parametrize("server", ["", "native", "grpcio"])
+def test_an_echo_answers_as_many_bytes_as_it_was_told(tmp_path, server):
+    with peers.echo("echo", tmp_path, 100, server) as echo:
         assert echo.response_bytes(b"any") == 100
 
 

@@ -33,6 +33,7 @@ async def channel(stack):
         yield channel
 
 
+@pytest.mark.both_engines
 async def test_the_second_answer_is_a_hit_and_the_same_to_the_byte(channel):
     request = fresh()
     first, told_first = await infer(channel, request)
@@ -44,6 +45,7 @@ async def test_the_second_answer_is_a_hit_and_the_same_to_the_byte(channel):
     assert len(told_second["ringmesh-trace-id"]) == 32
 
 
+@pytest.mark.both_engines
 async def test_an_answer_from_the_cache_has_the_id_of_its_own_request(channel):
     request = fresh(id="first")
     await infer(channel, request)
@@ -52,6 +54,7 @@ async def test_an_answer_from_the_cache_has_the_id_of_its_own_request(channel):
     assert (response.id, told["ringmesh-cache"]) == ("second", "hit-local")
 
 
+@pytest.mark.both_engines
 async def test_equal_requests_in_flight_are_computed_once(channel):
     request = fresh("slow")
     answers = await asyncio.gather(*(infer(channel, request) for _ in range(50)))
@@ -60,6 +63,7 @@ async def test_equal_requests_in_flight_are_computed_once(channel):
     assert len({response.SerializeToString() for response, _ in answers}) == 1
 
 
+@pytest.mark.both_engines
 async def test_concurrent_mixed_requests_each_get_their_own_answer(channel):
     requests = [fresh(id=str(index)) for index in range(200)]
     alone = [await infer(channel, request) for request in requests[:20]]

@@ -12,7 +12,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from tests.system.redis_servers import needs_redis_server, redis_cluster  # noqa: F401
 from tests.system.test_cache import INFER
 
-pytestmark = [needs_redis_server, pytest.mark.proof, pytest.mark.parametrize("engine", ["native"], indirect=True)]
+pytestmark = [needs_redis_server, pytest.mark.proof]
 
 
 def echo():

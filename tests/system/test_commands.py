@@ -9,8 +9,6 @@ import pytest
 from tests.system.conftest import eventually
 from tests.system.processes import free_address
 
-on_one_engine = pytest.mark.parametrize("engine", ["native"], indirect=True, scope="session")
-
 
 def ringmesh(*arguments, text=None):
     return subprocess.run(
@@ -33,7 +31,6 @@ def refused(*arguments, text=None):
     return done.stderr
 
 
-@on_one_engine
 def test_top_prints_one_frame_of_what_the_console_knows(stack):
     # The busiest come first, then by name.
     eventually(lambda: "add_sub 1" in shown("top", "--once", "--state", stack.state))
@@ -42,7 +39,6 @@ def test_top_prints_one_frame_of_what_the_console_knows(stack):
         assert words in frame
 
 
-@on_one_engine
 def test_explain_names_the_owner_and_the_others_and_why(stack):
     told = shown("explain", "mlp", "--state", stack.state)
     assert "key " in told
@@ -53,7 +49,6 @@ def test_explain_names_the_owner_and_the_others_and_why(stack):
     assert owner in rows[0]
 
 
-@on_one_engine
 def test_explain_takes_a_request_as_grpcurl_does(stack):
     request = {
         "model_name": "add_sub",
@@ -67,19 +62,16 @@ def test_explain_takes_a_request_as_grpcurl_does(stack):
     assert len(set(keys)) == 1
 
 
-@on_one_engine
 def test_explain_says_why_a_model_is_not_cached(stack):
     assert "RandomNormalLike" in shown("explain", "random", "--state", stack.state)
 
 
-@on_one_engine
 def test_models_lists_each_with_its_state(stack):
     lines = shown("models", "--state", stack.state).splitlines()
     assert any(line.split()[:3] == ["mlp", "1", "ready"] for line in lines)
     assert any(line.startswith("random") and "RandomNormalLike" in line for line in lines)
 
 
-@on_one_engine
 def test_cache_shows_the_tiers(stack):
     told = shown("cache", "--state", stack.state)
     assert "router" in told
@@ -104,7 +96,6 @@ def test_a_part_that_does_not_answer_is_named(command):
     assert "answers at" in line
 
 
-@on_one_engine
 def test_what_is_no_request_is_refused_with_its_reason(stack, tmp_path):
     where = ["--state", stack.state]
     assert "not an inference.ModelInferRequest" in refused("explain", "--request", "-", *where, text='{"nme": 1}')
@@ -113,12 +104,10 @@ def test_what_is_no_request_is_refused_with_its_reason(stack, tmp_path):
     assert "NOT_FOUND" in refused("explain", "no-such-model", *where)
 
 
-@on_one_engine
 def test_purge_forgets_a_model_and_says_who_confirmed(stack):
     assert "processes confirmed it" in shown("cache", "purge", "--model", "mlp", "--state", stack.state)
 
 
-@on_one_engine
 def test_purge_wants_one_scope(stack):
     where = ["--state", stack.state]
     assert "one of --everything" in refused("cache", "purge", *where)

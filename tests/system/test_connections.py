@@ -8,10 +8,13 @@ import sys
 from functools import partial
 
 import grpc
+import pytest
 
 from tests.system.processes import free_address
 from tests.system.test_cache import INFER, fresh
 from tests.system.test_faults import eventually
+
+pytestmark = pytest.mark.both_engines
 
 
 async def connections(address, count):

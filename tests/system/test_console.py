@@ -15,9 +15,6 @@ from tests.system.conftest import eventually
 from tests.system.test_cache import fresh
 from tests.system.test_tracing import traced
 
-# What is shown does not depend on the engine; test_console_traces.py is about what passes through it.
-pytestmark = pytest.mark.parametrize("engine", ["native"], indirect=True, scope="session")
-
 
 @pytest.fixture(scope="module")
 def console(stack):

@@ -10,6 +10,8 @@ from tests.system.test_cache import fresh
 from tests.system.test_console import get, shows
 from tests.system.test_tracing import traced
 
+pytestmark = pytest.mark.both_engines
+
 
 @pytest.fixture
 def console(stack):

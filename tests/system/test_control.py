@@ -36,8 +36,7 @@ def served(engine, tmp_path_factory):
             pool.map(lambda name: start("services.inference", worker_id=name, models=folder, threads=1), names)
         )
     yield folder, start("router", workers=",".join(worker.address for worker in workers)), workers
-    for process in started:
-        processes.stop(process)
+    processes.kill(*started)
 
 
 @pytest.fixture
@@ -184,6 +183,7 @@ def test_trace_and_log_settings_are_read_and_changed(client):
         client.update_log_settings({"log_colour": True})
 
 
+@pytest.mark.both_engines
 def test_a_stream_answers_in_order_with_errors_in_their_place(client):
     answers: queue.Queue = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
@@ -203,6 +203,7 @@ def test_a_stream_answers_in_order_with_errors_in_their_place(client):
     assert got[0][0].as_numpy("y").tolist() == got[5][0].as_numpy("y").tolist()
 
 
+@pytest.mark.both_engines
 async def test_the_asyncio_client_streams(fleet):
     router, _ = fleet
 
@@ -217,6 +218,7 @@ async def test_the_asyncio_client_streams(fleet):
     assert ids == list("01234")
 
 
+@pytest.mark.both_engines
 async def test_a_strict_stream_ends_with_the_status_of_the_first_error(fleet):
     router, _ = fleet
     bad = fresh()

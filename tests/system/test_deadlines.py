@@ -3,8 +3,11 @@
 import asyncio
 
 import grpc
+import pytest
 
 from tests.system.test_cache import INFER, fresh
+
+pytestmark = pytest.mark.both_engines
 
 
 async def test_joined_callers_each_get_their_own_deadline(stack):

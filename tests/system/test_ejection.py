@@ -22,11 +22,6 @@ pytestmark = pytest.mark.proof
 EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 
 
-@pytest.fixture(scope="session", params=["native"])
-def engine(request):
-    return request.param
-
-
 @pytest.fixture
 def workers(start_worker):
     with ThreadPoolExecutor() as pool:

@@ -7,6 +7,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+pytestmark = pytest.mark.both_engines
+
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND

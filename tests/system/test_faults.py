@@ -68,6 +68,7 @@ async def test_frozen_worker_loses_no_request(router, workers):
     assert {answer["ringmesh-worker"] for answer in told[-100:]} == {"worker-b"}
 
 
+@pytest.mark.both_engines
 async def test_drained_worker_loses_no_request_and_exits_with_0(router, workers):
     running = asyncio.create_task(load(router, 2.0))
     await asyncio.sleep(0.7)
@@ -179,6 +180,7 @@ async def test_redis_that_was_never_there_fails_no_request(start_router, workers
     assert told
 
 
+@pytest.mark.both_engines
 async def test_a_caller_that_cancels_leaves_the_others_alone(router):
     async with grpc.aio.insecure_channel(router) as channel:
         request = fresh("slow")
@@ -191,6 +193,7 @@ async def test_a_caller_that_cancels_leaves_the_others_alone(router):
         assert told["ringmesh-cache"] in ("joined", "miss")
 
 
+@pytest.mark.both_engines
 async def test_a_router_told_to_stop_finishes_what_it_has(start_router, workers):
     router = start_router([workers[0].address], None)
     async with grpc.aio.insecure_channel(router.address) as channel:

@@ -28,11 +28,6 @@ __all__ = ["valkey"]  # a fixture
 NAMES = ("worker-a", "worker-b", "worker-c")
 
 
-@pytest.fixture(scope="session", params=["native"])
-def engine(request):
-    return request.param
-
-
 @pytest.fixture
 def workers(start_worker):
     with ThreadPoolExecutor() as pool:
@@ -165,7 +160,7 @@ def away(start_worker, models, engine):
         yield started.address, run
     finally:
         if started is not None:
-            processes.stop(started)
+            processes.kill(started)
         subprocess.run(("ip", "netns", "del", name), capture_output=True)
 
 

@@ -10,6 +10,8 @@ from ringmesh.orca.v3 import orca_load_report_pb2
 
 from tests.system.conftest import GRPCURL
 
+pytestmark = pytest.mark.both_engines
+
 X = {"name": "x", "datatype": "FP32", "shape": [1, 64], "contents": {"fp32_contents": [0.5] * 64}}
 MODEL_INFER = "inference.GRPCInferenceService/ModelInfer"
 REQUEST = json.dumps({"model_name": "mlp", "inputs": [X]})

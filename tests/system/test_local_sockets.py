@@ -52,6 +52,7 @@ def worker(start_worker, tmp_path):
     return start_worker("worker-a", socket_dir=tmp_path, metrics_address=METRICS)
 
 
+@pytest.mark.both_engines
 async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_with_it(start_router, worker):
     router = start_router([worker.address], None)
     path = (await described(worker)).socket

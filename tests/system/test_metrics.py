@@ -88,6 +88,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.both_engines
 @pytest.mark.parametrize(("process", "method", "request_", "code"), METHODS)
 def test_calls_of_every_method_are_counted_by_how_they_ended(stack, process, method, request_, code):
     served = {"router": stack.router, "cache": stack.cache, "worker-0": stack.workers[0]}[process]
@@ -102,6 +103,7 @@ def test_calls_of_every_method_are_counted_by_how_they_ended(stack, process, met
     assert counted() > before
 
 
+@pytest.mark.both_engines
 def test_streams_are_counted_when_they_end(stack):
     method = "inference.GRPCInferenceService/ModelStreamInfer"
 

@@ -14,7 +14,7 @@ from tests.models import save, value
 from tests.system.processes import free_address
 from tests.system.test_cache import INFER
 
-pytestmark = [pytest.mark.proof, pytest.mark.parametrize("engine", ["native"], indirect=True)]
+pytestmark = pytest.mark.proof
 LOAD = "/inference.GRPCInferenceService/RepositoryModelLoad"
 SWAPS = 100
 

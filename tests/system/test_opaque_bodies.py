@@ -10,6 +10,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from tests.system.processes import free_address
 from tests.system.test_cache import INFER, fresh
 
+pytestmark = pytest.mark.both_engines
+
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 

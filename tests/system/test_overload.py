@@ -18,11 +18,6 @@ pytestmark = pytest.mark.proof
 CALLERS = 16
 
 
-@pytest.fixture(scope="session", params=["native"])
-def engine(request):
-    return request.param
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A model that takes some 20 ms and does not gain from batches."""

@@ -13,7 +13,7 @@ from tests.system import processes
 from tests.system.test_cache import fresh, infer
 from tests.system.way import Way
 
-pytestmark = [pytest.mark.proof, pytest.mark.parametrize("engine", ["native"], indirect=True)]
+pytestmark = pytest.mark.proof
 
 
 async def outcome(channel, request):
@@ -38,8 +38,7 @@ class Region:
         self._started.append(self.router)
 
     def stop(self):
-        for started in self._started:
-            processes.stop(started)
+        processes.kill(*self._started)
         self.valkey.stop()
 
 

@@ -14,6 +14,8 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
 from tests.system.conftest import GRPCURL
 
+pytestmark = pytest.mark.both_engines
+
 NUMERIC = [
     "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64",
 ]  # fmt: skip

@@ -19,7 +19,6 @@ from cache.settings import CacheSettings
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
 
-pytestmark = pytest.mark.parametrize("engine", ["native"], indirect=True)
 HITS = {"hit-local", "hit-shared"}
 
 
@@ -32,7 +31,7 @@ def second_router(stack, engine):
     settings = {"workers": ",".join(stack.workers), "redis_url": stack.redis_url, "engine": engine}
     router = processes.start("router", **settings)
     yield router.address
-    processes.stop(router)
+    processes.kill(router)
 
 
 @pytest.fixture
@@ -208,6 +207,4 @@ async def test_a_router_cut_off_serves_nothing_purged_once_the_call_returns_nor_
         for request in requests[1:]:
             assert await outcome(channels[1], request) == "miss"
         assert (await purge(channels[0], model="mlp")).confirmed == 2
-    processes.stop(near)
-    processes.stop(far)
     valkey.stop()

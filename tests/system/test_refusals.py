@@ -6,7 +6,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from tests.system.test_cache import INFER, fresh
 
-pytestmark = [pytest.mark.proof, pytest.mark.parametrize("engine", ["native"], indirect=True)]
+pytestmark = pytest.mark.proof
 STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 

@@ -23,7 +23,6 @@ FOLDER = Path(sys.prefix) / "redis_search"
 pytestmark = [
     pytest.mark.proof,
     pytest.mark.skipif(not FOLDER.exists(), reason="no Redis that searches is here: make .venv/redis_search"),
-    pytest.mark.parametrize("engine", ["native"], indirect=True),
 ]
 
 

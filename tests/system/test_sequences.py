@@ -29,6 +29,7 @@ def test_a_sequence_adds_up(client):
     assert [answer.as_numpy("sum").item() for answer in answers] == [1, 3, 6]
 
 
+@pytest.mark.both_engines
 def test_a_stream_keeps_the_order_of_each_sequence(client):
     answers: queue.Queue = queue.Queue()
     client.start_stream(lambda result, error: answers.put(error or result))

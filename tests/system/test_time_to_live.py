@@ -14,7 +14,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from tests import models
 from tests.system.test_cache import INFER, fresh, infer
 
-pytestmark = pytest.mark.parametrize("engine", ["native"], indirect=True)
 STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 

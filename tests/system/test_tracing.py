@@ -64,6 +64,7 @@ MISS = {
 }
 
 
+@pytest.mark.both_engines
 async def test_a_trace_of_a_miss_shows_every_hop_under_the_callers_span(stack):
     trace_id, caller, told = await traced(stack.router, fresh())
     assert told["ringmesh-trace-id"] == trace_id

@@ -13,7 +13,7 @@ from router.fleet_events import MAX_WAITING, Event
 from router.operator_service import OperatorService
 from services.runtime.server import Engine, Server
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.both_engines]
 
 # More than the threads that asyncio has for what blocks.
 STUCK = (os.cpu_count() or 1) + 6
