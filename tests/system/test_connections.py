@@ -10,9 +10,8 @@ from functools import partial
 import grpc
 import pytest
 
+from tests.system.callers import Callers, eventually
 from tests.system.processes import free_address
-from tests.system.test_cache import INFER, fresh
-from tests.system.test_faults import eventually
 
 pytestmark = pytest.mark.both_engines
 
@@ -24,40 +23,6 @@ async def connections(address, count):
     ]
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
     return channels
-
-
-class Callers:
-    """One caller for each channel, calling until told to stop; errors are kept, and nothing is retried."""
-
-    def __init__(self, channels):
-        self.answers = 0
-        self.errors = []
-        self._stopping = False
-        self._channels = channels
-        self._tasks = [asyncio.create_task(self._call(channel)) for channel in channels]
-
-    async def _call(self, channel):
-        method = channel.unary_unary(INFER)
-        while not self._stopping:
-            try:
-                await method(fresh().SerializeToString(), timeout=20)
-                self.answers += 1
-            except grpc.aio.AioRpcError as error:
-                self.errors.append(f"{error.code().name}: {error.details()}")
-
-    async def more(self, count=100):
-        """Returns when so many more calls have been answered."""
-        before = self.answers
-
-        async def enough():
-            return self.answers + len(self.errors) >= before + count
-
-        await eventually(enough)
-
-    async def stop(self):
-        self._stopping = True
-        await asyncio.gather(*self._tasks)
-        await asyncio.gather(*(channel.close() for channel in self._channels))
 
 
 async def accepted(started):
@@ -84,16 +49,15 @@ async def test_routers_that_share_a_port_share_its_connections_and_one_that_stop
     address = free_address()
     routers = [start_router(stack.workers, None, address=address, share_port="true") for _ in range(2)]
     await eventually(partial(listens, routers[1]))
-    callers = Callers(await connections(address, 24))
-    await callers.more()
-    first, second = [await accepted(router) for router in routers]
-    assert first + second == 24
-    assert min(first, second) > 0
-    routers[0].process.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(routers[0].process.wait, 20) == 0
-    await callers.more()
-    assert await accepted(routers[1]) == 24
-    await callers.stop()
+    async with Callers(await connections(address, 24)) as callers:
+        await callers.more()
+        first, second = [await accepted(router) for router in routers]
+        assert first + second == 24
+        assert min(first, second) > 0
+        routers[0].process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(routers[0].process.wait, 20) == 0
+        await callers.more()
+        assert await accepted(routers[1]) == 24
     assert callers.errors == []
 
 
@@ -113,13 +77,12 @@ async def test_old_connections_move_to_a_router_that_came_later_and_no_call_fail
     address = free_address()
     settings = {"address": address, "share_port": "true", "max_connection_age_seconds": 1.5}
     start_router(stack.workers, None, **settings)
-    callers = Callers(await connections(address, 16))
-    late = start_router(stack.workers, None, **settings)
+    async with Callers(await connections(address, 16)) as callers:
+        late = await asyncio.to_thread(start_router, stack.workers, None, **settings)
 
-    async def found():
-        return await accepted(late) > 0
+        async def found():
+            return await accepted(late) > 0
 
-    await eventually(found)
-    await callers.more()
-    await callers.stop()
+        await eventually(found)
+        await callers.more()
     assert callers.errors == []

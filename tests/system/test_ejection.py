@@ -12,9 +12,9 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from router.load import BALANCE
 from router.slow_start import FIRST
+from tests.system.callers import eventually
 from tests.system.steady_load import steady_load
 from tests.system.test_cache import fresh, infer
-from tests.system.test_faults import eventually
 from tests.system.way import Way
 
 pytestmark = pytest.mark.proof

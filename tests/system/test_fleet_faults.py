@@ -16,9 +16,10 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from tests.system import processes
+from tests.system.callers import eventually
 from tests.system.steady_load import steady_load
 from tests.system.test_cache import INFER, fresh
-from tests.system.test_faults import eventually, valkey
+from tests.system.test_faults import valkey
 from tests.system.way import Way
 
 pytestmark = pytest.mark.proof

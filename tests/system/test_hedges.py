@@ -11,9 +11,9 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.console.scraper import fetch
 from tests import models
+from tests.system.callers import eventually
 from tests.system.processes import free_address
 from tests.system.test_cache import infer
-from tests.system.test_faults import eventually
 
 pytestmark = pytest.mark.proof
 

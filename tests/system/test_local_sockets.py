@@ -12,8 +12,8 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 
 from services.console.scraper import fetch
+from tests.system.callers import eventually, sixteen
 from tests.system.processes import Started, free_address
-from tests.system.test_faults import eventually, load
 from tests.system.test_fleet_faults import away  # noqa: F401
 
 METRICS = free_address()
@@ -58,8 +58,9 @@ async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_w
     path = (await described(worker)).socket
     await eventually(partial(uses_the_socket, router, worker, path))
     assert modes(path) == ["0o600", "0o700"]
-    _, errors = await load(router.address, 0.5)
-    assert errors == []
+    async with sixteen(router.address) as callers:
+        await callers.more()
+    assert callers.errors == []
     assert await uses_the_socket(router, worker, path)
     counted = r"^ringmesh_rpc_calls_total\{.*InferenceWorkerService/Execute.*\} [1-9]"
     assert re.search(counted, await asyncio.to_thread(fetch, METRICS), re.MULTILINE)
@@ -76,16 +77,15 @@ async def test_a_worker_restarted_under_load_is_found_at_its_new_socket_and_a_ki
     router = start_router([worker.address, other.address], None)
     old = (await described(worker)).socket
     await eventually(partial(uses_the_socket, router, worker, old))
-    running = asyncio.create_task(load(router.address, 3.0))
-    await asyncio.sleep(0.3)
-    worker.process.kill()
-    worker.process.wait()
-    assert modes(old)
-    again = await asyncio.to_thread(start_worker, "worker-a", address=worker.address, socket_dir=tmp_path)
-    assert modes(old) == []
-    _, errors = await running
-    assert errors == []
-    await eventually(partial(uses_the_socket, router, again, (await described(again)).socket))
+    async with sixteen(router.address) as callers:
+        await callers.more()
+        worker.process.kill()
+        worker.process.wait()
+        assert modes(old)
+        again = await asyncio.to_thread(start_worker, "worker-a", address=worker.address, socket_dir=tmp_path)
+        assert modes(old) == []
+        await eventually(partial(uses_the_socket, router, again, (await described(again)).socket))
+    assert callers.errors == []
 
 
 @pytest.mark.proof
@@ -95,16 +95,16 @@ async def test_a_worker_whose_socket_was_deleted_is_reached_over_tcp_again_and_n
     worker = start_worker("worker-a", socket_dir=tmp_path, max_connection_age_seconds=1)
     router = start_router([worker.address], None)
     path = (await described(worker)).socket
-    running = asyncio.create_task(load(router.address, 3.0))
-    await eventually(partial(uses_the_socket, router, worker, path))
-    await asyncio.to_thread(shutil.rmtree, tmp_path)
+    async with sixteen(router.address) as callers:
+        await eventually(partial(uses_the_socket, router, worker, path))
+        await asyncio.to_thread(shutil.rmtree, tmp_path)
 
-    async def moved():
-        return await over_tcp(router, worker) == 1
+        async def moved():
+            return await over_tcp(router, worker) == 1
 
-    await eventually(moved)  # when it is asked to open another connection
-    _, errors = await running
-    assert errors == []
+        await eventually(moved)  # when it is asked to open another connection
+        await callers.more()
+    assert callers.errors == []
 
 
 @pytest.mark.proof
@@ -115,6 +115,7 @@ async def test_a_worker_in_another_network_namespace_is_reached_over_tcp_though_
     worker = Started(away[0], None)
     router = await asyncio.to_thread(start_router, [worker.address], None)
     assert modes((await described(worker)).socket) == ["0o600", "0o700"]
-    _, errors = await load(router.address, 1.0)
-    assert errors == []
+    async with sixteen(router.address) as callers:
+        await callers.more()
+    assert callers.errors == []
     assert await over_tcp(router, worker) == 1
