@@ -1,31 +1,30 @@
 """`ringmesh top`, `explain`, `models` and `cache` against a running stack, and what they say where none runs."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from services.cli.main import app
 from tests.system.conftest import eventually
 from tests.system.processes import free_address
 
 
 def ringmesh(*arguments, text=None):
-    return subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments], input=text, capture_output=True, text=True, timeout=60
-    )
+    """In this process, which has imported what the command imports; test_docs and test_up run it as people do."""
+    return CliRunner().invoke(app, arguments, input=text)
 
 
 def shown(*arguments, text=None):
     done = ringmesh(*arguments, text=text)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     return done.stdout
 
 
 def refused(*arguments, text=None):
     """The one line that it ends with."""
     done = ringmesh(*arguments, text=text)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.exit_code == 2, done.stdout + done.stderr
     assert done.stderr.startswith("ringmesh: ")
     assert done.stderr.count("\n") == 1
     return done.stderr

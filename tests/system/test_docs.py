@@ -1,6 +1,5 @@
 """Every command and example in the documents runs."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -8,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from services.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("protos/*.md")])
@@ -67,13 +69,7 @@ def test_commands_exist_with_their_options(command):
     binary = Path(sys.executable).parent / Path(words[0]).name
     assert binary.exists()
     if binary.name == "ringmesh":
-        help_text = subprocess.run(
-            [binary, words[1], "--help"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "COLUMNS": "200"},
-            timeout=60,
-        ).stdout
+        help_text = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"}).stdout
         for word in words[2:]:
             if word.startswith("--"):
                 assert word in help_text

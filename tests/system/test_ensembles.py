@@ -1,14 +1,17 @@
 """Ensembles as tritonclient calls them: on one worker, through the router, and with their steps on two workers."""
 
-import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from services.runtime.w3c import new_span_id
 from tests import models as make
+from tests.system import processes
 from tests.system.conftest import eventually
+from tests.system.test_tracing import spans
 
 X = np.random.default_rng(0).random((3, 64), np.float32)
 
@@ -45,43 +48,57 @@ def test_what_a_step_refuses_is_told_with_its_name(client):
         infer(client, "pipeline", "in", np.ones((1, 63), np.float32))
 
 
-@pytest.fixture
-def split(tmp_path, models, start_worker, start_router):
-    """A client of a router over two workers, each with the ensemble and one of its steps."""
-    addresses = []
-    for held in ("mlp", "doubled"):
-        for name in ("pipeline", held):
-            shutil.copytree(models / name, tmp_path / held / name)
-        addresses.append(start_worker(f"holds-{held}", models=tmp_path / held).address)
-    router = start_router(addresses, None, trace_dir=tmp_path / "traces", trace_ratio=1)
+@pytest.fixture(scope="module")
+def split(tmp_path_factory, models, engine):
+    """Clients of a router over two workers, each with the ensemble and one of its steps, and of one of them; spans."""
+    folder = tmp_path_factory.mktemp("split")
+    held = ("mlp", "doubled")
+    for one in held:
+        for name in ("pipeline", one):
+            shutil.copytree(models / name, folder / one / name)
+
+    def start(one):
+        return processes.start(
+            "services.inference", worker_id=f"holds-{one}", models=folder / one, threads=1, engine=engine
+        )
+
+    with ThreadPoolExecutor() as pool:
+        workers = list(pool.map(start, held))
+    addresses = [worker.address for worker in workers]
+    traces = {"trace_dir": folder / "traces", "trace_ratio": 1}
+    router = processes.start("router", workers=",".join(addresses), engine=engine, **traces)
     with triton.InferenceServerClient(router.address) as client, triton.InferenceServerClient(addresses[0]) as worker:
         eventually(lambda: client.is_model_ready("doubled") and client.is_model_ready("mlp"))
-        yield client, worker
+        yield client, worker, folder / "traces"
+    processes.kill(router, *workers)
 
 
 def test_steps_on_two_workers_run_through_the_router(split):
-    client, worker = split
-    between = infer(client, "mlp", "x", X).as_numpy("y")
-    answer = infer(client, "pipeline", "in", X).as_numpy("out")
+    client, worker, _ = split
+    x = np.random.default_rng().random((3, 64), np.float32)
+    between = infer(client, "mlp", "x", x).as_numpy("y")
+    hits, misses = hits_and_misses(client, "mlp")
+    answer = infer(client, "pipeline", "in", x).as_numpy("out")
     assert answer.tobytes() == (between + between).tobytes()
     # The step was asked for before, and is found in the cache; then the whole is.
-    assert hits_and_misses(client, "mlp") == (1, 1)
-    infer(client, "pipeline", "in", X)
-    assert hits_and_misses(client, "mlp") == (1, 1)
+    assert hits_and_misses(client, "mlp") == (hits + 1, misses)
+    infer(client, "pipeline", "in", x)
+    assert hits_and_misses(client, "mlp") == (hits + 1, misses)
     assert client.is_model_ready("pipeline")
     with pytest.raises(triton.InferenceServerException, match=r"no model 'doubled'") as caught:
-        infer(worker, "pipeline", "in", X)
+        infer(worker, "pipeline", "in", x)
     assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
     assert not worker.is_model_ready("pipeline")
 
 
-def test_steps_on_two_workers_stand_in_one_trace_each_with_its_attempt(split, tmp_path):
-    client, _ = split
-    infer(client, "pipeline", "in", X)
+def test_steps_on_two_workers_stand_in_one_trace_each_with_its_attempt(split):
+    client, _, traces = split
+    trace_id = new_span_id() * 2
+    x = np.random.default_rng().random((3, 64), np.float32)
+    infer(client, "pipeline", "in", x, headers={"traceparent": f"00-{trace_id}-{new_span_id()}-01"})
 
     def found():
-        lines = [line for file in (tmp_path / "traces").glob("*.jsonl") for line in file.read_text().splitlines()]
-        return list(map(json.loads, lines))
+        return spans(traces, trace_id)
 
     eventually(lambda: len({span["name"] for span in found()} & {"ensemble step", "onnxruntime run"}) == 2)
     steps = {span["span_id"]: span for span in found() if span["name"] == "ensemble step"}
@@ -97,7 +114,7 @@ def test_steps_on_two_workers_stand_in_one_trace_each_with_its_attempt(split, tm
 
 
 def test_bad_input_is_told_where_steps_are_on_two_workers(split):
-    client, _ = split
+    client, _, _ = split
     with pytest.raises(triton.InferenceServerException, match="64") as caught:
         infer(client, "pipeline", "in", np.ones((1, 63), np.float32))
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"

@@ -11,6 +11,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from services.runtime.w3c import new_span_id
+from tests.system import processes
 from tests.system.processes import free_address
 from tests.system.test_cache import fresh
 
@@ -120,11 +121,14 @@ async def test_what_the_caller_says_beside_its_trace_is_kept(stack):
     assert told["ringmesh.tenant"] == "shop"
 
 
-@pytest.fixture
-def quiet(start_router, start_worker, tmp_path):
+@pytest.fixture(scope="module")
+def quiet(stack, engine, tmp_path_factory):
     """A router that samples nothing by itself, and its folder of spans."""
-    worker = start_worker("worker-quiet")
-    return start_router([worker.address], None, trace_dir=tmp_path, trace_ratio=0), tmp_path
+    folder = tmp_path_factory.mktemp("quiet")
+    workers = ",".join(stack.workers)
+    router = processes.start("router", workers=workers, engine=engine, trace_dir=folder, trace_ratio=0)
+    yield router, folder
+    processes.kill(router)
 
 
 async def test_a_caller_that_does_not_sample_is_respected(quiet):
@@ -285,14 +289,13 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
 
-async def test_spans_reach_an_otlp_collector(start_router, start_worker):
+async def test_spans_reach_an_otlp_collector(start_router, stack):
     collector = Collector()
     server = grpc.server(futures.ThreadPoolExecutor(2))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
     endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    worker = start_worker("worker-otlp", otlp_endpoint=endpoint)
-    router = start_router([worker.address], None, otlp_endpoint=endpoint)
+    router = start_router(stack.workers, None, otlp_endpoint=endpoint)
     trace_id, _, _ = await traced(router.address, fresh())
     async with asyncio.timeout(20):
         while not {(trace_id, "ModelInfer"), (trace_id, "onnxruntime run")} <= collector.names:
@@ -300,9 +303,7 @@ async def test_spans_reach_an_otlp_collector(start_router, start_worker):
     server.stop(0)
 
 
-async def test_a_collector_that_is_not_there_costs_no_request(start_router, start_worker):
-    nowhere = f"http://{free_address()}"
-    worker = start_worker("worker-otlp", otlp_endpoint=nowhere)
-    router = start_router([worker.address], None, otlp_endpoint=nowhere)
+async def test_a_collector_that_is_not_there_costs_no_request(start_router, stack):
+    router = start_router(stack.workers, None, otlp_endpoint=f"http://{free_address()}")
     for _ in range(20):
         await traced(router.address, fresh())

@@ -73,10 +73,10 @@ async def call(echo, body):
     return await asyncio.wait_for(echo.channel.call(METHOD, body), 20)
 
 
-@pytest.mark.parametrize("size", [0, 1, 16_378, 16_379, 16_380, 65_530, 65_536, 1 << 20, 20 << 20])
-async def test_a_message_of_any_size_comes_back_as_it_was(echo, size):
-    body = random.Random(size).randbytes(size)
-    assert await call(echo, body) == body
+async def test_a_message_of_any_size_comes_back_as_it_was(echo):
+    for size in (0, 1, 16_378, 16_379, 16_380, 65_530, 65_536, 1 << 20, 20 << 20):
+        body = random.Random(size).randbytes(size)
+        assert await call(echo, body) == body, size
 
 
 async def test_many_calls_at_once_each_get_their_own_answer(echo):

@@ -1,3 +1,6 @@
+import gc
+import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -5,11 +8,36 @@ import tempfile
 import pytest
 
 
-def start(module, **environment):
-    return subprocess.run(
+def run(module, **environment):
+    """(exit code, what it printed)"""
+    done = subprocess.run(
         [sys.executable, "-m", module], env={f"RINGMESH_{k}": v for k, v in environment.items()},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def in_one_line(printed, words):
+    assert all(word in printed.strip().splitlines()[-1] for word in words), printed
+    assert "Traceback" not in printed
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """As `run`, in this process, which has imported the module: for settings that are refused when they are read."""
+    thresholds = gc.get_threshold()
+
+    def run(module, **environment):
+        for name in [name for name in os.environ if name.startswith("RINGMESH_")]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(f"RINGMESH_{name}", value)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(f"{module}.__main__", run_name="__main__")
+        return ended.value.code, capsys.readouterr().err
+
+    yield run
+    gc.set_threshold(*thresholds)
 
 
 @pytest.mark.parametrize(
@@ -27,24 +55,33 @@ def start(module, **environment):
         ),
         ("services.inference", {"ADVERTISE": "here"}, ["RINGMESH_ADVERTISE", "host:port", "here"]),
         ("router", {"REDIS_URL": "http://x"}, ["RINGMESH_REDIS_URL", "http://x"]),
-        ("router", {"ADDRESS": "1.2.3.4:1"}, ["1.2.3.4:1"]),
         ("router", {"CONFIG": "/nowhere.toml"}, ["RINGMESH_CONFIG", "/nowhere.toml"]),
-        ("cache", {"LOCAL_TIER_BYTES": "-1"}, ["RINGMESH_LOCAL_TIER_BYTES", "-1"]),
-        ("services.inference", {"MODELS": "/nowhere"}, ["/nowhere"]),
         ("services.inference", {"MODELS": "http://x/models"}, ["RINGMESH_MODELS", "https"]),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line_and_exits_with_2(run_here, module, environment, words):
+    code, printed = run_here(module, **environment)
+    assert code == 2, printed
+    in_one_line(printed, words)
+
+
+@pytest.mark.parametrize(
+    ("module", "environment", "words"),
+    [
+        ("router", {"ADDRESS": "1.2.3.4:1"}, ["1.2.3.4:1"]),
+        ("services.inference", {"MODELS": "/nowhere"}, ["/nowhere"]),
         (
             "services.inference",
             {"MODELS": "https://127.0.0.1:1/models", "STATE_DIR": tempfile.gettempdir()},
             ["https://127.0.0.1:1/models/SHA256SUMS", "Connection refused"],
         ),
+        ("cache", {"LOCAL_TIER_BYTES": "-1"}, ["RINGMESH_LOCAL_TIER_BYTES", "-1"]),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line_and_exits_with_2(module, environment, words):
-    done = start(module, **environment)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert all(word in last for word in words), done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_be_had_is_told_in_one_line_and_exits_with_2(module, environment, words):
+    code, printed = run(module, **environment)
+    assert code == 2, printed
+    in_one_line(printed, words)
 
 
 def test_a_variable_wins_over_the_file_and_the_section_over_common(tmp_path, monkeypatch):
@@ -60,9 +97,9 @@ def test_a_variable_wins_over_the_file_and_the_section_over_common(tmp_path, mon
     assert (settings.trace_ratio, settings.log_level, settings.workers) == (0.25, "ERROR", ("a:1",))
 
 
-def test_a_misspelt_name_in_the_file_is_told(tmp_path):
+def test_a_misspelt_name_in_the_file_is_told(run_here, tmp_path):
     file = tmp_path / "ringmesh.toml"
     file.write_text("[router]\nworker = 'a:1'\n")
-    done = start("router", CONFIG=str(file))
-    assert done.returncode == 2
-    assert "WORKER" in done.stderr
+    code, printed = run_here("router", CONFIG=str(file))
+    assert code == 2
+    assert "WORKER" in printed
