@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> Starlette:
     """`hosts`: the names that it answers to beside addresses and localhost. `stopping` ends what is live."""
-    pages = Pages(stopping)
+    pages = Pages(stopping, sources.unheard)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -14,7 +14,7 @@ from services.console.chart import Line, plot
 from services.console.fleet_watch import ask
 from services.console.history import History
 from services.console.live import Context
-from services.console.overview import COMPUTE, HITS, NOW_SECONDS, REDIS, REQUESTS, SPAN_SECONDS, span
+from services.console.overview import COMPUTE, HITS, MOST_ROWS, NOW_SECONDS, REDIS, REQUESTS, SPAN_SECONDS, span
 from services.console.sources import Sources
 
 _KEYS = 15
@@ -84,6 +84,7 @@ async def contents(sources: Sources, request: Request) -> Context:
         "models": sorted({model.name for model in sources.view.models}),
         "tiers": _tiers(history),
         "uses": uses,
+        "most": MOST_ROWS,
         "keys": _keys(sources),
         "vitals": overview.vitals(history),
         "saved": sum(row.saved for row in uses),

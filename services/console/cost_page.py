@@ -10,7 +10,7 @@ from starlette.requests import Request
 from services.console import units
 from services.console.history import History
 from services.console.live import Context
-from services.console.overview import COMPUTE, HITS, REQUESTS, SPAN_SECONDS
+from services.console.overview import COMPUTE, HITS, MOST_ROWS, REQUESTS, SPAN_SECONDS
 from services.console.sources import Sources
 
 COST = "ringmesh_cost_total"
@@ -63,6 +63,7 @@ async def contents(sources: Sources, _: Request) -> Context:
     months = _MONTH_SECONDS / watched
     return {
         "models": models,
+        "most": MOST_ROWS,
         "tenants": _costs(history, "tenant"),
         "watched": watched,
         "spent": spent,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal, TypeAlias
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from services.console.fleet_watch import FleetView
 from services.console.history import History
 from services.console.overview import LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
-from services.console.trace_store import Query, TraceStore
+from services.console.trace_store import TraceStore
 from services.console.units import number, percent, seconds
+from services.runtime.metrics import OTHER
 
 Severity: TypeAlias = Literal["critical", "warning", "note"]
 
@@ -25,6 +26,8 @@ _ERROR_SHARE = 0.01
 _LAG_SECONDS = 0.2
 _FAILING_A_MINUTE = 3.0
 _MOST_NAMED = 5
+# What is alike is told one by one up to so many, and together beyond.
+_MOST_ALIKE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +75,18 @@ def _workers(view: FleetView) -> Iterator[Finding]:
     if view.router is None:
         return
     workers = view.workers.values()
-    for worker in workers:
-        if not worker.healthy:
-            last = "" if any(other.healthy for other in workers) else " No other can take its place: requests fail."
-            yield Finding(
-                "critical",
-                "Worker gets no requests",
-                f"worker {worker.id or worker.address}",
-                f"{worker.address}: {worker.reason}. Its keys go to the next in rank.{last}",
-                "/#workers",
-                "workers",
-            )
+    out = {worker.id or worker.address: worker for worker in workers if not worker.healthy}
+    last = "" if len(out) < len(workers) else " No other can take its place: requests fail."
+    for names in _alike([*out]):
+        first = out[names[0]]
+        yield Finding(
+            "critical",
+            "Worker gets no requests" if len(names) == 1 else "Workers get no requests",
+            _named("worker", names),
+            f"{first.address}: {first.reason}. Its keys go to the next in rank.{last}",
+            "/#workers",
+            "workers",
+        )
     if not workers:
         yield Finding(
             "critical",
@@ -150,57 +154,73 @@ def _slow_workers(history: History) -> Iterator[Finding]:
 
 
 def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
-    """Of each model and code once, with the tenants that meet it, those with the most first."""
+    """Of each code and model once, of many models that meet one code once for all, with the tenants, the most first."""
     asked = history.increase(REQUESTS, _WINDOW, ("model", "tenant"))
     by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
-    groups: dict[tuple[str, str], dict[str, float]] = {}
+    groups: dict[str, dict[str, dict[str, float]]] = {}
     for (model, tenant, code), count in sorted(by_code.items(), key=lambda item: -item[1]):
         if code != "OK" and count >= 1 and count >= _ERROR_SHARE * asked[model, tenant]:
-            groups.setdefault((model, code), {})[tenant] = count
-    for (model, code), tenants in groups.items():
-        count = sum(tenants.values())
-        share = count / sum(asked[model, tenant] for tenant in tenants)
-        known = "" if model == "other" else model
-        last = next(iter(traces.search(Query(model=known, status="error"), 1)), None)
-        said = f" The last said: {last.error}" if last else ""
-        who = f"model {model}" if model != "other" else "a model that nobody serves"
-        yield Finding(
-            "critical" if code in SERVER_FAULTS else "warning",
-            "Requests fail" if code in SERVER_FAULTS else "Callers send what is refused",
-            f"{who}{_of(tenants)}",
-            f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(share)} of theirs) "
-            f"ended with {code}.{said}",
-            f"/traces?{urlencode({'status': 'error', **({'model': known} if known else {})})}",
-            "failed traces",
-        )
+            groups.setdefault(code, {}).setdefault(model, {})[tenant] = count
+    last = traces.last_failures() if groups else {}
+    for code, models in groups.items():
+        for names in _alike([*models]):
+            failed = {(model, tenant): count for model in names for tenant, count in models[model].items()}
+            # Who asks for what nobody serves is counted under no model's name.
+            known = [model for model in names if model != OTHER]
+            told = [one for (model, of), one in last.items() if of == code and (model in known or OTHER in names)]
+            newest = max(told, key=lambda one: one.start_ns, default=None)
+            said = f" The last said: {newest.error}" if newest else ""
+            count, all_asked = sum(failed.values()), sum(asked[who] for who in failed)
+            text = {"model": known[0]} if len(known) == len(names) == 1 else {"text": code}
+            yield Finding(
+                "critical" if code in SERVER_FAULTS else "warning",
+                "Requests fail" if code in SERVER_FAULTS else "Callers send what is refused",
+                f"{_named('model', known) or 'a model that nobody serves'}"
+                f"{_of(dict.fromkeys(tenant for _, tenant in failed))}",
+                f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(count / all_asked)} of theirs) "
+                f"ended with {code}.{said}",
+                f"/traces?{urlencode({'status': 'error', **text})}",
+                "failed traces",
+            )
 
 
 def _of(tenants: Iterable[str]) -> str:
     """Which tenants, in words; "" where nobody says who it is."""
-    named = [tenant for tenant in tenants if tenant]
-    more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-    which = f"{', '.join(named[:_MOST_NAMED])}{more}"
-    return f", {'tenant' if len(named) == 1 else 'tenants'} {which}" if named else ""
+    named = _named("tenant", [tenant for tenant in tenants if tenant])
+    return f", {named}" if named else ""
+
+
+def _alike(names: Sequence[str]) -> list[list[str]]:
+    """Those to be told of together: one each, or all at once where they are many."""
+    return [[*names]] if len(names) > _MOST_ALIKE else [[name] for name in names]
+
+
+def _named(kind: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    which = f"{', '.join(names[:_MOST_NAMED])}{more}"
+    return f"{kind}{'' if len(names) == 1 else 's'} {which}" if names else ""
 
 
 def _models(view: FleetView) -> Iterator[Finding]:
+    out = {f"{model.name} {model.version}".rstrip(): model for model in view.models if model.state == "UNAVAILABLE"}
+    for names in _alike([*out]):
+        first = out[names[0]]
+        yield Finding(
+            "warning",
+            "Model is not served" if len(names) == 1 else "Models are not served",
+            _named("model", names),
+            first.reason or "unloaded",
+            f"/models/{quote(first.name)}",
+            "model",
+        )
     for model in view.models:
-        if model.state == "UNAVAILABLE":
-            yield Finding(
-                "warning",
-                "Model is not served",
-                f"model {model.name} {model.version}".rstrip(),
-                model.reason or "unloaded",
-                f"/models/{model.name}",
-                "model",
-            )
         if len({copy.digest for copy in model.copies}) > 1:
             yield Finding(
                 "note",
                 "Workers differ",
                 f"model {model.name} {model.version}",
                 "Workers hold different content under one version; an answer is filed under what computed it.",
-                f"/models/{model.name}",
+                f"/models/{quote(model.name)}",
                 "model",
             )
 
@@ -215,7 +235,7 @@ def _audit(history: History) -> Iterator[Finding]:
                 f"model {model} {version}",
                 "Cached answers were computed again and came out different, so the model left the cache: it is "
                 "right, and slower. A random operator that was not found, or a worker whose hardware computes wrongly.",
-                f"/models/{model}",
+                f"/models/{quote(model)}",
                 "model",
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,9 +23,9 @@ MAX_STREAMS = 100
 
 
 class Pages:
-    """Renders templates; `stopping` ends all streams."""
+    """Renders templates; `stopping` ends all streams, `unheard` says who does not answer now."""
 
-    def __init__(self, stopping: asyncio.Event) -> None:
+    def __init__(self, stopping: asyncio.Event, unheard: Callable[[], Sequence[str]]) -> None:
         self._stopping = stopping
         self._streams = 0
         # What was sent of late, by path and query: all who watch one page share its rendering.
@@ -38,7 +38,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters.update(units.FILTERS)
-        self._templates.globals["chart"] = chart
+        self._templates.globals |= {"chart": chart, "unheard": unheard}
         self._templates.globals["parts"] = self._templates.get_template("parts.html").module
 
     def page(self, template: str, contents: Contents) -> Callable[[Request], Awaitable[Response]]:

@@ -12,7 +12,7 @@ from services.console import overview, units
 from services.console.chart import Line, plot
 from services.console.history import Curve, History, Labels
 from services.console.live import Context
-from services.console.overview import DURATION, REQUESTS, SERVER_FAULTS
+from services.console.overview import DURATION, MOST_ROWS, REQUESTS, SERVER_FAULTS
 from services.console.sources import Sources
 
 # The console's memory is short: these are the short windows of the alerts in deploy/prometheus.
@@ -67,7 +67,8 @@ async def contents(sources: Sources, _: Request) -> Context:
     promise = promised(history)
     return {
         "objectives": objectives(history, promise)[()] if promise else [],
-        "models": objectives(history, promise, ("model",)) if promise else {},
+        "models": _by_burn(objectives(history, promise, ("model",))) if promise else [],
+        "most": MOST_ROWS,
         "fast_burn": FAST_BURN,
         "windows": [name for _, name in WINDOWS],
         "burns": _burns(history),
@@ -116,6 +117,12 @@ def objectives(history: History, promise: Promise, by: Sequence[str] = ()) -> di
         ]
         for group in groups
     }
+
+
+def _by_burn(models: Mapping[Labels, list[Objective]]) -> list[tuple[str, Objective]]:
+    """Models' objectives, those that burn fastest first."""
+    rows = [(model, objective) for (model,), each in models.items() for objective in each]
+    return sorted(rows, key=lambda row: -max((kept.burn for kept in row[1].kept if kept.burn > 0), default=0.0))
 
 
 def _burns(history: History) -> dict[str, dict[str, float]]:

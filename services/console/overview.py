@@ -11,6 +11,8 @@ from services.console.history import Curve, History, Labels
 
 NOW_SECONDS = 60.0
 SPAN_SECONDS = 900.0
+# Of a table that has its own order, so that hundreds of models stay a page.
+MOST_ROWS = 60
 STEP_SECONDS = 10.0
 # A console that was started just now shows what there is, larger.
 _YOUNG = (180.0, 5.0)

@@ -27,6 +27,14 @@ class Sources:
         """The fleet as it was seen last."""
         return self.fleet.view
 
+    def unheard(self) -> list[str]:
+        """The routers that do not answer, in words."""
+        return [
+            f"The router at {router.address} does not answer ({router.problem}): what it said last stands here."
+            for router in self.view.routers
+            if router.problem and router.problem != "not asked yet"
+        ]
+
     def findings(self) -> list[Finding]:
         """What needs attention now, the worst first."""
         return findings.find(self.view, self.history, self.traces, self.scraper.problems)

@@ -80,7 +80,7 @@ class Query:
             and (
                 not self.text
                 or found.trace_id.startswith(self.text.lower())
-                or self.text.lower() in f"{found.name} {found.error}".lower()
+                or self.text.lower() in f"{found.name} {found.code} {found.error}".lower()
             )
         )
 
@@ -145,6 +145,16 @@ class TraceStore:
         """The newest first."""
         found = [summary for summary in self.summaries() if query.matches(summary)]
         return sorted(found, key=lambda summary: summary.start_ns, reverse=True)[:limit]
+
+    def last_failures(self) -> dict[tuple[str, str], Summary]:
+        """The newest by model and code."""
+        newest: dict[tuple[str, str], Summary] = {}
+        for kept in self._failed.values():
+            found = kept.summary
+            known = newest.get((found.model, found.code))
+            if known is None or known.start_ns < found.start_ns:
+                newest[found.model, found.code] = found
+        return newest
 
     def summaries(self) -> Iterator[Summary]:
         """All, in no order."""

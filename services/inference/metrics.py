@@ -52,6 +52,9 @@ class WorkerMetrics:
             if held.resident is not None:
                 yield Sample(MEMORY, model, held.resident.bytes if held.loaded else 0)
                 yield Sample(LOADS, model, held.resident.loads)
+            # Of most of hundreds of models nobody asks anything, and a histogram is 43 series.
+            if not message.execution_count and not stats.fail.count:
+                continue
             for stage, times in held.statistics.stages.items():
                 yield Sample(STAGE, (*model, stage), times.buckets())
             counts = [0] * (len(_ROW_BOUNDS) + 1)

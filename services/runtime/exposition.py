@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.core import (
-    Exemplar as PrometheusExemplar,
-)
-from prometheus_client.exposition import choose_encoder
+import math
+from collections.abc import Iterable
 
 from services.runtime.metrics import Buckets, Family, Metrics, Sample
 from services.runtime.server import StartError
@@ -25,6 +14,7 @@ log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 32
 _SECONDS = 10.0
+_OPEN_METRICS = "application/openmetrics-text"
 
 
 class MetricsServer:
@@ -90,45 +80,57 @@ def _response(status: str, content_type: str, body: bytes) -> bytes:
 
 
 def expose(samples: Iterable[Sample], accept: str) -> tuple[bytes, str]:
-    """The text and its content type, by the scraper's Accept header."""
-    encode, content_type = choose_encoder(accept)
-    body: bytes = encode(_Collected(samples))
-    return body, content_type
+    """The text and its content type, by the scraper's Accept header.
+
+    Written here, as prometheus_client takes 10 us a line, and a process with hundreds of models has tens of thousands.
+    """
+    is_open = _OPEN_METRICS in accept
+    families: dict[Family, list[str]] = {}
+    for family, labels, value in samples:
+        lines = families.get(family)
+        if lines is None:
+            lines = families[family] = _head(family, is_open=is_open)
+        told = ",".join(
+            [f'{name}="{_escaped(label)}"' for name, label in zip(family.labels, labels, strict=True)],
+        )
+        if isinstance(value, Buckets):
+            _histogram(lines, family.name, told, value, is_open=is_open)
+        else:
+            lines.append(f"{family.name}{{{told}}} {_number(value)}" if told else f"{family.name} {_number(value)}")
+    text = "".join([f"{line}\n" for lines in families.values() for line in lines])
+    if is_open:
+        return f"{text}# EOF\n".encode(), f"{_OPEN_METRICS}; version=1.0.0; charset=utf-8"
+    return text.encode(), "text/plain; version=0.0.4; charset=utf-8"
 
 
-class _Collected:
-    """As prometheus_client takes it: something to collect from."""
-
-    def __init__(self, samples: Iterable[Sample]) -> None:
-        self._samples = samples
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[Family, Any] = {}
-        for family, labels, value in self._samples:
-            metric = families.get(family)
-            if metric is None:
-                metric = families[family] = _KINDS[family.kind](family.name, family.meaning, labels=family.labels)
-            if isinstance(value, Buckets):
-                metric.add_metric(labels, _cumulative(value), value.sum)
-            else:
-                metric.add_metric(labels, value)
-        yield from families.values()
+def _head(family: Family, *, is_open: bool) -> list[str]:
+    meaning = family.meaning.replace("\\", r"\\").replace("\n", r"\n")
+    # OpenMetrics names a counter without the ending of its samples.
+    name = family.name.removesuffix("_total") if is_open and family.kind == "counter" else family.name
+    if is_open:
+        meaning = meaning.replace('"', r"\"")
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {family.kind}"]
 
 
-_KINDS: dict[str, Any] = {
-    "counter": CounterMetricFamily,
-    "gauge": GaugeMetricFamily,
-    "histogram": HistogramMetricFamily,
-}
-
-
-def _cumulative(value: Buckets) -> list[tuple[Any, ...]]:
-    """(upper end, all up to it, exemplar)."""
-    exemplars = value.exemplars or [None] * len(value.counts)
+def _histogram(lines: list[str], name: str, labels: str, value: Buckets, *, is_open: bool) -> None:
+    head = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
+    exemplars = value.exemplars if is_open and value.exemplars else None
     total = 0
-    out: list[tuple[Any, ...]] = []
-    for bound, count, exemplar in zip([*map(repr, value.bounds), "+Inf"], value.counts, exemplars, strict=True):
+    for place, (bound, count) in enumerate(zip((*map(repr, value.bounds), "+Inf"), value.counts, strict=True)):
         total += count
-        shown = exemplar and PrometheusExemplar({"trace_id": exemplar.trace_id}, exemplar.value, exemplar.at)
-        out.append((bound, total, shown))
-    return out
+        line = f'{head}{bound}"}} {total}'
+        if exemplars is not None and (shown := exemplars[place]) is not None:
+            line += f' # {{trace_id="{shown.trace_id}"}} {shown.value!r} {shown.at:.3f}'
+        lines.append(line)
+    told = f"{{{labels}}}" if labels else ""
+    lines += f"{name}_count{told} {total}", f"{name}_sum{told} {_number(value.sum)}"
+
+
+def _number(value: float) -> str:
+    if math.isfinite(value):
+        return repr(float(value))
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

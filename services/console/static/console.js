@@ -60,20 +60,23 @@ function keepLive(live) {
     source = null;
   }
 
+  // A page that nobody sees holds no connection: a browser has six for all of them.
+  function follow() {
+    const paused = pause.getAttribute("aria-pressed") === "true";
+    if (paused || document.hidden) disconnect();
+    else if (!source) connect();
+    if (paused) say("Paused", "off");
+  }
+
   pause.addEventListener("click", () => {
-    const paused = pause.getAttribute("aria-pressed") === "false";
-    pause.setAttribute("aria-pressed", String(paused));
-    if (paused) {
-      disconnect();
-      say("Paused", "off");
-    } else {
-      connect();
-    }
+    pause.setAttribute("aria-pressed", String(pause.getAttribute("aria-pressed") === "false"));
+    follow();
   });
+  document.addEventListener("visibilitychange", follow);
   addEventListener("pagehide", disconnect);
-  addEventListener("pageshow", (event) => event.persisted && pause.getAttribute("aria-pressed") === "false" && connect());
+  addEventListener("pageshow", (event) => event.persisted && follow());
   box.hidden = false;
-  connect();
+  follow();
 }
 
 const live = document.getElementById("live");

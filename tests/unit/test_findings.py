@@ -1,0 +1,83 @@
+"""What the console's first page says needs attention: each fault once, however many parts meet it."""
+
+from opentelemetry.proto.common.v1 import common_pb2
+from opentelemetry.proto.trace.v1 import trace_pb2
+from ringmesh.router.v1 import router_pb2
+
+from services.console import findings
+from services.console.fleet_watch import CacheView, FleetView, ModelView, RouterView
+from services.console.history import History, Sample
+from services.console.trace_store import TraceStore
+
+
+def view(*, workers=(), models=()):
+    router = RouterView("r:1", workers=tuple(workers) or (router_pb2.Worker(id="w", healthy=True),), problem="")
+    return FleetView((router,), CacheView("c:1", problem=""), tuple(models))
+
+
+def refusals(models, code="INVALID_ARGUMENT"):
+    """A history in which each of `models` refused its only tenant twice."""
+    now = [1000.0]
+    history = History(lambda: now[0])
+    for count in (0, 2):
+        labels = [{"model": model, "tenant": "acme", "code": code} for model in models]
+        history.add("router", [Sample("ringmesh_requests_total", of, count) for of in labels])
+        now[0] += 2
+    return history
+
+
+def traces(*failures):
+    """A store with a failed trace of each (model, code, message)."""
+    store = TraceStore(max_bytes=1 << 20, max_traces=100)
+    for number, (model, code, message) in enumerate(failures, 1):
+        told = {"ringmesh.model.name": model, "rpc.response.status_code": code}
+        attributes = [
+            common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(string_value=value)) for key, value in told.items()
+        ]
+        span = trace_pb2.Span(
+            trace_id=bytes([number]) * 16,
+            span_id=bytes([number]) * 8,
+            kind=trace_pb2.Span.SPAN_KIND_SERVER,
+            start_time_unix_nano=number,
+            attributes=attributes,
+            status=trace_pb2.Status(code=trace_pb2.Status.STATUS_CODE_ERROR, message=message),
+        )
+        store.add("ringmesh-router", span)
+    return store
+
+
+def test_one_caller_who_is_refused_by_many_models_is_one_finding():
+    models = [f"m{number}" for number in range(9)]
+    (found,) = findings.find(view(), refusals(models), traces(), {})
+    assert found.where == "models m0, m1, m2, m3, m4 and 4 more, tenant acme"
+    assert "18 requests" in found.detail
+    assert "text=INVALID_ARGUMENT" in found.link
+
+
+def test_a_few_models_are_told_of_one_by_one():
+    found = findings.find(view(), refusals(["a", "b"]), traces(), {})
+    assert [one.where for one in found] == ["model a, tenant acme", "model b, tenant acme"]
+
+
+def test_what_was_said_last_is_of_the_same_failure():
+    store = traces(
+        ("typo", "NOT_FOUND", "no model 'typo'"),
+        ("a", "INVALID_ARGUMENT", "no input 'z'"),
+        ("a", "UNAVAILABLE", "no worker"),
+    )
+    (unknown,) = findings.find(view(), refusals(["other"], "NOT_FOUND"), store, {})
+    assert unknown.where == "a model that nobody serves, tenant acme"
+    assert unknown.detail.endswith("The last said: no model 'typo'")
+    (wrong,) = findings.find(view(), refusals(["a"]), store, {})
+    assert wrong.detail.endswith("The last said: no input 'z'")
+
+
+def test_a_fleet_that_is_down_is_one_finding_and_so_are_its_models():
+    workers = [router_pb2.Worker(id=f"w{number}", address=f"h:{number}", reason="lost") for number in range(20)]
+    models = [ModelView(f"m{number}", "1", "UNAVAILABLE", "no file") for number in range(200)]
+    found = findings.find(view(workers=workers, models=models), refusals([]), traces(), {})
+    assert [(one.title, one.where) for one in found] == [
+        ("Workers get no requests", "workers w0, w1, w2, w3, w4 and 15 more"),
+        ("Models are not served", "models m0 1, m1 1, m2 1, m3 1, m4 1 and 195 more"),
+    ]
+    assert "No other can take its place" in found[0].detail
