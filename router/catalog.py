@@ -11,7 +11,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.freshness import Freshness, tightest
 from services.runtime import ensemble
 from services.runtime.ensemble import Plan
-from services.runtime.errors import NotFoundError, UnavailableError
+from services.runtime.errors import NotFoundError, UnavailableError, some
 
 # A parameter in the config.pbtxt of an ensemble.
 CACHE_STEPS = "ringmesh_cache_steps"
@@ -85,9 +85,8 @@ class Catalog:
         if not self._versions:
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
         if name not in self._versions:
-            known = ", ".join(self._versions)
-            raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
-        known = ", ".join(self._versions[name])
+            raise NotFoundError(f"no model {name!r}; there are: {some(self._versions)}", field="model_name")
+        known = some(self._versions[name])
         raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
 
     def _ensemble(

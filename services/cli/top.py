@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ _PERIOD_SECONDS = 2.0
 _TIMEOUT = 5.0
 # Of each table, so that the next one is on the screen too.
 _MOST_ROWS = 15
+_LONGEST_FINDING = 320
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -66,13 +68,14 @@ def frame(summary: dict[str, Any]) -> RenderableType:
         style = _STYLES.get(finding["severity"], "")
         parts.append(
             Text.assemble(
-                (f"{finding['severity']:<9}", style), f"{finding['title']}: {finding['where']}. {finding['detail']}"
+                (f"{finding['severity']:<9}", style),
+                textwrap.shorten(f"{finding['title']}: {finding['where']}. {finding['detail']}", _LONGEST_FINDING),
             )
         )
     if not summary["findings"]:
         parts.append(Text("nothing needs attention", style="green"))
     vitals = summary["vitals"]
-    parts += ["", _row({name.replace("_", " "): value for name, value in vitals.items()}), ""]
+    parts += ["", _row({_heading(name): value for name, value in vitals.items()}), ""]
     for title, rows in (
         ("workers", summary["workers"]),
         ("models", summary["models"]),
@@ -86,6 +89,11 @@ def frame(summary: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def _heading(name: str) -> str:
+    """`requests_s` is a rate."""
+    return name.removesuffix("_s").replace("_", " ") + ("/s" if name.endswith("_s") else "")
+
+
 def _row(values: dict[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in values:
@@ -97,7 +105,7 @@ def _row(values: dict[str, str]) -> Table:
 def _table(title: str, rows: list[dict[str, str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(rows[0]):
-        table.add_column(name.replace("_", " "), justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(_heading(name), justify="left" if index < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table

@@ -66,14 +66,16 @@ def tree(trace: SpanTree) -> Table:
 
 def listing(traces: Iterable[SpanTree]) -> Table:
     """A line a trace."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # The error has what the others leave; else a long one would leave them nothing.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
     # Whole, however narrow the terminal: it is there to be copied.
     table.add_column("trace id", no_wrap=True, min_width=32)
     table.add_column("began", no_wrap=True)
     for column in ("took ms", "spans"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("of", "answer from", "worker", "tenant", "error"):
+    for column in ("of", "answer from", "worker", "tenant"):
         table.add_column(column, overflow="ellipsis", no_wrap=True)
+    table.add_column("error", overflow="ellipsis", no_wrap=True, ratio=1)
     for trace in traces:
         root = trace.rows[0][1]
         said = root.attributes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ def worker_rows(sources: Sources) -> list[WorkerRow]:
     count = history.increase(f"{STAGE}_count", NOW_SECONDS, ("target",), stage="compute")
     queued = history.last("ringmesh_worker_queue_depth", ("target",))
     rows = []
-    for worker in sorted(sources.view.workers.values(), key=lambda worker: (worker.id, worker.address)):
+    for worker in sorted(sources.view.workers.values(), key=_by_name):
         key = (worker.id,)
         runs = count.get(key, 0.0)
         rows.append(
@@ -125,6 +126,12 @@ def worker_rows(sources: Sources) -> list[WorkerRow]:
             )
         )
     return rows
+
+
+def _by_name(worker: router_pb2.Worker) -> tuple[list[str | int], str]:
+    """worker-2 before worker-10."""
+    parts = re.split(r"(\d+)", worker.id)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], worker.address
 
 
 def regions(rows: list[WorkerRow]) -> Mapping[str, list[WorkerRow]]:

@@ -65,9 +65,12 @@ async def contents(sources: Sources, _: Request) -> Context:
     """What `objectives.html` shows."""
     history = sources.history
     promise = promised(history)
+    models = objectives(history, promise, ("model",)) if promise else {}
+    models.pop((), None)  # so it is where nothing was asked
     return {
         "objectives": objectives(history, promise)[()] if promise else [],
-        "models": _by_burn(objectives(history, promise, ("model",))) if promise else [],
+        "asked": len(models),
+        "burning": _burning(models),
         "most": MOST_ROWS,
         "fast_burn": FAST_BURN,
         "windows": [name for _, name in WINDOWS],
@@ -119,10 +122,15 @@ def objectives(history: History, promise: Promise, by: Sequence[str] = ()) -> di
     }
 
 
-def _by_burn(models: Mapping[Labels, list[Objective]]) -> list[tuple[str, Objective]]:
-    """Models' objectives, those that burn fastest first."""
-    rows = [(model, objective) for (model,), each in models.items() for objective in each]
-    return sorted(rows, key=lambda row: -max((kept.burn for kept in row[1].kept if kept.burn > 0), default=0.0))
+def _burning(models: Mapping[Labels, list[Objective]]) -> list[tuple[str, Objective]]:
+    """Models' objectives that lost anything of their budget, those that burn fastest first."""
+    burns = {
+        (model, objective.name): (max(kept.burn for kept in objective.kept if kept.burn > 0), model, objective)
+        for (model,), each in models.items()
+        for objective in each
+        if any(kept.burn > 0 for kept in objective.kept)
+    }
+    return [(model, objective) for _, model, objective in sorted(burns.values(), key=lambda burn: -burn[0])]
 
 
 def _burns(history: History) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from services.inference.model import OnnxModel
 from services.inference.request import Decoded
 from services.inference.sequencer import Sequencer
 from services.inference.statistics import Statistics
-from services.runtime.errors import NotFoundError
+from services.runtime.errors import NotFoundError, some
 
 if TYPE_CHECKING:
     from services.inference.ensemble import Ensemble
@@ -93,13 +93,13 @@ class HeldModels:
             return next(reversed(versions.values()))
         held = versions.get(version)
         if held is None:
-            known = ", ".join(versions)
+            known = some(versions)
             raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
         return held
 
     def _versions(self, name: str) -> dict[str, HeldModel]:
         versions = self._by_name.get(name)
         if versions is None:
-            known = ", ".join(self._by_name) or "none"
+            known = some(self._by_name) or "none"
             raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
         return versions

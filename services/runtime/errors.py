@@ -17,10 +17,14 @@ The cores raise these; `rpc.py` turns them into gRPC statuses, and an envelope c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
+
+_LONGEST_BYTES = 1000
+_MOST_NAMES = 20
 
 
 class RingmeshError(Exception):
@@ -33,6 +37,7 @@ class RingmeshError(Exception):
     retry_after: float | None = None
 
     def __init__(self, message: str, *, field: str = "", kind: str = "") -> None:
+        message = _clipped(message)
         super().__init__(message)
         self.message = message
         self.field = field
@@ -42,6 +47,21 @@ class RingmeshError(Exception):
     def to_failure(self) -> inference_pb2.Failure:
         """The error as an envelope carries it."""
         return inference_pb2.Failure(code=self.code.value[0], message=self.message, field=self.field, kind=self.kind)
+
+
+def _clipped(message: str) -> str:
+    """It travels in metadata, three times over: clients refuse an answer with more than 8 KB of that."""
+    data = message.encode(errors="replace")
+    if len(data) <= _LONGEST_BYTES:
+        return message
+    return f"{data[:_LONGEST_BYTES].decode(errors='ignore')}…"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of `names`, for a message, and how many more there are."""
+    known = list(names)
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return ", ".join(known[:_MOST_NAMES]) + more
 
 
 class InvalidArgumentError(RingmeshError):

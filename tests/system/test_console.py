@@ -137,7 +137,7 @@ PAGES = {
     "/models/random": ("not cached because",),
     "/cache": ("router", "shared", "By model and tenant"),
     "/objectives": ("Availability", "Latency", "99.9 %", "within 300 ms", "Burn rates as the routers count them", "3d"),
-    "/cost": ("By model", "By tenant", "A million requests, USD", "0.00001 USD a second of CPU"),
+    "/cost": ("By model", "By tenant", "USD a month", "A million requests", "0.00001 USD a second of CPU"),
     "/try?model=mlp": ("Send", "FP32, any"),
 }
 

@@ -1,9 +1,12 @@
+import pytest
 from google.protobuf import text_format
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import model_config_pb2
 
 from cache.freshness import Freshness
 from router.catalog import Catalog
+from services.runtime.errors import InvalidArgumentError, NotFoundError
+from services.runtime.rpc import status_details
 
 
 def version(name, **fields):
@@ -30,3 +33,19 @@ def test_an_ensemble_is_as_fresh_as_its_shortest_lived_step():
 
 def test_the_models_that_keep_tenants_apart_are_told():
     assert Catalog([[version("one", tenant_scoped=True), version("two")]]).tenant_scoped == ["one"]
+
+
+def test_what_is_said_of_an_unknown_model_fits_into_metadata_however_many_there_are():
+    catalog = Catalog([[version(f"{'m' * 90}-{number:03}") for number in range(500)]])
+    with pytest.raises(NotFoundError, match=r"^no model 'typo'; there are: m") as caught:
+        catalog.find("typo", "")
+    # gRPC clients take 8 KB, percent-encoded in grpc-message and twice more in the details.
+    details = sum(len(value) for _, value in status_details(caught.value))
+    assert len(caught.value.message) + details * 4 / 3 < 5000
+    with pytest.raises(NotFoundError, match=r"m-000, .* and 480 more$"):
+        Catalog([[version(f"m-{number:03}") for number in range(500)]]).find("typo", "")
+
+
+def test_a_message_is_clipped_between_two_characters():
+    said = InvalidArgumentError("é" * 900).message
+    assert said == "é" * 500 + "…"
