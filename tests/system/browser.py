@@ -95,6 +95,19 @@ class Browser:
         """What the browser has written to its console since the last call, such as violated policies."""
         return [line["message"] for line in self._call("POST", "/se/log", {"type": "browser"})]
 
+    def tab(self) -> str:
+        """The one that is shown, for `show`."""
+        return self._call("GET", "/window")
+
+    def new_tab(self) -> str:
+        return self._call("POST", "/window/new", {"type": "tab"})["handle"]
+
+    def show(self, tab: str) -> None:
+        self._call("POST", "/window", {"handle": tab})
+
+    def close_tab(self) -> None:
+        self._call("DELETE", "/window")
+
     def wait(self, condition, seconds: float = 20.0) -> None:
         give_up = time.monotonic() + seconds
         while not condition():

@@ -6,6 +6,7 @@ RINGMESH_SCREENSHOTS=1 writes what it sees to docs/images.
 import contextlib
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.w3c import new_span_id
+from tests import models
 from tests.system.browser import ENTER, TAB, Browser, is_here
 from tests.system.conftest import start_stack, stop_stack
 
@@ -23,7 +25,19 @@ pytestmark = [
     pytest.mark.skipif(not is_here(), reason="needs Debian's chromium and chromium-driver"),
 ]
 IMAGES = Path(__file__).parents[2] / "docs/images"
-PAGES = ["/", "/models", "/models/mlp", "/cache", "/traces", "/objectives", "/cost", "/try?model=mlp", "/nowhere"]
+# The busiest first.
+RANKED = ("search-rank", "fraud-score", "ad-quality", "feed-rank", "video-rank")
+PAGES = [
+    "/",
+    "/models",
+    "/models/search-rank",
+    "/cache",
+    "/traces",
+    "/objectives",
+    "/cost",
+    "/try?model=search-rank",
+    "/nowhere",
+]
 DESK, PHONE = (1280, 860), (375, 740)
 
 # Elements whose text stands out less from what is behind it than WCAG AA asks for (4.5, large text 3).
@@ -83,8 +97,8 @@ return found;
 """
 
 
-def infer(stub, *, tenant="", wrong=False, value=1.0, sampled=False):
-    request = v2.ModelInferRequest(model_name="mlp")
+def infer(stub, model, *, tenant="", wrong=False, value=1.0, sampled=False):
+    request = v2.ModelInferRequest(model_name=model)
     request.inputs.add(name="z" if wrong else "x", datatype="FP32", shape=[1, 64])
     request.raw_input_contents.append(np.full((1, 64), value, np.float32).tobytes())
     metadata = [("ringmesh-tenant", tenant)]
@@ -95,9 +109,26 @@ def infer(stub, *, tenant="", wrong=False, value=1.0, sampled=False):
 
 
 @pytest.fixture(scope="module")
-def stack(models, tmp_path_factory):
+def repository(tmp_path_factory):
+    """As a company has them; one is not cached, and one cannot be loaded."""
+    folder = tmp_path_factory.mktemp("company")
+    for seed, name in enumerate(RANKED):
+        models.mlp(folder, seed=seed, name=name)
+    models.mlp(folder, seed=9, version=2, name="fraud-score")
+    models.random(folder)
+    models.slow(folder, name="summaries")
+    broken = folder / "churn-forecast/1"
+    broken.mkdir(parents=True)
+    (broken / "model.onnx").write_bytes(b"a half-written export")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stack(repository, tmp_path_factory):
     """A stack under a light load of three tenants, so that its console has something to show."""
-    stack = start_stack(tmp_path_factory.mktemp("browser"), "--models", str(models), "--drain", "2")
+    stack = start_stack(
+        tmp_path_factory.mktemp("browser"), "--models", str(repository), "--workers", "3", "--drain", "2"
+    )
     done = threading.Event()
 
     def load():
@@ -107,9 +138,11 @@ def stack(models, tmp_path_factory):
             for number in range(20_000):
                 if done.wait(0.01):
                     return
-                tenant = ("search", "ads", "mail")[number % 3]
+                tenant = ("search", "ads", "payments")[number % 3]
+                model = RANKED[min(int(rng.zipf(1.6)), len(RANKED)) - 1]
                 value = float(rng.zipf(1.4) % 1000)
-                infer(stub, tenant=tenant, value=value, wrong=number % 40 == 39, sampled=number % 5 == 0)
+                wrong = tenant == "ads" and number % 20 == 1
+                infer(stub, model, tenant=tenant, value=value, wrong=wrong, sampled=number % 5 == 0)
 
     thread = threading.Thread(target=load)
     thread.start()
@@ -137,7 +170,7 @@ def browser(console, tmp_path_factory):
     window.open(f"{console}/")
     # From here on there is something on every page.
     window.wait(lambda: "Callers send what is refused" in window.text() and "worker-1" in window.text())
-    window.open(f"{console}/models/mlp")
+    window.open(f"{console}/models/search-rank")
     window.wait(lambda: "CPUExecutionProvider" in window.text())
     yield window
     window.close()
@@ -172,7 +205,6 @@ def test_the_first_page_is_live_and_can_be_paused(browser, console):
     browser.open(f"{console}/")
     updates = "return Number(document.getElementById('live').dataset.updates || 0)"
     browser.wait(lambda: browser.run(updates) >= 2 and browser.text("#liveness-state") == "Live")
-    keep(browser, "fleet")
     browser.run("document.querySelector('.findings a').focus()")
     before = browser.run(updates)
     browser.wait(lambda: browser.run(updates) > before)
@@ -205,7 +237,7 @@ def test_keys_reach_everything_and_the_focus_is_seen(browser, console):
 
 def test_a_request_is_sent_and_followed_to_its_trace(browser, console):
     browser.look(*DESK)
-    browser.open(f"{console}/try?model=mlp")
+    browser.open(f"{console}/try?model=search-rank")
     browser.type("input[name=tenant]", "search")
     browser.click("#send")
     browser.wait(lambda: "See its trace" in browser.text())
@@ -215,7 +247,7 @@ def test_a_request_is_sent_and_followed_to_its_trace(browser, console):
     browser.open(trace)
     browser.wait(lambda: browser.open(trace) or "onnxruntime run" in browser.text())
     story = browser.text(".story")
-    assert "A request for mlp 1 of tenant search" in story
+    assert "A request for search-rank 1 of tenant search" in story
     assert "the owner of its key" in story
     assert browser.text(".waterfall").count("\n") >= 6
     keep(browser, "trace")
@@ -225,18 +257,18 @@ def test_models_are_found_by_name_and_put_in_order(browser, console):
     browser.look(*DESK)
     browser.open(f"{console}/models?order=busiest")
     names = "return [...document.querySelectorAll('#live th.name a')].map(e => e.textContent)"
-    assert browser.run(names)[0] == "mlp"
-    browser.type("input[name=text]", "IDENTITY_F")
+    assert browser.run(names)[0] == RANKED[0]
+    browser.type("input[name=text]", "RANK")
     browser.click("form.search button")
-    browser.wait(lambda: "text=IDENTITY_F" in browser.url)
-    assert sorted(browser.run(names)) == ["identity_fp16", "identity_fp32", "identity_fp64"]
+    browser.wait(lambda: "text=RANK" in browser.url)
+    assert sorted(browser.run(names)) == ["feed-rank", "search-rank", "video-rank"]
     browser.wait(lambda: browser.text("#liveness-state") == "Live" and "3 of " in browser.text("#live"))
     browser.open(f"{console}/models?text=nothing+like+it")
     assert "has “nothing like it” in its name" in browser.text()
 
 
 def test_a_request_that_joined_another_leads_to_it(browser, console, router):
-    request = v2.ModelInferRequest(model_name="slow")
+    request = v2.ModelInferRequest(model_name="summaries")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
     request.raw_input_contents.append(np.random.default_rng().random((1, 1), np.float32).tobytes())
     ids = [new_span_id() * 2 for _ in range(3)]
@@ -271,11 +303,64 @@ def test_a_search_narrows_and_can_be_cleared(browser, console):
     browser.wait(lambda: browser.url.endswith("/traces"))
 
 
+def test_the_way_back_leads_through_filters_and_pages(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/traces")
+    browser.choose("select[name=status]", "error")
+    browser.click("form.search button")
+    browser.wait(lambda: "status=error" in browser.url)
+    browser.click("table.traces a")
+    browser.wait(lambda: "What happened" in browser.text())
+    browser.run("history.back()")
+    browser.wait(lambda: "status=error" in browser.url and browser.text("#liveness-state") == "Live")
+    assert browser.run("return document.querySelector('select[name=status]').value") == "error"
+    updates = "return Number(document.getElementById('live').dataset.updates || 0)"
+    before = browser.run(updates)
+    browser.wait(lambda: browser.run(updates) > before)
+    browser.run("history.back()")
+    browser.wait(lambda: browser.url.endswith("/traces"))
+    assert browser.run("return document.querySelector('select[name=status]').value") == ""
+
+
+def test_every_page_says_when_its_router_stops_answering_and_when_it_is_back(browser, console, stack):
+    browser.look(*DESK)
+    router = json.loads((Path(stack.state) / "stack.json").read_text())["processes"]["router"]
+    browser.open(f"{console}/models")
+    os.kill(router, signal.SIGSTOP)
+    try:
+        browser.wait(lambda: "does not answer" in browser.text("#live .notice"))
+        for page in ("/cache", "/traces", "/objectives", "/cost"):
+            browser.open(console + page)
+            assert "what it said last stands here" in browser.text("#live .notice")
+        browser.open(f"{console}/")
+        assert "Router is down" in browser.text(".findings")
+    finally:
+        os.kill(router, signal.SIGCONT)
+    browser.wait(lambda: "Router is down" not in browser.text("#live"))
+
+
+def test_more_pages_than_a_browser_has_connections_are_all_live(browser, console):
+    first = browser.tab()
+    tabs = [browser.new_tab() for _ in range(8)]
+    for tab in tabs:
+        browser.show(tab)
+        browser.open(f"{console}/models")
+        browser.wait(lambda: browser.text("#liveness-state") == "Live")
+    for tab in tabs:
+        browser.show(tab)
+        browser.close_tab()
+    browser.show(first)
+
+
 def test_pictures_for_the_documents(browser, console):
     browser.look(*DESK, dark=True)
     browser.open(f"{console}/cache")
-    assert "search" in browser.text("#live")
+    assert "payments" in browser.text("#live")
     keep(browser, "cache")
+    browser.look(DESK[0], 1290)
+    browser.open(f"{console}/")
+    browser.wait(lambda: browser.text("#liveness-state") == "Live")
+    keep(browser, "fleet")
     browser.look(*PHONE)
     browser.open(f"{console}/")
     assert "Needs attention" in browser.text()

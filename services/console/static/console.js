@@ -79,5 +79,9 @@ function keepLive(live) {
   follow();
 }
 
+// What a search asks for is in the address, whatever was typed before the way back led here.
+const search = document.querySelector("form.search");
+if (search) addEventListener("pageshow", (event) => event.persisted && search.reset());
+
 const live = document.getElementById("live");
 if (live) keepLive(live);
