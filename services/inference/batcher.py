@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ from services.runtime.errors import InternalError, UnavailableError
 
 MAX_MEMBERS = 16
 RETURN_SHARE = 0.1
+# A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
+QUICK_NS = 500_000
+_MAX_SIGNATURES = 256
+_SMOOTHING = 0.2
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
@@ -58,6 +63,8 @@ class Batcher:
     larger request goes alone. An idle model answers at once, unless `batching` lets the first wait for a batch of a
     preferred size, or the largest. After a batch of several, what waits goes on waiting for its callers to come back,
     for RETURN_SHARE of its run at most: else callers in a closed loop split into two halves that take turns.
+
+    All of it is the event loop's, but for `run_at_once`.
     """
 
     def __init__(
@@ -82,6 +89,12 @@ class Batcher:
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
         self._dispatching = False
+        # What a row takes, by signature, in ns: the mean of late, runs of few rows included, so rather too much.
+        self._row_ns: dict[Hashable, float] = {}
+        # Whether a row of the last signature does: most requests of a slow model need not be looked at any closer.
+        self._quick = False
+        self._closed = False
+        self._at_once = threading.Lock()
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
         """Raises DeadlineExceededError where the time is up before it runs, ResourceExhaustedError where too many wait.
@@ -114,6 +127,30 @@ class Batcher:
         self._queue.cancelled(waiting)
         return True
 
+    def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
+        """On any thread, in one run: nobody waits, and it takes QUICK_NS at most. None where that is not so."""
+        first = requests[0]
+        row_ns = self._row_ns.get(first.signature)
+        if row_ns is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
+            return None
+        rows = 0
+        for decoded in requests:
+            if decoded.signature != first.signature:
+                return None
+            rows += decoded.rows
+        if rows * row_ns > QUICK_NS or (len(requests) > 1 and rows > self._model.max_batch_rows):
+            return None
+        with self._at_once:
+            if self._closed:
+                return None
+            now = time.time_ns()
+            return self._run(requests, [now] * len(requests))
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether `run_at_once` may do anything for anybody."""
+        return self._quick
+
     @property
     def waiting(self) -> int:
         """Requests that no batch has taken."""
@@ -121,6 +158,8 @@ class Batcher:
 
     async def close(self) -> None:
         """Waits until everything submitted has its answer."""
+        with self._at_once:
+            self._closed = True
         self._dispatch()
         while self._batches:
             await asyncio.wait(self._batches)
@@ -190,7 +229,8 @@ class Batcher:
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
         try:
             async with self._watch.turn if self._watch.suspect else nullcontext():
-                results = await loop.run_in_executor(self._executor, self._run, batch)
+                requests, queued_ns = [w.decoded for w in batch], [w.queued_ns for w in batch]
+                results = await loop.run_in_executor(self._executor, self._run, requests, queued_ns)
         finally:
             self._free += 1
             for waiting, result in zip(batch, results, strict=True):
@@ -209,34 +249,44 @@ class Batcher:
             self._return_rows = min(waiting + last.batch_rows, self._model.max_batch_rows)
             self._return_ns = time.time_ns() + int((last.end_ns - last.run_ns) * RETURN_SHARE)
 
-    def _run(self, batch: list[Waiting]) -> list[BatchResult | Exception]:
+    def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
         """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""
         start = time.time_ns()
-        first = batch[0].decoded
+        first = requests[0]
         try:
-            if len(batch) == 1:
+            if len(requests) == 1:
                 inputs = first.arrays
             else:
-                inputs = {name: np.concatenate([w.decoded.arrays[name] for w in batch]) for name in first.arrays}
+                inputs = {name: np.concatenate([decoded.arrays[name] for decoded in requests]) for name in first.arrays}
             run = time.time_ns()
             with self._watch:
                 outputs = self._model.run(inputs, first.outputs)
-            rows = sum(waiting.decoded.rows for waiting in batch)
-            if len(batch) > 1 and any(len(output) != rows for output in outputs):
+            rows = sum([decoded.rows for decoded in requests])
+            if len(requests) > 1 and any(len(output) != rows for output in outputs):
                 raise InternalError(f"model {self._model.name!r} did not answer one row for each row of its inputs")
         except Exception as error:
-            if len(batch) == 1:
+            if len(requests) == 1:
                 return [error]
-            half = len(batch) // 2
-            return self._run(batch[:half]) + self._run(batch[half:])
+            half = len(requests) // 2
+            return self._run(requests[:half], queued_ns[:half]) + self._run(requests[half:], queued_ns[half:])
         end = time.time_ns()
+        if isinstance(first.signature, tuple):  # another than that of a request that is alone
+            self._learn(first.signature, (end - run) / max(1, rows))
         results: list[BatchResult | Exception] = []
         # Each result carries them, so their number is bounded: else a batch would cost its size squared.
-        members = b"".join([waiting.decoded.trace_context for waiting in batch[:MAX_MEMBERS]])
+        members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
         row = 0
-        for waiting in batch:
-            next_row = row + waiting.decoded.rows
-            arrays = outputs if len(batch) == 1 else [output[row:next_row] for output in outputs]
-            results.append(BatchResult(arrays, waiting.queued_ns, start, run, end, len(batch), rows, row == 0, members))
+        for decoded, queued in zip(requests, queued_ns, strict=True):
+            next_row = row + decoded.rows
+            arrays = outputs if len(requests) == 1 else [output[row:next_row] for output in outputs]
+            results.append(BatchResult(arrays, queued, start, run, end, len(requests), rows, row == 0, members))
             row = next_row
         return results
+
+    def _learn(self, signature: Hashable, row_ns: float) -> None:
+        known = self._row_ns.get(signature)
+        if known is None and len(self._row_ns) >= _MAX_SIGNATURES:
+            self._row_ns.clear()
+        row_ns = row_ns if known is None else known + _SMOOTHING * (row_ns - known)
+        self._row_ns[signature] = row_ns
+        self._quick = row_ns <= QUICK_NS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 # The mean runs over about so many answers: enough that those of one batch, which come together, even out.
@@ -22,6 +23,12 @@ class Load:
         self._interval = 0.0
         self._answers = 0
         self._last = 0.0
+        self._answering = threading.Lock()
+
+    def answered_at_once(self, requests: int) -> None:
+        """So many never waited. Told from any thread."""
+        with self._answering:
+            self.answered += requests
 
     def started(self) -> None:
         """A request was taken."""
@@ -33,7 +40,7 @@ class Load:
         """One was answered, or given up."""
         now = self._clock()
         self.requests -= 1
-        self.answered += 1
+        self.answered_at_once(1)
         self._answers = min(self._answers + 1, _ANSWERS)
         self._interval += (now - self._last - self._interval) / self._answers
         self._last = now

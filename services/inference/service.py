@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Mapping
@@ -16,11 +17,26 @@ from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
 from services.runtime import protocol, w3c
 from services.runtime.calls import Calls
-from services.runtime.errors import NotFoundError, UnavailableError, from_failure
+from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.load_report import LoadReport
 from services.runtime.protocol import lane_handler
-from services.runtime.rpc import Context, Handler, Service, abort, unary, unary_lane
+from services.runtime.rpc import (
+    Answer,
+    Context,
+    Failure,
+    Handler,
+    Lane,
+    Metadata,
+    Service,
+    abort,
+    failure,
+    parse,
+    unary,
+    unexpected,
+)
 from services.runtime.tracing import Tracer
+
+log = logging.getLogger(__name__)
 
 
 class InferenceService:
@@ -117,8 +133,7 @@ class EnvelopeService:
     def service(self, calls: Calls) -> Service:
         """The handlers, to be served; `calls` are counted."""
         descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
-        execute = unary_lane(inference_pb2.ExecuteRequest, self._execute)
-        execute = calls.counted_lane(f"{descriptor.full_name}/Execute", execute)
+        execute = calls.counted_lane(f"{descriptor.full_name}/Execute", Lane(self._admit, self._execute))
         return Service(
             descriptor,
             {
@@ -129,11 +144,16 @@ class EnvelopeService:
             {"Execute": execute},
         )
 
-    async def _execute(self, request: inference_pb2.ExecuteRequest) -> inference_pb2.ExecuteResponse:
-        if not self._worker.accepting:
-            raise UnavailableError("the worker is draining")
+    def _admit(self, data: bytes, _: Metadata) -> Answer | Failure | list[Work]:
+        """What is run at once is answered at once."""
+        try:
+            if not self._worker.accepting:
+                raise UnavailableError("the worker is draining")
+            request = parse(inference_pb2.ExecuteRequest, data)
+        except RingmeshError as error:
+            return failure(error)
         now = time.monotonic()
-        results = await self._worker.execute_all(
+        works = [
             Work(
                 item.request,
                 item.request_hash,
@@ -141,8 +161,20 @@ class EnvelopeService:
                 w3c.packed(item.traceparent),
             )
             for item in request.items
-        )
-        return inference_pb2.ExecuteResponse(results=results, load=self._load())
+        ]
+        results = self._worker.execute_at_once(works)
+        return works if results is None else self._answer(results)
+
+    async def _execute(self, works: list[Work], _: float | None) -> Answer | Failure:
+        try:
+            return self._answer(await self._worker.execute_all(works))
+        except Exception as error:
+            log.exception("an envelope failed")
+            return failure(unexpected(error))
+
+    def _answer(self, results: list[inference_pb2.WorkResult]) -> Answer:
+        response = inference_pb2.ExecuteResponse(results=results, load=self._load())
+        return Answer(response.SerializeToString(), ())
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(

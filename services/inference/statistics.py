@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import BatchResult
@@ -34,7 +36,8 @@ class _Runs:
 
 
 class Statistics:
-    """Counts and cumulative times of a model version. Plain ints: a message is made when somebody asks."""
+    """Counts and cumulative times of a model version. Plain ints: a message is made when somebody asks. Told from any
+    thread."""
 
     def __init__(self, name: str, version: str) -> None:
         self._name, self._version = name, version
@@ -47,35 +50,38 @@ class Statistics:
         # Taken back before they ran.
         self.withdrawn = 0
         self.stages = {stage: Histogram() for stage in ("queue", "input", "compute", "output")}
+        self._lock = threading.Lock()
         self._observe = tuple([histogram.observe for histogram in self.stages.values()])
 
     def succeeded(self, batch: BatchResult, rows: int, total_ns: int, output_ns: int) -> None:
         """One request was answered; `output_ns` from the end of its run to the finished response."""
         queue_ns = batch.start_ns - batch.queued_ns
         input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
-        self._rows += rows
-        self._last_ns = batch.end_ns
-        self._success.add(total_ns)
-        self._queue.add(queue_ns)
-        self._input.add(input_ns)
-        self._infer.add(infer_ns)
-        self._output.add(output_ns)
-        for observe, ns in zip(self._observe, (queue_ns, input_ns, infer_ns, output_ns), strict=True):
-            observe(ns)
-        if not batch.first:
-            return
-        self._executions += 1
-        runs = self._batches.get(batch.batch_rows)
-        if runs is None:
-            runs = self._batches[batch.batch_rows] = _Runs()
-        runs.input.add(input_ns)
-        runs.infer.add(infer_ns)
-        runs.output.add(output_ns)
+        with self._lock:
+            self._rows += rows
+            self._last_ns = batch.end_ns
+            self._success.add(total_ns)
+            self._queue.add(queue_ns)
+            self._input.add(input_ns)
+            self._infer.add(infer_ns)
+            self._output.add(output_ns)
+            for observe, ns in zip(self._observe, (queue_ns, input_ns, infer_ns, output_ns), strict=True):
+                observe(ns)
+            if not batch.first:
+                return
+            self._executions += 1
+            runs = self._batches.get(batch.batch_rows)
+            if runs is None:
+                runs = self._batches[batch.batch_rows] = _Runs()
+            runs.input.add(input_ns)
+            runs.infer.add(infer_ns)
+            runs.output.add(output_ns)
 
     def failed(self, total_ns: int, kind: str) -> None:
         """One request was not answered, for a RingmeshError of `kind`."""
-        self._fail.add(total_ns)
-        self.errors[kind] = self.errors.get(kind, 0) + 1
+        with self._lock:
+            self._fail.add(total_ns)
+            self.errors[kind] = self.errors.get(kind, 0) + 1
 
     def message(self) -> v2.ModelStatistics:
         """As it is now."""

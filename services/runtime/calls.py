@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import grpc
 
 from services.runtime.metrics import Family, Sample
-from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Service
+from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service
 
 CALLS = Family(
     "ringmesh_rpc_calls_total",
@@ -27,6 +28,8 @@ class Calls:
     def __init__(self) -> None:
         # By method and code.
         self._counts: dict[str, dict[str, int]] = {}
+        # Lanes count on threads of their own.
+        self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -42,19 +45,29 @@ class Calls:
         }
 
     def counted_lane(self, method: str, lane: Lane) -> Lane:
-        """`lane`, whose calls count from now on by what it finishes."""
+        """`lane`, whose calls count from now on."""
         counts = self._counts.setdefault(method, {})
+
+        def count(code: str) -> None:
+            with self._lock:
+                counts[code] = counts.get(code, 0) + 1
+
+        def admit(request: bytes, metadata: Metadata) -> Any:
+            answer = lane.admit(request, metadata)
+            if isinstance(answer, Answer | Failure):
+                count(_code_of(answer))
+            return answer
 
         async def finish(call: Any, deadline: float | None) -> Answer | Failure:
             code = "CANCELLED"
             try:
                 answer = await lane.finish(call, deadline)
-                code = answer.code.name if isinstance(answer, Failure) else "OK"
+                code = _code_of(answer)
                 return answer
             finally:
-                counts[code] = counts.get(code, 0) + 1
+                count(code)
 
-        return Lane(lane.admit, finish)
+        return Lane(admit, finish)
 
     def _counted(self, method: str, handler: Handler) -> Handler:
         """Handlers are coroutines of bytes; a stream of requests comes as an iterator, one of answers goes as one."""
@@ -90,6 +103,10 @@ class Calls:
             )
             return make(stream)
         return grpc.unary_unary_rpc_method_handler(unary)
+
+
+def _code_of(answer: Answer | Failure) -> str:
+    return answer.code.name if isinstance(answer, Failure) else "OK"
 
 
 def _code(context: Context, error: BaseException) -> str:

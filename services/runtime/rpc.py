@@ -96,22 +96,6 @@ def unary(request_type: type[Request], handle: Callable[[Request, Context], Awai
     return grpc.unary_unary_rpc_method_handler(call)
 
 
-def unary_lane(request_type: type[Request], handle: Callable[[Request], Awaitable[Message]]) -> Lane:
-    """As `unary`, where nothing is answered at once."""
-
-    async def finish(data: bytes, _: float | None) -> Answer | Failure:
-        try:
-            response = await handle(parse(request_type, data))
-            return Answer(response.SerializeToString(), ())
-        except RingmeshError as error:
-            return failure(error)
-        except Exception as error:
-            log.exception("%s failed", request_type.DESCRIPTOR.full_name)
-            return failure(unexpected(error))
-
-    return Lane(lambda data, _: data, finish)
-
-
 def unexpected(error: Exception) -> InternalError:
     """What the caller is told of an error nobody foresaw: its kind, never its stack."""
     return InternalError(f"internal error ({type(error).__name__}); the service's log has the cause")
