@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from urllib.parse import unquote
 
 import grpc
 import hpack
 
-from router.http2 import Connection, ConnectionLostError, RequestError, Stream
+from router.http2 import Connection, ConnectionLostError, Stream
 
 _CONNECT_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -46,24 +47,53 @@ class GrpcChannel:
         self._connecting = asyncio.Lock()
         self._header_blocks: dict[str, bytes] = {}
 
+    def begin(self, method: str, request: bytes, done: Callable[[bytes | CallError], None]) -> Callable[[], object]:
+        """A call; `done` hears the serialized response, or why there is none, later than this returns.
+
+        Cancelled by what is returned: the server is told, and `done` hears nothing.
+        """
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            return self._request(connection, method, request, done)
+
+        begun: list[Callable[[], object]] = []
+
+        async def connect_first() -> None:
+            try:
+                begun.append(self._request(await self._connect(), method, request, done))
+            except CallError as error:
+                done(error)
+
+        begun.append(asyncio.create_task(connect_first()).cancel)
+        return lambda: begun[-1]()
+
     async def call(self, method: str, request: bytes) -> bytes:
         """The serialized response. Raises CallError. Cancelled: the server is told."""
-        connection = self._connection
-        if connection is None or not connection.is_open:
-            connection = await self._connect()
+        answered: asyncio.Future[bytes | CallError] = asyncio.get_running_loop().create_future()
+
+        def done(answer: bytes | CallError) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        cancel = self.begin(method, request, done)
+        try:
+            answer = await answered
+        except asyncio.CancelledError:
+            cancel()
+            raise
+        if isinstance(answer, CallError):
+            raise answer
+        return answer
+
+    def _request(
+        self, connection: Connection, method: str, request: bytes, done: Callable[[bytes | CallError], None]
+    ) -> Callable[[], None]:
         headers = self._header_blocks.get(method)
         if headers is None:
             headers = self._header_blocks[method] = self._headers(method)
-        number, stream = connection.request(headers, b"\0" + len(request).to_bytes(4, "big") + request)
-        try:
-            await stream.done
-        except RequestError as error:
-            lost = isinstance(error, ConnectionLostError)
-            raise CallError(grpc.StatusCode.UNAVAILABLE, str(error), lost=lost) from None
-        except asyncio.CancelledError:
-            connection.cancel(number)
-            raise
-        return _response(stream)
+        body = b"\0" + len(request).to_bytes(4, "big") + request
+        number = connection.request(headers, body, lambda stream: done(_answer(stream)))
+        return partial(connection.cancel, number)
 
     async def use_socket(self, path: str, port: int) -> None:
         """The server says that it is at this Unix socket too: from now on there, if it is on this host and found.
@@ -130,19 +160,22 @@ async def _connect_unix(path: str, on_lost: Callable[[Connection], None]) -> Con
         return made
 
 
-def _response(stream: Stream) -> bytes:
+def _answer(stream: Stream) -> bytes | CallError:
+    error = stream.error
+    if error is not None:
+        return CallError(grpc.StatusCode.UNAVAILABLE, str(error), lost=isinstance(error, ConnectionLostError))
     headers = stream.headers
     status = headers.get("grpc-status")
     if status is None:
         http = headers.get(":status", "no status")
-        raise CallError(grpc.StatusCode.UNAVAILABLE, f"the server does not speak gRPC: HTTP {http}")
+        return CallError(grpc.StatusCode.UNAVAILABLE, f"the server does not speak gRPC: HTTP {http}")
     if status != "0":
         code = grpc.StatusCode.UNKNOWN
         with suppress(ValueError, KeyError):
             code = _CODES[int(status)]
-        raise CallError(code, unquote(headers.get("grpc-message", "")))
+        return CallError(code, unquote(headers.get("grpc-message", "")))
     body = stream.body
     size = int.from_bytes(body[1:_PREFIX_BYTES], "big")
     if len(body) != _PREFIX_BYTES + size or body[0]:
-        raise CallError(grpc.StatusCode.INTERNAL, f"a response of {len(body)} bytes that is not one plain message")
+        return CallError(grpc.StatusCode.INTERNAL, f"a response of {len(body)} bytes that is not one plain message")
     return bytes(memoryview(body)[_PREFIX_BYTES:])

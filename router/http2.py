@@ -56,16 +56,18 @@ class ConnectionLostError(RequestError):
 
 
 class Stream:
-    """One request and its response: `headers` of the response, trailers included, and `body`. `done` when it ended.
+    """One request and its response: `headers` of the response, trailers included, and `body`.
 
-    `done` fails with RequestError; the server's own errors are in `headers`.
+    When it has ended `on_end` is called with it, and `error` says why there is no response; the server's own errors are
+    in `headers`.
     """
 
-    __slots__ = ("body", "done", "headers", "unsent", "window")
+    __slots__ = ("body", "error", "headers", "on_end", "unsent", "window")
 
-    def __init__(self, window: int, done: asyncio.Future[None]) -> None:
+    def __init__(self, window: int, on_end: Callable[[Stream], None]) -> None:
         self.window = window
-        self.done = done
+        self.on_end = on_end
+        self.error: RequestError | None = None
         self.headers: dict[str, str] = {}
         self.body = bytearray()
         # What the server has no room for yet.
@@ -77,7 +79,6 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, on_lost: Callable[[Connection], None]) -> None:
         self._on_lost = on_lost
-        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._streams: dict[int, Stream] = {}
@@ -123,12 +124,12 @@ class Connection(asyncio.Protocol):
         self._fail_all(f"the connection ended: {error}" if error else "the connection ended")
         self._on_lost(self)
 
-    def request(self, headers: bytes, body: bytes) -> tuple[int, Stream]:
-        """Begins a request with an encoded header block; its number, for `cancel`, and what it becomes."""
+    def request(self, headers: bytes, body: bytes, on_end: Callable[[Stream], None]) -> int:
+        """Begins a request with an encoded header block; its number, for `cancel`. `on_end` hears what it became."""
         assert self._transport is not None
         number = self._next_id
         self._next_id += 2
-        stream = self._streams[number] = Stream(self._stream_window, self._loop.create_future())
+        stream = self._streams[number] = Stream(self._stream_window, on_end)
         head = _frame(Frame.HEADERS, _END_HEADERS, number, headers)
         if len(body) <= min(self._window, stream.window, self._frame_size):
             self._window -= len(body)
@@ -137,10 +138,10 @@ class Connection(asyncio.Protocol):
             self._transport.write(head)
             stream.unsent = memoryview(body)
             self._send(number, stream)
-        return number, stream
+        return number
 
     def cancel(self, number: int) -> None:
-        """Tells the server that nobody waits for it any more."""
+        """Nobody waits for it any more: the server is told, and nobody else."""
         if self._streams.pop(number, None) is not None and self._transport is not None:
             self._transport.write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
 
@@ -289,14 +290,14 @@ class Connection(asyncio.Protocol):
         stream = self._streams.pop(number)
         if stream.unsent:  # the server has answered without reading it all
             self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
-        if not stream.done.done():
-            stream.done.set_result(None)
+        stream.on_end(stream)
         self._close_if_done()
 
     def _fail(self, number: int, error: RequestError) -> None:
         stream = self._streams.pop(number, None)
-        if stream is not None and not stream.done.done():
-            stream.done.set_exception(error)
+        if stream is not None:
+            stream.error = error
+            stream.on_end(stream)
         self._close_if_done()
 
     def _fail_all(self, why: str) -> None:

@@ -9,11 +9,13 @@ no other.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,6 +24,8 @@ from ringmesh.inference.v1 import inference_pb2
 from router.grpc_channel import CallError, GrpcChannel
 from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, from_status
+
+log = logging.getLogger(__name__)
 
 # One envelope at work on the worker, one on the way: it never waits for us.
 DEPTH = 2
@@ -51,6 +55,21 @@ class Work(NamedTuple):
     traceparent: str
 
 
+Outcome: TypeAlias = "inference_pb2.WorkResult | WorkerUnreachableError | DeadlineExceededError"
+
+
+class Sent:
+    """A request given to a link, until `done` has heard what became of it."""
+
+    __slots__ = ("done", "left", "work")
+
+    def __init__(self, work: Work, done: Callable[[Outcome], None]) -> None:
+        self.work = work
+        self.done: Callable[[Outcome], None] | None = done
+        # In an envelope.
+        self.left = False
+
+
 class WorkerLink:
     """A channel to the worker at `address`, with a lane of envelopes for each model."""
 
@@ -61,33 +80,37 @@ class WorkerLink:
         self._under_way = 0
         self._channel = GrpcChannel(address)
         self._lanes: dict[bytes, _Lane] = {}
-        self._calls: set[asyncio.Task[None]] = set()
+        # What cancels each envelope under way.
+        self._envelopes: dict[_Envelope, Callable[[], object]] = {}
+        self._telling: set[asyncio.Task[None]] = set()
         # Trace contexts of what was sent and nobody waits for any more.
         self._unwanted: list[str] = []
 
-    async def execute(self, model_digest: bytes, work: Work) -> inference_pb2.WorkResult:
-        """The worker's result, success or failure. Raises WorkerUnreachableError.
-
-        Cancelling it leaves others be; what the worker has not begun by then it does not run.
-        """
+    def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
+        """Runs it there; `done` hears the worker's result, success or failure, or why there is none."""
         lane = self._lanes.get(model_digest)
         if lane is None:
             lane = self._lanes[model_digest] = _Lane()
-        result: asyncio.Future[inference_pb2.WorkResult] = asyncio.get_running_loop().create_future()
-        lane.waiting.append((work, result))
+        sent = Sent(work, done)
+        lane.waiting.append(sent)
         if not lane.sending:
             # After all that this turn of the loop brings: what callers sent together leaves together.
             lane.sending = True
             asyncio.get_running_loop().call_soon(self._send, lane)
         self._load.sent()
-        try:
-            return await result
-        except asyncio.CancelledError:
-            if not any(future is result for _, future in lane.waiting):
-                self._withdraw(work.traceparent)
-            raise
-        finally:
-            self._load.ended()
+        return sent
+
+    def withdraw(self, sent: Sent) -> None:
+        """Nobody waits for it any more: what the worker has not begun by now, it does not run."""
+        if sent.done is None:
+            return
+        sent.done = None
+        self._load.ended()
+        if sent.left:
+            if not self._unwanted:
+                # Of many that are withdrawn together, one call tells.
+                asyncio.get_running_loop().call_soon(self._tell_unwanted)
+            self._unwanted.append(sent.work.traceparent)
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
         """What the worker holds, if it says so in `seconds`; without models where that is `known_version`.
@@ -123,8 +146,9 @@ class WorkerLink:
 
     def give_up(self) -> None:
         """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""
-        for call in self._calls:
-            call.cancel()
+        for envelope, cancel in list(self._envelopes.items()):
+            cancel()
+            self._answered(envelope, CallError(grpc.StatusCode.UNAVAILABLE, "it stopped answering"))
 
     def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle lanes of models that the worker no longer holds."""
@@ -136,16 +160,12 @@ class WorkerLink:
         self.give_up()
         await self._channel.close()
 
-    def _withdraw(self, traceparent: str) -> None:
-        if not self._unwanted:
-            # Of many that are cancelled together, one call tells.
-            asyncio.get_running_loop().call_soon(self._tell_unwanted)
-        self._unwanted.append(traceparent)
-
     def _tell_unwanted(self) -> None:
         request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
         self._unwanted = []
-        self._spawn(self._tell(request.SerializeToString()))
+        telling = asyncio.create_task(self._tell(request.SerializeToString()))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     async def _tell(self, withdraw: bytes) -> None:
         with suppress(CallError):  # then it runs in vain
@@ -153,41 +173,70 @@ class WorkerLink:
 
     def _send(self, lane: _Lane) -> None:
         lane.sending = False
-        while lane.waiting and lane.under_way < DEPTH:
+        while lane.under_way < DEPTH and (items := self._next_envelope(lane)):
+            envelope = _Envelope(lane, items)
             lane.under_way += 1
-            self._spawn(self._call(lane, lane.next_envelope()))
-
-    def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(call)
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-
-    async def _call(self, lane: _Lane, items: list[_Item]) -> None:
-        try:
-            if not items:
-                return
             self._under_way += len(items)
-            try:
-                answer = await self._channel.call(_EXECUTE, _envelope(items))
-            finally:
-                self._under_way -= len(items)
+            answered = partial(self._answered, envelope)
+            self._envelopes[envelope] = self._channel.begin(_EXECUTE, envelope.request(), answered)
+
+    def _next_envelope(self, lane: _Lane) -> list[Sent]:
+        """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
+        items: list[Sent] = []
+        size = 0
+        now = time.monotonic()
+        waiting = lane.waiting
+        while waiting and len(items) < MAX_ITEMS:
+            sent = waiting[0]
+            work = sent.work
+            size += len(work.request)
+            if items and size > MAX_BYTES:
+                break
+            waiting.popleft()
+            if sent.done is None:
+                continue
+            if work.deadline is not None and work.deadline <= now:
+                self._end(sent, DeadlineExceededError("the deadline passed while the request waited to be sent"))
+                continue
+            sent.left = True
+            items.append(sent)
+        return items
+
+    def _answered(self, envelope: _Envelope, answer: bytes | CallError) -> None:
+        if self._envelopes.pop(envelope, None) is None:
+            return
+        lane, items = envelope.lane, envelope.items
+        lane.under_way -= 1
+        self._under_way -= len(items)
+        # Before they are told: the next one is on its way while they are.
+        outcomes = self._outcomes(answer, len(items))
+        self._send(lane)
+        for sent, outcome in zip(items, outcomes, strict=True):
+            self._end(sent, outcome)
+
+    def _outcomes(self, answer: bytes | CallError, items: int) -> Sequence[Outcome]:
+        if isinstance(answer, CallError):
+            lost = WorkerLostError if answer.lost else WorkerUnreachableError
+            return [lost(str(answer))] * items
+        try:
             response = inference_pb2.ExecuteResponse.FromString(answer)
-            self._load.reported(response.load, self._under_way)
-            for (_, future), result in zip(items, response.results, strict=True):
-                if not future.done():
-                    future.set_result(result)
-        except CallError as error:
-            _fail(items, (WorkerLostError if error.lost else WorkerUnreachableError)(str(error)))
-        except asyncio.CancelledError:
-            _fail(items, WorkerUnreachableError("it stopped answering"))
-        except Exception as error:
-            _fail(items, WorkerUnreachableError(f"it answered with something else than an envelope: {error!r}"))
-        finally:
-            lane.under_way -= 1
-            self._send(lane)
+        except DecodeError as error:
+            return [WorkerUnreachableError(f"it answered with something else than an envelope: {error!r}")] * items
+        if len(response.results) != items:
+            told = f"it answered {len(response.results)} of {items} requests"
+            return [WorkerUnreachableError(told)] * items
+        self._load.reported(response.load, self._under_way)
+        return response.results
 
-
-_Item = tuple[Work, "asyncio.Future[inference_pb2.WorkResult]"]
+    def _end(self, sent: Sent, outcome: Outcome) -> None:
+        done, sent.done = sent.done, None
+        if done is None:
+            return
+        self._load.ended()
+        try:
+            done(outcome)
+        except Exception:
+            log.exception("a request was lost")
 
 
 class _Lane:
@@ -196,7 +245,7 @@ class _Lane:
     __slots__ = ("sending", "under_way", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: deque[_Item] = deque()
+        self.waiting: deque[Sent] = deque()
         self.under_way = 0
         self.sending = False
 
@@ -204,42 +253,26 @@ class _Lane:
     def busy(self) -> bool:
         return bool(self.waiting or self.under_way)
 
-    def next_envelope(self) -> list[_Item]:
-        """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
-        items: list[_Item] = []
-        size = 0
+
+class _Envelope:
+    """Requests that leave together."""
+
+    __slots__ = ("items", "lane")
+
+    def __init__(self, lane: _Lane, items: Sequence[Sent]) -> None:
+        self.lane = lane
+        self.items = items
+
+    def request(self) -> bytes:
         now = time.monotonic()
-        while self.waiting and len(items) < MAX_ITEMS:
-            work, future = self.waiting[0]
-            size += len(work.request)
-            if items and size > MAX_BYTES:
-                break
-            self.waiting.popleft()
-            if future.done():
-                continue
-            if work.deadline is not None and work.deadline <= now:
-                future.set_exception(DeadlineExceededError("the deadline passed while the request waited to be sent"))
-                continue
-            items.append((work, future))
-        return items
-
-
-def _envelope(items: list[_Item]) -> bytes:
-    now = time.monotonic()
-    return inference_pb2.ExecuteRequest(
-        items=[
-            inference_pb2.WorkItem(
-                request=work.request,
-                request_hash=work.request_hash,
-                timeout_us=0 if work.deadline is None else max(1, int((work.deadline - now) * 1e6)),
-                traceparent=work.traceparent,
-            )
-            for work, _ in items
-        ]
-    ).SerializeToString()
-
-
-def _fail(items: list[_Item], error: Exception) -> None:
-    for _, future in items:
-        if not future.done():
-            future.set_exception(error)
+        return inference_pb2.ExecuteRequest(
+            items=[
+                inference_pb2.WorkItem(
+                    request=work.request,
+                    request_hash=work.request_hash,
+                    timeout_us=0 if work.deadline is None else max(1, int((work.deadline - now) * 1e6)),
+                    traceparent=work.traceparent,
+                )
+                for work in [sent.work for sent in self.items]
+            ]
+        ).SerializeToString()

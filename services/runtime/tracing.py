@@ -8,9 +8,9 @@ docs/decisions/0013.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -29,17 +29,26 @@ SPANS = Family(
 )
 
 
+class Told(Protocol):
+    """What a span says, which costs more to say than to know."""
+
+    def attributes(self) -> Attributes:
+        """Of the span."""
+
+    def events(self) -> tuple[Event, ...]:
+        """In it."""
+
+
 class Stage(NamedTuple):
     """A part of a request; `result` is what a worker answered to it, `worker` that worker's id."""
 
     name: str
     start_ns: int
     end_ns: int
-    attributes: Attributes
+    told: Attributes | Told
     span_id: str
     kind: Kind
     error: str
-    events: tuple[Event, ...]
     worker: str
     result: inference_pb2.WorkResult | None
     # "": under the request's own span.
@@ -80,19 +89,16 @@ class Trace:
         name: str,
         start_ns: int,
         end_ns: int,
-        attributes: Attributes,
+        told: Attributes | Told,
         span_id: str = "",
         *,
         kind: Kind = Kind.INTERNAL,
         error: str = "",
-        events: tuple[Event, ...] = (),
         worker: str = "",
         result: inference_pb2.WorkResult | None = None,
     ) -> None:
-        """Records a child span; times in ns since the Unix epoch."""
-        self.stages.append(
-            Stage(name, start_ns, end_ns, attributes, span_id, kind, error, events, worker, result, self.span_id)
-        )
+        """Records a child span; times in ns since the Unix epoch. `told` is asked only if the trace is kept."""
+        self.stages.append(Stage(name, start_ns, end_ns, told, span_id, kind, error, worker, result, self.span_id))
 
     def traceparent(self, span_id: str) -> str:
         """What to send on, so that `span_id` becomes the parent there."""
@@ -176,9 +182,11 @@ class Tracer:
             yield from run_spans(trace_id, own_id, process, timing)
         for stage in trace.stages:
             span_id = stage.span_id or new_span_id()
+            told = stage.told
+            said, events = (told, ()) if isinstance(told, Mapping) else (told.attributes(), told.events())
             span = Span(
                 process, trace_id, span_id, stage.parent_id or own_id, stage.name, stage.kind, stage.start_ns,
-                stage.end_ns, stage.attributes, stage.error, state, stage.events,
+                stage.end_ns, said, stage.error, state, events,
             )  # fmt: skip
             yield span
             if stage.result is not None:

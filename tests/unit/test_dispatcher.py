@@ -8,11 +8,12 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
-from router.dispatcher import MOST_ENDED, Dispatcher
+from router.dispatch import MOST_ENDED
+from router.dispatcher import Dispatcher
 from router.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
 from router.ring import RANKS
 from router.tail_latency import TailLatency
-from router.worker_link import WorkerLostError, WorkerUnreachableError
+from router.worker_link import Sent, WorkerLostError, WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.tracing import Trace
 from tests.unit.fleets import MODEL, member, view
@@ -29,13 +30,14 @@ class Link:
         self._asked = asked
         self._outcome = outcome
 
-    async def execute(self, digest, work):
+    def send(self, digest, work, done):
         self._asked.append(self._address)
-        if self._outcome is NEVER:
-            await asyncio.Event().wait()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        if self._outcome is not NEVER:
+            asyncio.get_running_loop().call_soon(done, self._outcome)
+        return Sent(work, done)
+
+    def withdraw(self, sent):
+        pass
 
 
 def dispatcher(outcomes, lacking=()):
@@ -125,7 +127,7 @@ async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
     _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
     made, _, asked, lost = dispatcher({name: outcome_of_owner if name == ranked[0] else outcome for name in NAMES})
     for _ in range(seen):
-        made._tails.observe(HEDGED.digest, 0.001)
+        made._parts.tails.observe(HEDGED.digest, 0.001)
     result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
     done, _ = await asyncio.wait([result], timeout=0.5)
     member = (await result)[1].address if done else None
@@ -170,7 +172,7 @@ async def test_a_fleet_that_fails_is_not_asked_for_more_than_the_retry_budget():
 async def test_where_all_have_enough_to_do_a_request_is_refused_at_once_and_told_when_to_retry():
     made, ranked, asked, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
     for name in ranked:
-        limit = made._limits.of(name, MODEL.digest)
+        limit = made._parts.limits.of(name, MODEL.digest)
         limit.limit = 1
         limit.begin()
     with pytest.raises(RefusedError, match="overloaded") as refused:
@@ -182,7 +184,7 @@ async def test_what_would_be_refused_is_known_beforehand():
     made, ranked, _, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
     for name in ranked:
         assert made.refusal(MODEL, ANYBODY) is None
-        limit = made._limits.of(name, MODEL.digest)
+        limit = made._parts.limits.of(name, MODEL.digest)
         limit.limit = 2
         limit.begin()
         limit.begin()
@@ -200,7 +202,7 @@ async def test_where_nobody_holds_the_model_it_is_not_said_beforehand_that_there
 
 async def test_a_worker_that_has_enough_to_do_is_passed_over():
     made, ranked, asked, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
-    limit = made._limits.of(ranked[0], MODEL.digest)
+    limit = made._parts.limits.of(ranked[0], MODEL.digest)
     limit.limit = 1
     limit.begin()
     await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)

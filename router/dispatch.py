@@ -1,0 +1,328 @@
+"""One request on its way through the fleet: to its owner, and on to the next where that one is lost or has enough.
+
+Without a task or a future: what a worker answers calls on what comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from ringmesh.inference.v1 import inference_pb2
+
+from router.admission.caller import Caller
+from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
+from router.attempt_span import Attempted, Consideration, at_bound, code_name, consideration
+from router.catalog import ModelEntry
+from router.dispatch_metrics import DispatchMetrics
+from router.fleet import Fleet
+from router.member import Member
+from router.picker import Candidate, candidates
+from router.retry_budget import RetryBudget
+from router.ring import RANKS
+from router.tail_latency import TailLatency
+from router.worker_link import Outcome, Sent, Work, WorkerLostError, WorkerUnreachableError
+from services.runtime.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    ResourceExhaustedError,
+    RingmeshError,
+    UnavailableError,
+    from_failure,
+)
+from services.runtime.spans import Kind
+from services.runtime.tracing import Trace
+from services.runtime.w3c import new_span_id
+from services.runtime.worker_spans import EXECUTE
+
+_UNAVAILABLE = UnavailableError.code.value[0]
+# Failures of this worker, and perhaps not of another.
+_ELSEWHERE = frozenset((_UNAVAILABLE, FailedPreconditionError.code.value[0], ResourceExhaustedError.code.value[0]))
+# Workers that an error says something of; a fleet may be large.
+TOLD = 8
+# A request that kills who runs it would else go through the whole fleet.
+MOST_ENDED = 2
+
+
+class Asked(NamedTuple):
+    """What is to be run: a serialized request of `model` for `place` on the ring (b"": any will do).
+
+    `request_hash` joins equal ones on the worker, b"" none; `deadline` in time.monotonic.
+    """
+
+    model: ModelEntry
+    request: bytes
+    place: bytes
+    request_hash: bytes
+    deadline: float | None
+    caller: Caller
+    trace: Trace
+
+    @property
+    def sticky(self) -> bool:
+        """A sequence goes where its state is, one step at a time."""
+        return bool(self.place) and not self.request_hash
+
+
+class Parts(NamedTuple):
+    """What dispatches share."""
+
+    fleet: Fleet
+    limits: ConcurrencyLimits
+    retries: RetryBudget
+    tails: TailLatency
+    metrics: DispatchMetrics
+    # Of a model, for a caller, with what the workers lack.
+    shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
+
+
+Answered: TypeAlias = tuple[inference_pb2.WorkResult, Member]
+
+
+class Dispatch:
+    """Asks workers in the picker's order until one answers; `done` hears the answer and who gave it, or the error.
+
+    Inference is idempotent, so an attempt whose worker is lost is made again elsewhere, but not where the request
+    may be what ends them. Where the model is hedged, one that takes longer than most of its kind is made elsewhere too,
+    and the first to answer wins; the other leaves the queue here or at the worker, unless it runs already. A hedge
+    counts as a retry.
+    """
+
+    __slots__ = (
+        "_asked",
+        "_attempts",
+        "_considered",
+        "_done",
+        "_ended",
+        "_failure",
+        "_full",
+        "_order",
+        "_parts",
+        "_put_off",
+        "_skipped",
+        "_timer",
+        "_under_way",
+    )
+
+    def __init__(self, parts: Parts, asked: Asked, done: Callable[[Answered | Exception], None]) -> None:
+        self._parts = parts
+        self._asked = asked
+        self._done = done
+        self._attempts = self._ended = 0
+        self._full = False
+        self._failure: inference_pb2.Failure | None = None
+        self._skipped: list[str] = []
+        self._considered: list[Consideration] = []
+        self._put_off: list[Candidate] = []
+        self._under_way: list[_Attempt] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
+
+    def go_on(self) -> None:
+        """Asks the next that can be asked; where there is none, that is the end."""
+        asked, parts = self._asked, self._parts
+        for candidate in self._order:
+            if self._attempts == RANKS:
+                break
+            member = candidate.member
+            if candidate.reason:
+                self._pass_over(candidate, candidate.reason)
+                continue
+            limit = parts.limits.of(member.address, asked.model.digest)
+            # What was admitted and lost is not refused, nor is the step of a sequence.
+            if not self._attempts:
+                if not asked.sticky and not limit.admits(asked.caller.priority):
+                    self._full = True
+                    self._pass_over(candidate, no_room(limit))
+                    continue
+                parts.retries.request()
+            elif not parts.retries.take():
+                self._skipped.append("not tried further: too many requests needed retries in the last seconds")
+                break
+            self._attempts += 1
+            considered = (
+                *self._considered,
+                *[at_bound(other) for other in self._put_off if other.is_full],
+                consideration(candidate, ""),
+            )
+            self._considered = []
+            if asked.model.hedged and not asked.sticky and (patience := parts.tails.of(asked.model.digest)) is not None:
+                self._timer = asyncio.get_running_loop().call_later(patience, self._hedge)
+            self._attempt(candidate, considered, "retry" if self._attempts > 1 else "first")
+            return
+        self._done(self._no_answer())
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; `done` hears nothing."""
+        self._leave_others()
+
+    def _pass_over(self, candidate: Candidate, why: str) -> None:
+        self._considered.append(consideration(candidate, why))
+        self._skipped.append(f"{candidate.member.worker_id}: {why}")
+
+    def _attempt(self, candidate: Candidate, considered: tuple[Consideration, ...], kind: str) -> None:
+        limit = self._parts.limits.of(candidate.member.address, self._asked.model.digest)
+        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self._attempted)
+        self._under_way.append(attempt)
+        attempt.begin()
+
+    def _hedge(self) -> None:
+        """Also asks the next that has room, where the budget has."""
+        self._timer = None
+        asked, parts = self._asked, self._parts
+        for candidate in self._order:
+            limit = parts.limits.of(candidate.member.address, asked.model.digest)
+            if not candidate.reason and limit.admits(asked.caller.priority):
+                if parts.retries.take():
+                    self._attempt(candidate, (consideration(candidate, ""),), "hedge")
+                return
+
+    def _attempted(self, attempt: _Attempt, outcome: Outcome) -> None:
+        self._under_way.remove(attempt)
+        lost = isinstance(outcome, WorkerUnreachableError)
+        failure = None
+        if isinstance(outcome, inference_pb2.WorkResult) and outcome.HasField("failure"):
+            failure = outcome.failure
+        if self._under_way and (lost or (failure is not None and failure.code in _ELSEWHERE)):
+            return
+        self._leave_others()
+        member = attempt.candidate.member
+        if isinstance(outcome, WorkerUnreachableError):
+            self._skipped.append(f"{member.worker_id}: {outcome}")
+            self._ended += isinstance(outcome, WorkerLostError)
+            if self._ended == MOST_ENDED:
+                self._skipped.insert(0, f"not tried further: {self._ended} workers ended while they had it")
+                self._done(self._no_answer())
+            else:
+                self.go_on()
+        elif isinstance(outcome, DeadlineExceededError):
+            self._done(outcome)
+        elif failure is None:
+            self._done((outcome, member))
+        elif failure.code not in _ELSEWHERE:
+            self._done(from_failure(failure))
+        else:
+            self._skipped.append(f"{member.worker_id}: {failure.message}")
+            # Also for a sequence that began elsewhere, before its place on the ring went to this one.
+            if self._failure is None and failure.code != _UNAVAILABLE:
+                self._failure = failure
+            self.go_on()
+
+    def _leave_others(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._under_way:
+            self._under_way.pop().cancel()
+
+    def _no_answer(self) -> RingmeshError:
+        if self._failure is not None:
+            return from_failure(self._failure)
+        if self._full:
+            return self._parts.shed(self._asked.model, self._asked.caller, self._skipped)
+        return UnavailableError(
+            f"no worker could answer for model {self._asked.model.name!r}, retry later; {told(self._skipped)}",
+            kind="worker_lost" if self._attempts else "no_worker",
+        )
+
+
+class _Attempt:
+    """A request at one worker."""
+
+    __slots__ = (
+        "_asked",
+        "_began",
+        "_begun",
+        "_considered",
+        "_done",
+        "_kind",
+        "_limit",
+        "_parts",
+        "_sent",
+        "_span_id",
+        "_start",
+        "candidate",
+    )
+
+    def __init__(
+        self,
+        parts: Parts,
+        asked: Asked,
+        candidate: Candidate,
+        considered: tuple[Consideration, ...],
+        kind: str,
+        limit: ConcurrencyLimit,
+        done: Callable[[_Attempt, Outcome], None],
+    ) -> None:
+        self.candidate = candidate
+        self._parts = parts
+        self._asked = asked
+        self._considered = considered
+        self._kind = kind
+        self._limit = limit
+        self._done = done
+        self._sent: Sent | None = None
+        self._span_id = new_span_id()
+        self._start = time.time_ns()
+        self._began = time.monotonic()
+        self._begun = limit.begin()
+
+    def begin(self) -> None:
+        asked = self._asked
+        work = Work(asked.request, asked.request_hash, asked.deadline, asked.trace.traceparent(self._span_id))
+        self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
+
+    def cancel(self) -> None:
+        assert self._sent is not None
+        self.candidate.member.link.withdraw(self._sent)
+        if self._asked.model.hedged:
+            self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
+        self._record(None, "nobody waits for it any more")
+
+    def _answered(self, outcome: Outcome) -> None:
+        took = time.monotonic() - self._began
+        parts, model, member = self._parts, self._asked.model, self.candidate.member
+        if isinstance(outcome, inference_pb2.WorkResult):
+            parts.fleet.answered(member, model.digest, took)
+            timing = outcome.timing
+            if not timing.joined:
+                self._limit.completed(self._begun, took, timing.compute_us / 1e6)
+            if model.hedged:
+                parts.tails.observe(model.digest, took)
+            self._record(outcome, outcome.failure.message if outcome.HasField("failure") else "")
+        elif isinstance(outcome, DeadlineExceededError):
+            self._limit.completed(self._begun, took, 0.0)
+            self._record(None, outcome.message)
+        else:
+            parts.fleet.failed(member, outcome)
+            self._record(None, str(outcome))
+        self._done(self, outcome)
+
+    def _record(self, result: inference_pb2.WorkResult | None, error: str) -> None:
+        self._limit.end()
+        candidate = self.candidate
+        worker, code, end = candidate.member.worker_id, code_name(result), time.time_ns()
+        self._parts.metrics.attempted(worker, self._kind, code, end - self._start)
+        self._asked.trace.span(
+            EXECUTE,
+            self._start,
+            end,
+            Attempted(candidate.member, candidate.rank, code, result, self._considered),
+            self._span_id,
+            kind=Kind.CLIENT,
+            error=error,
+            worker=worker,
+            result=result,
+        )
+
+
+def no_room(limit: ConcurrencyLimit) -> str:
+    """Why a worker is asked for no more."""
+    return f"has {limit.in_flight} requests under way, as many as it can answer"
+
+
+def told(skipped: list[str]) -> str:
+    """What an error says of the workers."""
+    return "; ".join(skipped[:TOLD])
