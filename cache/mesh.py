@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -65,6 +66,14 @@ class Found(NamedTuple):
     similarity: float = 0.0
 
 
+class Flight(NamedTuple):
+    """A computation that others may join; `began` of time.monotonic."""
+
+    key: bytes
+    answer: asyncio.Future[Found]
+    began: float
+
+
 class Mesh:
     """The caches of one process. `shared` is None where there is no Redis.
 
@@ -119,6 +128,33 @@ class Mesh:
         """Whether nothing but computing can answer what the local tier did not have: nobody to join or to ask."""
         return self.shared is None and not self.peers.peers and key not in self.flights
 
+    def peek(self, key: bytes) -> Entry | None:
+        """What the local tier has by now, where it did not before. Raises what is known to be the answer."""
+        self._refusals.check(key)
+        entry = self.local.peek(key)
+        return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
+
+    def lead(self, key: bytes, trace: Trace) -> Flight:
+        """For who computes it without a task, where it `must_compute`; to be ended by `land` or `fail`."""
+        self._leaders[key] = trace
+        return Flight(key, self.flights.begin(key), time.monotonic())
+
+    def land(self, flight: Flight, computed: Computed) -> Found:
+        """Kept, and given to those that joined."""
+        del self._leaders[flight.key]
+        self._learn(flight.key, time.monotonic() - flight.began)
+        self.fill(computed)
+        found = Found(computed.entry, "miss", computed.worker)
+        self.flights.end(flight.key, flight.answer, found)
+        return found
+
+    def fail(self, flight: Flight, error: RingmeshError) -> None:
+        """Told to those that joined."""
+        del self._leaders[flight.key]
+        if isinstance(error, InvalidArgumentError):
+            self._refusals.keep(flight.key, error)
+        self.flights.end(flight.key, flight.answer, error)
+
     async def get_or_compute(
         self,
         key: bytes,
@@ -132,14 +168,9 @@ class Mesh:
         A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
         `deadline` is the caller's, in time.monotonic. `renewal` is None where answers have no end.
         """
-        self._refusals.check(key)
         # Again: between the first look and now, an equal request in flight may have been filed and be gone.
-        entry = self.local.peek(key)
-        if (
-            entry is not None
-            and entry.created_at_ms >= self.purges.oldest_ms
-            and (renewal is None or self.is_usable(key, entry, renewal, time.time_ns() // 1_000_000))
-        ):
+        entry = self.peek(key)
+        if entry is not None and (renewal is None or self.is_usable(key, entry, renewal, time.time_ns() // 1_000_000)):
             return Found(entry, "hit-local")
         freshness = renewal.freshness if renewal is not None else None
         trace.leader = self._leaders.get(key)
@@ -274,13 +305,15 @@ class Mesh:
         except InvalidArgumentError as error:
             self._refusals.keep(key, error)
             raise
-        seconds = time.monotonic() - start
+        self._learn(key, time.monotonic() - start)
+        return computed
+
+    def _learn(self, key: bytes, seconds: float) -> None:
         model = key[:_MODEL_BYTES]
         known = self._costs.get(model)
         if known is None and len(self._costs) >= _MAX_MODELS:
             self._costs.clear()
         self._costs[model] = seconds if known is None else known + _SMOOTHING * (seconds - known)
-        return computed
 
     async def look_up(self, key: bytes, trace: Trace | None = None) -> Entry | None:
         """In the shared tier, once it is known what was purged; what is found goes into the local one too."""

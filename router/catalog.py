@@ -44,6 +44,11 @@ class ModelEntry:
     cache_steps: bool = False
     provider: str = ""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a request is answered by one worker in one go, and its answer given as it is, without end."""
+        return self.plan is None and self.freshness is None and not self.row_cache and not self.semantic_threshold
+
 
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds."""

@@ -21,6 +21,7 @@ from router.dispatcher import Dispatcher
 from router.fleet import Fleet, Locality
 from router.fleet_metrics import FleetMetrics
 from router.operator_service import OperatorService
+from router.replies import Replies
 from router.request_metrics import RequestMetrics
 from router.retry_budget import RetryBudget
 from router.service import InferenceService
@@ -67,9 +68,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     cost = Cost(prices, requests, fleet, lambda: mesh.local.counters.bytes, time.monotonic)
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
-    inference = InferenceService(
-        fleet, mesh, hasher, dispatcher, tracer, requests, request_log, cost, quotas, audit, report
-    )
+    replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
+    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
         **LiveSettings(tracer).handlers(),

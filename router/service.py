@@ -8,33 +8,31 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-import grpc
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from cache.cache_control import CacheControl, parse_cache_control
+from cache.cache_control import parse_cache_control
 from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.keys import RequestHasher, UncacheableError
 from cache.mesh import Computed, Found, Mesh, Renewal
 from cache.request_memo import LARGEST_BYTES, RequestMemo
 from cache.semantic_tier import SemanticTier
-from router import ensembles, request_span, rows, similar
-from router.admission.caller import ANYBODY, ROUTER, RefusedError, caller_of
+from router import ensembles, rows, similar
+from router.admission.caller import ROUTER, RefusedError, caller_of
 from router.admission.quotas import Quotas
+from router.admitted import Admitted
 from router.audit import Audit
 from router.catalog import Catalog, ModelEntry
-from router.cost import Cost
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
-from router.request_metrics import OK, STEP, RequestMetrics
+from router.miss import Misses, compute_us
+from router.replies import Replies
+from router.request_metrics import STEP, RequestMetrics
 from router.rows import RowCache
-from services.runtime import protocol, w3c, worker_spans
+from services.runtime import protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.keyed_lock import KeyedLock
-from services.runtime.load_report import LoadReport
-from services.runtime.metrics import OTHER
-from services.runtime.request_log import RequestLog
 from services.runtime.rpc import (
     Answer,
     Context,
@@ -43,13 +41,12 @@ from services.runtime.rpc import (
     Lane,
     Metadata,
     Service,
-    failure,
     parse,
     unary,
     unexpected,
 )
-from services.runtime.spans import Attributes, Value
-from services.runtime.tracing import Trace, Tracer, untraced
+from services.runtime.spans import Value
+from services.runtime.tracing import Tracer, untraced
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +69,9 @@ class InferenceService:
         dispatcher: Dispatcher,
         tracer: Tracer,
         requests: RequestMetrics,
-        request_log: RequestLog,
-        cost: Cost,
+        replies: Replies,
         quotas: Quotas,
         audit: Audit,
-        report: LoadReport,
     ) -> None:
         self._fleet = fleet
         self._mesh = mesh
@@ -84,16 +79,14 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._tracer = tracer
         self._requests = requests
-        self._log = request_log
-        self._cost = cost
+        self._replies = replies
         self._quotas = quotas
         self._audit = audit
         self._rows = RowCache(mesh, hasher)
-        self._report = report
         self._memo = RequestMemo[_Meaning](_REMEMBERED)
-        self._hits = 0
         self._semantic = SemanticTier(mesh.shared)
         self._sequences = KeyedLock()
+        self._misses = Misses(mesh, dispatcher, quotas, replies, requests)
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
         """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
@@ -105,7 +98,7 @@ class InferenceService:
                 "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
                 **more,
             },
-            {"ModelInfer": Lane(self._admit_or_refuse, self._finish)},
+            {"ModelInfer": Lane(self._admit_or_refuse, self._finish, self._misses.begin)},
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
@@ -123,10 +116,10 @@ class InferenceService:
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         return self._fleet.view.catalog.find(request.name, request.version).metadata
 
-    def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | _Admitted:
+    def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
         traceparent, control, tenant = protocol.trace_and_cache_control(metadata)
-        call = _Admitted(data, self._tracer.start(traceparent), metadata, method)
+        call = Admitted(data, self._tracer.start(traceparent), metadata, method)
         call.tenant = tenant
         if control or len(data) > LARGEST_BYTES or self._audit.distrusted:
             self._key(call, control)
@@ -145,20 +138,16 @@ class InferenceService:
         if entry is None:
             call.error = call.error or self._refusal(call)
             return call
-        return self._answer(call, Found(entry, "hit-local"))
+        return self._replies.answer(call, Found(entry, "hit-local"))
 
-    def _admit_or_refuse(self, data: bytes, metadata: Metadata) -> Answer | Failure | _Admitted:
+    def _admit_or_refuse(self, data: bytes, metadata: Metadata) -> Answer | Failure | Admitted:
         """As `_admit`; what is refused for want of room is so here, where it costs least."""
         call = self._admit(data, metadata)
-        if not isinstance(call, _Admitted) or not isinstance(refused := call.error, RefusedError):
+        if not isinstance(call, Admitted) or not isinstance(refused := call.error, RefusedError):
             return call
-        return failure(
-            refused,
-            (("ringmesh-trace-id", call.trace.trace_id),),
-            lambda: self._failed(call, refused.code, refused.message, refused.kind),
-        )
+        return self._replies.failure(call, refused)
 
-    def _refusal(self, call: _Admitted) -> RingmeshError | None:
+    def _refusal(self, call: Admitted) -> RingmeshError | None:
         """Where only computing can answer, and nobody has room for it; None where that is to be seen on the way."""
         model = call.model
         assert model is not None
@@ -174,7 +163,7 @@ class InferenceService:
             return error
         return self._dispatcher.refusal(model, call.caller)
 
-    def _key(self, call: _Admitted, control: str) -> None:
+    def _key(self, call: Admitted, control: str) -> None:
         """Parses, finds the model and keys; what is wrong is in `error`."""
         try:
             if control:
@@ -198,7 +187,7 @@ class InferenceService:
             log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
             call.error = unexpected(error)
 
-    def _local(self, call: _Admitted) -> Entry | None:
+    def _local(self, call: Admitted) -> Entry | None:
         """What the local tier has."""
         if not call.request_hash or call.model is None:
             return None
@@ -219,14 +208,14 @@ class InferenceService:
             call.trace.span("cache.local", call.start, time.time_ns(), {"ringmesh.cache.hit": False})
         return entry
 
-    def _takes(self, call: _Admitted, model: ModelEntry, entry: Entry) -> bool:
+    def _takes(self, call: Admitted, model: ModelEntry, entry: Entry) -> bool:
         """Whether the caller's cache-control does, which nothing stale satisfies."""
         now_ms = time.time_ns() // 1_000_000
         if model.freshness is not None and model.freshness.is_stale(entry.created_at_ms, now_ms):
             return False
         return call.control is None or call.control.takes(entry.created_at_ms, now_ms)
 
-    def _is_usable(self, call: _Admitted, model: ModelEntry, key: bytes, entry: Entry) -> bool:
+    def _is_usable(self, call: Admitted, model: ModelEntry, key: bytes, entry: Entry) -> bool:
         """Whether its age lets an answer be given. One whose time soon is over is computed anew off the path."""
         now_ms = call.start // 1_000_000
         freshness = model.freshness
@@ -239,57 +228,54 @@ class InferenceService:
             call.renew = lambda: self._mesh.renew(key, entry, renewal)
         return True
 
-    def _renewal(self, call: _Admitted, model: ModelEntry) -> Renewal | None:
+    def _renewal(self, call: Admitted, model: ModelEntry) -> Renewal | None:
         """None where answers have no end. It is computed for no caller, and joined with who does it for one."""
         if model.freshness is None:
             return None
 
         async def compute() -> Computed:
-            again = _Admitted(call.data, untraced(), call.metadata, STEP)
+            again = Admitted(call.data, untraced(), call.metadata, STEP)
             again.request_hash, again.tenant, again.caller = call.request_hash, call.tenant, ROUTER
             deadline = time.monotonic() + _RENEWAL_SECONDS
             return await self._compute(again, model, again.request_hash, deadline, self._mesh.purges.epochs)
 
         return Renewal(model.freshness, compute)
 
-    async def _finish(self, call: _Admitted, deadline: float | None) -> Answer | Failure:
-        try:
-            return await self._slowly(call, deadline)
-        except RingmeshError as error:
-            return failure(error, (("ringmesh-trace-id", call.trace.trace_id),))
-
-    async def _stream_infer(self, data: bytes, context: Context) -> bytes:
-        call = self._admit(data, protocol.metadata(context), "ModelStreamInfer")
-        if isinstance(call, _Admitted):
-            call = await self._slowly(call, protocol.deadline(context))
-        if call.afterwards is not None:
-            call.afterwards()
-        return call.body
-
-    async def _slowly(self, call: _Admitted, deadline: float | None) -> Answer:
-        """What the local tier could not answer. Raises RingmeshError."""
+    async def _finish(self, call: Admitted, deadline: float | None) -> Answer | Failure:
+        """What the local tier could not answer. A failure is in `error` of the call too."""
         self._requests.in_flight += 1
         try:
             call.caller = caller_of(call.metadata)
             found = await self._find(call, deadline)
             if call.model is not None and call.model.freshness is not None:
                 call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
-            return self._answer(call, found)
+            return self._replies.answer(call, found)
         except RingmeshError as error:
-            self._failed(call, error.code, error.message, error.kind)
-            raise
+            call.error = error
         except asyncio.CancelledError:
-            self._failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
+            self._replies.left(call)
             raise
         except Exception as error:
             log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
-            told = unexpected(error)
-            self._failed(call, told.code, told.message, told.kind)
-            raise told from None
+            call.error = unexpected(error)
         finally:
             self._requests.in_flight -= 1
+        return self._replies.failure(call, call.error)
 
-    async def _find(self, call: _Admitted, deadline: float | None) -> Found:
+    async def _stream_infer(self, data: bytes, context: Context) -> bytes:
+        admitted = self._admit(data, protocol.metadata(context), "ModelStreamInfer")
+        if isinstance(admitted, Answer):
+            answer: Answer | Failure = admitted
+        else:
+            answer = await self._finish(admitted, protocol.deadline(context))
+        if answer.afterwards is not None:
+            answer.afterwards()
+        if isinstance(admitted, Admitted) and admitted.error is not None:
+            raise admitted.error
+        assert isinstance(answer, Answer)
+        return answer.body
+
+    async def _find(self, call: Admitted, deadline: float | None) -> Found:
         """What the local tier did not have."""
         if call.error is not None:
             raise call.error
@@ -337,7 +323,7 @@ class InferenceService:
         return found
 
     async def _asked(
-        self, call: _Admitted, model: ModelEntry, deadline: float | None
+        self, call: Admitted, model: ModelEntry, deadline: float | None
     ) -> tuple[similar.Question, bytes] | None:
         """What it asks, and the digest of the embedding model that says so, b"" without one.
 
@@ -360,7 +346,7 @@ class InferenceService:
         return None if question is None else (question, space)
 
     async def _find_similar(
-        self, call: _Admitted, model: ModelEntry, group: bytes, question: similar.Question, key: bytes
+        self, call: Admitted, model: ModelEntry, group: bytes, question: similar.Question, key: bytes
     ) -> Found | None:
         """The answer to a request near enough; but the right one where the shared tier has it."""
         near = await self._semantic.nearest(group, question.vector, model.semantic_threshold)
@@ -376,7 +362,7 @@ class InferenceService:
 
     async def _find_exact(
         self,
-        call: _Admitted,
+        call: Admitted,
         model: ModelEntry,
         key: bytes,
         compute: Callable[[], Awaitable[Computed]],
@@ -394,7 +380,7 @@ class InferenceService:
                 pass  # nor was the failure of a batch that has the same row
 
     async def _find_rows(
-        self, call: _Admitted, model: ModelEntry, deadline: float | None, epochs: Epochs, key: bytes
+        self, call: Admitted, model: ModelEntry, deadline: float | None, epochs: Epochs, key: bytes
     ) -> Found | None:
         """A batch, row by row; None where it is none, or must be computed whole."""
         batch = rows.split(v2.ModelInferRequest.FromString(call.data))
@@ -423,7 +409,7 @@ class InferenceService:
         return found
 
     async def _compute(
-        self, call: _Admitted, model: ModelEntry, place: bytes, deadline: float | None, epochs: Epochs
+        self, call: Admitted, model: ModelEntry, place: bytes, deadline: float | None, epochs: Epochs
     ) -> Computed:
         """`place` says where on the ring, b"" that any will do."""
         if call.method != STEP:
@@ -449,17 +435,17 @@ class InferenceService:
         )
         call.provider = result.timing.provider
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
-        return Computed(Entry(result.response, _compute_us(result)), key, member.worker_id, model.freshness)
+        return Computed(Entry(result.response, compute_us(result)), key, member.worker_id, model.freshness)
 
     def _runs_whole(self, model: ModelEntry) -> bool:
         """Whether an ensemble is run by one worker: one holds all steps, and they are not to be cached each."""
         members = self._fleet.view.members.values()
         return not model.cache_steps and any(not member.why_not(model) for member in members)
 
-    async def _run_step(self, data: bytes, whole: _Admitted, deadline: float | None, ages: list[int]) -> Entry:
+    async def _run_step(self, data: bytes, whole: Admitted, deadline: float | None, ages: list[int]) -> Entry:
         """The step's answer; where it has a time to live, the whole is as old as that."""
         _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
-        call = _Admitted(data, whole.trace.child(), whole.metadata, STEP)
+        call = Admitted(data, whole.trace.child(), whole.metadata, STEP)
         call.tenant, call.caller = tenant, whole.caller
         self._key(call, control)
         version = call.model.version if call.model is not None else ""
@@ -475,129 +461,11 @@ class InferenceService:
             raise
         finally:
             whole.trace.span(worker_spans.STEP, call.start, time.time_ns(), told, call.trace.span_id, error=message)
-        if afterwards := self._count(call, found):
+        if afterwards := self._replies.count(call, found):
             afterwards()
         if call.model is not None and call.model.freshness is not None:
             ages.append(found.entry.created_at_ms)
         return found.entry
-
-    def _count(self, call: _Admitted, found: Found) -> Callable[[], None] | None:
-        """What is left to be done on the event loop."""
-        model = call.model
-        assert model is not None
-        labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
-        end = time.time_ns()
-        slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
-        if (slow or call.trace.sampled) and call.method != STEP:
-            return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
-        return call.renew
-
-    def _answer(self, call: _Admitted, found: Found) -> Answer:
-        afterwards = self._count(call, found)
-        if found.outcome in _AUDITED and self._audit.takes_hit():
-            afterwards = _both(afterwards, lambda: self._begin_audit(call, found))
-        trailing: Metadata = (
-            ("ringmesh-cache", found.outcome),
-            ("ringmesh-trace-id", call.trace.trace_id),
-            ("ringmesh-compute-us", str(found.entry.compute_us)),
-        )
-        if call.stale:
-            self._mesh.stale_answers += 1
-            trailing = (*trailing, ("ringmesh-stale", "true"))
-        if found.similarity:
-            trailing = (*trailing, ("ringmesh-similarity", f"{found.similarity:.4f}"))
-        if found.rows:
-            trailing = (*trailing, ("ringmesh-rows", found.rows))
-        if found.worker:
-            trailing = (*trailing, ("ringmesh-worker", found.worker), self._report.trailer)
-            if call.provider:
-                trailing = (*trailing, ("ringmesh-provider", call.provider))
-        else:
-            self._hits += 1
-            if not self._hits % _HITS_A_REPORT:
-                trailing = (*trailing, self._report.trailer)
-        return Answer(protocol.with_id(found.entry.value, call.request_id), trailing, afterwards)
-
-    def _begin_audit(self, call: _Admitted, found: Found) -> None:
-        assert call.model is not None
-        self._audit.begin(call.model, call.data, found.entry.value)
-
-    def _keep_answered(
-        self, call: _Admitted, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
-    ) -> None:
-        assert call.model is not None
-        told = request_span.answered(found, end)
-        told["ringmesh.cost"] = self._cost.of(call.model.provider, found.entry.compute_us)
-        told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
-        if call.provider:
-            told["ringmesh.provider"] = call.provider
-        self._keep(call, labels, end, told, slow=slow)
-
-    def _failed(self, call: _Admitted, code: grpc.StatusCode, message: str, kind: str) -> None:
-        end = time.time_ns()
-        model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
-        labels = (call.method, model, version, call.tenant, code.name, "error")
-        self._requests.count(labels, end - call.start, 0)
-        self._requests.failed(model, version, kind)
-        kept = "sampled" if call.trace.sampled else "failed"
-        self._keep(call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
-
-    def _keep(
-        self,
-        call: _Admitted,
-        labels: tuple[str, str, str, str, str, str],
-        end: int,
-        attributes: Attributes,
-        code: grpc.StatusCode = grpc.StatusCode.OK,
-        message: str = "",
-        *,
-        slow: bool = False,
-    ) -> None:
-        """Of a request that is sampled, slow or failed."""
-        trace = call.trace
-        self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
-        state, baggage = protocol.state_and_baggage(call.metadata)
-        trace.state = w3c.usable_state(state)
-        told: dict[str, Value] = {
-            **protocol.span_attributes(call.method, code.value[0]),
-            "ringmesh.model.name": call.name,
-            "ringmesh.model.version": call.model.version if call.model is not None else "",
-            "ringmesh.request.bytes": len(call.data),
-            **attributes,
-        }
-        if call.tenant:
-            told["ringmesh.tenant"] = call.tenant
-        if call.request_hash:
-            told["ringmesh.key"] = call.request_hash[:8].hex()
-        if call.reason:
-            told["ringmesh.cache.reason"] = call.reason
-        if baggage:
-            told |= request_span.baggage(baggage)
-        self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
-        if code is not grpc.StatusCode.OK or slow:
-            self._log.tell(
-                code=code.name,
-                error=message,
-                duration_ns=end - call.start,
-                trace_id=trace.trace_id,
-                method=call.method,
-                model=call.name,
-                version=labels[2],
-                tenant=call.tenant,
-                outcome=labels[5],
-                type=str(attributes.get("ringmesh.error", "")),
-            )
-
-
-def _both(first: Callable[[], None] | None, second: Callable[[], None]) -> Callable[[], None]:
-    if first is None:
-        return second
-
-    def both() -> None:
-        first()
-        second()
-
-    return both
 
 
 class _Meaning(NamedTuple):
@@ -608,37 +476,3 @@ class _Meaning(NamedTuple):
     model: ModelEntry
     request_id: str
     request_hash: bytes
-
-
-class _Admitted:
-    """A request on its way. `request_hash` is b"" where the answer is not kept, `place` but for sequences."""
-
-    tenant = ""
-    name = ""
-    request_id = ""
-    request_hash = b""
-    place = b""
-    reason = ""
-    stale = False
-    # Has the answer computed anew, where it was found that it is time to.
-    renew: Callable[[], None] | None = None
-    # What ran the model, where it was computed for this call.
-    provider = ""
-    control: CacheControl | None = None
-    model: ModelEntry | None = None
-    error: RingmeshError | None = None
-    # Known when it is asked who wants it computed, which hits are not.
-    caller = ANYBODY
-
-    def __init__(self, data: bytes, trace: Trace, metadata: Metadata, method: str) -> None:
-        self.start = time.time_ns()
-        self.data = data
-        self.trace = trace
-        self.metadata = metadata
-        self.method = method
-
-
-def _compute_us(result: inference_pb2.WorkResult) -> int:
-    """This request's part of the run that served it."""
-    timing = result.timing
-    return int(timing.compute_us // max(1, timing.batch_requests))

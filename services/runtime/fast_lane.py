@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -43,11 +44,13 @@ class FastLaneServer(native.Server):
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._lane_of: list[Lane | None] = []
         self._draining = False
-        # Calls that `finish` is at, by id.
-        self._finishing: dict[int, asyncio.Task[None]] = {}
         # What answers leave to be done, until the event loop is told.
         self._afterwards: deque[Callable[[], None]] = deque()
         self._is_told = False
+        # What cancels the calls that `start` or `finish` is at, by id.
+        self._under_way: dict[int, Callable[[], object]] = {}
+        # Of a server that stops: none of them is left.
+        self._idle = asyncio.Event()
         # CPU time of the lanes' thread.
         self.lane_seconds = 0.0
 
@@ -60,18 +63,23 @@ class FastLaneServer(native.Server):
         """Turns new calls away, waits for those under way, and closes only when their answers have left."""
         self._draining = True
         tasks = [call.task for call in self._calls.values() if call.task is not None]
-        tasks += self._finishing.values()
         if self._fallback is not None:
             tasks.append(asyncio.create_task(self._fallback.stop(grace)))
-        if tasks:
-            await asyncio.wait(tasks, timeout=grace or 0)
+        tasks.append(asyncio.create_task(self._be_idle()))
+        await asyncio.wait(tasks, timeout=grace or 0)
+        tasks[-1].cancel()
         # Closing takes with it what the engine has not yet written to its sockets; it has no way to wait for that.
         await asyncio.sleep(_FLUSH_SECONDS)
-        unfinished = [*self._finishing.values()]
-        for task in unfinished:
-            task.cancel()
-        await asyncio.gather(*unfinished, return_exceptions=True)
+        for call_id, cancel in list(self._under_way.items()):
+            cancel()
+            self._end(call_id, Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ()))
+        # The tasks among them hear of it.
+        await asyncio.sleep(0)
         await super().stop(0)
+
+    async def _be_idle(self) -> None:
+        if self._under_way:
+            await self._idle.wait()
 
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
         context._trailing_metadata = _sendable(context._trailing_metadata)
@@ -163,31 +171,55 @@ class FastLaneServer(native.Server):
             admitted, events = [], [event for event in events if event[0] != EVENT_CALL]
         for lane, call_id, call, remaining in admitted:
             deadline = None if remaining is None else time.monotonic() + remaining
-            self._finishing[call_id] = loop.create_task(self._finish(front, lane, call_id, call, deadline))
+            self._begin(lane, call_id, call, deadline)
         if events:
             for event in events:
                 # It may not have begun, and then would not come to its end either.
-                if event[0] == EVENT_CANCEL and (task := self._finishing.pop(event[1], None)) is not None:
-                    task.cancel()
+                if event[0] == EVENT_CANCEL and (cancel := self._ended(event[1])) is not None:
+                    cancel()
             self._on_events(events)
 
-    async def _finish(
-        self, front: NativeGrpcFront, lane: Lane, call_id: int, call: object, deadline: float | None
-    ) -> None:
+    def _begin(self, lane: Lane, call_id: int, call: object, deadline: float | None) -> None:
+        self._under_way[call_id] = _nothing
+        if lane.start is not None:
+            try:
+                cancel = lane.start(call, deadline, partial(self._end, call_id))
+            except Exception as error:
+                log.exception("a lane failed")
+                self._end(call_id, failure(unexpected(error)))
+                return
+            if cancel is not None:
+                # Unless it has ended by now.
+                if call_id in self._under_way:
+                    self._under_way[call_id] = cancel
+                return
+        assert self._loop is not None
+        task = self._loop.create_task(self._finish(lane, call_id, call, deadline))
+        self._under_way[call_id] = task.cancel
+
+    async def _finish(self, lane: Lane, call_id: int, call: object, deadline: float | None) -> None:
         try:
             answer = await lane.finish(call, deadline)
         except asyncio.CancelledError:
-            # Heard only by a caller that did not leave.
-            front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is stopping")
             return
         except Exception as error:
             log.exception("a lane failed")
             answer = failure(unexpected(error))
-        finally:
-            self._finishing.pop(call_id, None)
-        _send(front, call_id, answer)
+        self._end(call_id, answer)
+
+    def _end(self, call_id: int, answer: Answer | Failure) -> None:
+        front = self._front
+        if self._ended(call_id) is not None and front is not None:
+            _send(front, call_id, answer)
         if answer.afterwards is not None:
             answer.afterwards()
+
+    def _ended(self, call_id: int) -> Callable[[], object] | None:
+        """What would cancel it; None where it has ended before."""
+        cancel = self._under_way.pop(call_id, None)
+        if self._draining and not self._under_way:
+            self._idle.set()
+        return cancel
 
 
 def _send(front: NativeGrpcFront, call_id: int, answer: Answer | Failure) -> None:
@@ -200,3 +232,7 @@ def _send(front: NativeGrpcFront, call_id: int, answer: Answer | Failure) -> Non
 def _sendable(trailing: Metadata) -> Metadata:
     # The engine keeps names that begin with grpc- to itself; RetryInfo in the details says the same.
     return [pair for pair in trailing if pair[0] != PUSHBACK]
+
+
+def _nothing() -> None:
+    """Cancels what has not begun."""

@@ -51,10 +51,14 @@ class Lane:
     `admit` takes a request and its metadata, at once and on a thread beside the event loop's, so it changes nothing but
     counts. What it returns that is neither an Answer nor a Failure goes to `finish`, with the caller's deadline in
     time.monotonic. That is cancelled when the caller leaves; neither raises anything else.
+
+    `start` may do what `finish` does without a task, and say so by returning what cancels it: then its last argument is
+    called with the answer, perhaps at once, and not after it was cancelled.
     """
 
     admit: Callable[[bytes, Metadata], Any]
     finish: Callable[[Any, float | None], Coroutine[Any, Any, Answer | Failure]]
+    start: Callable[[Any, float | None, Callable[[Answer | Failure], None]], Callable[[], object] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,23 @@ class SingleFlight(Generic[Result]):
         self._flights[key] = flight
         flight.add_done_callback(partial(self.landed, key))
 
+    def begin(self, key: bytes) -> asyncio.Future[Result]:
+        """Work that its leader does without a task, for others to join, until `end`; there is none of this key yet."""
+        flight = self._flights[key] = asyncio.get_running_loop().create_future()
+        return flight
+
+    def end(self, key: bytes, flight: asyncio.Future[Result], result: Result | Exception) -> None:
+        """What `begin` returned has come to this."""
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if flight.done():  # closed
+            return
+        if isinstance(result, Exception):
+            flight.set_exception(result)
+            flight.exception()  # there may be nobody else: asyncio shall not report it as never retrieved
+        else:
+            flight.set_result(result)
+
     def close(self) -> None:
         """Cancels what is in flight; those that wait for it are cancelled too."""
         for flight in list(self._flights.values()):

@@ -92,7 +92,7 @@ async def test_a_caller_that_leaves_before_anything_is_begun_leaves_nothing_behi
         time.sleep(0.2)  # noqa: ASYNC251
         for _ in range(5):
             await asyncio.sleep(0.01)
-        assert server._finishing == {}
+        assert server._under_way == {}
     await server.stop(0)
 
 

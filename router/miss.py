@@ -1,0 +1,152 @@
+"""A request that only computing can answer, as most misses are: done without a task or a future of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ringmesh.inference.v1 import inference_pb2
+
+from cache.entry import Entry
+from cache.epochs import Epochs
+from cache.mesh import Computed, Flight, Found, Mesh
+from router.admission.quotas import Quotas
+from router.admitted import Admitted
+from router.catalog import ModelEntry
+from router.dispatch import Answered, Asked, Dispatch
+from router.dispatcher import Dispatcher
+from router.replies import Replies
+from router.request_metrics import RequestMetrics
+from services.runtime.errors import DeadlineExceededError, RingmeshError
+from services.runtime.rpc import Answer, Failure, unexpected
+
+
+def compute_us(result: inference_pb2.WorkResult) -> int:
+    """This request's part of the run that served it."""
+    timing = result.timing
+    return int(timing.compute_us // max(1, timing.batch_requests))
+
+
+class Misses:
+    """Answers requests from the fleet, and keeps what is to be kept in `mesh`."""
+
+    def __init__(
+        self, mesh: Mesh, dispatcher: Dispatcher, quotas: Quotas, replies: Replies, requests: RequestMetrics
+    ) -> None:
+        self.mesh = mesh
+        self.dispatcher = dispatcher
+        self.quotas = quotas
+        self.replies = replies
+        self.requests = requests
+
+    def begin(
+        self, call: Admitted, deadline: float | None, answer: Callable[[Answer | Failure], None]
+    ) -> Callable[[], None] | None:
+        """What cancels it; None where there may be more to it: then nothing was begun."""
+        model = call.model
+        if call.error is not None or call.control is not None or call.place or model is None or not model.is_plain:
+            return None
+        epochs = self.mesh.purges.epochs
+        key = b""
+        if call.request_hash:
+            key = epochs.key(model.digest, model.name, call.request_hash)
+            if not self.mesh.must_compute(key):
+                return None
+        miss = _Miss(self, call, model, key, epochs, answer)
+        miss.begin(deadline)
+        return miss.cancel
+
+
+class _Miss:
+    __slots__ = ("_answer", "_call", "_dispatch", "_epochs", "_flight", "_key", "_model", "_parts", "_timer")
+
+    def __init__(
+        self,
+        parts: Misses,
+        call: Admitted,
+        model: ModelEntry,
+        key: bytes,
+        epochs: Epochs,
+        answer: Callable[[Answer | Failure], None],
+    ) -> None:
+        self._parts = parts
+        self._call = call
+        self._model = model
+        self._key = key
+        # An answer is filed by the purges that were when its computing began.
+        self._epochs = epochs
+        self._answer: Callable[[Answer | Failure], None] | None = answer
+        self._dispatch: Dispatch | None = None
+        self._flight: Flight | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, deadline: float | None) -> None:
+        call, model, parts, key = self._call, self._model, self._parts, self._key
+        parts.requests.in_flight += 1
+        try:
+            if key and (entry := parts.mesh.peek(key)) is not None:
+                # An equal request was answered since the first look.
+                self._reply(parts.replies.answer(call, Found(entry, "hit-local")))
+                return
+            parts.quotas.take(call.caller)
+        except RingmeshError as error:
+            self._reply(parts.replies.failure(call, error))
+            return
+        if key:
+            self._flight = parts.mesh.lead(key, call.trace)
+        if deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._late)
+        asked = Asked(model, call.data, call.request_hash, call.request_hash, deadline, call.caller, call.trace)
+        dispatch = parts.dispatcher.begin(asked, self._computed)
+        if self._answer is not None:
+            self._dispatch = dispatch
+
+    def cancel(self) -> None:
+        """The caller has left. What is to be kept is computed all the same: others may have joined it."""
+        if self._answer is None:
+            return
+        self._parts.replies.left(self._call)
+        if self._flight is None and self._dispatch is not None:
+            self._dispatch.cancel()
+        self._forget()
+
+    def _late(self) -> None:
+        error = DeadlineExceededError("the deadline passed before the answer was computed")
+        self._reply(self._parts.replies.failure(self._call, error))
+
+    def _computed(self, ended: Answered | Exception) -> None:
+        call, model, parts = self._call, self._model, self._parts
+        if isinstance(ended, Exception):
+            error = ended if isinstance(ended, RingmeshError) else unexpected(ended)
+            if self._flight is not None:
+                parts.mesh.fail(self._flight, error)
+            if self._answer is not None:
+                self._reply(parts.replies.failure(call, error))
+            return
+        result, member = ended
+        entry, key = Entry(result.response, compute_us(result)), None
+        if call.request_hash:
+            key = self._epochs.key(result.model_digest, model.name, call.request_hash)
+        computed = Computed(entry, key, member.worker_id)
+        if self._flight is not None:
+            found = parts.mesh.land(self._flight, computed)
+        else:
+            found = Found(entry, "bypass", member.worker_id)
+        if self._answer is not None:
+            call.provider = result.timing.provider
+            self._reply(parts.replies.answer(call, found))
+
+    def _reply(self, reply: Answer | Failure) -> None:
+        answer = self._answer
+        self._forget()
+        if answer is not None:
+            answer(reply)
+
+    def _forget(self) -> None:
+        self._answer = self._dispatch = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._parts.requests.in_flight -= 1
