@@ -16,16 +16,23 @@ from router.admitted import Admitted
 from router.catalog import ModelEntry
 from router.dispatch import Answered, Asked, Dispatch
 from router.dispatcher import Dispatcher
+from router.member import Member
 from router.replies import Replies
 from router.request_metrics import RequestMetrics
 from services.runtime.errors import DeadlineExceededError, RingmeshError
 from services.runtime.rpc import Answer, Failure, unexpected
 
 
-def compute_us(result: inference_pb2.WorkResult) -> int:
-    """This request's part of the run that served it."""
+def as_computed(
+    call: Admitted, model: ModelEntry, epochs: Epochs, result: inference_pb2.WorkResult, by: Member
+) -> Computed:
+    """What a worker answered, as the mesh keeps it: by the purges that were when its computing began."""
     timing = result.timing
-    return int(timing.compute_us // max(1, timing.batch_requests))
+    call.provider = timing.provider
+    # This request's part of the run that served it.
+    entry = Entry(result.response, int(timing.compute_us // max(1, timing.batch_requests)))
+    key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
+    return Computed(entry, key, by.worker_id, model.freshness)
 
 
 class Misses:
@@ -74,7 +81,6 @@ class _Miss:
         self._call = call
         self._model = model
         self._key = key
-        # An answer is filed by the purges that were when its computing began.
         self._epochs = epochs
         self._answer: Callable[[Answer | Failure], None] | None = answer
         self._dispatch: Dispatch | None = None
@@ -117,7 +123,7 @@ class _Miss:
         self._reply(self._parts.replies.failure(self._call, error))
 
     def _computed(self, ended: Answered | Exception) -> None:
-        call, model, parts = self._call, self._model, self._parts
+        call, parts = self._call, self._parts
         if isinstance(ended, Exception):
             error = ended if isinstance(ended, RingmeshError) else unexpected(ended)
             if self._flight is not None:
@@ -125,17 +131,12 @@ class _Miss:
             if self._answer is not None:
                 self._reply(parts.replies.failure(call, error))
             return
-        result, member = ended
-        entry, key = Entry(result.response, compute_us(result)), None
-        if call.request_hash:
-            key = self._epochs.key(result.model_digest, model.name, call.request_hash)
-        computed = Computed(entry, key, member.worker_id)
+        made = as_computed(call, self._model, self._epochs, *ended)
         if self._flight is not None:
-            found = parts.mesh.land(self._flight, computed)
+            found = parts.mesh.land(self._flight, made)
         else:
-            found = Found(entry, "bypass", member.worker_id)
+            found = Found(made.entry, "bypass", made.worker)
         if self._answer is not None:
-            call.provider = result.timing.provider
             self._reply(parts.replies.answer(call, found))
 
     def _reply(self, reply: Answer | Failure) -> None:

@@ -26,7 +26,7 @@ from router.audit import Audit
 from router.catalog import Catalog, ModelEntry
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
-from router.miss import Misses, compute_us
+from router.miss import Misses, as_computed
 from router.replies import Replies
 from router.request_metrics import STEP, RequestMetrics
 from router.rows import RowCache
@@ -50,11 +50,8 @@ from services.runtime.tracing import Tracer, untraced
 
 log = logging.getLogger(__name__)
 
-# One in so many hits carries the load report: on each of them it cost 5 us more.
-_HITS_A_REPORT = 16
 # Requests whose meaning is remembered, at about 300 bytes each.
 _REMEMBERED = 32_768
-_AUDITED = frozenset({"hit-local", "hit-shared"})
 _RENEWAL_SECONDS = 30.0
 
 
@@ -433,9 +430,7 @@ class InferenceService:
             deadline=deadline,
             caller=call.caller,
         )
-        call.provider = result.timing.provider
-        key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
-        return Computed(Entry(result.response, compute_us(result)), key, member.worker_id, model.freshness)
+        return as_computed(call, model, epochs, result, member)
 
     def _runs_whole(self, model: ModelEntry) -> bool:
         """Whether an ensemble is run by one worker: one holds all steps, and they are not to be cached each."""

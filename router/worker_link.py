@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 DEPTH = 2
 MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
+_LEAST = 8
 _WITHDRAW_SECONDS = 1.0
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
@@ -186,7 +187,8 @@ class WorkerLink:
         size = 0
         now = time.monotonic()
         waiting = lane.waiting
-        while waiting and len(items) < MAX_ITEMS:
+        most = min(MAX_ITEMS, max(_LEAST, -(-len(waiting) // (DEPTH - lane.under_way))))
+        while waiting and len(items) < most:
             sent = waiting[0]
             work = sent.work
             size += len(work.request)

@@ -149,8 +149,8 @@ class Worker:
                 ):
                     return None
                 requests.append(self._decoder.decode(request, held.model, work.trace_context))
-        except RingmeshError:
-            return None
+        except Exception:
+            return None  # the other way says which of them is wrong
         if held is None or type(held.batcher) is not Batcher:
             return None
         batches = held.batcher.run_at_once(requests)

@@ -13,9 +13,9 @@ from services.runtime.rpc import Answer, Lane
 NAME = "test.Lanes"
 
 
-async def serve(admit, finish=None):
+async def serve(admit, finish=None, start=None):
     """The server and a channel to it."""
-    lane = Lane(admit, finish)
+    lane = Lane(admit, finish, start)
     server = FastLaneServer([], {f"/{NAME}/Call": lane})
     handlers = {"Call": lane_handler(lane)}
     server.add_registered_method_handlers(NAME, handlers)
@@ -145,3 +145,81 @@ async def test_a_draining_server_turns_calls_away_from_its_lanes_too():
             await asyncio.to_thread(call, b"x", timeout=10)
         assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
         await stopping
+
+
+async def test_what_is_started_is_answered_later_or_at_once_and_the_rest_is_finished():
+    loop = asyncio.get_running_loop()
+
+    def start(call, deadline, answer):
+        if call == b"finish":
+            return None
+        if call == b"later":
+            loop.call_later(0.05, answer, Answer(b"started %d" % round(deadline - time.monotonic()), ()))
+        else:
+            answer(Answer(b"at once", ()))
+        return lambda: None
+
+    async def finish(call, deadline):
+        return Answer(b"finished", ())
+
+    server, channel = await serve(lambda data, _: data, finish, start)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        answers = [call.future(data, timeout=20) for data in (b"later", b"now", b"finish")]
+        told = await asyncio.to_thread(lambda: [answer.result(10) for answer in answers])
+        assert told == [b"started 20", b"at once", b"finished"]
+        assert server._under_way == {}
+    await server.stop(0)
+
+
+async def test_a_caller_that_leaves_cancels_what_was_started():
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    def start(call, deadline, answer):
+        begun.set()
+        return cancelled.set
+
+    server, channel = await serve(lambda data, _: data, None, start)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
+        await asyncio.wait_for(begun.wait(), 10)
+        call.cancel()
+        await asyncio.wait_for(cancelled.wait(), 10)
+    await server.stop(0)
+
+
+async def test_a_drain_waits_for_what_was_started_and_ends_the_rest():
+    loop = asyncio.get_running_loop()
+    cancelled = []
+
+    def start(call, deadline, answer):
+        timer = loop.call_later(float(call), answer, Answer(b"done", ()))
+        return lambda: (timer.cancel(), cancelled.append(call))
+
+    server, channel = await serve(lambda data, _: data, None, start)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        quick, slow = call.future(b"0.3", timeout=60), call.future(b"60", timeout=60)
+        await asyncio.to_thread(call.future(b"0", timeout=60).result, 10)
+        await server.stop(1)
+        assert await asyncio.to_thread(quick.result, 10) == b"done"
+        error = await asyncio.to_thread(slow.exception, 10)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert cancelled == [b"60"]
+
+
+async def test_a_start_that_fails_fails_that_call_alone():
+    def start(call, deadline, answer):
+        if call == b"bad":
+            raise ValueError("secret")
+        answer(Answer(call, ()))
+        return lambda: None
+
+    server, channel = await serve(lambda data, _: data, None, start)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        error = await asyncio.to_thread(call.future(b"bad", timeout=10).exception, 10)
+        assert error.code() == grpc.StatusCode.INTERNAL
+        assert "secret" not in error.details()
+        assert await asyncio.to_thread(call, b"good", timeout=10) == b"good"
+    await server.stop(0)

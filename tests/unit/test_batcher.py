@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePolicy
 
-from services.inference.batcher import MAX_MEMBERS, Batcher
+from services.inference.batcher import MAX_MEMBERS, Batcher, BatchResult
 from services.inference.request import Decoded
 from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
@@ -379,3 +379,39 @@ async def test_a_result_names_the_requests_of_its_batch_up_to_a_bound():
     results = await asyncio.gather(*(batcher.submit(request(1, trace_context=context), None) for context in contexts))
     assert {result.batch_requests for result in results} == {len(contexts)}
     assert {result.members for result in results} == {b"".join(contexts[:MAX_MEMBERS])}
+
+
+async def test_nothing_is_run_at_once_past_what_waits_or_after_the_end(monkeypatch):
+    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    await batcher.submit(request(1), None)
+    (result,) = batcher.run_at_once([request(2)])
+    assert result.arrays[0].item() == 4
+    running = await held(model, batcher, request(1))
+    assert batcher.run_at_once([request(2)]) is None  # its one instance is at work
+    model.gate.set()
+    await running
+    await batcher.close()
+    assert batcher.run_at_once([request(2)]) is None
+
+
+async def test_only_what_shares_a_run_and_fits_into_it_is_run_at_once(monkeypatch):
+    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    batcher = Batcher(Doubler(), EXECUTOR)
+    await batcher.submit(request(1), None)
+    await batcher.submit(request(1, columns=2), None)
+    assert batcher.run_at_once([request(1), request(1, columns=2)]) is None
+    assert batcher.run_at_once([request(1)] * 9) is None
+    assert len(batcher.run_at_once([request(1)] * 8)) == 8
+    assert [type(result) for result in batcher.run_at_once([request(13), request(1)])] == [
+        InvalidArgumentError,
+        BatchResult,
+    ]
+
+
+async def test_a_model_that_is_to_wait_for_more_runs_nothing_at_once(monkeypatch):
+    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    batcher = Batcher(Doubler(), EXECUTOR, batching=ModelDynamicBatching(max_queue_delay_microseconds=1))
+    await batcher.submit(request(1), None)
+    assert batcher.run_at_once([request(1)]) is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -152,3 +153,50 @@ async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
     assert [result.failure.code for result in await first] == [4]
     await busy
     assert worker.model.runs == [1, 1]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+
+
+async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick):
+    await worker.execute_all([work(0)])  # so that it is known
+    worker.model.runs.clear()
+    before = worker.load.answered
+    results = await asyncio.to_thread(worker.execute_at_once, [work(value, b"h%d" % value) for value in range(20)])
+    assert worker.model.runs == [20]
+    for value, result in enumerate(results):
+        np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
+        assert (result.timing.batch_requests, result.model_digest) == (20, worker.model.digest)
+    assert worker.load.answered == before + 20
+    statistics = worker.store.held.find("mlp", "").statistics.message()
+    assert (statistics.inference_count, statistics.execution_count) == (21, 2)
+
+
+async def test_what_may_be_slow_is_not_run_at_once(worker, monkeypatch):
+    assert worker.execute_at_once([work(0)]) is None  # nothing is known of it
+    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 0)
+    await worker.execute_all([work(0)])
+    assert worker.execute_at_once([work(0)]) is None
+
+
+async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick):
+    await worker.execute_all([work(0)])
+    wrong, late = work(1, columns=63), work(1, deadline=time.monotonic() - 1)
+    for others in ([wrong], [Work(b"\xff", b"", None, b"")], [late], []):
+        assert worker.execute_at_once([work(0), *others] if others else []) is None
+    worker.model.gate.clear()
+    running = asyncio.create_task(worker.execute_all([work(1, b"same")]))
+    await asyncio.sleep(0.01)
+    assert worker.execute_at_once([work(1, b"same")]) is None
+    worker.model.gate.set()
+    await running
+
+
+async def test_what_fails_at_once_fails_alone_and_is_counted(worker, quick, monkeypatch):
+    await worker.execute_all([work(0)])
+    monkeypatch.setattr("services.inference.worker.MAX_RESPONSE_BYTES", 1)
+    results = worker.execute_at_once([work(1), work(2)])
+    assert [result.failure.code for result in results] == [8, 8]
+    assert worker.store.held.find("mlp", "").statistics.message().inference_stats.fail.count == 2
