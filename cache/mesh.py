@@ -134,10 +134,21 @@ class Mesh:
         entry = self.local.peek(key)
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
 
+    def may_lead(self, key: bytes) -> bool:
+        """Whether there is nobody to join, and no other region to ask."""
+        return not self.peers.peers and key not in self.flights
+
     def lead(self, key: bytes, trace: Trace) -> Flight:
-        """For who computes it without a task, where it `must_compute`; to be ended by `land` or `fail`."""
+        """For who finds it without a task, where he `may_lead`; to be ended by `found`, `land` or `fail`."""
         self._leaders[key] = trace
         return Flight(key, self.flights.begin(key), time.monotonic())
+
+    def found(self, flight: Flight, entry: Entry) -> Found:
+        """In the shared tier, for those that joined too."""
+        del self._leaders[flight.key]
+        found = Found(entry, "hit-shared")
+        self.flights.end(flight.key, flight.answer, found)
+        return found
 
     def land(self, flight: Flight, computed: Computed) -> Found:
         """Kept, and given to those that joined."""

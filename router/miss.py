@@ -1,8 +1,9 @@
-"""A request that only computing can answer, as most misses are: done without a task or a future of its own."""
+"""A request that the local tier cannot answer, done without a task or a future of its own: as most misses can be."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from ringmesh.inference.v1 import inference_pb2
 from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.mesh import Computed, Flight, Found, Mesh
+from router.admission.caller import ANYBODY, caller_of
 from router.admission.quotas import Quotas
 from router.admitted import Admitted
 from router.catalog import ModelEntry
@@ -21,6 +23,8 @@ from router.replies import Replies
 from router.request_metrics import RequestMetrics
 from services.runtime.errors import DeadlineExceededError, RingmeshError
 from services.runtime.rpc import Answer, Failure, unexpected
+
+log = logging.getLogger(__name__)
 
 
 def as_computed(
@@ -58,7 +62,7 @@ class Misses:
         key = b""
         if call.request_hash:
             key = epochs.key(model.digest, model.name, call.request_hash)
-            if not self.mesh.must_compute(key):
+            if not self.mesh.may_lead(key):
                 return None
         miss = _Miss(self, call, model, key, epochs, answer)
         miss.begin(deadline)
@@ -66,7 +70,18 @@ class Misses:
 
 
 class _Miss:
-    __slots__ = ("_answer", "_call", "_dispatch", "_epochs", "_flight", "_key", "_model", "_parts", "_timer")
+    __slots__ = (
+        "_answer",
+        "_call",
+        "_dispatch",
+        "_epochs",
+        "_flight",
+        "_key",
+        "_looking",
+        "_model",
+        "_parts",
+        "_timer",
+    )
 
     def __init__(
         self,
@@ -86,25 +101,56 @@ class _Miss:
         self._dispatch: Dispatch | None = None
         self._flight: Flight | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     def begin(self, deadline: float | None) -> None:
-        call, model, parts, key = self._call, self._model, self._parts, self._key
+        call, parts, key = self._call, self._parts, self._key
         parts.requests.in_flight += 1
         try:
-            if key and (entry := parts.mesh.peek(key)) is not None:
-                # An equal request was answered since the first look.
-                self._reply(parts.replies.answer(call, Found(entry, "hit-local")))
-                return
-            parts.quotas.take(call.caller)
+            if call.caller is ANYBODY:
+                call.caller = caller_of(call.metadata)
+            entry = parts.mesh.peek(key) if key else None
         except RingmeshError as error:
             self._reply(parts.replies.failure(call, error))
             return
         if key:
+            if entry is not None:
+                # An equal request was answered since the first look.
+                self._reply(parts.replies.answer(call, Found(entry, "hit-local")))
+                return
             self._flight = parts.mesh.lead(key, call.trace)
         if deadline is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, deadline - time.monotonic()), self._late)
-        asked = Asked(model, call.data, call.request_hash, call.request_hash, deadline, call.caller, call.trace)
+        if key and parts.mesh.shared is not None:
+            self._looking = asyncio.create_task(self._look_up(deadline))
+        else:
+            self._compute(deadline)
+
+    async def _look_up(self, deadline: float | None) -> None:
+        """In Redis; then it is computed."""
+        call, parts, flight = self._call, self._parts, self._flight
+        assert flight is not None
+        try:
+            entry = await parts.mesh.look_up(self._key, call.trace)
+        except Exception as error:
+            self._computed(error)
+            return
+        if entry is None:
+            self._compute(deadline)
+            return
+        found = parts.mesh.found(flight, entry)
+        if self._answer is not None:
+            self._reply(parts.replies.answer(call, found))
+
+    def _compute(self, deadline: float | None) -> None:
+        call, parts = self._call, self._parts
+        try:
+            parts.quotas.take(call.caller)
+        except RingmeshError as error:
+            self._computed(error)
+            return
+        asked = Asked(self._model, call.data, call.request_hash, call.request_hash, deadline, call.caller, call.trace)
         dispatch = parts.dispatcher.begin(asked, self._computed)
         if self._answer is not None:
             self._dispatch = dispatch
@@ -125,7 +171,11 @@ class _Miss:
     def _computed(self, ended: Answered | Exception) -> None:
         call, parts = self._call, self._parts
         if isinstance(ended, Exception):
-            error = ended if isinstance(ended, RingmeshError) else unexpected(ended)
+            if isinstance(ended, RingmeshError):
+                error = ended
+            else:
+                log.error("trace %s: %s failed", call.trace.trace_id, call.name, exc_info=ended)
+                error = unexpected(ended)
             if self._flight is not None:
                 parts.mesh.fail(self._flight, error)
             if self._answer is not None:
