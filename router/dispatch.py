@@ -150,7 +150,7 @@ class Dispatch:
             self._considered = []
             if asked.model.hedged and not asked.sticky and (patience := parts.tails.of(asked.model.digest)) is not None:
                 self._timer = asyncio.get_running_loop().call_later(patience, self._hedge)
-            self._attempt(candidate, considered, "retry" if self._attempts > 1 else "first")
+            self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
             return
         self._done(self._no_answer())
 
@@ -162,8 +162,9 @@ class Dispatch:
         self._considered.append(consideration(candidate, why))
         self._skipped.append(f"{candidate.member.worker_id}: {why}")
 
-    def _attempt(self, candidate: Candidate, considered: tuple[Consideration, ...], kind: str) -> None:
-        limit = self._parts.limits.of(candidate.member.address, self._asked.model.digest)
+    def _attempt(
+        self, candidate: Candidate, limit: ConcurrencyLimit, considered: tuple[Consideration, ...], kind: str
+    ) -> None:
         attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self._attempted)
         self._under_way.append(attempt)
         attempt.begin()
@@ -176,7 +177,7 @@ class Dispatch:
             limit = parts.limits.of(candidate.member.address, asked.model.digest)
             if not candidate.reason and limit.admits(asked.caller.priority):
                 if parts.retries.take():
-                    self._attempt(candidate, (consideration(candidate, ""),), "hedge")
+                    self._attempt(candidate, limit, (consideration(candidate, ""),), "hedge")
                 return
 
     def _attempted(self, attempt: _Attempt, outcome: Outcome) -> None:
