@@ -58,13 +58,15 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
             time.sleep(0.02)
 
 
-def stop(started: Started) -> None:
-    started.process.terminate()
-    try:
-        started.process.wait(5)
-    except subprocess.TimeoutExpired:
-        started.process.kill()
-        started.process.wait()
+def stop(*started: Started) -> None:
+    for one in started:
+        one.process.terminate()
+    for one in started:
+        try:
+            one.process.wait(5)
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
 
 
 def kill(*started: Started) -> None:

@@ -27,7 +27,7 @@ def router(repository):
     worker = processes.start("services.inference", models=repository, worker_id="audited", threads=1)
     started = processes.start("router", workers=worker.address, audit_share=1)
     yield started
-    processes.kill(started, worker)
+    processes.stop(started, worker)
 
 
 async def test_a_random_model_whose_analysis_was_overruled_leaves_the_cache_and_says_so(router):

@@ -25,7 +25,7 @@ def address(request, engine, stack):
         return
     alone = processes.start("cache", engine=engine)
     yield alone.address
-    processes.kill(alone)
+    processes.stop(alone)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ async def test_a_new_router_is_warmed_with_what_was_asked_for_most(stack, engine
     async with grpc.aio.insecure_channel(new.address) as channel:
         warmed = await cache_pb2_grpc.CacheServiceStub(channel).Warm(cache_pb2.WarmRequest(), timeout=20)
         outcomes = [(await infer(channel, request))[1]["ringmesh-cache"] for request in (popular, rare)]
-    processes.kill(new)
+    processes.stop(new)
     assert warmed.entries >= 1
     assert outcomes == ["hit-local", "hit-shared"]
 
@@ -228,4 +228,4 @@ async def test_with_redis_down_leases_still_pick_one_and_nothing_fails(engine):
         assert not (await cache.Get(cache_pb2.GetRequest(**mine))).HasField("entry")
         assert (await cache.GetOrCompute(cache_pb2.GetOrComputeRequest(**mine))).HasField("lease")
         assert await refused(cache.Purge(cache_pb2.PurgeRequest(model="m"))) == grpc.StatusCode.UNAVAILABLE
-    processes.kill(alone)
+    processes.stop(alone)

@@ -36,7 +36,7 @@ def served(engine, tmp_path_factory):
             pool.map(lambda name: start("services.inference", worker_id=name, models=folder, threads=1), names)
         )
     yield folder, start("router", workers=",".join(worker.address for worker in workers)), workers
-    processes.kill(*started)
+    processes.stop(*started)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def split(tmp_path_factory, models, engine):
     with triton.InferenceServerClient(router.address) as client, triton.InferenceServerClient(addresses[0]) as worker:
         eventually(lambda: client.is_model_ready("doubled") and client.is_model_ready("mlp"))
         yield client, worker, folder / "traces"
-    processes.kill(router, *workers)
+    processes.stop(router, *workers)
 
 
 def test_steps_on_two_workers_run_through_the_router(split):

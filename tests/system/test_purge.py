@@ -31,7 +31,7 @@ def second_router(stack, engine):
     settings = {"workers": ",".join(stack.workers), "redis_url": stack.redis_url, "engine": engine}
     router = processes.start("router", **settings)
     yield router.address
-    processes.kill(router)
+    processes.stop(router)
 
 
 @pytest.fixture

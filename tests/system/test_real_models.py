@@ -40,7 +40,7 @@ def router(repository):
     worker = processes.start("services.inference", models=repository, threads=1, metrics_address="127.0.0.1:0")
     router = processes.start("router", workers=worker.address, metrics_address="127.0.0.1:0")
     yield router
-    processes.kill(router, worker)
+    processes.stop(router, worker)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

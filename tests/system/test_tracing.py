@@ -128,7 +128,7 @@ def quiet(stack, engine, tmp_path_factory):
     workers = ",".join(stack.workers)
     router = processes.start("router", workers=workers, engine=engine, trace_dir=folder, trace_ratio=0)
     yield router, folder
-    processes.kill(router)
+    processes.stop(router)
 
 
 async def test_a_caller_that_does_not_sample_is_respected(quiet):
