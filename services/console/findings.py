@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 
 from services.console.fleet_watch import FleetView
 from services.console.history import History
-from services.console.overview import LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
+from services.console.overview import ATTEMPT, LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
 from services.console.trace_store import TraceStore
 from services.console.units import number, percent, seconds
 from services.runtime.metrics import OTHER
@@ -22,6 +22,9 @@ _WINDOW = 120.0
 # A worker is slow where it takes that much longer than its peers for the same model, over that many runs.
 _SLOW_FACTOR = 2.5
 _SLOW_RUNS = 5
+# A process that gets no CPU for a while computes as fast as ever, between two requests; its answers come late.
+_STALLED_SECONDS = 5e-3
+_STALLED_ATTEMPTS = 50
 _ERROR_SHARE = 0.01
 _LAG_SECONDS = 0.2
 _FAILING_A_MINUTE = 3.0
@@ -126,7 +129,7 @@ def _redis(history: History) -> Iterator[Finding]:
 
 
 def _slow_workers(history: History) -> Iterator[Finding]:
-    """By mean compute time, model by model, against the median of the other workers."""
+    """Against the median of the others: by mean compute time of a model, or by what answers take beside all work."""
     total = history.increase(f"{STAGE}_sum", _WINDOW, ("model", "version", "target"), stage="compute")
     count = history.increase(f"{STAGE}_count", _WINDOW, ("model", "version", "target"), stage="compute")
     means: dict[tuple[str, str], dict[str, float]] = {}
@@ -142,6 +145,12 @@ def _slow_workers(history: History) -> Iterator[Finding]:
                 said = f"{model} takes {seconds(mean)} there and {seconds(median(others))} on the others"
                 if target not in worst or factor > worst[target][0]:
                     worst[target] = (factor, said)
+    beside = _beside_work(history)
+    for worker, mean in beside.items():
+        usual = median([other for name, other in beside.items() if name != worker] or [math.inf])
+        if worker not in worst and mean > max(_SLOW_FACTOR * usual, _STALLED_SECONDS):
+            said = f"its answers come {seconds(mean)} later than its work explains, {seconds(usual)} on the others"
+            worst[worker] = (mean / max(usual, 1e-6), said)
     for target, (factor, said) in worst.items():
         yield Finding(
             "warning",
@@ -151,6 +160,17 @@ def _slow_workers(history: History) -> Iterator[Finding]:
             f"/traces?{urlencode({'worker': target, 'sort': 'slowest'})}",
             "its traces",
         )
+
+
+def _beside_work(history: History) -> dict[str, float]:
+    """Seconds of an answer that passed on the way to a worker, or while it did not run, by worker."""
+    total, count = (history.increase(f"{ATTEMPT}_{part}", _WINDOW, ("worker",)) for part in ("sum", "count"))
+    worked = history.increase(f"{STAGE}_sum", _WINDOW, ("target",))
+    return {
+        worker: max(0.0, total.get((worker,), 0.0) - worked.get((worker,), 0.0)) / attempts
+        for (worker,), attempts in count.items()
+        if attempts >= _STALLED_ATTEMPTS
+    }
 
 
 def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ REQUESTS = "ringmesh_requests_total"
 DURATION = "ringmesh_request_duration_seconds"
 COMPUTE = "ringmesh_compute_seconds_total"
 STAGE = "ringmesh_worker_stage_seconds"
+ATTEMPT = "ringmesh_attempt_duration_seconds"
 REDIS = "ringmesh_redis_duration_seconds"
 LOOP_LAG = "ringmesh_event_loop_lag_seconds"
 HITS = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined")

@@ -169,7 +169,7 @@ def test_each_fault_is_named_and_located_and_pages_where_it_should(stack, tmp_pa
         slowed = Slowed(pids["worker-1"])
         os.kill(pids["valkey"], signal.SIGSTOP)
         expected = {
-            "slow worker": ("Worker is slow", "worker worker-1", "mlp takes"),
+            "slow worker": ("Worker is slow", "worker worker-1", "times as long"),
             "dead Redis": ("Redis is down", "shared cache tier, seen by", "router"),
             "bad inputs": (
                 "Callers send what is refused",

@@ -81,3 +81,32 @@ def test_a_fleet_that_is_down_is_one_finding_and_so_are_its_models():
         ("Models are not served", "models m0 1, m1 1, m2 1, m3 1, m4 1 and 195 more"),
     ]
     assert "No other can take its place" in found[0].detail
+
+
+def stalls(attempts):
+    """Workers that each computed for 1 ms a request, and the seconds that 100 attempts took on each."""
+    now = [1000.0]
+    history = History(lambda: now[0])
+    for count in (0, 100):
+        for worker, took in attempts.items():
+            stage = {"model": "m", "version": "1", "stage": "compute"}
+            history.add(
+                worker,
+                [
+                    Sample("ringmesh_worker_stage_seconds_sum", stage, count * 1e-3),
+                    Sample("ringmesh_worker_stage_seconds_count", stage, count),
+                ],
+            )
+            sums = [Sample(f"ringmesh_attempt_duration_seconds_{part}", {"worker": worker}, value)
+                    for part, value in (("sum", took * count / 100), ("count", count))]  # fmt: skip
+            history.add(f"router of {worker}", sums)
+        now[0] += 2
+    return history
+
+
+def test_a_worker_that_gets_no_cpu_between_two_requests_is_found_by_how_late_its_answers_come():
+    (found,) = findings.find(view(), stalls({"w0": 0.2, "w1": 2.1, "w2": 0.2}), traces(), {})
+    assert (found.title, found.where) == ("Worker is slow", "worker w1")
+    assert "20 ms later than its work explains, 1 ms on the others" in found.detail
+    assert findings.find(view(), stalls({"w0": 0.2, "w1": 0.3}), traces(), {}) == []
+    assert findings.find(view(), stalls({"alone": 9.0}), traces(), {}) == []
