@@ -69,7 +69,9 @@ def frame(summary: dict[str, Any]) -> RenderableType:
         parts.append(
             Text.assemble(
                 (f"{finding['severity']:<9}", style),
-                textwrap.shorten(f"{finding['title']}: {finding['where']}. {finding['detail']}", _LONGEST_FINDING),
+                textwrap.shorten(
+                    f"{finding['title']}: {finding['where']}. {finding['detail']}", _LONGEST_FINDING, placeholder=" …"
+                ),
             )
         )
     if not summary["findings"]:
