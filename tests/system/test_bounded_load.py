@@ -11,28 +11,36 @@ from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from router.load import BALANCE
+from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.test_cache import fresh, infer
 
 CALLERS = 24
-SECONDS = 6.0
+SECONDS = 3.0
 BOUND = math.ceil(BALANCE * CALLERS / 3)
 
 
-@pytest.fixture
-def workers(start_worker):
+@pytest.fixture(scope="module")
+def workers(models):
+    def start(name):
+        return processes.start("services.inference", worker_id=name, models=models, threads=1)
+
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(start_worker, ("a", "b", "c")))
+        started = list(pool.map(start, ("a", "b", "c")))
+    yield started
+    processes.kill(*started)
 
 
-@pytest.fixture
-def router(start_router, workers):
+@pytest.fixture(scope="module")
+def router(workers):
     # Not the admission of requests is looked at here, so all are admitted.
-    address = start_router([worker.address for worker in workers], None, queue_seconds=600).address
-    with grpc.insecure_channel(address) as channel:
+    addresses = ",".join(worker.address for worker in workers)
+    started = processes.start("router", workers=addresses, queue_seconds=600)
+    with grpc.insecure_channel(started.address) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
         eventually(lambda: all(worker.healthy for worker in stub.GetRing(router_pb2.GetRingRequest()).workers))
-    return address
+    yield started.address
+    processes.kill(started)
 
 
 async def peaks(workers, done):

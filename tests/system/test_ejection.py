@@ -54,7 +54,7 @@ class Operator:
         async def told():
             return any(why in reason for reason in self.reasons)
 
-        await eventually(told)
+        await eventually(told, 40)
 
     async def serves(self):
         async def healthy():

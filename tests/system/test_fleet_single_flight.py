@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -16,9 +17,10 @@ STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 @pytest.fixture
 async def channels(start_router, start_worker):
-    workers = [start_worker(f"worker-{index}").address for index in range(3)]
+    with ThreadPoolExecutor() as pool:
+        workers = [worker.address for worker in pool.map(start_worker, ("worker-a", "worker-b", "worker-c"))]
+        routers = list(pool.map(lambda _: start_router(workers, None, audit_share=0), range(3)))
     async with contextlib.AsyncExitStack() as opened:
-        routers = [await asyncio.to_thread(start_router, workers, None, audit_share=0) for _ in range(3)]
         yield [await opened.enter_async_context(grpc.aio.insecure_channel(router.address)) for router in routers]
 
 

@@ -21,17 +21,17 @@ pytestmark = pytest.mark.proof
 
 
 @pytest.fixture(scope="module")
-def demo_models(tmp_path_factory):
-    """Filled once by `up` itself, the way a first start does."""
-    state = tmp_path_factory.mktemp("first")
-    stop_stack(start_stack(state, "--workers", "1"))
-    return state / "models"
+def first(tmp_path_factory):
+    """In a folder that was empty; tests leave it as they found it."""
+    stack = start_stack(tmp_path_factory.mktemp("first"))
+    yield stack
+    assert stop_stack(stack) == 0
 
 
 @pytest.fixture
-def state(demo_models, tmp_path):
+def state(first, tmp_path):
     """A state folder as a second start finds it."""
-    shutil.copytree(demo_models, tmp_path / "models")
+    shutil.copytree(Path(first.state) / "models", tmp_path / "models")
     return tmp_path
 
 
@@ -62,9 +62,9 @@ def assert_all_end(processes):
     assert not alive
 
 
-def test_the_printed_calls_work_as_printed(running):
+def test_the_printed_calls_work_as_printed(first):
     grpcurl, trace, tritonclient = re.search(
-        r"\ngrpcurl\n(.+?)\n\nits trace\n(.+?)\n\ntritonclient\n(.+?)\n\nready\n", running.output, re.DOTALL
+        r"\ngrpcurl\n(.+?)\n\nits trace\n(.+?)\n\ntritonclient\n(.+?)\n\nready\n", first.output, re.DOTALL
     ).groups()
     called = shell(grpcurl)
     assert called.returncode == 0, called.stderr
@@ -75,16 +75,15 @@ def test_the_printed_calls_work_as_printed(running):
     eventually(lambda: re.search(r"Execute +worker", shell(trace).stdout))
 
 
-def test_every_endpoint_is_in_the_table(running):
-    for endpoint in (running.router, running.cache, *running.workers, running.redis_url.removeprefix("redis://")):
-        assert endpoint in running.output
+def test_every_endpoint_is_in_the_table(first):
+    for endpoint in (first.router, first.cache, *first.workers, first.redis_url.removeprefix("redis://")):
+        assert endpoint in first.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_drains_and_leaves_nothing(running, number):
+def test_a_signal_drains_and_leaves_nothing(running):
     tree = running.tree()
     assert len(tree) == 7
-    running.supervisor.send_signal(number)
+    running.supervisor.send_signal(signal.SIGINT)
     assert running.supervisor.wait(30) == 0
     assert not any(process.is_running() for process in tree)
     assert running.output.endswith("stopped\n")
@@ -114,14 +113,7 @@ def test_a_second_signal_kills_what_does_not_drain(running):
     assert_all_end(tree)
 
 
-def test_a_killed_supervisor_leaves_nothing(running):
-    tree = running.tree()
-    running.supervisor.kill()
-    running.supervisor.wait()
-    assert_all_end(tree)
-
-
-def test_it_starts_again_where_a_supervisor_was_killed(running):
+def test_a_killed_supervisor_leaves_nothing_and_the_next_one_starts(running):
     tree = running.tree()
     running.supervisor.kill()
     running.supervisor.wait()
@@ -130,13 +122,13 @@ def test_it_starts_again_where_a_supervisor_was_killed(running):
 
 
 @pytest.mark.parametrize("name", ["worker-0", "router", "valkey"])
-def test_a_process_that_dies_is_started_again(running, name):
-    pid = running.pids[name]
+def test_a_process_that_dies_is_started_again(first, name):
+    pid = first.pids[name]
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: running.pids[name] not in (0, pid))
-    assert f"{name} (pid {pid}) was ended by SIGKILL; starting it again in 1 s\n" in running.output
-    assert f"{name} is back (pid {running.pids[name]})\n" in running.output
-    with grpc.insecure_channel(running.router) as channel:
+    eventually(lambda: first.pids[name] not in (0, pid))
+    assert f"{name} (pid {pid}) was ended by SIGKILL; starting it again in 1 s\n" in first.output
+    assert f"{name} is back (pid {first.pids[name]})\n" in first.output
+    with grpc.insecure_channel(first.router) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
 
         def all_are_healthy():
@@ -176,9 +168,9 @@ def test_a_taken_port_is_named_with_its_owner(state):
     assert f"port {port} is taken by {name} (pid {os.getpid()}); choose another with --port" in line
 
 
-def test_a_second_stack_in_one_state_folder_is_refused(running):
-    line = refused("--state", running.state, "--port", "0")
-    assert f"already runs in {running.state} (pid {running.supervisor.pid})" in line
+def test_a_second_stack_in_one_state_folder_is_refused(first):
+    line = refused("--state", first.state, "--port", "0")
+    assert f"already runs in {first.state} (pid {first.supervisor.pid})" in line
 
 
 def test_a_missing_model_repository_is_named(tmp_path):
@@ -208,7 +200,7 @@ def test_a_malformed_redis_url_is_refused(state, url):
 
 
 def test_an_unreachable_redis_is_a_warning(state):
-    stack = start_stack(state, "--redis", "redis://:secret@127.0.0.1:1")
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://:secret@127.0.0.1:1")
     assert "warning: the Redis of --redis does not answer" in stack.output
     assert "secret" not in stack.output
     assert "valkey" not in stack.pids
@@ -221,7 +213,7 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
         (cwd / name).mkdir()
         (cwd / name / "__init__.py").write_text("raise RuntimeError('this is not the one')")
     ringmesh = Path(sys.executable).parent / "ringmesh"
-    command = [ringmesh, "up", "--port", "0", "--state", state]
+    command = [ringmesh, "up", "--port", "0", "--workers", "1", "--state", state]
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as supervisor:
         assert "ready\n" in supervisor.stdout
         supervisor.terminate()
