@@ -23,7 +23,7 @@ _WINDOW = 120.0
 _SLOW_FACTOR = 2.5
 _SLOW_RUNS = 5
 # A process that gets no CPU for a while computes as fast as ever, between two requests; its answers come late.
-_STALLED_SECONDS = 5e-3
+_STALLED_SECONDS = 3e-3
 _STALLED_ATTEMPTS = 50
 _ERROR_SHARE = 0.01
 _LAG_SECONDS = 0.2

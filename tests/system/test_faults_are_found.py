@@ -28,7 +28,7 @@ SECONDS = 60.0
 
 
 class Slowed:
-    """A process that gets the CPU for 15 of 60 ms, as behind a greedy neighbour."""
+    """A process that gets the CPU for 4 of 16 ms, as behind a greedy neighbour."""
 
     def __init__(self, pid):
         self._pid = pid
@@ -37,11 +37,11 @@ class Slowed:
         self._thread.start()
 
     def _run(self):
-        for _ in range(2000):
+        for _ in range(8000):
             os.kill(self._pid, signal.SIGSTOP)
-            self._done.wait(0.045)
+            self._done.wait(0.012)
             os.kill(self._pid, signal.SIGCONT)
-            if self._done.wait(0.015):
+            if self._done.wait(0.004):
                 return
 
     def end(self):
