@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 DEPTH = 2
 MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
-_LEAST = 8
 _WITHDRAW_SECONDS = 1.0
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
@@ -187,8 +186,7 @@ class WorkerLink:
         size = 0
         now = time.monotonic()
         waiting = lane.waiting
-        most = min(MAX_ITEMS, max(_LEAST, -(-len(waiting) // (DEPTH - lane.under_way))))
-        while waiting and len(items) < most:
+        while waiting and len(items) < MAX_ITEMS:
             sent = waiting[0]
             work = sent.work
             size += len(work.request)
