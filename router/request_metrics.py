@@ -44,6 +44,10 @@ IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests that the lo
 MARK_SECONDS = 5.0
 _RECENT = 2048
 _MIN_REQUESTS = 100
+# Of the requests between two marks so many are told to be slow, and so many at least. When all have become slower,
+# keeping each would make them slower still, until the next mark says what is slow among them.
+_SLOW_SHARE = 0.02
+_LEAST_SLOW = 50
 _NEVER = 1 << 62
 _MAX_SERIES = 5000
 _MAX_MODELS = 200
@@ -88,6 +92,7 @@ class RequestMetrics:
     """Counts requests by their labels; models and tenants beyond a bound count as `other`.
 
     What is above the 99th percentile of the last requests of its model is slow; `mark` moves that percentile on.
+    Between two marks no more than the first are, as _SLOW_SHARE has it.
     """
 
     def __init__(self) -> None:
@@ -98,6 +103,8 @@ class RequestMetrics:
         self._marks: dict[str, int] = {}
         self._recent: dict[str, deque[int]] = {}
         self._errors: dict[tuple[str, str, str], int] = {}
+        self._slow_left = _LEAST_SLOW
+        self._counted = 0
 
     def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> bool:
         """One request, by what is in Labels; whether it was slow. On the path of every hit: measured at 0.4 us."""
@@ -109,7 +116,10 @@ class RequestMetrics:
         series.compute_us += compute_us
         series.counts[bisect_left(BOUNDS_NS, ns)] += 1
         series.recent.append(ns)
-        return ns > series.slow_ns
+        if ns <= series.slow_ns or self._slow_left <= 0:
+            return False
+        self._slow_left -= 1
+        return True
 
     def failed(self, model: str, version: str, kind: str) -> None:
         """A request that was counted failed for a RingmeshError of `kind`."""
@@ -134,7 +144,11 @@ class RequestMetrics:
             # With fewer than that the percentile would be the slowest of a handful.
             if len(recent) >= _MIN_REQUESTS:
                 self._marks[model] = sorted(recent)[len(recent) * 99 // 100]
-        for key, series in self._all():
+        all_series = self._all()
+        counted = sum(series.count for _, series in all_series)
+        self._slow_left = max(_LEAST_SLOW, int(_SLOW_SHARE * (counted - self._counted)))
+        self._counted = counted
+        for key, series in all_series:
             series.slow_ns = self._marks.get(Labels(*key).model, _NEVER)
 
     def add_to(self, statistics: v2.ModelStatistics) -> None:

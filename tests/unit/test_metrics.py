@@ -109,6 +109,17 @@ def test_a_model_that_becomes_slower_is_not_slow_for_ever():
     assert not answered(requests, 50_000_000)
 
 
+def test_when_all_become_slower_some_of_them_are_slow_until_the_next_mark():
+    requests = RequestMetrics()
+    answered(requests, 1_000_000, 10_000)
+    requests.mark()
+    labels = ("ModelInfer", "m", "1", "", OK, "miss")
+    assert sum(requests.count(labels, 2_000_000, 1) for _ in range(10_000)) == 200
+    requests.mark()
+    assert not answered(requests, 2_000_000)
+    assert answered(requests, 2_000_001)
+
+
 def test_a_kept_request_is_an_exemplar_in_its_bucket():
     requests = RequestMetrics()
     labels = ("ModelInfer", "m", "1", "", OK, "miss")
