@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import grpc
 
@@ -104,18 +105,15 @@ class Replies:
 
     def failure(self, call: Admitted, error: RingmeshError) -> Failure:
         """Told to the caller, and then counted; any thread."""
-        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), lambda: self.failed(call, error))
-
-    def failed(self, call: Admitted, error: RingmeshError) -> None:
-        """Counts one that was not answered; on the event loop."""
-        self._failed(call, error.code, error.message, error.kind)
+        end = time.time_ns()  # it is counted some time later
+        failed = partial(self._failed, call, end, error.code, error.message, error.kind)
+        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), failed)
 
     def left(self, call: Admitted) -> None:
-        """Counts one whose caller did not wait."""
-        self._failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
+        """Counts one whose caller did not wait; on the event loop."""
+        self._failed(call, time.time_ns(), grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
 
-    def _failed(self, call: Admitted, code: grpc.StatusCode, message: str, kind: str) -> None:
-        end = time.time_ns()
+    def _failed(self, call: Admitted, end: int, code: grpc.StatusCode, message: str, kind: str) -> None:
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
