@@ -18,10 +18,10 @@ from services.inference.crash_journal import UNWATCHED, Watch
 from services.inference.model import OnnxModel
 from services.inference.request import Decoded
 from services.inference.request_queue import RequestQueue, Waiting
+from services.inference.returning_callers import ReturningCallers
 from services.runtime.errors import InternalError, UnavailableError
 
 MAX_MEMBERS = 16
-RETURN_SHARE = 0.1
 # A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
 QUICK_NS = 500_000
 _MAX_SIGNATURES = 256
@@ -61,8 +61,7 @@ class Batcher:
 
     A free instance takes the first in the queue and what waits of its signature, up to the model's `max_batch_rows`; a
     larger request goes alone. An idle model answers at once, unless `batching` lets the first wait for a batch of a
-    preferred size, or the largest. After a batch of several, what waits goes on waiting for its callers to come back,
-    for RETURN_SHARE of its run at most: else callers in a closed loop split into two halves that take turns.
+    preferred size, or the largest. After a batch of several, what waits goes on waiting for its callers to come back.
 
     All of it is the event loop's, but for `run_at_once`.
     """
@@ -83,9 +82,7 @@ class Batcher:
         self._max_delay_ns = batching.max_queue_delay_microseconds * 1000
         self._preferred = sorted(batching.preferred_batch_size)
         self._timer: asyncio.TimerHandle | None = None
-        # Until when the callers of the last batch are waited for, in time.time_ns, and how many rows there are then.
-        self._return_ns = 0
-        self._return_rows = 0
+        self._returning = ReturningCallers()
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
         self._dispatching = False
@@ -174,16 +171,15 @@ class Batcher:
 
     def _waits_for_more(self) -> bool:
         """Whether the first may still wait; then a timer comes back to it."""
-        now = time.time_ns()
-        if not self._max_delay_ns and now >= self._return_ns:
-            return False
         if (first := next(iter(self._queue), None)) is None:
             return False
-        rows = sum(waiting.decoded.rows for waiting in self._queue)
-        until = self._return_ns if rows < self._return_rows else 0
+        rows = self._rows()
+        until = self._returning.wait_until(rows)
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             until = max(until, first.queued_ns + self._max_delay_ns)
+        now = time.time_ns()
         if until <= now:
+            self._returning.began(rows)
             return False
         if self._timer is not None:
             self._timer.cancel()
@@ -194,7 +190,7 @@ class Batcher:
         """The largest preferred size that what waits can fill; without any, an even share for each free instance."""
         if not self._preferred and self._free == 1:
             return self._model.max_batch_rows
-        rows = sum(waiting.decoded.rows for waiting in self._queue)
+        rows = self._rows()
         if not self._preferred:
             return min(self._model.max_batch_rows, -(-rows // self._free))
         return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
@@ -245,9 +241,12 @@ class Batcher:
 
     def _expect_return(self, results: Sequence[BatchResult | Exception]) -> None:
         if len(results) > 1 and isinstance(last := results[-1], BatchResult):
-            waiting = sum(waiting.decoded.rows for waiting in self._queue)
-            self._return_rows = min(waiting + last.batch_rows, self._model.max_batch_rows)
-            self._return_ns = time.time_ns() + int((last.end_ns - last.run_ns) * RETURN_SHARE)
+            waiting = self._rows()
+            expected = min(waiting + last.batch_rows, self._model.max_batch_rows)
+            self._returning.answered(expected, waiting, last.end_ns - last.run_ns, time.time_ns())
+
+    def _rows(self) -> int:
+        return sum([waiting.decoded.rows for waiting in self._queue])
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
         """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""
