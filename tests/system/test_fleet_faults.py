@@ -16,12 +16,9 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 from tests.system import processes
 from tests.system.callers import eventually
 from tests.system.steady_load import steady_load
-from tests.system.test_faults import valkey
 from tests.system.way import Way
 
 pytestmark = pytest.mark.proof
-
-__all__ = ["valkey"]  # a fixture
 
 NAMES = ("worker-a", "worker-b", "worker-c")
 

