@@ -19,6 +19,7 @@ import pytest
 import yaml
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from tests.models import slow
 from tests.system.conftest import start_stack, stop_stack
 from tests.system.processes import free_address
 
@@ -67,9 +68,9 @@ class Load:
             for _ in range(20_000):
                 if self._done.wait(0.02):
                     return
-                request = v2.ModelInferRequest(model_name="mlp")
-                request.inputs.add(name="wrong" if tenant == "acme" else "x", datatype="FP32", shape=[1, 64])
-                request.raw_input_contents.append(rng.normal(size=(1, 64)).astype(np.float32).tobytes())
+                request = v2.ModelInferRequest(model_name="steady")
+                request.inputs.add(name="wrong" if tenant == "acme" else "x", datatype="FP32", shape=[1, 1])
+                request.raw_input_contents.append(rng.normal(size=(1, 1)).astype(np.float32).tobytes())
                 try:
                     infer(request.SerializeToString(), metadata=(("ringmesh-tenant", tenant),), timeout=20)
                 except grpc.RpcError as error:
@@ -126,6 +127,14 @@ class Prometheus:
         self._process.wait(10)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A model of some 8 ms: a worker that is held up is so while it runs."""
+    repository = tmp_path_factory.mktemp("found-models")
+    slow(repository, trips=20, name="steady")
+    return repository
+
+
 @pytest.fixture
 def stack(models, tmp_path):
     running = start_stack(tmp_path / "state", "--models", str(models), "--drain", "2")
@@ -173,7 +182,7 @@ def test_each_fault_is_named_and_located_and_pages_where_it_should(stack, tmp_pa
             "dead Redis": ("Redis is down", "shared cache tier, seen by", "router"),
             "bad inputs": (
                 "Callers send what is refused",
-                "model mlp, tenant acme",
+                "model steady, tenant acme",
                 "has no input 'wrong'; it has 'x'",
             ),
         }
@@ -190,7 +199,7 @@ def test_each_fault_is_named_and_located_and_pages_where_it_should(stack, tmp_pa
                 any(labels["instance"] == "worker-1" for labels in firing.get("RingmeshWorkerSlow", ()))
                 and any(labels["instance"] == "router" for labels in firing.get("RingmeshRedisDown", ()))
                 and any(
-                    (labels["model"], labels["tenant"], labels["code"]) == ("mlp", "acme", "INVALID_ARGUMENT")
+                    (labels["model"], labels["tenant"], labels["code"]) == ("steady", "acme", "INVALID_ARGUMENT")
                     for labels in firing.get("RingmeshCallersRefused", ())
                 )
             )
@@ -204,7 +213,7 @@ def test_each_fault_is_named_and_located_and_pages_where_it_should(stack, tmp_pa
 
         # From the finding to the cause: the pages that it links to.
         assert "down, skipped" in page(f"{console}/cache")
-        query = urllib.parse.urlencode({"status": "error", "model": "mlp", "tenant": "acme"})
+        query = urllib.parse.urlencode({"status": "error", "model": "steady", "tenant": "acme"})
         assert "has no input 'wrong'; it has 'x'" in page(f"{console}/traces?{query}")
         assert load.unexpected == []
     finally:
