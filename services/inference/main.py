@@ -61,7 +61,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
     calls = Calls()
-    inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more)
+    inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
 
     def listener(address: str) -> Server:
         return Server(

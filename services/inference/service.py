@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import grpc
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -28,7 +27,6 @@ from services.runtime.rpc import (
     Lane,
     Metadata,
     Service,
-    abort,
     failure,
     parse,
     unary,
@@ -47,17 +45,19 @@ class InferenceService:
         self._tracer = tracer
         self._report = report
 
-    def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
-        """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
+    def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler], calls: Calls) -> Service:
+        """The handlers, to be served with `more` of the same service; `calls` are counted. `is_ready` answers
+        ServerReady."""
+        infer = Lane(lambda data, metadata: (data, metadata), self._model_infer)
         return protocol.service(
             is_ready,
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
-                "ModelInfer": grpc.unary_unary_rpc_method_handler(self._model_infer),
                 "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
                 **more,
             },
+            {"ModelInfer": calls.counted_lane(protocol.full_name("ModelInfer"), infer)},
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
@@ -73,14 +73,16 @@ class InferenceService:
         metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
-    async def _execute(self, data: bytes, context: Context, method: str) -> inference_pb2.WorkResult:
-        trace = self._tracer.start(protocol.traceparent(protocol.metadata(context)))
+    async def _execute(
+        self, data: bytes, metadata: Metadata, deadline: float | None, method: str
+    ) -> inference_pb2.WorkResult:
+        trace = self._tracer.start(protocol.traceparent(metadata))
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
         result = await self._worker.execute(
             data,
             request_hash=b"",
-            deadline=protocol.deadline(context),
+            deadline=deadline,
             trace_context=bytes.fromhex(trace.trace_id + trace.span_id),
         )
         if trace.sampled or result.HasField("failure"):
@@ -89,20 +91,22 @@ class InferenceService:
             self._tracer.finish(trace, name, start, time.time_ns(), attributes, failure.message, result.timing)
         return result
 
-    async def _model_infer(self, data: bytes, context: Context) -> bytes:
-        result = await self._execute(data, context, "ModelInfer")
+    async def _model_infer(self, call: tuple[bytes, Metadata], deadline: float | None) -> Answer | Failure:
+        data, metadata = call
+        result = await self._execute(data, metadata, deadline, "ModelInfer")
         trailing = (
             ("ringmesh-cache", "bypass"),
             ("ringmesh-worker", self._worker.worker_id),
             self._report.trailer,
         )
         if result.HasField("failure"):
-            await abort(context, from_failure(result.failure), trailing)
-        context.set_trailing_metadata((*trailing, ("ringmesh-provider", result.timing.provider)))
-        return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
+            return failure(from_failure(result.failure), trailing)
+        body = protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
+        return Answer(body, (*trailing, ("ringmesh-provider", result.timing.provider)))
 
     async def _stream_infer(self, data: bytes, context: Context) -> bytes:
-        result = await self._execute(data, context, "ModelStreamInfer")
+        metadata, deadline = protocol.metadata(context), protocol.deadline(context)
+        result = await self._execute(data, metadata, deadline, "ModelStreamInfer")
         if result.HasField("failure"):
             raise from_failure(result.failure)
         return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
