@@ -208,8 +208,8 @@ class WorkerLink:
         lane, items = envelope.lane, envelope.items
         lane.under_way -= 1
         self._under_way -= len(items)
-        # Before they are told: the next one is on its way while they are.
         outcomes = self._outcomes(answer, len(items))
+        # Before they are told: the next one is on its way while they are.
         self._send(lane)
         for sent, outcome in zip(items, outcomes, strict=True):
             self._end(sent, outcome)

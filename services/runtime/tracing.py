@@ -1,8 +1,8 @@
 """Traces: times are recorded for every request, and spans are built when it ends, for those that are kept.
 
-Kept are the requests that the caller samples, a share of those where it does not say, and every one that failed or was
-slow. What a worker did comes back with its answer, so that a trace can be kept whole after the fact: see
-docs/decisions/0013.
+Kept are the requests that the caller samples, a share of those where it does not say, every one that failed, and those
+that were slow, of which the router bounds the share. What a worker did comes back with its answer, so that a trace can
+be kept whole after the fact: see docs/decisions/0013.
 """
 
 from __future__ import annotations
