@@ -1,7 +1,7 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
 .PHONY: up demo test proof check bench proto clean
 PY := .venv/bin/python
-READY := .venv/.ready .venv/.stubs
+READY := .venv/.ready .venv/.stubs .venv/.compiled
 
 up: $(READY)
 	@exec .venv/bin/ringmesh up
@@ -47,6 +47,11 @@ clean:
 
 .venv/.ready: pyproject.toml constraints.txt scripts/install
 	@./scripts/install
+
+# The path of a request as C extensions, again after a change; see services/runtime/compiled.py.
+.venv/.compiled: .venv/.ready scripts/compile $(wildcard router/*.py router/*/*.py cache/*.py services/runtime/*.py services/inference/*.py)
+	@$(PY) scripts/compile
+	@touch $@
 
 # The stubs again, after a change in protos/.
 .venv/.stubs: .venv/.ready $(shell find protos -type f)

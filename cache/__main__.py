@@ -1,5 +1,9 @@
 """`python -m cache`."""
 
-from cache.main import main
+from services.runtime import start
+
+start.prepare()
+
+from cache.main import main  # noqa: E402
 
 main()

@@ -1,5 +1,9 @@
 """`python -m router`."""
 
-from router.main import main
+from services.runtime import start
+
+start.prepare()
+
+from router.main import main  # noqa: E402
 
 main()

@@ -30,8 +30,6 @@ class Admitted:
     control: CacheControl | None = None
     model: ModelEntry | None = None
     error: RingmeshError | None = None
-    # Known when it is asked who wants it computed, which hits are not.
-    caller = ANYBODY
 
     def __init__(self, data: bytes, trace: Trace, metadata: Metadata, method: str) -> None:
         self.start = time.time_ns()
@@ -39,3 +37,5 @@ class Admitted:
         self.trace = trace
         self.metadata = metadata
         self.method = method
+        # Known when it is asked who wants it computed, which hits are not.
+        self.caller = ANYBODY

@@ -330,13 +330,15 @@ def _place(parameters: Mapping[str, v2.InferParameter]) -> tuple[str, int, int]:
     return parameters[_REGION].string_param, offset, size
 
 
-@dataclass(frozen=True, slots=True)
 class _OutputRegion:
     """Where an output is to be left."""
 
-    region: str
-    offset: int
-    view: memoryview
+    __slots__ = ("offset", "region", "view")
+
+    def __init__(self, region: str, offset: int, view: memoryview) -> None:
+        self.region = region
+        self.offset = offset
+        self.view = view
 
     def write(self, raw: bytes, told: v2.ModelInferResponse.InferOutputTensor) -> None:
         """Leaves the output there and says so. Raises InvalidArgumentError where it does not fit."""

@@ -8,9 +8,15 @@ from importlib.metadata import version
 
 import psutil
 
+from services.runtime import compiled, memory
 from services.runtime.metrics import Family, Histogram, Metrics, Sample
 
-BUILD = Family("ringmesh_build_info", "gauge", "always 1; what runs here", ("service", "version", "engine"))
+BUILD = Family(
+    "ringmesh_build_info",
+    "gauge",
+    "always 1; what runs here; compiled, malloc: whether the faster ones were found (tcmalloc or other)",
+    ("service", "version", "engine", "compiled", "malloc"),
+)
 START = Family("ringmesh_process_start_time_seconds", "gauge", "when the process started, since the Unix epoch")
 CPU = Family("ringmesh_process_cpu_seconds_total", "counter", "CPU time of the process, user and system")
 MEMORY = Family("ringmesh_process_resident_memory_bytes", "gauge", "resident memory of the process")
@@ -27,7 +33,13 @@ class ProcessMetrics:
     """Of this process; `start` begins to time its event loop."""
 
     def __init__(self, service: str, engine: str, metrics: Metrics) -> None:
-        self._labels = (service, version("ringmesh-server"), engine)
+        self._labels = (
+            service,
+            version("ringmesh-server"),
+            engine,
+            str(compiled.is_used()).lower(),
+            "tcmalloc" if memory.has_tcmalloc() else "other",
+        )
         self._process = psutil.Process()
         self._lag = Histogram()
         self._due = 0.0
@@ -60,6 +72,6 @@ class ProcessMetrics:
                 yield Sample(FILES, (), process.num_fds())
         for mode, seconds in psutil.cpu_times()._asdict().items():
             yield Sample(HOST_CPU, (mode,), seconds)
-        memory = psutil.virtual_memory()
-        yield Sample(HOST_MEMORY, ("total",), memory.total)
-        yield Sample(HOST_MEMORY, ("available",), memory.available)
+        host = psutil.virtual_memory()
+        yield Sample(HOST_MEMORY, ("total",), host.total)
+        yield Sample(HOST_MEMORY, ("available",), host.available)

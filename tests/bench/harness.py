@@ -35,8 +35,9 @@ def build_loadgen() -> Path:
     binary = HERE / "build" / "loadgen"
     source = HERE / "loadgen" / "loadgen.cc"
     if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
-        if not (shutil.which("g++") and shutil.which("pkg-config")):
-            sys.exit("bench: the load generator needs a compiler; apt-get install g++ pkg-config libnghttp2-dev")
+        tools = shutil.which("g++") and shutil.which("pkg-config")
+        if not tools or subprocess.run(["pkg-config", "--exists", "libnghttp2"]).returncode:
+            sys.exit("bench: the load generator must be compiled; apt-get install g++ pkg-config libnghttp2-dev")
         binary.parent.mkdir(exist_ok=True)
         subprocess.run(["bash", HERE / "loadgen" / "build.sh", binary], check=True, stdout=subprocess.DEVNULL)
     return binary

@@ -1,9 +1,9 @@
 import gc
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 
 import pytest
 
@@ -33,7 +33,7 @@ def run_here(monkeypatch, capsys):
         for name, value in environment.items():
             monkeypatch.setenv(f"RINGMESH_{name}", value)
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module(f"{module}.__main__", run_name="__main__")
+            import_module(f"{module}.main").main()
         return ended.value.code, capsys.readouterr().err
 
     yield run

@@ -1,0 +1,11 @@
+"""What a serving process does before it imports the rest of itself."""
+
+from services.runtime import memory
+
+
+def prepare() -> None:
+    """Takes the faster malloc and the compiled modules, where they are there. May begin the process anew."""
+    memory.use_tcmalloc()
+    from services.runtime import compiled
+
+    compiled.use()
