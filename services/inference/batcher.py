@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -24,7 +25,7 @@ from services.runtime.errors import InternalError, UnavailableError
 MAX_MEMBERS = 16
 # A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
 QUICK_NS = 500_000
-_MAX_SIGNATURES = 256
+_MAX_KINDS = 1024
 _SMOOTHING = 0.2
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
@@ -86,8 +87,8 @@ class Batcher:
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
         self._dispatching = False
-        # What a row takes, by signature, in ns: the mean of late, runs of few rows included, so rather too much.
-        self._row_ns: dict[Hashable, float] = {}
+        # What a row takes in ns, by signature and the bits of the run's rows: the mean of late.
+        self._row_ns: dict[tuple[Hashable, int], float] = {}
         # Whether a row of the last signature does: most requests of a slow model need not be looked at any closer.
         self._quick = False
         self._closed = False
@@ -127,15 +128,16 @@ class Batcher:
     def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
         """On any thread, in one run: nobody waits, and it takes QUICK_NS at most. None where that is not so."""
         first = requests[0]
-        row_ns = self._row_ns.get(first.signature)
-        if row_ns is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
+        if self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
             return None
         rows = 0
         for decoded in requests:
             if decoded.signature != first.signature:
                 return None
             rows += decoded.rows
-        if rows * row_ns > QUICK_NS or (len(requests) > 1 and rows > self._model.max_batch_rows):
+        if self._expected_ns(first.signature, rows) > QUICK_NS:
+            return None
+        if len(requests) > 1 and rows > self._model.max_batch_rows:
             return None
         with self._at_once:
             if self._closed:
@@ -270,7 +272,7 @@ class Batcher:
             return self._run(requests[:half], queued_ns[:half]) + self._run(requests[half:], queued_ns[half:])
         end = time.time_ns()
         if isinstance(first.signature, tuple):  # another than that of a request that is alone
-            self._learn(first.signature, (end - run) / max(1, rows))
+            self._learn((first.signature, rows.bit_length()), (end - run) / max(1, rows))
         results: list[BatchResult | Exception] = []
         # Each result carries them, so their number is bounded: else a batch would cost its size squared.
         members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
@@ -282,10 +284,18 @@ class Batcher:
             row = next_row
         return results
 
-    def _learn(self, signature: Hashable, row_ns: float) -> None:
-        known = self._row_ns.get(signature)
-        if known is None and len(self._row_ns) >= _MAX_SIGNATURES:
+    def _expected_ns(self, signature: Hashable, rows: int) -> float:
+        """By runs of about as many rows, or of fewer, whose rows take rather longer each; infinite without any."""
+        for bits in range(rows.bit_length(), -1, -1):
+            row_ns = self._row_ns.get((signature, bits))
+            if row_ns is not None:
+                return rows * row_ns
+        return math.inf
+
+    def _learn(self, kind: tuple[Hashable, int], row_ns: float) -> None:
+        known = self._row_ns.get(kind)
+        if known is None and len(self._row_ns) >= _MAX_KINDS:
             self._row_ns.clear()
         row_ns = row_ns if known is None else known + _SMOOTHING * (row_ns - known)
-        self._row_ns[signature] = row_ns
+        self._row_ns[kind] = row_ns
         self._quick = row_ns <= QUICK_NS
