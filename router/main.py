@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 
 from cache.epochs import MODELS
@@ -28,7 +27,7 @@ from router.service import InferenceService
 from router.settings import RouterSettings
 from router.slo import Objectives, Slo
 from router.tail_latency import TailLatency
-from services.runtime import huge_pages
+from services.runtime import cores, huge_pages
 from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
 from services.runtime.load_report import LoadReport
@@ -59,7 +58,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
     quotas = Quotas(settings.quotas, time.monotonic)
-    report = LoadReport(requests.answers, cores=os.cpu_count() or 1)
+    report = LoadReport(requests.answers, cores=cores.available())
     audit = Audit(dispatcher, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
     prices = Prices(

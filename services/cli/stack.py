@@ -18,6 +18,7 @@ from services.cli import probes
 from services.cli.child import Child, ChildSpec
 from services.cli.errors import CommandError
 from services.cli.ports import Ports, address
+from services.runtime import cores
 
 _START_SECONDS = 300.0
 _POLL_SECONDS = 0.05
@@ -182,7 +183,7 @@ class Stack:
         yield self._console(common)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
         yield self._service("cache", "cache", options.cache, caches)
-        threads = max(1, _cores() // len(options.workers))
+        threads = max(1, cores.available() // len(options.workers))
         for number, endpoint in enumerate(options.workers):
             name = f"worker-{number}"
             environment = {
@@ -293,7 +294,3 @@ def _valkey_binary() -> Path:
     except ValkeyBinaryNotFoundError as error:
         raise CommandError(f"no Valkey for this machine, name a Redis with --redis: {error}") from None
     return path
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

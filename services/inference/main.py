@@ -9,7 +9,6 @@ from urllib.parse import quote
 
 import onnxruntime
 
-from services.inference import cores
 from services.inference.control import ModelControl
 from services.inference.crash_journal import CrashJournal
 from services.inference.execution import CUDA
@@ -21,6 +20,7 @@ from services.inference.service import EnvelopeService, InferenceService, Locali
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.worker import Worker
+from services.runtime import cores
 from services.runtime.calls import Calls
 from services.runtime.discovery import Announcer
 from services.runtime.exposition import MetricsServer

@@ -20,6 +20,7 @@ import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
 
+from services.runtime import cores
 from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, failure, unexpected
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class FastLaneServer(native.Server):
     """`pygrpc_native.aio.server()` with lanes by method path, on some of its private names that our tests hold."""
 
     def __init__(self, options: list[tuple[str, Any]], lanes: Mapping[str, Lane]) -> None:
-        super().__init__(options=options)
+        # On two cores a second one only takes turns with Python.
+        super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
         self._lanes = lanes
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._lane_of: list[Lane | None] = []

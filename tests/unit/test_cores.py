@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from services.inference import cores
+from services.runtime import cores
 
 CORES = len(os.sched_getaffinity(0))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 def available(root: Path = Path("/")) -> int:
     """Whole cores, at least 1. A quota of 1.5 counts as 2: threads that are throttled sometimes beat a core unused."""
-    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota(root))))
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(ours, _quota(root))))
 
 
 def _quota(root: Path) -> float:
