@@ -33,16 +33,19 @@ _LEASE_MS = 60_000
 Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"]
 
 
-class Computed(NamedTuple):
+class Computed:
     """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept.
 
     `freshness` is that of its model, None where it has no end.
     """
 
-    entry: Entry
-    key: bytes | None
-    worker: str
-    freshness: Freshness | None = None
+    __slots__ = ("entry", "freshness", "key", "worker")
+
+    def __init__(self, entry: Entry, key: bytes | None, worker: str, freshness: Freshness | None = None) -> None:
+        self.entry = entry
+        self.key = key
+        self.worker = worker
+        self.freshness = freshness
 
 
 class Renewal(NamedTuple):
@@ -52,26 +55,34 @@ class Renewal(NamedTuple):
     compute: Callable[[], Awaitable[Computed]]
 
 
-class Found(NamedTuple):
+class Found:
     """An answer, where it came from, and the worker that computed it now ("" where none did).
 
     `rows` says how many rows of a batch were known, such as "6/8"; "" where it was not taken row by row.
     `similarity` is above 0 where it is the answer to a similar request.
     """
 
-    entry: Entry
-    outcome: Outcome
-    worker: str = ""
-    rows: str = ""
-    similarity: float = 0.0
+    __slots__ = ("entry", "outcome", "rows", "similarity", "worker")
+
+    def __init__(
+        self, entry: Entry, outcome: Outcome, worker: str = "", rows: str = "", similarity: float = 0.0
+    ) -> None:
+        self.entry = entry
+        self.outcome = outcome
+        self.worker = worker
+        self.rows = rows
+        self.similarity = similarity
 
 
-class Flight(NamedTuple):
+class Flight:
     """A computation that others may join; `began` of time.monotonic."""
 
-    key: bytes
-    answer: asyncio.Future[Found]
-    began: float
+    __slots__ = ("answer", "began", "key")
+
+    def __init__(self, key: bytes, answer: asyncio.Future[Found], began: float) -> None:
+        self.key = key
+        self.answer = answer
+        self.began = began
 
 
 class Mesh:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import grpc
 from ringmesh.inference.v1 import inference_pb2
@@ -16,13 +15,16 @@ from services.runtime.worker_spans import EXECUTE
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
-class Consideration(NamedTuple):
+class Consideration:
     """A worker that was considered, what it had to do, and why it was passed over ("": it was not). By time.time_ns."""
 
-    candidate: Candidate
-    passed_over: str
-    outstanding: int
-    at_ns: int
+    __slots__ = ("at_ns", "candidate", "outstanding", "passed_over")
+
+    def __init__(self, candidate: Candidate, passed_over: str, outstanding: int, at_ns: int) -> None:
+        self.candidate = candidate
+        self.passed_over = passed_over
+        self.outstanding = outstanding
+        self.at_ns = at_ns
 
     def event(self) -> Event:
         """Of the attempt's span."""
@@ -54,14 +56,24 @@ def at_bound(candidate: Candidate) -> Consideration:
     )
 
 
-class Attempted(NamedTuple):
+class Attempted:
     """What the span says. It is built when the trace is kept, which few are. `code` is of gRPC, by name."""
 
-    member: Member
-    rank: int
-    code: str
-    result: inference_pb2.WorkResult | None
-    considered: tuple[Consideration, ...]
+    __slots__ = ("code", "considered", "member", "rank", "result")
+
+    def __init__(
+        self,
+        member: Member,
+        rank: int,
+        code: str,
+        result: inference_pb2.WorkResult | None,
+        considered: tuple[Consideration, ...],
+    ) -> None:
+        self.member = member
+        self.rank = rank
+        self.code = code
+        self.result = result
+        self.considered = considered
 
     def events(self) -> tuple[Event, ...]:
         """Who was considered."""

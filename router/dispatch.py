@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -46,19 +46,31 @@ TOLD = 8
 MOST_ENDED = 2
 
 
-class Asked(NamedTuple):
+class Asked:
     """What is to be run: a serialized request of `model` for `place` on the ring (b"": any will do).
 
     `request_hash` joins equal ones on the worker, b"" none; `deadline` in time.monotonic.
     """
 
-    model: ModelEntry
-    request: bytes
-    place: bytes
-    request_hash: bytes
-    deadline: float | None
-    caller: Caller
-    trace: Trace
+    __slots__ = ("caller", "deadline", "model", "place", "request", "request_hash", "trace")
+
+    def __init__(
+        self,
+        model: ModelEntry,
+        request: bytes,
+        place: bytes,
+        request_hash: bytes,
+        deadline: float | None,
+        caller: Caller,
+        trace: Trace,
+    ) -> None:
+        self.model = model
+        self.request = request
+        self.place = place
+        self.request_hash = request_hash
+        self.deadline = deadline
+        self.caller = caller
+        self.trace = trace
 
     @property
     def sticky(self) -> bool:
@@ -66,16 +78,27 @@ class Asked(NamedTuple):
         return bool(self.place) and not self.request_hash
 
 
-class Parts(NamedTuple):
+class Parts:
     """What dispatches share."""
 
-    fleet: Fleet
-    limits: ConcurrencyLimits
-    retries: RetryBudget
-    tails: TailLatency
-    metrics: DispatchMetrics
-    # Of a model, for a caller, with what the workers lack.
-    shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
+    __slots__ = ("fleet", "limits", "metrics", "retries", "shed", "tails")
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        limits: ConcurrencyLimits,
+        retries: RetryBudget,
+        tails: TailLatency,
+        metrics: DispatchMetrics,
+        shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError],
+    ) -> None:
+        self.fleet = fleet
+        self.limits = limits
+        self.retries = retries
+        self.tails = tails
+        self.metrics = metrics
+        # Of a model, for a caller, with what the workers lack.
+        self.shed = shed
 
 
 Answered: TypeAlias = tuple[inference_pb2.WorkResult, Member]

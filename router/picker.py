@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from router.catalog import ModelEntry
 from router.fleet import FleetView
@@ -16,17 +15,20 @@ from router.member import Member
 from router.ring import Ring
 
 
-class Candidate(NamedTuple):
+class Candidate:
     """A worker in the order for one request. `reason` says why it is passed over, "" where it is asked.
 
     `rank` is its place on the ring, 0 for the owner. `bound` is how much it may have outstanding for this request; 0
     where load is no matter. Whoever is at its bound is asked after all that are not.
     """
 
-    member: Member
-    rank: int
-    reason: str
-    bound: int = 0
+    __slots__ = ("bound", "member", "rank", "reason")
+
+    def __init__(self, member: Member, rank: int, reason: str, bound: int = 0) -> None:
+        self.member = member
+        self.rank = rank
+        self.reason = reason
+        self.bound = bound
 
     @property
     def is_full(self) -> bool:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -463,11 +462,16 @@ class InferenceService:
         return found.entry
 
 
-class _Meaning(NamedTuple):
+class _Meaning:
     """What the bytes of a request say, by a catalog and the purges."""
 
-    catalog: Catalog
-    epochs: Epochs
-    model: ModelEntry
-    request_id: str
-    request_hash: bytes
+    __slots__ = ("catalog", "epochs", "model", "request_hash", "request_id")
+
+    def __init__(
+        self, catalog: Catalog, epochs: Epochs, model: ModelEntry, request_id: str, request_hash: bytes
+    ) -> None:
+        self.catalog = catalog
+        self.epochs = epochs
+        self.model = model
+        self.request_id = request_id
+        self.request_hash = request_hash

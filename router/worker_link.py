@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -46,13 +46,16 @@ class WorkerLostError(WorkerUnreachableError):
     """It was lost with the request under way, which may be what ended it."""
 
 
-class Work(NamedTuple):
+class Work:
     """One request on its way. `deadline` is in time.monotonic."""
 
-    request: bytes
-    request_hash: bytes
-    deadline: float | None
-    traceparent: str
+    __slots__ = ("deadline", "request", "request_hash", "traceparent")
+
+    def __init__(self, request: bytes, request_hash: bytes, deadline: float | None, traceparent: str) -> None:
+        self.request = request
+        self.request_hash = request_hash
+        self.deadline = deadline
+        self.traceparent = traceparent
 
 
 Outcome: TypeAlias = "inference_pb2.WorkResult | WorkerUnreachableError | DeadlineExceededError"

@@ -30,22 +30,48 @@ _SMOOTHING = 0.2
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
-class BatchResult(NamedTuple):
+class BatchResult:
     """Outputs in the order asked, with the run that made them. Times are of time.time_ns."""
 
-    arrays: Sequence[npt.NDArray[Any]]
-    queued_ns: int
-    start_ns: int
-    run_ns: int
-    end_ns: int
-    batch_requests: int
-    batch_rows: int
-    # The first of its batch: one of them speaks for the run as a whole.
-    first: bool
-    # The trace contexts of the first MAX_MEMBERS of them, one after the other.
-    members: bytes = b""
-    # Of an ensemble.
-    steps: Sequence[StepResult] = ()
+    __slots__ = (
+        "arrays",
+        "batch_requests",
+        "batch_rows",
+        "end_ns",
+        "first",
+        "members",
+        "queued_ns",
+        "run_ns",
+        "start_ns",
+        "steps",
+    )
+
+    def __init__(
+        self,
+        arrays: Sequence[npt.NDArray[Any]],
+        queued_ns: int,
+        start_ns: int,
+        run_ns: int,
+        end_ns: int,
+        batch_requests: int,
+        batch_rows: int,
+        first: bool,
+        members: bytes = b"",
+        steps: Sequence[StepResult] = (),
+    ) -> None:
+        self.arrays = arrays
+        self.queued_ns = queued_ns
+        self.start_ns = start_ns
+        self.run_ns = run_ns
+        self.end_ns = end_ns
+        self.batch_requests = batch_requests
+        self.batch_rows = batch_rows
+        # The first of its batch: one of them speaks for the run as a whole.
+        self.first = first
+        # The trace contexts of the first MAX_MEMBERS of them, one after the other.
+        self.members = members
+        # Of an ensemble.
+        self.steps = steps
 
 
 class StepResult(NamedTuple):

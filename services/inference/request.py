@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,24 +46,50 @@ class SequenceStep:
     end: bool
 
 
-class Decoded(NamedTuple):
+class Decoded:
     """A request ready to run. `rows` is the size of the first dimension; `outputs` stand in the model's order.
 
     Requests of one `signature` may share a batch. `classes` holds the top-k asked for, by output. `priority`: 1 goes
     first, 0 is the model's default. `timeout_us`: how long it may be queued, 0 where it does not say.
     """
 
-    arrays: dict[str, npt.NDArray[Any]]
-    rows: int
-    outputs: tuple[str, ...]
-    classes: Mapping[str, int]
-    regions: Mapping[str, _OutputRegion]
-    signature: Hashable
-    priority: int = 0
-    timeout_us: int = 0
-    sequence: SequenceStep | None = None
-    # Whose request it is: a trace id (16 bytes) and a span id (8).
-    trace_context: bytes = b""
+    __slots__ = (
+        "arrays",
+        "classes",
+        "outputs",
+        "priority",
+        "regions",
+        "rows",
+        "sequence",
+        "signature",
+        "timeout_us",
+        "trace_context",
+    )
+
+    def __init__(
+        self,
+        arrays: dict[str, npt.NDArray[Any]],
+        rows: int,
+        outputs: tuple[str, ...],
+        classes: Mapping[str, int],
+        regions: Mapping[str, _OutputRegion],
+        signature: Hashable,
+        priority: int = 0,
+        timeout_us: int = 0,
+        sequence: SequenceStep | None = None,
+        trace_context: bytes = b"",
+    ) -> None:
+        self.arrays = arrays
+        self.rows = rows
+        self.outputs = outputs
+        self.classes = classes
+        self.regions = regions
+        self.signature = signature
+        self.priority = priority
+        self.timeout_us = timeout_us
+        self.sequence = sequence
+        # Whose request it is: a trace id (16 bytes) and a span id (8).
+        self.trace_context = trace_context
 
 
 def decode_request(
@@ -103,13 +129,12 @@ def decode_request(
     decoded = _decoded(arrays, model, outputs, trace_context)
     if not (classes or regions or request.parameters):
         return decoded
-    return decoded._replace(
-        classes=classes,
-        regions=regions,
-        priority=_whole_parameter(request, "priority"),
-        timeout_us=_whole_parameter(request, "timeout"),
-        sequence=_sequence(request),
-    )
+    decoded.classes = classes
+    decoded.regions = regions
+    decoded.priority = _whole_parameter(request, "priority")
+    decoded.timeout_us = _whole_parameter(request, "timeout")
+    decoded.sequence = _sequence(request)
+    return decoded
 
 
 def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], request: Decoded) -> Decoded:
@@ -117,7 +142,8 @@ def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[st
     for index, (name, array) in enumerate(arrays.items()):
         _check_shape(array.shape, model.inputs[name], index)
     decoded = _decoded(arrays, model, outputs, request.trace_context)
-    return decoded._replace(priority=request.priority, timeout_us=request.timeout_us, sequence=request.sequence)
+    decoded.priority, decoded.timeout_us, decoded.sequence = request.priority, request.timeout_us, request.sequence
+    return decoded
 
 
 def _decoded(

@@ -148,10 +148,17 @@ class Sequencer:
     ) -> BatchResult:
         hidden = {name: control(step) for control, name in self._controls} | sequence.states
         shapes = tuple([state.shape for state in sequence.states.values()])
-        whole = decoded._replace(
-            arrays=decoded.arrays | hidden,
-            outputs=(*decoded.outputs, *(name for name in self._state_outputs if name not in decoded.outputs)),
-            signature=(decoded.signature, shapes),
+        whole = Decoded(
+            decoded.arrays | hidden,
+            decoded.rows,
+            (*decoded.outputs, *(name for name in self._state_outputs if name not in decoded.outputs)),
+            decoded.classes,
+            decoded.regions,
+            (decoded.signature, shapes),
+            decoded.priority,
+            decoded.timeout_us,
+            decoded.sequence,
+            decoded.trace_context,
         )
         result = await self._batcher.submit(whole, deadline)
         answered = dict(zip(whole.outputs, result.arrays, strict=True))
@@ -159,7 +166,8 @@ class Sequencer:
         sequence.states = {
             name: answered[output].copy() for name, output in zip(self._initial, self._state_outputs, strict=True)
         }
-        return result._replace(arrays=result.arrays[: len(decoded.outputs)])
+        result.arrays = result.arrays[: len(decoded.outputs)]
+        return result
 
 
 def _control(control: _Control, spec: TensorSpec) -> Callable[[SequenceStep], Array]:

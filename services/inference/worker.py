@@ -32,13 +32,16 @@ MAX_RESPONSE_BYTES = 1 << 30
 MAX_ENVELOPE_BYTES = (2 << 30) - (64 << 20)
 
 
-class Work(NamedTuple):
+class Work:
     """A serialized request; `deadline` in time.monotonic; `trace_context` is the router's span of it, as w3c.packed."""
 
-    data: bytes
-    request_hash: bytes
-    deadline: float | None
-    trace_context: bytes
+    __slots__ = ("data", "deadline", "request_hash", "trace_context")
+
+    def __init__(self, data: bytes, request_hash: bytes, deadline: float | None, trace_context: bytes) -> None:
+        self.data = data
+        self.request_hash = request_hash
+        self.deadline = deadline
+        self.trace_context = trace_context
 
 
 class _Begun(NamedTuple):

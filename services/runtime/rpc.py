@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -23,21 +23,29 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Request = TypeVar("Request", bound=Message)
 
 
-class Answer(NamedTuple):
+class Answer:
     """A serialized response and its trailing metadata; `afterwards` is to be called on the event loop, sent or not."""
 
-    body: bytes
-    trailing: Metadata
-    afterwards: Callable[[], None] | None = None
+    __slots__ = ("afterwards", "body", "trailing")
+
+    def __init__(self, body: bytes, trailing: Metadata, afterwards: Callable[[], None] | None = None) -> None:
+        self.body = body
+        self.trailing = trailing
+        self.afterwards = afterwards
 
 
-class Failure(NamedTuple):
+class Failure:
     """The error that a call ends with, its trailing metadata with it; `afterwards` as that of an Answer."""
 
-    code: grpc.StatusCode
-    message: str
-    trailing: Metadata
-    afterwards: Callable[[], None] | None = None
+    __slots__ = ("afterwards", "code", "message", "trailing")
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, trailing: Metadata, afterwards: Callable[[], None] | None = None
+    ) -> None:
+        self.code = code
+        self.message = message
+        self.trailing = trailing
+        self.afterwards = afterwards
 
 
 # Milliseconds after which a client with a retry policy tries again, by gRFC A6.

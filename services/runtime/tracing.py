@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -39,20 +39,35 @@ class Told(Protocol):
         """In it."""
 
 
-class Stage(NamedTuple):
+class Stage:
     """A part of a request; `result` is what a worker answered to it, `worker` that worker's id."""
 
-    name: str
-    start_ns: int
-    end_ns: int
-    told: Attributes | Told
-    span_id: str
-    kind: Kind
-    error: str
-    worker: str
-    result: inference_pb2.WorkResult | None
-    # "": under the request's own span.
-    parent_id: str
+    __slots__ = ("end_ns", "error", "kind", "name", "parent_id", "result", "span_id", "start_ns", "told", "worker")
+
+    def __init__(
+        self,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        told: Attributes | Told,
+        span_id: str,
+        kind: Kind,
+        error: str,
+        worker: str,
+        result: inference_pb2.WorkResult | None,
+        parent_id: str,
+    ) -> None:
+        self.name = name
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self.told = told
+        self.span_id = span_id
+        self.kind = kind
+        self.error = error
+        self.worker = worker
+        self.result = result
+        # "": under the request's own span.
+        self.parent_id = parent_id
 
 
 class Trace:
