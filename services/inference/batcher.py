@@ -26,7 +26,8 @@ MAX_MEMBERS = 16
 # A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
 QUICK_NS = 500_000
 _MAX_KINDS = 1024
-_SMOOTHING = 0.2
+# How much a faster run counts, and a slower one: what holds up one of them, such as another process, says little.
+_FASTER, _SLOWER = 0.3, 0.05
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
@@ -113,7 +114,7 @@ class Batcher:
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
         self._dispatching = False
-        # What a row takes in ns, by signature and the bits of the run's rows: the mean of late.
+        # What a row takes in ns, by signature and the bits of the run's rows: usually, of late.
         self._row_ns: dict[tuple[Hashable, int], float] = {}
         # Whether a row of the last signature does: most requests of a slow model need not be looked at any closer.
         self._quick = False
@@ -322,6 +323,7 @@ class Batcher:
         known = self._row_ns.get(kind)
         if known is None and len(self._row_ns) >= _MAX_KINDS:
             self._row_ns.clear()
-        row_ns = row_ns if known is None else known + _SMOOTHING * (row_ns - known)
+        if known is not None:
+            row_ns = known + (_FASTER if row_ns < known else _SLOWER) * (row_ns - known)
         self._row_ns[kind] = row_ns
         self._quick = row_ns <= QUICK_NS
