@@ -45,6 +45,7 @@ from services.runtime.rpc import (
     unexpected,
 )
 from services.runtime.spans import Value
+from services.runtime.stream_infer import stream_handler
 from services.runtime.tracing import Tracer, untraced
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class InferenceService:
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
-                "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
+                "ModelStreamInfer": stream_handler(self._stream_infer),
                 **more,
             },
             {"ModelInfer": Lane(self._admit_or_refuse, self._finish, self._misses.begin)},

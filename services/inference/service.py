@@ -32,6 +32,7 @@ from services.runtime.rpc import (
     unary,
     unexpected,
 )
+from services.runtime.stream_infer import stream_handler
 from services.runtime.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class InferenceService:
             {
                 "ModelReady": unary(v2.ModelReadyRequest, self._model_ready),
                 "ModelMetadata": unary(v2.ModelMetadataRequest, self._model_metadata),
-                "ModelStreamInfer": protocol.stream_handler(self._stream_infer),
+                "ModelStreamInfer": stream_handler(self._stream_infer),
                 **more,
             },
             {"ModelInfer": calls.counted_lane(protocol.full_name("ModelInfer"), infer)},

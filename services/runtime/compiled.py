@@ -17,7 +17,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "ringmesh-compiled"
-# Nothing that runs long: compiled code does not let go of the GIL by itself.
+# Nothing that runs long but in NumPy: compiled code does not let go of the GIL by itself.
 MODULES = (
     "cache.cache_control",
     "cache.doorkeeper",
@@ -53,6 +53,7 @@ MODULES = (
     "router.request_metrics",
     "router.request_span",
     "router.retry_budget",
+    "router.ring",
     "router.service",
     "router.slow_start",
     "router.tail_latency",
@@ -71,6 +72,7 @@ MODULES = (
     "services.runtime.fast_lane",
     "services.runtime.load_report",
     "services.runtime.metrics",
+    "services.runtime.protocol",
     "services.runtime.rpc",
     "services.runtime.single_flight",
     "services.runtime.spans",

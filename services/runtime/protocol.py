@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import grpc
-from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
-from services.runtime.errors import RingmeshError
-from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, abort, unary, unexpected
+from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, unary
 from services.runtime.spans import Value
 
 log = logging.getLogger(__name__)
@@ -37,8 +34,6 @@ EXTENSIONS = (
 )
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
-# Requests of one stream under way at once; the rest is read when an answer has left.
-_STREAM_DEPTH = 256
 
 
 def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mapping[str, Lane] = _NO_LANES) -> Service:
@@ -82,74 +77,6 @@ def lane_handler(lane: Lane) -> Handler:
         return answer.body
 
     return grpc.unary_unary_rpc_method_handler(call)
-
-
-def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handler:
-    """ModelStreamInfer around `infer`: requests run side by side, answers leave in the order of the requests.
-
-    An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. What is still
-    running when the caller leaves is cancelled.
-    """
-
-    async def answer(data: bytes, context: Context, strict: bool) -> bytes:
-        request = _id_and_flag(data)
-        try:
-            response = await infer(data, context)
-        except RingmeshError as error:
-            if strict:
-                raise
-            failed = v2.ModelStreamInferResponse(error_message=error.message)
-            failed.infer_response.id = request.id
-            return failed.SerializeToString()
-        except Exception as error:
-            log.exception("a streamed request failed")
-            return v2.ModelStreamInferResponse(error_message=unexpected(error).message).SerializeToString()
-        if request.parameters["triton_enable_empty_final_response"].bool_param:
-            response += _FINAL
-        return wire.field(2, response)
-
-    async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        strict = ("triton_grpc_error", "true") in metadata(context)
-        running: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_STREAM_DEPTH)
-        tasks: set[asyncio.Task[bytes]] = set()
-
-        async def read() -> None:
-            try:
-                async for data in requests:
-                    task = asyncio.create_task(answer(data, context, strict))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                    await running.put(task)
-            except Exception as error:
-                log.debug("a stream ended: %s", error)
-            await running.put(None)
-
-        reader = asyncio.create_task(read())
-        try:
-            while (task := await running.get()) is not None:
-                yield await task
-            await reader
-        except RingmeshError as error:
-            await abort(context, error)
-        finally:
-            for left in (reader, *tasks):
-                left.cancel()
-
-    return grpc.stream_stream_rpc_method_handler(stream)
-
-
-def _id_and_flag(data: bytes) -> v2.ModelInferRequest:
-    """The request, for its id and stream flag; an empty one where it cannot be read, which `infer` will say."""
-    try:
-        return v2.ModelInferRequest.FromString(data)
-    except DecodeError:
-        return v2.ModelInferRequest()
-
-
-# A serialized parameter of ModelInferResponse: this is the last response to its request.
-_FINAL = v2.ModelInferResponse(
-    parameters={"triton_final_response": v2.InferParameter(bool_param=True)}
-).SerializeToString()
 
 
 def with_id(response: bytes, request_id: str) -> bytes:
@@ -224,8 +151,8 @@ def tenant(sent: Metadata) -> str:
 
 def deadline(context: Context) -> float | None:
     """When the caller's time is up, in time.monotonic; None where it set no deadline."""
-    # grpcio says None where there is no deadline, pygrpc-native sys.maxsize.
-    remaining = cast("float | None", context.time_remaining())
+    # grpcio says None where there is no deadline, whatever its stubs say, and pygrpc-native sys.maxsize.
+    remaining: float | None = cast("Any", context).time_remaining()
     if remaining is None or remaining >= sys.maxsize:
         return None
     return time.monotonic() + remaining
