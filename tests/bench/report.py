@@ -24,6 +24,8 @@ Triton is the C++ server with its python backend, which calls ONNX Runtime in tw
 dynamic batching, and its local response cache of the same size as ours. Models, `config.pbtxt` and bodies are the
 same. Floors: `echo` answers as many bytes and does nothing else, low-level without asyncio; ONNX Runtime is called in
 process, by a thread a core, and pays for no network. Peak memory counts pages that processes share in each of them.
+Each runs as its installation has it: Ringmesh compiled and with tcmalloc, the others with the malloc of the C library;
+[performance](performance.md) says what tcmalloc would give them.
 """
 
 
