@@ -17,7 +17,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "ringmesh-compiled"
-# Nothing that runs long but in NumPy: compiled code does not let go of the GIL by itself.
+# Nothing that runs long but in NumPy, as the strings of a tensor may: compiled code does not let go of the GIL by itself.
 MODULES = (
     "cache.cache_control",
     "cache.doorkeeper",
@@ -76,7 +76,6 @@ MODULES = (
     "services.runtime.rpc",
     "services.runtime.single_flight",
     "services.runtime.spans",
-    "services.runtime.tensors",
     "services.runtime.tracing",
     "services.runtime.w3c",
     "services.runtime.wire",
