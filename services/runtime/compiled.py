@@ -17,7 +17,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "ringmesh-compiled"
-# Nothing that runs long but in NumPy, as the strings of a tensor may: compiled code does not let go of the GIL by itself.
+# Nothing that runs long but in NumPy, as strings in a tensor may: compiled code does not let go of the GIL by itself.
 MODULES = (
     "cache.cache_control",
     "cache.doorkeeper",
