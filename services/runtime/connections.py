@@ -18,6 +18,8 @@ import termios
 from collections.abc import Iterator
 from pathlib import Path
 
+# Bytes in a TCP socket's buffer that were not sent, from Linux's sockios.h.
+_SIOCOUTQNSD = 0x894B
 # Length 8, type 7, no flags, stream 0; last stream 2^31 - 1, NO_ERROR.
 _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
@@ -91,7 +93,9 @@ def _place(connection: socket.socket) -> int | str | None:
 
 def _go_away(connection: socket.socket) -> bool:
     try:
-        (unsent,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+        # What was sent and is not yet acknowledged counts in TIOCOUTQ, and a fast server's answers often are not.
+        count = termios.TIOCOUTQ if connection.family == socket.AF_UNIX else _SIOCOUTQNSD
+        (unsent,) = struct.unpack("i", fcntl.ioctl(connection, count, bytes(4)))
         return unsent == 0 and connection.send(_GOAWAY, socket.MSG_DONTWAIT) == len(_GOAWAY)
     except OSError:  # it is gone
         return True
