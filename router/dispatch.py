@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -78,27 +78,16 @@ class Asked:
         return bool(self.place) and not self.request_hash
 
 
-class Parts:
+class Parts(NamedTuple):
     """What dispatches share."""
 
-    __slots__ = ("fleet", "limits", "metrics", "retries", "shed", "tails")
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        limits: ConcurrencyLimits,
-        retries: RetryBudget,
-        tails: TailLatency,
-        metrics: DispatchMetrics,
-        shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError],
-    ) -> None:
-        self.fleet = fleet
-        self.limits = limits
-        self.retries = retries
-        self.tails = tails
-        self.metrics = metrics
-        # Of a model, for a caller, with what the workers lack.
-        self.shed = shed
+    fleet: Fleet
+    limits: ConcurrencyLimits
+    retries: RetryBudget
+    tails: TailLatency
+    metrics: DispatchMetrics
+    # Of a model, for a caller, with what the workers lack.
+    shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
 
 
 Answered: TypeAlias = tuple[inference_pb2.WorkResult, Member]

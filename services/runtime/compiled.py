@@ -17,6 +17,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "ringmesh-compiled"
+# All that MODULES may import of ours: compiled code relies on the types that stand there.
+_PACKAGES = ("router", "cache", "services/runtime", "services/inference")
 # Nothing that runs long but in NumPy, as strings in a tensor may: compiled code does not let go of the GIL by itself.
 MODULES = (
     "cache.cache_control",
@@ -103,8 +105,9 @@ def sources() -> list[Path]:
 def folder() -> Path:
     """Where the modules are, or would be, compiled from the sources that are here, for this Python."""
     read = hashlib.sha256(sys.version.encode())
-    for source in sources():
-        read.update((ROOT / source).read_bytes())
+    for package in _PACKAGES:
+        for source in sorted((ROOT / package).rglob("*.py")):
+            read.update(source.read_bytes())
     return FOLDER / read.hexdigest()[:16]
 
 

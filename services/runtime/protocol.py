@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +14,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime import wire
 from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, unary
 from services.runtime.spans import Value
-
-log = logging.getLogger(__name__)
 
 ReadyCheck: TypeAlias = Callable[[], bool]
 

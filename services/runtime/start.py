@@ -6,6 +6,7 @@ from services.runtime import memory
 def prepare() -> None:
     """Takes the faster malloc and the compiled modules, where they are there. May begin the process anew."""
     memory.use_tcmalloc()
+    # After it, for what was imported before would be so twice.
     from services.runtime import compiled
 
     compiled.use()

@@ -49,12 +49,13 @@ def test_a_service_runs_what_was_compiled_from_the_sources_that_are_there():
     assert arguments == ["-c", "an argument"]
 
 
-def test_after_a_change_the_sources_run_and_not_what_was_compiled_before(checkout):
-    source = checkout / "router" / "service.py"
+@pytest.mark.parametrize("changed", ["router/service.py", "services/runtime/errors.py"], ids=["compiled", "imported"])
+def test_after_a_change_the_sources_run_and_not_what_was_compiled_before(checkout, changed):
+    source = checkout / changed
     source.write_text(source.read_text() + "# changed\n")
     used, _, file, _ = imported(checkout)
     assert not used
-    assert file == str(source)
+    assert file == str(checkout / "router" / "service.py")
 
 
 @pytest.mark.skipif(not TCMALLOC.exists(), reason="tcmalloc could not be had")
