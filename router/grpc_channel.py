@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from urllib.parse import unquote
 
@@ -39,10 +38,8 @@ class GrpcChannel:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        # Of the same server, as it says.
-        self._socket = ""
         self._connection: Connection | None = None
-        # Those that finish what they have, after the server asked us to go.
+        # And those that finish what they have, after the server asked us to go.
         self._connections: set[Connection] = set()
         self._connecting = asyncio.Lock()
         self._header_blocks: dict[str, bytes] = {}
@@ -95,19 +92,9 @@ class GrpcChannel:
         number = connection.request(headers, body, lambda stream: done(_answer(stream)))
         return partial(connection.cancel, number)
 
-    async def use_socket(self, path: str, port: int) -> None:
-        """The server says that it is at this Unix socket too: from now on there, if it is on this host and found.
-
-        `port` is its own, so that nothing is passed by that somebody put in between.
-        """
-        async with self._connecting:
-            connection = self._connection
-            if not path or connection is None or not connection.is_local(port):
-                return
-            with suppress(OSError, TimeoutError):
-                self._take(await _connect_unix(path, self._lost))
-                self._socket = path
-                connection.retire()
+    def is_local(self, port: int) -> bool:
+        """Whether the server is on this host, and `port`, which is its own, says that nothing is in between."""
+        return self._connection is not None and self._connection.is_local(port)
 
     async def close(self) -> None:
         """Disconnects; what is under way fails."""
@@ -118,10 +105,6 @@ class GrpcChannel:
         async with self._connecting:
             if self._connection is not None and self._connection.is_open:
                 return self._connection
-            if self._socket:
-                with suppress(OSError, TimeoutError):
-                    return self._take(await _connect_unix(self._socket, self._lost))
-                self._socket = ""
             host, _, port = self._address.rpartition(":")
             loop = asyncio.get_running_loop()
             try:
@@ -132,12 +115,9 @@ class GrpcChannel:
                 raise CallError(grpc.StatusCode.UNAVAILABLE, message) from None
             except OSError as error:
                 raise CallError(grpc.StatusCode.UNAVAILABLE, f"cannot connect to {self._address}: {error}") from None
-            return self._take(made)
-
-    def _take(self, made: Connection) -> Connection:
-        self._connections.add(made)
-        self._connection = made
-        return made
+            self._connections.add(made)
+            self._connection = made
+            return made
 
     def _lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
@@ -153,11 +133,9 @@ class GrpcChannel:
         return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
 
 
-async def _connect_unix(path: str, on_lost: Callable[[Connection], None]) -> Connection:
-    """Raises OSError, TimeoutError."""
-    async with asyncio.timeout(_CONNECT_SECONDS):
-        _, made = await asyncio.get_running_loop().create_unix_connection(lambda: Connection(on_lost), path)
-        return made
+def code_of(number: int) -> grpc.StatusCode:
+    """UNKNOWN where there is none of this number."""
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
 def _answer(stream: Stream) -> bytes | CallError:
@@ -170,9 +148,7 @@ def _answer(stream: Stream) -> bytes | CallError:
         http = headers.get(":status", "no status")
         return CallError(grpc.StatusCode.UNAVAILABLE, f"the server does not speak gRPC: HTTP {http}")
     if status != "0":
-        code = grpc.StatusCode.UNKNOWN
-        with suppress(ValueError, KeyError):
-            code = _CODES[int(status)]
+        code = code_of(int(status)) if status.isdecimal() else grpc.StatusCode.UNKNOWN
         return CallError(code, unquote(headers.get("grpc-message", "")))
     body = stream.body
     size = int.from_bytes(body[1:_PREFIX_BYTES], "big")

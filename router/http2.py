@@ -145,11 +145,6 @@ class Connection(asyncio.Protocol):
         if self._streams.pop(number, None) is not None and self._transport is not None:
             self._transport.write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
 
-    def retire(self) -> None:
-        """Begins no more requests, and ends when those under way have."""
-        self._leaving = True
-        self._close_if_done()
-
     def close(self) -> None:
         """Ends the connection with all that is under way."""
         self._leaving = True

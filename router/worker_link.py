@@ -23,6 +23,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.grpc_channel import CallError, GrpcChannel
 from router.load import WorkerLoad
+from router.local_connection import LocalConnection, connect
 from services.runtime.errors import DeadlineExceededError, from_status
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,10 @@ class Sent:
 
 
 class WorkerLink:
-    """A channel to the worker at `address`, with a lane of envelopes for each model."""
+    """A channel to the worker at `address`, with a lane of envelopes for each model.
+
+    On our own host envelopes go over the worker's Unix socket while there is one.
+    """
 
     def __init__(self, address: str, load: WorkerLoad) -> None:
         self.address = address
@@ -82,6 +86,7 @@ class WorkerLink:
         # Requests in the envelopes under way.
         self._under_way = 0
         self._channel = GrpcChannel(address)
+        self._local: LocalConnection | None = None
         self._lanes: dict[bytes, _Lane] = {}
         # What cancels each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
@@ -124,7 +129,8 @@ class WorkerLink:
         try:
             response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds))
             self._load.reported(response.load, self._under_way)
-            await self._channel.use_socket(response.socket, response.port)
+            if response.envelope_socket and self._channel.is_local(response.port):
+                await self._use_socket(response.envelope_socket)
             return response
         except CallError as error:
             raise WorkerUnreachableError(str(error)) from None
@@ -161,7 +167,14 @@ class WorkerLink:
     async def close(self) -> None:
         """Ends what is under way and disconnects."""
         self.give_up()
+        if self._local is not None:
+            self._local.close()
         await self._channel.close()
+
+    async def _use_socket(self, path: str) -> None:
+        if self._local is None or not self._local.is_open:
+            with suppress(OSError, TimeoutError):
+                self._local = await connect(path)
 
     def _tell_unwanted(self) -> None:
         request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
@@ -181,7 +194,11 @@ class WorkerLink:
             lane.under_way += 1
             self._under_way += len(items)
             answered = partial(self._answered, envelope)
-            self._envelopes[envelope] = self._channel.begin(_EXECUTE, envelope.request(), answered)
+            request, local = envelope.request(), self._local
+            if local is not None and local.is_open:
+                self._envelopes[envelope] = local.begin(request, answered)
+            else:
+                self._envelopes[envelope] = self._channel.begin(_EXECUTE, request, answered)
 
     def _next_envelope(self, lane: _Lane) -> list[Sent]:
         """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""

@@ -11,6 +11,7 @@ import onnxruntime
 
 from services.inference.control import ModelControl
 from services.inference.crash_journal import CrashJournal
+from services.inference.envelope_socket import EnvelopeSocket
 from services.inference.execution import CUDA
 from services.inference.metrics import WorkerMetrics
 from services.inference.model import OnnxModel
@@ -27,7 +28,6 @@ from services.runtime.exposition import MetricsServer
 from services.runtime.gpu_metrics import GpuMetrics
 from services.runtime.live_settings import LiveSettings
 from services.runtime.load_report import Answers, LoadReport
-from services.runtime.local_server import LocalServer
 from services.runtime.metrics import Metrics
 from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
@@ -63,18 +63,16 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     calls = Calls()
     inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
 
-    def listener(address: str) -> Server:
-        return Server(
-            settings.engine,
-            address,
-            [inference, envelopes.service(calls)],
-            max_message_bytes=settings.max_message_bytes,
-            max_connection_age=settings.max_connection_age_seconds,
-            calls=calls,
-        )
-
-    server = listener(settings.address)
-    local = LocalServer(settings.socket_dir, listener)
+    execute = envelopes.lane(calls)
+    server = Server(
+        settings.engine,
+        settings.address,
+        [inference, envelopes.service(execute)],
+        max_message_bytes=settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age_seconds,
+        calls=calls,
+    )
+    local = EnvelopeSocket(settings.socket_dir, execute, settings.max_message_bytes)
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)

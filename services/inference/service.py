@@ -37,6 +37,8 @@ from services.runtime.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
+_DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
+
 
 class InferenceService:
     """`inference.GRPCInferenceService`, straight at this worker: nothing is cached here."""
@@ -128,19 +130,21 @@ class EnvelopeService:
     def __init__(self, worker: Worker, locality: Locality) -> None:
         self._worker = worker
         self._locality = locality
-        # Where routers of this host find it too, "" while there is none, and the port that it serves on.
+        # Where routers of this host hand envelopes in, "" while there is none, and the port that it serves on.
         self.socket = ""
         self.port = 0
         self._held = worker.store.held
         # Of two runs of a worker no version is the same.
         self._version = random.getrandbits(62) + 1
 
-    def service(self, calls: Calls) -> Service:
-        """The handlers, to be served; `calls` are counted."""
-        descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
-        execute = calls.counted_lane(f"{descriptor.full_name}/Execute", Lane(self._admit, self._execute))
+    def lane(self, calls: Calls) -> Lane:
+        """Execute; `calls` are counted."""
+        return calls.counted_lane(f"{_DESCRIPTOR.full_name}/Execute", Lane(self._admit, self._execute))
+
+    def service(self, execute: Lane) -> Service:
+        """The handlers, to be served with `execute` of `lane`."""
         return Service(
-            descriptor,
+            _DESCRIPTOR,
             {
                 "Execute": lane_handler(execute),
                 "Withdraw": unary(inference_pb2.WithdrawRequest, self._withdraw),
@@ -198,7 +202,7 @@ class EnvelopeService:
             region=self._locality.region,
             zone=self._locality.zone,
             weight=self._locality.weight,
-            socket=self.socket,
+            envelope_socket=self.socket,
             port=self.port,
         )
 

@@ -14,7 +14,6 @@ import os
 import random
 import socket
 import struct
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +24,10 @@ _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
 
 class Connections:
-    """Those that this process accepted at a TCP port, or at the path of a Unix socket. Methods block."""
+    """Those that this process accepted at a TCP port. Methods block."""
 
-    def __init__(self, place: int | str) -> None:
-        self._place = place
+    def __init__(self, port: int) -> None:
+        self._port = port
         # When each was first seen, by inode; inf for those that were asked to go.
         self._seen: dict[str, float] = {}
 
@@ -72,7 +71,7 @@ class Connections:
                 continue
             with connection:
                 try:
-                    if _place(connection) != self._place:
+                    if _port(connection) != self._port:
                         continue
                     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != listening:
                         continue
@@ -83,19 +82,17 @@ class Connections:
                 yield int(descriptor.name), inode, connection
 
 
-def _place(connection: socket.socket) -> int | str | None:
-    name = connection.getsockname()
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        port: int = name[1]
-        return port
-    return name if isinstance(name, str) else None
+def _port(connection: socket.socket) -> int | None:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    port: int = connection.getsockname()[1]
+    return port
 
 
 def _go_away(connection: socket.socket) -> bool:
     try:
         # What was sent and is not yet acknowledged counts in TIOCOUTQ, and a fast server's answers often are not.
-        count = termios.TIOCOUTQ if connection.family == socket.AF_UNIX else _SIOCOUTQNSD
-        (unsent,) = struct.unpack("i", fcntl.ioctl(connection, count, bytes(4)))
+        (unsent,) = struct.unpack("i", fcntl.ioctl(connection, _SIOCOUTQNSD, bytes(4)))
         return unsent == 0 and connection.send(_GOAWAY, socket.MSG_DONTWAIT) == len(_GOAWAY)
     except OSError:  # it is gone
         return True

@@ -50,7 +50,7 @@ def _create(engine: Engine, options: list[tuple[str, Any]], services: Sequence[S
 
 
 class Server:
-    """Serves `services` on one address, host:port or unix:path; not ready until `set_serving`, drained by `stop`.
+    """Serves `services` on one address, host:port; not ready until `set_serving`, drained by `stop`.
 
     Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
     `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
@@ -107,8 +107,7 @@ class Server:
                 f"cannot listen on {self._address}: the port is taken or the address is not ours"
             ) from None
         await server.start()
-        path = self._address.removeprefix("unix:")
-        self._connections = Connections(port if path == self._address else path)
+        self._connections = Connections(port)
         self._aging = asyncio.create_task(self._end_old_connections(self._connections))
         return port
 

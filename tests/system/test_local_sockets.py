@@ -4,6 +4,7 @@ import asyncio
 import re
 import shutil
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -30,21 +31,14 @@ async def accepted(worker, path):
     return sum(connection.laddr == path for connection in worker.info.net_connections("unix")) - 1
 
 
-async def over_tcp(router, worker):
-    """Connections that the router has to the worker's port."""
-    return sum(
-        bool(connection.raddr) and f"{connection.raddr.ip}:{connection.raddr.port}" == worker.address
-        for connection in router.info.net_connections("tcp")
-    )
-
-
 def modes(path):
     """Of the socket and its folder; [] where they are gone."""
     return [oct(place.stat().st_mode & 0o777) for place in (Path(path), Path(path).parent) if place.exists()]
 
 
-async def uses_the_socket(router, worker, path):
-    return await accepted(worker, path) == 1 and await over_tcp(router, worker) == 0
+async def uses_the_socket(worker, path):
+    """That envelopes then go there, tests/unit/test_worker_link.py has."""
+    return await accepted(worker, path) == 1
 
 
 @pytest.fixture
@@ -55,13 +49,13 @@ def worker(start_worker, tmp_path):
 @pytest.mark.both_engines
 async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_with_it(start_router, worker):
     router = start_router([worker.address], None)
-    path = (await described(worker)).socket
-    await eventually(partial(uses_the_socket, router, worker, path))
+    path = (await described(worker)).envelope_socket
+    await eventually(partial(uses_the_socket, worker, path))
     assert modes(path) == ["0o600", "0o700"]
     async with sixteen(router.address) as callers:
         await callers.more()
     assert callers.errors == []
-    assert await uses_the_socket(router, worker, path)
+    assert await uses_the_socket(worker, path)
     counted = r"^ringmesh_rpc_calls_total\{.*InferenceWorkerService/Execute.*\} [1-9]"
     assert re.search(counted, await asyncio.to_thread(fetch, METRICS), re.MULTILINE)
     worker.process.send_signal(signal.SIGTERM)
@@ -75,8 +69,8 @@ async def test_a_worker_restarted_under_load_is_found_at_its_new_socket_and_a_ki
 ):
     other = await asyncio.to_thread(start_worker, "worker-b", socket_dir=tmp_path)
     router = start_router([worker.address, other.address], None)
-    old = (await described(worker)).socket
-    await eventually(partial(uses_the_socket, router, worker, old))
+    old = (await described(worker)).envelope_socket
+    await eventually(partial(uses_the_socket, worker, old))
     async with sixteen(router.address) as callers:
         await callers.more()
         worker.process.kill()
@@ -84,27 +78,26 @@ async def test_a_worker_restarted_under_load_is_found_at_its_new_socket_and_a_ki
         assert modes(old)
         again = await asyncio.to_thread(start_worker, "worker-a", address=worker.address, socket_dir=tmp_path)
         assert modes(old) == []
-        await eventually(partial(uses_the_socket, router, again, (await described(again)).socket))
+        await eventually(partial(uses_the_socket, again, (await described(again)).envelope_socket))
     assert callers.errors == []
 
 
 @pytest.mark.proof
-async def test_a_worker_whose_socket_was_deleted_is_reached_over_tcp_again_and_no_request_fails(
+async def test_a_worker_whose_socket_was_deleted_is_reached_over_tcp_by_those_who_come_then(
     start_router, start_worker, tmp_path
 ):
-    worker = start_worker("worker-a", socket_dir=tmp_path, max_connection_age_seconds=1)
+    worker = start_worker("worker-a", socket_dir=tmp_path)
     router = start_router([worker.address], None)
-    path = (await described(worker)).socket
+    path = (await described(worker)).envelope_socket
     async with sixteen(router.address) as callers:
-        await eventually(partial(uses_the_socket, router, worker, path))
+        await eventually(partial(uses_the_socket, worker, path))
         await asyncio.to_thread(shutil.rmtree, tmp_path)
-
-        async def moved():
-            return await over_tcp(router, worker) == 1
-
-        await eventually(moved)  # when it is asked to open another connection
         await callers.more()
-    assert callers.errors == []
+    late = await asyncio.to_thread(start_router, [worker.address], None)
+    async with sixteen(late.address) as late_callers:
+        await late_callers.more()
+    assert callers.errors == late_callers.errors == []
+    assert await uses_the_socket(worker, path)
 
 
 @pytest.mark.proof
@@ -112,10 +105,15 @@ async def test_a_worker_in_another_network_namespace_is_reached_over_tcp_though_
     start_router,
     away,  # noqa: F811
 ):
-    worker = Started(away[0], None)
+    address, run = away
+    worker = Started(address, None)
     router = await asyncio.to_thread(start_router, [worker.address], None)
-    assert modes((await described(worker)).socket) == ["0o600", "0o700"]
+    path = (await described(worker)).envelope_socket
+    assert modes(path) == ["0o600", "0o700"]
     async with sixteen(router.address) as callers:
         await callers.more()
     assert callers.errors == []
-    assert await over_tcp(router, worker) == 1
+    # By /proc/net/unix it listens there (01), and nobody is connected (03).
+    await run(rf"grep -qP \s01\s+\d+\s{path}$ /proc/net/unix")
+    with pytest.raises(subprocess.CalledProcessError):
+        await run(rf"grep -qP \s03\s+\d+\s{path}$ /proc/net/unix")

@@ -12,7 +12,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.grpc_channel import CallError, GrpcChannel
 from router.http2 import Connection, Frame
-from services.runtime.local_server import LocalServer
 from services.runtime.rpc import Service
 from services.runtime.server import Engine, Server
 from tests.system.processes import free_address
@@ -30,11 +29,9 @@ class Echo:
         self.refuse = None
         self.cancelled = 0
         self.calls = 0
-        self.peer = ""
 
     async def infer(self, request, context):
         self.calls += 1
-        self.peer = context.peer()
         if self.refuse is not None:
             await context.abort(*self.refuse)
         try:
@@ -55,18 +52,13 @@ async def echo(request):
         request.param, address, [Service(SERVICE, handlers)], max_message_bytes=64 << 20, max_connection_age=300
     )
     await server.start()
+    made.address = address
     made.channel = GrpcChannel(address)
     made.server = server
     yield made
     made.gate.set()
     await made.channel.close()
     await server.stop(1)
-
-
-async def eventually_called(echo, calls):
-    async with asyncio.timeout(20):
-        while echo.calls < calls:
-            await asyncio.sleep(0.01)
 
 
 async def call(echo, body):
@@ -125,41 +117,12 @@ async def test_a_draining_server_finishes_what_it_has(echo):
     assert caught.value.code == grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("engine", [Engine.NATIVE, Engine.GRPCIO])
-async def test_a_server_on_this_host_is_called_at_its_socket_unless_something_stands_between(engine, tmp_path):
-    made = Echo()
-
-    def listener(address):
-        service = Service(SERVICE, {"ModelInfer": grpc.unary_unary_rpc_method_handler(made.infer)})
-        return Server(engine, address, [service], max_message_bytes=64 << 20, max_connection_age=300)
-
-    address = free_address()
-    port = int(address.rpartition(":")[2])
-    server, local = listener(address), LocalServer(str(tmp_path), listener)
-    await server.start()
-    made.channel = GrpcChannel(address)
-    path = await local.start()
-    assert await call(made, b"over TCP") == b"over TCP"
-    for other_path, other_port in ((path, port + 1), (f"{path}.not", port), ("", port)):
-        await made.channel.use_socket(other_path, other_port)
-        await call(made, b"still")
-        assert not made.peer.startswith("unix")
-    made.gate.clear()
-    under_way = [asyncio.create_task(call(made, b"over TCP"))]
-    await eventually_called(made, 5)
-    await made.channel.use_socket(path, port)
-    under_way.append(asyncio.create_task(call(made, b"x" * 300_000)))
-    await eventually_called(made, 6)
-    assert made.peer.startswith("unix")
-    stopping = asyncio.create_task(local.stop(5))
-    await asyncio.sleep(0.05)
-    made.gate.set()
-    assert await asyncio.gather(*under_way) == [b"over TCP", b"x" * 300_000]
-    await stopping
-    assert await call(made, b"over TCP again") == b"over TCP again"
-    assert not made.peer.startswith("unix")
-    await made.channel.close()
-    await server.stop(0)
+async def test_a_server_is_known_to_be_on_this_host_unless_something_stands_between(echo):
+    port = int(echo.address.rpartition(":")[2])
+    assert not echo.channel.is_local(port)
+    await call(echo, b"x")
+    assert echo.channel.is_local(port)
+    assert not echo.channel.is_local(port + 1)
 
 
 async def test_a_server_that_is_not_there_is_unavailable():

@@ -1,0 +1,111 @@
+"""Calls over a stream between two of our own processes on one host: frames, from event loop to event loop.
+
+A frame is the size of its payload (4 bytes), its kind (1) and the number of the call it belongs to (4), big-endian,
+then the payload. Numbers are the caller's, and mean nothing after the call. docs/decisions/0023 says why this is not
+gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Final, cast
+
+# From who calls: a request, and that nobody waits for its answer any more.
+CALL: Final = 0
+CANCEL: Final = 1
+# From who answers: a response; a gRPC status code (1 byte) and its message; and, as 0, that no more calls are taken.
+ANSWER: Final = 2
+FAILURE: Final = 3
+LEAVING: Final = 4
+
+_HEAD: Final = struct.Struct(">IBI")
+_HEAD_BYTES: Final = 9
+
+
+class FrameError(Exception):
+    """The other side does not speak this; the message says where it does not."""
+
+
+class Frames(asyncio.Protocol):
+    """One connection. Those who extend it hear of each frame by `take`, and of the end by `ended`."""
+
+    def __init__(self, largest: int) -> None:
+        """Of a payload of more than `largest` bytes only `too_large` hears; it is not kept."""
+        self._largest = largest
+        self.transport: asyncio.Transport | None = None
+        # What has come of a frame that is not whole yet, and how many bytes make it whole.
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._wanted = 0
+        self._skipped = 0
+
+    def take(self, kind: int, number: int, payload: bytes) -> None:
+        """A frame came. May raise FrameError."""
+        raise NotImplementedError
+
+    def too_large(self, kind: int, number: int, size: int) -> None:
+        """A frame came whose payload of `size` bytes is above the limit. May raise FrameError."""
+        raise NotImplementedError
+
+    def ended(self, why: str) -> None:
+        """The connection is over."""
+        raise NotImplementedError
+
+    def send(self, kind: int, number: int, payload: bytes = b"") -> None:
+        """Nothing happens where the connection is over."""
+        if self.transport is not None:
+            self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """From asyncio."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """From asyncio."""
+        self.transport = None
+        self.ended(f"the connection ended: {error}" if error else "the connection ended")
+
+    def data_received(self, data: bytes) -> None:
+        """From asyncio."""
+        if self._skipped:
+            skipped = min(self._skipped, len(data))
+            self._skipped -= skipped
+            data = data[skipped:]
+        if self._held:
+            self._pieces.append(data)
+            self._held += len(data)
+            if self._held < self._wanted:
+                return
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            self._held = 0
+        try:
+            self._take_whole(data)
+        except FrameError as error:
+            if self.transport is not None:
+                self.transport.abort()
+            self.ended(str(error))
+
+    def _take_whole(self, data: bytes) -> None:
+        position = 0
+        left = len(data)
+        wanted = _HEAD_BYTES
+        while left >= _HEAD_BYTES:
+            size, kind, number = _HEAD.unpack_from(data, position)
+            if size > self._largest:
+                self.too_large(kind, number, size)
+                came = min(size, left - _HEAD_BYTES)
+                self._skipped = size - came
+            else:
+                wanted = _HEAD_BYTES + size
+                if left < wanted:
+                    break
+                came = size
+                self.take(kind, number, data[position + _HEAD_BYTES : position + wanted])
+                wanted = _HEAD_BYTES
+            position += _HEAD_BYTES + came
+            left -= _HEAD_BYTES + came
+        if left:
+            self._pieces.append(data[position:] if position else data)
+            self._held, self._wanted = left, wanted

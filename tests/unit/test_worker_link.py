@@ -1,0 +1,112 @@
+"""Which way envelopes go to a worker: over its socket where it is on this host, else over TCP."""
+
+import asyncio
+
+import pytest
+from ringmesh.inference.v1 import inference_pb2
+
+from router.load import WorkerLoad
+from router.worker_link import Work, WorkerLink, WorkerLostError
+from services.inference.envelope_socket import EnvelopeSocket
+from services.runtime.protocol import lane_handler
+from services.runtime.rpc import Answer, Lane, Service, unary
+from services.runtime.server import Engine, Server
+from tests.system.processes import free_address
+
+DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
+LARGEST = 1 << 20
+
+
+class Worker:
+    """Answers each request with the way it came by, b"tcp" or b"socket"."""
+
+    def __init__(self, folder):
+        self.address = free_address()
+        self.says = inference_pb2.DescribeResponse(port=int(self.address.rpartition(":")[2]), version=1)
+        self.local = EnvelopeSocket(str(folder), self.lane(b"socket"), LARGEST)
+        handlers = {
+            "Execute": lane_handler(self.lane(b"tcp")),
+            "Describe": unary(inference_pb2.DescribeRequest, self.describe),
+        }
+        self.server = Server(
+            Engine.NATIVE,
+            self.address,
+            [Service(DESCRIPTOR, handlers)],
+            max_message_bytes=LARGEST,
+            max_connection_age=300,
+        )
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    def lane(self, way):
+        async def finish(request, deadline):
+            await self.gate.wait()
+            results = [inference_pb2.WorkResult(response=way) for _ in request.items]
+            return Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ())
+
+        return Lane(lambda data, metadata: inference_pb2.ExecuteRequest.FromString(data), finish)
+
+    async def describe(self, request, context):
+        return self.says
+
+
+@pytest.fixture
+async def worker(tmp_path):
+    made = Worker(tmp_path)
+    await made.server.start()
+    made.says.envelope_socket = await made.local.start()
+    yield made
+    await made.local.stop(0)
+    await made.server.stop(0)
+
+
+@pytest.fixture
+async def link(worker):
+    made = WorkerLink(worker.address, WorkerLoad())
+    yield made
+    await made.close()
+
+
+async def outcome(link):
+    ended = asyncio.get_running_loop().create_future()
+    link.send(b"model", Work(b"request", b"", None, ""), ended.set_result)
+    return await asyncio.wait_for(ended, 20)
+
+
+async def way(link):
+    return (await outcome(link)).response
+
+
+async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(worker, link):
+    assert await way(link) == b"tcp"
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+    await worker.local.stop(5)
+    assert await way(link) == b"tcp"
+    await link.describe(5, 0)
+    assert await way(link) == b"tcp"
+    worker.says.envelope_socket = await worker.local.start()
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+
+
+@pytest.mark.parametrize("what", ["another port", "no socket there", "no socket"])
+async def test_a_worker_that_may_be_elsewhere_is_asked_over_tcp(worker, link, what):
+    if what == "another port":
+        worker.says.port += 1
+    else:
+        worker.says.envelope_socket = f"{worker.says.envelope_socket}.not" if what == "no socket there" else ""
+    for _ in range(2):
+        await link.describe(5, 0)
+        assert await way(link) == b"tcp"
+
+
+async def test_what_a_socket_takes_with_it_is_lost_and_the_next_goes_over_tcp(worker, link):
+    await link.describe(5, 0)
+    worker.gate.clear()
+    lost = asyncio.create_task(outcome(link))
+    await asyncio.sleep(0)
+    link._local.close()
+    assert isinstance(await lost, WorkerLostError)
+    worker.gate.set()
+    assert await way(link) == b"tcp"
