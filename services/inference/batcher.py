@@ -25,6 +25,14 @@ from services.runtime.errors import InternalError, UnavailableError
 MAX_MEMBERS = 16
 # A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
 QUICK_NS = 500_000
+# Where a batch makes rows dearer, requests share a turn of an instance, no longer than this, and not a run.
+APART_NS = 25_000_000
+# What a run of its own costs a request beside the run.
+_RUN_NS = 50_000
+# Each so many turns one goes the other way, so that what is known of both stays true.
+PROBE = 32
+# But not where rows alone are that much dearer.
+_NEAR = 1.5
 _MAX_KINDS = 1024
 # How much a faster run counts, and a slower one: what holds up one of them, such as another process, says little.
 _FASTER, _SLOWER = 0.3, 0.05
@@ -90,6 +98,7 @@ class Batcher:
     A free instance takes the first in the queue and what waits of its signature, up to the model's `max_batch_rows`; a
     larger request goes alone. An idle model answers at once, unless `batching` lets the first wait for a batch of a
     preferred size, or the largest. After a batch of several, what waits goes on waiting for its callers to come back.
+    Where batches are found to make rows dearer, as on a CPU they may, what an instance takes runs one after the other.
 
     All of it is the event loop's, but for `run_at_once`.
     """
@@ -116,6 +125,8 @@ class Batcher:
         self._dispatching = False
         # What a row takes in ns, by signature and the bits of the run's rows: usually, of late.
         self._row_ns: dict[tuple[Hashable, int], float] = {}
+        # Turns in which several could have shared a run.
+        self._turns = 0
         # Whether a row of the last signature does: most requests of a slow model need not be looked at any closer.
         self._quick = False
         self._closed = False
@@ -203,7 +214,7 @@ class Batcher:
         if (first := next(iter(self._queue), None)) is None:
             return False
         rows = self._rows()
-        until = self._returning.wait_until(rows)
+        until = 0 if self._apart_ns(first.decoded, rows) else self._returning.wait_until(rows)
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             until = max(until, first.queued_ns + self._max_delay_ns)
         now = time.time_ns()
@@ -216,10 +227,16 @@ class Batcher:
         return True
 
     def _limit(self) -> int:
-        """The largest preferred size that what waits can fill; without any, an even share for each free instance."""
+        """The largest preferred size that what waits can fill; without any, an even share for each free instance.
+
+        Of what runs apart half is left, so that no instance waits while what came before is being answered.
+        """
+        rows = self._rows()
+        first = next(iter(self._queue), None)
+        if first is not None and (apart_ns := self._apart_ns(first.decoded, rows)):
+            return max(1, min(-(-rows // 2), int(APART_NS / apart_ns)))
         if not self._preferred and self._free == 1:
             return self._model.max_batch_rows
-        rows = self._rows()
         if not self._preferred:
             return min(self._model.max_batch_rows, -(-rows // self._free))
         return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
@@ -255,7 +272,8 @@ class Batcher:
         try:
             async with self._watch.turn if self._watch.suspect else nullcontext():
                 requests, queued_ns = [w.decoded for w in batch], [w.queued_ns for w in batch]
-                results = await loop.run_in_executor(self._executor, self._run, requests, queued_ns)
+                run = self._run_apart if self._runs_apart(requests) else self._run
+                results = await loop.run_in_executor(self._executor, run, requests, queued_ns)
         finally:
             self._free += 1
             for waiting, result in zip(batch, results, strict=True):
@@ -276,6 +294,38 @@ class Batcher:
 
     def _rows(self) -> int:
         return sum([waiting.decoded.rows for waiting in self._queue])
+
+    def _apart_ns(self, first: Decoded, rows: int) -> float:
+        """What a row takes alone, where in a run of so many it is known to take longer; else 0."""
+        alone, together = self._alone_and_together(first, rows)
+        return alone if alone + _RUN_NS < together else 0.0
+
+    def _alone_and_together(self, first: Decoded, rows: int) -> tuple[float, float]:
+        """A row's ns in a run as large as `first`, and in one of `rows` or fewer; 0 and 0 where one is not known."""
+        smallest = first.rows.bit_length()
+        alone = self._row_ns.get((first.signature, smallest))
+        if alone is not None:
+            for bits in range(min(rows, self._model.max_batch_rows).bit_length(), smallest, -1):
+                together = self._row_ns.get((first.signature, bits))
+                if together is not None:
+                    return alone, together
+        return 0.0, 0.0
+
+    def _runs_apart(self, requests: Sequence[Decoded]) -> bool:
+        if len(requests) == 1:
+            return False
+        self._turns += 1
+        alone, together = self._alone_and_together(requests[0], sum([decoded.rows for decoded in requests]))
+        probes = self._turns % PROBE == 0
+        if alone + _RUN_NS < together:
+            return not probes
+        return probes and alone < _NEAR * together
+
+    def _run_apart(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
+        results = []
+        for index, request in enumerate(requests):
+            results += self._run([request], queued_ns[index : index + 1])
+        return results
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
         """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""

@@ -415,3 +415,50 @@ async def test_a_model_that_is_to_wait_for_more_runs_nothing_at_once(monkeypatch
     batcher = Batcher(Doubler(), EXECUTOR, batching=ModelDynamicBatching(max_queue_delay_microseconds=1))
     await batcher.submit(request(1), None)
     assert batcher.run_at_once([request(1)]) is None
+
+
+class Slower(Doubler):
+    """A row takes 1 ms, and in a run of several `factor` times as long."""
+
+    max_batch_rows = 64
+
+    def __init__(self, factor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def run(self, inputs, outputs):
+        rows = len(inputs["x"])
+        time.sleep(rows * (0.001 if rows == 1 else 0.001 * self.factor))
+        return super().run(inputs, outputs)
+
+
+async def turns(model, batcher, callers):
+    """The sizes of the runs that so many callers at once came to, after all of them ran alone and together."""
+    await batcher.submit(request(0), None)
+    for _ in range(2):
+        await asyncio.gather(*await submit(batcher, *(request(value) for value in range(callers))))
+    model.batches.clear()
+    results = await asyncio.gather(*await submit(batcher, *(request(value) for value in range(callers))))
+    assert [result.arrays[0].item() for result in results] == [value * 2 for value in range(callers)]
+    return model.batches
+
+
+async def test_where_a_batch_makes_rows_dearer_requests_run_one_after_the_other():
+    model = Slower(3)
+    assert await turns(model, Batcher(model, EXECUTOR), 6) == [1] * 6
+
+
+async def test_where_a_batch_makes_rows_cheaper_they_run_together():
+    model = Slower(0.3)
+    assert await turns(model, Batcher(model, EXECUTOR), 6) == [6]
+
+
+async def test_of_what_runs_apart_an_instance_takes_half_so_that_another_is_not_left_without():
+    model = Slower(3)
+    batcher = Batcher(model, EXECUTOR, instances=2)
+    await turns(model, batcher, 6)
+    tasks = await submit(batcher, *(request(value) for value in range(8)))
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert batcher.waiting == 2
+    await asyncio.gather(*tasks)
