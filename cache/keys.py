@@ -17,6 +17,7 @@ from typing import NamedTuple
 from blake3 import blake3
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.infer_request import MAX_HEAD
 from services.runtime.protocol import sequence_of
 from services.runtime.tensors import raw_from_contents
 
@@ -24,7 +25,6 @@ from services.runtime.tensors import raw_from_contents
 _CONTEXT = "ringmesh 2026-11 request hash"
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
-_MAX_DESCRIBED_BYTES = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")
 
 
@@ -61,17 +61,27 @@ class RequestHasher:
             del request.raw_input_contents[:]
         request.ClearField("id")
         if raws:
-            head = request.SerializeToString()
-            description = self._described.get(head)
-            if description is None or description.outputs is not outputs:
-                description = _describe(request, len(raws), outputs, typed=False)
-                if len(head) <= _MAX_DESCRIBED_BYTES:
-                    if len(self._described) >= _MAX_DESCRIBED:
-                        self._described.clear()
-                    self._described[head] = description
-        else:
-            raws = [raw_from_contents(tensor) for tensor in request.inputs]
-            description = _describe(request, len(raws), outputs, typed=True)
+            return self.hash_parts(request.SerializeToString(), request, raws, outputs, tenant)
+        raws = [raw_from_contents(tensor) for tensor in request.inputs]
+        description = _describe(request, len(raws), outputs, typed=True)
+        return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
+
+    def hash_parts(
+        self,
+        head: bytes,
+        request: v2.ModelInferRequest,
+        raws: Sequence[bytes],
+        outputs: Collection[str] = (),
+        tenant: str | None = None,
+    ) -> bytes:
+        """As `hash`, of a request that was taken apart: `head` serialized, `request` the same without id and data."""
+        description = self._described.get(head)
+        if description is None or description.outputs is not outputs or description.inputs != len(raws):
+            description = _describe(request, len(raws), outputs, typed=False)
+            if len(head) <= MAX_HEAD:
+                if len(self._described) >= _MAX_DESCRIBED:
+                    self._described.clear()
+                self._described[head] = description
         return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
 
     def hash_rows(
@@ -115,12 +125,13 @@ class RequestHasher:
 class _Description(NamedTuple):
     """`order`: the inputs sorted by name, () where they are. `trailer`: all but data and sizes, then its length.
 
-    `outputs` are those of the model that it was made for.
+    `outputs` are those of the model that it was made for, `inputs` how many have raw contents.
     """
 
     order: tuple[int, ...]
     trailer: bytes
     outputs: Collection[str]
+    inputs: int
 
 
 def _describe(
@@ -149,7 +160,7 @@ def _describe(
         [*(tensors[index] for index in order), "|", *outputs, "|", _parameters(request.parameters)]
     ).encode()
     trailer = text + len(text).to_bytes(4, "little")
-    return _Description(order if order != tuple(range(len(order))) else (), trailer, model_outputs)
+    return _Description(order if order != tuple(range(len(order))) else (), trailer, model_outputs, raw_count)
 
 
 def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:

@@ -31,6 +31,7 @@ from router.request_metrics import STEP, RequestMetrics
 from router.rows import RowCache
 from services.runtime import protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
+from services.runtime.infer_request import Heads, take_apart
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.rpc import (
     Answer,
@@ -81,6 +82,7 @@ class InferenceService:
         self._audit = audit
         self._rows = RowCache(mesh, hasher)
         self._memo = RequestMemo[_Meaning](_REMEMBERED)
+        self._heads = Heads()
         self._semantic = SemanticTier(mesh.shared)
         self._sequences = KeyedLock()
         self._misses = Misses(mesh, dispatcher, quotas, replies, requests)
@@ -118,20 +120,22 @@ class InferenceService:
         traceparent, control, tenant = protocol.trace_and_cache_control(metadata)
         call = Admitted(data, self._tracer.start(traceparent), metadata, method)
         call.tenant = tenant
-        if control or len(data) > LARGEST_BYTES or self._audit.distrusted:
-            self._key(call, control)
-        else:
+        digest = b""
+        catalog, epochs = self._fleet.view.catalog, self._mesh.purges.epochs
+        meaning = None
+        if not control and len(data) <= LARGEST_BYTES and not self._audit.distrusted:
             digest = self._memo.digest(data, tenant)
-            catalog, epochs = self._fleet.view.catalog, self._mesh.purges.epochs
             meaning = self._memo.get(digest)
-            if meaning is not None and meaning.catalog is catalog and meaning.epochs is epochs:
-                call.model, call.request_id, call.request_hash = meaning.model, meaning.request_id, meaning.request_hash
-                call.name = meaning.model.name
-            else:
-                self._key(call, control)
-                if call.request_hash and call.model is not None:
-                    self._memo.put(digest, _Meaning(catalog, epochs, call.model, call.request_id, call.request_hash))
+        if meaning is not None and meaning.catalog is catalog and meaning.epochs is epochs:
+            call.model, call.request_id, call.request_hash = meaning.model, meaning.request_id, meaning.request_hash
+            call.name = meaning.model.name
+            digest = b""
+        else:
+            self._key(call, control)
         entry = self._local(call)
+        if digest and entry is not None and call.model is not None:
+            # What nobody asks for again would only take room.
+            self._memo.put(digest, _Meaning(catalog, epochs, call.model, call.request_id, call.request_hash))
         if entry is None:
             call.error = call.error or self._refusal(call)
             return call
@@ -165,15 +169,23 @@ class InferenceService:
         try:
             if control:
                 call.control = parse_cache_control(control)
-            request = parse(v2.ModelInferRequest, call.data)
-            call.name, call.request_id = request.model_name, request.id
-            call.model = model = self._fleet.view.catalog.find(call.name, request.model_version)
+            parts = take_apart(call.data)
+            if parts is None:
+                request = parse(v2.ModelInferRequest, call.data)
+                call.name, version, call.request_id = request.model_name, request.model_version, request.id
+            else:
+                head = self._heads.read(parts, call.data)
+                request, call.name, version, call.request_id = head.message, head.name, head.version, parts.request_id
+            call.model = model = self._fleet.view.catalog.find(call.name, version)
             if model.uncacheable or self._audit.distrusted:
                 why_not = model.uncacheable or self._audit.why_not(model, self._fleet.view.catalog)
                 if why_not:
                     raise UncacheableError(why_not)
             tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
-            call.request_hash = self._hasher.hash(request, model.outputs, tenant)
+            if parts is None:
+                call.request_hash = self._hasher.hash(request, model.outputs, tenant)
+            else:
+                call.request_hash = self._hasher.hash_parts(parts.head, request, parts.raws, model.outputs, tenant)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(request):
                 call.place = self._hasher.sequence_place(call.name, sequence)

@@ -14,7 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
-from services.runtime import protocol, w3c
+from services.runtime import protocol, w3c, wire
 from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.load_report import LoadReport
@@ -172,18 +172,19 @@ class EnvelopeService:
             for item in request.items
         ]
         results = self._worker.execute_at_once(works)
-        return works if results is None else self._answer(results)
+        if results is None:
+            return works
+        load = wire.field(2, self._load().SerializeToString())
+        return Answer(b"".join([wire.field(1, result) for result in results]) + load, ())
 
     async def _execute(self, works: list[Work], _: float | None) -> Answer | Failure:
         try:
-            return self._answer(await self._worker.execute_all(works))
+            results = await self._worker.execute_all(works)
+            response = inference_pb2.ExecuteResponse(results=results, load=self._load())
+            return Answer(response.SerializeToString(), ())
         except Exception as error:
             log.exception("an envelope failed")
             return failure(unexpected(error))
-
-    def _answer(self, results: list[inference_pb2.WorkResult]) -> Answer:
-        response = inference_pb2.ExecuteResponse(results=results, load=self._load())
-        return Answer(response.SerializeToString(), ())
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(

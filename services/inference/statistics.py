@@ -18,9 +18,9 @@ class _Duration:
     def __init__(self) -> None:
         self.count = self.ns = 0
 
-    def add(self, ns: int) -> None:
-        self.count += 1
-        self.ns += ns
+    def add(self, ns: int, times: int = 1) -> None:
+        self.count += times
+        self.ns += ns * times
 
     def message(self) -> v2.StatisticDuration:
         return v2.StatisticDuration(count=self.count, ns=self.ns)
@@ -53,20 +53,23 @@ class Statistics:
         self._lock = threading.Lock()
         self._observe = tuple([histogram.observe for histogram in self.stages.values()])
 
-    def succeeded(self, batch: BatchResult, rows: int, total_ns: int, output_ns: int) -> None:
-        """One request was answered; `output_ns` from the end of its run to the finished response."""
+    def succeeded(self, batch: BatchResult, rows: int, total_ns: int, output_ns: int, requests: int = 1) -> None:
+        """Requests of `rows` in all were answered together; `output_ns` from the end of the run to their responses.
+
+        The times are those of each of them.
+        """
         queue_ns = batch.start_ns - batch.queued_ns
         input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
         with self._lock:
             self._rows += rows
             self._last_ns = batch.end_ns
-            self._success.add(total_ns)
-            self._queue.add(queue_ns)
-            self._input.add(input_ns)
-            self._infer.add(infer_ns)
-            self._output.add(output_ns)
+            self._success.add(total_ns, requests)
+            self._queue.add(queue_ns, requests)
+            self._input.add(input_ns, requests)
+            self._infer.add(infer_ns, requests)
+            self._output.add(output_ns, requests)
             for observe, ns in zip(self._observe, (queue_ns, input_ns, infer_ns, output_ns), strict=True):
-                observe(ns)
+                observe(ns, requests)
             if not batch.first:
                 return
             self._executions += 1

@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 from ringmesh.inference.v1 import inference_pb2
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.batcher import Batcher, BatchResult
 from services.inference.held_models import HeldModel
@@ -18,11 +17,12 @@ from services.inference.load import Load
 from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
 from services.inference.request import Decoded, encode_response
-from services.inference.request_decoder import RequestDecoder
+from services.inference.request_decoder import Read, RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
+from services.runtime import wire
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError, RingmeshError, kind_of
-from services.runtime.rpc import parse, unexpected
+from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
@@ -83,20 +83,20 @@ class Worker:
         start = time.time_ns()
         name = ""
         try:
-            request = parse(v2.ModelInferRequest, data)
-            name = request.model_name
-            held = self.store.held.find(name, request.model_version)
+            request = self._decoder.read(data)
+            name = request.name
+            held = self.store.held.find(name, request.version)
             if request_hash:
                 key = held.model.digest + request_hash
                 result, joined = await self._flights.run(
-                    key, lambda: self._run(held, request, data, deadline, trace_context, start), deadline
+                    key, lambda: self._run(held, request, deadline, trace_context, start), deadline
                 )
                 if joined:
                     shared, result = result, inference_pb2.WorkResult()
                     result.CopyFrom(shared)
                     result.timing.joined = True
             else:
-                result = await self._run(held, request, data, deadline, trace_context, start)
+                result = await self._run(held, request, deadline, trace_context, start)
         except RingmeshError as error:
             result = inference_pb2.WorkResult(failure=error.to_failure())
         except Exception as error:
@@ -132,15 +132,18 @@ class Worker:
             results.append(result)
         return results
 
-    def execute_at_once(self, works: Sequence[Work]) -> list[inference_pb2.WorkResult] | None:
-        """As `execute_all`, on any thread; None where it is not one quick run of plain requests of one model."""
+    def execute_at_once(self, works: Sequence[Work]) -> list[bytes] | None:
+        """As `execute_all`, each serialized; None where it is not one quick run of plain requests of one model.
+
+        On any thread.
+        """
         start = time.time_ns()
         held: HeldModel | None = None
         requests = []
         try:
             for work in works:
-                request = parse(v2.ModelInferRequest, work.data)
-                found = self.store.held.find(request.model_name, request.model_version)
+                request = self._decoder.read(work.data)
+                found = self.store.held.find(request.name, request.version)
                 held = held or found
                 if (
                     found is not held
@@ -160,7 +163,7 @@ class Worker:
         if batches is None:
             return None
         self.load.answered_at_once(len(works))
-        return [_result_at_once(held, decoded, batch, start) for decoded, batch in zip(requests, batches, strict=True)]
+        return _results_at_once(held, requests, batches, start)
 
     def withdraw(self, trace_contexts: Iterable[bytes]) -> int:
         """Nobody waits for these any more: those that have not begun to run, will not; how many that are.
@@ -183,8 +186,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         held = None
         try:
-            request = parse(v2.ModelInferRequest, work.data)
-            held = self.store.held.find(request.model_name, request.model_version)
+            request = self._decoder.read(work.data)
+            held = self.store.held.find(request.name, request.version)
             key = held.model.digest + work.request_hash
             batcher = held.batcher
             if (
@@ -223,8 +226,7 @@ class Worker:
     async def _run(
         self,
         held: HeldModel,
-        request: v2.ModelInferRequest,
-        data: bytes,
+        request: Read,
         deadline: float | None,
         trace_context: bytes,
         start: int,
@@ -240,10 +242,8 @@ class Worker:
             if caught_up:
                 raise
             await self.store.catch_up(changed.model, deadline)
-            held = self.store.held.find(request.model_name, request.model_version)
-            # The request was taken apart when it was decoded.
-            request = parse(v2.ModelInferRequest, data)
-            return await self._run(held, request, data, deadline, trace_context, start, caught_up=True)
+            held = self.store.held.find(request.name, request.version)
+            return await self._run(held, request, deadline, trace_context, start, caught_up=True)
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             raise
@@ -322,16 +322,42 @@ def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inf
         return _failure(error, start)
 
 
-def _result_at_once(
-    held: HeldModel, decoded: Decoded, batch: BatchResult | Exception, start: int
-) -> inference_pb2.WorkResult:
-    try:
-        if isinstance(batch, Exception):
-            raise batch
-        return _answer(held, decoded, batch, _encode(held, decoded, batch), start)
-    except Exception as error:
-        held.statistics.failed(time.time_ns() - start, kind_of(error))
-        return _failure(error, start)
+def _results_at_once(
+    held: HeldModel, requests: Sequence[Decoded], batches: Sequence[BatchResult | Exception], start: int
+) -> list[bytes]:
+    """Serialized WorkResults. What is the same for all of a run is put together once."""
+    digest = wire.field(3, held.model.digest)
+    results: list[bytes] = []
+    shared = b""
+    runs: list[_Run] = []
+    for decoded, batch in zip(requests, batches, strict=True):
+        try:
+            if isinstance(batch, Exception):
+                raise batch
+            if batch.first:
+                timing = _timing(held.model.provider, batch, start, time.time_ns())
+                shared = digest + wire.field(4, timing.SerializeToString())
+                runs.append(_Run(batch))
+            results.append(wire.field(1, _encode(held, decoded, batch)) + shared)
+            runs[-1].requests += 1
+            runs[-1].rows += decoded.rows
+        except Exception as error:
+            held.statistics.failed(time.time_ns() - start, kind_of(error))
+            results.append(_failure(error, start).SerializeToString())
+    now = time.time_ns()
+    for run in runs:
+        held.statistics.succeeded(run.batch, run.rows, now - start, now - run.batch.end_ns, run.requests)
+    return results
+
+
+class _Run:
+    """Those that one run answered."""
+
+    __slots__ = ("batch", "requests", "rows")
+
+    def __init__(self, batch: BatchResult) -> None:
+        self.batch = batch
+        self.requests = self.rows = 0
 
 
 def _failure(error: Exception, start: int) -> inference_pb2.WorkResult:

@@ -75,6 +75,7 @@ MODULES = (
     "services.inference.worker",
     "services.runtime.fast_lane",
     "services.runtime.frames",
+    "services.runtime.infer_request",
     "services.runtime.load_report",
     "services.runtime.metrics",
     "services.runtime.protocol",

@@ -115,10 +115,10 @@ class Histogram:
         self.counts = [0] * (len(BOUNDS_NS) + 1)
         self.sum_ns = 0
 
-    def observe(self, ns: int) -> None:
-        """`ns` is in nanoseconds."""
-        self.counts[bisect_left(BOUNDS_NS, ns)] += 1
-        self.sum_ns += ns
+    def observe(self, ns: int, times: int = 1) -> None:
+        """`ns` is in nanoseconds; it was seen so often."""
+        self.counts[bisect_left(BOUNDS_NS, ns)] += times
+        self.sum_ns += ns * times
 
     def buckets(self) -> Buckets:
         """In seconds."""

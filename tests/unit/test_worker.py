@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.model import OnnxModel
@@ -164,7 +165,8 @@ async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick
     await worker.execute_all([work(0)])  # so that it is known
     worker.model.runs.clear()
     before = worker.load.answered
-    results = await asyncio.to_thread(worker.execute_at_once, [work(value, b"h%d" % value) for value in range(20)])
+    serialized = await asyncio.to_thread(worker.execute_at_once, [work(value, b"h%d" % value) for value in range(20)])
+    results = [inference_pb2.WorkResult.FromString(result) for result in serialized]
     assert worker.model.runs == [20]
     for value, result in enumerate(results):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
@@ -172,6 +174,7 @@ async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick
     assert worker.load.answered == before + 20
     statistics = worker.store.held.find("mlp", "").statistics.message()
     assert (statistics.inference_count, statistics.execution_count) == (21, 2)
+    assert statistics.inference_stats.success.count == statistics.inference_stats.compute_infer.count == 21
 
 
 async def test_what_may_be_slow_is_not_run_at_once(worker, monkeypatch):
@@ -197,6 +200,6 @@ async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick)
 async def test_what_fails_at_once_fails_alone_and_is_counted(worker, quick, monkeypatch):
     await worker.execute_all([work(0)])
     monkeypatch.setattr("services.inference.worker.MAX_RESPONSE_BYTES", 1)
-    results = worker.execute_at_once([work(1), work(2)])
+    results = [inference_pb2.WorkResult.FromString(data) for data in worker.execute_at_once([work(1), work(2)])]
     assert [result.failure.code for result in results] == [8, 8]
     assert worker.store.held.find("mlp", "").statistics.message().inference_stats.fail.count == 2

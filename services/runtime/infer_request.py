@@ -1,0 +1,110 @@
+"""A serialized ModelInferRequest taken apart without a parser: callers send the same one again with other data."""
+
+from __future__ import annotations
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.rpc import parse
+
+# Longer heads are not worth remembering: typed contents stand in them.
+MAX_HEAD = 4096
+# Tags of length-delimited fields; all fields of the message are.
+_ID = 0x1A
+_RAW_INPUT = 0x3A
+_LENGTH_DELIMITED = 2
+_MAX_HEADS = 4096
+
+
+class Parts:
+    """`raws` are the raw_input_contents, `request_id` the id, and `head` is all the rest, as it was sent.
+
+    Two of the same head differ in nothing else. The head itself may be anything: who parses it once knows of all.
+    """
+
+    __slots__ = ("head", "raws", "request_id")
+
+    def __init__(self, head: bytes, raws: list[bytes], request_id: str) -> None:
+        self.head = head
+        self.raws = raws
+        self.request_id = request_id
+
+
+def take_apart(data: bytes) -> Parts | None:
+    """None where it is better parsed: it is not well-formed, has no raw contents, two ids, or a long head."""
+    size = len(data)
+    raws: list[bytes] = []
+    kept: list[bytes] = []
+    request_id = b""
+    kept_from = position = 0
+    while position < size:
+        start = position
+        tag = data[position]
+        position += 1
+        if tag & 7 != _LENGTH_DELIMITED or tag >= 0x80 or tag < 8:
+            return None
+        length = shift = 0
+        while True:
+            if position >= size or shift > 28:
+                return None
+            byte = data[position]
+            position += 1
+            length |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                break
+            shift += 7
+        position += length
+        if position > size:
+            return None
+        if tag == _RAW_INPUT:
+            raws.append(data[position - length : position])
+        elif tag == _ID and not request_id:
+            request_id = data[position - length : position]
+        elif tag == _ID:
+            return None
+        else:
+            continue
+        if start > kept_from:
+            kept.append(data[kept_from:start])
+        kept_from = position
+    if not raws:
+        return None
+    if kept_from < size:
+        kept.append(data[kept_from:])
+    head = kept[0] if len(kept) == 1 else b"".join(kept)
+    if len(head) > MAX_HEAD:
+        return None
+    try:
+        return Parts(head, raws, request_id.decode())
+    except UnicodeDecodeError:
+        return None
+
+
+class Head:
+    """What the head of a request says: `message` is the request without its id and data, for reading only."""
+
+    __slots__ = ("message", "name", "version")
+
+    def __init__(self, message: v2.ModelInferRequest) -> None:
+        self.message = message
+        self.name = message.model_name
+        self.version = message.model_version
+
+
+class Heads:
+    """The heads that came before, each parsed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Head] = {}
+
+    def read(self, parts: Parts, data: bytes) -> Head:
+        """Of `data`, which `parts` are of. Raises InvalidArgumentError where it is not a ModelInferRequest."""
+        head = self._known.get(parts.head)
+        if head is None:
+            message = parse(v2.ModelInferRequest, data)
+            message.ClearField("id")
+            message.ClearField("raw_input_contents")
+            head = Head(message)
+            if len(self._known) >= _MAX_HEADS:
+                self._known.clear()
+            self._known[parts.head] = head
+        return head
