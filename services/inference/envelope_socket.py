@@ -8,14 +8,17 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import grpc
 
+from services.inference.worker import Work
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
-from services.runtime.rpc import Answer, Failure, Lane, failure, unexpected
+from services.runtime.rpc import Answer, Failure, failure, unexpected
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +26,34 @@ _PREFIX = "ringmesh-"
 _NAME = "envelopes.sock"
 
 
+class Envelopes(Protocol):
+    """Answers them: EnvelopeService does."""
+
+    def admit(self, data: bytes) -> Answer | Failure | list[Work]:
+        """What cannot be answered at once is for `begin`."""
+
+    def begin(self, works: list[Work], done: Callable[[bytes], None]) -> Callable[[], None]:
+        """What cancels it; `done` hears the response, later than this returns."""
+
+
 class EnvelopeSocket:
-    """Serves `lane`, all on the event loop, in a folder of its own below `folder` that only the owner may enter.
+    """Serves `envelopes`, all on the event loop, in a folder of its own below `folder` that only the owner may enter.
 
     The name is random: whoever finds a socket there has found this process, and not one of another container that has
     the same folders. Where there is no folder, or none can be made there, nothing is served. Requests above
     `max_message_bytes` are answered RESOURCE_EXHAUSTED.
     """
 
-    def __init__(self, folder: str, lane: Lane, max_message_bytes: int) -> None:
+    def __init__(self, folder: str, envelopes: Envelopes, max_message_bytes: int, count: Callable[[str], None]) -> None:
+        """`count` hears the gRPC code that each ended with."""
         self._parent = folder
-        self._lane = lane
-        self._largest = max_message_bytes
+        self.envelopes = envelopes
+        self.count = count
+        self.largest = max_message_bytes
+        self.connections: set[_Connection] = set()
+        self.is_leaving = False
         self._folder: Path | None = None
         self._server: asyncio.Server | None = None
-        self._connections: set[_Connection] = set()
 
     async def start(self) -> str:
         """The path; "" where there is none."""
@@ -47,7 +63,8 @@ class EnvelopeSocket:
             _remove_stale(Path(self._parent))
             self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
             path = self._folder / _NAME
-            self._server = await asyncio.get_running_loop().create_unix_server(self._connection, path)
+            self.is_leaving = False
+            self._server = await asyncio.get_running_loop().create_unix_server(lambda: _Connection(self), path)
             path.chmod(0o600)
         except OSError as error:
             log.warning("no Unix socket in %s, routers come over TCP: %s", self._parent, error)
@@ -61,17 +78,16 @@ class EnvelopeSocket:
         if self._server is None:
             return
         self._server.close()
-        for connection in self._connections:
+        # One that is accepted only now is told when it is.
+        self.is_leaving = True
+        for connection in self.connections:
             connection.send(LEAVING, 0)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                while self._connections:
-                    await next(iter(self._connections)).gone.wait()
-        for connection in list(self._connections):
+                while self.connections:
+                    await next(iter(self.connections)).gone.wait()
+        for connection in list(self.connections):
             connection.close()
-
-    def _connection(self) -> _Connection:
-        return _Connection(self._lane, self._largest, self._connections)
 
     def _remove(self) -> None:
         if self._folder is not None:
@@ -79,30 +95,34 @@ class EnvelopeSocket:
 
 
 class _Connection(Frames):
-    def __init__(self, lane: Lane, largest: int, connections: set[_Connection]) -> None:
-        super().__init__(largest)
-        self._lane = lane
-        self._connections = connections
-        self._under_way: dict[int, asyncio.Task[None]] = {}
+    def __init__(self, server: EnvelopeSocket) -> None:
+        super().__init__(server.largest)
+        self._server = server
+        self._envelopes = server.envelopes
+        self._count = server.count
+        # What cancels each.
+        self._under_way: dict[int, Callable[[], None]] = {}
         self.gone = asyncio.Event()
-        connections.add(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._server.connections.add(self)
+        if self._server.is_leaving:
+            self.send(LEAVING, 0)
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
         if kind == CALL:
             try:
-                admitted = self._lane.admit(payload, ())
+                admitted = self._envelopes.admit(payload)
+                if not isinstance(admitted, Answer | Failure):
+                    self._under_way[number] = self._envelopes.begin(admitted, partial(self._done, number))
+                    return
             except Exception as error:
-                log.exception("a lane failed")
+                log.exception("an envelope failed")
                 admitted = failure(unexpected(error))
-            if isinstance(admitted, Answer | Failure):
-                self._answer(number, admitted)
-            else:
-                task = asyncio.get_running_loop().create_task(self._finish(number, admitted))
-                self._under_way[number] = task
+            self._answer(number, admitted)
         elif kind == CANCEL:
-            task_or_none = self._under_way.pop(number, None)
-            if task_or_none is not None:
-                task_or_none.cancel()
+            self._cancel(number)
         else:
             raise FrameError(f"a frame of kind {kind}, which no caller sends")
 
@@ -113,39 +133,39 @@ class _Connection(Frames):
         self._answer(number, Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, ()))
 
     def ended(self, why: str) -> None:
-        for task in self._under_way.values():
-            task.cancel()
-        self._under_way.clear()
-        self._connections.discard(self)
+        for number in list(self._under_way):
+            self._cancel(number)
+        self._server.connections.discard(self)
         self.gone.set()
 
     def close(self) -> None:
         """Fails what is under way."""
         stopping = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
-        for number, task in list(self._under_way.items()):
-            task.cancel()
+        for number, cancel in list(self._under_way.items()):
+            del self._under_way[number]
+            cancel()
             self._answer(number, stopping)
-        self._under_way.clear()
         if self.transport is not None:
             self.transport.close()
 
-    async def _finish(self, number: int, call: Any) -> None:
-        try:
-            answer = await self._lane.finish(call, None)
-        except asyncio.CancelledError:
-            return
-        except Exception as error:
-            log.exception("a lane failed")
-            answer = failure(unexpected(error))
+    def _cancel(self, number: int) -> None:
+        cancel = self._under_way.pop(number, None)
+        if cancel is not None:
+            cancel()
+            self._count("CANCELLED")
+
+    def _done(self, number: int, response: bytes) -> None:
         if self._under_way.pop(number, None) is not None:
-            self._answer(number, answer)
+            self._answer(number, Answer(response, ()))
 
     def _answer(self, number: int, answer: Answer | Failure) -> None:
         if isinstance(answer, Answer):
             self.send(ANSWER, number, answer.body)
+            self._count("OK")
         else:
             code: int = answer.code.value[0]
             self.send(FAILURE, number, bytes((code,)) + answer.message.encode())
+            self._count(answer.code.name)
 
 
 def _remove_stale(folder: Path) -> None:

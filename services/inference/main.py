@@ -34,6 +34,7 @@ from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server, StartError
 from services.runtime.tracing import create_tracer
+from services.runtime.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +64,15 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     calls = Calls()
     inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
 
-    execute = envelopes.lane(calls)
     server = Server(
         settings.engine,
         settings.address,
-        [inference, envelopes.service(execute)],
+        [inference, envelopes.service(calls)],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         calls=calls,
     )
-    local = EnvelopeSocket(settings.socket_dir, execute, settings.max_message_bytes)
+    local = EnvelopeSocket(settings.socket_dir, envelopes, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)

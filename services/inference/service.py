@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ringmesh.inference.v1 import inference_pb2
@@ -34,6 +34,7 @@ from services.runtime.rpc import (
 )
 from services.runtime.stream_infer import stream_handler
 from services.runtime.tracing import Tracer
+from services.runtime.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
 
@@ -137,12 +138,9 @@ class EnvelopeService:
         # Of two runs of a worker no version is the same.
         self._version = random.getrandbits(62) + 1
 
-    def lane(self, calls: Calls) -> Lane:
-        """Execute; `calls` are counted."""
-        return calls.counted_lane(f"{_DESCRIPTOR.full_name}/Execute", Lane(self._admit, self._execute))
-
-    def service(self, execute: Lane) -> Service:
-        """The handlers, to be served with `execute` of `lane`."""
+    def service(self, calls: Calls) -> Service:
+        """The handlers, to be served; `calls` are counted."""
+        execute = calls.counted_lane(EXECUTE, Lane(self.admit, self._execute))
         return Service(
             _DESCRIPTOR,
             {
@@ -153,7 +151,11 @@ class EnvelopeService:
             {"Execute": execute},
         )
 
-    def _admit(self, data: bytes, _: Metadata) -> Answer | Failure | list[Work]:
+    def begin(self, works: list[Work], done: Callable[[bytes], None]) -> Callable[[], None]:
+        """What `admit` did not answer; `done` hears the serialized response. What cancels it."""
+        return self._worker.begin_all(works, lambda results: done(self._response(results)))
+
+    def admit(self, data: bytes, _: Metadata = ()) -> Answer | Failure | list[Work]:
         """What is run at once is answered at once."""
         try:
             if not self._worker.accepting:
@@ -179,12 +181,13 @@ class EnvelopeService:
 
     async def _execute(self, works: list[Work], _: float | None) -> Answer | Failure:
         try:
-            results = await self._worker.execute_all(works)
-            response = inference_pb2.ExecuteResponse(results=results, load=self._load())
-            return Answer(response.SerializeToString(), ())
+            return Answer(self._response(await self._worker.execute_all(works)), ())
         except Exception as error:
             log.exception("an envelope failed")
             return failure(unexpected(error))
+
+    def _response(self, results: list[inference_pb2.WorkResult]) -> bytes:
+        return inference_pb2.ExecuteResponse(results=results, load=self._load()).SerializeToString()
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(

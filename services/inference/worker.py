@@ -21,7 +21,13 @@ from services.inference.request_decoder import Read, RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
 from services.runtime import wire
-from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError, RingmeshError, kind_of
+from services.runtime.errors import (
+    DeadlineExceededError,
+    ResourceExhaustedError,
+    RingmeshError,
+    UnavailableError,
+    kind_of,
+)
 from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -57,6 +63,42 @@ class _Plain(NamedTuple):
     batcher: Batcher
     waiting: Waiting
     answer: asyncio.Future[inference_pb2.WorkResult]
+
+
+class _Execution:
+    """Several at once; `done` hears the results when all are there."""
+
+    def __init__(self, begun: Sequence[_Begun], done: Callable[[list[inference_pb2.WorkResult]], None]) -> None:
+        self._begun = begun
+        self._done: Callable[[list[inference_pb2.WorkResult]], None] | None = done
+        self._left = len(begun)
+        for answer, _, _ in begun:
+            answer.add_done_callback(self._ended)
+        if not begun:
+            asyncio.get_running_loop().call_soon(done, [])
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; `done` hears nothing."""
+        self._done = None
+        for answer, withdraw, _ in self._begun:
+            if withdraw is not None:
+                withdraw()
+                answer.cancel()
+
+    def _ended(self, one: asyncio.Future[inference_pb2.WorkResult]) -> None:
+        self._left -= 1
+        if self._left or self._done is None:
+            return
+        results = []
+        room = MAX_ENVELOPE_BYTES
+        for answer, _, start in self._begun:
+            result = _result(answer, start)
+            if len(result.response) > room:
+                error = ResourceExhaustedError("too much was answered at once; retry later", kind="too_large")
+                result = inference_pb2.WorkResult(failure=error.to_failure())
+            room -= len(result.response)
+            results.append(result)
+        self._done(results)
 
 
 class Worker:
@@ -106,31 +148,26 @@ class Worker:
         result.timing.total_us = (time.time_ns() - start) // 1000
         return result
 
-    async def execute_all(self, works: Iterable[Work]) -> list[inference_pb2.WorkResult]:
+    async def execute_all(self, works: Sequence[Work]) -> list[inference_pb2.WorkResult]:
         """As `execute` each. Plain requests, which most are, are run without a task of their own."""
-        begun = [self._begin(work) for work in works]
+        ended: asyncio.Future[list[inference_pb2.WorkResult]] = asyncio.get_running_loop().create_future()
+
+        def done(results: list[inference_pb2.WorkResult]) -> None:
+            if not ended.done():
+                ended.set_result(results)
+
+        cancel = self.begin_all(works, done)
         try:
-            for answer, _, _ in begun:
-                if not answer.done():
-                    await asyncio.wait([answer])
+            return await ended
         except asyncio.CancelledError:
-            for answer, withdraw, _ in begun:
-                if withdraw is not None:
-                    withdraw()
-                    answer.cancel()
+            cancel()
             raise
-        results = []
-        room = MAX_ENVELOPE_BYTES
-        for answer, _, start in begun:
-            result = _result(answer, start)
-            if len(result.response) > room:
-                failure = ResourceExhaustedError(
-                    "too much was answered at once; retry later", kind="too_large"
-                ).to_failure()
-                result = inference_pb2.WorkResult(failure=failure)
-            room -= len(result.response)
-            results.append(result)
-        return results
+
+    def begin_all(
+        self, works: Sequence[Work], done: Callable[[list[inference_pb2.WorkResult]], None]
+    ) -> Callable[[], None]:
+        """As `execute_all`, without a task; `done` hears the results later than this returns. What cancels it."""
+        return _Execution([self._begin(work) for work in works], done).cancel
 
     def execute_at_once(self, works: Sequence[Work]) -> list[bytes] | None:
         """As `execute_all`, each serialized; None where it is not one quick run of plain requests of one model.
@@ -317,6 +354,8 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
 def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inference_pb2.WorkResult:
     """What it has, or its failure."""
     try:
+        if answer.cancelled():
+            raise UnavailableError("the worker is stopping")
         return answer.result()
     except Exception as error:
         return _failure(error, start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -44,13 +44,19 @@ class Calls:
             for method, handler in service.handlers.items()
         }
 
-    def counted_lane(self, method: str, lane: Lane) -> Lane:
-        """`lane`, whose calls count from now on."""
+    def counter(self, method: str) -> Callable[[str], None]:
+        """Counts a call by the name of the code it ended with; on any thread."""
         counts = self._counts.setdefault(method, {})
 
         def count(code: str) -> None:
             with self._lock:
                 counts[code] = counts.get(code, 0) + 1
+
+        return count
+
+    def counted_lane(self, method: str, lane: Lane) -> Lane:
+        """`lane`, whose calls count from now on."""
+        count = self.counter(method)
 
         def admit(request: bytes, metadata: Metadata) -> Any:
             answer = lane.admit(request, metadata)

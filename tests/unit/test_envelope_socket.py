@@ -1,6 +1,7 @@
 """Envelopes over a Unix socket: for its user alone, lossless while either side leaves, and gone when nobody listens."""
 
 import asyncio
+import collections
 import random
 import socket
 import time
@@ -15,7 +16,7 @@ from router.grpc_channel import CallError
 from router.local_connection import LocalConnection, connect
 from services.inference.envelope_socket import EnvelopeSocket
 from services.runtime import frames
-from services.runtime.rpc import Answer, Failure, Lane
+from services.runtime.rpc import Answer, Failure
 
 LARGEST = 1 << 20
 
@@ -26,24 +27,32 @@ class Echo:
     def __init__(self):
         self.gate = asyncio.Event()
         self.begun = self.cancelled = 0
+        self.codes = collections.Counter()
 
-    def admit(self, data, metadata):
+    def count(self, code):
+        self.codes[code] += 1
+
+    def admit(self, data):
         if data == b"refuse":
             return Failure(grpc.StatusCode.UNAVAILABLE, "zu viel: über dem Rand", ())
         if data == b"break":
             raise ZeroDivisionError
         return Answer(data, ()) if data.startswith(b"now") else data
 
-    async def finish(self, data, deadline):
+    def begin(self, data, done):
         self.begun += 1
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
         if data == b"break later":
             raise ZeroDivisionError
-        return Answer(data, ())
+
+        async def finish():
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            done(data)
+
+        return asyncio.create_task(finish()).cancel
 
     async def has_begun(self, calls):
         async with asyncio.timeout(20):
@@ -54,7 +63,7 @@ class Echo:
 @pytest.fixture
 async def echo(tmp_path):
     made = Echo()
-    made.server = EnvelopeSocket(str(tmp_path), Lane(made.admit, made.finish), LARGEST)
+    made.server = EnvelopeSocket(str(tmp_path), made, LARGEST, made.count)
     made.path = await made.server.start()
     made.connection = await connect(made.path)
     yield made
@@ -90,6 +99,16 @@ async def test_many_at_once_each_get_their_own_answer_at_once_or_later(echo):
     waiting = [begun(echo.connection, body)[0] for body in bodies]
     echo.gate.set()
     assert await asyncio.wait_for(asyncio.gather(*waiting), 20) == bodies
+
+
+async def test_each_counts_by_the_code_it_ended_with(echo):
+    for body in (b"now", b"refuse", b"break", bytes(LARGEST + 1)):
+        await call(echo.connection, body)
+    _, cancel = begun(echo.connection, b"cancelled")
+    await echo.has_begun(1)
+    cancel()
+    await call(echo.connection, b"now")
+    assert echo.codes == {"OK": 2, "UNAVAILABLE": 1, "INTERNAL": 1, "RESOURCE_EXHAUSTED": 1, "CANCELLED": 1}
 
 
 async def test_a_failure_comes_with_its_words_and_a_fault_with_where_to_look(echo):
@@ -168,7 +187,8 @@ async def test_who_says_something_else_is_hung_up_on(echo, said):
 
 
 @pytest.mark.parametrize(
-    "said", [b"", b"\0\0\0\0\0\0\0\0\1", b"\0\0\0\0\x03\0\0\0\0", b"HTTP/1.1 400 Bad Request\r\n\r\n"]
+    "said",
+    [b"", b"\0\0\0\0\0\0\0\0\1", b"\0\0\0\0\x03\0\0\0\0", b"\0\0\0\0\x05\0\0\0\1", b"HTTP/1.1 400 Bad Request\r\n\r\n"],
 )
 async def test_a_worker_that_says_something_else_is_lost(tmp_path, said):
     async def misbehave(reader, writer):
@@ -211,7 +231,7 @@ async def test_frames_may_come_in_any_pieces_and_those_too_large_are_passed_by(s
 
 
 async def test_only_the_owner_may_enter_and_it_is_removed_at_the_end(tmp_path):
-    server = EnvelopeSocket(str(tmp_path), Lane(print, print), LARGEST)
+    server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
     path = Path(await server.start())
     assert [place.stat().st_mode & 0o777 for place in (path, path.parent)] == [0o600, 0o700]
     await server.stop(0)
@@ -219,7 +239,7 @@ async def test_only_the_owner_may_enter_and_it_is_removed_at_the_end(tmp_path):
 
 
 async def test_one_that_stopped_keeps_no_core_busy(tmp_path):
-    server = EnvelopeSocket(str(tmp_path), Lane(print, print), LARGEST)
+    server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
     await server.start()
     await server.stop(0)
     before = time.process_time()
@@ -235,7 +255,7 @@ async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_sta
     with socket.socket(socket.AF_UNIX) as alive:
         alive.bind(str(tmp_path / "ringmesh-alive/envelopes.sock"))
         alive.listen()
-        server = EnvelopeSocket(str(tmp_path), Lane(print, print), LARGEST)
+        server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
         path = Path(await server.start())
         assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "ringmesh-alive", path.parent])
         await server.stop(0)
@@ -245,7 +265,7 @@ async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_sta
 async def test_where_there_can_be_no_socket_there_is_none(tmp_path, folder):
     if len(folder) == 100:  # too long for the path of a socket
         (tmp_path / folder).mkdir()
-    server = EnvelopeSocket(folder and str(tmp_path / folder), Lane(print, print), LARGEST)
+    server = EnvelopeSocket(folder and str(tmp_path / folder), Echo(), LARGEST, print)
     assert await server.start() == ""
     await server.stop(0)
     assert [*tmp_path.rglob("ringmesh-*")] == []

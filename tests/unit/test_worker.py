@@ -69,7 +69,7 @@ def told(result):
 
 async def test_an_envelope_is_one_batch(worker):
     worker.model.runs.clear()
-    results = await worker.execute_all(work(value) for value in range(20))
+    results = await worker.execute_all([work(value) for value in range(20)])
     assert worker.model.runs == [20]
     for value, result in enumerate(results):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)

@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, folder):
         self.address = free_address()
         self.says = inference_pb2.DescribeResponse(port=int(self.address.rpartition(":")[2]), version=1)
-        self.local = EnvelopeSocket(str(folder), self.lane(b"socket"), LARGEST)
+        self.local = EnvelopeSocket(str(folder), self, LARGEST, lambda code: None)
         handlers = {
             "Execute": lane_handler(self.lane(b"tcp")),
             "Describe": unary(inference_pb2.DescribeRequest, self.describe),
@@ -45,6 +45,17 @@ class Worker:
             return Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ())
 
         return Lane(lambda data, metadata: inference_pb2.ExecuteRequest.FromString(data), finish)
+
+    def admit(self, data):
+        return inference_pb2.ExecuteRequest.FromString(data)
+
+    def begin(self, request, done):
+        async def finish():
+            await self.gate.wait()
+            results = [inference_pb2.WorkResult(response=b"socket") for _ in request.items]
+            done(inference_pb2.ExecuteResponse(results=results).SerializeToString())
+
+        return asyncio.create_task(finish()).cancel
 
     async def describe(self, request, context):
         return self.says
