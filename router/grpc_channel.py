@@ -15,7 +15,7 @@ import hpack
 
 from router.http2 import Connection, ConnectionLostError, Stream
 
-_CONNECT_SECONDS = 1.0
+CONNECT_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _PREFIX_BYTES = 5
 
@@ -108,10 +108,10 @@ class GrpcChannel:
             host, _, port = self._address.rpartition(":")
             loop = asyncio.get_running_loop()
             try:
-                async with asyncio.timeout(_CONNECT_SECONDS):
+                async with asyncio.timeout(CONNECT_SECONDS):
                     _, made = await loop.create_connection(lambda: Connection(self._lost), host.strip("[]"), int(port))
             except TimeoutError:
-                message = f"no connection to {self._address} within {_CONNECT_SECONDS:g} s"
+                message = f"no connection to {self._address} within {CONNECT_SECONDS:g} s"
                 raise CallError(grpc.StatusCode.UNAVAILABLE, message) from None
             except OSError as error:
                 raise CallError(grpc.StatusCode.UNAVAILABLE, f"cannot connect to {self._address}: {error}") from None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 
 import grpc
 
-from router.grpc_channel import CallError, code_of
+from router.grpc_channel import CONNECT_SECONDS, CallError, code_of
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
 
-_CONNECT_SECONDS = 1.0
+log = logging.getLogger(__name__)
+
 # A call has a number of 32 bits.
 _MAX_NUMBER = 2**32 - 1
 
@@ -45,8 +47,9 @@ class LocalConnection(Frames):
 
     def close(self) -> None:
         """Ends the connection with all that is under way."""
+        self._leaving = True
         if self.transport is not None:
-            self.transport.close()
+            self.transport.abort()
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
         """From Frames."""
@@ -65,7 +68,10 @@ class LocalConnection(Frames):
         self._leaving = True
         under_way, self._under_way = self._under_way, {}
         for done in under_way.values():
-            done(CallError(grpc.StatusCode.UNAVAILABLE, why, lost=True))
+            try:
+                done(CallError(grpc.StatusCode.UNAVAILABLE, why, lost=True))
+            except Exception:
+                log.exception("an envelope was lost")
 
     def _cancel(self, number: int) -> None:
         if self._under_way.pop(number, None) is not None:
@@ -79,12 +85,12 @@ class LocalConnection(Frames):
             self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._leaving and not self._under_way:
-            self.close()
+        if self._leaving and not self._under_way and self.transport is not None:
+            self.transport.close()
 
 
 async def connect(path: str) -> LocalConnection:
     """Raises OSError, TimeoutError."""
-    async with asyncio.timeout(_CONNECT_SECONDS):
+    async with asyncio.timeout(CONNECT_SECONDS):
         _, made = await asyncio.get_running_loop().create_unix_connection(LocalConnection, path)
         return made

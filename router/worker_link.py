@@ -33,6 +33,7 @@ DEPTH = 2
 MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
+_LOST_SECONDS = 0.01
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
@@ -86,7 +87,11 @@ class WorkerLink:
         # Requests in the envelopes under way.
         self._under_way = 0
         self._channel = GrpcChannel(address)
+        # To its Unix socket, at this path.
         self._local: LocalConnection | None = None
+        self._socket = ""
+        self._connecting: asyncio.Task[None] | None = None
+        self._closed = False
         self._lanes: dict[bytes, _Lane] = {}
         # What cancels each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
@@ -155,9 +160,13 @@ class WorkerLink:
 
     def give_up(self) -> None:
         """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""
+        # It would not read that they are cancelled either.
+        local, self._local = self._local, None
         for envelope, cancel in list(self._envelopes.items()):
             cancel()
             self._answered(envelope, CallError(grpc.StatusCode.UNAVAILABLE, "it stopped answering"))
+        if local is not None:
+            local.close()
 
     def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle lanes of models that the worker no longer holds."""
@@ -166,15 +175,26 @@ class WorkerLink:
 
     async def close(self) -> None:
         """Ends what is under way and disconnects."""
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
         self.give_up()
-        if self._local is not None:
-            self._local.close()
         await self._channel.close()
 
     async def _use_socket(self, path: str) -> None:
-        if self._local is None or not self._local.is_open:
-            with suppress(OSError, TimeoutError):
-                self._local = await connect(path)
+        if self._closed or (self._local is not None and self._local.is_open):
+            return
+        await asyncio.wait([self._begin_connecting(path)])
+
+    def _begin_connecting(self, path: str) -> asyncio.Task[None]:
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.create_task(self._connect(path))
+        return self._connecting
+
+    async def _connect(self, path: str) -> None:
+        with suppress(OSError, TimeoutError):
+            self._local = await connect(path)
+            self._socket = path
 
     def _tell_unwanted(self) -> None:
         request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
@@ -189,16 +209,28 @@ class WorkerLink:
 
     def _send(self, lane: _Lane) -> None:
         lane.sending = False
-        while lane.under_way < DEPTH and (items := self._next_envelope(lane)):
+        while lane.under_way < DEPTH and not lane.is_paused and (items := self._next_envelope(lane)):
             envelope = _Envelope(lane, items)
             lane.under_way += 1
             self._under_way += len(items)
             answered = partial(self._answered, envelope)
-            request, local = envelope.request(), self._local
-            if local is not None and local.is_open:
+            request, local = envelope.request(), self._open_local()
+            if local is not None:
                 self._envelopes[envelope] = local.begin(request, answered)
             else:
                 self._envelopes[envelope] = self._channel.begin(_EXECUTE, request, answered)
+
+    def _resume(self, lane: _Lane) -> None:
+        lane.is_paused = False
+        self._send(lane)
+
+    def _open_local(self) -> LocalConnection | None:
+        """None where there is none; one that was lost is made anew."""
+        local = self._local
+        if local is not None and not local.is_open:
+            self._local = local = None
+            self._begin_connecting(self._socket)
+        return local
 
     def _next_envelope(self, lane: _Lane) -> list[Sent]:
         """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
@@ -229,6 +261,10 @@ class WorkerLink:
         lane.under_way -= 1
         self._under_way -= len(items)
         outcomes = self._outcomes(answer, len(items))
+        if isinstance(answer, CallError) and answer.lost:
+            # Where the worker has died its other connection is about to end too, and what waits would be lost with it.
+            lane.is_paused = True
+            asyncio.get_running_loop().call_later(_LOST_SECONDS, self._resume, lane)
         # Before they are told: the next one is on its way while they are.
         self._send(lane)
         for sent, outcome in zip(items, outcomes, strict=True):
@@ -262,9 +298,10 @@ class WorkerLink:
 class _Lane:
     """What waits for one model on one worker."""
 
-    __slots__ = ("sending", "under_way", "waiting")
+    __slots__ = ("is_paused", "sending", "under_way", "waiting")
 
     def __init__(self) -> None:
+        self.is_paused = False
         self.waiting: deque[Sent] = deque()
         self.under_way = 0
         self.sending = False

@@ -20,7 +20,7 @@ from services.inference.model import OnnxModel
 from services.inference.request import Decoded
 from services.inference.request_queue import RequestQueue, Waiting
 from services.inference.returning_callers import ReturningCallers
-from services.runtime.errors import InternalError, UnavailableError
+from services.runtime.errors import DeadlineExceededError, InternalError, UnavailableError
 
 MAX_MEMBERS = 16
 # A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
@@ -29,9 +29,9 @@ QUICK_NS = 500_000
 APART_NS = 25_000_000
 # What a run of its own costs a request beside the run.
 _RUN_NS = 50_000
-# Each so many turns one goes the other way, so that what is known of both stays true.
+# Each so many turns one goes the other way, so that what is known of both stays true: together, or one request alone.
 PROBE = 32
-# But not where rows alone are that much dearer.
+# That not where rows alone are so much dearer.
 _NEAR = 1.5
 _MAX_KINDS = 1024
 # How much a faster run counts, and a slower one: what holds up one of them, such as another process, says little.
@@ -125,7 +125,6 @@ class Batcher:
         self._dispatching = False
         # What a row takes in ns, by signature and the bits of the run's rows: usually, of late.
         self._row_ns: dict[tuple[Hashable, int], float] = {}
-        # Turns in which several could have shared a run.
         self._turns = 0
         # Whether a row of the last signature does: most requests of a slow model need not be looked at any closer.
         self._quick = False
@@ -177,11 +176,16 @@ class Batcher:
             return None
         if len(requests) > 1 and rows > self._model.max_batch_rows:
             return None
-        with self._at_once:
+        # The event loop, which runs what comes by Unix socket, must not wait for another thread's run.
+        if not self._at_once.acquire(blocking=False):
+            return None
+        try:
             if self._closed:
                 return None
             now = time.time_ns()
             return self._run(requests, [now] * len(requests))
+        finally:
+            self._at_once.release()
 
     @property
     def is_quick(self) -> bool:
@@ -203,18 +207,31 @@ class Batcher:
 
     def _dispatch(self) -> None:
         self._dispatching = False
-        while self._free and not self._waits_for_more() and (batch := self._next_batch()):
+        while self._free and (first := next(iter(self._queue), None)) is not None:
+            rows = self._rows()
+            limit = self._limit(rows)
+            alone, together = self._alone_and_together(first.decoded, min(rows, limit))
+            probes = (self._turns + 1) % PROBE == 0
+            apart = 0 < alone < together - _RUN_NS / max(1, first.decoded.rows)
+            if apart:
+                # Half is left, so that no instance waits while what came before is being answered.
+                limit = limit if probes else max(1, min(-(-rows // max(2, self._free)), int(APART_NS / alone)))
+            elif self._waits_for_more(first, rows):
+                break
+            elif probes and (not alone or alone < _NEAR * together):
+                limit = first.decoded.rows
+            self._turns += 1
+            batch = self._next_batch(limit)
+            if not batch:
+                break
             self._free -= 1
-            task = asyncio.create_task(self._serve(batch))
+            task = asyncio.create_task(self._serve(batch, apart=apart and not probes))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
 
-    def _waits_for_more(self) -> bool:
-        """Whether the first may still wait; then a timer comes back to it."""
-        if (first := next(iter(self._queue), None)) is None:
-            return False
-        rows = self._rows()
-        until = 0 if self._apart_ns(first.decoded, rows) else self._returning.wait_until(rows)
+    def _waits_for_more(self, first: Waiting, rows: int) -> bool:
+        """Whether the first of so many rows may still wait; then a timer comes back to it."""
+        until = self._returning.wait_until(rows)
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             until = max(until, first.queued_ns + self._max_delay_ns)
         now = time.time_ns()
@@ -226,23 +243,15 @@ class Batcher:
         self._timer = asyncio.get_running_loop().call_later((until - now) / 1e9, self._dispatch)
         return True
 
-    def _limit(self) -> int:
-        """The largest preferred size that what waits can fill; without any, an even share for each free instance.
-
-        Of what runs apart half is left, so that no instance waits while what came before is being answered.
-        """
-        rows = self._rows()
-        first = next(iter(self._queue), None)
-        if first is not None and (apart_ns := self._apart_ns(first.decoded, rows)):
-            return max(1, min(-(-rows // 2), int(APART_NS / apart_ns)))
+    def _limit(self, rows: int) -> int:
+        """The largest preferred size that so many can fill; without any, an even share for each free instance."""
         if not self._preferred and self._free == 1:
             return self._model.max_batch_rows
         if not self._preferred:
             return min(self._model.max_batch_rows, -(-rows // self._free))
         return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
 
-    def _next_batch(self) -> list[Waiting]:
-        limit = self._limit()
+    def _next_batch(self, limit: int) -> list[Waiting]:
         now = time.monotonic()
         batch: list[Waiting] = []
         left: list[Waiting] = []
@@ -263,17 +272,20 @@ class Batcher:
         self._queue.put_back(left)
         return batch
 
-    async def _serve(self, batch: list[Waiting]) -> None:
+    async def _serve(self, batch: list[Waiting], *, apart: bool) -> None:
         loop = asyncio.get_running_loop()
-        for waiting in batch:
-            waiting.begun = True
+        if not apart:
+            for waiting in batch:
+                waiting.begun = True
         # What they are told where the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
         try:
             async with self._watch.turn if self._watch.suspect else nullcontext():
-                requests, queued_ns = [w.decoded for w in batch], [w.queued_ns for w in batch]
-                run = self._run_apart if self._runs_apart(requests) else self._run
-                results = await loop.run_in_executor(self._executor, run, requests, queued_ns)
+                if apart:
+                    results = await loop.run_in_executor(self._executor, self._run_apart, batch)
+                else:
+                    requests, queued_ns = [w.decoded for w in batch], [w.queued_ns for w in batch]
+                    results = await loop.run_in_executor(self._executor, self._run, requests, queued_ns)
         finally:
             self._free += 1
             for waiting, result in zip(batch, results, strict=True):
@@ -283,7 +295,8 @@ class Batcher:
                     waiting.future.set_result(result)
                 else:
                     waiting.future.set_exception(result)
-            self._expect_return(results)
+            if not apart:
+                self._expect_return(results)
             self._dispatch()
 
     def _expect_return(self, results: Sequence[BatchResult | Exception]) -> None:
@@ -295,36 +308,25 @@ class Batcher:
     def _rows(self) -> int:
         return sum([waiting.decoded.rows for waiting in self._queue])
 
-    def _apart_ns(self, first: Decoded, rows: int) -> float:
-        """What a row takes alone, where in a run of so many it is known to take longer; else 0."""
-        alone, together = self._alone_and_together(first, rows)
-        return alone if alone + _RUN_NS < together else 0.0
-
     def _alone_and_together(self, first: Decoded, rows: int) -> tuple[float, float]:
-        """A row's ns in a run as large as `first`, and in one of `rows` or fewer; 0 and 0 where one is not known."""
+        """A row's ns in a run as large as `first`, and in one of `rows` or fewer; 0 for what is not known."""
         smallest = first.rows.bit_length()
-        alone = self._row_ns.get((first.signature, smallest))
-        if alone is not None:
-            for bits in range(min(rows, self._model.max_batch_rows).bit_length(), smallest, -1):
-                together = self._row_ns.get((first.signature, bits))
-                if together is not None:
-                    return alone, together
-        return 0.0, 0.0
+        alone = self._row_ns.get((first.signature, smallest), 0.0)
+        for bits in range(rows.bit_length(), smallest, -1):
+            together = self._row_ns.get((first.signature, bits))
+            if together is not None:
+                return alone, together
+        return alone, 0.0
 
-    def _runs_apart(self, requests: Sequence[Decoded]) -> bool:
-        if len(requests) == 1:
-            return False
-        self._turns += 1
-        alone, together = self._alone_and_together(requests[0], sum([decoded.rows for decoded in requests]))
-        probes = self._turns % PROBE == 0
-        if alone + _RUN_NS < together:
-            return not probes
-        return probes and alone < _NEAR * together
-
-    def _run_apart(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
-        results = []
-        for index, request in enumerate(requests):
-            results += self._run([request], queued_ns[index : index + 1])
+    def _run_apart(self, batch: Sequence[Waiting]) -> list[BatchResult | Exception]:
+        """On a thread: one after the other, those that are still waited for."""
+        results: list[BatchResult | Exception] = []
+        for waiting in batch:
+            waiting.begun = True
+            if waiting.future.done() or (waiting.deadline is not None and waiting.deadline <= time.monotonic()):
+                results.append(DeadlineExceededError("the deadline passed while the request waited for its turn"))
+            else:
+                results += self._run([waiting.decoded], [waiting.queued_ns])
         return results
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
@@ -371,7 +373,9 @@ class Batcher:
 
     def _learn(self, kind: tuple[Hashable, int], row_ns: float) -> None:
         known = self._row_ns.get(kind)
-        if known is None and len(self._row_ns) >= _MAX_KINDS:
+        if known is not None and row_ns < known / 2:
+            known = None  # what there was, was a slow start
+        elif known is None and len(self._row_ns) >= _MAX_KINDS:
             self._row_ns.clear()
         if known is not None:
             row_ns = known + (_FASTER if row_ns < known else _SLOWER) * (row_ns - known)

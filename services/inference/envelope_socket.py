@@ -7,7 +7,9 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -24,6 +26,11 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "ringmesh-"
 _NAME = "envelopes.sock"
+# And that of before.
+_NAMES = (_NAME, "grpc.sock")
+_PROBE_SECONDS = 0.5
+# What routers had sent before they heard that they should go elsewhere comes within this.
+_LEAVE_SECONDS = 0.5
 
 
 class Envelopes(Protocol):
@@ -32,8 +39,8 @@ class Envelopes(Protocol):
     def admit(self, data: bytes) -> Answer | Failure | list[Work]:
         """What cannot be answered at once is for `begin`."""
 
-    def begin(self, works: list[Work], done: Callable[[bytes], None]) -> Callable[[], None]:
-        """What cancels it; `done` hears the response, later than this returns."""
+    def begin(self, works: list[Work], done: Callable[[Answer | Failure], None]) -> Callable[[], None]:
+        """What cancels it; `done` hears the answer, later than this returns."""
 
 
 class EnvelopeSocket:
@@ -63,11 +70,12 @@ class EnvelopeSocket:
             _remove_stale(Path(self._parent))
             self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
             path = self._folder / _NAME
-            self.is_leaving = False
             self._server = await asyncio.get_running_loop().create_unix_server(lambda: _Connection(self), path)
             path.chmod(0o600)
         except OSError as error:
             log.warning("no Unix socket in %s, routers come over TCP: %s", self._parent, error)
+            if self._server is not None:
+                self._server.close()
             self._remove()
             return ""
         return str(path)
@@ -82,10 +90,11 @@ class EnvelopeSocket:
         self.is_leaving = True
         for connection in self.connections:
             connection.send(LEAVING, 0)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                while self.connections:
-                    await next(iter(self.connections)).gone.wait()
+        start = time.monotonic()
+        while self.connections and (waited := time.monotonic() - start) < grace:
+            if waited > _LEAVE_SECONDS and not any(connection.is_busy for connection in self.connections):
+                break  # a router that does not hear
+            await asyncio.sleep(_LEAVE_SECONDS / 50)
         for connection in list(self.connections):
             connection.close()
 
@@ -102,7 +111,11 @@ class _Connection(Frames):
         self._count = server.count
         # What cancels each.
         self._under_way: dict[int, Callable[[], None]] = {}
-        self.gone = asyncio.Event()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is under way."""
+        return bool(self._under_way)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -112,6 +125,8 @@ class _Connection(Frames):
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
         if kind == CALL:
+            if number in self._under_way:
+                raise FrameError(f"call {number} twice")
             try:
                 admitted = self._envelopes.admit(payload)
                 if not isinstance(admitted, Answer | Failure):
@@ -136,7 +151,6 @@ class _Connection(Frames):
         for number in list(self._under_way):
             self._cancel(number)
         self._server.connections.discard(self)
-        self.gone.set()
 
     def close(self) -> None:
         """Fails what is under way."""
@@ -154,9 +168,9 @@ class _Connection(Frames):
             cancel()
             self._count("CANCELLED")
 
-    def _done(self, number: int, response: bytes) -> None:
+    def _done(self, number: int, answer: Answer | Failure) -> None:
         if self._under_way.pop(number, None) is not None:
-            self._answer(number, Answer(response, ()))
+            self._answer(number, answer)
 
     def _answer(self, number: int, answer: Answer | Failure) -> None:
         if isinstance(answer, Answer):
@@ -170,14 +184,17 @@ class _Connection(Frames):
 
 def _remove_stale(folder: Path) -> None:
     """What processes of this user left behind when they were killed: nobody listens there."""
-    for path in folder.glob(f"{_PREFIX}*/*.sock"):
+    for path in [path for name in _NAMES for path in folder.glob(f"{_PREFIX}*/{name}")]:
         with suppress(OSError):
-            if path.stat().st_uid == os.getuid() and not _is_listened_on(path):
-                shutil.rmtree(path.parent, ignore_errors=True)
+            status = path.stat()
+            if status.st_uid == os.getuid() and stat.S_ISSOCK(status.st_mode) and not _is_listened_on(path):
+                path.unlink()
+                path.parent.rmdir()
 
 
 def _is_listened_on(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_SECONDS)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:

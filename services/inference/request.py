@@ -14,6 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.shared_memory import SharedMemory
 from services.inference.tensor_spec import TensorSpec
+from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.protocol import sequence_of
 from services.runtime.tensors import DATATYPES, decode, encode, raw_from_contents
@@ -171,7 +172,7 @@ def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray
     parts = [_response_head(model.name, model.version, outputs)]
     for array in arrays:
         raw = encode(array)
-        parts += (_RAW_OUTPUT, _varint(len(raw)), raw)
+        parts += (_RAW_OUTPUT, wire.varint(len(raw)), raw)
     return b"".join(parts)
 
 
@@ -182,16 +183,6 @@ def _response_head(name: str, version: int, outputs: tuple[tuple[str, str, tuple
     for output, datatype, shape in outputs:
         response.outputs.add(name=output, datatype=datatype, shape=shape)
     return response.SerializeToString()
-
-
-def _varint(number: int) -> bytes:
-    """As lengths stand on the wire."""
-    made = bytearray()
-    while number > 0x7F:
-        made.append(number & 0x7F | 0x80)
-        number >>= 7
-    made.append(number)
-    return bytes(made)
 
 
 def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:

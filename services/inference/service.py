@@ -151,9 +151,9 @@ class EnvelopeService:
             {"Execute": execute},
         )
 
-    def begin(self, works: list[Work], done: Callable[[bytes], None]) -> Callable[[], None]:
-        """What `admit` did not answer; `done` hears the serialized response. What cancels it."""
-        return self._worker.begin_all(works, lambda results: done(self._response(results)))
+    def begin(self, works: list[Work], done: Callable[[Answer | Failure], None]) -> Callable[[], None]:
+        """What `admit` did not answer; `done` hears the answer, later than this returns. What cancels it."""
+        return self._worker.begin_all(works, lambda results: done(self._answer(results)))
 
     def admit(self, data: bytes, _: Metadata = ()) -> Answer | Failure | list[Work]:
         """What is run at once is answered at once."""
@@ -180,14 +180,15 @@ class EnvelopeService:
         return Answer(b"".join([wire.field(1, result) for result in results]) + load, ())
 
     async def _execute(self, works: list[Work], _: float | None) -> Answer | Failure:
+        return self._answer(await self._worker.execute_all(works))
+
+    def _answer(self, results: list[inference_pb2.WorkResult]) -> Answer | Failure:
         try:
-            return Answer(self._response(await self._worker.execute_all(works)), ())
+            response = inference_pb2.ExecuteResponse(results=results, load=self._load())
+            return Answer(response.SerializeToString(), ())
         except Exception as error:
             log.exception("an envelope failed")
             return failure(unexpected(error))
-
-    def _response(self, results: list[inference_pb2.WorkResult]) -> bytes:
-        return inference_pb2.ExecuteResponse(results=results, load=self._load()).SerializeToString()
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(

@@ -75,7 +75,7 @@ class _Execution:
         for answer, _, _ in begun:
             answer.add_done_callback(self._ended)
         if not begun:
-            asyncio.get_running_loop().call_soon(done, [])
+            asyncio.get_running_loop().call_soon(self._all_ended)
 
     def cancel(self) -> None:
         """Nobody waits for it any more; `done` hears nothing."""
@@ -87,7 +87,11 @@ class _Execution:
 
     def _ended(self, one: asyncio.Future[inference_pb2.WorkResult]) -> None:
         self._left -= 1
-        if self._left or self._done is None:
+        if not self._left:
+            self._all_ended()
+
+    def _all_ended(self) -> None:
+        if self._done is None:
             return
         results = []
         room = MAX_ENVELOPE_BYTES

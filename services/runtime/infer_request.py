@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.rpc import parse
@@ -13,6 +14,8 @@ _ID = 0x1A
 _RAW_INPUT = 0x3A
 _LENGTH_DELIMITED = 2
 _MAX_HEADS = 4096
+# Of more, a parser is through sooner.
+_MAX_FIELDS = 256
 
 
 class Parts:
@@ -30,13 +33,16 @@ class Parts:
 
 
 def take_apart(data: bytes) -> Parts | None:
-    """None where it is better parsed: it is not well-formed, has no raw contents, two ids, or a long head."""
+    """None where it is better parsed: not well-formed, without raw contents, or with much else or two ids."""
     size = len(data)
     raws: list[bytes] = []
     kept: list[bytes] = []
     request_id = b""
-    kept_from = position = 0
+    kept_from = position = fields = 0
     while position < size:
+        fields += 1
+        if fields > _MAX_FIELDS:
+            return None
         start = position
         tag = data[position]
         position += 1
@@ -100,10 +106,12 @@ class Heads:
         """Of `data`, which `parts` are of. Raises InvalidArgumentError where it is not a ModelInferRequest."""
         head = self._known.get(parts.head)
         if head is None:
-            message = parse(v2.ModelInferRequest, data)
-            message.ClearField("id")
-            message.ClearField("raw_input_contents")
-            head = Head(message)
+            try:
+                # Not of the data: a message holds on to all it was parsed from.
+                head = Head(v2.ModelInferRequest.FromString(parts.head))
+            except DecodeError:
+                parse(v2.ModelInferRequest, data)
+                raise
             if len(self._known) >= _MAX_HEADS:
                 self._known.clear()
             self._known[parts.head] = head

@@ -19,12 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cache.entry import Entry
-from cache.mesh import Mesh
-from router.main import serve
 from router.ring import Ring
-from router.settings import RouterSettings
-from services.runtime.process import run
 from tests.bench import models
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import Measured, Process, build_loadgen, free_port, load, running
@@ -32,20 +27,9 @@ from tests.bench.models import IDENTITY, MLP
 
 # Bodies that are asked for; the other entries lie beside them.
 ASKED = 10_000
+# Of an answer, as filled_router.py has it.
 VALUE_BYTES = 64
 console = Console(width=120)
-
-
-class FilledSettings(RouterSettings):
-    """A router that begins with entries of answers nobody will ask for."""
-
-    entries: int = 0
-
-    def create_mesh(self) -> Mesh:
-        mesh = super().create_mesh()
-        for _ in range(self.entries):
-            mesh.local.put(os.urandom(32), Entry(os.urandom(VALUE_BYTES), 1000))
-        return mesh
 
 
 @contextmanager
@@ -57,7 +41,7 @@ def serving(repository: Path, entries: int = 0) -> Iterator[tuple[Process, Proce
     ) as worker:
         workers, port = f"127.0.0.1:{port}", free_port()
         settings = {"workers": workers, "local_tier_bytes": str(4 << 30), "entries": str(entries)}
-        with running("tests.bench.scale", "router", port=port, address=f"127.0.0.1:{port}", **settings) as router:
+        with running("tests.bench.filled_router", port=port, address=f"127.0.0.1:{port}", **settings) as router:
             yield router, worker
 
 
@@ -168,8 +152,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.what == ["router"]:
-        run(FilledSettings, serve)
     loadgen = build_loadgen()
     with tempfile.TemporaryDirectory(prefix="ringmesh-scale-") as folder:
         measures = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePolicy
 
-from services.inference.batcher import MAX_MEMBERS, Batcher, BatchResult
+from services.inference.batcher import MAX_MEMBERS, PROBE, Batcher, BatchResult
 from services.inference.request import Decoded
 from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
@@ -462,3 +462,52 @@ async def test_of_what_runs_apart_an_instance_takes_half_so_that_another_is_not_
         await asyncio.sleep(0)
     assert batcher.waiting == 2
     await asyncio.gather(*tasks)
+
+
+async def test_what_a_slow_first_batch_taught_is_forgotten():
+    model = Slower(0.3)
+    batcher = Batcher(model, EXECUTOR)
+    model.factor = 30
+    await turns(model, batcher, 6)
+    model.factor = 0.3
+    sizes = []
+    async with asyncio.timeout(20):
+        while 6 not in sizes[-PROBE:]:
+            await asyncio.gather(*await submit(batcher, *(request(value) for value in range(6))))
+            sizes += model.batches
+            model.batches.clear()
+        # From then on it runs them together, but for one now and then that shows what it takes alone.
+        await asyncio.gather(*await submit(batcher, *(request(value) for value in range(6))))
+    assert sum(model.batches) == 6
+    assert len(model.batches) <= 2
+
+
+async def test_what_a_row_takes_alone_is_learnt_where_requests_only_come_together():
+    model = Slower(3)
+    batcher = Batcher(model, EXECUTOR)
+    async with asyncio.timeout(20):
+        while model.batches[-6:] != [1] * 6:
+            await asyncio.gather(*await submit(batcher, *(request(value) for value in range(6))))
+
+
+async def test_of_requests_that_run_apart_those_that_nobody_waits_for_do_not_run():
+    model = Slower(3)
+    batcher = Batcher(model, EXECUTOR)
+    await turns(model, batcher, 6)
+    model.batches.clear()
+    model.gate.clear()
+    waiting = [batcher.enqueue(request(value), None) for value in range(2)]
+    deadline = time.monotonic() + 0.02
+    waiting += [batcher.enqueue(request(2), deadline), batcher.enqueue(request(3), None)]
+    waiting += [batcher.enqueue(request(value), None) for value in (4, 5, 6)]
+    while batcher.waiting > 3:
+        await asyncio.sleep(0.005)
+    assert batcher.withdraw(waiting[3])
+    assert not batcher.withdraw(waiting[0])
+    while time.monotonic() < deadline:
+        await asyncio.sleep(0.001)
+    model.gate.set()
+    results = await asyncio.gather(*(one.future for one in waiting), return_exceptions=True)
+    assert [isinstance(result, BatchResult) for result in results] == [True, True, False, False, True, True, True]
+    assert isinstance(results[2], DeadlineExceededError)
+    assert sum(model.batches) == 5

@@ -50,7 +50,7 @@ class Echo:
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-            done(data)
+            done(Answer(data, ()))
 
         return asyncio.create_task(finish()).cancel
 
@@ -166,6 +166,14 @@ async def test_a_worker_that_leaves_finishes_what_it_has_and_is_sent_nothing_mor
     assert not await asyncio.to_thread(Path(echo.path).exists)
 
 
+async def test_a_router_that_does_not_hear_does_not_hold_up_a_worker_that_has_nothing_to_do(echo, monkeypatch):
+    monkeypatch.setattr("services.inference.envelope_socket._LEAVE_SECONDS", 0.05)
+    deaf = await asyncio.open_unix_connection(echo.path)
+    async with asyncio.timeout(20):
+        await echo.server.stop(300)
+    deaf[1].close()
+
+
 async def test_what_is_not_finished_in_time_fails_as_a_server_that_stops(echo):
     under_way, _ = begun(echo.connection, b"under way")
     await echo.has_begun(1)
@@ -252,12 +260,17 @@ async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_sta
         (tmp_path / f"ringmesh-{name}").mkdir()
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "ringmesh-dead/grpc.sock"))
+    checkout = tmp_path / "ringmesh-checkout"
+    checkout.mkdir()
+    for name in ("envelopes.sock", "redis.sock"):
+        (checkout / name).write_text("not a socket of ours")
     with socket.socket(socket.AF_UNIX) as alive:
         alive.bind(str(tmp_path / "ringmesh-alive/envelopes.sock"))
         alive.listen()
         server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
         path = Path(await server.start())
-        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "ringmesh-alive", path.parent])
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "ringmesh-alive", checkout, path.parent])
+        assert len([*checkout.iterdir()]) == 2
         await server.stop(0)
 
 

@@ -1,5 +1,6 @@
 """A request taken apart without a parser says what the parser says, or leaves it to the parser."""
 
+import psutil
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
@@ -83,3 +84,18 @@ def test_heads_are_bounded(monkeypatch):
         data = v2.ModelInferRequest(model_name=str(number), raw_input_contents=[b""]).SerializeToString()
         assert heads.read(take_apart(data), data).name == str(number)
     assert len(heads._known) <= 10
+
+
+def test_a_head_does_not_hold_on_to_the_data_it_came_with():
+    heads = Heads()
+    before = psutil.Process().memory_info().rss
+    for number in range(100):
+        data = v2.ModelInferRequest(model_name=str(number), raw_input_contents=[bytes(1 << 20)]).SerializeToString()
+        heads.read(take_apart(data), data)
+    assert len(heads._known) == 100
+    assert psutil.Process().memory_info().rss - before < 50 << 20
+
+
+def test_a_request_of_countless_fields_is_left_to_the_parser():
+    assert take_apart(b"\x3a\0" * 200) is not None
+    assert take_apart(b"\x3a\0" * 300) is None

@@ -6,7 +6,7 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from router.load import WorkerLoad
-from router.worker_link import Work, WorkerLink, WorkerLostError
+from router.worker_link import Work, WorkerLink, WorkerLostError, WorkerUnreachableError
 from services.inference.envelope_socket import EnvelopeSocket
 from services.runtime.protocol import lane_handler
 from services.runtime.rpc import Answer, Lane, Service, unary
@@ -53,7 +53,7 @@ class Worker:
         async def finish():
             await self.gate.wait()
             results = [inference_pb2.WorkResult(response=b"socket") for _ in request.items]
-            done(inference_pb2.ExecuteResponse(results=results).SerializeToString())
+            done(Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ()))
 
         return asyncio.create_task(finish()).cancel
 
@@ -88,7 +88,7 @@ async def way(link):
     return (await outcome(link)).response
 
 
-async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(worker, link):
+async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(worker, link, tmp_path):
     assert await way(link) == b"tcp"
     await link.describe(5, 0)
     assert await way(link) == b"socket"
@@ -96,9 +96,11 @@ async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(w
     assert await way(link) == b"tcp"
     await link.describe(5, 0)
     assert await way(link) == b"tcp"
-    worker.says.envelope_socket = await worker.local.start()
+    other = EnvelopeSocket(str(tmp_path), worker, LARGEST, lambda code: None)
+    worker.says.envelope_socket = await other.start()
     await link.describe(5, 0)
     assert await way(link) == b"socket"
+    await other.stop(0)
 
 
 @pytest.mark.parametrize("what", ["another port", "no socket there", "no socket"])
@@ -112,12 +114,43 @@ async def test_a_worker_that_may_be_elsewhere_is_asked_over_tcp(worker, link, wh
         assert await way(link) == b"tcp"
 
 
-async def test_what_a_socket_takes_with_it_is_lost_and_the_next_goes_over_tcp(worker, link):
+async def test_what_a_socket_takes_with_it_is_lost_what_waits_is_not_and_the_socket_is_found_again(worker, link):
     await link.describe(5, 0)
     worker.gate.clear()
-    lost = asyncio.create_task(outcome(link))
-    await asyncio.sleep(0)
+    lost, waits = [], []
+    for outcomes in (lost, lost, waits):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        await asyncio.sleep(0)
     link._local.close()
-    assert isinstance(await lost, WorkerLostError)
+    async with asyncio.timeout(20):
+        while len(lost) < 2:
+            await asyncio.sleep(0)
+        assert all(isinstance(outcome, WorkerLostError) for outcome in lost)
+        worker.gate.set()
+        while not waits:
+            await asyncio.sleep(0)
+        assert waits[0].response
+        while await way(link) != b"socket":
+            pass
+
+
+async def test_a_worker_given_up_is_asked_over_tcp_until_it_describes_itself_again(worker, link):
+    await link.describe(5, 0)
+    worker.gate.clear()
+    given_up = asyncio.create_task(outcome(link))
+    await asyncio.sleep(0.01)
+    link.give_up()
+    assert type(await given_up) is WorkerUnreachableError
     worker.gate.set()
     assert await way(link) == b"tcp"
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+
+
+async def test_a_worker_described_twice_at_once_is_connected_to_once(worker, link):
+    await way(link)
+    await asyncio.gather(*(link.describe(5, 0) for _ in range(4)))
+    async with asyncio.timeout(20):
+        while not worker.local.connections:
+            await asyncio.sleep(0)
+    assert len(worker.local.connections) == 1

@@ -1,0 +1,29 @@
+"""A router that begins with RINGMESH_ENTRIES entries of answers nobody will ask for."""
+
+from services.runtime import start
+
+start.prepare()
+
+import os  # noqa: E402
+
+from cache.entry import Entry  # noqa: E402
+from cache.mesh import Mesh  # noqa: E402
+from router.main import serve  # noqa: E402
+from router.settings import RouterSettings  # noqa: E402
+from services.runtime.process import run  # noqa: E402
+
+VALUE_BYTES = 64
+
+
+class FilledSettings(RouterSettings):
+    entries: int = 0
+
+    def create_mesh(self) -> Mesh:
+        mesh = super().create_mesh()
+        for _ in range(self.entries):
+            mesh.local.put(os.urandom(32), Entry(os.urandom(VALUE_BYTES), 1000))
+        return mesh
+
+
+if __name__ == "__main__":
+    run(FilledSettings, serve)
