@@ -1,8 +1,7 @@
 """Decodes requests, those of a kind that was seen before without looking at more than their data.
 
 Callers send few kinds of requests: what one says besides its data and its id is checked once, and remembered under
-its bytes. Measured on a request of 279 bytes, parsing included, in one run: 13.8 us the long way, 6.5 us for a kind
-that is known.
+its bytes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from services.inference.worker import Work, Worker
 from services.runtime import protocol, w3c, wire
 from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
+from services.runtime.infer_request import request_id
 from services.runtime.load_report import LoadReport
 from services.runtime.protocol import lane_handler
 from services.runtime.rpc import (
@@ -105,7 +106,7 @@ class InferenceService:
         )
         if result.HasField("failure"):
             return failure(from_failure(result.failure), trailing)
-        body = protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
+        body = protocol.with_id(result.response, request_id(data))
         return Answer(body, (*trailing, ("ringmesh-provider", result.timing.provider)))
 
     async def _stream_infer(self, data: bytes, context: Context) -> bytes:
@@ -113,7 +114,7 @@ class InferenceService:
         result = await self._execute(data, metadata, deadline, "ModelStreamInfer")
         if result.HasField("failure"):
             raise from_failure(result.failure)
-        return protocol.with_id(result.response, v2.ModelInferRequest.FromString(data).id)
+        return protocol.with_id(result.response, request_id(data))
 
 
 @dataclass(frozen=True, slots=True)

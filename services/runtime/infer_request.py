@@ -85,6 +85,12 @@ def take_apart(data: bytes) -> Parts | None:
         return None
 
 
+def request_id(data: bytes) -> str:
+    """Of a request that was read before."""
+    parts = take_apart(data)
+    return v2.ModelInferRequest.FromString(data).id if parts is None else parts.request_id
+
+
 class Head:
     """What the head of a request says: `message` is the request without its id and data, for reading only."""
 

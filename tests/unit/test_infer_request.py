@@ -9,7 +9,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.infer_request import MAX_HEAD, Heads, take_apart
+from services.runtime.infer_request import MAX_HEAD, Heads, request_id, take_apart
 
 TENSOR = v2.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 4]).SerializeToString()
 # Fields of the message, in any order and number: the last id wins, and so does the last name.
@@ -38,6 +38,7 @@ def test_it_says_what_the_parser_says(fields):
     if not parsed.raw_input_contents:
         assert parts is None
         return
+    assert request_id(data) == parsed.id
     if parts is None:  # an id that another one replaces
         assert [number for number, _ in fields].count(3) > 1
         return
