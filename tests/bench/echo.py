@@ -4,12 +4,14 @@
     python -m tests.bench.echo two-hop --port 9002 --back 9003 --engine native --response-bytes 100
     python -m tests.bench.echo low-level --port 9004 --response-bytes 900
 
-Two hops go through the router's own WorkerLink to a worker that answers each item of an envelope at once. Low-level
-is the native engine by its calls alone, without asyncio: recv_batch and respond on one thread.
+Two hops go through the router's own WorkerLink to a worker that answers each item of an envelope at once, over its
+Unix socket as wherever both are on one host. Low-level is the native engine by its calls alone, without asyncio:
+recv_batch and respond on one thread.
 """
 
 import argparse
 import asyncio
+import tempfile
 
 import grpc
 import uvloop
@@ -19,7 +21,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.load import WorkerLoad
 from router.worker_link import Work, WorkerLink
-from services.runtime.rpc import Service
+from services.inference.envelope_socket import EnvelopeSocket
+from services.runtime.rpc import Answer, Service
 from services.runtime.server import Engine, Server
 
 
@@ -35,17 +38,22 @@ async def serve(arguments: argparse.Namespace) -> None:
         link.send(b"", Work(request, b"", None, ""), answered.set_result)
         return (await answered).response
 
-    async def execute(request, context):
-        items = inference_pb2.ExecuteRequest.FromString(request).items
-        result = inference_pb2.WorkResult(response=answer)
-        return inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString()
+    class Envelopes:
+        def admit(self, data):
+            items = inference_pb2.ExecuteRequest.FromString(data).items
+            result = inference_pb2.WorkResult(response=answer)
+            return Answer(inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString(), ())
+
+    async def describe(request, context):
+        described = inference_pb2.DescribeResponse(port=arguments.port, envelope_socket=path)
+        return described.SerializeToString()
 
     inference = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     worker = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
     method, service = {
         "one-hop": ({"ModelInfer": one_hop}, inference),
         "two-hop": ({"ModelInfer": two_hop}, inference),
-        "back": ({"Execute": execute}, worker),
+        "back": ({"Describe": describe}, worker),
     }[arguments.kind]
     handlers = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in method.items()}
     server = Server(
@@ -55,6 +63,11 @@ async def serve(arguments: argparse.Namespace) -> None:
         max_message_bytes=128 << 20,
         max_connection_age=3600,
     )
+    if arguments.kind == "back":
+        socket = EnvelopeSocket(tempfile.gettempdir(), Envelopes(), 128 << 20, lambda code: None)
+        path = await socket.start()
+    elif arguments.kind == "two-hop":
+        await link.describe(5, 0)
     await server.start()
     server.set_serving(True)
     await asyncio.Event().wait()
