@@ -27,12 +27,11 @@ MAX_MEMBERS = 16
 QUICK_NS = 500_000
 # Where a batch makes rows dearer, requests share a turn of an instance, no longer than this, and not a run.
 APART_NS = 25_000_000
-# What a run of its own costs a request beside the run.
-_RUN_NS = 50_000
-# Each so many turns one goes the other way, so that what is known of both stays true: together, or one request alone.
+# Each so many turns one goes the other way, so that what is known of both stays true; where that takes so much longer,
+# only of each so many again.
 PROBE = 32
-# That not where rows alone are so much dearer.
 _NEAR = 1.5
+_APART_BITS = -1
 _MAX_KINDS = 1024
 # How much a faster run counts, and a slower one: what holds up one of them, such as another process, says little.
 _FASTER, _SLOWER = 0.3, 0.05
@@ -210,24 +209,40 @@ class Batcher:
         while self._free and (first := next(iter(self._queue), None)) is not None:
             rows = self._rows()
             limit = self._limit(rows)
-            alone, together = self._alone_and_together(first.decoded, min(rows, limit))
-            probes = (self._turns + 1) % PROBE == 0
-            apart = 0 < alone < together - _RUN_NS / max(1, first.decoded.rows)
-            if apart:
+            self._turns += 1
+            row_ns = self._apart_ns(first.decoded, min(rows, limit))
+            if row_ns:
                 # Half is left, so that no instance waits while what came before is being answered.
-                limit = limit if probes else max(1, min(-(-rows // max(2, self._free)), int(APART_NS / alone)))
+                limit = max(1, min(-(-rows // max(2, self._free)), int(APART_NS / row_ns)))
             elif self._waits_for_more(first, rows):
                 break
-            elif probes and (not alone or alone < _NEAR * together):
-                limit = first.decoded.rows
-            self._turns += 1
             batch = self._next_batch(limit)
             if not batch:
                 break
             self._free -= 1
-            task = asyncio.create_task(self._serve(batch, apart=apart and not probes))
+            task = asyncio.create_task(self._serve(batch, apart=row_ns > 0))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
+
+    def _apart_ns(self, first: Decoded, rows: int) -> float:
+        """What a row takes where so many are to run one after the other; 0 where they are to run together."""
+        signature, smallest = first.signature, first.rows.bit_length()
+        known = [self._row_ns.get((signature, bits)) for bits in range(rows.bit_length(), smallest, -1)]
+        together = next((row_ns for row_ns in known if row_ns is not None), 0.0)
+        apart = self._row_ns.get((signature, _APART_BITS), 0.0)
+        # Until then, what one takes that is alone says whether to try.
+        expected = apart or self._row_ns.get((signature, smallest), 0.0)
+        if not together:
+            return 0.0
+        if not expected:
+            return APART_NS  # one alone
+        near = expected < _NEAR * together
+        if not apart and near:
+            return expected
+        runs_apart = 0 < apart < together
+        if self._turns % (PROBE if near else PROBE * PROBE) == 0:
+            runs_apart = not runs_apart
+        return expected if runs_apart else 0.0
 
     def _waits_for_more(self, first: Waiting, rows: int) -> bool:
         """Whether the first of so many rows may still wait; then a timer comes back to it."""
@@ -308,25 +323,19 @@ class Batcher:
     def _rows(self) -> int:
         return sum([waiting.decoded.rows for waiting in self._queue])
 
-    def _alone_and_together(self, first: Decoded, rows: int) -> tuple[float, float]:
-        """A row's ns in a run as large as `first`, and in one of `rows` or fewer; 0 for what is not known."""
-        smallest = first.rows.bit_length()
-        alone = self._row_ns.get((first.signature, smallest), 0.0)
-        for bits in range(rows.bit_length(), smallest, -1):
-            together = self._row_ns.get((first.signature, bits))
-            if together is not None:
-                return alone, together
-        return alone, 0.0
-
     def _run_apart(self, batch: Sequence[Waiting]) -> list[BatchResult | Exception]:
         """On a thread: one after the other, those that are still waited for."""
         results: list[BatchResult | Exception] = []
+        start, rows = time.time_ns(), 0
         for waiting in batch:
             waiting.begun = True
             if waiting.future.done() or (waiting.deadline is not None and waiting.deadline <= time.monotonic()):
                 results.append(DeadlineExceededError("the deadline passed while the request waited for its turn"))
             else:
                 results += self._run([waiting.decoded], [waiting.queued_ns])
+                rows += waiting.decoded.rows
+        if len(batch) > 1 and rows:
+            self._learn((batch[0].decoded.signature, _APART_BITS), (time.time_ns() - start) / rows)
         return results
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
