@@ -17,7 +17,7 @@ from typing import NamedTuple
 from blake3 import blake3
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.infer_request import MAX_HEAD
+from services.runtime.infer_request import MAX_HEAD, Read
 from services.runtime.protocol import sequence_of
 from services.runtime.tensors import raw_from_contents
 
@@ -61,20 +61,27 @@ class RequestHasher:
             del request.raw_input_contents[:]
         request.ClearField("id")
         if raws:
-            return self.hash_parts(request.SerializeToString(), request, raws, outputs, tenant)
+            return self._hash_parts(request.SerializeToString(), request, raws, outputs, tenant)
         raws = [raw_from_contents(tensor) for tensor in request.inputs]
         description = _describe(request, len(raws), outputs, typed=True)
         return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
 
-    def hash_parts(
+    def hash_read(self, read: Read, outputs: Collection[str] = (), tenant: str | None = None) -> bytes:
+        """As `hash`."""
+        message, parts = read.head.message, read.parts
+        if parts is None:
+            return self.hash(message, outputs, tenant)
+        return self._hash_parts(parts.head, message, parts.raws, outputs, tenant)
+
+    def _hash_parts(
         self,
         head: bytes,
         request: v2.ModelInferRequest,
         raws: Sequence[bytes],
-        outputs: Collection[str] = (),
-        tenant: str | None = None,
+        outputs: Collection[str],
+        tenant: str | None,
     ) -> bytes:
-        """As `hash`, of a request that was taken apart: `head` serialized, `request` the same without id and data."""
+        """Of `raws` and all the rest, which is `request`, and serialized `head`."""
         description = self._described.get(head)
         if description is None or description.outputs is not outputs or description.inputs != len(raws):
             description = _describe(request, len(raws), outputs, typed=False)

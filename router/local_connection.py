@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
 
 import grpc
 
-from router.grpc_channel import CONNECT_SECONDS, CallError, code_of
+from router.grpc_channel import CallError, code_of
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
 
 log = logging.getLogger(__name__)
@@ -87,10 +86,3 @@ class LocalConnection(Frames):
     def _close_if_done(self) -> None:
         if self._leaving and not self._under_way and self.transport is not None:
             self.transport.close()
-
-
-async def connect(path: str) -> LocalConnection:
-    """Raises OSError, TimeoutError."""
-    async with asyncio.timeout(CONNECT_SECONDS):
-        _, made = await asyncio.get_running_loop().create_unix_connection(LocalConnection, path)
-        return made

@@ -31,7 +31,7 @@ from router.request_metrics import STEP, RequestMetrics
 from router.rows import RowCache
 from services.runtime import protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
-from services.runtime.infer_request import Heads, take_apart
+from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.rpc import (
     Answer,
@@ -41,7 +41,6 @@ from services.runtime.rpc import (
     Lane,
     Metadata,
     Service,
-    parse,
     unary,
     unexpected,
 )
@@ -82,7 +81,7 @@ class InferenceService:
         self._audit = audit
         self._rows = RowCache(mesh, hasher)
         self._memo = RequestMemo[_Meaning](_REMEMBERED)
-        self._heads = Heads()
+        self._reader = RequestReader()
         self._semantic = SemanticTier(mesh.shared)
         self._sequences = KeyedLock()
         self._misses = Misses(mesh, dispatcher, quotas, replies, requests)
@@ -169,25 +168,17 @@ class InferenceService:
         try:
             if control:
                 call.control = parse_cache_control(control)
-            parts = take_apart(call.data)
-            if parts is None:
-                request = parse(v2.ModelInferRequest, call.data)
-                call.name, version, call.request_id = request.model_name, request.model_version, request.id
-            else:
-                head = self._heads.read(parts, call.data)
-                request, call.name, version, call.request_id = head.message, head.name, head.version, parts.request_id
-            call.model = model = self._fleet.view.catalog.find(call.name, version)
+            read = self._reader.read(call.data)
+            call.name, call.request_id = read.head.name, read.request_id
+            call.model = model = self._fleet.view.catalog.find(call.name, read.head.version)
             if model.uncacheable or self._audit.distrusted:
                 why_not = model.uncacheable or self._audit.why_not(model, self._fleet.view.catalog)
                 if why_not:
                     raise UncacheableError(why_not)
             tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
-            if parts is None:
-                call.request_hash = self._hasher.hash(request, model.outputs, tenant)
-            else:
-                call.request_hash = self._hasher.hash_parts(parts.head, request, parts.raws, model.outputs, tenant)
+            call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
         except UncacheableError as why:
-            if sequence := protocol.sequence_of(request):
+            if sequence := protocol.sequence_of(read.head.message):
                 call.place = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
         except RingmeshError as error:

@@ -23,7 +23,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.grpc_channel import CallError, GrpcChannel
 from router.load import WorkerLoad
-from router.local_connection import LocalConnection, connect
+from router.local_channel import LocalChannel
 from services.runtime.errors import DeadlineExceededError, from_status
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,7 @@ class WorkerLink:
         # Requests in the envelopes under way.
         self._under_way = 0
         self._channel = GrpcChannel(address)
-        # To its Unix socket, at this path.
-        self._local: LocalConnection | None = None
-        self._socket = ""
-        self._connecting: asyncio.Task[None] | None = None
-        self._closed = False
+        self._local = LocalChannel()
         self._lanes: dict[bytes, _Lane] = {}
         # What cancels each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
@@ -135,7 +131,7 @@ class WorkerLink:
             response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds))
             self._load.reported(response.load, self._under_way)
             if response.envelope_socket and self._channel.is_local(response.port):
-                await self._use_socket(response.envelope_socket)
+                await self._local.use(response.envelope_socket)
             return response
         except CallError as error:
             raise WorkerUnreachableError(str(error)) from None
@@ -160,13 +156,11 @@ class WorkerLink:
 
     def give_up(self) -> None:
         """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""
-        # It would not read that they are cancelled either.
-        local, self._local = self._local, None
+        # What it has not read so far it would read for nobody.
+        self._local.drop()
         for envelope, cancel in list(self._envelopes.items()):
             cancel()
             self._answered(envelope, CallError(grpc.StatusCode.UNAVAILABLE, "it stopped answering"))
-        if local is not None:
-            local.close()
 
     def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle lanes of models that the worker no longer holds."""
@@ -175,26 +169,9 @@ class WorkerLink:
 
     async def close(self) -> None:
         """Ends what is under way and disconnects."""
-        self._closed = True
-        if self._connecting is not None:
-            self._connecting.cancel()
         self.give_up()
+        self._local.close()
         await self._channel.close()
-
-    async def _use_socket(self, path: str) -> None:
-        if self._closed or (self._local is not None and self._local.is_open):
-            return
-        await asyncio.wait([self._begin_connecting(path)])
-
-    def _begin_connecting(self, path: str) -> asyncio.Task[None]:
-        if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.create_task(self._connect(path))
-        return self._connecting
-
-    async def _connect(self, path: str) -> None:
-        with suppress(OSError, TimeoutError):
-            self._local = await connect(path)
-            self._socket = path
 
     def _tell_unwanted(self) -> None:
         request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
@@ -214,7 +191,7 @@ class WorkerLink:
             lane.under_way += 1
             self._under_way += len(items)
             answered = partial(self._answered, envelope)
-            request, local = envelope.request(), self._open_local()
+            request, local = envelope.request(), self._local.connection()
             if local is not None:
                 self._envelopes[envelope] = local.begin(request, answered)
             else:
@@ -223,14 +200,6 @@ class WorkerLink:
     def _resume(self, lane: _Lane) -> None:
         lane.is_paused = False
         self._send(lane)
-
-    def _open_local(self) -> LocalConnection | None:
-        """None where there is none; one that was lost is made anew."""
-        local = self._local
-        if local is not None and not local.is_open:
-            self._local = local = None
-            self._begin_connecting(self._socket)
-        return local
 
     def _next_envelope(self, lane: _Lane) -> list[Sent]:
         """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""

@@ -27,10 +27,11 @@ MAX_MEMBERS = 16
 QUICK_NS = 500_000
 # Where a batch makes rows dearer, requests share a turn of an instance, no longer than this, and not a run.
 APART_NS = 25_000_000
-# Each so many turns one goes the other way, so that what is known of both stays true; where that takes so much longer,
-# only of each so many again.
+# One turn in so many goes the other way, so that what is known of it stays true.
 PROBE = 32
+# Where running apart takes so much longer, only one in PROBE times PROBE does.
 _NEAR = 1.5
+# Stands for turns that ran apart where else the bits of a run's rows do.
 _APART_BITS = -1
 _MAX_KINDS = 1024
 # How much a faster run counts, and a slower one: what holds up one of them, such as another process, says little.

@@ -15,7 +15,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.request import Decoded, Model, decode_request
 from services.inference.shared_memory import SharedMemory
-from services.runtime.infer_request import Heads, Parts, take_apart
+from services.runtime.infer_request import Read
 from services.runtime.rpc import parse
 
 MAX_KINDS = 4096
@@ -37,41 +37,18 @@ class _Kind(NamedTuple):
     timeout_us: int
 
 
-class Read:
-    """Which model and version a request names, and what was found of it on the way."""
-
-    __slots__ = ("data", "name", "parts", "version")
-
-    def __init__(self, name: str, version: str, data: bytes, parts: Parts | v2.ModelInferRequest) -> None:
-        self.name = name
-        self.version = version
-        self.data = data
-        # Or the message, where it could not be taken apart.
-        self.parts = parts
-
-
 class RequestDecoder:
     """As `decode_request`, for models of any number; two with one digest are the same."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
-        self._heads = Heads()
         self._kinds: dict[bytes, _Kind] = {}
-
-    def read(self, data: bytes) -> Read:
-        """Raises InvalidArgumentError where `data` is not a serialized ModelInferRequest."""
-        parts = take_apart(data)
-        if parts is None:
-            request = parse(v2.ModelInferRequest, data)
-            return Read(request.model_name, request.model_version, data, request)
-        head = self._heads.read(parts, data)
-        return Read(head.name, head.version, data, parts)
 
     def decode(self, read: Read, model: Model, trace_context: bytes = b"") -> Decoded:
         """Raises what `decode_request` raises."""
         parts = read.parts
-        if not isinstance(parts, Parts):
-            return decode_request(parts, model, self._memory, trace_context)
+        if parts is None:
+            return decode_request(read.head.message, model, self._memory, trace_context)
         raws = parts.raws
         head = model.digest + parts.head
         kind = self._kinds.get(head)

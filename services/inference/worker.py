@@ -17,7 +17,7 @@ from services.inference.load import Load
 from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
 from services.inference.request import Decoded, encode_response
-from services.inference.request_decoder import Read, RequestDecoder
+from services.inference.request_decoder import RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
 from services.runtime import wire
@@ -28,6 +28,7 @@ from services.runtime.errors import (
     UnavailableError,
     kind_of,
 )
+from services.runtime.infer_request import Read, RequestReader
 from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -113,6 +114,7 @@ class Worker:
         self.store = store
         self.memory = SharedMemory()
         self.accepting = True
+        self._reader = RequestReader()
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
@@ -129,9 +131,9 @@ class Worker:
         start = time.time_ns()
         name = ""
         try:
-            request = self._decoder.read(data)
-            name = request.name
-            held = self.store.held.find(name, request.version)
+            request = self._reader.read(data)
+            name = request.head.name
+            held = self.store.held.find(name, request.head.version)
             if request_hash:
                 key = held.model.digest + request_hash
                 result, joined = await self._flights.run(
@@ -183,8 +185,8 @@ class Worker:
         requests = []
         try:
             for work in works:
-                request = self._decoder.read(work.data)
-                found = self.store.held.find(request.name, request.version)
+                request = self._reader.read(work.data)
+                found = self.store.held.find(request.head.name, request.head.version)
                 held = held or found
                 if (
                     found is not held
@@ -227,8 +229,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         held = None
         try:
-            request = self._decoder.read(work.data)
-            held = self.store.held.find(request.name, request.version)
+            request = self._reader.read(work.data)
+            held = self.store.held.find(request.head.name, request.head.version)
             key = held.model.digest + work.request_hash
             batcher = held.batcher
             if (
@@ -283,7 +285,7 @@ class Worker:
             if caught_up:
                 raise
             await self.store.catch_up(changed.model, deadline)
-            held = self.store.held.find(request.name, request.version)
+            held = self.store.held.find(request.head.name, request.head.version)
             return await self._run(held, request, deadline, trace_context, start, caught_up=True)
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))

@@ -47,6 +47,7 @@ MODULES = (
     "router.grpc_channel",
     "router.http2",
     "router.load",
+    "router.local_channel",
     "router.local_connection",
     "router.member",
     "router.miss",

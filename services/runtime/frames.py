@@ -54,7 +54,7 @@ class Frames(asyncio.Protocol):
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Nothing happens where the connection is over."""
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():
             self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -92,7 +92,7 @@ def request_id(data: bytes) -> str:
 
 
 class Head:
-    """What the head of a request says: `message` is the request without its id and data, for reading only."""
+    """What the head of a request says."""
 
     __slots__ = ("message", "name", "version")
 
@@ -102,15 +102,38 @@ class Head:
         self.version = message.model_version
 
 
-class Heads:
-    """The heads that came before, each parsed once."""
+class Read:
+    """A request that was read.
+
+    Where it was taken apart into `parts`, others share its head, and the message there is without id and data; else the
+    message is its own and whole.
+    """
+
+    __slots__ = ("data", "head", "parts")
+
+    def __init__(self, data: bytes, head: Head, parts: Parts | None) -> None:
+        self.data = data
+        self.head = head
+        self.parts = parts
+
+    @property
+    def request_id(self) -> str:
+        """What the caller calls it."""
+        return self.head.message.id if self.parts is None else self.parts.request_id
+
+
+class RequestReader:
+    """Reads requests, and parses each head once."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, Head] = {}
+        self._heads: dict[bytes, Head] = {}
 
-    def read(self, parts: Parts, data: bytes) -> Head:
-        """Of `data`, which `parts` are of. Raises InvalidArgumentError where it is not a ModelInferRequest."""
-        head = self._known.get(parts.head)
+    def read(self, data: bytes) -> Read:
+        """Raises InvalidArgumentError where `data` is not a serialized ModelInferRequest."""
+        parts = take_apart(data)
+        if parts is None:
+            return Read(data, Head(parse(v2.ModelInferRequest, data)), None)
+        head = self._heads.get(parts.head)
         if head is None:
             try:
                 # Not of the data: a message holds on to all it was parsed from.
@@ -118,7 +141,7 @@ class Heads:
             except DecodeError:
                 parse(v2.ModelInferRequest, data)
                 raise
-            if len(self._known) >= _MAX_HEADS:
-                self._known.clear()
-            self._known[parts.head] = head
-        return head
+            if len(self._heads) >= _MAX_HEADS:
+                self._heads.clear()
+            self._heads[parts.head] = head
+        return Read(data, head, parts)

@@ -1,4 +1,4 @@
-"""A router that begins with RINGMESH_ENTRIES entries of answers nobody will ask for."""
+"""A router that begins with RINGMESH_ENTRIES answers of RINGMESH_VALUE_BYTES each that nobody will ask for."""
 
 from services.runtime import start
 
@@ -12,16 +12,15 @@ from router.main import serve  # noqa: E402
 from router.settings import RouterSettings  # noqa: E402
 from services.runtime.process import run  # noqa: E402
 
-VALUE_BYTES = 64
-
 
 class FilledSettings(RouterSettings):
     entries: int = 0
+    value_bytes: int = 0
 
     def create_mesh(self) -> Mesh:
         mesh = super().create_mesh()
         for _ in range(self.entries):
-            mesh.local.put(os.urandom(32), Entry(os.urandom(VALUE_BYTES), 1000))
+            mesh.local.put(os.urandom(32), Entry(os.urandom(self.value_bytes), 1000))
         return mesh
 
 

@@ -27,7 +27,7 @@ from tests.bench.models import IDENTITY, MLP
 
 # Bodies that are asked for; the other entries lie beside them.
 ASKED = 10_000
-# Of an answer, as filled_router.py has it.
+# Of an answer.
 VALUE_BYTES = 64
 console = Console(width=120)
 
@@ -40,7 +40,12 @@ def serving(repository: Path, entries: int = 0) -> Iterator[tuple[Process, Proce
         "services.inference", port=port, address=f"127.0.0.1:{port}", models=str(repository), threads="1", patience=180
     ) as worker:
         workers, port = f"127.0.0.1:{port}", free_port()
-        settings = {"workers": workers, "local_tier_bytes": str(4 << 30), "entries": str(entries)}
+        settings = {
+            "workers": workers,
+            "local_tier_bytes": str(4 << 30),
+            "entries": str(entries),
+            "value_bytes": str(VALUE_BYTES),
+        }
         with running("tests.bench.filled_router", port=port, address=f"127.0.0.1:{port}", **settings) as router:
             yield router, worker
 

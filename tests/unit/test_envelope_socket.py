@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.grpc_channel import CallError
-from router.local_connection import LocalConnection, connect
+from router.local_connection import LocalConnection
 from services.inference.envelope_socket import EnvelopeSocket
 from services.runtime import frames
 from services.runtime.rpc import Answer, Failure
@@ -70,6 +70,11 @@ async def echo(tmp_path):
     made.gate.set()
     made.connection.close()
     await made.server.stop(1)
+
+
+async def connect(path):
+    _, made = await asyncio.get_running_loop().create_unix_connection(LocalConnection, path)
+    return made
 
 
 def begun(connection, data):

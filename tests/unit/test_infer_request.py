@@ -9,7 +9,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.infer_request import MAX_HEAD, Heads, request_id, take_apart
+from services.runtime.infer_request import MAX_HEAD, RequestReader, request_id, take_apart
 
 TENSOR = v2.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 4]).SerializeToString()
 # Fields of the message, in any order and number: the last id wins, and so does the last name.
@@ -44,7 +44,9 @@ def test_it_says_what_the_parser_says(fields):
         return
     assert parts.raws == [*parsed.raw_input_contents]
     assert parts.request_id == parsed.id
-    head = Heads().read(parts, data)
+    read = RequestReader().read(data)
+    head = read.head
+    assert read.request_id == parsed.id
     assert (head.name, head.version) == (parsed.model_name, parsed.model_version)
     parsed.ClearField("id")
     parsed.ClearField("raw_input_contents")
@@ -60,7 +62,7 @@ def test_what_the_parser_refuses_is_left_to_it(noise, fields, cut):
     except DecodeError:
         if parts is not None:
             with pytest.raises(InvalidArgumentError, match=f"the {len(data)} bytes received"):
-                Heads().read(parts, data)
+                RequestReader().read(data)
 
 
 def test_requests_that_differ_in_data_and_id_have_one_head():
@@ -80,20 +82,20 @@ def test_a_head_that_is_not_worth_remembering_is_left_to_the_parser(name):
 
 def test_heads_are_bounded(monkeypatch):
     monkeypatch.setattr("services.runtime.infer_request._MAX_HEADS", 10)
-    heads = Heads()
+    reader = RequestReader()
     for number in range(35):
         data = v2.ModelInferRequest(model_name=str(number), raw_input_contents=[b""]).SerializeToString()
-        assert heads.read(take_apart(data), data).name == str(number)
-    assert len(heads._known) <= 10
+        assert reader.read(data).head.name == str(number)
+    assert len(reader._heads) <= 10
 
 
 def test_a_head_does_not_hold_on_to_the_data_it_came_with():
-    heads = Heads()
+    reader = RequestReader()
     before = psutil.Process().memory_info().rss
     for number in range(100):
         data = v2.ModelInferRequest(model_name=str(number), raw_input_contents=[bytes(1 << 20)]).SerializeToString()
-        heads.read(take_apart(data), data)
-    assert len(heads._known) == 100
+        reader.read(data)
+    assert len(reader._heads) == 100
     assert psutil.Process().memory_info().rss - before < 50 << 20
 
 

@@ -12,6 +12,7 @@ from services.inference.request import decode_request, encode_response
 from services.inference.request_decoder import MAX_KINDS, RequestDecoder
 from services.inference.shared_memory import SharedMemory
 from services.runtime.errors import RingmeshError
+from services.runtime.infer_request import RequestReader
 from tests import models
 
 
@@ -100,7 +101,7 @@ def told(decode, request, model):
 
 
 def decode(decoder, request, model):
-    return decoder.decode(decoder.read(request.SerializeToString()), model)
+    return decoder.decode(RequestReader().read(request.SerializeToString()), model)
 
 
 @given(st.lists(requests(), min_size=2, max_size=12))

@@ -121,7 +121,7 @@ async def test_what_a_socket_takes_with_it_is_lost_what_waits_is_not_and_the_soc
     for outcomes in (lost, lost, waits):
         link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
         await asyncio.sleep(0)
-    link._local.close()
+    link._local.connection().close()
     async with asyncio.timeout(20):
         while len(lost) < 2:
             await asyncio.sleep(0)
