@@ -16,11 +16,11 @@ from services.inference.held_models import HeldModel
 from services.inference.load import Load
 from services.inference.memory_budget import ModelChangedError
 from services.inference.model_store import ModelStore
-from services.inference.request import Decoded, encode_response
+from services.inference.request import Decoded
 from services.inference.request_decoder import RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
-from services.runtime import wire
+from services.inference.work_results import answered, answered_together, encode, failed
 from services.runtime.errors import (
     DeadlineExceededError,
     ResourceExhaustedError,
@@ -35,7 +35,6 @@ from services.runtime.single_flight import SingleFlight
 log = logging.getLogger(__name__)
 
 # An envelope, which many share, is below 2 GiB: protobuf goes no further.
-MAX_RESPONSE_BYTES = 1 << 30
 MAX_ENVELOPE_BYTES = (2 << 30) - (64 << 20)
 
 
@@ -206,7 +205,7 @@ class Worker:
         if batches is None:
             return None
         self.load.answered_at_once(len(works))
-        return _results_at_once(held, requests, batches, start)
+        return answered_together(held, requests, batches, start)
 
     def withdraw(self, trace_contexts: Iterable[bytes]) -> int:
         """Nobody waits for these any more: those that have not begun to run, will not; how many that are.
@@ -252,9 +251,9 @@ class Worker:
         except Exception as error:
             if held is not None:
                 held.statistics.failed(time.time_ns() - start, kind_of(error))
-            failed = loop.create_future()
-            failed.set_exception(error)
-            return _Begun(failed, None, start)
+            refused = loop.create_future()
+            refused.set_exception(error)
+            return _Begun(refused, None, start)
         answer: asyncio.Future[inference_pb2.WorkResult] = loop.create_future()
         waiting.future.add_done_callback(partial(self._finish, held, decoded, start, answer))
         self.load.started()
@@ -280,7 +279,7 @@ class Worker:
         try:
             decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
-            response = _encode(held, decoded, batch)
+            response = encode(held, decoded, batch)
         except ModelChangedError as changed:
             if caught_up:
                 raise
@@ -292,7 +291,7 @@ class Worker:
             raise
         finally:
             self.load.ended()
-        return _answer(held, decoded, batch, response, start)
+        return answered(held, decoded, batch, response, start)
 
     def _finish(
         self,
@@ -310,51 +309,10 @@ class Worker:
             return
         try:
             batch = ran.result()
-            answer.set_result(_answer(held, decoded, batch, _encode(held, decoded, batch), start))
+            answer.set_result(answered(held, decoded, batch, encode(held, decoded, batch), start))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             answer.set_exception(error)
-
-
-def _encode(held: HeldModel, decoded: Decoded, batch: BatchResult) -> bytes:
-    if (size := sum([array.nbytes for array in batch.arrays])) > MAX_RESPONSE_BYTES:
-        raise ResourceExhaustedError(
-            f"model {held.model.name!r} answers this request with {size} bytes; an answer has at most "
-            f"{MAX_RESPONSE_BYTES}",
-            kind="too_large",
-        )
-    return encode_response(held.model, decoded, batch.arrays)
-
-
-def _answer(
-    held: HeldModel, decoded: Decoded, batch: BatchResult, response: bytes, start: int
-) -> inference_pb2.WorkResult:
-    now = time.time_ns()
-    held.statistics.succeeded(batch, decoded.rows, now - start, now - batch.end_ns)
-    timing = _timing(held.model.provider, batch, start, now)
-    for step in batch.steps:
-        timing.steps.add(
-            model=step.model.name,
-            version=str(step.model.version),
-            begun_at_us=(step.begun_ns - start) // 1000,
-            timing=_timing(step.model.provider, step.batch, step.begun_ns, step.ended_ns),
-        )
-    return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
-
-
-def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inference_pb2.Timing:
-    return inference_pb2.Timing(
-        queue_us=(batch.start_ns - batch.queued_ns) // 1000,
-        compute_us=(batch.end_ns - batch.start_ns) // 1000,
-        batch_requests=batch.batch_requests,
-        batch_rows=batch.batch_rows,
-        received_unix_ns=start,
-        total_us=(end - start) // 1000,
-        queued_at_us=(batch.queued_ns - start) // 1000,
-        run_at_us=(batch.run_ns - start) // 1000,
-        provider=provider,
-        batch_members=batch.members,
-    )
 
 
 def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inference_pb2.WorkResult:
@@ -364,50 +322,4 @@ def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inf
             raise UnavailableError("the worker is stopping")
         return answer.result()
     except Exception as error:
-        return _failure(error, start)
-
-
-def _results_at_once(
-    held: HeldModel, requests: Sequence[Decoded], batches: Sequence[BatchResult | Exception], start: int
-) -> list[bytes]:
-    """Serialized WorkResults. What is the same for all of a run is put together once."""
-    digest = wire.field(3, held.model.digest)
-    results: list[bytes] = []
-    shared = b""
-    runs: list[_Run] = []
-    for decoded, batch in zip(requests, batches, strict=True):
-        try:
-            if isinstance(batch, Exception):
-                raise batch
-            if batch.first:
-                timing = _timing(held.model.provider, batch, start, time.time_ns())
-                shared = digest + wire.field(4, timing.SerializeToString())
-                runs.append(_Run(batch))
-            results.append(wire.field(1, _encode(held, decoded, batch)) + shared)
-            runs[-1].requests += 1
-            runs[-1].rows += decoded.rows
-        except Exception as error:
-            held.statistics.failed(time.time_ns() - start, kind_of(error))
-            results.append(_failure(error, start).SerializeToString())
-    now = time.time_ns()
-    for run in runs:
-        held.statistics.succeeded(run.batch, run.rows, now - start, now - run.batch.end_ns, run.requests)
-    return results
-
-
-class _Run:
-    """Those that one run answered."""
-
-    __slots__ = ("batch", "requests", "rows")
-
-    def __init__(self, batch: BatchResult) -> None:
-        self.batch = batch
-        self.requests = self.rows = 0
-
-
-def _failure(error: Exception, start: int) -> inference_pb2.WorkResult:
-    if not isinstance(error, RingmeshError):
-        log.error("a request failed", exc_info=error)
-        error = unexpected(error)
-    timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
-    return inference_pb2.WorkResult(failure=error.to_failure(), timing=timing)
+        return failed(error, start)

@@ -73,6 +73,7 @@ MODULES = (
     "services.inference.service",
     "services.inference.statistics",
     "services.inference.tensor_spec",
+    "services.inference.work_results",
     "services.inference.worker",
     "services.runtime.fast_lane",
     "services.runtime.frames",

@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.inference import work_results
 from services.inference import worker as worker_module
 from services.inference.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository import Directory
@@ -149,7 +150,7 @@ async def test_a_request_whose_outputs_explode_fails_alone(tmp_path, monkeypatch
     failure = (await ask(made, 1 << 40, 4)).failure
     assert failure.code == ResourceExhaustedError.code.value[0]
     assert "17592186044416 bytes" in failure.message
-    monkeypatch.setattr(worker_module, "MAX_RESPONSE_BYTES", 1000)
+    monkeypatch.setattr(work_results, "MAX_RESPONSE_BYTES", 1000)
     assert "at most 1000" in (await ask(made, 1000, 1)).failure.message
     assert not (await ask(made, 10, 1)).HasField("failure")
 

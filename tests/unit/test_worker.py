@@ -199,7 +199,7 @@ async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick)
 
 async def test_what_fails_at_once_fails_alone_and_is_counted(worker, quick, monkeypatch):
     await worker.execute_all([work(0)])
-    monkeypatch.setattr("services.inference.worker.MAX_RESPONSE_BYTES", 1)
+    monkeypatch.setattr("services.inference.work_results.MAX_RESPONSE_BYTES", 1)
     results = [inference_pb2.WorkResult.FromString(data) for data in worker.execute_at_once([work(1), work(2)])]
     assert [result.failure.code for result in results] == [8, 8]
     assert worker.store.held.find("mlp", "").statistics.message().inference_stats.fail.count == 2
