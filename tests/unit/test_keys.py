@@ -264,3 +264,12 @@ def test_large_descriptions_are_not_remembered():
     for size in range(100):
         hasher.hash(request(parameters={"k": parameter(string_param="x" * (10_000 + size))}))
     assert not hasher._described
+
+
+def test_a_request_with_other_than_one_raw_content_an_input_is_not_keyed_whatever_came_before():
+    hasher = RequestHasher("secret")
+    hasher.hash(request())
+    made = request()
+    made.raw_input_contents.append(b"more")
+    with pytest.raises(UncacheableError, match="does not match"):
+        hasher.hash(made)

@@ -121,7 +121,9 @@ async def test_what_a_socket_takes_with_it_is_lost_what_waits_is_not_and_the_soc
     for outcomes in (lost, lost, waits):
         link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
         await asyncio.sleep(0)
+    # As when it dies: both connections end, one a little later than the other.
     link._local.connection().close()
+    link._channel._connection._transport.abort()
     async with asyncio.timeout(20):
         while len(lost) < 2:
             await asyncio.sleep(0)
@@ -131,7 +133,7 @@ async def test_what_a_socket_takes_with_it_is_lost_what_waits_is_not_and_the_soc
             await asyncio.sleep(0)
         assert waits[0].response
         while await way(link) != b"socket":
-            pass
+            await asyncio.sleep(0.001)
 
 
 async def test_a_worker_given_up_is_asked_over_tcp_until_it_describes_itself_again(worker, link):
