@@ -8,7 +8,7 @@ the heap is put right when the entry comes to its top. docs/decisions/0009 compa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from cache.entry import Entry
 from cache.stats import TierCounters
@@ -23,6 +23,8 @@ _MOST_EVICTED = 16
 _HEADROOM = 16
 _MODEL_BYTES = 16
 _MAX_MODELS = 4096
+# Heap slots of entries that are gone are cleared out once they outnumber the entries, and this many.
+_MIN_STALE_SLOTS = 1024
 
 
 class LocalTier:
@@ -90,6 +92,8 @@ class LocalTier:
         else:
             counters.bytes += size
             counters.entries += 1
+            if len(self._heap) > 2 * counters.entries + _MIN_STALE_SLOTS:
+                self._clear_stale_slots()
             self._push(key, entry, size)
         counters.fills += 1
         self._evict()
@@ -106,13 +110,13 @@ class LocalTier:
         heap = self._heap
         target = self._capacity - self._largest
         for _ in range(_MOST_EVICTED):
-            if self.counters.bytes <= target:
+            if self.counters.bytes <= target or not heap:
                 return
             worth, key = heappop(heap)
             shard = self._shards[key[-1]]
             entry = shard.get(key)
-            if entry is None or entry.worth is not worth:
-                continue  # the place of one that was dropped
+            if entry is None or entry.worth != worth:
+                continue  # a slot of an entry that was dropped
             self._clock = max(self._clock, worth)
             if entry.hits != entry.weighed_hits:
                 self._push(key, entry, _size(key, entry))
@@ -123,6 +127,15 @@ class LocalTier:
                 if prefix not in self._evicted and len(self._evicted) >= _MAX_MODELS:
                     prefix = b""
                 self._evicted[prefix] = self._evicted.get(prefix, 0) + 1
+
+    def _clear_stale_slots(self) -> None:
+        slots = {(worth, key) for worth, key in self._heap if self._is_current(worth, key)}
+        self._heap = list(slots)
+        heapify(self._heap)
+
+    def _is_current(self, worth: float, key: bytes) -> bool:
+        entry = self._shards[key[-1]].get(key)
+        return entry is not None and entry.worth == worth
 
     def _drop(self, shard: dict[bytes, Entry], key: bytes, entry: Entry) -> None:
         del shard[key]
