@@ -12,16 +12,18 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
+from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.admission.caller import ROUTER
+from router.admission.caller import ROUTER, Caller
 from router.catalog import Catalog, ModelEntry
 from router.comparison import Verdict, compare
-from router.dispatcher import Dispatcher
+from router.member import Member
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
 from services.runtime.metrics import Family, Sample
-from services.runtime.tracing import untraced
+from services.runtime.tracing import Trace, untraced
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,15 @@ _LARGEST_PART = 0.01
 _MAX_MODELS = 1000
 
 
+class Runner(Protocol):
+    """Runs a request on the fleet; Dispatcher is the real one."""
+
+    async def run(
+        self, model: ModelEntry, request: bytes, place: bytes, trace: Trace, *, deadline: float | None, caller: Caller
+    ) -> tuple[inference_pb2.WorkResult, Member]:
+        """The result and who computed it. Raises RingmeshError."""
+
+
 class ModelAudit:
     """What the audit has seen of one digest of a model."""
 
@@ -82,7 +93,7 @@ class Audit:
     `distrusted` maps the digests of models to why they are not cached any more.
     """
 
-    def __init__(self, dispatcher: Dispatcher, share: float, clock: Callable[[], float]) -> None:
+    def __init__(self, dispatcher: Runner, share: float, clock: Callable[[], float]) -> None:
         self._dispatcher = dispatcher
         self._share = share
         self._clock = clock

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -17,7 +17,7 @@ from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimi
 from router.attempt_span import Attempted, Consideration, at_bound, code_name, consideration
 from router.catalog import ModelEntry
 from router.dispatch_metrics import DispatchMetrics
-from router.fleet import Fleet
+from router.fleet import FleetView
 from router.member import Member
 from router.picker import Candidate, candidates
 from router.retry_budget import RetryBudget
@@ -78,10 +78,24 @@ class Asked:
         return bool(self.place) and not self.request_hash
 
 
+class Workers(Protocol):
+    """The fleet as dispatches see it; Fleet is the real one."""
+
+    @property
+    def view(self) -> FleetView:
+        """Who can be asked."""
+
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
+        """An attempt at `member` was lost."""
+
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
+        """An attempt at `member` took `seconds`."""
+
+
 class Parts(NamedTuple):
     """What dispatches share."""
 
-    fleet: Fleet
+    fleet: Workers
     limits: ConcurrencyLimits
     retries: RetryBudget
     tails: TailLatency

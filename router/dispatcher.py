@@ -12,9 +12,8 @@ from ringmesh.inference.v1 import inference_pb2
 from router.admission.caller import ANYBODY, Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.catalog import ModelEntry
-from router.dispatch import TOLD, Answered, Asked, Dispatch, Parts, no_room, told
+from router.dispatch import TOLD, Answered, Asked, Dispatch, Parts, Workers, no_room, told
 from router.dispatch_metrics import RETRIES_DENIED, SHEDS, DispatchMetrics
-from router.fleet import Fleet
 from router.member import Member
 from router.retry_budget import RetryBudget
 from router.tail_latency import TailLatency
@@ -28,7 +27,7 @@ class Dispatcher:
     Where a model says so, one that takes longer than most of its kind, by `tails`, is asked of a second worker too.
     """
 
-    def __init__(self, fleet: Fleet, limits: ConcurrencyLimits, retries: RetryBudget, tails: TailLatency) -> None:
+    def __init__(self, fleet: Workers, limits: ConcurrencyLimits, retries: RetryBudget, tails: TailLatency) -> None:
         self._metrics = DispatchMetrics()
         self._parts = Parts(fleet, limits, retries, tails, self._metrics, self._shed)
         self._sheds = 0

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 from ringmesh.inference.v1 import inference_pb2
 
 from router.catalog import ModelEntry
 from router.load import WorkerLoad
 from router.membership import Listing
-from router.worker_link import WorkerLink
+from router.worker_link import Outcome, Sent, Work
+
+
+class Link(Protocol):
+    """The way to a worker; WorkerLink is the real one and describes the methods."""
+
+    def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
+        """Runs the request there; `done` hears the outcome."""
+
+    def withdraw(self, sent: Sent) -> None:
+        """Nobody waits for it any more."""
+
+    async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
+        """What the worker holds. Raises WorkerUnreachableError."""
+
+    async def call(self, method: str, request: bytes, seconds: float) -> bytes:
+        """One call of another method. Raises WorkerUnreachableError or the worker's own error."""
+
+    def give_up(self) -> None:
+        """Ends what is under way."""
+
+    def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
+        """Drops the idle queues of models that are not in `model_digests`."""
+
+    async def close(self) -> None:
+        """Ends what is under way and disconnects."""
 
 
 class Member:
@@ -17,7 +45,7 @@ class Member:
     answers badly. `ramp` is the part of its weight that counts towards its load, below 1 while it starts slowly.
     """
 
-    def __init__(self, listing: Listing, link: WorkerLink, load: WorkerLoad) -> None:
+    def __init__(self, listing: Listing, link: Link, load: WorkerLoad) -> None:
         self.address = listing.address
         self.worker_id = listing.worker_id or listing.address
         self.region = listing.region

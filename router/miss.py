@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -16,11 +17,8 @@ from router.admission.caller import ANYBODY, caller_of
 from router.admission.quotas import Quotas
 from router.admitted import Admitted
 from router.catalog import ModelEntry
-from router.dispatch import Answered, Asked, Dispatch
-from router.dispatcher import Dispatcher
+from router.dispatch import Answered, Asked
 from router.member import Member
-from router.replies import Replies
-from router.request_metrics import RequestMetrics
 from services.runtime.errors import DeadlineExceededError, RingmeshError
 from services.runtime.rpc import Answer, Failure, unexpected
 
@@ -39,11 +37,44 @@ def as_computed(
     return Computed(entry, key, by.worker_id, model.freshness)
 
 
+class Cancellable(Protocol):
+    """Work under way."""
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+
+
+class Starter(Protocol):
+    """Starts a request on the fleet; Dispatcher is the real one."""
+
+    def begin(self, asked: Asked, done: Callable[[Answered | Exception], None]) -> Cancellable:
+        """`done` hears the answer and who gave it, or the error, perhaps before this returns."""
+
+
+class ReplyBuilder(Protocol):
+    """Makes what callers are told; Replies is the real one."""
+
+    def answer(self, call: Admitted, found: Found) -> Answer:
+        """Of a request that was answered."""
+
+    def failure(self, call: Admitted, error: RingmeshError) -> Failure:
+        """Of one that failed."""
+
+    def left(self, call: Admitted) -> None:
+        """Counts one whose caller left."""
+
+
+class InFlight(Protocol):
+    """Counts requests that are being answered; RequestMetrics is the real one."""
+
+    in_flight: int
+
+
 class Misses:
     """Answers requests from the fleet, and keeps what is to be kept in `mesh`."""
 
     def __init__(
-        self, mesh: Mesh, dispatcher: Dispatcher, quotas: Quotas, replies: Replies, requests: RequestMetrics
+        self, mesh: Mesh, dispatcher: Starter, quotas: Quotas, replies: ReplyBuilder, requests: InFlight
     ) -> None:
         self.mesh = mesh
         self.dispatcher = dispatcher
@@ -98,7 +129,7 @@ class _Miss:
         self._key = key
         self._epochs = epochs
         self._answer: Callable[[Answer | Failure], None] | None = answer
-        self._dispatch: Dispatch | None = None
+        self._dispatch: Cancellable | None = None
         self._flight: Flight | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None

@@ -17,3 +17,8 @@ if os.environ.get("RINGMESH_TEST_COMPILED"):
     compiled.use()
     if not compiled.is_used():
         pytest.exit("nothing is compiled from these sources; run `make .venv/.compiled`", returncode=1)
+
+
+def sources_only(reason: str) -> pytest.MarkDecorator:
+    """For a test that cannot run on compiled modules; the reasons are listed with `-rs`."""
+    return pytest.mark.skipif(compiled.is_used(), reason=f"only on sources: {reason}")

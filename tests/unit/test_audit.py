@@ -1,5 +1,4 @@
 import asyncio
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from router.catalog import Catalog, ModelEntry
 from router.comparison import compare
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.tensors import DATATYPES
+from tests.unit.fleets import member
 
 
 def answer(values, datatype="FP32", name="y", shape=None):
@@ -49,6 +49,9 @@ def test_answers_are_equal_close_or_different(one, other, result, largest):
     assert compare(one, other) == (result, pytest.approx(largest))
 
 
+WORKER = member("w")
+
+
 class FakeDispatcher:
     """Answers with the next of `answers`; counts what it was asked."""
 
@@ -64,7 +67,7 @@ class FakeDispatcher:
         told = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(told, Exception):
             raise told
-        return inference_pb2.WorkResult(response=told, model_digest=model.digest), SimpleNamespace(worker_id="w")
+        return inference_pb2.WorkResult(response=told, model_digest=model.digest), WORKER
 
 
 MODEL = ModelEntry("m", "1", b"digest", "", v2.ModelMetadataResponse())

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from router.grpc_channel import CallError
 from router.local_connection import LocalConnection
 from services.inference.envelope_socket import EnvelopeSocket
+from services.inference.worker import Work
 from services.runtime import frames
 from services.runtime.rpc import Answer, Failure
+from tests.conftest import sources_only
 
 LARGEST = 1 << 20
 
@@ -37,10 +39,11 @@ class Echo:
             return Failure(grpc.StatusCode.UNAVAILABLE, "zu viel: über dem Rand", ())
         if data == b"break":
             raise ZeroDivisionError
-        return Answer(data, ()) if data.startswith(b"now") else data
+        return Answer(data, ()) if data.startswith(b"now") else [Work(data, b"", None, b"")]
 
-    def begin(self, data, done):
+    def begin(self, works, done):
         self.begun += 1
+        data = works[0].data
         if data == b"break later":
             raise ZeroDivisionError
 
@@ -219,6 +222,7 @@ def frame(kind, number, payload=b""):
     return len(payload).to_bytes(4, "big") + bytes((kind,)) + number.to_bytes(4, "big") + payload
 
 
+@sources_only("the test's class inherits from a compiled one; Connection and LocalConnection are tested compiled")
 @given(st.lists(st.integers(1, 40)), st.lists(st.binary(max_size=60), max_size=8))
 async def test_frames_may_come_in_any_pieces_and_those_too_large_are_passed_by(sizes, payloads):
     class Kept(frames.Frames):

@@ -23,8 +23,9 @@ from router.admitted import Admitted
 from router.catalog import ModelEntry
 from router.miss import Misses
 from services.runtime.errors import InvalidArgumentError, UnavailableError
-from services.runtime.rpc import Answer
+from services.runtime.rpc import Answer, failure
 from services.runtime.tracing import untraced
+from tests.unit.fleets import member
 
 MODEL = ModelEntry("m", "1", b"d" * 16, "", None)
 RESULT = inference_pb2.WorkResult(response=b"answer", model_digest=MODEL.digest)
@@ -36,7 +37,7 @@ def _key(request_hash):
 
 
 KEY = _key(HASH)
-WORKER = SimpleNamespace(worker_id="w")
+WORKER = member("w")
 
 
 class Replies:
@@ -49,7 +50,7 @@ class Replies:
         return Answer(found.entry.value, (("ringmesh-cache", found.outcome),))
 
     def failure(self, call, error):
-        return error
+        return failure(error)
 
     def left(self, call):
         self.leavers.append(call)
@@ -118,7 +119,7 @@ async def test_who_joined_one_that_fails_is_told_so():
     await asyncio.sleep(0)
     error = UnavailableError("nobody")
     router.fleet.end(error)
-    assert router.told == [error]
+    assert [told.message for told in router.told] == [error.message]
     with pytest.raises(UnavailableError, match="nobody"):
         await joined
     assert KEY not in router.mesh.flights
@@ -165,7 +166,7 @@ async def test_a_request_that_is_wrong_is_not_sent_again():
     router.begin()
     router.fleet.end(InvalidArgumentError("wrong"))
     router.begin()
-    assert [str(error) for error in router.told] == ["wrong", "wrong"]
+    assert [error.message for error in router.told] == ["wrong", "wrong"]
     assert (len(router.fleet.asked), router.requests.in_flight) == (1, 0)
 
 

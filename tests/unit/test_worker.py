@@ -44,11 +44,14 @@ async def worker(tmp_path):
     model = store.held.find("mlp", "").model
     model.gate, model.runs = threading.Event(), []
     model.gate.set()
-    worker.model = model
     yield worker
     model.gate.set()
     await store.close()
     executor.shutdown()
+
+
+def model_of(worker):
+    return worker.store.held.find("mlp", "").model
 
 
 def work(value, request_hash=b"", *, columns=64, deadline=None, trace_context=b""):
@@ -59,7 +62,7 @@ def work(value, request_hash=b"", *, columns=64, deadline=None, trace_context=b"
 
 
 def answer(worker, value):
-    (array,) = OnnxModel.run(worker.model, {"x": np.full((1, 64), value, np.float32)}, ["y"])
+    (array,) = OnnxModel.run(model_of(worker), {"x": np.full((1, 64), value, np.float32)}, ["y"])
     return array
 
 
@@ -68,12 +71,12 @@ def told(result):
 
 
 async def test_an_envelope_is_one_batch(worker):
-    worker.model.runs.clear()
+    model_of(worker).runs.clear()
     results = await worker.execute_all([work(value) for value in range(20)])
-    assert worker.model.runs == [20]
+    assert model_of(worker).runs == [20]
     for value, result in enumerate(results):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
-        assert (result.timing.batch_requests, result.model_digest) == (20, worker.model.digest)
+        assert (result.timing.batch_requests, result.model_digest) == (20, model_of(worker).digest)
 
 
 async def test_a_wrong_request_fails_alone(worker):
@@ -84,41 +87,41 @@ async def test_a_wrong_request_fails_alone(worker):
 
 
 async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker):
-    worker.model.gate.clear()
-    worker.model.runs.clear()
+    model_of(worker).gate.clear()
+    model_of(worker).runs.clear()
     envelopes = [asyncio.create_task(worker.execute_all([work(1, b"h" * 16) for _ in range(2)])) for _ in range(2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    worker.model.gate.set()
+    model_of(worker).gate.set()
     results = [result for results in await asyncio.gather(*envelopes) for result in results]
-    assert worker.model.runs == [1]
+    assert model_of(worker).runs == [1]
     assert [result.timing.joined for result in results].count(False) == 1
     for result in results:
         np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
 
 
 async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_joined_and_drops_the_rest(worker):
-    worker.model.gate.clear()
+    model_of(worker).gate.clear()
     busy = asyncio.create_task(worker.execute_all([work(0)]))
     await asyncio.sleep(0.01)  # it has the only instance
-    worker.model.runs.clear()
+    model_of(worker).runs.clear()
     leaving = asyncio.create_task(worker.execute_all([work(1, b"h" * 16), *(work(value) for value in range(2, 6))]))
     await asyncio.sleep(0)
     staying = asyncio.create_task(worker.execute_all([work(1, b"h" * 16)]))
     await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.wait([leaving])
-    worker.model.gate.set()
+    model_of(worker).gate.set()
     (result,) = await staying
     np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
     await busy
-    assert worker.model.runs == [1, 1]  # the busy one and what was joined; the four others never ran
+    assert model_of(worker).runs == [1, 1]  # the busy one and what was joined; the four others never ran
     assert worker.load.requests == 0
 
 
 async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelope_be(worker):
-    worker.model.gate.clear()
-    worker.model.runs.clear()
+    model_of(worker).gate.clear()
+    model_of(worker).runs.clear()
     running = asyncio.create_task(worker.execute_all([work(0, trace_context=b"running")]))
     await asyncio.sleep(0.01)  # it has the only instance
     works = [work(1, b"h" * 16, trace_context=b"lost"), work(2, trace_context=b"kept")]
@@ -126,34 +129,34 @@ async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelo
     await asyncio.sleep(0)
     assert worker.withdraw([b"lost", b"unknown", b"running"]) == 1
     assert worker.withdraw([b"lost"]) == 0
-    worker.model.gate.set()
+    model_of(worker).gate.set()
     lost, kept = await envelope
     assert (lost.failure.code, lost.failure.message) == (4, "nobody waits for it any more")
     np.testing.assert_allclose(told(kept), answer(worker, 2)[0], rtol=1e-5)
     assert [result.failure.code for result in await running] == [0]
-    assert worker.model.runs == [1, 1]
+    assert model_of(worker).runs == [1, 1]
     statistics = worker.store.held.find("mlp", "").statistics
     assert (statistics.withdrawn, statistics.message().inference_stats.success.count) == (1, 2)
     assert worker.load.requests == 0
 
 
 async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
-    worker.model.gate.clear()
+    model_of(worker).gate.clear()
     busy = asyncio.create_task(worker.execute_all([work(0)]))
     await asyncio.sleep(0.01)
-    worker.model.runs.clear()
+    model_of(worker).runs.clear()
     first = asyncio.create_task(worker.execute_all([work(1, b"h" * 16, trace_context=b"lost")]))
     await asyncio.sleep(0)
     joined = asyncio.create_task(worker.execute_all([work(1, b"h" * 16)]))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert worker.withdraw([b"lost"]) == 1
-    worker.model.gate.set()
+    model_of(worker).gate.set()
     (result,) = await joined
     np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
     assert [result.failure.code for result in await first] == [4]
     await busy
-    assert worker.model.runs == [1, 1]
+    assert model_of(worker).runs == [1, 1]
 
 
 @pytest.fixture
@@ -163,14 +166,14 @@ def quick(monkeypatch):
 
 async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick):
     await worker.execute_all([work(0)])  # so that it is known
-    worker.model.runs.clear()
+    model_of(worker).runs.clear()
     before = worker.load.answered
     serialized = await asyncio.to_thread(worker.execute_at_once, [work(value, b"h%d" % value) for value in range(20)])
     results = [inference_pb2.WorkResult.FromString(result) for result in serialized]
-    assert worker.model.runs == [20]
+    assert model_of(worker).runs == [20]
     for value, result in enumerate(results):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
-        assert (result.timing.batch_requests, result.model_digest) == (20, worker.model.digest)
+        assert (result.timing.batch_requests, result.model_digest) == (20, model_of(worker).digest)
     assert worker.load.answered == before + 20
     statistics = worker.store.held.find("mlp", "").statistics.message()
     assert (statistics.inference_count, statistics.execution_count) == (21, 2)
@@ -189,11 +192,11 @@ async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick)
     wrong, late = work(1, columns=63), work(1, deadline=time.monotonic() - 1)
     for others in ([wrong], [Work(b"\xff", b"", None, b"")], [late], []):
         assert worker.execute_at_once([work(0), *others] if others else []) is None
-    worker.model.gate.clear()
+    model_of(worker).gate.clear()
     running = asyncio.create_task(worker.execute_all([work(1, b"same")]))
     await asyncio.sleep(0.01)
     assert worker.execute_at_once([work(1, b"same")]) is None
-    worker.model.gate.set()
+    model_of(worker).gate.set()
     await running
 
 

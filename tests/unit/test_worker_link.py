@@ -8,6 +8,7 @@ from ringmesh.inference.v1 import inference_pb2
 from router.load import WorkerLoad
 from router.worker_link import Work, WorkerLink, WorkerLostError, WorkerUnreachableError
 from services.inference.envelope_socket import EnvelopeSocket
+from services.inference.worker import Work as Received
 from services.runtime.protocol import lane_handler
 from services.runtime.rpc import Answer, Lane, Service, unary
 from services.runtime.server import Engine, Server
@@ -47,12 +48,13 @@ class Worker:
         return Lane(lambda data, metadata: inference_pb2.ExecuteRequest.FromString(data), finish)
 
     def admit(self, data):
-        return inference_pb2.ExecuteRequest.FromString(data)
+        items = inference_pb2.ExecuteRequest.FromString(data).items
+        return [Received(item.request, b"", None, b"") for item in items]
 
-    def begin(self, request, done):
+    def begin(self, works, done):
         async def finish():
             await self.gate.wait()
-            results = [inference_pb2.WorkResult(response=b"socket") for _ in request.items]
+            results = [inference_pb2.WorkResult(response=b"socket") for _ in works]
             done(Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ()))
 
         return asyncio.create_task(finish()).cancel
