@@ -9,8 +9,10 @@ up: $(READY)
 demo: $(READY)
 	@exec .venv/bin/ringmesh demo
 
+# The suite, then the unit tests again on the compiled modules that services run.
 test: $(READY)
 	@$(PY) -m pytest
+	@RINGMESH_TEST_COMPILED=1 $(PY) -m pytest tests/unit
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
@@ -20,6 +22,7 @@ check: $(READY)
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+	@$(PY) scripts/check_compiled.py
 	@.venv/bin/buf lint protos
 	@.venv/bin/buf format --diff --exit-code protos
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"

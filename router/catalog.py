@@ -107,12 +107,13 @@ class Catalog:
         )
         parameter = config.parameters.get(CACHE_STEPS)
         cache_steps = parameter is not None and parameter.string_value == "true"
-        try:
-            steps = [self.find(step.model, step.version) for step in plan.steps]
-        except (NotFoundError, UnavailableError):
-            return replace(entry, plan=plan, uncacheable="a step of it is nowhere held")
+        known = [self._entries.get((step.model, step.version)) for step in plan.steps]
+        steps = [step for step in known if step is not None]
+        # First, so that no plan leads back to itself.
         if any(found[step.name, step.version].HasField("ensemble") for step in steps):
             return entry
+        if len(steps) < len(known):
+            return replace(entry, plan=plan, uncacheable="a step of it is nowhere held")
         freshness = entry.freshness
         for each in steps:
             freshness = tightest(freshness, each.freshness)

@@ -109,7 +109,11 @@ class InferenceService:
             return False
         if any(not member.why_not(model) for member in self._fleet.view.members.values()):
             return True
-        return model.plan is not None and all(self._is_ready(step.model, step.version) for step in model.plan.steps)
+        steps = model.plan.steps if model.plan is not None else ()
+        return bool(steps) and all(
+            self._is_ready(step.model, step.version)  # compiled: a step is never an ensemble, see Catalog
+            for step in steps
+        )
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         return self._fleet.view.catalog.find(request.name, request.version).metadata

@@ -285,7 +285,9 @@ class Worker:
                 raise
             await self.store.catch_up(changed.model, deadline)
             held = self.store.held.find(request.head.name, request.head.version)
-            return await self._run(held, request, deadline, trace_context, start, caught_up=True)
+            return await self._run(  # compiled: once
+                held, request, deadline, trace_context, start, caught_up=True
+            )
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             raise

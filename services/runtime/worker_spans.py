@@ -62,7 +62,9 @@ def run_spans(
             worker, trace_id, step_id, parent_id, STEP, Kind.INTERNAL, start, start + step.timing.total_us * 1000,
             attributes,
         )  # fmt: skip
-        yield from run_spans(trace_id, step_id, worker, step.timing, start)
+        yield from run_spans(  # compiled: protobuf parses at most 100 levels
+            trace_id, step_id, worker, step.timing, start
+        )
     if timing.steps:
         return
     queued = received_ns + timing.queued_at_us * 1000

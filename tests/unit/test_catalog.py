@@ -31,6 +31,18 @@ def test_an_ensemble_is_as_fresh_as_its_shortest_lived_step():
     assert Catalog([[*steps, ensemble]]).find("e", "").freshness == Freshness(1000, 100)
 
 
+def test_an_ensemble_of_which_a_step_is_an_ensemble_has_no_plan_that_leads_back_to_it():
+    text = """
+        input { name: "a" } output { name: "c" }
+        ensemble_scheduling {
+          step { model_name: "e" input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }
+          step { model_name: "missing" input_map { key: "x" value: "b" } output_map { key: "y" value: "c" } }
+        }
+    """
+    ensemble = inference_pb2.Ensemble(config=text_format.Parse(text, model_config_pb2.ModelConfig()))
+    assert Catalog([[version("e", ensemble=ensemble)]]).find("e", "").plan is None
+
+
 def test_the_models_that_keep_tenants_apart_are_told():
     assert Catalog([[version("one", tenant_scoped=True), version("two")]]).tenant_scoped == ["one"]
 

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Rejects, in the modules that mypyc compiles, constructs that mean something else there than in CPython.
+
+By mypy's types, after mypyc's list of differences ("Differences from Python" in its documentation). A line whose
+comment says `compiled: REASON` is let through. Exits with 1 and a line for each finding.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from mypy import build, nodes
+from mypy.modulefinder import BuildSource
+from mypy.options import Options
+from mypy.types import CallableType, Instance, LiteralType, TupleType, Type, UnionType, get_proper_type
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from services.runtime import compiled  # noqa: E402
+
+EXEMPTION = "# compiled: "
+# Unboxed: identity, and the exact type of a subclass, are lost on the way.
+_UNBOXED = frozenset({"builtins.int", "builtins.float", "builtins.complex"})
+_FIXED_WIDTH = frozenset({"i16", "i32", "i64", "u8"})
+_FRAME_READERS = frozenset({"locals", "globals", "vars", "_getframe"})
+# Instances of compiled classes cannot be pickled, copied, weakly referenced or inspected as Python's can.
+_MODULES = frozenset({"inspect", "pickle", "copy", "weakref"})
+_DESCRIPTOR_METHODS = frozenset({"__get__", "__set__", "__delete__", "__set_name__"})
+
+_DEFINITIONS = (nodes.MypyFile, nodes.FuncDef, nodes.OverloadedFuncDef, nodes.Decorator)
+# Attributes of mypy's nodes that lead out of the tree.
+_REFERENCES = frozenset({"node", "info", "names", "imports", "original_def"})
+# Line, column, and both of its end.
+Place: TypeAlias = "tuple[int, int, int | None, int | None]"
+
+
+class Finder(ast.NodeVisitor):
+    """Collects (line, what is wrong) of one module, whose expressions have `types`."""
+
+    def __init__(self, types: dict[Place, Type]) -> None:
+        self._types = types
+        # The names of the functions around what is visited, and of the class that each is a method of.
+        self._functions: list[tuple[str, str]] = []
+        self._class = ""
+        # Whether `finally` or `with` stands around what is visited, within its function.
+        self._cleans_up = False
+        self.found: list[tuple[int, str]] = []
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        sides = [node.left, *node.comparators]
+        for operator, left, right in zip(node.ops, sides, sides[1:], strict=False):
+            if isinstance(operator, ast.Is | ast.IsNot) and not (_is_singleton(left) or _is_singleton(right)):
+                kind = self._unboxed(left) or self._unboxed(right)
+                if kind:
+                    self._add(node, f"identity of {kind}: compiled code boxes it anew; compare by value")
+        if isinstance(node.left, ast.Name) and node.left.id == "__name__":
+            self._add(node, "`__name__` of a compiled module is never '__main__'")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name, arguments = _name(node.func), node.args
+        if name == "id" and arguments and (kind := self._unboxed(arguments[0])):
+            self._add(node, f"identity of {kind}: compiled code boxes it anew")
+        elif name in _FRAME_READERS:
+            self._add(node, f"`{name}`: compiled functions have no frame to read")
+        elif name == "isinstance" and _name(arguments[1]) == "bool" and self._is_int(arguments[0]):
+            self._add(node, "a bool typed as int is an int once compiled; type it `bool | int`")
+        elif name in ("str", "repr") and isinstance(node.func, ast.Name) and arguments:
+            self._check_text(arguments[0])
+        if self._calls_itself(node.func):
+            self._add(node, "recursion: a compiled function overflows the stack without RecursionError; bound it")
+        self.generic_visit(node)
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> None:
+        if node.format_spec is None:
+            self._check_text(node.value)
+        self.generic_visit(node)
+
+    def _check_text(self, value: ast.expr) -> None:
+        if self._unboxed(value) == "a float":
+            self._add(value, "text of a float: an int given for it is written 1.0 once compiled; give a format")
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self._check_import(node, alias.name)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        self._check_import(node, node.module or "")
+        for alias in node.names:
+            if alias.name in _FIXED_WIDTH:
+                self._add(node, f"`{alias.name}` overflows where an int grows")
+
+    def _check_import(self, node: ast.stmt, module: str) -> None:
+        if module in _MODULES:
+            self._add(node, f"`{module}` does not work on instances or frames of compiled code")
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr == "__dict__":
+            self._add(node, "`__dict__`: compiled instances have none")
+        if isinstance(node.ctx, ast.Store | ast.Del):
+            owner = self._type(node.value)
+            if isinstance(owner, CallableType) and owner.is_type_obj():
+                self._add(node, "assignment to a class: instances that exist keep the old value once compiled")
+            elif isinstance(owner, Instance) and owner.type.fullname == "types.ModuleType":
+                self._add(node, "assignment to a module: compiled callers are bound early and do not see it")
+        self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        if methods := sorted(_DESCRIPTOR_METHODS & {name for item in node.body if (name := _name(item))}):
+            self._add(node, f"`{methods[0]}`: a compiled class cannot be a descriptor")
+        outer, self._class = self._class, node.name
+        self.generic_visit(node)
+        self._class = outer
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        outer = self._cleans_up, self._class
+        self._functions.append((node.name, self._class))
+        self._cleans_up, self._class = False, ""
+        self.generic_visit(node)
+        self._cleans_up, self._class = outer
+        self._functions.pop()
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Try(self, node: ast.Try) -> None:
+        self._visit_cleaned_up(node, node.finalbody)
+
+    def visit_With(self, node: ast.With) -> None:
+        self._visit_cleaned_up(node, node.items)
+
+    def _visit_cleaned_up(self, node: ast.Try | ast.With, cleanup: Sequence[ast.AST]) -> None:
+        outer, self._cleans_up = self._cleans_up, self._cleans_up or bool(cleanup)
+        self.generic_visit(node)
+        self._cleans_up = outer
+
+    def visit_Yield(self, node: ast.Yield | ast.YieldFrom) -> None:
+        if self._cleans_up:
+            self._add(node, "`yield` inside `with` or `finally`: not run where a compiled generator is dropped")
+        self.generic_visit(node)
+
+    visit_YieldFrom = visit_Yield
+
+    def _calls_itself(self, callee: ast.expr) -> bool:
+        if not self._functions:
+            return False
+        name, class_name = self._functions[-1]
+        if class_name:
+            return isinstance(callee, ast.Attribute) and callee.attr == name and _name(callee.value) == "self"
+        return isinstance(callee, ast.Name) and callee.id == name
+
+    def _type(self, expression: ast.expr) -> Type | None:
+        known = self._types.get(_place(expression))
+        return None if known is None else get_proper_type(known)
+
+    def _is_int(self, expression: ast.expr) -> bool:
+        known = self._type(expression)
+        return isinstance(known, Instance) and known.type.fullname == "builtins.int"
+
+    def _unboxed(self, expression: ast.expr) -> str:
+        """The unboxed type that it may have, as text; "" where it has none, or mypy knows none."""
+        known = self._type(expression)
+        return "" if known is None else next(_unboxed_kinds(known), "")
+
+    def _add(self, node: ast.expr | ast.stmt, message: str) -> None:
+        self.found.append((node.lineno, message))
+
+
+def _unboxed_kinds(known: Type) -> Iterator[str]:
+    proper = get_proper_type(known)
+    if isinstance(proper, LiteralType):
+        proper = proper.fallback
+    if isinstance(proper, UnionType):
+        for item in proper.items:
+            yield from _unboxed_kinds(item)
+    elif isinstance(proper, TupleType) and proper.partial_fallback.type.fullname == "builtins.tuple":
+        yield "a tuple"  # a named one stays an object
+    elif isinstance(proper, Instance) and proper.type.fullname in _UNBOXED:
+        yield f"{'an' if proper.type.name == 'int' else 'a'} {proper.type.name}"
+
+
+def _is_singleton(expression: ast.expr) -> bool:
+    return isinstance(expression, ast.Constant) and expression.value in (None, True, False, ...)
+
+
+def _name(node: ast.AST) -> str:
+    """Of a name, an attribute or a definition; "" for others."""
+    for attribute in ("id", "attr", "name"):
+        if isinstance(name := getattr(node, attribute, ""), str) and name:
+            return name
+    return ""
+
+
+def _place(node: ast.expr) -> Place:
+    return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
+
+
+def _nodes(node: object, seen: set[int]) -> Iterator[nodes.Expression]:
+    """The expressions below `node`. By reflection: mypy's visitors are compiled and cannot be subclassed."""
+    if isinstance(node, list | tuple):
+        for item in node:
+            yield from _nodes(item, seen)
+    if not isinstance(node, nodes.Node) or (isinstance(node, nodes.SymbolNode) and not isinstance(node, _DEFINITIONS)):
+        return
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, nodes.Expression):
+        yield node
+    for name in dir(node):
+        if not name.startswith("_") and name not in _REFERENCES:
+            try:
+                value = getattr(node, name)
+            except AttributeError:
+                continue
+            if not callable(value):
+                yield from _nodes(value, seen)
+
+
+def check(sources: Sequence[tuple[Path, str]]) -> list[str]:
+    """A line for each finding in `sources`, as (path, module). Raises SystemExit where mypy does not accept them."""
+    options = Options()
+    options.export_types = options.preserve_asts = options.ignore_missing_imports = True
+    options.incremental = False
+    options.python_version = sys.version_info[:2]
+    built = build.build([BuildSource(str(path), module) for path, module in sources], options)
+    if built.errors:
+        raise SystemExit("\n".join(built.errors))
+    found = []
+    for path, module in sources:
+        expressions = [e for e in _nodes(built.files[module], set()) if e in built.types]
+        finder = Finder({(e.line, e.column, e.end_line, e.end_column): built.types[e] for e in expressions})
+        source = path.read_text()
+        finder.visit(ast.parse(source))
+        lines = source.splitlines()
+        found += [f"{path}:{line}: {message}" for line, message in finder.found if EXEMPTION not in lines[line - 1]]
+    return found
+
+
+def main() -> None:
+    """Checks all of compiled.MODULES."""
+    found = check([*zip(compiled.sources(), compiled.MODULES, strict=True)])
+    print("\n".join(found) or f"{len(compiled.MODULES)} compiled modules mean the same when interpreted")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
