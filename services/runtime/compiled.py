@@ -127,3 +127,7 @@ def use() -> None:
 def is_used() -> bool:
     """Whether this process runs them."""
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+if __name__ == "__main__":
+    sys.exit(not folder().is_dir())
