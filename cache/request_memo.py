@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 from blake3 import blake3
 
+from services.runtime.recent import Recent
+
 Meaning = TypeVar("Meaning")
 
 # Above, hashing is most of what a request costs, and it would be done twice.
@@ -14,17 +16,12 @@ LARGEST_BYTES = 32 << 10
 
 
 class RequestMemo(Generic[Meaning]):
-    """The meanings of the last `size` requests, or up to twice as many.
-
-    Two generations: what is asked for moves to the younger one, and the older is dropped when that is full.
-    """
+    """The meanings of the last `size` requests, or up to twice as many."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
         # Keyed, so that nobody can search for two requests that look the same here.
         self._key = os.urandom(32)
-        self._young: dict[bytes, Meaning] = {}
-        self._old: dict[bytes, Meaning] = {}
+        self._meanings: Recent[bytes, Meaning] = Recent(size)
 
     def digest(self, data: bytes, tenant: str) -> bytes:
         """Where these bytes of this tenant are filed."""
@@ -33,15 +30,8 @@ class RequestMemo(Generic[Meaning]):
 
     def get(self, digest: bytes) -> Meaning | None:
         """None where it is not known, or no longer."""
-        meaning = self._young.get(digest)
-        if meaning is None:
-            meaning = self._old.get(digest)
-            if meaning is not None:
-                self.put(digest, meaning)
-        return meaning
+        return self._meanings.get(digest)
 
     def put(self, digest: bytes, meaning: Meaning) -> None:
         """In place of what is there."""
-        if len(self._young) >= self._size:
-            self._old, self._young = self._young, {}
-        self._young[digest] = meaning
+        self._meanings.put(digest, meaning)

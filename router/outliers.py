@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from services.runtime.recent import Recent
+
 CONSECUTIVE_FAILURES = 3
 # Seconds of the first ejection; doubled for each further one.
 FIRST_EJECTION = 2.0
@@ -23,6 +25,7 @@ LEAST_EXCESS = 0.05
 LARGEST_SHARE = 1 / 3
 # Weight of an answer in the latency of a model that others are measured by.
 _SMOOTHING = 0.02
+_MAX_MODELS = 4096
 
 
 @dataclass(slots=True)
@@ -44,15 +47,18 @@ class Outliers:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._records: dict[str, _Record] = {}
-        self._usual: dict[bytes, float] = {}
+        # What an answer of a model takes on the whole fleet, in seconds, by digest.
+        self.usual = Recent[bytes, float](_MAX_MODELS)
         self._window_ends = clock() + WINDOW_SECONDS
 
     def answered(self, worker: str, model: bytes, seconds: float) -> None:
         """An attempt came back, or was given up after so long for a faster one."""
         record = self._record(worker)
         record.failures = 0
-        usual = self._usual.get(model, seconds)
-        self._usual[model] = usual + (seconds - usual) * _SMOOTHING
+        usual = self.usual.get(model)
+        if usual is None:
+            usual = seconds
+        self.usual.put(model, usual + (seconds - usual) * _SMOOTHING)
         record.answers += 1
         record.taken += seconds
         record.usual += usual

@@ -24,6 +24,7 @@ class Quotas:
         self._rates = rates
         self._clock = clock
         self._buckets: dict[str, TokenBucket] = {}
+        self._sweep_at = _MANY
         self.refused = 0
 
     def samples(self) -> Iterator[Sample]:
@@ -39,8 +40,10 @@ class Quotas:
             return
         bucket = self._buckets.get(caller.tenant)
         if bucket is None:
-            if len(self._buckets) >= _MANY:
+            if len(self._buckets) >= self._sweep_at:
+                # A full bucket is as good as a new one. Rarely, however many tenants stay below theirs.
                 self._buckets = {tenant: kept for tenant, kept in self._buckets.items() if not kept.full}
+                self._sweep_at = max(_MANY, 2 * len(self._buckets))
             bucket = self._buckets[caller.tenant] = TokenBucket(rate, max(1.0, rate), self._clock)
         if seconds := bucket.take():
             self.refused += 1

@@ -8,6 +8,7 @@ address it had (ONNX Runtime, CUDA execution provider, "Using CUDA Graphs"); so 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,9 @@ Allocate = Callable[[tuple[int, ...], Any], onnxruntime.OrtValue]
 
 # Each keeps its tensors on the device; what comes in more shapes than this runs the usual way.
 MAX_GRAPHS = 16
+# Page-locked memory that waits for the next run, of one session.
+MAX_FREE_BYTES = 256 << 20
+_MAX_SHAPES = 1024
 _GRAPH_ID = "gpu_graph_id"
 _SKIP_GRAPH = "-1"
 
@@ -134,24 +138,36 @@ class _Graph:
 
 
 class _PageLockedBuffers:
-    """Memory for outputs, by name and shape, as many as were in use at once."""
+    """Memory for outputs, by name and shape: at most MAX_FREE_BYTES wait to be used again, of the last shapes."""
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
-        self._free: dict[tuple[str, tuple[int, ...]], list[onnxruntime.OrtValue]] = {}
+        self._lock = threading.Lock()
+        # The shape that was given back longest ago comes first.
+        self._free: OrderedDict[tuple[str, tuple[int, ...]], list[onnxruntime.OrtValue]] = OrderedDict()
+        self.free_bytes = 0
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> onnxruntime.OrtValue:
         """One that nobody uses now."""
-        free = self._free.setdefault((name, shape), [])
-        try:
-            return free.pop()
-        except IndexError:  # another thread may have taken the last
-            return self._allocate(shape, dtype)
+        with self._lock:
+            free = self._free.get((name, shape))
+            if free:
+                buffer = free.pop()
+                self.free_bytes -= buffer.tensor_size_in_bytes()
+                return buffer
+        return self._allocate(shape, dtype)
 
     def give_back(self, buffers: Mapping[str, onnxruntime.OrtValue]) -> None:
         """For the next run of their shape."""
-        for name, buffer in buffers.items():
-            self._free[name, tuple(buffer.shape())].append(buffer)
+        with self._lock:
+            for name, buffer in buffers.items():
+                key = (name, tuple(buffer.shape()))
+                self._free.setdefault(key, []).append(buffer)
+                self._free.move_to_end(key)
+                self.free_bytes += buffer.tensor_size_in_bytes()
+            while self.free_bytes > MAX_FREE_BYTES or len(self._free) > _MAX_SHAPES:
+                _, dropped = self._free.popitem(last=False)
+                self.free_bytes -= sum(buffer.tensor_size_in_bytes() for buffer in dropped)
 
 
 def run_options(entries: Mapping[str, str]) -> onnxruntime.RunOptions | None:

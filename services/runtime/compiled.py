@@ -81,6 +81,7 @@ MODULES = (
     "services.runtime.load_report",
     "services.runtime.metrics",
     "services.runtime.protocol",
+    "services.runtime.recent",
     "services.runtime.rpc",
     "services.runtime.single_flight",
     "services.runtime.spans",

@@ -79,8 +79,9 @@ class SpanQueue(Generic[Item]):
         """At once; in an event loop."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        for span in spans:
-            self._waiting.append(self.destination.pack(span))
+        room = max(0, _QUEUE - len(self._waiting))
+        self.dropped += len(spans[room:])
+        self._waiting.extend([self.destination.pack(span) for span in spans[:room]])
         if len(self._waiting) >= _BATCH:
             self._many.set()
 
