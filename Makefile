@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test proof check bench proto clean
+.PHONY: up demo test proof check bench soak proto clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.compiled
 
@@ -30,6 +30,11 @@ check: $(READY)
 # Beside Triton, echoes and ONNX Runtime: about 25 minutes. `--quick`, `--only WORKLOAD`, `--against main`: see `--help`.
 bench: $(READY)
 	@$(PY) -m tests.bench $(ARGUMENTS)
+
+# Everything at once, with faults, against `ringmesh up`: `make soak MINUTES=20`; `ARGUMENTS=--write` writes docs/soak.md.
+MINUTES ?= 20
+soak: $(READY)
+	@$(PY) -m tests.soak --minutes $(MINUTES) $(ARGUMENTS)
 
 proto: $(READY)
 

@@ -32,6 +32,7 @@ RENEWALS = Family(
     ("result",),
 )
 STALE = Family("ringmesh_cache_stale_answers_total", "counter", "answers given past their time to live")
+FLIGHTS = Family("ringmesh_flights", "gauge", "keys whose answer is being looked up or computed")
 REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "round trips to Redis", ("operation",))
 BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
 
@@ -65,6 +66,7 @@ class CacheMetrics:
             yield Sample(EVICTIONS, ("shared", ""), shared.counters.evictions)
         for result, count in self._mesh.renewals.counts.items():
             yield Sample(RENEWALS, (result,), count)
+        yield Sample(FLIGHTS, (), len(self._mesh.flights))
         yield Sample(STALE, (), self._mesh.stale_answers)
         if shared is not None:
             yield Sample(BREAKER_OPEN, (), shared.is_skipped)

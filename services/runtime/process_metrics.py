@@ -24,6 +24,7 @@ FILES = Family("ringmesh_process_open_files", "gauge", "open files and sockets o
 THREADS = Family("ringmesh_process_threads", "gauge", "threads of the process")
 HOST_CPU = Family("ringmesh_host_cpu_seconds_total", "counter", "CPU time of the whole host", ("mode",))
 HOST_MEMORY = Family("ringmesh_host_memory_bytes", "gauge", "memory of the host", ("state",))
+TASKS = Family("ringmesh_event_loop_tasks", "gauge", "asyncio tasks of the process that have not ended")
 LOOP_LAG = Family("ringmesh_event_loop_lag_seconds", "histogram", "how late the event loop calls back a timer")
 
 _LAG_PERIOD_SECONDS = 0.1
@@ -43,14 +44,19 @@ class ProcessMetrics:
         self._process = psutil.Process()
         self._lag = Histogram()
         self._due = 0.0
-        metrics.add(lambda: [Sample(LOOP_LAG, (), self._lag.buckets())])
+        self._loop: asyncio.AbstractEventLoop | None = None
+        metrics.add(self._event_loop)
         metrics.add_slow(self._system)
 
     def start(self) -> None:
         """Ends with the loop."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._due = loop.time() + _LAG_PERIOD_SECONDS
         loop.call_at(self._due, self._tick, loop)
+
+    def _event_loop(self) -> Iterator[Sample]:
+        yield Sample(LOOP_LAG, (), self._lag.buckets())
+        yield Sample(TASKS, (), len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         # uvloop counts in milliseconds, so a timer may come that much early.

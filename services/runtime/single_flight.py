@@ -43,6 +43,9 @@ class SingleFlight(Generic[Result]):
         await _wait(flight, deadline)
         return flight.result(), False
 
+    def __len__(self) -> int:
+        return len(self._flights)
+
     def __contains__(self, key: bytes) -> bool:
         """Whether it is in flight."""
         return key in self._flights

@@ -57,7 +57,7 @@ def output_file(state: Path) -> Path:
 def start_stack(state: Path, *arguments: str, cwd: Path | None = None) -> RunningStack:
     """`ringmesh up` on free ports; returns when it is ready."""
     state.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES)}
+    environment = {"RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES), **os.environ}
     with output_file(state).open("w") as output:
         command = [*RINGMESH, "up", "--port", "0", "--state", str(state), *arguments]
         supervisor = subprocess.Popen(command, stdout=output, stderr=output, cwd=cwd, env=environment)

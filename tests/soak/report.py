@@ -1,0 +1,69 @@
+"""The table of a soak, as docs/soak.md shows it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+
+from tests.soak.faults import STOPPED_SECONDS
+from tests.soak.traffic import DEADLINE_SECONDS, Tally
+from tests.soak.watch import FIGURES
+
+# Of valid requests, answers in time.
+LEAST_ANSWERED = 0.9999
+
+
+def write(
+    seconds: float,
+    seed: int,
+    tallies: Mapping[str, Tally],
+    struck: Mapping[tuple[str, str], int],
+    slopes: Mapping[str, list[tuple[float, float]]],
+    left: Mapping[str, float],
+) -> tuple[str, bool]:
+    """The page, and whether the run passed."""
+    valid = tallies["valid"]
+    answered = valid.answered / max(1, valid.sent)
+    wrong, hung = (sum(getattr(tally, what) for tally in tallies.values()) for what in ("wrong", "hung"))
+    in_flight = sum(left.values())
+    passed = not wrong and not hung and not in_flight and valid.sent > 0 and answered >= LEAST_ANSWERED
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    lines = [
+        "# Soak",
+        "",
+        "Written by `make soak`; do not edit. `ringmesh up` with two routers, two workers, Valkey, cache and console,",
+        "as installed (compiled), with both cache tiers full. Valid answers are compared with ONNX Runtime",
+        f"in the process of the caller. Every call has a deadline of {DEADLINE_SECONDS:g} s; valid ones use",
+        "`ringmesh.channel_options()`. One fault at a time, in a fixed order (`tests/soak/faults.py`).",
+        "",
+        f"{seconds / 60:g} minutes, seed {seed}, commit {commit}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}: **{'passed' if passed else 'failed'}**. {wrong} wrong answers, {hung} calls",
+        f"that did not end, {answered:.4%} of valid requests answered, {in_flight:g} in flight at the end.",
+        "",
+        "| calls | sent | ended as they should | wrong | did not end | slowest s | codes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    lines += [
+        f"| {kind} | {tally.sent:,} | {tally.answered:,} | {tally.wrong} | {tally.hung} | {tally.slowest:.2f} | "
+        f"{', '.join(f'{code} {count:,}' for code, count in tally.codes.most_common()) or '-'} |"
+        for kind, tally in tallies.items()
+    ]
+    lines += ["", f"| fault (stopped: for {STOPPED_SECONDS:g} s) | times |", "| --- | ---: |"]
+    lines += [f"| {kind} {target} | {count} |" for (kind, target), count in sorted(struck.items())]
+    titles = " | ".join(f"{figure} | in 10 min" for figure in FIGURES)
+    lines += ["", f"| process | {titles} |", "| --- |" + " ---: |" * (2 * len(FIGURES))]
+    lines += [
+        f"| {name} | " + " | ".join(f"{median:.1f} | {slope:+.2f}" for median, slope in figures) + " |"
+        for name, figures in sorted(slopes.items())
+    ]
+    examples = [
+        f"- {kind}, {code}: {example}"
+        for kind, tally in tallies.items()
+        for code, example in tally.examples.items()
+        if kind == "valid" or code in ("wrong", "OK", "INTERNAL", "UNKNOWN")
+    ]
+    if examples:
+        lines += ["", "First of each that should not be:", "", *examples]
+    return "\n".join(lines) + "\n", passed

@@ -1,0 +1,71 @@
+"""What the processes hold, sampled through the run: memory, open files, tasks, flights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from tests.system.test_metrics import scrape, value
+
+PERIOD_SECONDS = 2.0
+# A process that has just started grows.
+_YOUNG_SECONDS = 30.0
+FIGURES = ("memory MB", "open files", "tasks", "flights")
+
+
+@dataclass(frozen=True)
+class Sample:
+    at: float
+    figures: tuple[float, ...]
+
+
+class Watch:
+    """Samples of each process by name. `pids` and `metrics` tell where they are now."""
+
+    def __init__(self, pids: Callable[[], Mapping[str, int]], metrics: Mapping[str, str]) -> None:
+        self._pids = pids
+        self._metrics = metrics
+        self.samples: dict[str, list[Sample]] = defaultdict(list)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.to_thread(self.look)
+            await asyncio.sleep(PERIOD_SECONDS)
+
+    def look(self) -> None:
+        """One sample of each process that is old enough and answers."""
+        for name, pid in self._pids().items():
+            try:
+                process = psutil.Process(pid)
+                if time.time() - process.create_time() < _YOUNG_SECONDS:
+                    continue
+                told = scrape(self._metrics[name]) if name in self._metrics else {}
+                figures = (
+                    process.memory_info().rss / 1e6,
+                    process.num_fds(),
+                    value(told, "ringmesh_event_loop_tasks"),
+                    value(told, "ringmesh_requests_in_flight") + value(told, "ringmesh_flights"),
+                )
+            except (psutil.Error, OSError):
+                continue  # it is stopped, or just ended
+            self.samples[name].append(Sample(time.monotonic(), figures))
+
+    def slopes(self) -> dict[str, list[tuple[float, float]]]:
+        """By process: for each of FIGURES its median, and how much the fitted line rises in ten minutes."""
+        found = {}
+        for name, samples in self.samples.items():
+            if len(samples) < 3:
+                continue
+            at = np.array([sample.at for sample in samples])
+            columns = np.array([sample.figures for sample in samples]).T
+            found[name] = [
+                (float(np.median(column)), float(np.polyfit(at - at[0], column, 1)[0] * 600)) for column in columns
+            ]
+        return found
