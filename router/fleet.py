@@ -14,6 +14,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.router.v1 import router_pb2
 
 from router.catalog import Catalog, ModelEntry
+from router.channels import Channels, Network
 from router.dispatch_metrics import EJECTIONS
 from router.fleet_events import FleetEvents
 from router.load import Pool, WorkerLoad, pools
@@ -95,12 +96,14 @@ class Fleet:
         clock: Callable[[], float],
         sources: Mapping[str, Source] | None = None,
         locality: Locality | None = None,
+        channels: Channels | None = None,
     ) -> None:
         self.events = FleetEvents()
         self.ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._sources = sources or {}
         self._locality = locality or Locality()
+        self._channels: Channels = channels or Network()
         self._membership = Membership(clock)
         self._outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)
@@ -276,7 +279,9 @@ class Fleet:
 
     def _join(self, listing: Listing) -> None:
         load = WorkerLoad()
-        member = self._members[listing.address] = Member(listing, WorkerLink(listing.address, load), load)
+        member = self._members[listing.address] = Member(
+            listing, WorkerLink(listing.address, load, self._channels), load
+        )
         self._tell(_Event.KIND_JOINED, member)
         if self._started:
             self._start_polling(member)

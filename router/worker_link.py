@@ -15,15 +15,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
-from router.grpc_channel import CallError, GrpcChannel
+from router.channels import Channels, Network
+from router.grpc_channel import CallError
 from router.load import WorkerLoad
-from router.local_channel import LocalChannel
 from services.runtime.errors import DeadlineExceededError, from_status
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
 _LOST_SECONDS = 0.01
+
+_NETWORK: Final[Channels] = Network()
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
@@ -81,13 +83,13 @@ class WorkerLink:
     On our own host envelopes go over the worker's Unix socket while there is one.
     """
 
-    def __init__(self, address: str, load: WorkerLoad) -> None:
+    def __init__(self, address: str, load: WorkerLoad, channels: Channels = _NETWORK) -> None:
         self.address = address
         self._load = load
         # Requests in the envelopes under way.
         self._under_way = 0
-        self._channel = GrpcChannel(address)
-        self._local = LocalChannel()
+        self._channel = channels.channel(address)
+        self._local = channels.local()
         self._lanes: dict[bytes, _Lane] = {}
         # What cancels each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
