@@ -28,8 +28,14 @@ class Channel(Protocol):
     def is_local(self, port: int) -> bool:
         """Whether the server is on this host, at `port`."""
 
+    async def ping(self, seconds: float) -> bool:
+        """Whether the server's engine answers within `seconds`."""
+
+    def drop(self) -> None:
+        """Disconnects; what is under way fails, and the next call connects again."""
+
     async def close(self) -> None:
-        """Disconnects; what is under way fails."""
+        """As `drop`, for good."""
 
 
 class LocalWay(Protocol):

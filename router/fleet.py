@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -23,8 +24,10 @@ from router.membership import Listing, Membership
 from router.outliers import Outliers
 from router.ring import Ring
 from router.slow_start import SlowStart
-from router.worker_link import WorkerLink, WorkerUnreachableError
+from router.worker_description import nonsense
+from router.worker_link import NotSentError, WorkerLink, WorkerUnreachableError
 from services.runtime.metrics import Counter
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +129,8 @@ class Fleet:
         for member in self._members.values():
             self._start_polling(member)
         for name, source in self._sources.items():
-            self._spawn(source.watch(partial(self._told, name)))
-        self._spawn(self._tick())
+            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(source.watch, partial(self._told, name))))
+        self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
 
     async def close(self) -> None:
         """Stops polling and disconnects."""
@@ -138,7 +141,8 @@ class Fleet:
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """An attempt was lost: passes the member over until it answers again."""
-        self._outliers.failed(member.address)
+        if not isinstance(error, NotSentError):
+            self._outliers.failed(member.address)
         self._unreachable(member, error)
 
     def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
@@ -153,8 +157,13 @@ class Fleet:
         except WorkerUnreachableError as error:
             self._unreachable(member, error)
             member.link.give_up()
+            return
+        same = description.version != 0 and description.version == known
+        if reason := nonsense(description, member.models if same else description.models):
+            self._unreachable(member, WorkerUnreachableError(f"worker {member.worker_id} reports nonsense: {reason}"))
+            member.reason = f"worker {member.worker_id} reports nonsense: {reason}"
         else:
-            self._update(member, description, known)
+            self._update(member, description, same=same)
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
@@ -163,6 +172,7 @@ class Fleet:
             self._tell(_Event.KIND_EJECTED, member, reason=reason)
             member.reason = reason
             self._refresh()
+            member.wake.set()
         elif member.reason == "draining":
             member.reason = reason
 
@@ -175,10 +185,18 @@ class Fleet:
                 await self.describe(member)
             heard = load.reports
             seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
-            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
+                    await member.wake.wait()
+            member.wake.clear()
 
-    def _update(self, member: Member, told: inference_pb2.DescribeResponse, known: int) -> None:
-        same = told.version != 0 and told.version == known
+    async def _check(self, member: Member) -> None:
+        """Of a worker that owes an answer: whether it has stopped."""
+        if not await member.link.is_alive():
+            self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
+            member.link.give_up()
+
+    def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
         models = member.models if same else tuple(told.models)
         member.version = told.version
         reason = "" if told.accepting else "draining"
@@ -239,6 +257,9 @@ class Fleet:
             await asyncio.sleep(TICK_SECONDS)
             self._follow_membership()
             self._judge()
+            for member in self._members.values():
+                if member.link.is_silent:
+                    self._once("check of a worker", self._check(member))
 
     def _judge(self) -> None:
         ejected = self._outliers.ejected({address: member.healthy for address, member in self._members.items()})
@@ -270,7 +291,7 @@ class Fleet:
             if address not in self._members:
                 self._join(listing)
             elif listing != self._listed.get(address):
-                self._spawn(self.describe(self._members[address]))
+                self._once("description of a worker", self.describe(self._members[address]))
         self._listed = found
         for address in [address for address in self._members if address not in found]:
             self._leave(self._members.pop(address))
@@ -295,10 +316,10 @@ class Fleet:
         self._polls.pop(member.address).cancel()
         self._outliers.forget(member.address)
         self._slow_start.forget(member.address)
-        self._spawn(_retire(member))
+        self._once("farewell to a worker", _retire(member))
 
     def _start_polling(self, member: Member) -> None:
-        self._polls[member.address] = asyncio.create_task(self._poll(member))
+        self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))
 
     def _ring_members(self) -> Mapping[str, tuple[float, bool]]:
         return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
@@ -306,7 +327,7 @@ class Fleet:
     def _rebuild(self) -> None:
         """Ranking takes long in a large fleet, so it is done on a thread, by one task at a time."""
         if self._started and self._building is None:
-            self._building = self._spawn(self._build())
+            self._building = self._once("building of the ring", self._build())
 
     async def _build(self) -> None:
         try:
@@ -322,8 +343,8 @@ class Fleet:
     def _tell(self, kind: _Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
         self.events.tell(kind, member.address, member.worker_id, model=model, reason=reason)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+    def _once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = BACKGROUND.once(name, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -92,6 +92,8 @@ class Connection(asyncio.Protocol):
         self._block = bytearray()
         self._block_flags = 0
         self._leaving = False
+        # Those that wait for the server to answer a PING.
+        self._pings: list[Callable[[], None]] = []
 
     @property
     def is_open(self) -> bool:
@@ -145,11 +147,16 @@ class Connection(asyncio.Protocol):
         if self._streams.pop(number, None) is not None and self._transport is not None:
             self._transport.write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
 
+    def ping(self, on_answer: Callable[[], None]) -> None:
+        """`on_answer` is called when the server has answered a PING that is sent now; never where it does not."""
+        self._pings.append(on_answer)
+        self._write(_frame(Frame.PING, 0, 0, bytes(8)))
+
     def close(self) -> None:
-        """Ends the connection with all that is under way."""
+        """Ends the connection with all that is under way, also where the other end reads no more."""
         self._leaving = True
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Takes the frames that are whole."""
@@ -194,6 +201,10 @@ class Connection(asyncio.Protocol):
             self._take_room(number, struct.unpack(">I", payload)[0] & _MAX_WINDOW)
         elif kind == Frame.PING and not flags & _ACK:
             self._write(_frame(Frame.PING, _ACK, 0, payload))
+        elif kind == Frame.PING:
+            pings, self._pings = self._pings, []
+            for on_answer in pings:
+                on_answer()
         elif kind == Frame.RST_STREAM:
             error = struct.unpack(">I", payload)[0]
             self._fail(number, RequestError(f"the server gave up the request (HTTP/2 error {error})"))
