@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
@@ -22,6 +23,7 @@ from cache.entry import Entry
 from cache.purge_board import PurgeBoard
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +173,8 @@ class PeerRegions:
     def start(self) -> None:
         """Begins to measure, and to hear of purges."""
         for peer in self.peers:
-            self._tasks.append(asyncio.create_task(peer.probe_on()))
-            self._tasks.append(asyncio.create_task(peer.watch_on(self._purges)))
+            self._tasks.append(BACKGROUND.start("probe of a peer region", peer.probe_on))
+            self._tasks.append(BACKGROUND.start("purges of a peer region", partial(peer.watch_on, self._purges)))
 
     async def close(self) -> None:
         """Disconnects."""

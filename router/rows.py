@@ -23,6 +23,7 @@ from router.catalog import ModelEntry
 from router.dispatch import FatalRequestError
 from services.runtime import faults
 from services.runtime.errors import RingmeshError, UnavailableError
+from services.runtime.supervisor import BACKGROUND
 from services.runtime.tensors import DATATYPES, raw_from_contents
 from services.runtime.tracing import untraced
 
@@ -146,7 +147,7 @@ class RowCache:
         for key, flight in flights.items():
             if key not in self._flights:
                 self._flights.lead(key, flight)
-        task = asyncio.create_task(self._fly(batch, model, flights, wanted, tenant, compute))
+        task = BACKGROUND.once("rows", self._fly(batch, model, flights, wanted, tenant, compute))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:

@@ -21,6 +21,19 @@ def is_text(text: str) -> bool:
     return len(text) <= _LONGEST_TEXT and text.isprintable()
 
 
+def is_address(address: str) -> bool:
+    """Whether it is host:port."""
+    host, _, port = address.rpartition(":")
+    return (
+        bool(host)
+        and " " not in host
+        and is_text(host)
+        and port.isascii()
+        and port.isdecimal()
+        and 0 < int(port[:6]) < 1 << 16
+    )
+
+
 def is_weight(weight: float) -> bool:
     """Whether a ring can be made of it."""
     return 0 < weight <= _LARGEST_WEIGHT
@@ -28,7 +41,10 @@ def is_weight(weight: float) -> bool:
 
 def nonsense(told: inference_pb2.DescribeResponse, models: Iterable[inference_pb2.ModelVersion]) -> str:
     """What is wrong with a worker's description, of which it holds `models`; "" where nothing is."""
-    for name, text in (("id", told.worker_id), ("region", told.region), ("zone", told.zone)):
+    for name, text in (
+        *(("id", told.worker_id), ("region", told.region), ("zone", told.zone)),
+        ("envelope socket", told.envelope_socket),
+    ):
         if not is_text(text):
             return f"its {name} is {text[:80]!r}"
     if told.weight and not is_weight(told.weight):

@@ -29,6 +29,7 @@ from router.grpc_channel import CallError
 from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
 from services.runtime.faults import internal
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ class WorkerLink:
     def _tell_unwanted(self) -> None:
         request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
         self._unwanted = []
-        telling = asyncio.create_task(self._tell(request.SerializeToString()))
+        telling = BACKGROUND.once("withdrawal", self._tell(request.SerializeToString()))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 

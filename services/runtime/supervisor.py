@@ -32,6 +32,7 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 10.0
 # What has not failed for so long is well again.
 _WELL_SECONDS = 60.0
+_CANCEL_SECONDS = 0.25
 _LONGEST_REASON = 200
 _MOST_LOGGED = 1000
 
@@ -57,14 +58,22 @@ class Supervisor:
 
     def once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs `work` to its end, however it ends: a failure is counted and logged, and not raised."""
-        return self._keep(self._end(name, work))
+        task = self._keep(self._end(name, work))
+        # Where it was cancelled before it began.
+        task.add_done_callback(lambda _: work.close())
+        return task
+
+    async def end(self, *tasks: asyncio.Task[None]) -> None:
+        """Cancels them and waits for their end; again where a library keeps a cancellation to itself, as redis does."""
+        left: set[asyncio.Task[None]] = {*tasks}
+        while left:
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
 
     async def close(self) -> None:
-        """Cancels all that runs, and waits for its end."""
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Ends all that runs."""
+        await self.end(*(task for task in self._tasks if task is not asyncio.current_task()))
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -86,7 +95,7 @@ class Supervisor:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             began = time.monotonic()
-            if await self._run_once(name, work()):
+            if await self._run_once(name, work()) or _is_cancelled():
                 return
             if time.monotonic() - began > _WELL_SECONDS:
                 pause = _FIRST_PAUSE_SECONDS
@@ -109,7 +118,7 @@ class Supervisor:
         return True
 
     def failed(self, name: str, error: Exception) -> None:
-        """A piece of the work failed in a way that nobody foresaw; logged once for each reason."""
+        """A part of the work failed that goes on itself; counted, and logged once for each reason."""
         reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
         self._failures.add(name)
         self._failing[name] = (time.monotonic(), reason)
@@ -118,7 +127,13 @@ class Supervisor:
         if len(self._logged) >= _MOST_LOGGED:
             self._logged.clear()
         self._logged.add((name, reason))
-        log.error("%s failed, and is begun again: %s", name, reason, exc_info=error)
+        log.error("work in the background failed: %s: %s", name, reason, exc_info=error)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task was cancelled and what it cleaned up failed, which hides that."""
+    task = asyncio.current_task()
+    return task is not None and bool(task.cancelling())
 
 
 BACKGROUND: Final = Supervisor()
