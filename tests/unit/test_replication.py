@@ -28,10 +28,10 @@ def peer(fetched):
     """A region whose answers are `fetched`, serialized, whatever is asked for."""
     made = PeerRegion("far", "127.0.0.1:1", Breaker(lambda: 0.0))
 
-    async def valuable(data, timeout):
+    async def valuable(data, **_):
         return cache_pb2.ListValuableResponse(keys=KEYS).SerializeToString()
 
-    async def fetch(data, timeout):
+    async def fetch(data, **_):
         return fetched
 
     made._list, made._fetch = valuable, fetch
