@@ -267,11 +267,9 @@ class Dispatch:
 
     def _end(self, end: Answered | Exception) -> None:
         done, self._done = self._done, None
-        try:
-            self._leave_others()
-        finally:
-            if done is not None:
-                done(end)
+        self._leave_others()
+        if done is not None:
+            done(end)
 
     def _pass_over(self, candidate: Candidate, why: str) -> None:
         self._considered.append(consideration(candidate, why))
@@ -307,12 +305,8 @@ class Dispatch:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        try:
-            while self._under_way:
-                self._under_way.pop().cancel()
-        finally:
-            if self._under_way:
-                self._leave_others()
+        while self._under_way:
+            self._under_way.pop().cancel()
 
     def _no_answer(self) -> RingmeshError:
         if self._failure is not None:
@@ -375,17 +369,18 @@ class _Attempt:
         self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
 
     def cancel(self) -> None:
-        """Nobody waits for it any more."""
+        """Nobody waits for it any more. Raises nothing: the request has its answer, or needs none."""
         if not self._is_open:
             return
+        self._release()
         try:
             if self._sent is not None:
                 self.candidate.member.link.withdraw(self._sent)
             if self._asked.model.hedged:
                 self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
-        finally:
-            self._release()
-        self._record(None, "nobody waits for it any more")
+            self._record(None, "nobody waits for it any more")
+        except Exception as error:
+            internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
 
     def _answered(self, outcome: Outcome) -> None:
         try:
