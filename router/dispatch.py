@@ -159,7 +159,9 @@ class Dispatch:
         self._done: Callable[[Answered | Exception], None] | None = done
         # Requests that left, less those that a worker refused to take; workers that ended while they had it.
         self._attempts = self._ended = 0
-        self._admitted = self._is_free = self._full = False
+        self._admitted = self._is_free = False
+        # Those that had no room for one more: asked after all where it is admitted elsewhere and lost there.
+        self._full: list[Candidate] = []
         self._failure: inference_pb2.Failure | None = None
         self._skipped: list[str] = []
         self._considered: list[Consideration] = []
@@ -228,9 +230,7 @@ class Dispatch:
         """Asks the next that can be asked; where there is none, that is the end."""
         asked, parts = self._asked, self._parts
         is_free, self._is_free = self._is_free, False
-        for candidate in self._order:
-            if self._attempts == RANKS:
-                break
+        while self._attempts < RANKS and (candidate := self._next()) is not None:
             member = candidate.member
             if candidate.reason:
                 self._pass_over(candidate, candidate.reason)
@@ -239,7 +239,7 @@ class Dispatch:
             # What was admitted and lost is not refused, nor is the step of a sequence.
             if not self._admitted:
                 if not asked.sticky and not limit.admits(asked.caller.priority):
-                    self._full = True
+                    self._full.append(candidate)
                     self._pass_over(candidate, no_room(limit))
                     continue
                 self._admitted = True
@@ -264,6 +264,14 @@ class Dispatch:
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
             return
         self._end(self._no_answer())
+
+    def _next(self) -> Candidate | None:
+        """Whom to ask next."""
+        candidate = next(self._order, None)
+        if candidate is None and self._admitted and self._full:
+            full = self._full.pop(0)
+            return Candidate(full.member, full.rank, full.member.why_not(self._asked.model), full.bound)
+        return candidate
 
     def _end(self, end: Answered | Exception) -> None:
         done, self._done = self._done, None
@@ -311,7 +319,7 @@ class Dispatch:
     def _no_answer(self) -> RingmeshError:
         if self._failure is not None:
             return from_failure(self._failure)
-        if self._full:
+        if self._full and not self._admitted:
             return self._parts.shed(self._asked.model, self._asked.caller, self._skipped)
         kind = "worker_lost" if self._attempts else "no_worker"
         return UnavailableError(self._unanswered(told(self._skipped)), kind=kind)

@@ -273,3 +273,13 @@ async def test_a_worker_that_has_enough_to_do_is_passed_over():
     limit.begin()
     await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
     assert asked == [ranked[1]]
+
+
+async def test_a_request_that_was_admitted_and_lost_is_sent_to_a_worker_that_had_no_room_before():
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
+    made, _, asked, _ = dispatcher({ranked[0]: DONE, ranked[1]: LinkClosedError("it stopped answering")})
+    limit = made._parts.limits.of(ranked[0], MODEL.digest)
+    limit.limit = 1
+    limit.begin()
+    _, member = await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+    assert (asked, member.address) == ([ranked[1], ranked[0]], ranked[0])
