@@ -25,7 +25,7 @@ from router.outliers import Outliers
 from router.ring import Ring
 from router.slow_start import SlowStart
 from router.worker_description import nonsense
-from router.worker_link import NotSentError, WorkerLink, WorkerUnreachableError
+from router.worker_link import NotSentError, WorkerBusyError, WorkerLink, WorkerUnreachableError
 from services.runtime.metrics import Counter
 from services.runtime.supervisor import BACKGROUND
 
@@ -35,8 +35,10 @@ TICK_SECONDS = 0.25
 POLL_SECONDS = 0.5
 # Beyond so many a second the polls of a large fleet grow rarer; each costs about 200 µs here.
 MOST_POLLS_A_SECOND = 120
-# Long enough for a worker whose event loop is busy, short enough for callers of a hung one.
+# Within this a worker says what it holds, or at least shows that it is alive.
 POLL_TIMEOUT_SECONDS = 2.0
+# A worker that is alive, but says nothing for longer, hangs.
+MOST_BUSY_SECONDS = 30.0
 _RETIRE_SECONDS = 30.0
 
 _Event = router_pb2.WatchResponse
@@ -104,6 +106,9 @@ class Fleet:
         self.events = FleetEvents()
         self.ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
+        self._clock = clock
+        # Since when a worker is alive and says nothing, and what had been heard from it before, by address.
+        self._busy_since: dict[str, tuple[float, int]] = {}
         self._sources = sources or {}
         self._locality = locality or Locality()
         self._channels: Channels = channels or Network()
@@ -155,15 +160,26 @@ class Fleet:
         try:
             description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
         except WorkerUnreachableError as error:
+            if isinstance(error, WorkerBusyError) and self._may_be_busy(member):
+                return
             self._unreachable(member, error)
             member.link.give_up()
             return
+        self._busy_since.pop(member.address, None)
         same = description.version != 0 and description.version == known
         if reason := nonsense(description, member.models if same else description.models):
             self._unreachable(member, WorkerUnreachableError(f"worker {member.worker_id} reports nonsense: {reason}"))
             member.reason = f"worker {member.worker_id} reports nonsense: {reason}"
         else:
             self._update(member, description, same=same)
+
+    def _may_be_busy(self, member: Member) -> bool:
+        """Whether one that is alive and says nothing keeps what it has: a while it does."""
+        now, heard = self._clock(), member.load.reports
+        since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
+        if heard != heard_before:
+            self._busy_since[member.address] = since, _ = now, heard
+        return now - since < MOST_BUSY_SECONDS
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
@@ -314,6 +330,7 @@ class Fleet:
         self._gone[member.address] = member
         self._refresh()
         self._polls.pop(member.address).cancel()
+        self._busy_since.pop(member.address, None)
         self._outliers.forget(member.address)
         self._slow_start.forget(member.address)
         self._once("farewell to a worker", _retire(member))

@@ -54,6 +54,10 @@ class WorkerUnreachableError(Exception):
     """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
 
 
+class WorkerBusyError(WorkerUnreachableError):
+    """It does not answer in time, but its engine does: it is alive and has something else to do."""
+
+
 class LinkClosedError(WorkerUnreachableError):
     """The link was closed with the request under way: the worker has stopped answering."""
 
@@ -151,19 +155,22 @@ class WorkerLink:
             self._unwanted.append(sent.work.traceparent)
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
-        """What the worker holds, if it says so in `seconds`; without models where that is `known_version`.
+        """What the worker holds, without models where that is `known_version`; it is known within `seconds`.
 
-        An answer opens the link. Raises WorkerUnreachableError.
+        An answer opens the link. Raises WorkerBusyError where the worker only shows that it is alive, else
+        WorkerUnreachableError.
         """
         request = inference_pb2.DescribeRequest(known_version=known_version).SerializeToString()
         try:
-            response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds))
+            response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds / 2))
             self._load.reported(response.load, self._under_way)
             if response.envelope_socket and self._channel.is_local(response.port):
                 await self._local.use(response.envelope_socket)
             self._closed = ""
             return response
         except CallError as error:
+            if error.code is grpc.StatusCode.DEADLINE_EXCEEDED and await self._channel.ping(seconds / 2):
+                raise WorkerBusyError(str(error)) from None
             raise WorkerUnreachableError(str(error)) from None
         except DecodeError:
             raise WorkerUnreachableError("it does not answer as a worker does") from None

@@ -7,7 +7,16 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from router.load import WorkerLoad
-from router.worker_link import MAX_ITEMS, LinkClosedError, NotSentError, Work, WorkerLink, WorkerLostError
+from router.worker_link import (
+    MAX_ITEMS,
+    LinkClosedError,
+    NotSentError,
+    Work,
+    WorkerBusyError,
+    WorkerLink,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
 from services.inference.envelope_socket import EnvelopeSocket
 from services.inference.worker import Work as Received
 from services.runtime.protocol import lane_handler
@@ -39,6 +48,8 @@ class Worker:
         )
         self.gate = asyncio.Event()
         self.gate.set()
+        self.describes = asyncio.Event()
+        self.describes.set()
 
     def lane(self, way):
         async def finish(request, deadline):
@@ -61,6 +72,7 @@ class Worker:
         return asyncio.create_task(finish()).cancel
 
     async def describe(self, request, context):
+        await self.describes.wait()
         return self.says
 
 
@@ -275,3 +287,15 @@ async def test_a_worker_described_twice_at_once_is_connected_to_once(worker, lin
         while not worker.local.connections:
             await asyncio.sleep(0)
     assert len(worker.local.connections) == 1
+
+
+async def test_a_worker_that_says_nothing_but_is_alive_is_busy_and_one_that_is_gone_is_not(worker, link):
+    await link.describe(5, 0)
+    worker.describes.clear()
+    with pytest.raises(WorkerBusyError):
+        await link.describe(0.2, 0)
+    worker.describes.set()
+    await worker.server.stop(0)
+    with pytest.raises(WorkerUnreachableError) as caught:
+        await link.describe(5, 0)
+    assert not isinstance(caught.value, WorkerBusyError)
