@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from cache.entry import Entry
 from cache.shared_tier import SharedTier
+from services.runtime.supervisor import BACKGROUND
 
 _LOOK_SECONDS = 0.5
 _WAIT_SECONDS = 60.0
@@ -38,7 +39,7 @@ class Doorkeeper:
 
     def start(self) -> None:
         """Begins to look."""
-        self._task = asyncio.create_task(self._look_on())
+        self._task = BACKGROUND.start("doorkeeper", self._look_on)
 
     def offer(self, key: bytes, entry: Entry, kept_ms: int | None = None) -> None:
         """Waits from now on, to be written as by SharedTier.put. The oldest are forgotten where too much waits."""

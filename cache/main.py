@@ -16,6 +16,7 @@ from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server
 from services.runtime.spans import this_process
+from services.runtime.supervisor import BACKGROUND
 
 
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
@@ -31,6 +32,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         max_connection_age=settings.max_connection_age_seconds,
     )
     metrics = Metrics()
+    metrics.add(BACKGROUND.samples)
     metrics.add(CacheMetrics(mesh, evictions).samples)
     metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)

@@ -156,26 +156,31 @@ class Mesh:
 
     def found(self, flight: Flight, entry: Entry) -> Found:
         """In the shared tier, for those that joined too."""
-        del self._leaders[flight.key]
         found = Found(entry, "hit-shared")
-        self.flights.end(flight.key, flight.answer, found)
+        self._end(flight, found)
         return found
 
     def land(self, flight: Flight, computed: Computed) -> Found:
-        """Kept, and given to those that joined."""
-        del self._leaders[flight.key]
+        """Kept, and given to those that joined. Where it raises, the flight has not ended."""
         self._learn(flight.key, time.monotonic() - flight.began)
         self.fill(computed)
         found = Found(computed.entry, "miss", computed.worker)
-        self.flights.end(flight.key, flight.answer, found)
+        self._end(flight, found)
         return found
 
     def fail(self, flight: Flight, error: RingmeshError) -> None:
-        """Told to those that joined."""
-        del self._leaders[flight.key]
-        if isinstance(error, InvalidArgumentError):
-            self._refusals.keep(flight.key, error)
-        self.flights.end(flight.key, flight.answer, error)
+        """Told to those that joined; nothing where the flight has ended."""
+        try:
+            if isinstance(error, InvalidArgumentError):
+                self._refusals.keep(flight.key, error)
+        finally:
+            self._end(flight, error)
+
+    def _end(self, flight: Flight, end: Found | RingmeshError) -> None:
+        """The one place where what `lead` began is over."""
+        if not flight.answer.done():
+            self._leaders.pop(flight.key, None)
+        self.flights.end(flight.key, flight.answer, end)
 
     async def get_or_compute(
         self,
@@ -234,7 +239,8 @@ class Mesh:
             computed = await self._compute(key, compute)
             frame = pack(key, computed.entry)
             written = computed.key == key and await self._leases.fill(key, lease.token, frame, self._kept_ms(computed))
-        except RingmeshError:
+        except BaseException:
+            # However it ended: nobody else could renew it for as long as the lease.
             await self._leases.release(key, lease.token)
             raise
         if written:
@@ -317,7 +323,7 @@ class Mesh:
             self.fill(computed)
             return Found(computed.entry, "miss", computed.worker)
         finally:
-            del self._leaders[key]
+            self._leaders.pop(key, None)
 
     async def _compute(self, key: bytes, compute: Callable[[], Awaitable[Computed]]) -> Computed:
         """Learns what it costs, and of requests that are wrong wherever they are computed."""

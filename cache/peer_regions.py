@@ -11,7 +11,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,7 +21,9 @@ from ringmesh.cache.v1 import cache_pb2
 from cache.breaker import Breaker
 from cache.entry import Entry
 from cache.purge_board import PurgeBoard
+from services.runtime import faults
 from services.runtime.errors import RingmeshError
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +35,17 @@ _MAX_KEYS = 64
 # A peer's answer is waited for this many usual trips before computing begins beside it.
 _PATIENCE = 2.0
 _SMOOTHING = 0.2
-_FAILURES = (grpc.aio.AioRpcError, DecodeError, asyncio.TimeoutError, OSError)
 
 _RawCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 _RawStream: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[bytes, bytes]"
 Result = TypeVar("Result")
+
+
+class PeerError(Exception):
+    """A peer answered with nonsense; the message says how."""
+
+
+FAILURES: Final = (grpc.aio.AioRpcError, DecodeError, asyncio.TimeoutError, OSError, PeerError)
 
 
 class PeerRegion:
@@ -74,13 +83,16 @@ class PeerRegion:
         return await asyncio.shield(waiter)
 
     async def get_many(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """In one call. Raises grpc.aio.AioRpcError."""
+        """In one call. Raises one of FAILURES."""
         start = time.monotonic()
         timeout = min(_LONGEST_SECONDS, max(0.1, 10 * self.trip_seconds))
         data = await self._fetch(cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout)
+        results = cache_pb2.FetchResponse.FromString(data).results
+        if len(results) != len(keys):
+            raise PeerError(f"it answered {len(results)} of {len(keys)} look-ups")
         found = [
             Entry(each.entry.value, each.entry.compute_us, each.entry.created_at_ms) if each.HasField("entry") else None
-            for each in cache_pb2.FetchResponse.FromString(data).results
+            for each in results
         ]
         trip = time.monotonic() - start
         known = self.trip_seconds
@@ -88,7 +100,7 @@ class PeerRegion:
         return found
 
     async def valuable(self) -> list[bytes]:
-        """Keys of what saves it most computing. Raises grpc.aio.AioRpcError."""
+        """Keys of what saves it most computing. Raises one of FAILURES."""
         data = await self._list(b"", timeout=_LONGEST_SECONDS)
         return list(cache_pb2.ListValuableResponse.FromString(data).keys)
 
@@ -101,14 +113,14 @@ class PeerRegion:
                     if self._breaker.is_open:
                         log.info("peer region %s answers", self.region)
                     self._breaker.success()
-                except _FAILURES as error:
+                except FAILURES as error:
                     self._failed(error)
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def watch_on(self, purges: PurgeBoard) -> None:
         """Takes over its purges as they come."""
         while True:
-            with contextlib.suppress(*_FAILURES, RingmeshError):
+            with contextlib.suppress(*FAILURES, RingmeshError):
                 async for data in self._watch(b""):
                     await purges.merge(cache_pb2.WatchResponse.FromString(data).purges)
             await asyncio.sleep(_PROBE_SECONDS)
@@ -135,7 +147,7 @@ class PeerRegion:
         try:
             if self.is_up:
                 found = await self.get_many(tuple(waiters))
-        except _FAILURES as error:
+        except Exception as error:
             self._failed(error)
         finally:
             for index, waiter in enumerate(waiters.values()):
@@ -143,7 +155,9 @@ class PeerRegion:
                     waiter.set_result(found[index] if index < len(found) else None)
 
     def _failed(self, error: Exception) -> None:
-        if not self._breaker.is_open:
+        if not isinstance(error, FAILURES):
+            faults.internal(log, f"a look-up in peer region {self.region} failed", error)
+        elif not self._breaker.is_open:
             log.warning("peer region %s is skipped for now: %r", self.region, error)
         self._breaker.failure()
 
@@ -159,8 +173,8 @@ class PeerRegions:
     def start(self) -> None:
         """Begins to measure, and to hear of purges."""
         for peer in self.peers:
-            self._tasks.append(asyncio.create_task(peer.probe_on()))
-            self._tasks.append(asyncio.create_task(peer.watch_on(self._purges)))
+            self._tasks.append(BACKGROUND.start("probe of a peer region", peer.probe_on))
+            self._tasks.append(BACKGROUND.start("purges of a peer region", partial(peer.watch_on, self._purges)))
 
     async def close(self) -> None:
         """Disconnects."""

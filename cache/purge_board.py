@@ -23,6 +23,7 @@ from redis.asyncio import Redis
 from cache.epochs import Epochs
 from cache.shared_tier import SharedTier
 from services.runtime.errors import ResourceExhaustedError, UnavailableError
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class PurgeBoard:
         """Begins to beat."""
         if self._shared is not None:
             self._contact = time.monotonic()
-            self._task = asyncio.create_task(self._beat_on())
+            self._task = BACKGROUND.start("purges", self._beat_on)
 
     async def announce(self, scope: str) -> None:
         """As a purge of a scope that no key is in: returns when every process has heard it with its `on_news`."""
@@ -184,8 +185,9 @@ class PurgeBoard:
                 await self._beat()
             except UnavailableError as error:
                 log.debug("no word from Redis: %s", error.message)
-            except Exception:
-                log.exception("a beat failed")
+            except Exception as error:
+                # Whatever it was, what is too old for a process that is cut off must not be served.
+                BACKGROUND.failed("purges", error)
             self._judge()
             await asyncio.sleep(_BEAT_SECONDS)
 

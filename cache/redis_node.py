@@ -32,6 +32,10 @@ FAILURES: Final = (RedisError, OSError, TimeoutError)
 Reply = bytes | None | Exception
 
 
+class NonsenseError(RedisError):
+    """A reply that is none; the message says how."""
+
+
 class GivenUpError(Exception):
     """The server is down, or slower than the budget."""
 
@@ -43,6 +47,8 @@ def kind_of(error: Exception) -> str:
     """What went wrong with a server, in a word."""
     if isinstance(error, (TimeoutError, RedisTimeoutError)):
         return "slow"
+    if isinstance(error, NonsenseError):
+        return "damaged"
     return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
 
 
@@ -173,14 +179,15 @@ class RedisNode:
                 try:
                     async with asyncio.timeout_at(batch.ends):
                         replies = await self._fetch(names, batch.asking)
-                except FAILURES as error:
-                    self._failed(error)
-                    batch.end()
-                else:
-                    for name, reply in zip(names, replies, strict=True):
+                    for name, reply in zip(names, _checked(replies, len(names)), strict=True):
                         waiter = batch.waiters[name]
                         if not waiter.done():
                             waiter.set_result(reply)
+                except Exception as error:
+                    self._failed(error)
+                finally:
+                    # Whatever it was: callers wait.
+                    batch.end()
                 self._get_times.observe(time.monotonic_ns() - start)
         finally:
             self._lookup_task = None
@@ -212,7 +219,7 @@ class RedisNode:
                 try:
                     async with asyncio.timeout(_WRITE_SECONDS):
                         replies = await pipeline.execute(raise_on_error=False)
-                except FAILURES as error:
+                except Exception as error:
                     self._failed(error)
                     replies = [_GIVEN_UP] * len(fills)
                 self._set_times.observe(time.monotonic_ns() - start)
@@ -231,7 +238,7 @@ class RedisNode:
                 await self.client.ping()  # connects, which may take longer than a look-up may
             async with asyncio.timeout(self._budget):
                 await self.client.ping()
-        except FAILURES:
+        except Exception:
             self.breaker.failure()
         else:
             self.breaker.success()
@@ -255,3 +262,14 @@ class RedisNode:
         self._unwritten_bytes = 0
         for fill in unwritten.values():
             self._on_fill(fill, _GIVEN_UP)
+
+
+def _checked(replies: Any, count: int) -> list[Reply]:
+    """Raises NonsenseError where they do not answer so many look-ups."""
+    if not isinstance(replies, list) or len(replies) != count:
+        raise NonsenseError(f"{count} look-ups were answered with {str(replies)[:80]!r}")
+    for reply in replies:
+        if reply is not None and not isinstance(reply, (bytes, Exception)):
+            raise NonsenseError(f"a look-up was answered with {str(reply)[:80]!r}")
+    checked: list[Reply] = replies
+    return checked

@@ -20,6 +20,7 @@ from redis.exceptions import AskError, MovedError
 from cache.redis_node import FAILURES, RedisNode
 from services.runtime import redis_client
 from services.runtime.redis_url import RedisUrl, Topology
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class ClusterNodes:
 
     def _refresh(self) -> None:
         if self._refresh_task is None:
-            self._refresh_task = asyncio.create_task(self._ask_until_whole())
+            self._refresh_task = BACKGROUND.once("map of the Redis cluster", self._ask_until_whole())
 
     async def _ask_until_whole(self) -> None:
         try:
@@ -177,6 +178,6 @@ class ClusterNodes:
         for place, node in list(self._nodes.items()):
             if id(node) not in used:
                 del self._nodes[place]
-                closing = asyncio.create_task(node.close())
+                closing = BACKGROUND.once("farewell to a Redis server", node.close())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
 from services.runtime.errors import RingmeshError
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Renewals:
         if key in self._keys or len(self._running) >= _MOST_AT_ONCE:
             return
         self._keys.add(key)
-        task = asyncio.create_task(self._run(key, work))
+        task = BACKGROUND.once("renewal", self._run(key, work))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -47,8 +48,8 @@ class Renewals:
             result = await work()
         except RingmeshError as error:
             log.debug("an answer could not be renewed: %s", error.message)
-        except Exception:
-            log.exception("an answer could not be renewed")
+        except Exception as error:
+            BACKGROUND.failed("renewal", error)
         self.counts[result] += 1
         pause = {"failed": _REST_SECONDS, "busy": _BUSY_SECONDS}.get(result, 0.0)
         asyncio.get_running_loop().call_later(pause, self._keys.discard, key)

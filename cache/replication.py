@@ -6,10 +6,9 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 
-import grpc
-
-from cache.peer_regions import PeerRegion
+from cache.peer_regions import FAILURES, PeerRegion
 from cache.shared_tier import SharedTier
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class Replication:
 
     def start(self) -> None:
         """Begins to copy."""
-        self._task = asyncio.create_task(self._copy_on())
+        self._task = BACKGROUND.start("replication", self._copy_on)
 
     def close(self) -> None:
         """Stops."""
@@ -45,7 +44,7 @@ class Replication:
                 if peer.is_up:
                     try:
                         await self._copy(peer)
-                    except (grpc.aio.AioRpcError, TimeoutError) as error:
+                    except FAILURES as error:
                         log.debug("copying from %s ended: %r", peer.region, error)
             await asyncio.sleep(_ROUND_SECONDS)
 

@@ -18,6 +18,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from cache.semantic_index import Near, SemanticIndex, Vector, unit
 from cache.shared_tier import SharedTier
 from services.runtime.errors import UnavailableError
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class SemanticTier:
         if direction is None or direction.size > _MOST_DIMENSIONS or not self.searches_redis:
             return
         if len(self._writes) < _MOST_WRITES:
-            task = asyncio.create_task(self._write(group, direction, key))
+            task = BACKGROUND.once("semantic index", self._write(group, direction, key))
             self._writes.add(task)
             task.add_done_callback(self._writes.discard)
 

@@ -20,6 +20,7 @@ from cache.stats import TierCounters
 from services.runtime.errors import UnavailableError
 from services.runtime.metrics import Counter, Family, Histogram
 from services.runtime.redis_url import parse_redis_url
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class SharedTier:
     def start(self) -> None:
         """Connects, learns what is where, and warns of a server that will refuse writes."""
         self.nodes.owner(_PREFIX)
-        self._check_task = asyncio.create_task(self._check_memory())
+        self._check_task = BACKGROUND.start("check of Redis", self._check_memory)
 
     async def get(self, key: bytes) -> Entry | None:
         """None on a miss, and where Redis is down, slow, or holds something damaged. A cancelled look-up goes on."""

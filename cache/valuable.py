@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from cache.local_tier import LocalTier
 from cache.shared_tier import SharedTier
 from services.runtime.errors import UnavailableError
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Valuable:
 
     def start(self) -> None:
         """Begins to tell."""
-        self._task = asyncio.create_task(self._tell_on())
+        self._task = BACKGROUND.start("valuable entries", self._tell_on)
 
     async def close(self) -> None:
         """Tells once more: who comes next begins with what was learned here."""

@@ -23,6 +23,7 @@ from router.comparison import Verdict, compare
 from router.member import Member
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
 from services.runtime.metrics import Family, Sample
+from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import Trace, untraced
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Audit:
     def begin(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
         """Audits an answer that came from the cache, with the request as it was sent, unless it is too soon."""
         if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
-            self._task = asyncio.create_task(self._run(model, request, answer))
+            self._task = BACKGROUND.once("audit", self._run(model, request, answer))
 
     def why_not(self, model: ModelEntry, catalog: Catalog) -> str:
         """Why the model's answers are not trusted: its own, or those of a step of the ensemble. "" where they are."""
@@ -169,8 +170,8 @@ class Audit:
         except RingmeshError as error:
             audit.results["failed"] += 1
             log.debug("an answer of %s could not be computed again: %s", model.name, error.message)
-        except Exception:
-            log.exception("the audit of an answer of %s failed", model.name)
+        except Exception as error:
+            BACKGROUND.failed("audit", error)
         finally:
             took = self._clock() - began
             self._not_before = self._clock() + max(_SECONDS_APART, _REST * took)

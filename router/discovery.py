@@ -12,7 +12,9 @@ from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
 from router.membership import Listing
+from router.worker_description import is_address, is_text, is_weight
 from services.runtime.discovery import ADDRESSES, CHANGE_SECONDS, FAILURES, TTL_SECONDS, VERSION, AnyRedis, key
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,10 @@ _READ_SECONDS = TTL_SECONDS / 2
 _DNS_SECONDS = 1.0
 
 Told = Callable[[Iterable[Listing]], None]
+
+
+class NonsenseError(Exception):
+    """A member of the fleet is listed that cannot be one, and is skipped."""
 
 
 class AnnouncedWorkers:
@@ -54,15 +60,16 @@ class AnnouncedWorkers:
             await self._redis.aclose()
 
     async def _read(self) -> list[Listing]:
-        # As bytes, for the client does not decode.
-        addresses = [bytes(address).decode() for address in await self._redis.smembers(ADDRESSES)]  # type: ignore[arg-type]
+        members: Any = await self._redis.smembers(ADDRESSES)
+        addresses = [address for member in members if (address := _address(member))]
         if not addresses:
             return []
-        found: list[Any] = await self._redis.mget([key(address) for address in addresses])
+        found: Any = await self._redis.mget([key(address) for address in addresses])
         if gone := [address for address, data in zip(addresses, found, strict=True) if data is None]:
             # One that is just announcing itself does so again within a second.
             await self._redis.srem(ADDRESSES, *gone)
-        return [listing for data in found if data is not None and (listing := _listing(data)) is not None]
+        told = [(address, data) for address, data in zip(addresses, found, strict=True) if data is not None]
+        return [listing for address, data in told if (listing := _listing(address, data)) is not None]
 
 
 class ResolvedWorkers:
@@ -93,16 +100,33 @@ def _host_port(family: int, host: object, port: int) -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
-def _listing(data: bytes) -> Listing | None:
+def _address(member: object) -> str:
+    """A member of the set of addresses; "" where it is none, which is counted."""
+    # As bytes, for the client does not decode.
     try:
-        told = inference_pb2.Announcement.FromString(data)
+        address = bytes(member).decode() if isinstance(member, (bytes, bytearray)) else ""
+    except UnicodeDecodeError:
+        address = ""
+    if not is_address(address):
+        _skipped(f"{member!r:.80} is listed, and is no host:port")
+        return ""
+    return address
+
+
+def _listing(address: str, data: object) -> Listing | None:
+    """What the worker at `address` announces; None where it is nonsense, which is counted."""
+    try:
+        told = inference_pb2.Announcement.FromString(data if isinstance(data, bytes) else b"")
     except DecodeError:
         told = inference_pb2.Announcement()
-    if not told.address or not told.weight > 0:
-        log.warning("an announcement is not one, and is ignored: %r", data[:100])
+    if told.address != address or not is_weight(told.weight):
+        _skipped(f"what {address} announces is no announcement of it: {data!r:.80}")
+        return None
+    if not all(map(is_text, (told.worker_id, told.region, told.zone))):
+        _skipped(f"{address} announces {told.worker_id!r:.80} in {told.region!r:.80}, {told.zone!r:.80}")
         return None
     return Listing(
-        told.address,
+        address,
         told.worker_id,
         told.region,
         told.zone,
@@ -110,3 +134,7 @@ def _listing(data: bytes) -> Listing | None:
         told.accepting,
         frozenset(model.digest for model in told.models),
     )
+
+
+def _skipped(why: str) -> None:
+    BACKGROUND.failed("discovery", NonsenseError(why))

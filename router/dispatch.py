@@ -1,11 +1,13 @@
 """One request on its way through the fleet: to its owner, and on to the next where that one is lost or has enough.
 
-Without a task or a future: what a worker answers calls on what comes next.
+Without a task or a future: what a worker answers calls on what comes next. An exception in any of these steps ends the
+request with it, and gives back what its attempts hold.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
@@ -23,19 +25,29 @@ from router.picker import Candidate, candidates
 from router.retry_budget import RetryBudget
 from router.ring import RANKS
 from router.tail_latency import TailLatency
-from router.worker_link import Outcome, Sent, Work, WorkerLostError, WorkerUnreachableError
+from router.worker_link import (
+    LinkClosedError,
+    NotSentError,
+    Outcome,
+    Sent,
+    Work,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
 from services.runtime.errors import (
-    DeadlineExceededError,
     FailedPreconditionError,
     ResourceExhaustedError,
     RingmeshError,
     UnavailableError,
     from_failure,
 )
+from services.runtime.faults import internal
 from services.runtime.spans import Kind
 from services.runtime.tracing import Trace
 from services.runtime.w3c import new_span_id
 from services.runtime.worker_spans import EXECUTE
+
+log = logging.getLogger(__name__)
 
 _UNAVAILABLE = UnavailableError.code.value[0]
 # Failures of this worker, and perhaps not of another.
@@ -44,6 +56,13 @@ _ELSEWHERE = frozenset((_UNAVAILABLE, FailedPreconditionError.code.value[0], Res
 TOLD = 8
 # A request that kills who runs it would else go through the whole fleet.
 MOST_ENDED = 2
+HEDGE = "hedge"
+
+
+class FatalRequestError(UnavailableError):
+    """So many workers ended while they had the request that nobody else is to send it again."""
+
+    kind = "worker_lost"
 
 
 class Asked:
@@ -113,10 +132,11 @@ class Dispatch:
     Inference is idempotent, so an attempt whose worker is lost is made again elsewhere, but not where the request
     may be what ends them. Where the model is hedged, one that takes longer than most of its kind is made elsewhere too,
     and the first to answer wins; the other leaves the queue here or at the worker, unless it runs already. A hedge
-    counts as a retry.
+    counts as a retry. What a closed link gives back costs no retry: a link closes once for all that it holds.
     """
 
     __slots__ = (
+        "_admitted",
         "_asked",
         "_attempts",
         "_considered",
@@ -124,6 +144,7 @@ class Dispatch:
         "_ended",
         "_failure",
         "_full",
+        "_is_free",
         "_order",
         "_parts",
         "_put_off",
@@ -135,9 +156,12 @@ class Dispatch:
     def __init__(self, parts: Parts, asked: Asked, done: Callable[[Answered | Exception], None]) -> None:
         self._parts = parts
         self._asked = asked
-        self._done = done
+        self._done: Callable[[Answered | Exception], None] | None = done
+        # Requests that left, less those that a worker refused to take; workers that ended while they had it.
         self._attempts = self._ended = 0
-        self._full = False
+        self._admitted = self._is_free = False
+        # Those that had no room for one more: asked after all where it is admitted elsewhere and lost there.
+        self._full: list[Candidate] = []
         self._failure: inference_pb2.Failure | None = None
         self._skipped: list[str] = []
         self._considered: list[Consideration] = []
@@ -146,25 +170,81 @@ class Dispatch:
         self._timer: asyncio.TimerHandle | None = None
         self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
 
-    def go_on(self) -> None:
+    def start(self) -> None:
+        """Asks the first worker."""
+        try:
+            self._go_on()
+        except Exception as error:
+            self.fail(error)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; `done` hears nothing."""
+        self._done = None
+        self._leave_others()
+
+    def fail(self, error: Exception) -> None:
+        """A step of it raised what nobody foresaw."""
+        if self._done is None:
+            # It has been answered, or nobody waits for it.
+            internal(log, "a step after the end of a request failed", error, self._asked.trace.trace_id)
+        self._end(error)
+
+    def attempted(self, attempt: _Attempt, outcome: Outcome) -> None:
+        """The attempt is over."""
+        self._under_way.remove(attempt)
+        lost = isinstance(outcome, WorkerUnreachableError)
+        # Also where another attempt is under way, so that no more than MOST_ENDED have it in all.
+        self._ended += isinstance(outcome, WorkerLostError)
+        if self._ended == MOST_ENDED:
+            self._skipped.append(f"{attempt.candidate.member.worker_id}: {outcome}")
+            reason = f"not tried further: {self._ended} workers ended while they had it; {told(self._skipped)}"
+            self._end(FatalRequestError(self._unanswered(reason)))
+            return
+        failure = None
+        if isinstance(outcome, inference_pb2.WorkResult) and outcome.HasField("failure"):
+            failure = outcome.failure
+        if self._under_way and (lost or (failure is not None and failure.code in _ELSEWHERE)):
+            return
+        member = attempt.candidate.member
+        if isinstance(outcome, WorkerUnreachableError):
+            self._skipped.append(f"{member.worker_id}: {outcome}")
+            self._attempts -= isinstance(outcome, NotSentError) and attempt.kind != HEDGE
+            self._is_free = isinstance(outcome, LinkClosedError)
+            self._leave_others()
+            self._go_on()
+        elif isinstance(outcome, RingmeshError):
+            self._end(outcome)
+        elif failure is None:
+            self._end((outcome, member))
+        elif failure.code not in _ELSEWHERE:
+            self._end(from_failure(failure))
+        else:
+            self._skipped.append(f"{member.worker_id}: {failure.message}")
+            # Also for a sequence that began elsewhere, before its place on the ring went to this one.
+            if self._failure is None and failure.code != _UNAVAILABLE:
+                self._failure = failure
+            self._leave_others()
+            self._go_on()
+
+    def _go_on(self) -> None:
         """Asks the next that can be asked; where there is none, that is the end."""
         asked, parts = self._asked, self._parts
-        for candidate in self._order:
-            if self._attempts == RANKS:
-                break
+        is_free, self._is_free = self._is_free, False
+        while self._attempts < RANKS and (candidate := self._next()) is not None:
             member = candidate.member
             if candidate.reason:
                 self._pass_over(candidate, candidate.reason)
                 continue
             limit = parts.limits.of(member.address, asked.model.digest)
             # What was admitted and lost is not refused, nor is the step of a sequence.
-            if not self._attempts:
+            if not self._admitted:
                 if not asked.sticky and not limit.admits(asked.caller.priority):
-                    self._full = True
+                    self._full.append(candidate)
                     self._pass_over(candidate, no_room(limit))
                     continue
+                self._admitted = True
                 parts.retries.request()
-            elif not parts.retries.take():
+            elif not is_free and not parts.retries.take():
                 self._skipped.append("not tried further: too many requests needed retries in the last seconds")
                 break
             self._attempts += 1
@@ -174,15 +254,30 @@ class Dispatch:
                 consideration(candidate, ""),
             )
             self._considered = []
-            if asked.model.hedged and not asked.sticky and (patience := parts.tails.of(asked.model.digest)) is not None:
+            if (
+                asked.model.hedged
+                and not asked.sticky
+                and not self._ended
+                and (patience := parts.tails.of(asked.model.digest)) is not None
+            ):
                 self._timer = asyncio.get_running_loop().call_later(patience, self._hedge)
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
             return
-        self._done(self._no_answer())
+        self._end(self._no_answer())
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more; `done` hears nothing."""
+    def _next(self) -> Candidate | None:
+        """Whom to ask next."""
+        candidate = next(self._order, None)
+        if candidate is None and self._admitted and self._full:
+            full = self._full.pop(0)
+            return Candidate(full.member, full.rank, full.member.why_not(self._asked.model), full.bound)
+        return candidate
+
+    def _end(self, end: Answered | Exception) -> None:
+        done, self._done = self._done, None
         self._leave_others()
+        if done is not None:
+            done(end)
 
     def _pass_over(self, candidate: Candidate, why: str) -> None:
         self._considered.append(consideration(candidate, why))
@@ -191,51 +286,28 @@ class Dispatch:
     def _attempt(
         self, candidate: Candidate, limit: ConcurrencyLimit, considered: tuple[Consideration, ...], kind: str
     ) -> None:
-        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self._attempted)
+        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self)
         self._under_way.append(attempt)
         attempt.begin()
 
     def _hedge(self) -> None:
         """Also asks the next that has room, where the budget has."""
         self._timer = None
+        try:
+            self._ask_another()
+        except Exception as error:
+            self.fail(error)
+
+    def _ask_another(self) -> None:
+        if self._ended or not self._under_way:
+            return
         asked, parts = self._asked, self._parts
         for candidate in self._order:
             limit = parts.limits.of(candidate.member.address, asked.model.digest)
             if not candidate.reason and limit.admits(asked.caller.priority):
                 if parts.retries.take():
-                    self._attempt(candidate, limit, (consideration(candidate, ""),), "hedge")
+                    self._attempt(candidate, limit, (consideration(candidate, ""),), HEDGE)
                 return
-
-    def _attempted(self, attempt: _Attempt, outcome: Outcome) -> None:
-        self._under_way.remove(attempt)
-        lost = isinstance(outcome, WorkerUnreachableError)
-        failure = None
-        if isinstance(outcome, inference_pb2.WorkResult) and outcome.HasField("failure"):
-            failure = outcome.failure
-        if self._under_way and (lost or (failure is not None and failure.code in _ELSEWHERE)):
-            return
-        self._leave_others()
-        member = attempt.candidate.member
-        if isinstance(outcome, WorkerUnreachableError):
-            self._skipped.append(f"{member.worker_id}: {outcome}")
-            self._ended += isinstance(outcome, WorkerLostError)
-            if self._ended == MOST_ENDED:
-                self._skipped.insert(0, f"not tried further: {self._ended} workers ended while they had it")
-                self._done(self._no_answer())
-            else:
-                self.go_on()
-        elif isinstance(outcome, DeadlineExceededError):
-            self._done(outcome)
-        elif failure is None:
-            self._done((outcome, member))
-        elif failure.code not in _ELSEWHERE:
-            self._done(from_failure(failure))
-        else:
-            self._skipped.append(f"{member.worker_id}: {failure.message}")
-            # Also for a sequence that began elsewhere, before its place on the ring went to this one.
-            if self._failure is None and failure.code != _UNAVAILABLE:
-                self._failure = failure
-            self.go_on()
 
     def _leave_others(self) -> None:
         if self._timer is not None:
@@ -247,30 +319,32 @@ class Dispatch:
     def _no_answer(self) -> RingmeshError:
         if self._failure is not None:
             return from_failure(self._failure)
-        if self._full:
+        if self._full and not self._admitted:
             return self._parts.shed(self._asked.model, self._asked.caller, self._skipped)
-        return UnavailableError(
-            f"no worker could answer for model {self._asked.model.name!r}, retry later; {told(self._skipped)}",
-            kind="worker_lost" if self._attempts else "no_worker",
-        )
+        kind = "worker_lost" if self._attempts else "no_worker"
+        return UnavailableError(self._unanswered(told(self._skipped)), kind=kind)
+
+    def _unanswered(self, why: str) -> str:
+        return f"no worker could answer for model {self._asked.model.name!r}, retry later; {why}"
 
 
 class _Attempt:
-    """A request at one worker."""
+    """A request at one worker. It holds a place in `limit` until it is answered or cancelled."""
 
     __slots__ = (
         "_asked",
         "_began",
         "_begun",
         "_considered",
-        "_done",
-        "_kind",
+        "_dispatch",
+        "_is_open",
         "_limit",
         "_parts",
         "_sent",
         "_span_id",
         "_start",
         "candidate",
+        "kind",
     )
 
     def __init__(
@@ -281,20 +355,21 @@ class _Attempt:
         considered: tuple[Consideration, ...],
         kind: str,
         limit: ConcurrencyLimit,
-        done: Callable[[_Attempt, Outcome], None],
+        dispatch: Dispatch,
     ) -> None:
         self.candidate = candidate
         self._parts = parts
         self._asked = asked
         self._considered = considered
-        self._kind = kind
+        self.kind = kind
         self._limit = limit
-        self._done = done
+        self._dispatch = dispatch
         self._sent: Sent | None = None
         self._span_id = new_span_id()
         self._start = time.time_ns()
         self._began = time.monotonic()
         self._begun = limit.begin()
+        self._is_open = True
 
     def begin(self) -> None:
         asked = self._asked
@@ -302,13 +377,36 @@ class _Attempt:
         self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
 
     def cancel(self) -> None:
-        assert self._sent is not None
-        self.candidate.member.link.withdraw(self._sent)
-        if self._asked.model.hedged:
-            self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
-        self._record(None, "nobody waits for it any more")
+        """Nobody waits for it any more. Raises nothing: the request has its answer, or needs none."""
+        if not self._is_open:
+            return
+        self._release()
+        try:
+            if self._sent is not None:
+                self.candidate.member.link.withdraw(self._sent)
+            if self._asked.model.hedged:
+                self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
+            self._record(None, "nobody waits for it any more")
+        except Exception as error:
+            internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
 
     def _answered(self, outcome: Outcome) -> None:
+        try:
+            try:
+                error = self._learn(outcome)
+            finally:
+                self._release()
+            self._record(outcome if isinstance(outcome, inference_pb2.WorkResult) else None, error)
+            self._dispatch.attempted(self, outcome)
+        except Exception as error:
+            self._dispatch.fail(error)
+
+    def _release(self) -> None:
+        self._is_open = False
+        self._limit.end()
+
+    def _learn(self, outcome: Outcome) -> str:
+        """From how it ended; the error in words, "" where there is none."""
         took = time.monotonic() - self._began
         parts, model, member = self._parts, self._asked.model, self.candidate.member
         if isinstance(outcome, inference_pb2.WorkResult):
@@ -318,20 +416,17 @@ class _Attempt:
                 self._limit.completed(self._begun, took, timing.compute_us / 1e6)
             if model.hedged:
                 parts.tails.observe(model.digest, took)
-            self._record(outcome, outcome.failure.message if outcome.HasField("failure") else "")
-        elif isinstance(outcome, DeadlineExceededError):
+            return outcome.failure.message if outcome.HasField("failure") else ""
+        if isinstance(outcome, RingmeshError):
             self._limit.completed(self._begun, took, 0.0)
-            self._record(None, outcome.message)
-        else:
-            parts.fleet.failed(member, outcome)
-            self._record(None, str(outcome))
-        self._done(self, outcome)
+            return outcome.message
+        parts.fleet.failed(member, outcome)
+        return str(outcome)
 
     def _record(self, result: inference_pb2.WorkResult | None, error: str) -> None:
-        self._limit.end()
         candidate = self.candidate
         worker, code, end = candidate.member.worker_id, code_name(result), time.time_ns()
-        self._parts.metrics.attempted(worker, self._kind, code, end - self._start)
+        self._parts.metrics.attempted(worker, self.kind, code, end - self._start)
         self._asked.trace.span(
             EXECUTE,
             self._start,

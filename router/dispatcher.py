@@ -46,7 +46,7 @@ class Dispatcher:
         reached.
         """
         dispatch = Dispatch(self._parts, asked, done)
-        dispatch.go_on()
+        dispatch.start()
         return dispatch
 
     async def run(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.router.v1 import router_pb2
 
 from router.catalog import Catalog, ModelEntry
+from router.channels import Channels, Network
 from router.dispatch_metrics import EJECTIONS
 from router.fleet_events import FleetEvents
 from router.load import Pool, WorkerLoad, pools
@@ -22,8 +24,10 @@ from router.membership import Listing, Membership
 from router.outliers import Outliers
 from router.ring import Ring
 from router.slow_start import SlowStart
-from router.worker_link import WorkerLink, WorkerUnreachableError
+from router.worker_description import nonsense
+from router.worker_link import NotSentError, WorkerBusyError, WorkerLink, WorkerUnreachableError
 from services.runtime.metrics import Counter
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +35,10 @@ TICK_SECONDS = 0.25
 POLL_SECONDS = 0.5
 # Beyond so many a second the polls of a large fleet grow rarer; each costs about 200 µs here.
 MOST_POLLS_A_SECOND = 120
-# Long enough for a worker whose event loop is busy, short enough for callers of a hung one.
+# Within this a worker says what it holds, or at least shows that it is alive.
 POLL_TIMEOUT_SECONDS = 2.0
+# A worker that is alive, but says nothing for longer, hangs.
+MOST_BUSY_SECONDS = 30.0
 _RETIRE_SECONDS = 30.0
 
 _Event = router_pb2.WatchResponse
@@ -95,12 +101,17 @@ class Fleet:
         clock: Callable[[], float],
         sources: Mapping[str, Source] | None = None,
         locality: Locality | None = None,
+        channels: Channels | None = None,
     ) -> None:
         self.events = FleetEvents()
         self.ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
+        self._clock = clock
+        # Since when a worker is alive and says nothing, and what had been heard from it before, by address.
+        self._busy_since: dict[str, tuple[float, int]] = {}
         self._sources = sources or {}
         self._locality = locality or Locality()
+        self._channels: Channels = channels or Network()
         self._membership = Membership(clock)
         self._outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)
@@ -123,8 +134,8 @@ class Fleet:
         for member in self._members.values():
             self._start_polling(member)
         for name, source in self._sources.items():
-            self._spawn(source.watch(partial(self._told, name)))
-        self._spawn(self._tick())
+            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(source.watch, partial(self._told, name))))
+        self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
 
     async def close(self) -> None:
         """Stops polling and disconnects."""
@@ -135,7 +146,8 @@ class Fleet:
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """An attempt was lost: passes the member over until it answers again."""
-        self._outliers.failed(member.address)
+        if not isinstance(error, NotSentError):
+            self._outliers.failed(member.address)
         self._unreachable(member, error)
 
     def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
@@ -148,10 +160,26 @@ class Fleet:
         try:
             description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
         except WorkerUnreachableError as error:
+            if isinstance(error, WorkerBusyError) and self._may_be_busy(member):
+                return
             self._unreachable(member, error)
             member.link.give_up()
+            return
+        self._busy_since.pop(member.address, None)
+        same = description.version != 0 and description.version == known
+        if reason := nonsense(description, member.models if same else description.models):
+            self._unreachable(member, WorkerUnreachableError(f"worker {member.worker_id} reports nonsense: {reason}"))
+            member.reason = f"worker {member.worker_id} reports nonsense: {reason}"
         else:
-            self._update(member, description, known)
+            self._update(member, description, same=same)
+
+    def _may_be_busy(self, member: Member) -> bool:
+        """Whether one that is alive and says nothing keeps what it has: a while it does."""
+        now, heard = self._clock(), member.load.reports
+        since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
+        if heard != heard_before:
+            self._busy_since[member.address] = since, _ = now, heard
+        return now - since < MOST_BUSY_SECONDS
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
@@ -160,6 +188,7 @@ class Fleet:
             self._tell(_Event.KIND_EJECTED, member, reason=reason)
             member.reason = reason
             self._refresh()
+            member.wake.set()
         elif member.reason == "draining":
             member.reason = reason
 
@@ -172,10 +201,18 @@ class Fleet:
                 await self.describe(member)
             heard = load.reports
             seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
-            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
+                    await member.wake.wait()
+            member.wake.clear()
 
-    def _update(self, member: Member, told: inference_pb2.DescribeResponse, known: int) -> None:
-        same = told.version != 0 and told.version == known
+    async def _check(self, member: Member) -> None:
+        """Of a worker that owes an answer: whether it has stopped."""
+        if not await member.link.is_alive():
+            self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
+            member.link.give_up()
+
+    def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
         models = member.models if same else tuple(told.models)
         member.version = told.version
         reason = "" if told.accepting else "draining"
@@ -236,6 +273,9 @@ class Fleet:
             await asyncio.sleep(TICK_SECONDS)
             self._follow_membership()
             self._judge()
+            for member in self._members.values():
+                if member.link.is_silent:
+                    self._once("check of a worker", self._check(member))
 
     def _judge(self) -> None:
         ejected = self._outliers.ejected({address: member.healthy for address, member in self._members.items()})
@@ -267,7 +307,7 @@ class Fleet:
             if address not in self._members:
                 self._join(listing)
             elif listing != self._listed.get(address):
-                self._spawn(self.describe(self._members[address]))
+                self._once("description of a worker", self.describe(self._members[address]))
         self._listed = found
         for address in [address for address in self._members if address not in found]:
             self._leave(self._members.pop(address))
@@ -276,7 +316,9 @@ class Fleet:
 
     def _join(self, listing: Listing) -> None:
         load = WorkerLoad()
-        member = self._members[listing.address] = Member(listing, WorkerLink(listing.address, load), load)
+        member = self._members[listing.address] = Member(
+            listing, WorkerLink(listing.address, load, self._channels), load
+        )
         self._tell(_Event.KIND_JOINED, member)
         if self._started:
             self._start_polling(member)
@@ -288,12 +330,13 @@ class Fleet:
         self._gone[member.address] = member
         self._refresh()
         self._polls.pop(member.address).cancel()
+        self._busy_since.pop(member.address, None)
         self._outliers.forget(member.address)
         self._slow_start.forget(member.address)
-        self._spawn(_retire(member))
+        self._once("farewell to a worker", _retire(member))
 
     def _start_polling(self, member: Member) -> None:
-        self._polls[member.address] = asyncio.create_task(self._poll(member))
+        self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))
 
     def _ring_members(self) -> Mapping[str, tuple[float, bool]]:
         return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
@@ -301,7 +344,7 @@ class Fleet:
     def _rebuild(self) -> None:
         """Ranking takes long in a large fleet, so it is done on a thread, by one task at a time."""
         if self._started and self._building is None:
-            self._building = self._spawn(self._build())
+            self._building = self._once("building of the ring", self._build())
 
     async def _build(self) -> None:
         try:
@@ -317,8 +360,8 @@ class Fleet:
     def _tell(self, kind: _Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
         self.events.tell(kind, member.address, member.worker_id, model=model, reason=reason)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+    def _once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = BACKGROUND.once(name, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

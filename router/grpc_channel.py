@@ -6,6 +6,7 @@ Source: gRPC over HTTP2 (PROTOCOL-HTTP2.md of grpc/grpc).
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 from urllib.parse import unquote
@@ -15,22 +16,26 @@ import hpack
 
 from router.http2 import Connection, ConnectionLostError, Stream
 
+log = logging.getLogger(__name__)
+
 CONNECT_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _PREFIX_BYTES = 5
+_READ_SECONDS = 0.05
 
 
 class CallError(Exception):
     """The server answered with another status than OK, or could not be reached (UNAVAILABLE).
 
-    `lost`: the connection ended while the call was under way.
+    `lost`: the connection ended while the call was under way. `unsent`: there was no connection to send it over.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str, *, lost: bool = False) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, *, lost: bool = False, unsent: bool = False) -> None:
         super().__init__(f"{code.name}: {details}")
         self.code = code
         self.details = details
         self.lost = lost
+        self.unsent = unsent
 
 
 class GrpcChannel:
@@ -60,6 +65,9 @@ class GrpcChannel:
                 begun.append(self._request(await self._connect(), method, request, done))
             except CallError as error:
                 done(error)
+            except Exception as error:
+                log.exception("a call to %s could not begin", self._address)
+                done(CallError(grpc.StatusCode.INTERNAL, f"the call could not begin: {error!r}", unsent=True))
 
         begun.append(asyncio.create_task(connect_first()).cancel)
         return lambda: begun[-1]()
@@ -96,8 +104,34 @@ class GrpcChannel:
         """Whether the server is on this host, and `port`, which is its own, says that nothing is in between."""
         return self._connection is not None and self._connection.is_local(port)
 
+    async def ping(self, seconds: float) -> bool:
+        """Whether the server's engine acknowledges an HTTP/2 PING in time; connects where it has to.
+
+        Engines answer it without Python, so a server that is busy does and one that is stopped does not.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._connect()
+        except (TimeoutError, CallError):
+            return False
+        acknowledged = asyncio.Event()
+        forget = connection.ping(acknowledged.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await acknowledged.wait()
+        except TimeoutError:
+            # Where this process was held up itself, the answer is there and has not been read.
+            await asyncio.sleep(_READ_SECONDS)
+        finally:
+            forget()
+        return acknowledged.is_set()
+
     async def close(self) -> None:
         """Disconnects; what is under way fails."""
+        self.drop()
+
+    def drop(self) -> None:
+        """As `close`; the next call connects again."""
         for connection in list(self._connections):
             connection.close()
 
@@ -112,9 +146,10 @@ class GrpcChannel:
                     _, made = await loop.create_connection(lambda: Connection(self._lost), host.strip("[]"), int(port))
             except TimeoutError:
                 message = f"no connection to {self._address} within {CONNECT_SECONDS:g} s"
-                raise CallError(grpc.StatusCode.UNAVAILABLE, message) from None
+                raise CallError(grpc.StatusCode.UNAVAILABLE, message, unsent=True) from None
             except OSError as error:
-                raise CallError(grpc.StatusCode.UNAVAILABLE, f"cannot connect to {self._address}: {error}") from None
+                message = f"cannot connect to {self._address}: {error}"
+                raise CallError(grpc.StatusCode.UNAVAILABLE, message, unsent=True) from None
             self._connections.add(made)
             self._connection = made
             return made

@@ -92,6 +92,9 @@ class Connection(asyncio.Protocol):
         self._block = bytearray()
         self._block_flags = 0
         self._leaving = False
+        # Told of the acknowledgement of each ping, by its number.
+        self._pings: dict[int, Callable[[], None]] = {}
+        self._next_ping = 0
 
     @property
     def is_open(self) -> bool:
@@ -145,11 +148,19 @@ class Connection(asyncio.Protocol):
         if self._streams.pop(number, None) is not None and self._transport is not None:
             self._transport.write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
 
+    def ping(self, acknowledged: Callable[[], None]) -> Callable[[], object]:
+        """Asks the server's engine for a sign of life; what stops waiting for it."""
+        number = self._next_ping
+        self._next_ping += 1
+        self._pings[number] = acknowledged
+        self._write(_frame(Frame.PING, 0, 0, struct.pack(">Q", number)))
+        return lambda: self._pings.pop(number, None)
+
     def close(self) -> None:
-        """Ends the connection with all that is under way."""
+        """Ends the connection with all that is under way, also where the other end reads no more."""
         self._leaving = True
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Takes the frames that are whole."""
@@ -194,6 +205,10 @@ class Connection(asyncio.Protocol):
             self._take_room(number, struct.unpack(">I", payload)[0] & _MAX_WINDOW)
         elif kind == Frame.PING and not flags & _ACK:
             self._write(_frame(Frame.PING, _ACK, 0, payload))
+        elif kind == Frame.PING:
+            acknowledged = self._pings.pop(struct.unpack(">Q", payload)[0], None)
+            if acknowledged is not None:
+                acknowledged()
         elif kind == Frame.RST_STREAM:
             error = struct.unpack(">I", payload)[0]
             self._fail(number, RequestError(f"the server gave up the request (HTTP/2 error {error})"))

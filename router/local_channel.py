@@ -49,7 +49,7 @@ class LocalChannel:
         return self._connecting
 
     async def _connected(self, path: str) -> None:
-        with suppress(OSError, TimeoutError):
+        with suppress(OSError, TimeoutError, ValueError):
             async with asyncio.timeout(CONNECT_SECONDS):
                 _, made = await asyncio.get_running_loop().create_unix_connection(LocalConnection, path)
             self._connection, self._path = made, path

@@ -37,6 +37,7 @@ from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.request_log import RequestLog
 from services.runtime.server import Server
+from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import create_tracer
 
 
@@ -90,6 +91,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         share_port=settings.share_port,
     )
     metrics = Metrics()
+    metrics.add(BACKGROUND.samples)
     counted = (
         requests,
         dispatcher,
@@ -112,13 +114,12 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
-    works = (requests.keep_marking(), slo.keep_sampling(), huge_pages.keep_collapsing())
-    tickers = [asyncio.create_task(work) for work in works]
+    BACKGROUND.start("request metrics", requests.keep_marking)
+    BACKGROUND.start("objectives", slo.keep_sampling)
+    BACKGROUND.start("huge pages", huge_pages.keep_collapsing)
     await stopping.wait()
     fleet.events.close()
     cache.close()
-    for ticker in tickers:
-        ticker.cancel()
     await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()

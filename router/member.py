@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,6 +28,13 @@ class Link(Protocol):
 
     async def call(self, method: str, request: bytes, seconds: float) -> bytes:
         """One call of another method. Raises WorkerUnreachableError or the worker's own error."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether `is_alive` should be asked."""
+
+    async def is_alive(self) -> bool:
+        """Whether the worker's engine answers."""
 
     def give_up(self) -> None:
         """Ends what is under way."""
@@ -54,6 +62,8 @@ class Member:
         self.link = link
         self.load = load
         self.reason = "not yet connected"
+        # Set where it is to be asked soon how it is.
+        self.wake = asyncio.Event()
         self.ejected = ""
         self.ramp = 1.0
         # The worker's version of `models`.

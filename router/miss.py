@@ -1,4 +1,8 @@
-"""A request that the local tier cannot answer, done without a task or a future of its own: as most misses can be."""
+"""A request that the local tier cannot answer, done without a task or a future of its own: as most misses can be.
+
+Whatever calls a step of it, the caller's deadline, a worker's answer or Redis, an exception there ends the request and
+the flight that others joined: `_fail` is the one way out, and gives back all that the request holds.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,9 @@ from router.admitted import Admitted
 from router.catalog import ModelEntry
 from router.dispatch import Answered, Asked
 from router.member import Member
-from services.runtime.errors import DeadlineExceededError, RingmeshError
-from services.runtime.rpc import Answer, Failure, unexpected
+from services.runtime import faults
+from services.runtime.errors import DeadlineExceededError, RingmeshError, UnavailableError
+from services.runtime.rpc import Answer, Failure, failure
 
 log = logging.getLogger(__name__)
 
@@ -135,19 +140,21 @@ class _Miss:
         self._looking: asyncio.Task[None] | None = None
 
     def begin(self, deadline: float | None) -> None:
-        call, parts, key = self._call, self._parts, self._key
-        parts.requests.in_flight += 1
+        self._parts.requests.in_flight += 1
         try:
-            if call.caller is ANYBODY:
-                call.caller = caller_of(call.metadata)
-            entry = parts.mesh.peek(key) if key else None
-        except RingmeshError as error:
-            self._reply(parts.replies.failure(call, error))
-            return
+            self._start(deadline)
+        except Exception as error:
+            self._fail(error)
+
+    def _start(self, deadline: float | None) -> None:
+        call, parts, key = self._call, self._parts, self._key
+        if call.caller is ANYBODY:
+            call.caller = caller_of(call.metadata)
         if key:
+            entry = parts.mesh.peek(key)
             if entry is not None:
                 # An equal request was answered since the first look.
-                self._reply(parts.replies.answer(call, Found(entry, "hit-local")))
+                self._reply(Found(entry, "hit-local"))
                 return
             self._flight = parts.mesh.lead(key, call.trace)
         if deadline is not None:
@@ -160,27 +167,23 @@ class _Miss:
 
     async def _look_up(self, deadline: float | None) -> None:
         """In Redis; then it is computed."""
-        call, parts, flight = self._call, self._parts, self._flight
+        flight = self._flight
         assert flight is not None
         try:
-            entry = await parts.mesh.look_up(self._key, call.trace)
+            entry = await self._parts.mesh.look_up(self._key, self._call.trace)
+            if entry is None:
+                self._compute(deadline)
+            else:
+                self._reply(self._parts.mesh.found(flight, entry))
+        except asyncio.CancelledError:
+            self._fail(UnavailableError("the router is stopping"))
+            raise
         except Exception as error:
-            self._computed(error)
-            return
-        if entry is None:
-            self._compute(deadline)
-            return
-        found = parts.mesh.found(flight, entry)
-        if self._answer is not None:
-            self._reply(parts.replies.answer(call, found))
+            self._fail(error)
 
     def _compute(self, deadline: float | None) -> None:
         call, parts = self._call, self._parts
-        try:
-            parts.quotas.take(call.caller)
-        except RingmeshError as error:
-            self._computed(error)
-            return
+        parts.quotas.take(call.caller)
         asked = Asked(self._model, call.data, call.request_hash, call.request_hash, deadline, call.caller, call.trace)
         dispatch = parts.dispatcher.begin(asked, self._computed)
         if self._answer is not None:
@@ -190,45 +193,60 @@ class _Miss:
         """The caller has left. What is to be kept is computed all the same: others may have joined it."""
         if self._answer is None:
             return
+        dispatch = self._dispatch
+        self._leave()
+        if self._flight is None and dispatch is not None:
+            dispatch.cancel()
         self._parts.replies.left(self._call)
-        if self._flight is None and self._dispatch is not None:
-            self._dispatch.cancel()
-        self._forget()
 
     def _late(self) -> None:
-        error = DeadlineExceededError("the deadline passed before the answer was computed")
-        self._reply(self._parts.replies.failure(self._call, error))
+        self._reply(DeadlineExceededError("the deadline passed before the answer was computed"))
 
     def _computed(self, ended: Answered | Exception) -> None:
-        call, parts = self._call, self._parts
-        if isinstance(ended, Exception):
-            if isinstance(ended, RingmeshError):
-                error = ended
-            else:
-                log.error("trace %s: %s failed", call.trace.trace_id, call.name, exc_info=ended)
-                error = unexpected(ended)
+        try:
+            if isinstance(ended, Exception):
+                raise ended
+            made = as_computed(self._call, self._model, self._epochs, *ended)
             if self._flight is not None:
-                parts.mesh.fail(self._flight, error)
-            if self._answer is not None:
-                self._reply(parts.replies.failure(call, error))
-            return
-        made = as_computed(call, self._model, self._epochs, *ended)
-        if self._flight is not None:
-            found = parts.mesh.land(self._flight, made)
+                found = self._parts.mesh.land(self._flight, made)
+            else:
+                found = Found(made.entry, "bypass", made.worker)
+        except Exception as error:
+            self._fail(error)
         else:
-            found = Found(made.entry, "bypass", made.worker)
-        if self._answer is not None:
-            self._reply(parts.replies.answer(call, found))
+            self._reply(found)
 
-    def _reply(self, reply: Answer | Failure) -> None:
+    def _fail(self, error: Exception) -> None:
+        """Ends it without an answer, for the caller and for those that joined."""
+        told = faults.told(log, f"{self._call.name} failed", error, self._call.trace.trace_id)
+        try:
+            if self._flight is not None:
+                self._parts.mesh.fail(self._flight, told)
+        except Exception as another:
+            faults.internal(log, f"the end of {self._call.name} failed", another, self._call.trace.trace_id)
+        self._reply(told)
+
+    def _reply(self, end: Found | RingmeshError) -> None:
+        """The one place where the caller is answered; nothing where that was done, or the caller has left."""
         answer = self._answer
-        self._forget()
-        if answer is not None:
+        if answer is None:
+            return
+        self._leave()
+        call, replies = self._call, self._parts.replies
+        reply: Answer | Failure
+        try:
+            reply = replies.answer(call, end) if isinstance(end, Found) else replies.failure(call, end)
+        except Exception as error:
+            reply = failure(faults.internal(log, f"{call.name} failed", error, call.trace.trace_id))
+        try:
             answer(reply)
+        except Exception as error:
+            faults.internal(log, "an answer could not be sent", error, call.trace.trace_id)
 
-    def _forget(self) -> None:
+    def _leave(self) -> None:
+        """Gives back what the caller holds."""
         self._answer = self._dispatch = None
+        self._parts.requests.in_flight -= 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._parts.requests.in_flight -= 1

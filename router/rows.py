@@ -7,6 +7,7 @@ Each row is filed under the key that it would have as a request of its own.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -19,9 +20,14 @@ from cache.epochs import Epochs
 from cache.keys import RequestHasher
 from cache.mesh import Computed, Found, Mesh, Outcome
 from router.catalog import ModelEntry
-from services.runtime.errors import RingmeshError
+from router.dispatch import FatalRequestError
+from services.runtime import faults
+from services.runtime.errors import RingmeshError, UnavailableError
+from services.runtime.supervisor import BACKGROUND
 from services.runtime.tensors import DATATYPES, raw_from_contents
 from services.runtime.tracing import untraced
+
+log = logging.getLogger(__name__)
 
 # Beyond it a batch is a bulk job, whose rows would only hold up the loop.
 MAX_ROWS = 256
@@ -46,6 +52,13 @@ class RowFailedError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def raise_fatal(error: Exception) -> None:
+    """Raises what must end those that joined too: a request that ended its workers would end as many again."""
+    cause = error.error if isinstance(error, RowFailedError) else error
+    if isinstance(cause, FatalRequestError):
+        raise cause from None
 
 
 class RowCache:
@@ -90,7 +103,8 @@ class RowCache:
             for key, flight in joined.items():
                 try:
                     row = await asyncio.shield(flight)
-                except (RingmeshError, RowFailedError):
+                except (RingmeshError, RowFailedError) as error:
+                    raise_fatal(error)
                     failed.append(key)  # their caller's quota or deadline may have ended it, not ours
                     continue
                 if self._mesh.local.peek(key) is row.entry:
@@ -133,7 +147,7 @@ class RowCache:
         for key, flight in flights.items():
             if key not in self._flights:
                 self._flights.lead(key, flight)
-        task = asyncio.create_task(self._fly(batch, model, flights, wanted, tenant, compute))
+        task = BACKGROUND.once("rows", self._fly(batch, model, flights, wanted, tenant, compute))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -164,8 +178,13 @@ class RowCache:
             }
             if missing := [key for key in flights if key not in landed]:
                 landed |= await self._compute(batch, model, missing, wanted, tenant, compute)
-        except (RingmeshError, UnlikeRowsError) as error:
-            failure = error
+        except UnlikeRowsError:
+            pass
+        except Exception as error:
+            failure = faults.told(log, f"rows of a batch for {model.name}", error)
+        except asyncio.CancelledError:
+            failure = UnavailableError("the router is stopping")
+            raise
         finally:
             for key, flight in flights.items():
                 if not flight.done():

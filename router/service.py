@@ -29,7 +29,7 @@ from router.miss import Misses, as_computed
 from router.replies import Replies
 from router.request_metrics import STEP, RequestMetrics
 from router.rows import RowCache
-from services.runtime import protocol, worker_spans
+from services.runtime import faults, protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
@@ -260,8 +260,7 @@ class InferenceService:
             self._replies.left(call)
             raise
         except Exception as error:
-            log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
-            call.error = unexpected(error)
+            call.error = faults.internal(log, f"{call.name} failed", error, call.trace.trace_id)
         finally:
             self._requests.in_flight -= 1
         return self._replies.failure(call, call.error)
@@ -380,8 +379,8 @@ class InferenceService:
                 # Where it joined another caller's request, the refusal was not meant for it.
                 if refused.caller == call.caller:
                     raise
-            except rows.RowFailedError:
-                pass  # nor was the failure of a batch that has the same row
+            except rows.RowFailedError as failed:
+                rows.raise_fatal(failed)  # else it was the failure of a batch that has the same row
 
     async def _find_rows(
         self, call: Admitted, model: ModelEntry, deadline: float | None, epochs: Epochs, key: bytes

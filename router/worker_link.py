@@ -4,6 +4,9 @@ Waiting is batching: while DEPTH envelopes for a model are under way, what arriv
 and leaves as the next one. An idle way adds no wait, and a busy one pays the price of a call once for many
 requests. Models have lanes of their own, so that a slow one holds up
 no other.
+
+A worker that stops answering, or whose connection is lost, closes the link: all that it holds is told so at once and
+may go elsewhere, and nothing more is sent until the worker describes itself again.
 """
 
 from __future__ import annotations
@@ -12,19 +15,21 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
-from router.grpc_channel import CallError, GrpcChannel
+from router.channels import Channels, Network
+from router.grpc_channel import CallError
 from router.load import WorkerLoad
-from router.local_channel import LocalChannel
-from services.runtime.errors import DeadlineExceededError, from_status
+from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
+from services.runtime.faults import internal
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,12 @@ DEPTH = 2
 MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
-_LOST_SECONDS = 0.01
+# A worker that owes an answer and is not heard for _SILENT_SECONDS is pinged, twice at most, for the first may time out
+# where our own loop was held up. With the fleet's tick, a worker that has stopped is given up within 2 s.
+_SILENT_SECONDS = 0.5
+_PING_SECONDS = 0.5
+
+_NETWORK: Final[Channels] = Network()
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
@@ -44,8 +54,20 @@ class WorkerUnreachableError(Exception):
     """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
 
 
-class WorkerLostError(WorkerUnreachableError):
+class WorkerBusyError(WorkerUnreachableError):
+    """It does not answer in time, but its engine does: it is alive and has something else to do."""
+
+
+class LinkClosedError(WorkerUnreachableError):
+    """The link was closed with the request under way: the worker has stopped answering."""
+
+
+class WorkerLostError(LinkClosedError):
     """It was lost with the request under way, which may be what ended it."""
+
+
+class NotSentError(LinkClosedError):
+    """The link was closed, and the request had not left."""
 
 
 class Work:
@@ -60,7 +82,8 @@ class Work:
         self.traceparent = traceparent
 
 
-Outcome: TypeAlias = "inference_pb2.WorkResult | WorkerUnreachableError | DeadlineExceededError"
+# A RingmeshError is of our own making: its time was up, or it could not be sent.
+Outcome: TypeAlias = "inference_pb2.WorkResult | WorkerUnreachableError | RingmeshError"
 
 
 class Sent:
@@ -81,32 +104,42 @@ class WorkerLink:
     On our own host envelopes go over the worker's Unix socket while there is one.
     """
 
-    def __init__(self, address: str, load: WorkerLoad) -> None:
+    def __init__(self, address: str, load: WorkerLoad, channels: Channels = _NETWORK) -> None:
         self.address = address
         self._load = load
         # Requests in the envelopes under way.
         self._under_way = 0
-        self._channel = GrpcChannel(address)
-        self._local = LocalChannel()
+        self._channel = channels.channel(address)
+        self._local = channels.local()
         self._lanes: dict[bytes, _Lane] = {}
         # What cancels each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
         self._telling: set[asyncio.Task[None]] = set()
         # Trace contexts of what was sent and nobody waits for any more.
         self._unwanted: list[str] = []
+        # Why nothing is sent; "" while the link is open.
+        self._closed = ""
+        # When the worker was last heard, or an envelope left that it may answer.
+        self._heard = 0.0
+        self._is_pinging = False
+        # Requests that a closed link gives back, and what each is told.
+        self._leaving: deque[tuple[Sent, WorkerUnreachableError]] = deque()
 
     def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
         """Runs it there; `done` hears the worker's result, success or failure, or why there is none."""
+        sent = Sent(work, done)
+        self._load.sent()
+        if self._closed:
+            self._give_back([sent], NotSentError(self._closed))
+            return sent
         lane = self._lanes.get(model_digest)
         if lane is None:
             lane = self._lanes[model_digest] = _Lane()
-        sent = Sent(work, done)
         lane.waiting.append(sent)
         if not lane.sending:
             # After all that this turn of the loop brings: what callers sent together leaves together.
             lane.sending = True
             asyncio.get_running_loop().call_soon(self._send, lane)
-        self._load.sent()
         return sent
 
     def withdraw(self, sent: Sent) -> None:
@@ -122,18 +155,22 @@ class WorkerLink:
             self._unwanted.append(sent.work.traceparent)
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
-        """What the worker holds, if it says so in `seconds`; without models where that is `known_version`.
+        """What the worker holds, without models where that is `known_version`; it is known within `seconds`.
 
-        Raises WorkerUnreachableError.
+        An answer opens the link. Raises WorkerBusyError where the worker only shows that it is alive, else
+        WorkerUnreachableError.
         """
         request = inference_pb2.DescribeRequest(known_version=known_version).SerializeToString()
         try:
-            response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds))
+            response = inference_pb2.DescribeResponse.FromString(await self._timed(_DESCRIBE, request, seconds / 2))
             self._load.reported(response.load, self._under_way)
             if response.envelope_socket and self._channel.is_local(response.port):
                 await self._local.use(response.envelope_socket)
+            self._closed = ""
             return response
         except CallError as error:
+            if error.code is grpc.StatusCode.DEADLINE_EXCEEDED and await self._channel.ping(seconds / 2):
+                raise WorkerBusyError(str(error)) from None
             raise WorkerUnreachableError(str(error)) from None
         except DecodeError:
             raise WorkerUnreachableError("it does not answer as a worker does") from None
@@ -154,13 +191,52 @@ class WorkerLink:
         except TimeoutError:
             raise CallError(grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {seconds:g} s") from None
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether an answer is due and nothing was heard for so long that `is_alive` should be asked."""
+        return bool(self._envelopes) and not self._is_pinging and time.monotonic() - self._heard > _SILENT_SECONDS
+
+    async def is_alive(self) -> bool:
+        """Whether the worker's engine answers a ping, however busy the worker is."""
+        self._is_pinging = True
+        try:
+            return await self._channel.ping(_PING_SECONDS) or await self._channel.ping(_PING_SECONDS)
+        finally:
+            self._is_pinging = False
+            self._heard = time.monotonic()
+
     def give_up(self) -> None:
-        """Ends what is under way, so that it is retried elsewhere: the worker stopped answering."""
-        # What it has not read so far it would read for nobody.
-        self._local.drop()
-        for envelope, cancel in list(self._envelopes.items()):
+        """Closes the link: the worker stopped answering."""
+        self._close(LinkClosedError("it stopped answering"))
+
+    def _close(self, error: LinkClosedError) -> None:
+        """Disconnects and gives back what is under way with `error`, then what has not left."""
+        self._closed = str(error)
+        envelopes, self._envelopes = self._envelopes, {}
+        self._under_way = 0
+        for cancel in envelopes.values():
             cancel()
-            self._answered(envelope, CallError(grpc.StatusCode.UNAVAILABLE, "it stopped answering"))
+        # What the worker has not read so far it would read for nobody.
+        self._local.drop()
+        self._channel.drop()
+        for envelope in envelopes:
+            envelope.lane.under_way = 0
+            self._give_back(envelope.items, error)
+        for lane in self._lanes.values():
+            self._give_back(lane.waiting, NotSentError(self._closed))
+            lane.waiting.clear()
+
+    def _give_back(self, requests: Iterable[Sent], error: WorkerUnreachableError) -> None:
+        if not self._leaving:
+            asyncio.get_running_loop().call_soon(self._end_leaving)
+        self._leaving.extend([(sent, error) for sent in requests])
+
+    def _end_leaving(self) -> None:
+        """An envelope's worth in each turn of the loop, so that a long queue holds up nothing else."""
+        for _ in range(min(MAX_ITEMS, len(self._leaving))):
+            self._end(*self._leaving.popleft())
+        if self._leaving:
+            asyncio.get_running_loop().call_soon(self._end_leaving)
 
     def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle lanes of models that the worker no longer holds."""
@@ -169,14 +245,14 @@ class WorkerLink:
 
     async def close(self) -> None:
         """Ends what is under way and disconnects."""
-        self.give_up()
+        self._close(LinkClosedError("this router has closed the link"))
         self._local.close()
         await self._channel.close()
 
     def _tell_unwanted(self) -> None:
         request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
         self._unwanted = []
-        telling = asyncio.create_task(self._tell(request.SerializeToString()))
+        telling = BACKGROUND.once("withdrawal", self._tell(request.SerializeToString()))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 
@@ -186,20 +262,27 @@ class WorkerLink:
 
     def _send(self, lane: _Lane) -> None:
         lane.sending = False
-        while lane.under_way < DEPTH and not lane.is_paused and (items := self._next_envelope(lane)):
+        while lane.under_way < DEPTH and (items := self._next_envelope(lane)):
             envelope = _Envelope(lane, items)
+            try:
+                cancel = self._begin(envelope)
+            except Exception as error:
+                failed = internal(log, "an envelope could not be sent", error)
+                for sent in items:
+                    self._end(sent, failed)
+                continue
+            if not self._envelopes:
+                self._heard = time.monotonic()
+            self._envelopes[envelope] = cancel
             lane.under_way += 1
             self._under_way += len(items)
-            answered = partial(self._answered, envelope)
-            request, local = envelope.request(), self._local.connection()
-            if local is not None:
-                self._envelopes[envelope] = local.begin(request, answered)
-            else:
-                self._envelopes[envelope] = self._channel.begin(_EXECUTE, request, answered)
 
-    def _resume(self, lane: _Lane) -> None:
-        lane.is_paused = False
-        self._send(lane)
+    def _begin(self, envelope: _Envelope) -> Callable[[], object]:
+        answered = partial(self._answered, envelope)
+        request, local = envelope.request(), self._local.connection()
+        if local is not None:
+            return local.begin(request, answered)
+        return self._channel.begin(_EXECUTE, request, answered)
 
     def _next_envelope(self, lane: _Lane) -> list[Sent]:
         """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
@@ -224,16 +307,21 @@ class WorkerLink:
         return items
 
     def _answered(self, envelope: _Envelope, answer: bytes | CallError) -> None:
-        if self._envelopes.pop(envelope, None) is None:
+        if envelope not in self._envelopes:
             return
+        self._heard = time.monotonic()
+        if isinstance(answer, CallError) and answer.lost:
+            # All that is under way may be what ended it.
+            self._close(WorkerLostError(str(answer)))
+            return
+        if isinstance(answer, CallError) and answer.unsent:
+            self._close(NotSentError(str(answer)))
+            return
+        del self._envelopes[envelope]
         lane, items = envelope.lane, envelope.items
         lane.under_way -= 1
         self._under_way -= len(items)
         outcomes = self._outcomes(answer, len(items))
-        if isinstance(answer, CallError) and answer.lost:
-            # Where the worker has died its other connection is about to end too, and what waits would be lost with it.
-            lane.is_paused = True
-            asyncio.get_running_loop().call_later(_LOST_SECONDS, self._resume, lane)
         # Before they are told: the next one is on its way while they are.
         self._send(lane)
         for sent, outcome in zip(items, outcomes, strict=True):
@@ -241,8 +329,7 @@ class WorkerLink:
 
     def _outcomes(self, answer: bytes | CallError, items: int) -> Sequence[Outcome]:
         if isinstance(answer, CallError):
-            lost = WorkerLostError if answer.lost else WorkerUnreachableError
-            return [lost(str(answer))] * items
+            return [WorkerUnreachableError(str(answer))] * items
         try:
             response = inference_pb2.ExecuteResponse.FromString(answer)
         except DecodeError as error:
@@ -260,17 +347,17 @@ class WorkerLink:
         self._load.ended()
         try:
             done(outcome)
-        except Exception:
-            log.exception("a request was lost")
+        except Exception as error:
+            # The others of its envelope have answers too.
+            internal(log, "what became of a request could not be told", error)
 
 
 class _Lane:
     """What waits for one model on one worker."""
 
-    __slots__ = ("is_paused", "sending", "under_way", "waiting")
+    __slots__ = ("sending", "under_way", "waiting")
 
     def __init__(self) -> None:
-        self.is_paused = False
         self.waiting: deque[Sent] = deque()
         self.under_way = 0
         self.sending = False

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from services.cli.errors import CommandError
 from services.cli.orphan import end_with_parent
+from services.runtime.supervisor import BACKGROUND
 
 _POLL_SECONDS = 0.05
 _FIRST_PAUSE_SECONDS = 1.0
@@ -75,7 +76,7 @@ class Child:
 
     def keep(self) -> None:
         """From now on, starts the process again whenever it dies, with growing pauses."""
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeper = BACKGROUND.start("keeper of a process", self._keep)
 
     async def stop(self, seconds: float) -> None:
         """SIGTERM, then SIGKILL after `seconds`. Cancelled: the process is left as it is."""

@@ -57,6 +57,7 @@ def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str
         *_audit(history),
         *_cache(view),
         *_processes(history, silent),
+        *_background(history),
     ]
     return sorted(found, key=lambda finding: ("critical", "warning", "note").index(finding.severity))
 
@@ -286,3 +287,15 @@ def _processes(history: History, silent: dict[str, str]) -> Iterator[Finding]:
                 "/#processes",
                 "processes",
             )
+
+
+def _background(history: History) -> Iterator[Finding]:
+    for target, task, reason in history.last("ringmesh_background_failing", ("target", "task", "reason")):
+        yield Finding(
+            "warning",
+            "Work in the background fails",
+            target,
+            f"Background task {task!r} keeps failing, and is begun again: {reason}",
+            "/#processes",
+            "processes",
+        )

@@ -16,6 +16,7 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.console.fleet_events import FleetEvent, FleetEvents
+from services.runtime.supervisor import BACKGROUND
 
 _ASK_SECONDS = 1.0
 _MODELS_EVERY = 5
@@ -117,7 +118,8 @@ class FleetWatch:
 
     def start(self) -> None:
         """Until `close`."""
-        self._tasks = [asyncio.create_task(follow) for follow in (self._run(), *(one.follow() for one in self._events))]
+        self._tasks = [BACKGROUND.start("watch of the fleet", self._run)]
+        self._tasks += [BACKGROUND.start("events of a router", one.follow) for one in self._events]
 
     def events(self, count: int) -> list[FleetEvent]:
         """The newest of all routers, the newest first."""

@@ -20,6 +20,7 @@ from services.runtime.metrics import Metrics
 from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server
+from services.runtime.supervisor import BACKGROUND
 
 
 async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
@@ -30,6 +31,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     fleet = FleetWatch(settings.routers, settings.cache_address)
     sources = Sources(fleet, history, scraper, traces, settings.trace_ui)
     metrics = Metrics()
+    metrics.add(BACKGROUND.samples)
     metrics.add(ConsoleMetrics(traces).samples)
     pages = HttpServer(app.create(sources, stopping, settings.console_hosts), settings.http_address)
     receiver = Server(

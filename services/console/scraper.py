@@ -7,9 +7,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.client import HTTPException
 
 from services.console.exposition_reader import ExpositionReader
 from services.console.history import History, Sample
+from services.runtime.supervisor import BACKGROUND
 
 PERIOD_SECONDS = 2.0
 _TIMEOUT = 2.0
@@ -31,7 +34,7 @@ class Scraper:
 
     def start(self) -> None:
         """Until `close`."""
-        self._tasks = [asyncio.create_task(self._run(name)) for name in self.targets]
+        self._tasks = [BACKGROUND.start("scrape", partial(self._run, name)) for name in self.targets]
 
     def close(self) -> None:
         """Stops; a scrape under way is not waited for."""
@@ -48,7 +51,7 @@ class Scraper:
                 samples = await loop.run_in_executor(self._threads, _scrape, self.targets[name], reader)
                 self._history.add(name, samples)
                 self.problems.pop(name, None)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 self.problems[name] = f"no metrics from {self.targets[name]}: {_reason(error)}"
             await asyncio.sleep(max(0.1, began + PERIOD_SECONDS - loop.time()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import quote
 
 import onnxruntime
@@ -33,6 +34,7 @@ from services.runtime.metrics_export import MetricsExport
 from services.runtime.process import run
 from services.runtime.process_metrics import ProcessMetrics
 from services.runtime.server import Server, StartError
+from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import create_tracer
 from services.runtime.worker_spans import EXECUTE
 
@@ -74,6 +76,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     )
     local = EnvelopeSocket(settings.socket_dir, envelopes, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
+    metrics.add(BACKGROUND.samples)
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
@@ -92,7 +95,9 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         address = settings.advertised(port)
         announcer = Announcer(redis, lambda: envelopes.announcement(address))
         announcer.start()
-    polling = asyncio.create_task(store.poll(settings.poll_seconds)) if settings.poll_seconds else None
+    polling = None
+    if settings.poll_seconds:
+        polling = BACKGROUND.start("model repository", partial(store.poll, settings.poll_seconds))
     await stopping.wait()
     if polling is not None:
         polling.cancel()

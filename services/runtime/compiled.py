@@ -40,6 +40,7 @@ MODULES = (
     "router.attempt_span",
     "router.audit",
     "router.catalog",
+    "router.channels",
     "router.dispatch",
     "router.dispatch_metrics",
     "router.dispatcher",

@@ -20,6 +20,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.runtime import redis_client
 from services.runtime.redis_url import Topology, parse_redis_url
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,12 @@ class Announcer:
 
     def start(self) -> None:
         """Announces, from now until `close`."""
-        self._task = asyncio.create_task(self._announce())
+        self._task = BACKGROUND.start("announcement", self._announce)
 
     async def close(self) -> None:
         """Takes the announcement back, where Redis answers."""
         if self._task is not None:
-            self._task.cancel()
+            await BACKGROUND.end(self._task)
             address = self._describe().address
             try:
                 async with self._redis.pipeline(transaction=True) as pipeline:

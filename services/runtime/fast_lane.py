@@ -20,8 +20,8 @@ import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
 
-from services.runtime import cores
-from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, failure, unexpected
+from services.runtime import cores, faults
+from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, failure
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +136,7 @@ class FastLaneServer(native.Server):
             try:
                 answer = lane.admit(payload, details[0])
             except Exception as error:
-                log.exception("a lane failed")
-                answer = failure(unexpected(error))
+                answer = failure(faults.internal(log, "a lane failed", error))
             if type(answer) is not Answer and type(answer) is not Failure:
                 admitted.append((lane, call_id, answer, details[2]))
                 continue
@@ -156,8 +155,8 @@ class FastLaneServer(native.Server):
                 break
             try:
                 self._afterwards.popleft()()
-            except Exception:
-                log.exception("what an answer left to be done failed")
+            except Exception as error:
+                faults.internal(log, "what an answer left to be done failed", error)
         if self._afterwards:
             self._is_told = True
             self._loop.call_soon(self._do_afterwards)
@@ -187,8 +186,7 @@ class FastLaneServer(native.Server):
             try:
                 cancel = lane.start(call, deadline, partial(self._end, call_id))
             except Exception as error:
-                log.exception("a lane failed")
-                self._end(call_id, failure(unexpected(error)))
+                self._end(call_id, failure(faults.internal(log, "a lane failed", error)))
                 return
             if cancel is not None:
                 # Unless it has ended by now.
@@ -205,8 +203,7 @@ class FastLaneServer(native.Server):
         except asyncio.CancelledError:
             return
         except Exception as error:
-            log.exception("a lane failed")
-            answer = failure(unexpected(error))
+            answer = failure(faults.internal(log, "a lane failed", error))
         self._end(call_id, answer)
 
     def _end(self, call_id: int, answer: Answer | Failure) -> None:
@@ -214,7 +211,10 @@ class FastLaneServer(native.Server):
         if self._ended(call_id) is not None and front is not None:
             _send(front, call_id, answer)
         if answer.afterwards is not None:
-            answer.afterwards()
+            try:
+                answer.afterwards()
+            except Exception as error:
+                faults.internal(log, "what an answer left to be done failed", error)
 
     def _ended(self, call_id: int) -> Callable[[], object] | None:
         """What would cancel it; None where it has ended before."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from ringmesh.orca.v3 import orca_load_report_pb2
 
+from services.runtime.supervisor import BACKGROUND
+
 SECONDS = 0.25
 _NAME = "endpoint-load-metrics-bin"
 
@@ -43,10 +45,15 @@ class LoadReport:
         """To be called on the event loop; ends with it. `lane_seconds` is the CPU time of the server's lanes."""
         self._lane_seconds = lane_seconds
         self._last = self._now()
-        self._measure()
+        BACKGROUND.start("load report", self._measure_on)
 
     def _now(self) -> tuple[float, float, float, Answers]:
         return time.monotonic(), time.process_time(), time.thread_time() + self._lane_seconds(), self._answers()
+
+    async def _measure_on(self) -> None:
+        while True:
+            self._measure()
+            await asyncio.sleep(SECONDS)
 
     def _measure(self) -> None:
         now, process, thread, answers = self._now()
@@ -63,4 +70,3 @@ class LoadReport:
         )
         self.trailer = (_NAME, report.SerializeToString())
         self._last = (now, process, thread, answers)
-        asyncio.get_running_loop().call_later(SECONDS, self._measure)

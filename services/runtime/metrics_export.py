@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 
 import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
@@ -15,6 +16,7 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from services.runtime.metrics import Buckets, Family, Metrics, Sample
 from services.runtime.otlp import open_channel
 from services.runtime.spans import Process, resource
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class MetricsExport:
     def start(self) -> None:
         """Begins to send."""
         if self._endpoint is not None:
-            self._task = asyncio.create_task(self._run(self._endpoint))
+            self._task = BACKGROUND.start("metrics export", partial(self._run, self._endpoint))
 
     async def close(self) -> None:
         """Stops; what happened since the last time is not sent."""

@@ -10,6 +10,7 @@ import psutil
 
 from services.runtime import compiled, memory
 from services.runtime.metrics import Family, Histogram, Metrics, Sample
+from services.runtime.supervisor import BACKGROUND
 
 BUILD = Family(
     "ringmesh_build_info",
@@ -43,27 +44,26 @@ class ProcessMetrics:
         )
         self._process = psutil.Process()
         self._lag = Histogram()
-        self._due = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         metrics.add(self._event_loop)
         metrics.add_slow(self._system)
 
     def start(self) -> None:
-        """Ends with the loop."""
-        loop = self._loop = asyncio.get_running_loop()
-        self._due = loop.time() + _LAG_PERIOD_SECONDS
-        loop.call_at(self._due, self._tick, loop)
+        """Ends with the process."""
+        self._loop = asyncio.get_running_loop()
+        BACKGROUND.start("event loop lag", self._time)
 
     def _event_loop(self) -> Iterator[Sample]:
         yield Sample(LOOP_LAG, (), self._lag.buckets())
         yield Sample(TASKS, (), len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0)
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        # uvloop counts in milliseconds, so a timer may come that much early.
-        now = loop.time()
-        self._lag.observe(max(0, int((now - self._due) * 1e9)))
-        self._due = now + _LAG_PERIOD_SECONDS
-        loop.call_at(self._due, self._tick, loop)
+    async def _time(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LAG_PERIOD_SECONDS
+            await asyncio.sleep(_LAG_PERIOD_SECONDS)
+            # uvloop counts in milliseconds, so a timer may come that much early.
+            self._lag.observe(max(0, int((loop.time() - due) * 1e9)))
 
     def _system(self) -> Iterator[Sample]:
         process = self._process

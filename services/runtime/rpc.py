@@ -108,7 +108,7 @@ def unary(request_type: type[Request], handle: Callable[[Request, Context], Awai
     return grpc.unary_unary_rpc_method_handler(call)
 
 
-def unexpected(error: Exception) -> InternalError:
+def unexpected(error: BaseException) -> InternalError:
     """What the caller is told of an error nobody foresaw: its kind, never its stack."""
     return InternalError(f"internal error ({type(error).__name__}); the service's log has the cause")
 

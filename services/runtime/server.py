@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from services.runtime.calls import Calls
 from services.runtime.connections import Connections
 from services.runtime.health import Health
 from services.runtime.rpc import Service
+from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class Server:
             ) from None
         await server.start()
         self._connections = Connections(port)
-        self._aging = asyncio.create_task(self._end_old_connections(self._connections))
+        self._aging = BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections))
         return port
 
     def lane_seconds(self) -> float:

@@ -18,6 +18,7 @@ import grpc
 from services.runtime import wire
 from services.runtime.otlp import open_channel
 from services.runtime.spans import Process, Span, resource
+from services.runtime.supervisor import BACKGROUND
 
 _QUEUE = 16384
 _BATCH = 2048
@@ -78,7 +79,7 @@ class SpanQueue(Generic[Item]):
     def put(self, spans: Sequence[Span]) -> None:
         """At once; in an event loop."""
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = BACKGROUND.start("span export", self._run)
         room = max(0, _QUEUE - len(self._waiting))
         self.dropped += len(spans[room:])
         self._waiting.extend([self.destination.pack(span) for span in spans[:room]])

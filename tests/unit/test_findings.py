@@ -110,3 +110,13 @@ def test_a_worker_that_gets_no_cpu_between_two_requests_is_found_by_how_late_its
     assert "20 ms later than its work explains, 1 ms on the others" in found.detail
     assert findings.find(view(), stalls({"w0": 0.2, "w1": 0.3}), traces(), {}) == []
     assert findings.find(view(), stalls({"alone": 9.0}), traces(), {}) == []
+
+
+def test_work_in_the_background_that_fails_is_told_with_its_reason():
+    history = History(lambda: 1000.0)
+    labels = {"task": "discovery", "reason": "ValueError: no"}
+    history.add("router", [Sample("ringmesh_background_failing", labels, 1)])
+    (found,) = findings.find(view(), history, traces(), {})
+    assert (found.where, found.title) == ("router", "Work in the background fails")
+    assert "'discovery' keeps failing" in found.detail
+    assert "ValueError: no" in found.detail

@@ -125,6 +125,35 @@ async def test_a_server_is_known_to_be_on_this_host_unless_something_stands_betw
     assert not echo.channel.is_local(port + 1)
 
 
+async def test_an_engine_answers_a_ping_while_no_handler_answers(echo):
+    echo.gate.clear()
+    waiting = asyncio.create_task(call(echo, b"x"))
+    while not echo.calls:
+        await asyncio.sleep(0.01)
+    assert await asyncio.gather(*(echo.channel.ping(20) for _ in range(3))) == [True] * 3
+    echo.gate.set()
+    assert await waiting == b"x"
+
+
+async def test_a_server_that_reads_nothing_does_not_answer_a_ping():
+    async def stopped(reader, writer):
+        await asyncio.Event().wait()
+
+    address = free_address()
+    host, _, port = address.partition(":")
+    server = await asyncio.start_server(stopped, host, int(port))
+    channel = GrpcChannel(address)
+    waiting = asyncio.create_task(channel.call(METHOD, b"x"))
+    while channel._connection is None:
+        await asyncio.sleep(0.01)
+    assert not await channel.ping(0.01)
+    assert channel._connection._pings == {}
+    await channel.close()
+    with pytest.raises(CallError):
+        await waiting
+    server.close()
+
+
 async def test_a_server_that_is_not_there_is_unavailable():
     with pytest.raises(CallError) as caught:
         await GrpcChannel(free_address()).call(METHOD, b"")

@@ -2,7 +2,13 @@ import asyncio
 
 import pytest
 
+from cache.entry import Entry
 from cache.freshness import Freshness, tightest
+from cache.local_tier import LocalTier
+from cache.mesh import Mesh, Renewal
+from cache.peer_regions import PeerRegions
+from cache.purge_board import PurgeBoard
+from cache.refusals import Refusals
 from cache.renewals import _MOST_AT_ONCE, Renewals
 from services.runtime.errors import UnavailableError
 
@@ -79,3 +85,18 @@ def test_an_ensemble_is_as_fresh_as_the_shortest_lived_of_its_steps():
     assert tightest(None, None) is None
     assert tightest(Freshness(5), None) == tightest(None, Freshness(5)) == Freshness(5)
     assert tightest(Freshness(5, 9), Freshness(7, 1)) == Freshness(5, 1)
+
+
+async def test_a_renewal_that_fails_however_it_may_gives_its_lease_back():
+    purges = PurgeBoard(None, "test", 1.0)
+    mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
+    key = b"k" * 32
+
+    async def compute():
+        raise ValueError("nobody foresaw it")
+
+    mesh.renew(key, Entry(b"old", 1), Renewal(Freshness(1000, 0), compute))
+    async with asyncio.timeout(5):
+        while not mesh.renewals.counts["failed"]:
+            await asyncio.sleep(0)
+    assert await mesh._leases.take(key, 1000) is not None

@@ -14,8 +14,9 @@ from cache.keys import RequestHasher
 from cache.local_tier import LocalTier
 from cache.mesh import Found
 from router.catalog import ModelEntry
+from router.dispatch import FatalRequestError
 from router.rows import MAX_ROWS, RowCache, RowFailedError, UnlikeRowsError, cut_response, join, smaller, split
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import InternalError, UnavailableError
 from services.runtime.single_flight import SingleFlight
 from services.runtime.tensors import DATATYPES, decode, encode
 
@@ -229,6 +230,31 @@ async def test_a_failure_of_another_caller_is_not_ours():
         await first
     assert (await second).entry.value == response([2, 1])
     assert worker.computed == [[1, 2], [2, 1]]
+
+
+async def test_rows_that_ended_their_workers_are_not_sent_again_by_those_that_joined():
+    mesh, worker = FakeMesh(), FakeWorker()
+    cache = RowCache(mesh, HASHER)
+    worker.gate = asyncio.Event()
+    worker.failures = [FatalRequestError("2 workers ended while they had it")]
+    calls = []
+    for values in ([1, 2], [2, 1], [1, 2, 1]):
+        calls.append(asyncio.create_task(find(cache, values, worker)))
+        await asyncio.sleep(0.01)
+    worker.gate.set()
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error) for error in ended] == [FatalRequestError] * 3
+    assert worker.computed == [[1, 2]]
+
+
+async def test_a_fault_of_ours_ends_the_rows_that_it_met_and_is_told_as_one():
+    cache, worker = RowCache(FakeMesh(), HASHER), FakeWorker()
+    worker.failures = [ValueError("secret")]
+    with pytest.raises(InternalError) as caught:
+        await find(cache, [1, 2], worker)
+    assert "secret" not in caught.value.message
+    assert not cache._flights._flights
+    assert (await find(cache, [1, 2], worker)).entry.value == response([1, 2])
 
 
 def alone(mesh, value, worker):

@@ -2,11 +2,21 @@
 
 import asyncio
 
+import grpc
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from router.load import WorkerLoad
-from router.worker_link import Work, WorkerLink, WorkerLostError, WorkerUnreachableError
+from router.worker_link import (
+    MAX_ITEMS,
+    LinkClosedError,
+    NotSentError,
+    Work,
+    WorkerBusyError,
+    WorkerLink,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
 from services.inference.envelope_socket import EnvelopeSocket
 from services.inference.worker import Work as Received
 from services.runtime.protocol import lane_handler
@@ -38,6 +48,8 @@ class Worker:
         )
         self.gate = asyncio.Event()
         self.gate.set()
+        self.describes = asyncio.Event()
+        self.describes.set()
 
     def lane(self, way):
         async def finish(request, deadline):
@@ -60,6 +72,7 @@ class Worker:
         return asyncio.create_task(finish()).cancel
 
     async def describe(self, request, context):
+        await self.describes.wait()
         return self.says
 
 
@@ -116,7 +129,9 @@ async def test_a_worker_that_may_be_elsewhere_is_asked_over_tcp(worker, link, wh
         assert await way(link) == b"tcp"
 
 
-async def test_what_a_socket_takes_with_it_is_lost_what_waits_is_not_and_the_socket_is_found_again(worker, link):
+async def test_a_lost_worker_gives_back_at_once_what_it_had_and_what_waited_and_is_sent_nothing_until_it_is_back(
+    worker, link
+):
     await link.describe(5, 0)
     worker.gate.clear()
     lost, waits = [], []
@@ -127,28 +142,142 @@ async def test_what_a_socket_takes_with_it_is_lost_what_waits_is_not_and_the_soc
     link._local.connection().close()
     link._channel._connection._transport.abort()
     async with asyncio.timeout(20):
-        while len(lost) < 2:
-            await asyncio.sleep(0)
-        assert all(isinstance(outcome, WorkerLostError) for outcome in lost)
-        worker.gate.set()
         while not waits:
             await asyncio.sleep(0)
-        assert waits[0].response
-        while await way(link) != b"socket":
-            await asyncio.sleep(0.001)
-
-
-async def test_a_worker_given_up_is_asked_over_tcp_until_it_describes_itself_again(worker, link):
-    await link.describe(5, 0)
-    worker.gate.clear()
-    given_up = asyncio.create_task(outcome(link))
-    await asyncio.sleep(0.01)
-    link.give_up()
-    assert type(await given_up) is WorkerUnreachableError
+    assert [type(outcome) for outcome in (*lost, *waits)] == [WorkerLostError, WorkerLostError, NotSentError]
+    assert type(await outcome(link)) is NotSentError
+    assert link._load.in_flight == 0
     worker.gate.set()
-    assert await way(link) == b"tcp"
     await link.describe(5, 0)
     assert await way(link) == b"socket"
+
+
+async def test_a_worker_given_up_is_sent_nothing_until_it_describes_itself_again(worker, link):
+    await link.describe(5, 0)
+    worker.gate.clear()
+    outcomes = []
+    for _ in range(3):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        await asyncio.sleep(0)
+    link.give_up()
+    async with asyncio.timeout(20):
+        while len(outcomes) < 3:
+            await asyncio.sleep(0)
+    assert [type(outcome) for outcome in outcomes] == [LinkClosedError, LinkClosedError, NotSentError]
+    assert type(await outcome(link)) is NotSentError
+    worker.gate.set()
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+
+
+async def test_a_worker_that_cannot_be_connected_to_was_sent_nothing():
+    load = WorkerLoad()
+    link = WorkerLink(free_address(), load)
+    outcomes = []
+    for _ in range(3):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+    async with asyncio.timeout(20):
+        while len(outcomes) < 3:
+            await asyncio.sleep(0)
+    assert [type(outcome) for outcome in outcomes] == [NotSentError] * 3
+    assert load.in_flight == 0
+    await link.close()
+
+
+async def test_a_long_queue_of_a_closed_link_is_given_back_in_parts(worker, link):
+    turns = []
+
+    def count():
+        turns.append(None)
+        if len(outcomes) < 1000:
+            asyncio.get_running_loop().call_soon(count)
+
+    worker.gate.clear()
+    outcomes = []
+    for _ in range(1000):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+    await asyncio.sleep(0)
+    link.give_up()
+    count()
+    async with asyncio.timeout(20):
+        while len(outcomes) < 1000:
+            await asyncio.sleep(0)
+    assert len(turns) > 1000 / MAX_ITEMS - 1
+
+
+class Channels:
+    """Of a worker that is sent everything, and answers pings as it is told to."""
+
+    def __init__(self, *pings):
+        self.pings = [*pings]
+        self.cancelled = 0
+
+    def channel(self, address):
+        return self
+
+    def local(self):
+        return self
+
+    def connection(self):
+        return None
+
+    def begin(self, method, request, done):
+        self.answer = done
+        return self.cancel
+
+    def cancel(self):
+        self.cancelled += 1
+
+    def drop(self):
+        pass
+
+    async def ping(self, seconds):
+        return self.pings.pop(0)
+
+
+def silent(*pings):
+    """A link whose envelope has waited for longer than it should, and its channels."""
+    channels = Channels(*pings)
+    link = WorkerLink("w:1", WorkerLoad(), channels)
+    outcomes = []
+    link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+    return link, channels, outcomes
+
+
+async def test_only_a_worker_that_owes_an_answer_is_silent_and_an_answer_to_a_ping_is_heard():
+    link, channels, _ = silent(True)
+    assert not link.is_silent
+    await asyncio.sleep(0)
+    assert not link.is_silent
+    link._heard -= 10
+    assert link.is_silent
+    assert await link.is_alive()
+    assert not link.is_silent
+    link._heard -= 10
+    channels.answer(inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString())
+    assert not link.is_silent
+
+
+@pytest.mark.parametrize(("pings", "alive"), [((False, True), True), ((False, False), False)])
+async def test_a_worker_may_miss_one_ping_and_not_two(pings, alive):
+    link, channels, _ = silent(*pings)
+    assert await link.is_alive() == alive
+    assert channels.pings == []
+
+
+async def test_an_envelope_that_cannot_be_sent_ends_its_requests_with_our_fault():
+    link, channels, outcomes = silent()
+    channels.begin = None
+    await asyncio.sleep(0)
+    (outcome,) = outcomes
+    assert outcome.code is grpc.StatusCode.INTERNAL
+    assert (link._load.in_flight, link._under_way) == (0, 0)
+
+
+async def test_the_engine_of_a_worker_answers_pings(worker, link):
+    assert await link.is_alive()
+    await worker.server.stop(0)
+    assert not await link.is_alive()
 
 
 async def test_a_worker_described_twice_at_once_is_connected_to_once(worker, link):
@@ -158,3 +287,15 @@ async def test_a_worker_described_twice_at_once_is_connected_to_once(worker, lin
         while not worker.local.connections:
             await asyncio.sleep(0)
     assert len(worker.local.connections) == 1
+
+
+async def test_a_worker_that_says_nothing_but_is_alive_is_busy_and_one_that_is_gone_is_not(worker, link):
+    await link.describe(5, 0)
+    worker.describes.clear()
+    with pytest.raises(WorkerBusyError):
+        await link.describe(0.2, 0)
+    worker.describes.set()
+    await worker.server.stop(0)
+    with pytest.raises(WorkerUnreachableError) as caught:
+        await link.describe(5, 0)
+    assert not isinstance(caught.value, WorkerBusyError)

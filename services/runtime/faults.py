@@ -1,0 +1,46 @@
+"""Exceptions that nobody foresaw: what callers are told of them, and a log that one fault cannot flood."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from services.runtime.errors import InternalError, RingmeshError
+from services.runtime.rpc import unexpected
+
+# A fault that meets every request is logged with its stack once in this time.
+_SECONDS = 10.0
+_MOST_KINDS = 1000
+# When each kind may be logged again, and how many were not since.
+_kinds: dict[tuple[str, str, str], tuple[float, int]] = {}
+
+
+def internal(log: logging.Logger, what: str, error: BaseException, trace_id: str = "") -> InternalError:
+    """What the caller is told; `what` happened is logged with the stack, unless the same was a moment ago."""
+    now = time.monotonic()
+    kind = (what, type(error).__name__, _place(error))
+    until, untold = _kinds.get(kind, (0.0, 0))
+    if now < until:
+        _kinds[kind] = (until, untold + 1)
+    else:
+        if len(_kinds) >= _MOST_KINDS:
+            _kinds.clear()
+        _kinds[kind] = (now + _SECONDS, 0)
+        more = f" ({untold} more like it since the last line)" if untold else ""
+        log.error("%s%s%s", f"trace {trace_id}: " if trace_id else "", what, more, exc_info=error)
+    return unexpected(error)
+
+
+def told(log: logging.Logger, what: str, error: Exception, trace_id: str = "") -> RingmeshError:
+    """As `internal`; an error that was meant for the caller stays as it is, and is not logged."""
+    return error if isinstance(error, RingmeshError) else internal(log, what, error, trace_id)
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised."""
+    at = error.__traceback__
+    if at is None:
+        return ""
+    while at.tb_next is not None:
+        at = at.tb_next
+    return f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}"
