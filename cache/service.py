@@ -10,7 +10,7 @@ from dataclasses import asdict
 import grpc
 from ringmesh.cache.v1 import cache_pb2
 
-from cache.entry import Entry
+from cache.entry import Entry, Frames
 from cache.epochs import EVERYTHING, key_scope, model_scope, tenant_scope
 from cache.evictions import OTHER, Evictions
 from cache.items import Item, ItemId, Items
@@ -38,7 +38,7 @@ _ItemRequest = (
 
 
 class CacheService:
-    """Items, purges and statistics over the tiers of `mesh`.
+    """Items, purges and statistics over the tiers of `mesh`. `frames` seals answers for other regions.
 
     `usages` tells what else this process uses the tiers for, `models` which model the first 16 bytes of a key mean,
     `tenant_scoped` which models keep tenants apart; None: this process does not know.
@@ -48,12 +48,14 @@ class CacheService:
         self,
         mesh: Mesh,
         evictions: Evictions,
+        frames: Frames,
         usages: Callable[[], Iterable[cache_pb2.UsageStats]] = tuple,
         models: Callable[[], Mapping[bytes, str]] = dict,
         tenant_scoped: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self._mesh = mesh
         self._evictions = evictions
+        self._frames = frames
         self._tenant_scoped = tenant_scoped
         self._items = Items(mesh)
         self._usages = usages
@@ -229,7 +231,20 @@ class CacheService:
                     field="keys",
                 )
         entries = await asyncio.gather(*map(self._mesh.find, request.keys))
-        return cache_pb2.FetchResponse(results=map(_stored, entries))
+        results = [self._stored(key, entry) for key, entry in zip(request.keys, entries, strict=True)]
+        return cache_pb2.FetchResponse(results=results)
+
+    def _stored(self, key: bytes, entry: Entry | None) -> cache_pb2.GetResponse:
+        if entry is None:
+            return cache_pb2.GetResponse()
+        return cache_pb2.GetResponse(
+            entry=cache_pb2.Entry(
+                value=entry.value,
+                compute_us=entry.compute_us,
+                created_at_ms=entry.created_at_ms,
+                seal=self._frames.seal(key, entry),
+            )
+        )
 
     async def _list_valuable(
         self, request: cache_pb2.ListValuableRequest, _: Context
@@ -257,14 +272,6 @@ def _found(item: Item | None) -> cache_pb2.GetResponse:
             created_at_ms=item.created_at_ms,
             stale=item.is_stale(time.time() * 1000),
         )
-    )
-
-
-def _stored(entry: Entry | None) -> cache_pb2.GetResponse:
-    if entry is None:
-        return cache_pb2.GetResponse()
-    return cache_pb2.GetResponse(
-        entry=cache_pb2.Entry(value=entry.value, compute_us=entry.compute_us, created_at_ms=entry.created_at_ms)
     )
 
 

@@ -80,7 +80,7 @@ class Valuable:
         count = size = 0
         for start in range(0, len(keys), _GET):
             part = keys[start : start + _GET]
-            for key, entry in zip(part, await asyncio.gather(*map(self._shared.get, part)), strict=True):
+            for key, entry in zip(part, await asyncio.gather(*map(self._shared.get_answer, part)), strict=True):
                 if entry is None or size + len(entry.value) > max_bytes:
                     continue
                 self._local.put(key, entry)
