@@ -16,6 +16,7 @@ from cache.evictions import OTHER, Evictions
 from cache.items import Item, ItemId, Items
 from cache.mesh import Mesh
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.protocol import check_tenant
 from services.runtime.rpc import Context, Service, unary
 
 _MAX_KEY_BYTES = 1024
@@ -281,9 +282,9 @@ def _check_key(key: bytes, field: str) -> None:
 
 
 def _check_names(namespace: str, tenant: str) -> None:
-    for field, name in (("namespace", namespace), ("tenant", tenant)):
-        if len(name) > _MAX_NAME:
-            raise InvalidArgumentError(f"{field} has {len(name)} characters; at most {_MAX_NAME}", field=field)
+    if len(namespace) > _MAX_NAME:
+        raise InvalidArgumentError(f"namespace has {len(namespace)} characters; at most {_MAX_NAME}", field="namespace")
+    check_tenant(tenant, "tenant")
 
 
 def _check_count(keys: Iterable[bytes], most: int = _MAX_KEYS) -> None:
@@ -309,4 +310,7 @@ def _scope(request: cache_pb2.PurgeRequest) -> str:
             f"a purge names everything (true), a model, a tenant or a key; names have 1 to {_MAX_NAME} characters",
             field=kind or "scope",
         )
-    return model_scope(name) if kind == "model" else tenant_scope(name)
+    if kind == "model":
+        return model_scope(name)
+    check_tenant(name, "tenant")
+    return tenant_scope(name)

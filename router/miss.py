@@ -13,7 +13,6 @@ from ringmesh.inference.v1 import inference_pb2
 from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.mesh import Computed, Flight, Found, Mesh
-from router.admission.caller import ANYBODY, caller_of
 from router.admission.quotas import Quotas
 from router.admitted import Admitted
 from router.catalog import ModelEntry
@@ -138,8 +137,6 @@ class _Miss:
         call, parts, key = self._call, self._parts, self._key
         parts.requests.in_flight += 1
         try:
-            if call.caller is ANYBODY:
-                call.caller = caller_of(call.metadata)
             entry = parts.mesh.peek(key) if key else None
         except RingmeshError as error:
             self._reply(parts.replies.failure(call, error))

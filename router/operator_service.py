@@ -46,6 +46,7 @@ class OperatorService:
         return router_pb2.GetRingResponse(workers=[_worker(view, member) for member in view.members.values()])
 
     async def _explain(self, request: router_pb2.ExplainRequest, _: Context) -> router_pb2.ExplainResponse:
+        protocol.check_tenant(request.tenant, "tenant")
         view = self._fleet.view
         model = view.catalog.find(request.request.model_name, request.request.model_version)
         response = router_pb2.ExplainResponse()

@@ -121,6 +121,17 @@ class Read:
         """What the caller calls it."""
         return self.head.message.id if self.parts is None else self.parts.request_id
 
+    @property
+    def content(self) -> Parts | bytes:
+        """What `is_equal` compares, without the rest of the memory."""
+        return self.data if self.parts is None else self.parts
+
+    def is_equal(self, other: Parts | bytes | None) -> bool:
+        """Whether the `content` of another request has the same bytes; where both were taken apart, ids aside."""
+        if self.parts is None:
+            return other == self.data
+        return isinstance(other, Parts) and other.head == self.parts.head and other.raws == self.parts.raws
+
 
 class RequestReader:
     """Reads requests, and parses each head once."""

@@ -12,10 +12,17 @@ import grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, unary
 from services.runtime.spans import Value
 
 ReadyCheck: TypeAlias = Callable[[], bool]
+
+TENANT = "ringmesh-tenant"
+PRIORITY = "ringmesh-priority"
+CACHE_CONTROL = "cache-control"
+# Characters of a tenant's name.
+MAX_TENANT = 256
 
 _NO_LANES: Mapping[str, Lane] = {}
 EXTENSIONS = (
@@ -88,17 +95,60 @@ def metadata(context: Context) -> Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
-def trace_and_cache_control(sent: Metadata) -> tuple[str | None, str, str]:
-    """The caller's W3C trace context (None: not sent), cache-control and tenant ("": not sent), in one pass."""
-    trace, control, caller = None, "", ""
+class Told:
+    """What a caller says beside its request; "" for what it does not say."""
+
+    __slots__ = ("control", "priority", "tenant")
+
+    def __init__(self, tenant: str, priority: str, control: str) -> None:
+        self.tenant = tenant
+        self.priority = priority
+        self.control = control
+
+
+NOTHING = Told("", "", "")
+
+
+def told(sent: Metadata) -> Told:
+    """Tenant, priority and cache-control, in the one place that decides what they are.
+
+    Parts of cache-control are joined by commas, as HTTP says. Raises InvalidArgumentError if the tenant or the
+    priority is given twice, or the tenant is not a name (see `check_tenant`).
+    """
+    tenant: str | None = None
+    priority: str | None = None
+    control = ""
     for key, value in sent:
-        if key == "traceparent":
-            trace = value if isinstance(value, str) else None
-        elif key == "cache-control" and isinstance(value, str):
-            control = f"{control},{value}" if control else value
-        elif key == "ringmesh-tenant" and not caller:
-            caller = str(value)
-    return trace, control, caller
+        if key == TENANT:
+            if tenant is not None:
+                raise InvalidArgumentError(f"{TENANT} is given twice", field=TENANT)
+            tenant = _text(key, value)
+            check_tenant(tenant, TENANT)
+        elif key == PRIORITY:
+            if priority is not None:
+                raise InvalidArgumentError(f"{PRIORITY} is given twice", field=PRIORITY)
+            priority = _text(key, value)
+        elif key == CACHE_CONTROL:
+            control = f"{control},{_text(key, value)}" if control else _text(key, value)
+    if tenant is None and priority is None and not control:
+        return NOTHING
+    return Told(tenant or "", priority or "", control)
+
+
+def check_tenant(tenant: str, field: str) -> None:
+    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters, or spaces within."""
+    if len(tenant) > MAX_TENANT:
+        raise InvalidArgumentError(f"{field} has {len(tenant)} characters; at most {MAX_TENANT}", field=field)
+    if not (tenant.isascii() and tenant.isprintable()) or tenant != tenant.strip():
+        raise InvalidArgumentError(
+            f"{field} is {tenant!r}; a tenant has visible ASCII characters, and spaces only within", field=field
+        )
+
+
+def _text(key: str, value: str | bytes) -> str:
+    if isinstance(value, str):
+        return value
+    raise InvalidArgumentError(f"{key} is text", field=key)
 
 
 def state_and_baggage(sent: Metadata) -> tuple[str, str]:
@@ -131,19 +181,14 @@ def span_attributes(method: str, code: int) -> dict[str, Value]:
 
 
 def traceparent(sent: Metadata) -> str | None:
-    """The caller's W3C trace context, where it sent one."""
+    """The caller's W3C trace context; None if it sent none, or several, of which none can be trusted."""
+    found: str | None = None
     for key, value in sent:
         if key == "traceparent":
-            return value if isinstance(value, str) else None
-    return None
-
-
-def tenant(sent: Metadata) -> str:
-    """Who is calling, as `ringmesh-tenant` says; "" where it does not."""
-    for key, value in sent:
-        if key == "ringmesh-tenant":
-            return str(value)
-    return ""
+            if found is not None or not isinstance(value, str):
+                return None
+            found = value
+    return found
 
 
 def deadline(context: Context) -> float | None:

@@ -10,6 +10,7 @@ from router.admission.concurrency_limit import ConcurrencyLimit
 from router.admission.quotas import Quotas
 from router.admission.token_bucket import TokenBucket
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.protocol import NOTHING, Told
 
 
 class Clock:
@@ -214,13 +215,12 @@ def test_many_tenants_do_not_fill_the_memory():
     assert len(quotas._buckets) <= 11_000
 
 
-def test_a_caller_is_read_from_metadata():
-    assert caller_of(()) == ANYBODY
-    assert caller_of((("ringmesh-tenant", "acme"), ("ringmesh-priority", "critical"))) == Caller(
-        "acme", Priority.CRITICAL
-    )
+def test_a_caller_is_read_from_what_it_says():
+    assert caller_of(NOTHING) is ANYBODY
+    assert caller_of(Told("acme", "", "")) == Caller("acme", Priority.NORMAL)
+    assert caller_of(Told("acme", "critical", "")) == Caller("acme", Priority.CRITICAL)
     with pytest.raises(InvalidArgumentError, match="sheddable, normal, critical"):
-        caller_of((("ringmesh-priority", "urgent"),))
+        caller_of(Told("", "urgent", ""))
 
 
 def test_no_limit_is_known_at_first():
