@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import asdict
 
 import grpc
@@ -17,6 +17,7 @@ from cache.items import Item, ItemId, Items
 from cache.mesh import Mesh
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 from services.runtime.protocol import check_tenant
+from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Service, unary
 
 _MAX_KEY_BYTES = 1024
@@ -70,7 +71,7 @@ class CacheService:
             {
                 "Get": unary(cache_pb2.GetRequest, self._get),
                 "GetMany": unary(cache_pb2.GetManyRequest, self._get_many),
-                "Put": unary(cache_pb2.PutRequest, self._put),
+                "Put": unary(cache_pb2.PutRequest, self._put, check_list),
                 "GetOrCompute": unary(cache_pb2.GetOrComputeRequest, self._get_or_compute),
                 "Release": unary(cache_pb2.ReleaseRequest, self._release),
                 "Delete": unary(cache_pb2.DeleteRequest, self._delete),
@@ -287,10 +288,9 @@ def _check_names(namespace: str, tenant: str) -> None:
     check_tenant(tenant, "tenant")
 
 
-def _check_count(keys: Iterable[bytes], most: int = _MAX_KEYS) -> None:
-    count = len(tuple(keys))
-    if count > most:
-        raise InvalidArgumentError(f"there are {count} keys; at most {most} are looked up at once", field="keys")
+def _check_count(keys: Sized, most: int = _MAX_KEYS) -> None:
+    if len(keys) > most:
+        raise InvalidArgumentError(f"there are {len(keys)} keys; at most {most} are looked up at once", field="keys")
 
 
 def _scope(request: cache_pb2.PurgeRequest) -> str:

@@ -33,6 +33,7 @@ from services.runtime import protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
+from services.runtime.request_check import check_request
 from services.runtime.rpc import (
     Answer,
     Context,
@@ -176,6 +177,9 @@ class InferenceService:
             read = self._reader.read(call.data)
             call.name, call.request_id = read.head.name, read.request_id
             call.model = model = self._fleet.view.catalog.find(call.name, read.head.version)
+            if read.head.checked is not model:
+                check_request(read.head.message, model.name, model.inputs, model.outputs)
+                read.head.checked = model
             if model.uncacheable or self._audit.distrusted:
                 why_not = model.uncacheable or self._audit.why_not(model, self._fleet.view.catalog)
                 if why_not:
