@@ -46,8 +46,9 @@ def check_request(data: bytes) -> None:
 
 
 def check_embedded(data: bytes, tag: int) -> None:
-    """As `check_request`, for a message with one request in a field of this `tag`, which is below 128."""
+    """As `check_request`, for a message with one request in the field of this `tag`."""
     position = fields = 0
+    is_there = False
     try:
         while position < len(data):
             fields += 1
@@ -56,6 +57,9 @@ def check_embedded(data: bytes, tag: int) -> None:
             found, start = _varint(data, position, len(data))
             position = _skip(data, start, len(data), found & 7)
             if found == tag:
+                if is_there:  # a parser would merge them
+                    raise InvalidArgumentError("the request is given twice")
+                is_there = True
                 length, _ = _varint(data, start, len(data))
                 check_request(data[position - length : position])
     except _MalformedError:
