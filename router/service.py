@@ -121,13 +121,13 @@ class InferenceService:
 
     def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
-        call = Admitted(data, self._tracer.start(protocol.traceparent(metadata)), metadata, method)
+        told = protocol.told(metadata)
+        call = Admitted(data, self._tracer.start(told.traceparent), metadata, method)
         try:
-            told = protocol.told(metadata)
-            if told is not protocol.NOTHING:
-                call.tenant, call.caller = told.tenant, caller_of(told)
-                if told.control:
-                    call.control = parse_cache_control(told.control)
+            call.caller = caller_of(told)
+            call.tenant = told.tenant
+            if told.control:
+                call.control = parse_cache_control(told.control)
         except RingmeshError as error:
             call.error = error
             return call

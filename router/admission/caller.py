@@ -40,7 +40,9 @@ class RefusedError(ResourceExhaustedError):
 
 
 def caller_of(told: Told) -> Caller:
-    """Who says so. Raises InvalidArgumentError for an unknown priority."""
+    """Who says so. Raises InvalidArgumentError for an unknown priority, and for what is wrong with the rest."""
+    if told.error is not None:
+        raise told.error
     if not told.tenant and not told.priority:
         return ANYBODY
     priority = _PRIORITIES.get(told.priority or Priority.NORMAL.name.lower())

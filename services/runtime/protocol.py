@@ -96,43 +96,58 @@ def metadata(context: Context) -> Metadata:
 
 
 class Told:
-    """What a caller says beside its request; "" for what it does not say."""
+    """What a caller says beside its request; "" for what it does not say. `error` says what is wrong with it.
 
-    __slots__ = ("control", "priority", "tenant")
+    `traceparent` is None if it sent none, or several: then none can be trusted.
+    """
 
-    def __init__(self, tenant: str, priority: str, control: str) -> None:
-        self.tenant = tenant
-        self.priority = priority
-        self.control = control
+    __slots__ = ("control", "error", "priority", "tenant", "traceparent")
 
-
-NOTHING = Told("", "", "")
+    def __init__(self) -> None:
+        self.traceparent: str | None = None
+        self.tenant = ""
+        self.priority = ""
+        self.control = ""
+        self.error: InvalidArgumentError | None = None
 
 
 def told(sent: Metadata) -> Told:
-    """Tenant, priority and cache-control, in the one place that decides what they are.
+    """The one place that decides who the caller is and what it wants.
 
-    Parts of cache-control are joined by commas, as HTTP says. Raises InvalidArgumentError if the tenant or the
-    priority is given twice, or the tenant is not a name (see `check_tenant`).
+    Wrong is a tenant or a priority that is given twice, and a tenant that is no name (see `check_tenant`). Parts of
+    cache-control are joined by commas, as HTTP says.
     """
-    tenant: str | None = None
-    priority: str | None = None
-    control = ""
+    said = Told()
+    traces = tenants = priorities = 0
     for key, value in sent:
-        if key == TENANT:
-            if tenant is not None:
-                raise InvalidArgumentError(f"{TENANT} is given twice", field=TENANT)
-            tenant = _text(key, value)
-            check_tenant(tenant, TENANT)
+        if key == "traceparent":
+            traces += 1
+            said.traceparent = value if isinstance(value, str) and traces == 1 else None
+        elif key == TENANT:
+            tenants += 1
+            said.tenant = _text(said, key, value, tenants)
+            if said.tenant:
+                try:
+                    check_tenant(said.tenant, TENANT)
+                except InvalidArgumentError as error:
+                    said.error = error
         elif key == PRIORITY:
-            if priority is not None:
-                raise InvalidArgumentError(f"{PRIORITY} is given twice", field=PRIORITY)
-            priority = _text(key, value)
+            priorities += 1
+            said.priority = _text(said, key, value, priorities)
         elif key == CACHE_CONTROL:
-            control = f"{control},{_text(key, value)}" if control else _text(key, value)
-    if tenant is None and priority is None and not control:
-        return NOTHING
-    return Told(tenant or "", priority or "", control)
+            control = _text(said, key, value, 1)
+            said.control = f"{said.control},{control}" if said.control else control
+    return said
+
+
+def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
+    """The value; what is wrong with it goes to `said`."""
+    if times > 1:
+        said.error = InvalidArgumentError(f"{key} is given twice", field=key)
+    if isinstance(value, str):
+        return value
+    said.error = InvalidArgumentError(f"{key} is text", field=key)
+    return ""
 
 
 def check_tenant(tenant: str, field: str) -> None:
@@ -143,12 +158,6 @@ def check_tenant(tenant: str, field: str) -> None:
         raise InvalidArgumentError(
             f"{field} is {tenant!r}; a tenant has visible ASCII characters, and spaces only within", field=field
         )
-
-
-def _text(key: str, value: str | bytes) -> str:
-    if isinstance(value, str):
-        return value
-    raise InvalidArgumentError(f"{key} is text", field=key)
 
 
 def state_and_baggage(sent: Metadata) -> tuple[str, str]:
@@ -181,14 +190,8 @@ def span_attributes(method: str, code: int) -> dict[str, Value]:
 
 
 def traceparent(sent: Metadata) -> str | None:
-    """The caller's W3C trace context; None if it sent none, or several, of which none can be trusted."""
-    found: str | None = None
-    for key, value in sent:
-        if key == "traceparent":
-            if found is not None or not isinstance(value, str):
-                return None
-            found = value
-    return found
+    """As in Told."""
+    return told(sent).traceparent
 
 
 def deadline(context: Context) -> float | None:

@@ -10,11 +10,11 @@ from tests.system.test_cache import fresh
 
 NAME = wire.field(1, b"mlp")
 REQUESTS = {
-    "a million empty inputs with their contents": NAME + b"\x2a\0\x3a\0" * 1_000_000,
-    "two million outputs": fresh().SerializeToString() + b"\x32\0" * 2_000_000,
-    "five million strings": NAME + wire.field(5, wire.field(5, b"\x42\0" * 5_000_000)),
-    "a million parameters": fresh().SerializeToString()
-    + b"".join(wire.field(4, wire.field(1, b"%06d" % number)) for number in range(1_000_000)),
+    "nearly a million empty inputs with their contents": NAME + b"\x2a\0\x3a\0" * 900_000,
+    "nearly two million outputs": fresh().SerializeToString() + b"\x32\0" * 1_900_000,
+    "nearly two million strings": NAME + wire.field(5, wire.field(5, b"\x42\0" * 1_900_000)),
+    "many parameters": fresh().SerializeToString()
+    + b"".join(wire.field(4, wire.field(1, b"%06d" % number)) for number in range(380_000)),
 }
 
 

@@ -10,7 +10,7 @@ from router.admission.concurrency_limit import ConcurrencyLimit
 from router.admission.quotas import Quotas
 from router.admission.token_bucket import TokenBucket
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.protocol import NOTHING, Told
+from services.runtime.protocol import told
 
 
 class Clock:
@@ -216,11 +216,14 @@ def test_many_tenants_do_not_fill_the_memory():
 
 
 def test_a_caller_is_read_from_what_it_says():
-    assert caller_of(NOTHING) is ANYBODY
-    assert caller_of(Told("acme", "", "")) == Caller("acme", Priority.NORMAL)
-    assert caller_of(Told("acme", "critical", "")) == Caller("acme", Priority.CRITICAL)
+    tenant, priority = ("ringmesh-tenant", "acme"), ("ringmesh-priority", "critical")
+    assert caller_of(told(())) is ANYBODY
+    assert caller_of(told((tenant,))) == Caller("acme", Priority.NORMAL)
+    assert caller_of(told((tenant, priority))) == Caller("acme", Priority.CRITICAL)
     with pytest.raises(InvalidArgumentError, match="sheddable, normal, critical"):
-        caller_of(Told("", "urgent", ""))
+        caller_of(told((("ringmesh-priority", "urgent"),)))
+    with pytest.raises(InvalidArgumentError, match="twice"):
+        caller_of(told((tenant, tenant)))
 
 
 def test_no_limit_is_known_at_first():
