@@ -23,6 +23,8 @@ from services.runtime.tensors import raw_from_contents
 
 # Keyed, so that nobody outside the fleet can search for two inputs with one hash.
 _CONTEXT = "ringmesh 2026-11 request hash"
+# Of a key: digest and hash.
+KEY_BYTES = 32
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")

@@ -14,6 +14,7 @@ from cache.entry import Entry, Frames
 from cache.epochs import EVERYTHING, key_scope, model_scope, tenant_scope
 from cache.evictions import OTHER, Evictions
 from cache.items import Item, ItemId, Items
+from cache.keys import KEY_BYTES
 from cache.mesh import Mesh
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 from services.runtime.protocol import check_tenant
@@ -23,7 +24,6 @@ from services.runtime.rpc import Context, Service, unary
 _MAX_KEY_BYTES = 1024
 _MAX_KEYS = 1000
 _MAX_NAME = 256
-_PREDICTION_KEY_BYTES = 32
 _MAX_TTL_MS = 30 * 86400 * 1000
 _LEASE_MS, _MAX_LEASE_MS = 10_000, 600_000
 _WAIT_MS, _MAX_WAIT_MS = 10_000, 60_000
@@ -227,9 +227,9 @@ class CacheService:
     async def _fetch(self, request: cache_pb2.FetchRequest, _: Context) -> cache_pb2.FetchResponse:
         _check_count(request.keys)
         for index, key in enumerate(request.keys):
-            if len(key) != _PREDICTION_KEY_BYTES:
+            if len(key) != KEY_BYTES:
                 raise InvalidArgumentError(
-                    f"keys[{index}] has {len(key)} bytes; an answer is filed under {_PREDICTION_KEY_BYTES}",
+                    f"keys[{index}] has {len(key)} bytes; an answer is filed under {KEY_BYTES}",
                     field="keys",
                 )
         entries = await asyncio.gather(*map(self._mesh.find, request.keys))
@@ -298,9 +298,9 @@ def _scope(request: cache_pb2.PurgeRequest) -> str:
     if kind == "everything" and request.everything:
         return EVERYTHING
     if kind == "key":
-        if len(request.key) != _PREDICTION_KEY_BYTES:
+        if len(request.key) != KEY_BYTES:
             raise InvalidArgumentError(
-                f"key has {len(request.key)} bytes; an answer's key has {_PREDICTION_KEY_BYTES}, as Explain tells it",
+                f"key has {len(request.key)} bytes; an answer's key has {KEY_BYTES}, as Explain tells it",
                 field="key",
             )
         return key_scope(request.key)

@@ -11,7 +11,8 @@ import numpy as np
 
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 
-# Inputs, outputs, parameters and raw contents of a request together; items of a list in requests of other kinds.
+# Inputs, outputs, parameters and raw contents of a request together, or fields of its inputs; items of a list in
+# requests of other kinds.
 MAX_FIELDS = 16_384
 # All of a request but the data of its inputs: names, shapes, parameters.
 MAX_HEAD_BYTES = 256 << 10
@@ -117,14 +118,14 @@ def _check_request(data: bytes) -> None:
 def _contents_bytes(data: bytes, inputs: list[int]) -> int:
     """How many bytes the typed contents of `inputs`, which begin there, take. Raises where they hold too many."""
     size = len(data)
-    fields = integers = contents = 0
+    fields = strings = integers = contents = 0
     for position in inputs:
         length, position = _varint(data, position, size)
         end = position + length
         while position < end:
             fields += 1
-            if fields > MAX_STRINGS:
-                raise _too_many_strings()
+            if fields > MAX_FIELDS:
+                raise _too_many_fields()
             tag, start = _varint(data, position, end)
             position = _skip(data, start, end, tag & 7)
             if tag != _CONTENTS:
@@ -132,8 +133,8 @@ def _contents_bytes(data: bytes, inputs: list[int]) -> int:
             contents += position - start
             _, element = _varint(data, start, position)
             while element < position:
-                fields += 1
-                if fields > MAX_STRINGS:
+                strings += 1
+                if strings > MAX_STRINGS:
                     raise _too_many_strings()
                 tag, start = _varint(data, element, position)
                 element = _skip(data, start, position, tag & 7)

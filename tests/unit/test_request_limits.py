@@ -44,17 +44,21 @@ def test_fields_are_counted_and_no_more_than_the_most_are_looked_at(field, read)
 
 
 def test_strings_are_counted_and_no_more_than_the_most_are_looked_at():
-    contents = b"\x42\0" * (MAX_STRINGS - 2)
+    contents = b"\x42\0" * MAX_STRINGS
     tensor = wire.field(5, contents)
     check_request(wire.field(5, tensor))
     for many in (
-        wire.field(5, wire.field(5, contents + b"\x42\0" * 3 + MALFORMED)),  # in one
+        wire.field(5, wire.field(5, contents + b"\x42\0" + MALFORMED)),  # in one
         wire.field(5, tensor + tensor),  # twice in one, which the parser merges
         wire.field(5, tensor) * 2,  # in two inputs
-        wire.field(5, b"\x0a\0" * (MAX_STRINGS + 1) + MALFORMED),  # other fields of an input
     ):
         with pytest.raises(InvalidArgumentError, match="more than 131072 strings"):
             check_request(many)
+
+
+def test_other_fields_of_inputs_are_counted_too():
+    with pytest.raises(InvalidArgumentError, match="more than 16384 inputs"):
+        check_request(wire.field(5, b"\x0a\0" * MAX_STRINGS + wire.field(9, bytes(MAX_HEAD_BYTES)) + MALFORMED))
 
 
 @pytest.mark.parametrize("number", range(1, 6))
@@ -75,7 +79,7 @@ def test_integers_are_counted_however_long_they_are(number):
 
 def test_integers_one_by_one_count_as_strings_do():
     """Packed is how protobuf 3 writes them; the parser takes both."""
-    data = wire.field(5, wire.field(5, b"\x18\x01" * MAX_STRINGS))
+    data = wire.field(5, wire.field(5, b"\x18\x01" * (MAX_STRINGS + 1)))
     with pytest.raises(InvalidArgumentError, match="more than 131072"):
         check_request(data)
 
