@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cache import freshness
-from cache.entry import Entry, pack
+from cache.entry import Entry
 from cache.leases import Lease, Leases
 from cache.mesh import Mesh
 from services.runtime.errors import DeadlineExceededError
@@ -97,7 +97,7 @@ class Items:
         name = self._name(item)
         entry = Entry(_TIMES.pack(fresh_until, kept_until) + value, compute_us, now_ms)
         kept_ms = ttl_ms + stale_ms if ttl_ms else None
-        written = bool(token) and await self._leases.fill(name, token, pack(name, entry), kept_ms)
+        written = bool(token) and await self._leases.fill(name, token, entry, kept_ms)
         if self._mesh.shared is None:
             self._mesh.local.put(name, entry)
         elif not written:

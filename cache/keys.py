@@ -23,6 +23,8 @@ from services.runtime.tensors import raw_from_contents
 
 # Keyed, so that nobody outside the fleet can search for two inputs with one hash.
 _CONTEXT = "ringmesh 2026-11 request hash"
+# Of a key: digest and hash.
+KEY_BYTES = 32
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")
@@ -112,10 +114,11 @@ class RequestHasher:
         # The data first: BLAKE3 is twice as fast where it starts at a chunk boundary. What follows can be read from
         # its end, so no data can pass for a part of it.
         hasher = blake3(raws[0], key=key)
-        sizes = len(raws[0]).to_bytes(8, "little")
+        if len(raws) == 1:
+            return hasher.update(len(raws[0]).to_bytes(8, "little") + description.trailer).digest(16)
         for raw in raws[1:]:
             hasher.update(raw)
-            sizes += len(raw).to_bytes(8, "little")
+        sizes = b"".join([len(raw).to_bytes(8, "little") for raw in raws])
         return hasher.update(sizes + description.trailer).digest(16)
 
     def _tenant_key(self, tenant: str) -> bytes:

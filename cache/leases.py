@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 
+from cache.entry import Entry
 from cache.shared_tier import SharedTier, stored_name
 from services.runtime.errors import FailedPreconditionError, UnavailableError
 
@@ -64,7 +65,7 @@ class Leases:
         self._own[name] = (token, now + milliseconds / 1000)
         return Lease(token, milliseconds)
 
-    async def fill(self, name: bytes, token: int, frame: bytes, ttl_ms: int | None) -> bool:
+    async def fill(self, name: bytes, token: int, entry: Entry, ttl_ms: int | None) -> bool:
         """Ends the lease. True where what was computed under it is written to Redis; else that is left to the caller.
 
         Raises FailedPreconditionError where the lease is over. `ttl_ms` None: as long as any entry.
@@ -74,6 +75,7 @@ class Leases:
         if self._shared is not None:
             try:
                 ttl = str(self._shared.ttl_ms if ttl_ms is None else ttl_ms)
+                frame = self._shared.frames.pack(name, entry)
                 if await self._run(name, _FILL, 2, str(token), frame, ttl):
                     return True
             except UnavailableError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cache.entry import Frames
 from cache.evictions import Evictions
 from cache.metrics import CacheMetrics
 from cache.replication import Replication
@@ -21,9 +22,10 @@ from services.runtime.supervisor import BACKGROUND
 
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
-    mesh = settings.create_mesh()
+    secret = settings.secret()
+    mesh = settings.create_mesh(secret)
     evictions = Evictions(mesh.local)
-    service = CacheService(mesh, evictions)
+    service = CacheService(mesh, evictions, Frames(secret))
     server = Server(
         settings.engine,
         settings.address,

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cache.cache_control import CacheControl
 from cache.doorkeeper import Doorkeeper
-from cache.entry import Entry, pack
+from cache.entry import Entry
 from cache.freshness import Freshness
 from cache.leases import Leases
 from cache.local_tier import LocalTier
@@ -237,8 +237,8 @@ class Mesh:
                 await self._leases.release(key, lease.token)
                 return "found"
             computed = await self._compute(key, compute)
-            frame = pack(key, computed.entry)
-            written = computed.key == key and await self._leases.fill(key, lease.token, frame, self._kept_ms(computed))
+            kept_ms = self._kept_ms(computed)
+            written = computed.key == key and await self._leases.fill(key, lease.token, computed.entry, kept_ms)
         except BaseException:
             # However it ended: nobody else could renew it for as long as the lease.
             await self._leases.release(key, lease.token)
@@ -253,7 +253,7 @@ class Mesh:
         """Whether another process has renewed it; then it is here too."""
         if self.shared is None or not self.purges.is_known:
             return False
-        entry = await self.shared.get(key)
+        entry = await self.shared.get_answer(key)
         if entry is None or entry.created_at_ms <= max(old.created_at_ms, self.purges.oldest_ms):
             return False
         self.local.put(key, entry)
@@ -348,7 +348,7 @@ class Mesh:
         if self.shared is None or not self.purges.is_known:
             return None
         start = time.time_ns()
-        entry = await self.shared.get(key)
+        entry = await self.shared.get_answer(key)
         if trace is not None:
             trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
         if entry is None or entry.created_at_ms < self.purges.oldest_ms:

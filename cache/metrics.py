@@ -31,6 +31,12 @@ RENEWALS = Family(
     "answers to be renewed before their end, by result: computed, found (in Redis), busy (elsewhere), failed",
     ("result",),
 )
+UNSEALED = Family(
+    "ringmesh_peer_unsealed_total",
+    "counter",
+    "answers of a peer region that were ignored: not sealed with the same secret, or not an answer",
+    ("region",),
+)
 STALE = Family("ringmesh_cache_stale_answers_total", "counter", "answers given past their time to live")
 FLIGHTS = Family("ringmesh_flights", "gauge", "keys whose answer is being looked up or computed")
 REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "round trips to Redis", ("operation",))
@@ -67,6 +73,8 @@ class CacheMetrics:
         for result, count in self._mesh.renewals.counts.items():
             yield Sample(RENEWALS, (result,), count)
         yield Sample(FLIGHTS, (), len(self._mesh.flights))
+        for peer in self._mesh.peers.peers:
+            yield Sample(UNSEALED, (peer.region,), peer.unsealed)
         yield Sample(STALE, (), self._mesh.stale_answers)
         if shared is not None:
             yield Sample(BREAKER_OPEN, (), shared.is_skipped)

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.breaker import Breaker
-from cache.entry import Entry
+from cache.entry import Entry, Frames, is_answer
 from cache.purge_board import PurgeBoard
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
@@ -49,11 +49,17 @@ FAILURES: Final = (grpc.aio.AioRpcError, DecodeError, asyncio.TimeoutError, OSEr
 
 
 class PeerRegion:
-    """The cache service of `region` at `address`. `trip_seconds` is a usual trip; infinite until one was made."""
+    """The cache service of `region` at `address`, which must seal what it answers by the secret of `frames`.
 
-    def __init__(self, region: str, address: str, breaker: Breaker) -> None:
+    `trip_seconds` is a usual trip; infinite until one was made. `unsealed` counts the answers
+    that were dropped because their seal or their content was wrong.
+    """
+
+    def __init__(self, region: str, address: str, breaker: Breaker, frames: Frames) -> None:
         self.region = region
+        self._frames = frames
         self.trip_seconds = float("inf")
+        self.unsealed = 0
         self._breaker = breaker
         self._channel = grpc.aio.insecure_channel(
             address,
@@ -90,14 +96,28 @@ class PeerRegion:
         results = cache_pb2.FetchResponse.FromString(data).results
         if len(results) != len(keys):
             raise PeerError(f"it answered {len(results)} of {len(keys)} look-ups")
-        found = [
-            Entry(each.entry.value, each.entry.compute_us, each.entry.created_at_ms) if each.HasField("entry") else None
-            for each in results
-        ]
+        found = [self._entry(key, each) for key, each in zip(keys, results, strict=True)]
         trip = time.monotonic() - start
         known = self.trip_seconds
         self.trip_seconds = trip if known == float("inf") else known + _SMOOTHING * (trip - known)
         return found
+
+    def _entry(self, key: bytes, result: cache_pb2.GetResponse) -> Entry | None:
+        """None if there is none, or if no process that knows the secret vouches for it."""
+        if not result.HasField("entry"):
+            return None
+        told = result.entry
+        entry = Entry(told.value, told.compute_us, told.created_at_ms)
+        if self._frames.is_sealed(key, entry, told.seal) and is_answer(told.value):
+            return entry
+        if not self.unsealed:
+            log.warning(
+                "peer region %s answered without a valid seal, which is ignored: it must run this version with the "
+                "same RINGMESH_KEY_SECRET",
+                self.region,
+            )
+        self.unsealed += 1
+        return None
 
     async def valuable(self) -> list[bytes]:
         """Keys of what saves it most computing. Raises one of FAILURES."""

@@ -7,11 +7,13 @@ server that has none, refuses them, is down or slow is left alone for a while, a
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
@@ -29,6 +31,14 @@ _DOWN_SECONDS = 1.0
 _WRITE_SECONDS = 1.0
 _MOST_WRITES = 64
 _MOST_DIMENSIONS = 32_768  # Redis's own bound
+
+
+class Document(NamedTuple):
+    """What Redis holds of an earlier request: the key of its answer, its unit vector, and their MAC."""
+
+    key: bytes
+    vector: bytes
+    seal: bytes
 
 
 class SemanticTier:
@@ -75,12 +85,22 @@ class SemanticTier:
         reply = await self._run(
             self._shared.budget_seconds,
             *("FT.SEARCH", _index_name(direction), query, "PARAMS", "2", "vector", direction.tobytes()),
-            *("RETURN", "2", "distance", "key", "DIALECT", "2"),
+            *("RETURN", "3", "key", "vector", "seal", "DIALECT", "2"),
         )
         if isinstance(reply, Exception):
             self._made.discard(_index_name(direction))  # lost with a server that was replaced
             return None
-        return near_of(reply)
+        document = document_of(reply)
+        if document is None or not self._is_sealed(group, document) or len(document.vector) != direction.nbytes:
+            return None
+        found = np.frombuffer(document.vector, direction.dtype)
+        return Near(document.key, float(found @ direction))
+
+    def _is_sealed(self, group: bytes, document: Document) -> bool:
+        """Whether it was written by a process that knows the fleet's secret: Redis alone is not believed."""
+        assert self._shared is not None
+        seal = self._shared.frames.seal_vector(group, document.vector, document.key)
+        return hmac.compare_digest(seal, document.seal)
 
     async def _write(self, group: bytes, direction: Vector, key: bytes) -> None:
         name = _index_name(direction)
@@ -95,10 +115,12 @@ class SemanticTier:
                 return
             self._made.add(name)
         document = name + b":" + key
-        await self._run(
-            *(_WRITE_SECONDS, "HSET", document, "group", group.hex(), "vector", direction.tobytes(), "key", key)
-        )
         assert self._shared is not None
+        vector = direction.tobytes()
+        seal = self._shared.frames.seal_vector(group, vector, key)
+        await self._run(
+            *(_WRITE_SECONDS, "HSET", document, "group", group.hex(), "vector", vector, "key", key, "seal", seal)
+        )
         await self._run(_WRITE_SECONDS, "PEXPIRE", document, str(self._shared.ttl_ms))
 
     async def _run(self, seconds: float, *command: str | bytes) -> Any:
@@ -124,14 +146,14 @@ class SemanticTier:
         return reply
 
 
-def near_of(reply: Any) -> Near | None:
+def document_of(reply: Any) -> Document | None:
     """The first result of FT.SEARCH, as a map (RESP3 of Redis) or as a list (valkey-search, RESP2)."""
     try:
         if isinstance(reply, dict):
             fields = reply[b"results"][0][b"extra_attributes"]
         else:
             fields = dict(zip(reply[2][::2], reply[2][1::2], strict=True))
-        return Near(bytes(fields[b"key"]), 1.0 - float(fields[b"distance"]))
+        return Document(bytes(fields[b"key"]), bytes(fields[b"vector"]), bytes(fields[b"seal"]))
     except (IndexError, KeyError, TypeError, ValueError):
         return None
 

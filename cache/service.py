@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import asdict
 
 import grpc
 from ringmesh.cache.v1 import cache_pb2
 
-from cache.entry import Entry
+from cache.entry import Entry, Frames
 from cache.epochs import EVERYTHING, key_scope, model_scope, tenant_scope
 from cache.evictions import OTHER, Evictions
 from cache.items import Item, ItemId, Items
+from cache.keys import KEY_BYTES
 from cache.mesh import Mesh
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.protocol import check_tenant
+from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Service, unary
 
 _MAX_KEY_BYTES = 1024
 _MAX_KEYS = 1000
 _MAX_NAME = 256
-_PREDICTION_KEY_BYTES = 32
 _MAX_TTL_MS = 30 * 86400 * 1000
 _LEASE_MS, _MAX_LEASE_MS = 10_000, 600_000
 _WAIT_MS, _MAX_WAIT_MS = 10_000, 60_000
@@ -38,7 +40,7 @@ _ItemRequest = (
 
 
 class CacheService:
-    """Items, purges and statistics over the tiers of `mesh`.
+    """Items, purges and statistics over the tiers of `mesh`. `frames` seals answers for other regions.
 
     `usages` tells what else this process uses the tiers for, `models` which model the first 16 bytes of a key mean,
     `tenant_scoped` which models keep tenants apart; None: this process does not know.
@@ -48,12 +50,14 @@ class CacheService:
         self,
         mesh: Mesh,
         evictions: Evictions,
+        frames: Frames,
         usages: Callable[[], Iterable[cache_pb2.UsageStats]] = tuple,
         models: Callable[[], Mapping[bytes, str]] = dict,
         tenant_scoped: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self._mesh = mesh
         self._evictions = evictions
+        self._frames = frames
         self._tenant_scoped = tenant_scoped
         self._items = Items(mesh)
         self._usages = usages
@@ -67,7 +71,7 @@ class CacheService:
             {
                 "Get": unary(cache_pb2.GetRequest, self._get),
                 "GetMany": unary(cache_pb2.GetManyRequest, self._get_many),
-                "Put": unary(cache_pb2.PutRequest, self._put),
+                "Put": unary(cache_pb2.PutRequest, self._put, check_list),
                 "GetOrCompute": unary(cache_pb2.GetOrComputeRequest, self._get_or_compute),
                 "Release": unary(cache_pb2.ReleaseRequest, self._release),
                 "Delete": unary(cache_pb2.DeleteRequest, self._delete),
@@ -223,13 +227,26 @@ class CacheService:
     async def _fetch(self, request: cache_pb2.FetchRequest, _: Context) -> cache_pb2.FetchResponse:
         _check_count(request.keys)
         for index, key in enumerate(request.keys):
-            if len(key) != _PREDICTION_KEY_BYTES:
+            if len(key) != KEY_BYTES:
                 raise InvalidArgumentError(
-                    f"keys[{index}] has {len(key)} bytes; an answer is filed under {_PREDICTION_KEY_BYTES}",
+                    f"keys[{index}] has {len(key)} bytes; an answer is filed under {KEY_BYTES}",
                     field="keys",
                 )
         entries = await asyncio.gather(*map(self._mesh.find, request.keys))
-        return cache_pb2.FetchResponse(results=map(_stored, entries))
+        results = [self._stored(key, entry) for key, entry in zip(request.keys, entries, strict=True)]
+        return cache_pb2.FetchResponse(results=results)
+
+    def _stored(self, key: bytes, entry: Entry | None) -> cache_pb2.GetResponse:
+        if entry is None:
+            return cache_pb2.GetResponse()
+        return cache_pb2.GetResponse(
+            entry=cache_pb2.Entry(
+                value=entry.value,
+                compute_us=entry.compute_us,
+                created_at_ms=entry.created_at_ms,
+                seal=self._frames.seal(key, entry),
+            )
+        )
 
     async def _list_valuable(
         self, request: cache_pb2.ListValuableRequest, _: Context
@@ -260,29 +277,20 @@ def _found(item: Item | None) -> cache_pb2.GetResponse:
     )
 
 
-def _stored(entry: Entry | None) -> cache_pb2.GetResponse:
-    if entry is None:
-        return cache_pb2.GetResponse()
-    return cache_pb2.GetResponse(
-        entry=cache_pb2.Entry(value=entry.value, compute_us=entry.compute_us, created_at_ms=entry.created_at_ms)
-    )
-
-
 def _check_key(key: bytes, field: str) -> None:
     if not 0 < len(key) <= _MAX_KEY_BYTES:
         raise InvalidArgumentError(f"{field} has {len(key)} bytes; a key has 1 to {_MAX_KEY_BYTES}", field=field)
 
 
 def _check_names(namespace: str, tenant: str) -> None:
-    for field, name in (("namespace", namespace), ("tenant", tenant)):
-        if len(name) > _MAX_NAME:
-            raise InvalidArgumentError(f"{field} has {len(name)} characters; at most {_MAX_NAME}", field=field)
+    if len(namespace) > _MAX_NAME:
+        raise InvalidArgumentError(f"namespace has {len(namespace)} characters; at most {_MAX_NAME}", field="namespace")
+    check_tenant(tenant, "tenant")
 
 
-def _check_count(keys: Iterable[bytes], most: int = _MAX_KEYS) -> None:
-    count = len(tuple(keys))
-    if count > most:
-        raise InvalidArgumentError(f"there are {count} keys; at most {most} are looked up at once", field="keys")
+def _check_count(keys: Sized, most: int = _MAX_KEYS) -> None:
+    if len(keys) > most:
+        raise InvalidArgumentError(f"there are {len(keys)} keys; at most {most} are looked up at once", field="keys")
 
 
 def _scope(request: cache_pb2.PurgeRequest) -> str:
@@ -290,9 +298,9 @@ def _scope(request: cache_pb2.PurgeRequest) -> str:
     if kind == "everything" and request.everything:
         return EVERYTHING
     if kind == "key":
-        if len(request.key) != _PREDICTION_KEY_BYTES:
+        if len(request.key) != KEY_BYTES:
             raise InvalidArgumentError(
-                f"key has {len(request.key)} bytes; an answer's key has {_PREDICTION_KEY_BYTES}, as Explain tells it",
+                f"key has {len(request.key)} bytes; an answer's key has {KEY_BYTES}, as Explain tells it",
                 field="key",
             )
         return key_scope(request.key)
@@ -302,4 +310,7 @@ def _scope(request: cache_pb2.PurgeRequest) -> str:
             f"a purge names everything (true), a model, a tenant or a key; names have 1 to {_MAX_NAME} characters",
             field=kind or "scope",
         )
-    return model_scope(name) if kind == "model" else tenant_scope(name)
+    if kind == "model":
+        return model_scope(name)
+    check_tenant(name, "tenant")
+    return tenant_scope(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import socket
 import time
 from typing import Annotated, ClassVar
@@ -12,13 +14,17 @@ from pydantic_settings import NoDecode
 
 from cache.breaker import Breaker
 from cache.doorkeeper import Doorkeeper
+from cache.entry import Frames
 from cache.local_tier import LocalTier
 from cache.mesh import Mesh
 from cache.peer_regions import PeerRegion, PeerRegions
 from cache.purge_board import PurgeBoard
 from cache.refusals import Refusals
 from cache.shared_tier import SharedTier
+from services.runtime.server import StartError
 from services.runtime.settings import ServiceSettings
+
+log = logging.getLogger(__name__)
 
 
 class MeshSettings(ServiceSettings):
@@ -42,8 +48,13 @@ class MeshSettings(ServiceSettings):
     peer_regions: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
         (), description="caches of other regions: region=host:port, separated by commas"
     )
-    # The same on every router of a fleet; kept from tenants, who could search for colliding inputs with it.
-    key_secret: str = Field("ringmesh", min_length=1, description="secret that request hashes are keyed with")
+    # Kept from tenants: with it they could search for colliding inputs, and forge entries in Redis.
+    key_secret: str | None = Field(
+        None,
+        min_length=1,
+        description="secret that request hashes and cache entries are keyed with, the same on every router and cache "
+        "service of a fleet; none: a random one for this process, which only works without Redis and peer regions",
+    )
 
     @field_validator("peer_regions", mode="before")
     @classmethod
@@ -63,19 +74,36 @@ class MeshSettings(ServiceSettings):
             raise ValueError("a region is named twice")
         return peers
 
-    def create_mesh(self) -> Mesh:
-        """The tiers as set. Raises StartError where the Redis URL is not one; an unreachable Redis is none."""
+    def secret(self) -> str:
+        """The secret that is set, or a random one. Raises StartError if one is needed that others have too."""
+        if self.key_secret is not None:
+            return self.key_secret
+        if self.redis_url is not None or self.peer_regions:
+            raise StartError(
+                "RINGMESH_KEY_SECRET is not set. Processes that share RINGMESH_REDIS_URL or RINGMESH_PEER_REGIONS must "
+                "have the same secret; generate one with `openssl rand -hex 32` and give it to all of them"
+            )
+        log.info("RINGMESH_KEY_SECRET is not set: using a random secret, so other routers will hash requests otherwise")
+        return secrets.token_hex(32)
+
+    def create_mesh(self, secret: str) -> Mesh:
+        """The tiers as set, with entries authenticated by `secret`.
+
+        Raises StartError where the Redis URL is not one; an unreachable Redis is none.
+        """
         shared = None
+        frames = Frames(secret)
         if self.redis_url is not None:
             shared = SharedTier(
                 self.redis_url,
+                frames,
                 ttl_seconds=self.shared_ttl_seconds,
                 budget_seconds=self.shared_budget_seconds,
                 create_breaker=lambda: Breaker(time.monotonic),
             )
         address = self.address if not self.address.endswith(":0") else str(os.getpid())
         purges = PurgeBoard(shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds)
-        peers = [PeerRegion(region, peer, Breaker(time.monotonic)) for region, peer in self.peer_regions]
+        peers = [PeerRegion(region, peer, Breaker(time.monotonic), frames) for region, peer in self.peer_regions]
         return Mesh(
             LocalTier(self.local_tier_bytes),
             shared,

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AskError, MovedError
 
 from cache.breaker import Breaker
-from cache.entry import Entry, pack, unpack
+from cache.entry import Entry, Frames, is_answer
 from cache.redis_node import FAILURES, Fill, GivenUpError, RedisNode, Reply, kind_of
 from cache.redis_nodes import Nodes, create_nodes
 from cache.stats import TierCounters
@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 ERRORS = Family(
     "ringmesh_redis_errors_total",
     "counter",
-    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), damaged",
+    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), "
+    "damaged (also forged, or written under another secret)",
     ("type",),
 )
 
-_PREFIX = b"rm1:"
+# 2: frames with a MAC. Older processes of the fleet keep to their own names.
+_PREFIX = b"rm1:2:"
 _REDIRECTS = 2
 _CHECK_SECONDS = 5.0
 _COMMAND_SECONDS = 1.0
@@ -44,15 +46,22 @@ def stored_name(key: bytes) -> bytes:
 
 
 class SharedTier:
-    """Entries in Redis under `rm1:<key>`, kept for `ttl_seconds` (give or take a tenth, so as not to end together).
+    """Entries in Redis under `rm1:2:<key>`, kept for `ttl_seconds` (give or take a tenth, so as not to end together).
 
-    `url` as in services/runtime/redis_url.py; raises StartError where it is none. `budget_seconds` bounds what a
-    look-up may wait for one server; past it, it is a miss.
+    `url` as in services/runtime/redis_url.py; raises StartError where it is none. `frames` authenticates values.
+    `budget_seconds` bounds what a look-up may wait for one server; past it, it is a miss.
     """
 
     def __init__(
-        self, url: str, *, ttl_seconds: float, budget_seconds: float, create_breaker: Callable[[], Breaker]
+        self,
+        url: str,
+        frames: Frames,
+        *,
+        ttl_seconds: float,
+        budget_seconds: float,
+        create_breaker: Callable[[], Breaker],
     ) -> None:
+        self.frames = frames
         self.ttl_ms = int(ttl_seconds * 1000)
         self.budget_seconds = budget_seconds
         self._create_breaker = create_breaker
@@ -74,7 +83,14 @@ class SharedTier:
         self._check_task = BACKGROUND.start("check of Redis", self._check_memory)
 
     async def get(self, key: bytes) -> Entry | None:
-        """None on a miss, and where Redis is down, slow, or holds something damaged. A cancelled look-up goes on."""
+        """None on a miss, and if Redis is down, slow, or holds a bad frame. A cancelled look-up goes on."""
+        return await self._get(key, answer=False)
+
+    async def get_answer(self, key: bytes) -> Entry | None:
+        """As `get`; also None if the value is not a serialized ModelInferResponse."""
+        return await self._get(key, answer=True)
+
+    async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
         name = _PREFIX + key
         node = self.nodes.owner(name)
         reply: Reply = None
@@ -89,7 +105,9 @@ class SharedTier:
         if reply is None:
             self.counters.misses += 1
             return None
-        entry = unpack(key, reply) if isinstance(reply, bytes) else None
+        entry = self.frames.unpack(key, reply) if isinstance(reply, bytes) else None
+        if answer and entry is not None and not is_answer(entry.value):
+            entry = None
         if entry is None:
             if not isinstance(reply, GivenUpError):
                 self.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
@@ -108,7 +126,7 @@ class SharedTier:
             return
         if ttl_ms is None:
             ttl_ms = int(self.ttl_ms * random.uniform(0.9, 1.1))
-        node.put(Fill(name, pack(key, entry), ttl_ms))
+        node.put(Fill(name, self.frames.pack(key, entry), ttl_ms))
 
     async def delete(self, key: bytes) -> None:
         """Raises UnavailableError where Redis cannot be reached."""

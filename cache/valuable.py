@@ -13,6 +13,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from cache.keys import KEY_BYTES
 from cache.local_tier import LocalTier
 from cache.shared_tier import SharedTier
 from services.runtime.errors import UnavailableError
@@ -74,14 +75,15 @@ class Valuable:
     async def keys(self, limit: int) -> list[bytes]:
         """The best first. Raises UnavailableError."""
         found: list[bytes] = await self._run(lambda redis: redis.zrange(_NAME, 0, limit - 1, desc=True))
-        return found
+        # Peers refuse a whole list with one that is no key, and anybody with access to Redis may have added it.
+        return [key for key in found if len(key) == KEY_BYTES]
 
     async def warm(self, keys: list[bytes], max_bytes: int) -> tuple[int, int]:
         """Brings entries from the shared tier into the local one. Returns how many, and their bytes."""
         count = size = 0
         for start in range(0, len(keys), _GET):
             part = keys[start : start + _GET]
-            for key, entry in zip(part, await asyncio.gather(*map(self._shared.get, part)), strict=True):
+            for key, entry in zip(part, await asyncio.gather(*map(self._shared.get_answer, part)), strict=True):
                 if entry is None or size + len(entry.value) > max_bytes:
                     continue
                 self._local.put(key, entry)

@@ -37,5 +37,4 @@ class Admitted:
         self.trace = trace
         self.metadata = metadata
         self.method = method
-        # Known when it is asked who wants it computed, which hits are not.
         self.caller = ANYBODY

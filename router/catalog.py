@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -12,6 +12,7 @@ from cache.freshness import Freshness, tightest
 from services.runtime import ensemble
 from services.runtime.ensemble import Plan
 from services.runtime.errors import NotFoundError, UnavailableError, some
+from services.runtime.request_check import Declared
 
 # A parameter in the config.pbtxt of an ensemble.
 CACHE_STEPS = "ringmesh_cache_steps"
@@ -20,8 +21,9 @@ CACHE_STEPS = "ringmesh_cache_steps"
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
     """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
+    `inputs` and `outputs` are those of its metadata.
 
-    `outputs` has the names of all. With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
+    With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
     batch are cached one by one. With `hedged`, a slow attempt is made elsewhere too. An ensemble has a `plan`; with
     `cache_steps` the router runs it step by step, each through the cache. From a `semantic_threshold` above 0, a
     vector, or what `semantic_embedding` makes of the inputs, may be answered as a similar one was. `freshness` says
@@ -33,6 +35,7 @@ class ModelEntry:
     digest: bytes
     uncacheable: str
     metadata: v2.ModelMetadataResponse
+    inputs: Mapping[str, Declared] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     tenant_scoped: bool = False
     row_cache: bool = False
@@ -139,6 +142,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         model.digest,
         uncacheable,
         metadata,
+        inputs={tensor.name: (tensor.datatype, (*tensor.shape,)) for tensor in metadata.inputs},
         outputs=tuple(output.name for output in metadata.outputs),
         tenant_scoped=model.tenant_scoped,
         row_cache=model.row_cache,

@@ -17,6 +17,7 @@ from router.member import Member
 from router.request_metrics import RequestMetrics
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Handler, unary
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class FleetControl:
             "ModelConfig": unary(v2.ModelConfigRequest, self._config),
             "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),
             "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
-            "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load),
+            "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load, check_list),
             "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
             **{method: unary(request, self._to_all(method, response)) for method, request, response in _SHARED_MEMORY},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from cache.entry import Frames
 from cache.epochs import MODELS
 from cache.evictions import Evictions
 from cache.keys import RequestHasher
@@ -46,8 +47,9 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
-    mesh = settings.create_mesh()
-    hasher = RequestHasher(settings.key_secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
+    secret = settings.secret()
+    mesh = settings.create_mesh(secret)
+    hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
     fleet = Fleet(
         settings.listings(),
         lambda ready: server.set_serving(ready and not stopping.is_set()),
@@ -76,7 +78,12 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     }
     evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
     cache = CacheService(
-        mesh, evictions, requests.usages, lambda: _models(fleet, mesh), lambda: fleet.view.catalog.tenant_scoped
+        mesh,
+        evictions,
+        Frames(secret),
+        requests.usages,
+        lambda: _models(fleet, mesh),
+        lambda: fleet.view.catalog.tenant_scoped,
     )
     server = Server(
         settings.engine,

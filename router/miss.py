@@ -17,7 +17,6 @@ from ringmesh.inference.v1 import inference_pb2
 from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.mesh import Computed, Flight, Found, Mesh
-from router.admission.caller import ANYBODY, caller_of
 from router.admission.quotas import Quotas
 from router.admitted import Admitted
 from router.catalog import ModelEntry
@@ -148,8 +147,6 @@ class _Miss:
 
     def _start(self, deadline: float | None) -> None:
         call, parts, key = self._call, self._parts, self._key
-        if call.caller is ANYBODY:
-            call.caller = caller_of(call.metadata)
         if key:
             entry = parts.mesh.peek(key)
             if entry is not None:

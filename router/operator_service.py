@@ -16,10 +16,14 @@ from router.member import Member
 from router.picker import Candidate, candidates
 from services.runtime import protocol
 from services.runtime.errors import RingmeshError
+from services.runtime.request_check import check_request
+from services.runtime.request_limits import check_embedded
 from services.runtime.rpc import Context, Service, abort, unary
 
 # Of a large fleet, no more are told.
 _MOST_CANDIDATES = 32
+# The tag of the field in ExplainRequest.
+_REQUEST = 0x0A
 
 
 class OperatorService:
@@ -36,7 +40,7 @@ class OperatorService:
             router_pb2.DESCRIPTOR.services_by_name["RouterService"],
             {
                 "GetRing": unary(router_pb2.GetRingRequest, self._get_ring),
-                "Explain": unary(router_pb2.ExplainRequest, self._explain),
+                "Explain": unary(router_pb2.ExplainRequest, self._explain, lambda data: check_embedded(data, _REQUEST)),
                 "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
             },
         )
@@ -46,8 +50,10 @@ class OperatorService:
         return router_pb2.GetRingResponse(workers=[_worker(view, member) for member in view.members.values()])
 
     async def _explain(self, request: router_pb2.ExplainRequest, _: Context) -> router_pb2.ExplainResponse:
+        protocol.check_tenant(request.tenant, "tenant")
         view = self._fleet.view
         model = view.catalog.find(request.request.model_name, request.request.model_version)
+        check_request(request.request, model.name, model.inputs, model.outputs)
         response = router_pb2.ExplainResponse()
         place, sticky = b"", False
         try:

@@ -33,6 +33,7 @@ from services.runtime import faults, protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
+from services.runtime.request_check import check_request
 from services.runtime.rpc import (
     Answer,
     Context,
@@ -120,21 +121,28 @@ class InferenceService:
 
     def _admit(self, data: bytes, metadata: Metadata, method: str = "ModelInfer") -> Answer | Admitted:
         """Parses, keys and looks into the local tier: a hit is answered without serializing a message."""
-        traceparent, control, tenant = protocol.trace_and_cache_control(metadata)
-        call = Admitted(data, self._tracer.start(traceparent), metadata, method)
-        call.tenant = tenant
+        told = protocol.told(metadata)
+        call = Admitted(data, self._tracer.start(told.traceparent), metadata, method)
+        try:
+            call.caller = caller_of(told)
+            call.tenant = told.tenant
+            if told.control:
+                call.control = parse_cache_control(told.control)
+        except RingmeshError as error:
+            call.error = error
+            return call
         digest = b""
         catalog, epochs = self._fleet.view.catalog, self._mesh.purges.epochs
         meaning = None
-        if not control and len(data) <= LARGEST_BYTES and not self._audit.distrusted:
-            digest = self._memo.digest(data, tenant)
+        if call.control is None and len(data) <= LARGEST_BYTES and not self._audit.distrusted:
+            digest = self._memo.digest(data, call.tenant)
             meaning = self._memo.get(digest)
         if meaning is not None and meaning.catalog is catalog and meaning.epochs is epochs:
             call.model, call.request_id, call.request_hash = meaning.model, meaning.request_id, meaning.request_hash
             call.name = meaning.model.name
             digest = b""
         else:
-            self._key(call, control)
+            self._key(call)
         entry = self._local(call)
         if digest and entry is not None and call.model is not None:
             # What nobody asks for again would only take room.
@@ -161,25 +169,22 @@ class InferenceService:
             key = self._mesh.purges.epochs.key(model.digest, model.name, call.request_hash)
             if model.semantic_threshold or not self._mesh.must_compute(key):
                 return None
-        try:
-            call.caller = caller_of(call.metadata)
-        except RingmeshError as error:
-            return error
         return self._dispatcher.refusal(model, call.caller)
 
-    def _key(self, call: Admitted, control: str) -> None:
+    def _key(self, call: Admitted) -> None:
         """Parses, finds the model and keys; what is wrong is in `error`."""
         try:
-            if control:
-                call.control = parse_cache_control(control)
             read = self._reader.read(call.data)
             call.name, call.request_id = read.head.name, read.request_id
             call.model = model = self._fleet.view.catalog.find(call.name, read.head.version)
+            if read.head.checked is not model:
+                check_request(read.head.message, model.name, model.inputs, model.outputs)
+                read.head.checked = model
             if model.uncacheable or self._audit.distrusted:
                 why_not = model.uncacheable or self._audit.why_not(model, self._fleet.view.catalog)
                 if why_not:
                     raise UncacheableError(why_not)
-            tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
+            tenant = call.tenant if model.tenant_scoped else None
             call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(read.head.message):
@@ -249,7 +254,6 @@ class InferenceService:
         """What the local tier could not answer. A failure is in `error` of the call too."""
         self._requests.in_flight += 1
         try:
-            call.caller = caller_of(call.metadata)
             found = await self._find(call, deadline)
             if call.model is not None and call.model.freshness is not None:
                 call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
@@ -314,7 +318,7 @@ class InferenceService:
         if asked is None:
             return await self._find_exact(call, model, key, compute, deadline)
         question, space = asked
-        tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
+        tenant = call.tenant if model.tenant_scoped else None
         (kind,) = self._hasher.hash_rows(
             question.request, [[b""] * len(question.request.inputs)], model.outputs, tenant
         )
@@ -405,7 +409,7 @@ class InferenceService:
             return result, member.worker_id
 
         start = time.time_ns()
-        tenant = protocol.tenant(call.metadata) if model.tenant_scoped else None
+        tenant = call.tenant if model.tenant_scoped else None
         found = await self._rows.find(batch, model, tenant, epochs, key, compute)
         if found is not None:
             call.trace.span("cache.rows", start, time.time_ns(), {"ringmesh.rows.known": found.rows})
@@ -445,10 +449,9 @@ class InferenceService:
 
     async def _run_step(self, data: bytes, whole: Admitted, deadline: float | None, ages: list[int]) -> Entry:
         """The step's answer; where it has a time to live, the whole is as old as that."""
-        _, control, tenant = protocol.trace_and_cache_control(whole.metadata)
         call = Admitted(data, whole.trace.child(), whole.metadata, STEP)
-        call.tenant, call.caller = tenant, whole.caller
-        self._key(call, control)
+        call.tenant, call.caller, call.control = whole.tenant, whole.caller, whole.control
+        self._key(call)
         version = call.model.version if call.model is not None else ""
         told: dict[str, Value] = {"ringmesh.model.name": call.name, "ringmesh.model.version": version}
         message = "it was ended"

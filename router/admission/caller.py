@@ -5,11 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from services.runtime import protocol
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
-from services.runtime.rpc import Metadata
-
-PRIORITY = "ringmesh-priority"
+from services.runtime.protocol import PRIORITY, Told
 
 
 class Priority(Enum):
@@ -42,14 +39,15 @@ class RefusedError(ResourceExhaustedError):
         self.retry_after = retry_after
 
 
-def caller_of(metadata: Metadata) -> Caller:
-    """From `ringmesh-tenant` and `ringmesh-priority`. Raises InvalidArgumentError for an unknown priority."""
-    for key, value in metadata:
-        if key == PRIORITY:
-            priority = _PRIORITIES.get(str(value))
-            if priority is None:
-                raise InvalidArgumentError(
-                    f"{PRIORITY} is one of {', '.join(_PRIORITIES)}, not {value!r}", field=PRIORITY
-                )
-            return Caller(protocol.tenant(metadata), priority)
-    return Caller(protocol.tenant(metadata), Priority.NORMAL)
+def caller_of(told: Told) -> Caller:
+    """Who says so. Raises InvalidArgumentError for an unknown priority, and for what is wrong with the rest."""
+    if told.error is not None:
+        raise told.error
+    if not told.tenant and not told.priority:
+        return ANYBODY
+    priority = _PRIORITIES.get(told.priority or Priority.NORMAL.name.lower())
+    if priority is None:
+        raise InvalidArgumentError(
+            f"{PRIORITY} is one of {', '.join(_PRIORITIES)}, not {told.priority!r}", field=PRIORITY
+        )
+    return Caller(told.tenant, priority)

@@ -76,6 +76,7 @@ def up(
     with _one_line_errors():
         from services.cli import demo_models, first_calls, traces
         from services.cli.claim import claim
+        from services.cli.key_secret import key_secret
         from services.cli.ports import Ports
         from services.cli.screen import Screen
         from services.cli.stack import Stack, StackOptions
@@ -90,6 +91,7 @@ def up(
             traces=state / "traces",
             engine=engine.value,
             redis=redis,
+            key_secret=key_secret(state),
             otlp=otlp,
             drain_seconds=drain,
         )
@@ -123,6 +125,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
     with _one_line_errors():
         from services.cli import demo as show
         from services.cli import demo_models, traces
+        from services.cli.key_secret import key_secret
         from services.cli.magika_features import MagikaFeatures, require_model_folder
         from services.cli.ports import Ports
         from services.cli.screen import Screen
@@ -143,6 +146,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
             traces=state / "traces",
             engine=engine.value,
             redis=None,
+            key_secret=key_secret(scratch),
             otlp=None,
             drain_seconds=5.0,
         )

@@ -28,7 +28,10 @@ _STOP_MARGIN_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class StackOptions:
-    """What to bring up, and where. `models` is a folder or URL; `redis` an existing server instead of the embedded."""
+    """What to bring up, and where. `models` is a folder or URL; `redis` an existing server instead of the embedded.
+
+    `key_secret` is shared by routers and cache.
+    """
 
     ports: Ports
     state: Path
@@ -36,6 +39,7 @@ class StackOptions:
     traces: Path
     engine: str
     redis: str | None
+    key_secret: str
     otlp: str | None
     drain_seconds: float
 
@@ -181,7 +185,7 @@ class Stack:
             "RINGMESH_OTLP_ENDPOINT": options.spans,
         }
         yield self._console(common)
-        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
+        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url, "RINGMESH_KEY_SECRET": options.key_secret}
         yield self._service("cache", "cache", options.cache, caches)
         threads = max(1, cores.available() // len(options.workers))
         for number, endpoint in enumerate(options.workers):

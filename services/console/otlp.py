@@ -5,6 +5,7 @@ from __future__ import annotations
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
 from services.console.trace_store import TraceStore
+from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Service, unary
 
 _Request = trace_service_pb2.ExportTraceServiceRequest
@@ -20,7 +21,7 @@ class TraceReceiver:
     def service(self) -> Service:
         """The handlers, to be served."""
         descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
-        return Service(descriptor, {"Export": unary(_Request, self._export)})
+        return Service(descriptor, {"Export": unary(_Request, self._export, check_list)})
 
     async def _export(self, request: _Request, _: Context) -> _Response:
         response = _Response()

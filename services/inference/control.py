@@ -6,6 +6,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.model_store import READY, ModelStore, Overrides
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Handler, unary
 
 
@@ -21,7 +22,7 @@ class ModelControl:
             "ModelConfig": unary(v2.ModelConfigRequest, self._config),
             "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),
             "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
-            "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load),
+            "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load, check_list),
             "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
         }
 

@@ -17,10 +17,9 @@ from services.inference.tensor_spec import TensorSpec
 from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.protocol import sequence_of
-from services.runtime.tensors import DATATYPES, decode, encode, raw_from_contents
+from services.runtime.request_check import check_request, check_shape, shown
+from services.runtime.tensors import decode, encode, raw_from_contents
 
-# Elements beyond which a shape is taken for a mistake before its bytes are counted.
-_MAX_ELEMENTS = 1 << 40
 _REGION = "shared_memory_region"
 # The tag of raw_output_contents, which is field 6, length-delimited.
 _RAW_OUTPUT = b"\x32"
@@ -99,6 +98,8 @@ def decode_request(
     """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region."""
     raws = request.raw_input_contents
     tensors = request.inputs
+    declared = {name: (spec.datatype.name, spec.shape) for name, spec in model.inputs.items()}
+    check_request(request, model.name, declared, model.outputs)
     shared = [bool(tensor.parameters) and _REGION in tensor.parameters for tensor in tensors]
     if raws and len(raws) != len(tensors) - sum(shared):
         raise InvalidArgumentError(
@@ -110,14 +111,7 @@ def decode_request(
     arrays: dict[str, npt.NDArray[Any]] = {}
     for index, tensor in enumerate(tensors):
         name = tensor.name
-        spec = model.inputs.get(name)
-        if spec is None:
-            raise InvalidArgumentError(
-                f"model {model.name!r} has no input {name!r}; it has {_names(model.inputs)}",
-                field=f"inputs[{index}].name",
-            )
-        if name in arrays:
-            raise InvalidArgumentError(f"input {name!r} is given twice", field=f"inputs[{index}].name")
+        spec = model.inputs[name]
         if shared[index]:
             arrays[name] = _decode_shared(tensor, spec, index, memory)
         else:
@@ -141,7 +135,7 @@ def decode_request(
 def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], request: Decoded) -> Decoded:
     """A request of `model` on behalf of another: arrays in its datatypes. Raises InvalidArgumentError."""
     for index, (name, array) in enumerate(arrays.items()):
-        _check_shape(array.shape, model.inputs[name], index)
+        check_shape(array.shape, model.inputs[name].shape, name, index)
     decoded = _decoded(arrays, model, outputs, request.trace_context)
     decoded.priority, decoded.timeout_us, decoded.sequence = request.priority, request.timeout_us, request.sequence
     return decoded
@@ -151,7 +145,7 @@ def _decoded(
     arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], trace_context: bytes
 ) -> Decoded:
     if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
-        raise InvalidArgumentError(f"model {model.name!r} needs input {_names(missing)} as well", field="inputs")
+        raise InvalidArgumentError(f"model {model.name!r} needs input {shown(missing)} as well", field="inputs")
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
     if len(arrays) > len(model.required):
         # An optional input is for the whole run, so the request that gives one has a run of its own.
@@ -206,7 +200,7 @@ def _decode_input(
     tensor: v2.ModelInferRequest.InferInputTensor, raw: bytes | None, spec: TensorSpec, index: int
 ) -> npt.NDArray[Any]:
     name = tensor.name
-    shape = _check_tensor(tensor, spec, index)
+    shape = (*tensor.shape,)
     if raw is None:
         if not tensor.HasField("contents") and 0 not in shape:
             raise InvalidArgumentError(
@@ -224,7 +218,7 @@ def _decode_input(
 def _decode_shared(
     tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, index: int, memory: SharedMemory
 ) -> npt.NDArray[Any]:
-    shape = _check_tensor(tensor, spec, index)
+    shape = (*tensor.shape,)
     if tensor.HasField("contents"):
         raise InvalidArgumentError(
             f"input {tensor.name!r} has contents and is in shared memory; it takes one",
@@ -235,36 +229,6 @@ def _decode_shared(
     view = memory.view(region, offset, size, field)
     # BYTES are read element by element, and their elements outlive the view.
     return decode(spec.datatype, shape, view if spec.datatype.itemsize else bytes(view), tensor.name, field)
-
-
-def _check_tensor(tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, index: int) -> tuple[int, ...]:
-    name = tensor.name
-    if tensor.datatype != spec.datatype.name:
-        known = "" if tensor.datatype in DATATYPES else f" (there is no {tensor.datatype!r})"
-        raise InvalidArgumentError(
-            f"input {name!r} is {spec.datatype.name}, not {tensor.datatype}{known}", field=f"inputs[{index}].datatype"
-        )
-    shape: tuple[int, ...] = (*tensor.shape,)
-    _check_shape(shape, spec, index)
-    return shape
-
-
-def _check_shape(shape: tuple[int, ...], spec: TensorSpec, index: int) -> None:
-    fits = len(shape) == len(spec.shape) and all(
-        given >= 0 and wanted in (-1, given) for given, wanted in zip(shape, spec.shape, strict=True)
-    )
-    if not fits:
-        raise InvalidArgumentError(
-            f"input {spec.name!r} has shape {list(shape)}; the model takes {list(spec.shape)}, "
-            "where -1 is for the request to choose",
-            field=f"inputs[{index}].shape",
-        )
-    # Without the zeros: NumPy refuses an empty array too where its other dimensions overflow.
-    if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
-        raise InvalidArgumentError(
-            f"input {spec.name!r} has shape {list(shape)}; its dimensions may multiply to {_MAX_ELEMENTS} at most",
-            field=f"inputs[{index}].shape",
-        )
 
 
 def _check_count(
@@ -293,13 +257,6 @@ def _decode_outputs(
     asked: set[str] = set()
     for index, output in enumerate(requested):
         name = output.name
-        if name not in model.outputs:
-            raise InvalidArgumentError(
-                f"model {model.name!r} has no output {name!r}; it has {_names(model.outputs)}",
-                field=f"outputs[{index}].name",
-            )
-        if name in asked:
-            raise InvalidArgumentError(f"output {name!r} is asked for twice", field=f"outputs[{index}].name")
         asked.add(name)
         if "classification" in output.parameters:
             count = output.parameters["classification"].int64_param
@@ -393,7 +350,3 @@ def _classify(array: npt.NDArray[Any], count: int, batched: bool) -> npt.NDArray
     for row, indices in enumerate(top):
         made[row] = [f"{rows[row, index]:{'d' if whole else 'f'}}:{index}" for index in indices]
     return made if batched else made[0]
-
-
-def _names(names: Sequence[str] | Mapping[str, object]) -> str:
-    return ", ".join(repr(name) for name in names)

@@ -20,6 +20,7 @@ from services.runtime.errors import NotFoundError, RingmeshError, UnavailableErr
 from services.runtime.infer_request import request_id
 from services.runtime.load_report import LoadReport
 from services.runtime.protocol import lane_handler
+from services.runtime.request_limits import check_list
 from services.runtime.rpc import (
     Answer,
     Context,
@@ -161,6 +162,7 @@ class EnvelopeService:
         try:
             if not self._worker.accepting:
                 raise UnavailableError("the worker is draining")
+            check_list(data)
             request = parse(inference_pb2.ExecuteRequest, data)
         except RingmeshError as error:
             return failure(error)

@@ -28,7 +28,7 @@ from services.runtime.errors import (
     UnavailableError,
     kind_of,
 )
-from services.runtime.infer_request import Read, RequestReader
+from services.runtime.infer_request import Parts, Read, RequestReader
 from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -117,13 +117,15 @@ class Worker:
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
         self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
+        # What leads each flight: a hash is only what a sender states.
+        self._leaders: dict[bytes, Parts | bytes] = {}
         # Plain requests that have no answer, by their trace context.
         self._plain: dict[bytes, _Plain] = {}
 
     async def execute(
         self, data: bytes, *, request_hash: bytes, deadline: float | None, trace_context: bytes = b""
     ) -> inference_pb2.WorkResult:
-        """The response without an id, or the failure. Equal requests in flight (by hash; b"": never) run once.
+        """The response without an id, or the failure. Requests in flight of one hash and the same bytes run once.
 
         The result's timing is enough to build the spans under the one that `trace_context` names.
         """
@@ -133,10 +135,11 @@ class Worker:
             request = self._reader.read(data)
             name = request.head.name
             held = self.store.held.find(name, request.head.version)
-            if request_hash:
-                key = held.model.digest + request_hash
+            if key := self._join_key(held, request_hash, request):
+                if key not in self._flights:
+                    self._leaders[key] = request.content
                 result, joined = await self._flights.run(
-                    key, lambda: self._run(held, request, deadline, trace_context, start), deadline
+                    key, lambda: self._lead(key, held, request, deadline, trace_context, start), deadline
                 )
                 if joined:
                     shared, result = result, inference_pb2.WorkResult()
@@ -230,13 +233,9 @@ class Worker:
         try:
             request = self._reader.read(work.data)
             held = self.store.held.find(request.head.name, request.head.version)
-            key = held.model.digest + work.request_hash
+            key = self._join_key(held, work.request_hash, request)
             batcher = held.batcher
-            if (
-                type(batcher) is not Batcher
-                or held.resident is not None
-                or (work.request_hash and key in self._flights)
-            ):
+            if type(batcher) is not Batcher or held.resident is not None or (key and key in self._flights):
                 task = loop.create_task(
                     self.execute(
                         work.data,
@@ -259,11 +258,34 @@ class Worker:
         self.load.started()
         if work.trace_context:
             self._plain[work.trace_context] = _Plain(held, batcher, waiting, answer)
-        if work.request_hash:
+        if key:
             # Others may have joined it by the time its caller leaves.
+            self._leaders[key] = request.content
             self._flights.lead(key, answer)
+            answer.add_done_callback(partial(self._led, key))
             return _Begun(answer, None, start)
         return _Begun(answer, partial(batcher.withdraw, waiting), start)
+
+    def _join_key(self, held: HeldModel, request_hash: bytes, request: Read) -> bytes:
+        """What it may join or lead; b"" if it runs alone: no hash is stated, or other bytes are in flight under it."""
+        if not request_hash:
+            return b""
+        key = held.model.digest + request_hash
+        if key in self._flights and not request.is_equal(self._leaders.get(key)):
+            return b""
+        return key
+
+    async def _lead(
+        self, key: bytes, held: HeldModel, request: Read, deadline: float | None, trace_context: bytes, start: int
+    ) -> inference_pb2.WorkResult:
+        self._leaders[key] = request.content
+        try:
+            return await self._run(held, request, deadline, trace_context, start)
+        finally:
+            self._led(key)
+
+    def _led(self, key: bytes, _: object = None) -> None:
+        self._leaders.pop(key, None)
 
     async def _run(
         self,

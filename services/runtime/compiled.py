@@ -83,6 +83,8 @@ MODULES = (
     "services.runtime.metrics",
     "services.runtime.protocol",
     "services.runtime.recent",
+    "services.runtime.request_check",
+    "services.runtime.request_limits",
     "services.runtime.rpc",
     "services.runtime.single_flight",
     "services.runtime.spans",

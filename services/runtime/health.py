@@ -9,6 +9,7 @@ import grpc
 from ringmesh.health.v1 import health_pb2
 
 from services.runtime.errors import NotFoundError
+from services.runtime.request_limits import check_size
 from services.runtime.rpc import Context, Service, parse, unary
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -70,6 +71,7 @@ class Health:
         return health_pb2.HealthListResponse(statuses={name: self._status(name) for name in self._names})
 
     async def _watch(self, data: bytes, _: Context) -> AsyncIterator[bytes]:
+        check_size(data)
         name = parse(health_pb2.HealthCheckRequest, data).service
         last: health_pb2.HealthCheckResponse | None = None
         while not self._closed:

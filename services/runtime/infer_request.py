@@ -5,6 +5,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.request_limits import check_request
 from services.runtime.rpc import parse
 
 # Longer heads are not worth remembering: typed contents stand in them.
@@ -91,12 +92,19 @@ def request_id(data: bytes) -> str:
     return v2.ModelInferRequest.FromString(data).id if parts is None else parts.request_id
 
 
-class Head:
-    """What the head of a request says."""
+def parse_request(data: bytes) -> v2.ModelInferRequest:
+    """Raises InvalidArgumentError if it is not one, or holds more than request_limits.py allows."""
+    check_request(data)
+    return parse(v2.ModelInferRequest, data)
 
-    __slots__ = ("message", "name", "version")
+
+class Head:
+    """What the head of a request says. `checked` is the model that it was last found to fit."""
+
+    __slots__ = ("checked", "message", "name", "version")
 
     def __init__(self, message: v2.ModelInferRequest) -> None:
+        self.checked: object = None
         self.message = message
         self.name = message.model_name
         self.version = message.model_version
@@ -121,6 +129,17 @@ class Read:
         """What the caller calls it."""
         return self.head.message.id if self.parts is None else self.parts.request_id
 
+    @property
+    def content(self) -> Parts | bytes:
+        """What `is_equal` compares, without the rest of the memory."""
+        return self.data if self.parts is None else self.parts
+
+    def is_equal(self, other: Parts | bytes | None) -> bool:
+        """Whether the `content` of another request has the same bytes; where both were taken apart, ids aside."""
+        if self.parts is None:
+            return other == self.data
+        return isinstance(other, Parts) and other.head == self.parts.head and other.raws == self.parts.raws
+
 
 class RequestReader:
     """Reads requests, and parses each head once."""
@@ -129,10 +148,10 @@ class RequestReader:
         self._heads: dict[bytes, Head] = {}
 
     def read(self, data: bytes) -> Read:
-        """Raises InvalidArgumentError where `data` is not a serialized ModelInferRequest."""
+        """Raises InvalidArgumentError where `data` is not a serialized ModelInferRequest, or holds too much."""
         parts = take_apart(data)
         if parts is None:
-            return Read(data, Head(parse(v2.ModelInferRequest, data)), None)
+            return Read(data, Head(parse_request(data)), None)
         head = self._heads.get(parts.head)
         if head is None:
             try:

@@ -12,10 +12,17 @@ import grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, unary
 from services.runtime.spans import Value
 
 ReadyCheck: TypeAlias = Callable[[], bool]
+
+TENANT = "ringmesh-tenant"
+PRIORITY = "ringmesh-priority"
+CACHE_CONTROL = "cache-control"
+# Characters of a tenant's name.
+MAX_TENANT = 256
 
 _NO_LANES: Mapping[str, Lane] = {}
 EXTENSIONS = (
@@ -88,17 +95,69 @@ def metadata(context: Context) -> Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
-def trace_and_cache_control(sent: Metadata) -> tuple[str | None, str, str]:
-    """The caller's W3C trace context (None: not sent), cache-control and tenant ("": not sent), in one pass."""
-    trace, control, caller = None, "", ""
+class Told:
+    """What a caller says beside its request; "" for what it does not say. `error` says what is wrong with it.
+
+    `traceparent` is None if it sent none, or several: then none can be trusted.
+    """
+
+    __slots__ = ("control", "error", "priority", "tenant", "traceparent")
+
+    def __init__(self) -> None:
+        self.traceparent: str | None = None
+        self.tenant = ""
+        self.priority = ""
+        self.control = ""
+        self.error: InvalidArgumentError | None = None
+
+
+def told(sent: Metadata) -> Told:
+    """The one place that decides who the caller is and what it wants.
+
+    Wrong is a tenant or a priority that is given twice, and a tenant that is no name (see `check_tenant`). Parts of
+    cache-control are joined by commas, as HTTP says.
+    """
+    said = Told()
+    traces = tenants = priorities = 0
     for key, value in sent:
         if key == "traceparent":
-            trace = value if isinstance(value, str) else None
-        elif key == "cache-control" and isinstance(value, str):
-            control = f"{control},{value}" if control else value
-        elif key == "ringmesh-tenant" and not caller:
-            caller = str(value)
-    return trace, control, caller
+            traces += 1
+            said.traceparent = value if isinstance(value, str) and traces == 1 else None
+        elif key == TENANT:
+            tenants += 1
+            said.tenant = _text(said, key, value, tenants)
+            if said.tenant:
+                try:
+                    check_tenant(said.tenant, TENANT)
+                except InvalidArgumentError as error:
+                    said.error = error
+        elif key == PRIORITY:
+            priorities += 1
+            said.priority = _text(said, key, value, priorities)
+        elif key == CACHE_CONTROL:
+            control = _text(said, key, value, 1)
+            said.control = f"{said.control},{control}" if said.control else control
+    return said
+
+
+def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
+    """The value; what is wrong with it goes to `said`."""
+    if times > 1:
+        said.error = InvalidArgumentError(f"{key} is given twice", field=key)
+    if isinstance(value, str):
+        return value
+    said.error = InvalidArgumentError(f"{key} is text", field=key)
+    return ""
+
+
+def check_tenant(tenant: str, field: str) -> None:
+    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters, or spaces within."""
+    if len(tenant) > MAX_TENANT:
+        raise InvalidArgumentError(f"{field} has {len(tenant)} characters; at most {MAX_TENANT}", field=field)
+    if not (tenant.isascii() and tenant.isprintable()) or tenant != tenant.strip():
+        raise InvalidArgumentError(
+            f"{field} is {tenant!r}; a tenant has visible ASCII characters, and spaces only within", field=field
+        )
 
 
 def state_and_baggage(sent: Metadata) -> tuple[str, str]:
@@ -131,19 +190,8 @@ def span_attributes(method: str, code: int) -> dict[str, Value]:
 
 
 def traceparent(sent: Metadata) -> str | None:
-    """The caller's W3C trace context, where it sent one."""
-    for key, value in sent:
-        if key == "traceparent":
-            return value if isinstance(value, str) else None
-    return None
-
-
-def tenant(sent: Metadata) -> str:
-    """Who is calling, as `ringmesh-tenant` says; "" where it does not."""
-    for key, value in sent:
-        if key == "ringmesh-tenant":
-            return str(value)
-    return ""
+    """As in Told."""
+    return told(sent).traceparent
 
 
 def deadline(context: Context) -> float | None:

@@ -11,6 +11,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from services.runtime.request_limits import check_size
 from services.runtime.rpc import Handler
 
 Found = TypeVar("Found")
@@ -64,6 +65,12 @@ class _Pools:
         return [extension for pool in self._pools for extension in pool.FindAllExtensions(message)]
 
 
+def _parse(data: bytes) -> reflection_pb2.ServerReflectionRequest:
+    """Raises ResourceExhaustedError for a request that names more than a name."""
+    check_size(data)
+    return reflection_pb2.ServerReflectionRequest.FromString(data)
+
+
 def handlers(service_names: Iterable[str]) -> dict[str, dict[str, Handler]]:
     """Method handlers by service name, for `service_names` and reflection itself."""
     versions = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
@@ -72,7 +79,7 @@ def handlers(service_names: Iterable[str]) -> dict[str, dict[str, Handler]]:
     servicer: Any = reflection.aio.ReflectionServicer([*service_names, *versions], pool=pools)
     handler: Handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        request_deserializer=_parse,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     return {version: {"ServerReflectionInfo": handler} for version in versions}

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from services.runtime.errors import InternalError, InvalidArgumentError, RingmeshError
+from services.runtime.request_limits import check_size
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +93,19 @@ def parse(request_type: type[Request], data: bytes) -> Request:
         raise InvalidArgumentError(f"the {len(data)} bytes received are not a serialized {name}") from None
 
 
-def unary(request_type: type[Request], handle: Callable[[Request, Context], Awaitable[Message]]) -> Handler:
-    """A unary-unary handler around `handle`, which takes a message, returns a message and raises RingmeshError."""
+def unary(
+    request_type: type[Request],
+    handle: Callable[[Request, Context], Awaitable[Message]],
+    check: Callable[[bytes], None] = check_size,
+) -> Handler:
+    """A unary-unary handler around `handle`, which takes a message, returns a message and raises RingmeshError.
+
+    `check` refuses, by a RingmeshError, bytes that would take long to parse.
+    """
 
     async def call(data: bytes, context: Context) -> bytes:
         try:
+            check(data)
             response = await handle(parse(request_type, data), context)
             return response.SerializeToString()
         except RingmeshError as error:

@@ -7,11 +7,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
-from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
 from services.runtime.errors import RingmeshError
+from services.runtime.infer_request import parse_request
 from services.runtime.protocol import metadata
 from services.runtime.rpc import Context, Handler, abort, unexpected
 
@@ -82,6 +82,6 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handl
 def _id_and_flag(data: bytes) -> v2.ModelInferRequest:
     """The request, for its id and stream flag; an empty one where it cannot be read, which `infer` will say."""
     try:
-        return v2.ModelInferRequest.FromString(data)
-    except DecodeError:
+        return parse_request(data)
+    except RingmeshError:
         return v2.ModelInferRequest()

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError
 
 
@@ -49,15 +50,14 @@ def _datatypes() -> dict[str, Datatype]:
 
 DATATYPES: Mapping[str, Datatype] = _datatypes()
 
-# What protobuf holds in a contents field, before it is cut to the width of the datatype.
+# Contents fields whose packed elements are the raw bytes themselves.
+_PLAIN = frozenset({"bool_contents", "fp32_contents", "fp64_contents"})
+# What protobuf holds in the others, before it is cut to the width of the datatype.
 _CARRIERS = {
-    "bool_contents": np.bool_,
     "int_contents": np.int32,
     "int64_contents": np.int64,
     "uint_contents": np.uint32,
     "uint64_contents": np.uint64,
-    "fp32_contents": np.float32,
-    "fp64_contents": np.float64,
 }
 
 
@@ -90,7 +90,13 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
     values = getattr(tensor.contents, kind.contents)
     if kind.itemsize == 0:
         return b"".join([len(value).to_bytes(4, "little") + value for value in values])
-    carried: npt.NDArray[Any] = np.array(values, dtype=_CARRIERS[kind.contents])
+    if kind.contents in _PLAIN:
+        # As protobuf packs them: a tag, their size as a varint, and then what is wanted.
+        packed = tensor.contents.SerializeToString()
+        size = len(values) * kind.itemsize
+        start = 1 + len(wire.varint(size))
+        return packed[start : start + size]
+    carried: npt.NDArray[Any] = np.fromiter(values, _CARRIERS[kind.contents], len(values))
     return carried.astype(kind.dtype, copy=False).tobytes()
 
 

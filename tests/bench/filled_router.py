@@ -17,8 +17,8 @@ class FilledSettings(RouterSettings):
     entries: int = 0
     value_bytes: int = 0
 
-    def create_mesh(self) -> Mesh:
-        mesh = super().create_mesh()
+    def create_mesh(self, secret: str) -> Mesh:
+        mesh = super().create_mesh(secret)
         for _ in range(self.entries):
             mesh.local.put(os.urandom(32), Entry(os.urandom(self.value_bytes), 1000))
         return mesh

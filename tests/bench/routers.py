@@ -47,7 +47,7 @@ def sharing(repository: Path, count: int, redis: str | None, age: float) -> Iter
             settings = {"workers": f"127.0.0.1:{worker}", "share_port": "true", "metrics_address": metrics[-1]}
             settings |= {"max_connection_age_seconds": str(age), "queue_seconds": "30", "audit_share": "0"}
             if redis:
-                settings["redis_url"] = redis
+                settings |= {"redis_url": redis, "key_secret": "bench"}
             stack.enter_context(running("router", port=port, address=f"127.0.0.1:{port}", **settings))
         for target in metrics:  # on the shared port, another may have answered
             while not asyncio.run(healthy_workers(target)):

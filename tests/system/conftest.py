@@ -57,6 +57,8 @@ def output_file(state: Path) -> Path:
 def start_stack(state: Path, *arguments: str, cwd: Path | None = None) -> RunningStack:
     """`ringmesh up` on free ports; returns when it is ready."""
     state.mkdir(parents=True, exist_ok=True)
+    # As an earlier run would have left it; routers that tests add must have the same.
+    (state / "key-secret").write_text(processes.KEY_SECRET)
     environment = {"RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES), **os.environ}
     with output_file(state).open("w") as output:
         command = [*RINGMESH, "up", "--port", "0", "--state", str(state), *arguments]

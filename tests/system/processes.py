@@ -14,6 +14,8 @@ import grpc
 import psutil
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
+KEY_SECRET = "of all that tests start"
+
 
 @dataclass
 class Started:
@@ -39,6 +41,7 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
     """
     settings.setdefault("address", free_address())
     settings.setdefault("state_dir", Path(tempfile.gettempdir(), f"ringmesh-tests-{os.getpid()}"))
+    settings.setdefault("key_secret", KEY_SECRET)
     settings.setdefault("metrics_address", "127.0.0.1:0")
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
     process = subprocess.Popen([*within, sys.executable, "-m", module], env={**os.environ, **environment})

@@ -110,6 +110,27 @@ async def test_tenants_share_the_answers_of_a_model_unless_it_is_scoped_by_tenan
     assert outcomes["scoped"] == ["miss", "miss", "hit-local"]
 
 
+@pytest.mark.parametrize("name", ["ringmesh-tenant", "ringmesh-priority"])
+@pytest.mark.parametrize("values", [("", "normal"), ("normal", ""), ("normal", "normal")])
+async def test_who_says_twice_who_it_is_gets_no_answer_at_all(channel, name, values):
+    """Not even one that is cached: the memo once took the first value, and the key the second."""
+    request = fresh("scoped")
+    await infer(channel, request)
+    await infer(channel, request)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await infer(channel, request, [(name, value) for value in values])
+    assert (refused.value.code(), refused.value.details()) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"{name} is given twice",
+    )
+
+
+async def test_a_tenant_that_is_too_long_is_refused(channel):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await infer(channel, fresh("scoped"), [("ringmesh-tenant", "x" * 257)])
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_naming_all_outputs_finds_the_answer_of_a_request_that_names_none(channel):
     request = fresh()
     await infer(channel, request)

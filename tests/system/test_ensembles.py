@@ -118,7 +118,7 @@ def test_bad_input_is_told_where_steps_are_on_two_workers(split):
     with pytest.raises(triton.InferenceServerException, match="64") as caught:
         infer(client, "pipeline", "in", np.ones((1, 63), np.float32))
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
-    with pytest.raises(triton.InferenceServerException, match="unknown to ensemble"):
+    with pytest.raises(triton.InferenceServerException, match="has no input 'x'"):
         infer(client, "pipeline", "x", X)
 
 

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from cache.entry import Frames
 from cache.evictions import Evictions
 from cache.purge_board import EPOCHS
 from cache.service import CacheService
@@ -106,8 +107,8 @@ async def test_a_tenants_purge_says_where_it_may_touch_less_than_was_meant(chann
 
 
 async def test_a_tenants_purge_says_that_no_model_keeps_tenants_apart(engine):
-    mesh = CacheSettings(address="127.0.0.1:0").create_mesh()
-    service = CacheService(mesh, Evictions(mesh.local), tenant_scoped=list)
+    mesh = CacheSettings(address="127.0.0.1:0").create_mesh("secret")
+    service = CacheService(mesh, Evictions(mesh.local), Frames("secret"), tenant_scoped=list)
     answer = await service._purge(cache_pb2.PurgeRequest(tenant="acme"), None)
     assert "no answer of a model was purged" in answer.warning
     await mesh.close()

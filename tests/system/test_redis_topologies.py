@@ -8,10 +8,10 @@ import time
 import pytest
 
 from cache.breaker import Breaker
-from cache.entry import Entry, pack
+from cache.entry import Entry, Frames
 from cache.leases import Leases
 from cache.purge_board import PurgeBoard
-from cache.shared_tier import SharedTier
+from cache.shared_tier import SharedTier, stored_name
 from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 
 pytestmark = needs_redis_server
@@ -24,6 +24,7 @@ async def open_tier():
     def create(url, **settings):
         tier = SharedTier(
             url,
+            Frames("secret"),
             **{
                 "ttl_seconds": 60,
                 "budget_seconds": 0.1,
@@ -125,7 +126,7 @@ async def test_purges_and_leases_work_on_a_cluster(redis_cluster, open_tier):  #
     for key in KEYS:  # on every server
         lease = await leases.take(key, 10_000)
         assert await leases.take(key, 10_000) is None
-        assert await leases.fill(key, lease.token, pack(key, Entry(b"filled", 1)), None)
+        assert await leases.fill(key, lease.token, Entry(b"filled", 1), None)
         assert (await other.get(key)).value == b"filled"
     for board in boards:
         await board.close()
@@ -136,7 +137,7 @@ async def test_one_paused_node_of_a_cluster_costs_its_own_keys_only(redis_cluste
     tier = open_tier(redis_cluster.url)
     await keeps(tier, KEYS)
     paused = redis_cluster.primaries()[0]
-    owner = {key: tier.nodes.owner(b"rm1:" + key).name.endswith(str(paused.port)) for key in KEYS}
+    owner = {key: tier.nodes.owner(stored_name(key)).name.endswith(str(paused.port)) for key in KEYS}
     paused.pause()
     try:
         await asyncio.gather(*(tier.get(key) for key in KEYS))

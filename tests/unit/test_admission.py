@@ -10,6 +10,7 @@ from router.admission.concurrency_limit import ConcurrencyLimit
 from router.admission.quotas import Quotas
 from router.admission.token_bucket import TokenBucket
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.protocol import told
 
 
 class Clock:
@@ -214,13 +215,15 @@ def test_many_tenants_do_not_fill_the_memory():
     assert len(quotas._buckets) <= 11_000
 
 
-def test_a_caller_is_read_from_metadata():
-    assert caller_of(()) == ANYBODY
-    assert caller_of((("ringmesh-tenant", "acme"), ("ringmesh-priority", "critical"))) == Caller(
-        "acme", Priority.CRITICAL
-    )
+def test_a_caller_is_read_from_what_it_says():
+    tenant, priority = ("ringmesh-tenant", "acme"), ("ringmesh-priority", "critical")
+    assert caller_of(told(())) is ANYBODY
+    assert caller_of(told((tenant,))) == Caller("acme", Priority.NORMAL)
+    assert caller_of(told((tenant, priority))) == Caller("acme", Priority.CRITICAL)
     with pytest.raises(InvalidArgumentError, match="sheddable, normal, critical"):
-        caller_of((("ringmesh-priority", "urgent"),))
+        caller_of(told((("ringmesh-priority", "urgent"),)))
+    with pytest.raises(InvalidArgumentError, match="twice"):
+        caller_of(told((tenant, tenant)))
 
 
 def test_no_limit_is_known_at_first():

@@ -273,3 +273,28 @@ def test_a_request_with_other_than_one_raw_content_an_input_is_not_keyed_whateve
     made.raw_input_contents.append(b"more")
     with pytest.raises(UncacheableError, match="does not match"):
         hasher.hash(made)
+
+
+def test_hashing_reads_each_input_once_however_many_there_are(monkeypatch):
+    """The sizes were once copied for each input again."""
+    read = []
+
+    class Counting:
+        def __init__(self, data, key):
+            read.append(len(data))
+
+        def update(self, data):
+            read.append(len(data))
+            return self
+
+        def digest(self, size):
+            return bytes(size)
+
+    monkeypatch.setattr("cache.keys.blake3", Counting)
+    many = v2.ModelInferRequest(raw_input_contents=[b"four"] * 1000)
+    for number in range(1000):
+        many.inputs.add(name=f"{number:04}", datatype="BYTES", shape=[0])
+    HASHER.hash(many)
+    assert len(read) == 1001
+    assert read[:1000] == [4] * 1000
+    assert read[1000] < 1000 * (8 + 32)

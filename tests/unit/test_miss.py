@@ -17,7 +17,7 @@ from cache.mesh import Mesh
 from cache.peer_regions import PeerRegions
 from cache.purge_board import PurgeBoard
 from cache.refusals import Refusals
-from router.admission.caller import Caller, Priority
+from router.admission.caller import ANYBODY, Caller, Priority
 from router.admission.quotas import Quotas
 from router.admitted import Admitted
 from router.catalog import ModelEntry
@@ -81,8 +81,9 @@ class Router:
         self.misses = Misses(self.mesh, self.fleet, quotas, self.replies, self.requests)
         self.told = []
 
-    def begin(self, *, request_hash=HASH, deadline=None, model=MODEL, metadata=()):
-        call = Admitted(b"request", untraced(), metadata, "ModelInfer")
+    def begin(self, *, request_hash=HASH, deadline=None, model=MODEL, caller=ANYBODY):
+        call = Admitted(b"request", untraced(), (), "ModelInfer")
+        call.caller = caller
         call.model, call.name, call.request_hash = model, model.name, request_hash
         return self.misses.begin(call, deadline, self.told.append)
 
@@ -204,7 +205,7 @@ class Redis:
         self.held = held
         self.written = []
 
-    async def get(self, key):
+    async def get_answer(self, key):
         await asyncio.sleep(0)
         if isinstance(self.held, Exception):
             raise self.held
@@ -249,17 +250,9 @@ async def test_a_fault_of_ours_is_told_as_one_and_leaves_nothing_under_way():
     assert (router.requests.in_flight, KEY in router.mesh.flights) == (0, False)
 
 
-async def test_whose_priority_is_none_is_told_so():
-    router = Router()
-    router.begin(metadata=(("ringmesh-priority", "highest"),))
-    (error,) = router.told
-    assert "highest" in error.message
-    assert router.fleet.asked == []
-
-
 async def test_it_is_asked_for_on_behalf_of_its_caller():
     router = Router()
-    router.begin(metadata=(("ringmesh-priority", "critical"), ("ringmesh-tenant", "t")))
+    router.begin(caller=Caller("t", Priority.CRITICAL))
     assert router.fleet.asked[0].caller == Caller("t", Priority.CRITICAL)
 
 

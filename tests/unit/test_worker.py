@@ -100,6 +100,55 @@ async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker):
         np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("forged_first", [True, False], ids=["forged first", "forged second"])
+@pytest.mark.parametrize("through", ["envelope", "task"])
+async def test_a_request_under_the_hash_of_another_changes_nothing(worker, forged_first, through):
+    """Anybody who can reach the port may state any hash."""
+    model_of(worker).gate.clear()
+
+    def begin(value):
+        one = work(value, b"h" * 16)
+        if through == "envelope":
+            return asyncio.create_task(worker.execute_all([one]))
+        return asyncio.create_task(worker.execute(one.data, request_hash=one.request_hash, deadline=None))
+
+    values = [2, 1] if forged_first else [1, 2]
+    tasks = []
+    for value in (*values, *values):
+        tasks.append(begin(value))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    model_of(worker).gate.set()
+    results = await asyncio.gather(*tasks)
+    for value, result in zip((*values, *values), results, strict=True):
+        (result,) = result if through == "envelope" else (result,)
+        np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
+    assert not worker._leaders
+    assert worker.load.requests == 0
+
+
+async def test_equal_requests_with_other_ids_run_once(worker):
+    model_of(worker).gate.clear()
+    model_of(worker).runs.clear()
+    one, other = work(1, b"h" * 16), work(1, b"h" * 16)
+    one.data += b"\x1a\x01a"
+    other.data = b"\x1a\x01b" + other.data
+    envelope = asyncio.create_task(worker.execute_all([one, other]))
+    await asyncio.sleep(0)
+    model_of(worker).gate.set()
+    results = await envelope
+    assert model_of(worker).runs == [1]
+    assert [result.timing.joined for result in results] == [False, True]
+
+
+async def test_what_is_kept_to_compare_with_goes_when_its_flight_ends(worker):
+    await worker.execute_all([work(value, b"%016d" % value) for value in range(20)])
+    await worker.execute(work(1).data, request_hash=b"h" * 16, deadline=None)
+    await worker.execute(work(1, columns=63).data, request_hash=b"w" * 16, deadline=None)
+    await asyncio.sleep(0)
+    assert not worker._leaders
+
+
 async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_joined_and_drops_the_rest(worker):
     model_of(worker).gate.clear()
     busy = asyncio.create_task(worker.execute_all([work(0)]))

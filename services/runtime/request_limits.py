@@ -1,0 +1,202 @@
+"""What a serialized ModelInferRequest may hold, checked on its bytes before a parser builds objects of them.
+
+A parser needs 15 to 25 ns for each element, whatever its size, and whoever reads its objects needs up to ten times as
+much, all under the GIL. So elements are counted here; the limits keep the GIL held for less than 50 ms a request (see
+docs/models.md). Data in raw_input_contents is only bounded by the size of a message.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+
+# Inputs, outputs, parameters and raw contents of a request together, or fields of its inputs; items of a list in
+# requests of other kinds.
+MAX_FIELDS = 16_384
+# All of a request but the data of its inputs: names, shapes, parameters.
+MAX_HEAD_BYTES = 256 << 10
+# Strings in a request: elements of BYTES.
+MAX_STRINGS = 131_072
+# Integers and booleans in typed contents, which have to be decoded one by one.
+MAX_INTEGERS = 1 << 20
+# A request of another kind, unless it is made to carry data.
+MAX_PLAIN_BYTES = 2 << 20
+
+_LENGTH_DELIMITED = 2
+# Tags: of fields of the request, of its inputs, and of their contents.
+_INPUT = 0x2A
+_RAW_INPUT = 0x3A
+_CONTENTS = 0x2A
+_INTEGERS = frozenset({0x0A, 0x12, 0x1A, 0x22, 0x2A})
+_LONGEST_VARINT = 10
+
+
+class _MalformedError(Exception):
+    pass
+
+
+def check_request(data: bytes) -> None:
+    """Raises InvalidArgumentError if `data` is not a serialized message, or holds more than the limits allow."""
+    try:
+        _check_request(data)
+    except _MalformedError:
+        raise InvalidArgumentError(
+            f"the {len(data)} bytes received are not a serialized inference.ModelInferRequest"
+        ) from None
+
+
+def check_embedded(data: bytes, tag: int) -> None:
+    """As `check_request`, for a message with one request in the field of this `tag`."""
+    position = fields = 0
+    is_there = False
+    try:
+        while position < len(data):
+            fields += 1
+            if fields > MAX_FIELDS:
+                raise _too_many_fields()
+            found, start = _varint(data, position, len(data))
+            position = _skip(data, start, len(data), found & 7)
+            if found == tag:
+                if is_there:  # a parser would merge them
+                    raise InvalidArgumentError("the request is given twice")
+                is_there = True
+                length, _ = _varint(data, start, len(data))
+                check_request(data[position - length : position])
+    except _MalformedError:
+        raise InvalidArgumentError(f"the {len(data)} bytes received are not a serialized message") from None
+
+
+def check_list(data: bytes) -> None:
+    """Raises InvalidArgumentError if a serialized message of any kind has more than MAX_FIELDS fields.
+
+    What is malformed is left to the parser.
+    """
+    position = fields = 0
+    try:
+        while position < len(data):
+            fields += 1
+            if fields > MAX_FIELDS:
+                raise InvalidArgumentError(f"the request lists more than {MAX_FIELDS} items; at most that many")
+            tag, position = _varint(data, position, len(data))
+            position = _skip(data, position, len(data), tag & 7)
+    except _MalformedError:
+        return
+
+
+def check_size(data: bytes) -> None:
+    """Raises ResourceExhaustedError for a request that is larger than any of its kind, which carry no data."""
+    if len(data) > MAX_PLAIN_BYTES:
+        raise ResourceExhaustedError(
+            f"the request has {len(data)} bytes; one of this method has at most {MAX_PLAIN_BYTES}", kind="too_large"
+        )
+
+
+def _check_request(data: bytes) -> None:
+    size = len(data)
+    position = fields = head = 0
+    inputs: list[int] = []
+    while position < size:
+        fields += 1
+        if fields > MAX_FIELDS:
+            raise _too_many_fields()
+        tag, start = _varint(data, position, size)
+        end = _skip(data, start, size, tag & 7)
+        if tag != _RAW_INPUT:
+            head += end - position
+            if tag == _INPUT:
+                inputs.append(start)
+        position = end
+    if head > MAX_HEAD_BYTES:
+        head -= _contents_bytes(data, inputs)
+    if head > MAX_HEAD_BYTES:
+        raise InvalidArgumentError(
+            f"names, shapes and parameters of the request take {head} bytes; at most {MAX_HEAD_BYTES}"
+        )
+
+
+def _contents_bytes(data: bytes, inputs: list[int]) -> int:
+    """How many bytes the typed contents of `inputs`, which begin there, take. Raises where they hold too many."""
+    size = len(data)
+    fields = strings = integers = contents = 0
+    for position in inputs:
+        length, position = _varint(data, position, size)
+        end = position + length
+        while position < end:
+            fields += 1
+            if fields > MAX_FIELDS:
+                raise _too_many_fields()
+            tag, start = _varint(data, position, end)
+            position = _skip(data, start, end, tag & 7)
+            if tag != _CONTENTS:
+                continue
+            contents += position - start
+            _, element = _varint(data, start, position)
+            while element < position:
+                strings += 1
+                if strings > MAX_STRINGS:
+                    raise _too_many_strings()
+                tag, start = _varint(data, element, position)
+                element = _skip(data, start, position, tag & 7)
+                if tag in _INTEGERS:
+                    integers += _count_integers(data, start, element)
+                    if integers > MAX_INTEGERS:
+                        raise InvalidArgumentError(
+                            f"typed contents hold more than {MAX_INTEGERS} integers, which is the most for a request; "
+                            "raw_input_contents has no such limit",
+                            field="inputs",
+                        )
+    return contents
+
+
+def _count_integers(data: bytes, start: int, end: int) -> int:
+    """In the packed field whose length is at `start`: each ends with a byte below 128."""
+    length, start = _varint(data, start, end)
+    if length > MAX_INTEGERS * _LONGEST_VARINT:
+        return length
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8, length, start) < 0x80))
+
+
+def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
+    """The number at `position`, and where it ends."""
+    number = shift = 0
+    while position < end and shift < 7 * _LONGEST_VARINT:
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+        shift += 7
+    raise _MalformedError
+
+
+def _skip(data: bytes, position: int, end: int, kind: int) -> int:
+    """Where the value of this wire type at `position` ends. Groups, which no message of ours has, are malformed."""
+    if kind == _LENGTH_DELIMITED:
+        length, position = _varint(data, position, end)
+        position += length
+    elif kind == 0:
+        _, position = _varint(data, position, end)
+    elif kind == 1:
+        position += 8
+    elif kind == 5:
+        position += 4
+    else:
+        raise _MalformedError
+    if position > end:
+        raise _MalformedError
+    return position
+
+
+def _too_many_fields() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the request has more than {MAX_FIELDS} inputs, outputs, parameters and raw_input_contents, which is the most "
+        "for a request"
+    )
+
+
+def _too_many_strings() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"typed contents hold more than {MAX_STRINGS} strings, which is the most for a request; send several",
+        field="inputs",
+    )
