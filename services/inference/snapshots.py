@@ -142,7 +142,7 @@ def _link(file: BinaryIO, target: Path) -> bool:
 
 
 def _copy(file: BinaryIO, target: Path) -> None:
-    with target.open("xb", buffering=0) as copy:
+    with target.open("xb") as copy:
         try:
             fcntl.ioctl(copy, _FICLONE, file.fileno())
         except OSError as error:
