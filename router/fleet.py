@@ -178,6 +178,8 @@ class Fleet:
         same = told.version != 0 and told.version == known
         models = member.models if same else tuple(told.models)
         member.version = told.version
+        if not same:
+            member.decisions = tuple(told.decisions)
         reason = "" if told.accepting else "draining"
         weight, region = told.weight or member.weight, told.region or member.region
         moved = (weight, region) != (member.weight, member.region)

@@ -13,6 +13,7 @@ from cache.metrics import CacheMetrics
 from cache.service import CacheService
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.agreement import Agreement
 from router.audit import Audit
 from router.control import FleetControl
 from router.cost import Cost, Prices
@@ -112,7 +113,12 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
-    works = (requests.keep_marking(), slo.keep_sampling(), huge_pages.keep_collapsing())
+    works = (
+        Agreement(fleet, time.monotonic).keep(),
+        requests.keep_marking(),
+        slo.keep_sampling(),
+        huge_pages.keep_collapsing(),
+    )
     tickers = [asyncio.create_task(work) for work in works]
     await stopping.wait()
     fleet.events.close()

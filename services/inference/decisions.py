@@ -23,8 +23,9 @@ from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 
 log = logging.getLogger(__name__)
 
-# What it is, whether the model is to be served, when that was decided, and the hash of all that follows the hash.
-_HEADER = struct.Struct("<4s?xxxQ32s")
+# What it is, whether the model is to be served, whether the fleet decided it, when, and a hash of all this.
+_HEADER = struct.Struct("<4s??xxQ32s")
+_HASHED = struct.Struct("<??Q")
 _MAGIC = b"RMD1"
 # What a small file takes on a disk.
 _BLOCK_BYTES = 4096
@@ -43,11 +44,15 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """To serve a model, with what the request brought, or not to. `decided_ns`: when, since the Unix epoch."""
+    """To serve a model, with what the request brought, or not to.
+
+    `decided_ns`: when, since the Unix epoch. `fleet`: by a router, for all workers.
+    """
 
     loaded: bool
     decided_ns: int
     overrides: Overrides = field(default_factory=Overrides)
+    fleet: bool = False
 
 
 def overrides_of(request: v2.RepositoryModelLoadRequest) -> Overrides:
@@ -79,7 +84,10 @@ def request_of(name: str, overrides: Overrides) -> v2.RepositoryModelLoadRequest
 
 
 class Decisions:
-    """The last decision on each model. Methods that read or write files take long."""
+    """The last decision on each model. Methods that read or write files take long.
+
+    `decided_ns`: when, by model. `fleet`: the models whose last decision was the fleet's.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         """`limit`: bytes of all files together. Raises OSError where the folder cannot be used, or is another's."""
@@ -89,6 +97,7 @@ class Decisions:
         self._lock = (folder / "lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._sizes: dict[str, int] = {}
+        self.fleet: set[str] = set()
         self.decided_ns: dict[str, int] = {}
         for path in folder.iterdir():
             if path.suffix == ".partial":
@@ -96,7 +105,7 @@ class Decisions:
             elif path.name != "lock":
                 self._sizes[path.name] = _size(path.stat().st_size)
                 if read := _read(path):
-                    self.decided_ns[read[0]] = read[1].decided_ns
+                    self._remember(*read)
 
     def get(self, name: str) -> Decision | None:
         """None where there is none, or its file is damaged."""
@@ -110,9 +119,8 @@ class Decisions:
     def keep(self, name: str, decision: Decision) -> None:
         """It is there at the next start. Raises ResourceExhaustedError, and then the one before holds."""
         request = request_of(name, decision.overrides).SerializeToString()
-        data = struct.pack("<?Q", decision.loaded, decision.decided_ns)
-        hashed = blake3(data).update(request).digest()
-        header = _HEADER.pack(_MAGIC, decision.loaded, decision.decided_ns, hashed)
+        fields = (decision.loaded, decision.fleet, decision.decided_ns)
+        header = _HEADER.pack(_MAGIC, *fields, blake3(_HASHED.pack(*fields)).update(request).digest())
         file = _file(name)
         size = _size(len(header) + len(request))
         total = sum(self._sizes.values()) - self._sizes.get(file, 0) + size
@@ -129,11 +137,15 @@ class Decisions:
                 f"cannot write to {self._folder}: {error.strerror}", kind="decisions"
             ) from None
         self._sizes[file] = size
-        self.decided_ns[name] = decision.decided_ns
+        self._remember(name, decision)
 
     def close(self) -> None:
         """Lets another process use the folder."""
         self._lock.close()
+
+    def _remember(self, name: str, decision: Decision) -> None:
+        self.decided_ns[name] = decision.decided_ns
+        (self.fleet.add if decision.fleet else self.fleet.discard)(name)
 
     def _write(self, file: str, header: bytes, request: bytes) -> None:
         partial = self._folder / f"{file}.partial"
@@ -157,12 +169,13 @@ def _read(path: Path) -> tuple[str, Decision] | None:
     """The model and the decision; None where the file is damaged."""
     try:
         data = path.read_bytes()
-        magic, loaded, decided_ns, hashed = _HEADER.unpack_from(data)
+        magic, *fields, hashed = _HEADER.unpack_from(data)
         request = memoryview(data)[_HEADER.size :]
-        if magic != _MAGIC or blake3(struct.pack("<?Q", loaded, decided_ns)).update(request).digest() != hashed:
+        if magic != _MAGIC or blake3(_HASHED.pack(*fields)).update(request).digest() != hashed:
             raise ValueError("its checksum is wrong")
         message = v2.RepositoryModelLoadRequest.FromString(bytes(request))
-        return message.model_name, Decision(loaded, decided_ns, overrides_of(message))
+        loaded, fleet, decided_ns = fields
+        return message.model_name, Decision(loaded, decided_ns, overrides_of(message), fleet)
     except (OSError, ValueError, struct.error, DecodeError, InvalidArgumentError) as error:
         log.error("%s is ignored, and with it what was decided about a model: %s", path, error)
         return None

@@ -133,8 +133,8 @@ class ModelStore:
         """Loads a model, or loads it again: what answered goes on until the new one does, and then drains.
 
         This decides how the model is served, also after a restart, until the next `load` or `unload` of it: with
-        `overrides` in place of what the repository has, or without. `decided_ns` tells when it was decided, 0: now;
-        what was decided later stands. `pardon` ends its quarantine.
+        `overrides` in place of what the repository has, or without. `decided_ns` tells when the fleet decided it; 0:
+        now, for this worker. What was decided later stands. `pardon` ends its quarantine.
         Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
         cause, UnavailableError where the files cannot be read or copied, or ResourceExhaustedError where the decision
         cannot be kept; then nothing has changed.
@@ -142,7 +142,9 @@ class ModelStore:
         _check_name(name)
         async with self._changing:
             if not decided_ns or decided_ns > self.decisions.decided_ns.get(name, 0):
-                decision = Decision(True, decided_ns or self.decisions.next_ns(name), overrides or Overrides())
+                decision = Decision(
+                    True, decided_ns or self.decisions.next_ns(name), overrides or Overrides(), fleet=decided_ns > 0
+                )
                 await self._load(name, decision.overrides, decision=decision, pardon=pardon)
 
     async def _load(
@@ -200,7 +202,7 @@ class ModelStore:
                     for step in ensemble.model.plan.steps
                 }
             for gone in names:
-                decision = Decision(False, decided_ns or self.decisions.next_ns(gone))
+                decision = Decision(False, decided_ns or self.decisions.next_ns(gone), fleet=decided_ns > 0)
                 await asyncio.to_thread(self.decisions.keep, gone, decision)
                 await self._take_out(gone)
 
