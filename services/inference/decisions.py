@@ -107,6 +107,11 @@ class Decisions:
                 if read := _read(path):
                     self._remember(*read)
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self._sizes.values())
+
     def get(self, name: str) -> Decision | None:
         """None where there is none, or its file is damaged."""
         read = _read(self._folder / _file(name)) if name in self.decided_ns else None
@@ -123,7 +128,7 @@ class Decisions:
         header = _HEADER.pack(_MAGIC, *fields, blake3(_HASHED.pack(*fields)).update(request).digest())
         file = _file(name)
         size = _size(len(header) + len(request))
-        total = sum(self._sizes.values()) - self._sizes.get(file, 0) + size
+        total = self.size - self._sizes.get(file, 0) + size
         if total > self._limit:
             raise ResourceExhaustedError(
                 f"what was loaded and unloaded by request would take {total} bytes, and RINGMESH_DECISIONS_BYTES is "

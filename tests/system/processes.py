@@ -15,7 +15,6 @@ import grpc
 import psutil
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
-
 _STATE = tempfile.TemporaryDirectory(prefix="ringmesh-tests-", ignore_cleanup_errors=True)
 _NUMBERS = itertools.count()
 
