@@ -54,6 +54,7 @@ def parse_cache_control(text: str) -> CacheControl:
                 raise InvalidArgumentError(
                     f"cache-control: max-age is a number of seconds from 0, such as max-age=60; got {part.strip()!r}"
                 )
-            seconds = min(int(argument), _MAX_AGE_SECONDS)
+            # Of thousands of digits int() makes an error.
+            seconds = min(int(argument.lstrip("0")[:10] or "0"), _MAX_AGE_SECONDS)
             max_age = seconds if max_age is None else min(max_age, seconds)
     return CacheControl(**flags, max_age_ms=None if max_age is None else max_age * 1000)

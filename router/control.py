@@ -10,6 +10,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from router.agreement import next_ns
 from router.audit import Audit
 from router.catalog import Catalog
 from router.fleet import Fleet
@@ -17,6 +18,7 @@ from router.member import Member
 from router.request_metrics import RequestMetrics
 from router.worker_link import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.runtime.protocol import DECIDED_NS
 from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Handler, unary
 
@@ -143,10 +145,19 @@ class FleetControl:
         return v2.RepositoryModelLoadResponse()
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
+        if request.model_name not in self._fleet.view.catalog.versions:
+            raise NotFoundError(f"model {request.model_name!r} is not loaded", field="model_name")
         await self._change("RepositoryModelUnload", request, v2.RepositoryModelUnloadResponse)
         return v2.RepositoryModelUnloadResponse()
 
-    async def _change(self, method: str, request: Message, response_type: type[Response]) -> None:
+    async def _change(
+        self,
+        method: str,
+        request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest,
+        response_type: type[Response],
+    ) -> None:
+        """Tells all workers; one that is away is told by the Agreement when it comes."""
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._healthy(), request.model_name)
         try:
             await self._ask_all(method, request, response_type, _LOAD_SECONDS)
         finally:  # also where only some of them did it

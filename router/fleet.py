@@ -215,6 +215,8 @@ class Fleet:
     def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
         models = member.models if same else tuple(told.models)
         member.version = told.version
+        if not same:
+            member.decisions = tuple(told.decisions)
         reason = "" if told.accepting else "draining"
         weight, region = told.weight or member.weight, told.region or member.region
         moved = (weight, region) != (member.weight, member.region)

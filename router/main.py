@@ -14,6 +14,7 @@ from cache.metrics import CacheMetrics
 from cache.service import CacheService
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.agreement import Agreement
 from router.audit import Audit
 from router.control import FleetControl
 from router.cost import Cost, Prices
@@ -121,6 +122,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
+    BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
     BACKGROUND.start("request metrics", requests.keep_marking)
     BACKGROUND.start("objectives", slo.keep_sampling)
     BACKGROUND.start("huge pages", huge_pages.keep_collapsing)

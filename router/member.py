@@ -68,6 +68,8 @@ class Member:
         self.ramp = 1.0
         # The worker's version of `models`.
         self.version = 0
+        # Of each model that was loaded or unloaded there by request: the last time.
+        self.decisions: tuple[inference_pb2.ModelDecision, ...] = ()
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
         self.held: frozenset[tuple[str, str]] = frozenset()
         # Ensembles of which it lacks a step.

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Coroutine, MutableMapping
+from typing import Any
+
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.model_store import READY, ModelStore, Overrides
+from services.inference.decisions import overrides_of
+from services.inference.model_store import READY, ModelStore
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.protocol import DECIDED_NS
 from services.runtime.request_limits import check_list
 from services.runtime.rpc import Context, Handler, unary
+
+_MOST_AHEAD_NS = 24 * 3600 * 1_000_000_000
 
 
 class ModelControl:
@@ -15,6 +24,7 @@ class ModelControl:
 
     def __init__(self, store: ModelStore) -> None:
         self._store = store
+        self._changes: set[asyncio.Task[None]] = set()
 
     def handlers(self) -> dict[str, Handler]:
         """For `inference.GRPCInferenceService`."""
@@ -53,31 +63,40 @@ class ModelControl:
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
         _only_one_repository(request.repository_name)
-        config = ""
-        files = {}
-        for name, parameter in request.parameters.items():
-            kind = parameter.WhichOneof("parameter_choice")
-            if name == "config" and kind == "string_param":
-                config = parameter.string_param
-            elif name.startswith("file:") and kind == "bytes_param":
-                files[name.removeprefix("file:")] = parameter.bytes_param
-            else:
-                raise InvalidArgumentError(
-                    f"no parameter {name!r} of that type; there are config (string) and file:<version>/<name> (bytes)",
-                    field=f"parameters[{name}]",
-                )
-        await self._store.load(request.model_name, Overrides(config, files), pardon=True)
+        decided_ns = _decided_ns(request.parameters)
+        change = self._store.load(request.model_name, overrides_of(request), pardon=True, decided_ns=decided_ns)
+        await self._to_the_end(change)
         return v2.RepositoryModelLoadResponse()
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
         _only_one_repository(request.repository_name)
+        decided_ns = _decided_ns(request.parameters)
         dependents = False
         for name, parameter in request.parameters.items():
             if name != "unload_dependents":
                 raise InvalidArgumentError(f"no parameter {name!r}; there is unload_dependents", field="parameters")
             dependents = parameter.bool_param
-        await self._store.unload(request.model_name, dependents=dependents)
+        await self._to_the_end(self._store.unload(request.model_name, dependents=dependents, decided_ns=decided_ns))
         return v2.RepositoryModelUnloadResponse()
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, None]) -> None:
+        """A caller that leaves does not leave a change half made."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
+
+def _decided_ns(parameters: MutableMapping[str, v2.ModelRepositoryParameter]) -> int:
+    """Takes out what a router says of when the fleet decided; 0 where it is no router that asks."""
+    if DECIDED_NS not in parameters:
+        return 0
+    decided_ns = parameters[DECIDED_NS].int64_param
+    del parameters[DECIDED_NS]
+    # A time far ahead would stand against all that is decided until then.
+    if not 0 < decided_ns < time.time_ns() + _MOST_AHEAD_NS:
+        raise InvalidArgumentError(f"{DECIDED_NS} is no time of today", field=f"parameters[{DECIDED_NS}]")
+    return decided_ns
 
 
 def _only_one_repository(name: str) -> None:

@@ -11,9 +11,11 @@ import asyncio
 import fcntl
 import logging
 import mmap
+import os
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +27,9 @@ CRASHES = 3
 WINDOW_SECONDS = 600.0
 
 _RECORDS = 1024
-# Digest of the files, at work, suspect, crashes, time of the last crash; a record of zeros is free.
-_RECORD = struct.Struct("<16sBBHxxxxd")
+# Digest of the files, at work, suspect, crashes, a CRC of all but the mark, time of the last crash; without a digest it
+# is free.
+_RECORD = struct.Struct("<16sBBHId")
 _AT_WORK = 16
 
 
@@ -94,6 +97,8 @@ class CrashJournal:
         self._file = path.open("a+b")
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._file.truncate(_RECORDS * _RECORD.size)
+        # A write to a page that the disk has no room for would kill the process.
+        os.posix_fallocate(self._file.fileno(), 0, _RECORDS * _RECORD.size)
         self._map = mmap.mmap(self._file.fileno(), _RECORDS * _RECORD.size)
         self._blame()
 
@@ -147,6 +152,10 @@ class CrashJournal:
     def _blame(self) -> None:
         """Reads the marks of the life before. A culprit is a suspect too: it runs alone."""
         now = self._clock()
+        if damaged := [place for place in range(_RECORDS) if not self._is_whole(place)]:
+            log.warning("%d records of the crash journal %s are damaged, and forgotten", len(damaged), self._path)
+            for place in damaged:
+                self._write(place, _Record(bytes(16), 0, 0, 0, 0.0))
         for place, record in self._records():
             if record.crashes < CRASHES and record.last < now - WINDOW_SECONDS:
                 self._write(place, replace(record, suspect=0, crashes=0, last=0.0))
@@ -158,7 +167,7 @@ class CrashJournal:
             if len(culprits) != 1:
                 left = replace(left, suspect=1, last=now)
             elif place in culprits:
-                left = replace(left, suspect=1, last=now, crashes=record.crashes + 1)
+                left = replace(left, suspect=1, last=now, crashes=min(record.crashes + 1, 255))
             self._write(place, left)
         if at_work:
             log.warning("the last run of this worker ended with %d models at work", len(at_work))
@@ -171,9 +180,19 @@ class CrashJournal:
         return ((place, self._read(place)) for place in range(_RECORDS))
 
     def _read(self, place: int) -> _Record:
-        return _Record(*_RECORD.unpack_from(self._map, place * _RECORD.size))
+        digest, at_work, suspect, crashes, _, last = _RECORD.unpack_from(self._map, place * _RECORD.size)
+        return _Record(digest, at_work, suspect, crashes, last)
+
+    def _is_whole(self, place: int) -> bool:
+        data = self._map[place * _RECORD.size : (place + 1) * _RECORD.size]
+        digest, _, suspect, crashes, check, last = _RECORD.unpack(data)
+        return not any(data) or bool(check == _check(digest, suspect, crashes, last))
 
     def _write(self, place: int, record: _Record) -> None:
-        _RECORD.pack_into(
-            self._map, place * _RECORD.size, record.digest, record.at_work, record.suspect, record.crashes, record.last
-        )
+        check = _check(record.digest, record.suspect, record.crashes, record.last)
+        fields = (record.digest, record.at_work, record.suspect, record.crashes, check, record.last)
+        _RECORD.pack_into(self._map, place * _RECORD.size, *fields)
+
+
+def _check(digest: bytes, suspect: int, crashes: int, last: float) -> int:
+    return zlib.crc32(struct.pack("<16sBHd", digest, suspect, crashes, last))

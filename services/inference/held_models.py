@@ -11,6 +11,7 @@ from services.inference.memory_budget import MemoryBudget, Resident
 from services.inference.model import OnnxModel
 from services.inference.request import Decoded
 from services.inference.sequencer import Sequencer
+from services.inference.snapshots import Snapshot
 from services.inference.statistics import Statistics
 from services.runtime.errors import NotFoundError, some
 
@@ -30,6 +31,8 @@ class HeldModel:
     statistics: Statistics
     budget: MemoryBudget | None = None
     resident: Resident | None = None
+    # The files that it was loaded from; an ensemble has none.
+    snapshot: Snapshot | None = None
 
     @property
     def loaded(self) -> bool:

@@ -12,6 +12,7 @@ import onnxruntime
 
 from services.inference.control import ModelControl
 from services.inference.crash_journal import CrashJournal
+from services.inference.decisions import Decisions
 from services.inference.envelope_socket import EnvelopeSocket
 from services.inference.execution import CUDA
 from services.inference.metrics import WorkerMetrics
@@ -21,6 +22,7 @@ from services.inference.repository import ModelFiles, RepositoryError
 from services.inference.service import EnvelopeService, InferenceService, Locality
 from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
+from services.inference.snapshots import Snapshots
 from services.inference.worker import Worker
 from services.runtime import cores
 from services.runtime.calls import Calls
@@ -125,6 +127,16 @@ def _journal(settings: WorkerSettings) -> CrashJournal | None:
         return None
 
 
+def _decisions(settings: WorkerSettings) -> Decisions | None:
+    """By the address, as the journal."""
+    path = settings.state_dir / "decisions" / quote(settings.address, safe=":")
+    try:
+        return Decisions(path, settings.decisions_bytes)
+    except OSError as error:
+        log.warning("cannot use %s (%s): what is loaded and unloaded by request ends with this process", path, error)
+        return None
+
+
 async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
@@ -136,8 +148,20 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
         return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
 
     try:
+        snapshots = Snapshots(settings.state_dir / "snapshots")
+    except OSError as error:
+        raise StartError(f"RINGMESH_STATE_DIR: cannot write to {settings.state_dir}: {error.strerror}") from None
+    try:
         source = await asyncio.to_thread(settings.model_source)
-        store = ModelStore(source, open_model, executor, memory_limit=settings.model_memory_bytes, journal=journal)
+        store = ModelStore(
+            source,
+            open_model,
+            executor,
+            memory_limit=settings.model_memory_bytes,
+            journal=journal,
+            snapshots=snapshots,
+            decisions=await asyncio.to_thread(_decisions, settings),
+        )
         await store.load_all()
     except RepositoryError as error:
         raise StartError(str(error)) from None

@@ -22,12 +22,8 @@ from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
 
 
-class ModelChangedError(UnavailableError):
-    """What was unloaded cannot be loaded again: its files are others, or gone. `model` is its name."""
-
-    def __init__(self, model: str, reason: str) -> None:
-        super().__init__(f"model {model!r} was unloaded for room, and cannot be loaded again: {reason}")
-        self.model = model
+class ModelReplacedError(UnavailableError):
+    """The model was taken out, or another version of its files took its place, before the request was let in."""
 
 
 class Resident:
@@ -95,13 +91,14 @@ class MemoryBudget:
     async def enter(self, resident: Resident, deadline: float | None) -> None:
         """Takes the model into use, loading it first where it must be. `leave` follows.
 
-        Raises DeadlineExceededError, ResourceExhaustedError where too many wait, ModelChangedError.
+        Raises DeadlineExceededError, ResourceExhaustedError where too many wait, ModelReplacedError, and
+        UnavailableError where it cannot be loaded.
         """
         if resident.loaded and not resident.leaving:
             resident.using += 1
             return
         if resident.removed:
-            raise ModelChangedError(resident.model.name, "it was replaced")
+            raise ModelReplacedError(f"model {resident.model.name!r} was replaced; retry")
         if len(resident.waiting) >= MAX_QUEUE:
             raise ResourceExhaustedError(f"model {resident.model.name!r} is being loaded and {MAX_QUEUE} requests wait")
         loop = asyncio.get_running_loop()
@@ -129,7 +126,7 @@ class MemoryBudget:
             resident.drained.set_result(None)
 
     async def load(self, resident: Resident) -> None:
-        """Loads it now, where it is not. Raises ModelChangedError."""
+        """Loads it now, where it is not. Raises UnavailableError."""
         await self.enter(resident, None)
         self.leave(resident)
 
@@ -164,7 +161,12 @@ class MemoryBudget:
             resident.failure = str(error)
             for waiter in resident.waiting:
                 if not waiter.done():
-                    waiter.set_exception(ModelChangedError(resident.model.name, resident.failure))
+                    waiter.set_exception(
+                        UnavailableError(
+                            f"model {resident.model.name!r} was unloaded for room, and cannot be loaded again: "
+                            f"{resident.failure}"
+                        )
+                    )
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -196,7 +198,7 @@ class MemoryBudget:
     def _check(self, files: ModelFiles, size: int) -> None:
         if size > self._limit:
             raise ModelLoadError(
-                f"cannot load {files.model}: it takes {size} bytes of memory, and RINGMESH_MODEL_MEMORY_BYTES is "
+                f"cannot load {files.origin}: it takes {size} bytes of memory, and RINGMESH_MODEL_MEMORY_BYTES is "
                 f"{self._limit}"
             )
 
@@ -212,7 +214,7 @@ class MemoryBudget:
         """On a thread."""
         fresh = self._open_model(resident.files)
         if fresh.digest != resident.model.digest:
-            raise ModelLoadError(f"the files in {resident.files.folder} have changed")
+            raise ModelLoadError(f"it ran on {resident.model.provider}, and now would on {fresh.provider}")
         resident.model.restore(fresh)
         _give_back()
 

@@ -25,6 +25,12 @@ LOADED = Family(
     "ringmesh_worker_model_info", "gauge", "always 1; a model held, and what runs it",
     (*_MODEL, "provider", "cacheable"),
 )  # fmt: skip
+DECISIONS = Family(
+    "ringmesh_worker_decisions_bytes", "gauge", "disk of what was loaded and unloaded by request, kept for restarts"
+)
+FORGOTTEN = Family(
+    "ringmesh_worker_load_failures_forgotten_total", "counter", "failed loads that the index no longer tells of"
+)
 
 _ROW_BOUNDS = tuple(float(1 << power) for power in range(11))
 
@@ -37,7 +43,10 @@ class WorkerMetrics:
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
-        for held in self._worker.store.held:
+        store = self._worker.store
+        yield Sample(DECISIONS, (), store.decisions.size)
+        yield Sample(FORGOTTEN, (), store.failures_dropped)
+        for held in store.held:
             model = (held.model.name, str(held.model.version))
             message = held.statistics.message()
             stats = message.inference_stats

@@ -28,7 +28,7 @@ from services.inference.config import (
     semantic_threshold,
 )
 from services.inference.graph import random_operators
-from services.inference.repository import ModelFiles
+from services.inference.repository import ModelFiles, data_file
 from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
@@ -59,27 +59,23 @@ class OnnxModel:
     def __init__(
         self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
     ) -> None:
-        """`providers` are those of this machine. `intra_op_threads` and `max_batch_rows` hold where the model's
-        configuration does not say. Raises ModelLoadError."""
+        """`files` must not change while the model lives: its weights may be mapped. `providers` are those of this
+        machine. `intra_op_threads` and `max_batch_rows` hold where the model's configuration does not say. Raises
+        ModelLoadError."""
         self._config = files.config.message
         # Until the probe of its rows says more.
         self.batchable = False
         try:
-            before = files.digest("")
             self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
             random = random_operators(files.model)
             self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
-            changed = files.digest("") != before
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
             raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
         self.name = files.name
         self.version = files.version
-        if changed:
-            # Else the answers of one set of files would be filed under the digest of another.
-            raise ModelLoadError(f"cannot load {files.model}: its files changed meanwhile; load it again")
         self._folder = files.folder
         sessions = self._sessions
         try:
@@ -182,7 +178,7 @@ class OnnxModel:
         shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
         kind = wanted.WhichOneof("input_data_type")
         if kind == "input_data_file":
-            raw = (self._folder.parent / "warmup" / wanted.input_data_file).read_bytes()
+            raw = data_file(self._folder.parent / "warmup", wanted.input_data_file)
             return decode(spec.datatype, shape, raw, name)
         if dtype.hasobject:
             return np.full(shape, b"", object)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.inference import config, repository
 from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
 from services.inference.crash_journal import UNWATCHED, CrashJournal, Watch
+from services.inference.decisions import Decision, Decisions, Overrides
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.memory_budget import MemoryBudget, resident_memory
@@ -27,9 +28,9 @@ from services.inference.repository import (
     RepositoryUnavailableError,
 )
 from services.inference.sequencer import Sequencer
+from services.inference.snapshots import Snapshot, Snapshots
 from services.inference.statistics import Statistics
 from services.runtime.errors import (
-    DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
     RingmeshError,
@@ -41,12 +42,11 @@ log = logging.getLogger(__name__)
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 
 
-@dataclass(frozen=True, slots=True)
-class Overrides:
-    """What a load request brings along: a configuration as JSON, and files by `<version>/<name>`."""
-
-    config: str = ""
-    files: Mapping[str, bytes] = field(default_factory=dict)
+# Names whose loads failed, and versions of each, that the index tells of; callers choose the names.
+MAX_FAILURES = 1000
+_MAX_FAILED_VERSIONS = 20
+_LONGEST_REASON = 1000
+_STATE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,13 @@ class ModelStore:
         memory_limit: int = 0,
         process_memory: Callable[[], int] = resident_memory,
         journal: CrashJournal | None = None,
+        snapshots: Snapshots | None = None,
+        decisions: Decisions | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: all that are held. `journal`: of what killed us."""
+        """`memory_limit`: bytes of models in memory at once; 0: all that are held. `journal`: of what killed us.
+
+        Without `snapshots` or `decisions` they lie in a temporary folder and end with the process.
+        """
         self.held = HeldModels([])
         self._source = source
         self._open_model = open_model
@@ -83,86 +88,110 @@ class ModelStore:
         self._journal = journal
         self._quarantined = False
         self._loaded: dict[str, Fingerprint] = {}
-        self._failures: dict[str, dict[str, str]] = {}
+        # Of failures that were forgotten for newer ones.
+        self.failures_dropped = 0
+        self._failures: OrderedDict[str, dict[str, str]] = OrderedDict()
         self._changing = asyncio.Lock()
-        self._overrides: list[tempfile.TemporaryDirectory[str]] = []
+        self._temporary = (
+            tempfile.TemporaryDirectory(prefix="ringmesh-state-") if None in (snapshots, decisions) else None
+        )
+        folder = Path(self._temporary.name) if self._temporary is not None else Path()
+        self._snapshots = snapshots or Snapshots(folder / "snapshots")
+        self.decisions = decisions or Decisions(folder / "decisions", _STATE_BYTES)
         self._budget = (
             MemoryBudget(memory_limit, self._open_warm, process_memory, self._refresh) if memory_limit else None
         )
-        self._catching_up: dict[str, asyncio.Task[None]] = {}
 
     async def load_all(self) -> None:
-        """Loads every model; what failed is in the index.
+        """Loads every model, as it was last decided; what failed is in the index.
 
-        Raises RepositoryError where not one could be, but for those in quarantine: these can be let out.
+        Raises RepositoryError where not one could be, but for those in quarantine and those that were unloaded.
         """
         # Before anything is read: what changes while it loads is seen by the first look.
         self._loaded = await asyncio.to_thread(self._source.fingerprint)
-        names = await asyncio.to_thread(self._source.names)
-        for name in names:
-            try:
-                await self.load(name)
-            except RingmeshError as error:
-                log.error("%s", error.message)
-        if not self._quarantined and not any(True for _ in self.held):
+        names = set(await asyncio.to_thread(self._source.names))
+        unloaded = False
+        for name in sorted(names | self.decisions.decided_ns.keys()):
+            decision = await asyncio.to_thread(self.decisions.get, name)
+            if decision is not None and not decision.loaded:
+                unloaded = True
+                self._failed(name, {"": "unloaded"})
+            elif name in names or (decision is not None and decision.overrides.files):
+                try:
+                    async with self._changing:
+                        await self._load(name, decision.overrides if decision is not None else Overrides())
+                except RingmeshError as error:
+                    log.error("%s", error.message)
+        if not self._quarantined and not unloaded and not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
+        # Last: what the process before left may have been of use.
+        await asyncio.to_thread(self._snapshots.sweep)
 
-    async def load(self, name: str, overrides: Overrides | None = None, *, pardon: bool = False) -> None:
+    async def load(
+        self, name: str, overrides: Overrides | None = None, *, pardon: bool = False, decided_ns: int = 0
+    ) -> None:
         """Loads a model, or loads it again: what answered goes on until the new one does, and then drains.
 
-        `overrides` hold until the next load without them, and take the place of what the repository has. `pardon`
-        ends its quarantine.
+        This decides how the model is served, also after a restart, until the next `load` or `unload` of it: with
+        `overrides` in place of what the repository has, or without. `decided_ns` tells when the fleet decided it; 0:
+        now, for this worker. What was decided later stands. `pardon` ends its quarantine.
         Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
-        cause, or UnavailableError where the repository cannot be read; then nothing has changed.
+        cause, UnavailableError where the files cannot be read or copied, or ResourceExhaustedError where the decision
+        cannot be kept; then nothing has changed.
         """
+        _check_name(name)
         async with self._changing:
-            try:
-                files = await asyncio.to_thread(self._find, name, overrides or Overrides())
-            except (RepositoryError, ConfigError) as error:
-                self._failures.setdefault(name, {})[""] = str(error)
-                kind = UnavailableError if isinstance(error, RepositoryUnavailableError) else InvalidArgumentError
-                raise kind(f"failed to load {name!r}: {error}", field="model_name") from None
-            held = self.held.of(name)
-            fresh = []
-            failures = {}
+            if not decided_ns or decided_ns > self.decisions.decided_ns.get(name, 0):
+                decision = Decision(
+                    True, decided_ns or self.decisions.next_ns(name), overrides or Overrides(), fleet=decided_ns > 0
+                )
+                await self._load(name, decision.overrides, decision=decision, pardon=pardon)
+
+    async def _load(
+        self, name: str, overrides: Overrides, *, decision: Decision | None = None, pardon: bool = False
+    ) -> None:
+        """As `load`; what was decided stays where `decision` is None. `_changing` is held."""
+        held = self.held.of(name)
+        fresh: list[HeldModel] = []
+        failures: dict[str, str] = {}
+        given = await asyncio.to_thread(self._snapshots.scratch) if overrides.files else None
+        try:
+            files = await asyncio.to_thread(self._find, name, overrides, given.folder if given is not None else None)
             for version in files:
                 try:
                     fresh.append(await self._open(version, held, pardon))
                 except ModelLoadError as error:
                     failures[str(version.version)] = str(error)
-            self._failures[name] = failures
             if failures:
-                await self._drain(model for model in fresh if model not in held)
-                raise InvalidArgumentError(
-                    f"failed to load {name!r}: {'; '.join(failures.values())}", field="model_name"
-                )
-            self._switch(name, fresh)
-            await self._drain(model for model in held if model not in fresh)
-            for model in fresh:
-                if model.budget is not None and model.resident is not None:
-                    await model.budget.load(model.resident)
+                raise ConfigError("; ".join(failures.values()))
+            if decision is not None:
+                await asyncio.to_thread(self.decisions.keep, name, decision)
+        except (RepositoryError, ConfigError, OSError, RingmeshError) as error:
+            self._failed(name, failures or {"": str(error)})
+            await self._drain(model for model in fresh if model not in held)
+            raise _load_error(name, error) from None
+        finally:
+            if given is not None:
+                await asyncio.to_thread(given.close)
+        self._failed(name, {})
+        self._switch(name, fresh)
+        await self._drain(model for model in held if model not in fresh)
+        for model in fresh:
+            if model.budget is not None and model.resident is not None:
+                await model.budget.load(model.resident)
 
-    async def catch_up(self, name: str, deadline: float | None) -> None:
-        """Loads a model whose files changed while it was out of memory. Raises UnavailableError where that fails."""
-        task = self._catching_up.get(name)
-        if task is None:
-            task = self._catching_up[name] = asyncio.create_task(self.load(name))
-            task.add_done_callback(lambda _: self._catching_up.pop(name))
-        # Not by cancelling it: others wait for it too.
-        seconds = None if deadline is None else deadline - time.monotonic()
-        if not (await asyncio.wait([task], timeout=seconds))[0]:
-            raise DeadlineExceededError("the deadline passed while the model was loaded")
-        if error := task.exception():
-            raise UnavailableError(str(error))
+    async def unload(self, name: str, *, dependents: bool = False, decided_ns: int = 0) -> None:
+        """Takes a model out at once, and returns when what it had taken is answered. It stays out until it is loaded.
 
-    async def unload(self, name: str, *, dependents: bool = False) -> None:
-        """Takes a model out at once, and returns when what it had taken is answered. Raises NotFoundError.
-
-        `dependents`: the steps of an ensemble go with it.
+        `dependents`: the steps of an ensemble go with it. `decided_ns` as in `load`; with it a model that is not held
+        may be named. Raises NotFoundError, ResourceExhaustedError where the decision cannot be kept.
         """
+        _check_name(name)
         async with self._changing:
+            if decided_ns and decided_ns <= self.decisions.decided_ns.get(name, 0):
+                return
             held = self.held.of(name)
-            if not held:
+            if not held and not decided_ns:
                 raise NotFoundError(f"model {name!r} is not loaded", field="model_name")
             names = {name}
             if dependents:
@@ -173,10 +202,15 @@ class ModelStore:
                     for step in ensemble.model.plan.steps
                 }
             for gone in names:
-                of_name = self.held.of(gone)
-                self._switch(gone, [])
-                self._failures[gone] = {str(model.model.version): "unloaded" for model in of_name}
-                await self._drain(of_name)
+                decision = Decision(False, decided_ns or self.decisions.next_ns(gone), fleet=decided_ns > 0)
+                await asyncio.to_thread(self.decisions.keep, gone, decision)
+                await self._take_out(gone)
+
+    async def _take_out(self, name: str) -> None:
+        held = self.held.of(name)
+        self._switch(name, [])
+        self._failed(name, {str(model.model.version): "unloaded" for model in held} or {"": "unloaded"})
+        await self._drain(held)
 
     async def poll(self, seconds: float) -> None:
         """Follows the repository: loads what changed, once it has stopped changing, and unloads what went."""
@@ -197,15 +231,29 @@ class ModelStore:
 
     async def _follow(self, name: str, exists: bool) -> bool:
         """Whether it is done with: a model that is broken is, one that could not be read is tried again."""
-        try:
-            if exists:
-                await self.load(name)
-            elif self.held.of(name):
-                await self.unload(name)
-        except RingmeshError as error:
-            log.error("%s", error.message)
-            return not isinstance(error, UnavailableError)
+        async with self._changing:
+            decision = await asyncio.to_thread(self.decisions.get, name)
+            try:
+                if decision is not None and (not decision.loaded or decision.overrides.files):
+                    pass  # the repository has no say
+                elif exists:
+                    await self._load(name, decision.overrides if decision is not None else Overrides())
+                elif self.held.of(name):
+                    await self._take_out(name)
+            except RingmeshError as error:
+                log.error("%s", error.message)
+                return not isinstance(error, UnavailableError)
         return True
+
+    def _failed(self, name: str, reasons: Mapping[str, str]) -> None:
+        """Remembers for the index why versions are not served; {}: all are."""
+        self._failures.pop(name, None)
+        if reasons:
+            first = [*reasons.items()][:_MAX_FAILED_VERSIONS]
+            self._failures[name] = {version: reason[:_LONGEST_REASON] for version, reason in first}
+            if len(self._failures) > MAX_FAILURES:
+                self._failures.popitem(last=False)
+                self.failures_dropped += 1
 
     async def index(self) -> list[VersionState]:
         """Every model in the repository, loaded or not, by name and version."""
@@ -238,42 +286,54 @@ class ModelStore:
     async def close(self) -> None:
         """Waits for the batches under way."""
         await self._drain(self.held)
-        for folder in self._overrides:
-            folder.cleanup()
+        self.decisions.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
-    def _find(self, name: str, overrides: Overrides) -> list[ModelFiles]:
+    def _find(self, name: str, overrides: Overrides, scratch: Path | None) -> list[ModelFiles]:
+        """On a thread. Raises RepositoryError, ConfigError, OSError where `scratch` cannot be written."""
         configured = config.parse(overrides.config, "the config parameter", name) if overrides.config else None
-        if not overrides.files:
-            return repository.versions(self._source.fetch(name, configured), name, configured)
+        if scratch is None:
+            folder = self._source.fetch(name, configured)
+            return repository.versions(folder, name, configured, private=self._source.private)
         if configured is None:
             raise ConfigError("files are given without a config parameter, which they need")
-        # A new folder for each load: what is loaded may still be mapped from the last one.
-        self._overrides.append(tempfile.TemporaryDirectory(prefix="ringmesh-models-"))
-        folder = Path(self._overrides[-1].name)
         for path, data in overrides.files.items():
             version, _, file = path.partition("/")
-            if not version.isdecimal() or not file or Path(file).name != file or not repository.is_name(name):
+            if not repository.is_version(version) or not repository.is_file_name(file):
                 raise ConfigError(f"a file is called {path!r}; it should be <version>/<name>")
-            (folder / name / version).mkdir(parents=True, exist_ok=True)
-            (folder / name / version / file).write_bytes(data)
-        return repository.versions(folder, name, configured)
+            (scratch / name / version).mkdir(parents=True, exist_ok=True)
+            (scratch / name / version / file).write_bytes(data)
+        return repository.versions(scratch, name, configured, private=True)
 
     async def _open(self, files: ModelFiles, held: list[HeldModel], pardon: bool) -> HeldModel:
+        """Raises ModelLoadError, RepositoryError."""
+        try:
+            files = await asyncio.to_thread(files.hashed)
+        except OSError as error:
+            raise ModelLoadError(f"cannot load {files.model}: cannot read {error.filename}: {error.strerror}") from None
         for kept in held:
-            if kept.model.version == files.version:
-                digest = await asyncio.to_thread(files.digest, kept.model.provider)
-                if digest == kept.model.own_digest:
-                    return kept
+            if kept.model.version == files.version and files.digest(kept.model.provider) == kept.model.own_digest:
+                return kept
         if files.config.message.HasField("ensemble_scheduling"):
-            ensemble = await asyncio.to_thread(Ensemble, files)
+            ensemble = Ensemble(files)
             return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
         if self._journal is not None:
-            digest = await asyncio.to_thread(files.digest, "")
+            digest = files.digest("")
             if pardon:
                 self._journal.pardon(digest)
             if reason := self._journal.quarantine(digest):
                 self._quarantined = True
                 raise ModelLoadError(f"cannot load {files.model}: {reason}")
+        snapshot = await asyncio.to_thread(self._snapshots.take, files)
+        try:
+            return await self._open_snapshot(snapshot, held)
+        except BaseException:
+            await asyncio.to_thread(snapshot.close)
+            raise
+
+    async def _open_snapshot(self, snapshot: Snapshot, held: list[HeldModel]) -> HeldModel:
+        files = snapshot.files
         budget, resident = self._budget, None
         if budget is None:
             model = await asyncio.to_thread(self._open_warm, files)
@@ -292,20 +352,24 @@ class ModelStore:
         )
         statistics = Statistics(model.name, str(model.version))
         if not made.HasField("sequence_batching"):
-            return HeldModel(model, batcher, statistics, budget, resident)
+            return HeldModel(model, batcher, statistics, budget, resident, snapshot)
         try:
             sequencer = Sequencer(model, batcher, files.folder.parent)
-            return HeldModel(model, sequencer, statistics, budget, resident)
+            return HeldModel(model, sequencer, statistics, budget, resident, snapshot)
         except ConfigError as error:
             if budget is not None and resident is not None:
                 await budget.remove(resident)
-            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+            raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
 
     def _open_warm(self, files: ModelFiles) -> OnnxModel:
-        """On a thread."""
-        with self._watch(files):
-            model = self._open_model(files)
-            model.warm_up()
+        """On a thread. Raises ModelLoadError."""
+        try:
+            with self._watch(files):
+                model = self._open_model(files)
+                model.warm_up()
+        except ModelLoadError as error:
+            # Where the owner of the model finds the file.
+            raise ModelLoadError(str(error).replace(str(files.folder), str(files.origin))) from None
         return model
 
     def _watch(self, files: ModelFiles) -> Watch:
@@ -323,6 +387,22 @@ class ModelStore:
             if held.budget is not None and held.resident is not None:
                 await held.budget.remove(held.resident)
             await held.batcher.close()
+            if held.snapshot is not None:
+                await asyncio.to_thread(held.snapshot.close)
+
+
+def _check_name(name: str) -> None:
+    if not repository.is_name(name):
+        raise InvalidArgumentError(f"no model can be called {name!r}: it is the name of a folder", field="model_name")
+
+
+def _load_error(name: str, error: Exception) -> RingmeshError:
+    if isinstance(error, OSError):
+        return UnavailableError(f"failed to load {name!r}: cannot write its files: {error.strerror}")
+    if isinstance(error, RingmeshError):
+        return error
+    kind = UnavailableError if isinstance(error, RepositoryUnavailableError) else InvalidArgumentError
+    return kind(f"failed to load {name!r}: {error}", field="model_name")
 
 
 def _remark(held: HeldModel) -> str:

@@ -63,6 +63,8 @@ class _Object:
 class RemoteRepository:
     """The models under an `s3://`, `gs://` or `https://` URL. What it returns and raises is as of a Directory."""
 
+    private = True
+
     def __init__(self, url: str, cache: Path) -> None:
         """Raises RepositoryError where the URL is wrong, the extra is not installed or the cache cannot be written."""
         self._url = url.rstrip("/")
@@ -212,7 +214,7 @@ def _old(paths: Iterable[Path], seconds: float) -> list[Path]:
 
 
 def _is_of_version(found: _Object) -> bool:
-    return len(found.path.parts) > 2 and found.path.parts[1].isdecimal()
+    return len(found.path.parts) > 2 and repository.is_version(found.path.parts[1])
 
 
 def _path(text: str, where: str) -> PurePosixPath:

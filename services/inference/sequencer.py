@@ -21,6 +21,7 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 from services.inference.batcher import Batcher, BatchResult
 from services.inference.config import ConfigError
 from services.inference.model import OnnxModel
+from services.inference.repository import data_file
 from services.inference.request import Decoded, SequenceStep
 from services.inference.tensor_spec import TensorSpec, agree
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, RingmeshError
@@ -218,13 +219,11 @@ def _initial_state(
     if not agree(shape, spec.shape):
         raise ConfigError(f"gives the state {spec.name!r} dims {list(dims)}; the file has {list(spec.shape)}")
     if given is not None and given.data_file:
-        file = folder / "initial_state" / given.data_file
         try:
-            return decode(spec.datatype, shape, file.read_bytes(), spec.name)
-        except OSError as error:
-            raise ConfigError(f"names {file}, which cannot be read: {error.strerror}") from None
+            data = data_file(folder / "initial_state", given.data_file)
+            return decode(spec.datatype, shape, data, spec.name)
         except InvalidArgumentError as error:
-            raise ConfigError(f"names {file}: {error.message}") from None
+            raise ConfigError(f"names initial_state/{given.data_file}: {error.message}") from None
     if spec.datatype.dtype.hasobject:
         return np.full(shape, b"", object)
     return np.zeros(shape, spec.datatype.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.inference.decisions import request_of
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
@@ -149,6 +151,7 @@ class EnvelopeService:
                 "Execute": lane_handler(execute),
                 "Withdraw": unary(inference_pb2.WithdrawRequest, self._withdraw),
                 "Describe": unary(inference_pb2.DescribeRequest, self._describe),
+                "GetDecision": unary(inference_pb2.GetDecisionRequest, self._decision),
             },
             {"Execute": execute},
         )
@@ -212,6 +215,26 @@ class EnvelopeService:
             weight=self._locality.weight,
             envelope_socket=self.socket,
             port=self.port,
+            decisions=() if known else [self._decided(model) for model in self._worker.store.decisions.decided_ns],
+        )
+
+    def _decided(self, model: str) -> inference_pb2.ModelDecision:
+        decisions = self._worker.store.decisions
+        return inference_pb2.ModelDecision(
+            model=model, decided_unix_ns=decisions.decided_ns[model], fleet=model in decisions.fleet
+        )
+
+    async def _decision(
+        self, request: inference_pb2.GetDecisionRequest, _: Context
+    ) -> inference_pb2.GetDecisionResponse:
+        decision = await asyncio.to_thread(self._worker.store.decisions.get, request.model)
+        if decision is None:
+            raise NotFoundError(f"nothing was decided about model {request.model!r}", field="model")
+        return inference_pb2.GetDecisionResponse(
+            decision=inference_pb2.ModelDecision(
+                model=request.model, decided_unix_ns=decision.decided_ns, fleet=decision.fleet
+            ),
+            load=request_of(request.model, decision.overrides) if decision.loaded else None,
         )
 
     def announcement(self, address: str) -> inference_pb2.Announcement:

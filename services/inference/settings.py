@@ -30,6 +30,9 @@ class WorkerSettings(ServiceSettings):
     model_memory_bytes: int = Field(
         0, ge=0, description="models in memory at once; the least recently used make room for others; 0: all"
     )
+    decisions_bytes: int = Field(
+        1 << 30, gt=0, description="disk for what RepositoryModelLoad brought along, which outlives the process"
+    )
     threads: int = Field(
         0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
     )

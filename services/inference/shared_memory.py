@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.inference.repository import is_file_name
 from services.runtime.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies on Linux
@@ -31,14 +32,14 @@ class SharedMemory:
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Raises AlreadyExistsError, NotFoundError, and InvalidArgumentError where the object is smaller."""
-        if not name:
-            raise InvalidArgumentError("a region needs a name", field="name")
+        if not name or "\0" in name:
+            raise InvalidArgumentError("a region needs a name, without NUL", field="name")
         if name in self._regions:
             raise AlreadyExistsError(
                 f"shared memory region {name!r} is registered already; unregister it first", field="name"
             )
         file = key.removeprefix("/")
-        if not file or Path(file).name != file:
+        if not is_file_name(file):
             raise InvalidArgumentError(f"{key!r} is no key of a POSIX shared memory object, such as /name", field="key")
         try:
             descriptor = os.open(_FOLDER / file, os.O_RDWR)

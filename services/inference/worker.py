@@ -14,7 +14,7 @@ from ringmesh.inference.v1 import inference_pb2
 from services.inference.batcher import Batcher, BatchResult
 from services.inference.held_models import HeldModel
 from services.inference.load import Load
-from services.inference.memory_budget import ModelChangedError
+from services.inference.memory_budget import ModelReplacedError
 from services.inference.model_store import ModelStore
 from services.inference.request import Decoded
 from services.inference.request_decoder import RequestDecoder
@@ -295,20 +295,19 @@ class Worker:
         trace_context: bytes,
         start: int,
         *,
-        caught_up: bool = False,
+        again: bool = False,
     ) -> inference_pb2.WorkResult:
         self.load.started()
         try:
             decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
             response = encode(held, decoded, batch)
-        except ModelChangedError as changed:
-            if caught_up:
+        except ModelReplacedError:
+            if again:
                 raise
-            await self.store.catch_up(changed.model, deadline)
             held = self.store.held.find(request.head.name, request.head.version)
             return await self._run(  # compiled: once
-                held, request, deadline, trace_context, start, caught_up=True
+                held, request, deadline, trace_context, start, again=True
             )
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))

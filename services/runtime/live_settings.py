@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -36,9 +37,10 @@ class LiveSettings:
         ratio = self._tracer.ratio
         if "trace_rate" in given:
             (rate, *more) = given["trace_rate"]
-            if more or not rate.isdecimal() or int(rate) == 0:
+            # So few digits: int() refuses thousands of them.
+            if more or not re.fullmatch(r"[1-9][0-9]{0,8}", rate):
                 raise InvalidArgumentError(
-                    f"trace_rate is one number above 0, not {given['trace_rate']}", field="settings"
+                    f"trace_rate is one number from 1 to 999999999, not {given['trace_rate']}", field="settings"
                 )
             ratio = 1 / int(rate)
         if "trace_level" in given:

@@ -36,6 +36,9 @@ EXTENSIONS = (
     "trace",
     "logging",
 )
+# A parameter of RepositoryModelLoad and Unload by which a router tells workers when the fleet decided, in ns since the
+# Unix epoch.
+DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 

@@ -1,5 +1,6 @@
 """Routers and workers started one by one, for tests that break them."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import psutil
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
 KEY_SECRET = "of all that tests start"
+_STATE = tempfile.TemporaryDirectory(prefix="ringmesh-tests-", ignore_cleanup_errors=True)
+_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -40,7 +43,8 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
     `within` is a command that runs it, such as that of a network namespace.
     """
     settings.setdefault("address", free_address())
-    settings.setdefault("state_dir", Path(tempfile.gettempdir(), f"ringmesh-tests-{os.getpid()}"))
+    # Each its own: an address that is free again would find what was decided there before.
+    settings.setdefault("state_dir", Path(_STATE.name, str(next(_NUMBERS))))
     settings.setdefault("key_secret", KEY_SECRET)
     settings.setdefault("metrics_address", "127.0.0.1:0")
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}

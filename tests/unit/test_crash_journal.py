@@ -1,4 +1,5 @@
 import asyncio
+import resource
 import subprocess
 import sys
 import threading
@@ -111,6 +112,29 @@ def test_a_journal_is_of_one_worker(path):
     journal = CrashJournal(path, lambda: NOW)
     with pytest.raises(OSError, match="unavailable"):
         CrashJournal(path, lambda: NOW)
+    journal.close()
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0x7F, 0x41])
+def test_a_damaged_journal_blames_nobody_and_goes_on(path, byte):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes([byte]) * 100_000)
+    assert look(path) == (set(), set())
+    for _ in range(CRASHES):
+        die(path, A)
+    assert look(path)[0] == {A}
+
+
+def test_a_journal_that_the_disk_has_no_room_for_is_refused_before_it_is_mapped(path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            CrashJournal(path, lambda: NOW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal = CrashJournal(path, lambda: NOW)
+    assert path.stat().st_blocks * 512 >= path.stat().st_size
     journal.close()
 
 

@@ -13,7 +13,7 @@ from services.runtime import ensemble
 from services.runtime.ensemble import EnsembleError
 from services.runtime.errors import InvalidArgumentError
 from tests import models
-from tests.unit.test_model import load
+from tests.unit.test_model import open_model
 
 EXECUTOR = ThreadPoolExecutor(2)
 
@@ -94,7 +94,7 @@ async def test_a_failing_step_ends_the_others():
 
 
 async def store_of(folder):
-    made = ModelStore(Directory(folder), lambda files: load(files.folder), EXECUTOR)
+    made = ModelStore(Directory(folder), open_model, EXECUTOR)
     await made.load_all()
     return made
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.inference.model import ModelLoadError
 from services.inference.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository import Directory, versions
 from services.inference.service import describe
@@ -168,7 +169,7 @@ async def test_what_a_model_takes_is_what_the_process_grew_by(repository):
     assert [resident(made, name).bytes for name in NAMES] == [3 * files.size(), *[files.size()] * 3]
 
 
-async def test_files_that_changed_while_their_model_was_unloaded_are_served_as_new_ones(repository):
+async def test_files_that_change_while_their_model_is_unloaded_are_served_when_they_are_loaded(repository):
     made = await store(repository, 1)
     before = (await expected(repository))["m0"]
     digest = made.held.find("m0", "").model.digest
@@ -176,24 +177,44 @@ async def test_files_that_changed_while_their_model_was_unloaded_are_served_as_n
     for name in ("m0", "m1"):
         await ask(asked, name)
     shutil.copy(repository / "m3/1/model.onnx", repository / "m0/1/model.onnx")
-    data = request("m0").SerializeToString()
-    result = await asked.execute(data, request_hash=b"", deadline=None)
+    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
+    assert v2.ModelInferResponse.FromString(result.response).raw_output_contents[0] == before
+    assert result.model_digest == digest
+    await made.load("m0")
+    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
     assert v2.ModelInferResponse.FromString(result.response).raw_output_contents[0] != before
     assert result.model_digest == made.held.find("m0", "").model.digest != digest
 
 
-async def test_files_that_broke_while_their_model_was_unloaded_are_told_and_tried_again(repository):
-    made = await store(repository, 1)
+async def test_a_model_that_cannot_be_loaded_again_is_told_and_tried_again(repository):
+    broken = False
+
+    def open_or_not(files):
+        if broken and files.name == "m0":
+            raise ModelLoadError(f"cannot load {files.model}: no memory")
+        return open_model(files)
+
+    made = await store(repository, 1, open_or_not)
     asked = worker(made)
-    good = (repository / "m0/1/model.onnx").read_bytes()
-    (repository / "m0/1/model.onnx").write_bytes(b"broken")
+    broken = True
     result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
     assert result.failure.code == UnavailableError.code.value[0]
-    assert "m0/1/model.onnx" in result.failure.message
+    assert f"{repository}/m0/1/model.onnx: no memory" in result.failure.message
     assert {line.name: line.state for line in await made.index()} == dict.fromkeys(NAMES, READY) | {"m0": UNAVAILABLE}
-    (repository / "m0/1/model.onnx").write_bytes(good)
+    broken = False
     await ask(asked, "m0")
     assert {line.state for line in await made.index()} == {READY}
+
+
+async def test_a_request_whose_model_was_replaced_before_it_was_let_in_is_answered_by_the_new_one(repository):
+    made = await store(repository, 1)
+    old = made.held.find("m0", "")
+    shutil.copy(repository / "m3/1/model.onnx", repository / "m0/1/model.onnx")
+    await made.load("m0")
+    asked = worker(made)
+    read = asked._reader.read(request("m0").SerializeToString())
+    result = await asked._run(old, read, None, b"", 0)
+    assert result.model_digest == made.held.find("m0", "").model.digest
 
 
 async def test_the_index_and_the_description_tell_what_is_in_memory(repository):

@@ -9,9 +9,13 @@ from services.runtime.errors import InternalError, InvalidArgumentError
 from tests import models
 
 
+def open_model(files):
+    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+
+
 def load(folder):
     (files,) = versions(folder.parent.parent, folder.parent.name)
-    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    return open_model(files)
 
 
 def test_a_model_tells_its_inputs_outputs_and_provider(tmp_path):

@@ -13,14 +13,14 @@ from services.inference.repository import Directory, RepositoryError
 from services.inference.request import Decoded, SequenceStep
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from tests import models
-from tests.unit.test_model import load
+from tests.unit.test_model import open_model
 
 EXECUTOR = ThreadPoolExecutor(4)
 
 
 def held(folder):
     """The model as a worker holds it."""
-    store = ModelStore(Directory(folder.parent.parent), lambda files: load(files.folder), EXECUTOR)
+    store = ModelStore(Directory(folder.parent.parent), open_model, EXECUTOR)
     asyncio.run(store.load_all())
     return store.held.find(folder.parent.name, "")
 
