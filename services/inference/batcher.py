@@ -174,7 +174,7 @@ class Batcher:
             rows += decoded.rows
         if self._expected_ns(first.signature, rows) > QUICK_NS:
             return None
-        if len(requests) > 1 and rows > self._model.max_batch_rows:
+        if len(requests) > 1 and not (self._model.batchable and rows <= self._model.max_batch_rows):
             return None
         # The event loop, which runs what comes by Unix socket, must not wait for another thread's run.
         if not self._at_once.acquire(blocking=False):

@@ -53,8 +53,6 @@ class ModelFiles:
             hasher.update(f"{len(name)}:{name}{path.stat().st_size}:".encode())
             hasher.update_mmap(path)
         hasher.update(self.config.message.SerializeToString(deterministic=True))
-        # 0 and nothing are one in the message, but not in how the model is served.
-        hasher.update(b"%d" % self.config.says_max_batch_size)
         return hasher.digest(16)
 
 

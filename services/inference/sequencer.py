@@ -65,7 +65,7 @@ class Sequencer:
             for control in tensor.control
         ]
         self._initial = {
-            state.input_name: _initial_state(state, model.hidden_inputs[state.input_name], model.batchable, folder)
+            state.input_name: _initial_state(state, model.hidden_inputs[state.input_name], model.has_rows, folder)
             for state in batching.state
         }
         self._state_outputs = tuple([state.output_name for state in batching.state])
