@@ -23,7 +23,7 @@ _INT32, _INT64 = (1 << 31) - 1, (1 << 63) - 1
 RANGES = {
     "max_batch_size": (0, _INT32),
     "version_policy.latest.num_versions": (0, (1 << 32) - 1),
-    "version_policy.specific.versions": (1, _INT64),
+    "version_policy.specific.versions": (0, _INT64),
     "instance_group.count": (0, MAX_INSTANCES),
     "instance_group.gpus": (0, _INT32),
     "optimization.graph.level": (-1, 2),
