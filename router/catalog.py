@@ -23,11 +23,11 @@ class ModelEntry:
     """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
     `inputs` and `outputs` are those of its metadata.
 
-    With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a
-    batch are cached one by one. With `hedged`, a slow attempt is made elsewhere too. An ensemble has a `plan`; with
-    `cache_steps` the router runs it step by step, each through the cache. From a `semantic_threshold` above 0, a
-    vector, or what `semantic_embedding` makes of the inputs, may be answered as a similar one was. `freshness` says
-    how long answers are given; None: without end.
+    With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a batch are cached one by one. A
+    request of more rows than `max_request_rows` is refused; 0: any number. With `hedged`, a slow attempt is made
+    elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the cache.
+    From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be answered as a
+    similar one was. `freshness` says how long answers are given; None: without end.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ModelEntry:
     outputs: tuple[str, ...] = ()
     tenant_scoped: bool = False
     row_cache: bool = False
+    max_request_rows: int = 0
     hedged: bool = False
     semantic_threshold: float = 0.0
     semantic_embedding: str = ""
@@ -146,6 +147,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         outputs=tuple(output.name for output in metadata.outputs),
         tenant_scoped=model.tenant_scoped,
         row_cache=model.row_cache,
+        max_request_rows=model.max_request_rows,
         provider=model.provider,
         hedged=model.hedged,
         semantic_threshold=model.semantic_threshold,

@@ -91,4 +91,11 @@ def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tens
         tensors[name] = _Tensor(tensor.datatype, (*tensor.shape,), raw)
     if missing := [spec.name for spec in model.metadata.inputs if spec.name not in tensors]:
         raise InvalidArgumentError(f"ensemble {model.name!r} needs input {missing[0]!r} as well", field="inputs")
+    most = model.max_request_rows
+    rows = max([tensor.shape[0] for tensor in tensors.values() if tensor.shape], default=0)
+    if 0 < most < rows:
+        raise InvalidArgumentError(
+            f"the request has {rows} rows; ensemble {model.name!r} takes {most} at most, which is its max_batch_size",
+            field="inputs",
+        )
     return tensors

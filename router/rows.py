@@ -224,15 +224,18 @@ def _is_fresh(model: ModelEntry, entry: Entry) -> bool:
     return freshness is None or not freshness.is_stale(entry.created_at_ms, time.time_ns() // 1_000_000)
 
 
-def split(request: v2.ModelInferRequest) -> Batch | None:
-    """Takes the data out of `request`. None where it has one row or too many, or where only the worker can judge."""
+def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:
+    """Takes the data out of `request`. None where it has one row or too many, or where only the worker can judge.
+
+    The worker refuses more rows than `most`; 0: it takes any number.
+    """
     tensors = request.inputs
     counts = {tensor.shape[0] if tensor.shape else 0 for tensor in tensors}
     if len(counts) != 1 or any(output.parameters for output in request.outputs):
         return None
     count = counts.pop()
     raws: Sequence[bytes] = [*request.raw_input_contents]
-    if not 2 <= count <= MAX_ROWS or (raws and len(raws) != len(tensors)):
+    if not 2 <= count <= min(MAX_ROWS, most or MAX_ROWS) or (raws and len(raws) != len(tensors)):
         return None
     columns = []
     for index, tensor in enumerate(tensors):

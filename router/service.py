@@ -390,7 +390,7 @@ class InferenceService:
         self, call: Admitted, model: ModelEntry, deadline: float | None, epochs: Epochs, key: bytes
     ) -> Found | None:
         """A batch, row by row; None where it is none, or must be computed whole."""
-        batch = rows.split(v2.ModelInferRequest.FromString(call.data))
+        batch = rows.split(v2.ModelInferRequest.FromString(call.data), model.max_request_rows)
         if batch is None:
             return None
 

@@ -174,7 +174,7 @@ class Batcher:
             rows += decoded.rows
         if self._expected_ns(first.signature, rows) > QUICK_NS:
             return None
-        if len(requests) > 1 and rows > self._model.max_batch_rows:
+        if len(requests) > 1 and not (self._model.batchable and rows <= self._model.max_batch_rows):
             return None
         # The event loop, which runs what comes by Unix socket, must not wait for another thread's run.
         if not self._at_once.acquire(blocking=False):
@@ -221,6 +221,8 @@ class Batcher:
             if not batch:
                 break
             self._free -= 1
+            if not row_ns:
+                self._queue.began(batch)
             task = asyncio.create_task(self._serve(batch, apart=row_ns > 0))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
@@ -290,9 +292,6 @@ class Batcher:
 
     async def _serve(self, batch: list[Waiting], *, apart: bool) -> None:
         loop = asyncio.get_running_loop()
-        if not apart:
-            for waiting in batch:
-                waiting.begun = True
         # What they are told where the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
         try:
@@ -311,7 +310,9 @@ class Batcher:
                     waiting.future.set_result(result)
                 else:
                     waiting.future.set_exception(result)
-            if not apart:
+            if apart:
+                self._queue.began(batch)
+            else:
                 self._expect_return(results)
             self._dispatch()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 from google.protobuf import json_format, text_format
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+from services.inference import config_rules
 
 ModelConfig = config_pb2.ModelConfig
 
@@ -24,6 +25,8 @@ CACHE_STALE = "ringmesh_cache_stale_seconds"
 # Parameters that are ours; each is "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
 _OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE}
+# Of a time to live: 30 years.
+_MAX_SECONDS = 10**9
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
@@ -52,6 +55,7 @@ _ACTED_ON = frozenset(
         "sequence_batching.state",
         "sequence_batching.direct",
         "sequence_batching.direct.max_queue_delay_microseconds",
+        "sequence_batching.direct.minimum_slot_utilization",
         "sequence_batching.oldest",
         "sequence_batching.oldest.max_queue_delay_microseconds",
         "sequence_batching.oldest.preferred_batch_size",
@@ -90,13 +94,12 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """A configuration, and whether it sets max_batch_size: 0 and nothing are one in protobuf, but not in meaning."""
+    """A configuration as it was given."""
 
     message: ModelConfig
-    says_max_batch_size: bool
 
 
-NOTHING = Configured(ModelConfig(), False)
+NOTHING = Configured(ModelConfig())
 
 
 def parse(text: str, source: str, name: str) -> Configured:
@@ -110,7 +113,7 @@ def parse(text: str, source: str, name: str) -> Configured:
     except (text_format.ParseError, json_format.ParseError) as error:
         raise ConfigError(f"{source}: {error}") from None
     _check(message, source, name)
-    return Configured(message, re.search(r"\bmax_?batch_?size\b\W*:", text, re.IGNORECASE) is not None)
+    return Configured(message)
 
 
 def read(path: Path, name: str) -> Configured:
@@ -146,25 +149,29 @@ def semantic_threshold(config: ModelConfig) -> float:
 
 
 def milliseconds(config: ModelConfig, parameter: str) -> int:
-    """What the parameter says in seconds; 0 where it is not given, -1 where it is no number above 0."""
+    """What the parameter says in seconds; 0 where it is not given, -1 where it is no number from 0 to _MAX_SECONDS."""
     if parameter not in config.parameters:
         return 0
     try:
         seconds = float(config.parameters[parameter].string_value)
     except ValueError:
         return -1
-    return math.ceil(seconds * 1000) if 0 < seconds < math.inf else -1
+    return math.ceil(seconds * 1000) if 0 < seconds <= _MAX_SECONDS else -1
 
 
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
-    """How requests form batches; those of sequences do it as others do."""
+    """How requests form batches; those of sequences do it as others do.
+
+    The direct strategy waits only where it has a minimum_slot_utilization, as in Triton; any of them stands for a full
+    batch here.
+    """
     sequences = config.sequence_batching
     if sequences.HasField("oldest"):
         return config_pb2.ModelDynamicBatching(
             preferred_batch_size=sequences.oldest.preferred_batch_size,
             max_queue_delay_microseconds=sequences.oldest.max_queue_delay_microseconds,
         )
-    if sequences.HasField("direct"):
+    if sequences.HasField("direct") and sequences.direct.minimum_slot_utilization:
         return config_pb2.ModelDynamicBatching(
             max_queue_delay_microseconds=sequences.direct.max_queue_delay_microseconds
         )
@@ -192,8 +199,6 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: platform is {config.platform!r}; Ringmesh serves onnxruntime_onnx and ensemble")
     if config.backend not in _BACKENDS:
         raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
-    if config.max_batch_size < 0:
-        raise ConfigError(f"{path}: max_batch_size is {config.max_batch_size}; it is 0 (no batching) or more")
     for flag in sorted(_FLAGS & config.parameters.keys()):
         if (value := config.parameters[flag].string_value) not in ("true", "false"):
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it is "true" or "false"')
@@ -210,28 +215,13 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     for parameter in (CACHE_TTL, CACHE_STALE):
         if milliseconds(config, parameter) < 0:
             value = config.parameters[parameter].string_value
-            raise ConfigError(f"{path}: parameter {parameter} is {value!r}; it is a number of seconds above 0")
+            raise ConfigError(
+                f"{path}: parameter {parameter} is {value!r}; it is a number of seconds above 0, {_MAX_SECONDS} at most"
+            )
     if CACHE_STALE in config.parameters and CACHE_TTL not in config.parameters:
         raise ConfigError(f"{path}: parameter {CACHE_STALE} needs {CACHE_TTL}: what has no end is never stale")
-    batching = config.dynamic_batching
-    levels = batching.priority_levels
-    if not (1 if levels else 0) <= batching.default_priority_level <= levels:
-        raise ConfigError(
-            f"{path}: default_priority_level is {batching.default_priority_level}; "
-            + (f"it is from 1 to priority_levels, {levels}" if levels else "without priority_levels it is left out")
-        )
-    if beyond := [level for level in batching.priority_queue_policy if not 1 <= level <= levels]:
-        raise ConfigError(
-            f"{path}: priority_queue_policy is for levels {sorted(beyond)}; priority_levels has 1 to {levels}"
-        )
-    if config.model_transaction_policy.decoupled:
-        raise ConfigError(f"{path}: decoupled models are not served: ONNX Runtime gives one response a request")
-    if ragged := [tensor.name for tensor in config.input if tensor.allow_ragged_batch]:
-        raise ConfigError(f"{path}: {', '.join(ragged)} is ragged, which ONNX Runtime has no form for")
-    if config.sequence_batching.iterative_sequence:
-        raise ConfigError(f"{path}: iterative_sequence is not served: ONNX Runtime gives one response a request")
-    if config.HasField("ensemble_scheduling") != (config.platform == "ensemble"):
-        raise ConfigError(f'{path}: platform "ensemble" and ensemble_scheduling go together; one of them is missing')
+    if fault := next(config_rules.faults(config), None):
+        raise ConfigError(f"{path}: {fault}")
 
 
 def _set_fields(message: Message, prefix: str) -> Iterator[str]:

@@ -51,11 +51,12 @@ class Ensemble:
         self.version = files.version
         self._config = files.config.message
         where = f"cannot load {files.folder.parent}: its config.pbtxt"
-        self.max_batch_rows = max(1, self._config.max_batch_size)
-        self.batchable = self._config.max_batch_size > 0
+        self.max_request_rows = self._config.max_batch_size
+        self.max_batch_rows = max(1, self.max_request_rows)
+        self.has_rows = self.max_request_rows > 0
         try:
-            self.inputs = {t.name: declared_spec(t, self.batchable) for t in self._config.input}
-            self.outputs = {t.name: declared_spec(t, self.batchable) for t in self._config.output}
+            self.inputs = {t.name: declared_spec(t, self.has_rows) for t in self._config.input}
+            self.outputs = {t.name: declared_spec(t, self.has_rows) for t in self._config.output}
             self.plan = ensemble.plan(self._config.ensemble_scheduling, self.inputs, self.outputs)
         except (ConfigError, EnsembleError) as error:
             raise ModelLoadError(f"{where}: {error}") from None

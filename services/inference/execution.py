@@ -6,7 +6,7 @@ CUDA and TensorRT execution providers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnxruntime
@@ -43,6 +43,8 @@ _CUDA_PARAMETERS = {
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
     "do_copy_in_default_stream": ("0", "1"),
 }
+# Of one run; more are a mistake, and would be started.
+_THREADS = range(1025)
 _SHRINK_ARENA = "memory.enable_memory_arena_shrinkage"
 
 
@@ -72,8 +74,6 @@ def executions(config: ModelConfig, available: Sequence[str]) -> list[Execution]
     if on_gpu and on_cpu:
         raise ConfigError("has instances on the GPU and on the CPU; their answers differ, so a model has one kind")
     devices = sorted({device for group in groups for device in group.gpus})
-    if devices and devices[0] < 0:
-        raise ConfigError(f"names GPU {devices[0]} in instance_group; they are counted from 0")
     if on_cpu or not (on_gpu or CUDA in available):
         return [_on_cpu(config, available)]
     if CUDA not in available:
@@ -141,7 +141,7 @@ def _tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
 
 def _cuda_parameters(config: ModelConfig) -> dict[str, str]:
     options = {}
-    if (limit := _whole(config, "gpu_mem_limit")) is not None:
+    if (limit := _whole(config, "gpu_mem_limit", range((1 << 63) - 1))) is not None:
         options["gpu_mem_limit"] = str(limit)
     for name, values in _CUDA_PARAMETERS.items():
         if (index := _whole(config, name, range(len(values)))) is not None:
@@ -152,14 +152,11 @@ def _cuda_parameters(config: ModelConfig) -> dict[str, str]:
 def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOptions:
     """`threads` of one run hold where the configuration does not say. Raises ConfigError."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = _whole(config, "intra_op_thread_count") or threads
-    options.inter_op_num_threads = _whole(config, "inter_op_thread_count") or 0
+    options.intra_op_num_threads = _whole(config, "intra_op_thread_count", _THREADS) or threads
+    options.inter_op_num_threads = _whole(config, "inter_op_thread_count", _THREADS) or 0
     if _whole(config, "execution_mode", range(2)):
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-    level = config.optimization.graph.level
-    if level not in _GRAPH_LEVELS:
-        raise ConfigError(f"sets optimization.graph.level to {level}; it is -1 (basic), 1 (extended) or 2 (none)")
-    options.graph_optimization_level = _GRAPH_LEVELS[level]
+    options.graph_optimization_level = _GRAPH_LEVELS[config.optimization.graph.level]
     if (arena := _whole(config, "enable_mem_arena", range(2))) is not None:
         options.enable_cpu_mem_arena = bool(arena)
     if (pattern := _whole(config, "enable_mem_pattern", range(2))) is not None:
@@ -180,13 +177,13 @@ def run_entries(config: ModelConfig) -> dict[str, str]:
     return {_SHRINK_ARENA: config.parameters[_SHRINK_ARENA].string_value} if shrinks else {}
 
 
-def _whole(config: ModelConfig, name: str, allowed: Iterable[int] | None = None) -> int | None:
-    """A parameter as a number of 0 or more; None where it is not set."""
+def _whole(config: ModelConfig, name: str, allowed: range) -> int | None:
+    """A parameter as one of the `allowed` numbers; None where it is not set."""
     if name not in config.parameters:
         return None
     text = config.parameters[name].string_value
-    number = int(text) if text.isdecimal() else -1
-    if number < 0 or (allowed is not None and number not in allowed):
-        wanted = "a whole number, 0 or more" if allowed is None else " or ".join(map(str, allowed))
-        raise ConfigError(f"sets parameter {name!r} to {text!r}; it is {wanted}")
+    number = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if number not in allowed:
+        few = " or ".join(map(str, allowed)) if len(allowed) < 5 else f"a whole number from 0 to {allowed[-1]}"
+        raise ConfigError(f"sets parameter {name!r} to {text!r}; it is {few}")
     return number

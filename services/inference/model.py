@@ -13,7 +13,7 @@ import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference import row_independence
+from services.inference import batching_policy, row_independence
 from services.inference.config import (
     CACHE_STALE,
     CACHE_TTL,
@@ -47,9 +47,10 @@ class OnnxModel:
     """A loaded model; `run` may be called from several threads.
 
     `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
-    `batchable`: requests may share a run along the first dimension; `batch_reason` says why not. `cacheable`: equal
-    requests have equal answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers.
-    `row_cache`: rows of a batch may be cached one by one; `row_cache_reason` says why not.
+    `has_rows`: the first dimension is the batch; a request has `max_request_rows` of them at most, 0: any number.
+    `batchable`: requests may share a run along it; `batch_reason` says why not. `cacheable`: equal requests have equal
+    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `row_cache`: rows of a
+    batch may be cached one by one; `row_cache_reason` says why not.
     `provider` is the execution provider in use.
     """
 
@@ -64,7 +65,7 @@ class OnnxModel:
         ModelLoadError."""
         self._config = files.config.message
         # Until the probe of its rows says more.
-        self.batchable = False
+        self.batchable = self.has_rows = False
         try:
             self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
             random = random_operators(files.model)
@@ -97,18 +98,11 @@ class OnnxModel:
         self.hedged = says(self._config, HEDGE) is True
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
         self.stale_ms = milliseconds(self._config, CACHE_STALE)
-        if self._config.HasField("sequence_batching") and not files.config.says_max_batch_size:
-            # A probe of its rows would have to know what it does with a state.
-            self.batch_reason = "it serves sequences, and its config.pbtxt does not say max_batch_size"
-        elif files.config.says_max_batch_size:
-            self.batch_reason = "" if self._config.max_batch_size else "max_batch_size is 0 in its config.pbtxt"
-            max_batch_rows = self._config.max_batch_size
-            if max_batch_rows and (fixed := row_independence.fixed_first_dimension(self)):
-                raise ModelLoadError(f"cannot load {files.model}: max_batch_size is {max_batch_rows}, but {fixed}")
-        else:
-            self.batch_reason = row_independence.why_not(self)
+        self.max_request_rows = self._config.max_batch_size
+        self.batch_reason = self._why_not_batched()
         self.batchable = not self.batch_reason
-        self.max_batch_rows = max_batch_rows if self.batchable else 1
+        self.has_rows = self.batchable or self.max_request_rows > 0
+        self.max_batch_rows = (self.max_request_rows or max_batch_rows) if self.batchable else 1
         self.row_cache_reason = self._why_no_row_cache()
         self.row_cache = not self.row_cache_reason
         self.semantic_threshold = semantic_threshold(self._config) if self.cacheable else 0.0
@@ -118,12 +112,25 @@ class OnnxModel:
             else ""
         )
 
+    def _why_not_batched(self) -> str:
+        """Raises ModelLoadError where its configuration wants a batch that its file has no room for."""
+        policy = batching_policy.policy(self._config)
+        if policy.merges is None:
+            return row_independence.why_not(self)
+        if not (policy.merges or self.max_request_rows):
+            return policy.reason
+        fixed = row_independence.fixed_first_dimension(self)
+        if fixed and self.max_request_rows:
+            raise ModelLoadError(f"cannot load {self._folder}: max_batch_size is {self.max_request_rows}, but {fixed}")
+        return policy.reason or fixed
+
     def _why_no_row_cache(self) -> str:
         """Raises ModelLoadError where it is asked for and cannot be."""
         told = says(self._config, ROW_CACHE)
         if told is False:
             return "its config.pbtxt says so"
-        reason = self.cacheable_reason or self.batch_reason
+        # The owner may know more of the rows of a request than that other callers' are to be kept out of its run.
+        reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
         if not reason and len(self.inputs) > len(self.required):
             reason = "it has optional inputs, which are for a whole run"
         if told and reason:
@@ -174,7 +181,7 @@ class OnnxModel:
         wanted = sample.inputs[name]
         spec = (self.inputs | self.hidden_inputs)[name]
         dtype = spec.datatype.dtype
-        batched = self._config.max_batch_size and not spec.optional
+        batched = self.has_rows and len(wanted.dims) < len(spec.shape) and not spec.optional
         shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
         kind = wanted.WhichOneof("input_data_type")
         if kind == "input_data_file":
@@ -194,7 +201,7 @@ class OnnxModel:
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
-        made.max_batch_size = self.max_batch_rows if self.batchable else 0
+        made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
         made.response_cache.enable = self.cacheable
         if self.batchable and made.WhichOneof("scheduling_choice") is None:
             made.dynamic_batching.SetInParent()
@@ -221,7 +228,7 @@ class OnnxModel:
 
     def _declaration(self, spec: TensorSpec) -> dict[str, Any]:
         """What a configuration says of an input or output: the batch is not in its dims."""
-        first = 1 if self.batchable and not spec.optional else 0
+        first = 1 if self.has_rows and not spec.optional else 0
         reshape = None if spec.inner is None else config_pb2.ModelTensorReshape(shape=spec.inner[first:])
         return {
             "name": spec.name,
@@ -264,7 +271,7 @@ class OnnxModel:
         """Which shape the file's output will have; None where only the run can tell."""
         spec = self.outputs.get(name) or self.hidden_outputs[name]
         first, *rest = (spec.inner or spec.shape) or (1,)
-        if -1 in rest or (first == -1 and not self.batchable):
+        if -1 in rest or (first == -1 and not self.has_rows):
             return None
         return (feeds[self.required[0]].shape[0], *rest) if first == -1 else spec.inner or spec.shape
 

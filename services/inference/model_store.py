@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.inference import config, repository
+from services.inference import config, config_rules, repository
 from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
 from services.inference.crash_journal import UNWATCHED, CrashJournal, Watch
@@ -346,7 +346,7 @@ class ModelStore:
         batcher = Batcher(
             model,
             self._executor,
-            instances=sum((group.count or 1) * (len(group.gpus) or 1) for group in made.instance_group) or 1,
+            instances=config_rules.instances(made),
             batching=config.batching(made),
             watch=await asyncio.to_thread(self._watch, files),
         )

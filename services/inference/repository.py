@@ -98,8 +98,6 @@ class ModelFiles:
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
         hasher.update(self.config.message.SerializeToString(deterministic=True))
-        # 0 and nothing are one in the message, but not in how the model is served.
-        hasher.update(b"%d" % self.config.says_max_batch_size)
         return hasher.digest(16)
 
 

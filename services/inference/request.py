@@ -34,7 +34,8 @@ class Model(Protocol):
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     required: tuple[str, ...]
-    batchable: bool
+    has_rows: bool
+    max_request_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArra
     for name, array in zip(decoded.outputs, arrays, strict=True):
         datatype = model.outputs[name].datatype.name
         if name in decoded.classes:
-            array = _classify(array, decoded.classes[name], model.batchable)
+            array = _classify(array, decoded.classes[name], model.has_rows)
             datatype = "BYTES"
         told = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         raw = encode(array)
@@ -329,13 +330,20 @@ class _OutputRegion:
 
 
 def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
-    if not model.batchable:
+    if not model.has_rows:
         return 1
     sizes = {name: arrays[name].shape[0] for name in model.required}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name!r}: {rows}" for name, rows in sizes.items())
         raise InvalidArgumentError(f"the inputs differ in their first dimension, the batch: {listed}", field="inputs")
-    return next(iter(sizes.values()), 1)
+    rows = next(iter(sizes.values()), 1)
+    if 0 < model.max_request_rows < rows:
+        raise InvalidArgumentError(
+            f"the request has {rows} rows; model {model.name!r} takes {model.max_request_rows} at most, which is its "
+            "max_batch_size",
+            field="inputs",
+        )
+    return rows
 
 
 def _classify(array: npt.NDArray[Any], count: int, batched: bool) -> npt.NDArray[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,12 +16,16 @@ from services.inference.request import Decoded
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError
 
 MAX_QUEUE = 4096
+# uvloop counts in milliseconds, so a timer may come that much early: then it comes once more, not at once.
+_LEAST_SECONDS = 0.001
+# Entries of the heap that may be those of requests that have left, beside as many as there are others.
+_LEFT_BEHIND = 64
 
 
 class Waiting:
-    """A request in the queue; `deadline` in time.monotonic, `queued_ns` in time.time_ns."""
+    """A request in the queue; `deadline` and `times_out` in time.monotonic, `queued_ns` in time.time_ns."""
 
-    __slots__ = ("begun", "deadline", "decoded", "delayed", "future", "level", "queued_ns")
+    __slots__ = ("begun", "deadline", "decoded", "delayed", "future", "level", "queued_ns", "times_out", "watch")
 
     def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[Any]) -> None:
         self.decoded = decoded
@@ -27,17 +33,22 @@ class Waiting:
         self.future = future
         self.queued_ns = time.time_ns()
         self.level: _Level | None = None
+        # Infinite without a queue timeout, and once a level that delays has seen to it.
+        self.times_out = math.inf
         self.delayed = False
-        # Its batch has left the queue.
+        # It runs.
         self.begun = False
+        # Its number in the heap of what has a time; 0: none.
+        self.watch = 0
 
 
 class RequestQueue:
     """Hands out the oldest request of the highest priority, level 1, whose time is not up.
 
     A request of priority 0 goes to the default level. One that has waited longer than its level's timeout fails, or,
-    where the level delays, comes after all of its level that have not. Policies are those of Triton's
-    ModelDynamicBatching; a level without a max_queue_size holds MAX_QUEUE.
+    where the level delays, comes after all of its level that have not. One whose deadline passes fails. Both happen
+    when the time is up, whatever runs, and free its place. Policies are those of Triton's ModelDynamicBatching; a level
+    without a max_queue_size holds MAX_QUEUE.
     """
 
     def __init__(self, name: str, batching: config_pb2.ModelDynamicBatching) -> None:
@@ -45,6 +56,13 @@ class RequestQueue:
         numbers = range(1, max(1, batching.priority_levels) + 1)
         self._levels = [_Level(name, policies.get(number, batching.default_queue_policy)) for number in numbers]
         self._default = self._levels[max(0, batching.default_priority_level - 1)]
+        # When the time of a request is up, and its number: those in `_watched`, and some that have left.
+        self._times: list[tuple[float, int]] = []
+        self._watched: dict[int, Waiting] = {}
+        self._last = 0
+        # One for all of them, no later than the earliest; infinite while there is none.
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
 
     def __iter__(self) -> Iterator[Waiting]:
         """In the order they would be handed out."""
@@ -59,11 +77,16 @@ class RequestQueue:
         priority = waiting.decoded.priority
         level = self._levels[priority - 1] if 0 < priority <= len(self._levels) else self._default
         level.push(waiting)
+        self._watch(waiting)
 
     def pop(self, now: float) -> Waiting | None:
-        """The next one; fails those whose deadline or timeout has passed. `now` in time.monotonic."""
+        """The next one; fails those whose deadline or timeout has passed. `now` in time.monotonic.
+
+        It goes on being watched, until `began` or `put_back`.
+        """
+        self._end_times(now)
         for level in self._levels:
-            if waiting := level.pop(now):
+            if (waiting := level.pop()) is not None:
                 return waiting
         return None
 
@@ -73,10 +96,77 @@ class RequestQueue:
             assert waiting.level is not None
             waiting.level.put_back(waiting)
 
+    def began(self, popped: Iterable[Waiting]) -> None:
+        """They run, or have run: their time in the queue is over."""
+        for waiting in popped:
+            waiting.begun = True
+            self._unwatch(waiting)
+
     def cancelled(self, waiting: Waiting) -> None:
         """To be told of each that nobody waits for any more, so that they take nobody's place."""
         if waiting.level is not None:
-            waiting.level.cancelled += 1
+            waiting.level.remove(waiting)
+        self._unwatch(waiting)
+
+    def _watch(self, waiting: Waiting) -> None:
+        at = waiting.times_out if waiting.deadline is None else min(waiting.deadline, waiting.times_out)
+        if at == math.inf:
+            return
+        self._last += 1
+        waiting.watch = self._last
+        self._watched[self._last] = waiting
+        heapq.heappush(self._times, (at, self._last))
+        if at < self._timer_at:
+            self._set_timer(at)
+
+    def _unwatch(self, waiting: Waiting) -> None:
+        if not waiting.watch:
+            return
+        del self._watched[waiting.watch]
+        waiting.watch = 0
+        if len(self._times) > 2 * len(self._watched) + _LEFT_BEHIND:
+            self._times = [entry for entry in self._times if entry[1] in self._watched]
+            heapq.heapify(self._times)
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        seconds = max(_LEAST_SECONDS, at - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer_at = math.inf
+        self._end_times(time.monotonic())
+        while self._times and self._times[0][1] not in self._watched:
+            heapq.heappop(self._times)
+        if self._times and self._times[0][0] < self._timer_at:
+            self._set_timer(self._times[0][0])
+
+    def _end_times(self, now: float) -> None:
+        while self._times and self._times[0][0] <= now:
+            waiting = self._watched.pop(heapq.heappop(self._times)[1], None)
+            if waiting is not None:
+                waiting.watch = 0
+                self._end_time(waiting, now)
+
+    def _end_time(self, waiting: Waiting, now: float) -> None:
+        level = waiting.level
+        assert level is not None
+        if waiting.begun:  # in a turn of its own, which a thread has just begun
+            return
+        if waiting.deadline is not None and waiting.deadline <= now:
+            error = DeadlineExceededError("the deadline passed while the request was queued")
+        elif level.delays:
+            waiting.times_out = math.inf
+            level.delay(waiting)
+            self._watch(waiting)
+            return
+        else:
+            error = level.timeout_error(waiting)
+        level.remove(waiting)
+        if not waiting.future.done():
+            waiting.future.set_exception(error)
 
 
 class _Level:
@@ -85,68 +175,57 @@ class _Level:
         self._max_size = policy.max_queue_size or MAX_QUEUE
         self._timeout_us = policy.default_timeout_microseconds
         self._override = policy.allow_timeout_override
-        self._delays = policy.timeout_action == config_pb2.ModelQueuePolicy.DELAY
-        self.queue: deque[Waiting] = deque()
-        # Their time was up; newer ones go first.
-        self.delayed: deque[Waiting] = deque()
-        # Since the queues were last cleared of them.
-        self.cancelled = 0
+        self.delays = policy.timeout_action == config_pb2.ModelQueuePolicy.DELAY
+        # Ordered, and any of them may leave at once.
+        self.queue: OrderedDict[Waiting, None] = OrderedDict()
+        # Their time was up; the others go first.
+        self.delayed: OrderedDict[Waiting, None] = OrderedDict()
 
     def __iter__(self) -> Iterator[Waiting]:
         yield from self.queue
         yield from self.delayed
 
     def push(self, waiting: Waiting) -> None:
-        if self._is_full() and self.cancelled:
-            self.queue = deque(kept for kept in self.queue if not kept.future.done())
-            self.delayed = deque(kept for kept in self.delayed if not kept.future.done())
-            self.cancelled = 0
-        if self._is_full():
+        if len(self.queue) + len(self.delayed) >= self._max_size:
             raise ResourceExhaustedError(
                 f"model {self._name!r} has {self._max_size} requests waiting, as many as it may; retry later"
             )
+        if timeout_us := self._timeout_of(waiting):
+            waiting.times_out = time.monotonic() + timeout_us / 1e6
         waiting.level = self
-        self.queue.append(waiting)
+        self.queue[waiting] = None
 
-    def pop(self, now: float) -> Waiting | None:
-        now_ns = time.time_ns()
-        while self.queue:
-            waiting = self.queue.popleft()
-            if self._is_gone(waiting, now):
-                continue
-            timeout_us = self._timeout_of(waiting)
-            if not timeout_us or now_ns - waiting.queued_ns <= timeout_us * 1000:
-                return waiting
-            if self._delays:
-                waiting.delayed = True
-                self.delayed.append(waiting)
-            else:
-                waiting.future.set_exception(
-                    DeadlineExceededError(
-                        f"the request waited for model {self._name!r} longer than its queue timeout of {timeout_us} us"
-                    )
-                )
-        while self.delayed:
-            waiting = self.delayed.popleft()
-            if not self._is_gone(waiting, now):
-                return waiting
+    def pop(self) -> Waiting | None:
+        for waitings in (self.queue, self.delayed):
+            while waitings:
+                waiting, _ = waitings.popitem(last=False)
+                if not waiting.future.done():
+                    return waiting
         return None
 
     def put_back(self, waiting: Waiting) -> None:
-        (self.delayed if waiting.delayed else self.queue).appendleft(waiting)
+        waitings = self.delayed if waiting.delayed else self.queue
+        waitings[waiting] = None
+        waitings.move_to_end(waiting, last=False)
 
-    def _is_full(self) -> bool:
-        return len(self.queue) + len(self.delayed) >= self._max_size
+    def remove(self, waiting: Waiting) -> None:
+        """If it is there still."""
+        (self.delayed if waiting.delayed else self.queue).pop(waiting, None)
+
+    def delay(self, waiting: Waiting) -> None:
+        """If it has not been handed out."""
+        if waiting in self.queue:
+            del self.queue[waiting]
+            waiting.delayed = True
+            self.delayed[waiting] = None
+
+    def timeout_error(self, waiting: Waiting) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            f"the request waited for model {self._name!r} longer than its queue timeout of "
+            f"{self._timeout_of(waiting)} us"
+        )
 
     def _timeout_of(self, waiting: Waiting) -> int:
         """A request may wait less than its level lets it, where the level allows that, but not more."""
         own = waiting.decoded.timeout_us if self._override else 0
         return min(own, self._timeout_us) if own and self._timeout_us else own or self._timeout_us
-
-    def _is_gone(self, waiting: Waiting, now: float) -> bool:
-        if waiting.future.done():
-            return True
-        if waiting.deadline is not None and waiting.deadline <= now:
-            waiting.future.set_exception(DeadlineExceededError("the deadline passed while the request was queued"))
-            return True
-        return False

@@ -24,7 +24,13 @@ from services.inference.model import OnnxModel
 from services.inference.repository import data_file
 from services.inference.request import Decoded, SequenceStep
 from services.inference.tensor_spec import TensorSpec, agree
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, RingmeshError
+from services.runtime.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    RingmeshError,
+)
 from services.runtime.tensors import decode
 
 _DEFAULT_IDLE_US = 1_000_000
@@ -66,7 +72,7 @@ class Sequencer:
             for control in tensor.control
         ]
         self._initial = {
-            state.input_name: _initial_state(state, model.hidden_inputs[state.input_name], model.batchable, folder)
+            state.input_name: _initial_state(state, model.hidden_inputs[state.input_name], model.has_rows, folder)
             for state in batching.state
         }
         self._state_outputs = tuple([state.output_name for state in batching.state])
@@ -90,7 +96,8 @@ class Sequencer:
         sequence = self._find(step)
         sequence.pending += 1
         try:
-            async with sequence.lock:
+            await self._turn(sequence, deadline)
+            try:
                 if step.start:
                     sequence.states, sequence.begun = self._initial, False
                 elif not sequence.begun:
@@ -98,6 +105,8 @@ class Sequencer:
                 result = await self._run(decoded, step, sequence, deadline)
                 sequence.begun = not step.end
                 return result
+            finally:
+                sequence.lock.release()
         finally:
             sequence.pending -= 1
             sequence.used = time.monotonic()
@@ -136,6 +145,16 @@ class Sequencer:
             found = self._sequences[step.sequence_id] = _Sequence()
         self._sequences.move_to_end(step.sequence_id)
         return found
+
+    async def _turn(self, sequence: _Sequence, deadline: float | None) -> None:
+        """Takes its lock. Raises DeadlineExceededError on time, also where the request before it runs for long."""
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                await sequence.lock.acquire()
+        except TimeoutError:
+            raise DeadlineExceededError(
+                "the deadline passed while the request waited for the one before it in its sequence"
+            ) from None
 
     def _not_begun(self, step: SequenceStep) -> RingmeshError:
         return FailedPreconditionError(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
+from services.inference import batching_policy
 from services.inference.config import ConfigError, Configured
 from services.runtime.tensors import DATATYPES, Datatype
 
@@ -133,13 +134,15 @@ def _declared(
     reshaped = declared.HasField("reshape")
     inner = (*declared.reshape.shape,) if reshaped else dims
     # The batch stands before the dims where there is one.
-    batches: list[tuple[int, ...]] = [(), (-1,)]
-    if configured.says_max_batch_size:
-        batches = batches[1:] if configured.message.max_batch_size else batches[:1]
+    left_out = batching_policy.policy(configured.message).dims_leave_out_batch
+    batches: list[tuple[int, ...]] = [(), (-1,)] if left_out is None else [(-1,)] if left_out else [()]
     fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
     if not fitting and (dims or reshaped):
         kind = "a reshape to" if reshaped else "dims"
-        raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}")
+        batch = {None: "", True: ", the batch before them", False: ", all of them: there is no max_batch_size"}[
+            left_out
+        ]
+        raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}{batch}")
     if not reshaped:
         return spec
     if dims.count(-1) != inner.count(-1) or _elements(dims) != _elements(inner):

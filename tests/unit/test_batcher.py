@@ -315,18 +315,20 @@ def queue_policy(**policy):
     return ModelDynamicBatching(default_queue_policy=policy)
 
 
-def pass_seconds(batcher, seconds):
-    """All that waits has waited so much longer."""
-    for waiting in batcher._queue:
-        waiting.queued_ns -= seconds * 10**9
+@pytest.fixture
+def pass_seconds(monkeypatch):
+    """Makes so much time pass for all that waits."""
+    real, passed = time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: real() + sum(passed))
+    return passed.append
 
 
-async def test_what_waits_longer_than_its_queue_timeout_is_refused():
+async def test_what_waits_longer_than_its_queue_timeout_is_refused(pass_seconds):
     model = Doubler()
     batcher = Batcher(model, EXECUTOR, batching=queue_policy(default_timeout_microseconds=60 * SECOND))
     first = await held(model, batcher, request(0))
     (late,) = await submit(batcher, request(1, timeout_us=1000 * SECOND))
-    pass_seconds(batcher, 61)
+    pass_seconds(61)
     model.gate.set()
     await first
     with pytest.raises(DeadlineExceededError, match="queue timeout of 60000000 us"):
@@ -334,14 +336,14 @@ async def test_what_waits_longer_than_its_queue_timeout_is_refused():
     assert model.batches == [1]
 
 
-async def test_a_request_may_shorten_its_queue_timeout_where_the_model_lets_it():
+async def test_a_request_may_shorten_its_queue_timeout_where_the_model_lets_it(pass_seconds):
     for allowed in (True, False):
         model = Doubler()
         policy = queue_policy(default_timeout_microseconds=1000 * SECOND, allow_timeout_override=allowed)
         batcher = Batcher(model, EXECUTOR, batching=policy)
         first = await held(model, batcher, request(0))
         (short,) = await submit(batcher, request(1, timeout_us=60 * SECOND))
-        pass_seconds(batcher, 61)
+        pass_seconds(61)
         model.gate.set()
         await first
         if allowed:
@@ -351,7 +353,7 @@ async def test_a_request_may_shorten_its_queue_timeout_where_the_model_lets_it()
             assert (await short).arrays[0].item() == 2
 
 
-async def test_a_level_that_delays_serves_the_overdue_after_the_others():
+async def test_a_level_that_delays_serves_the_overdue_after_the_others(pass_seconds):
     model = Doubler()
     model.batchable = False
     policy = queue_policy(
@@ -363,12 +365,42 @@ async def test_a_level_that_delays_serves_the_overdue_after_the_others():
     for value, timeout_us in ((1, 60 * SECOND), (2, 0), (3, 0)):
         (task,) = await submit(batcher, request(value, timeout_us=timeout_us))
         task.add_done_callback(lambda task: order.append(task.result().arrays[0].item() // 2))
-    pass_seconds(batcher, 61)
+    pass_seconds(61)
     model.gate.set()
     await first
     await batcher.close()
     await asyncio.sleep(0)
     assert order == [2, 3, 1]
+
+
+async def test_a_queue_timeout_fires_while_all_instances_are_busy(pass_seconds):
+    model = Doubler()
+    policy = queue_policy(default_timeout_microseconds=SECOND, max_queue_size=1)
+    batcher = Batcher(model, EXECUTOR, batching=policy)
+    running = await held(model, batcher, request(0))
+    (late,) = await submit(batcher, request(1))
+    pass_seconds(1.1)
+    with pytest.raises(DeadlineExceededError, match="queue timeout"):
+        await late
+    (next_one,) = await submit(batcher, request(2))  # it has the place
+    assert not running.done()
+    model.gate.set()
+    assert (await next_one).arrays[0].item() == 4
+    await running
+
+
+async def test_a_deadline_passes_while_all_instances_are_busy(pass_seconds):
+    model = Doubler()
+    batcher = Batcher(model, EXECUTOR)
+    running = await held(model, batcher, request(0))
+    late = asyncio.create_task(batcher.submit(request(1), time.monotonic() + 1))
+    await asyncio.sleep(0)
+    pass_seconds(1.1)
+    with pytest.raises(DeadlineExceededError, match="deadline passed"):
+        await late
+    assert not running.done()
+    model.gate.set()
+    await running
 
 
 async def test_a_result_names_the_requests_of_its_batch_up_to_a_bound():
@@ -504,8 +536,9 @@ async def test_of_requests_that_run_apart_those_that_nobody_waits_for_do_not_run
         await asyncio.sleep(0.005)
     assert batcher.withdraw(waiting[3])
     assert not batcher.withdraw(waiting[0])
-    while time.monotonic() < deadline:
-        await asyncio.sleep(0.001)
+    with pytest.raises(DeadlineExceededError):
+        await waiting[2].future  # on time, though the first of them still runs
+    assert not waiting[0].future.done()
     model.gate.set()
     results = await asyncio.gather(*(one.future for one in waiting), return_exceptions=True)
     assert [isinstance(result, BatchResult) for result in results] == [True, True, False, False, True, True, True]

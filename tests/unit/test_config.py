@@ -73,11 +73,3 @@ def test_a_mistake_is_named_with_the_file(tmp_path, text, words):
 
 def test_no_file_is_no_configuration(tmp_path):
     assert read(tmp_path / "config.pbtxt", "m") is NOTHING
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [("max_batch_size: 0", True), ('{"maxBatchSize": 4}', True), ('{"max_batch_size": 4}', True), ("", False)],
-)
-def test_a_batch_size_of_0_is_not_the_same_as_none(text, says):
-    assert parse(text, "config", "m").says_max_batch_size is says

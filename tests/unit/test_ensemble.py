@@ -5,8 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2.model_config_pb2 import ModelEnsembling
 
+from router import ensembles
+from router.catalog import ModelEntry
 from services.inference.model_store import ModelStore
 from services.inference.repository import Directory
 from services.runtime import ensemble
@@ -166,3 +169,17 @@ async def test_unloading_with_dependents_takes_the_steps_along(tmp_path):
     store = await store_of(tmp_path)
     await store.unload("pipeline", dependents=True)
     assert [line.state for line in await store.index()] == ["UNAVAILABLE"] * 3
+
+
+async def test_the_router_refuses_more_rows_than_an_ensemble_says_before_it_runs_a_step():
+    metadata = v2.ModelMetadataResponse(inputs=[{"name": "a", "datatype": "FP32", "shape": [-1, 1]}])
+    plan = ensemble.plan(scheduling(("one", "a", "b")), "a", "b")
+    model = ModelEntry("e", "1", b"d" * 16, "", metadata, plan=plan, max_request_rows=4)
+    request = v2.ModelInferRequest(raw_input_contents=[bytes(20)])
+    request.inputs.add(name="a", datatype="FP32", shape=[5, 1])
+
+    async def infer(data):
+        raise AssertionError("a step ran")
+
+    with pytest.raises(InvalidArgumentError, match=r"5 rows; ensemble 'e' takes 4 at most"):
+        await ensembles.run(model, plan, request.SerializeToString(), infer)

@@ -192,15 +192,16 @@ def test_the_configuration_told_is_complete(tmp_path):
     assert config.parameters["ringmesh_cached"].string_value == "yes"
 
 
-@pytest.mark.parametrize("batch", ["", "max_batch_size: 4"])
-def test_a_reshaped_model_is_served_in_the_shapes_of_its_configuration(tmp_path, batch):
+@pytest.mark.parametrize("more", ["", "dynamic_batching { }"])
+def test_a_reshaped_model_is_served_in_the_shapes_of_its_configuration(tmp_path, more):
     plain = load(models.mlp(tmp_path))
     reshape = """
+        max_batch_size: 4
         input { name: "x" data_type: TYPE_FP32 dims: [8, 8] reshape { shape: [64] } }
         output { name: "y" data_type: TYPE_FP32 dims: [2, 5] reshape { shape: [10] } }
     """
-    model = configured(tmp_path / "mlp/1", batch + reshape)
-    assert (model.inputs["x"].shape, model.outputs["y"].shape, model.batchable) == ((-1, 8, 8), (-1, 2, 5), True)
+    model = configured(tmp_path / "mlp/1", reshape + more)
+    assert (model.inputs["x"].shape, model.outputs["y"].shape, model.has_rows) == ((-1, 8, 8), (-1, 2, 5), True)
     told = model.config()
     assert ([*told.input[0].dims], [*told.input[0].reshape.shape]) == ([8, 8], [64])
     x = np.random.default_rng(0).random((3, 8, 8), np.float32)

@@ -84,6 +84,11 @@ def with_shape(shape):
     return made
 
 
+def test_more_rows_than_the_model_takes_are_for_its_worker_to_refuse():
+    assert split(request([1, 2, 3, 4]), 4) is not None
+    assert split(request([1, 2, 3, 4, 5]), 4) is None
+
+
 @pytest.mark.parametrize(
     "made",
     [

@@ -1,6 +1,8 @@
 import asyncio
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,12 @@ from services.inference import sequencer
 from services.inference.model_store import ModelStore
 from services.inference.repository import Directory, RepositoryError
 from services.inference.request import Decoded, SequenceStep
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from services.runtime.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+)
 from tests import models
 from tests.unit.test_model import open_model
 
@@ -70,6 +77,24 @@ async def test_a_request_of_no_sequence_or_of_two_rows_is_told_so(accumulator):
         await total(accumulator, None, 1)
     with pytest.raises(InvalidArgumentError, match="one row, not 2"):
         await total(accumulator, 1, 1, start=True, rows=2)
+
+
+async def test_a_deadline_passes_on_time_though_the_request_before_it_in_its_sequence_runs(accumulator, monkeypatch):
+    batcher, done = accumulator.batcher._batcher, asyncio.Event()
+
+    async def slow(decoded, deadline):
+        await done.wait()
+        return await batcher.submit(decoded, deadline)
+
+    monkeypatch.setattr(accumulator.batcher, "_batcher", SimpleNamespace(submit=slow))
+    running = asyncio.create_task(total(accumulator, 9, 1, start=True))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        with pytest.raises(DeadlineExceededError, match="before it in its sequence"):
+            await accumulator.batcher.submit(step(9, 2), time.monotonic() + 0.01)
+    done.set()
+    assert await running == 1
+    assert await total(accumulator, 9, 5, end=True) == 6
 
 
 async def test_many_sequences_are_bounded(accumulator, monkeypatch):
