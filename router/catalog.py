@@ -25,9 +25,9 @@ class ModelEntry:
 
     With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a batch are cached one by one. A
     request of more rows than `max_request_rows` is refused; 0: any number. With `hedged`, a slow attempt is made
-    elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the cache.
-    From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be answered as a
-    similar one was. `freshness` says how long answers are given; None: without end.
+    elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the
+    cache. From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be
+    answered as a similar one was. `freshness` says how long answers are given; None: without end.
     """
 
     name: str

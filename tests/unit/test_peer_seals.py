@@ -5,7 +5,7 @@ from ringmesh.cache.v1 import cache_pb2
 
 from cache.breaker import Breaker
 from cache.entry import Entry, Frames
-from cache.peer_regions import PeerRegion
+from cache.peer_regions import PeerError, PeerRegion
 
 KEYS = [b"a" * 32, b"b" * 32]
 FRAMES = Frames("secret")
@@ -55,6 +55,7 @@ async def test_any_other_answer_is_a_miss_and_counted(region, forged):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-async def test_as_many_answers_come_back_as_keys_were_asked_for(region, count):
+async def test_another_number_of_answers_than_keys_that_were_asked_for_is_refused(region, count):
     answering(region, *[cache_pb2.GetResponse()] * count)
-    assert await region.get_many(KEYS) == [None, None]
+    with pytest.raises(PeerError, match=f"answered {count} of 2"):
+        await region.get_many(KEYS)

@@ -5,10 +5,13 @@ import asyncio
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.breaker import Breaker
+from cache.entry import Entry, Frames
 from cache.peer_regions import PeerRegion
 from cache.replication import Replication
 
 KEYS = [bytes([number]) * 32 for number in range(3)]
+
+FRAMES = Frames("secret")
 
 
 class Shared:
@@ -26,7 +29,7 @@ class Shared:
 
 def peer(fetched):
     """A region whose answers are `fetched`, serialized, whatever is asked for."""
-    made = PeerRegion("far", "127.0.0.1:1", Breaker(lambda: 0.0))
+    made = PeerRegion("far", "127.0.0.1:1", Breaker(lambda: 0.0), FRAMES)
 
     async def valuable(data, **_):
         return cache_pb2.ListValuableResponse(keys=KEYS).SerializeToString()
@@ -39,8 +42,11 @@ def peer(fetched):
 
 
 def results(count):
-    entry = cache_pb2.Entry(value=b"value", compute_us=1, created_at_ms=1)
-    return cache_pb2.FetchResponse(results=[cache_pb2.GetResponse(entry=entry)] * count).SerializeToString()
+    seals = [FRAMES.seal(key, Entry(b"", 1, 1)) for key in KEYS[:count]]
+    entries = [cache_pb2.Entry(value=b"", compute_us=1, created_at_ms=1, seal=seal) for seal in seals]
+    return cache_pb2.FetchResponse(
+        results=[cache_pb2.GetResponse(entry=entry) for entry in entries]
+    ).SerializeToString()
 
 
 async def test_a_peer_that_returns_too_few_results_does_not_keep_others_from_being_copied():
