@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import json_format, text_format
@@ -92,17 +91,10 @@ class ConfigError(Exception):
     """The configuration cannot be served; the message names the file or field and what it should be."""
 
 
-@dataclass(frozen=True, slots=True)
-class Configured:
-    """A configuration as it was given."""
-
-    message: ModelConfig
+NOTHING = ModelConfig()
 
 
-NOTHING = Configured(ModelConfig())
-
-
-def parse(text: str, source: str, name: str) -> Configured:
+def parse(text: str, source: str, name: str) -> ModelConfig:
     """Reads protobuf text, or the JSON of a load request. Raises ConfigError with what is wrong and where."""
     message = ModelConfig()
     try:
@@ -113,10 +105,10 @@ def parse(text: str, source: str, name: str) -> Configured:
     except (text_format.ParseError, json_format.ParseError) as error:
         raise ConfigError(f"{source}: {error}") from None
     _check(message, source, name)
-    return Configured(message)
+    return message
 
 
-def read(path: Path, name: str) -> Configured:
+def read(path: Path, name: str) -> ModelConfig:
     """The configuration of model `name`; NOTHING where there is no such file. Raises ConfigError."""
     if not path.is_file():
         return NOTHING

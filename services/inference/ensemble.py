@@ -49,7 +49,7 @@ class Ensemble:
         """Raises ModelLoadError."""
         self.name = files.name
         self.version = files.version
-        self._config = files.config.message
+        self._config = files.config
         where = f"cannot load {files.folder.parent}: its config.pbtxt"
         self.max_request_rows = self._config.max_batch_size
         self.max_batch_rows = max(1, self.max_request_rows)

@@ -63,7 +63,7 @@ class OnnxModel:
         """`files` must not change while the model lives: its weights may be mapped. `providers` are those of this
         machine. `intra_op_threads` and `max_batch_rows` hold where the model's configuration does not say. Raises
         ModelLoadError."""
-        self._config = files.config.message
+        self._config = files.config
         # Until the probe of its rows says more.
         self.batchable = self.has_rows = False
         try:

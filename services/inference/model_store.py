@@ -315,7 +315,7 @@ class ModelStore:
         for kept in held:
             if kept.model.version == files.version and files.digest(kept.model.provider) == kept.model.own_digest:
                 return kept
-        if files.config.message.HasField("ensemble_scheduling"):
+        if files.config.HasField("ensemble_scheduling"):
             ensemble = Ensemble(files)
             return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
         if self._journal is not None:
@@ -340,7 +340,7 @@ class ModelStore:
         else:
             resident = await budget.add(files, [kept.resident for kept in held if kept.resident is not None])
             model = resident.model
-        made = files.config.message
+        made = files.config
         if ignored := config.ignored_fields(made):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         batcher = Batcher(

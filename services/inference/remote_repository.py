@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 from blake3 import blake3
 
 from services.inference import config, repository
-from services.inference.config import Configured
+from services.inference.config import ModelConfig
 from services.inference.repository import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -92,7 +92,7 @@ class RemoteRepository:
         except RepositoryError:
             return {}
 
-    def fetch(self, name: str, override: Configured | None) -> Path:
+    def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """Downloads what is not in the cache of the versions that the model's policy wants."""
         objects = self._listing(name).get(name, []) if repository.is_name(name) else []
         if not objects:
@@ -107,7 +107,7 @@ class RemoteRepository:
                 os.utime(made)
         return made
 
-    def _wanted(self, name: str, objects: list[_Object], override: Configured | None) -> list[_Object]:
+    def _wanted(self, name: str, objects: list[_Object], override: ModelConfig | None) -> list[_Object]:
         """Without the versions that are not to be served: they may be many, and large."""
         path = PurePosixPath(name, CONFIG_FILE)
         configured = override
@@ -118,7 +118,7 @@ class RemoteRepository:
                     text = self._download(found).read_bytes().decode("utf-8", "replace")
                     configured = config.parse(text, f"{self._url}/{path}", name)
         versions = {int(found.path.parts[1]) for found in objects if _is_of_version(found)}
-        wanted = config.wanted_versions(configured.message, versions)
+        wanted = config.wanted_versions(configured, versions)
         return [found for found in objects if not _is_of_version(found) or int(found.path.parts[1]) in wanted]
 
     def _make(self, made: Path, objects: list[_Object]) -> None:

@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol, TypeAlias
 from blake3 import blake3
 
 from services.inference import config
-from services.inference.config import ConfigError, Configured
+from services.inference.config import ConfigError, ModelConfig
 
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
@@ -48,7 +48,7 @@ class ModelFiles:
     name: str
     version: int
     folder: Path
-    config: Configured
+    config: ModelConfig
     origin: Path
     content: bytes = b""
     private: bool = False
@@ -97,7 +97,7 @@ class ModelFiles:
         content = self.content or self.hashed().content
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
-        hasher.update(self.config.message.SerializeToString(deterministic=True))
+        hasher.update(self.config.SerializeToString(deterministic=True))
         return hasher.digest(16)
 
 
@@ -159,7 +159,7 @@ class ModelSource(Protocol):
     def fingerprint(self) -> dict[str, Fingerprint]:
         """What the models are made of; {} where it cannot be read."""
 
-    def fetch(self, name: str, override: Configured | None) -> Path:
+    def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """A folder that holds the model as it is now; `override` takes the place of its config.pbtxt.
 
         Raises RepositoryError or ConfigError.
@@ -201,13 +201,13 @@ class Directory:
         except (OSError, RepositoryError):
             return {}
 
-    def fetch(self, name: str, override: Configured | None) -> Path:
+    def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """The folder itself."""
         return self._folder
 
 
 def versions(
-    repository: Path, name: str, override: Configured | None = None, *, private: bool = False
+    repository: Path, name: str, override: ModelConfig | None = None, *, private: bool = False
 ) -> list[ModelFiles]:
     """The versions of a model that its policy wants, oldest first. Raises RepositoryError where there is none.
 
@@ -217,11 +217,11 @@ def versions(
     if not (is_name(name) and folder.is_dir()):
         raise RepositoryError(f"no model {name!r} in {repository}: there is no such folder")
     try:
-        found_config = override or config.read(folder / CONFIG_FILE, name)
+        found_config = config.read(folder / CONFIG_FILE, name) if override is None else override
         file = _model_file(found_config)
         if not is_file_name(file):
             raise ConfigError(f"{folder}: default_model_filename is {file!r}; it names a file of the version's folder")
-        ensemble = found_config.message.HasField("ensemble_scheduling")
+        ensemble = found_config.HasField("ensemble_scheduling")
         found = {
             int(path.name): path
             for path in folder.iterdir()
@@ -231,7 +231,7 @@ def versions(
         raise RepositoryError(str(error)) from None
     except OSError as error:
         raise RepositoryError(f"cannot read {folder}: {error.strerror}") from None
-    wanted = config.wanted_versions(found_config.message, found)
+    wanted = config.wanted_versions(found_config, found)
     if not wanted:
         there = f"; it has {', '.join(map(str, sorted(found)))}" if found else ""
         wanting = "is a folder (empty, for an ensemble)" if ensemble else f"holds {file}"
@@ -242,5 +242,5 @@ def versions(
     ]
 
 
-def _model_file(configured: Configured) -> str:
-    return configured.message.default_model_filename or MODEL_FILE
+def _model_file(configured: ModelConfig) -> str:
+    return configured.default_model_filename or MODEL_FILE

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference import batching_policy
-from services.inference.config import ConfigError, Configured
+from services.inference.config import ConfigError, ModelConfig
 from services.runtime.tensors import DATATYPES, Datatype
 
 _TYPES = {
@@ -69,13 +69,13 @@ class TensorSpec:
         return array if self.inner is None else array.reshape(_fill(self.shape, self.inner, array.shape))
 
 
-def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: Configured) -> dict[str, TensorSpec]:
+def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: ModelConfig) -> dict[str, TensorSpec]:
     """Of the file's inputs, and of the `initializers` that requests may override and the configuration offers.
 
     Nodes are ONNX Runtime's NodeArg. Raises ConfigError where the configuration contradicts the file.
     """
-    declared = {tensor.name: tensor for tensor in configured.message.input}
-    specs = _specs(nodes, configured.message.input, configured, ignore={node.name for node in initializers})
+    declared = {tensor.name: tensor for tensor in configured.input}
+    specs = _specs(nodes, configured.input, configured, ignore={node.name for node in initializers})
     for name, tensor in declared.items():
         if tensor.optional and name in specs:
             raise ConfigError(f"says {name!r} is optional; the file gives it no value to stand in, so it is not")
@@ -87,9 +87,9 @@ def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: C
     return specs
 
 
-def output_specs(nodes: Iterable[Any], configured: Configured) -> dict[str, TensorSpec]:
+def output_specs(nodes: Iterable[Any], configured: ModelConfig) -> dict[str, TensorSpec]:
     """Of the file's outputs. Raises ConfigError where the configuration contradicts the file."""
-    return _specs(nodes, configured.message.output, configured, ignore=set())
+    return _specs(nodes, configured.output, configured, ignore=set())
 
 
 def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batched: bool) -> TensorSpec:
@@ -102,7 +102,7 @@ def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batche
 def _specs(
     nodes: Iterable[Any],
     declared: Iterable[config_pb2.ModelInput | config_pb2.ModelOutput],
-    configured: Configured,
+    configured: ModelConfig,
     ignore: set[str],
 ) -> dict[str, TensorSpec]:
     specs = {node.name: _spec(node) for node in nodes}
@@ -124,7 +124,7 @@ def _spec(node: Any, optional: bool = False) -> TensorSpec:
 
 
 def _declared(
-    declared: config_pb2.ModelInput | config_pb2.ModelOutput, spec: TensorSpec, configured: Configured
+    declared: config_pb2.ModelInput | config_pb2.ModelOutput, spec: TensorSpec, configured: ModelConfig
 ) -> TensorSpec:
     """What the configuration says of a tensor and the file does not bear out is a mistake in one of them."""
     name, dims = declared.name, (*declared.dims,)
@@ -134,7 +134,7 @@ def _declared(
     reshaped = declared.HasField("reshape")
     inner = (*declared.reshape.shape,) if reshaped else dims
     # The batch stands before the dims where there is one.
-    left_out = batching_policy.policy(configured.message).dims_leave_out_batch
+    left_out = batching_policy.policy(configured).dims_leave_out_batch
     batches: list[tuple[int, ...]] = [(), (-1,)] if left_out is None else [(-1,)] if left_out else [()]
     fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
     if not fitting and (dims or reshaped):

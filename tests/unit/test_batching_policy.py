@@ -93,7 +93,7 @@ async def test_a_configuration_means_what_it_means_in_triton(tmp_path, text, exp
 async def test_nobody_else_is_in_the_run_of_a_request_whose_configuration_has_no_dynamic_batching(
     monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12, raising=False)
     held = await loaded(models.mlp(tmp_path), COMPLETE + "max_batch_size: 8")
     (one,) = await asyncio.gather(held.batcher.submit(decoded(held, 2), None))
     assert (one.batch_requests, one.batch_rows) == (1, 2)

@@ -15,7 +15,7 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
         "config.pbtxt",
         "m",
     )
-    assert ignored_fields(config.message) == ["metric_tags", "parameters.theirs"]
+    assert ignored_fields(config) == ["metric_tags", "parameters.theirs"]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_presence_is_that_of_the_parsed_message():
         ('{"name": "max_batch_size: 8"}', False),
     ]:
         name = "max_batch_size: 8"
-        assert parse(text, "config.pbtxt", name).message.HasField("max_batch_size") is present
+        assert parse(text, "config.pbtxt", name).HasField("max_batch_size") is present
 
 
 @pytest.mark.parametrize(
@@ -189,4 +189,4 @@ def test_presence_is_that_of_the_parsed_message():
 )
 def test_sequences_wait_for_one_another_as_in_triton(strategy, delay):
     text = f"sequence_batching {{ {strategy % 'max_queue_delay_microseconds: 5'} }}"
-    assert config.batching(parse(text, "config.pbtxt", "m").message).max_queue_delay_microseconds == delay
+    assert config.batching(parse(text, "config.pbtxt", "m")).max_queue_delay_microseconds == delay

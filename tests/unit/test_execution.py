@@ -8,7 +8,7 @@ GPU_BUILD = [TENSORRT, CUDA, CPU]
 
 
 def config(text):
-    return parse(text, "config.pbtxt", "m").message
+    return parse(text, "config.pbtxt", "m")
 
 
 def names(chosen):
