@@ -16,7 +16,7 @@ from typing import TypeAlias
 from mypy import build, nodes
 from mypy.modulefinder import BuildSource
 from mypy.options import Options
-from mypy.types import CallableType, Instance, LiteralType, TupleType, Type, UnionType, get_proper_type
+from mypy.types import CallableType, Instance, LiteralType, NoneType, TupleType, Type, UnionType, get_proper_type
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -102,6 +102,8 @@ class Finder(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if node.attr == "__dict__":
             self._add(node, "`__dict__`: compiled instances have none")
+        if isinstance(node.ctx, ast.Load) and isinstance(self._type(node), NoneType):
+            self._add(node, "an attribute narrowed to None: a call that sets it meanwhile is a TypeError once compiled")
         if isinstance(node.ctx, ast.Store | ast.Del):
             owner = self._type(node.value)
             if isinstance(owner, CallableType) and owner.is_type_obj():

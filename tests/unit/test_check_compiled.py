@@ -59,6 +59,11 @@ class Walker:
 Fixed.limit = 1  # type: ignore[attr-defined] # found: assignment to a class
 json.loads = json.loads  # found: assignment to a module
 
+def narrowed(entry: Entry) -> bool:
+    entry.place = None
+    entry.__get__(entry, entry)
+    return entry.place is None  # found: narrowed to None
+
 def generator(lock: object):
     try:
         yield 1  # found: dropped
