@@ -19,7 +19,9 @@ MAX_HEAD_BYTES = 256 << 10
 # Strings in a request: elements of BYTES.
 MAX_STRINGS = 131_072
 # Integers and booleans in typed contents, which have to be decoded one by one.
-MAX_INTEGERS = 1 << 20
+MAX_INTEGERS = 1 << 19
+# All typed contents of a request, which are copied four times.
+MAX_TYPED_BYTES = 16 << 20
 # A request of another kind, unless it is made to carry data.
 MAX_PLAIN_BYTES = 2 << 20
 
@@ -131,6 +133,8 @@ def _contents_bytes(data: bytes, inputs: list[int]) -> int:
             if tag != _CONTENTS:
                 continue
             contents += position - start
+            if contents > MAX_TYPED_BYTES:
+                raise _too_much_typed(f"take more than {MAX_TYPED_BYTES} bytes")
             _, element = _varint(data, start, position)
             while element < position:
                 strings += 1
@@ -141,11 +145,7 @@ def _contents_bytes(data: bytes, inputs: list[int]) -> int:
                 if tag in _INTEGERS:
                     integers += _count_integers(data, start, element)
                     if integers > MAX_INTEGERS:
-                        raise InvalidArgumentError(
-                            f"typed contents hold more than {MAX_INTEGERS} integers, which is the most for a request; "
-                            "raw_input_contents has no such limit",
-                            field="inputs",
-                        )
+                        raise _too_much_typed(f"hold more than {MAX_INTEGERS} integers")
     return contents
 
 
@@ -192,6 +192,12 @@ def _too_many_fields() -> InvalidArgumentError:
     return InvalidArgumentError(
         f"the request has more than {MAX_FIELDS} inputs, outputs, parameters and raw_input_contents, which is the most "
         "for a request"
+    )
+
+
+def _too_much_typed(much: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"typed contents {much}, which is the most for a request; raw_input_contents has no such limit", field="inputs"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ def _datatypes() -> dict[str, Datatype]:
 
 DATATYPES: Mapping[str, Datatype] = _datatypes()
 
+# Of an element of BYTES.
+_LENGTH = struct.Struct("<I")
 # Contents fields whose packed elements are the raw bytes themselves.
 _PLAIN = frozenset({"bool_contents", "fp32_contents", "fp64_contents"})
 # What protobuf holds in the others, before it is cut to the width of the datatype.
@@ -134,22 +137,22 @@ def _decode_bytes(raw: bytes, count: int, shape: Sequence[int], tensor: str, fie
             f"input {tensor!r}: {len(raw)} bytes for BYTES {list(shape)}, whose {count} lengths alone take {count * 4}",
             field=field,
         )
-    array = np.empty(count, object)
+    elements: list[bytes] = []
     position = 0
     for index in range(count):
         start = position + 4
-        end = start + int.from_bytes(raw[position:start], "little")
-        if start > len(raw) or end > len(raw):
+        said = _LENGTH.unpack_from(raw, position)[0] if start <= len(raw) else 0
+        position = start + said
+        if position > len(raw):
             raise InvalidArgumentError(
-                f"input {tensor!r}: element {index} of {count} says it has {end - start} bytes, "
+                f"input {tensor!r}: element {index} of {count} says it has {said} bytes, "
                 f"but {max(0, len(raw) - start)} are left",
                 field=field,
             )
-        array[index] = raw[start:end]
-        position = end
+        elements.append(raw[start:position])
     if position != len(raw):
         raise InvalidArgumentError(
             f"input {tensor!r}: {len(raw) - position} bytes are left after the {count} elements of BYTES {list(shape)}",
             field=field,
         )
-    return array.reshape(shape)
+    return np.fromiter(elements, object, count).reshape(shape)

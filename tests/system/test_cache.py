@@ -110,6 +110,7 @@ async def test_tenants_share_the_answers_of_a_model_unless_it_is_scoped_by_tenan
     assert outcomes["scoped"] == ["miss", "miss", "hit-local"]
 
 
+@pytest.mark.both_engines
 @pytest.mark.parametrize("name", ["ringmesh-tenant", "ringmesh-priority"])
 @pytest.mark.parametrize("values", [("", "normal"), ("normal", ""), ("normal", "normal")])
 async def test_who_says_twice_who_it_is_gets_no_answer_at_all(channel, name, values):

@@ -140,8 +140,9 @@ def test_statistics_count_inferences_executions_and_failures(client):
         answer(client, value=float(np.random.default_rng().random()))
     tensor = triton.InferInput("x", [1, 64], "FP32")
     tensor.set_data_from_numpy(np.zeros((1, 64), np.float32))
-    with pytest.raises(InferenceServerException):
-        client.infer("mlp", [tensor], outputs=[triton.InferRequestedOutput("z")])
+    tensor._raw_content = b"four"  # what only a worker sees
+    with pytest.raises(InferenceServerException, match="4 bytes"):
+        client.infer("mlp", [tensor])
     (stats,) = client.get_inference_statistics("mlp", "1").model_stats
     assert (stats.inference_count, stats.execution_count) == (3, 3)
     assert stats.inference_stats.success.count >= 3

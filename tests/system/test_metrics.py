@@ -134,7 +134,7 @@ def test_streams_are_counted_when_they_end(stack):
 def test_errors_are_counted_by_their_type(stack):
     router = addresses(stack)["router"]
     wrong, unknown = fresh(), fresh()
-    wrong.inputs[0].name = "z"
+    wrong.raw_input_contents[0] = b"four"  # what only a worker sees
     unknown.model_name = "no such model"
 
     def counted():

@@ -30,6 +30,7 @@ async def channel(request, stack):
         yield channel
 
 
+@pytest.mark.both_engines
 async def test_infer_refuses_it(channel, data):
     infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -38,6 +39,7 @@ async def test_infer_refuses_it(channel, data):
     assert "which is the most for a request" in refused.value.details()
 
 
+@pytest.mark.both_engines
 async def test_a_stream_refuses_it_and_goes_on(channel, data):
     infer = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
     wanted = fresh()

@@ -15,6 +15,7 @@ from services.runtime.request_limits import (
     MAX_HEAD_BYTES,
     MAX_INTEGERS,
     MAX_STRINGS,
+    MAX_TYPED_BYTES,
     check_embedded,
     check_list,
     check_request,
@@ -73,7 +74,7 @@ def test_integers_are_counted_however_long_they_are(number):
         request(b"\xff\x01" * MAX_INTEGERS) + request(b"\x01"),
         request(b"\xff" * (10 * MAX_INTEGERS) + b"\x01"),
     ):
-        with pytest.raises(InvalidArgumentError, match="more than 1048576 integers"):
+        with pytest.raises(InvalidArgumentError, match="more than 524288 integers"):
             check_request(many)
 
 
@@ -84,9 +85,18 @@ def test_integers_one_by_one_count_as_strings_do():
         check_request(data)
 
 
-def test_packed_floats_and_raw_contents_are_bounded_by_the_size_of_a_message_only():
-    check_request(typed(fp32_contents=[1.0] * (1 << 21), fp64_contents=[1.0] * (1 << 20)))
-    check_request(wire.field(7, bytes(8 << 20)))
+def test_raw_contents_are_bounded_by_the_size_of_a_message_only():
+    check_request(wire.field(7, bytes(MAX_TYPED_BYTES + 1)))
+
+
+def test_typed_contents_are_bounded_in_bytes():
+    def floats(size):
+        return wire.field(5, wire.field(5, wire.field(6, bytes(size))))
+
+    check_request(floats(MAX_TYPED_BYTES - 100))
+    for much in (floats(MAX_TYPED_BYTES), floats(MAX_TYPED_BYTES - 100) + floats(100)):
+        with pytest.raises(InvalidArgumentError, match="take more than 16777216 bytes"):
+            check_request(much)
 
 
 @pytest.mark.parametrize(
