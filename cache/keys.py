@@ -11,14 +11,16 @@ Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from blake3 import blake3
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.infer_request import MAX_HEAD, Read
+from services.runtime.metrics import Sample
 from services.runtime.protocol import sequence_of
+from services.runtime.recent import Recent, forgotten
 from services.runtime.tensors import raw_from_contents
 
 # Keyed, so that nobody outside the fleet can search for two inputs with one hash.
@@ -44,8 +46,13 @@ class RequestHasher:
         self._tenant_epoch = tenant_epoch
         self._key = blake3(secret.encode(), derive_key_context=_CONTEXT).digest()
         # Callers send few kinds of requests: what a request is, but for its data and id, is described once.
-        self._described: dict[bytes, _Description] = {}
-        self._tenant_keys: dict[tuple[str, int], bytes] = {}
+        self.described: Recent[bytes, _Description] = Recent(_MAX_DESCRIBED)
+        self.tenant_keys: Recent[tuple[str, int], bytes] = Recent(_MAX_DESCRIBED)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield forgotten("descriptions", self.described)
+        yield forgotten("tenant keys", self.tenant_keys)
 
     def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
         """A place on the ring, the same for every request of a sequence."""
@@ -84,13 +91,11 @@ class RequestHasher:
         tenant: str | None,
     ) -> bytes:
         """Of `raws` and all the rest, which is `request`, and serialized `head`."""
-        description = self._described.get(head)
+        description = self.described.get(head)
         if description is None or description.outputs is not outputs or description.inputs != len(raws):
             description = _describe(request, len(raws), outputs, typed=False)
             if len(head) <= MAX_HEAD:
-                if len(self._described) >= _MAX_DESCRIBED:
-                    self._described.clear()
-                self._described[head] = description
+                self.described.put(head, description)
         return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
 
     def hash_rows(
@@ -123,12 +128,11 @@ class RequestHasher:
 
     def _tenant_key(self, tenant: str) -> bytes:
         epoch = self._tenant_epoch(tenant)
-        key = self._tenant_keys.get((tenant, epoch))
+        key = self.tenant_keys.get((tenant, epoch))
         if key is None:
-            if len(self._tenant_keys) >= _MAX_DESCRIBED:
-                self._tenant_keys.clear()
             name = f"{tenant}\0{epoch}" if epoch else tenant
-            key = self._tenant_keys[tenant, epoch] = blake3(name.encode(), key=self._key).digest()
+            key = blake3(name.encode(), key=self._key).digest()
+            self.tenant_keys.put((tenant, epoch), key)
         return key
 
 

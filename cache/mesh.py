@@ -21,6 +21,7 @@ from cache.renewals import Renewals, Renewed
 from cache.shared_tier import SharedTier
 from cache.valuable import Valuable
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, RingmeshError
+from services.runtime.recent import Recent
 from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Trace
 
@@ -105,14 +106,14 @@ class Mesh:
         self.purges = purges
         self.peers = peers
         self.valuable = Valuable(local, shared) if shared is not None else None
-        self._refusals = refusals
+        self.refusals = refusals
         self._doorkeeper = doorkeeper
         # Work under way, by key: rows of batches join and are joined here too.
         self.flights: SingleFlight[Found] = SingleFlight()
         # Of the flights, so that those that join tell whose work they wait for.
         self._leaders: dict[bytes, Trace] = {}
         # What computing took of late, in seconds, by the model's half of the key.
-        self._costs: dict[bytes, float] = {}
+        self.costs: Recent[bytes, float] = Recent(_MAX_MODELS)
         self.renewals = Renewals()
         self._leases = Leases(shared)
         self.stale_answers = 0
@@ -141,7 +142,7 @@ class Mesh:
 
     def peek(self, key: bytes) -> Entry | None:
         """What the local tier has by now, where it did not before. Raises what is known to be the answer."""
-        self._refusals.check(key)
+        self.refusals.check(key)
         entry = self.local.peek(key)
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
 
@@ -172,7 +173,7 @@ class Mesh:
         """Told to those that joined; nothing where the flight has ended."""
         try:
             if isinstance(error, InvalidArgumentError):
-                self._refusals.keep(flight.key, error)
+                self.refusals.keep(flight.key, error)
         finally:
             self._end(flight, error)
 
@@ -214,7 +215,7 @@ class Mesh:
 
     def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
         """Whether this look at it is the one to have it computed anew."""
-        took_us = max(entry.compute_us, 1e6 * self._costs.get(key[:_MODEL_BYTES], 0.0))
+        took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:_MODEL_BYTES]) or 0.0))
         return freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random())
 
     def renew(self, key: bytes, entry: Entry, renewal: Renewal) -> None:
@@ -309,7 +310,7 @@ class Mesh:
                 return Found(entry, "hit-shared")
             # Who cannot know what was purged here must not bring it back from there.
             may_ask = self.purges.is_known and not self.purges.oldest_ms
-            peers = self.peers.worth_asking(self._costs.get(key[:_MODEL_BYTES], 0.0)) if may_ask else []
+            peers = self.peers.worth_asking(self.costs.get(key[:_MODEL_BYTES]) or 0.0) if may_ask else []
             if peers:
                 start = time.time_ns()
                 answer = await self.peers.race(peers, key, lambda: self._compute(key, compute), usable)
@@ -331,17 +332,15 @@ class Mesh:
         try:
             computed = await compute()
         except InvalidArgumentError as error:
-            self._refusals.keep(key, error)
+            self.refusals.keep(key, error)
             raise
         self._learn(key, time.monotonic() - start)
         return computed
 
     def _learn(self, key: bytes, seconds: float) -> None:
         model = key[:_MODEL_BYTES]
-        known = self._costs.get(model)
-        if known is None and len(self._costs) >= _MAX_MODELS:
-            self._costs.clear()
-        self._costs[model] = seconds if known is None else known + _SMOOTHING * (seconds - known)
+        known = self.costs.get(model)
+        self.costs.put(model, seconds if known is None else known + _SMOOTHING * (seconds - known))
 
     async def look_up(self, key: bytes, trace: Trace | None = None) -> Entry | None:
         """In the shared tier, once it is known what was purged; what is found goes into the local one too."""

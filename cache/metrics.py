@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from cache.evictions import Evictions
 from cache.mesh import Mesh
 from services.runtime.metrics import Family, Sample
+from services.runtime.recent import forgotten
 
 _TIER = ("tier",)
 LOOKUPS = Family("ringmesh_cache_lookups_total", "counter", "look-ups by result: hit, miss", ("tier", "result"))
@@ -75,6 +76,8 @@ class CacheMetrics:
         yield Sample(FLIGHTS, (), len(self._mesh.flights))
         for peer in self._mesh.peers.peers:
             yield Sample(UNSEALED, (peer.region,), peer.unsealed)
+        yield forgotten("costs", self._mesh.costs)
+        yield forgotten("refusals", self._mesh.refusals.kept)
         yield Sample(STALE, (), self._mesh.stale_answers)
         if shared is not None:
             yield Sample(BREAKER_OPEN, (), shared.is_skipped)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from services.runtime.errors import InvalidArgumentError
+from services.runtime.recent import Recent
 
 _MAX_KEPT = 10_000
 
@@ -16,23 +17,20 @@ class Refusals:
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
-        self._kept: dict[bytes, tuple[float, InvalidArgumentError]] = {}
+        self.kept: Recent[bytes, tuple[float, InvalidArgumentError]] = Recent(_MAX_KEPT)
 
     def keep(self, key: bytes, error: InvalidArgumentError) -> None:
         """From now on the same request is refused at once."""
         if self._seconds:
-            if len(self._kept) >= _MAX_KEPT:
-                self._kept.clear()
-            self._kept[key] = (self._clock() + self._seconds, error)
+            self.kept.put(key, (self._clock() + self._seconds, error))
 
     def check(self, key: bytes) -> None:
         """Raises what was kept."""
-        if not self._kept:
+        kept = self.kept.get(key) if self._seconds else None
+        if kept is None:
             return
-        until, error = self._kept.get(key, (0.0, None))
-        if error is None:
-            return
+        until, error = kept
         if self._clock() >= until:
-            del self._kept[key]
+            self.kept.pop(key)
             return
         raise InvalidArgumentError(error.message, field=error.field)

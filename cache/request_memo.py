@@ -21,7 +21,7 @@ class RequestMemo(Generic[Meaning]):
     def __init__(self, size: int) -> None:
         # Keyed, so that nobody can search for two requests that look the same here.
         self._key = os.urandom(32)
-        self._meanings: Recent[bytes, Meaning] = Recent(size)
+        self.meanings: Recent[bytes, Meaning] = Recent(size)
 
     def digest(self, data: bytes, tenant: str) -> bytes:
         """Where these bytes of this tenant are filed."""
@@ -30,8 +30,8 @@ class RequestMemo(Generic[Meaning]):
 
     def get(self, digest: bytes) -> Meaning | None:
         """None where it is not known, or no longer."""
-        return self._meanings.get(digest)
+        return self.meanings.get(digest)
 
     def put(self, digest: bytes, meaning: Meaning) -> None:
         """In place of what is there."""
-        self._meanings.put(digest, meaning)
+        self.meanings.put(digest, meaning)

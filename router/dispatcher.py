@@ -18,6 +18,7 @@ from router.member import Member
 from router.retry_budget import RetryBudget
 from router.tail_latency import TailLatency
 from services.runtime.metrics import Sample
+from services.runtime.recent import forgotten
 from services.runtime.tracing import Trace
 
 
@@ -37,6 +38,7 @@ class Dispatcher:
         """For `Metrics.add`."""
         yield from self._metrics.samples()
         yield Sample(RETRIES_DENIED, (), self._parts.retries.denied)
+        yield forgotten("tail latencies", self._parts.tails.models)
         yield Sample(SHEDS, ("overload",), self._sheds)
 
     def begin(self, asked: Asked, done: Callable[[Answered | Exception], None]) -> Dispatch:

@@ -113,7 +113,7 @@ class Fleet:
         self._locality = locality or Locality()
         self._channels: Channels = channels or Network()
         self._membership = Membership(clock)
-        self._outliers = Outliers(clock)
+        self.outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)
         self._members: dict[str, Member] = {}
         self._gone: dict[str, Member] = {}
@@ -147,12 +147,12 @@ class Fleet:
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """An attempt was lost: passes the member over until it answers again."""
         if not isinstance(error, NotSentError):
-            self._outliers.failed(member.address)
+            self.outliers.failed(member.address)
         self._unreachable(member, error)
 
     def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
         """An attempt took so long, or was given up after so long because another was faster."""
-        self._outliers.answered(member.address, model_digest, seconds)
+        self.outliers.answered(member.address, model_digest, seconds)
 
     async def describe(self, member: Member) -> None:
         """Asks the worker now what it holds; the next request sees it."""
@@ -280,7 +280,7 @@ class Fleet:
                     self._once("check of a worker", self._check(member))
 
     def _judge(self) -> None:
-        ejected = self._outliers.ejected({address: member.healthy for address, member in self._members.items()})
+        ejected = self.outliers.ejected({address: member.healthy for address, member in self._members.items()})
         changed = False
         for member in self._members.values():
             reason = ejected.get(member.address, "")
@@ -333,7 +333,7 @@ class Fleet:
         self._refresh()
         self._polls.pop(member.address).cancel()
         self._busy_since.pop(member.address, None)
-        self._outliers.forget(member.address)
+        self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
         self._once("farewell to a worker", _retire(member))
 

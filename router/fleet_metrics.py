@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from router.fleet import Fleet
 from services.runtime.metrics import Family, Sample
+from services.runtime.recent import forgotten
 
 _WORKER = ("worker",)
 HEALTHY = Family("ringmesh_ring_member_healthy", "gauge", "1 where the worker is sent requests, 0 otherwise", _WORKER)
@@ -29,4 +30,5 @@ class FleetMetrics:
             yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
             yield Sample(SHARE, worker, view.share(member))
             yield Sample(LOAD, worker, member.load.in_flight)
+        yield forgotten("usual times", self._fleet.outliers.usual)
         yield from self._fleet.ejections.samples()

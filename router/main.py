@@ -107,6 +107,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         FleetMetrics(fleet),
         CacheMetrics(mesh, evictions),
         audit,
+        hasher,
+        inference,
         tracer,
         request_log,
     )

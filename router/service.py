@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -33,6 +33,8 @@ from services.runtime import faults, protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
+from services.runtime.metrics import Sample
+from services.runtime.recent import forgotten
 from services.runtime.request_check import check_request
 from services.runtime.rpc import (
     Answer,
@@ -86,6 +88,10 @@ class InferenceService:
         self._semantic = SemanticTier(mesh.shared)
         self._sequences = KeyedLock()
         self._misses = Misses(mesh, dispatcher, quotas, replies, requests)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield forgotten("requests", self._memo.meanings)
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
         """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""

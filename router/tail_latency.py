@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from services.runtime.recent import Recent
+
 QUANTILE = 0.95
 _KEPT = 512
 # Fewer say nothing of a 95th percentile.
@@ -16,20 +18,19 @@ class TailLatency:
     """The 95th percentile of the last answers' times, by digest of a model, in seconds."""
 
     def __init__(self) -> None:
-        self._models: dict[bytes, _Times] = {}
+        self.models: Recent[bytes, _Times] = Recent(_MANY)
 
     def observe(self, model: bytes, seconds: float) -> None:
         """An answer took so long."""
-        times = self._models.get(model)
+        times = self.models.get(model)
         if times is None:
-            if len(self._models) >= _MANY:
-                self._models.clear()  # of models that were replaced; those in use are soon known again
-            times = self._models[model] = _Times()
+            times = _Times()
+            self.models.put(model, times)
         times.add(seconds)
 
     def of(self, model: bytes) -> float | None:
         """None while too little is known."""
-        times = self._models.get(model)
+        times = self.models.get(model)
         return None if times is None else times.quantile
 
 

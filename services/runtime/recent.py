@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from services.runtime.metrics import Family, Sample
+
+FORGOTTEN = Family(
+    "ringmesh_forgotten_total",
+    "counter",
+    "entries that a bounded memory of the process gave up for room: computing times of models (costs), refusals, "
+    "requests by their bytes (requests), their descriptions, keys of tenants, tail latencies, usual times of models",
+    ("what",),
+)
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -48,3 +57,8 @@ class Recent(Generic[Key, Value]):
         """Forgets it; None where it is not known."""
         value = self._young.pop(key, None)
         return self._old.pop(key, None) if value is None else value
+
+
+def forgotten(what: str, recent: Recent[Any, Any]) -> Sample:
+    """For `Metrics.add`."""
+    return Sample(FORGOTTEN, (what,), recent.dropped)

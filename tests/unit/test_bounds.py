@@ -63,7 +63,7 @@ def test_a_full_request_memo_knows_the_last_requests():
     memo = RequestMemo[int](1000)
     for number in range(10_000):
         memo.put(key(number), number)
-    assert len(memo._meanings) <= 2000
+    assert len(memo.meanings) <= 2000
     assert [memo.get(key(number)) for number in range(9000, 10_000)] == list(range(9000, 10_000))
 
 

@@ -263,7 +263,7 @@ def test_large_descriptions_are_not_remembered():
     hasher = RequestHasher("secret")
     for size in range(100):
         hasher.hash(request(parameters={"k": parameter(string_param="x" * (10_000 + size))}))
-    assert not hasher._described
+    assert not len(hasher.described)
 
 
 def test_a_request_with_other_than_one_raw_content_an_input_is_not_keyed_whatever_came_before():

@@ -190,7 +190,7 @@ async def through(fault, outcomes, way):
     router.assert_nothing_is_held()
     fault.armed = False
     router.outcomes.clear()
-    second = await getattr(router, way)() if KEY not in router.mesh._refusals._kept else None
+    second = await getattr(router, way)() if router.mesh.refusals.kept.get(KEY) is None else None
     router.assert_nothing_is_held()
     return first, second
 
