@@ -194,6 +194,8 @@ class Fleet:
 
     async def _poll(self, member: Member) -> None:
         heard = -1
+        woken = -POLL_SECONDS
+        loop = asyncio.get_running_loop()
         while True:
             load = member.load
             # Its answers are as good as a description, as long as they say that nothing has changed.
@@ -204,6 +206,9 @@ class Fleet:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
                     await member.wake.wait()
+                # Not again and again: one that answers this and loses every request would get them all.
+                await asyncio.sleep(woken + POLL_SECONDS - loop.time())
+                woken = loop.time()
             member.wake.clear()
 
     async def _check(self, member: Member) -> None:
