@@ -28,7 +28,7 @@ from services.inference.repository import (
     RepositoryUnavailableError,
 )
 from services.inference.sequencer import Sequencer
-from services.inference.snapshots import Snapshot, Snapshots
+from services.inference.snapshots import Entry, Snapshot, Snapshots
 from services.inference.statistics import Statistics
 from services.runtime.errors import (
     InvalidArgumentError,
@@ -154,8 +154,10 @@ class ModelStore:
         held = self.held.of(name)
         fresh: list[HeldModel] = []
         failures: dict[str, str] = {}
-        given = await asyncio.to_thread(self._snapshots.scratch) if overrides.files else None
+        given: Entry | None = None
         try:
+            if overrides.files:
+                given = await asyncio.to_thread(self._snapshots.scratch)
             files = await asyncio.to_thread(self._find, name, overrides, given.folder if given is not None else None)
             for version in files:
                 try:
