@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.shared_memory import SharedMemory
+from services.inference.shared_memory import Region, SharedMemory
 from services.inference.tensor_spec import TensorSpec
 from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError
@@ -226,10 +226,16 @@ def _decode_shared(
             field=f"inputs[{index}].contents",
         )
     field = f"inputs[{index}].parameters"
-    region, offset, size = _place(tensor.parameters)
-    view = memory.view(region, offset, size, field)
-    # BYTES are read element by element, and their elements outlive the view.
-    return decode(spec.datatype, shape, view if spec.datatype.itemsize else bytes(view), tensor.name, field)
+    name, offset, size = _place(tensor.parameters, field)
+    region = memory.find(name, field)
+    needed = math.prod(shape) * spec.datatype.itemsize
+    if spec.datatype.itemsize and size != needed:
+        raise InvalidArgumentError(
+            f"input {tensor.name!r}: {size} bytes of shared memory region {name!r} for {spec.datatype.name} "
+            f"{list(shape)}, which takes {needed}",
+            field=field,
+        )
+    return decode(spec.datatype, shape, region.read(offset, size, field).data, tensor.name, field)
 
 
 def _check_count(
@@ -268,9 +274,11 @@ def _decode_outputs(
                 )
             classes[name] = count
         if _REGION in output.parameters:
-            region, offset, size = _place(output.parameters)
-            view = memory.view(region, offset, size, f"outputs[{index}].parameters")
-            regions[name] = _OutputRegion(region, offset, view)
+            field = f"outputs[{index}].parameters"
+            region_name, offset, size = _place(output.parameters, field)
+            region = memory.find(region_name, field)
+            region.check(offset, size, field)
+            regions[name] = _OutputRegion(region, offset, size)
     return tuple([name for name in model.outputs if name in asked])
 
 
@@ -298,33 +306,37 @@ def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
     return int(getattr(given, kind))
 
 
-def _place(parameters: Mapping[str, v2.InferParameter]) -> tuple[str, int, int]:
+def _place(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str, int, int]:
     """(region, offset, byte size) of a tensor in shared memory."""
-    offset = parameters["shared_memory_offset"].int64_param if "shared_memory_offset" in parameters else 0
-    size = parameters["shared_memory_byte_size"].int64_param if "shared_memory_byte_size" in parameters else 0
-    return parameters[_REGION].string_param, offset, size
+    sizes = []
+    for name in ("shared_memory_offset", "shared_memory_byte_size"):
+        kind = parameters[name].WhichOneof("parameter_choice") if name in parameters else "int64_param"
+        if kind not in ("int64_param", "uint64_param"):
+            raise InvalidArgumentError(f"{name} is a whole number, in int64_param or uint64_param", field=field)
+        sizes.append(int(getattr(parameters[name], kind)) if name in parameters else 0)
+    return parameters[_REGION].string_param, sizes[0], sizes[1]
 
 
 class _OutputRegion:
     """Where an output is to be left."""
 
-    __slots__ = ("offset", "region", "view")
+    __slots__ = ("offset", "region", "size")
 
-    def __init__(self, region: str, offset: int, view: memoryview) -> None:
+    def __init__(self, region: Region, offset: int, size: int) -> None:
         self.region = region
         self.offset = offset
-        self.view = view
+        self.size = size
 
     def write(self, raw: bytes, told: v2.ModelInferResponse.InferOutputTensor) -> None:
-        """Leaves the output there and says so. Raises InvalidArgumentError where it does not fit."""
-        if len(raw) > len(self.view):
+        """Leaves the output there and says so. Raises InvalidArgumentError where it does not fit (any more)."""
+        if len(raw) > self.size:
             raise InvalidArgumentError(
-                f"output {told.name!r} has {len(raw)} bytes, and {len(self.view)} are given to it in shared memory "
-                f"region {self.region!r}",
+                f"output {told.name!r} has {len(raw)} bytes, and {self.size} are given to it in shared memory "
+                f"region {self.region.name!r}",
                 field="outputs",
             )
-        self.view[: len(raw)] = raw
-        told.parameters[_REGION].string_param = self.region
+        self.region.write(self.offset, raw, "outputs")
+        told.parameters[_REGION].string_param = self.region.name
         told.parameters["shared_memory_offset"].int64_param = self.offset
         told.parameters["shared_memory_byte_size"].int64_param = len(raw)
 

@@ -1,6 +1,7 @@
 """Managing models with the real tritonclient, on a worker and through a router."""
 
 import asyncio
+import os
 import queue
 import shutil
 import uuid
@@ -322,6 +323,19 @@ def test_shared_memory_that_does_not_fit_is_refused(client, region):
         in_shared_memory(client, region, output_size=36)
     with pytest.raises(InferenceServerException, match="4096"):
         in_shared_memory(client, region, output_size=4000)
+
+
+def test_a_region_that_was_truncated_is_refused_and_serves_again_once_it_is_long_enough(client, region):
+    name, key, _ = region
+    client.unregister_system_shared_memory()
+    client.register_system_shared_memory(name, key, 4096)
+    for size in (0, 1024):
+        os.truncate(f"/dev/shm{key}", size)
+        with pytest.raises(InferenceServerException, match=f"no longer there: .* {size} bytes") as caught:
+            in_shared_memory(client, region)
+        assert "INVALID_ARGUMENT" in caught.value.status()
+    os.truncate(f"/dev/shm{key}", 4096)
+    in_shared_memory(client, region)
 
 
 def test_cuda_shared_memory_is_unimplemented_in_clear_words(client):
