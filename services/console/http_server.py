@@ -12,6 +12,9 @@ from starlette.types import ASGIApp
 
 from services.runtime.server import StartError
 
+# How long a client may leave what it was sent unread before its connection is closed.
+_UNREAD_SECONDS = 30
+
 
 class _Server(uvicorn.Server):
     @contextmanager
@@ -35,6 +38,8 @@ class HttpServer:
         host = host.strip("[]")
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections take it over.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
         try:
             listener.bind((host, int(port)))
         except (OSError, OverflowError) as error:

@@ -6,12 +6,14 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from services.console import chart, units
 
@@ -19,7 +21,10 @@ Context: TypeAlias = Mapping[str, Any]
 Contents: TypeAlias = Callable[[Request], Awaitable[Context]]
 
 _PERIOD_SECONDS = 2.0
-MAX_STREAMS = 100
+# Of one client, by its address, and of all. A page that is refused, or ended for another client's, stays as it was
+# loaded and tries again.
+MAX_STREAMS_OF_ONE = 32
+MAX_STREAMS = 200
 
 
 class Pages:
@@ -27,7 +32,8 @@ class Pages:
 
     def __init__(self, stopping: asyncio.Event, unheard: Callable[[], Sequence[str]]) -> None:
         self._stopping = stopping
-        self._streams = 0
+        # By client, the oldest first; each is ended by its event.
+        self._streams: dict[str, list[asyncio.Event]] = {}
         # What was sent of late, by path and query: all who watch one page share its rendering.
         self._rendered: dict[str, tuple[float, str]] = {}
         self._templates = Environment(
@@ -46,8 +52,9 @@ class Pages:
 
         async def answer(request: Request) -> Response:
             if "text/event-stream" in request.headers.get("accept", ""):
-                return self._stream(template, contents, request)
-            return self.render(template, request, await contents(request))
+                return await self._stream(template, contents, request)
+            context = await contents(request)
+            return self.render(template, request, context, context.get("status", 200))
 
         return answer
 
@@ -56,27 +63,44 @@ class Pages:
         text = self._templates.get_template(template).render(path=request.url.path, **context)
         return HTMLResponse(text, status, headers={"Vary": "Accept"})
 
-    def _stream(self, template: str, contents: Contents, request: Request) -> Response:
-        if self._streams >= MAX_STREAMS:
-            return PlainTextResponse(f"{MAX_STREAMS} pages are live already\n", 503, headers={"Retry-After": "30"})
-        return StreamingResponse(self._events(template, contents, request), media_type="text/event-stream")
+    async def _stream(self, template: str, contents: Contents, request: Request) -> Response:
+        # What is wrong with the request is said before the stream begins.
+        await self._live(template, contents, request)
+        client = request.client.host if request.client else ""
+        mine = self._streams.get(client, [])
+        if len(mine) >= MAX_STREAMS_OF_ONE:
+            return _refused(f"{MAX_STREAMS_OF_ONE} pages are live at {client} already")
+        if sum(map(len, self._streams.values())) >= MAX_STREAMS:
+            # Whoever has the most gives one up for a client with fewer.
+            most = max(self._streams.values(), key=len)
+            if len(most) <= len(mine) + 1:
+                return _refused(f"{MAX_STREAMS} pages are live already")
+            most.pop(0).set()
+        ended = asyncio.Event()
+        self._streams.setdefault(client, []).append(ended)
+        return _Stream(self._events(template, contents, request, ended), partial(self._forget, client, ended))
 
-    async def _events(self, template: str, contents: Contents, request: Request) -> AsyncIterator[str]:
-        self._streams += 1
-        try:
-            last = ""
-            while not self._stopping.is_set():
-                html = await self._live(template, contents, request)
-                # An empty comment finds out who has left.
-                yield ":\n\n" if html == last else "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
-                last = html
-                try:
-                    async with asyncio.timeout(_PERIOD_SECONDS):
-                        await self._stopping.wait()
-                except TimeoutError:
-                    continue
-        finally:
-            self._streams -= 1
+    def _forget(self, client: str, ended: asyncio.Event) -> None:
+        streams = self._streams.get(client, [])
+        if ended in streams:
+            streams.remove(ended)
+        if not streams:
+            self._streams.pop(client, None)
+
+    async def _events(
+        self, template: str, contents: Contents, request: Request, ended: asyncio.Event
+    ) -> AsyncIterator[str]:
+        last = ""
+        while not (self._stopping.is_set() or ended.is_set()):
+            html = await self._live(template, contents, request)
+            # An empty comment finds out who has left.
+            yield ":\n\n" if html == last else "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
+            last = html
+            try:
+                async with asyncio.timeout(_PERIOD_SECONDS):
+                    await self._stopping.wait()
+            except TimeoutError:
+                continue
 
     async def _live(self, template: str, contents: Contents, request: Request) -> str:
         """The page's block `live`, at most a period old."""
@@ -92,3 +116,22 @@ class Pages:
             self._rendered.clear()
         self._rendered[page] = (now, html)
         return html
+
+
+class _Stream(StreamingResponse):
+    """Events until the client leaves; `on_end` is called then, also if it left before the first."""
+
+    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+def _refused(detail: str) -> Response:
+    return PlainTextResponse(f"{detail}\n", 503, headers={"Retry-After": "30"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
 from services.console.trace_store import TraceStore
@@ -10,6 +12,8 @@ from services.runtime.rpc import Context, Service, unary
 
 _Request = trace_service_pb2.ExportTraceServiceRequest
 _Response = trace_service_pb2.ExportTraceServiceResponse
+# Spans taken between two turns of the event loop, about 5 ms.
+_TURN = 256
 
 
 class TraceReceiver:
@@ -26,12 +30,17 @@ class TraceReceiver:
     async def _export(self, request: _Request, _: Context) -> _Response:
         response = _Response()
         rejected = response.partial_success
+        taken = 0
         for resource in request.resource_spans:
             service = _service_name(resource.resource.attributes)
             for scope in resource.scope_spans:
                 for span in scope.spans:
+                    taken += 1
+                    if taken % _TURN == 0:
+                        await asyncio.sleep(0)
                     try:
-                        self._store.add(service, span)
+                        if not self._store.add(service, span):
+                            raise ValueError(f"trace {span.trace_id.hex()} is full")
                     except ValueError as error:
                         rejected.rejected_spans += 1
                         rejected.error_message = str(error)

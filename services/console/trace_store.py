@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -16,6 +17,10 @@ from services.runtime.span_tree import Span, SpanTree, trees
 _SPAN_OVERHEAD = 160
 _TRACE_OVERHEAD = 900
 MAX_SPANS = 2000
+# The largest part of the room that one trace may take.
+MAX_SHARE = 1 / 16
+# What a search sees of a trace is cut at so many characters, and the name of a service as well.
+LONGEST_TEXT = 512
 
 
 @dataclass(slots=True)
@@ -46,6 +51,8 @@ class Summary:
 class _Kept:
     summary: Summary
     size: int = _TRACE_OVERHEAD
+    # Of `size`, what the texts of the summary take.
+    text: int = 0
     # (service, serialized span) by span id: an exporter that tries again sends a span twice.
     spans: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)
 
@@ -88,7 +95,8 @@ class Query:
 class TraceStore:
     """Takes spans as OTLP brings them. At most `max_bytes` and `max_traces`: the oldest go first.
 
-    Of failed ones, up to half of the room outlives newer ones that went well.
+    Of failed ones, up to half of the room outlives newer ones that went well. A trace takes MAX_SPANS spans and
+    MAX_SHARE of the room at most; further spans of it are dropped.
     """
 
     def __init__(self, *, max_bytes: int, max_traces: int) -> None:
@@ -105,33 +113,37 @@ class TraceStore:
     def __len__(self) -> int:
         return len(self._plain) + len(self._failed)
 
-    def add(self, service: str, span: trace_pb2.Span) -> None:
-        """Raises ValueError where its ids are not those of a span."""
+    def add(self, service: str, span: trace_pb2.Span) -> bool:
+        """False if its trace is full and it was dropped. Raises ValueError where its ids are not those of a span."""
         if len(span.trace_id) != 16 or len(span.span_id) != 8 or not any(span.trace_id):
             raise ValueError("a span has a trace id of 16 bytes and a span id of 8")
         self.received_spans += 1
         trace_id = span.trace_id.hex()
-        kept = self._failed.get(trace_id) or self._plain.get(trace_id)
-        if kept is None:
-            kept = self._plain[trace_id] = _Kept(Summary(trace_id))
-            self.bytes += kept.size
+        kept = self._failed.get(trace_id) or self._plain.get(trace_id) or _Kept(Summary(trace_id))
         if span.span_id in kept.spans:
-            return
-        if len(kept.spans) == MAX_SPANS:
+            return True
+        service = service[:LONGEST_TEXT]
+        size = span.ByteSize() + len(service) + _SPAN_OVERHEAD
+        if len(kept.spans) == MAX_SPANS or kept.size + size > self._max_bytes * MAX_SHARE:
             self.dropped_spans += 1
-            return
-        data = span.SerializeToString()
-        size = len(data) + _SPAN_OVERHEAD
-        kept.spans[span.span_id] = (service, data)
+            return False
+        if not kept.spans:
+            self._plain[trace_id] = kept
+            self.bytes += kept.size
+        kept.spans[span.span_id] = (service, span.SerializeToString())
+        _summarize(kept.summary, service, span)
+        text = _text_bytes(kept.summary)
+        size += text - kept.text
+        kept.text = text
         kept.size += size
         self.bytes += size
-        _summarize(kept.summary, service, span)
         if trace_id in self._failed:
             self._failed_bytes += size
         elif kept.summary.error:
             self._failed[trace_id] = self._plain.pop(trace_id)
             self._failed_bytes += kept.size
         self._evict()
+        return True
 
     def find(self, trace_id: str) -> tuple[Summary, SpanTree] | None:
         """The trace, whole as far as its spans have come; None where it is not here."""
@@ -216,13 +228,21 @@ def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
     start, end = span.start_time_unix_nano, max(span.start_time_unix_nano, span.end_time_unix_nano)
     if not summary.start_ns or start < summary.start_ns:
         summary.start_ns = start
-        summary.name = span.name.rpartition("/")[2]
+        summary.name = span.name.rpartition("/")[2][:LONGEST_TEXT]
     summary.end_ns = max(summary.end_ns, end)
     attributes = _attributes(span)
     is_entry = span_names.is_entry(service, span)
     if error := _error(span):
         # The router's words are those that the caller got.
-        summary.error = error if is_entry or not summary.error else summary.error
+        summary.error = error[:LONGEST_TEXT] if is_entry or not summary.error else summary.error
     for part, value in span_names.summary(attributes).items():
         if is_entry or not getattr(summary, part):
-            setattr(summary, part, value)
+            setattr(summary, part, value[:LONGEST_TEXT])
+
+
+def _text_bytes(summary: Summary) -> int:
+    """Memory of its texts; the trace id and empty ones are part of _TRACE_OVERHEAD."""
+    return sum(sys.getsizeof(text) for part in _TEXTS if (text := getattr(summary, part)))
+
+
+_TEXTS = tuple(part.name for part in fields(Summary) if part.type == "str" and part.name != "trace_id")

@@ -25,6 +25,10 @@ _SHOWN = 64
 # Written out in a form up to here; beyond, a word stands for them.
 _TYPED = 256
 _MAX_ELEMENTS = 1 << 20
+# NumPy goes no further.
+_MAX_DIMENSIONS = 64
+_LONGEST_HEADER = 256
+_LONGEST_VALUE = 200
 _Infer: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
@@ -92,6 +96,15 @@ def typed(metadata: v2.ModelMetadataResponse, form: Mapping[str, str]) -> list[F
     ]
 
 
+def headers(cache_control: str, tenant: str) -> dict[str, str]:
+    """As metadata. Raises TrialError where they cannot be sent as such."""
+    made = {"cache-control": cache_control, "ringmesh-tenant": tenant}
+    for name, value in made.items():
+        if not (value.isascii() and value.isprintable() and len(value) <= _LONGEST_HEADER):
+            raise TrialError(f"{name} has up to {_LONGEST_HEADER} printable ASCII characters")
+    return made
+
+
 def build(model: str, fields: Sequence[Field]) -> v2.ModelInferRequest:
     """Raises TrialError."""
     request = v2.ModelInferRequest(model_name=model)
@@ -144,7 +157,10 @@ def _read(field: Field) -> npt.NDArray[Any]:
         shape = [int(part) for part in field.shape.replace("×", ",").split(",") if part.strip()]  # noqa: RUF001
     except ValueError:
         raise TrialError(f"{field.name}: the shape is whole numbers with commas between, such as 1, 64") from None
-    if any(size < 0 for size in shape) or math.prod(shape) > _MAX_ELEMENTS:
+    if len(shape) > _MAX_DIMENSIONS:
+        raise TrialError(f"{field.name}: a shape has up to {_MAX_DIMENSIONS} dimensions, not {len(shape):,}")
+    # NumPy counts an empty array's other dimensions too.
+    if any(size < 0 for size in shape) or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise TrialError(f"{field.name}: a shape has no negative sizes, and up to {_MAX_ELEMENTS:,} elements here")
     text = field.values.strip()
     if text in WORDS:
@@ -157,6 +173,8 @@ def _read(field: Field) -> npt.NDArray[Any]:
         else:
             array = np.array(values, dtype).ravel()
         return array.reshape(shape)
+    except RecursionError:
+        raise TrialError(f"{field.name}: the values are nested too deeply") from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise TrialError(
             f"{field.name}: {field.datatype} values are a JSON list with {math.prod(shape):,} in all for the shape "
@@ -173,7 +191,7 @@ def _dtype(datatype: str) -> np.dtype[Any]:
 
 def _listed(array: npt.NDArray[Any]) -> list[Any]:
     if array.dtype == object:
-        return [value.decode(errors="replace") for value in array.ravel()]
+        return [value[:_LONGEST_VALUE].decode(errors="replace") for value in array.ravel()]
     if array.dtype.kind in "biu":
         return array.ravel().tolist()
     return [float(f"{value:.6g}") for value in array.ravel().astype(np.float64)]

@@ -35,10 +35,8 @@ async def contents(sources: Sources, request: Request) -> Context:
         return context
     try:
         infer = trial.build(chosen, trial.typed(metadata, sent))
+        headers = trial.headers(sent.get("cache-control", ""), sent.get("tenant", ""))
     except trial.TrialError as error:
-        return {**context, "problem": str(error)}
-    if not (sent.get("tenant", "").isascii() and sent.get("tenant", "x").isprintable()):
-        return {**context, "problem": "A tenant's name is made of printable ASCII characters."}
+        return {**context, "problem": str(error), "status": 400}
     channel = sources.fleet.channel(sources.view.router.address)
-    headers = {"cache-control": sent.get("cache-control", ""), "ringmesh-tenant": sent.get("tenant", "")}
     return {**context, "answer": await trial.send(channel, infer, headers)}

@@ -5,11 +5,16 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 
 from services.console import span_names
-from services.console.trace_store import MAX_SPANS, Query, TraceStore
+from services.console.otlp import TraceReceiver
+from services.console.trace_store import LONGEST_TEXT, MAX_SHARE, MAX_SPANS, Query, TraceStore
 
 MS = 1_000_000
 NAMES = {
@@ -115,14 +120,47 @@ def test_one_endless_trace_is_cut():
     assert (kept.find(f"{7:032x}")[0].spans, kept.dropped_spans) == (MAX_SPANS, 10)
 
 
+def test_one_large_trace_is_cut_and_leaves_room_for_others():
+    kept = store(max_bytes=1 << 20)
+    kept.add("ringmesh-router", span(1))
+    taken = [kept.add("anybody", span(7, number, model="m" * 10_000)) for number in range(1, 401)]
+    assert kept.bytes < (1 << 20) * MAX_SHARE + 10_000
+    assert kept.dropped_spans == taken.count(False) > 390
+    assert kept.find(f"{1:032x}") is not None
+    assert kept.find(f"{7:032x}")[0].spans == taken.count(True)
+
+
+def test_a_span_that_is_too_large_leaves_nothing_behind():
+    kept = store(max_bytes=1 << 20)
+    assert not kept.add("anybody", span(7, name="x" * (1 << 20)))
+    assert (len(kept), kept.bytes, kept.find(f"{7:032x}")) == (0, 0, None)
+
+
+def test_a_long_text_is_cut_in_what_a_search_sees():
+    kept = store()
+    kept.add("s" * 10_000, span(7, model="m" * 10_000, error="e" * 10_000))
+    summary, tree = kept.find(f"{7:032x}")
+    assert (len(summary.model), len(summary.error)) == (LONGEST_TEXT, LONGEST_TEXT)
+    assert len(tree.rows[0][1].service) == LONGEST_TEXT
+
+
+async def test_an_exporter_is_told_what_was_dropped():
+    kept = store(max_bytes=1 << 20)
+    scope = ScopeSpans(spans=[span(7, number, model="m" * 10_000) for number in range(1, 301)])
+    request = ExportTraceServiceRequest(resource_spans=[ResourceSpans(scope_spans=[scope])])
+    handler = TraceReceiver(kept).service().handlers["Export"]
+    answer = ExportTraceServiceResponse.FromString(await handler.unary_unary(request.SerializeToString(), None))
+    assert answer.partial_success.rejected_spans == kept.dropped_spans > 290
+    assert "is full" in answer.partial_success.error_message
+
+
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.booleans(), st.integers(0, 2000)), max_size=200))
 def test_bounds_hold_whatever_comes(spans):
     kept = store(max_bytes=20_000, max_traces=12)
     for trace, number, fails, size in spans:
         kept.add("ringmesh-router", span(trace, number, error="x" * size if fails else "", model="m" * size))
         assert len(kept) <= 12
-        # One trace alone may be larger; it is bounded by its number of spans.
-        assert kept.bytes <= 20_000 or len(kept) == 1
+        assert kept.bytes <= 20_000
     assert kept.bytes >= 0
 
 
