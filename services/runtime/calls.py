@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 
+from services.runtime.errors import RingmeshError
 from services.runtime.metrics import Family, Sample
-from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service
+from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, abort, check_metadata
 
 CALLS = Family(
     "ringmesh_rpc_calls_total",
@@ -82,6 +83,7 @@ class Calls:
 
         async def unary(request: Any, context: Context) -> bytes:
             try:
+                await _check(context)
                 response: bytes = await answer(request, context)
             except BaseException as error:
                 code = _code(context, error)
@@ -92,6 +94,7 @@ class Calls:
 
         async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
             try:
+                await _check(context)
                 async with aclosing(answer(request, context)) as responses:
                     async for response in responses:
                         yield response
@@ -109,6 +112,13 @@ class Calls:
             )
             return make(stream)
         return grpc.unary_unary_rpc_method_handler(unary)
+
+
+async def _check(context: Context) -> None:
+    try:
+        check_metadata(tuple(context.invocation_metadata() or ()))
+    except RingmeshError as error:
+        await abort(context, error)
 
 
 def _code_of(answer: Answer | Failure) -> str:

@@ -97,7 +97,7 @@ class ResourceExhaustedError(RingmeshError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     kind = "overload"
-    retry_after = 0.1
+    retry_after: float | None = 0.1
 
 
 class UnavailableError(RingmeshError):

@@ -21,7 +21,8 @@ import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` 
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
 
 from services.runtime import cores, faults
-from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, failure
+from services.runtime.errors import RingmeshError
+from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, check_metadata, failure
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,10 @@ class FastLaneServer(native.Server):
                 rest.append(event)
                 continue
             try:
+                check_metadata(details[0])
                 answer = lane.admit(payload, details[0])
+            except RingmeshError as error:
+                answer = failure(error)
             except Exception as error:
                 answer = failure(faults.internal(log, "a lane failed", error))
             if type(answer) is not Answer and type(answer) is not Failure:

@@ -12,8 +12,19 @@ import grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
-from services.runtime.errors import InvalidArgumentError
-from services.runtime.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, unary
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from services.runtime.rpc import (
+    Answer,
+    Context,
+    Failure,
+    Handler,
+    Lane,
+    Metadata,
+    Service,
+    abort,
+    check_metadata,
+    unary,
+)
 from services.runtime.spans import Value
 
 ReadyCheck: TypeAlias = Callable[[], bool]
@@ -73,7 +84,12 @@ def lane_handler(lane: Lane) -> Handler:
     """For engines without lanes."""
 
     async def call(data: bytes, context: Context) -> bytes:
-        answer = lane.admit(data, metadata(context))
+        sent = metadata(context)
+        try:
+            check_metadata(sent)
+        except ResourceExhaustedError as error:
+            await abort(context, error)
+        answer = lane.admit(data, sent)
         if not isinstance(answer, Answer | Failure):
             answer = await lane.finish(answer, deadline(context))
         if answer.afterwards is not None:

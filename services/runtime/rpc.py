@@ -13,7 +13,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from services.runtime.errors import InternalError, InvalidArgumentError, RingmeshError
+from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError, RingmeshError
 from services.runtime.request_limits import check_size
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class Failure:
         self.afterwards = afterwards
 
 
+# Of one request: names and values, and as RFC 9113 counts, 32 for each of them.
+MAX_METADATA_BYTES = 16 << 10
 # Milliseconds after which a client with a retry policy tries again, by gRFC A6.
 PUSHBACK = "grpc-retry-pushback-ms"
 
@@ -91,6 +93,21 @@ def parse(request_type: type[Request], data: bytes) -> Request:
     except DecodeError:
         name = request_type.DESCRIPTOR.full_name
         raise InvalidArgumentError(f"the {len(data)} bytes received are not a serialized {name}") from None
+
+
+def check_metadata(metadata: Metadata) -> None:
+    """Raises ResourceExhaustedError where it is more than MAX_METADATA_BYTES."""
+    size = 0
+    for name, value in metadata:
+        size += len(name) + len(value) + 32
+    if size > MAX_METADATA_BYTES:
+        error = ResourceExhaustedError(
+            f"the request's metadata has {size} bytes, counting names, values and 32 for each; "
+            f"{MAX_METADATA_BYTES} are taken",
+            kind="too_large",
+        )
+        error.retry_after = None
+        raise error
 
 
 def unary(

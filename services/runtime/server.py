@@ -17,11 +17,18 @@ from services.runtime import reflection
 from services.runtime.calls import Calls
 from services.runtime.connections import Connections
 from services.runtime.health import Health
-from services.runtime.rpc import Service
+from services.runtime.rpc import MAX_METADATA_BYTES, Service
 from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
+# Between two pings of an idle connection. grpcio ends those that ping more often; our own channels do so every 10 s.
+_PING_MILLISECONDS = 5_000
+# What the engines read of a request's metadata; above MAX_METADATA_BYTES it is refused in words.
+_METADATA_READ = 4 * MAX_METADATA_BYTES
+_MAX_STREAMS = 1024
+# Bits of grpc_compression_algorithm. pygrpc-native has these two.
+_IDENTITY, _GZIP = 1 << 0, 1 << 2
 # What callers had sent before they heard that they should go elsewhere comes within this.
 _LEAVE_SECONDS = 0.3
 
@@ -83,8 +90,13 @@ class Server:
             ("grpc.max_send_message_length", -1),
             # Unless told otherwise, grpcio lets a second server take the same port unnoticed.
             ("grpc.so_reuseport", int(share_port)),
-            # grpcio ends connections that ping more often; callers with our channel options do so every 10 s.
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", _PING_MILLISECONDS),
+            # Between the two, grpcio would refuse some requests at random.
+            ("grpc.max_metadata_size", _METADATA_READ),
+            ("grpc.absolute_max_metadata_size", _METADATA_READ),
+            ("grpc.max_concurrent_streams", _MAX_STREAMS),
+            ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
         ]
         self._server = _create(engine, options, services)
 

@@ -1,0 +1,264 @@
+"""What callers and networks may do at the level of gRPC and HTTP/2, the same on both engines."""
+
+import asyncio
+import struct
+import threading
+
+import grpc
+import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime import protocol, server
+from services.runtime.rpc import MAX_METADATA_BYTES, Answer, Lane
+from services.runtime.server import Engine, Server
+from tests.system import raw_http2
+from tests.system.raw_http2 import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    RST_STREAM,
+    SETTINGS,
+    RawClient,
+    frame,
+)
+
+MAX_MESSAGE_BYTES = 4 << 20
+INFER, LIVE, STREAM = (
+    f"/inference.GRPCInferenceService/{name}" for name in ("ModelInfer", "ServerLive", "ModelStreamInfer")
+)
+CALL = [
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":path", INFER),
+    (":authority", "x"),
+    ("content-type", "application/grpc"),
+    ("te", "trailers"),
+]
+OK, UNIMPLEMENTED, RESOURCE_EXHAUSTED = 0, 12, 8
+
+
+def changed(name, value):
+    return [pair if pair[0] != name else (name, value) for pair in CALL]
+
+
+class Serving:
+    """A server on an event loop of its own, whose ModelInfer answers with what it is sent."""
+
+    def __init__(self, engine, admit=lambda data, _: Answer(data, ())):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.server, self.port = self._run(self._start(engine, admit))
+        self.address = f"127.0.0.1:{self.port}"
+
+    def _run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    async def _start(self, engine, admit):
+        service = protocol.service(lambda: True, {}, {"ModelInfer": Lane(admit, None)})
+        made = Server(engine, "127.0.0.1:0", [service], max_message_bytes=MAX_MESSAGE_BYTES, max_connection_age=3600)
+        port = await made.start()
+        made.set_serving(True)
+        return made, port
+
+    def close(self):
+        self._run(self.server.stop(0))
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module", params=list(Engine))
+def serving(request):
+    serving = Serving(request.param)
+    yield serving
+    serving.close()
+
+
+@pytest.fixture
+def channel(serving):
+    with grpc.insecure_channel(serving.address) as channel:
+        yield channel
+
+
+def is_well(serving):
+    """Whether another caller is answered."""
+    with grpc.insecure_channel(serving.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        return channel.unary_unary(INFER)(b"", timeout=10) == b""
+
+
+def refusal(call, *arguments, **options):
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments, timeout=10, **options)
+    return caught.value.code(), caught.value.details()
+
+
+def padded(size):
+    """Metadata of so many bytes as they are counted, beside what gRPC libraries say of themselves."""
+    return (("x-pad", "a" * (size - 32 - len("x-pad"))),)
+
+
+@pytest.mark.parametrize("path", [INFER, LIVE])
+def test_metadata_up_to_the_limit_is_taken_every_time(channel, path):
+    for _ in range(5):
+        channel.unary_unary(path)(b"", metadata=padded(MAX_METADATA_BYTES - 512), timeout=10)
+
+
+@pytest.mark.parametrize("size", [MAX_METADATA_BYTES + 1, 30_000, 60_000])
+@pytest.mark.parametrize("path", [INFER, LIVE])
+def test_metadata_beyond_the_limit_is_refused_naming_both_sizes(channel, path, size):
+    code, details = refusal(channel.unary_unary(path), b"", metadata=padded(size))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "the request's metadata has" in details
+    assert str(MAX_METADATA_BYTES) in details
+
+
+def test_metadata_that_the_engine_does_not_read_ends_that_call_alone(serving, channel):
+    call = channel.unary_unary(INFER)
+    assert call(b"", timeout=10) == b""
+    refusal(call, b"", metadata=padded(1 << 20))
+    assert is_well(serving)
+
+
+def test_gzip_is_taken(channel):
+    data = v2.ModelInferRequest(model_name="m" * 10_000).SerializeToString()
+    assert channel.unary_unary(INFER)(data, compression=grpc.Compression.Gzip, timeout=10) == data
+
+
+@pytest.mark.parametrize("path", [INFER, LIVE])
+def test_deflate_is_unimplemented_and_named(channel, path):
+    code, details = refusal(channel.unary_unary(path), bytes(1000), compression=grpc.Compression.Deflate)
+    assert code is grpc.StatusCode.UNIMPLEMENTED
+    assert "deflate" in details
+
+
+def test_a_message_that_is_small_only_when_compressed_is_refused(serving, channel):
+    code, details = refusal(channel.unary_unary(INFER), bytes(MAX_MESSAGE_BYTES + 1), compression=grpc.Compression.Gzip)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in details
+    assert is_well(serving)
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+def test_an_idle_client_may_ping_as_often_as_is_said(kind, monkeypatch):
+    monkeypatch.setattr(server, "_PING_MILLISECONDS", 20)
+    serving = Serving(kind)
+    try:
+        with RawClient(serving.port) as client:
+            for _ in range(6):
+                threading.Event().wait(0.05)  # the rate is what is tested
+                assert client.ping().kind == raw_http2.PING
+            client.call(1, CALL)
+            assert client.outcome(1) == OK
+    finally:
+        serving.close()
+
+
+def test_a_client_learns_how_many_streams_it_may_have(serving):
+    with RawClient(serving.port) as client:
+        first = client.until(lambda got: got.kind == SETTINGS and got.payload)
+        settings = dict(struct.iter_unpack(">HI", first.payload))
+        assert settings[3] == 1024
+
+
+@pytest.mark.parametrize(
+    ("headers", "outcomes"),
+    [
+        (CALL, {OK}),
+        (changed("content-type", "application/grpc+proto"), {OK}),
+        (changed(":path", "/a.B/C"), {UNIMPLEMENTED}),
+        (changed(":path", "no-slash"), {UNIMPLEMENTED, "reset"}),
+        (changed(":path", ""), {UNIMPLEMENTED, "reset"}),
+        ([pair for pair in CALL if pair[0] != ":path"], {"reset"}),
+        ([pair for pair in CALL if pair[0] != ":scheme"], {"reset"}),
+        (changed("te", "gzip"), {"reset", 13}),
+        ([*CALL, ("X-Upper", "1")], {"goaway", "reset", 13}),
+        ([*CALL, (":late", "1")], {"goaway", "reset", 13}),
+        ([*CALL, ("grpc-timeout", "soon")], {OK, 13}),
+        ([*CALL, ("x-bin", "%%%")], {OK, 13}),
+        ([*CALL, ("grpc-encoding", "zstd")], {UNIMPLEMENTED, 13}),
+        ([*CALL, *((f"x-{number}", "") for number in range(460))], {RESOURCE_EXHAUSTED}),
+    ],
+    ids=lambda value: str(value)[-60:] if isinstance(value, list) else "",
+)
+def test_headers_that_are_wrong_end_their_call_and_nobody_elses(serving, headers, outcomes):
+    with RawClient(serving.port) as client:
+        encoded = [("grpc-encoding", "zstd")]
+        client.call(1, headers, b"\1\0\0\0\1x" if headers[-1:] == encoded else raw_http2.EMPTY)
+        assert client.outcome(1) in outcomes
+    assert is_well(serving)
+
+
+@pytest.mark.parametrize(
+    ("body", "outcomes"),
+    [
+        (b"\1\0\0\0\1x", {13}),
+        (b"\0\xff\xff\xff\xffx", {RESOURCE_EXHAUSTED, 13}),
+    ],
+)
+def test_a_body_that_is_no_message_fails_its_call(serving, body, outcomes):
+    with RawClient(serving.port) as client:
+        client.call(1, CALL, body)
+        assert client.outcome(1) in outcomes
+    assert is_well(serving)
+
+
+def test_streams_that_are_half_open_hold_up_nobody(serving):
+    with RawClient(serving.port) as client:
+        for stream in range(1, 401, 2):
+            client.headers(stream, CALL)
+        client.call(401, CALL)
+        assert client.outcome(401) == OK
+        assert is_well(serving)
+    assert is_well(serving)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        pytest.param(lambda _, number: frame(raw_http2.PING, 0, 0, struct.pack(">Q", number)), id="pings"),
+        pytest.param(lambda _, number: frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535 + number)), id="settings"),
+        pytest.param(lambda _, number: frame(DATA, 0, 0), id="data without a stream"),
+        pytest.param(lambda _, number: frame(CONTINUATION, 0, 1, b""), id="continuations"),
+        pytest.param(
+            lambda block, number: (
+                frame(HEADERS, END_HEADERS | END_STREAM, 2 * number + 1, block)
+                + frame(RST_STREAM, 0, 2 * number + 1, struct.pack(">I", 8))
+            ),
+            id="rapid resets",
+        ),
+    ],
+)
+def test_a_flood_of_frames_harms_only_its_own_connection(serving, flood):
+    with RawClient(serving.port) as client:
+        block = client._encoder.encode(CALL)
+        try:
+            for start in range(0, 3000, 100):
+                client.send(b"".join(flood(block, start + number) for number in range(100)))
+        except OSError:
+            pass  # the server has closed it
+        assert is_well(serving)
+    assert is_well(serving)
+
+
+def test_a_window_of_nothing_holds_up_its_own_answers_only(serving):
+    with RawClient(serving.port, [(raw_http2.INITIAL_WINDOW_SIZE, 0)]) as client:
+        for stream in range(1, 101, 2):
+            client.call(stream, CALL, struct.pack(">BI", 0, 1000) + bytes(1000))
+        client.until(lambda got: got.kind == HEADERS and got.stream == 99)
+        assert is_well(serving)
+        # What was held back arrives when there is room.
+        for stream in range(1, 101, 2):
+            client.send(frame(raw_http2.WINDOW_UPDATE, 0, stream, struct.pack(">I", 10_000)))
+        assert client.outcome(99) == OK
+
+
+def test_a_goaway_of_the_client_is_no_fault(serving):
+    with RawClient(serving.port) as client:
+        client.call(1, CALL)
+        client.send(frame(GOAWAY, 0, 0, bytes(8)))
+        assert client.outcome(1) in (OK, "goaway", "closed")
+    assert is_well(serving)
