@@ -29,6 +29,7 @@ class Calls:
     def __init__(self) -> None:
         # By method and code.
         self._counts: dict[str, dict[str, int]] = {}
+        self._others: list[Callable[[], Iterator[Sample]]] = []
         # Lanes count on threads of their own.
         self._lock = threading.Lock()
 
@@ -37,6 +38,12 @@ class Calls:
         for method, counts in self._counts.items():
             for code, count in counts.items():
                 yield Sample(CALLS, (method, code), count)
+        for samples in self._others:
+            yield from samples()
+
+    def add(self, samples: Callable[[], Iterator[Sample]]) -> None:
+        """What else a server counts."""
+        self._others.append(samples)
 
     def counted(self, service: Service) -> dict[str, Handler]:
         """The handlers of `service`, whose calls count from now on."""

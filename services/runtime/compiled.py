@@ -76,6 +76,7 @@ MODULES = (
     "services.inference.tensor_spec",
     "services.inference.work_results",
     "services.inference.worker",
+    "services.runtime.backlog",
     "services.runtime.fast_lane",
     "services.runtime.frames",
     "services.runtime.infer_request",

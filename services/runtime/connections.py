@@ -17,8 +17,13 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from services.runtime.backlog import Address
+
 # Bytes in a TCP socket's buffer that were not sent, from Linux's sockios.h.
 _SIOCOUTQNSD = 0x894B
+# In Linux's tcp_info, bytes that the other end has acknowledged: 64 bits at this offset.
+_TCP_INFO_BYTES = 256
+_BYTES_ACKED = 120
 # Length 8, type 7, no flags, stream 0; last stream 2^31 - 1, NO_ERROR.
 _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
@@ -59,6 +64,27 @@ class Connections:
         self._seen = seen
         return all_asked
 
+    def acknowledged(self) -> Iterator[tuple[Address, int]]:
+        """The other end of each connection, and how many bytes it has acknowledged since the connection began."""
+        for _, _, connection in self._sockets(listening=False):
+            try:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                found = (_peer(connection), *struct.unpack_from("Q", info, _BYTES_ACKED))
+            except (OSError, struct.error):  # it is gone, or a kernel before 4.1
+                continue
+            yield found
+
+    def cut(self, address: Address) -> bool:
+        """Ends the connection from this address, with all calls on it; False where there is none."""
+        for _, _, connection in self._sockets(listening=False):
+            try:
+                if _peer(connection) == address:
+                    connection.shutdown(socket.SHUT_RDWR)
+                    return True
+            except OSError:
+                continue
+        return False
+
     def _sockets(self, *, listening: bool) -> Iterator[tuple[int, str, socket.socket]]:
         """Descriptors and inodes, with a socket that is open until the next is asked for."""
         for descriptor in Path("/proc/self/fd").iterdir():
@@ -87,6 +113,11 @@ def _port(connection: socket.socket) -> int | None:
         return None
     port: int = connection.getsockname()[1]
     return port
+
+
+def _peer(connection: socket.socket) -> Address:
+    host, port, *_ = connection.getpeername()
+    return host.partition("%")[0].removeprefix("::ffff:"), port
 
 
 def _go_away(connection: socket.socket) -> bool:

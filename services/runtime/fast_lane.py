@@ -18,11 +18,12 @@ from typing import Any, TypeAlias
 
 import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
-from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from services.runtime import cores, faults
+from services.runtime.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.errors import RingmeshError
-from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, check_metadata, failure
+from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, check_metadata, failure, status_details
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +34,22 @@ _AFTERWARDS_SECONDS = 0.02
 # How soon, and at least how often, a stream whose client does not read is tried again.
 _RETRY_SECONDS = 0.001
 _LONGEST_RETRY_SECONDS = 0.05
-# The lane, the call's id, what is to be finished, and the seconds that the caller has left.
-_Admitted: TypeAlias = tuple[Lane, int, Any, float | None]
+# The lane, the call's id, what is to be finished, the seconds that the caller has left, and the caller.
+_Admitted: TypeAlias = tuple[Lane, int, Any, float | None, str]
 
 
 class FastLaneServer(native.Server):
     """`pygrpc_native.aio.server()` with lanes by method path, on some of its private names that our tests hold."""
 
-    def __init__(self, options: list[tuple[str, Any]], lanes: Mapping[str, Lane]) -> None:
+    def __init__(
+        self, options: list[tuple[str, Any]], lanes: Mapping[str, Lane], max_unread_bytes: int = MAX_UNREAD_BYTES
+    ) -> None:
         # On two cores a second one only takes turns with Python.
         super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
+        # They say what was sent of calls that have ended.
+        self._front_args["metrics"] = True
+        self.backlog = Backlog(max_unread_bytes, self._sent_bytes)
+        self._unary: frozenset[str] = frozenset()
         self._lanes = lanes
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._lane_of: list[Lane | None] = []
@@ -61,6 +68,7 @@ class FastLaneServer(native.Server):
         """Serves."""
         await super().start()
         self._lane_of = [self._lanes.get(path) for path, _ in self._table]
+        self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)
 
     async def stop(self, grace: float | None) -> None:
         """Turns new calls away, waits for those under way, and closes only when their answers have left."""
@@ -75,7 +83,7 @@ class FastLaneServer(native.Server):
         await asyncio.sleep(_FLUSH_SECONDS)
         for call_id, cancel in list(self._under_way.items()):
             cancel()
-            self._end(call_id, Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ()))
+            self._end(call_id, "", Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ()))
         # The tasks among them hear of it.
         await asyncio.sleep(0)
         await super().stop(0)
@@ -87,6 +95,45 @@ class FastLaneServer(native.Server):
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
         context._trailing_metadata = _sendable(context._trailing_metadata)
         super()._fail(call, context, details)
+
+    def _sent_bytes(self) -> int:
+        """Of unary answers, those that left, or were to leave when their callers did."""
+        front = self._front
+        methods = (front.metrics() or {}).get("methods", {}) if front is not None else {}
+        return sum(
+            status["sent"]["sum"]
+            for path, method in methods.items()
+            if path in self._unary
+            for status in method["status"].values()
+        )
+
+    async def _run_unary(self, call: Any, context: Any, request: Any) -> None:
+        ok, response = await self._unary_response(call, context, request)
+        data = self._encode(call, context, response) if ok else None
+        if data is not None:
+            initial = None if context._initial_metadata is None else list(context._initial_metadata)
+            self._respond(call.call_id, call.peer, data, list(context._trailing_metadata), initial)
+
+    def _respond(
+        self, call_id: int, peer: str, body: bytes, trailing: Metadata, initial: Metadata | None = None
+    ) -> None:
+        front, backlog = self._front, self.backlog
+        assert front is not None
+        if not backlog.admit(peer, len(body)):
+            refused = backlog.refusal()
+            front.fail(
+                call_id, refused.code.value[0], refused.message, trailing_metadata=_sendable(status_details(refused))
+            )
+        elif not front.respond(call_id, body, initial, trailing):
+            backlog.withdraw(peer, len(body))
+
+    def _answer(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
+        front = self._front
+        assert front is not None
+        if isinstance(answer, Answer):
+            self._respond(call_id, peer, answer.body, answer.trailing)
+        else:
+            front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=_sendable(answer.trailing))
 
     async def _send(self, call: Any, context: Any, response: Any) -> bool:
         # The engine would hold one of the process's few threads for each client that does not read.
@@ -108,7 +155,7 @@ class FastLaneServer(native.Server):
         assert front is not None
         assert loop is not None
         while (events := front.recv_batch_details(_BATCH)) is not None:
-            admitted, rest = self._answer_at_once(front, events)
+            admitted, rest = self._answer_at_once(events)
             self.lane_seconds = time.thread_time()
             try:
                 if admitted or rest:
@@ -121,9 +168,7 @@ class FastLaneServer(native.Server):
                 front.close()
                 return
 
-    def _answer_at_once(
-        self, front: NativeGrpcFront, events: list[tuple[Any, ...]]
-    ) -> tuple[list[_Admitted], list[tuple[Any, ...]]]:
+    def _answer_at_once(self, events: list[tuple[Any, ...]]) -> tuple[list[_Admitted], list[tuple[Any, ...]]]:
         """What is left to be finished, and what had no lane."""
         admitted: list[_Admitted] = []
         rest = []
@@ -142,9 +187,9 @@ class FastLaneServer(native.Server):
             except Exception as error:
                 answer = failure(faults.internal(log, "a lane failed", error))
             if type(answer) is not Answer and type(answer) is not Failure:
-                admitted.append((lane, call_id, answer, details[2]))
+                admitted.append((lane, call_id, answer, details[2], details[1]))
                 continue
-            _send(front, call_id, answer)
+            self._answer(call_id, details[1], answer)
             if answer.afterwards is not None:
                 self._afterwards.append(answer.afterwards)
         return admitted, rest
@@ -174,9 +219,9 @@ class FastLaneServer(native.Server):
             for call_id in [call[1] for call in admitted] + [event[1] for event in events if event[0] == EVENT_CALL]:
                 front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
             admitted, events = [], [event for event in events if event[0] != EVENT_CALL]
-        for lane, call_id, call, remaining in admitted:
+        for lane, call_id, call, remaining, peer in admitted:
             deadline = None if remaining is None else time.monotonic() + remaining
-            self._begin(lane, call_id, call, deadline)
+            self._begin(lane, call_id, call, deadline, peer)
         if events:
             for event in events:
                 # It may not have begun, and then would not come to its end either.
@@ -184,13 +229,13 @@ class FastLaneServer(native.Server):
                     cancel()
             self._on_events(events)
 
-    def _begin(self, lane: Lane, call_id: int, call: object, deadline: float | None) -> None:
+    def _begin(self, lane: Lane, call_id: int, call: object, deadline: float | None, peer: str) -> None:
         self._under_way[call_id] = _nothing
         if lane.start is not None:
             try:
-                cancel = lane.start(call, deadline, partial(self._end, call_id))
+                cancel = lane.start(call, deadline, partial(self._end, call_id, peer))
             except Exception as error:
-                self._end(call_id, failure(faults.internal(log, "a lane failed", error)))
+                self._end(call_id, peer, failure(faults.internal(log, "a lane failed", error)))
                 return
             if cancel is not None:
                 # Unless it has ended by now.
@@ -198,22 +243,21 @@ class FastLaneServer(native.Server):
                     self._under_way[call_id] = cancel
                 return
         assert self._loop is not None
-        task = self._loop.create_task(self._finish(lane, call_id, call, deadline))
+        task = self._loop.create_task(self._finish(lane, call_id, call, deadline, peer))
         self._under_way[call_id] = task.cancel
 
-    async def _finish(self, lane: Lane, call_id: int, call: object, deadline: float | None) -> None:
+    async def _finish(self, lane: Lane, call_id: int, call: object, deadline: float | None, peer: str) -> None:
         try:
             answer = await lane.finish(call, deadline)
         except asyncio.CancelledError:
             return
         except Exception as error:
             answer = failure(faults.internal(log, "a lane failed", error))
-        self._end(call_id, answer)
+        self._end(call_id, peer, answer)
 
-    def _end(self, call_id: int, answer: Answer | Failure) -> None:
-        front = self._front
-        if self._ended(call_id) is not None and front is not None:
-            _send(front, call_id, answer)
+    def _end(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
+        if self._ended(call_id) is not None and self._front is not None:
+            self._answer(call_id, peer, answer)
         if answer.afterwards is not None:
             try:
                 answer.afterwards()
@@ -226,13 +270,6 @@ class FastLaneServer(native.Server):
         if self._draining and not self._under_way:
             self._idle.set()
         return cancel
-
-
-def _send(front: NativeGrpcFront, call_id: int, answer: Answer | Failure) -> None:
-    if isinstance(answer, Answer):
-        front.respond(call_id, answer.body, trailing_metadata=answer.trailing)
-    else:
-        front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=_sendable(answer.trailing))
 
 
 def _sendable(trailing: Metadata) -> Metadata:

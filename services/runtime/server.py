@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -14,10 +14,11 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 
 from services.runtime import reflection
+from services.runtime.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.calls import Calls
 from services.runtime.connections import Connections
 from services.runtime.health import Health
-from services.runtime.rpc import MAX_METADATA_BYTES, Service
+from services.runtime.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
 from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ _PING_MILLISECONDS = 5_000
 # What the engines read of a request's metadata; above MAX_METADATA_BYTES it is refused in words.
 _METADATA_READ = 4 * MAX_METADATA_BYTES
 _MAX_STREAMS = 1024
+_LOOK_SECONDS = 1.0
 # Bits of grpc_compression_algorithm. pygrpc-native has these two.
 _IDENTITY, _GZIP = 1 << 0, 1 << 2
 # What callers had sent before they heard that they should go elsewhere comes within this.
@@ -44,7 +46,39 @@ class StartError(Exception):
     """The process cannot start; the message says why in one line."""
 
 
-def _create(engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service]) -> grpc.aio.Server:
+class _GrpcioBacklog(Backlog):
+    """Of a grpcio server, where a handler's task ends when its answer has left or its caller has."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit, lambda: self._ended_bytes)
+        self._ended_bytes = 0
+
+    def bounded(self, handler: Handler) -> Handler:
+        """`handler`, whose answers count if it has one a call; of a stream, the engine holds one at a time."""
+        if handler.unary_unary is None:
+            return handler
+        answer: Any = handler.unary_unary
+
+        async def call(request: Any, context: Context) -> bytes:
+            response: bytes = await answer(request, context)
+            size = len(response)
+            if not self.admit(context.peer(), size):
+                await abort(context, self.refusal())
+            task = asyncio.current_task()
+            assert task is not None
+            task.add_done_callback(lambda _: self._ended(size))
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    def _ended(self, size: int) -> None:
+        self._ended_bytes += size
+
+
+def _create(
+    engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int
+) -> tuple[grpc.aio.Server, Backlog, Callable[[Handler], Handler]]:
+    """The server, what it has sent that is unread, and what is to be done with each handler."""
     if engine is Engine.NATIVE:
         try:
             from services.runtime.fast_lane import FastLaneServer
@@ -54,8 +88,10 @@ def _create(engine: Engine, options: list[tuple[str, Any]], services: Sequence[S
             lanes = {
                 f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
             }
-            return FastLaneServer(options, lanes)
-    return grpc.aio.server(options=options)
+            native = FastLaneServer(options, lanes, max_unread_bytes)
+            return native, native.backlog, lambda handler: handler
+    backlog = _GrpcioBacklog(max_unread_bytes)
+    return grpc.aio.server(options=options), backlog, backlog.bounded
 
 
 class Server:
@@ -64,7 +100,8 @@ class Server:
     Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
     `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
     processes that say so too may listen on the same port, and the kernel spreads connections over them. `calls` counts
-    what is called, here and on other servers that are given the same.
+    what is called, here and on other servers that are given the same. Of answers that callers do not read, some
+    `max_unread_bytes` are held: see Backlog.
     """
 
     def __init__(
@@ -77,12 +114,13 @@ class Server:
         max_connection_age: float,
         share_port: bool = False,
         calls: Calls | None = None,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
     ) -> None:
         self._address = address
         self._services = services
         self._max_connection_age = max_connection_age
         self._connections: Connections | None = None
-        self._aging: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self.health = Health(service.name for service in services)
         self.calls = calls or Calls()
         options = [
@@ -98,14 +136,15 @@ class Server:
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
             ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
         ]
-        self._server = _create(engine, options, services)
+        self._server, self._backlog, self._bounded = _create(engine, options, services, max_unread_bytes)
+        self.calls.add(self._backlog.samples)
 
     async def start(self) -> int:
         """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError where the address is taken."""
         server = self._server
         services = [*self._services, self.health.service()]
         for service in services:
-            handlers = self.calls.counted(service)
+            handlers = {name: self._bounded(made) for name, made in self.calls.counted(service).items()}
             server.add_registered_method_handlers(service.name, handlers)
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
         channelz.add_channelz_servicer(server)
@@ -122,7 +161,11 @@ class Server:
             ) from None
         await server.start()
         self._connections = Connections(port)
-        self._aging = BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections))
+        self._backlog.watch(self._connections)
+        self._watching = [
+            BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections)),
+            BACKGROUND.start("slow readers", self._look_for_slow_readers),
+        ]
         return port
 
     def lane_seconds(self) -> float:
@@ -138,8 +181,9 @@ class Server:
         """Asks callers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
         self.health.set_serving(False)
         self.health.close()
-        if self._aging is not None and self._connections is not None:
-            self._aging.cancel()
+        for task in self._watching:
+            task.cancel()
+        if self._connections is not None:
             await self._release_all(self._connections)
         await self._server.stop(grace)
 
@@ -156,3 +200,8 @@ class Server:
         while True:
             await asyncio.sleep(self._max_connection_age / 30)
             await asyncio.to_thread(connections.release, time.monotonic(), self._max_connection_age)
+
+    async def _look_for_slow_readers(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.to_thread(self._backlog.look)

@@ -3,15 +3,17 @@
 import asyncio
 import struct
 import threading
+from contextlib import suppress
 
 import grpc
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime import protocol, server
+from services.runtime import backlog, protocol, server
 from services.runtime.rpc import MAX_METADATA_BYTES, Answer, Lane
 from services.runtime.server import Engine, Server
 from tests.system import raw_http2
+from tests.system.conftest import eventually
 from tests.system.raw_http2 import (
     CONTINUATION,
     DATA,
@@ -47,22 +49,26 @@ def changed(name, value):
 class Serving:
     """A server on an event loop of its own, whose ModelInfer answers with what it is sent."""
 
-    def __init__(self, engine, admit=lambda data, _: Answer(data, ())):
+    def __init__(self, engine, admit=lambda data, _: Answer(data, ()), **options):
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.server, self.port = self._run(self._start(engine, admit))
+        self.server, self.port = self._run(self._start(engine, admit, options))
         self.address = f"127.0.0.1:{self.port}"
 
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
-    async def _start(self, engine, admit):
+    async def _start(self, engine, admit, options):
         service = protocol.service(lambda: True, {}, {"ModelInfer": Lane(admit, None)})
-        made = Server(engine, "127.0.0.1:0", [service], max_message_bytes=MAX_MESSAGE_BYTES, max_connection_age=3600)
+        limits = {"max_message_bytes": MAX_MESSAGE_BYTES, "max_connection_age": 3600}
+        made = Server(engine, "127.0.0.1:0", [service], **limits, **options)
         port = await made.start()
         made.set_serving(True)
         return made, port
+
+    def counted(self, name):
+        return next(sample.value for sample in self.server.calls.samples() if sample.family.name == name)
 
     def close(self):
         self._run(self.server.stop(0))
@@ -262,3 +268,33 @@ def test_a_goaway_of_the_client_is_no_fault(serving):
         client.send(frame(GOAWAY, 0, 0, bytes(8)))
         assert client.outcome(1) in (OK, "goaway", "closed")
     assert is_well(serving)
+
+
+@pytest.mark.parametrize("kind", list(Engine))
+def test_answers_that_nobody_reads_are_bounded_and_their_connections_cut_while_others_are_served(kind, monkeypatch):
+    monkeypatch.setattr(backlog, "_SHORT_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(server, "_LOOK_SECONDS", 0.1)
+    limit, size = 32 << 20, 1 << 20
+    serving = Serving(kind, lambda data, _: Answer(bytes(size) if data else b"", ()), max_unread_bytes=limit)
+    window = [(raw_http2.INITIAL_WINDOW_SIZE, 1)]
+
+    def unread():
+        return serving.counted("ringmesh_unread_response_bytes")
+
+    try:
+        clients = [RawClient(serving.port, window) for _ in range(6)]
+        most = 0
+        for stream in range(1, 81, 2):
+            for client in clients:
+                with suppress(OSError):  # it was cut
+                    client.call(stream, CALL, struct.pack(">BI", 0, 1) + b"x")
+            most = max(most, unread())
+            assert is_well(serving)
+        assert most <= 2 * limit
+        eventually(lambda: serving.counted("ringmesh_connections_cut_total") > 0 and unread() <= limit)
+        assert is_well(serving)
+        for client in clients:
+            client.socket.close()
+        eventually(lambda: unread() == 0)
+    finally:
+        serving.close()
