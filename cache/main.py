@@ -32,6 +32,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         [service.service()],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
+        max_unread_bytes=settings.max_unread_bytes,
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)

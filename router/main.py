@@ -96,6 +96,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         ],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
+        max_unread_bytes=settings.max_unread_bytes,
         share_port=settings.share_port,
     )
     metrics = Metrics()

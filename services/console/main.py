@@ -40,6 +40,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
         [TraceReceiver(traces).service()],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
+        max_unread_bytes=settings.max_unread_bytes,
     )
     metrics.add(receiver.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)

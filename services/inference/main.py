@@ -74,6 +74,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         [inference, envelopes.service(calls)],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
+        max_unread_bytes=settings.max_unread_bytes,
         calls=calls,
     )
     local = EnvelopeSocket(settings.socket_dir, envelopes, settings.max_message_bytes, calls.counter(EXECUTE))

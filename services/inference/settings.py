@@ -22,6 +22,9 @@ class WorkerSettings(ServiceSettings):
     section: ClassVar[str] = "worker"
     address: str = Field("127.0.0.1:8100", description="host:port to serve gRPC on; port 0 takes a free one")
     metrics_address: str = Field("127.0.0.1:8200", description="host:port to serve /metrics on")
+    max_unread_bytes: int = Field(
+        1 << 30, gt=0, description="as of every server; its callers are routers, with much each"
+    )
     worker_id: str = Field(f"worker-{os.getpid()}", min_length=1, description="name in traces, metadata and the ring")
     models: str = Field(
         "models", description="model repository in Triton's layout: a folder, or an s3://, gs:// or https:// URL"

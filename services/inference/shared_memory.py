@@ -158,9 +158,8 @@ def _open(key: str) -> _Object:
         raise InvalidArgumentError(f"{key!r} is no key of a POSIX shared memory object, such as /name", field="key")
     try:
         opened = _Object(os.open(_FOLDER / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.reason  # type: ignore[attr-defined]
-        raise NotFoundError(f"cannot open the shared memory object {key!r}: {reason}", field="key") from None
+    except OSError as error:
+        raise NotFoundError(f"cannot open the shared memory object {key!r}: {error.strerror}", field="key") from None
     if not stat.S_ISREG(os.fstat(opened.descriptor).st_mode):
         raise InvalidArgumentError(f"{key!r} is not a POSIX shared memory object", field="key")
     return opened

@@ -111,10 +111,10 @@ class Backlog:
         flow.handed += size
         flow.unread += size
         self._handed += size
-        if self._handed < self._next_look and flow.unread <= self._share(self._total):
+        if self._handed < self._next_look and flow.unread - size <= self._share(self._total):
             return True
         self.look()
-        if flow.unread <= self._share(self._total) or flow.unread == size:
+        if flow.unread - size <= self._share(self._total):
             return True
         self._refused += 1
         self.withdraw(peer, size)
@@ -191,7 +191,7 @@ class Backlog:
         return is_slow
 
     def _share(self, total: int) -> int:
-        """What one connection may have waiting; one answer of any size always may."""
+        """What one connection may have waiting and still get another answer, of any size."""
         if total <= self._limit:
             return self._limit // 2
         return self._limit // 16 if total <= 2 * self._limit else _FLOOR

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from services.runtime.backlog import MAX_UNREAD_BYTES
 from services.runtime.logs import LogFormat
 from services.runtime.server import Engine, StartError
 
@@ -24,6 +25,9 @@ class ServiceSettings(BaseSettings):
     metrics_address: str = Field("127.0.0.1:0", description="host:port to serve /metrics on; port 0 takes a free one")
     engine: Engine = Field(Engine.NATIVE, description="what does the HTTP/2 work: native (Rust) or grpcio")
     max_message_bytes: int = Field(128 << 20, gt=0, description="largest request taken")
+    max_unread_bytes: int = Field(
+        MAX_UNREAD_BYTES, gt=0, description="answers that callers have not read, beyond which slow ones are cut"
+    )
     max_connection_age_seconds: float = Field(
         300.0, gt=0, description="when the client of a connection is asked to open another, which may find new servers"
     )

@@ -103,16 +103,15 @@ def test_descriptors_are_closed_when_regions_are_unregistered_refused_or_registe
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("key", ["", "/", "/.", "/..", "//etc", "/a/b", "/a\0b"])
+@pytest.mark.parametrize("key", ["", "/", "/.", "/..", "//etc", "/a/b", "/a\0b", "/" + "x" * 300])
 def test_a_key_that_is_no_shared_memory_object_is_refused(key):
     with pytest.raises(InvalidArgumentError, match="no key of a POSIX shared memory object"):
         SharedMemory().register("region", key, 0, 16)
 
 
-@pytest.mark.parametrize("key", ["/nowhere-at-all", "/" + "x" * 300, "/\udcff"])
-def test_an_object_that_cannot_be_opened_is_not_found(key):
+def test_an_object_that_cannot_be_opened_is_not_found():
     with pytest.raises(NotFoundError, match="cannot open the shared memory object"):
-        SharedMemory().register("region", key, 0, 16)
+        SharedMemory().register("region", "/nowhere-at-all", 0, 16)
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 0), (0, -1), (-1, 16), (0, SIZE + 1), (SIZE, 1), (2**63, 2**63)])
