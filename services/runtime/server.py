@@ -46,11 +46,11 @@ class StartError(Exception):
     """The process cannot start; the message says why in one line."""
 
 
-class _GrpcioBacklog(Backlog):
-    """Of a grpcio server, where a handler's task ends when its answer has left or its caller has."""
+class _GrpcioAnswers:
+    """Those of a grpcio server, where a handler's task ends when its answer has left or its caller has."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit, lambda: self._ended_bytes)
+    def __init__(self, max_unread_bytes: int) -> None:
+        self.backlog = Backlog(max_unread_bytes, lambda: self._ended_bytes)
         self._ended_bytes = 0
 
     def bounded(self, handler: Handler) -> Handler:
@@ -62,8 +62,8 @@ class _GrpcioBacklog(Backlog):
         async def call(request: Any, context: Context) -> bytes:
             response: bytes = await answer(request, context)
             size = len(response)
-            if not self.admit(context.peer(), size):
-                await abort(context, self.refusal())
+            if not self.backlog.admit(context.peer(), size):
+                await abort(context, self.backlog.refusal())
             task = asyncio.current_task()
             assert task is not None
             task.add_done_callback(lambda _: self._ended(size))
@@ -90,8 +90,8 @@ def _create(
             }
             native = FastLaneServer(options, lanes, max_unread_bytes)
             return native, native.backlog, lambda handler: handler
-    backlog = _GrpcioBacklog(max_unread_bytes)
-    return grpc.aio.server(options=options), backlog, backlog.bounded
+    answers = _GrpcioAnswers(max_unread_bytes)
+    return grpc.aio.server(options=options), answers.backlog, answers.bounded
 
 
 class Server:
