@@ -14,11 +14,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol, TypeAlias
 from urllib.parse import unquote
 
-from services.runtime.errors import ResourceExhaustedError
+from services.runtime.errors import ResourceExhaustedError, some
 from services.runtime.metrics import Family, Sample
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ _FLOOR = 256 << 10
 _DRAIN_SECONDS = 60.0
 # How long its pace is watched before it is cut; the shorter time where memory is short.
 _PATIENCE_SECONDS, _SHORT_PATIENCE_SECONDS = 10.0, 1.0
-# Looking costs some 10 us a connection.
+# Looking at connections costs some 20 us each, and no more than this share of the time.
 _PAUSE_SECONDS = 0.02
+_LOOKING_SHARE = 0.1
 
 
 # Host and port.
@@ -49,8 +50,8 @@ class Connections(Protocol):
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """The other end of each connection, and the bytes that it has acknowledged."""
 
-    def cut(self, address: Address) -> bool:
-        """Ends a connection."""
+    def cut(self, addresses: Collection[Address]) -> int:
+        """Ends the connections from these; how many there were."""
 
 
 class _Flow:
@@ -85,7 +86,8 @@ class Backlog:
         self._handed = 0
         self._total = 0
         self._next_look = self._step
-        self._looked = 0.0
+        # When connections may be looked at again.
+        self._rested = 0.0
         # By the engine's name for the caller, and by address.
         self._flows: dict[str, _Flow] = {}
         self._by_address: dict[Address, _Flow] = {}
@@ -150,9 +152,8 @@ class Backlog:
             self._by_address.clear()
             return
         now = self._clock()
-        if self._connections is None or now - self._looked < _PAUSE_SECONDS:
+        if self._connections is None or now < self._rested:
             return
-        self._looked = now
         slow = []
         alive = set()
         for address, acked in self._connections.acknowledged():
@@ -163,15 +164,19 @@ class Backlog:
                 flow.acked, flow.offset = acked, -acked
             elif self._is_slow(flow, acked, now):
                 slow.append(flow)
+        ended = self._clock()
+        self._rested = ended + max(_PAUSE_SECONDS, (ended - now) / _LOOKING_SHARE)
         # What cannot be read from the kernel, such as a Unix socket, stays with what it was handed.
         for peer, flow in list(self._flows.items()):
             if flow.address not in alive and flow.address[1]:
                 self._flows.pop(peer, None)
                 self._by_address.pop(flow.address, None)
-        for flow in slow:
-            if self._connections.cut(flow.address):
-                self._cut += 1
-                log.warning("cut the connection from %s:%d: %d bytes of answers are unread", *flow.address, flow.unread)
+        if slow:
+            self._cut += self._connections.cut({flow.address for flow in slow})
+            log.warning(
+                "cut the connections of callers who do not read their answers: %s",
+                some(f"{flow.address[0]}:{flow.address[1]} ({flow.unread} bytes)" for flow in slow),
+            )
 
     def _is_slow(self, flow: _Flow, acked: int, now: float) -> bool:
         flow.moved += acked - flow.acked

@@ -32,13 +32,13 @@ class Wire:
     def acknowledged(self):
         return iter(list(self.acked.items()))
 
-    def cut(self, address):
-        self.cuts.append(address)
-        del self.acked[address]
+    def cut(self, addresses):
+        self.cuts += addresses
         for peer, at in AT.items():
-            if at == address:
+            if at in addresses:
+                del self.acked[at]
                 self.sent += self.waiting.pop(peer)
-        return True
+        return len(addresses)
 
     def answer(self, peer, size=MB):
         taken = self.backlog.admit(peer, size)
