@@ -14,8 +14,10 @@ import errno
 import fcntl
 import logging
 import os
+import random
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _FICLONE = 0x40049409  # linux/fs.h: the copy shares blocks until one of the two is written
 _COPY_BYTES = 4 << 20
+# How often a worker looks whether another has made the snapshot that it needs too.
+_COPIED_ELSEWHERE_SECONDS = 0.02
 
 
 class Entry:
@@ -110,8 +114,12 @@ class Snapshots:
             if (entry / "files").is_dir():
                 return lock
             os.close(lock)
-            # Other workers of the host wait here, and find what the first of them copied.
-            lock = _lock(entry, fcntl.LOCK_EX)
+            try:
+                # Not by waiting for the lock: who copies the files keeps a shared one for as long as it serves them.
+                lock = _lock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(random.uniform(0.5, 1.5) * _COPIED_ELSEWHERE_SECONDS)
+                continue
             try:
                 if not (entry / "files").is_dir():
                     _make(entry, files)
@@ -152,7 +160,7 @@ def _copy(file: BinaryIO, target: Path) -> None:
 
 
 def _lock(entry: Path, kind: int) -> int:
-    """A descriptor that holds the lock. Waits for it; makes the entry where there is none."""
+    """A descriptor that holds the lock. Waits for it, but for LOCK_NB; makes the entry where there is none."""
     while True:
         entry.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):

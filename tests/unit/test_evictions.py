@@ -12,7 +12,7 @@ def test_evictions_are_counted_by_model_also_of_a_model_whose_keys_have_changed(
     tier = LocalTier(100_000)
     models = {b"a" * 16: "first"}
     evictions = Evictions(tier, lambda: models)
-    fill(tier, b"a", 300)
+    fill(tier, b"a", 400)
     first = evictions.by_model()["first"]
     assert first == tier.counters.evictions > 200
     models.clear()

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,6 +126,24 @@ def test_a_snapshot_is_shared_and_goes_with_the_last_that_uses_it(tmp_path):
     assert second.files.model.stat().st_ino == inode
     second.close()
     assert content(tmp_path / "state") == []
+
+
+def test_workers_that_need_one_snapshot_at_once_all_get_it(tmp_path):
+    scaled(tmp_path / "models")
+    begin = threading.Barrier(8)
+
+    def take(snapshots):
+        begin.wait(20)
+        return snapshots.take(files(tmp_path / "models").hashed())
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(20):
+            state = [Snapshots(tmp_path / str(number))] * 8
+            taken = [future.result(20) for future in [pool.submit(take, one) for one in state]]
+            assert {each.folder for each in taken} == {taken[0].folder}
+            # Each goes on using it: who comes late must not wait for that.
+            for each in taken:
+                each.close()
 
 
 def test_what_a_killed_worker_left_is_removed_and_what_another_uses_is_kept(tmp_path):
