@@ -40,6 +40,8 @@ class Ensemble:
 
     provider = "ensemble"
     row_cache = False
+    # Its steps are batched, each as its own model says.
+    batch_remark = ""
     semantic_threshold = 0.0
     semantic_embedding = ""
     # What waits, waits for its steps.
