@@ -53,8 +53,8 @@ class CacheView:
 class ModelCopy:
     """A model version as one worker holds it.
 
-    `uncacheable`: why its answers are not kept; "" where they are. `batching`: why requests do not share its runs, or
-    that they do without a proof that rows are independent; "" where that is proven.
+    `uncacheable`: why its answers are not kept; "" where they are. `batching`: whether requests share its runs, and
+    what the proof that rows are independent says.
     """
 
     worker: str
@@ -82,13 +82,8 @@ class ModelView:
         return reasons[0] if reasons and all(reasons) else ""
 
     @property
-    def batched(self) -> bool:
-        """Whether requests share runs on any worker."""
-        return any(copy.max_batch_rows > 1 for copy in self.copies)
-
-    @property
     def batching(self) -> str:
-        """Why requests do not share runs, or that they do without a proof; "" where no worker says either."""
+        """Whether requests share runs, in the words of a worker."""
         return next((copy.batching for copy in self.copies if copy.batching), "")
 
     @property

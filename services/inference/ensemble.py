@@ -40,8 +40,7 @@ class Ensemble:
 
     provider = "ensemble"
     row_cache = False
-    # Its steps are batched, each as its own model says.
-    batch_remark = ""
+    batch_remark = "batched by its steps"
     semantic_threshold = 0.0
     semantic_embedding = ""
     # What waits, waits for its steps.

@@ -144,11 +144,15 @@ class OnnxModel:
 
     @property
     def batch_remark(self) -> str:
-        """Why it is not batched, or that it is on its owner's word alone; "" if it is proven and batched."""
+        """Whether requests share runs, and what of the proof decides it."""
         if self.batch_reason:
             return f"not batched: {self.batch_reason}"
         unproven = row_independence.not_proven(self.independence)
-        return f"batched because its config.pbtxt says so: {unproven}" if unproven else ""
+        return (
+            f"batched because its config.pbtxt says so: {unproven}"
+            if unproven
+            else "batched: rows are proven independent"
+        )
 
     @property
     def sequence_batching(self) -> config_pb2.ModelSequenceBatching:

@@ -30,7 +30,7 @@ _MOST_ELEMENTS = 1 << 26
 
 def not_proven(verdict: Verdict) -> str:
     """Why the graph does not prove that rows are independent; "" if it does."""
-    return f"its rows are not proven independent: {verdict.reason}" if verdict.reason else ""
+    return f"rows are not proven independent: {verdict.reason}" if verdict.reason else ""
 
 
 def why_not(model: OnnxModel, verdict: Verdict) -> str:

@@ -104,6 +104,8 @@ def _numeric(operator: str, operands: list[Any]) -> Any:
 
 def _cast(value: Any, to: int) -> Any:
     if isinstance(value, Size):
+        if to == TensorProto.BOOL:
+            return True if _bounds(value)[0] > 0 else None
         # A symbol that may be negative may be a fraction too, which changes in a cast.
         return value if value.nonnegative and to in _WHOLE | _FLOATS else None
     if to in _WHOLE:
@@ -115,9 +117,12 @@ def _cast(value: Any, to: int) -> Any:
 
 def _symbolic(operator: str, operands: list[Any], symbols: Symbols) -> Any:
     """Of whole numbers and sizes."""
-    if operator in ("Identity", "Floor", "Ceil", "Round", "Abs"):
-        size = operands[0]
-        return size if operator == "Identity" or size.nonnegative else None
+    if operator == "Identity":
+        return operands[0]
+    if any(isinstance(operand, Size) and not operand.nonnegative for operand in operands):
+        return None  # it may be a fraction, or NaN
+    if operator in ("Floor", "Ceil", "Round", "Abs"):
+        return operands[0]
     if len(operands) != 2 or any(isinstance(operand, bool) for operand in operands):
         return None
     one, other = map(as_size, operands)
@@ -125,7 +130,7 @@ def _symbolic(operator: str, operands: list[Any], symbols: Symbols) -> Any:
         return plain(one * other)
     if operator == "Div":
         quotient = one.divided_by(other)
-        return None if quotient is None or not (one.nonnegative and other.nonnegative) else plain(quotient)
+        return None if quotient is None or not other.nonnegative else plain(quotient)
     if operator in ("Add", "Sub"):
         return _sum(one, other if operator == "Add" else other * Size(-1), symbols)
     if one == other:

@@ -20,15 +20,16 @@ from services.inference.graph import RANDOM_OPERATORS
 # Nodes visited, each time they are: a bound for functions that call functions, and for loops within loops.
 _MOST_NODES = 300_000
 _DEEPEST = 32
-# ONNX Runtime guarantees nothing below, and operators broadcast by other rules there.
-_OLDEST_OPSET = 7
+# ONNX Runtime guarantees nothing below, and operators broadcast by other rules there. What is newer has no rules yet.
+_OPSETS = range(7, 27)
 
 
 def prove(model: onnx.ModelProto) -> Verdict:
     """Whether each row of each output depends on its own row of the inputs only. Weights may be in other files."""
     opsets = {"" if one.domain == "ai.onnx" else one.domain: one.version for one in model.opset_import}
-    if opsets.get("", _OLDEST_OPSET) < _OLDEST_OPSET:
-        return Verdict(f"its operators are of opset {opsets['']}; rules are for {_OLDEST_OPSET} and later")
+    for version in (opsets, *({one.domain: one.version for one in f.opset_import} for f in model.functions)):
+        if version.get("", _OPSETS[0]) not in _OPSETS:
+            return Verdict(f"its operators are of opset {version['']}; rules are for {_OPSETS[0]} to {_OPSETS[-1]}")
     walk = Walk(model)
     scope = Scope(opsets=opsets)
     given = {one.name for one in model.graph.initializer}
@@ -147,6 +148,8 @@ class Walk:
         attributes = Attributes(node, scope.attributes)
         function = self._functions.get((node.domain, node.op_type, node.overload))
         if function is not None:
+            if find(domain, node.op_type) is not None:
+                raise NotProvenError("the model defines a function by the name of an operator")
             return self._call(function, inputs, attributes, scope, _name(node, scope))
         if node.op_type in RANDOM_OPERATORS:
             return [Unknown(f"{_name(node, scope)}: it draws random numbers")] * len(node.output)

@@ -10,6 +10,7 @@ from services.inference.batch_proof.operator_call import (
     OperatorCall,
     broadcast,
     common_rows,
+    not_along,
     shape_of,
 )
 from services.inference.batch_proof.registry import MICROSOFT, Outcome, rule
@@ -67,31 +68,39 @@ def product_of_matrices(
     return contract((a, b), (left, right), result, call)
 
 
-@rule("MatMul", "MatMulInteger")
-@rule("MatMulIntegerToFloat", domain=MICROSOFT)
+@rule("MatMul")
 def matmul(call: OperatorCall) -> Outcome:
-    """Scales and zero points are those of weights."""
-    call.batch_independent_except(0, 1)
-    for zero_point in (2, 4) if call.operator == "MatMulIntegerToFloat" else (2,):
-        # One for each row of the left matrix would be one for each row of the batch.
-        if call.operator != "MatMul" and (value := call.maybe(zero_point)) is not None:
-            one_value(value)
+    """Of two matrices, or of stacks of them."""
     return product_of_matrices(call, call.input(0), call.input(1))
+
+
+# Of quantised ones: where the right matrix is, and the scales and zero points of the left and of the right.
+_QUANTISED = {
+    "MatMulInteger": (1, (2,), (3,)),
+    "MatMulIntegerToFloat": (1, (2, 4), (3, 5)),
+    "QLinearMatMul": (3, (1, 2, 6, 7), (4, 5)),
+}
+
+
+@rule("MatMulInteger", "QLinearMatMul")
+@rule("MatMulIntegerToFloat", domain=MICROSOFT)
+def quantised_matmul(call: OperatorCall) -> Outcome:
+    """A scale or zero point may be one for each row or column, unless the rows of the batch lie there."""
+    right, of_left, of_right = _QUANTISED[call.operator]
+    call.batch_independent_except(0, right)
+    for place in (*of_left, *(of_right if call.input(right).rows is not None else ())):
+        if (value := call.maybe(place)) is not None:
+            one_value(value)
+    made = product_of_matrices(call, call.input(0), call.input(right))
+    if call.maybe(6) is not None and call.operator == "MatMulIntegerToFloat":
+        not_along(made.rows, [len(made.shape or ()) - 1], "adds a bias along")
+    return made
 
 
 def one_value(tensor: Tensor) -> None:
     """Raises NotProvenError if a scale or zero point has several."""
     if any(size != ONE for size in shape_of(tensor, "a scale or zero point")):
         raise NotProvenError("a scale or zero point has several values")
-
-
-@rule("QLinearMatMul")
-def qlinear_matmul(call: OperatorCall) -> Outcome:
-    """Scales of the left matrix and of the result are for the whole tensor."""
-    call.batch_independent_except(0, 3)
-    for place in (1, 2, 6, 7):
-        one_value(call.input(place))
-    return product_of_matrices(call, call.input(0), call.input(3))
 
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)

@@ -231,8 +231,8 @@ def slice_(call: OperatorCall) -> Outcome:
     axes = [from_front(axis, len(shape)) for axis in axes]
     if not len(axes) == len(starts) == len(ends) == len(steps):
         raise NotProvenError("its operands differ in length")
-    if data.values is not None and data.values.ndim == 1 and len(axes) == 1:
-        return _sliced_values(call, data.values, plain(starts[0]), plain(ends[0]), plain(steps[0]))
+    if data.values is not None and len(axes) == 1:
+        return made_of(_sliced_values(data.values, axes[0], plain(starts[0]), plain(ends[0]), plain(steps[0])))
     if data.counts_rows:
         raise NotProvenError("the number of rows becomes a value")
     sizes = list(shape)
@@ -260,12 +260,14 @@ def _length(call: OperatorCall, size: Size, start: Any, end: Any, step: Any) -> 
     return call.symbols.size(("slice", size, start, end, step))
 
 
-def _sliced_values(call: OperatorCall, values: Values, start: Any, end: Any, step: Any) -> Tensor:
+def _sliced_values(values: Values, axis: int, start: Any, end: Any, step: Any) -> Values:
     if not all(isinstance(one, int) for one in (start, end, step)) or not step:
         raise NotProvenError("it takes a part of a shape that is not known")
-    if step < 0 and end < -len(values):
-        return made_of(values[slice(start, None, step)])
-    return made_of(values[slice(start, end, step)])
+    if step < 0:
+        if end >= -values.shape[axis]:  # ONNX Runtime takes the largest numbers for "to the front" too
+            raise NotProvenError("it takes a part of a shape in reverse")
+        end = None
+    return values[(slice(None),) * axis + (slice(start, end, step),)]
 
 
 @rule("Pad")

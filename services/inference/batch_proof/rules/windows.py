@@ -96,6 +96,9 @@ def resize(call: OperatorCall) -> Outcome:
         raise NotProvenError("there is no rule for it")
     if call.attribute("coordinate_transformation_mode", b"half_pixel") not in _COORDINATES:
         raise NotProvenError("it may select along the axis of the rows")
+    if call.attribute("mode", b"nearest") != b"nearest" and (len(shape) < 4 or (data.rows and data.rows.axis)):
+        # ONNX Runtime interpolates along all of fewer axes: other rows get the weight 0, which still passes on NaN.
+        not_along(data.rows, range(len(shape)), "interpolates along")
     axes = [from_front(axis, len(shape)) for axis in call.attribute("axes", range(len(shape)))]
     by_scale, by_size = (1, -1) if call.operator == "Upsample" or call.opset < 11 else (2, 3)
     sized = by_size > 0 and (to := call.maybe(by_size)) is not None and to.shape != (Size(0),)
