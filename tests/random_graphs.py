@@ -78,7 +78,7 @@ class Graph:
         node = helper.make_node(operator, inputs, names, domain=domain, **attributes)
         used = {name: self.arrays[name] for name in captured(node) if name in self.arrays}
         model = as_model([node], used, {}, names, self.opset, shapes=True)
-        made = session(model).run(names, {k: v for k, v in used.items()})
+        made = session(model).run(names, used)
         # Without elements some operators of ONNX Runtime end the process.
         if any(not 0 < array.size <= MOST_ELEMENTS or array.ndim > 5 for array in made):
             raise ValueError("too large, or empty")
@@ -364,7 +364,7 @@ def reshape(g):
         place = g.random.randrange(len(shape))
         size = shape.pop(place)
         part = g.random.choice([n for n in range(1, size + 1) if size % n == 0])
-        target = shape[:place] + [part, size // part] + shape[place:]
+        target = [*shape[:place], part, size // part, *shape[place:]]
         target[g.random.randrange(len(target))] = -1
     return g.add("Reshape", [a, g.ints(*target)])
 

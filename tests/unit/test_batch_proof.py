@@ -16,10 +16,10 @@ def model(text, opset=17, functions=""):
     head = f'<ir_version: 9, opset_import: ["": {opset}, "{ML}": 3, "{MICROSOFT}": 1, "local": 1]>'
     made = parser.parse_model(f"{head} g {text} {functions}")
     for one in made.graph.value_info:
-        dtype = helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type)
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type))
         shape = [dim.dim_value for dim in one.type.tensor_type.shape.dim]
         words = np.full(shape, b"a", object)
-        array = np.ones(shape, dtype) if dtype != object else words
+        array = np.ones(shape, dtype) if dtype.kind != "O" else words
         made.graph.initializer.append(numpy_helper.from_array(array, one.name))
     del made.graph.value_info[:]
     return made

@@ -70,12 +70,14 @@ def split_words(repository):
 
 
 def quantised(repository):
-    """What quantize_dynamic makes of a small network."""
-    folder = models.mlp(repository)
+    """What quantize_dynamic makes of one layer."""
+    rng = np.random.default_rng(0)
+    weights = numpy_helper.from_array(rng.normal(size=(256, 10)).astype(np.float32), "w")
+    x, y = models.value("x", TensorProto.FLOAT, "n", 256), models.value("y", TensorProto.FLOAT, "n", 10)
+    folder = models.save(repository, "layer", [helper.make_node("MatMul", ["x", "w"], ["y"])], [x], [y], [weights])
     quantize_dynamic(folder / "model.onnx", folder / "small.onnx", weight_type=QuantType.QInt8)
     (folder / "small.onnx").rename(folder / "model.onnx")
-    rng = np.random.default_rng(0)
-    return folder, [(rng.normal(size=(1, 64)) * scale).astype(np.float32) for scale in (1, 1000, 0.1, 10)]
+    return folder, [(rng.normal(size=(1, 256)) * scale).astype(np.float32) for scale in (1, 1000, 0.1, 10)]
 
 
 @pytest.mark.parametrize("make", [by_sign_of_the_sum, rows_of_the_share, split_words, quantised])
