@@ -528,7 +528,15 @@ def own_position(g):
     if g.random.random() < 0.2:
         return g.add("Gather", [a, rows])
     if g.random.random() < 0.2:
-        return g.add("Add", [i, rows])
+        rows = g.add(g.random.choice(["Add", "Max", "Mul"]), [rows, g.random.choice([i, g.ints(1), g.ints(0)])])
+        return g.add("Gather", [a, rows]) if g.random.random() < 0.5 else rows
+    if g.random.random() < 0.4:
+        step = size_of(g, a, 1)
+        offset = g.random.choice([g.add("ArgMax", [a], axis=1, keepdims=0), i, g.ints(0, 1), g.ints(0, 3)])
+        column = g.add("Reshape", [rows, g.ints(-1, *[1] * (g.arrays[offset].ndim - 1))])
+        index = g.add("Add", [g.add("Mul", [column, g.random.choice([step, g.ints(2)])]), offset])
+        flat = g.add("Reshape", [a, g.ints(-1, *g.arrays[a].shape[2:])])
+        return g.add("Gather", [flat, index])
     pair = [g.add("Reshape", [one, g.ints(-1, 1)]) for one in (rows, i)]
     if g.random.random() < 0.2:
         pair.reverse()

@@ -82,11 +82,11 @@ def holds(value, together, apart, rows, symbols, where):
                 assert symbols.setdefault(told.symbols[0], real) == real, f"{where}: {told}"
             elif expected is not None and (not isinstance(told, Size) or all(symbol >= 0 for symbol in told.symbols)):
                 assert expected == real, f"{where}: {value.values} is {together}"
+    if value.below is not None and (most := valued(value.below, rows, symbols)) is not None:
+        assert ((together >= 0) & (together < most)).all(), f"{where} is not below {most}"
     if value.rows is None:
         if value.independent:
             assert all(same(one, together) for one in apart), f"{where} depends on the rows"
-        return
-    if value.content is not Content.OWN:
         return
     axis, outer = value.rows.axis, valued(value.rows.outer, rows, symbols)
     inner = valued(value.rows.inner, rows, symbols)
@@ -98,6 +98,15 @@ def holds(value, together, apart, rows, symbols, where):
     inner = size // max(outer * rows, 1)
     assert outer * rows * inner == size, f"{where}: {outer} by {rows} by {inner} at axis {axis} of {together.shape}"
     folded = together.reshape(*together.shape[:axis], outer, rows, inner, *together.shape[axis + 1 :])
+    if value.content in (Content.POSITION, Content.POSITION_IN_ALL):
+        stride = valued(value.stride, rows, symbols)
+        numbers = np.moveaxis(folded, axis + 1, 0) - np.arange(rows).reshape(-1, *[1] * (folded.ndim - 1)) * (
+            stride or 0
+        )
+        most = 1 if value.content is Content.POSITION else stride
+        assert stride is None or ((numbers >= 0) & (numbers < most)).all(), f"{where} is no {value.content}"
+    if value.content is not Content.OWN:
+        return
     for row in range(rows):
         own = folded.take(row, axis + 1).reshape(apart[row].shape)
         assert same(apart[row], own), f"{where} depends on other rows than {row}: {apart[row]} is {own}"

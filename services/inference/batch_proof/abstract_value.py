@@ -38,7 +38,9 @@ class Content(Enum):
     """What the elements of a tensor with rows are."""
 
     OWN = "computed from their row"
-    POSITION = "the number of their row"
+    POSITION = "the number of their row, times `stride`"
+    POSITION_IN_ALL = "indices into all rows laid end to end, `stride` each, that lie in their own row"
+    OF_POSITION = "computed from the number of their row, so that only their shape may be used"
     POSITION_FIRST = "indices, of which the first is the number of their row"
 
 
@@ -49,13 +51,16 @@ class Tensor:
     With `rows`, elements of row b depend on row b of the inputs only, and B is a factor of that dimension only.
     Without, it is the same in all batches, unless B is a factor of some of its `values`.
     `shape` is None if not even the rank is known, which it always is with `rows`. `values`: of small tensors of whole
-    numbers, truth values or floats, as far as they are known; only without `rows`.
+    numbers, truth values or floats, as far as they are known; only without `rows`. With `below` the values are whole
+    numbers from 0 to it, without it.
     """
 
     shape: Shape | None
     rows: RowAxis | None = None
     values: Values | None = None
     content: Content = Content.OWN
+    stride: Size = ONE
+    below: Size | None = None
 
     @property
     def counts_rows(self) -> bool:

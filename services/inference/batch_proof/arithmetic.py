@@ -40,7 +40,7 @@ _NUMERIC: dict[str, Callable[..., Any]] = {
     "Round": lambda a: a,
     "Identity": lambda a: a,
 }
-OPERATORS = frozenset({*_NUMERIC, "Div", "Where", "Cast"})
+OPERATORS = frozenset({*_NUMERIC, "Div", "Mod", "Where", "Cast"})
 _WHOLE = frozenset({TensorProto.INT64, TensorProto.INT32})
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE})
 
@@ -50,7 +50,7 @@ def number(value: Any, symbols: Symbols) -> Any:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, int | np.integer):
-        return int(value) if abs(int(value)) < 1 << 63 else symbols.number()
+        return int(value)
     value = float(value)
     return value if abs(value) < _EXACT_FLOAT and value.is_integer() else symbols.number()
 
@@ -90,8 +90,10 @@ def _exact(operator: str, operands: list[Any], to: int, symbols: Symbols) -> Any
 
 
 def _numeric(operator: str, operands: list[Any]) -> Any:
-    if operator == "Div":
+    if operator in ("Div", "Mod"):
         dividend, divisor = operands
+        if operator == "Mod":
+            return dividend % divisor if divisor and isinstance(dividend, int) else None
         if divisor == 0 or (isinstance(dividend, float) and dividend % divisor):
             return None
         quotient = abs(dividend) // abs(divisor)

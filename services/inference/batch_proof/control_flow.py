@@ -123,7 +123,7 @@ def _same(one: Value, other: Value) -> bool:
     if isinstance(one, Unknown) or isinstance(other, Unknown):
         return isinstance(one, Unknown) and isinstance(other, Unknown)
     values = (one.values is None) == (other.values is None)
-    return values and (one.shape, one.rows, one.content) == (other.shape, other.rows, other.content)
+    return values and (one.shape, one.rows, one.below) == (other.shape, other.rows, other.below)
 
 
 def _joined(one: Value, other: Value, symbols: Symbols, key: Any) -> Value:
@@ -132,7 +132,7 @@ def _joined(one: Value, other: Value, symbols: Symbols, key: Any) -> Value:
         return one
     if isinstance(other, Unknown):
         return other
-    if one.rows != other.rows or one.content is not other.content:
+    if one.rows != other.rows or {one.content, other.content} != {Content.OWN}:
         return Unknown(f"{key[0]}: output {key[1]} has rows only sometimes, or along another axis")
     same_values = (
         one.values is not None
@@ -150,7 +150,7 @@ def _joined(one: Value, other: Value, symbols: Symbols, key: Any) -> Value:
         size if size == another else symbols.size((*key, "joined", axis))
         for axis, (size, another) in enumerate(zip(one.shape, other.shape, strict=True))
     )
-    return Tensor(shape, one.rows, one.values if same_values else None, one.content)
+    return Tensor(shape, one.rows, one.values if same_values else None)
 
 
 def _after(value: Value, made: int, symbols: Symbols) -> Value:
@@ -167,7 +167,7 @@ def _after(value: Value, made: int, symbols: Symbols) -> Value:
         if value.counts_rows:
             return Unknown("a loop computes with the number of rows")
         values = None
-    return Tensor(shape, value.rows, values, value.content)
+    return Tensor(shape, value.rows, values)
 
 
 def _slice(tensor: Tensor | None, axis: int) -> Tensor:
@@ -185,7 +185,7 @@ def _stacked(value: Value, axis: int, symbols: Symbols) -> Value:
     if isinstance(value, Unknown):
         return value
     if value.counts_rows or value.content is not Content.OWN:
-        return Unknown("a loop collects the number of rows")
+        return Unknown("a loop collects numbers of rows")
     if value.shape is None:
         return Tensor(None)
     axis = from_front(axis, len(value.shape) + 1)

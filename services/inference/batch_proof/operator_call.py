@@ -110,7 +110,7 @@ def broadcast(shapes: Sequence[Shape], symbols: Symbols) -> Shape:
                 if size == ONE or (size.known is None and other.known is not None):
                     size = other
                 elif other.known is None and size.known is None:
-                    size = symbols.size(("broadcast", size, other))
+                    size = symbols.broadcast(size, other)
         result.append(size)
     return tuple(result)
 

@@ -10,7 +10,7 @@ import onnx
 from onnx import helper
 
 from services.inference.batch_proof import control_flow
-from services.inference.batch_proof.abstract_value import RowAxis, Tensor, Unknown, Value
+from services.inference.batch_proof.abstract_value import Content, RowAxis, Tensor, Unknown, Value
 from services.inference.batch_proof.operator_call import NotProvenError, OperatorCall
 from services.inference.batch_proof.rules import constant, find
 from services.inference.batch_proof.sizes import ROWS, Size, Symbols
@@ -50,6 +50,8 @@ def _why_not(name: str, value: Value) -> str:
         return value.reason
     if value.rows is None:
         return f"output {name!r} has no rows of the inputs"
+    if value.content is not Content.OWN:
+        return f"output {name!r} depends on the number of the row"
     if value.rows != RowAxis(0):
         return f"output {name!r} has its rows along axis {value.rows.axis}, or several indices for a row"
     return ""

@@ -73,6 +73,7 @@ class Symbols:
     def __init__(self) -> None:
         self._made = 0
         self._by_key: dict[Hashable, Size] = {}
+        self._cut: dict[Size, Size] = {}
 
     @property
     def made(self) -> int:
@@ -86,6 +87,20 @@ class Symbols:
     def number(self, key: Hashable = None) -> Size:
         """A whole number or truth value that is not known."""
         return self._symbol(-1, key)
+
+    def cut(self, whole: Size, end: Size) -> Size:
+        """How much there is up to `end`, where there is `whole`."""
+        made = self.size(("cut", whole, end))
+        if whole.known is not None and whole.known > 1:
+            self._cut[made] = end
+        return made
+
+    def broadcast(self, one: Size, other: Size) -> Size:
+        """Of two sizes that are not known, which are equal, or one of them 1."""
+        for size, end in ((one, other), (other, one)):
+            if self._cut.get(size) == end:
+                return end  # if the cut mattered, the two would not go together
+        return self.size(("broadcast", frozenset((one, other))))
 
     def _symbol(self, sign: int, key: Hashable) -> Size:
         if key is not None and (known := self._by_key.get((sign, key))) is not None:

@@ -50,7 +50,7 @@ def constant_node(call: OperatorCall) -> Outcome:
     return Tensor(None)
 
 
-@rule("Shape", positions=True)
+@rule("Shape", counts=True, positions=True)
 def shape_(call: OperatorCall) -> Outcome:
     """Sizes, of which that of the rows counts them."""
     sizes = call.shape(0)
@@ -60,7 +60,7 @@ def shape_(call: OperatorCall) -> Outcome:
     return Tensor((Size(len(made)),), values=made)
 
 
-@rule("Size", positions=True)
+@rule("Size", counts=True, positions=True)
 def size_(call: OperatorCall) -> Outcome:
     """The product of the sizes."""
     return known(plain(product(call.shape(0))))
@@ -107,8 +107,10 @@ def range_(call: OperatorCall) -> Outcome:
     if not all(tensor.independent for tensor in call.given):
         raise NotProvenError("the number of rows becomes a value")
     if isinstance(limit, Size) and limit.nonnegative and start == 0 and step == 1:
-        return Tensor((limit,))
+        return Tensor((limit,), below=limit)
     if all(isinstance(one, int) for one in (start, limit, step)) and step:
         values = list(range(start, limit, step))
-        return known(values) if 0 < len(values) <= MOST_ELEMENTS else Tensor((Size(len(values)),))
+        if 0 < len(values) <= MOST_ELEMENTS:
+            return known(values)
+        return Tensor((Size(len(values)),), below=Size(limit) if start == 0 and step == 1 else None)
     return Tensor((call.symbols.size(("range", start, limit, step)),))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from onnx import TensorProto
 
 from services.inference.batch_proof import arithmetic
-from services.inference.batch_proof.abstract_value import Content, Tensor, Values
+from services.inference.batch_proof.abstract_value import Content, Tensor, Values, as_size
 from services.inference.batch_proof.operator_call import (
     NotProvenError,
     OperatorCall,
@@ -15,6 +17,8 @@ from services.inference.batch_proof.operator_call import (
     shape_of,
 )
 from services.inference.batch_proof.registry import MICROSOFT, ML, Outcome, rule
+from services.inference.batch_proof.rules.layout import moved
+from services.inference.batch_proof.sizes import Size
 
 _ALL_INPUTS = (
     "Abs",
@@ -102,19 +106,45 @@ def elementwise(call: OperatorCall) -> Outcome:
         return Tensor(broadcast([shape_of(tensor, "an input") for tensor in tensors], call.symbols), values=values)
     if any(tensor.counts_rows for tensor in tensors):
         raise NotProvenError("the number of rows becomes a value")
-    content = Content.OWN
-    if any(tensor.content is not Content.OWN for tensor in tensors):
-        if call.operator != "Identity" and not (call.operator == "Cast" and call.attribute("to") in _INTEGERS):
-            raise NotProvenError("numbers of rows become values")
-        content = tensors[0].content
     shape = broadcast([shape_of(tensor, "an input") for tensor in tensors], call.symbols)
-    return Tensor(shape, common_rows(tensors, len(shape)), content=content)
+    made = Tensor(shape, common_rows(tensors, len(shape)))
+    if call.operator == "Identity" or (call.operator == "Cast" and call.attribute("to") in _INTEGERS):
+        return moved(tensors[0], made.shape or (), made.rows)
+    if any(tensor.content is not Content.OWN for tensor in tensors):
+        return _position(call, made)
+    return made
+
+
+def _position(call: OperatorCall, made: Tensor) -> Tensor:
+    """Of the numbers of rows: their product with a size, and the sum of that with a number below it."""
+    if len(call.given) == 2:
+        one, other = call.given
+        position, operand = (one, other) if one.content is Content.POSITION else (other, one)
+        if position.content is Content.POSITION and operand.content is Content.OWN:
+            if call.operator == "Mul" and operand.values is not None and operand.values.size == 1:
+                factor = as_size(operand.values.flat[0])
+                if factor.nonnegative:
+                    return replace(made, content=Content.POSITION, stride=position.stride * factor)
+            if call.operator == "Add" and _below(operand, position.stride):
+                return replace(made, content=Content.POSITION_IN_ALL, stride=position.stride)
+    return replace(made, content=Content.OF_POSITION)
+
+
+def _below(tensor: Tensor, limit: Size) -> bool:
+    """Whether all values are from 0 to the limit, without it."""
+    if tensor.values is None or limit.known is None:
+        return tensor.below == limit
+    return all(isinstance(value, int) and 0 <= value < limit.known for value in tensor.values.flat)
 
 
 def _values(call: OperatorCall) -> Values | None:
     """None if the inputs are no shapes, or the operator is not one to compute shapes with."""
     operands = [tensor.values for tensor in call.given]
-    if call.operator not in arithmetic.OPERATORS or any(values is None for values in operands):
+    if (
+        call.operator not in arithmetic.OPERATORS
+        or call.attribute("fmod", 0)
+        or any(values is None for values in operands)
+    ):
         return None
     present = [values for values in operands if values is not None]
     if call.operator in ("Min", "Max") and len(present) != 2:

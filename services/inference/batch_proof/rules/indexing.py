@@ -22,9 +22,19 @@ def gather(call: OperatorCall) -> Outcome:
     if data.counts_rows or (data.values is not None and indices.values is not None):
         return made_of(_taken(call, axis))
     made = (*shape[:axis], *places, *shape[axis + 1 :])
+    if indices.content is Content.POSITION_IN_ALL:
+        if data.rows != RowAxis(0, inner=indices.stride) or axis != 0:
+            raise NotProvenError("it selects by the number of the row")
+        return Tensor(made, indices.rows)
     if indices.content is not Content.OWN:
         # The own row of each row.
-        if data.rows != RowAxis(0) or axis != 0 or indices.rows != RowAxis(0) or len(places) != 1:
+        if (
+            indices.stride != ONE
+            or data.rows != RowAxis(0)
+            or axis != 0
+            or indices.rows != RowAxis(0)
+            or len(places) != 1
+        ):
             raise NotProvenError("it selects by the number of the row")
         return Tensor(made, data.rows)
     not_along(data.rows, [axis], "selects along")
@@ -80,7 +90,7 @@ def gather_nd(call: OperatorCall) -> Outcome:
         raise NotProvenError(f"an index is taken from several rows along axis {rows.axis}")
     if indices.content is not Content.OWN:
         first = Content.POSITION_FIRST if depth > 1 else Content.POSITION
-        if batch or data.rows != RowAxis(0) or rows is None or indices.content is not first:
+        if batch or data.rows != RowAxis(0) or rows is None or indices.content is not first or indices.stride != ONE:
             raise NotProvenError("it selects by the number of the row")
         if rows.outer != ONE or rows.inner != ONE:
             raise NotProvenError("it selects by the number of the row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def made_of(values: Values) -> Tensor:
 
 def moved(tensor: Tensor, shape: Shape, rows: RowAxis | None) -> Tensor:
     """The same elements in other places."""
-    return Tensor(shape, rows, content=tensor.content)
+    return replace(tensor, shape=shape, rows=rows, values=None)
 
 
 @rule("Reshape", counts=True, positions=True)
@@ -146,7 +147,7 @@ def transpose(call: OperatorCall) -> Outcome:
 
 @rule("Concat", counts=True, positions=True)
 def concat(call: OperatorCall) -> Outcome:
-    """Along an axis other than that of the rows, which all inputs have."""
+    """Of tensors without rows, or with their rows along the same axis."""
     shapes = [shape_of(tensor, "an input") for tensor in call.given]
     axis = from_front(int(call.attribute("axis")), len(shapes[0]))
     values = [tensor.values for tensor in call.given]
@@ -161,11 +162,11 @@ def concat(call: OperatorCall) -> Outcome:
 
 
 def joined(tensors: Sequence[Tensor], axis: int, call: OperatorCall) -> Tensor:
-    """Raises NotProvenError unless all have their rows along the same other axis."""
+    """Raises NotProvenError unless all have their rows along the same axis."""
     first, *others = tensors
     if any(tensor.rows != first.rows for tensor in others):
         raise NotProvenError("its inputs do not have their rows along the same axis")
-    not_along(first.rows, [axis], "joins along")
+    rows = first.rows
     shapes = [shape_of(tensor, "an input") for tensor in tensors]
     if any(len(shape) != len(shapes[0]) for shape in shapes):
         raise NotProvenError("its inputs differ in their number of axes")
@@ -174,7 +175,11 @@ def joined(tensors: Sequence[Tensor], axis: int, call: OperatorCall) -> Tensor:
         total = Size(sum(size.coefficient for size in along))
     else:
         total = call.symbols.size(("concat", *along))
-    return Tensor((*shapes[0][:axis], total, *shapes[0][axis + 1 :]), first.rows)
+    if rows is not None and rows.axis == axis:
+        # All rows of the first, then all of the second.
+        rows = RowAxis(axis, rows.outer * Size(len(tensors)), rows.inner)
+        total = rows.size
+    return Tensor((*shapes[0][:axis], total, *shapes[0][axis + 1 :]), rows)
 
 
 def _is_shape(tensors: Sequence[Tensor]) -> bool:
@@ -191,7 +196,8 @@ def _joined_content(call: OperatorCall, axis: int) -> Content:
         return Content.OWN
     shape = call.shape(0)
     own = all(content is Content.OWN for content in contents[1:])
-    if contents[0] is Content.POSITION and own and axis == len(shape) - 1 and shape[axis] == ONE:
+    first = contents[0] is Content.POSITION and call.input(0).stride == ONE
+    if first and own and axis == len(shape) - 1 and shape[axis] == ONE:
         return Content.POSITION_FIRST
     raise NotProvenError("numbers of rows become values")
 
@@ -231,8 +237,9 @@ def slice_(call: OperatorCall) -> Outcome:
     axes = [from_front(axis, len(shape)) for axis in axes]
     if not len(axes) == len(starts) == len(ends) == len(steps):
         raise NotProvenError("its operands differ in length")
-    if data.values is not None and len(axes) == 1:
-        return made_of(_sliced_values(data.values, axes[0], plain(starts[0]), plain(ends[0]), plain(steps[0])))
+    bounds = [plain(one) for one in (*starts, *ends, *steps)]
+    if data.values is not None and len(axes) == 1 and all(isinstance(bound, int) for bound in bounds):
+        return made_of(_sliced_values(data.values, axes[0], *bounds))
     if data.counts_rows:
         raise NotProvenError("the number of rows becomes a value")
     sizes = list(shape)
@@ -257,14 +264,16 @@ def _at_least(end: Any, size: Size) -> bool:
 def _length(call: OperatorCall, size: Size, start: Any, end: Any, step: Any) -> Size:
     if size.known is not None and all(isinstance(one, int) for one in (start, end, step)) and step:
         return Size(len(range(*slice(start, end, step).indices(size.known)))) if step > 0 else call.fresh()
+    if start == 0 and step == 1 and as_size(end).nonnegative:
+        return call.symbols.cut(size, as_size(end))
     return call.symbols.size(("slice", size, start, end, step))
 
 
-def _sliced_values(values: Values, axis: int, start: Any, end: Any, step: Any) -> Values:
-    if not all(isinstance(one, int) for one in (start, end, step)) or not step:
-        raise NotProvenError("it takes a part of a shape that is not known")
+def _sliced_values(values: Values, axis: int, start: int, end: int | None, step: int) -> Values:
     if step < 0:
-        if end >= -values.shape[axis]:  # ONNX Runtime takes the largest numbers for "to the front" too
+        if (
+            end is not None and end >= -values.shape[axis]
+        ):  # ONNX Runtime takes the largest numbers for "to the front" too
             raise NotProvenError("it takes a part of a shape in reverse")
         end = None
     return values[(slice(None),) * axis + (slice(start, end, step),)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from services.inference.batch_proof.abstract_value import Tensor
 from services.inference.batch_proof.operator_call import NotProvenError, OperatorCall
-from services.inference.batch_proof.registry import ML, ONNX, Outcome, rule
+from services.inference.batch_proof.registry import MICROSOFT, ML, ONNX, Outcome, rule
 from services.inference.batch_proof.sizes import Size
 
 
@@ -27,7 +29,8 @@ def by_feature(call: OperatorCall) -> Outcome:
 def regressor(call: OperatorCall) -> Outcome:
     """A row of targets for each row."""
     table = _table(call)
-    return Tensor((call.shape(0)[0], call.fresh()), table.rows)
+    name = "targets" if call.operator == "LinearRegressor" else "n_targets"
+    return Tensor((call.shape(0)[0], Size(int(call.attribute(name, 1)))), table.rows)
 
 
 @rule("TreeEnsembleClassifier", "LinearClassifier", "SVMClassifier", domain=ML)
@@ -35,7 +38,15 @@ def classifier(call: OperatorCall) -> Outcome:
     """A label and a row of scores for each row."""
     table = _table(call)
     size = call.shape(0)[0]
-    return (Tensor((size,), table.rows), Tensor((size, call.fresh()), table.rows))
+    labels = _labels(call)
+    # Of two classes some have one score; a support vector machine may have one for each pair.
+    width = Size(len(labels)) if len(labels) > 2 and call.operator != "SVMClassifier" else call.fresh()
+    return (Tensor((size,), table.rows), Tensor((size, width), table.rows))
+
+
+def _labels(call: OperatorCall) -> Sequence[object]:
+    names = ("classlabels_int64s", "classlabels_ints", "classlabels_strings")
+    return next((labels for name in names if (labels := call.attribute(name))), ())
 
 
 @rule("OneHotEncoder", domain=ML)
@@ -66,3 +77,9 @@ def tf_idf_vectorizer(call: OperatorCall) -> Outcome:
 def maps(call: OperatorCall) -> Outcome:
     """Maps are no tensors."""
     raise NotProvenError("it makes or takes maps, which are no tensors")
+
+
+@rule("Tokenizer", domain=MICROSOFT)
+def tokenizer(call: OperatorCall) -> Outcome:
+    """Its result is as wide as the row with the most tokens."""
+    raise NotProvenError("it pads all rows to the longest")

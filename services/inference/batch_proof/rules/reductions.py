@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -78,7 +79,8 @@ def arg_max(call: OperatorCall) -> Outcome:
     shape = call.shape(0)
     axis = call.axis("axis", 0, len(shape))
     not_along(call.input(0).rows, [axis], "searches")
-    return without(shape, call.input(0).rows, [axis], bool(call.attribute("keepdims", 1)))
+    made = without(shape, call.input(0).rows, [axis], bool(call.attribute("keepdims", 1)))
+    return replace(made, below=shape[axis])
 
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
