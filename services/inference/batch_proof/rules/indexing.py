@@ -8,7 +8,7 @@ from services.inference.batch_proof.abstract_value import Content, RowAxis, Tens
 from services.inference.batch_proof.operator_call import NotProvenError, OperatorCall, not_along
 from services.inference.batch_proof.registry import ML, Outcome, rule
 from services.inference.batch_proof.rules.layout import made_of
-from services.inference.batch_proof.sizes import ONE, product
+from services.inference.batch_proof.sizes import ONE, Size, product
 
 
 @rule("Gather", counts=True, positions=True)
@@ -19,7 +19,8 @@ def gather(call: OperatorCall) -> Outcome:
     axis = call.axis("axis", 0, len(shape))
     if indices.counts_rows or data.content is not Content.OWN:
         raise NotProvenError("the number of rows becomes a value")
-    if data.counts_rows or (data.values is not None and indices.values is not None):
+    concrete = indices.values is not None and not any(isinstance(one, Size) for one in indices.values.flat)
+    if data.counts_rows or (data.values is not None and concrete):
         return made_of(_taken(call, axis))
     made = (*shape[:axis], *places, *shape[axis + 1 :])
     if indices.content is Content.POSITION_IN_ALL:
@@ -29,7 +30,8 @@ def gather(call: OperatorCall) -> Outcome:
     if indices.content is not Content.OWN:
         # The own row of each row.
         if (
-            indices.stride != ONE
+            indices.content is not Content.POSITION
+            or indices.stride != ONE
             or data.rows != RowAxis(0)
             or axis != 0
             or indices.rows != RowAxis(0)
