@@ -90,18 +90,27 @@ def embedding(call: OperatorCall) -> Outcome:
     return (made, Tensor((batch,), _FIRST), made)
 
 
-@rule("RotaryEmbedding", domain=MICROSOFT)
 @rule("RotaryEmbedding")
 def rotary_embedding(call: OperatorCall) -> Outcome:
-    """By positions that are the same in all rows, or of each row its own."""
-    _along(call, 0, 0)
+    """By tables and positions of each row, or by tables of each row."""
+    return _rotated(call, 3, (1, 2))
+
+
+@rule("RotaryEmbedding", domain=MICROSOFT)
+def microsofts_rotary_embedding(call: OperatorCall) -> Outcome:
+    """As the standard's, with its inputs in another order; one position may be the first of all rows."""
     if call.attribute("is_packed_batching", 0):
         raise NotProvenError("its rows are packed")
-    for place in (1, 2, 3):
-        tensor = call.maybe(place)
-        if tensor is None:
-            continue
-        shape = call.shape(place)
-        if tensor.rows is not None or len(shape) == 3:
-            _along(call, 0, place, one=True)
+    return _rotated(call, 1, (2, 3))
+
+
+def _rotated(call: OperatorCall, positions: int, tables: tuple[int, int]) -> Outcome:
+    _along(call, 0, 0)
+    if call.maybe(positions) is not None and call.shape(positions) != (ONE,):
+        _along(call, 0, positions)
+    for place in tables:
+        if len(call.shape(place)) == 3:
+            _along(call, 0, place)
+        else:
+            call.batch_independent(place)
     return Tensor(call.shape(0), call.input(0).rows)
