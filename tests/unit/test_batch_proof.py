@@ -55,6 +55,7 @@ TRAPS = {
     "Gather of features by rows": (f"{X} {{ i = ArgMax<axis=1, keepdims=0>(x) y = Gather<axis=1>(x, i) }}", 17, "by the indices of all rows"),
     "GatherND of rows": ("(float[N, 4] x, int64[N, 1] i) => (float[N, 4] y) { y = GatherND(x, i) }", 17, "selects along axis 0"),
     "GatherND whose index is made of rows": ("(int64[N] i) => (float[1] y) <float[9] t> { j = Unsqueeze(i, axes) y = GatherND(t, j) }".replace("<", "<int64[1] axes = {0}, "), 17, "the length of its indices is not known"),
+    "GatherND in steps that do not fit": ("(int64[N] i) => (float[3, N] y) <float[3, 3] t, int64[2, 1] c = {0, 1}> { j = Gather<axis=1>(c, i) y = GatherND<batch_dims=1>(t, j) }", 17, "(GatherND)"),
     "GatherElements along the rows": ("(float[N, 4] x, int64[N, 4] i) => (float[N, 4] y) { y = GatherElements(x, i) }", 17, "selects along axis 0"),
     "GatherElements from a table as long as the batch": ("(int64[N, 4] i) => (float[N, 4] y) <float[3, 4] t> { y = GatherElements<axis=1>(t, i) }", 17, "rows along the same axis"),
     "ScatterElements along the rows": ("(float[N, 4] x, int64[N, 4] i) => (float[N, 4] y) { y = ScatterElements(x, i, x) }", 17, "writes along axis 0"),

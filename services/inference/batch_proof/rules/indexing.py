@@ -86,6 +86,8 @@ def gather_nd(call: OperatorCall) -> Outcome:
     depth = places[-1].known
     if depth is None or depth > len(shape) - batch or data.content is not Content.OWN:
         raise NotProvenError("the length of its indices is not known")
+    if shape[:batch] != places[:batch]:
+        raise NotProvenError("its inputs differ in their first axes")
     made = (*places[:-1], *shape[batch + depth :])
     rows = indices.rows
     if rows is not None and rows.axis == len(places) - 1:
