@@ -68,11 +68,11 @@ class OnnxModel:
         # Until the probe of its rows says more.
         self.batchable = self.has_rows = False
         try:
-            self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
             self.independence = prove(proto)
-            del proto
+            del proto  # not beside what the session takes
+            self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
             self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
         except ConfigError as error:
