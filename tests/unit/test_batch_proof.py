@@ -237,6 +237,12 @@ def test_a_malformed_node_is_not_proven_and_does_no_harm(node):
     assert not prove(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])).proven
 
 
+def test_a_malformed_constant_is_not_proven_and_does_no_harm():
+    made = model(f"{X} {{ y = Add(x, c) }}")
+    made.graph.initializer.append(TensorProto(name="c", data_type=TensorProto.FLOAT, dims=[3], raw_data=b"short"))
+    assert "not as ONNX defines it" in prove(made).reason
+
+
 def test_what_would_take_for_ever_is_given_up():
     functions = [
         helper.make_function(

@@ -20,6 +20,8 @@ from services.inference.graph import RANDOM_OPERATORS
 # Nodes visited, each time they are: a bound for functions that call functions, and for loops within loops.
 _MOST_NODES = 300_000
 _DEEPEST = 32
+# What reading a malformed node or constant raises.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # ONNX Runtime guarantees nothing below, and operators broadcast by other rules there. What is newer has no rules yet.
 _OPSETS = range(7, 27)
 
@@ -39,6 +41,8 @@ def prove(model: onnx.ModelProto) -> Verdict:
         outputs = walk.run(model.graph, scope)
     except _TooLargeError as error:
         return Verdict(str(error))
+    except (*_MALFORMED, RecursionError) as error:
+        return Verdict(f"its graph is not as ONNX defines it: {error}")
     for proto, value in zip(model.graph.output, outputs, strict=True):
         if reason := _why_not(proto.name, value):
             return Verdict(reason)
@@ -139,7 +143,7 @@ class Walk:
                 # Whatever it computes, it is the same in all batches.
                 return [Tensor(None)] * count
             return [Unknown(f"{_name(node, scope)}: {error}")] * count
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             return [Unknown(f"{_name(node, scope)}: it is not as its operator is defined: {error}")] * count
         mixed = Unknown(f"{_name(node, scope)}: one of its outputs depends on several rows")
         return [*(mixed if value is None else value for value in made), *([mixed] * (count - len(made)))]
