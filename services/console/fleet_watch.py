@@ -51,13 +51,18 @@ class CacheView:
 
 @dataclass(frozen=True, slots=True)
 class ModelCopy:
-    """A model version as one worker holds it. `uncacheable`: why its answers are not kept; "" where they are."""
+    """A model version as one worker holds it.
+
+    `uncacheable`: why its answers are not kept; "" where they are. `batching`: whether requests share its runs, and
+    what the proof that rows are independent says.
+    """
 
     worker: str
     provider: str
     digest: str
     uncacheable: str
     max_batch_rows: int
+    batching: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,11 @@ class ModelView:
         """Why no worker's answers are kept; "" where those of any are."""
         reasons = [copy.uncacheable for copy in self.copies]
         return reasons[0] if reasons and all(reasons) else ""
+
+    @property
+    def batching(self) -> str:
+        """Whether requests share runs, in the words of a worker."""
+        return next((copy.batching for copy in self.copies if copy.batching), "")
 
     @property
     def providers(self) -> str:
@@ -192,7 +202,9 @@ class FleetWatch:
                 continue
             for held in answer.models:
                 why_not = "" if held.cacheable else held.cacheable_reason or "not cacheable"
-                copy = ModelCopy(answer.worker_id, held.provider, held.digest.hex(), why_not, held.max_batch_rows)
+                copy = ModelCopy(
+                    answer.worker_id, held.provider, held.digest.hex(), why_not, held.max_batch_rows, held.batch_remark
+                )
                 copies.setdefault((held.name, held.version), []).append(copy)
         return copies
 

@@ -40,6 +40,7 @@ class Ensemble:
 
     provider = "ensemble"
     row_cache = False
+    batch_remark = "batched by its steps"
     semantic_threshold = 0.0
     semantic_embedding = ""
     # What waits, waits for its steps.

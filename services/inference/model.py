@@ -13,7 +13,8 @@ import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference import batching_policy, row_independence
+from services.inference import batching_policy, graph, row_independence
+from services.inference.batch_proof.prover import prove
 from services.inference.config import (
     CACHE_STALE,
     CACHE_TTL,
@@ -27,7 +28,6 @@ from services.inference.config import (
     says,
     semantic_threshold,
 )
-from services.inference.graph import random_operators
 from services.inference.repository import ModelFiles, data_file
 from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
@@ -47,6 +47,7 @@ class OnnxModel:
     """A loaded model; `run` may be called from several threads.
 
     `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
+    `independence`: whether the graph proves that rows do not depend on each other.
     `has_rows`: the first dimension is the batch; a request has `max_request_rows` of them at most, 0: any number.
     `batchable`: requests may share a run along it; `batch_reason` says why not. `cacheable`: equal requests have equal
     answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `row_cache`: rows of a
@@ -67,8 +68,11 @@ class OnnxModel:
         # Until the probe of its rows says more.
         self.batchable = self.has_rows = False
         try:
+            proto = graph.read(files.model)
+            random = graph.random_operators(proto)
+            self.independence = prove(proto)
+            del proto  # not beside what the session takes
             self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
-            random = random_operators(files.model)
             self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
         except ConfigError as error:
@@ -116,7 +120,7 @@ class OnnxModel:
         """Raises ModelLoadError where its configuration wants a batch that its file has no room for."""
         policy = batching_policy.policy(self._config)
         if policy.merges is None:
-            return row_independence.why_not(self)
+            return row_independence.why_not(self, self.independence)
         if not (policy.merges or self.max_request_rows):
             return policy.reason
         fixed = row_independence.fixed_first_dimension(self)
@@ -131,11 +135,24 @@ class OnnxModel:
             return "its config.pbtxt says so"
         # The owner may know more of the rows of a request than that other callers' are to be kept out of its run.
         reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
+        reason = reason or row_independence.not_proven(self.independence)
         if not reason and len(self.inputs) > len(self.required):
             reason = "it has optional inputs, which are for a whole run"
         if told and reason:
             raise ModelLoadError(f"cannot load {self._folder}: {ROW_CACHE} is true in its config.pbtxt, but {reason}")
         return reason or ("" if told else row_independence.why_not_cached(self))
+
+    @property
+    def batch_remark(self) -> str:
+        """Whether requests share runs, and what of the proof decides it."""
+        if self.batch_reason:
+            return f"not batched: {self.batch_reason}"
+        unproven = row_independence.not_proven(self.independence)
+        return (
+            f"batched because its config.pbtxt says so: {unproven}"
+            if unproven
+            else "batched: rows are proven independent"
+        )
 
     @property
     def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
@@ -221,6 +238,7 @@ class OnnxModel:
             ("batched", self.batch_reason),
             ("cached", self.cacheable_reason),
             ("row_cache", self.row_cache_reason),
+            ("rows_proven_independent", self.independence.reason),
         ):
             made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
         made.parameters["ringmesh_provider"].string_value = self.provider

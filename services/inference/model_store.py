@@ -417,4 +417,6 @@ def _remark(held: HeldModel) -> str:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")
     if model.cacheable_reason:
         remarks.append(f"not cached: {model.cacheable_reason}")
+    if isinstance(model, OnnxModel):
+        remarks.append(model.batch_remark)
     return "; ".join(remarks)

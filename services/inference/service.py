@@ -279,6 +279,7 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         cacheable_reason=model.cacheable_reason,
         max_batch_rows=model.max_batch_rows,
         max_request_rows=model.max_request_rows,
+        batch_remark=model.batch_remark,
         provider=model.provider,
         metadata=model.metadata(),
         tenant_scoped=model.tenant_scoped,

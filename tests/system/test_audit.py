@@ -46,7 +46,7 @@ async def test_a_random_model_whose_analysis_was_overruled_leaves_the_cache_and_
         assert (
             "not cached: 3 of 3 answers that were computed again for the audit came out different" in reasons["random"]
         )
-        assert reasons["identity_fp32"] == ""
+        assert reasons["identity_fp32"] == "batched: rows are proven independent"
         config = (await stub.ModelConfig(v2.ModelConfigRequest(name="random"))).config
         assert config.parameters["ringmesh_cached"].string_value.startswith("no: 3 of 3")
         told = await router_pb2_grpc.RouterServiceStub(channel).Explain(router_pb2.ExplainRequest(request=request))

@@ -109,7 +109,7 @@ async def test_a_model_says_whether_its_rows_are_cached_and_why_not(tmp_path, st
 
         assert await told("sin") == "yes"
         assert "not worth looking for" in await told("mlp")
-        assert (await told("mean_over_rows")).startswith("no: 'y' depends on the other rows")
+        assert (await told("mean_over_rows")).startswith("no: rows are not proven independent: node 'mean'")
         flag = 'parameters { key: "ringmesh_row_cache" value { string_value: "%s" } }'
         (tmp_path / "mlp" / "config.pbtxt").write_text(flag % "true")
         (tmp_path / "sin" / "config.pbtxt").write_text(flag % "false")
@@ -117,5 +117,5 @@ async def test_a_model_says_whether_its_rows_are_cached_and_why_not(tmp_path, st
             await stub.RepositoryModelLoad(v2.RepositoryModelLoadRequest(model_name=name))
         assert (await told("mlp"), await told("sin")) == ("yes", "no: its config.pbtxt says so")
         (folder.parent / "config.pbtxt").write_text(flag % "true")
-        with pytest.raises(grpc.aio.AioRpcError, match=r"ringmesh_row_cache is true .* depends on the other rows"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"ringmesh_row_cache is true .* not proven independent"):
             await stub.RepositoryModelLoad(v2.RepositoryModelLoadRequest(model_name="mean_over_rows"))

@@ -20,6 +20,7 @@ from tests.unit.test_model_store import EXECUTOR, open_model
 
 # When all of it happens, by the clock of the journals.
 NOW = 1_000_000_000.0
+BATCHED = "batched: rows are proven independent"
 A, B, C = (bytes([number]) * 16 for number in (1, 2, 3))
 
 DIE = """
@@ -198,15 +199,15 @@ async def test_a_quarantined_model_is_left_out_with_its_reason_until_it_is_asked
     made = ModelStore(Directory(repository), open_model, EXECUTOR, journal=journal)
     await made.load_all()
     found = await states(made)
-    assert found["add_sub"] == (READY, "")
+    assert found["add_sub"] == (READY, BATCHED)
     assert found["mlp"][0] == UNAVAILABLE
     assert f"quarantined: this worker died {CRASHES} times" in found["mlp"][1]
     models.mlp(repository, seed=5)
     await made.load("mlp")
-    assert (await states(made))["mlp"] == (READY, "")
+    assert (await states(made))["mlp"] == (READY, BATCHED)
     models.mlp(repository, seed=0)
     await made.load("mlp", pardon=True)
-    assert (await states(made))["mlp"] == (READY, "")
+    assert (await states(made))["mlp"] == (READY, BATCHED)
     journal.close()
 
 

@@ -177,7 +177,7 @@ async def test_polling_follows_the_repository(tmp_path):
     shutil.rmtree(tmp_path / "add_sub")
     (models.mlp(tmp_path) / "model.onnx").write_bytes(b"broken")
     async with asyncio.timeout(20):
-        while made.held.of("add_sub") or not any(line.reason for line in await made.index() if line.name == "mlp"):
+        while made.held.of("add_sub") or not any("model.onnx" in line.reason for line in await made.index()):
             await asyncio.sleep(0.01)
     assert await answer(made) != before
     assert not polling.done()
@@ -210,8 +210,11 @@ async def test_a_warm_up_that_fails_keeps_the_version_from_serving(tmp_path, inp
     assert "model_warmup 'w'" in line.reason
 
 
-async def test_the_index_says_why_a_model_is_not_cached(tmp_path):
+async def test_the_index_says_why_a_model_is_not_cached_and_whether_it_is_batched(tmp_path):
     models.mlp(tmp_path)
     models.random(tmp_path)
     reasons = {line.name: line.reason for line in await (await store(tmp_path)).index()}
-    assert reasons == {"mlp": "", "random": "not cached: its graph holds RandomNormalLike"}
+    assert reasons["mlp"] == "batched: rows are proven independent"
+    assert reasons["random"].startswith(
+        "not cached: its graph holds RandomNormalLike; not batched: rows are not proven"
+    )
