@@ -13,7 +13,7 @@ import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference import batching_policy, row_independence
+from services.inference import batching_policy, inline_runs, row_independence
 from services.inference.config import (
     CACHE_STALE,
     CACHE_TTL,
@@ -49,8 +49,9 @@ class OnnxModel:
     `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
     `has_rows`: the first dimension is the batch; a request has `max_request_rows` of them at most, 0: any number.
     `batchable`: requests may share a run along it; `batch_reason` says why not. `cacheable`: equal requests have equal
-    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `row_cache`: rows of a
-    batch may be cached one by one; `row_cache_reason` says why not.
+    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `inline_reason` says why
+    runs are not made on the thread that has the requests; "" where they may be. `row_cache`: rows of a batch may be
+    cached one by one; `row_cache_reason` says why not.
     `provider` is the execution provider in use.
     """
 
@@ -86,6 +87,7 @@ class OnnxModel:
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
+        self.inline_reason = inline_runs.why_not(files.model, [spec.datatype.name for spec in every])
         self.required = tuple([name for name, spec in self.inputs.items() if not spec.optional])
         self._reshapes = any(spec.inner is not None for spec in every)
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
@@ -221,6 +223,7 @@ class OnnxModel:
             ("batched", self.batch_reason),
             ("cached", self.cacheable_reason),
             ("row_cache", self.row_cache_reason),
+            ("inline", self.inline_reason),
         ):
             made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
         made.parameters["ringmesh_provider"].string_value = self.provider

@@ -13,6 +13,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.batcher import Batcher, BatchResult
 from services.inference.held_models import HeldModel
+from services.inference.inline_runs import MOST_BYTES_IN
 from services.inference.load import Load
 from services.inference.memory_budget import ModelReplacedError
 from services.inference.model_store import ModelStore
@@ -185,6 +186,8 @@ class Worker:
         start = time.time_ns()
         held: HeldModel | None = None
         requests = []
+        if sum([len(work.data) for work in works]) > MOST_BYTES_IN:
+            return None
         try:
             for work in works:
                 request = self._reader.read(work.data)

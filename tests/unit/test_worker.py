@@ -210,7 +210,7 @@ async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 10**12)
 
 
 async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick):
@@ -231,7 +231,7 @@ async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick
 
 async def test_what_may_be_slow_is_not_run_at_once(worker, monkeypatch):
     assert worker.execute_at_once([work(0)]) is None  # nothing is known of it
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 0)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 0)
     await worker.execute_all([work(0)])
     assert worker.execute_at_once([work(0)]) is None
 
