@@ -21,7 +21,7 @@ from services.inference.request import Decoded
 from services.inference.request_decoder import RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
-from services.inference.work_results import answered, answered_together, encode, failed
+from services.inference.work_results import answered, answered_together, encode, failed, is_large
 from services.runtime.errors import (
     DeadlineExceededError,
     ResourceExhaustedError,
@@ -30,6 +30,7 @@ from services.runtime.errors import (
     kind_of,
 )
 from services.runtime.infer_request import Parts, Read, RequestReader
+from services.runtime.large_result import Result, copy_of
 from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -54,7 +55,7 @@ class Work:
 class _Begun(NamedTuple):
     """`withdraw`: what to call when the caller has gone; None where the work goes on."""
 
-    answer: asyncio.Future[inference_pb2.WorkResult]
+    answer: asyncio.Future[Result]
     withdraw: Callable[[], object] | None
     start: int
 
@@ -63,15 +64,15 @@ class _Plain(NamedTuple):
     held: HeldModel
     batcher: Batcher
     waiting: Waiting
-    answer: asyncio.Future[inference_pb2.WorkResult]
+    answer: asyncio.Future[Result]
 
 
 class _Execution:
     """Several at once; `done` hears the results when all are there."""
 
-    def __init__(self, begun: Sequence[_Begun], done: Callable[[list[inference_pb2.WorkResult]], None]) -> None:
+    def __init__(self, begun: Sequence[_Begun], done: Callable[[list[Result]], None]) -> None:
         self._begun = begun
-        self._done: Callable[[list[inference_pb2.WorkResult]], None] | None = done
+        self._done: Callable[[list[Result]], None] | None = done
         self._left = len(begun)
         for answer, _, _ in begun:
             answer.add_done_callback(self._ended)
@@ -86,7 +87,7 @@ class _Execution:
                 withdraw()
                 answer.cancel()
 
-    def _ended(self, one: asyncio.Future[inference_pb2.WorkResult]) -> None:
+    def _ended(self, one: asyncio.Future[Result]) -> None:
         self._left -= 1
         if not self._left:
             self._all_ended()
@@ -94,7 +95,7 @@ class _Execution:
     def _all_ended(self) -> None:
         if self._done is None:
             return
-        results = []
+        results: list[Result] = []
         room = MAX_ENVELOPE_BYTES
         for answer, _, start in self._begun:
             result = _result(answer, start)
@@ -117,7 +118,7 @@ class Worker:
         self._reader = RequestReader()
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
-        self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
+        self._flights: SingleFlight[Result] = SingleFlight()
         # What leads each flight: a hash is only what a sender states.
         self._leaders: dict[bytes, Parts | bytes] = {}
         # Plain requests that have no answer, by their trace context.
@@ -125,7 +126,7 @@ class Worker:
 
     async def execute(
         self, data: bytes, *, request_hash: bytes, deadline: float | None, trace_context: bytes = b""
-    ) -> inference_pb2.WorkResult:
+    ) -> Result:
         """The response without an id, or the failure. Requests in flight of one hash and the same bytes run once.
 
         The result's timing is enough to build the spans under the one that `trace_context` names.
@@ -143,8 +144,7 @@ class Worker:
                     key, lambda: self._lead(key, held, request, deadline, trace_context, start), deadline
                 )
                 if joined:
-                    shared, result = result, inference_pb2.WorkResult()
-                    result.CopyFrom(shared)
+                    result = copy_of(result)
                     result.timing.joined = True
             else:
                 result = await self._run(held, request, deadline, trace_context, start)
@@ -157,11 +157,11 @@ class Worker:
         result.timing.total_us = (time.time_ns() - start) // 1000
         return result
 
-    async def execute_all(self, works: Sequence[Work]) -> list[inference_pb2.WorkResult]:
+    async def execute_all(self, works: Sequence[Work]) -> list[Result]:
         """As `execute` each. Plain requests, which most are, are run without a task of their own."""
-        ended: asyncio.Future[list[inference_pb2.WorkResult]] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
 
-        def done(results: list[inference_pb2.WorkResult]) -> None:
+        def done(results: list[Result]) -> None:
             if not ended.done():
                 ended.set_result(results)
 
@@ -172,9 +172,7 @@ class Worker:
             cancel()
             raise
 
-    def begin_all(
-        self, works: Sequence[Work], done: Callable[[list[inference_pb2.WorkResult]], None]
-    ) -> Callable[[], None]:
+    def begin_all(self, works: Sequence[Work], done: Callable[[list[Result]], None]) -> Callable[[], None]:
         """As `execute_all`, without a task; `done` hears the results later than this returns. What cancels it."""
         return _Execution([self._begin(work) for work in works], done).cancel
 
@@ -256,7 +254,7 @@ class Worker:
             refused = loop.create_future()
             refused.set_exception(error)
             return _Begun(refused, None, start)
-        answer: asyncio.Future[inference_pb2.WorkResult] = loop.create_future()
+        answer: asyncio.Future[Result] = loop.create_future()
         waiting.future.add_done_callback(partial(self._finish, held, decoded, start, answer))
         self.load.started()
         if work.trace_context:
@@ -280,7 +278,7 @@ class Worker:
 
     async def _lead(
         self, key: bytes, held: HeldModel, request: Read, deadline: float | None, trace_context: bytes, start: int
-    ) -> inference_pb2.WorkResult:
+    ) -> Result:
         self._leaders[key] = request.content
         try:
             return await self._run(held, request, deadline, trace_context, start)
@@ -299,12 +297,15 @@ class Worker:
         start: int,
         *,
         again: bool = False,
-    ) -> inference_pb2.WorkResult:
+    ) -> Result:
         self.load.started()
         try:
             decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
-            response = encode(held, decoded, batch)
+            if is_large(batch):
+                response = await asyncio.to_thread(encode, held, decoded, batch)
+            else:
+                response = encode(held, decoded, batch)
         except ModelReplacedError:
             if again:
                 raise
@@ -324,7 +325,7 @@ class Worker:
         held: HeldModel,
         decoded: Decoded,
         start: int,
-        answer: asyncio.Future[inference_pb2.WorkResult],
+        answer: asyncio.Future[Result],
         ran: asyncio.Future[BatchResult],
     ) -> None:
         """When the batch of a plain request has run."""
@@ -335,13 +336,36 @@ class Worker:
             return
         try:
             batch = ran.result()
+            if is_large(batch):
+                encoding = asyncio.get_running_loop().run_in_executor(None, encode, held, decoded, batch)
+                encoding.add_done_callback(partial(self._encoded, held, decoded, batch, start, answer))
+                return
             answer.set_result(answered(held, decoded, batch, encode(held, decoded, batch), start))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             answer.set_exception(error)
 
+    def _encoded(
+        self,
+        held: HeldModel,
+        decoded: Decoded,
+        batch: BatchResult,
+        start: int,
+        answer: asyncio.Future[Result],
+        encoding: asyncio.Future[bytes],
+    ) -> None:
+        """When a large response has been encoded."""
+        if encoding.cancelled() or answer.done():
+            answer.cancel()
+            return
+        try:
+            answer.set_result(answered(held, decoded, batch, encoding.result(), start))
+        except Exception as error:
+            held.statistics.failed(time.time_ns() - start, kind_of(error))
+            answer.set_exception(error)
 
-def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inference_pb2.WorkResult:
+
+def _result(answer: asyncio.Future[Result], start: int) -> Result:
     """What it has, or its failure."""
     try:
         if answer.cancelled():
