@@ -113,7 +113,7 @@ class Batcher:
     ) -> None:
         """`inline`: None where no run may be made by whoever has the requests."""
         self._model = model
-        self._inline = inline
+        self._inline_runs = inline
         self._watch = watch
         self._executor = executor
         self._free = instances
@@ -164,7 +164,7 @@ class Batcher:
     def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
         """On any thread, in one run: nobody waits, and it is known to be quick. None where that is not so."""
         first = requests[0]
-        inline = self._inline
+        inline = self._inline_runs
         if inline is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
             return None
         rows = 0
@@ -190,7 +190,7 @@ class Batcher:
     @property
     def is_quick(self) -> bool:
         """Whether `run_at_once` may do anything for anybody."""
-        return self._inline is not None and self._inline.is_quick
+        return self._inline_runs is not None and self._inline_runs.is_quick
 
     @property
     def waiting(self) -> int:
@@ -365,8 +365,8 @@ class Batcher:
         end = time.time_ns()
         if isinstance(first.signature, tuple):  # another than that of a request that is alone
             self._learn((first.signature, rows.bit_length()), (end - run) / max(1, rows))
-            if self._inline is not None:
-                self._inline.ran(first, rows, end - run, cpu, outputs)
+            if self._inline_runs is not None:
+                self._inline_runs.ran(first, rows, end - run, cpu, outputs)
         results: list[BatchResult | Exception] = []
         # Each result carries them, so their number is bounded: else a batch would cost its size squared.
         members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
