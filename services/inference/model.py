@@ -167,6 +167,12 @@ class OnnxModel:
         """Takes over the sessions of a model of the same files."""
         self._sessions = fresh._sessions
 
+    def shrink(self) -> None:
+        """Gives back what large runs left behind in ONNX Runtime; on a thread."""
+        sessions: Sessions | None = getattr(self, "_sessions", None)
+        if sessions is not None:
+            sessions.shrink()
+
     def warm_up(self) -> None:
         """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
         for sample in self._config.model_warmup:

@@ -286,6 +286,12 @@ class ModelStore:
             states[name, ""] = VersionState(name, "", UNAVAILABLE, "not loaded")
         return [states[key] for key in sorted(states)]
 
+    def shrink(self) -> None:
+        """Gives back what large runs left behind; on a thread."""
+        for held in self.held:
+            if isinstance(held.model, OnnxModel):
+                held.model.shrink()
+
     async def close(self) -> None:
         """Waits for the batches under way."""
         await self._drain(self.held)
