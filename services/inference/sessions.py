@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _ONNX_BFLOAT16 = 16
 # A run of tensors of so many bytes makes ONNX Runtime's arena grow.
 _LARGE_BYTES = 8 << 20
+_MOST_ZEROS = 64 << 20
 _SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
 
 Arrays = list[npt.NDArray[Any]]
@@ -153,39 +155,36 @@ class _Arena:
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
-        self._feeds = _smallest(session)
         self._outputs = [output.name for output in session.get_outputs()]
-        if self._feeds is not None:
-            self._run(run_options({}))
+        self._run(run_options({}))
 
     def shrink(self) -> None:
         """Gives back the regions that nobody uses."""
-        options = run_options(_SHRINK)
-        if self._feeds is not None and options is not None:
+        if (options := run_options(_SHRINK)) is not None:
             options.terminate = True
             self._run(options)
 
     def _run(self, options: onnxruntime.RunOptions | None) -> None:
-        # It fails where it is told to end, or takes no inputs so small.
-        with contextlib.suppress(Exception):
-            self._session.run_with_ort_values(self._outputs, self._feeds, options)
+        feeds = _smallest(self._session)
+        if feeds is not None:
+            # It fails where it is told to end, or takes no inputs so small.
+            with contextlib.suppress(Exception):
+                self._session.run(self._outputs, feeds, options)
 
 
-def _smallest(session: onnxruntime.InferenceSession) -> dict[str, onnxruntime.OrtValue] | None:
-    """Zeros for each input, with 1 for dimensions that a request chooses; None where an input is no tensor."""
-    feeds = {}
+def _smallest(session: onnxruntime.InferenceSession) -> dict[str, Any] | None:
+    """Zeros for each input, with 1 for dimensions that a request chooses; None where there is no such thing."""
+    feeds: dict[str, Any] = {}
+    size = 0
     for node in session.get_inputs():
         datatype = datatype_of(node)
-        if datatype is None:
+        if datatype is None or datatype.name == "BF16":
             return None
         shape = [dim if isinstance(dim, int) and dim >= 0 else 1 for dim in node.shape]
-        make = onnxruntime.OrtValue
-        if datatype.name == "BF16":
-            zeros = np.zeros(shape, np.uint16)
-            feeds[node.name] = make.ortvalue_from_numpy_with_onnx_type(zeros, _ONNX_BFLOAT16)
-        else:
-            zeros = np.full(shape, "", object) if datatype.dtype.hasobject else np.zeros(shape, datatype.dtype)
-            feeds[node.name] = make.ortvalue_from_numpy(zeros)
+        size += math.prod(shape) * datatype.dtype.itemsize
+        if size > _MOST_ZEROS:
+            return None
+        feeds[node.name] = np.full(shape, "", object) if datatype.dtype.hasobject else np.zeros(shape, datatype.dtype)
     return feeds
 
 

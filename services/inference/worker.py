@@ -30,6 +30,7 @@ from services.runtime.errors import (
     kind_of,
 )
 from services.runtime.infer_request import Parts, Read, RequestReader
+from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import Result, copy_of
 from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
@@ -134,7 +135,10 @@ class Worker:
         start = time.time_ns()
         name = ""
         try:
-            request = self._reader.read(data)
+            if len(data) > LARGE_BYTES:
+                request = await asyncio.to_thread(self._reader.read, data)
+            else:
+                request = self._reader.read(data)
             name = request.head.name
             held = self.store.held.find(name, request.head.version)
             if key := self._join_key(held, request_hash, request):
@@ -227,9 +231,11 @@ class Worker:
         return withdrawn
 
     def _begin(self, work: Work) -> _Begun:
-        """Where it is not plain, a task of `execute`: equal to one in flight, or more than a batch of one model."""
+        """Where it is not plain, a task of `execute`: large, equal to one in flight, more than a batch of one model."""
         start = time.time_ns()
         loop = asyncio.get_running_loop()
+        if len(work.data) > LARGE_BYTES:
+            return self._begin_task(work, start)
         held = None
         try:
             request = self._reader.read(work.data)
@@ -237,15 +243,7 @@ class Worker:
             key = self._join_key(held, work.request_hash, request)
             batcher = held.batcher
             if type(batcher) is not Batcher or held.resident is not None or (key and key in self._flights):
-                task = loop.create_task(
-                    self.execute(
-                        work.data,
-                        request_hash=work.request_hash,
-                        deadline=work.deadline,
-                        trace_context=work.trace_context,
-                    )
-                )
-                return _Begun(task, task.cancel, start)
+                return self._begin_task(work, start)
             decoded = self._decoder.decode(request, held.model, work.trace_context)
             waiting = batcher.enqueue(decoded, work.deadline)
         except Exception as error:
@@ -266,6 +264,13 @@ class Worker:
             answer.add_done_callback(partial(self._led, key))
             return _Begun(answer, None, start)
         return _Begun(answer, partial(batcher.withdraw, waiting), start)
+
+    def _begin_task(self, work: Work, start: int) -> _Begun:
+        executing = self.execute(
+            work.data, request_hash=work.request_hash, deadline=work.deadline, trace_context=work.trace_context
+        )
+        task = asyncio.get_running_loop().create_task(executing)
+        return _Begun(task, task.cancel, start)
 
     def _join_key(self, held: HeldModel, request_hash: bytes, request: Read) -> bytes:
         """What it may join or lead; b"" if it runs alone: no hash is stated, or other bytes are in flight under it."""
@@ -300,7 +305,10 @@ class Worker:
     ) -> Result:
         self.load.started()
         try:
-            decoded = self._decoder.decode(request, held.model, trace_context)
+            if len(request.data) > LARGE_BYTES:
+                decoded = await asyncio.to_thread(self._decoder.decode, request, held.model, trace_context)
+            else:
+                decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
             if is_large(batch):
                 response = await asyncio.to_thread(encode, held, decoded, batch)
