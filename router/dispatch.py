@@ -397,8 +397,10 @@ class _Attempt:
                 error = self._learn(outcome)
             finally:
                 self._release()
-            answered = isinstance(outcome, inference_pb2.WorkResult | LargeResult)
-            self._record(message_of(outcome) if answered else None, error)
+            if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+                self._record(message_of(outcome), error)
+            else:
+                self._record(None, error)
             self._dispatch.attempted(self, outcome)
         except Exception as error:
             self._dispatch.fail(error)
