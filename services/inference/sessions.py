@@ -26,7 +26,7 @@ from services.inference.tensor_spec import datatype_of
 log = logging.getLogger(__name__)
 
 _ONNX_BFLOAT16 = 16
-# A run of tensors of so many bytes makes ONNX Runtime's arena grow.
+# A run with a tensor of so many bytes makes ONNX Runtime's arena grow.
 _LARGE_BYTES = 8 << 20
 _MOST_ZEROS = 64 << 20
 _SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
@@ -84,10 +84,10 @@ class Sessions:
         """Outputs in the order asked. Runs outside the GIL. Raises whatever ONNX Runtime raises."""
         if len(self._runners) == 1:
             arrays = self._runners[0].run(outputs, feeds)
-            if sum([array.nbytes for array in (*feeds.values(), *arrays)]) > _LARGE_BYTES:
-                with self._choosing:
-                    held = [ref for ref in self._large or () if ref() is not None]
-                    self._large = held + [weakref.ref(array) for array in arrays]
+            for array in (*arrays, *feeds.values()):
+                if array.nbytes > _LARGE_BYTES:
+                    self._watch_large(arrays)
+                    break
             return arrays
         with self._choosing:
             chosen = self._running.index(min(self._running))
@@ -97,6 +97,11 @@ class Sessions:
         finally:
             with self._choosing:
                 self._running[chosen] -= 1
+
+    def _watch_large(self, arrays: Arrays) -> None:
+        with self._choosing:
+            held = [ref for ref in self._large or () if ref() is not None]
+            self._large = held + [weakref.ref(array) for array in arrays]
 
     def shrink(self) -> None:
         """Gives back what large runs left in ONNX Runtime's arena, once their outputs are gone. On a thread."""
