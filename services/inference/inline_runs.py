@@ -81,7 +81,7 @@ def why_not(model: Path, datatypes: Sequence[str]) -> str:
     """
     if "BYTES" in datatypes:
         return "it has strings, which are read one by one"
-    unknown = operator_types(model) - _BY_SHAPE - _BY_SIZE.keys()
+    unknown = operator_types(model).difference(_BY_SHAPE, _BY_SIZE)
     if unknown:
         return f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}"
     graph = main_graph(model)
