@@ -25,7 +25,7 @@ _PLAIN, _COMPRESSED, _SEALED, _VECTOR = 3, 4, 5, 6
 _MAX_COMPUTE_US = 2**32 - 1
 _MAX_CREATED_MS = 2**64 - 1
 # Below, what is saved is less than what Redis itself needs for an entry; above, it would hold up the event loop.
-_LEAST_COMPRESSED, _MOST_COMPRESSED = 1024, 16 << 20
+_LEAST_COMPRESSED, _MOST_COMPRESSED = 1024, 4 << 20
 # LZ4, kept where it saves a quarter: docs/decisions/0011.
 _WORTH = 0.75
 

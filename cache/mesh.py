@@ -26,6 +26,8 @@ from services.runtime.single_flight import SingleFlight
 from services.runtime.tracing import Trace
 
 _MODEL_BYTES = 16
+# Answers above are not written to Redis: to hash and write one would hold up the event loop.
+_LARGEST_SHARED = 16 << 20
 _MAX_MODELS = 4096
 _SMOOTHING = 0.2
 # Longer than a renewal may take.
@@ -239,7 +241,11 @@ class Mesh:
                 return "found"
             computed = await self._compute(key, compute)
             kept_ms = self._kept_ms(computed)
-            written = computed.key == key and await self._leases.fill(key, lease.token, computed.entry, kept_ms)
+            written = (
+                computed.key == key
+                and len(computed.entry.value) <= _LARGEST_SHARED
+                and await self._leases.fill(key, lease.token, computed.entry, kept_ms)
+            )
         except BaseException:
             # However it ended: nobody else could renew it for as long as the lease.
             await self._leases.release(key, lease.token)
@@ -360,6 +366,8 @@ class Mesh:
         if computed.key is None:
             return
         self.local.put(computed.key, computed.entry)
+        if len(computed.entry.value) > _LARGEST_SHARED:
+            return
         kept_ms = self._kept_ms(computed)
         if self._doorkeeper is not None:
             self._doorkeeper.offer(computed.key, computed.entry, kept_ms)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.admission.caller import ROUTER, Caller
@@ -22,6 +21,7 @@ from router.catalog import Catalog, ModelEntry
 from router.comparison import Verdict, compare
 from router.member import Member
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
+from services.runtime.large_result import Result
 from services.runtime.metrics import Family, Sample
 from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import Trace, untraced
@@ -62,7 +62,7 @@ class Runner(Protocol):
 
     async def run(
         self, model: ModelEntry, request: bytes, place: bytes, trace: Trace, *, deadline: float | None, caller: Caller
-    ) -> tuple[inference_pb2.WorkResult, Member]:
+    ) -> tuple[Result, Member]:
         """The result and who computed it. Raises RingmeshError."""
 
 

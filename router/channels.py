@@ -7,19 +7,22 @@ from typing import Protocol
 
 from router.grpc_channel import CallError, GrpcChannel
 from router.local_channel import LocalChannel
+from services.runtime.large_result import LargeAnswer
 
 
 class Begins(Protocol):
     """Something that takes envelopes."""
 
-    def begin(self, request: bytes, done: Callable[[bytes | CallError], None]) -> Callable[[], object]:
+    def begin(self, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]) -> Callable[[], object]:
         """As `Channel.begin`, of an envelope."""
 
 
 class Channel(Protocol):
     """Unary gRPC calls to one worker: router/grpc_channel.py says how each method behaves."""
 
-    def begin(self, method: str, request: bytes, done: Callable[[bytes | CallError], None]) -> Callable[[], object]:
+    def begin(
+        self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
+    ) -> Callable[[], object]:
         """A call; returns what cancels it."""
 
     async def call(self, method: str, request: bytes) -> bytes:

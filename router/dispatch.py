@@ -42,6 +42,7 @@ from services.runtime.errors import (
     from_failure,
 )
 from services.runtime.faults import internal
+from services.runtime.large_result import LargeResult, Result, message_of
 from services.runtime.spans import Kind
 from services.runtime.tracing import Trace
 from services.runtime.w3c import new_span_id
@@ -123,7 +124,7 @@ class Parts(NamedTuple):
     shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
 
 
-Answered: TypeAlias = tuple[inference_pb2.WorkResult, Member]
+Answered: TypeAlias = tuple[Result, Member]
 
 
 class Dispatch:
@@ -396,7 +397,10 @@ class _Attempt:
                 error = self._learn(outcome)
             finally:
                 self._release()
-            self._record(outcome if isinstance(outcome, inference_pb2.WorkResult) else None, error)
+            if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+                self._record(message_of(outcome), error)
+            else:
+                self._record(None, error)
             self._dispatch.attempted(self, outcome)
         except Exception as error:
             self._dispatch.fail(error)
@@ -409,7 +413,7 @@ class _Attempt:
         """From how it ended; the error in words, "" where there is none."""
         took = time.monotonic() - self._began
         parts, model, member = self._parts, self._asked.model, self.candidate.member
-        if isinstance(outcome, inference_pb2.WorkResult):
+        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
             parts.fleet.answered(member, model.digest, took)
             timing = outcome.timing
             if not timing.joined:

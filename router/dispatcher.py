@@ -7,8 +7,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 
-from ringmesh.inference.v1 import inference_pb2
-
 from router.admission.caller import ANYBODY, Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.catalog import ModelEntry
@@ -17,6 +15,7 @@ from router.dispatch_metrics import RETRIES_DENIED, SHEDS, DispatchMetrics
 from router.member import Member
 from router.retry_budget import RetryBudget
 from router.tail_latency import TailLatency
+from services.runtime.large_result import Result
 from services.runtime.metrics import Sample
 from services.runtime.recent import forgotten
 from services.runtime.tracing import Trace
@@ -61,7 +60,7 @@ class Dispatcher:
         request_hash: bytes = b"",
         deadline: float | None = None,
         caller: Caller = ANYBODY,
-    ) -> tuple[inference_pb2.WorkResult, Member]:
+    ) -> tuple[Result, Member]:
         """As `begin`. Raises the error; cancelled, it is withdrawn."""
         ended: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
 

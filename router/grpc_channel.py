@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from urllib.parse import unquote
 
@@ -15,6 +15,8 @@ import grpc
 import hpack
 
 from router.http2 import Connection, ConnectionLostError, Stream
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.large_result import LargeAnswer, take_apart
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,29 @@ class GrpcChannel:
         self._connecting = asyncio.Lock()
         self._header_blocks: dict[str, bytes] = {}
 
-    def begin(self, method: str, request: bytes, done: Callable[[bytes | CallError], None]) -> Callable[[], object]:
-        """A call; `done` hears the serialized response, or why there is none, later than this returns.
+    def begin(
+        self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
+    ) -> Callable[[], object]:
+        """A call for an ExecuteResponse; `done` hears it serialized, taken apart where it is large, or an error.
 
-        Cancelled by what is returned: the server is told, and `done` hears nothing.
+        That is later than this returns. Cancelled by what is returned: the server is told, and `done` hears nothing.
         """
+
+        def ended(answer: Sequence[bytes] | CallError) -> None:
+            if isinstance(answer, CallError):
+                done(answer)
+            elif sum([len(piece) for piece in answer]) <= LARGE_BYTES:
+                done(b"".join(answer))
+            else:
+                taking = asyncio.get_running_loop().run_in_executor(None, take_apart, answer)
+                taking.add_done_callback(lambda taking: done(taken_apart(taking)))
+
+        return self._begin(method, request, ended)
+
+    def _begin(
+        self, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
+    ) -> Callable[[], object]:
+        """`done` hears the serialized response in pieces."""
         connection = self._connection
         if connection is not None and connection.is_open:
             return self._request(connection, method, request, done)
@@ -74,13 +94,13 @@ class GrpcChannel:
 
     async def call(self, method: str, request: bytes) -> bytes:
         """The serialized response. Raises CallError. Cancelled: the server is told."""
-        answered: asyncio.Future[bytes | CallError] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Sequence[bytes] | CallError] = asyncio.get_running_loop().create_future()
 
-        def done(answer: bytes | CallError) -> None:
+        def done(answer: Sequence[bytes] | CallError) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
-        cancel = self.begin(method, request, done)
+        cancel = self._begin(method, request, done)
         try:
             answer = await answered
         except asyncio.CancelledError:
@@ -88,10 +108,10 @@ class GrpcChannel:
             raise
         if isinstance(answer, CallError):
             raise answer
-        return answer
+        return b"".join(answer)
 
     def _request(
-        self, connection: Connection, method: str, request: bytes, done: Callable[[bytes | CallError], None]
+        self, connection: Connection, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
     ) -> Callable[[], None]:
         headers = self._header_blocks.get(method)
         if headers is None:
@@ -173,7 +193,16 @@ def code_of(number: int) -> grpc.StatusCode:
     return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
-def _answer(stream: Stream) -> bytes | CallError:
+def taken_apart(taking: asyncio.Future[LargeAnswer]) -> LargeAnswer | CallError:
+    """What `take_apart` made of a response, or that it cannot be read."""
+    if taking.cancelled():
+        return CallError(grpc.StatusCode.UNAVAILABLE, "the router is stopping")
+    if error := taking.exception():
+        return CallError(grpc.StatusCode.INTERNAL, f"a response that is not an envelope: {error!r}")
+    return taking.result()
+
+
+def _answer(stream: Stream) -> Sequence[bytes] | CallError:
     error = stream.error
     if error is not None:
         return CallError(grpc.StatusCode.UNAVAILABLE, str(error), lost=isinstance(error, ConnectionLostError))
@@ -185,8 +214,12 @@ def _answer(stream: Stream) -> bytes | CallError:
     if status != "0":
         code = code_of(int(status)) if status.isdecimal() else grpc.StatusCode.UNKNOWN
         return CallError(code, unquote(headers.get("grpc-message", "")))
-    body = stream.body
-    size = int.from_bytes(body[1:_PREFIX_BYTES], "big")
-    if len(body) != _PREFIX_BYTES + size or body[0]:
-        return CallError(grpc.StatusCode.INTERNAL, f"a response of {len(body)} bytes that is not one plain message")
-    return bytes(memoryview(body)[_PREFIX_BYTES:])
+    pieces = stream.pieces
+    while len(pieces) > 1 and len(pieces[0]) < _PREFIX_BYTES:
+        pieces[:2] = [pieces[0] + pieces[1]]
+    first = pieces[0] if pieces else b""
+    size = int.from_bytes(first[1:_PREFIX_BYTES], "big")
+    if stream.size != _PREFIX_BYTES + size or first[0]:
+        return CallError(grpc.StatusCode.INTERNAL, f"a response of {stream.size} bytes that is not one plain message")
+    pieces[0] = first[_PREFIX_BYTES:]
+    return pieces

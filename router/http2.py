@@ -56,20 +56,22 @@ class ConnectionLostError(RequestError):
 
 
 class Stream:
-    """One request and its response: `headers` of the response, trailers included, and `body`.
+    """One request and its response: `headers` of the response, trailers included, and `pieces` of the body.
 
     When it has ended `on_end` is called with it, and `error` says why there is no response; the server's own errors are
     in `headers`.
     """
 
-    __slots__ = ("body", "error", "headers", "on_end", "unsent", "window")
+    __slots__ = ("error", "headers", "on_end", "pieces", "size", "unsent", "window")
 
     def __init__(self, window: int, on_end: Callable[[Stream], None]) -> None:
         self.window = window
         self.on_end = on_end
         self.error: RequestError | None = None
         self.headers: dict[str, str] = {}
-        self.body = bytearray()
+        # They have `size` bytes. A large one is not joined here.
+        self.pieces: list[bytes] = []
+        self.size = 0
         # What the server has no room for yet.
         self.unsent = memoryview(b"")
 
@@ -223,8 +225,11 @@ class Connection(asyncio.Protocol):
         stream = self._streams.get(number)
         if stream is None:  # it was cancelled
             return
-        stream.body += payload[1 : len(payload) - payload[0]] if flags & _PADDED else payload
-        if len(stream.body) > _MAX_WINDOW:
+        if flags & _PADDED:
+            payload = payload[1 : len(payload) - payload[0]]
+        stream.pieces.append(payload)
+        stream.size += len(payload)
+        if stream.size > _MAX_WINDOW:
             raise ConnectionLostError("a response of more than 2 GiB")
         if flags & _END_STREAM:
             self._end(number)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
 
 import grpc
 
-from router.grpc_channel import CallError, code_of
-from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
+from router.grpc_channel import CallError, code_of, taken_apart
+from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameError, Frames
+from services.runtime.large_result import LargeAnswer, take_apart
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,9 @@ class LocalConnection(Frames):
 
     def __init__(self) -> None:
         super().__init__(_MAX_NUMBER)
-        self._under_way: dict[int, Callable[[bytes | CallError], None]] = {}
+        self._under_way: dict[int, Callable[[bytes | LargeAnswer | CallError], None]] = {}
+        # What has come of large answers.
+        self._parts: dict[int, list[bytes]] = {}
         self._next = 0
         self._leaving = False
 
@@ -31,10 +35,10 @@ class LocalConnection(Frames):
         """Whether an envelope may be sent here."""
         return self.transport is not None and not self._leaving
 
-    def begin(self, request: bytes, done: Callable[[bytes | CallError], None]) -> Callable[[], object]:
-        """Sends it; `done` hears the serialized response, or why there is none, later than this returns.
+    def begin(self, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]) -> Callable[[], object]:
+        """Sends it; `done` hears the serialized response, taken apart where it is large, or why there is none.
 
-        Cancelled by what is returned: the worker is told, and `done` hears nothing.
+        That is later than this returns. Cancelled by what is returned: the worker is told, and `done` hears nothing.
         """
         number = self._next
         self._next += 1
@@ -52,7 +56,14 @@ class LocalConnection(Frames):
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
         """From Frames."""
-        if kind == ANSWER:
+        if kind == PART:
+            if number in self._under_way:  # else it was cancelled
+                self._parts.setdefault(number, []).append(payload)
+        elif kind == ANSWER and (parts := self._parts.pop(number, None)) is not None:
+            parts.append(payload)
+            taking = asyncio.get_running_loop().run_in_executor(None, take_apart, parts)
+            taking.add_done_callback(partial(self._taken_apart, number))
+        elif kind == ANSWER:
             self._end(number, payload)
         elif kind == FAILURE and payload:
             self._end(number, CallError(code_of(payload[0]), payload[1:].decode(errors="replace")))
@@ -66,6 +77,7 @@ class LocalConnection(Frames):
         """From Frames."""
         self._leaving = True
         under_way, self._under_way = self._under_way, {}
+        self._parts.clear()
         for done in under_way.values():
             try:
                 done(CallError(grpc.StatusCode.UNAVAILABLE, why, lost=True))
@@ -74,10 +86,14 @@ class LocalConnection(Frames):
 
     def _cancel(self, number: int) -> None:
         if self._under_way.pop(number, None) is not None:
+            self._parts.pop(number, None)
             self.send(CANCEL, number)
             self._close_if_done()
 
-    def _end(self, number: int, answer: bytes | CallError) -> None:
+    def _taken_apart(self, number: int, taking: asyncio.Future[LargeAnswer]) -> None:
+        self._end(number, taken_apart(taking))
+
+    def _end(self, number: int, answer: bytes | LargeAnswer | CallError) -> None:
         done = self._under_way.pop(number, None)
         if done is not None:  # else it was cancelled
             done(answer)

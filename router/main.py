@@ -29,7 +29,7 @@ from router.service import InferenceService
 from router.settings import RouterSettings
 from router.slo import Objectives, Slo
 from router.tail_latency import TailLatency
-from services.runtime import cores, huge_pages
+from services.runtime import cores, huge_pages, memory
 from services.runtime.exposition import MetricsServer
 from services.runtime.live_settings import LiveSettings
 from services.runtime.load_report import LoadReport
@@ -129,6 +129,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     BACKGROUND.start("request metrics", requests.keep_marking)
     BACKGROUND.start("objectives", slo.keep_sampling)
     BACKGROUND.start("huge pages", huge_pages.keep_collapsing)
+    BACKGROUND.start("free memory", memory.keep_giving_back)
     await stopping.wait()
     fleet.events.close()
     cache.close()

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ringmesh.inference.v1 import inference_pb2
-
 from cache.entry import Entry
 from cache.epochs import Epochs
 from cache.mesh import Computed, Flight, Found, Mesh
@@ -24,14 +22,13 @@ from router.dispatch import Answered, Asked
 from router.member import Member
 from services.runtime import faults
 from services.runtime.errors import DeadlineExceededError, RingmeshError, UnavailableError
+from services.runtime.large_result import Result
 from services.runtime.rpc import Answer, Failure, failure
 
 log = logging.getLogger(__name__)
 
 
-def as_computed(
-    call: Admitted, model: ModelEntry, epochs: Epochs, result: inference_pb2.WorkResult, by: Member
-) -> Computed:
+def as_computed(call: Admitted, model: ModelEntry, epochs: Epochs, result: Result, by: Member) -> Computed:
     """What a worker answered, as the mesh keeps it: by the purges that were when its computing began."""
     timing = result.timing
     call.provider = timing.provider

@@ -86,7 +86,7 @@ class Replies:
             self._hits += 1
             if not self._hits % _HITS_A_REPORT:
                 trailing = (*trailing, self._report.trailer)
-        return Answer(protocol.with_id(found.entry.value, call.request_id), trailing, afterwards)
+        return protocol.answered(found.entry.value, call.request_id, trailing, afterwards)
 
     def _begin_audit(self, call: Admitted, found: Found) -> None:
         assert call.model is not None

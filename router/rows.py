@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.entry import Entry
@@ -23,6 +22,7 @@ from router.catalog import ModelEntry
 from router.dispatch import FatalRequestError
 from services.runtime import faults
 from services.runtime.errors import RingmeshError, UnavailableError
+from services.runtime.large_result import Result
 from services.runtime.supervisor import BACKGROUND
 from services.runtime.tensors import DATATYPES, raw_from_contents
 from services.runtime.tracing import untraced
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # Beyond it a batch is a bulk job, whose rows would only hold up the loop.
 MAX_ROWS = 256
 
-Compute: TypeAlias = Callable[[bytes, bytes], Awaitable[tuple[inference_pb2.WorkResult, str]]]
+Compute: TypeAlias = Callable[[bytes, bytes], Awaitable[tuple[Result, str]]]
 
 
 class Batch(NamedTuple):

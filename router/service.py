@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 
-from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.cache_control import parse_cache_control
@@ -33,6 +32,7 @@ from services.runtime import faults, protocol, worker_spans
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
+from services.runtime.large_result import Result
 from services.runtime.metrics import Sample
 from services.runtime.recent import forgotten
 from services.runtime.request_check import check_request
@@ -275,7 +275,7 @@ class InferenceService:
             self._requests.in_flight -= 1
         return self._replies.failure(call, call.error)
 
-    async def _stream_infer(self, data: bytes, context: Context) -> bytes:
+    async def _stream_infer(self, data: bytes, context: Context) -> Answer:
         admitted = self._admit(data, protocol.metadata(context), "ModelStreamInfer")
         if isinstance(admitted, Answer):
             answer: Answer | Failure = admitted
@@ -286,7 +286,7 @@ class InferenceService:
         if isinstance(admitted, Admitted) and admitted.error is not None:
             raise admitted.error
         assert isinstance(answer, Answer)
-        return answer.body
+        return answer
 
     async def _find(self, call: Admitted, deadline: float | None) -> Found:
         """What the local tier did not have."""
@@ -400,7 +400,7 @@ class InferenceService:
         if batch is None:
             return None
 
-        async def compute(data: bytes, request_hash: bytes) -> tuple[inference_pb2.WorkResult, str]:
+        async def compute(data: bytes, request_hash: bytes) -> tuple[Result, str]:
             self._quotas.take(call.caller)
             result, member = await self._dispatcher.run(
                 model,

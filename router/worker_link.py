@@ -29,6 +29,7 @@ from router.grpc_channel import CallError
 from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
 from services.runtime.faults import internal
+from services.runtime.large_result import LargeAnswer, Result
 from services.runtime.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Work:
 
 
 # A RingmeshError is of our own making: its time was up, or it could not be sent.
-Outcome: TypeAlias = "inference_pb2.WorkResult | WorkerUnreachableError | RingmeshError"
+Outcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
 
 
 class Sent:
@@ -306,7 +307,7 @@ class WorkerLink:
             items.append(sent)
         return items
 
-    def _answered(self, envelope: _Envelope, answer: bytes | CallError) -> None:
+    def _answered(self, envelope: _Envelope, answer: bytes | LargeAnswer | CallError) -> None:
         if envelope not in self._envelopes:
             return
         self._heard = time.monotonic()
@@ -327,18 +328,19 @@ class WorkerLink:
         for sent, outcome in zip(items, outcomes, strict=True):
             self._end(sent, outcome)
 
-    def _outcomes(self, answer: bytes | CallError, items: int) -> Sequence[Outcome]:
+    def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[Outcome]:
         if isinstance(answer, CallError):
             return [WorkerUnreachableError(str(answer))] * items
         try:
-            response = inference_pb2.ExecuteResponse.FromString(answer)
+            serialized = answer.message if isinstance(answer, LargeAnswer) else answer
+            response = inference_pb2.ExecuteResponse.FromString(serialized)
         except DecodeError as error:
             return [WorkerUnreachableError(f"it answered with something else than an envelope: {error!r}")] * items
         if len(response.results) != items:
             told = f"it answered {len(response.results)} of {items} requests"
             return [WorkerUnreachableError(told)] * items
         self._load.reported(response.load, self._under_way)
-        return response.results
+        return answer.results(response) if isinstance(answer, LargeAnswer) else response.results
 
     def _end(self, sent: Sent, outcome: Outcome) -> None:
         done, sent.done = sent.done, None

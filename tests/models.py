@@ -130,6 +130,20 @@ def wide(repository: Path, operator: str) -> Path:
     return save(repository, operator.lower(), nodes, [x], [y])
 
 
+def turned(repository: Path) -> Path:
+    """FP32 x[n], INT64 turns -> y[n] = x + turns, one at a time: its work depends on a value."""
+    on, turn = value("on", TensorProto.BOOL), value("turn", TensorProto.INT64)
+    before, after = value("before", TensorProto.FLOAT, "n"), value("after", TensorProto.FLOAT, "n")
+    nodes = [helper.make_node("Identity", ["on"], ["go_on"]), helper.make_node("Add", ["before", "one"], ["after"])]
+    body = helper.make_graph(nodes, "body", [turn, on, before], [value("go_on", TensorProto.BOOL), after])
+    loop = helper.make_node("Loop", ["turns", "", "x"], ["y"], body=body)
+    inputs = [value("x", TensorProto.FLOAT, "n"), value("turns", TensorProto.INT64)]
+    one = numpy_helper.from_array(np.array([1], np.float32), "one")
+    folder = save(repository, "turned", [loop], inputs, [value("y", TensorProto.FLOAT, "n")], [one])
+    (folder.parent / "config.pbtxt").write_text("max_batch_size: 0")
+    return folder
+
+
 def add_sub(repository: Path) -> Path:
     """FP32 a, b [n,2] -> sum, difference [n,2]."""
     nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["difference"])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.crash_journal import UNWATCHED, Watch
+from services.inference.inline_runs import InlineRuns
 from services.inference.model import OnnxModel
 from services.inference.request import Decoded
 from services.inference.request_queue import RequestQueue, Waiting
@@ -23,8 +23,6 @@ from services.inference.returning_callers import ReturningCallers
 from services.runtime.errors import DeadlineExceededError, InternalError, UnavailableError
 
 MAX_MEMBERS = 16
-# A run that takes no longer is made by whoever has the requests: another thread would cost more than it saves.
-QUICK_NS = 500_000
 # Where a batch makes rows dearer, requests share a turn of an instance, no longer than this, and not a run.
 APART_NS = 25_000_000
 # One turn in so many goes the other way, so that what is known of it stays true.
@@ -111,8 +109,11 @@ class Batcher:
         instances: int = 1,
         batching: config_pb2.ModelDynamicBatching = _AS_THEY_COME,
         watch: Watch = UNWATCHED,
+        inline: InlineRuns | None = None,
     ) -> None:
+        """`inline`: None where no run may be made by whoever has the requests."""
         self._model = model
+        self._inline_runs = inline
         self._watch = watch
         self._executor = executor
         self._free = instances
@@ -126,8 +127,6 @@ class Batcher:
         # What a row takes in ns, by signature and the bits of the run's rows: usually, of late.
         self._row_ns: dict[tuple[Hashable, int], float] = {}
         self._turns = 0
-        # Whether a row of the last signature does: most requests of a slow model need not be looked at any closer.
-        self._quick = False
         self._closed = False
         self._at_once = threading.Lock()
 
@@ -163,16 +162,17 @@ class Batcher:
         return True
 
     def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
-        """On any thread, in one run: nobody waits, and it takes QUICK_NS at most. None where that is not so."""
+        """On any thread, in one run: nobody waits, and it is known to be quick. None where that is not so."""
         first = requests[0]
-        if self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
+        inline = self._inline_runs
+        if inline is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
             return None
         rows = 0
         for decoded in requests:
             if decoded.signature != first.signature:
                 return None
             rows += decoded.rows
-        if self._expected_ns(first.signature, rows) > QUICK_NS:
+        if not inline.allows(first, rows):
             return None
         if len(requests) > 1 and not (self._model.batchable and rows <= self._model.max_batch_rows):
             return None
@@ -190,7 +190,7 @@ class Batcher:
     @property
     def is_quick(self) -> bool:
         """Whether `run_at_once` may do anything for anybody."""
-        return self._quick
+        return self._inline_runs is not None and self._inline_runs.is_quick
 
     @property
     def waiting(self) -> int:
@@ -349,9 +349,10 @@ class Batcher:
                 inputs = first.arrays
             else:
                 inputs = {name: np.concatenate([decoded.arrays[name] for decoded in requests]) for name in first.arrays}
-            run = time.time_ns()
+            run, cpu = time.time_ns(), time.thread_time_ns()
             with self._watch:
                 outputs = self._model.run(inputs, first.outputs)
+            cpu = time.thread_time_ns() - cpu
             rows = sum([decoded.rows for decoded in requests])
             if len(requests) > 1 and any(len(output) != rows for output in outputs):
                 raise InternalError(f"model {self._model.name!r} did not answer one row for each row of its inputs")
@@ -364,6 +365,8 @@ class Batcher:
         end = time.time_ns()
         if isinstance(first.signature, tuple):  # another than that of a request that is alone
             self._learn((first.signature, rows.bit_length()), (end - run) / max(1, rows))
+            if self._inline_runs is not None:
+                self._inline_runs.ran(first, rows, end - run, cpu, outputs)
         results: list[BatchResult | Exception] = []
         # Each result carries them, so their number is bounded: else a batch would cost its size squared.
         members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
@@ -375,14 +378,6 @@ class Batcher:
             row = next_row
         return results
 
-    def _expected_ns(self, signature: Hashable, rows: int) -> float:
-        """By runs of about as many rows, or of fewer, whose rows take rather longer each; infinite without any."""
-        for bits in range(rows.bit_length(), -1, -1):
-            row_ns = self._row_ns.get((signature, bits))
-            if row_ns is not None:
-                return rows * row_ns
-        return math.inf
-
     def _learn(self, kind: tuple[Hashable, int], row_ns: float) -> None:
         known = self._row_ns.get(kind)
         if known is not None and row_ns < known / 2:
@@ -392,4 +387,3 @@ class Batcher:
         if known is not None:
             row_ns = known + (_FASTER if row_ns < known else _SLOWER) * (row_ns - known)
         self._row_ns[kind] = row_ns
-        self._quick = row_ns <= QUICK_NS

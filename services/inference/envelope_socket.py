@@ -115,7 +115,7 @@ class _Connection(Frames):
     @property
     def is_busy(self) -> bool:
         """Whether something is under way."""
-        return bool(self._under_way)
+        return bool(self._under_way) or self.is_sending
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -167,6 +167,8 @@ class _Connection(Frames):
         if cancel is not None:
             cancel()
             self._count("CANCELLED")
+        else:
+            self.drop_large(number)
 
     def _done(self, number: int, answer: Answer | Failure) -> None:
         if self._under_way.pop(number, None) is not None:
@@ -174,7 +176,10 @@ class _Connection(Frames):
 
     def _answer(self, number: int, answer: Answer | Failure) -> None:
         if isinstance(answer, Answer):
-            self.send(ANSWER, number, answer.body)
+            if answer.is_large:
+                self.send_large(ANSWER, number, (answer.body, *answer.pieces))
+            else:
+                self.send(ANSWER, number, answer.body)
             self._count("OK")
         else:
             code: int = answer.code.value[0]

@@ -30,8 +30,13 @@ def read(file: Path) -> onnx.ModelProto:
 
 
 def operator_types(model: onnx.ModelProto) -> frozenset[str]:
-    """The operators of the graph, of graphs within it, and of functions."""
-    return frozenset(node.op_type for node in _nodes(model))
+    """As `name_of`, of all nodes, those of graphs within the graph and of functions included."""
+    return frozenset(map(name_of, _nodes(model)))
+
+
+def name_of(node: onnx.NodeProto) -> str:
+    """The operator, its domain in front unless that is ONNX's own: `com.microsoft.Gelu`."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
 def random_operators(model: onnx.ModelProto) -> list[str]:

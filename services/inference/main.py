@@ -24,7 +24,7 @@ from services.inference.settings import WorkerSettings
 from services.inference.shared_memory_service import SharedMemoryControl
 from services.inference.snapshots import Snapshots
 from services.inference.worker import Worker
-from services.runtime import cores
+from services.runtime import cores, memory
 from services.runtime.calls import Calls
 from services.runtime.discovery import Announcer
 from services.runtime.exposition import MetricsServer
@@ -98,10 +98,12 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         address = settings.advertised(port)
         announcer = Announcer(redis, lambda: envelopes.announcement(address))
         announcer.start()
+    giving_back = BACKGROUND.start("free memory", partial(memory.keep_giving_back, store.shrink))
     polling = None
     if settings.poll_seconds:
         polling = BACKGROUND.start("model repository", partial(store.poll, settings.poll_seconds))
     await stopping.wait()
+    giving_back.cancel()
     if polling is not None:
         polling.cancel()
     worker.accepting = False

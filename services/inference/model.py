@@ -13,7 +13,7 @@ import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference import batching_policy, graph, row_independence
+from services.inference import batching_policy, graph, inline_runs, row_independence
 from services.inference.batch_proof.prover import prove
 from services.inference.config import (
     CACHE_STALE,
@@ -50,8 +50,9 @@ class OnnxModel:
     `independence`: whether the graph proves that rows do not depend on each other.
     `has_rows`: the first dimension is the batch; a request has `max_request_rows` of them at most, 0: any number.
     `batchable`: requests may share a run along it; `batch_reason` says why not. `cacheable`: equal requests have equal
-    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `row_cache`: rows of a
-    batch may be cached one by one; `row_cache_reason` says why not.
+    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `inline_reason` says why
+    runs are not made on the thread that has the requests; "" where they may be. `row_cache`: rows of a batch may be
+    cached one by one; `row_cache_reason` says why not.
     `provider` is the execution provider in use.
     """
 
@@ -71,6 +72,7 @@ class OnnxModel:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
             self.independence = prove(proto)
+            self.inline_reason = inline_runs.why_not(proto)
             del proto  # not beside what the session takes
             self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
             self.provider = self._sessions.provider
@@ -90,6 +92,8 @@ class OnnxModel:
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
+        if any(spec.datatype.name == "BYTES" for spec in every):
+            self.inline_reason = "it has strings, which are read one by one"
         self.required = tuple([name for name, spec in self.inputs.items() if not spec.optional])
         self._reshapes = any(spec.inner is not None for spec in every)
         self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
@@ -182,6 +186,12 @@ class OnnxModel:
         """Takes over the sessions of a model of the same files."""
         self._sessions = fresh._sessions
 
+    def shrink(self) -> None:
+        """Gives back what large runs left behind in ONNX Runtime; on a thread."""
+        sessions: Sessions | None = getattr(self, "_sessions", None)
+        if sessions is not None:
+            sessions.shrink()
+
     def warm_up(self) -> None:
         """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
         for sample in self._config.model_warmup:
@@ -239,6 +249,7 @@ class OnnxModel:
             ("cached", self.cacheable_reason),
             ("row_cache", self.row_cache_reason),
             ("rows_proven_independent", self.independence.reason),
+            ("inline", self.inline_reason),
         ):
             made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
         made.parameters["ringmesh_provider"].string_value = self.provider

@@ -11,13 +11,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.inference import config, config_rules, repository
+from services.inference import config, config_rules, execution, repository
 from services.inference.batcher import Batcher
 from services.inference.config import ConfigError
 from services.inference.crash_journal import UNWATCHED, CrashJournal, Watch
 from services.inference.decisions import Decision, Decisions, Overrides
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
+from services.inference.inline_runs import InlineRuns
 from services.inference.memory_budget import MemoryBudget, resident_memory
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import (
@@ -285,6 +286,12 @@ class ModelStore:
             states[name, ""] = VersionState(name, "", UNAVAILABLE, "not loaded")
         return [states[key] for key in sorted(states)]
 
+    def shrink(self) -> None:
+        """Gives back what large runs left behind; on a thread."""
+        for held in self.held:
+            if isinstance(held.model, OnnxModel):
+                held.model.shrink()
+
     async def close(self) -> None:
         """Waits for the batches under way."""
         await self._drain(self.held)
@@ -351,6 +358,9 @@ class ModelStore:
             instances=config_rules.instances(made),
             batching=config.batching(made),
             watch=await asyncio.to_thread(self._watch, files),
+            inline=None
+            if model.inline_reason
+            else InlineRuns(batchable=model.batchable, by_cpu=model.provider == execution.CPU),
         )
         statistics = Statistics(model.name, str(model.version))
         if not made.HasField("sequence_batching"):

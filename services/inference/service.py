@@ -20,6 +20,7 @@ from services.runtime import protocol, w3c, wire
 from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.infer_request import request_id
+from services.runtime.large_result import LargeResult, Result, message_of, pieces_of
 from services.runtime.load_report import LoadReport
 from services.runtime.protocol import lane_handler
 from services.runtime.request_limits import check_list
@@ -81,9 +82,7 @@ class InferenceService:
         metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
-    async def _execute(
-        self, data: bytes, metadata: Metadata, deadline: float | None, method: str
-    ) -> inference_pb2.WorkResult:
+    async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Result:
         trace = self._tracer.start(protocol.traceparent(metadata))
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
@@ -109,15 +108,15 @@ class InferenceService:
         )
         if result.HasField("failure"):
             return failure(from_failure(result.failure), trailing)
-        body = protocol.with_id(result.response, request_id(data))
-        return Answer(body, (*trailing, ("ringmesh-provider", result.timing.provider)))
+        provider = ("ringmesh-provider", result.timing.provider)
+        return protocol.answered(result.response, request_id(data), (*trailing, provider))
 
-    async def _stream_infer(self, data: bytes, context: Context) -> bytes:
+    async def _stream_infer(self, data: bytes, context: Context) -> Answer:
         metadata, deadline = protocol.metadata(context), protocol.deadline(context)
         result = await self._execute(data, metadata, deadline, "ModelStreamInfer")
         if result.HasField("failure"):
             raise from_failure(result.failure)
-        return protocol.with_id(result.response, request_id(data))
+        return protocol.answered(result.response, request_id(data), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +187,12 @@ class EnvelopeService:
     async def _execute(self, works: list[Work], _: float | None) -> Answer | Failure:
         return self._answer(await self._worker.execute_all(works))
 
-    def _answer(self, results: list[inference_pb2.WorkResult]) -> Answer | Failure:
+    def _answer(self, results: list[Result]) -> Answer | Failure:
         try:
-            response = inference_pb2.ExecuteResponse(results=results, load=self._load())
+            if any(isinstance(result, LargeResult) for result in results):
+                return Answer(b"", (), None, pieces_of(results, self._load()))
+            messages = [message_of(result) for result in results]
+            response = inference_pb2.ExecuteResponse(results=messages, load=self._load())
             return Answer(response.SerializeToString(), ())
         except Exception as error:
             log.exception("an envelope failed")

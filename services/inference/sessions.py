@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import math
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +26,10 @@ from services.inference.tensor_spec import datatype_of
 log = logging.getLogger(__name__)
 
 _ONNX_BFLOAT16 = 16
+# A run with a tensor of so many bytes makes ONNX Runtime's arena grow.
+_LARGE_BYTES = 8 << 20
+_MOST_ZEROS = 64 << 20
+_SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
 
 Arrays = list[npt.NDArray[Any]]
 
@@ -69,11 +76,19 @@ class Sessions:
         ]
         self._running = [0] * len(self._runners)
         self._choosing = threading.Lock()
+        self._arena = _Arena(first) if self.provider == execution.CPU else None
+        # The outputs of large runs since the arena was shrunk; None where there were none.
+        self._large: list[weakref.ref[npt.NDArray[Any]]] | None = None
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
         """Outputs in the order asked. Runs outside the GIL. Raises whatever ONNX Runtime raises."""
         if len(self._runners) == 1:
-            return self._runners[0].run(outputs, feeds)
+            arrays = self._runners[0].run(outputs, feeds)
+            for array in (*arrays, *feeds.values()):
+                if array.nbytes > _LARGE_BYTES:
+                    self._watch_large(arrays)
+                    break
+            return arrays
         with self._choosing:
             chosen = self._running.index(min(self._running))
             self._running[chosen] += 1
@@ -82,6 +97,19 @@ class Sessions:
         finally:
             with self._choosing:
                 self._running[chosen] -= 1
+
+    def _watch_large(self, arrays: Arrays) -> None:
+        with self._choosing:
+            held = [ref for ref in self._large or () if ref() is not None]
+            self._large = held + [weakref.ref(array) for array in arrays]
+
+    def shrink(self) -> None:
+        """Gives back what large runs left in ONNX Runtime's arena, once their outputs are gone. On a thread."""
+        with self._choosing:
+            if self._arena is None or self._large is None or any(ref() is not None for ref in self._large):
+                return
+            self._large = None
+        self._arena.shrink()
 
 
 def _open(
@@ -121,6 +149,48 @@ def _runner(
         cuda_graphs=chosen.cuda_graphs,
         allocate=page_locked(provider, chosen.device) if chosen.pinned_outputs else None,
     )
+
+
+class _Arena:
+    """What ONNX Runtime keeps of the CPU's memory for a session, in regions. It never gives back the first.
+
+    So the first is made by a run on the smallest inputs there can be. Shrinking is asked for with a run as well, which
+    ends before its first node.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+        self._run(run_options({}))
+
+    def shrink(self) -> None:
+        """Gives back the regions that nobody uses."""
+        if (options := run_options(_SHRINK)) is not None:
+            options.terminate = True
+            self._run(options)
+
+    def _run(self, options: onnxruntime.RunOptions | None) -> None:
+        feeds = _smallest(self._session)
+        if feeds is not None:
+            # It fails where it is told to end, or takes no inputs so small.
+            with contextlib.suppress(Exception):
+                self._session.run(self._outputs, feeds, options)
+
+
+def _smallest(session: onnxruntime.InferenceSession) -> dict[str, Any] | None:
+    """Zeros for each input, with 1 for dimensions that a request chooses; None where there is no such thing."""
+    feeds: dict[str, Any] = {}
+    size = 0
+    for node in session.get_inputs():
+        datatype = datatype_of(node)
+        if datatype is None or datatype.name == "BF16":
+            return None
+        shape = [dim if isinstance(dim, int) and dim >= 0 else 1 for dim in node.shape]
+        size += math.prod(shape) * datatype.dtype.itemsize
+        if size > _MOST_ZEROS:
+            return None
+        feeds[node.name] = np.full(shape, "", object) if datatype.dtype.hasobject else np.zeros(shape, datatype.dtype)
+    return feeds
 
 
 class _HostSession:

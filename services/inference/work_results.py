@@ -13,11 +13,27 @@ from services.inference.held_models import HeldModel
 from services.inference.request import Decoded, encode_response
 from services.runtime import wire
 from services.runtime.errors import ResourceExhaustedError, RingmeshError, kind_of
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.large_result import LARGE_RESPONSE_BYTES, LargeResult, Result
 from services.runtime.rpc import unexpected
 
 log = logging.getLogger(__name__)
 
 MAX_RESPONSE_BYTES = 1 << 30
+
+
+# Strings are encoded one by one.
+_MANY_STRINGS = 1000
+
+
+def is_large(batch: BatchResult) -> bool:
+    """Whether the response is to be encoded on a thread."""
+    size = 0
+    for array in batch.arrays:
+        if array.dtype.hasobject and array.size > _MANY_STRINGS:
+            return True
+        size += array.nbytes
+    return size > LARGE_BYTES
 
 
 def encode(held: HeldModel, decoded: Decoded, batch: BatchResult) -> bytes:
@@ -31,9 +47,7 @@ def encode(held: HeldModel, decoded: Decoded, batch: BatchResult) -> bytes:
     return encode_response(held.model, decoded, batch.arrays)
 
 
-def answered(
-    held: HeldModel, decoded: Decoded, batch: BatchResult, response: bytes, start: int
-) -> inference_pb2.WorkResult:
+def answered(held: HeldModel, decoded: Decoded, batch: BatchResult, response: bytes, start: int) -> Result:
     """That `response` is there; it is counted. `start` in time.time_ns, as of what follows."""
     now = time.time_ns()
     held.statistics.succeeded(batch, decoded.rows, now - start, now - batch.end_ns)
@@ -45,6 +59,8 @@ def answered(
             begun_at_us=(step.begun_ns - start) // 1000,
             timing=_timing(step.model.provider, step.batch, step.begun_ns, step.ended_ns),
         )
+    if len(response) > LARGE_RESPONSE_BYTES:
+        return LargeResult(inference_pb2.WorkResult(model_digest=held.model.digest, timing=timing), response)
     return inference_pb2.WorkResult(response=response, model_digest=held.model.digest, timing=timing)
 
 

@@ -13,6 +13,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.batcher import Batcher, BatchResult
 from services.inference.held_models import HeldModel
+from services.inference.inline_runs import MOST_BYTES_IN
 from services.inference.load import Load
 from services.inference.memory_budget import ModelReplacedError
 from services.inference.model_store import ModelStore
@@ -20,7 +21,7 @@ from services.inference.request import Decoded
 from services.inference.request_decoder import RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
-from services.inference.work_results import answered, answered_together, encode, failed
+from services.inference.work_results import answered, answered_together, encode, failed, is_large
 from services.runtime.errors import (
     DeadlineExceededError,
     ResourceExhaustedError,
@@ -29,6 +30,8 @@ from services.runtime.errors import (
     kind_of,
 )
 from services.runtime.infer_request import Parts, Read, RequestReader
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.large_result import Result, copy_of
 from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
@@ -53,7 +56,7 @@ class Work:
 class _Begun(NamedTuple):
     """`withdraw`: what to call when the caller has gone; None where the work goes on."""
 
-    answer: asyncio.Future[inference_pb2.WorkResult]
+    answer: asyncio.Future[Result]
     withdraw: Callable[[], object] | None
     start: int
 
@@ -62,15 +65,15 @@ class _Plain(NamedTuple):
     held: HeldModel
     batcher: Batcher
     waiting: Waiting
-    answer: asyncio.Future[inference_pb2.WorkResult]
+    answer: asyncio.Future[Result]
 
 
 class _Execution:
     """Several at once; `done` hears the results when all are there."""
 
-    def __init__(self, begun: Sequence[_Begun], done: Callable[[list[inference_pb2.WorkResult]], None]) -> None:
+    def __init__(self, begun: Sequence[_Begun], done: Callable[[list[Result]], None]) -> None:
         self._begun = begun
-        self._done: Callable[[list[inference_pb2.WorkResult]], None] | None = done
+        self._done: Callable[[list[Result]], None] | None = done
         self._left = len(begun)
         for answer, _, _ in begun:
             answer.add_done_callback(self._ended)
@@ -85,7 +88,7 @@ class _Execution:
                 withdraw()
                 answer.cancel()
 
-    def _ended(self, one: asyncio.Future[inference_pb2.WorkResult]) -> None:
+    def _ended(self, one: asyncio.Future[Result]) -> None:
         self._left -= 1
         if not self._left:
             self._all_ended()
@@ -93,7 +96,7 @@ class _Execution:
     def _all_ended(self) -> None:
         if self._done is None:
             return
-        results = []
+        results: list[Result] = []
         room = MAX_ENVELOPE_BYTES
         for answer, _, start in self._begun:
             result = _result(answer, start)
@@ -116,7 +119,7 @@ class Worker:
         self._reader = RequestReader()
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
-        self._flights: SingleFlight[inference_pb2.WorkResult] = SingleFlight()
+        self._flights: SingleFlight[Result] = SingleFlight()
         # What leads each flight: a hash is only what a sender states.
         self._leaders: dict[bytes, Parts | bytes] = {}
         # Plain requests that have no answer, by their trace context.
@@ -124,7 +127,7 @@ class Worker:
 
     async def execute(
         self, data: bytes, *, request_hash: bytes, deadline: float | None, trace_context: bytes = b""
-    ) -> inference_pb2.WorkResult:
+    ) -> Result:
         """The response without an id, or the failure. Requests in flight of one hash and the same bytes run once.
 
         The result's timing is enough to build the spans under the one that `trace_context` names.
@@ -132,7 +135,10 @@ class Worker:
         start = time.time_ns()
         name = ""
         try:
-            request = self._reader.read(data)
+            if len(data) > LARGE_BYTES:
+                request = await asyncio.to_thread(self._reader.read, data)
+            else:
+                request = self._reader.read(data)
             name = request.head.name
             held = self.store.held.find(name, request.head.version)
             if key := self._join_key(held, request_hash, request):
@@ -142,8 +148,7 @@ class Worker:
                     key, lambda: self._lead(key, held, request, deadline, trace_context, start), deadline
                 )
                 if joined:
-                    shared, result = result, inference_pb2.WorkResult()
-                    result.CopyFrom(shared)
+                    result = copy_of(result)
                     result.timing.joined = True
             else:
                 result = await self._run(held, request, deadline, trace_context, start)
@@ -156,11 +161,11 @@ class Worker:
         result.timing.total_us = (time.time_ns() - start) // 1000
         return result
 
-    async def execute_all(self, works: Sequence[Work]) -> list[inference_pb2.WorkResult]:
+    async def execute_all(self, works: Sequence[Work]) -> list[Result]:
         """As `execute` each. Plain requests, which most are, are run without a task of their own."""
-        ended: asyncio.Future[list[inference_pb2.WorkResult]] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
 
-        def done(results: list[inference_pb2.WorkResult]) -> None:
+        def done(results: list[Result]) -> None:
             if not ended.done():
                 ended.set_result(results)
 
@@ -171,9 +176,7 @@ class Worker:
             cancel()
             raise
 
-    def begin_all(
-        self, works: Sequence[Work], done: Callable[[list[inference_pb2.WorkResult]], None]
-    ) -> Callable[[], None]:
+    def begin_all(self, works: Sequence[Work], done: Callable[[list[Result]], None]) -> Callable[[], None]:
         """As `execute_all`, without a task; `done` hears the results later than this returns. What cancels it."""
         return _Execution([self._begin(work) for work in works], done).cancel
 
@@ -185,6 +188,8 @@ class Worker:
         start = time.time_ns()
         held: HeldModel | None = None
         requests = []
+        if sum([len(work.data) for work in works]) > MOST_BYTES_IN:
+            return None
         try:
             for work in works:
                 request = self._reader.read(work.data)
@@ -226,9 +231,11 @@ class Worker:
         return withdrawn
 
     def _begin(self, work: Work) -> _Begun:
-        """Where it is not plain, a task of `execute`: equal to one in flight, or more than a batch of one model."""
+        """Where it is not plain, a task of `execute`: large, equal to one in flight, more than a batch of one model."""
         start = time.time_ns()
         loop = asyncio.get_running_loop()
+        if len(work.data) > LARGE_BYTES:
+            return self._begin_task(work, start)
         held = None
         try:
             request = self._reader.read(work.data)
@@ -236,15 +243,7 @@ class Worker:
             key = self._join_key(held, work.request_hash, request)
             batcher = held.batcher
             if type(batcher) is not Batcher or held.resident is not None or (key and key in self._flights):
-                task = loop.create_task(
-                    self.execute(
-                        work.data,
-                        request_hash=work.request_hash,
-                        deadline=work.deadline,
-                        trace_context=work.trace_context,
-                    )
-                )
-                return _Begun(task, task.cancel, start)
+                return self._begin_task(work, start)
             decoded = self._decoder.decode(request, held.model, work.trace_context)
             waiting = batcher.enqueue(decoded, work.deadline)
         except Exception as error:
@@ -253,7 +252,7 @@ class Worker:
             refused = loop.create_future()
             refused.set_exception(error)
             return _Begun(refused, None, start)
-        answer: asyncio.Future[inference_pb2.WorkResult] = loop.create_future()
+        answer: asyncio.Future[Result] = loop.create_future()
         waiting.future.add_done_callback(partial(self._finish, held, decoded, start, answer))
         self.load.started()
         if work.trace_context:
@@ -266,6 +265,13 @@ class Worker:
             return _Begun(answer, None, start)
         return _Begun(answer, partial(batcher.withdraw, waiting), start)
 
+    def _begin_task(self, work: Work, start: int) -> _Begun:
+        executing = self.execute(
+            work.data, request_hash=work.request_hash, deadline=work.deadline, trace_context=work.trace_context
+        )
+        task = asyncio.get_running_loop().create_task(executing)
+        return _Begun(task, task.cancel, start)
+
     def _join_key(self, held: HeldModel, request_hash: bytes, request: Read) -> bytes:
         """What it may join or lead; b"" if it runs alone: no hash is stated, or other bytes are in flight under it."""
         if not request_hash:
@@ -277,7 +283,7 @@ class Worker:
 
     async def _lead(
         self, key: bytes, held: HeldModel, request: Read, deadline: float | None, trace_context: bytes, start: int
-    ) -> inference_pb2.WorkResult:
+    ) -> Result:
         self._leaders[key] = request.content
         try:
             return await self._run(held, request, deadline, trace_context, start)
@@ -296,12 +302,18 @@ class Worker:
         start: int,
         *,
         again: bool = False,
-    ) -> inference_pb2.WorkResult:
+    ) -> Result:
         self.load.started()
         try:
-            decoded = self._decoder.decode(request, held.model, trace_context)
+            if len(request.data) > LARGE_BYTES:
+                decoded = await asyncio.to_thread(self._decoder.decode, request, held.model, trace_context)
+            else:
+                decoded = self._decoder.decode(request, held.model, trace_context)
             batch = await held.submit(decoded, deadline)
-            response = encode(held, decoded, batch)
+            if is_large(batch):
+                response = await asyncio.to_thread(encode, held, decoded, batch)
+            else:
+                response = encode(held, decoded, batch)
         except ModelReplacedError:
             if again:
                 raise
@@ -321,7 +333,7 @@ class Worker:
         held: HeldModel,
         decoded: Decoded,
         start: int,
-        answer: asyncio.Future[inference_pb2.WorkResult],
+        answer: asyncio.Future[Result],
         ran: asyncio.Future[BatchResult],
     ) -> None:
         """When the batch of a plain request has run."""
@@ -332,13 +344,36 @@ class Worker:
             return
         try:
             batch = ran.result()
+            if is_large(batch):
+                encoding = asyncio.get_running_loop().run_in_executor(None, encode, held, decoded, batch)
+                encoding.add_done_callback(partial(self._encoded, held, decoded, batch, start, answer))
+                return
             answer.set_result(answered(held, decoded, batch, encode(held, decoded, batch), start))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             answer.set_exception(error)
 
+    def _encoded(
+        self,
+        held: HeldModel,
+        decoded: Decoded,
+        batch: BatchResult,
+        start: int,
+        answer: asyncio.Future[Result],
+        encoding: asyncio.Future[bytes],
+    ) -> None:
+        """When a large response has been encoded."""
+        if encoding.cancelled() or answer.done():
+            answer.cancel()
+            return
+        try:
+            answer.set_result(answered(held, decoded, batch, encoding.result(), start))
+        except Exception as error:
+            held.statistics.failed(time.time_ns() - start, kind_of(error))
+            answer.set_exception(error)
 
-def _result(answer: asyncio.Future[inference_pb2.WorkResult], start: int) -> inference_pb2.WorkResult:
+
+def _result(answer: asyncio.Future[Result], start: int) -> Result:
     """What it has, or its failure."""
     try:
         if answer.cancelled():

@@ -66,6 +66,7 @@ MODULES = (
     "services.inference.batcher",
     "services.inference.envelope_socket",
     "services.inference.held_models",
+    "services.inference.inline_runs",
     "services.inference.load",
     "services.inference.request",
     "services.inference.request_decoder",

@@ -18,11 +18,12 @@ from typing import Any, TypeAlias
 
 import grpc
 import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
-from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
 
 from services.runtime import cores, faults
 from services.runtime.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.errors import RingmeshError
+from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, check_metadata, failure, status_details
 
 log = logging.getLogger(__name__)
@@ -144,10 +145,16 @@ class FastLaneServer(native.Server):
             return False
         context._initial_sent = True
         pause = _RETRY_SECONDS
-        while (sent := front.stream_try_send(call.call_id, data)) == STREAM_FULL:
+        while (sent := await self._try_send(front, call.call_id, data)) == STREAM_FULL:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
         return bool(sent != STREAM_CLOSED)
+
+    @staticmethod
+    async def _try_send(front: NativeGrpcFront, call_id: int, data: bytes) -> Any:
+        if len(data) > LARGE_BYTES:
+            return await asyncio.to_thread(front.stream_try_send, call_id, data)
+        return front.stream_try_send(call_id, data)
 
     def _dispatch(self) -> None:
         """On the engine's receiving thread: a hit answered here spares it and the event loop a wake-up each."""
@@ -173,6 +180,8 @@ class FastLaneServer(native.Server):
         admitted: list[_Admitted] = []
         rest = []
         lanes, largest = self._lane_of, self._largest
+        loop = self._loop
+        assert loop is not None
         for event in events:
             kind, call_id, method_id, payload, _, details = event
             lane = lanes[method_id] if kind == EVENT_CALL and lanes else None
@@ -188,6 +197,9 @@ class FastLaneServer(native.Server):
                 answer = failure(faults.internal(log, "a lane failed", error))
             if type(answer) is not Answer and type(answer) is not Failure:
                 admitted.append((lane, call_id, answer, details[2], details[1]))
+                continue
+            if isinstance(answer, Answer) and answer.is_large:
+                loop.call_soon_threadsafe(self._send_large, call_id, details[1], answer)
                 continue
             self._answer(call_id, details[1], answer)
             if answer.afterwards is not None:
@@ -256,13 +268,30 @@ class FastLaneServer(native.Server):
         self._end(call_id, peer, answer)
 
     def _end(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
+        if isinstance(answer, Answer) and answer.is_large and call_id in self._under_way:
+            self._send_large(call_id, peer, answer)
+            return
         if self._ended(call_id) is not None and self._front is not None:
             self._answer(call_id, peer, answer)
-        if answer.afterwards is not None:
-            try:
-                answer.afterwards()
-            except Exception as error:
-                faults.internal(log, "what an answer left to be done failed", error)
+        _do_afterwards(answer)
+
+    def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
+        """From a thread: the engine copies it, which takes long, though without the GIL."""
+        assert self._loop is not None
+        # It goes on where the caller leaves; the engine then drops it.
+        self._under_way[call_id] = _nothing
+        sending = self._loop.run_in_executor(None, self._send_whole, call_id, peer, answer)
+        sending.add_done_callback(partial(self._sent_large, call_id, answer))
+
+    def _send_whole(self, call_id: int, peer: str, answer: Answer) -> None:
+        if self._front is not None:
+            self._respond(call_id, peer, answer.whole(), answer.trailing)
+
+    def _sent_large(self, call_id: int, answer: Answer, sending: asyncio.Future[None]) -> None:
+        self._ended(call_id)
+        if not sending.cancelled() and (error := sending.exception()) is not None:
+            log.error("a large answer was not sent", exc_info=error)
+        _do_afterwards(answer)
 
     def _ended(self, call_id: int) -> Callable[[], object] | None:
         """What would cancel it; None where it has ended before."""
@@ -275,6 +304,14 @@ class FastLaneServer(native.Server):
 def _sendable(trailing: Metadata) -> Metadata:
     # The engine keeps names that begin with grpc- to itself; RetryInfo in the details says the same.
     return [pair for pair in trailing if pair[0] != PUSHBACK]
+
+
+def _do_afterwards(answer: Answer | Failure) -> None:
+    if answer.afterwards is not None:
+        try:
+            answer.afterwards()
+        except Exception as error:
+            faults.internal(log, "what an answer left to be done failed", error)
 
 
 def _nothing() -> None:

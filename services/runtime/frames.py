@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
+from collections.abc import Sequence
 from typing import Final, cast
 
 # From who calls: a request, and that nobody waits for its answer any more.
@@ -18,6 +20,10 @@ CANCEL: Final = 1
 ANSWER: Final = 2
 FAILURE: Final = 3
 LEAVING: Final = 4
+# From who answers: part of a large response, whose last part comes as ANSWER.
+PART: Final = 5
+# Between parts of this size others have their turn.
+PART_BYTES: Final = 256 << 10
 
 _HEAD: Final = struct.Struct(">IBI")
 _HEAD_BYTES: Final = 9
@@ -39,6 +45,10 @@ class Frames(asyncio.Protocol):
         self._held = 0
         self._wanted = 0
         self._skipped = 0
+        # What is sent in parts, in turn, while the other side reads.
+        self._large: deque[_Large] = deque()
+        self._is_paused = False
+        self._is_sending = False
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
         """A frame came. May raise FrameError."""
@@ -57,6 +67,44 @@ class Frames(asyncio.Protocol):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
 
+    def send_large(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
+        """As `send`, part by part, and what is sent meanwhile goes between them; `pieces` are not joined."""
+        self._large.append(_Large(kind, number, pieces))
+        self._send_parts_soon()
+
+    def drop_large(self, number: int) -> None:
+        """Nobody waits for it any more."""
+        self._large = deque([large for large in self._large if large.number != number])
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether there are parts left to be sent."""
+        return bool(self._large)
+
+    def pause_writing(self) -> None:
+        """From asyncio."""
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        """From asyncio."""
+        self._is_paused = False
+        self._send_parts_soon()
+
+    def _send_parts_soon(self) -> None:
+        if self._large and not self._is_paused and not self._is_sending:
+            self._is_sending = True
+            asyncio.get_running_loop().call_soon(self._send_part)
+
+    def _send_part(self) -> None:
+        self._is_sending = False
+        if self._large and not self._is_paused:
+            large = self._large.popleft()
+            part = large.part()
+            self.send(PART if large.left else large.kind, large.number, part)
+            if large.left:
+                self._large.append(large)
+            self._send_parts_soon()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """From asyncio."""
         self.transport = cast("asyncio.Transport", transport)
@@ -64,6 +112,7 @@ class Frames(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """From asyncio."""
         self.transport = None
+        self._large.clear()
         self.ended(f"the connection ended: {error}" if error else "the connection ended")
 
     def data_received(self, data: bytes) -> None:
@@ -109,3 +158,32 @@ class Frames(asyncio.Protocol):
         if left:
             self._pieces.append(data[position:] if position else data)
             self._held, self._wanted = left, wanted
+
+
+class _Large:
+    """What is sent part by part; `left` bytes of it."""
+
+    __slots__ = ("_index", "_offset", "_pieces", "kind", "left", "number")
+
+    def __init__(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
+        self.kind = kind
+        self.number = number
+        self.left = sum([len(piece) for piece in pieces])
+        self._pieces = pieces
+        self._index = 0
+        self._offset = 0
+
+    def part(self) -> bytes:
+        """The next PART_BYTES of it, or what is left."""
+        wanted = min(PART_BYTES, self.left)
+        self.left -= wanted
+        taken: list[bytes] = []
+        while wanted:
+            piece = self._pieces[self._index]
+            end = min(self._offset + wanted, len(piece))
+            taken.append(piece[self._offset : end])
+            wanted -= end - self._offset
+            self._offset = end
+            if end == len(piece):
+                self._index, self._offset = self._index + 1, 0
+        return b"".join(taken)

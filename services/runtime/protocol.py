@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc import (
     Answer,
     Context,
@@ -92,21 +94,32 @@ def lane_handler(lane: Lane) -> Handler:
         answer = lane.admit(data, sent)
         if not isinstance(answer, Answer | Failure):
             answer = await lane.finish(answer, deadline(context))
+        body = await whole(answer) if isinstance(answer, Answer) else b""
         if answer.afterwards is not None:
             answer.afterwards()
         if isinstance(answer, Failure):
             await context.abort(answer.code, answer.message, tuple(answer.trailing))
         context.set_trailing_metadata(tuple(answer.trailing))
-        return answer.body
+        return body
 
     return grpc.unary_unary_rpc_method_handler(call)
 
 
-def with_id(response: bytes, request_id: str) -> bytes:
-    """A serialized ModelInferResponse with this id: on the wire, the last value of a field wins."""
+async def whole(answer: Answer) -> bytes:
+    """Its message in one piece."""
+    return await asyncio.to_thread(answer.whole) if answer.pieces else answer.body
+
+
+def answered(
+    response: bytes, request_id: str, trailing: Metadata, afterwards: Callable[[], None] | None = None
+) -> Answer:
+    """With a serialized ModelInferResponse that has this id: on the wire, the last value of a field wins."""
     if not request_id:
-        return response
-    return response + wire.field(3, request_id.encode())
+        return Answer(response, trailing, afterwards)
+    end = wire.field(3, request_id.encode())
+    if len(response) > LARGE_BYTES:
+        return Answer(response, trailing, afterwards, (end,))
+    return Answer(response + end, trailing, afterwards)
 
 
 def metadata(context: Context) -> Metadata:

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError, RingmeshError
+from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.request_limits import check_size
 
 log = logging.getLogger(__name__)
@@ -25,14 +26,33 @@ Request = TypeVar("Request", bound=Message)
 
 
 class Answer:
-    """A serialized response and its trailing metadata; `afterwards` is to be called on the event loop, sent or not."""
+    """A serialized response and its trailing metadata; `afterwards` is to be called on the event loop, sent or not.
 
-    __slots__ = ("afterwards", "body", "trailing")
+    `pieces` follow `body`: a large response is not joined before it is sent, and then on a thread.
+    """
 
-    def __init__(self, body: bytes, trailing: Metadata, afterwards: Callable[[], None] | None = None) -> None:
+    __slots__ = ("afterwards", "body", "pieces", "trailing")
+
+    def __init__(
+        self,
+        body: bytes,
+        trailing: Metadata,
+        afterwards: Callable[[], None] | None = None,
+        pieces: Sequence[bytes] = (),
+    ) -> None:
         self.body = body
         self.trailing = trailing
         self.afterwards = afterwards
+        self.pieces = pieces
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is to be sent from a thread."""
+        return len(self.body) > LARGE_BYTES or len(self.pieces) > 0
+
+    def whole(self) -> bytes:
+        """In one piece; on a thread where it is large."""
+        return b"".join((self.body, *self.pieces)) if self.pieces else self.body
 
 
 class Failure:

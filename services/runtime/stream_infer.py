@@ -13,7 +13,7 @@ from services.runtime import wire
 from services.runtime.errors import ResourceExhaustedError, RingmeshError
 from services.runtime.infer_request import parse_request
 from services.runtime.protocol import metadata
-from services.runtime.rpc import Context, Handler, abort, unexpected
+from services.runtime.rpc import Answer, Context, Handler, abort, unexpected
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _FINAL = v2.ModelInferResponse(
 ).SerializeToString()
 
 
-def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handler:
+def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Handler:
     """ModelStreamInfer around `infer`: requests run side by side, answers leave in the order of the requests.
 
     An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. What is still
@@ -43,7 +43,7 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handl
     async def answer(data: bytes, context: Context, strict: bool) -> bytes:
         request = _id_and_flag(data)
         try:
-            response = await infer(data, context)
+            answered = await infer(data, context)
             if unread.bytes > _UNREAD:
                 raise ResourceExhaustedError("too many streamed answers are not read yet; retry later", kind="unread")
         except RingmeshError as error:
@@ -55,9 +55,11 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[bytes]]) -> Handl
         except Exception as error:
             log.exception("a streamed request failed")
             return v2.ModelStreamInferResponse(error_message=unexpected(error).message).SerializeToString()
+        parts = [answered.body, *answered.pieces]
         if request.parameters["triton_enable_empty_final_response"].bool_param:
-            response += _FINAL
-        return wire.field(2, response)
+            parts.append(_FINAL)
+        parts.insert(0, wire.head(2, sum([len(part) for part in parts])))
+        return await asyncio.to_thread(b"".join, parts) if answered.is_large else b"".join(parts)
 
     async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         strict = ("triton_grpc_error", "true") in metadata(context)

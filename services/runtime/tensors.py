@@ -51,6 +51,7 @@ def _datatypes() -> dict[str, Datatype]:
 
 DATATYPES: Mapping[str, Datatype] = _datatypes()
 
+_ELEMENTS_A_TURN = 1 << 16
 # Of an element of BYTES.
 _LENGTH = struct.Struct("<I")
 # Contents fields whose packed elements are the raw bytes themselves.
@@ -99,7 +100,10 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
         size = len(values) * kind.itemsize
         start = 1 + len(wire.varint(size))
         return packed[start : start + size]
-    carried: npt.NDArray[Any] = np.fromiter(values, _CARRIERS[kind.contents], len(values))
+    carried: npt.NDArray[Any] = np.empty(len(values), _CARRIERS[kind.contents])
+    # Others have their turn between: of millions, one call would take seconds with the GIL held.
+    for start in range(0, len(values), _ELEMENTS_A_TURN):
+        carried[start : start + _ELEMENTS_A_TURN] = values[start : start + _ELEMENTS_A_TURN]
     return carried.astype(kind.dtype, copy=False).tobytes()
 
 

@@ -22,3 +22,8 @@ def varint(number: int) -> bytes:
 def field(number: int, payload: bytes) -> bytes:
     """A length-delimited field: a submessage, bytes or text. `number` is below 16."""
     return _BYTES[number << 3 | 2] + varint(len(payload)) + payload
+
+
+def head(number: int, size: int) -> bytes:
+    """What stands before the `size` bytes of a length-delimited field."""
+    return _BYTES[number << 3 | 2] + varint(size)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePolicy
 
 from services.inference.batcher import MAX_MEMBERS, PROBE, Batcher, BatchResult
+from services.inference.inline_runs import InlineRuns
 from services.inference.request import Decoded
 from services.inference.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
@@ -42,6 +43,10 @@ class Doubler:
 def request(value, rows=1, columns=1, **more):
     array = np.full((rows, columns), value)
     return Decoded({"x": array}, rows, ("y",), {}, {}, (columns,), **more)
+
+
+def inline():
+    return InlineRuns(batchable=True, by_cpu=True)
 
 
 async def held(model, batcher, first):
@@ -414,9 +419,9 @@ async def test_a_result_names_the_requests_of_its_batch_up_to_a_bound():
 
 
 async def test_nothing_is_run_at_once_past_what_waits_or_after_the_end(monkeypatch):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 10**12)
     model = Doubler()
-    batcher = Batcher(model, EXECUTOR)
+    batcher = Batcher(model, EXECUTOR, inline=inline())
     await batcher.submit(request(1), None)
     (result,) = batcher.run_at_once([request(2)])
     assert result.arrays[0].item() == 4
@@ -429,8 +434,8 @@ async def test_nothing_is_run_at_once_past_what_waits_or_after_the_end(monkeypat
 
 
 async def test_only_what_shares_a_run_and_fits_into_it_is_run_at_once(monkeypatch):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
-    batcher = Batcher(Doubler(), EXECUTOR)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 10**12)
+    batcher = Batcher(Doubler(), EXECUTOR, inline=inline())
     await batcher.submit(request(1), None)
     await batcher.submit(request(1, columns=2), None)
     assert batcher.run_at_once([request(1), request(1, columns=2)]) is None
@@ -443,8 +448,10 @@ async def test_only_what_shares_a_run_and_fits_into_it_is_run_at_once(monkeypatc
 
 
 async def test_a_model_that_is_to_wait_for_more_runs_nothing_at_once(monkeypatch):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
-    batcher = Batcher(Doubler(), EXECUTOR, batching=ModelDynamicBatching(max_queue_delay_microseconds=1))
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 10**12)
+    batcher = Batcher(
+        Doubler(), EXECUTOR, batching=ModelDynamicBatching(max_queue_delay_microseconds=1), inline=inline()
+    )
     await batcher.submit(request(1), None)
     assert batcher.run_at_once([request(1)]) is None
 
@@ -547,9 +554,9 @@ async def test_of_requests_that_run_apart_those_that_nobody_waits_for_do_not_run
 
 
 async def test_nothing_is_run_at_once_while_another_thread_does_so(monkeypatch):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 10**12)
     model = Doubler()
-    batcher = Batcher(model, EXECUTOR)
+    batcher = Batcher(model, EXECUTOR, inline=inline())
     await batcher.submit(request(1), None)
     model.gate.clear()
     running = EXECUTOR.submit(batcher.run_at_once, [request(2)])

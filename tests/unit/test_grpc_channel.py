@@ -243,7 +243,7 @@ async def test_frames_may_come_in_any_pieces(sizes):
     (stream,) = ended
     assert stream.error is None
     assert stream.headers == {":status": "200", "grpc-status": "0"}
-    assert bytes(stream.body) == b"\0\0\0\0\x03abc"
+    assert b"".join(stream.pieces) == b"\0\0\0\0\x03abc"
 
 
 async def test_a_request_waits_for_the_room_that_the_server_gives():

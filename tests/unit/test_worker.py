@@ -14,6 +14,8 @@ from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
 from services.inference.repository import Directory
 from services.inference.worker import Work, Worker
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.large_result import LargeResult
 from tests import models
 
 
@@ -210,7 +212,7 @@ async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 10**12)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 10**12)
 
 
 async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick):
@@ -231,7 +233,7 @@ async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick
 
 async def test_what_may_be_slow_is_not_run_at_once(worker, monkeypatch):
     assert worker.execute_at_once([work(0)]) is None  # nothing is known of it
-    monkeypatch.setattr("services.inference.batcher.QUICK_NS", 0)
+    monkeypatch.setattr("services.inference.inline_runs.QUICK_NS", 0)
     await worker.execute_all([work(0)])
     assert worker.execute_at_once([work(0)]) is None
 
@@ -255,3 +257,32 @@ async def test_what_fails_at_once_fails_alone_and_is_counted(worker, quick, monk
     results = [inference_pb2.WorkResult.FromString(data) for data in worker.execute_at_once([work(1), work(2)])]
     assert [result.failure.code for result in results] == [8, 8]
     assert worker.store.held.find("mlp", "").statistics.message().inference_stats.fail.count == 2
+
+
+async def test_a_large_request_is_answered_as_others_are_and_joined_by_its_equal(worker):
+    rows = 2 * LARGE_BYTES // (64 * 4)
+    x = np.random.default_rng(0).random((rows, 64), np.float32)
+    request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[x.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    large = Work(request.SerializeToString(), b"h" * 16, None, b"")
+    model_of(worker).runs.clear()
+    first, small, other = await worker.execute_all([large, work(1), large])
+    (expected,) = OnnxModel.run(model_of(worker), {"x": x}, ["y"])
+    for result in (first, other):
+        np.testing.assert_allclose(told(result), expected.ravel(), rtol=1e-5)
+    assert [first.timing.joined, other.timing.joined].count(True) == 1
+    np.testing.assert_allclose(told(small), answer(worker, 1)[0], rtol=1e-5)
+    assert sorted(model_of(worker).runs) == [1, rows]
+    assert worker.load.requests == 0
+
+
+async def test_a_large_response_is_the_models_own(worker):
+    rows = 2 * LARGE_BYTES // (10 * 4)
+    x = np.random.default_rng(0).random((rows, 64), np.float32)
+    request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[x.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    result, small = await worker.execute_all([Work(request.SerializeToString(), b"", None, b""), work(1)])
+    assert isinstance(result, LargeResult)
+    assert not isinstance(small, LargeResult)
+    (expected,) = OnnxModel.run(model_of(worker), {"x": x}, ["y"])
+    np.testing.assert_allclose(told(result), expected.ravel(), rtol=1e-5)
