@@ -1,0 +1,39 @@
+"""One seed, from its fleet to its verdict."""
+
+import gc
+from typing import NamedTuple
+
+from tests.simulation import plans
+from tests.simulation.clock import real_perf_counter
+from tests.simulation.world import World
+
+
+class Result(NamedTuple):
+    """What came of a seed; `digest` is of all events in it."""
+
+    seed: int
+    plan: str
+    violations: list[str]
+    events: int
+    calls: int
+    digest: str
+    seconds: float
+
+
+_since_collected = 0
+
+
+def run(seed, plan="", show=None):
+    """The same in each process and at each time."""
+    global _since_collected
+    began = real_perf_counter()
+    world = World(seed, show=show)
+    name = plan or plans.choose(world)
+    world.run(plans.PLANS[name][0])
+    result = Result(seed, name, world.violations, world.events, len(world.calls), world.digest, real_perf_counter() - began)
+    del world
+    _since_collected += 1
+    if _since_collected >= 5:
+        _since_collected = 0
+        gc.collect()
+    return result
