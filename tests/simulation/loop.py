@@ -8,6 +8,7 @@ import asyncio
 import contextvars
 import heapq
 import sys
+import warnings
 from asyncio import events
 from collections import deque
 
@@ -228,6 +229,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.ready.clear()
         self._timers.clear()
         sys.unraisablehook, hook = _ignore, sys.unraisablehook
+        warnings.simplefilter("ignore", RuntimeWarning)
         try:
             for task in self.tasks:
                 if not task.done():

@@ -5,6 +5,7 @@ again, or never, as TCP has it. Whoever ends with a connection open is noticed a
 """
 
 import asyncio
+from asyncio import events
 
 import grpc
 
@@ -12,7 +13,7 @@ from router.grpc_channel import CONNECT_SECONDS, CallError
 from router.local_channel import LocalChannel
 from services.runtime.rpc import Answer, Failure
 from tests.simulation.clock import clock
-from tests.simulation.loop import NOBODY, PROCESS
+from tests.simulation.loop import NOBODY
 
 _MS = 1_000_000
 
@@ -121,11 +122,12 @@ class _Connection:
             return
         self.open = False
         self.way.connections.remove(self)
+        tasks = [call.task for call in self.calls.values() if call.task is not None]
         if self.client.alive:
             self.client.call(self.lost, self)
-        for call in self.calls.values():
-            if call.task is not None and self.server.process.alive:
-                self.server.process.call(call.task.cancel)
+        if self.server.process.alive:
+            for task in tasks:
+                self.server.process.call(task.cancel)
 
 
 class _Call:
@@ -182,9 +184,31 @@ class SimChannel:
     def is_local(self, port):
         return self._connection is not None and self._network.servers[self._address].port == port
 
-    async def close(self):
+    async def ping(self, seconds):
+        """The engine answers, unless the whole process is stopped."""
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._connect() if self._connection is None else self._connection
+                answered = asyncio.get_running_loop().create_future()
+                self._way.deliver(connection, self._pinged, connection, answered)
+                await answered
+        except (TimeoutError, CallError):
+            return False
+        return True
+
+    def _pinged(self, connection, answered):
+        process = connection.server.process
+        if process.stopped:
+            process.frozen.append(events.Handle(self._pinged, (connection, answered), self._network.loop, NOBODY))
+        elif process.alive:
+            self._way.deliver(connection, self._process.call, _set, answered)
+
+    def drop(self):
         if self._connection is not None:
             self._connection.reset()
+
+    async def close(self):
+        self.drop()
 
     async def _connect_first(self, call):
         try:
@@ -256,6 +280,11 @@ class SimChannel:
 
     def _cancelled(self, connection, call):
         connection.server.process.call(_cancel_task, call)
+
+
+def _set(answered):
+    if not answered.done():
+        answered.set_result(None)
 
 
 def _cancel_task(call):

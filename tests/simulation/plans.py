@@ -261,6 +261,7 @@ def _harm_redis(world, redis, what):
         redis.slow = 200.0
     elif what in ("loss", "damage", "lies"):
         setattr(redis, what, 0.5)
+        world.tampered = world.tampered or what != "loss"
     elif what == "full":
         redis.limit, redis.evicts = 500, world.random.random() < 0.5
     elif what == "cut off":

@@ -57,6 +57,8 @@ class World:
         self.switching = {}
         # Faults that may make a right request fail, and lies that may make anything fail.
         self.faulty = self.lied = False
+        # Redis answers nonsense, of which the log may tell.
+        self.tampered = False
         # Equal requests are never run at once, for nothing but their owner is ever asked.
         self.light = False
         # A request is answered within so long.
@@ -88,7 +90,7 @@ class World:
 
     def crashed(self, what):
         """An exception that nobody foresaw."""
-        if self.lied:
+        if self.lied or self.tampered:
             self.trace("crash", what)
         else:
             self.violated(what)
@@ -321,7 +323,7 @@ class World:
         for call in self.calls:
             if call.is_open:
                 self.violated(f"{call} was never answered")
-        self.lied = False
+        self.lied = self.tampered = False
         self.play(3.5)
         self._recover()
         self.play(1.5)
