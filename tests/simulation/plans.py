@@ -253,6 +253,7 @@ def redis_faults(world):
 
 def _harm_redis(world, redis, what):
     world.trace("redis", what)
+    redis.harmed = True
     if what == "down":
         redis.up = False
     elif what == "hangs":

@@ -22,6 +22,8 @@ class Redis:
         self.trace = trace
         self.data = OrderedDict()
         self.expires = {}
+        # Whether anything has been wrong with it.
+        self.harmed = False
         self.up = True
         self.hangs = False
         self.slow = 1.0

@@ -150,7 +150,8 @@ class World:
                     self.violated(f"a purge of {scope} failed: {error.message}")
                 return
             self.trace("purged", scope, began)
-            for hears in self._hear(router):
+            # Without Redis it reaches no other router.
+            for hears in [router] if self.redis is None else self.routers:
                 self.purged.setdefault((hears, scope_kind, value), []).append((began, clock.ns()))
 
         self.trace("purge", router.name, scope)
@@ -179,16 +180,14 @@ class World:
             else:
                 self.trace("loaded", kind, variant)
                 if all(self._holds(worker, kind, variant) for worker in self.workers):
-                    for hears in self._hear(router):
+                    # Where Redis fails, other routers learn of it by their polls.
+                    told = self.redis is not None and not self.redis.harmed
+                    for hears in self.routers if told else [router]:
                         self.switched[hears, kind] = (clock.ns(), variant)
             del self.switching[kind]
 
         self.trace("switch", router.name, kind, variant)
         router.process.spawn(load())
-
-    def _hear(self, router):
-        """The routers that a change through this one reaches: without Redis no other."""
-        return [router] if self.redis is None else self.routers
 
     def _holds(self, worker, kind, variant):
         return worker.is_up and [held.model.variant for held in worker.store.held.of(kind)] == [variant]
