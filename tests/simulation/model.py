@@ -114,6 +114,8 @@ for _variant, _repository in enumerate(_REPOSITORIES):
 class Repository:
     """What the workers of a fleet have on disk: a ModelSource. `variants` by model change as somebody writes to it."""
 
+    private = True
+
     def __init__(self, kinds):
         self.variants = dict.fromkeys(kinds, 0)
 

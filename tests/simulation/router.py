@@ -8,6 +8,7 @@ from cache.evictions import Evictions
 from cache.keys import RequestHasher
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.agreement import Agreement
 from router.audit import Audit
 from router.control import FleetControl
 from router.cost import Cost, Prices
@@ -25,6 +26,7 @@ from services.runtime.load_report import LoadReport
 from services.runtime.request_log import RequestLog
 from services.runtime.rpc import Answer, Failure, failure, unexpected
 from services.runtime.spans import Process as TracedProcess
+from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import Tracer
 from tests.simulation.loop import Process
 
@@ -46,15 +48,15 @@ class SimRouter:
     def __init__(self, world, number, **settings):
         self.world = world
         self.name = f"router-{number}"
-        self._settings = {"address": f"10.0.1.{number + 1}:8001", **settings}
+        self._settings = {"address": f"10.0.1.{number + 1}:8001", "key_secret": "simulation", **settings}
         self.process = None
-        self.fleet = None
+        self.fleet = self.mesh = None
         self.starts = 0
 
     def start(self):
         """As a new process, with nothing in memory."""
         self.starts += 1
-        self.fleet = None
+        self.fleet = self.mesh = None
         self.process = Process(self.world.loop, self.name)
         self.process.call(self._serve)
 
@@ -66,8 +68,9 @@ class SimRouter:
     def _serve(self):
         world = self.world
         settings = RouterSettings.model_construct(**self._settings)
-        self.mesh = mesh = settings.create_mesh()
-        hasher = RequestHasher(settings.key_secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
+        secret = settings.secret()
+        self.mesh = mesh = settings.create_mesh(secret)
+        hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
         addresses = [worker.address for worker in world.workers]
         source = AnnouncedWorkers(world.redis.client({})) if world.announced else _Listed(addresses)
         self.fleet = fleet = Fleet(
@@ -96,7 +99,8 @@ class SimRouter:
         mesh.purges.on_news = self._ask_again
         mesh.start()
         fleet.start()
-        self.marking = asyncio.get_running_loop().create_task(requests.keep_marking())
+        BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
+        BACKGROUND.start("request metrics", requests.keep_marking)
 
     async def _ask_again(self, news):
         if MODELS in news:

@@ -6,7 +6,6 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.control import ModelControl
 from services.inference.envelope_socket import EnvelopeSocket
-from services.inference.model_store import ModelStore
 from services.inference.service import EnvelopeService, Locality
 from services.inference.worker import Worker
 from services.runtime.calls import Calls
@@ -16,6 +15,7 @@ from tests.simulation.loop import Process, Threads
 from tests.simulation.model import open_model
 from tests.simulation.network import Server
 from tests.simulation.sockets import Socket
+from tests.simulation.state import Decisions, Snapshots, Store
 
 _INFERENCE = "/inference.GRPCInferenceService/"
 _WORKER = "/ringmesh.inference.v1.InferenceWorkerService/"
@@ -34,6 +34,7 @@ class SimWorker:
         self.threads = threads
         self.local = local
         self.lie = None
+        self.decisions = Decisions()
         self.process = None
         self.worker = None
         self.store = None
@@ -64,8 +65,12 @@ class SimWorker:
 
     async def _serve(self, process):
         world = self.world
-        self.store = store = ModelStore(
-            world.repository, lambda files: open_model(files, world.runs), Threads(self.threads)
+        self.store = store = Store(
+            world.repository,
+            lambda files: open_model(files, world.runs),
+            Threads(self.threads),
+            snapshots=Snapshots(),
+            decisions=self.decisions,
         )
         await store.load_all()
         worker = Worker(self.worker_id, store)

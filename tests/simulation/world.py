@@ -303,7 +303,7 @@ class World:
         """All routers know all workers, and what they hold."""
         self.loop.run(clock.now_ns + 5 * _SECOND, self.is_ready)
         if not self.is_ready():
-            self.violated("the fleet does not become ready")
+            raise AssertionError(f"the fleet does not become ready: {self.loop.errors}")
 
     def is_ready(self):
         """Whether every router would ask every worker for every model."""
