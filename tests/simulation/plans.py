@@ -1,5 +1,6 @@
 """What happens in a simulation: each plan is one kind of trouble, or none, and the seed says how much of it."""
 
+from tests.simulation.clock import clock
 from tests.simulation.worker import Liar
 
 _TENANTS = ("acme", "globex", "")
@@ -117,7 +118,8 @@ def queue(world):
         seconds = random.choice((0.0, 0.05, 0.3, 1.0))
         at = random.uniform(0, 0.5)
         world.at(at, _call, world, world.routers[0], "queued", [[number, seconds, 0, 0]], {}, None)
-    world.play(1)
+    world.watch_queues(clock.now_ns + 2_000_000_000)
+    world.play(2)
 
 
 def tight(world):
@@ -325,7 +327,7 @@ def chaos(world):
         local_tier_bytes=random.choice((20_000, 1 << 20)),
     )
     world.faulty = True
-    _traffic(world, random.choice((100, 200)), 2.0, seconds=(0, 0.05), pool=20)
+    _traffic(world, random.choice((100, 200)), 2.0, seconds=(0, 0.03), pool=20)
     _operate(world, 2.0)
     for _ in range(random.choice((2, 4))):
         at, lasts = random.uniform(0, 1.5), random.uniform(0.1, 1.5)
