@@ -15,6 +15,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=500, help="run so many")
     parser.add_argument("--first", type=int, default=0, help="beginning with this one")
     parser.add_argument("--plan", default="", help="let every seed follow this plan")
+    parser.add_argument("--digests", action="store_true", help="tell the digest of each")
     parser.add_argument("--until-found", action="store_true", help="stop at the first that fails")
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: one for each core")
     options = parser.parse_args()

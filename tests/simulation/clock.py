@@ -38,6 +38,6 @@ def install():
     time.time = lambda: (_EPOCH_NS + clock.now_ns + clock.within_ns) / 1e9
     time.monotonic = time.perf_counter = clock.seconds
     time.monotonic_ns = time.perf_counter_ns = clock.ns
-    time.process_time = time.thread_time = float
-    time.process_time_ns = time.thread_time_ns = int
+    time.process_time = time.thread_time = clock.seconds
+    time.process_time_ns = time.thread_time_ns = clock.ns
     os.urandom = random.randbytes

@@ -50,6 +50,8 @@ def run(options, tell):
                 plan = plans.setdefault(result.plan, [0, 0.0])
                 plan[0] += 1
                 plan[1] += result.seconds
+                if options.digests:
+                    print(f"seed {result.seed} {result.plan} digest {result.digest}")
                 if result.violations:
                     failed += 1
                     tell(result, options.plan)

@@ -301,6 +301,19 @@ def poison(world):
         _restart(worker)
 
 
+def exceptions(world):
+    """What nobody foresaw is raised in the middle of requests."""
+    random = world.random
+    _fleet(world, kinds=_kinds(world, 2, ("plain", "scoped", "fresh", "rows")))
+    world.raising = True
+    for router in world.routers:
+        router.clock_fails = 0.1
+    _traffic(world, random.choice((40, 80)), 0.5, seconds=(0, 0.01), pool=10)
+    world.play(0.7)
+    for router in world.routers:
+        router.clock_fails = 0.0
+
+
 def routers(world):
     """Routers die and come back, while models change and answers are purged."""
     random = world.random
@@ -370,6 +383,7 @@ PLANS = {
     "lies": (lies, 7),
     "redis_faults": (redis_faults, 6),
     "poison": (poison, 4),
+    "exceptions": (exceptions, 4),
     "routers": (routers, 4),
     "chaos": (chaos, 3),
 }

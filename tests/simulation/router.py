@@ -49,6 +49,8 @@ class SimRouter:
         self.world = world
         self.name = f"router-{number}"
         self._settings = {"address": f"10.0.1.{number + 1}:8001", "key_secret": "simulation", **settings}
+        # How often the clock of its quotas raises.
+        self.clock_fails = 0.0
         self.process = None
         self.fleet = self.mesh = None
         self.starts = 0
@@ -83,7 +85,7 @@ class SimRouter:
         self.requests = requests = RequestMetrics()
         self.limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
         self.dispatcher = Dispatcher(fleet, self.limits, RetryBudget(time.monotonic), TailLatency())
-        self.quotas = Quotas(settings.quotas, time.monotonic)
+        self.quotas = Quotas(settings.quotas or {"*": 1e6}, self._clock)
         report = LoadReport(requests.answers, cores=1)
         audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
@@ -101,6 +103,11 @@ class SimRouter:
         fleet.start()
         BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
         BACKGROUND.start("request metrics", requests.keep_marking)
+
+    def _clock(self):
+        if self.clock_fails and self.world.random.random() < self.clock_fails:
+            raise ArithmeticError("a clock that fails")
+        return time.monotonic()
 
     async def _ask_again(self, news):
         if MODELS in news:

@@ -58,6 +58,8 @@ class World:
         self.faulty = self.lied = False
         # Redis answers nonsense, of which the log may tell.
         self.tampered = False
+        # What nobody foresaw is raised: its request ends with INTERNAL.
+        self.raising = False
         # Equal requests are never run at once, for nothing but their owner is ever asked.
         self.light = False
         # A request is answered within so long.
@@ -89,7 +91,7 @@ class World:
 
     def crashed(self, what):
         """An exception that nobody foresaw."""
-        if self.lied or self.tampered:
+        if self.lied or self.tampered or self.raising:
             self.trace("crash", what)
         else:
             self.violated(what)
@@ -258,6 +260,8 @@ class World:
             allowed.add("RESOURCE_EXHAUSTED")
         if self.faulty:
             allowed |= {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+        if self.raising:
+            allowed.add("INTERNAL")
         if self.lied:
             allowed |= {"INTERNAL", "NOT_FOUND", "FAILED_PRECONDITION", "UNKNOWN", "INVALID_ARGUMENT"}
         if call.code not in allowed:
@@ -325,7 +329,7 @@ class World:
         for call in self.calls:
             if call.is_open:
                 self.violated(f"{call} was never answered")
-        self.lied = self.tampered = False
+        self.lied = self.tampered = self.raising = False
         self.play(3.5)
         self._recover()
         self.play(1.5)
