@@ -5,6 +5,7 @@ those of one that was killed never run.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
 import sys
@@ -234,10 +235,8 @@ class SimLoop(asyncio.BaseEventLoop):
             for task in self.tasks:
                 if not task.done():
                     task._log_destroy_pending = False
-                    try:
+                    with contextlib.suppress(BaseException):
                         task.get_coro().close()
-                    except BaseException:  # noqa: S110
-                        pass
                 elif not task.cancelled():
                     task.exception()
             self.tasks.clear()

@@ -1,8 +1,8 @@
 """The models of a simulated fleet: real files, configurations and analyses, whose runs take virtual time.
 
-Each is loaded once by ONNX Runtime, so that all that is known of a model is what its graph says. A run computes the same
-in NumPy: row [id, seconds, poison, padding] becomes [id * a + b, ...] by the weights of its variant, and the time of the
-run, by which it is seen when an answer was computed.
+Each is loaded once by ONNX Runtime, so that all that is known of a model is what its graph says. A run computes the
+same in NumPy. A row is [id, seconds, poison, 0]; y is the row times a plus b, the weights of the model's variant, and
+`at` is when the run began, in microseconds, so that each answer tells how old it is.
 """
 
 import tempfile
@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from services.inference.model import OnnxModel
 from services.inference.repository import ModelFiles
-from services.runtime.errors import InvalidArgumentError
 from tests.simulation.clock import clock
 from tests.simulation.loop import PROCESS
 
@@ -72,7 +71,9 @@ def _graph(kind, variant):
 
     a, b = weights(kind, variant)
     constants = {"a": a, "b": b, "nothing": np.float32(0)}
-    initializers = [numpy_helper.from_array(np.array(constant, np.float32), name) for name, constant in constants.items()]
+    initializers = [
+        numpy_helper.from_array(np.array(constant, np.float32), name) for name, constant in constants.items()
+    ]
     nodes = [
         helper.make_node("Mul", ["x", "a"], ["scaled"]),
         helper.make_node("Add", ["scaled", "b"], ["y"]),

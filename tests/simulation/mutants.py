@@ -13,7 +13,10 @@ MUTANTS = {
     # A full tier drained its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.
     "eviction": {
         "cache.local_tier": [
-            ("entry.worth != worth:\n                continue", "entry.worth + 0.0 is not worth:\n                continue"),
+            (
+                "entry.worth != worth:\n                continue",
+                "entry.worth + 0.0 is not worth:\n                continue",
+            ),
             ("<= target or not heap:", "<= target:"),
         ]
     },
@@ -26,7 +29,8 @@ MUTANTS = {
                 '        self._close(LinkClosedError("it stopped answering"))\n',
                 "        for envelope, cancel in list(self._envelopes.items()):\n"
                 "            cancel()\n"
-                '            self._answered(envelope, CallError(grpc.StatusCode.UNAVAILABLE, "it stopped answering"))\n',
+                '            silent = CallError(grpc.StatusCode.UNAVAILABLE, "it stopped answering")\n'
+                "            self._answered(envelope, silent)\n",
             )
         ]
     },
@@ -57,10 +61,17 @@ MUTANTS = {
         ]
     },
     # What had waited too long was only noticed when an instance became free.
-    "queue timeout": {"services.inference.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]},
+    "queue timeout": {
+        "services.inference.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]
+    },
     # A process that purged took its own purge for word of all that others had purged before it.
     "purges at once": {
-        "cache.purge_board": [("self._run(_BEAT, self._member, str(self._heard))", "self._run(_BEAT, self._member, str(self.epochs.version))")]
+        "cache.purge_board": [
+            (
+                "self._run(_BEAT, self._member, str(self._heard))",
+                "self._run(_BEAT, self._member, str(self.epochs.version))",
+            )
+        ]
     },
 }
 

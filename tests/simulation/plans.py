@@ -27,7 +27,9 @@ def _fleet(world, *, kinds, workers=None, routers=None, redis=None, **more):
     world.until_ready()
 
 
-def _traffic(world, count, span, *, seconds=(0.0, 0.0), timeouts=0.1, cancels=0.05, wrong=0.05, controls=0.1, pool=None):
+def _traffic(
+    world, count, span, *, seconds=(0.0, 0.0), timeouts=0.1, cancels=0.05, wrong=0.05, controls=0.1, pool=None
+):
     """So many requests over so many seconds, for keys of a small pool."""
     random = world.random
     pool = pool or max(2, count // 4)
@@ -151,8 +153,8 @@ def stopped_worker(world):
     world.faulty = True
     count = random.choice((40, 80, 150))
     _traffic(world, count, 0.6, seconds=(0, 0.002), timeouts=0, cancels=0, wrong=0, controls=0, pool=4 * count)
-    # Noticed by a poll, which comes each half second and has two.
-    world.slowest_ns = 3_400_000_000
+    # Noticed by two pings of half a second, half a second after it fell silent.
+    world.slowest_ns = 2_200_000_000
     worker = random.choice(world.workers)
     world.at(random.uniform(0, 0.5), _stop, world, worker)
     world.play(6)

@@ -1,6 +1,5 @@
 """A Redis of virtual time, at the interface of redis-py's client: its scripts in Python, its faults by the seed."""
 
-import asyncio
 from collections import OrderedDict
 
 from redis.exceptions import ConnectionError as RedisConnectionError

@@ -12,6 +12,7 @@ from router.agreement import Agreement
 from router.audit import Audit
 from router.control import FleetControl
 from router.cost import Cost, Prices
+from router.discovery import AnnouncedWorkers
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.membership import Listing
@@ -21,7 +22,6 @@ from router.retry_budget import RetryBudget
 from router.service import InferenceService
 from router.settings import RouterSettings
 from router.tail_latency import TailLatency
-from router.discovery import AnnouncedWorkers
 from services.runtime.load_report import LoadReport
 from services.runtime.request_log import RequestLog
 from services.runtime.rpc import Answer, Failure, failure, unexpected

@@ -30,7 +30,9 @@ def run(seed, plan="", show=None):
     world = World(seed, show=show)
     name = plan or plans.choose(world)
     world.run(plans.PLANS[name][0])
-    result = Result(seed, name, world.violations, world.events, len(world.calls), world.digest, real_perf_counter() - began)
+    result = Result(
+        seed, name, world.violations, world.events, len(world.calls), world.digest, real_perf_counter() - began
+    )
     del world
     _since_collected += 1
     if _since_collected >= 5:

@@ -11,7 +11,8 @@ import pytest
 from tests.simulation.mutants import MUTANTS
 
 _ON_SOURCES = pytest.mark.skipif(
-    bool(os.environ.get("RINGMESH_TEST_COMPILED")), reason="a fault is put back by an edit of sources as they are imported"
+    bool(os.environ.get("RINGMESH_TEST_COMPILED")),
+    reason="a fault is put back by an edit of sources as they are imported",
 )
 
 

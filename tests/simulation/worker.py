@@ -1,7 +1,5 @@
 """A worker as a simulated process: all of services/inference but the engine and ONNX Runtime."""
 
-import asyncio
-
 from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.control import ModelControl

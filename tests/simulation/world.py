@@ -102,7 +102,9 @@ class World:
 
     # What fleets are made of.
 
-    def build(self, *, kinds, workers, routers, redis=False, announced=False, local=False, weights=None, threads=2, **settings):
+    def build(
+        self, *, kinds, workers, routers, redis=False, announced=False, local=False, weights=None, threads=2, **settings
+    ):
         """The processes, started at once."""
         self.repository = Repository(kinds)
         if redis:
@@ -276,14 +278,18 @@ class World:
                 for waiting in held.batcher._queue:
                     late_ns = time.time_ns() - waiting.queued_ns - int(QUEUE_SECONDS * 1e9)
                     if late_ns > HELD_NS and not waiting.future.done():
-                        self.violated(f"a request is {late_ns / 1e6:.0f} ms over its time in a queue of {worker.worker_id}")
+                        self.violated(
+                            f"a request is {late_ns / 1e6:.0f} ms over its time in a queue of {worker.worker_id}"
+                        )
         if clock.now_ns < until_ns:
             self.at(0.02, self.watch_queues, until_ns)
 
     def overlapped(self, model, row, one, other):
         """Equal work began while it was under way."""
         name = (model.name, float(row[0]))
-        if not self.light or self.faulty or not model.cacheable or model.row_cache or name in self.uncoordinated:
+        # Rows of batches have no worker of their own, and tenants do not share what they ask for.
+        apart = not model.cacheable or model.row_cache or model.tenant_scoped
+        if not self.light or self.faulty or apart or name in self.uncoordinated:
             return
         self.violated(f"{name} runs on {one} and on {other} at once")
 
