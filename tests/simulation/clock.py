@@ -30,6 +30,7 @@ class Clock:
 
 clock = Clock()
 real_perf_counter = time.perf_counter
+real_cpu_seconds = time.process_time
 
 
 def install():

@@ -61,5 +61,5 @@ def run(options, tell):
     took = time.perf_counter() - began
     print(f"{seeds} seeds, {calls} requests, {failed} failed, {took:.1f} s, {seeds / took:.1f} seeds/s")
     for name, (count, seconds) in sorted(plans.items()):
-        print(f"  {name:16} {count:6} seeds {1000 * seconds / count:7.1f} ms each")
+        print(f"  {name:16} {count:6} seeds {1000 * seconds / count:7.1f} ms of CPU each")
     return int(failed > 0)

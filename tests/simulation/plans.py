@@ -91,7 +91,7 @@ def busy(world):
     """Nothing is wrong, and much is asked for."""
     random = world.random
     _fleet(world, kinds=_kinds(world, random.choice((1, 2, 3))))
-    count = random.choice((60, 100, 200))
+    count = random.choice((40, 80, 160))
     span = count * 0.002
     _traffic(world, count, span, seconds=(0, 0.003))
     _operate(world, span)
@@ -141,7 +141,7 @@ def tight(world):
     )
     if world.redis is not None:
         world.redis.limit, world.redis.evicts = random.choice((1_000, 10_000)), random.random() < 0.5
-    count = random.choice((100, 200, 300))
+    count = random.choice((60, 120, 240))
     _traffic(world, count, 0.5, pool=count, wrong=0.02)
     world.play(0.5)
 
@@ -287,10 +287,10 @@ def poison(world):
     """A request kills whoever runs it; of a hedged model, whose slow requests are made twice."""
     random = world.random
     _fleet(world, kinds=["hedged"], workers=random.choice((4, 5)), routers=1, threads=2)
-    for number in range(100):
-        _at = number * 0.003
+    # Enough to know what a slow answer is.
+    for number in range(70):
         seconds = random.uniform(0.001, 0.003)
-        world.at(_at, _call, world, world.routers[0], "hedged", [[number, seconds, 0, 0]], {}, None)
+        world.at(number * 0.003, _call, world, world.routers[0], "hedged", [[number, seconds, 0, 0]], {}, None)
     world.play(0.5)
     world.faulty = True
     for number in range(random.choice((1, 2))):

@@ -118,8 +118,12 @@ class World:
         for number in range(routers):
             self.routers.append(SimRouter(self, number, audit_share=0.0, **settings))
         self.trace("build", kinds, workers, routers, redis, announced, local, sorted(settings))
-        for each in (*self.workers, *self.routers):
-            each.start()
+        for worker in self.workers:
+            worker.start()
+        # What a router does not find it asks again half a second later.
+        self.play(0.0 if self.random.random() < 0.1 else 0.01)
+        for router in self.routers:
+            router.start()
 
     def at(self, seconds, function, *args):
         """From now."""
@@ -336,9 +340,9 @@ class World:
             if call.is_open:
                 self.violated(f"{call} was never answered")
         self.lied = self.tampered = self.raising = False
-        self.play(3.5)
+        self.play(1.0)
         self._recover()
-        self.play(1.5)
+        self.play(1.2)
         self._at_rest()
 
     def _recover(self):
