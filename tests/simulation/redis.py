@@ -21,8 +21,9 @@ class Redis:
         self.trace = trace
         self.data = OrderedDict()
         self.expires = {}
-        # Whether anything has been wrong with it.
+        # Whether anything has been wrong with it, and when it last lost all that it knew.
         self.harmed = False
+        self.emptied_ns = 0
         self.up = True
         self.hangs = False
         self.slow = 1.0
@@ -44,6 +45,7 @@ class Redis:
     def restart(self, *, empty):
         self.generation += 1
         if empty:
+            self.emptied_ns = clock.ns()
             self.data.clear()
             self.expires.clear()
 

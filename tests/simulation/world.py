@@ -157,6 +157,9 @@ class World:
                     self.violated(f"a purge of {scope} failed: {error.message}")
                 return
             self.trace("purged", scope, began)
+            if self.redis is not None and clock.ns() - self.redis.emptied_ns < 3 * _SECOND:
+                # It has lost who is there, and who was cut off at that moment is missed: docs/decisions/0026.
+                return
             # Without Redis it reaches no other router.
             for hears in [router] if self.redis is None else self.routers:
                 self.purged.setdefault((hears, scope_kind, value), []).append((began, clock.ns()))
