@@ -103,8 +103,7 @@ def _write(repository, kind, variant):
     model = helper.make_model(_graph(kind, variant), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, folder / "model.onnx")
     batch = "max_batch_size: 0 " if kind == "loop" else ""
-    told = f'parameters {{ key: "variant" value {{ string_value: "{variant}" }} }}'
-    (folder.parent / "config.pbtxt").write_text(batch + CONFIGS[kind] + told)
+    (folder.parent / "config.pbtxt").write_text(batch + CONFIGS[kind])
 
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="ringmesh-simulation-")
@@ -150,7 +149,7 @@ _LOADED = {}
 
 def open_model(files: ModelFiles, runs):
     """As a worker does that has `runs`."""
-    variant = int(files.config.message.parameters["variant"].string_value)
+    variant = int(files.origin.parents[1].name)
     loaded = _LOADED.get((files.name, variant))
     if loaded is None:
         loaded = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=16)

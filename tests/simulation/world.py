@@ -323,7 +323,8 @@ class World:
         """All routers know all workers, and what they hold."""
         self.loop.run(clock.now_ns + 5 * _SECOND, self.is_ready)
         if not self.is_ready():
-            raise AssertionError(f"the fleet does not become ready: {self.loop.errors}")
+            died = [task.exception() for task in self.loop.tasks if task.done() and not task.cancelled()]
+            raise AssertionError(f"the fleet does not become ready: {self.loop.errors} {[e for e in died if e]}")
 
     def is_ready(self):
         """Whether every router would ask every worker for every model."""
