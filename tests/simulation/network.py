@@ -61,7 +61,7 @@ class Way:
 
 
 class Network:
-    """`servers` by address. `lies` may change what a worker answers."""
+    """`servers` by address."""
 
     def __init__(self, loop, random, trace):
         self.loop = loop
@@ -322,10 +322,10 @@ class Server:
         if handler is None:
             answer(CallError(grpc.StatusCode.UNIMPLEMENTED, "no such method"))
             return
-        context = _Context()
+        context = Context()
         try:
             body = await handler.unary_unary(call.request, context)
-        except _AbortError as aborted:
+        except AbortError as aborted:
             answer(CallError(aborted.code, aborted.message))
         else:
             answer(self._lie(call.method, body))
@@ -337,17 +337,17 @@ class Server:
             answer(self._lie(call.method, bytes(reply.body)))
 
 
-class _AbortError(Exception):
+class AbortError(Exception):
     def __init__(self, code, message):
         super().__init__(message)
         self.code, self.message = code, message
 
 
-class _Context:
+class Context:
     """Of a call without metadata or deadline."""
 
     async def abort(self, code, message="", trailing=()):
-        raise _AbortError(code, message)
+        raise AbortError(code, message)
 
     def invocation_metadata(self):
         return ()

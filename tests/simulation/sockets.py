@@ -9,12 +9,11 @@ from tests.simulation.loop import NOBODY, PROCESS
 class Socket:
     """One that a worker listens on; `factory` makes the protocol of each connection."""
 
-    def __init__(self, loop, random, process, factory, tamper):
+    def __init__(self, loop, random, process, factory):
         self.loop = loop
         self.random = random
         self.process = process
         self.factory = factory
-        self.tamper = tamper
         self.connections = []
 
     async def connect(self, factory):

@@ -3,7 +3,7 @@
 from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.control import ModelControl
-from services.inference.envelope_socket import EnvelopeSocket
+from services.inference.envelope_socket import EnvelopeSocket, _Connection
 from services.inference.service import EnvelopeService, Locality
 from services.inference.worker import Worker
 from services.runtime.calls import Calls
@@ -79,9 +79,7 @@ class SimWorker:
         handlers |= {_INFERENCE + method: handler for method, handler in ModelControl(store).handlers().items()}
         if self.local:
             local = EnvelopeSocket("", envelopes, _LARGEST, calls.counter(EXECUTE))
-            world.loop.sockets[self._path] = Socket(
-                world.loop, world.random, process, lambda: _connection(local), self._lied
-            )
+            world.loop.sockets[self._path] = Socket(world.loop, world.random, process, lambda: _Connection(local))
             envelopes.socket, envelopes.port = self._path, _PORT
         world.network.servers[self.address] = Server(
             process, _PORT, _WORKER + "Execute", service.lanes["Execute"], handlers, self._lied
@@ -93,12 +91,6 @@ class SimWorker:
 
     def _lied(self, method, body):
         return body if self.lie is None else self.lie(method, body)
-
-
-def _connection(socket):
-    from services.inference.envelope_socket import _Connection
-
-    return _Connection(socket)
 
 
 class Liar:

@@ -6,6 +6,8 @@ import logging
 import random
 import time
 
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
 from cache.epochs import EVERYTHING, model_scope, tenant_scope
 from services.runtime import redis_client
 from services.runtime.errors import RingmeshError
@@ -14,7 +16,7 @@ from tests.simulation.calls import EPSILON_NS, Call
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY, SimLoop
 from tests.simulation.model import QUEUE_SECONDS, Repository
-from tests.simulation.network import Network
+from tests.simulation.network import AbortError, Context, Network
 from tests.simulation.redis import Redis
 from tests.simulation.router import SimRouter
 from tests.simulation.runs import Runs
@@ -176,14 +178,10 @@ class World:
         self.switching[kind] = variant
 
         async def load():
-            from ringmesh.oip.v2 import grpc_service_pb2 as v2
-
-            from tests.simulation.network import _AbortError, _Context
-
             request = v2.RepositoryModelLoadRequest(model_name=kind).SerializeToString()
             try:
-                await router.handlers["RepositoryModelLoad"].unary_unary(request, _Context())
-            except _AbortError as error:
+                await router.handlers["RepositoryModelLoad"].unary_unary(request, Context())
+            except AbortError as error:
                 self.trace("not loaded", kind, error.message)
                 if not self.faulty:
                     self.violated(f"a load of {kind} failed: {error.message}")
