@@ -20,6 +20,8 @@ class Result(NamedTuple):
     seconds: float
 
 
+# Seeds until garbage is collected, which takes as long as a small one.
+_COLLECTED_EVERY = 16
 _since_collected = 0
 
 
@@ -34,12 +36,10 @@ def run(seed, plan="", show=None):
         seed, name, world.violations, world.events, len(world.calls), world.digest, real_cpu_seconds() - began
     )
     del world
-    if not gc.get_freeze_count():
+    _since_collected -= 1
+    if _since_collected < 0:
+        _since_collected = _COLLECTED_EVERY
+        gc.collect()
         # What was loaded for all seeds is not garbage of any.
-        gc.collect()
         gc.freeze()
-    _since_collected += 1
-    if _since_collected >= 5:
-        _since_collected = 0
-        gc.collect()
     return result
