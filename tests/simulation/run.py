@@ -22,12 +22,12 @@ class Result(NamedTuple):
 
 # Seeds until garbage is collected, which takes as long as a small one.
 _COLLECTED_EVERY = 16
-_since_collected = 0
+_seeds = 0
 
 
 def run(seed, plan="", show=None):
     """The same in each process and at each time."""
-    global _since_collected
+    global _seeds
     began = real_cpu_seconds()
     world = World(seed, show=show)
     name = plan or plans.choose(world)
@@ -36,10 +36,10 @@ def run(seed, plan="", show=None):
         seed, name, world.violations, world.events, len(world.calls), world.digest, real_cpu_seconds() - began
     )
     del world
-    _since_collected -= 1
-    if _since_collected < 0:
-        _since_collected = _COLLECTED_EVERY
+    _seeds += 1
+    if _seeds % _COLLECTED_EVERY == 1:
         gc.collect()
-        # What was loaded for all seeds is not garbage of any.
-        gc.freeze()
+        if _seeds == 1:
+            # What was loaded for all seeds is not garbage of any.
+            gc.freeze()
     return result
