@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test proof check bench soak proto clean
+.PHONY: up demo test proof check bench soak proto simulate clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.compiled
 
@@ -17,6 +17,11 @@ test: $(READY)
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
 	@$(PY) -m pytest -m proof
+
+# A simulated fleet on virtual time, SEEDS of them; RINGMESH_TEST_COMPILED=1 for the modules that services run.
+SEEDS ?= 5000
+simulate: $(READY)
+	@$(PY) -W ignore -m tests.simulation --seeds $(SEEDS) $(ARGUMENTS)
 
 check: $(READY)
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -112,6 +112,10 @@ class PurgeBoard:
         self._shared = shared
         self._member = member
         self._lease = lease_seconds
+        # The version of all that was heard from Redis: this process's own purges may be newer than others that it has
+        # yet to hear of. One beat at a time, so that none confirms what another one is still telling.
+        self._heard = 0
+        self._beating = asyncio.Lock()
         self._contact = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -192,19 +196,21 @@ class PurgeBoard:
             await asyncio.sleep(_BEAT_SECONDS)
 
     async def _beat(self) -> None:
-        before = time.monotonic()
-        version, *flat = await self._run(_BEAT, self._member, str(self.epochs.version))
-        scopes = {k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"}
-        news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
-        self._merge(scopes)
-        if int(version) < self.epochs.version:
-            # Redis lost it, by a restart or a failover.
-            await self._run(_MERGE, *_flat(self.epochs.scopes))
-        if flat:
-            await self.on_news(news)
-            await self._run(_BEAT, self._member, str(self.epochs.version))
-        self.is_known = True
-        self._contact = before
+        async with self._beating:
+            before = time.monotonic()
+            version, *flat = await self._run(_BEAT, self._member, str(self._heard))
+            scopes = {k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"}
+            news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
+            self._merge(scopes)
+            if int(version) < self.epochs.version:
+                # Redis lost it, by a restart or a failover.
+                await self._run(_MERGE, *_flat(self.epochs.scopes))
+            if flat:
+                await self.on_news(news)
+                await self._run(_BEAT, self._member, version.decode())
+            self._heard = int(version)
+            self.is_known = True
+            self._contact = before
 
     def _judge(self) -> None:
         cut_off = time.monotonic() - self._contact

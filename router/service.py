@@ -29,7 +29,13 @@ from router.replies import Replies
 from router.request_metrics import STEP, RequestMetrics
 from router.rows import RowCache
 from services.runtime import faults, protocol, worker_spans
-from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
+from services.runtime.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    NotFoundError,
+    RingmeshError,
+    UnavailableError,
+)
 from services.runtime.infer_request import RequestReader
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.large_result import Result
@@ -260,7 +266,9 @@ class InferenceService:
         """What the local tier could not answer. A failure is in `error` of the call too."""
         self._requests.in_flight += 1
         try:
-            found = await self._find(call, deadline)
+            # What is under way for others goes on.
+            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                found = await self._find(call, deadline)
             if call.model is not None and call.model.freshness is not None:
                 call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
             return self._replies.answer(call, found)
@@ -269,6 +277,8 @@ class InferenceService:
         except asyncio.CancelledError:
             self._replies.left(call)
             raise
+        except TimeoutError:
+            call.error = DeadlineExceededError("the deadline passed before the answer was computed")
         except Exception as error:
             call.error = faults.internal(log, f"{call.name} failed", error, call.trace.trace_id)
         finally:

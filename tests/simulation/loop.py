@@ -1,0 +1,272 @@
+"""An event loop without sockets, for many simulated processes at once, whose waiting costs nothing.
+
+Each callback belongs to the process in whose context it was scheduled. Those of one that is stopped or held up wait,
+those of one that was killed never run.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import heapq
+import sys
+import warnings
+from asyncio import events
+from collections import deque
+
+from tests.simulation.clock import clock
+
+PROCESS = contextvars.ContextVar("process", default=None)
+NOBODY = contextvars.Context()
+# A thread's work takes at least so long: hand-over and wake-up.
+_THREAD_NS = 30_000
+
+
+class Process:
+    """A simulated process. `died` hears of its end."""
+
+    def __init__(self, loop, name):
+        self.loop = loop
+        self.name = name
+        self.alive = True
+        self.stopped = False
+        self.busy_until_ns = 0
+        # What could not run because it was stopped or busy, in order.
+        self.frozen = []
+        self.died = []
+        self.context = contextvars.Context()
+        self.context.run(PROCESS.set, self)
+
+    @property
+    def runs(self):
+        """Whether its event loop takes callbacks now."""
+        return self.alive and not self.stopped and self.busy_until_ns <= clock.now_ns
+
+    def call(self, function, *args):
+        """On its event loop, as soon as it can."""
+        self.loop.call_soon(function, *args, context=self.context)
+
+    def call_at(self, at_ns, function, *args):
+        self.loop.call_at_ns(at_ns, function, *args, context=self.context)
+
+    def spawn(self, coroutine):
+        """As a task of the process."""
+        return self.context.run(self.loop.create_task, coroutine)
+
+    def kill(self):
+        self.alive = False
+        self.frozen.clear()
+        for died in self.died:
+            died()
+
+    def stop(self):
+        self.stopped = True
+
+    def go_on(self):
+        self.stopped = False
+        self._thaw()
+
+    def held(self, until_ns):
+        """Its event loop has run something that takes until then."""
+        self.busy_until_ns = until_ns
+        self.loop.call_at_ns(until_ns, self._thaw, context=NOBODY)
+
+    def _thaw(self):
+        if self.runs:
+            frozen, self.frozen = self.frozen, []
+            self.loop.ready.extendleft(reversed(frozen))
+
+
+class SimLoop(asyncio.BaseEventLoop):
+    """`held` hears of each process whose loop was held up, and for how many ns."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.ready = deque()
+        self._timers = []
+        self._sequence = 0
+        self._held = held
+        self.tasks = []
+        self.errors = []
+        # Unix sockets by path.
+        self.sockets = {}
+
+    def time(self):
+        return clock.seconds()
+
+    def call_soon(self, callback, *args, context=None):
+        handle = events.Handle(callback, args, self, context)
+        self.ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def call_at(self, when, callback, *args, context=None):
+        return self.call_at_ns(int(when * 1e9) + 1, callback, *args, context=context)
+
+    def call_later(self, delay, callback, *args, context=None):
+        return self.call_at_ns(clock.ns() + max(0, int(delay * 1e9)), callback, *args, context=context)
+
+    def call_at_ns(self, at_ns, callback, *args, context=None):
+        handle = events.TimerHandle(at_ns / 1e9, callback, args, self, context)
+        self._sequence += 1
+        heapq.heappush(self._timers, (at_ns, self._sequence, handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle):
+        pass
+
+    def create_task(self, coro, *, name=None, context=None):
+        task = asyncio.Task(coro, loop=self, name=name or "", context=context)
+        self.tasks.append(task)
+        return task
+
+    def run_in_executor(self, executor, function, *args):
+        """On a thread of the process, of those that `executor` has (None: enough of them)."""
+        future = self.create_future()
+        pool = executor if executor is not None else _ENDLESS
+        process = PROCESS.get()
+        job = (process, future, function, args)
+        if pool.free:
+            pool.free -= 1
+            self.call_at_ns(clock.ns() + _THREAD_NS, self._run_on_thread, pool, job, context=NOBODY)
+        else:
+            pool.waiting.append(job)
+        return future
+
+    def _run_on_thread(self, pool, job):
+        process, future, function, args = job
+        if not process.alive:
+            return
+        if process.stopped:
+            process.frozen.append(events.Handle(self._run_on_thread, (pool, job), self, NOBODY))
+            return
+        try:
+            result, error = self._call(process, function, args), None
+        except Exception as raised:
+            result, error = None, raised
+        at_ns, clock.within_ns = clock.ns() + _THREAD_NS, 0
+        self.call_at_ns(at_ns, self._thread_ended, pool, context=NOBODY)
+        process.call_at(at_ns, _settle, future, result, error)
+
+    def _call(self, process, function, args):
+        # asyncio.to_thread wraps it.
+        inner = getattr(function, "args", (None,))[0]
+        if getattr(inner, "__name__", "") == "_rings":
+            # Ranking takes 15 ms, and is a function of its argument.
+            key = tuple(sorted(function.args[1].items()))
+            found = _RINGS.get(key)
+            if found is None:
+                found = _RINGS[key] = inner(function.args[1])
+            return found
+        process.on_thread = True
+        try:
+            return process.context.copy().run(function, *args)
+        finally:
+            process.on_thread = False
+
+    def _thread_ended(self, pool):
+        if pool.waiting:
+            self._run_on_thread(pool, pool.waiting.popleft())
+        else:
+            pool.free += 1
+
+    def call_exception_handler(self, context):
+        error = context.get("exception")
+        self.errors.append(f"{context.get('message')}: {error!r}")
+
+    def run(self, until_ns, done=lambda: False):
+        """Until then, until `done`, or until there is nothing left to happen."""
+        ready, timers = self.ready, self._timers
+        events._set_running_loop(self)
+        try:
+            while not done():
+                if not ready:
+                    while timers and timers[0][2]._cancelled:
+                        heapq.heappop(timers)
+                    if not timers or timers[0][0] > until_ns:
+                        clock.now_ns = max(clock.now_ns, until_ns)
+                        return
+                    clock.now_ns = max(clock.now_ns, timers[0][0])
+                while timers and timers[0][0] <= clock.now_ns:
+                    handle = heapq.heappop(timers)[2]
+                    if not handle._cancelled:
+                        ready.append(handle)
+                for _ in range(len(ready)):
+                    if not ready:
+                        break
+                    handle = ready.popleft()
+                    if not handle._cancelled:
+                        self._run_handle(handle)
+        finally:
+            events._set_running_loop(None)
+
+    def _run_handle(self, handle):
+        context = handle._context
+        process = context.get(PROCESS)
+        if process is not None and not process.runs:
+            if process.alive:
+                process.frozen.append(handle)
+            return
+        try:
+            context.run(handle._callback, *handle._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.errors.append(f"callback {handle._callback!r}: {error!r}")
+        if clock.within_ns:
+            until_ns, took_ns = clock.ns(), clock.within_ns
+            clock.within_ns = 0
+            if process is not None:
+                process.held(until_ns)
+                self._held(process, took_ns)
+
+    async def create_unix_connection(self, factory, path):
+        if path not in self.sockets:
+            raise FileNotFoundError(path)
+        return await self.sockets[path].connect(factory)
+
+    def abandon(self):
+        """Ends all that is left, without a word."""
+        self.ready.clear()
+        self._timers.clear()
+        sys.unraisablehook, hook = _ignore, sys.unraisablehook
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            for task in self.tasks:
+                if not task.done():
+                    task._log_destroy_pending = False
+                    with contextlib.suppress(BaseException):
+                        task.get_coro().close()
+                elif not task.cancelled():
+                    task.exception()
+            self.tasks.clear()
+            self.ready.clear()
+            self._timers.clear()
+        finally:
+            sys.unraisablehook = hook
+        self.close()
+
+
+class Threads:
+    """Stands for an executor: so many threads."""
+
+    def __init__(self, threads):
+        self.free = threads
+        self.waiting = deque()
+
+
+_ENDLESS = Threads(1 << 30)
+_RINGS = {}
+
+
+def _settle(future, result, error):
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _ignore(_):
+    pass

@@ -1,0 +1,65 @@
+"""Many seeds, on processes of their own."""
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+
+_CHUNK = 8
+
+
+def prepare():
+    """Virtual time for this process, before anything of ours is loaded."""
+    from tests.simulation import clock
+
+    random.seed(0)
+    clock.install()
+    if os.environ.get("RINGMESH_TEST_COMPILED"):
+        from services.runtime import compiled
+
+        compiled.use()
+        if not compiled.is_used():
+            sys.exit("nothing is compiled from these sources; run `make .venv/.compiled`")
+    if mutant := os.environ.get("RINGMESH_SIMULATION_MUTANT"):
+        from tests.simulation import mutants
+
+        mutants.apply(mutant)
+
+
+def _chunk(job):
+    first, count, plan = job
+    from tests.simulation.run import run as run_seed
+
+    return [run_seed(seed, plan) for seed in range(first, first + count)]
+
+
+def run(options, tell):
+    """On all cores; `tell` hears of each seed that fails. 1 where one did."""
+    began = time.perf_counter()
+    last = options.first + options.seeds
+    jobs = [(first, min(_CHUNK, last - first), options.plan) for first in range(options.first, last, _CHUNK)]
+    failed = seeds = calls = 0
+    plans = {}
+    pool = multiprocessing.get_context("spawn").Pool(options.jobs or len(os.sched_getaffinity(0)), prepare)
+    with pool:
+        for results in pool.imap(_chunk, jobs):
+            for result in results:
+                seeds += 1
+                calls += result.calls
+                plan = plans.setdefault(result.plan, [0, 0.0])
+                plan[0] += 1
+                plan[1] += result.seconds
+                if options.digests:
+                    print(f"seed {result.seed} {result.plan} digest {result.digest}")
+                if result.violations:
+                    failed += 1
+                    tell(result, options.plan)
+            if failed and options.until_found:
+                break
+        pool.terminate()
+    took = time.perf_counter() - began
+    print(f"{seeds} seeds, {calls} requests, {failed} failed, {took:.1f} s, {seeds / took:.1f} seeds/s")
+    for name, (count, seconds) in sorted(plans.items()):
+        print(f"  {name:16} {count:6} seeds {1000 * seconds / count:7.1f} ms of CPU each")
+    return int(failed > 0)

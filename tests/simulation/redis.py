@@ -1,0 +1,371 @@
+"""A Redis of virtual time, at the interface of redis-py's client: its scripts in Python, its faults by the seed."""
+
+from collections import OrderedDict
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from cache import leases, purge_board, valuable
+from tests.simulation.clock import clock
+from tests.simulation.loop import NOBODY, PROCESS
+
+_EPOCH_MS = 1_800_000_000_000
+
+
+class Redis:
+    """The server. `up`, `hangs`, `slow`, `loss`, `damage` and `full` are what is wrong with it now."""
+
+    def __init__(self, loop, random, trace):
+        self.loop = loop
+        self.random = random
+        self.trace = trace
+        self.data = OrderedDict()
+        self.expires = {}
+        # Whether anything has been wrong with it, and when it last lost all that it knew.
+        self.harmed = False
+        self.emptied_ns = 0
+        self.up = True
+        self.hangs = False
+        self.slow = 1.0
+        # Shares of the round trips that fail, and of the frames that come back damaged.
+        self.loss = self.damage = 0.0
+        self.lies = 0.0
+        # Bytes that it holds at most; "noeviction" refuses, else what is oldest goes.
+        self.limit = 0
+        self.evicts = True
+        self.evicted = 0
+        # Names of processes that do not reach it.
+        self.cut_off = set()
+        self.generation = 0
+
+    def client(self, settings):
+        """For the process that asks; in place of redis_client.one_server."""
+        return Client(self, PROCESS.get())
+
+    def restart(self, *, empty):
+        self.generation += 1
+        if empty:
+            self.emptied_ns = clock.ns()
+            self.data.clear()
+            self.expires.clear()
+
+    def now_ms(self):
+        return _EPOCH_MS + clock.ns() // 1_000_000
+
+    def run(self, command, arguments):
+        """One command, as the server does."""
+        return getattr(self, f"_{command}")(*arguments)
+
+    def _find(self, key):
+        expires = self.expires.get(key)
+        if expires is not None and expires <= self.now_ms():
+            del self.expires[key], self.data[key]
+        return self.data.get(key)
+
+    def _store(self, key, value, px=None):
+        self.data.pop(key, None)
+        self.expires.pop(key, None)
+        self.data[key] = value
+        if px is not None:
+            self.expires[key] = self.now_ms() + int(px)
+
+    def _size(self):
+        return sum(len(value) for value in self.data.values() if isinstance(value, bytes))
+
+    def _ping(self):
+        return True
+
+    def _info(self, _):
+        return {"evicted_keys": self.evicted}
+
+    def _get(self, key):
+        return self._damaged(self._find(_key(key)))
+
+    def _mget(self, keys):
+        return [self._get(key) for key in keys]
+
+    def _damaged(self, value):
+        random = self.random
+        if not isinstance(value, bytes) or not self.damage or random.random() >= self.damage:
+            return value
+        way = random.randrange(6)
+        if way == 0:
+            return value[: random.randrange(len(value) + 1)]
+        if way == 1:
+            return random.randbytes(len(value))
+        if way == 2:
+            frames = [each for each in self.data.values() if isinstance(each, bytes)]
+            return random.choice(frames)
+        if way == 3:
+            return [value]
+        if way == 4:
+            return value.hex()
+        at = random.randrange(len(value))
+        return value[:at] + bytes((value[at] ^ (1 << random.randrange(8)),)) + value[at + 1 :]
+
+    def _set(self, key, value, px=None):
+        if self.limit:
+            if not self.evicts and self._size() + len(value) > self.limit:
+                return ResponseError("OOM command not allowed when used memory > 'maxmemory'.")
+            self._store(_key(key), _value(value), px)
+            while self._size() > self.limit:
+                oldest = next(key for key, value in self.data.items() if isinstance(value, bytes))
+                del self.data[oldest]
+                self.expires.pop(oldest, None)
+                self.evicted += 1
+            return True
+        self._store(_key(key), _value(value), px)
+        return True
+
+    def _incr(self, key):
+        number = int(self._find(_key(key)) or 0) + 1
+        self._store(_key(key), b"%d" % number)
+        return number
+
+    def _unlink(self, *keys):
+        for key in keys:
+            self.expires.pop(_key(key), None)
+            self.data.pop(_key(key), None)
+        return len(keys)
+
+    _delete = _unlink
+
+    def _sadd(self, key, *members):
+        self.data.setdefault(_key(key), set()).update(_value(member) for member in members)
+        return 1
+
+    def _srem(self, key, *members):
+        self.data.get(_key(key), set()).difference_update(_value(member) for member in members)
+        return 1
+
+    def _smembers(self, key):
+        members = set(self.data.get(_key(key), ()))
+        if self.lies and self.random.random() < self.lies:
+            if self.random.random() < 0.5:
+                return b"WRONGTYPE"
+            members.add(b"\xff\xfe:\x00")
+        return members
+
+    def _hdel(self, key, *fields):
+        found = self.data.get(_key(key), {})
+        for field in fields:
+            found.pop(_value(field), None)
+        return 1
+
+    def _zrange(self, key, *_, **__):
+        return []
+
+    def _eval(self, script, keys, *arguments):
+        return _SCRIPTS[script](self, [_key(key) for key in arguments[:keys]], [_value(a) for a in arguments[keys:]])
+
+    def beat(self, keys, arguments):
+        epochs, members = (self.data.setdefault(key, {}) for key in keys)
+        version = epochs.get(b"version", b"0")
+        members[arguments[0]] = arguments[1] + b" %d" % self.now_ms()
+        if version == arguments[1]:
+            return [version]
+        return [version, *(part for pair in epochs.items() for part in pair)]
+
+    def purge(self, keys, arguments):
+        scopes = arguments[2:]
+        epochs = self.data.setdefault(keys[0], {})
+        epoch = max(self.now_ms(), int(epochs.get(b"version", 0)) + 1, int(arguments[0]))
+        if b"all" in scopes:
+            epochs.clear()
+        if len(epochs) + len(arguments) > int(arguments[1]):
+            return b"full"
+        for scope in (*scopes, b"version"):
+            epochs[scope] = b"%d" % epoch
+        return b"%d" % epoch
+
+    def merge(self, keys, arguments):
+        epochs = self.data.setdefault(keys[0], {})
+        version = epochs.get(b"version", b"0")
+        for scope, epoch in zip(arguments[::2], arguments[1::2], strict=True):
+            if int(epoch) > int(epochs.get(scope, 0)):
+                epochs[scope] = epoch
+                version = max(version, epoch, key=int)
+        epochs[b"version"] = version
+        return version
+
+    def members(self, keys, arguments):
+        members = self.data.setdefault(keys[1], {})
+        now = self.now_ms()
+        for member, said in list(members.items()):
+            if now - int(said.split()[1]) > int(arguments[0]):
+                del members[member]
+        return [b"%d" % now, *(part for pair in members.items() for part in pair)]
+
+    def take(self, keys, arguments):
+        if self._find(keys[0]) is not None:
+            return b""
+        token = b"%d" % (self.now_ms() * 1000 + clock.ns() // 1000 % 1000)
+        self._store(keys[0], token, arguments[0])
+        return token
+
+    def fill(self, keys, arguments):
+        if self._find(keys[0]) != arguments[0]:
+            return 0
+        self._store(keys[1], arguments[1], arguments[2])
+        self._unlink(keys[0])
+        return 1
+
+    def release(self, keys, arguments):
+        if self._find(keys[0]) == arguments[0]:
+            self._unlink(keys[0])
+
+    def tell(self, keys, arguments):
+        return None
+
+
+_SCRIPTS = {
+    purge_board._BEAT: Redis.beat,
+    purge_board._PURGE: Redis.purge,
+    purge_board._MERGE: Redis.merge,
+    purge_board._MEMBERS_NOW: Redis.members,
+    leases._TAKE: Redis.take,
+    leases._FILL: Redis.fill,
+    leases._RELEASE: Redis.release,
+    valuable._TELL: Redis.tell,
+}
+
+
+def _key(key):
+    return key if isinstance(key, bytes) else key.encode()
+
+
+def _value(value):
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+class Client:
+    """As redis.asyncio.Redis, of one process."""
+
+    def __init__(self, server, process):
+        self._server = server
+        self._process = process
+        self.connection_pool = self
+
+    async def disconnect(self, **_):
+        """As of its connection pool."""
+
+    async def aclose(self):
+        """As redis-py's."""
+
+    def ping(self):
+        return self._run([("ping", ())])
+
+    def get(self, key):
+        return self._run([("get", (key,))])
+
+    def mget(self, keys):
+        return self._run([("mget", (keys,))])
+
+    def info(self, section):
+        return self._run([("info", (section,))])
+
+    def eval(self, script, keys, *arguments):
+        return self._run([("eval", (script, keys, *arguments))])
+
+    def unlink(self, *keys):
+        return self._run([("unlink", keys)])
+
+    def hdel(self, key, *fields):
+        return self._run([("hdel", (key, *fields))])
+
+    def smembers(self, key):
+        return self._run([("smembers", (key,))])
+
+    def srem(self, key, *members):
+        return self._run([("srem", (key, *members))])
+
+    def zrange(self, key, start, end, **_):
+        return self._run([("zrange", (key, start, end))])
+
+    def pipeline(self, transaction=False):
+        return _Pipeline(self)
+
+    async def _run(self, commands):
+        (reply,) = await self.trip(commands)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    async def trip(self, commands):
+        """There and back. Raises what redis-py raises."""
+        server = self._server
+        random, loop = server.random, server.loop
+        replies = loop.create_future()
+        state = server.generation
+
+        def at_the_server():
+            if not self._process.alive:
+                return
+            if server.hangs or self._process.name in server.cut_off:
+                return  # no word ever comes
+            if not server.up or server.generation != state:
+                back(RedisConnectionError("connection refused"))
+                return
+            lost_before = server.loss and random.random() < server.loss
+            if lost_before and random.random() < 0.5:
+                back(RedisConnectionError("connection lost"))
+                return
+            made = [server.run(command, arguments) for command, arguments in commands]
+            back(RedisConnectionError("connection lost") if lost_before else made)
+
+        def back(made):
+            self._process.call_at(clock.ns() + self._delay_ns(), _settle, replies, made)
+
+        loop.call_at_ns(clock.ns() + self._delay_ns(), at_the_server, context=NOBODY)
+        made = await replies
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def _delay_ns(self):
+        return int(self._server.random.randint(30_000, 200_000) * self._server.slow)
+
+
+class _Pipeline:
+    def __init__(self, client):
+        self._client = client
+        self._commands = []
+
+    def __len__(self):
+        return len(self._commands)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        return None
+
+    def set(self, key, value, px=None):
+        self._commands.append(("set", (key, value, px)))
+
+    def get(self, key):
+        self._commands.append(("get", (key,)))
+
+    def sadd(self, key, *members):
+        self._commands.append(("sadd", (key, *members)))
+
+    def srem(self, key, *members):
+        self._commands.append(("srem", (key, *members)))
+
+    def incr(self, key):
+        self._commands.append(("incr", (key,)))
+
+    def delete(self, key):
+        self._commands.append(("delete", (key,)))
+
+    async def execute(self, raise_on_error=True):
+        replies = await self._client.trip(self._commands)
+        for reply in replies:
+            if raise_on_error and isinstance(reply, Exception):
+                raise reply
+        return replies
+
+
+def _settle(future, made):
+    if not future.done():
+        future.set_result(made)

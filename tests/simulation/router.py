@@ -1,0 +1,166 @@
+"""A router as a simulated process: what router/main.py puts together, but the engine and what only watches."""
+
+import asyncio
+import time
+
+from cache.epochs import MODELS
+from cache.evictions import Evictions
+from cache.keys import RequestHasher
+from router.admission.concurrency_limit import ConcurrencyLimits
+from router.admission.quotas import Quotas
+from router.agreement import Agreement
+from router.audit import Audit
+from router.control import FleetControl
+from router.cost import Cost, Prices
+from router.discovery import AnnouncedWorkers
+from router.dispatcher import Dispatcher
+from router.fleet import Fleet
+from router.membership import Listing
+from router.replies import Replies
+from router.request_metrics import RequestMetrics
+from router.retry_budget import RetryBudget
+from router.service import InferenceService
+from router.settings import RouterSettings
+from router.tail_latency import TailLatency
+from services.runtime.load_report import LoadReport
+from services.runtime.request_log import RequestLog
+from services.runtime.rpc import Answer, Failure, failure, unexpected
+from services.runtime.spans import Process as TracedProcess
+from services.runtime.supervisor import BACKGROUND
+from services.runtime.tracing import Tracer
+from tests.simulation.loop import Process
+
+
+class _Listed:
+    """A source that names all workers: the ring is built as for any other, off the event loop."""
+
+    def __init__(self, addresses):
+        self._addresses = addresses
+
+    async def watch(self, told):
+        told([Listing(address) for address in self._addresses])
+        await asyncio.Event().wait()
+
+
+class SimRouter:
+    """The router `name`; each start of it is a new process."""
+
+    def __init__(self, world, number, **settings):
+        self.world = world
+        self.name = f"router-{number}"
+        self._settings = {"address": f"10.0.1.{number + 1}:8001", "key_secret": "simulation", **settings}
+        # How often the clock of its quotas raises.
+        self.clock_fails = 0.0
+        self.process = None
+        self.fleet = self.mesh = None
+        self.starts = 0
+
+    def start(self):
+        """As a new process, with nothing in memory."""
+        self.starts += 1
+        self.fleet = self.mesh = None
+        self.process = Process(self.world.loop, self.name)
+        self.process.call(self._serve)
+
+    def kill(self):
+        """All that it had in hand is lost."""
+        self.world.trace("kill", self.name)
+        self.process.kill()
+
+    def _serve(self):
+        world = self.world
+        settings = RouterSettings.model_construct(**self._settings)
+        secret = settings.secret()
+        self.mesh = mesh = settings.create_mesh(secret)
+        hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
+        addresses = [worker.address for worker in world.workers]
+        source = AnnouncedWorkers(world.redis.client({})) if world.announced else _Listed(addresses)
+        self.fleet = fleet = Fleet(
+            [],
+            lambda _: None,
+            clock=time.monotonic,
+            sources={"simulation": source},
+            channels=world.network.channels(self.process),
+        )
+        self.requests = requests = RequestMetrics()
+        self.limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
+        self.dispatcher = Dispatcher(fleet, self.limits, RetryBudget(time.monotonic), TailLatency())
+        self.quotas = Quotas(settings.quotas or {"*": 1e6}, self._clock)
+        report = LoadReport(requests.answers, cores=1)
+        audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
+        tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
+        cost = Cost(Prices(0.0, 0.0), requests, fleet, lambda: mesh.local.counters.bytes, time.monotonic)
+        replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
+        self.inference = InferenceService(
+            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit
+        )
+        control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
+        self.handlers = control.handlers()
+        self.lane = self.inference.service(lambda: True, {}).lanes["ModelInfer"]
+        self.evictions = Evictions(mesh.local)
+        mesh.purges.on_news = self._ask_again
+        mesh.start()
+        fleet.start()
+        BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
+        BACKGROUND.start("request metrics", requests.keep_marking)
+
+    def _clock(self):
+        if self.clock_fails and self.world.random.random() < self.clock_fails:
+            raise ArithmeticError("a clock that fails")
+        return time.monotonic()
+
+    async def _ask_again(self, news):
+        if MODELS in news:
+            fleet = self.fleet
+            healthy = [member for member in fleet.view.members.values() if member.healthy]
+            await asyncio.gather(*(fleet.describe(member) for member in healthy))
+
+    def receive(self, call):
+        """A call of a caller came, as FastLaneServer takes it: `call.ended` hears the answer."""
+        call.cancel_at_router = None
+        lane = self.lane
+        try:
+            admitted = lane.admit(call.data, call.metadata)
+        except Exception as error:
+            self.world.crashed(f"a lane failed: {error!r}")
+            admitted = failure(unexpected(error))
+        if isinstance(admitted, Answer | Failure):
+            self._end(call, admitted)
+            return
+        deadline = None if call.timeout is None else time.monotonic() + call.timeout
+        try:
+            cancel = lane.start(admitted, deadline, lambda answer: self._end(call, answer))
+        except Exception as error:
+            self.world.crashed(f"a lane failed: {error!r}")
+            self._end(call, failure(unexpected(error)))
+            return
+        if cancel is not None:
+            call.cancel_at_router = cancel
+            return
+        task = asyncio.get_running_loop().create_task(self._finish(call, admitted, deadline))
+        call.cancel_at_router = task.cancel
+
+    async def _finish(self, call, admitted, deadline):
+        try:
+            answer = await self.lane.finish(admitted, deadline)
+        except asyncio.CancelledError:
+            return
+        except Exception as error:
+            self.world.crashed(f"a lane failed: {error!r}")
+            answer = failure(unexpected(error))
+        self._end(call, answer)
+
+    def _end(self, call, answer):
+        call.cancel_at_router = None
+        call.answered_by_router(answer)
+        if answer.afterwards is not None:
+            try:
+                answer.afterwards()
+            except Exception as error:
+                self.world.crashed(f"what an answer left to be done failed: {error!r}")
+
+    def cancel(self, call):
+        """The caller has left."""
+        cancel, call.cancel_at_router = call.cancel_at_router, None
+        if cancel is not None:
+            cancel()

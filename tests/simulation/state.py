@@ -1,0 +1,73 @@
+"""What a worker has on its disk, in memory: the files of models, snapshots of them, and what was decided about them.
+
+Disks are not what is simulated here, and reading the same small files again would be most of the time of a seed.
+"""
+
+import time
+
+from services.inference import repository
+from services.inference.model_store import ModelStore
+from services.inference.repository import ModelFiles
+from services.inference.snapshots import Snapshot
+
+
+class Store(ModelStore):
+    """A ModelStore whose files are read once in a process."""
+
+    def _find(self, name, overrides, scratch):
+        folder = self._source.fetch(name, None)
+        found = _FILES.get((folder, name))
+        if found is None:
+            (files,) = repository.versions(folder, name, None, private=True)
+            hashed = files.hashed()
+            found = _Files(**{field: getattr(hashed, field) for field in ModelFiles.__dataclass_fields__})
+            _FILES[folder, name] = found
+        return [found]
+
+
+_FILES = {}
+
+
+class _Files(ModelFiles):
+    def hashed(self):
+        return self
+
+
+class Snapshots:
+    """As Snapshots, of files that never change."""
+
+    def take(self, files):
+        return _Snapshot(files.folder, -1, files)
+
+    def sweep(self):
+        """There is nothing to remove."""
+
+
+class _Snapshot(Snapshot):
+    def close(self):
+        """The folder is shared by all."""
+
+
+class Decisions:
+    """As Decisions; they outlive the processes of a worker."""
+
+    size = 0
+
+    def __init__(self):
+        self.fleet = set()
+        self.decided_ns = {}
+        self._decisions = {}
+
+    def get(self, name):
+        return self._decisions.get(name)
+
+    def next_ns(self, name):
+        return max(time.time_ns(), self.decided_ns.get(name, 0) + 1)
+
+    def keep(self, name, decision):
+        self._decisions[name] = decision
+        self.decided_ns[name] = decision.decided_ns
+        (self.fleet.add if decision.fleet else self.fleet.discard)(name)
+
+    def close(self):
+        """Nobody else uses them."""

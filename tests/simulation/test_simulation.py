@@ -1,0 +1,42 @@
+"""The simulated fleet keeps its promises, and finds what it is to find. Each run has processes of its own: time stands
+still in them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.mutants import MUTANTS
+
+_ON_SOURCES = pytest.mark.skipif(
+    bool(os.environ.get("RINGMESH_TEST_COMPILED")),
+    reason="a fault is put back by an edit of sources as they are imported",
+)
+
+
+def simulate(*arguments, **environment):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.simulation", *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+
+
+def test_500_seeds_keep_every_invariant():
+    done = simulate("--seeds", 500)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_a_seed_is_the_same_whatever_ran_before_it():
+    long, short = (simulate("--first", first, "--seeds", 40 - first, "--jobs", 1, "--digests") for first in (0, 28))
+    told = [dict(re.findall(r"^seed (\d+) .* digest (\w+)$", done.stdout, re.MULTILINE)) for done in (long, short)]
+    assert len(told[1]) == 12, short.stdout + short.stderr
+    assert told[1].items() <= told[0].items()
+
+
+@pytest.mark.proof
+@_ON_SOURCES
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_fault_that_is_put_back_is_found(mutant):
+    done = simulate("--seeds", 1000, "--until-found", RINGMESH_SIMULATION_MUTANT=mutant)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "replay: python -m tests.simulation --seed" in done.stdout, done.stderr[-4000:]
