@@ -9,6 +9,8 @@ from services.runtime import stream_infer
 from services.runtime.backlog import Backlog
 
 LIMIT = 64 << 20
+from services.runtime.rpc import Answer
+
 MB = 1 << 20
 A, B = "ipv4:10.0.0.1:1000", "ipv6:%5B::ffff:10.0.0.2%5D:2000"
 AT = {A: ("10.0.0.1", 1000), B: ("10.0.0.2", 2000)}
@@ -182,7 +184,7 @@ async def test_streams_together_are_refused_answers_when_too_many_wait(monkeypat
     monkeypatch.setattr(stream_infer, "_UNREAD", 8 * MB)
 
     async def infer(data, _):
-        return ANSWER
+        return Answer(ANSWER, ())
 
     async def requests():
         for number in range(8):
@@ -211,7 +213,7 @@ async def test_a_stream_whose_client_takes_too_long_for_an_answer_ends(monkeypat
     ended = asyncio.Event()
 
     async def infer(data, _):
-        return b""
+        return Answer(b"", ())
 
     async def requests():
         yield b""
