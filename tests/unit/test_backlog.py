@@ -7,9 +7,9 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime import stream_infer
 from services.runtime.backlog import Backlog
+from services.runtime.rpc import Answer
 
 LIMIT = 64 << 20
-from services.runtime.rpc import Answer
 
 MB = 1 << 20
 A, B = "ipv4:10.0.0.1:1000", "ipv6:%5B::ffff:10.0.0.2%5D:2000"
@@ -163,7 +163,7 @@ async def test_a_stream_whose_client_does_not_read_is_read_no_further(monkeypatc
 
     async def infer(data, _):
         asked.append(data)
-        return bytes(MB)
+        return Answer(bytes(MB), ())
 
     async def requests():
         for number in range(200):
