@@ -1,10 +1,20 @@
 """Sequences as tritonclient sends them, on router and worker."""
 
+import asyncio
+import collections
 import queue
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.sequencer import MAX_SEQUENCES
+from tests import models
+from tests.system.test_cache import INFER
+
+_NEVER_IDLE = "max_sequence_idle_microseconds: 3600000000"
 
 
 @pytest.fixture(params=["router", "worker"])
@@ -76,3 +86,35 @@ def test_the_sequences_of_a_lost_worker_begin_again_elsewhere(start_worker, star
             assert status == "StatusCode.FAILED_PRECONDITION"
             answer = client.infer("accumulator", one(1), sequence_id=sequence, sequence_start=True)
             assert answer.as_numpy("sum").item() == 1
+
+
+@pytest.mark.proof
+async def test_more_sequences_than_a_worker_keeps_are_refused_and_those_it_keeps_go_on(tmp_path, start_worker):
+    config = models.accumulator(tmp_path).parent / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_sequence_idle_microseconds: 5000000", _NEVER_IDLE))
+    worker = start_worker("full", models=tmp_path)
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        infer = channel.unary_unary(INFER)
+
+        async def step(sequence, **flags):
+            request = v2.ModelInferRequest(model_name="accumulator", raw_input_contents=[np.float32(1).tobytes()])
+            request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+            request.parameters["sequence_id"].int64_param = sequence
+            for name, flag in flags.items():
+                request.parameters[f"sequence_{name}"].bool_param = flag
+            try:
+                answer = v2.ModelInferResponse.FromString(await infer(request.SerializeToString(), timeout=30))
+                return np.frombuffer(answer.raw_output_contents[0], np.float32)[0]
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+
+        first = 1_000_000
+        begun = collections.Counter()
+        for start in range(0, MAX_SEQUENCES + 600, 100):
+            steps = (step(first + start + number, start=True) for number in range(100))
+            begun.update(await asyncio.gather(*steps))
+        assert begun.keys() == {1.0, "RESOURCE_EXHAUSTED"}
+        assert begun[1.0] == MAX_SEQUENCES
+        going_on = await asyncio.gather(*(step(first + number, end=True) for number in range(100)))
+        assert going_on == [2.0] * 100
+        assert await step(first - 1, start=True) == 1.0
