@@ -246,7 +246,7 @@ class Mesh:
                 and len(computed.entry.value) <= _LARGEST_SHARED
                 and await self._leases.fill(key, lease.token, computed.entry, kept_ms)
             )
-        except BaseException:
+        except (Exception, asyncio.CancelledError):
             # However it ended: nobody else could renew it for as long as the lease.
             await self._leases.release(key, lease.token)
             raise
