@@ -83,7 +83,7 @@ class MeshSettings(ServiceSettings):
                 "RINGMESH_KEY_SECRET is not set. Processes that share RINGMESH_REDIS_URL or RINGMESH_PEER_REGIONS must "
                 "have the same secret; generate one with `openssl rand -hex 32` and give it to all of them"
             )
-        log.info("RINGMESH_KEY_SECRET is not set: using a random secret, so other routers will hash requests otherwise")
+        log.info("RINGMESH_KEY_SECRET is not set: using a random secret, so other routers compute other request hashes")
         return secrets.token_hex(32)
 
     def create_mesh(self, secret: str) -> Mesh:

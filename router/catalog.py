@@ -94,7 +94,11 @@ class Catalog:
         if not self._versions:
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
         if name not in self._versions:
-            raise NotFoundError(f"no model {name!r}; there are: {some(self._versions)}", field="model_name")
+            raise NotFoundError(
+                f"no model {name!r} (if it failed to load, RepositoryIndex says why); "
+                f"there are: {some(self._versions)}",
+                field="model_name",
+            )
         known = some(self._versions[name])
         raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
 

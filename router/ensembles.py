@@ -90,7 +90,7 @@ def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tens
         raw = raws[index] if raws else raw_from_contents(tensor, f"inputs[{index}]")
         tensors[name] = _Tensor(tensor.datatype, (*tensor.shape,), raw)
     if missing := [spec.name for spec in model.metadata.inputs if spec.name not in tensors]:
-        raise InvalidArgumentError(f"ensemble {model.name!r} needs input {missing[0]!r} as well", field="inputs")
+        raise InvalidArgumentError(f"ensemble {model.name!r} also needs input {missing[0]!r}", field="inputs")
     most = model.max_request_rows
     rows = max([tensor.shape[0] for tensor in tensors.values() if tensor.shape], default=0)
     if 0 < most < rows:

@@ -252,7 +252,9 @@ class Fleet:
         before = member.held
         member.models = models
         member.held = frozenset((model.name, model.version) for model in models)
-        member.partly = frozenset((model.name, model.version) for model in models if model.ensemble.not_runnable)
+        member.partly = {
+            (model.name, model.version): model.ensemble.not_runnable for model in models if model.ensemble.not_runnable
+        }
         member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
         member.link.forget_lanes(frozenset(model.digest for model in models))
         for name, version in sorted(member.held - before):

@@ -97,7 +97,7 @@ def pools(members: Iterable[Member], is_far: Callable[[Member], bool], zone: str
     for member in members:
         member.load.pools = ()
         if member.healthy:
-            for model in member.held - member.partly:
+            for model in member.held - member.partly.keys():
                 holders.setdefault(model, []).append(member)
     made: dict[tuple[str, ...], Pool] = {}
     by_model = {}

@@ -72,8 +72,8 @@ class Member:
         self.decisions: tuple[inference_pb2.ModelDecision, ...] = ()
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
         self.held: frozenset[tuple[str, str]] = frozenset()
-        # Ensembles of which it lacks a step.
-        self.partly: frozenset[tuple[str, str]] = frozenset()
+        # Ensembles that it cannot run whole, and why: a step is missing or does not fit.
+        self.partly: dict[tuple[str, str], str] = {}
         # What it would have to load first.
         self.unloaded: frozenset[tuple[str, str]] = frozenset()
 
@@ -93,5 +93,5 @@ class Member:
             return self.reason
         key = (model.name, model.version)
         if key in self.partly:
-            return "does not hold every step of the ensemble"
+            return f"cannot run the ensemble: {self.partly[key]}"
         return "" if key in self.held else "does not hold the model"

@@ -195,7 +195,7 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
             text = {"model": known[0]} if len(known) == len(names) == 1 else {"text": code}
             yield Finding(
                 "critical" if code in SERVER_FAULTS else "warning",
-                "Requests fail" if code in SERVER_FAULTS else "Callers send what is refused",
+                "Requests fail" if code in SERVER_FAULTS else "Requests are refused",
                 f"{_named('model', known) or 'a model that nobody serves'}"
                 f"{_of(dict.fromkeys(tenant for _, tenant in failed))}",
                 f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(count / all_asked)} of theirs) "

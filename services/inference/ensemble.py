@@ -134,12 +134,12 @@ class Ensemble:
         types = {name: spec.datatype.name for name, spec in self.inputs.items()}
         for step, held in zip(self.plan.steps, self._steps, strict=True):
             if isinstance(held.model, Ensemble):
-                return f"step {step.model!r} is an ensemble itself; a step is a model"
+                return f"step {step.model!r} is an ensemble; a step must be a model"
             inputs, outputs = held.model.inputs, held.model.outputs
             if wrong := [name for name in step.inputs if name not in inputs]:
                 return f"step {step.model!r} has no input {wrong[0]!r}"
             if missing := [name for name in held.model.required if name not in step.inputs]:
-                return f"step {step.model!r} needs input {missing[0]!r} as well"
+                return f"step {step.model!r} also needs input {missing[0]!r}"
             if wrong := [name for name in step.outputs if name not in outputs]:
                 return f"step {step.model!r} has no output {wrong[0]!r}"
             for name, tensor in step.inputs.items():

@@ -74,7 +74,14 @@ class OnnxModel:
             self.independence = prove(proto)
             self.inline_reason = inline_runs.why_not(proto)
             del proto  # not beside what the session takes
-            self._sessions = Sessions(files.model, self._config, providers, intra_op_threads, self._output_shape)
+            self._sessions = Sessions(
+                f"{files.name}/{files.version}",
+                files.model,
+                self._config,
+                providers,
+                intra_op_threads,
+                self._output_shape,
+            )
             self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
         except ConfigError as error:

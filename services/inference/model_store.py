@@ -421,7 +421,8 @@ def _remark(held: HeldModel) -> str:
     """What is worth knowing of a model that is held."""
     model = held.model
     if model.not_runnable:
-        return f"only runs through the router, step by step: {model.not_runnable}"
+        routed = "a router runs its steps one by one if the fleet has them"
+        return f"this worker cannot run it whole: {model.not_runnable}; {routed}"
     remarks = []
     if held.resident is not None and not held.resident.loaded:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")

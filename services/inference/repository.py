@@ -233,9 +233,11 @@ def versions(
         raise RepositoryError(f"cannot read {folder}: {error.strerror}") from None
     wanted = config.wanted_versions(found_config, found)
     if not wanted:
-        there = f"; it has {', '.join(map(str, sorted(found)))}" if found else ""
-        wanting = "is a folder (empty, for an ensemble)" if ensemble else f"holds {file}"
-        raise RepositoryError(f"no version of {name!r} to serve: none in {folder} {wanting} and is wanted{there}")
+        if found:
+            there = ", ".join(map(str, sorted(found)))
+            raise RepositoryError(f"no version of {name!r} to serve: version_policy selects none of {there}")
+        example = "1/" if ensemble else f"1/{file}"
+        raise RepositoryError(f"no version of {name!r} to serve: {folder} has no version, such as {example}")
     return [
         ModelFiles(name, version, found[version], found_config, origin=found[version], private=private)
         for version in wanted

@@ -147,7 +147,7 @@ def _decoded(
     arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], trace_context: bytes
 ) -> Decoded:
     if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
-        raise InvalidArgumentError(f"model {model.name!r} needs input {shown(missing)} as well", field="inputs")
+        raise InvalidArgumentError(f"model {model.name!r} also needs input {shown(missing)}", field="inputs")
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
     if len(arrays) > len(model.required):
         # An optional input is for the whole run, so the request that gives one has a run of its own.
@@ -300,11 +300,16 @@ def _sequence(request: v2.ModelInferRequest) -> SequenceStep | None:
     sequence_id = sequence_of(request)
     if not sequence_id:
         return None
-    start, end = (
-        name in request.parameters and request.parameters[name].bool_param
-        for name in ("sequence_start", "sequence_end")
-    )
-    return SequenceStep(sequence_id, start, end)
+    return SequenceStep(sequence_id, _flag(request, "sequence_start"), _flag(request, "sequence_end"))
+
+
+def _flag(request: v2.ModelInferRequest, name: str) -> bool:
+    """False where it is not given."""
+    if name not in request.parameters:
+        return False
+    if request.parameters[name].WhichOneof("parameter_choice") != "bool_param":
+        raise InvalidArgumentError(f"{name} must be true or false, in bool_param", field=f"parameters.{name}")
+    return request.parameters[name].bool_param
 
 
 def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
@@ -315,7 +320,7 @@ def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
     kind = given.WhichOneof("parameter_choice")
     if kind not in ("int64_param", "uint64_param") or getattr(given, kind) < 0:
         raise InvalidArgumentError(
-            f"{name} is a whole number, 0 or more, in int64_param or uint64_param", field=f"parameters.{name}"
+            f"{name} must be a whole number, 0 or more, in int64_param or uint64_param", field=f"parameters.{name}"
         )
     return int(getattr(given, kind))
 

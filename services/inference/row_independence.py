@@ -15,7 +15,7 @@ from services.runtime.tensors import encode
 # Batch sizes in which a row is compared with itself alone; those above 8 only where that is done soon.
 _SIZES = (2, 3, 5, 8, 16, 32)
 _MOST_BATCH_SECONDS = 0.2
-# A row that is computed faster than this is not worth looking for; a slower one would hold up the load of the model.
+# Caching a row that is computed faster than this does not pay; probing slower ones would hold up the load of the model.
 _LEAST_SECONDS = 0.0002
 _MOST_SECONDS = 0.1
 
@@ -60,7 +60,7 @@ def why_not_cached(model: OnnxModel) -> str:
         first = {name: _drawn(model.inputs[name], 0, 1) for name in model.required}
         seconds = min(_timed(model, first, names) for _ in range(3))
         if seconds < _LEAST_SECONDS:
-            return f"a row is computed in {seconds * 1e6:.0f} us, which is not worth looking for it"
+            return f"computing a row takes {seconds * 1e6:.0f} us; row caching pays from {_LEAST_SECONDS * 1e6:.0f} us"
         if seconds > _MOST_SECONDS:
             return f"a probe of its rows would take long: one is computed in {seconds:.1f} s"
         sizes = [size for size in _SIZES if size <= 8 or size * seconds <= _MOST_BATCH_SECONDS]

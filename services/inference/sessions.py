@@ -48,10 +48,16 @@ class Sessions:
     """
 
     def __init__(
-        self, file: Path, config: ModelConfig, available: Sequence[str], threads: int, output_shape: OutputShape
+        self,
+        model: str,
+        file: Path,
+        config: ModelConfig,
+        available: Sequence[str],
+        threads: int,
+        output_shape: OutputShape,
     ) -> None:
-        """`available`: the execution providers of this machine; `threads` of one run. Raises ConfigError, and whatever
-        ONNX Runtime raises."""
+        """`model`: its name and version, for the log; `available`: the execution providers of this machine; `threads`
+        of one run. Raises ConfigError, and whatever ONNX Runtime raises."""
         options = execution.session_options(config, threads)
         executions = execution.executions(config, available)
         sessions = [_open(file, options, chosen.providers) for chosen in executions]
@@ -68,7 +74,7 @@ class Sessions:
         wanted = executions[0].providers[0][0]
         # A provider whose libraries do not load is left out by ONNX Runtime.
         if missing := {*executions[0].missing, wanted} - {self.provider}:
-            log.warning("%s: it runs on %s, without %s", file, self.provider, ", ".join(sorted(missing)))
+            log.warning("model %s: it runs on %s, without %s", model, self.provider, ", ".join(sorted(missing)))
         entries = execution.run_entries(config)
         self._runners: list[Runner] = [
             _runner(session, chosen, entries, output_shape)

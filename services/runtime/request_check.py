@@ -48,7 +48,8 @@ def check_request(
         if tensor.datatype != datatype:
             known = "" if tensor.datatype in DATATYPES else f" (there is no {tensor.datatype!r})"
             raise InvalidArgumentError(
-                f"input {name!r} is {datatype}, not {tensor.datatype}{known}", field=f"inputs[{index}].datatype"
+                f"input {name!r} has datatype {tensor.datatype}{known}; the model takes {datatype}",
+                field=f"inputs[{index}].datatype",
             )
         elements = check_shape(tensor.shape, shape, name, index)
         if datatype == "BYTES":
@@ -80,7 +81,7 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
         more = f" and {len(shape) - _MOST_SHOWN} dimensions more" if len(shape) > _MOST_SHOWN else ""
         raise InvalidArgumentError(
             f"input {name!r} has shape {[*shape[:_MOST_SHOWN]]}{more}; the model takes {[*declared]}, "
-            "where -1 is for the request to choose",
+            "where -1 stands for any size from 0",
             field=f"inputs[{index}].shape",
         )
     # Without the zeros: NumPy refuses an empty array too where its other dimensions overflow.

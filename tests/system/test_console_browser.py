@@ -169,7 +169,7 @@ def browser(console, tmp_path_factory):
     window.look(*DESK)
     window.open(f"{console}/")
     # From here on there is something on every page.
-    window.wait(lambda: "Callers send what is refused" in window.text() and "worker-1" in window.text())
+    window.wait(lambda: "Requests are refused" in window.text() and "worker-1" in window.text())
     window.open(f"{console}/models/search-rank")
     window.wait(lambda: "CPUExecutionProvider" in window.text())
     yield window

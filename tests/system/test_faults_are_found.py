@@ -181,7 +181,7 @@ def test_each_fault_is_named_and_located_and_pages_where_it_should(stack, tmp_pa
             "slow worker": ("Worker is slow", "worker worker-1", "times as long"),
             "dead Redis": ("Redis is down", "shared cache tier, seen by", "router"),
             "bad inputs": (
-                "Callers send what is refused",
+                "Requests are refused",
                 "model steady, tenant acme",
                 "has no input 'wrong'; it has 'x'",
             ),

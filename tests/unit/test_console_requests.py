@@ -72,7 +72,7 @@ class Console:
         self.fleet.view = FleetView(
             (RouterView(address, "", (worker,)),),
             CacheView(address, ""),
-            (ModelView("mlp", "1", "READY", ""),),
+            (ModelView("mlp", "1", "READY", ""), ModelView("broken", "1", "UNAVAILABLE", "its file is truncated")),
         )
         self.traces = TraceStore(max_bytes=1 << 20, max_traces=100)
         self.traces.add("ringmesh-router", span(7, model="mlp"))
@@ -167,6 +167,10 @@ def test_what_cannot_be_sent_is_said_in_words(console, field, value, words):
         status, text = console.try_out(**{**fields, field: value})
         assert status == 400
         assert words in text
+
+
+def test_the_page_of_a_model_that_is_not_served_says_why(console):
+    assert "Version 1: unavailable: its file is truncated." in console.ask("GET", "/models/broken")[1]
 
 
 def test_a_page_that_does_not_exist_is_not_streamed_either(console):

@@ -116,7 +116,7 @@ def edit(folder, old, new):
         ('"in" data_type: TYPE_FP32', '"in" data_type: TYPE_INT8', "takes 'x' as FP32, and tensor 'in' is INT8"),
         ('name: "out" data_type: TYPE_FP32', 'name: "out" data_type: TYPE_INT8', "'out' is FP32.*says INT8"),
         ('model_name: "doubled"', 'model_name: "nobody"', "no model 'nobody'"),
-        ('model_name: "doubled"', 'model_name: "pipeline"', "is an ensemble itself"),
+        ('model_name: "doubled"', 'model_name: "pipeline"', "is an ensemble; a step must be a model"),
     ],
 )
 async def test_steps_that_do_not_fit_are_named_in_the_index(tmp_path, old, new, words):

@@ -245,7 +245,7 @@ def test_a_model_that_wants_a_gpu_answers_from_the_cpu_where_there_is_none(tmp_p
     available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     model = OnnxModel(files, providers=available, intra_op_threads=1, max_batch_rows=8)
     assert model.provider == "CPUExecutionProvider"
-    assert "runs on CPUExecutionProvider, without CUDAExecutionProvider" in caplog.text
+    assert "model mlp/1: it runs on CPUExecutionProvider, without CUDAExecutionProvider" in caplog.text
     x = np.ones((1, 64), np.float32)
     assert (
         model.run({"x": x}, ["y"])[0].tobytes()

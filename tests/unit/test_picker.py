@@ -36,6 +36,13 @@ def test_the_order_is_the_rings_and_names_every_worker_once():
     assert tuple(order(seen)) == seen.ring.order(PLACE)
 
 
+def test_a_worker_that_cannot_run_an_ensemble_says_which_step_is_at_fault():
+    one = member("w0")
+    one.partly = {(MODEL.name, MODEL.version): "step 's' is an ensemble; a step must be a model"}
+    assert one.why_not(MODEL) == "cannot run the ensemble: step 's' is an ensemble; a step must be a model"
+    assert view([one]).pools == {}
+
+
 def test_who_is_passed_over_keeps_its_rank_and_says_why():
     seen = fleet(w3={"reason": "draining"}, w4={"holds": False})
     told = {c.member.address: (c.reason, c.rank) for c in candidates(seen, MODEL, PLACE)}

@@ -45,6 +45,21 @@ def test_the_policy_chooses_among_the_versions_on_disk(tmp_path, policy, served)
     assert numbers(tmp_path, "a") == served
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("version_policy { specific { versions: [7] } }", "version_policy selects none of 1, 2$"),
+        ('default_model_filename: "net.onnx"', r"has no version, such as 1/net\.onnx$"),
+    ],
+)
+def test_why_no_version_is_served_is_said(tmp_path, config, said):
+    for version in ("1", "2"):
+        write(tmp_path, "a", version)
+    (tmp_path / "a" / "config.pbtxt").write_text(config)
+    with pytest.raises(RepositoryError, match=said):
+        versions(tmp_path, "a")
+
+
 @pytest.mark.parametrize("name", ["nobody", "..", "a/1", ""])
 def test_a_name_that_is_no_model_is_refused(tmp_path, name):
     write(tmp_path, "a", "1")

@@ -171,8 +171,19 @@ def test_priority_and_timeout_are_whole_numbers(mlp):
         for wrong in (v2.InferParameter(string_param="1"), v2.InferParameter(int64_param=-1)):
             asked = request(("x", "FP32", [1, 64]))
             asked.parameters[name].CopyFrom(wrong)
-            with pytest.raises(InvalidArgumentError, match=f"{name} is a whole number"):
+            with pytest.raises(InvalidArgumentError, match=f"{name} must be a whole number"):
                 decode_request(asked, mlp)
+
+
+@pytest.mark.parametrize("name", ["sequence_start", "sequence_end"])
+def test_the_ends_of_a_sequence_are_true_or_false_and_nothing_else(name, mlp):
+    asked = request(("x", "FP32", [1, 64]))
+    asked.parameters["sequence_id"].int64_param = 7
+    for wrong in (v2.InferParameter(string_param="true"), v2.InferParameter(int64_param=1)):
+        asked.parameters[name].CopyFrom(wrong)
+        with pytest.raises(InvalidArgumentError, match=f"{name} must be true or false, in bool_param") as caught:
+            decode_request(asked, mlp)
+        assert caught.value.field == f"parameters.{name}"
 
 
 def test_outputs_stand_in_the_models_order_whatever_order_was_asked(add_sub):

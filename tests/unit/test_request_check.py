@@ -31,7 +31,7 @@ def check(made):
     [
         (request(("w", "FP32", [1, 4])), "inputs[0].name", "model 'm' has no input 'w'; it has 'x', 'text'"),
         (request(*[("x", "FP32", [1, 4])] * 2), "inputs[1].name", "input 'x' is given twice"),
-        (request(("x", "FP64", [1, 4])), "inputs[0].datatype", "input 'x' is FP32, not FP64"),
+        (request(("x", "FP64", [1, 4])), "inputs[0].datatype", "input 'x' has datatype FP64; the model takes FP32"),
         (request(("x", "FP", [1, 4])), "inputs[0].datatype", "there is no 'FP'"),
         (request(("x", "FP32", [4])), "inputs[0].shape", "the model takes [-1, 4]"),
         (request(("x", "FP32", [1, 5])), "inputs[0].shape", "[1, 5]"),
