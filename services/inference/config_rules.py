@@ -71,7 +71,7 @@ def faults(config: config_pb2.ModelConfig) -> Iterator[str]:
         elif path in RANGES:
             low, high = RANGES[path]
             if not low <= value <= high:
-                yield f"{path} is {value}; it is from {low} to {high}"
+                yield f"{path} is {value}; it must be from {low} to {high}"
     yield from _of_tensors(config)
     yield from _of_batching(config)
     yield from _of_instances(config)
@@ -102,11 +102,11 @@ def _of_batching(config: config_pb2.ModelConfig) -> Iterator[str]:
     ):
         if beyond := [size for size in sizes if size > config.max_batch_size]:
             limit = config.max_batch_size if config.HasField("max_batch_size") else "not set"
-            yield (f"{path}.preferred_batch_size is {beyond[0]}; it is from 1 to max_batch_size, which is {limit}")
+            yield (f"{path}.preferred_batch_size is {beyond[0]}; it must be from 1 to max_batch_size, which is {limit}")
     levels = batching.priority_levels
     if not (1 if levels else 0) <= batching.default_priority_level <= levels:
         yield f"default_priority_level is {batching.default_priority_level}; " + (
-            f"it is from 1 to priority_levels, {levels}" if levels else "without priority_levels it is left out"
+            f"it must be from 1 to priority_levels, {levels}" if levels else "it needs priority_levels"
         )
     if beyond := [level for level in batching.priority_queue_policy if not 1 <= level <= levels]:
         yield f"priority_queue_policy is for levels {sorted(beyond)}; priority_levels has 1 to {levels}"

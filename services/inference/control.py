@@ -75,6 +75,10 @@ class ModelControl:
         for name, parameter in request.parameters.items():
             if name != "unload_dependents":
                 raise InvalidArgumentError(f"no parameter {name!r}; there is unload_dependents", field="parameters")
+            if parameter.WhichOneof("parameter_choice") != "bool_param":
+                raise InvalidArgumentError(
+                    "unload_dependents must be true or false, in bool_param", field="parameters.unload_dependents"
+                )
             dependents = parameter.bool_param
         await self._to_the_end(self._store.unload(request.model_name, dependents=dependents, decided_ns=decided_ns))
         return v2.RepositoryModelUnloadResponse()

@@ -3,9 +3,12 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
 from services.runtime.w3c import new_span_id
 from tests import models as make
@@ -145,3 +148,15 @@ def test_a_step_that_is_replaced_changes_what_the_ensemble_answers(tmp_path, sta
         assert after.tobytes() == (between + between).tobytes() != before.tobytes()
         client.unload_model("pipeline", unload_dependents=True)
         assert not any(client.is_model_ready(name) for name in ("pipeline", "mlp", "doubled"))
+
+
+def test_an_unload_with_a_parameter_of_another_type_is_refused(tmp_path, start_worker):
+    make.mlp(tmp_path)
+    worker = start_worker("one", models=tmp_path)
+    asked = v2.RepositoryModelUnloadRequest(model_name="mlp")
+    asked.parameters["unload_dependents"].string_param = "true"
+    with grpc.insecure_channel(worker.address) as channel:
+        stub = v2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match="unload_dependents must be true or false") as caught:
+            stub.RepositoryModelUnload(asked, timeout=30)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

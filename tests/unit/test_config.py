@@ -31,7 +31,7 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
         ("max_batch_size: -1", ["-1"]),
         ("model_transaction_policy { decoupled: true }", ["decoupled"]),
         ("dynamic_batching { priority_levels: 2 }", ["default_priority_level is 0", "1 to priority_levels, 2"]),
-        ("dynamic_batching { default_priority_level: 1 }", ["default_priority_level is 1", "left out"]),
+        ("dynamic_batching { default_priority_level: 1 }", ["default_priority_level is 1", "needs priority_levels"]),
         (
             "dynamic_batching { priority_levels: 2 default_priority_level: 1 priority_queue_policy { key: 3 } }",
             ["[3]", "1 to 2"],
