@@ -196,9 +196,7 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it is "true" or "false"')
     if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
         value = config.parameters[SEMANTIC_THRESHOLD].string_value
-        raise ConfigError(
-            f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it must be above 0, 1 at most"
-        )
+        raise ConfigError(f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it must be above 0, 1 at most")
     if SEMANTIC_EMBEDDING in config.parameters:
         embedding = config.parameters[SEMANTIC_EMBEDDING].string_value
         if embedding in ("", name) or SEMANTIC_THRESHOLD not in config.parameters:
