@@ -193,22 +193,25 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
     for flag in sorted(_FLAGS & config.parameters.keys()):
         if (value := config.parameters[flag].string_value) not in ("true", "false"):
-            raise ConfigError(f'{path}: parameter {flag} is {value!r}; it is "true" or "false"')
+            raise ConfigError(f'{path}: parameter {flag} is {value!r}; it must be "true" or "false"')
     if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
         value = config.parameters[SEMANTIC_THRESHOLD].string_value
-        raise ConfigError(f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it must be above 0, 1 at most")
+        raise ConfigError(
+            f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it must be a number above 0, 1 at most"
+        )
     if SEMANTIC_EMBEDDING in config.parameters:
         embedding = config.parameters[SEMANTIC_EMBEDDING].string_value
         if embedding in ("", name) or SEMANTIC_THRESHOLD not in config.parameters:
             raise ConfigError(
-                f"{path}: parameter {SEMANTIC_EMBEDDING} is {embedding!r}; it is the name of another model, "
+                f"{path}: parameter {SEMANTIC_EMBEDDING} is {embedding!r}; it must be the name of another model, "
                 f"beside {SEMANTIC_THRESHOLD}"
             )
     for parameter in (CACHE_TTL, CACHE_STALE):
         if milliseconds(config, parameter) < 0:
             value = config.parameters[parameter].string_value
             raise ConfigError(
-                f"{path}: parameter {parameter} is {value!r}; it must be seconds above 0, {_MAX_SECONDS} at most"
+                f"{path}: parameter {parameter} is {value!r}; "
+                f"it must be a number of seconds above 0, {_MAX_SECONDS} at most"
             )
     if CACHE_STALE in config.parameters and CACHE_TTL not in config.parameters:
         raise ConfigError(f"{path}: parameter {CACHE_STALE} needs {CACHE_TTL}: what has no end is never stale")

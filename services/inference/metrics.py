@@ -29,7 +29,9 @@ DECISIONS = Family(
     "ringmesh_worker_decisions_bytes", "gauge", "disk of what was loaded and unloaded by request, kept for restarts"
 )
 FORGOTTEN = Family(
-    "ringmesh_worker_load_failures_forgotten_total", "counter", "failed loads that the index no longer tells of"
+    "ringmesh_worker_load_failures_forgotten_total",
+    "counter",
+    "failed loads that RepositoryIndex no longer lists, for want of room",
 )
 
 _ROW_BOUNDS = tuple(float(1 << power) for power in range(11))

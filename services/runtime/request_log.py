@@ -13,7 +13,7 @@ from services.runtime.metrics import Family, Sample
 log = logging.getLogger(__name__)
 
 SUPPRESSED = Family(
-    "ringmesh_log_suppressed_total", "counter", "failed and slow requests that the log does not tell of one by one"
+    "ringmesh_log_suppressed_total", "counter", "failed and slow requests left out of the log, see RINGMESH_LOG_FORMAT"
 )
 
 _LINES_A_SECOND = 10.0
