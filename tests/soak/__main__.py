@@ -79,8 +79,7 @@ async def soak(seconds: float, seed: int) -> tuple[str, bool]:
             await calling
             await asyncio.sleep(QUIET_SECONDS)
             watching.cancel()
-            await asyncio.to_thread(watch.look)
-            left = {name: samples[-1].figures[3] for name, samples in watch.samples.items()}
+            left = await asyncio.to_thread(watch.in_flight)
             page, passed = report.write(seconds, seed, callers.tallies, struck, watch.slopes(), left)
             return page, passed
         finally:

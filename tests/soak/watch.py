@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,6 +24,10 @@ FIGURES = ("memory MB", "open files", "tasks", "flights")
 class Sample:
     at: float
     figures: tuple[float, ...]
+
+
+def _flights(told: Mapping[str, Any]) -> float:
+    return value(told, "ringmesh_requests_in_flight") + value(told, "ringmesh_flights")
 
 
 class Watch:
@@ -51,11 +56,15 @@ class Watch:
                     process.memory_info().rss / 1e6,
                     process.num_fds(),
                     value(told, "ringmesh_event_loop_tasks"),
-                    value(told, "ringmesh_requests_in_flight") + value(told, "ringmesh_flights"),
+                    _flights(told),
                 )
             except (psutil.Error, OSError):
                 continue  # it is stopped, or just ended
             self.samples[name].append(Sample(time.monotonic(), figures))
+
+    def in_flight(self) -> dict[str, float]:
+        """Requests under way now, by process; those that have just started count too."""
+        return {name: _flights(scrape(address)) for name, address in self._metrics.items()}
 
     def slopes(self) -> dict[str, list[tuple[float, float]]]:
         """By process: for each of FIGURES its median, and how much the fitted line rises in ten minutes."""
