@@ -15,6 +15,7 @@ import grpc
 import hpack
 
 from router.http2 import Connection, ConnectionLostError, Stream
+from services.runtime import faults
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LargeAnswer, take_apart
 
@@ -86,7 +87,7 @@ class GrpcChannel:
             except CallError as error:
                 done(error)
             except Exception as error:
-                log.exception("a call to %s could not begin", self._address)
+                faults.internal(log, f"a call to {self._address} could not begin", error)
                 done(CallError(grpc.StatusCode.INTERNAL, f"the call could not begin: {error!r}", unsent=True))
 
         begun.append(asyncio.create_task(connect_first()).cancel)
