@@ -204,6 +204,8 @@ class EnvelopeService:
     async def _describe(self, request: inference_pb2.DescribeRequest, _: Context) -> inference_pb2.DescribeResponse:
         load = self._load()
         known = request.known_version == load.version
+        # A copy: a thread may be keeping another one.
+        decided = () if known else [*self._worker.store.decisions.decided_ns]
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
             accepting=self._worker.accepting,
@@ -215,7 +217,7 @@ class EnvelopeService:
             weight=self._locality.weight,
             envelope_socket=self.socket,
             port=self.port,
-            decisions=() if known else [self._decided(model) for model in self._worker.store.decisions.decided_ns],
+            decisions=[self._decided(model) for model in decided],
         )
 
     def _decided(self, model: str) -> inference_pb2.ModelDecision:
