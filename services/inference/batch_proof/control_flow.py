@@ -21,7 +21,6 @@ def apply(
     operator: str,
     inputs: Sequence[Tensor | None],
     attributes: Mapping[str, Any],
-    outputs: int,
     scope: Scope,
     walk: Walk,
     name: str,
