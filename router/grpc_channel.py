@@ -141,7 +141,7 @@ class GrpcChannel:
             async with asyncio.timeout(seconds):
                 await acknowledged.wait()
         except TimeoutError:
-            # Where this process was held up itself, the answer is there and has not been read.
+            # If this process was blocked itself, the answer may have come and not been read.
             await asyncio.sleep(_READ_SECONDS)
         finally:
             forget()

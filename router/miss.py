@@ -1,4 +1,4 @@
-"""A request that the local tier cannot answer, done without a task or a future of its own: as most misses can be.
+"""A request that the local tier cannot answer, without a task or a future of its own. Most misses take this path.
 
 Whatever calls a step of it, the caller's deadline, a worker's answer or Redis, an exception there ends the request and
 the flight that others joined: `_fail` is the one way out, and gives back all that the request holds.

@@ -211,7 +211,7 @@ class WorkerLink:
         self._close(LinkClosedError("it stopped answering"))
 
     def _close(self, error: LinkClosedError) -> None:
-        """Disconnects and gives back what is under way with `error`, then what has not left."""
+        """Disconnects; gives back requests under way with `error`, then those that have not left with NotSentError."""
         self._closed = str(error)
         envelopes, self._envelopes = self._envelopes, {}
         self._under_way = 0
@@ -233,7 +233,7 @@ class WorkerLink:
         self._leaving.extend([(sent, error) for sent in requests])
 
     def _end_leaving(self) -> None:
-        """An envelope's worth in each turn of the loop, so that a long queue holds up nothing else."""
+        """At most MAX_ITEMS in each turn of the loop, so that a long queue does not block it."""
         for _ in range(min(MAX_ITEMS, len(self._leaving))):
             self._end(*self._leaving.popleft())
         if self._leaving:

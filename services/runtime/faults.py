@@ -1,4 +1,4 @@
-"""Exceptions that nobody foresaw: what callers are told of them, and a log that one fault cannot flood."""
+"""Unexpected exceptions: what callers are told, and a log that one fault cannot flood."""
 
 from __future__ import annotations
 

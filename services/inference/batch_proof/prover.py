@@ -22,7 +22,7 @@ _MOST_NODES = 300_000
 _DEEPEST = 32
 # What reading a malformed node or constant raises.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# ONNX Runtime guarantees nothing below, and operators broadcast by other rules there. What is newer has no rules yet.
+# ONNX Runtime guarantees nothing for older ones, which broadcast by other rules. Newer ones have no rules yet.
 _OPSETS = range(7, 27)
 
 
