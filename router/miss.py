@@ -86,7 +86,7 @@ class Misses:
     def begin(
         self, call: Admitted, deadline: float | None, answer: Callable[[Answer | Failure], None]
     ) -> Callable[[], None] | None:
-        """What cancels it; None where there may be more to it: then nothing was begun."""
+        """Returns a cancel function, or None if this request needs the full path (nothing has been started then)."""
         model = call.model
         if call.error is not None or call.control is not None or call.place or model is None or not model.is_plain:
             return None
