@@ -18,13 +18,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
-from router.channels import Channels, Network
+from router.channels import NETWORK, Channels
 from router.grpc_channel import CallError
 from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
@@ -43,8 +43,6 @@ _WITHDRAW_SECONDS = 1.0
 # where our own loop was held up. With the fleet's tick, a worker that has stopped is given up within 2 s.
 _SILENT_SECONDS = 0.5
 _PING_SECONDS = 0.5
-
-_NETWORK: Final[Channels] = Network()
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
@@ -105,7 +103,7 @@ class WorkerLink:
     On our own host envelopes go over the worker's Unix socket while there is one.
     """
 
-    def __init__(self, address: str, load: WorkerLoad, channels: Channels = _NETWORK) -> None:
+    def __init__(self, address: str, load: WorkerLoad, channels: Channels = NETWORK) -> None:
         self.address = address
         self._load = load
         # Requests in the envelopes under way.
