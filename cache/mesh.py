@@ -164,7 +164,7 @@ class Mesh:
         return found
 
     def land(self, flight: Flight, computed: Computed) -> Found:
-        """Kept, and given to those that joined. Where it raises, the flight has not ended."""
+        """Keeps the answer and gives it to those that joined. If it raises, the flight has not ended."""
         self._learn(flight.key, time.monotonic() - flight.began)
         self.fill(computed)
         found = Found(computed.entry, "miss", computed.worker)
@@ -172,7 +172,7 @@ class Mesh:
         return found
 
     def fail(self, flight: Flight, error: RingmeshError) -> None:
-        """Told to those that joined; nothing where the flight has ended."""
+        """Tells those that joined; does nothing if the flight has ended."""
         try:
             if isinstance(error, InvalidArgumentError):
                 self.refusals.keep(flight.key, error)

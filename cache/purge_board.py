@@ -190,7 +190,7 @@ class PurgeBoard:
             except UnavailableError as error:
                 log.debug("no word from Redis: %s", error.message)
             except Exception as error:
-                # Whatever it was, what is too old for a process that is cut off must not be served.
+                # After any failure: a process that is cut off must not serve answers older than its lease.
                 BACKGROUND.failed("purges", error)
             self._judge()
             await asyncio.sleep(_BEAT_SECONDS)

@@ -265,7 +265,7 @@ class RedisNode:
 
 
 def _checked(replies: Any, count: int) -> list[Reply]:
-    """Raises NonsenseError where they do not answer so many look-ups."""
+    """Raises NonsenseError unless they are replies to `count` look-ups."""
     if not isinstance(replies, list) or len(replies) != count:
         raise NonsenseError(f"{count} look-ups were answered with {str(replies)[:80]!r}")
     for reply in replies:

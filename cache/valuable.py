@@ -75,7 +75,7 @@ class Valuable:
     async def keys(self, limit: int) -> list[bytes]:
         """The best first. Raises UnavailableError."""
         found: list[bytes] = await self._run(lambda redis: redis.zrange(_NAME, 0, limit - 1, desc=True))
-        # Peers refuse a whole list with one that is no key, and anybody with access to Redis may have added it.
+        # A peer refuses the whole list if one is not a key, and anybody with access to Redis may have added it.
         return [key for key in found if len(key) == KEY_BYTES]
 
     async def warm(self, keys: list[bytes], max_bytes: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _WORKER = "/ringmesh.inference.v1.InferenceWorkerService/"
 _MODELS = "/inference.GRPCInferenceService/"
 _PERIOD_SECONDS = 1.0
-# A worker that could not do it is asked again after this long.
+# After a failure a worker is told again this much later.
 _RETRY_SECONDS = 30.0
 _LOAD_SECONDS = 600.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from router.grpc_channel import CallError, GrpcChannel
 from router.local_channel import LocalChannel
@@ -77,3 +77,6 @@ class Network:
     def local(self) -> LocalWay:
         """From Channels."""
         return LocalChannel()
+
+
+NETWORK: Final[Channels] = Network()

@@ -61,7 +61,7 @@ HEDGE = "hedge"
 
 
 class FatalRequestError(UnavailableError):
-    """So many workers ended while they had the request that nobody else is to send it again."""
+    """MOST_ENDED workers ended while they had the request: nobody may send it again."""
 
     kind = "worker_lost"
 
@@ -161,7 +161,7 @@ class Dispatch:
         # Requests that left, less those that a worker refused to take; workers that ended while they had it.
         self._attempts = self._ended = 0
         self._admitted = self._is_free = False
-        # Those that had no room for one more: asked after all where it is admitted elsewhere and lost there.
+        # Workers without room for the request. Asked after all others if it is admitted elsewhere and lost there.
         self._full: list[Candidate] = []
         self._failure: inference_pb2.Failure | None = None
         self._skipped: list[str] = []
@@ -184,7 +184,7 @@ class Dispatch:
         self._leave_others()
 
     def fail(self, error: Exception) -> None:
-        """A step of it raised what nobody foresaw."""
+        """A step of it raised an unexpected exception."""
         if self._done is None:
             # It has been answered, or nobody waits for it.
             internal(log, "a step after the end of a request failed", error, self._asked.trace.trace_id)
@@ -267,7 +267,7 @@ class Dispatch:
         self._end(self._no_answer())
 
     def _next(self) -> Candidate | None:
-        """Whom to ask next."""
+        """The worker to ask next; None if there is none."""
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)

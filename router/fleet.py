@@ -15,7 +15,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.router.v1 import router_pb2
 
 from router.catalog import Catalog, ModelEntry
-from router.channels import Channels, Network
+from router.channels import NETWORK, Channels
 from router.dispatch_metrics import EJECTIONS
 from router.fleet_events import FleetEvents
 from router.load import Pool, WorkerLoad, pools
@@ -101,7 +101,7 @@ class Fleet:
         clock: Callable[[], float],
         sources: Mapping[str, Source] | None = None,
         locality: Locality | None = None,
-        channels: Channels | None = None,
+        channels: Channels = NETWORK,
     ) -> None:
         self.events = FleetEvents()
         self.ejections = Counter(EJECTIONS)
@@ -111,7 +111,7 @@ class Fleet:
         self._busy_since: dict[str, tuple[float, int]] = {}
         self._sources = sources or {}
         self._locality = locality or Locality()
-        self._channels: Channels = channels or Network()
+        self._channels = channels
         self._membership = Membership(clock)
         self.outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)

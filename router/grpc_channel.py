@@ -15,6 +15,7 @@ import grpc
 import hpack
 
 from router.http2 import Connection, ConnectionLostError, Stream
+from services.runtime import faults
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LargeAnswer, take_apart
 
@@ -86,7 +87,7 @@ class GrpcChannel:
             except CallError as error:
                 done(error)
             except Exception as error:
-                log.exception("a call to %s could not begin", self._address)
+                faults.internal(log, f"a call to {self._address} could not begin", error)
                 done(CallError(grpc.StatusCode.INTERNAL, f"the call could not begin: {error!r}", unsent=True))
 
         begun.append(asyncio.create_task(connect_first()).cancel)
@@ -140,7 +141,7 @@ class GrpcChannel:
             async with asyncio.timeout(seconds):
                 await acknowledged.wait()
         except TimeoutError:
-            # Where this process was held up itself, the answer is there and has not been read.
+            # If this process was blocked itself, the answer may have come and not been read.
             await asyncio.sleep(_READ_SECONDS)
         finally:
             forget()

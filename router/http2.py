@@ -94,7 +94,7 @@ class Connection(asyncio.Protocol):
         self._block = bytearray()
         self._block_flags = 0
         self._leaving = False
-        # Told of the acknowledgement of each ping, by its number.
+        # What to call when a ping is acknowledged, by its number.
         self._pings: dict[int, Callable[[], None]] = {}
         self._next_ping = 0
 

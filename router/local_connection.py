@@ -10,6 +10,7 @@ from functools import partial
 import grpc
 
 from router.grpc_channel import CallError, code_of, taken_apart
+from services.runtime import faults
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameError, Frames
 from services.runtime.large_result import LargeAnswer, take_apart
 
@@ -81,8 +82,8 @@ class LocalConnection(Frames):
         for done in under_way.values():
             try:
                 done(CallError(grpc.StatusCode.UNAVAILABLE, why, lost=True))
-            except Exception:
-                log.exception("an envelope was lost")
+            except Exception as error:
+                faults.internal(log, "an envelope was lost", error)
 
     def _cancel(self, number: int) -> None:
         if self._under_way.pop(number, None) is not None:

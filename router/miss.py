@@ -1,4 +1,4 @@
-"""A request that the local tier cannot answer, done without a task or a future of its own: as most misses can be.
+"""A request that the local tier cannot answer, without a task or a future of its own. Most misses take this path.
 
 Whatever calls a step of it, the caller's deadline, a worker's answer or Redis, an exception there ends the request and
 the flight that others joined: `_fail` is the one way out, and gives back all that the request holds.
@@ -86,7 +86,7 @@ class Misses:
     def begin(
         self, call: Admitted, deadline: float | None, answer: Callable[[Answer | Failure], None]
     ) -> Callable[[], None] | None:
-        """What cancels it; None where there may be more to it: then nothing was begun."""
+        """Returns a cancel function, or None if this request needs the full path (nothing has been started then)."""
         model = call.model
         if call.error is not None or call.control is not None or call.place or model is None or not model.is_plain:
             return None

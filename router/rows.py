@@ -55,7 +55,7 @@ class RowFailedError(Exception):
 
 
 def raise_fatal(error: Exception) -> None:
-    """Raises what must end those that joined too: a request that ended its workers would end as many again."""
+    """Raises errors that must end the requests that joined too: a retry of a fatal request would end more workers."""
     cause = error.error if isinstance(error, RowFailedError) else error
     if isinstance(cause, FatalRequestError):
         raise cause from None

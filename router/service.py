@@ -51,7 +51,6 @@ from services.runtime.rpc import (
     Metadata,
     Service,
     unary,
-    unexpected,
 )
 from services.runtime.spans import Value
 from services.runtime.stream_infer import stream_handler
@@ -202,11 +201,8 @@ class InferenceService:
             if sequence := protocol.sequence_of(read.head.message):
                 call.place = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
-        except RingmeshError as error:
-            call.error = error
         except Exception as error:
-            log.exception("trace %s: %s failed", call.trace.trace_id, call.name)
-            call.error = unexpected(error)
+            call.error = faults.told(log, f"{call.name} failed", error, call.trace.trace_id)
 
     def _local(self, call: Admitted) -> Entry | None:
         """What the local tier has."""
@@ -272,15 +268,13 @@ class InferenceService:
             if call.model is not None and call.model.freshness is not None:
                 call.stale = call.model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
             return self._replies.answer(call, found)
-        except RingmeshError as error:
-            call.error = error
         except asyncio.CancelledError:
             self._replies.left(call)
             raise
         except TimeoutError:
             call.error = DeadlineExceededError("the deadline passed before the answer was computed")
         except Exception as error:
-            call.error = faults.internal(log, f"{call.name} failed", error, call.trace.trace_id)
+            call.error = faults.told(log, f"{call.name} failed", error, call.trace.trace_id)
         finally:
             self._requests.in_flight -= 1
         return self._replies.failure(call, call.error)

@@ -1,4 +1,4 @@
-"""What a worker says of itself, checked at the border: nonsense of one must not reach what is made of all."""
+"""Checks a worker's description at the border, so that nonsense from one worker does not affect the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_weight(weight: float) -> bool:
 
 
 def nonsense(told: inference_pb2.DescribeResponse, models: Iterable[inference_pb2.ModelVersion]) -> str:
-    """What is wrong with a worker's description, of which it holds `models`; "" where nothing is."""
+    """What is wrong with a worker's description, where it holds `models`; "" if nothing is."""
     for name, text in (
         *(("id", told.worker_id), ("region", told.region), ("zone", told.zone)),
         ("envelope socket", told.envelope_socket),

@@ -18,13 +18,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
-from router.channels import Channels, Network
+from router.channels import NETWORK, Channels
 from router.grpc_channel import CallError
 from router.load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
@@ -43,8 +43,6 @@ _WITHDRAW_SECONDS = 1.0
 # where our own loop was held up. With the fleet's tick, a worker that has stopped is given up within 2 s.
 _SILENT_SECONDS = 0.5
 _PING_SECONDS = 0.5
-
-_NETWORK: Final[Channels] = Network()
 
 _EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 _WITHDRAW = "/ringmesh.inference.v1.InferenceWorkerService/Withdraw"
@@ -105,7 +103,7 @@ class WorkerLink:
     On our own host envelopes go over the worker's Unix socket while there is one.
     """
 
-    def __init__(self, address: str, load: WorkerLoad, channels: Channels = _NETWORK) -> None:
+    def __init__(self, address: str, load: WorkerLoad, channels: Channels = NETWORK) -> None:
         self.address = address
         self._load = load
         # Requests in the envelopes under way.
@@ -211,7 +209,7 @@ class WorkerLink:
         self._close(LinkClosedError("it stopped answering"))
 
     def _close(self, error: LinkClosedError) -> None:
-        """Disconnects and gives back what is under way with `error`, then what has not left."""
+        """Disconnects; gives back requests under way with `error`, then those that have not left with NotSentError."""
         self._closed = str(error)
         envelopes, self._envelopes = self._envelopes, {}
         self._under_way = 0
@@ -233,7 +231,7 @@ class WorkerLink:
         self._leaving.extend([(sent, error) for sent in requests])
 
     def _end_leaving(self) -> None:
-        """An envelope's worth in each turn of the loop, so that a long queue holds up nothing else."""
+        """At most MAX_ITEMS in each turn of the loop, so that a long queue does not block it."""
         for _ in range(min(MAX_ITEMS, len(self._leaving))):
             self._end(*self._leaving.popleft())
         if self._leaving:

@@ -40,7 +40,7 @@ class RefusedError(ResourceExhaustedError):
 
 
 def caller_of(told: Told) -> Caller:
-    """Who says so. Raises InvalidArgumentError for an unknown priority, and for what is wrong with the rest."""
+    """The caller that `told` names. Raises InvalidArgumentError for an unknown priority, or with `told.error`."""
     if told.error is not None:
         raise told.error
     if not told.tenant and not told.priority:

@@ -19,7 +19,7 @@ _TRACE_OVERHEAD = 900
 MAX_SPANS = 2000
 # The largest part of the room that one trace may take.
 MAX_SHARE = 1 / 16
-# What a search sees of a trace is cut at so many characters, and the name of a service as well.
+# Characters of each text that a search sees of a trace, and of a service's name.
 LONGEST_TEXT = 512
 
 

@@ -1,4 +1,4 @@
-"""Who decides whether requests share a run: the model's configuration, as Triton reads it, or else nobody.
+"""Whether requests share a run, as far as the model's configuration decides it, read as Triton reads it.
 
 Triton's ONNX Runtime backend completes a configuration that lacks inputs or outputs (AutoCompleteConfig in
 src/onnxruntime.cc of triton-inference-server/onnxruntime_backend): with a max_batch_size above 1 and no scheduler it

@@ -92,7 +92,7 @@ class ModelControl:
 
 
 def _decided_ns(parameters: MutableMapping[str, v2.ModelRepositoryParameter]) -> int:
-    """Takes out what a router says of when the fleet decided; 0 where it is no router that asks."""
+    """Removes and returns the time at which a router says the fleet decided; 0 if no router is asking."""
     if DECIDED_NS not in parameters:
         return 0
     decided_ns = parameters[DECIDED_NS].int64_param

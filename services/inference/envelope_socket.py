@@ -19,8 +19,9 @@ from typing import Protocol
 import grpc
 
 from services.inference.worker import Work
+from services.runtime import faults
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
-from services.runtime.rpc import Answer, Failure, failure, unexpected
+from services.runtime.rpc import Answer, Failure, failure
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +134,7 @@ class _Connection(Frames):
                     self._under_way[number] = self._envelopes.begin(admitted, partial(self._done, number))
                     return
             except Exception as error:
-                log.exception("an envelope failed")
-                admitted = failure(unexpected(error))
+                admitted = failure(faults.internal(log, "an envelope failed", error))
             self._answer(number, admitted)
         elif kind == CANCEL:
             self._cancel(number)

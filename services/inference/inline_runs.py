@@ -31,7 +31,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# The work that these do, and the sizes of what they make, follow from the shapes of their inputs.
+# The work of these operators, and the sizes of their outputs, follow from the shapes of their inputs.
 _BY_SHAPE = _names(
     """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitCast BitShift
@@ -57,7 +57,7 @@ _BY_SHAPE = _names(
     com.microsoft.SkipLayerNormalization
     """
 )
-# Those of these do so once the inputs from this position on are known before the request: sizes, axes, lengths.
+# So do these, if the inputs from this position on (sizes, axes, lengths) are known before the request.
 _BY_SIZE = {
     **dict.fromkeys(("ConstantOfShape", "Range"), 0),
     **dict.fromkeys(
@@ -135,7 +135,7 @@ class InlineRuns:
         self.is_quick = ns <= QUICK_NS
 
     def _kind(self, first: Decoded, bits: int) -> Hashable:
-        # Without rows the first dimension is no batch, and stands in no signature.
+        # Without rows the first dimension is not a batch, so the signature leaves it out and the shapes have it.
         return (first.signature, bits if self._batchable else _shapes(first.arrays))
 
 

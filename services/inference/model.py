@@ -31,6 +31,7 @@ from services.inference.config import (
 from services.inference.repository import ModelFiles, data_file
 from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
+from services.runtime import faults
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from services.runtime.tensors import decode
 
@@ -296,7 +297,7 @@ class OnnxModel:
                     f"model {self.name!r} needs more memory for this request than this worker has: {wanted}",
                     kind="memory",
                 ) from None
-            log.exception("model %s failed", self.name)
+            faults.internal(log, f"model {self.name} failed", error)
             raise InternalError(
                 f"model {self.name!r} failed in ONNX Runtime ({type(error).__name__}); the worker's log has the cause",
                 kind="execution",

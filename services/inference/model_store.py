@@ -78,7 +78,7 @@ class ModelStore:
         snapshots: Snapshots | None = None,
         decisions: Decisions | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: all that are held. `journal`: of what killed us.
+        """`memory_limit`: bytes of models in memory at once; 0: all that are held. `journal`: of crashes.
 
         Without `snapshots` or `decisions` they lie in a temporary folder and end with the process.
         """

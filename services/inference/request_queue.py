@@ -16,9 +16,9 @@ from services.inference.request import Decoded
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError
 
 MAX_QUEUE = 4096
-# uvloop counts in milliseconds, so a timer may come that much early: then it comes once more, not at once.
+# uvloop counts in milliseconds, so a timer may fire that much early; it is then set again, for at least this long.
 _LEAST_SECONDS = 0.001
-# Entries of the heap that may be those of requests that have left, beside as many as there are others.
+# Stale entries that the heap may hold in addition to as many as there are current ones.
 _LEFT_BEHIND = 64
 
 
@@ -56,7 +56,7 @@ class RequestQueue:
         numbers = range(1, max(1, batching.priority_levels) + 1)
         self._levels = [_Level(name, policies.get(number, batching.default_queue_policy)) for number in numbers]
         self._default = self._levels[max(0, batching.default_priority_level - 1)]
-        # When the time of a request is up, and its number: those in `_watched`, and some that have left.
+        # (time, number) of requests: those in `_watched`, and stale ones of requests that have left.
         self._times: list[tuple[float, int]] = []
         self._watched: dict[int, Waiting] = {}
         self._last = 0
@@ -153,7 +153,7 @@ class RequestQueue:
     def _end_time(self, waiting: Waiting, now: float) -> None:
         level = waiting.level
         assert level is not None
-        if waiting.begun:  # in a turn of its own, which a thread has just begun
+        if waiting.begun:  # a thread has just begun to run it
             return
         if waiting.deadline is not None and waiting.deadline <= now:
             error = DeadlineExceededError("the deadline passed while the request was queued")

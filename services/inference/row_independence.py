@@ -12,7 +12,7 @@ import numpy.typing as npt
 from services.inference.sessions import first_line
 from services.runtime.tensors import encode
 
-# Batch sizes in which a row is compared with itself alone; those above 8 only where that is done soon.
+# Batch sizes in which a row is compared with the row alone; sizes above 8 only if that is quick.
 _SIZES = (2, 3, 5, 8, 16, 32)
 _MOST_BATCH_SECONDS = 0.2
 # Caching a row that is computed faster than this does not pay; probing slower ones would hold up the load of the model.

@@ -16,7 +16,7 @@ from services.inference.decisions import request_of
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
-from services.runtime import protocol, w3c, wire
+from services.runtime import faults, protocol, w3c, wire
 from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.infer_request import request_id
@@ -35,7 +35,6 @@ from services.runtime.rpc import (
     failure,
     parse,
     unary,
-    unexpected,
 )
 from services.runtime.stream_infer import stream_handler
 from services.runtime.tracing import Tracer
@@ -195,8 +194,7 @@ class EnvelopeService:
             response = inference_pb2.ExecuteResponse(results=messages, load=self._load())
             return Answer(response.SerializeToString(), ())
         except Exception as error:
-            log.exception("an envelope failed")
-            return failure(unexpected(error))
+            return failure(faults.internal(log, "an envelope failed", error))
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(
@@ -206,6 +204,8 @@ class EnvelopeService:
     async def _describe(self, request: inference_pb2.DescribeRequest, _: Context) -> inference_pb2.DescribeResponse:
         load = self._load()
         known = request.known_version == load.version
+        # A copy: a thread may be keeping another one.
+        decided = () if known else [*self._worker.store.decisions.decided_ns]
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
             accepting=self._worker.accepting,
@@ -217,7 +217,7 @@ class EnvelopeService:
             weight=self._locality.weight,
             envelope_socket=self.socket,
             port=self.port,
-            decisions=() if known else [self._decided(model) for model in self._worker.store.decisions.decided_ns],
+            decisions=[self._decided(model) for model in decided],
         )
 
     def _decided(self, model: str) -> inference_pb2.ModelDecision:

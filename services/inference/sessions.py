@@ -26,7 +26,7 @@ from services.inference.tensor_spec import datatype_of
 log = logging.getLogger(__name__)
 
 _ONNX_BFLOAT16 = 16
-# A run with a tensor of so many bytes makes ONNX Runtime's arena grow.
+# A tensor above this size makes ONNX Runtime's arena grow.
 _LARGE_BYTES = 8 << 20
 _MOST_ZEROS = 64 << 20
 _SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
@@ -184,7 +184,7 @@ class _Arena:
 
 
 def _smallest(session: onnxruntime.InferenceSession) -> dict[str, Any] | None:
-    """Zeros for each input, with 1 for dimensions that a request chooses; None where there is no such thing."""
+    """Zeros for each input, with 1 for free dimensions; None if an input cannot be made, or would be too large."""
     feeds: dict[str, Any] = {}
     size = 0
     for node in session.get_inputs():

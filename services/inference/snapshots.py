@@ -41,7 +41,7 @@ class Entry:
         self._lock = lock
 
     def close(self) -> None:
-        """Lets go of the folder, and removes it where nobody else uses it. May take long."""
+        """Releases the folder, and removes it if nobody else uses it. May take long."""
         self._unlock()
         with suppress(OSError):
             _remove_unused(self.folder)
@@ -79,7 +79,7 @@ class Snapshots:
         """
         entry = self._folder / files.content.hex()
         try:
-            # Twice: what is there may have been damaged, as by a power failure.
+            # Twice: an existing snapshot may be damaged, for example by a power failure.
             for _ in range(2):
                 lock = self._use(entry, files)
                 snapshot = Snapshot(entry, lock, replace(files, folder=entry / "files" / VERSION))
@@ -115,7 +115,7 @@ class Snapshots:
                 return lock
             os.close(lock)
             try:
-                # Not by waiting for the lock: who copies the files keeps a shared one for as long as it serves them.
+                # Without waiting for the lock: whoever copies the files keeps a shared one while it serves them.
                 lock = _lock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(random.uniform(0.5, 1.5) * _COPIED_ELSEWHERE_SECONDS)

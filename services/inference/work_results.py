@@ -11,11 +11,10 @@ from ringmesh.inference.v1 import inference_pb2
 from services.inference.batcher import BatchResult
 from services.inference.held_models import HeldModel
 from services.inference.request import Decoded, encode_response
-from services.runtime import wire
-from services.runtime.errors import ResourceExhaustedError, RingmeshError, kind_of
+from services.runtime import faults, wire
+from services.runtime.errors import ResourceExhaustedError, kind_of
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LARGE_RESPONSE_BYTES, LargeResult, Result
-from services.runtime.rpc import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +118,6 @@ class _Run:
 
 def failed(error: Exception, start: int) -> inference_pb2.WorkResult:
     """That there is none; what is no RingmeshError is logged."""
-    if not isinstance(error, RingmeshError):
-        log.error("a request failed", exc_info=error)
-        error = unexpected(error)
+    told = faults.told(log, "a request failed", error)
     timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
-    return inference_pb2.WorkResult(failure=error.to_failure(), timing=timing)
+    return inference_pb2.WorkResult(failure=told.to_failure(), timing=timing)

@@ -22,17 +22,16 @@ from services.inference.request_decoder import RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
 from services.inference.work_results import answered, answered_together, encode, failed, is_large
+from services.runtime import faults
 from services.runtime.errors import (
     DeadlineExceededError,
     ResourceExhaustedError,
-    RingmeshError,
     UnavailableError,
     kind_of,
 )
 from services.runtime.infer_request import Parts, Read, RequestReader
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import Result, copy_of
-from services.runtime.rpc import unexpected
 from services.runtime.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)
@@ -152,11 +151,9 @@ class Worker:
                     result.timing.joined = True
             else:
                 result = await self._run(held, request, deadline, trace_context, start)
-        except RingmeshError as error:
-            result = inference_pb2.WorkResult(failure=error.to_failure())
         except Exception as error:
-            log.exception("trace %s: model %s failed", trace_context[:16].hex(), name)
-            result = inference_pb2.WorkResult(failure=unexpected(error).to_failure())
+            told = faults.told(log, f"model {name} failed", error, trace_context[:16].hex())
+            result = inference_pb2.WorkResult(failure=told.to_failure())
         result.timing.received_unix_ns = start
         result.timing.total_us = (time.time_ns() - start) // 1000
         return result

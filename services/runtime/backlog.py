@@ -27,7 +27,7 @@ UNREAD = Family("ringmesh_unread_response_bytes", "gauge", "answers that callers
 CUT = Family("ringmesh_connections_cut_total", "counter", "connections ended because their client did not read answers")
 REFUSED = Family("ringmesh_unread_refusals_total", "counter", "answers refused because too many before them are unread")
 MAX_UNREAD_BYTES = 256 << 20
-# Below this part of the limit, in all, nobody is looked at; and after so many bytes more, it is looked again.
+# Connections are measured once this part of the limit is unread in all, and again after as many further bytes.
 _STEP = 1 / 16
 # What a connection may have waiting before its pace matters: the buffers of a healthy one.
 _FLOOR = 256 << 10
@@ -72,7 +72,7 @@ class _Flow:
 
 
 class Backlog:
-    """Of one server. `sent`: bytes of answers, of those told to `admit`, that left or whose callers left; cumulative.
+    """Unread answers of one server. `sent`: cumulative bytes of admitted answers that left, or whose callers did.
 
     Answers are handed over on two threads: `+=` on an attribute is not interrupted in CPython.
     """

@@ -98,7 +98,7 @@ class FastLaneServer(native.Server):
         super()._fail(call, context, details)
 
     def _sent_bytes(self) -> int:
-        """Of unary answers, those that left, or were to leave when their callers did."""
+        """Bytes of unary answers that have left, or whose callers left first."""
         front = self._front
         methods = (front.metrics() or {}).get("methods", {}) if front is not None else {}
         return sum(
@@ -278,7 +278,7 @@ class FastLaneServer(native.Server):
     def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
         """From a thread: the engine copies it, which takes long, though without the GIL."""
         assert self._loop is not None
-        # It goes on where the caller leaves; the engine then drops it.
+        # Not cancelled when the caller leaves; the engine then drops it.
         self._under_way[call_id] = _nothing
         sending = self._loop.run_in_executor(None, self._send_whole, call_id, peer, answer)
         sending.add_done_callback(partial(self._sent_large, call_id, answer))

@@ -1,4 +1,4 @@
-"""Exceptions that nobody foresaw: what callers are told of them, and a log that one fault cannot flood."""
+"""Unexpected exceptions: what callers are told, and a log that one fault cannot flood."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import time
 
 from services.runtime.errors import InternalError, RingmeshError
-from services.runtime.rpc import unexpected
 
 # A fault that meets every request is logged with its stack once in this time.
 _SECONDS = 10.0
@@ -16,7 +15,10 @@ _kinds: dict[tuple[str, str, str], tuple[float, int]] = {}
 
 
 def internal(log: logging.Logger, what: str, error: BaseException, trace_id: str = "") -> InternalError:
-    """What the caller is told; `what` happened is logged with the stack, unless the same was a moment ago."""
+    """What the caller is told: the kind of `error`, never its stack.
+
+    `what` happened is logged with the stack, unless the same was a moment ago.
+    """
     now = time.monotonic()
     kind = (what, type(error).__name__, _place(error))
     until, untold = _kinds.get(kind, (0.0, 0))
@@ -28,7 +30,7 @@ def internal(log: logging.Logger, what: str, error: BaseException, trace_id: str
         _kinds[kind] = (now + _SECONDS, 0)
         more = f" ({untold} more like it since the last line)" if untold else ""
         log.error("%s%s%s", f"trace {trace_id}: " if trace_id else "", what, more, exc_info=error)
-    return unexpected(error)
+    return InternalError(f"internal error ({type(error).__name__}); the service's log has the cause")
 
 
 def told(log: logging.Logger, what: str, error: Exception, trace_id: str = "") -> RingmeshError:

@@ -20,7 +20,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 KEPT_BYTES = 64 << 20
 ROUND_SECONDS = 2.0
 _LOOKS = 8
-# malloc holds up whoever needs memory while it gives some back.
+# malloc blocks other threads while it gives memory back.
 _STEP_BYTES = 16 << 20
 _PAUSE_SECONDS = 0.005
 
@@ -67,7 +67,7 @@ class Malloc(Protocol):
         """What nobody uses and the process has not given back."""
 
     def give_back(self, size: int) -> None:
-        """So many bytes of that, or more, which later calls then give back less."""
+        """At least `size` bytes of it; later calls give back less if it was more."""
 
 
 class _TcMalloc:
@@ -101,7 +101,7 @@ class _Glibc:
         self._info.restype = _Mallinfo2
         self._trim = library.malloc_trim
         self._trim.argtypes = (ctypes.c_size_t,)
-        # It goes on counting pages as free that it has given back.
+        # glibc counts pages that it has given back as free.
         self._given_back = 0
 
     def free_bytes(self) -> int:

@@ -128,7 +128,7 @@ def metadata(context: Context) -> Metadata:
 
 
 class Told:
-    """What a caller says beside its request; "" for what it does not say. `error` says what is wrong with it.
+    """What a caller says in metadata; "" for what it does not say. `error` says what is wrong with it.
 
     `traceparent` is None if it sent none, or several: then none can be trusted.
     """
@@ -144,10 +144,10 @@ class Told:
 
 
 def told(sent: Metadata) -> Told:
-    """The one place that decides who the caller is and what it wants.
+    """The one place that reads the caller's metadata.
 
-    Wrong is a tenant or a priority that is given twice, and a tenant that is no name (see `check_tenant`). Parts of
-    cache-control are joined by commas, as HTTP says.
+    A tenant or priority that is given twice is an error, and so is a tenant that `check_tenant` refuses. Several
+    cache-control entries are joined by commas, as in HTTP.
     """
     said = Told()
     traces = tenants = priorities = 0

@@ -13,7 +13,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError, RingmeshError
+from services.runtime import faults
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.request_limits import check_size
 
@@ -145,18 +146,10 @@ def unary(
             check(data)
             response = await handle(parse(request_type, data), context)
             return response.SerializeToString()
-        except RingmeshError as error:
-            await abort(context, error)
         except Exception as error:
-            log.exception("%s failed", request_type.DESCRIPTOR.full_name)
-            await abort(context, unexpected(error))
+            await abort(context, faults.told(log, f"{request_type.DESCRIPTOR.full_name} failed", error))
 
     return grpc.unary_unary_rpc_method_handler(call)
-
-
-def unexpected(error: BaseException) -> InternalError:
-    """What the caller is told of an error nobody foresaw: its kind, never its stack."""
-    return InternalError(f"internal error ({type(error).__name__}); the service's log has the cause")
 
 
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:

@@ -47,7 +47,7 @@ class StartError(Exception):
 
 
 class _GrpcioAnswers:
-    """Those of a grpcio server, where a handler's task ends when its answer has left or its caller has."""
+    """Answers of a grpcio server, where a handler's task ends when its answer or its caller has left."""
 
     def __init__(self, max_unread_bytes: int) -> None:
         self.backlog = Backlog(max_unread_bytes, lambda: self._ended_bytes)
@@ -78,7 +78,7 @@ class _GrpcioAnswers:
 def _create(
     engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int
 ) -> tuple[grpc.aio.Server, Backlog, Callable[[Handler], Handler]]:
-    """The server, what it has sent that is unread, and what is to be done with each handler."""
+    """The server, its unread answers, and what wraps each handler."""
     if engine is Engine.NATIVE:
         try:
             from services.runtime.fast_lane import FastLaneServer

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime import wire
+from services.runtime import faults, wire
 from services.runtime.errors import ResourceExhaustedError, RingmeshError
 from services.runtime.infer_request import parse_request
 from services.runtime.protocol import metadata
-from services.runtime.rpc import Answer, Context, Handler, abort, unexpected
+from services.runtime.rpc import Answer, Context, Handler, abort
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,10 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Hand
             failed.infer_response.id = request.id
             return failed.SerializeToString()
         except Exception as error:
-            log.exception("a streamed request failed")
-            return v2.ModelStreamInferResponse(error_message=unexpected(error).message).SerializeToString()
+            failed = v2.ModelStreamInferResponse(
+                error_message=faults.internal(log, "a streamed request failed", error).message
+            )
+            return failed.SerializeToString()
         parts = [answered.body, *answered.pieces]
         if request.parameters["triton_enable_empty_final_response"].bool_param:
             parts.append(_FINAL)

@@ -1,4 +1,4 @@
-"""Work in the background of a process: what fails is begun again, counted, and told to the console.
+"""Background work of a process: what fails is restarted, counted, and shown on the console.
 
 One for the process, as its log is: parts begin their work here and end it themselves where order matters; `close` ends
 what is left.
@@ -30,7 +30,7 @@ FAILING = Family(
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 10.0
-# What has not failed for so long is well again.
+# Work that has not failed for this long counts as healthy.
 _WELL_SECONDS = 60.0
 _CANCEL_SECONDS = 0.25
 _LONGEST_REASON = 200
@@ -38,7 +38,7 @@ _MOST_LOGGED = 1000
 
 
 class Supervisor:
-    """Keeps work running; `pause` waits so many seconds before it is begun again."""
+    """Keeps work running; `pause` waits for the given seconds before a restart."""
 
     def __init__(self, pause: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep) -> None:
         self._pause = pause
@@ -118,7 +118,7 @@ class Supervisor:
         return True
 
     def failed(self, name: str, error: Exception) -> None:
-        """A part of the work failed that goes on itself; counted, and logged once for each reason."""
+        """Part of some work failed and the work goes on; counted, and logged once for each reason."""
         reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
         self._failures.add(name)
         self._failing[name] = (time.monotonic(), reason)

@@ -101,7 +101,7 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
         start = 1 + len(wire.varint(size))
         return packed[start : start + size]
     carried: npt.NDArray[Any] = np.empty(len(values), _CARRIERS[kind.contents])
-    # Others have their turn between: of millions, one call would take seconds with the GIL held.
+    # In slices, between which other threads may take the GIL.
     for start in range(0, len(values), _ELEMENTS_A_TURN):
         carried[start : start + _ELEMENTS_A_TURN] = values[start : start + _ELEMENTS_A_TURN]
     return carried.astype(kind.dtype, copy=False).tobytes()

@@ -1,6 +1,7 @@
 """A router as a simulated process: what router/main.py puts together, but the engine and what only watches."""
 
 import asyncio
+import logging
 import time
 
 from cache.epochs import MODELS
@@ -22,13 +23,16 @@ from router.retry_budget import RetryBudget
 from router.service import InferenceService
 from router.settings import RouterSettings
 from router.tail_latency import TailLatency
+from services.runtime import faults
 from services.runtime.load_report import LoadReport
 from services.runtime.request_log import RequestLog
-from services.runtime.rpc import Answer, Failure, failure, unexpected
+from services.runtime.rpc import Answer, Failure, failure
 from services.runtime.spans import Process as TracedProcess
 from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import Tracer
 from tests.simulation.loop import Process
+
+log = logging.getLogger(__name__)
 
 
 class _Listed:
@@ -122,8 +126,7 @@ class SimRouter:
         try:
             admitted = lane.admit(call.data, call.metadata)
         except Exception as error:
-            self.world.crashed(f"a lane failed: {error!r}")
-            admitted = failure(unexpected(error))
+            admitted = failure(faults.internal(log, "a lane failed", error))
         if isinstance(admitted, Answer | Failure):
             self._end(call, admitted)
             return
@@ -131,8 +134,7 @@ class SimRouter:
         try:
             cancel = lane.start(admitted, deadline, lambda answer: self._end(call, answer))
         except Exception as error:
-            self.world.crashed(f"a lane failed: {error!r}")
-            self._end(call, failure(unexpected(error)))
+            self._end(call, failure(faults.internal(log, "a lane failed", error)))
             return
         if cancel is not None:
             call.cancel_at_router = cancel
@@ -146,8 +148,7 @@ class SimRouter:
         except asyncio.CancelledError:
             return
         except Exception as error:
-            self.world.crashed(f"a lane failed: {error!r}")
-            answer = failure(unexpected(error))
+            answer = failure(faults.internal(log, "a lane failed", error))
         self._end(call, answer)
 
     def _end(self, call, answer):

@@ -26,8 +26,10 @@ def test_500_seeds_keep_every_invariant():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def test_a_seed_is_the_same_whatever_ran_before_it():
-    long, short = (simulate("--first", first, "--seeds", 40 - first, "--jobs", 1, "--digests") for first in (0, 28))
+@pytest.mark.parametrize("plan", ["", "exceptions"])
+def test_a_seed_is_the_same_whatever_ran_before_it(plan):
+    arguments = ("--jobs", 1, "--digests", "--plan", plan)
+    long, short = (simulate("--first", first, "--seeds", 40 - first, *arguments) for first in (0, 28))
     told = [dict(re.findall(r"^seed (\d+) .* digest (\w+)$", done.stdout, re.MULTILINE)) for done in (long, short)]
     assert len(told[1]) == 12, short.stdout + short.stderr
     assert told[1].items() <= told[0].items()

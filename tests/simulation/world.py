@@ -9,7 +9,7 @@ import time
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.epochs import EVERYTHING, model_scope, tenant_scope
-from services.runtime import redis_client
+from services.runtime import faults, redis_client
 from services.runtime.errors import RingmeshError
 from services.runtime.supervisor import BACKGROUND
 from tests.simulation.calls import EPSILON_NS, Call
@@ -37,8 +37,9 @@ class World:
         self.random = random.Random(seed)
         random.seed(seed)
         clock.reset()
-        # It is one for a real process, and remembers what it has logged.
+        # There is one for a process, and both remember what they have logged.
         BACKGROUND.__init__()
+        faults._kinds.clear()
         self._show = show
         self._hash = hashlib.blake2b(digest_size=8)
         self.events = 0

@@ -1,11 +1,15 @@
 """What operators load and unload by request holds after a restart."""
 
 import pytest
+from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.decisions import Decision, Decisions, Overrides
 from services.inference.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository import Directory
+from services.inference.service import EnvelopeService, Locality
 from services.inference.snapshots import Snapshots
+from services.inference.worker import Worker as InferenceWorker
+from services.runtime.calls import Calls
 from services.runtime.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from tests import models
 from tests.unit.test_model_store import EXECUTOR, answer, open_model, states
@@ -172,3 +176,24 @@ def test_a_folder_of_decisions_is_of_one_worker(tmp_path):
         Decisions(tmp_path, LIMIT)
     decisions.close()
     Decisions(tmp_path, LIMIT)
+
+
+class _FleetOfThread(set):
+    """Of decisions that a thread goes on keeping while they are listed."""
+
+    def __init__(self, decisions):
+        super().__init__()
+        self.decisions = decisions
+
+    def __contains__(self, model):
+        self.decisions.keep(f"{model}-again", Decision(False, 2))
+        return super().__contains__(model)
+
+
+async def test_a_worker_tells_its_decisions_while_a_thread_keeps_another(worker):
+    store = await worker.start()
+    await store.unload("mlp")
+    store.decisions.fleet = _FleetOfThread(store.decisions)
+    service = EnvelopeService(InferenceWorker("w", store), Locality("", "", 1.0))
+    told = await service.service(Calls()).handlers["Describe"].unary_unary(b"", None)
+    assert [decided.model for decided in inference_pb2.DescribeResponse.FromString(told).decisions] == ["mlp"]

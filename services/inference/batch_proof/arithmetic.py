@@ -13,7 +13,7 @@ from services.inference.batch_proof.abstract_value import Values, as_size, plain
 from services.inference.batch_proof.operator_call import NotProvenError
 from services.inference.batch_proof.sizes import Size, Symbols
 
-# Larger ones are no shapes.
+# Longer tensors are not shapes.
 MOST_ELEMENTS = 128
 # Beyond these, 32-bit integers and floats are not what Python computes.
 _EXACT_INTEGER = 1 << 31

@@ -21,7 +21,6 @@ def apply(
     operator: str,
     inputs: Sequence[Tensor | None],
     attributes: Mapping[str, Any],
-    outputs: int,
     scope: Scope,
     walk: Walk,
     name: str,
@@ -154,7 +153,7 @@ def _joined(one: Value, other: Value, symbols: Symbols, key: Any) -> Value:
 
 
 def _after(value: Value, made: int, symbols: Symbols) -> Value:
-    """What is known after the last turn: sizes that may differ from turn to turn are new ones."""
+    """What is known after the last turn; sizes that may differ between turns become new symbols."""
     if isinstance(value, Unknown):
         return value
     if value.rows is not None and any(made_after(size, made) for size in (value.rows.outer, value.rows.inner)):

@@ -22,7 +22,7 @@ _MOST_NODES = 300_000
 _DEEPEST = 32
 # What reading a malformed node or constant raises.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# ONNX Runtime guarantees nothing below, and operators broadcast by other rules there. What is newer has no rules yet.
+# ONNX Runtime guarantees nothing for older ones, which broadcast by other rules. Newer ones have no rules yet.
 _OPSETS = range(7, 27)
 
 
@@ -160,9 +160,7 @@ class Walk:
         if node.op_type in RANDOM_OPERATORS:
             return [Unknown(f"{_name(node, scope)}: it draws random numbers")] * len(node.output)
         if domain == "" and node.op_type in control_flow.OPERATORS:
-            return control_flow.apply(
-                node.op_type, inputs, attributes, len(node.output), scope, self, _name(node, scope)
-            )
+            return control_flow.apply(node.op_type, inputs, attributes, scope, self, _name(node, scope))
         opset = scope.opsets.get(domain, 1)
         call = OperatorCall(node.op_type, opset, inputs, attributes, len(node.output), self.symbols)
         if (rule := find(domain, node.op_type)) is not None:

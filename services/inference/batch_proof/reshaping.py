@@ -10,7 +10,7 @@ from services.inference.batch_proof.operator_call import NotProvenError, shape_o
 from services.inference.batch_proof.sizes import ONE, ROWS, Size, Symbols, product
 
 
-def resolved(target: Sequence[Any], shape: Shape | None, zero_copies: bool, symbols: Symbols) -> list[Size | None]:
+def resolved(target: Sequence[Any], shape: Shape | None, zero_copies: bool) -> list[Size | None]:
     """The sizes that the operand of Reshape stands for; None where only the run can tell."""
     sizes: list[Size | None] = []
     inferred: int | None = None

@@ -20,7 +20,7 @@ from services.inference.batch_proof.sizes import ONE, Size
 def contract(
     tensors: Sequence[Tensor], labels: Sequence[Sequence[str]], result: Sequence[str], call: OperatorCall
 ) -> Tensor:
-    """Einstein's sum: dimensions of one label go together, and those whose label is not in `result` are summed up."""
+    """Einstein summation: dimensions with the same label are aligned; labels that are not in `result` are summed."""
     found: tuple[str, RowAxis] | None = None
     sizes: dict[str, list[Shape]] = {}
     for tensor, names in zip(tensors, labels, strict=True):

@@ -66,7 +66,7 @@ def reshape(call: OperatorCall) -> Outcome:
     if data.content is Content.POSITION_FIRST:
         raise NotProvenError("it reshapes indices")
     zero_copies = not call.attribute("allowzero", 0)
-    sizes = resolved(list(numbers(call, 1)), data.shape, zero_copies, call.symbols)
+    sizes = resolved(list(numbers(call, 1)), data.shape, zero_copies)
     made = reshaped(_without_values(data), sizes, call.symbols)
     if data.values is not None:
         return made_of(_values_reshaped(data.values, made.shape or ()))
@@ -202,11 +202,9 @@ def _joined_content(call: OperatorCall, axis: int) -> Content:
     raise NotProvenError("numbers of rows become values")
 
 
-@rule("Split", "SplitToSequence")
+@rule("Split")
 def split(call: OperatorCall) -> Outcome:
     """Along one axis, by default the first."""
-    if call.operator == "SplitToSequence":
-        raise NotProvenError("there is no rule for sequences")
     call.batch_independent(1)
     data, shape = call.input(0), call.shape(0)
     axis = call.axis("axis", 0, len(shape))

@@ -18,11 +18,11 @@ from services.inference.batch_proof.rules.layout import numbers
 from services.inference.batch_proof.sizes import ONE, Size
 
 
-@rule("Conv", "ConvInteger", "ConvTranspose", "QLinearConv", "DeformConv")
+@rule("Conv", "ConvInteger", "ConvTranspose", "QLinearConv")
 @rule("FusedConv", "QLinearConv", domain=MICROSOFT)
 def convolution(call: OperatorCall) -> Outcome:
     """Sums over channels and places."""
-    if call.operator == "DeformConv" or call.attribute("channels_last", 0):
+    if call.attribute("channels_last", 0):
         raise NotProvenError("there is no rule for it")
     data = call.input(0)
     summand = 3 if call.operator == "FusedConv" else -1
