@@ -117,6 +117,13 @@ TRAPS = {
     "the row after the own": ("(float[N, 4] x) => (float[N, 4] y) <int64 o = {0}, int64 e = {1}, int64[0] none> { s = Shape<end=1>(x) n = Reshape(s, none) r = Range(o, n, e) m = Max(r, e) y = Gather(x, m) }", 17, "(Gather): it selects by the number of the row"),
     "an index into the next row": ("(float[N, 4] x) => (float[N, 5] y) <int64 o = {0}, int64 e = {1}, int64 four = {4}, int64 five = {5}, int64[0] none, int64[1] m = {-1}, int64[2] col = {-1, 1}> { s = Shape<end=1>(x) n = Reshape(s, none) r = Range(o, n, e) a = Reshape(r, col) b = Mul(a, four) c = Range(o, five, e) d = Add(b, c) f = Reshape(x, m) y = Gather(f, d) }", 17, "(Gather): it selects by the number of the row"),
     "positions as many as the batch": ("(float[N, 2, 3, 4] x) => (float[N, 2, 3, 4] y) <float[9, 2] c, float[9, 2] s, int64[3, 3] p> { y = RotaryEmbedding(x, c, s, p) }", 23, "input 3 does not have its rows along axis 0"),
+    "a Scan over the numbers of rows": (
+        "(int64[N] x) => (int64[N] y) <int64 o = {0}, int64 e = {1}, int64[0] none, int64[2] row = {1, -1}, int64[1] a = {0}, int64 c = {0}> { s = Shape(x) n = Reshape(s, none) r = Range(o, n, e) q = Reshape(r, row) f, p = Scan<num_scan_inputs=1, body = b (int64 t, int64[N] v) => (int64 u, int64[N] w) { u = Identity(t) w = Identity(v) }>(c, q) z = Squeeze(p, a) y = Add(x, z) }", 17, "(Scan): the number of rows, or of a row, becomes a value"),
+    "Resize to as many as there are rows": (
+        "(float[N, 1, 4, 4] x) => (float[N, 1, 1, 4] y) <int64[1] one = {1}, int64[1] four = {4}> { n = Shape<end=1>(x) s = Concat<axis=0>(n, one, n, four) r = Resize<mode=\"linear\">(x, , , s) y = ReduceMax<axes=[2]>(r) }", 17, "(Resize): it resizes axis 2 by the number of rows"),
+    "Resize by a scale that counts the rows": (
+        "(float[N, 1, 4, 4] x) => (float[N, 1, 1, 4] y) <float[1] one = {1}> { n = Shape<end=1>(x) f = Cast<to=1>(n) s = Concat<axis=0>(one, one, f, one) r = Resize<mode=\"linear\">(x, , s) y = ReduceMax<axes=[2]>(r) }", 17, "(Resize): it resizes axis 2 by the number of rows"),
+    "Resize of a constant to as many as there are rows": (f"{X} <float[4] c> {{ n = Shape<end=1>(x) r = Resize(c, , , n) m = ReduceSum(r) y = Mul(x, m) }}", 17, "(Resize): it resizes axis 0 by the number of rows"),
     "a size that grows with the square of the rows": ("(float[N, 4] x) => (float[N, N] y) { n = Shape<end=1>(x) s = Concat<axis=0>(n, n) y = ConstantOfShape(s) }", 17, "square of the number of rows"),
     "the index of the largest in a pool": ("(float[N, 1, 4, 4] x) => (int64[N, 1, 2, 2] i) { y, i = MaxPool<kernel_shape=[3, 3]>(x) }", 17, "(MaxPool): one of its outputs"),
     "quantising each row by a scale of its own": (f"{X} <float[3] s, uint8[3] z> {{ q = QuantizeLinear<axis=0>(x, s, z) y = DequantizeLinear<axis=0>(q, s, z) }}", 17, "(QuantizeLinear): it scales axis 0"),
@@ -235,6 +242,22 @@ def test_a_malformed_node_is_not_proven_and_does_no_harm(node):
         [node], "g", [helper.make_tensor_value_info("x", 1, ["N", 4])], [helper.make_tensor_value_info("y", 1, None)]
     )
     assert not prove(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])).proven
+
+
+def test_sizes_of_two_nodes_of_one_name_are_not_taken_for_equal():
+    """A node without a name is called by its output in messages, which may be another node's name."""
+
+    def branches(yes, no):
+        return f"<then_branch = t () => (float[K] p) {{ p = Identity({yes}) }}, else_branch = f () => (float[L] q) {{ q = Identity({no}) }}>"
+
+    made = model(
+        "(float[N, 1] x) => (float[N, 4] y) <float[2] two, float[4] four, float[2] w = {1.5, 2.5}, float o = {0}, int64[1] one = {1}, int64[1] m = {-1}>"
+        f"{{ r = ReduceSum<keepdims=0>(w) c = Greater(r, o) a = If(c) {branches('four', 'two')} b = If(c) {branches('two', 'four')}"
+        " s = Shape(a) t = Shape(b) u = Concat<axis=0>(one, s) d = Expand(x, u) v = Concat<axis=0>(m, t) e = Reshape(d, v)"
+        " f = Transpose(e) g = Concat<axis=0>(s, m) h = Reshape(f, g) y = Transpose(h) }"
+    )
+    next(node for node in made.graph.node if node.op_type == "If").name = "b"
+    assert "(Reshape): the size of the new axis 0 cannot be told" in prove(made).reason
 
 
 def test_a_malformed_constant_is_not_proven_and_does_no_harm():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from services.inference.batch_proof.abstract_value import Content, RowAxis, Tensor, Unknown, Value
 from services.inference.batch_proof.operator_call import NotProvenError, from_front, not_along, shape_of
@@ -17,27 +17,36 @@ OPERATORS = frozenset({"If", "Loop", "Scan"})
 _MOST_TURNS = 16
 
 
+class Node(NamedTuple):
+    """`name`: for messages, and perhaps another's too. `place`: the outputs of the nodes around it, and its own."""
+
+    name: str
+    place: tuple[tuple[str, ...], ...]
+
+
 def apply(
     operator: str,
     inputs: Sequence[Tensor | None],
     attributes: Mapping[str, Any],
+    outputs: tuple[str, ...],
     scope: Scope,
     walk: Walk,
     name: str,
 ) -> Sequence[Value]:
-    """The outputs. Raises NotProvenError."""
+    """The outputs; `outputs` are their names, which only this node has in its graph. Raises NotProvenError."""
+    node = Node(name, (*scope.place, outputs))
     if operator == "If":
-        return _if(inputs, attributes, scope, walk, name)
+        return _if(inputs, attributes, scope, walk, node)
     made = walk.symbols.made
     if operator == "Loop":
-        states = _loop(inputs, attributes, scope, walk, name)
+        states = _loop(inputs, attributes, scope, walk, node)
     else:
-        states = _scan(inputs, attributes, scope, walk, name)
+        states = _scan(inputs, attributes, scope, walk, node)
     return [_after(value, made, walk.symbols) for value in states]
 
 
 def _if(
-    inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, name: str
+    inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, node: Node
 ) -> Sequence[Value]:
     condition = inputs[0]
     if condition is None or not condition.independent:
@@ -46,17 +55,17 @@ def _if(
     names = ["then_branch", "else_branch"]
     if isinstance(known, bool):
         names.remove("else_branch" if known else "then_branch")
-    first, *others = [walk.run(attributes[branch], scope.inner(f"{name}, ")) for branch in names]
+    first, *others = [walk.run(attributes[branch], scope.inner(f"{node.name}, ", node.place)) for branch in names]
     for other in others:
         first = [
-            _joined(one, two, walk.symbols, (name, place))
+            _joined(one, two, walk.symbols, node, place)
             for place, (one, two) in enumerate(zip(first, other, strict=True))
         ]
     return first
 
 
 def _loop(
-    inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, name: str
+    inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, node: Node
 ) -> Sequence[Value]:
     """Inputs: how often, whether at all, and the states. Of the body: a count, a condition and the states."""
     count, condition, *initial = inputs
@@ -65,7 +74,7 @@ def _loop(
     body = attributes["body"]
 
     def turn(states: Sequence[Value]) -> Sequence[Value]:
-        inner = scope.inner(f"{name}, ")
+        inner = scope.inner(f"{node.name}, ", node.place)
         values = [Tensor(()), Tensor(()), *states]
         inner.values.update({one.name: value for one, value in zip(body.input, values, strict=True)})
         goes_on, *rest = walk.run(body, inner)
@@ -75,12 +84,12 @@ def _loop(
             raise NotProvenError("its condition depends on the rows")
         return rest
 
-    states, stacked = _settled(turn, initial, walk.symbols, name)
+    states, stacked = _settled(turn, initial, walk.symbols, node)
     return [*states, *(_stacked(value, 0, walk.symbols) for value in stacked)]
 
 
 def _scan(
-    inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, name: str
+    inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, node: Node
 ) -> Sequence[Value]:
     """Inputs: the states, and tensors of which the body gets one slice each time."""
     if scope.opsets.get("", 9) < 9:
@@ -92,24 +101,24 @@ def _scan(
     slices = [_slice(tensor, axis) for tensor, axis in zip(scanned, axes, strict=True)]
 
     def turn(states: Sequence[Value]) -> Sequence[Value]:
-        inner = scope.inner(f"{name}, ")
+        inner = scope.inner(f"{node.name}, ", node.place)
         inner.values.update({one.name: value for one, value in zip(body.input, [*states, *slices], strict=True)})
         return walk.run(body, inner)
 
-    states, stacked = _settled(turn, inputs[: len(inputs) - count], walk.symbols, name)
+    states, stacked = _settled(turn, inputs[: len(inputs) - count], walk.symbols, node)
     places = list(attributes.get("scan_output_axes") or [0] * len(stacked))
     return [*states, *(_stacked(value, at, walk.symbols) for value, at in zip(stacked, places, strict=True))]
 
 
 def _settled(
-    turn: Any, initial: Sequence[Tensor | None], symbols: Symbols, name: str
+    turn: Any, initial: Sequence[Tensor | None], symbols: Symbols, node: Node
 ) -> tuple[list[Value], list[Value]]:
     """What holds of the states before and after every turn, and of what the last turn gives beside them."""
-    states: list[Value] = [Unknown(f"{name}: a state is missing") if one is None else one for one in initial]
+    states: list[Value] = [Unknown(f"{node.name}: a state is missing") if one is None else one for one in initial]
     for _ in range(_MOST_TURNS):
         made = turn(states)
         joined = [
-            _joined(before, after, symbols, (name, place))
+            _joined(before, after, symbols, node, place)
             for place, (before, after) in enumerate(zip(states, made, strict=False))
         ]
         if all(_same(before, after) for before, after in zip(states, joined, strict=True)):
@@ -125,14 +134,14 @@ def _same(one: Value, other: Value) -> bool:
     return values and (one.shape, one.rows, one.below) == (other.shape, other.rows, other.below)
 
 
-def _joined(one: Value, other: Value, symbols: Symbols, key: Any) -> Value:
+def _joined(one: Value, other: Value, symbols: Symbols, node: Node, place: int) -> Value:
     """What holds of both."""
     if isinstance(one, Unknown):
         return one
     if isinstance(other, Unknown):
         return other
     if one.rows != other.rows or {one.content, other.content} != {Content.OWN}:
-        return Unknown(f"{key[0]}: output {key[1]} has rows only sometimes, or along another axis")
+        return Unknown(f"{node.name}: output {place} has rows only sometimes, or along another axis")
     same_values = (
         one.values is not None
         and other.values is not None
@@ -140,13 +149,13 @@ def _joined(one: Value, other: Value, symbols: Symbols, key: Any) -> Value:
         and bool((one.values == other.values).all())
     )
     if not same_values and (one.counts_rows or other.counts_rows):
-        return Unknown(f"{key[0]}: output {key[1]} has the number of rows as a value")
+        return Unknown(f"{node.name}: output {place} has the number of rows as a value")
     if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
         if one.rows is not None:
-            return Unknown(f"{key[0]}: output {key[1]} has several shapes")
+            return Unknown(f"{node.name}: output {place} has several shapes")
         return Tensor(None)
     shape = tuple(
-        size if size == another else symbols.size((*key, "joined", axis))
+        size if size == another else symbols.size(("joined", node.place, place, axis))
         for axis, (size, another) in enumerate(zip(one.shape, other.shape, strict=True))
     )
     return Tensor(shape, one.rows, one.values if same_values else None)
@@ -170,8 +179,8 @@ def _after(value: Value, made: int, symbols: Symbols) -> Value:
 
 
 def _slice(tensor: Tensor | None, axis: int) -> Tensor:
-    if tensor is None or tensor.counts_rows:
-        raise NotProvenError("the number of rows becomes a value")
+    if tensor is None or tensor.counts_rows or tensor.content is not Content.OWN:
+        raise NotProvenError("the number of rows, or of a row, becomes a value")
     shape = shape_of(tensor, "what it scans")
     axis = from_front(axis, len(shape))
     not_along(tensor.rows, [axis], "scans")

@@ -76,6 +76,8 @@ class Scope:
     depth: int = 0
     # "" or the way to here, of nodes' names.
     path: str = ""
+    # The outputs of the nodes on the way, which tell apart those of one name.
+    place: tuple[tuple[str, ...], ...] = ()
 
     def find(self, name: str) -> Value:
         """Of this graph, or of the graphs around it."""
@@ -86,9 +88,9 @@ class Scope:
             scope = scope.outer
         return Unknown(f"nothing makes {name!r}")
 
-    def inner(self, path: str) -> Scope:
+    def inner(self, path: str, place: tuple[tuple[str, ...], ...]) -> Scope:
         """Of a graph within this one."""
-        return Scope(self.opsets, {}, self, self.attributes, self.depth + 1, path)
+        return Scope(self.opsets, {}, self, self.attributes, self.depth + 1, path, place)
 
 
 class Walk:
@@ -156,17 +158,19 @@ class Walk:
         if function is not None:
             if find(domain, node.op_type) is not None:
                 raise NotProvenError("the model defines a function by the name of an operator")
-            return self._call(function, inputs, attributes, scope, _name(node, scope))
+            return self._call(function, inputs, attributes, scope, node)
         if node.op_type in RANDOM_OPERATORS:
             return [Unknown(f"{_name(node, scope)}: it draws random numbers")] * len(node.output)
         if domain == "" and node.op_type in control_flow.OPERATORS:
-            return control_flow.apply(node.op_type, inputs, attributes, scope, self, _name(node, scope))
+            return control_flow.apply(
+                node.op_type, inputs, attributes, tuple(node.output), scope, self, _name(node, scope)
+            )
         opset = scope.opsets.get(domain, 1)
         call = OperatorCall(node.op_type, opset, inputs, attributes, len(node.output), self.symbols)
         if (rule := find(domain, node.op_type)) is not None:
             return rule(call)
         if (body := _standard_body(domain, node.op_type, opset)) is not None:
-            return self._call(body, inputs, attributes, scope, _name(node, scope))
+            return self._call(body, inputs, attributes, scope, node)
         raise NotProvenError("there is no rule for it")
 
     def _call(
@@ -175,19 +179,20 @@ class Walk:
         inputs: Sequence[Tensor | None],
         attributes: Mapping[str, Any],
         scope: Scope,
-        path: str,
+        node: onnx.NodeProto,
     ) -> Sequence[Value | None]:
         """A function of the model, or the body of a standard operator. Raises NotProvenError."""
         if scope.depth >= _DEEPEST:
             raise NotProvenError("functions call each other too deeply")
         defaults = {one.name: helper.get_attribute_value(one) for one in function.attribute_proto}
         opsets = {"" if one.domain == "ai.onnx" else one.domain: one.version for one in function.opset_import}
-        inner = Scope(opsets, {}, None, {**defaults, **attributes}, scope.depth + 1, f"{path}, ")
+        path, place = f"{_name(node, scope)}, ", (*scope.place, tuple(node.output))
+        inner = Scope(opsets, {}, None, {**defaults, **attributes}, scope.depth + 1, path, place)
         for name, value in zip(function.input, inputs, strict=False):
             if value is not None:
                 inner.values[name] = value
         missing = [name for name in function.input if name not in inner.values]
-        self._run_nodes([_without(node, missing) for node in function.node], inner)
+        self._run_nodes([_without(one, missing) for one in function.node], inner)
         return [inner.find(name) for name in function.output]
 
 

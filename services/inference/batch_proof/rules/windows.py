@@ -113,7 +113,9 @@ def resize(call: OperatorCall) -> Outcome:
         if (as_size(one) == shape[axis] if sized else one == 1) if one is not None else False:
             continue
         not_along(data.rows, [axis], "resizes")
-        if sized and one is not None and not as_size(one).counts_rows and as_size(one).nonnegative:
+        if isinstance(one, Size) and one.counts_rows:
+            raise NotProvenError(f"it resizes axis {axis} by the number of rows")
+        if sized and one is not None and as_size(one).nonnegative:
             made[axis] = as_size(one)
         elif not sized and isinstance(one, float | int) and one >= 1:
             made[axis] = shape[axis] * Size(int(one))
