@@ -260,6 +260,27 @@ def test_sizes_of_two_nodes_of_one_name_are_not_taken_for_equal():
     assert "(Reshape): the size of the new axis 0 cannot be told" in prove(made).reason
 
 
+@pytest.mark.parametrize(
+    ("domain", "operator", "opset", "reason"),
+    [
+        # ONNX Runtime has an operator of this name, which it runs instead.
+        (MICROSOFT, "Unique", 17, "(Unique): the model defines a function in a domain of operators"),
+        # It runs the Softmax of the model's opset.
+        ("local", "F", 17, "(F): its function is of opset 17, and the model of 12"),
+        ("local", "F", 12, "(Softmax): it normalises over axis 1"),
+    ],
+)
+def test_a_function_that_runs_otherwise_than_it_is_written_is_not_proven(domain, operator, opset, reason):
+    made = model(f"{X} {{ y = {domain}.{operator}(x) }}", 12)
+    nodes = [
+        helper.make_node("Transpose", ["a"], ["b"]),
+        helper.make_node("Softmax", ["b"], ["c"], axis=0),
+        helper.make_node("Transpose", ["c"], ["d"]),
+    ]
+    made.functions.append(helper.make_function(domain, operator, ["a"], ["d"], nodes, [helper.make_opsetid("", opset)]))
+    assert reason in prove(made).reason
+
+
 def test_a_malformed_constant_is_not_proven_and_does_no_harm():
     made = model(f"{X} {{ y = Add(x, c) }}")
     made.graph.initializer.append(TensorProto(name="c", data_type=TensorProto.FLOAT, dims=[3], raw_data=b"short"))

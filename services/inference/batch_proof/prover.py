@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,13 @@ _DEEPEST = 32
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # ONNX Runtime guarantees nothing for older ones, which broadcast by other rules. Newer ones have no rules yet.
 _OPSETS = range(7, 27)
+# Beside Microsoft's: of an operator that it has in these, ONNX Runtime ignores a function of that name.
+_BUILT_IN = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "org.pytorch.aten")
 
 
 def prove(model: onnx.ModelProto) -> Verdict:
     """Whether each row of each output depends on its own row of the inputs only. Weights may be in other files."""
-    opsets = {"" if one.domain == "ai.onnx" else one.domain: one.version for one in model.opset_import}
+    opsets = _opsets(model.opset_import)
     for version in (opsets, *({one.domain: one.version for one in f.opset_import} for f in model.functions)):
         if version.get("", _OPSETS[0]) not in _OPSETS:
             return Verdict(f"its operators are of opset {version['']}; rules are for {_OPSETS[0]} to {_OPSETS[-1]}")
@@ -98,6 +100,7 @@ class Walk:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.symbols = Symbols()
+        self._opsets = _opsets(model.opset_import)
         self._functions = {(one.domain, one.name, one.overload): one for one in model.functions}
         self._nodes = 0
 
@@ -152,12 +155,11 @@ class Walk:
 
     def _apply(self, node: onnx.NodeProto, inputs: list[Tensor | None], scope: Scope) -> Sequence[Value | None]:
         """Raises NotProvenError, and what a malformed node makes a rule raise."""
-        domain = "" if node.domain == "ai.onnx" else node.domain
+        domain = _domain(node.domain)
         attributes = Attributes(node, scope.attributes)
         function = self._functions.get((node.domain, node.op_type, node.overload))
         if function is not None:
-            if find(domain, node.op_type) is not None:
-                raise NotProvenError("the model defines a function by the name of an operator")
+            self._check(function)
             return self._call(function, inputs, attributes, scope, node)
         if node.op_type in RANDOM_OPERATORS:
             return [Unknown(f"{_name(node, scope)}: it draws random numbers")] * len(node.output)
@@ -173,6 +175,15 @@ class Walk:
             return self._call(body, inputs, attributes, scope, node)
         raise NotProvenError("there is no rule for it")
 
+    def _check(self, function: onnx.FunctionProto) -> None:
+        """Raises NotProvenError where ONNX Runtime runs something else than the function as it is written."""
+        if function.domain in _BUILT_IN or function.domain.startswith("com.microsoft"):
+            raise NotProvenError("the model defines a function in a domain of operators")
+        # ONNX Runtime runs the nodes of a function as those of the model's opset.
+        for one in function.opset_import:
+            if (ours := self._opsets.get(_domain(one.domain), one.version)) != one.version:
+                raise NotProvenError(f"its function is of opset {one.version}, and the model of {ours}")
+
     def _call(
         self,
         function: onnx.FunctionProto,
@@ -185,7 +196,7 @@ class Walk:
         if scope.depth >= _DEEPEST:
             raise NotProvenError("functions call each other too deeply")
         defaults = {one.name: helper.get_attribute_value(one) for one in function.attribute_proto}
-        opsets = {"" if one.domain == "ai.onnx" else one.domain: one.version for one in function.opset_import}
+        opsets = _opsets(function.opset_import)
         path, place = f"{_name(node, scope)}, ", (*scope.place, tuple(node.output))
         inner = Scope(opsets, {}, None, {**defaults, **attributes}, scope.depth + 1, path, place)
         for name, value in zip(function.input, inputs, strict=False):
@@ -212,6 +223,15 @@ class Attributes(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._protos)
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    """Versions by domain; the last counts, as in ONNX Runtime."""
+    return {_domain(one.domain): one.version for one in imports}
 
 
 def _graphs(node: onnx.NodeProto) -> bool:
