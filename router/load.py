@@ -97,8 +97,9 @@ def pools(members: Iterable[Member], is_far: Callable[[Member], bool], zone: str
     for member in members:
         member.load.pools = ()
         if member.healthy:
-            for model in member.held - member.partly.keys():
-                holders.setdefault(model, []).append(member)
+            for model in member.held:
+                if model not in member.partly:
+                    holders.setdefault(model, []).append(member)
     made: dict[tuple[str, ...], Pool] = {}
     by_model = {}
     for model, of_model in holders.items():

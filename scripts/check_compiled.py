@@ -68,12 +68,22 @@ class Finder(ast.NodeVisitor):
             self._add(node, f"identity of {kind}: compiled code boxes it anew")
         elif name in _FRAME_READERS:
             self._add(node, f"`{name}`: compiled functions have no frame to read")
-        elif name == "isinstance" and _name(arguments[1]) == "bool" and self._is_int(arguments[0]):
+        elif (
+            name == "isinstance"
+            and _name(arguments[1]) == "bool"
+            and _is_instance(self._type(arguments[0]), "builtins.int")
+        ):
             self._add(node, "a bool typed as int is an int once compiled; type it `bool | int`")
         elif name in ("str", "repr") and isinstance(node.func, ast.Name) and arguments:
             self._check_text(arguments[0])
         if self._calls_itself(node.func):
             self._add(node, "recursion: a compiled function overflows the stack without RecursionError; bound it")
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        left, right = self._type(node.left), self._type(node.right)
+        if _is_instance(left, "builtins.frozenset") and not _is_instance(right, "builtins.frozenset", "builtins.set"):
+            self._add(node, "a frozenset and a view make a set, and not the frozenset that its stub says")
         self.generic_visit(node)
 
     def visit_FormattedValue(self, node: ast.FormattedValue) -> None:
@@ -159,10 +169,6 @@ class Finder(ast.NodeVisitor):
         known = self._types.get(_place(expression))
         return None if known is None else get_proper_type(known)
 
-    def _is_int(self, expression: ast.expr) -> bool:
-        known = self._type(expression)
-        return isinstance(known, Instance) and known.type.fullname == "builtins.int"
-
     def _unboxed(self, expression: ast.expr) -> str:
         """The unboxed type that it may have, as text; "" where it has none, or mypy knows none."""
         known = self._type(expression)
@@ -183,6 +189,10 @@ def _unboxed_kinds(known: Type) -> Iterator[str]:
         yield "a tuple"  # a named one stays an object
     elif isinstance(proper, Instance) and proper.type.fullname in _UNBOXED:
         yield f"{'an' if proper.type.name == 'int' else 'a'} {proper.type.name}"
+
+
+def _is_instance(known: Type | None, *names: str) -> bool:
+    return isinstance(known, Instance) and known.type.fullname in names
 
 
 def _is_singleton(expression: ast.expr) -> bool:

@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
+# ONNX Runtime 1.32 ends the process when one of these has no rows.
+_ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
+
+
 class ModelLoadError(Exception):
     """The model cannot be served; the message names the file and the cause."""
 
@@ -72,6 +76,7 @@ class OnnxModel:
         try:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
+            self._aborts_on_empty = sorted(graph.operator_types(proto) & _ABORT_ON_EMPTY)
             self.independence = prove(proto)
             self.inline_reason = inline_runs.why_not(proto)
             del proto  # not beside what the session takes
@@ -277,6 +282,12 @@ class OnnxModel:
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and
         ResourceExhaustedError where memory is short, and InternalError where the run fails otherwise."""
+        if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
+            raise InvalidArgumentError(
+                f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime cannot "
+                f"run its {self._aborts_on_empty[0]} on none",
+                field="inputs",
+            )
         feeds: dict[str, Any] = {
             name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
         }

@@ -32,7 +32,7 @@ def redis(kind):
         with server.client() as client:
             client.config_set("maxmemory", REDIS_BYTES)
             client.config_set("maxmemory-policy", "allkeys-lru")
-        yield {"redis_url": server.connection_url}
+        yield {"redis_url": server.connection_url, "key_secret": "of this test"}
     finally:
         server.stop()
 

@@ -279,3 +279,19 @@ def test_a_run_that_fails_for_no_fault_of_the_request_is_an_execution_error(tmp_
     assert caught.value.kind == "execution"
     assert "Reshape" in caplog.text
     assert "Traceback" not in caught.value.message
+
+
+@pytest.mark.parametrize("operator", ["GRU", "LSTM"])
+def test_a_recurrent_model_refuses_a_request_without_rows_which_would_end_the_process(tmp_path, operator):
+    gates = {"GRU": 3, "LSTM": 4}[operator]
+    weights = [
+        numpy_helper.from_array(np.ones((1, gates * 2, size), np.float32), name) for name, size in (("w", 4), ("r", 2))
+    ]
+    node = helper.make_node(operator, ["x", "w", "r"], ["y"], hidden_size=2)
+    x = models.value("x", TensorProto.FLOAT, "s", "n", 4)
+    y = models.value("y", TensorProto.FLOAT, "s", 1, "n", 2)
+    models.save(tmp_path, "recurrent", [node], [x], [y], weights)
+    model = load(tmp_path / "recurrent/1")
+    assert model.run({"x": np.zeros((3, 1, 4), np.float32)}, ["y"])[0].shape == (3, 1, 1, 2)
+    with pytest.raises(InvalidArgumentError, match=f"'x' has no elements.*{operator}"):
+        model.run({"x": np.zeros((3, 0, 4), np.float32)}, ["y"])
