@@ -284,8 +284,8 @@ class OnnxModel:
         ResourceExhaustedError where memory is short, and InternalError where the run fails otherwise."""
         if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
             raise InvalidArgumentError(
-                f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime cannot "
-                f"run its {self._aborts_on_empty[0]} on none",
+                f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime "
+                f"cannot run its {self._aborts_on_empty[0]} on none",
                 field="inputs",
             )
         feeds: dict[str, Any] = {
