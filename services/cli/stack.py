@@ -129,7 +129,7 @@ class Stack:
         )
         began = time.monotonic()
         for spec in self._specs():
-            child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe)
+            child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe_again)
             await child.spawn()
         for child in self._children.values():
             await child.ready(_START_SECONDS)
@@ -253,6 +253,13 @@ class Stack:
     ) -> ChildSpec:
         log = self._options.state / "logs" / f"{name}.log"
         return ChildSpec(name, command, endpoint, log, is_ready, environment or {})
+
+    def _describe_again(self) -> None:
+        """As `_describe`, for a process that is to be started again in any case, as where the disk is full."""
+        try:
+            self._describe()
+        except OSError as error:
+            self._reporter.say(f"cannot write {self._options.state / 'stack.json'}: {error.strerror}")
 
     def _describe(self) -> None:
         """Writes `stack.json`, from which programs learn where everything is while the stack is up."""

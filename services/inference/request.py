@@ -6,24 +6,30 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.shared_memory import Region, SharedMemory
+from services.inference.shared_memory import MAX_REQUEST_BYTES, Region, SharedMemory
 from services.inference.tensor_spec import TensorSpec
 from services.runtime import wire
-from services.runtime.errors import InvalidArgumentError
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from services.runtime.infer_request import Read
 from services.runtime.large_bytes import LARGE_BYTES, join_arrays
 from services.runtime.protocol import sequence_of
 from services.runtime.request_check import check_request, check_shape, shown
 from services.runtime.tensors import decode, encode, raw_from_contents
 
 _REGION = "shared_memory_region"
+_REGION_BYTES = _REGION.encode()
 # The tag of raw_output_contents, which is field 6, length-delimited.
 _RAW_OUTPUT = b"\x32"
+
+
+# The bytes of a tensor.
+_Raw: TypeAlias = bytes | npt.NDArray[np.uint8]
 
 
 class Model(Protocol):
@@ -94,10 +100,18 @@ class Decoded:
         self.trace_context = trace_context
 
 
+def names_shared_memory(read: Read) -> bool:
+    """Whether some of it may be in shared memory, so that a few bytes of it stand for many."""
+    return _REGION_BYTES in (read.data if read.parts is None else read.parts.head)
+
+
 def decode_request(
     request: v2.ModelInferRequest, model: Model, memory: SharedMemory, trace_context: bytes = b""
 ) -> Decoded:
-    """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region."""
+    """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region.
+
+    ResourceExhaustedError where more than MAX_REQUEST_BYTES are in shared memory.
+    """
     raws = request.raw_input_contents
     tensors = request.inputs
     declared = {name: (spec.datatype.name, spec.shape) for name, spec in model.inputs.items()}
@@ -109,6 +123,8 @@ def decode_request(
             "shared memory; each of them has one",
             field="raw_input_contents",
         )
+    if any(shared):
+        _check_shared_bytes(tensors)
     raw_of = iter(raws)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for index, tensor in enumerate(tensors):
@@ -167,7 +183,7 @@ def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray
     )
     head = _response_head(model.name, model.version, outputs)
     if sum([array.nbytes for array in arrays]) > LARGE_BYTES:
-        return _encode_large(head, arrays)
+        return _joined(head, [_raw(array) for array in arrays])
     parts = [head]
     for array in arrays:
         raw = encode(array)
@@ -175,14 +191,19 @@ def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray
     return b"".join(parts)
 
 
-def _encode_large(head: bytes, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
-    """Each array is copied once, and without the GIL; strings, which have objects, are put together before."""
+def _joined(head: bytes, raws: Sequence[_Raw]) -> bytes:
+    """`head` and raw_output_contents. What is large is copied once, and without the GIL."""
     parts: list[bytes | npt.NDArray[Any]] = [head]
-    for array in arrays:
-        raw = encode(array) if array.dtype.hasobject else array
-        size = len(raw) if isinstance(raw, bytes) else raw.nbytes
-        parts += (_RAW_OUTPUT, wire.varint(size), raw)
+    for raw in raws:
+        parts += (_RAW_OUTPUT, wire.varint(len(raw)), raw)
     return join_arrays(parts)
+
+
+def _raw(array: npt.NDArray[Any]) -> _Raw:
+    """Strings, which have objects, are put together; of what is large nothing is copied yet."""
+    if array.dtype.hasobject or array.nbytes <= LARGE_BYTES:
+        return encode(array)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 @lru_cache(maxsize=4096)
@@ -197,18 +218,19 @@ def _response_head(name: str, version: int, outputs: tuple[tuple[str, str, tuple
 def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
     """With classes in place of values, and with outputs left in shared memory."""
     response = v2.ModelInferResponse(model_name=model.name, model_version=str(model.version))
+    raws: list[_Raw] = []
     for name, array in zip(decoded.outputs, arrays, strict=True):
         datatype = model.outputs[name].datatype.name
         if name in decoded.classes:
             array = _classify(array, decoded.classes[name], model.has_rows)
             datatype = "BYTES"
         told = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
-        raw = encode(array)
+        raw = _raw(array)
         if name in decoded.regions:
             decoded.regions[name].write(raw, told)
             raw = b""
-        response.raw_output_contents.append(raw)
-    return response.SerializeToString()
+        raws.append(raw)
+    return _joined(response.SerializeToString(), raws)
 
 
 def _decode_input(
@@ -250,6 +272,21 @@ def _decode_shared(
             field=field,
         )
     return decode(spec.datatype, shape, region.read(offset, size, field).data, tensor.name, field)
+
+
+def _check_shared_bytes(tensors: Sequence[v2.ModelInferRequest.InferInputTensor]) -> None:
+    size = sum(
+        [
+            max(0, _place(tensor.parameters, f"inputs[{index}].parameters")[2])
+            for index, tensor in enumerate(tensors)
+            if _REGION in tensor.parameters
+        ]
+    )
+    if size > MAX_REQUEST_BYTES:
+        raise ResourceExhaustedError(
+            f"inputs in shared memory take {size} bytes; those of a request have at most {MAX_REQUEST_BYTES}",
+            kind="too_large",
+        )
 
 
 def _check_count(
@@ -346,7 +383,7 @@ class _OutputRegion:
         self.offset = offset
         self.size = size
 
-    def write(self, raw: bytes, told: v2.ModelInferResponse.InferOutputTensor) -> None:
+    def write(self, raw: _Raw, told: v2.ModelInferResponse.InferOutputTensor) -> None:
         """Leaves the output there and says so. Raises InvalidArgumentError where it does not fit (any more)."""
         if len(raw) > self.size:
             raise InvalidArgumentError(

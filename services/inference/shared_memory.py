@@ -21,6 +21,8 @@ from services.runtime.errors import AlreadyExistsError, InvalidArgumentError, No
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies on Linux
 # Each region holds a file descriptor.
 MAX_REGIONS = 1024
+# Inputs of one request in shared memory, which are copied.
+MAX_REQUEST_BYTES = 1 << 30
 _LONGEST_NAME = 255
 # The kernel copies without the GIL, and a signal is answered between two slices.
 _SLICE = 16 << 20
@@ -61,10 +63,10 @@ class Region:
             done += count
         return data
 
-    def write(self, offset: int, data: bytes, field: str) -> None:
+    def write(self, offset: int, data: bytes | npt.NDArray[np.uint8], field: str) -> None:
         """Raises InvalidArgumentError where that part is not there (any more), ResourceExhaustedError without room."""
         self.check(offset, len(data), field)
-        view = memoryview(data)
+        view: Any = memoryview(data)  # type: ignore[arg-type]
         start = self.offset + offset
         # A write beyond the end would make the object larger again.
         if os.fstat(self.object.descriptor).st_size < start + len(data):

@@ -17,7 +17,7 @@ from services.inference.inline_runs import MOST_BYTES_IN
 from services.inference.load import Load
 from services.inference.memory_budget import ModelReplacedError
 from services.inference.model_store import ModelStore
-from services.inference.request import Decoded
+from services.inference.request import Decoded, names_shared_memory
 from services.inference.request_decoder import RequestDecoder
 from services.inference.request_queue import Waiting
 from services.inference.shared_memory import SharedMemory
@@ -201,6 +201,8 @@ class Worker:
                     or (work.deadline is not None and work.deadline <= time.monotonic())
                 ):
                     return None
+                if names_shared_memory(request):
+                    return None
                 requests.append(self._decoder.decode(request, held.model, work.trace_context))
         except Exception:
             return None  # the other way says which of them is wrong
@@ -239,7 +241,12 @@ class Worker:
             held = self.store.held.find(request.head.name, request.head.version)
             key = self._join_key(held, work.request_hash, request)
             batcher = held.batcher
-            if type(batcher) is not Batcher or held.resident is not None or (key and key in self._flights):
+            if (
+                type(batcher) is not Batcher
+                or held.resident is not None
+                or (key and key in self._flights)
+                or names_shared_memory(request)
+            ):
                 return self._begin_task(work, start)
             decoded = self._decoder.decode(request, held.model, work.trace_context)
             waiting = batcher.enqueue(decoded, work.deadline)
@@ -302,7 +309,7 @@ class Worker:
     ) -> Result:
         self.load.started()
         try:
-            if len(request.data) > LARGE_BYTES:
+            if len(request.data) > LARGE_BYTES or names_shared_memory(request):
                 decoded = await asyncio.to_thread(self._decoder.decode, request, held.model, trace_context)
             else:
                 decoded = self._decoder.decode(request, held.model, trace_context)

@@ -10,6 +10,7 @@ from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 
 from services.runtime.redis_url import RedisUrl, Topology
 
@@ -17,8 +18,17 @@ _SENTINEL_SECONDS = 0.5
 
 
 def options(connect_seconds: float) -> dict[str, Any]:
-    """Of every connection."""
-    return {"protocol": 3, "socket_connect_timeout": connect_seconds, "retry": Retry(NoBackoff(), 0)}
+    """Of every connection.
+
+    With notifications of maintenance, redis-py keeps a connection on which more was said than was asked, and then
+    takes every reply for that of a later command, for good.
+    """
+    return {
+        "protocol": 3,
+        "socket_connect_timeout": connect_seconds,
+        "retry": Retry(NoBackoff(), 0),
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
 
 
 def one_server(settings: Mapping[str, Any]) -> Redis:

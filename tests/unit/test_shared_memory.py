@@ -9,7 +9,7 @@ import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.request import decode_request, encode_response
-from services.inference.shared_memory import MAX_REGIONS, SharedMemory
+from services.inference.shared_memory import MAX_REGIONS, MAX_REQUEST_BYTES, SharedMemory
 from services.runtime.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from tests.unit.test_request import add_sub, load  # noqa: F401 - fixtures
 
@@ -167,3 +167,15 @@ def test_a_large_part_is_read_and_written_whole(file):
     region = memory.find("large", "field")
     region.write(0, data.tobytes(), "field")
     np.testing.assert_array_equal(region.read(0, data.nbytes, "field"), data)
+
+
+def test_a_request_takes_no_more_from_shared_memory_than_the_limit(model, file):
+    os.truncate(file, MAX_REQUEST_BYTES)  # sparse
+    memory = SharedMemory()
+    memory.register("region", f"/{file.name}", 0, MAX_REQUEST_BYTES)
+    made = v2.ModelInferRequest()
+    rows = MAX_REQUEST_BYTES // 16 + 1
+    for name in "ab":
+        place(made.inputs.add(name=name, datatype="FP32", shape=[rows, 2]), 0, 8 * rows)
+    with pytest.raises(ResourceExhaustedError, match=f"at most {MAX_REQUEST_BYTES}"):
+        decode_request(made, model, memory)

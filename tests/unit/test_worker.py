@@ -3,7 +3,9 @@
 import asyncio
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.model import OnnxModel
 from services.inference.model_store import ModelStore
 from services.inference.repository import Directory
+from services.inference.shared_memory import Region
 from services.inference.worker import Work, Worker
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LargeResult
@@ -286,3 +289,34 @@ async def test_a_large_response_is_the_models_own(worker):
     assert not isinstance(small, LargeResult)
     (expected,) = OnnxModel.run(model_of(worker), {"x": x}, ["y"])
     np.testing.assert_allclose(told(result), expected.ravel(), rtol=1e-5)
+
+
+async def test_shared_memory_is_read_on_a_thread(worker, monkeypatch):
+    """A few bytes of a request may stand for a gigabyte there."""
+    path = Path("/dev/shm") / f"ringmesh_test_{uuid.uuid4().hex}"
+    path.write_bytes(np.full((1, 64), 3, np.float32).tobytes())
+    threads = []
+    read = Region.read
+
+    def told_where(self, offset, size, field):
+        threads.append(threading.get_ident())
+        return read(self, offset, size, field)
+
+    monkeypatch.setattr(Region, "read", told_where)
+    try:
+        worker.memory.register("region", f"/{path.name}", 0, 256)
+        request = v2.ModelInferRequest(model_name="mlp")
+        tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 64])
+        tensor.parameters["shared_memory_region"].string_param = "region"
+        tensor.parameters["shared_memory_byte_size"].int64_param = 256
+        data = request.SerializeToString()
+        await worker.execute_all([work(2)])  # runs of such shapes are known to be quick
+        assert worker.execute_at_once([Work(data, b"", None, b"")]) is None
+        (enveloped,) = await worker.execute_all([Work(data, b"", None, b"")])
+        direct = await worker.execute(data, request_hash=b"", deadline=None)
+    finally:
+        path.unlink()
+    for result in (enveloped, direct):
+        np.testing.assert_allclose(told(result), answer(worker, 3)[0], rtol=1e-5)
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
