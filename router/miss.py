@@ -178,7 +178,8 @@ class _Miss:
     def _compute(self, deadline: float | None) -> None:
         call, parts = self._call, self._parts
         parts.quotas.take(call.caller)
-        asked = Asked(self._model, call.data, call.request_hash, call.request_hash, deadline, call.caller, call.trace)
+        # By its key: what was asked for before a purge is not joined after it.
+        asked = Asked(self._model, call.data, call.request_hash, self._key, deadline, call.caller, call.trace)
         dispatch = parts.dispatcher.begin(asked, self._computed)
         if self._answer is not None:
             self._dispatch = dispatch

@@ -411,7 +411,7 @@ class InferenceService:
                 data,
                 request_hash,
                 call.trace,
-                request_hash=request_hash,
+                request_hash=epochs.key(model.digest, model.name, request_hash) if request_hash else b"",
                 deadline=deadline,
                 caller=call.caller,
             )
@@ -440,7 +440,8 @@ class InferenceService:
             key = epochs.key(model.digest, model.name, call.request_hash) if call.request_hash else None
             return Computed(entry, key, "", model.freshness)
         # What is to be computed anew joins nothing on the worker either.
-        joins = call.request_hash if call.control is None or not call.control.no_cache else b""
+        may_join = call.request_hash and (call.control is None or not call.control.no_cache)
+        joins = epochs.key(model.digest, model.name, call.request_hash) if may_join else b""
         result, member = await self._dispatcher.run(
             model,
             call.data,

@@ -258,7 +258,7 @@ class World:
         allowed = set()
         if call.invalid:
             allowed.add(call.invalid)
-        elif call.timeout is not None and call.ended_ns - call.received_ns >= int(call.timeout * 1e9) - EPSILON_NS:
+        if call.timeout is not None and call.ended_ns - call.received_ns >= int(call.timeout * 1e9) - EPSILON_NS:
             allowed.add("DEADLINE_EXCEEDED")
         if call.control == "only-if-cached":
             allowed.add("FAILED_PRECONDITION")
