@@ -250,6 +250,16 @@ async def test_a_fault_of_ours_is_told_as_one_and_leaves_nothing_under_way():
     assert (router.requests.in_flight, KEY in router.mesh.flights) == (0, False)
 
 
+async def test_a_request_after_a_purge_joins_nothing_on_a_worker_that_began_before_it():
+    router = Router()
+    router.begin()
+    router.mesh.purges.epochs = Epochs({f"model:{MODEL.name}": 5})
+    router.begin()
+    before, after = router.fleet.asked
+    assert before.request_hash == KEY != after.request_hash
+    assert before.place == after.place == HASH
+
+
 async def test_it_is_asked_for_on_behalf_of_its_caller():
     router = Router()
     router.begin(caller=Caller("t", Priority.CRITICAL))
