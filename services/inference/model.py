@@ -146,18 +146,21 @@ class OnnxModel:
         return policy.reason or fixed
 
     def _why_no_row_cache(self) -> str:
-        """Raises ModelLoadError where it is asked for and cannot be."""
+        """Raises ModelLoadError where it is asked for and the configuration or the graph rules it out."""
         told = says(self._config, ROW_CACHE)
         if told is False:
             return "its config.pbtxt says so"
-        # The owner may know more of the rows of a request than that other callers' are to be kept out of its run.
+        # The rows of one request share runs also where requests do not.
         reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
         reason = reason or row_independence.not_proven(self.independence)
         if not reason and len(self.inputs) > len(self.required):
             reason = "it has optional inputs, which are for a whole run"
         if told and reason:
             raise ModelLoadError(f"cannot load {self._folder}: {ROW_CACHE} is true in its config.pbtxt, but {reason}")
-        return reason or ("" if told else row_independence.why_not_cached(self))
+        reason = reason or row_independence.why_not_cached(self, asked_for=told is True)
+        if told and reason:
+            log.warning("model %s: %s is true in its config.pbtxt, but %s", self.name, ROW_CACHE, reason)
+        return reason
 
     @property
     def batch_remark(self) -> str:
