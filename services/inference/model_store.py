@@ -19,6 +19,7 @@ from services.inference.decisions import Decision, Decisions, Overrides
 from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel, HeldModels
 from services.inference.inline_runs import InlineRuns
+from services.inference.machine_fault import machine_fault
 from services.inference.memory_budget import MemoryBudget, resident_memory
 from services.inference.model import ModelLoadError, OnnxModel
 from services.inference.repository import (
@@ -123,6 +124,8 @@ class ModelStore:
                         await self._load(name, decision.overrides if decision is not None else Overrides())
                 except RingmeshError as error:
                     log.error("%s", error.message)
+                    if isinstance(error, UnavailableError):
+                        self._loaded.pop(name, None)  # so that `poll` tries it again
         if not self._quarantined and not unloaded and not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
         # Last: what the process before left may have been of use.
@@ -155,6 +158,7 @@ class ModelStore:
         held = self.held.of(name)
         fresh: list[HeldModel] = []
         failures: dict[str, str] = {}
+        lacking = ""
         given: Entry | None = None
         try:
             if overrides.files:
@@ -164,7 +168,11 @@ class ModelStore:
                 try:
                     fresh.append(await self._open(version, held, pardon))
                 except ModelLoadError as error:
-                    failures[str(version.version)] = str(error)
+                    lacks = machine_fault(error)
+                    failures[str(version.version)] = f"{error} ({lacks})" if lacks not in str(error) else str(error)
+                    lacking = lacking or lacks
+            if lacking:
+                raise RepositoryUnavailableError("; ".join(failures.values()))
             if failures:
                 raise ConfigError("; ".join(failures.values()))
             if decision is not None:
@@ -409,12 +417,14 @@ def _check_name(name: str) -> None:
 
 
 def _load_error(name: str, error: Exception) -> RingmeshError:
+    """UnavailableError where the model may be loaded elsewhere or later: the fault is not its own."""
     if isinstance(error, OSError):
         return UnavailableError(f"failed to load {name!r}: cannot write its files: {error.strerror}")
     if isinstance(error, RingmeshError):
         return error
-    kind = UnavailableError if isinstance(error, RepositoryUnavailableError) else InvalidArgumentError
-    return kind(f"failed to load {name!r}: {error}", field="model_name")
+    if isinstance(error, RepositoryUnavailableError) or machine_fault(error):
+        return UnavailableError(f"failed to load {name!r}: {error}")
+    return InvalidArgumentError(f"failed to load {name!r}: {error}", field="model_name")
 
 
 def _remark(held: HeldModel) -> str:
