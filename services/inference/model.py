@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
@@ -29,10 +27,10 @@ from services.inference.config import (
     semantic_threshold,
 )
 from services.inference.repository import ModelFiles, data_file
+from services.inference.run_errors import run_error
 from services.inference.sessions import Sessions, first_line
 from services.inference.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
-from services.runtime import faults
-from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.tensors import decode
 
 log = logging.getLogger(__name__)
@@ -283,8 +281,8 @@ class OnnxModel:
         }
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and
-        ResourceExhaustedError where memory is short, and InternalError where the run fails otherwise."""
+        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and what `run_error`
+        makes of other failures."""
         if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
             raise InvalidArgumentError(
                 f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime "
@@ -303,19 +301,8 @@ class OnnxModel:
                     self.outputs[name].to_outer(array) if name in self.outputs else array
                     for name, array in zip(outputs, arrays, strict=True)
                 ]
-        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
         except Exception as error:
-            if wanted := _refused_memory(error):
-                raise ResourceExhaustedError(
-                    f"model {self.name!r} needs more memory for this request than this worker has: {wanted}",
-                    kind="memory",
-                ) from None
-            faults.internal(log, f"model {self.name} failed", error)
-            raise InternalError(
-                f"model {self.name!r} failed in ONNX Runtime ({type(error).__name__}); the worker's log has the cause",
-                kind="execution",
-            ) from None
+            raise run_error(self.name, error) from None
         return arrays
 
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
@@ -336,14 +323,6 @@ def metadata(
     for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
         field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
     return told
-
-
-def _refused_memory(error: Exception) -> str:
-    """What was asked for, where that is why it failed; "" where it is not."""
-    found = re.search(r"(?<=requested buffer of size )\d+", str(error))
-    if found is not None:
-        return f"{found[0]} bytes"
-    return str(error) if isinstance(error, MemoryError) or "bad_alloc" in str(error) else ""
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -164,7 +164,9 @@ def _open(key: str) -> _Object:
         opened = _Object(os.open(_FOLDER / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
         if lacks := machine_fault(error):
-            raise ResourceExhaustedError(f"cannot open the shared memory object {key!r}: {lacks}", field="key") from None
+            raise ResourceExhaustedError(
+                f"cannot open the shared memory object {key!r}: {lacks}", field="key"
+            ) from None
         raise NotFoundError(f"cannot open the shared memory object {key!r}: {error.strerror}", field="key") from None
     if not stat.S_ISREG(os.fstat(opened.descriptor).st_mode):
         raise InvalidArgumentError(f"{key!r} is not a POSIX shared memory object", field="key")
