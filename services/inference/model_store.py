@@ -276,7 +276,7 @@ class ModelStore:
             (held.model.name, str(held.model.version)): VersionState(
                 held.model.name,
                 str(held.model.version),
-                UNAVAILABLE if held.resident is not None and held.resident.failure else READY,
+                UNAVAILABLE if held.model.not_runnable or (held.resident and held.resident.failure) else READY,
                 _remark(held),
             )
             for held in self.held
@@ -430,9 +430,9 @@ def _load_error(name: str, error: Exception) -> RingmeshError:
 def _remark(held: HeldModel) -> str:
     """What is worth knowing of a model that is held."""
     model = held.model
-    if model.not_runnable:
-        routed = "a router runs its steps one by one if the fleet has them"
-        return f"this worker cannot run it whole: {model.not_runnable}; {routed}"
+    if isinstance(model, Ensemble) and model.not_runnable:
+        routed = "; a router runs its steps one by one if the fleet has them" if model.lacks_steps else ""
+        return f"this worker cannot run it whole: {model.not_runnable}{routed}"
     remarks = []
     if held.resident is not None and not held.resident.loaded:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")
