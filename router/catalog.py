@@ -27,8 +27,9 @@ class ModelEntry:
     request of more rows than `max_request_rows` is refused; 0: any number. With `hedged`, a slow attempt is made
     elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the
     cache. From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be
-    answered as a similar one was. `freshness` says how long answers are given; None: without end. `not_runnable` says
-    why nobody can run it, "" where somebody may.
+    answered as a similar one was. `freshness` says how long answers are given; None: without end. With
+    `limits_queue`, requests may fail while others run. `not_runnable` says why nobody can run it, "" where somebody
+    may.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelEntry:
     plan: Plan | None = None
     cache_steps: bool = False
     provider: str = ""
+    limits_queue: bool = False
     not_runnable: str = ""
 
     @property
@@ -179,6 +181,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         max_request_rows=model.max_request_rows,
         provider=model.provider,
         hedged=model.hedged,
+        limits_queue=model.limits_queue,
         semantic_threshold=model.semantic_threshold,
         semantic_embedding=model.semantic_embedding,
         freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,

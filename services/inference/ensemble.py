@@ -40,6 +40,7 @@ class Ensemble:
     """
 
     provider = "ensemble"
+    limits_queue = False
     row_cache = False
     batch_remark = "batched by its steps"
     semantic_threshold = 0.0
@@ -82,6 +83,7 @@ class Ensemble:
             made.lacks_steps, made.not_runnable = False, made._misfit()
         except NotFoundError as error:
             made._steps, made.lacks_steps, made.not_runnable = [], True, error.message
+        made.limits_queue = any(step.model.limits_queue for step in made._steps)
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
         reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
         made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)

@@ -22,6 +22,8 @@ from services.inference.config import (
     TENANT_SCOPE,
     ConfigError,
     ModelConfig,
+    batching,
+    limits_queue,
     milliseconds,
     says,
     semantic_threshold,
@@ -115,6 +117,7 @@ class OnnxModel:
         self.cacheable = not self.cacheable_reason
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
+        self.limits_queue = limits_queue(batching(self._config))
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
         self.stale_ms = milliseconds(self._config, CACHE_STALE)
         self.max_request_rows = self._config.max_batch_size
