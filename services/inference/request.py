@@ -245,7 +245,7 @@ def _decode_input(
             )
         _check_count(tensor, spec, shape, index)
         raw = raw_from_contents(tensor, f"inputs[{index}]")
-    elif tensor.HasField("contents"):
+    elif tensor.contents.ByteSize():
         raise InvalidArgumentError(
             f"input {name!r} has contents and raw_input_contents; it takes one", field=f"inputs[{index}].contents"
         )
@@ -256,7 +256,7 @@ def _decode_shared(
     tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, index: int, memory: SharedMemory
 ) -> npt.NDArray[Any]:
     shape = (*tensor.shape,)
-    if tensor.HasField("contents"):
+    if tensor.contents.ByteSize():
         raise InvalidArgumentError(
             f"input {tensor.name!r} has contents and is in shared memory; it takes one",
             field=f"inputs[{index}].contents",

@@ -126,6 +126,12 @@ def test_raw_and_typed_contents_together_are_refused(mlp):
     assert refused(made, mlp)[0] == "inputs[0].contents"
 
 
+def test_empty_contents_beside_raw_ones_are_as_none(mlp):
+    made = request(X)
+    made.inputs[0].contents.SetInParent()
+    assert decode_request(made, mlp).arrays["x"].shape == (1, 64)
+
+
 def test_an_input_without_any_data_is_refused(mlp):
     made = v2.ModelInferRequest()
     made.inputs.add(name="x", datatype="FP32", shape=[1, 64])
