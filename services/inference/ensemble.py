@@ -62,6 +62,7 @@ class Ensemble:
         except (ConfigError, EnsembleError) as error:
             raise ModelLoadError(f"{where}: {error}") from None
         self.required = tuple(self.inputs)
+        self.labels = self._own_labels = dict(files.labels)
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
@@ -80,6 +81,13 @@ class Ensemble:
             made.not_runnable = made._misfit()
         except NotFoundError as error:
             made._steps, made.not_runnable = [], error.message
+        # Those of its steps, where it has none of its own, as in Triton.
+        made.labels = {
+            tensor: held.model.labels[output]
+            for step, held in zip(made.plan.steps, made._steps, strict=False)
+            for output, tensor in step.outputs.items()
+            if tensor in made.outputs and output in held.model.labels
+        } | self._own_labels
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
         reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
         made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)

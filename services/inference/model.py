@@ -96,6 +96,7 @@ class OnnxModel:
             raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
         self.name = files.name
         self.version = files.version
+        self.labels = files.labels
         self._folder = files.folder
         sessions = self._sessions
         try:
@@ -252,11 +253,10 @@ class OnnxModel:
                 else config_pb2.ModelInstanceGroup.KIND_CPU
             )
             made.instance_group.add(name=f"{self.name}_0", kind=kind, count=1)
-        del made.input[:], made.output[:]
-        for spec in self.inputs.values():
-            made.input.add(optional=spec.optional, **self._declaration(spec))
-        for spec in self.outputs.values():
-            made.output.add(**self._declaration(spec))
+        for specs, tensors in ((self.inputs, made.input), (self.outputs, made.output)):
+            declared = {tensor.name: tensor for tensor in tensors}
+            for name, spec in specs.items():
+                self._declare(spec, declared[name] if name in declared else tensors.add(name=name))
         for name, reason in (
             ("batched", self.batch_reason),
             ("cached", self.cacheable_reason),
@@ -268,16 +268,16 @@ class OnnxModel:
         made.parameters["ringmesh_provider"].string_value = self.provider
         return made
 
-    def _declaration(self, spec: TensorSpec) -> dict[str, Any]:
-        """What a configuration says of an input or output: the batch is not in its dims."""
-        first = 1 if self.has_rows and not spec.optional else 0
-        reshape = None if spec.inner is None else config_pb2.ModelTensorReshape(shape=spec.inner[first:])
-        return {
-            "name": spec.name,
-            "data_type": CONFIG_TYPES[spec.datatype.name],
-            "dims": spec.shape[first:],
-            "reshape": reshape,
-        }
+    def _declare(self, spec: TensorSpec, tensor: config_pb2.ModelInput | config_pb2.ModelOutput) -> None:
+        """Completes what a configuration says of an input or output: the batch is not in its dims."""
+        tensor.data_type = CONFIG_TYPES[spec.datatype.name]
+        batched = self.has_rows and not spec.optional
+        if not tensor.dims and not tensor.HasField("reshape"):
+            tensor.dims[:] = spec.shape
+        if batched and len(tensor.dims) == len(spec.shape):
+            del tensor.dims[0]
+            if tensor.HasField("reshape"):
+                del tensor.reshape.shape[0]
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
@@ -24,6 +25,7 @@ VERSION = "version"
 _CHUNK_BYTES = 4 << 20
 # Of a file, in bytes, on the file systems of Linux.
 _LONGEST_NAME = 255
+_MAX_LABEL_BYTES = 16 << 20
 
 # Every file of a model: its path, its size, and what is another when its content is.
 Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
@@ -43,6 +45,7 @@ class ModelFiles:
 
     `origin` is its folder in the repository, for messages; `folder` is where it is read from. `content`: 32 bytes over
     all files, b"" until `hashed`. `private`: nobody but this installation writes the files, and never in place.
+    `labels`: of the classes of each output that has a label_filename, as they were read then.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ModelFiles:
     origin: Path
     content: bytes = b""
     private: bool = False
+    labels: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
 
     @property
     def model(self) -> Path:
@@ -93,10 +97,12 @@ class ModelFiles:
         return replace(self, content=hasher.digest())
 
     def digest(self, provider: str) -> bytes:
-        """16 bytes over name, version, content, the config, and the execution provider."""
+        """16 bytes over name, version, content, labels, the config, and the execution provider."""
         content = self.content or self.hashed().content
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
+        for labels in self.labels.values():
+            hasher.update(blake3(b"\n".join(labels)).digest())
         hasher.update(self.config.SerializeToString(deterministic=True))
         return hasher.digest(16)
 
@@ -221,6 +227,11 @@ def versions(
         file = _model_file(found_config)
         if not is_file_name(file):
             raise ConfigError(f"{folder}: default_model_filename is {file!r}; it names a file of the version's folder")
+        labels = {
+            output.name: _labels(folder, output.label_filename)
+            for output in found_config.output
+            if output.label_filename
+        }
         ensemble = found_config.HasField("ensemble_scheduling")
         found = {
             int(path.name): path
@@ -239,9 +250,25 @@ def versions(
         example = "1/" if ensemble else f"1/{file}"
         raise RepositoryError(f"no version of {name!r} to serve: {folder} has no version, such as {example}")
     return [
-        ModelFiles(name, version, found[version], found_config, origin=found[version], private=private)
+        ModelFiles(name, version, found[version], found_config, origin=found[version], private=private, labels=labels)
         for version in wanted
     ]
+
+
+def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
+    """The lines of a label file, which lies in the model's folder. Raises ConfigError."""
+    path = folder / name
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{folder}: label_filename is {name!r}; it names a file in the folder of the model")
+        with path.open("rb") as file:
+            data = file.read(_MAX_LABEL_BYTES + 1)
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{folder}: label_filename is {name!r}, which cannot be read: {cause}") from None
+    if len(data) > _MAX_LABEL_BYTES:
+        raise ConfigError(f"{folder}: label_filename is {name!r}, which has more than {_MAX_LABEL_BYTES} bytes")
+    return tuple(data.removeprefix(codecs.BOM_UTF8).splitlines())
 
 
 def _model_file(configured: ModelConfig) -> str:

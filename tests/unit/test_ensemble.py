@@ -163,6 +163,22 @@ async def test_a_replaced_step_is_another_digest_of_the_ensemble(tmp_path):
     assert "no model 'mlp'" in store.held.find("pipeline", "").model.not_runnable
 
 
+async def test_an_ensemble_has_its_own_labels_or_those_of_the_step_that_makes_the_output(tmp_path):
+    models.mlp(tmp_path)
+    folder = models.pipeline(tmp_path)
+    for labelled in ("doubled", "pipeline"):
+        (tmp_path / labelled / "labels.txt").write_text(labelled)
+    (tmp_path / "doubled/config.pbtxt").write_text('output { name: "b" label_filename: "labels.txt" }')
+    store = await store_of(tmp_path)
+    assert store.held.find("pipeline", "").model.labels == {"out": (b"doubled",)}
+    (tmp_path / "doubled/labels.txt").write_text("new")
+    await store.load("doubled")
+    assert store.held.find("pipeline", "").model.labels == {"out": (b"new",)}
+    edit(folder, 'name: "out"', 'name: "out" label_filename: "labels.txt"')
+    await store.load("pipeline")
+    assert store.held.find("pipeline", "").model.labels == {"out": (b"pipeline",)}
+
+
 async def test_unloading_with_dependents_takes_the_steps_along(tmp_path):
     models.mlp(tmp_path)
     models.pipeline(tmp_path)

@@ -118,15 +118,42 @@ def renumber(folder):
     (folder / "m" / "1").rename(folder / "m" / "2")
 
 
+def label(folder):
+    write_labels(folder / "m", 'label_filename: "labels.txt"', "cat")
+
+
 @pytest.mark.parametrize(
     "change",
-    [change_weights, add_external_data, add_config, say_what_is_the_default, rename, renumber],
+    [label, change_weights, add_external_data, add_config, say_what_is_the_default, rename, renumber],
 )
 def test_whatever_can_change_an_answer_changes_the_digest(tmp_path, change):
     write(tmp_path, "m", "1")
     before = digest(tmp_path)
     change(tmp_path)
     assert digest(tmp_path) != before
+
+
+def write_labels(folder, field, labels):
+    (folder / "config.pbtxt").write_text(f'output {{ name: "y" {field} }}')
+    (folder / "labels.txt").write_text(labels)
+
+
+def test_the_labels_are_part_of_the_digest(tmp_path):
+    write(tmp_path, "m", "1")
+    write_labels(tmp_path / "m", 'label_filename: "labels.txt"', "cat")
+    before = digest(tmp_path)
+    write_labels(tmp_path / "m", 'label_filename: "labels.txt"', "dog")
+    assert digest(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["none.txt", "../labels.txt", "/etc/hostname", "link", "1", "a\\000b"])
+def test_labels_that_are_not_of_the_models_folder_are_refused(tmp_path, name):
+    write(tmp_path, "m", "1")
+    write_labels(tmp_path / "m", f'label_filename: "{name}"', "cat")
+    (tmp_path / "labels.txt").touch()
+    (tmp_path / "m" / "link").symlink_to(tmp_path / "labels.txt")
+    with pytest.raises(RepositoryError, match="label_filename"):
+        versions(tmp_path, "m")
 
 
 def test_the_provider_is_part_of_the_digest(tmp_path):

@@ -294,6 +294,21 @@ def test_integers_too_large_for_a_float_are_ranked_exactly(load):
     assert classes == [f"{2**64 - 1}:2", f"{2**53 + 1}:1", f"{2**53}:0"]
 
 
+def test_classes_have_their_labels_as_triton_writes_them(tmp_path):
+    folder = models.identity(tmp_path, "fp32")
+    (folder.parent / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\nd:o g\n")
+    (folder.parent / "config.pbtxt").write_text('output { name: "y" label_filename: "labels.txt" }')
+    (files,) = versions(tmp_path, "identity_fp32")
+    model = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    classes = ["4.000000:3", "3.000000:2:d:o g", "2.000000:1", "1.000000:0:cat"]
+    assert top(model, "fp32", [[1, 2, 3, 4]], 4) == ([1, 4], classes)
+
+
+def test_more_classes_than_an_answer_may_have_strings_are_refused(load):
+    with pytest.raises(InvalidArgumentError, match="131072 at most"):
+        top(load(models.identity, "int8"), "int8", np.zeros((2, 1 << 17)), 1 << 17)
+
+
 def test_no_rows_have_no_classes(load):
     assert top(load(models.identity, "fp32"), "fp32", np.zeros((0, 3)), 2) == ([0, 2], [])
 
