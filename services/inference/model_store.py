@@ -324,6 +324,8 @@ class ModelStore:
         for kept in held:
             if kept.model.version == files.version and files.digest(kept.model.provider) == kept.model.own_digest:
                 return kept
+        if ignored := config.ignored_fields(files.config):
+            log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         if files.config.HasField("ensemble_scheduling"):
             ensemble = Ensemble(files)
             return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
@@ -350,8 +352,6 @@ class ModelStore:
             resident = await budget.add(files, [kept.resident for kept in held if kept.resident is not None])
             model = resident.model
         made = files.config
-        if ignored := config.ignored_fields(made):
-            log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         batcher = Batcher(
             model,
             self._executor,
