@@ -47,8 +47,8 @@ _OF_EXECUTION = frozenset(
     }
 )
 
-# Fields that change how a model is served here, or what callers are told of it, by path. A message that is listed stands
-# for all of its fields. Any other field that is set is reported at load.
+# Fields that change how a model is served here, or what callers are told of it, by path. A message that is listed
+# stands for all of its fields. Any other field that is set is reported at load.
 _ACTED_ON = frozenset(
     {
         *("name", "platform", "backend", "version_policy", "max_batch_size", "default_model_filename"),

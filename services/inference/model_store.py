@@ -216,20 +216,21 @@ class ModelStore:
         await self._drain(held)
 
     async def poll(self, seconds: float) -> None:
-        """Follows the repository: loads what changed, once it has stopped changing, and unloads what went."""
+        """Follows the repository: loads what changed, model by model once it stopped changing, and unloads what went."""
         before = self._loaded
         served = dict(before)
         while True:
             await asyncio.sleep(seconds)
             now = await asyncio.to_thread(self._source.fingerprint)
-            # A repository that cannot be read for a moment is not an empty one.
-            if now and now == before != served:
-                for name in sorted(now.keys() | served.keys()):
-                    if now.get(name) != served.get(name) and await self._follow(name, name in now):
-                        if name in now:
-                            served[name] = now[name]
-                        else:
-                            del served[name]
+            if not now:  # a repository that cannot be read for a moment is not an empty one
+                continue
+            for name in sorted(now.keys() | served.keys()):
+                settled = now.get(name) == before.get(name) != served.get(name)
+                if settled and await self._follow(name, name in now):
+                    if name in now:
+                        served[name] = now[name]
+                    else:
+                        del served[name]
             before = now
 
     async def _follow(self, name: str, exists: bool) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
@@ -17,10 +19,14 @@ from blake3 import blake3
 from services.inference import config
 from services.inference.config import ConfigError, ModelConfig
 
+log = logging.getLogger(__name__)
+
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
 # The version's folder in a snapshot.
 VERSION = "version"
+# Folders of a model beside its versions; Triton chooses among several configurations in the last.
+_NO_VERSIONS = ("initial_state", "warmup", "configs")
 
 _CHUNK_BYTES = 4 << 20
 # Of a file, in bytes, on the file systems of Linux.
@@ -150,8 +156,8 @@ def is_file_name(name: str) -> bool:
 
 
 def is_version(name: str) -> bool:
-    """Whether it can be the name of a version's folder: below 10^18 and, as in Triton, without leading zeros."""
-    return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
+    """Whether it can name a version's folder: from 1, below 10^18 and, as in Triton, without leading zeros."""
+    return re.fullmatch("[1-9][0-9]{0,17}", name) is not None
 
 
 class ModelSource(Protocol):
@@ -194,22 +200,33 @@ class Directory:
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size and time of change of every file, by model; {} where it cannot be read."""
+        """Path, size, time of change and inode of every file, by model; {} where it cannot be read."""
         try:
-            return {
-                name: frozenset(
-                    (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-                    for path in (self._folder / name).rglob("*")
-                    if path.is_file()
-                )
-                for name in self.names()
-            }
-        except (OSError, RepositoryError):
+            return {name: _fingerprint(self._folder / name) for name in self.names()}
+        except RepositoryError:
             return {}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """The folder itself."""
         return self._folder
+
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    """Of a model's files. Its folders may be links; links within those are not followed, as in `ModelFiles.parts`."""
+    found: set[tuple[str, int, int | str]] = set()
+    try:
+        for top in folder.iterdir():
+            walked = os.walk(top, onerror=_raise_unless_missing) if top.is_dir() else ()
+            for path in (top, *(Path(at, name) for at, _, names in walked for name in names)):
+                # It may be gone by now, as temporary files are.
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        found.add((str(path), status.st_size, f"{status.st_mtime_ns} {status.st_ino}"))
+    except OSError as error:
+        # Never twice the same, so it does not settle until it can be read.
+        return frozenset({(str(error), 0, time.monotonic_ns())})
+    return frozenset(found)
 
 
 def versions(
@@ -233,11 +250,14 @@ def versions(
             if output.label_filename
         }
         ensemble = found_config.HasField("ensemble_scheduling")
-        found = {
-            int(path.name): path
-            for path in folder.iterdir()
-            if is_version(path.name) and (path.is_dir() if ensemble else (path / file).is_file())
-        }
+        found: dict[int, Path] = {}
+        for path in sorted(folder.iterdir()):
+            if not path.is_dir() or path.name.startswith(".") or path.name in _NO_VERSIONS:
+                continue
+            if why_not := _why_no_version(path, "" if ensemble else file):
+                log.warning("model %s: the folder %s is ignored: %s", name, path.name, why_not)
+            else:
+                found[int(path.name)] = path
     except ConfigError as error:
         raise RepositoryError(str(error)) from None
     except OSError as error:
@@ -247,12 +267,24 @@ def versions(
         if found:
             there = ", ".join(map(str, sorted(found)))
             raise RepositoryError(f"no version of {name!r} to serve: version_policy selects none of {there}")
+        if not ensemble and (misplaced := sorted(path.name for path in folder.glob("*.onnx"))):
+            raise RepositoryError(
+                f"no version of {name!r} to serve: {folder / misplaced[0]} should be {name}/1/{file}, in a folder "
+                "named by the version"
+            )
         example = "1/" if ensemble else f"1/{file}"
         raise RepositoryError(f"no version of {name!r} to serve: {folder} has no version, such as {example}")
     return [
         ModelFiles(name, version, found[version], found_config, origin=found[version], private=private, labels=labels)
         for version in wanted
     ]
+
+
+def _why_no_version(folder: Path, file: str) -> str:
+    """Why a folder of a model is not one of its versions, which hold `file`; "" if it is."""
+    if not is_version(folder.name):
+        return "a version is a whole number from 1 to 18 digits, without leading zeros"
+    return f"it has no {file}" if file and not (folder / file).is_file() else ""
 
 
 def _labels(folder: Path, name: str) -> tuple[bytes, ...]:

@@ -184,6 +184,32 @@ async def test_polling_follows_the_repository(tmp_path):
     polling.cancel()
 
 
+class Noisy(Directory):
+    """`add_sub` has a log that is written to all the time."""
+
+    polls = 0
+
+    def fingerprint(self):
+        self.polls += 1
+        found = super().fingerprint()
+        return found | {"add_sub": found["add_sub"] | {("train.log", self.polls, "")}}
+
+
+async def test_a_model_that_keeps_changing_does_not_keep_others_from_being_followed(tmp_path):
+    models.mlp(tmp_path, seed=0)
+    models.add_sub(tmp_path)
+    made = ModelStore(Noisy(tmp_path), open_model, EXECUTOR)
+    await made.load_all()
+    before, noisy = await answer(made), made.held.find("add_sub", "")
+    polling = asyncio.create_task(made.poll(0.02))
+    models.mlp(tmp_path, seed=1)
+    async with asyncio.timeout(20):
+        while await answer(made) == before:
+            await asyncio.sleep(0.01)
+    assert made.held.find("add_sub", "") is noisy
+    polling.cancel()
+
+
 def warm_up(folder, inputs):
     sample = f'name: "w" batch_size: 2 count: 3 inputs {{ key: "x" value {{ {inputs} }} }}'
     (folder.parent / "config.pbtxt").write_text(f"max_batch_size: 8 model_warmup {{ {sample} }}")

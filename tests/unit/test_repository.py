@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from services.inference.repository import Directory, RepositoryError, versions
@@ -58,6 +61,70 @@ def test_why_no_version_is_served_is_said(tmp_path, config, said):
     (tmp_path / "a" / "config.pbtxt").write_text(config)
     with pytest.raises(RepositoryError, match=said):
         versions(tmp_path, "a")
+
+
+def test_each_folder_that_is_no_version_is_ignored_with_one_warning(tmp_path, caplog):
+    ignored = ("0", "01", "99999999999999999999", "-1", "1abc", "latest", "\u0663", "3")
+    for version in ("1", "2", *ignored, "warmup", "initial_state", "configs", ".git"):
+        write(tmp_path, "a", version)
+    (tmp_path / "a" / "3" / "model.onnx").unlink()
+    (tmp_path / "a" / "config.pbtxt").write_text("version_policy { all {} }")
+    assert numbers(tmp_path, "a") == [1, 2]
+    told = [record.getMessage() for record in caplog.records]
+    assert sorted(told) == sorted(
+        f"model a: the folder {name} is ignored: "
+        + (
+            "it has no model.onnx"
+            if name == "3"
+            else "a version is a whole number from 1 to 18 digits, without leading zeros"
+        )
+        for name in ignored
+    )
+
+
+def link(path, target):
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def test_a_version_that_is_a_link_is_followed_by_the_fingerprint(tmp_path):
+    for release in ("one", "two"):
+        write(tmp_path / "releases", release, ".", data=release.encode())
+        os.utime(tmp_path / "releases" / release / "model.onnx", (1, 1))
+    models = tmp_path / "models"
+    (models / "a").mkdir(parents=True)
+    link(models / "a" / "1", tmp_path / "releases/one")
+    link(models / "b", models / "a")
+    before = Directory(models).fingerprint()
+    assert len(before["a"]) == len(before["b"]) == 1
+    link(models / "a" / "1", tmp_path / "releases/two")
+    after = Directory(models).fingerprint()
+    assert before["a"] != after["a"]
+    write(tmp_path / "releases", "two", ".", data=b"2nd")
+    assert len({before["a"], after["a"], Directory(models).fingerprint()["a"]}) == 3
+
+
+def test_a_model_that_cannot_be_read_does_not_settle_and_the_others_do(tmp_path, monkeypatch):
+    write(tmp_path, "a", "1")
+    write(tmp_path, "b", "1")
+    iterdir = Path.iterdir
+
+    def refused(self):
+        if self.name == "a":
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    one, other = (Directory(tmp_path).fingerprint() for _ in range(2))
+    assert one["b"] == other["b"]
+    assert one["a"] != other["a"]
+
+
+def test_where_a_model_file_without_a_version_belongs_is_said(tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "net.onnx").touch()
+    with pytest.raises(RepositoryError, match=r"no version of 'flat' to serve.*net\.onnx should be flat/1/model\.onnx"):
+        versions(tmp_path, "flat")
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "a/1", ""])
