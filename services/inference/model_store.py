@@ -216,7 +216,7 @@ class ModelStore:
         await self._drain(held)
 
     async def poll(self, seconds: float) -> None:
-        """Follows the repository: loads what changed, model by model once it stopped changing, and unloads what went."""
+        """Follows the repository: loads what changed, model by model, once it is settled, and unloads what went."""
         before = self._loaded
         served = dict(before)
         while True:
