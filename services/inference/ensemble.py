@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from services.inference.request import Decoded, prepare
 from services.inference.tensor_spec import declared_spec
 from services.runtime import ensemble
 from services.runtime.ensemble import EnsembleError
-from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError
+from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 
 Array = npt.NDArray[Any]
 
@@ -62,7 +62,8 @@ class Ensemble:
         except (ConfigError, EnsembleError) as error:
             raise ModelLoadError(f"{where}: {error}") from None
         self.required = tuple(self.inputs)
-        self.labels = self._own_labels = dict(files.labels)
+        self._own_labels = dict(files.labels)
+        self.labels: Mapping[str, Sequence[bytes]] = self._own_labels
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
@@ -79,7 +80,7 @@ class Ensemble:
         try:
             made._steps = [models.find(step.model, step.version) for step in self.plan.steps]
             made.not_runnable = made._misfit()
-        except NotFoundError as error:
+        except (NotFoundError, UnavailableError) as error:
             made._steps, made.not_runnable = [], error.message
         # Those of its steps, where it has none of its own, as in Triton.
         made.labels = {

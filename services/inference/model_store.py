@@ -25,6 +25,7 @@ from services.inference.repository import (
     Fingerprint,
     ModelFiles,
     ModelSource,
+    NoSuchModelError,
     RepositoryError,
     RepositoryUnavailableError,
 )
@@ -47,6 +48,8 @@ READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 MAX_FAILURES = 1000
 _MAX_FAILED_VERSIONS = 20
 _LONGEST_REASON = 1000
+# The reason of what was taken out by request; a caller is told that there is no such model.
+_UNLOADED = "unloaded"
 _STATE_BYTES = 1 << 30
 
 
@@ -116,7 +119,7 @@ class ModelStore:
             decision = await asyncio.to_thread(self.decisions.get, name)
             if decision is not None and not decision.loaded:
                 unloaded = True
-                self._failed(name, {"": "unloaded"})
+                self._failed(name, {"": _UNLOADED})
             elif name in names or (decision is not None and decision.overrides.files):
                 try:
                     async with self._changing:
@@ -170,7 +173,9 @@ class ModelStore:
             if decision is not None:
                 await asyncio.to_thread(self.decisions.keep, name, decision)
         except (RepositoryError, ConfigError, OSError, RingmeshError) as error:
-            self._failed(name, failures or {"": str(error)})
+            # A model that is nowhere did not fail, and neither did one that only the request has.
+            is_none = isinstance(error, NoSuchModelError) or (decision is not None and given is not None and not held)
+            self._failed(name, {} if is_none else failures or {"": str(error)})
             await self._drain(model for model in fresh if model not in held)
             raise _load_error(name, error) from None
         finally:
@@ -209,10 +214,11 @@ class ModelStore:
                 await asyncio.to_thread(self.decisions.keep, gone, decision)
                 await self._take_out(gone)
 
-    async def _take_out(self, name: str) -> None:
+    async def _take_out(self, name: str, *, deleted: bool = False) -> None:
         held = self.held.of(name)
         self._switch(name, [])
-        self._failed(name, {str(model.model.version): "unloaded" for model in held} or {"": "unloaded"})
+        unloaded = {str(model.model.version): _UNLOADED for model in held} or {"": _UNLOADED}
+        self._failed(name, {} if deleted else unloaded)
         await self._drain(held)
 
     async def poll(self, seconds: float) -> None:
@@ -242,8 +248,8 @@ class ModelStore:
                     pass  # the repository has no say
                 elif exists:
                     await self._load(name, decision.overrides if decision is not None else Overrides())
-                elif self.held.of(name):
-                    await self._take_out(name)
+                else:
+                    await self._take_out(name, deleted=True)
             except RingmeshError as error:
                 log.error("%s", error.message)
                 return not isinstance(error, UnavailableError)
@@ -251,20 +257,24 @@ class ModelStore:
 
     def _failed(self, name: str, reasons: Mapping[str, str]) -> None:
         """Remembers for the index why versions are not served; {}: all are."""
-        self._failures.pop(name, None)
+        before = self._failures.pop(name, {})
         if reasons:
             first = [*reasons.items()][:_MAX_FAILED_VERSIONS]
-            self._failures[name] = {version: reason[:_LONGEST_REASON] for version, reason in first}
+            self._failures[name] = {version: _printable(reason[:_LONGEST_REASON]) for version, reason in first}
             if len(self._failures) > MAX_FAILURES:
                 self._failures.popitem(last=False)
                 self.failures_dropped += 1
+        if before != self._failures.get(name, {}):
+            self._refresh()
 
     async def index(self) -> list[VersionState]:
-        """Every model in the repository, loaded or not, by name and version."""
+        """Every model in the repository, loaded or not, by name and version, and what is held without it."""
         try:
             names = set(await asyncio.to_thread(self._source.names))
+            # Others that failed or were unloaded have been deleted since.
+            failures = {name: self._failures[name] for name in self._failures if name in names | self.decisions.brought}
         except RepositoryError:
-            names = set()
+            names, failures = set(), dict(self._failures)
         states = {
             (held.model.name, str(held.model.version)): VersionState(
                 held.model.name,
@@ -274,8 +284,8 @@ class ModelStore:
             )
             for held in self.held
         }
-        for name, failures in self._failures.items():
-            for version, reason in failures.items():
+        for name, versions in failures.items():
+            for version, reason in versions.items():
                 known = states.get((name, version))
                 if known is not None and known.state == READY:  # the old one serves, the new one does not
                     states[name, version] = VersionState(
@@ -389,11 +399,18 @@ class ModelStore:
         return UNWATCHED if self._journal is None else self._journal.watch(files.digest(""))
 
     def _refresh(self) -> None:
-        """Another set of the same models: one was loaded or unloaded."""
-        self.held = HeldModels(self.held)
+        """Another set of the same models: one was loaded into memory or unloaded, or failed to."""
+        self._hold(self.held)
 
     def _switch(self, name: str, models: list[HeldModel]) -> None:
-        self.held = HeldModels([*(held for held in self.held if held.model.name != name), *models])
+        self._hold([*(held for held in self.held if held.model.name != name), *models])
+
+    def _hold(self, models: Iterable[HeldModel]) -> None:
+        reasons = {
+            name: {version: reason for version, reason in versions.items() if reason != _UNLOADED}
+            for name, versions in self._failures.items()
+        }
+        self.held = HeldModels(models, {name: versions for name, versions in reasons.items() if versions})
 
     async def _drain(self, models: Iterable[HeldModel]) -> None:
         for held in models:
@@ -402,6 +419,11 @@ class ModelStore:
             await held.batcher.close()
             if held.snapshot is not None:
                 await asyncio.to_thread(held.snapshot.close)
+
+
+def _printable(text: str) -> str:
+    """In one line, whatever a file holds that the text quotes."""
+    return "".join([letter if letter.isprintable() else " " for letter in text])
 
 
 def _check_name(name: str) -> None:

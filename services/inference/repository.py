@@ -41,6 +41,10 @@ class RepositoryError(Exception):
     """The repository cannot be served; the message names the folder and what is missing."""
 
 
+class NoSuchModelError(RepositoryError):
+    """It has no model of that name."""
+
+
 class RepositoryUnavailableError(RepositoryError):
     """It cannot be read now, and may be later."""
 
@@ -147,7 +151,7 @@ def _raise_unless_missing(error: OSError) -> None:
 
 def is_name(name: str) -> bool:
     """Whether it can be the name of a model, which is that of a folder."""
-    return not name.startswith(".") and is_file_name(name)
+    return not name.startswith(".") and name.isprintable() and is_file_name(name)
 
 
 def is_file_name(name: str) -> bool:
@@ -192,7 +196,7 @@ class Directory:
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
         try:
-            found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+            found = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_name(path.name))
         except OSError as error:
             raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
         if not found:
@@ -238,7 +242,7 @@ def versions(
     """
     folder = repository / name
     if not (is_name(name) and folder.is_dir()):
-        raise RepositoryError(f"no model {name!r} in {repository}: there is no such folder")
+        raise NoSuchModelError(f"no model {name!r} in {repository}: there is no such folder")
     try:
         found_config = config.read(folder / CONFIG_FILE, name) if override is None else override
         file = _model_file(found_config)

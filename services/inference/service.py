@@ -17,6 +17,7 @@ from services.inference.ensemble import Ensemble
 from services.inference.held_models import HeldModel
 from services.inference.worker import Work, Worker
 from services.runtime import faults, protocol, w3c, wire
+from services.runtime.absent_model import Failures
 from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.infer_request import request_id
@@ -42,6 +43,9 @@ from services.runtime.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
 
+# Of failed loads, in a description; the index has them all.
+_MOST_FAILURES = 1000
+_LONGEST_REASON = 300
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
@@ -71,7 +75,7 @@ class InferenceService:
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
         try:
             held = self._worker.store.held.find(request.name, request.version)
-        except NotFoundError:
+        except (NotFoundError, UnavailableError):
             return v2.ModelReadyResponse(ready=False)
         return v2.ModelReadyResponse(ready=not held.model.not_runnable)
 
@@ -218,6 +222,7 @@ class EnvelopeService:
             envelope_socket=self.socket,
             port=self.port,
             decisions=[self._decided(model) for model in decided],
+            failed=[] if known else _failed(self._held.failures),
         )
 
     def _decided(self, model: str) -> inference_pb2.ModelDecision:
@@ -262,6 +267,16 @@ class EnvelopeService:
         return inference_pb2.LoadReport(
             requests=load.requests, estimated_wait_us=int(load.estimated_wait * 1e6), version=self._version
         )
+
+
+def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
+    """What a router is told of models that failed to load."""
+    told = [
+        inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
+        for name, versions in failures.items()
+        for version, reason in versions.items()
+    ]
+    return told[:_MOST_FAILURES]
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:

@@ -115,7 +115,7 @@ def edit(folder, old, new):
         ('key: "b"', 'key: "z"', "no output 'z'"),
         ('"in" data_type: TYPE_FP32', '"in" data_type: TYPE_INT8', "takes 'x' as FP32, and tensor 'in' is INT8"),
         ('name: "out" data_type: TYPE_FP32', 'name: "out" data_type: TYPE_INT8', "'out' is FP32.*says INT8"),
-        ('model_name: "doubled"', 'model_name: "nobody"', "no model 'nobody'"),
+        ('model_name: "doubled"', 'model_name: "nobody"', "'nobody' is not found"),
         ('model_name: "doubled"', 'model_name: "pipeline"', "is an ensemble; a step must be a model"),
     ],
 )
@@ -160,7 +160,7 @@ async def test_a_replaced_step_is_another_digest_of_the_ensemble(tmp_path):
     await store.load("mlp")
     assert store.held.find("pipeline", "").model.digest != before.digest
     await store.unload("mlp")
-    assert "no model 'mlp'" in store.held.find("pipeline", "").model.not_runnable
+    assert "'mlp' is not found" in store.held.find("pipeline", "").model.not_runnable
 
 
 async def test_an_ensemble_has_its_own_labels_or_those_of_the_step_that_makes_the_output(tmp_path):

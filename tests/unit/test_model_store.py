@@ -10,7 +10,7 @@ from services.inference.model_store import READY, UNAVAILABLE, ModelStore, Overr
 from services.inference.repository import Directory, RepositoryError
 from services.inference.request import decode_request
 from services.inference.shared_memory import SharedMemory
-from services.runtime.errors import InvalidArgumentError, NotFoundError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from tests import models
 from tests.system.test_cache import fresh
 
@@ -102,6 +102,52 @@ async def test_an_unloaded_model_is_not_found_and_can_be_loaded_again(tmp_path):
         await made.unload("mlp")
     await made.load("mlp")
     assert await states(made) == [("add_sub", "1", READY), ("mlp", "1", READY)]
+
+
+async def test_a_model_that_failed_to_load_is_unavailable_with_the_reason(tmp_path):
+    models.add_sub(tmp_path)
+    (models.mlp(tmp_path) / "model.onnx").write_bytes(b"bro\x01ken")
+    made = await store(tmp_path)
+    with pytest.raises(UnavailableError, match=r"version 1 of model 'mlp' failed to load.*model\.onnx"):
+        made.held.find("mlp", "1")
+    models.mlp(tmp_path)
+    await made.load("mlp")
+    assert made.held.find("mlp", "").loaded
+    assert made.held.failures == {}
+    await made.unload("mlp")
+    with pytest.raises(NotFoundError):
+        made.held.find("mlp", "")
+
+
+async def test_a_reason_is_one_line_of_text_whatever_the_file_holds(tmp_path):
+    models.add_sub(tmp_path)
+    (models.mlp(tmp_path).parent / "config.pbtxt").write_text('name: "a\\001\\nb"')
+    made = await store(tmp_path)
+    (reason,) = made.held.failures["mlp"].values()
+    assert reason.isprintable()
+
+
+async def test_a_deleted_model_leaves_the_index(tmp_path):
+    for make in (models.mlp, models.add_sub, models.random):
+        make(tmp_path)
+    (tmp_path / "random/1/model.onnx").write_bytes(b"broken")
+    made = await store(tmp_path)
+    await made.unload("mlp")
+    for name in ("mlp", "random"):
+        shutil.rmtree(tmp_path / name)
+    assert await states(made) == [("add_sub", "1", READY)]
+    polling = asyncio.create_task(made.poll(0.01))
+    models.random(tmp_path)
+    async with asyncio.timeout(20):
+        while not made.held.of("random"):
+            await asyncio.sleep(0.01)
+    shutil.rmtree(tmp_path / "random")
+    async with asyncio.timeout(20):
+        while made.held.of("random"):
+            await asyncio.sleep(0.01)
+    polling.cancel()
+    assert await states(made) == [("add_sub", "1", READY)]
+    assert made.held.failures == {}
 
 
 async def test_one_broken_model_does_not_keep_the_others_from_serving(tmp_path):
