@@ -20,7 +20,7 @@ from services.runtime import faults, protocol, w3c, wire
 from services.runtime.absent_model import Failures
 from services.runtime.calls import Calls
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
-from services.runtime.infer_request import request_id
+from services.runtime.infer_request import model_name, request_id
 from services.runtime.large_result import LargeResult, Result, message_of, pieces_of
 from services.runtime.load_report import LoadReport
 from services.runtime.protocol import lane_handler
@@ -95,6 +95,8 @@ class InferenceService:
             deadline=deadline,
             trace_context=bytes.fromhex(trace.trace_id + trace.span_id),
         )
+        if self._tracer.ratios:
+            self._tracer.sample(trace, model_name(data))
         if trace.sampled or result.HasField("failure"):
             name, failure = protocol.full_name(method), result.failure
             attributes = protocol.span_attributes(method, failure.code)

@@ -176,6 +176,15 @@ def test_trace_and_log_settings_are_read_and_changed(client):
     changed = client.update_trace_settings(settings={"trace_rate": "10"}).settings
     assert changed["trace_rate"].value == ["10"]
     assert client.update_trace_settings(settings={"trace_level": ["OFF"]}).settings["trace_level"].value == ["OFF"]
+    own = client.update_trace_settings("mlp", settings={"trace_rate": "7"}).settings
+    assert own["trace_rate"].value == ["7"]
+    assert client.get_trace_settings("mlp").settings["trace_rate"].value == ["7"]
+    assert client.get_trace_settings("add_sub").settings["trace_level"].value == ["OFF"]
+    assert client.get_trace_settings().settings["trace_level"].value == ["OFF"]
+    cleared = client.update_trace_settings("mlp", settings={"trace_rate": None}).settings
+    assert cleared["trace_level"].value == ["OFF"]
+    with pytest.raises(InferenceServerException, match="nobody"):
+        client.get_trace_settings("nobody")
     with pytest.raises(InferenceServerException, match="trace_colour"):
         client.update_trace_settings(settings={"trace_colour": "red"})
     assert client.get_log_settings().settings["log_info"].bool_param

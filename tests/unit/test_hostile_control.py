@@ -111,7 +111,7 @@ def served(tmp_path_factory):
             {
                 **ModelControl(made).handlers(),
                 **SharedMemoryControl(SharedMemory()).handlers(),
-                **LiveSettings(tracer).handlers(),
+                **LiveSettings(tracer, lambda model: made.held.find(model, "")).handlers(),
             },
         )
         runner.run(made.close())
