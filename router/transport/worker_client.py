@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # One envelope at work on the worker, one on the way: it never waits for us.
 DEPTH = 2
+# Where each request has an envelope of its own. An engine takes 1,024 calls at once on a connection, of all models.
+DEPTH_ALONE = 256
 MAX_ITEMS = 64
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
@@ -70,15 +72,28 @@ class NotSentError(LinkClosedError):
 
 
 class Work:
-    """One request on its way. `deadline` is in time.monotonic."""
+    """One request on its way. `deadline` is in time.monotonic.
 
-    __slots__ = ("deadline", "request", "request_hash", "traceparent")
+    An envelope is answered when all in it are. `is_alone`: it leaves in an envelope of its own, since its answer may
+    come before those of others that are sent with it.
+    """
 
-    def __init__(self, request: bytes, request_hash: bytes, deadline: float | None, traceparent: str) -> None:
+    __slots__ = ("deadline", "is_alone", "request", "request_hash", "traceparent")
+
+    def __init__(
+        self,
+        request: bytes,
+        request_hash: bytes,
+        deadline: float | None,
+        traceparent: str,
+        *,
+        is_alone: bool = False,
+    ) -> None:
         self.request = request
         self.request_hash = request_hash
         self.deadline = deadline
         self.traceparent = traceparent
+        self.is_alone = is_alone
 
 
 # A RingmeshError is of our own making: its time was up, or it could not be sent.
@@ -261,7 +276,8 @@ class WorkerLink:
 
     def _send(self, lane: _Lane) -> None:
         lane.sending = False
-        while lane.under_way < DEPTH and (items := self._next_envelope(lane)):
+        depth = DEPTH_ALONE if lane.waiting and lane.waiting[0].work.is_alone else DEPTH
+        while lane.under_way < depth and (items := self._next_envelope(lane)):
             envelope = _Envelope(lane, items)
             try:
                 cancel = self._begin(envelope)
@@ -293,7 +309,7 @@ class WorkerLink:
             sent = waiting[0]
             work = sent.work
             size += len(work.request)
-            if items and size > MAX_BYTES:
+            if items and (size > MAX_BYTES or work.is_alone):
                 break
             waiting.popleft()
             if sent.done is None:

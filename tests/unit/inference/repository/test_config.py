@@ -2,7 +2,16 @@ import pytest
 from google.protobuf import message_factory
 
 from services.inference.execution import execution
-from services.inference.repository.config import NOTHING, ConfigError, ModelConfig, ignored_fields, parse, read
+from services.inference.repository.config import (
+    NOTHING,
+    ConfigError,
+    ModelConfig,
+    batching,
+    ignored_fields,
+    limits_queue,
+    parse,
+    read,
+)
 
 # Of Triton's fields those that are reported, as docs/models.md lists them.
 IGNORED = {
@@ -146,3 +155,25 @@ def test_a_mistake_is_named_with_the_file(tmp_path, text, words):
 
 def test_no_file_is_no_configuration(tmp_path):
     assert read(tmp_path / "config.pbtxt", "m") is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("policy", "limited"),
+    [
+        ("", False),
+        ("default_timeout_microseconds: 5", True),
+        ("default_timeout_microseconds: 5 timeout_action: DELAY", False),
+        ("allow_timeout_override: true", True),
+        ("max_queue_size: 5 timeout_action: DELAY", True),
+    ],
+)
+@pytest.mark.parametrize(
+    "field",
+    [
+        "default_queue_policy {{ {} }}",
+        "priority_levels: 2 default_priority_level: 1 priority_queue_policy {{ key: 2 value {{ {} }} }}",
+    ],
+)
+def test_a_queue_is_limited_where_a_request_may_fail_while_others_run(field, policy, limited):
+    config = parse(f"dynamic_batching {{ {field.format(policy)} }}", "config.pbtxt", "m")
+    assert limits_queue(batching(config)) is limited
