@@ -270,8 +270,8 @@ def warm_up(folder, inputs):
 async def test_a_model_is_warmed_up_before_it_takes_traffic(tmp_path, monkeypatch):
     warm_up(models.mlp(tmp_path), "data_type: TYPE_FP32 dims: [64] random_data: true")
     runs = []
-    run = OnnxModel.run
-    monkeypatch.setattr(OnnxModel, "run", lambda self, i, o: runs.append(i["x"].shape) or run(self, i, o))
+    compute = OnnxModel.compute
+    monkeypatch.setattr(OnnxModel, "compute", lambda self, i, o: runs.append(i["x"].shape) or compute(self, i, o))
     await store(tmp_path)
     assert runs[-3:] == [(2, 64)] * 3  # after those of the probes
 
