@@ -219,11 +219,11 @@ class OnnxModel:
         known = self.inputs | self.hidden_inputs
         for sample in self._config.model_warmup:
             try:
-                if unknown := [name for name in sample.inputs if name not in known]:
+                if unknown := sorted(name for name in sample.inputs if name not in known):
                     raise ConfigError(f"it gives input {unknown[0]!r}; the model has {', '.join(map(repr, known))}")
                 if missing := [n for n in (*self.required, *self.hidden_inputs) if n not in sample.inputs]:
                     raise ConfigError(f"it gives no input {missing[0]!r}, which the model needs")
-                inputs = {name: self._warm_up_input(known[name], sample) for name in sample.inputs}
+                inputs = {name: self._warm_up_input(known[name], sample) for name in sorted(sample.inputs)}
                 for _ in range(sample.count or 1):
                     self.compute(inputs, list(self.outputs))
             except Exception as error:

@@ -37,7 +37,7 @@ class Probed(Protocol):
     max_batch_rows: int
     max_request_rows: int
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
+    def compute(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
         """The named outputs."""
 
 
