@@ -106,6 +106,25 @@ def test_a_broken_version_leaves_the_old_one_serving_and_the_index_says_why(clie
     assert "model.onnx" in reason
 
 
+def test_a_model_that_failed_to_load_is_unavailable_with_the_reason_until_it_is_deleted(client, repository):
+    folder = repository / "broken/1"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.raises(InferenceServerException, match="failed to load 'broken'"):
+            client.load_model("broken")
+        with pytest.raises(InferenceServerException, match=r"model 'broken' failed to load: .*model\.onnx") as caught:
+            answer(client, model="broken")
+        assert "UNAVAILABLE" in caught.value.status()
+        assert not client.is_model_ready("broken")
+    shutil.rmtree(repository / "broken")
+    assert not any(name == "broken" for name, _ in index(client))
+    with pytest.raises(InferenceServerException, match="failed to load 'broken'"):
+        client.load_model("broken")
+    with pytest.raises(InferenceServerException, match="'broken' is not found"):
+        answer(client, model="broken")
+
+
 def test_an_unloaded_model_is_gone_and_comes_back(client):
     client.unload_model("mlp")
     assert not client.is_model_ready("mlp")
