@@ -373,7 +373,7 @@ def test_simple_grpc_model_control(client):
     client.unload_model("simple")
     assert not client.is_model_ready("simple")
     # INTERNAL there, with "failed to poll from model repository".
-    with pytest.raises(InferenceServerException, match=r"should be <version>/<name>") as caught:
+    with pytest.raises(InferenceServerException, match="should be <version>/<name>") as caught:
         client.load_model("simple", config="{}", files={"file:" + "A" * 256: b"a"})
     assert "INVALID_ARGUMENT" in caught.value.status()
     assert client.is_server_live()

@@ -327,10 +327,12 @@ class ModelStore:
             return repository.versions(folder, name, configured, private=self._source.private)
         if configured is None:
             raise ConfigError("files are given without a config parameter, which they need")
+        label_files = {output.label_filename for output in configured.output}
         for path, data in overrides.files.items():
-            version, _, file = path.partition("/")
-            if not repository.is_version(version) or not repository.is_file_name(file):
-                raise ConfigError(f"a file is called {path!r}; it should be <version>/<name>")
+            version, _, file = path.rpartition("/")
+            of_labels = path in label_files and not version
+            if not (repository.is_version(version) or of_labels) or not repository.is_file_name(file):
+                raise ConfigError(f"a file is called {path!r}; it should be <version>/<name>, or a label_filename")
             (scratch / name / version).mkdir(parents=True, exist_ok=True)
             (scratch / name / version / file).write_bytes(data)
         return repository.versions(scratch, name, configured, private=True)

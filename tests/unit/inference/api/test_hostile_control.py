@@ -139,6 +139,7 @@ WRONG = {
     "a version of 5,000 digits": ("RepositoryModelLoad", with_file("9" * 5000 + "/model.onnx")),
     "a version of other digits": ("RepositoryModelLoad", with_file("\u0661/model.onnx")),
     "a model with NUL": ("RepositoryModelLoad", load("a\0b", {})),
+    "a model with a line break": ("RepositoryModelLoad", load("a\nb", {})),
     "a model whose name is too long": ("RepositoryModelLoad", load("x" * 300, {})),
     "a configuration nested deeply": ("RepositoryModelLoad", with_config('{"a":' * 5000)),
     "protobuf text nested deeply": ("RepositoryModelLoad", with_config("input {" * 5000)),

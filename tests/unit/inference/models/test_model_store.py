@@ -195,6 +195,9 @@ async def test_a_load_may_bring_its_own_files(tmp_path):
     await made.load("mlp", Overrides(config='{"backend": "onnxruntime"}', files={"7/model.onnx": data}))
     assert made.held.versions("mlp") == ["7"]
     assert await answer(made) != before
+    labelled = '{"output": [{"name": "y", "label_filename": "y.txt"}]}'
+    await made.load("mlp", Overrides(config=labelled, files={"7/model.onnx": data, "y.txt": b"cat"}))
+    assert made.held.find("mlp", "").model.labels == {"y": (b"cat",)}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,8 @@ async def test_a_load_may_bring_its_own_files(tmp_path):
         Overrides(files={"1/model.onnx": b""}),
         Overrides(config="{}", files={"1/../../x": b""}),
         Overrides(config="{}", files={"one/model.onnx": b""}),
+        Overrides(config="{}", files={"y.txt": b""}),
+        Overrides(config='{"output": [{"name": "y", "label_filename": "../y"}]}', files={"../y": b""}),
     ],
 )
 async def test_a_load_with_wrong_overrides_changes_nothing(tmp_path, overrides):

@@ -27,6 +27,9 @@ def test_models_are_folders(tmp_path):
     write(tmp_path, "a", "1")
     (tmp_path / "README").touch()
     (tmp_path / ".git").mkdir()
+    # No message can name these.
+    (tmp_path / "line\nbreak").mkdir()
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
     assert Directory(tmp_path).names() == ["a", "b"]
 
 
