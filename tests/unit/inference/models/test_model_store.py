@@ -241,6 +241,22 @@ async def test_polling_follows_the_repository(tmp_path):
     polling.cancel()
 
 
+async def test_polling_follows_a_version_that_is_a_link(tmp_path):
+    releases = [models.mlp(tmp_path / f"release-{seed}", seed=seed) for seed in (0, 1)]
+    version = tmp_path / "models/mlp/1"
+    version.parent.mkdir(parents=True)
+    version.symlink_to(releases[0])
+    made = await store(tmp_path / "models")
+    before = await answer(made)
+    polling = asyncio.create_task(made.poll(0.02))
+    version.with_name("new").symlink_to(releases[1])
+    version.with_name("new").replace(version)
+    async with asyncio.timeout(20):
+        while await answer(made) == before:
+            await asyncio.sleep(0.01)
+    polling.cancel()
+
+
 class Noisy(Directory):
     """`add_sub` has a log that is written to all the time."""
 
@@ -291,6 +307,18 @@ async def test_a_warm_up_that_fails_keeps_the_version_from_serving(tmp_path, inp
     (line,) = [line for line in await made.index() if line.name == "mlp"]
     assert line.state == UNAVAILABLE
     assert "model_warmup 'w'" in line.reason
+
+
+async def test_what_is_not_acted_on_is_logged_once_for_models_and_ensembles(tmp_path, caplog):
+    folder = models.mlp(tmp_path)
+    models.pipeline(tmp_path, parameters='metric_tags { key: "a" value: "b" }')
+    (folder.parent / "config.pbtxt").write_text("instance_group { passive: true } instance_group { passive: true }")
+    await store(tmp_path)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "model mlp/1: set but not acted on: instance_group.passive",
+        "model pipeline/1: set but not acted on: metric_tags",
+    ]
 
 
 async def test_the_index_says_why_a_model_is_not_cached_and_whether_it_is_batched(tmp_path):
