@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from services.inference.repository.repository import is_file_name
 from services.runtime.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from services.runtime.machine_fault import machine_fault
+from services.runtime.machine.machine_fault import machine_fault
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies on Linux
 # Each region holds a file descriptor.

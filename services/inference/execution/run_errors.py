@@ -15,7 +15,7 @@ import onnxruntime
 from services.inference.execution.sessions import first_line
 from services.runtime import faults
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError, RingmeshError
-from services.runtime.machine_fault import machine_fault
+from services.runtime.machine.machine_fault import machine_fault
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from services.runtime.errors import (
     RingmeshError,
     UnavailableError,
 )
-from services.runtime.machine_fault import machine_fault
+from services.runtime.machine.machine_fault import machine_fault
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository.repository import Directory, RepositoryError
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
-from services.runtime.machine_fault import machine_fault
+from services.runtime.machine.machine_fault import machine_fault
 from tests import models
 from tests.system.test_cache import fresh
 
