@@ -23,6 +23,8 @@ from tritonclient.utils import InferenceServerException
 from tests import triton_models
 from tests.system import processes
 
+pytestmark = pytest.mark.both_engines
+
 SIXTEEN = np.arange(16, dtype=np.int32).reshape(1, 16)
 ONES = np.ones((1, 16), np.int32)
 
