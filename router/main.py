@@ -22,6 +22,7 @@ from router.dispatcher import Dispatcher
 from router.fleet import Fleet, Locality
 from router.fleet_metrics import FleetMetrics
 from router.operator_service import OperatorService
+from router.path import RequestPath
 from router.replies import Replies
 from router.request_metrics import RequestMetrics
 from router.retry_budget import RetryBudget
@@ -72,7 +73,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
-    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
+    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
+    inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
         **LiveSettings(tracer).handlers(),
@@ -109,7 +111,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         CacheMetrics(mesh, evictions),
         audit,
         hasher,
-        inference,
+        path,
         tracer,
         request_log,
     )

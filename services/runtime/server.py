@@ -85,10 +85,10 @@ def _create(
         except ImportError:
             log.warning("pygrpc-native has no wheel here; serving with grpcio, which is slower")
         else:
-            lanes = {
-                f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
+            paths = {
+                f"/{service.name}/{method}": path for service in services for method, path in service.fast_paths.items()
             }
-            native = FastLaneServer(options, lanes, max_unread_bytes)
+            native = FastLaneServer(options, paths, max_unread_bytes)
             return native, native.backlog, lambda handler: handler
     answers = _GrpcioAnswers(max_unread_bytes)
     return grpc.aio.server(options=options), answers.backlog, answers.bounded

@@ -17,16 +17,17 @@ from router.discovery import AnnouncedWorkers
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.membership import Listing
+from router.path import RequestPath
 from router.replies import Replies
 from router.request_metrics import RequestMetrics
 from router.retry_budget import RetryBudget
-from router.service import InferenceService
 from router.settings import RouterSettings
 from router.tail_latency import TailLatency
 from services.runtime import faults
+from services.runtime.driver import Driver
 from services.runtime.load_report import LoadReport
 from services.runtime.request_log import RequestLog
-from services.runtime.rpc import Answer, Failure, failure
+from services.runtime.rpc import failure
 from services.runtime.spans import Process as TracedProcess
 from services.runtime.supervisor import BACKGROUND
 from services.runtime.tracing import Tracer
@@ -95,12 +96,9 @@ class SimRouter:
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
         cost = Cost(Prices(0.0, 0.0), requests, fleet, lambda: mesh.local.counters.bytes, time.monotonic)
         replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
-        self.inference = InferenceService(
-            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit
-        )
+        self.path = RequestPath(fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit)
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()
-        self.lane = self.inference.service(lambda: True, {}).lanes["ModelInfer"]
         self.evictions = Evictions(mesh.local)
         mesh.purges.on_news = self._ask_again
         mesh.start()
@@ -122,37 +120,25 @@ class SimRouter:
     def receive(self, call):
         """A call of a caller came, as FastLaneServer takes it: `call.ended` hears the answer."""
         call.cancel_at_router = None
-        lane = self.lane
-        try:
-            admitted = lane.admit(call.data, call.metadata)
-        except Exception as error:
-            admitted = failure(faults.internal(log, "a lane failed", error))
-        if isinstance(admitted, Answer | Failure):
-            self._end(call, admitted)
-            return
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
         try:
-            cancel = lane.start(admitted, deadline, lambda answer: self._end(call, answer))
+            coroutine = self.path.infer(call.data, call.metadata, deadline)
+            coroutine.send(None)
+        except StopIteration as end:
+            self._end(call, end.value)
         except Exception as error:
-            self._end(call, failure(faults.internal(log, "a lane failed", error)))
-            return
-        if cancel is not None:
-            call.cancel_at_router = cancel
-            return
-        task = asyncio.get_running_loop().create_task(self._finish(call, admitted, deadline))
-        call.cancel_at_router = task.cancel
-
-    async def _finish(self, call, admitted, deadline):
-        try:
-            answer = await self.lane.finish(admitted, deadline)
-        except asyncio.CancelledError:
-            return
-        except Exception as error:
-            answer = failure(faults.internal(log, "a lane failed", error))
-        self._end(call, answer)
+            self._end(call, failure(faults.told(log, "a fast path failed", error)))
+        else:
+            driver = Driver(coroutine, lambda outcome: self._end(call, outcome))
+            call.cancel_at_router = driver.cancel
+            driver.start(deadline)
 
     def _end(self, call, answer):
         call.cancel_at_router = None
+        if isinstance(answer, asyncio.CancelledError):
+            return
+        if isinstance(answer, Exception):
+            answer = failure(faults.told(log, "a fast path failed", answer))
         call.answered_by_router(answer)
         if answer.afterwards is not None:
             try:

@@ -5,7 +5,7 @@ import pytest
 from cache.entry import Entry
 from cache.freshness import Freshness, tightest
 from cache.local_tier import LocalTier
-from cache.mesh import Mesh, Renewal
+from cache.mesh import Mesh
 from cache.peer_regions import PeerRegions
 from cache.purge_board import PurgeBoard
 from cache.refusals import Refusals
@@ -95,7 +95,7 @@ async def test_a_renewal_that_fails_however_it_may_gives_its_lease_back():
     async def compute():
         raise ValueError("nobody foresaw it")
 
-    mesh.renew(key, Entry(b"old", 1), Renewal(Freshness(1000, 0), compute))
+    mesh.renew(key, Entry(b"old", 1), compute)
     async with asyncio.timeout(5):
         while not mesh.renewals.counts["failed"]:
             await asyncio.sleep(0)

@@ -19,8 +19,9 @@ from router.worker_link import (
 )
 from services.inference.envelope_socket import EnvelopeSocket
 from services.inference.worker import Work as Received
-from services.runtime.protocol import lane_handler
-from services.runtime.rpc import Answer, Lane, Service, unary
+from services.runtime.driver import ON_LOOP
+from services.runtime.protocol import fast_path_handler
+from services.runtime.rpc import Answer, Service, unary
 from services.runtime.server import Engine, Server
 from tests.system.processes import free_address
 
@@ -36,7 +37,7 @@ class Worker:
         self.says = inference_pb2.DescribeResponse(port=int(self.address.rpartition(":")[2]), version=1)
         self.local = EnvelopeSocket(str(folder), self, LARGEST, lambda code: None)
         handlers = {
-            "Execute": lane_handler(self.lane(b"tcp")),
+            "Execute": fast_path_handler(self.execute(b"tcp")),
             "Describe": unary(inference_pb2.DescribeRequest, self.describe),
         }
         self.server = Server(
@@ -51,13 +52,15 @@ class Worker:
         self.describes = asyncio.Event()
         self.describes.set()
 
-    def lane(self, way):
-        async def finish(request, deadline):
+    def execute(self, way):
+        async def execute(data, metadata, deadline):
+            request = inference_pb2.ExecuteRequest.FromString(data)
+            await ON_LOOP
             await self.gate.wait()
             results = [inference_pb2.WorkResult(response=way) for _ in request.items]
             return Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ())
 
-        return Lane(lambda data, metadata: inference_pb2.ExecuteRequest.FromString(data), finish)
+        return execute
 
     def admit(self, data):
         items = inference_pb2.ExecuteRequest.FromString(data).items
