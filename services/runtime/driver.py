@@ -125,6 +125,7 @@ class Driver:
         self._is_running = True
         self._waits_for = None
         coroutine = self._coroutine
+        outcome: Any
         try:
             while True:
                 waits_for = coroutine.send(None) if error is None else coroutine.throw(error)
@@ -132,27 +133,27 @@ class Driver:
                 if error is None and waits_for is not ON_LOOP:
                     break
         except StopIteration as end:
-            self._end(end.value)
+            outcome = end.value
         except DeadlinePassed:
-            self._end(DeadlineExceededError("the deadline passed before the answer was computed"))
+            outcome = DeadlineExceededError("the deadline passed before the answer was computed")
         except (Exception, asyncio.CancelledError) as raised:
-            self._end(raised)
+            outcome = raised
         else:
             self._is_running = False
             self._wait(waits_for)
+            return
+        self._end(outcome)
 
     def _wait(self, awaited: object) -> None:
-        if awaited is None:  # asyncio.sleep(0)
-            awaited = object()
-            asyncio.get_running_loop().call_soon(self.resume, awaited)
-            self._waits_for = awaited
-            return
         self._waits_for = awaited
         if isinstance(awaited, Promise):
             awaited.add(self)
         elif isinstance(awaited, asyncio.Future):
             awaited._asyncio_future_blocking = False
             awaited.add_done_callback(self.resume)
+        elif awaited is None:  # asyncio.sleep(0)
+            self._waits_for = turn = object()
+            asyncio.get_running_loop().call_soon(self.resume, turn)
         else:
             self._step(RuntimeError(f"a driven coroutine cannot await {awaited!r}"))  # compiled: once
 

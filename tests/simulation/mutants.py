@@ -34,13 +34,12 @@ MUTANTS = {
             )
         ]
     },
-    # An exception after a flight had begun left it, and all that joined it, without an end.
+    # An unexpected exception in a flight left it, and all that joined it, without an end.
     "flight": {
-        "router.miss": [
+        "services.runtime.single_flight": [
             (
-                "        try:\n            self._start(deadline)\n        except Exception as error:\n"
-                "            self._fail(error)\n",
-                "        self._start(deadline)\n",
+                "partial(self.end, key, led)",
+                "lambda end: isinstance(end, ArithmeticError) or self.end(key, led, end)",
             )
         ]
     },

@@ -149,10 +149,10 @@ async def test_at_its_deadline_it_ends_and_releases_what_it_holds():
 async def test_one_that_ends_in_time_has_no_timer_left():
     promise = Promise()
     one = Driven(awaited(promise), time.monotonic() + 60)
-    timer = one.driver._timer if hasattr(one.driver, "_timer") else None
+    timer = one.driver._timer
     promise.settle(7)
     assert one.outcome == 7
-    assert timer is None or timer.cancelled()
+    assert timer.cancelled()
 
 
 async def test_a_lock_of_asyncio_is_passed_on_by_one_whose_deadline_passes():
