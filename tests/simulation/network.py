@@ -9,10 +9,10 @@ from asyncio import events
 
 import grpc
 
-from router.grpc_channel import CONNECT_SECONDS, CallError
-from router.local_channel import LocalChannel
+from router.transport.grpc_channel import CONNECT_SECONDS, CallError
+from router.transport.local_channel import LocalChannel
 from services.runtime.driver import Driver
-from services.runtime.rpc import Failure
+from services.runtime.rpc.rpc import Failure
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY
 

@@ -8,9 +8,9 @@ import pytest
 
 from services.runtime.driver import ON_LOOP
 from services.runtime.errors import ResourceExhaustedError
-from services.runtime.fast_lane import FastLaneServer
-from services.runtime.protocol import fast_path_handler
-from services.runtime.rpc import Answer
+from services.runtime.oip.protocol import fast_path_handler
+from services.runtime.rpc.fast_lane import FastLaneServer
+from services.runtime.rpc.rpc import Answer
 
 NAME = "test.FastPaths"
 

@@ -1,0 +1,156 @@
+"""Semantic matches: for models that say so, a request may get the answer to a similar one, compared as vectors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from cache.keys.epochs import Epochs
+from cache.keys.keys import RequestHasher
+from cache.mesh import Found, Mesh
+from cache.semantic.semantic_tier import SemanticTier
+from cache.tiers.entry import Entry
+from router.balancing.catalog import ModelEntry
+from router.dispatch.attempts import Workers
+from router.request.call import Call
+from router.request.local_answers import takes
+from services.runtime.errors import RingmeshError
+from services.runtime.oip.tensors import DATATYPES, raw_from_contents
+
+log = logging.getLogger(__name__)
+
+_VECTORS = frozenset({"FP16", "FP32", "FP64"})
+
+Vector = npt.NDArray[Any]
+
+
+class Question(NamedTuple):
+    """`vector` is all of the input; `request` is the rest, which must be equal in requests that are compared."""
+
+    vector: Vector
+    request: v2.ModelInferRequest
+
+
+class SemanticMatches:
+    """Finds answers to similar requests. `embed` runs a serialized request of an embedding model for a call."""
+
+    def __init__(
+        self, mesh: Mesh, hasher: RequestHasher, fleet: Workers, embed: Callable[[bytes, Call], Awaitable[Entry]]
+    ) -> None:
+        self._mesh = mesh
+        self._hasher = hasher
+        self._fleet = fleet
+        self._embed = embed
+        self._tier = SemanticTier(mesh.shared)
+
+    async def find(
+        self, call: Call, model: ModelEntry, epochs: Epochs, find_exact: Callable[[], Awaitable[Found]]
+    ) -> Found:
+        """The answer to a request near enough, else what `find_exact` finds."""
+        asked = await self._asked(call, model)
+        if asked is None:
+            return await find_exact()
+        asks, space = asked
+        tenant = call.tenant if model.tenant_scoped else None
+        (kind,) = self._hasher.hash_rows(asks.request, [[b""] * len(asks.request.inputs)], model.outputs, tenant)
+        group = model.digest + kind + space + epochs.version.to_bytes(8, "little")
+        found = await self._find_similar(call, model, group, asks)
+        if found is None:
+            found = await find_exact()
+            self._tier.add(group, asks.vector, call.key)
+        return found
+
+    async def _asked(self, call: Call, model: ModelEntry) -> tuple[Question, bytes] | None:
+        """What it asks, and the digest of the embedding model that says so, b"" without one.
+
+        None where it is no single vector; also where the embedding failed: then it is computed, as it would be anyway.
+        """
+        request = v2.ModelInferRequest.FromString(call.data)
+        if not model.semantic_embedding:
+            asked = question(request)
+            return None if asked is None else (asked, b"")
+        data = to_embed(request, model.semantic_embedding)
+        if data is None:
+            return None
+        try:
+            space = self._fleet.view.catalog.find(model.semantic_embedding, "").digest
+            answer = await self._embed(data, call)
+        except RingmeshError as error:
+            log.info("model %s: what is similar is not known: %s", model.name, error.message)
+            return None
+        asked = embedded(request, answer.value)
+        return None if asked is None else (asked, space)
+
+    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: Question) -> Found | None:
+        """The answer to a request near enough; but the right one where the shared tier has it."""
+        near = await self._tier.nearest(group, asked.vector, model.semantic_threshold)
+        if near is None or near.key == call.key:
+            return None
+        exact = await self._mesh.look_up(call.key, call.trace)
+        if exact is not None and takes(None, model, exact):
+            return Found(exact, "hit-shared")
+        entry = await self._mesh.find(near.key)
+        if entry is None or not takes(None, model, entry):
+            return None
+        return Found(entry, "hit-semantic", similarity=near.similarity)
+
+
+def question(request: v2.ModelInferRequest) -> Question | None:
+    """Takes the data out of `request`. None unless it has one input of floating-point numbers, in one row."""
+    if len(request.inputs) != 1:
+        return None
+    tensor = request.inputs[0]
+    raw = request.raw_input_contents[0] if request.raw_input_contents else raw_from_contents(tensor)
+    vector = _vector(tensor.datatype, tensor.shape, raw)
+    if vector is None:
+        return None
+    _clear(request)
+    return Question(vector, request)
+
+
+def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
+    """The same inputs, asked of an embedding model; None unless they are one row."""
+    if not request.inputs or any(tensor.shape and tensor.shape[0] != 1 for tensor in request.inputs):
+        return None
+    asked = v2.ModelInferRequest(model_name=model, inputs=request.inputs)
+    asked.raw_input_contents.extend(request.raw_input_contents)
+    return asked.SerializeToString()
+
+
+def embedded(request: v2.ModelInferRequest, answer: bytes) -> Question | None:
+    """By the embedding model's first output. None unless that is one vector of floating-point numbers.
+
+    Takes the data out of `request`, and the shapes, which differ with the length of a text.
+    """
+    response = v2.ModelInferResponse.FromString(answer)
+    if not response.outputs or not response.raw_output_contents:
+        return None
+    output = response.outputs[0]
+    vector = _vector(output.datatype, output.shape, response.raw_output_contents[0])
+    if vector is None:
+        return None
+    _clear(request)
+    for tensor in request.inputs:
+        del tensor.shape[:]
+    return Question(vector, request)
+
+
+def _vector(datatype: str, shape: Any, raw: bytes) -> Vector | None:
+    if datatype not in _VECTORS or (len(shape) > 1 and shape[0] != 1):
+        return None
+    kind = DATATYPES[datatype]
+    if len(raw) != kind.itemsize * np.prod(shape, dtype=np.int64):
+        return None
+    return np.frombuffer(raw, kind.dtype)
+
+
+def _clear(request: v2.ModelInferRequest) -> None:
+    del request.raw_input_contents[:]
+    for tensor in request.inputs:
+        tensor.ClearField("contents")
+    request.ClearField("id")

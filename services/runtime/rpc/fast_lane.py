@@ -1,0 +1,315 @@
+"""Fast paths on the native engine: calls without asyncio tasks, most of them answered on the thread that receives them.
+
+pygrpc-native's asyncio server makes a task and a context for every call, about as much work as a cache hit itself.
+Here each call of a batch starts its coroutine on the receiving thread. What ends there is answered there, and the rest
+goes to the event loop in one wake-up. Measured in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` recurses without end
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
+
+from services.runtime import faults
+from services.runtime.driver import Driver
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.machine import cores
+from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
+from services.runtime.rpc.rpc import (
+    PUSHBACK,
+    Answer,
+    Failure,
+    FastPath,
+    Metadata,
+    check_metadata,
+    failure,
+    status_details,
+)
+
+log = logging.getLogger(__name__)
+
+_BATCH = 64
+_FLUSH_SECONDS = 0.1
+# What answers leave to be done waits so long: a wake-up, and a change of the GIL's holder, costs more than most of it.
+_AFTERWARDS_SECONDS = 0.02
+# How soon, and at least how often, a stream whose client does not read is tried again.
+_RETRY_SECONDS = 0.001
+_LONGEST_RETRY_SECONDS = 0.05
+# A call that waits for the event loop: its coroutine, its id, its deadline in time.monotonic, and the caller's address.
+_Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], int, float | None, str]"
+
+
+class FastLaneServer(native.Server):
+    """`pygrpc_native.aio.server()` with fast paths by method, on some of its private names that our tests hold."""
+
+    def __init__(
+        self, options: list[tuple[str, Any]], paths: Mapping[str, FastPath], max_unread_bytes: int = MAX_UNREAD_BYTES
+    ) -> None:
+        # On two cores a second one only takes turns with Python.
+        super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
+        # They say what was sent of calls that have ended.
+        self._front_args["metrics"] = True
+        self.backlog = Backlog(max_unread_bytes, self._sent_bytes)
+        self._unary: frozenset[str] = frozenset()
+        self._paths = paths
+        self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
+        self._path_of: list[FastPath | None] = []
+        self._draining = False
+        # What answers leave to be done, until the event loop is told.
+        self._afterwards: deque[Callable[[], None]] = deque()
+        self._is_told = False
+        # What cancels each call of a fast path that is under way, by id.
+        self._under_way: dict[int, Callable[[], object]] = {}
+        # Of a server that stops: none of them is left.
+        self._idle = asyncio.Event()
+        # CPU time of the receiving thread.
+        self.lane_seconds = 0.0
+
+    async def start(self) -> None:
+        """Serves."""
+        await super().start()
+        self._path_of = [self._paths.get(path) for path, _ in self._table]
+        self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)
+
+    async def stop(self, grace: float | None) -> None:
+        """Turns new calls away, waits for those under way, and closes only when their answers have left."""
+        self._draining = True
+        tasks = [call.task for call in self._calls.values() if call.task is not None]
+        if self._fallback is not None:
+            tasks.append(asyncio.create_task(self._fallback.stop(grace)))
+        tasks.append(asyncio.create_task(self._be_idle()))
+        await asyncio.wait(tasks, timeout=grace or 0)
+        tasks[-1].cancel()
+        # Closing takes with it what the engine has not yet written to its sockets; it has no way to wait for that.
+        await asyncio.sleep(_FLUSH_SECONDS)
+        for call_id, cancel in list(self._under_way.items()):
+            cancel()
+            self._end(call_id, "", Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ()))
+        await super().stop(0)
+
+    async def _be_idle(self) -> None:
+        if self._under_way:
+            await self._idle.wait()
+
+    def _fail(self, call: Any, context: Any, details: str | None) -> None:
+        context._trailing_metadata = _sendable(context._trailing_metadata)
+        super()._fail(call, context, details)
+
+    def _sent_bytes(self) -> int:
+        """Bytes of unary answers that have left, or whose callers left first."""
+        front = self._front
+        methods = (front.metrics() or {}).get("methods", {}) if front is not None else {}
+        return sum(
+            status["sent"]["sum"]
+            for path, method in methods.items()
+            if path in self._unary
+            for status in method["status"].values()
+        )
+
+    async def _run_unary(self, call: Any, context: Any, request: Any) -> None:
+        ok, response = await self._unary_response(call, context, request)
+        data = self._encode(call, context, response) if ok else None
+        if data is not None:
+            initial = None if context._initial_metadata is None else list(context._initial_metadata)
+            self._respond(call.call_id, call.peer, data, list(context._trailing_metadata), initial)
+
+    def _respond(
+        self, call_id: int, peer: str, body: bytes, trailing: Metadata, initial: Metadata | None = None
+    ) -> None:
+        front, backlog = self._front, self.backlog
+        assert front is not None
+        if not backlog.admit(peer, len(body)):
+            refused = backlog.refusal()
+            front.fail(
+                call_id, refused.code.value[0], refused.message, trailing_metadata=_sendable(status_details(refused))
+            )
+        elif not front.respond(call_id, body, initial, trailing):
+            backlog.withdraw(peer, len(body))
+
+    def _answer(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
+        front = self._front
+        assert front is not None
+        if isinstance(answer, Answer):
+            self._respond(call_id, peer, answer.body, answer.trailing)
+        else:
+            front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=_sendable(answer.trailing))
+
+    async def _send(self, call: Any, context: Any, response: Any) -> bool:
+        # The engine would hold one of the process's few threads for each client that does not read.
+        front = self._front
+        assert front is not None
+        data = self._encode(call, context, response)
+        if data is None:
+            return False
+        context._initial_sent = True
+        pause = _RETRY_SECONDS
+        while (sent := await self._try_send(front, call.call_id, data)) == STREAM_FULL:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
+        return bool(sent != STREAM_CLOSED)
+
+    @staticmethod
+    async def _try_send(front: NativeGrpcFront, call_id: int, data: bytes) -> Any:
+        if len(data) > LARGE_BYTES:
+            return await asyncio.to_thread(front.stream_try_send, call_id, data)
+        return front.stream_try_send(call_id, data)
+
+    def _dispatch(self) -> None:
+        """On the engine's receiving thread: a hit answered here spares it and the event loop a wake-up each."""
+        front, loop = self._front, self._loop
+        assert front is not None
+        assert loop is not None
+        while (events := front.recv_batch_details(_BATCH)) is not None:
+            suspended, rest = self._start_fast_paths(events)
+            self.lane_seconds = time.thread_time()
+            try:
+                if suspended or rest:
+                    loop.call_soon_threadsafe(self._take, suspended, rest)
+                if self._afterwards and not self._is_told:
+                    self._is_told = True
+                    loop.call_soon_threadsafe(loop.call_later, _AFTERWARDS_SECONDS, self._do_afterwards)
+            except RuntimeError:
+                # The loop was closed without stop().
+                for coroutine, *_ in suspended:
+                    coroutine.close()
+                front.close()
+                return
+
+    def _start_fast_paths(self, events: list[tuple[Any, ...]]) -> tuple[list[_Suspended], list[tuple[Any, ...]]]:
+        """Answers what it can; returns calls that continue on the event loop, and events that have no fast path."""
+        suspended: list[_Suspended] = []
+        rest = []
+        paths, largest = self._path_of, self._largest
+        now = time.monotonic()
+        for event in events:
+            kind, call_id, method_id, payload, _, details = event
+            path = paths[method_id] if kind == EVENT_CALL and paths else None
+            if path is None or self._draining or len(payload) > largest:
+                rest.append(event)
+                continue
+            metadata, peer, remaining = details
+            answer: Answer | Failure
+            try:
+                check_metadata(metadata)
+                deadline = None if remaining is None else now + remaining
+                coroutine = path(payload, metadata, deadline)
+                coroutine.send(None)
+            except StopIteration as end:
+                answer = end.value
+            except Exception as error:
+                answer = failure(faults.told(log, "a fast path failed", error))
+            else:
+                suspended.append((coroutine, call_id, deadline, peer))
+                continue
+            if isinstance(answer, Answer) and answer.is_large:
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._send_large, call_id, peer, answer)
+                continue
+            self._answer(call_id, peer, answer)
+            if answer.afterwards is not None:
+                self._afterwards.append(answer.afterwards)
+        return suspended, rest
+
+    def _do_afterwards(self) -> None:
+        """Some of it at a time, so that it holds up neither the event loop nor, by the GIL, the receiving thread."""
+        assert self._loop is not None
+        for _ in range(_BATCH):
+            if not self._afterwards:
+                # In this order: what comes between the two is told again.
+                self._is_told = False
+                break
+            try:
+                self._afterwards.popleft()()
+            except Exception as error:
+                faults.internal(log, "what an answer left to be done failed", error)
+        if self._afterwards:
+            self._is_told = True
+            self._loop.call_soon(self._do_afterwards)
+
+    def _take(self, suspended: list[_Suspended], events: list[tuple[Any, ...]]) -> None:
+        """On the event loop."""
+        front = self._front
+        assert front is not None
+        if self._draining:
+            for coroutine, call_id, _, _ in suspended:
+                coroutine.close()
+                front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
+            for event in events:
+                if event[0] == EVENT_CALL:
+                    front.fail(event[1], grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
+            suspended, events = [], [event for event in events if event[0] != EVENT_CALL]
+        for coroutine, call_id, deadline, peer in suspended:
+            driver = Driver(coroutine, partial(self._end, call_id, peer))
+            self._under_way[call_id] = driver.cancel
+            driver.start(deadline)
+        if events:
+            for event in events:
+                # It may not have begun, and then would not come to its end either.
+                if event[0] == EVENT_CANCEL and (cancel := self._ended(event[1])) is not None:
+                    cancel()
+            self._on_events(events)
+
+    def _end(self, call_id: int, peer: str, outcome: Answer | Failure | BaseException) -> None:
+        if isinstance(outcome, asyncio.CancelledError):
+            return
+        if isinstance(outcome, Exception):
+            outcome = failure(faults.told(log, "a fast path failed", outcome))
+        assert isinstance(outcome, Answer | Failure)
+        if isinstance(outcome, Answer) and outcome.is_large and call_id in self._under_way:
+            self._send_large(call_id, peer, outcome)
+            return
+        if self._ended(call_id) is not None and self._front is not None:
+            self._answer(call_id, peer, outcome)
+        _do_afterwards(outcome)
+
+    def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
+        """From a thread: the engine copies it, which takes long, though without the GIL."""
+        assert self._loop is not None
+        # Not cancelled when the caller leaves; the engine then drops it.
+        self._under_way[call_id] = _nothing
+        sending = self._loop.run_in_executor(None, self._send_whole, call_id, peer, answer)
+        sending.add_done_callback(partial(self._sent_large, call_id, answer))
+
+    def _send_whole(self, call_id: int, peer: str, answer: Answer) -> None:
+        if self._front is not None:
+            self._respond(call_id, peer, answer.whole(), answer.trailing)
+
+    def _sent_large(self, call_id: int, answer: Answer, sending: asyncio.Future[None]) -> None:
+        self._ended(call_id)
+        if not sending.cancelled() and (error := sending.exception()) is not None:
+            log.error("a large answer was not sent", exc_info=error)
+        _do_afterwards(answer)
+
+    def _ended(self, call_id: int) -> Callable[[], object] | None:
+        """What would cancel it; None where it has ended before."""
+        cancel = self._under_way.pop(call_id, None)
+        if self._draining and not self._under_way:
+            self._idle.set()
+        return cancel
+
+
+def _sendable(trailing: Metadata) -> Metadata:
+    # The engine keeps names that begin with grpc- to itself; RetryInfo in the details says the same.
+    return [pair for pair in trailing if pair[0] != PUSHBACK]
+
+
+def _do_afterwards(answer: Answer | Failure) -> None:
+    if answer.afterwards is not None:
+        try:
+            answer.afterwards()
+        except Exception as error:
+            faults.internal(log, "what an answer left to be done failed", error)
+
+
+def _nothing() -> None:
+    """Cancels what has not begun."""
