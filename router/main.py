@@ -121,7 +121,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await server.start()
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
-    report.start(server.lane_seconds)
+    report.start(server.receiver_seconds)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()
     fleet.start()

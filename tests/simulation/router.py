@@ -118,7 +118,7 @@ class SimRouter:
             await asyncio.gather(*(fleet.describe(member) for member in healthy))
 
     def receive(self, call):
-        """A call of a caller came, as FastLaneServer takes it: `call.ended` hears the answer."""
+        """A call of a caller came, as FastPathServer takes it: `call.ended` hears the answer."""
         call.cancel_at_router = None
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
         try:

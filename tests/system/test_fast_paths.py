@@ -9,7 +9,7 @@ import pytest
 from services.runtime.driver import ON_LOOP
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.protocol import fast_path_handler
-from services.runtime.rpc.fast_lane import FastLaneServer
+from services.runtime.rpc.fast_path import FastPathServer
 from services.runtime.rpc.rpc import Answer
 
 NAME = "test.FastPaths"
@@ -17,7 +17,7 @@ NAME = "test.FastPaths"
 
 async def serve(path):
     """The server of one fast path and a channel to it."""
-    server = FastLaneServer([], {f"/{NAME}/Call": path})
+    server = FastPathServer([], {f"/{NAME}/Call": path})
     handlers = {"Call": fast_path_handler(path)}
     server.add_registered_method_handlers(NAME, handlers)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))

@@ -89,7 +89,7 @@ MODULES = (
     "services.runtime.oip.request_check",
     "services.runtime.request_limits",
     "services.runtime.rpc.backlog",
-    "services.runtime.rpc.fast_lane",
+    "services.runtime.rpc.fast_path",
     "services.runtime.rpc.rpc",
     "services.runtime.single_flight",
     "services.runtime.telemetry.load_report",

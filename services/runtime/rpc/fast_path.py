@@ -49,7 +49,7 @@ _LONGEST_RETRY_SECONDS = 0.05
 _Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], int, float | None, str]"
 
 
-class FastLaneServer(native.Server):
+class FastPathServer(native.Server):
     """`pygrpc_native.aio.server()` with fast paths by method, on some of its private names that our tests hold."""
 
     def __init__(
@@ -73,7 +73,7 @@ class FastLaneServer(native.Server):
         # Of a server that stops: none of them is left.
         self._idle = asyncio.Event()
         # CPU time of the receiving thread.
-        self.lane_seconds = 0.0
+        self.receiver_seconds = 0.0
 
     async def start(self) -> None:
         """Serves."""
@@ -171,7 +171,7 @@ class FastLaneServer(native.Server):
         assert loop is not None
         while (events := front.recv_batch_details(_BATCH)) is not None:
             suspended, rest = self._start_fast_paths(events)
-            self.lane_seconds = time.thread_time()
+            self.receiver_seconds = time.thread_time()
             try:
                 if suspended or rest:
                     loop.call_soon_threadsafe(self._take, suspended, rest)
