@@ -42,7 +42,7 @@ class LoadReport:
         self.trailer: tuple[str, bytes] = (_NAME, b"")
 
     def start(self, receiver_seconds: Callable[[], float]) -> None:
-        """To be called on the event loop; ends with it. `receiver_seconds`: CPU time of the thread that receives calls."""
+        """To be called on the event loop; ends with it. `receiver_seconds`: CPU time of the receiving thread."""
         self._receiver_seconds = receiver_seconds
         self._last = self._now()
         BACKGROUND.start("load report", self._measure_on)
