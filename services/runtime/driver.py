@@ -98,10 +98,10 @@ class Driver:
         It is new, or was run to its `ON_LOOP` elsewhere. At `deadline` (time.monotonic) DeadlinePassed is raised in it;
         if it lets that out, `done` gets a DeadlineExceededError.
         """
-        if deadline is not None:
+        self._step(None)
+        if deadline is not None and self._done is not None:
             delay = max(0.0, deadline - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(delay, self._expire)
-        self._step(None)
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""
