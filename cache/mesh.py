@@ -134,22 +134,21 @@ class Mesh:
         entry = self.local.peek(key)
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
 
-    async def get_or_compute(
+    def get_or_compute(
         self,
         key: bytes,
         compute: Compute,
         deadline: float | None,
         trace: Trace,
         freshness: Freshness | None = None,
-    ) -> Found:
-        """What the local tier did not have. Equal keys in flight share one look-up and one computation.
+    ) -> Coroutine[Any, Any, tuple[Found, bool]]:
+        """What the local tier did not have, and whether an equal request in flight was joined.
 
-        A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
+        To be driven. A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
         `deadline` is the caller's, in time.monotonic. `freshness` is None where answers have no end.
         """
         trace.leader = self._leaders.get(key)
-        found, joined = await self.flights.run(key, lambda: self._lead(key, compute, trace, freshness), deadline)
-        return Found(found.entry, "joined", found.worker) if joined else found
+        return self.flights.run(key, lambda: self._lead(key, compute, trace, freshness), deadline)
 
     def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
         """Whether this look at it is the one to have it computed anew."""

@@ -191,9 +191,10 @@ class RequestPath:
             if entry is not None:
                 return Found(entry, "hit-local")
             try:
-                return await self._mesh.get_or_compute(
+                found, joined = await self._mesh.get_or_compute(
                     call.key, lambda: self._compute(call, model, epochs), call.deadline, call.trace, model.freshness
                 )
+                return Found(found.entry, "joined", found.worker) if joined else found
             except RefusedError as refused:
                 # If it joined another caller's request, the refusal was not meant for it.
                 if refused.caller == call.caller:
