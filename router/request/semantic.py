@@ -55,14 +55,14 @@ class SemanticMatches:
         asked = await self._asked(call, model)
         if asked is None:
             return await find_exact()
-        asks, space = asked
+        query, space = asked
         tenant = call.tenant if model.tenant_scoped else None
-        (kind,) = self._hasher.hash_rows(asks.request, [[b""] * len(asks.request.inputs)], model.outputs, tenant)
+        (kind,) = self._hasher.hash_rows(query.request, [[b""] * len(query.request.inputs)], model.outputs, tenant)
         group = model.digest + kind + space + epochs.version.to_bytes(8, "little")
-        found = await self._find_similar(call, model, group, asks)
+        found = await self._find_similar(call, model, group, query)
         if found is None:
             found = await find_exact()
-            self._tier.add(group, asks.vector, call.key)
+            self._tier.add(group, query.vector, call.key)
         return found
 
     async def _asked(self, call: Call, model: ModelEntry) -> tuple[Question, bytes] | None:

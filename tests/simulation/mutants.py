@@ -43,6 +43,8 @@ MUTANTS = {
             )
         ]
     },
+    # Requests whose worker said nothing outlasted their deadline.
+    "deadline": {"services.runtime.driver": [("        self._throw(DeadlinePassed())", "        pass")]},
     # Work in the background ended at the first thing that it did not expect.
     "background": {
         "services.runtime.telemetry.supervisor": [
