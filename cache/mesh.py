@@ -39,16 +39,19 @@ Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semanti
 class Computed:
     """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept.
 
-    `freshness` is that of its model, None where it has no end.
+    `freshness` is that of its model, None where it has no end. `seconds`: how long it took, with the way there.
     """
 
-    __slots__ = ("entry", "freshness", "key", "worker")
+    __slots__ = ("entry", "freshness", "key", "seconds", "worker")
 
-    def __init__(self, entry: Entry, key: bytes | None, worker: str, freshness: Freshness | None = None) -> None:
+    def __init__(
+        self, entry: Entry, key: bytes | None, worker: str, freshness: Freshness | None = None, seconds: float = 0.0
+    ) -> None:
         self.entry = entry
         self.key = key
         self.worker = worker
         self.freshness = freshness
+        self.seconds = seconds
 
 
 # Computes an answer; to be driven.
@@ -174,7 +177,8 @@ class Mesh:
             if await self._find_newer(key, old):
                 await self._leases.release(key, lease.token)
                 return "found"
-            computed = await driver.run(self._compute(key, compute))
+            computed = await driver.run(compute())
+            self._learn(key, computed.seconds)
             kept_ms = self._kept_ms(computed)
             written = (
                 computed.key == key
@@ -210,12 +214,17 @@ class Mesh:
                 if entry is not None and _is_usable(entry, freshness):
                     return Found(entry, "hit-shared")
             peers = self._peers_to_ask(key)
-            answer = await (self._race(peers, key, compute, trace, freshness) if peers else self._compute(key, compute))
+            answer = await (self._race(peers, key, compute, trace, freshness) if peers else compute())
             if isinstance(answer, Entry):
                 self.fill(Computed(answer, key, "", freshness))
                 return Found(answer, "hit-peer")
+            self._learn(key, answer.seconds)
             self.fill(answer)
             return Found(answer.entry, "miss", answer.worker)
+        except InvalidArgumentError as error:
+            # It is wrong wherever it is computed.
+            self.refusals.keep(key, error)
+            raise
         finally:
             self._leaders.pop(key, None)
 
@@ -231,21 +240,10 @@ class Mesh:
         """A peer's answer, or what was computed because none came soon enough."""
         start = time.time_ns()
         answer = await self.peers.race(
-            peers, key, lambda: driver.run(self._compute(key, compute)), lambda entry: _is_usable(entry, freshness)
+            peers, key, lambda: driver.run(compute()), lambda entry: _is_usable(entry, freshness)
         )
         trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
         return answer
-
-    async def _compute(self, key: bytes, compute: Compute) -> Computed:
-        """Learns what it costs, and of requests that are wrong wherever they are computed."""
-        start = time.monotonic()
-        try:
-            computed = await compute()
-        except InvalidArgumentError as error:
-            self.refusals.keep(key, error)
-            raise
-        self._learn(key, time.monotonic() - start)
-        return computed
 
     def _learn(self, key: bytes, seconds: float) -> None:
         model = key[:_MODEL_BYTES]

@@ -144,13 +144,13 @@ class Attempts:
         "_failure",
         "_full",
         "_is_free",
+        "_next_event",
         "_order",
         "_parts",
         "_put_off",
         "_skipped",
         "_timer",
         "_under_way",
-        "_wake",
     )
 
     def __init__(self, parts: Parts, asked: Asked) -> None:
@@ -167,9 +167,9 @@ class Attempts:
         self._put_off: list[Candidate] = []
         self._under_way: list[_Attempt] = []
         self._timer: asyncio.TimerHandle | None = None
-        # Attempts that ended, and how; None: it is time for a hedge.
-        self._events: list[tuple[_Attempt, Outcome] | None] = []
-        self._wake: Promise[None] | None = None
+        # Attempts that ended; None: it is time for a hedge.
+        self._events: list[_Attempt | None] = []
+        self._next_event: Promise[_Attempt | None] | None = None
         self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
 
     async def run(self) -> Answered:
@@ -181,17 +181,16 @@ class Attempts:
         try:
             self._ask_next()
             while True:
-                if not self._events:
-                    self._wake = Promise()
-                    await self._wake
-                event = self._events.pop(0)
-                if event is None:
+                if self._events:
+                    attempt = self._events.pop(0)
+                else:
+                    self._next_event = Promise()
+                    attempt = await self._next_event
+                if attempt is None:
                     self._hedge()
                     continue
-                attempt, outcome = event
                 self._under_way.remove(attempt)
-                attempt.end(outcome)
-                if (answered := self._judge(attempt, outcome)) is not None:
+                if (answered := self._judge(attempt, attempt.end())) is not None:
                     return answered
                 if not self._under_way:
                     self._ask_next()
@@ -200,11 +199,13 @@ class Attempts:
             while self._under_way:
                 self._under_way.pop().cancel()
 
-    def hear(self, event: tuple[_Attempt, Outcome] | None) -> None:
-        """An attempt has ended, or it is time for a hedge."""
-        self._events.append(event)
-        if self._wake is not None:
-            self._wake.settle(None)
+    def hear(self, attempt: _Attempt | None) -> None:
+        """It has ended; None: it is time for a hedge."""
+        waits, self._next_event = self._next_event, None
+        if waits is not None:
+            waits.settle(attempt)
+        else:
+            self._events.append(attempt)
 
     def _judge(self, attempt: _Attempt, outcome: Outcome) -> Answered | None:
         """The answer; None if other workers are to be asked, or are under way. Raises an error that is final."""
@@ -290,9 +291,9 @@ class Attempts:
     def _attempt(
         self, candidate: Candidate, limit: ConcurrencyLimit, considered: tuple[Consideration, ...], kind: str
     ) -> None:
-        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit)
+        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self.hear)
         self._under_way.append(attempt)
-        attempt.begin(self)
+        attempt.begin()
 
     def _hedge(self) -> None:
         """Also asks the next that has room, where the budget has."""
@@ -331,8 +332,10 @@ class _Attempt:
         "_began",
         "_begun",
         "_considered",
+        "_hear",
         "_is_open",
         "_limit",
+        "_outcome",
         "_parts",
         "_sent",
         "_span_id",
@@ -349,6 +352,7 @@ class _Attempt:
         considered: tuple[Consideration, ...],
         kind: str,
         limit: ConcurrencyLimit,
+        hear: Callable[[_Attempt], None],
     ) -> None:
         self.candidate = candidate
         self._parts = parts
@@ -356,19 +360,24 @@ class _Attempt:
         self._considered = considered
         self.kind = kind
         self._limit = limit
+        self._hear = hear
         self._sent: Sent | None = None
+        self._outcome: Outcome | None = None
         self._span_id = new_span_id()
         self._start = time.time_ns()
         self._began = time.monotonic()
         self._begun = limit.begin()
         self._is_open = True
 
-    def begin(self, attempts: Attempts) -> None:
-        """Sends it; `attempts` hear its end."""
+    def begin(self) -> None:
+        """Sends it."""
         asked = self._asked
         work = Work(asked.request, asked.request_hash, asked.deadline, asked.trace.traceparent(self._span_id))
-        link = self.candidate.member.link
-        self._sent = link.send(asked.model.digest, work, lambda outcome: attempts.hear((self, outcome)))
+        self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
+
+    def _answered(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._hear(self)
 
     def cancel(self) -> None:
         """Nobody waits for it any more. Raises nothing: the request has its answer, or needs none."""
@@ -384,8 +393,10 @@ class _Attempt:
         except Exception as error:
             internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
 
-    def end(self, outcome: Outcome) -> None:
-        """Releases what it holds, learns from how it ended, and records it."""
+    def end(self) -> Outcome:
+        """How it ended, when it has: what it holds is released, and what there is to learn and to record is done."""
+        outcome = self._outcome
+        assert outcome is not None
         try:
             error = self._learn(outcome)
         finally:
@@ -394,6 +405,7 @@ class _Attempt:
             self._record(message_of(outcome), error)
         else:
             self._record(None, error)
+        return outcome
 
     def _release(self) -> None:
         self._is_open = False

@@ -210,13 +210,14 @@ class RequestPath:
         # What is to be computed anew joins nothing on the worker either.
         joins = b"" if call.control is not None and call.control.no_cache else call.key
         place = call.ring_hash or call.request_hash
+        start = time.monotonic()
         result, member = await self._forward(call, model, call.data, place, joins)
         timing = result.timing
         call.provider = timing.provider
         # This request's part of the run that served it.
         entry = Entry(result.response, int(timing.compute_us // max(1, timing.batch_requests)))
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
-        return Computed(entry, key, member.worker_id, model.freshness)
+        return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)
 
     def _forward(
         self, call: Call, model: ModelEntry, data: bytes, place: bytes, joins: bytes
@@ -255,13 +256,14 @@ class RequestPath:
         """An ensemble; it is as old as its oldest step that has a time to live."""
         assert model.plan is not None
         ages: list[int] = []
+        start = time.monotonic()
 
         async def infer(data: bytes) -> Entry:
             return await driver.run(self._step(data, call, ages))
 
         entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
         entry.created_at_ms = min(ages, default=entry.created_at_ms)
-        return Computed(entry, call.key or None, "", model.freshness)
+        return Computed(entry, call.key or None, "", model.freshness, time.monotonic() - start)
 
     async def _embed(self, data: bytes, whole: Call) -> Entry:
         return await self._step(data, whole, [])

@@ -21,10 +21,10 @@ from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
 from services.runtime import faults
-from services.runtime.driver import Promise
 from services.runtime.errors import RingmeshError, UnavailableError
 from services.runtime.large_result import Result
 from services.runtime.oip.tensors import DATATYPES, raw_from_contents
+from services.runtime.single_flight import Flight
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import untraced
 
@@ -159,7 +159,7 @@ class RowCache:
         self,
         batch: Batch,
         model: ModelEntry,
-        flights: Mapping[bytes, Promise[Found]],
+        flights: Mapping[bytes, Flight[Found]],
         wanted: Mapping[bytes, int],
         tenant: str | None,
         compute: Compute,
@@ -187,7 +187,7 @@ class RowCache:
             raise
         finally:
             for key, flight in flights.items():
-                self._flights.end(key, flight, landed[key] if key in landed else RowFailedError(failure))
+                flight.end(landed[key] if key in landed else RowFailedError(failure))
 
     async def _compute(
         self,

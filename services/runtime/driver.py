@@ -47,7 +47,7 @@ class Promise(Generic[Result]):
         self._is_done = False
         self._result: Result | None = None
         self._error: BaseException | None = None
-        self._waiting: list[Driver] = []
+        self._waiting: list[Driver] | None = None
 
     def settle(self, outcome: Result | BaseException) -> None:
         """Sets the result, or the exception to raise; the first outcome counts."""
@@ -58,13 +58,17 @@ class Promise(Generic[Result]):
             self._error = outcome
         else:
             self._result = outcome
-        waiting, self._waiting = self._waiting, []
-        for driver in waiting:
-            driver.resume(self)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            for driver in waiting:
+                driver.resume(self)
 
     def add(self, driver: Driver) -> None:
         """The driver of a coroutine that awaits this."""
-        self._waiting.append(driver)
+        if self._waiting is None:
+            self._waiting = [driver]
+        else:
+            self._waiting.append(driver)
 
     def __await__(self) -> Generator[object, None, Result]:
         if not self._is_done:

@@ -6,13 +6,34 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 from services.runtime.driver import Driver, Promise
 from services.runtime.errors import DeadlineExceededError, UnavailableError
 
 Result = TypeVar("Result")
-Flight: TypeAlias = "Promise[Result] | asyncio.Future[Result]"
+
+
+class Flight(Promise[Result]):
+    """Work under way that others may join, until `end`. `driver` runs it, unless that is left to who began it."""
+
+    __slots__ = ("_flights", "_key", "driver")
+
+    def __init__(self, flights: dict[bytes, Promise[Result] | asyncio.Future[Result]], key: bytes) -> None:
+        super().__init__()
+        self._flights = flights
+        self._key = key
+        self.driver: Driver | None = None
+
+    def end(self, outcome: Result | BaseException) -> None:
+        """Its result or its error, for all that wait for it."""
+        self.driver = None
+        if self._flights.get(self._key) is self:
+            del self._flights[self._key]
+        if isinstance(outcome, asyncio.CancelledError):
+            self.settle(UnavailableError("the process is stopping"))
+        else:
+            self.settle(outcome)
 
 
 class SingleFlight(Generic[Result]):
@@ -23,8 +44,7 @@ class SingleFlight(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._flights: dict[bytes, Flight[Result]] = {}
-        self._drivers: dict[Promise[Result], Driver] = {}
+        self._flights: dict[bytes, Promise[Result] | asyncio.Future[Result]] = {}
 
     async def run(
         self, key: bytes, work: Callable[[], Coroutine[Any, Any, Result]], deadline: float | None
@@ -38,7 +58,7 @@ class SingleFlight(Generic[Result]):
                     raise
                 self._remove(key, flight)
         led = self.begin(key)
-        driver = self._drivers[led] = Driver(work(), partial(self.end, key, led))
+        led.driver = driver = Driver(work(), led.end)
         driver.start()
         return await led, False
 
@@ -49,24 +69,15 @@ class SingleFlight(Generic[Result]):
         """Whether it is in flight."""
         return key in self._flights
 
-    def get(self, key: bytes) -> Flight[Result] | None:
+    def get(self, key: bytes) -> Promise[Result] | asyncio.Future[Result] | None:
         """What is in flight, to be awaited in a driven coroutine."""
         return self._flights.get(key)
 
-    def begin(self, key: bytes) -> Promise[Result]:
-        """Registers work under way, for others to join, until `end`. Not joined if the key is in flight already."""
-        flight: Promise[Result] = Promise()
+    def begin(self, key: bytes) -> Flight[Result]:
+        """Registers work, for others to join; not if the key is in flight already."""
+        flight = Flight(self._flights, key)
         self._flights.setdefault(key, flight)
         return flight
-
-    def end(self, key: bytes, flight: Promise[Result], outcome: Result | BaseException) -> None:
-        """Gives what `begin` returned its result or its error."""
-        self._remove(key, flight)
-        self._drivers.pop(flight, None)
-        if isinstance(outcome, asyncio.CancelledError):
-            flight.settle(UnavailableError("the process is stopping"))
-        else:
-            flight.settle(outcome)
 
     def lead(self, key: bytes, flight: asyncio.Future[Result]) -> None:
         """Others may join `flight`, which is under way; there is none of this key yet."""
@@ -75,11 +86,12 @@ class SingleFlight(Generic[Result]):
 
     def close(self) -> None:
         """Cancels the work in flight; those that wait for it get UnavailableError."""
-        for driver in list(self._drivers.values()):
-            driver.cancel()
+        for flight in list(self._flights.values()):
+            if isinstance(flight, Flight) and flight.driver is not None:
+                flight.driver.cancel()
 
-    def _remove(self, key: bytes, flight: Flight[Result]) -> None:
+    def _remove(self, key: bytes, flight: Promise[Result] | asyncio.Future[Result]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        if isinstance(flight, asyncio.Future) and not flight.cancelled() and flight.done():
+        if isinstance(flight, asyncio.Future) and flight.done() and not flight.cancelled():
             flight.exception()  # all callers may have left: asyncio shall not report it as never retrieved

@@ -38,8 +38,8 @@ MUTANTS = {
     "flight": {
         "services.runtime.single_flight": [
             (
-                "partial(self.end, key, led)",
-                "lambda end: isinstance(end, ArithmeticError) or self.end(key, led, end)",
+                "Driver(work(), led.end)",
+                "Driver(work(), lambda end: isinstance(end, ArithmeticError) or led.end(end))",
             )
         ]
     },
