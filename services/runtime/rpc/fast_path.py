@@ -261,8 +261,9 @@ class FastPathServer(native.Server):
 
     def _end(self, call_id: int, peer: str, outcome: Answer | Failure | BaseException) -> None:
         if isinstance(outcome, asyncio.CancelledError):
-            return
-        if isinstance(outcome, Exception):
+            # By `stop`: a caller that left would not be under way any more.
+            outcome = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
+        elif isinstance(outcome, Exception):
             outcome = failure(faults.told(log, "a fast path failed", outcome))
         assert isinstance(outcome, Answer | Failure)
         if isinstance(outcome, Answer) and outcome.is_large and call_id in self._under_way:
