@@ -48,3 +48,7 @@ class Call:
         self.method = method
         self.deadline = deadline
         self.caller = ANYBODY
+
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and self.deadline <= time.monotonic()
