@@ -14,7 +14,8 @@ from redis.exceptions import AskError, MovedError
 
 from cache.breaker import Breaker
 from cache.entry import Entry, Frames, is_answer
-from cache.redis_node import FAILURES, Fill, GivenUpError, RedisNode, Reply, kind_of
+from cache.redis_connection import GivenUpError, Reply
+from cache.redis_node import FAILURES, Fill, RedisNode, kind_of
 from cache.redis_nodes import Nodes, create_nodes
 from cache.stats import TierCounters
 from services.runtime.errors import UnavailableError
@@ -160,13 +161,12 @@ class SharedTier:
             self._check_task.cancel()
         await self.nodes.close()
 
-    def _create_node(self, name: str, client: Redis, one_slot: bool, on_failure: Callable[[], None]) -> RedisNode:
+    def _create_node(self, name: str, client: Redis, on_failure: Callable[[], None]) -> RedisNode:
         return RedisNode(
             name,
             client,
             budget_seconds=self.budget_seconds,
             breaker=self._create_breaker(),
-            one_slot=one_slot,
             on_failure=on_failure,
             on_fill=self._filled,
             get_times=self.get_times,
@@ -178,7 +178,7 @@ class SharedTier:
         if error is None:
             self.counters.fills += 1
         elif isinstance(error, MovedError) and not fill.moved and (node := self.nodes.redirected(error)) is not None:
-            node.put(fill._replace(moved=True))
+            node.put(Fill(fill.name, fill.frame, fill.ttl_ms, moved=True))
         else:
             if not isinstance(error, GivenUpError):
                 self.errors.add(kind_of(error))
