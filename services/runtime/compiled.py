@@ -21,6 +21,7 @@ FOLDER = Path(sys.prefix) / "ringmesh-compiled"
 _PACKAGES = ("router", "cache", "services/runtime", "services/inference")
 # Nothing that runs long but in NumPy, as strings in a tensor may: compiled code does not let go of the GIL by itself.
 MODULES = (
+    "cache.breaker",
     "cache.cache_control",
     "cache.doorkeeper",
     "cache.entry",
@@ -30,8 +31,11 @@ MODULES = (
     "cache.keys",
     "cache.local_tier",
     "cache.mesh",
+    "cache.redis_connection",
+    "cache.redis_node",
     "cache.refusals",
     "cache.request_memo",
+    "cache.shared_tier",
     "router.admission.caller",
     "router.admission.concurrency_limit",
     "router.admission.quotas",
@@ -78,6 +82,7 @@ MODULES = (
     "services.inference.work_results",
     "services.inference.worker",
     "services.runtime.backlog",
+    "services.runtime.completion",
     "services.runtime.fast_lane",
     "services.runtime.frames",
     "services.runtime.infer_request",

@@ -180,3 +180,13 @@ async def test_a_cancelled_lookup_leaves_another_of_the_same_key_alone(tier):
     await asyncio.sleep(0)
     first.cancel()
     assert (await second).value == b"value"
+
+
+async def test_a_process_that_was_busy_finds_what_came_meanwhile(tier):
+    await put(tier, b"a")
+    look_up = asyncio.create_task(tier.get(b"a"))
+    for _ in range(5):
+        await asyncio.sleep(0)  # it has left
+    time.sleep(2 * BUDGET)  # noqa: ASYNC251 - that is what is tested
+    assert (await look_up).value == b"value"
+    assert not tier.is_skipped
