@@ -1,0 +1,259 @@
+"""One Redis server: never an error, never a wait beyond the budget.
+
+Look-ups and small fills share a connection, and those that come at the same time a write; large fills, which take long,
+have one of their own. A failure opens the server's circuit breaker, and it is skipped until a probe succeeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from redis.asyncio import Redis
+from redis.exceptions import AskError, ReadOnlyError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from cache.tiers.breaker import Breaker
+from cache.tiers.redis_connection import GIVEN_UP, Command, NonsenseError, Question, RedisConnection, Reply
+from services.runtime.completion import Completion
+from services.runtime.telemetry.metrics import Counter, Histogram
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+_WRITE_SECONDS = 1.0
+_PROBE_SECONDS = 1.0
+_RECONNECT_SECONDS = 1.0
+# Above, a fill would hold up the look-ups behind it.
+_LARGE_FILL = 16 << 10
+# What refuses one key only: somebody has filed something else there.
+_WRONG_TYPE: Final = "WRONGTYPE"
+_PING: Final = b"*1\r\n$4\r\nPING\r\n"
+_ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
+FAILURES: Final = (RedisError, OSError, TimeoutError)
+
+
+def kind_of(error: Exception) -> str:
+    """What went wrong with a server, in a word."""
+    if isinstance(error, (TimeoutError, RedisTimeoutError)):
+        return "slow"
+    if isinstance(error, NonsenseError):
+        return "damaged"
+    return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
+
+
+class Fill:
+    """A frame to be written under `name`. `moved`: another server of the cluster sent it here."""
+
+    __slots__ = ("frame", "moved", "name", "ttl_ms")
+
+    def __init__(self, name: bytes, frame: bytes, ttl_ms: int, *, moved: bool = False) -> None:
+        self.name = name
+        self.frame = frame
+        self.ttl_ms = ttl_ms
+        self.moved = moved
+
+
+class _LookUp(Question):
+    def __init__(self, node: RedisNode) -> None:
+        super().__init__(0)
+        self._node = node
+
+    def end(self, reply: Reply) -> None:
+        self.reply.complete(self._node.answered(self, reply))
+
+
+class _Write(Command):
+    def __init__(self, node: RedisNode, fill: Fill) -> None:
+        super().__init__(len(fill.frame))
+        self._node = node
+        self._fill = fill
+
+    def end(self, reply: Reply) -> None:
+        self._node.written(self, self._fill, reply)
+
+
+class RedisNode:
+    """The server behind `client`. `budget_seconds` bounds what a look-up may wait.
+
+    `on_failure` hears when the breaker opens, `on_fill` how each fill ended. `get_times` and `set_times` take the
+    nanoseconds that each look-up and each fill took, `errors` the kind of each failure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        client: Redis,
+        *,
+        budget_seconds: float,
+        breaker: Breaker,
+        on_failure: Callable[[], None],
+        on_fill: Callable[[Fill, Exception | None], None],
+        get_times: Histogram,
+        set_times: Histogram,
+        errors: Counter,
+    ) -> None:
+        self.name = name
+        self.client = client
+        self.breaker = breaker
+        self._budget = budget_seconds
+        self._on_failure = on_failure
+        self._on_fill = on_fill
+        self._get_times = get_times
+        self._set_times = set_times
+        self._errors = errors
+        self._quick: RedisConnection | None = None
+        self._bulk: RedisConnection | None = None
+        # Those that are open, with what holds them.
+        self._held: dict[RedisConnection, asyncio.Task[None]] = {}
+        self._probe_task: asyncio.Task[None] | None = None
+        self._reconnected = 0.0
+
+    def may_try(self) -> bool:
+        """Whether it is used now; where a probe is due, that leaves, and nobody waits for it."""
+        if not self.breaker.is_open:
+            return True
+        if self._probe_task is None and self.breaker.allow():
+            self._probe_task = asyncio.create_task(self._probe())
+        return False
+
+    def get(self, name: bytes, *, asking: bool = False) -> Completion[Reply]:
+        """To be awaited: the frame under `name`. `asking`: a cluster is moving the slot to it."""
+        look_up = _LookUp(self)
+        if not self.may_try():
+            look_up.reply.complete(GIVEN_UP)
+            return look_up.reply
+        if self._quick is None:
+            self._quick = self._connect(self._budget)
+        if asking:
+            self._quick.send(Command(0), (_ASKING,))
+        self._quick.send(look_up, (b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name),))
+        return look_up.reply
+
+    def put(self, fill: Fill) -> None:
+        """Writes behind. Dropped where the server is down or cannot keep up."""
+        if self.breaker.is_open:
+            self._on_fill(fill, GIVEN_UP)
+            return
+        size = len(fill.frame)
+        head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(fill.name), fill.name, size)
+        ttl = b"%d" % fill.ttl_ms
+        parts = (head, fill.frame, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(ttl), ttl))
+        if size <= _LARGE_FILL:
+            if self._quick is None:
+                self._quick = self._connect(self._budget)
+            self._quick.send(_Write(self, fill), parts, lazy=True)
+        else:
+            if self._bulk is None:
+                self._bulk = self._connect(_WRITE_SECONDS)
+            self._bulk.send(_Write(self, fill), parts)
+
+    async def close(self) -> None:
+        """Writes what is left, for a second at most, and disconnects."""
+        if self._probe_task is not None:
+            self._probe_task.cancel()
+        await asyncio.gather(*(_finish(connection) for connection in self._held))
+        tasks = set(self._held.values())
+        for connection in self._held:
+            connection.close()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            # redis-py may keep a cancellation to itself.
+            await asyncio.wait(tasks, timeout=_WRITE_SECONDS)
+        await self.client.aclose()
+
+    def answered(self, look_up: Command, reply: Reply) -> Reply:
+        """From a look-up: what is to be told of it."""
+        self._get_times.observe(time.monotonic_ns() - look_up.sent_ns)
+        if isinstance(reply, RedisError) and not isinstance(reply, AskError) and not str(reply).startswith(_WRONG_TYPE):
+            # It refuses all look-ups: it is loading, or this user may not read.
+            self._failed(reply)
+            return GIVEN_UP
+        return reply
+
+    def written(self, write: Command, fill: Fill, reply: Reply) -> None:
+        """From a fill."""
+        self._set_times.observe(time.monotonic_ns() - write.sent_ns)
+        if isinstance(reply, ReadOnlyError):
+            self._reconnect()
+        self._on_fill(fill, reply if isinstance(reply, Exception) else None)
+
+    def _connect(self, limit_seconds: float) -> RedisConnection:
+        connection = RedisConnection(limit_seconds, self._lost)
+        task = self._held[connection] = asyncio.create_task(connection.run(self.client))
+        task.add_done_callback(lambda _: self._held.pop(connection))
+        return connection
+
+    def _reconnect(self) -> None:
+        """After a failover behind one address, to what is the primary now. Once a second, as it may stay read-only."""
+        now = time.monotonic()
+        if now >= self._reconnected + _RECONNECT_SECONDS:
+            self._reconnected = now
+            self._disconnect()
+            leaving = self.client.connection_pool.disconnect(inuse_connections=False)
+            BACKGROUND.once("farewell to a Redis server", leaving)
+
+    async def _probe(self) -> None:
+        """Off the path of any request, so that nobody waits to learn that the server is still down."""
+        connection = self._connect(self._budget)
+        try:
+            async with asyncio.timeout(_PROBE_SECONDS):  # it may take longer than a look-up may
+                await connection.opened
+            ping = Question(0)
+            connection.send(ping, (_PING,))
+            reply = await ping.reply
+            if isinstance(reply, Exception):
+                raise reply
+        except Exception:
+            connection.close()
+            self.breaker.failure()
+        else:
+            self._quick = connection
+            self.breaker.success()
+            log.info("Redis %s is used again", self.name)
+        finally:
+            self._probe_task = None
+
+    def _lost(self, connection: RedisConnection, error: Exception) -> None:
+        """From a connection."""
+        if connection is self._quick:
+            self._quick = None
+        elif connection is self._bulk:
+            self._bulk = None
+        else:
+            return  # of a probe
+        if not connection.is_idle:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Nobody waits on, nor those of the other connection."""
+        self._errors.add(kind_of(error))
+        if not self.breaker.is_open:
+            log.warning("Redis %s is skipped for now: %r", self.name, error)
+            self.breaker.failure()
+            self._on_failure()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """What is under way is given up."""
+        quick, self._quick = self._quick, None
+        bulk, self._bulk = self._bulk, None
+        for connection in (quick, bulk):
+            if connection is not None:
+                connection.close()
+
+
+async def _finish(connection: RedisConnection) -> None:
+    """Waits for what is under way, for a second at most."""
+    if not connection.is_idle:
+        last = Question(0)
+        connection.send(last, (_PING,))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WRITE_SECONDS):
+                await last.reply
