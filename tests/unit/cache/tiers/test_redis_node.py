@@ -70,35 +70,42 @@ async def server():
 @pytest.fixture
 async def node(server):
     url = parse_redis_url(f"redis://127.0.0.1:{server.port}", "RINGMESH_REDIS_URL")
-    made = create(redis_client.server(url, redis_client.options(5)))
+    made = Node(redis_client.server(url, redis_client.options(5)))
     assert await made.get(b"a") == b"frame"
     yield made
     await made.close()
 
 
-def create(client, budget_seconds=10.0):
-    made = RedisNode(
-        "r:1",
-        client,
-        budget_seconds=budget_seconds,
-        breaker=Breaker(time.monotonic, first_pause=0.01),
-        on_failure=lambda: None,
-        on_fill=lambda *filled: made.filled.append(filled),
-        get_times=Histogram(),
-        set_times=Histogram(),
-        errors=Counter(ERRORS),
-    )
-    made.filled = []
-    return made
+class Node:
+    """A RedisNode, and what was told of it."""
+
+    def __init__(self, client, budget_seconds=10.0):
+        self.client = client
+        self.errors = Counter(ERRORS)
+        self.filled = []
+        self.breaker = Breaker(time.monotonic, first_pause=0.01)
+        self.node = RedisNode(
+            "r:1",
+            client,
+            budget_seconds=budget_seconds,
+            breaker=self.breaker,
+            on_failure=lambda: None,
+            on_fill=lambda fill, error: self.filled.append((fill, error)),
+            get_times=Histogram(),
+            set_times=Histogram(),
+            errors=self.errors,
+        )
+        self.get, self.put, self.close = self.node.get, self.node.put, self.node.close
+
+    @property
+    def failures(self):
+        """How many there were by kind."""
+        return {sample.labels[0]: sample.value for sample in self.errors.samples()}
 
 
 async def both(node):
     async with asyncio.timeout(5):
         return await asyncio.gather(node.get(b"a"), node.get(b"b"))
-
-
-def kinds(node):
-    return {sample.labels[0]: sample.value for sample in node._errors.samples()}
 
 
 async def used_again(node):
@@ -124,7 +131,7 @@ async def test_look_ups_that_are_answered_with_nonsense_are_given_up(server, nod
     server.get = nonsense
     assert all(isinstance(reply, GivenUpError) for reply in await both(node))
     assert node.breaker.is_open
-    assert kinds(node) == {"damaged": 1}
+    assert node.failures == {"damaged": 1}
     server.get = FRAME
     await used_again(node)
 
@@ -151,7 +158,7 @@ async def test_a_push_message_is_no_reply(server, node):
 async def test_a_connection_that_ends_gives_up_all_that_wait_on_it_at_once(server, node):
     server.get = None
     assert all(isinstance(reply, GivenUpError) for reply in await both(node))
-    assert kinds(node) == {"lost": 1}
+    assert node.failures == {"lost": 1}
     server.get = FRAME
     await used_again(node)
 
@@ -161,18 +168,18 @@ async def test_a_connection_that_the_server_closed_while_idle_is_no_failure(serv
     await server.writers[0].wait_closed()
     await asyncio.sleep(0)
     async with asyncio.timeout(5):
-        while node._quick is not None:
+        while node.node._quick is not None:
             await asyncio.sleep(0)
     assert await both(node) == [b"frame", b"frame"]
-    assert kinds(node) == {}
+    assert node.failures == {}
 
 
 async def test_a_look_up_is_given_up_when_its_budget_is_over(server, node):
-    slow = create(node.client, budget_seconds=0.05)
+    slow = Node(node.client, budget_seconds=0.05)
     assert await slow.get(b"a") == b"frame"
     server.get = b""
     assert all(isinstance(reply, GivenUpError) for reply in await both(slow))
-    assert kinds(slow) == {"slow": 1}
+    assert slow.failures == {"slow": 1}
     server.get = FRAME
     await used_again(slow)
     await slow.close()
@@ -180,7 +187,7 @@ async def test_a_look_up_is_given_up_when_its_budget_is_over(server, node):
 
 async def test_a_server_that_cannot_be_reached_gives_up_what_waits_for_it():
     url = parse_redis_url("unix:///nowhere/at/all", "RINGMESH_REDIS_URL")
-    node = create(redis_client.server(url, redis_client.options(5)))
+    node = Node(redis_client.server(url, redis_client.options(5)))
     assert all(isinstance(reply, GivenUpError) for reply in await both(node))
     node.put(Fill(b"a", b"frame", 1000))
     assert isinstance(node.filled[0][1], GivenUpError)
@@ -252,7 +259,7 @@ async def test_a_read_only_server_is_connected_to_anew(server, node):
 async def test_a_server_that_refuses_look_ups_is_skipped(server, node):
     server.get = b"-LOADING Redis is loading the dataset in memory\r\n"
     assert all(isinstance(reply, GivenUpError) for reply in await both(node))
-    assert kinds(node) == {"refused": 1}
+    assert node.failures == {"refused": 1}
 
 
 async def test_a_key_of_another_type_costs_no_other_look_up(server, node):
