@@ -24,7 +24,7 @@ class Completion(Generic[Result]):
         self._is_done = False
         self._is_cancelled = False
         self._result: Result | None = None
-        self._callback: Callable[[], object] | None = None
+        self._callback: Callable[[object], object] | None = None
         # Of asyncio, with the context it is to run in.
         self._waiter: tuple[Callable[[Any], object], Context | None] | None = None
         self._asyncio_future_blocking = False
@@ -36,12 +36,12 @@ class Completion(Generic[Result]):
             self._result = result
             if self._callback is not None:
                 callback, self._callback = self._callback, None
-                callback()
+                callback(self)
             elif self._waiter is not None:
                 self._wake()
 
-    def set_callback(self, callback: Callable[[], object]) -> None:
-        """For a driver without a task. It must not be done."""
+    def set_callback(self, callback: Callable[[object], object]) -> None:
+        """For a driver without a task: called with this. It must not be done."""
         self._callback = callback
 
     def __await__(self) -> Generator[Any, None, Result]:

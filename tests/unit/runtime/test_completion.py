@@ -15,7 +15,7 @@ def test_a_driver_without_a_task_goes_on_within_the_completion():
     first, second, results = Completion(), Completion(), []
     coroutine = _twice(first, second)
 
-    def go_on():
+    def go_on(_=None):
         try:
             coroutine.send(None).set_callback(go_on)
         except StopIteration as end:
