@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
@@ -83,13 +83,13 @@ class SharedTier:
         self.nodes.owner(_PREFIX)
         self._check_task = BACKGROUND.start("check of Redis", self._check_memory)
 
-    async def get(self, key: bytes) -> Entry | None:
-        """None on a miss, and if Redis is down, slow, or holds a bad frame. A cancelled look-up goes on."""
-        return await self._get(key, answer=False)
+    def get(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
+        """To be awaited: None on a miss, and if Redis is down, slow, or holds a bad frame."""
+        return self._get(key, answer=False)
 
-    async def get_answer(self, key: bytes) -> Entry | None:
+    def get_answer(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
         """As `get`; also None if the value is not a serialized ModelInferResponse."""
-        return await self._get(key, answer=True)
+        return self._get(key, answer=True)
 
     async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
         name = _PREFIX + key
