@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import subprocess
 import time
 
@@ -83,6 +84,12 @@ def test_tls_with_an_acl_user(start_redis, certificate, create_loop):  # noqa: F
     async def use():
         tier = create_tier(url)
         await keeps(tier, KEYS)
+        large = Entry(random.randbytes(3 << 20), 1)
+        tier.put(b"large", large)
+        async with asyncio.timeout(10):
+            while (found := await tier.get(b"large")) is None:
+                await asyncio.sleep(0.01)
+        assert found.value == large.value
         stranger = create_tier(url.replace("s%25cret", "wrong"))
         assert await stranger.get(KEYS[0]) is None
         await tier.close()
