@@ -17,7 +17,7 @@ from services.runtime.telemetry.recent import Recent
 
 _MAX_SUBJECTS = 4096
 # Below and above these ratios of saving to cost, it is clear what to do.
-_NOT_WORTH = 0.5
+_NOT_WORTH = 1 / 3
 _WORTH = 2.0
 # The share of hits is of about so many of the last look-ups, and of so many before the first, half of them hits.
 _MEMORY = 256.0
