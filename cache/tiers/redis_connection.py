@@ -96,7 +96,8 @@ class RedisConnection(asyncio.Protocol):
         self._will_flush_later = False
         self._timer: asyncio.TimerHandle | None = None
         self._overdue: Command | None = None
-        self._is_over = False
+        # Whether to use another one.
+        self.is_over = False
         self.opened: Completion[Exception | None] = Completion()
         self._closed = asyncio.Event()
 
@@ -123,10 +124,10 @@ class RedisConnection(asyncio.Protocol):
 
         `lazy`: it may wait a millisecond for another one to leave with.
         """
-        if self._is_over or len(self._under_way) >= _MAX_COMMANDS or self._bytes + command.size > _MAX_BYTES:
+        command.sent_ns = time.monotonic_ns()
+        if self.is_over or len(self._under_way) >= _MAX_COMMANDS or self._bytes + command.size > _MAX_BYTES:
             command.end(GIVEN_UP)
             return
-        command.sent_ns = time.monotonic_ns()
         self._bytes += command.size
         self._under_way.append(command)
         self._unsent.extend(parts)
@@ -143,7 +144,7 @@ class RedisConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Ends it; what is under way is given up."""
-        self._is_over = True
+        self.is_over = True
         self._closed.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -216,9 +217,9 @@ class RedisConnection(asyncio.Protocol):
         self._timer = self._loop.call_later(max(left, _GRACE_SECONDS), self._check)
 
     def _end(self, error: Exception) -> None:
-        if not self._is_over:
+        if not self.is_over:
             # Before those that wait go on: they shall know that it is not to be used.
-            self._is_over = True
+            self.is_over = True
             self._lost(self, error)
             self.close()
 

@@ -128,11 +128,10 @@ class RedisNode:
         if not self.may_try():
             look_up.reply.complete(GIVEN_UP)
             return look_up.reply
-        if self._quick is None:
-            self._quick = self._connect(self._budget)
+        connection = self._for_look_ups()
         if asking:
-            self._quick.send(Command(0), (_ASKING,))
-        self._quick.send(look_up, (b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name),))
+            connection.send(Command(0), (_ASKING,))
+        connection.send(look_up, (b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name),))
         return look_up.reply
 
     def put(self, fill: Fill) -> None:
@@ -145,11 +144,9 @@ class RedisNode:
         ttl = b"%d" % fill.ttl_ms
         parts = (head, fill.frame, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(ttl), ttl))
         if size <= _LARGE_FILL:
-            if self._quick is None:
-                self._quick = self._connect(self._budget)
-            self._quick.send(_Write(self, fill), parts, lazy=True)
+            self._for_look_ups().send(_Write(self, fill), parts, lazy=True)
         else:
-            if self._bulk is None:
+            if self._bulk is None or self._bulk.is_over:
                 self._bulk = self._connect(_WRITE_SECONDS)
             self._bulk.send(_Write(self, fill), parts)
 
@@ -159,7 +156,7 @@ class RedisNode:
             self._probe_task.cancel()
         await asyncio.gather(*(_finish(connection) for connection in self._held))
         tasks = set(self._held.values())
-        for connection in self._held:
+        for connection in list(self._held):
             connection.close()
         for task in tasks:
             task.cancel()
@@ -183,6 +180,11 @@ class RedisNode:
         if isinstance(reply, ReadOnlyError):
             self._reconnect()
         self._on_fill(fill, reply if isinstance(reply, Exception) else None)
+
+    def _for_look_ups(self) -> RedisConnection:
+        if self._quick is None or self._quick.is_over:
+            self._quick = self._connect(self._budget)
+        return self._quick
 
     def _connect(self, limit_seconds: float) -> RedisConnection:
         connection = RedisConnection(limit_seconds, self._lost)
@@ -221,14 +223,8 @@ class RedisNode:
             self._probe_task = None
 
     def _lost(self, connection: RedisConnection, error: Exception) -> None:
-        """From a connection."""
-        if connection is self._quick:
-            self._quick = None
-        elif connection is self._bulk:
-            self._bulk = None
-        else:
-            return  # of a probe
-        if not connection.is_idle:
+        """From a connection; that of a probe, or one on which nothing is under way, is no failure."""
+        if not connection.is_idle and (connection is self._quick or connection is self._bulk):
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
@@ -242,9 +238,7 @@ class RedisNode:
 
     def _disconnect(self) -> None:
         """What is under way is given up."""
-        quick, self._quick = self._quick, None
-        bulk, self._bulk = self._bulk, None
-        for connection in (quick, bulk):
+        for connection in (self._quick, self._bulk):
             if connection is not None:
                 connection.close()
 

@@ -83,6 +83,7 @@ class Node:
         self.client = client
         self.errors = Counter(ERRORS)
         self.filled = []
+        self.get_times = Histogram()
         self.breaker = Breaker(time.monotonic, first_pause=0.01)
         self.node = RedisNode(
             "r:1",
@@ -91,7 +92,7 @@ class Node:
             breaker=self.breaker,
             on_failure=lambda: None,
             on_fill=lambda fill, error: self.filled.append((fill, error)),
-            get_times=Histogram(),
+            get_times=self.get_times,
             set_times=Histogram(),
             errors=self.errors,
         )
@@ -168,7 +169,7 @@ async def test_a_connection_that_the_server_closed_while_idle_is_no_failure(serv
     await server.writers[0].wait_closed()
     await asyncio.sleep(0)
     async with asyncio.timeout(5):
-        while node.node._quick is not None:
+        while not node.node._quick.is_over:
             await asyncio.sleep(0)
     assert await both(node) == [b"frame", b"frame"]
     assert node.failures == {}
@@ -240,6 +241,7 @@ async def test_look_ups_beyond_what_may_wait_are_given_up(server, node):
     look_ups = [node.get(b"a") for _ in range(20_000)]
     assert not look_ups[0].done()
     assert look_ups[-1].done()
+    assert node.get_times.sum_ns < 10_000_000_000 * len(look_ups)
 
 
 async def test_a_read_only_server_is_connected_to_anew(server, node):
