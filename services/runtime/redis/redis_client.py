@@ -71,6 +71,7 @@ async def lent_connection(client: Redis, protocol: asyncio.Protocol) -> AsyncIte
     connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     try:
         await connection.connect()
+        # redis-py has no public name for it; tests/system/test_redis_topologies.py would notice a change.
         transport: asyncio.Transport = connection._writer.transport
         transport.set_protocol(protocol)
         yield transport
