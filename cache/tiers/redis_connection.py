@@ -140,7 +140,7 @@ class RedisConnection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         elif not self._will_flush_later:
             self._will_flush_later = True
-            self._loop.call_later(_LAZY_SECONDS, self._flush_later)
+            self._loop.call_later(min(_LAZY_SECONDS, self._limit_ns / 4e9), self._flush_later)
 
     def close(self) -> None:
         """Ends it; what is under way is given up."""
