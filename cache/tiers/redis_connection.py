@@ -30,7 +30,7 @@ _MAX_BYTES = 64 << 20
 # Above, parts are not copied to be sent as one.
 _MOST_JOINED = 64 << 10
 # What is written behind waits so long for a look-up that it can leave with.
-_LAZY_SECONDS = 0.001
+_LAZY_SECONDS = 0.005
 # The replies may have come while this process was busy: it looks for them once more before it gives up.
 _GRACE_SECONDS = 0.001
 _MORE: Final = object()
@@ -122,7 +122,7 @@ class RedisConnection(asyncio.Protocol):
     def send(self, command: Command, parts: tuple[bytes, ...], *, lazy: bool = False) -> None:
         """`parts` are the command, packed. Given up where it is over, or too much is under way.
 
-        `lazy`: it may wait a millisecond for another one to leave with.
+        `lazy`: it may wait a few milliseconds for another one to leave with.
         """
         command.sent_ns = time.monotonic_ns()
         if self.is_over or len(self._under_way) >= _MAX_COMMANDS or self._bytes + command.size > _MAX_BYTES:
