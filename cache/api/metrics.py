@@ -41,7 +41,7 @@ UNSEALED = Family(
 )
 STALE = Family("ringmesh_cache_stale_answers_total", "counter", "stale answers: served after their time to live")
 FLIGHTS = Family("ringmesh_flights", "gauge", "keys whose answer is being looked up or computed")
-REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "round trips to Redis", ("operation",))
+REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "look-ups and writes in Redis", ("operation",))
 BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
 
 
