@@ -73,6 +73,7 @@ MODULES = (
     "services.inference.codec.request",
     "services.inference.codec.request_decoder",
     "services.inference.codec.tensor_spec",
+    "services.inference.envelope",
     "services.inference.execution.inline_runs",
     "services.inference.models.held_models",
     "services.inference.scheduling.batcher",
