@@ -1,6 +1,7 @@
 """The requests of an envelope: each has an answer or a failure of its own, and equal ones run once."""
 
 import asyncio
+import gc
 import threading
 import time
 import uuid
@@ -178,6 +179,22 @@ async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_join
     np.testing.assert_allclose(told(result), answer(worker, 1)[0], rtol=1e-5)
     await busy
     assert model_of(worker).runs == [1, 1]  # the busy one and what was joined; the four others never ran
+    assert worker.load.requests == 0
+
+
+async def test_a_run_that_fails_after_its_router_has_gone_is_no_unhandled_fault(worker, caplog):
+    model_of(worker).gate.clear()
+    leaving = asyncio.create_task(execute(worker, [work(1)]))
+    await asyncio.sleep(0.01)  # it runs
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    model_of(worker).runs = None  # so that the run fails
+    model_of(worker).gate.set()
+    while worker.store.held.find("mlp", "").batcher._batches:
+        await asyncio.sleep(0)
+    del leaving
+    gc.collect()
+    assert not caplog.records
     assert worker.load.requests == 0
 
 
