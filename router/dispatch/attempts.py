@@ -39,7 +39,7 @@ from services.runtime.errors import (
     from_failure,
 )
 from services.runtime.faults import internal
-from services.runtime.large_result import LargeResult, Result, message_of
+from services.runtime.large_result import Result, SplitResult, message_of
 from services.runtime.telemetry.spans import Kind
 from services.runtime.telemetry.tracing import Trace
 from services.runtime.telemetry.worker_spans import EXECUTE
@@ -402,7 +402,7 @@ class _Attempt:
             error = self._learn(outcome)
         finally:
             self._release()
-        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+        if isinstance(outcome, inference_pb2.WorkResult | SplitResult):
             self._record(message_of(outcome), error)
         else:
             self._record(None, error)
@@ -416,7 +416,7 @@ class _Attempt:
         """The error in words, "" if there is none."""
         took = time.monotonic() - self._began
         parts, model, member = self._parts, self._asked.model, self.candidate.member
-        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+        if isinstance(outcome, inference_pb2.WorkResult | SplitResult):
             parts.fleet.answered(member, model.digest, took)
             timing = outcome.timing
             if not timing.joined:

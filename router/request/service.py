@@ -43,8 +43,6 @@ class InferenceService:
             model = self._fleet.view.catalog.find(name, version)
         except (NotFoundError, UnavailableError):
             return False
-        if model.not_runnable:
-            return False
         if any(not member.why_not(model) for member in self._fleet.view.members.values()):
             return True
         steps = model.plan.steps if model.plan is not None else ()

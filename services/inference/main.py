@@ -77,7 +77,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         max_unread_bytes=settings.max_unread_bytes,
         calls=calls,
     )
-    local = EnvelopeSocket(settings.socket_dir, envelopes, settings.max_message_bytes, calls.counter(EXECUTE))
+    local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
     metrics.add(WorkerMetrics(worker).samples)

@@ -1,4 +1,4 @@
-"""Results whose responses are large: they travel in ExecuteResponse as all do, but protobuf never holds them.
+"""Results apart from their responses, which protobuf never holds; together they travel in ExecuteResponse.
 
 It would copy each several times, with the GIL held: services/runtime/large_bytes.py.
 """
@@ -19,14 +19,25 @@ _RESPONSE = 1
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
-class LargeResult:
-    """A WorkResult without failure, and apart from it its response."""
+class SplitResult:
+    """A WorkResult without its response, which stands beside it; b"" where it failed.
 
-    __slots__ = ("message", "response")
+    It is made of a message or of a serialized one, which is parsed when somebody asks.
+    """
 
-    def __init__(self, message: inference_pb2.WorkResult, response: bytes) -> None:
-        self.message = message
+    __slots__ = ("_message", "response", "serialized")
+
+    def __init__(self, message: inference_pb2.WorkResult | None, response: bytes, serialized: bytes = b"") -> None:
+        self._message = message
         self.response = response
+        self.serialized = serialized
+
+    @property
+    def message(self) -> inference_pb2.WorkResult:
+        """All but the response."""
+        if self._message is None:
+            self._message = inference_pb2.WorkResult.FromString(self.serialized)
+        return self._message
 
     @property
     def timing(self) -> inference_pb2.Timing:
@@ -40,15 +51,15 @@ class LargeResult:
 
     @property
     def failure(self) -> inference_pb2.Failure:
-        """As of the message: an empty one."""
+        """As of the message."""
         return self.message.failure
 
     def HasField(self, name: str) -> bool:  # noqa: N802, as of the message
         """As of the message."""
-        return name == "timing" and self.message.HasField("timing")
+        return self.message.HasField(name)  # type: ignore[arg-type]
 
 
-Result: TypeAlias = inference_pb2.WorkResult | LargeResult
+Result: TypeAlias = inference_pb2.WorkResult | SplitResult
 
 
 class LargeAnswer(NamedTuple):
@@ -60,35 +71,28 @@ class LargeAnswer(NamedTuple):
     def results(self, parsed: inference_pb2.ExecuteResponse) -> list[Result]:
         """What `message` says, as `parsed`, with the responses."""
         return [
-            LargeResult(result, response) if response else result
+            SplitResult(result, response) if response else result
             for result, response in zip(parsed.results, self.responses, strict=True)
         ]
 
 
 def message_of(result: Result) -> inference_pb2.WorkResult:
     """All that it says but for its response."""
-    return result.message if isinstance(result, LargeResult) else result
+    return result.message if isinstance(result, SplitResult) else result
 
 
-def copy_of(result: Result) -> Result:
-    """Another one that says the same."""
-    message = inference_pb2.WorkResult()
-    message.CopyFrom(message_of(result))
-    return LargeResult(message, result.response) if isinstance(result, LargeResult) else message
-
-
-def pieces_of(results: Sequence[Result], load: inference_pb2.LoadReport) -> list[bytes]:
-    """The serialized ExecuteResponse, in pieces of which the large ones are the responses themselves."""
-    pieces = []
+def pieces_of(results: Sequence[SplitResult], load: inference_pb2.LoadReport) -> list[bytes]:
+    """The serialized ExecuteResponse, in pieces; responses are pieces of their own."""
+    pieces: list[bytes] = []
     for result in results:
-        rest = message_of(result).SerializeToString()
-        if isinstance(result, LargeResult):
-            head = wire.head(_RESPONSE, len(result.response))
-            whole = wire.head(_RESULTS, len(head) + len(result.response) + len(rest))
-            pieces += [whole + head, result.response, rest]
+        rest = result.serialized or result.message.SerializeToString()
+        if response := result.response:
+            head = wire.head(_RESPONSE, len(response))
+            pieces += (wire.head(_RESULTS, len(head) + len(response) + len(rest)), head, response, rest)
         else:
             pieces.append(wire.field(_RESULTS, rest))
-    return [*pieces, wire.field(_LOAD, load.SerializeToString())]
+    pieces.append(wire.field(_LOAD, load.SerializeToString()))
+    return pieces
 
 
 def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:

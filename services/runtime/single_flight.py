@@ -5,7 +5,6 @@ from __future__ import annotations  # compiled by mypyc
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from services.runtime.driver import Driver, Promise
@@ -19,7 +18,7 @@ class Flight(Promise[Result]):
 
     __slots__ = ("_flights", "_key", "driver")
 
-    def __init__(self, flights: dict[bytes, Promise[Result] | asyncio.Future[Result]], key: bytes) -> None:
+    def __init__(self, flights: dict[bytes, Flight[Result]], key: bytes) -> None:
         super().__init__()
         self._flights = flights
         self._key = key
@@ -44,7 +43,7 @@ class SingleFlight(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._flights: dict[bytes, Promise[Result] | asyncio.Future[Result]] = {}
+        self._flights: dict[bytes, Flight[Result]] = {}
 
     async def run(
         self, key: bytes, work: Callable[[], Coroutine[Any, Any, Result]], deadline: float | None
@@ -66,7 +65,7 @@ class SingleFlight(Generic[Result]):
         """Whether it is in flight."""
         return key in self._flights
 
-    def get(self, key: bytes) -> Promise[Result] | asyncio.Future[Result] | None:
+    def get(self, key: bytes) -> Flight[Result] | None:
         """What is in flight, to be awaited in a driven coroutine."""
         return self._flights.get(key)
 
@@ -83,19 +82,12 @@ class SingleFlight(Generic[Result]):
         self._flights.setdefault(key, flight)
         return flight
 
-    def lead(self, key: bytes, flight: asyncio.Future[Result]) -> None:
-        """Others may join `flight`, which is under way; there is none of this key yet."""
-        self._flights[key] = flight
-        flight.add_done_callback(partial(self._remove, key))
-
     def close(self) -> None:
         """Cancels the work in flight; those that wait for it get UnavailableError."""
         for flight in list(self._flights.values()):
-            if isinstance(flight, Flight) and flight.driver is not None:
+            if flight.driver is not None:
                 flight.driver.cancel()
 
-    def _remove(self, key: bytes, flight: Promise[Result] | asyncio.Future[Result]) -> None:
+    def _remove(self, key: bytes, flight: Flight[Result]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        if isinstance(flight, asyncio.Future) and flight.done() and not flight.cancelled():
-            flight.exception()  # all callers may have left: asyncio shall not report it as never retrieved

@@ -78,7 +78,7 @@ class SimWorker:
         handlers = {f"/{service.name}/{method}": handler for method, handler in service.handlers.items()}
         handlers |= {_INFERENCE + method: handler for method, handler in ModelControl(store).handlers().items()}
         if self.local:
-            local = EnvelopeSocket("", envelopes, _LARGEST, calls.counter(EXECUTE))
+            local = EnvelopeSocket("", envelopes.execute, _LARGEST, calls.counter(EXECUTE))
             world.loop.sockets[self._path] = Socket(world.loop, world.random, process, lambda: _Connection(local))
             envelopes.socket, envelopes.port = self._path, _PORT
         world.network.servers[self.address] = Server(

@@ -393,7 +393,7 @@ class World:
             if worker.is_up:
                 left[f"{worker.worker_id} requests"] = worker.worker.load.requests
                 left[f"{worker.worker_id} flights"] = len(worker.worker._flights._flights)
-                left[f"{worker.worker_id} plain"] = len(worker.worker._plain)
+                left[f"{worker.worker_id} queued"] = len(worker.worker._queued)
                 for held in worker.store.held:
                     left[f"{worker.worker_id} {held.model.name} waiting"] = held.waiting
         for what, count in left.items():

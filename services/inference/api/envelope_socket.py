@@ -14,14 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import grpc
 
-from services.inference.worker import Work
 from services.runtime import faults
+from services.runtime.driver import Driver
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
-from services.runtime.rpc.rpc import Answer, Failure, failure
+from services.runtime.rpc.rpc import Answer, Failure, FastPath, failure
 
 log = logging.getLogger(__name__)
 
@@ -34,28 +33,18 @@ _PROBE_SECONDS = 0.5
 _LEAVE_SECONDS = 0.5
 
 
-class Envelopes(Protocol):
-    """Answers them: EnvelopeService does."""
-
-    def admit(self, data: bytes) -> Answer | Failure | list[Work]:
-        """What cannot be answered at once is for `begin`."""
-
-    def begin(self, works: list[Work], done: Callable[[Answer | Failure], None]) -> Callable[[], None]:
-        """What cancels it; `done` hears the answer, later than this returns."""
-
-
 class EnvelopeSocket:
-    """Serves `envelopes`, all on the event loop, in a folder of its own below `folder` that only the owner may enter.
+    """Serves envelopes, all on the event loop, in a folder of its own below `folder` that only the owner may enter.
 
     The name is random: whoever finds a socket there has found this process, and not one of another container that has
     the same folders. Where there is no folder, or none can be made there, nothing is served. Requests above
     `max_message_bytes` are answered RESOURCE_EXHAUSTED.
     """
 
-    def __init__(self, folder: str, envelopes: Envelopes, max_message_bytes: int, count: Callable[[str], None]) -> None:
-        """`count` hears the gRPC code that each ended with."""
+    def __init__(self, folder: str, path: FastPath, max_message_bytes: int, count: Callable[[str], None]) -> None:
+        """`path` answers an envelope; `count` hears the gRPC code that each ended with."""
         self._parent = folder
-        self.envelopes = envelopes
+        self.path = path
         self.count = count
         self.largest = max_message_bytes
         self.connections: set[_Connection] = set()
@@ -108,7 +97,7 @@ class _Connection(Frames):
     def __init__(self, server: EnvelopeSocket) -> None:
         super().__init__(server.largest)
         self._server = server
-        self._envelopes = server.envelopes
+        self._path = server.path
         self._count = server.count
         # What cancels each.
         self._under_way: dict[int, Callable[[], None]] = {}
@@ -128,14 +117,9 @@ class _Connection(Frames):
         if kind == CALL:
             if number in self._under_way:
                 raise FrameError(f"call {number} twice")
-            try:
-                admitted = self._envelopes.admit(payload)
-                if not isinstance(admitted, Answer | Failure):
-                    self._under_way[number] = self._envelopes.begin(admitted, partial(self._done, number))
-                    return
-            except Exception as error:
-                admitted = failure(faults.internal(log, "an envelope failed", error))
-            self._answer(number, admitted)
+            driver = Driver(self._path(payload, (), None), partial(self._done, number))
+            self._under_way[number] = driver.cancel
+            driver.start()
         elif kind == CANCEL:
             self._cancel(number)
         else:
@@ -170,9 +154,12 @@ class _Connection(Frames):
         else:
             self.drop_large(number)
 
-    def _done(self, number: int, answer: Answer | Failure) -> None:
-        if self._under_way.pop(number, None) is not None:
-            self._answer(number, answer)
+    def _done(self, number: int, outcome: Answer | Failure | BaseException) -> None:
+        if self._under_way.pop(number, None) is None:
+            return  # cancelled
+        if isinstance(outcome, BaseException):
+            outcome = failure(faults.internal(log, "an envelope failed", outcome))
+        self._answer(number, outcome)
 
     def _answer(self, number: int, answer: Answer | Failure) -> None:
         if isinstance(answer, Answer):

@@ -3,23 +3,23 @@
 from __future__ import annotations  # compiled by mypyc
 
 import asyncio
-import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.inference.envelope import Work
 from services.inference.models.decisions import request_of
 from services.inference.models.ensemble import Ensemble
 from services.inference.models.held_models import HeldModel
-from services.inference.worker import Work, Worker
-from services.runtime import faults, w3c, wire
-from services.runtime.driver import ON_LOOP, in_task
+from services.inference.worker import Worker
+from services.runtime import driver, w3c
+from services.runtime.driver import ON_LOOP
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
-from services.runtime.large_result import LargeResult, Result, message_of, pieces_of
+from services.runtime.large_result import LARGE_RESPONSE_BYTES, SplitResult, pieces_of
 from services.runtime.oip import protocol
 from services.runtime.oip.absent_model import Failures
 from services.runtime.oip.infer_request import model_name, request_id
@@ -41,8 +41,6 @@ from services.runtime.rpc.rpc import (
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.tracing import Tracer
 from services.runtime.telemetry.worker_spans import EXECUTE
-
-log = logging.getLogger(__name__)
 
 # Of failed loads, in a description; the index has them all.
 _MOST_FAILURES = 1000
@@ -85,16 +83,12 @@ class InferenceService:
         metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
-    async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Result:
+    async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
         trace = self._tracer.start(protocol.traceparent(metadata))
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
-        result = await self._worker.execute(
-            data,
-            request_hash=b"",
-            deadline=deadline,
-            trace_context=bytes.fromhex(trace.trace_id + trace.span_id),
-        )
+        work = Work(data, b"", deadline, bytes.fromhex(trace.trace_id + trace.span_id))
+        (result,) = await self._worker.execute([work])
         if self._tracer.ratios:
             self._tracer.sample(trace, model_name(data))
         if trace.sampled or result.HasField("failure"):
@@ -105,7 +99,7 @@ class InferenceService:
 
     async def _model_infer(self, data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
         await ON_LOOP
-        result = await in_task(self._execute(data, metadata, deadline, "ModelInfer"))
+        result = await self._execute(data, metadata, deadline, "ModelInfer")
         trailing = (
             ("ringmesh-cache", "bypass"),
             ("ringmesh-worker", self._worker.worker_id),
@@ -118,7 +112,7 @@ class InferenceService:
 
     async def _stream_infer(self, data: bytes, context: Context) -> Answer:
         metadata, deadline = protocol.metadata(context), protocol.deadline(context)
-        result = await self._execute(data, metadata, deadline, "ModelStreamInfer")
+        result = await driver.run(self._execute(data, metadata, deadline, "ModelStreamInfer"))
         if result.HasField("failure"):
             raise from_failure(result.failure)
         return protocol.answered(result.response, request_id(data), ())
@@ -148,7 +142,7 @@ class EnvelopeService:
 
     def service(self, calls: Calls) -> Service:
         """The handlers, to be served; `calls` are counted."""
-        execute = calls.counted_path(EXECUTE, self._execute)
+        execute = calls.counted_path(EXECUTE, self.execute)
         return Service(
             _DESCRIPTOR,
             {
@@ -160,12 +154,8 @@ class EnvelopeService:
             {"Execute": execute},
         )
 
-    def begin(self, works: list[Work], done: Callable[[Answer | Failure], None]) -> Callable[[], None]:
-        """What `admit` did not answer; `done` hears the answer, later than this returns. What cancels it."""
-        return self._worker.begin_all(works, lambda results: done(self._answer(results)))
-
-    def admit(self, data: bytes) -> Answer | Failure | list[Work]:
-        """What is run at once is answered at once."""
+    async def execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
+        """Answers an ExecuteRequest. To be driven, on any thread."""
         try:
             if not self._worker.accepting:
                 raise UnavailableError("the worker is draining")
@@ -183,28 +173,11 @@ class EnvelopeService:
             )
             for item in request.items
         ]
-        results = self._worker.execute_at_once(works)
-        if results is None:
-            return works
-        load = wire.field(2, self._load().SerializeToString())
-        return Answer(b"".join([wire.field(1, result) for result in results]) + load, ())
-
-    async def _execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
-        admitted = self.admit(data)
-        if isinstance(admitted, Answer | Failure):
-            return admitted
-        await ON_LOOP
-        return self._answer(await self._worker.execute_all(admitted))
-
-    def _answer(self, results: list[Result]) -> Answer | Failure:
-        try:
-            if any(isinstance(result, LargeResult) for result in results):
-                return Answer(b"", (), None, pieces_of(results, self._load()))
-            messages = [message_of(result) for result in results]
-            response = inference_pb2.ExecuteResponse(results=messages, load=self._load())
-            return Answer(response.SerializeToString(), ())
-        except Exception as error:
-            return failure(faults.internal(log, "an envelope failed", error))
+        results = await self._worker.execute(works)
+        pieces = pieces_of(results, self._load())
+        if max([len(result.response) for result in results], default=0) > LARGE_RESPONSE_BYTES:
+            return Answer(b"", (), None, pieces)
+        return Answer(b"".join(pieces), ())
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations  # compiled by mypyc
 
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from services.inference.codec.request import Decoded
 from services.inference.execution.model import OnnxModel
@@ -41,7 +42,7 @@ class HeldModel:
         """Requests that no batch has taken."""
         return self.batcher.waiting + (0 if self.resident is None else len(self.resident.waiting))
 
-    def submit(self, decoded: Decoded, deadline: float | None) -> Awaitable[BatchResult]:
+    def submit(self, decoded: Decoded, deadline: float | None) -> Coroutine[Any, Any, BatchResult]:
         """As Batcher.submit, and as MemoryBudget.enter."""
         if self.budget is None or self.resident is None:
             return self.batcher.submit(decoded, deadline)

@@ -139,7 +139,7 @@ class Batcher:
         try:
             result: BatchResult = await waiting.future
         except asyncio.CancelledError:
-            self._queue.cancelled(waiting)
+            self.leave(waiting)
             raise
         return result
 
@@ -154,11 +154,16 @@ class Batcher:
             loop.call_soon(self._dispatch)
         return waiting
 
-    def withdraw(self, waiting: Waiting) -> bool:
-        """Nobody waits for it any more: if it has not begun to run, it will not; whether that is so."""
-        if waiting.begun or not waiting.future.cancel():
-            return False
+    def leave(self, waiting: Waiting) -> None:
+        """Nobody waits for it any more: if it has not begun to run, it will not."""
+        waiting.future.cancel()
         self._queue.cancelled(waiting)
+
+    def withdraw(self, waiting: Waiting) -> bool:
+        """As `leave`, where it has not begun to run; whether that is so. Its future is cancelled."""
+        if waiting.begun or waiting.future.done():
+            return False
+        self.leave(waiting)
         return True
 
     def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
