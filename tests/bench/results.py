@@ -137,7 +137,7 @@ def figures(results: Results) -> list[Figure]:
         *(other for other in others if other[:2] not in named),
     ):
         if ratios := results.ratios(what, workload, outstanding, UP, peer):
-            name = f"{workload}, {outstanding} outstanding: {_WORDS[what]} by {peer}'s"
+            name = f"{workload}, {outstanding:,} outstanding: {_WORDS[what]} by {peer}'s"
             found.append(Figure(name, Spread.of(ratios), required, goal, at_most))
     if (zipf := results.find("zipf", 16, UP)) and zipf.executions:
         # The audit computes one hit in a thousand again.
