@@ -30,8 +30,8 @@ class Model:
     def row(self, rng: np.random.Generator, width: int = 1) -> np.ndarray:
         """A request of one row; `width` stands for what is free."""
         shape = (1, *(width if dim < 0 else dim for dim in self.input_dims))
-        if self.datatype == "INT32":
-            return rng.integers(0, 256, shape, dtype=np.int32)
+        if integers := {"INT32": np.int32, "UINT8": np.uint8}.get(self.datatype):
+            return rng.integers(0, 256, shape, dtype=integers)
         return rng.random(shape, dtype=np.float32)
 
 
@@ -44,11 +44,11 @@ response_cache { enable: true }
 """
 
 
-def write(model: Model, repository: Path) -> None:
+def write(model: Model, repository: Path, config: str = CONFIG) -> None:
     """As Ringmesh has it: `<repository>/<name>/1/model.onnx` and `config.pbtxt`."""
     (repository / model.name / "1").mkdir(parents=True)
     model.write(repository)
-    (repository / model.name / "config.pbtxt").write_text(CONFIG)
+    (repository / model.name / "config.pbtxt").write_text(config)
 
 
 def _mlp(repository: Path) -> None:

@@ -102,15 +102,18 @@ def ringmesh_up(
 
 
 @contextmanager
-def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path) -> Iterator[Server]:
-    """One router and one worker with their defaults: 1 % of the requests traced, metrics, no Redis."""
+def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path, threads: str = "1") -> Iterator[Server]:
+    """One router and one worker with their defaults: 1 % of the requests traced, metrics, no Redis.
+
+    `threads` of one run of a model.
+    """
     port = free_port()
     with running(
         "services.inference",
         port=port,
         address=f"127.0.0.1:{port}",
         models=str(models),
-        threads="1",
+        threads=threads,
         trace_dir=str(traces),
     ) as worker:
         workers, front = f"127.0.0.1:{port}", free_port()
