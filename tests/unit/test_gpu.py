@@ -11,16 +11,28 @@ from services.inference.repository import versions
 from services.runtime.errors import InternalError
 from services.runtime.gpu_metrics import GpuMetrics
 from tests import models
-from tests.bench import networks
+from tests.bench import gpu, networks
 
 pytestmark = pytest.mark.gpu
 
 AVAILABLE = onnxruntime.get_available_providers()
-HAS_GPU = execution.CUDA in AVAILABLE
-FIRST = execution.CUDA if HAS_GPU else execution.CPU
-if HAS_GPU:
-    onnxruntime.preload_dlls()
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA here")
+
+
+@pytest.fixture(scope="module")
+def has_gpu():
+    return gpu.starts_cuda()
+
+
+@pytest.fixture
+def needs_gpu(has_gpu):
+    if not has_gpu:
+        pytest.skip("CUDA does not start here")
+
+
+@pytest.fixture
+def first(has_gpu):
+    """The provider of a model that may run anywhere."""
+    return execution.CUDA if has_gpu else execution.CPU
 
 
 def load(folder, config="", *, providers=AVAILABLE):
@@ -41,10 +53,10 @@ def assert_as_on_the_cpu(model, folder, counts=(1, 3, 8, 3, 1)):
         np.testing.assert_allclose(answer, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_a_model_runs_on_the_gpu_and_says_so(tmp_path):
+def test_a_model_runs_on_the_gpu_and_says_so(tmp_path, first):
     folder = models.mlp(tmp_path)
     model = load(folder)
-    assert model.provider == FIRST
+    assert model.provider == first
     assert_as_on_the_cpu(model, folder)
 
 
@@ -58,23 +70,23 @@ def test_answers_through_page_locked_memory_or_not_are_right(tmp_path, pinned):
     assert_as_on_the_cpu(load(folder, f"optimization {{ output_pinned_memory {{ enable: {pinned} }} }}"), folder)
 
 
-@needs_gpu
+@pytest.mark.usefixtures("needs_gpu")
 def test_there_is_page_locked_memory():
     allocate = page_locked(execution.CUDA, 0)
     assert allocate is not None
     assert allocate((2, 3), np.float32).shape() == [2, 3]
 
 
-def test_recorded_kernels_answer_each_request_with_its_own_values(tmp_path):
+def test_recorded_kernels_answer_each_request_with_its_own_values(tmp_path, first):
     folder = models.mlp(tmp_path)
     model = load(folder, "optimization { cuda { graphs: true } }")
-    assert model.provider == FIRST
+    assert model.provider == first
     assert_as_on_the_cpu(model, folder, counts=(2, 2, 2, 5, 2, 5))
     first, second = (model.run(rows(2, seed), ["y"])[0] for seed in (1, 2))
     assert (first != second).any()
 
 
-@needs_gpu
+@pytest.mark.usefixtures("needs_gpu")
 def test_a_gpu_that_is_not_there_leaves_the_model_to_the_cpu(tmp_path, caplog):
     folder = models.mlp(tmp_path)
     model = load(folder, "instance_group { gpus: [ 63 ] }")
@@ -83,7 +95,7 @@ def test_a_gpu_that_is_not_there_leaves_the_model_to_the_cpu(tmp_path, caplog):
     assert_as_on_the_cpu(model, folder)
 
 
-@needs_gpu
+@pytest.mark.usefixtures("needs_gpu")
 def test_a_model_that_does_not_fit_into_the_memory_of_the_gpu_runs_on_the_cpu(tmp_path, caplog):
     networks.transformer(1, 1024, 16, 4).write(tmp_path)
     limit = 'parameters { key: "gpu_mem_limit" value { string_value: "1048576" } }'
@@ -92,7 +104,7 @@ def test_a_model_that_does_not_fit_into_the_memory_of_the_gpu_runs_on_the_cpu(tm
     assert "cannot start CUDAExecutionProvider" in caplog.text
 
 
-@needs_gpu
+@pytest.mark.usefixtures("needs_gpu")
 def test_a_run_too_large_for_the_memory_of_the_gpu_fails_alone(tmp_path):
     networks.cnn(224, (64,), (1,)).write(tmp_path)
     limit = f'parameters {{ key: "gpu_mem_limit" value {{ string_value: "{256 << 20}" }} }}'
@@ -104,7 +116,7 @@ def test_a_run_too_large_for_the_memory_of_the_gpu_fails_alone(tmp_path):
     assert model.run({"x": image}, ["y"])[0].tobytes() == before.tobytes()
 
 
-@needs_gpu
+@pytest.mark.usefixtures("needs_gpu")
 def test_the_gpu_tells_its_load_memory_and_power():
     names = {sample.family.name for sample in GpuMetrics.of_this_host().samples()}
     assert {"ringmesh_gpu_use_ratio", "ringmesh_gpu_memory_used_bytes", "ringmesh_gpu_power_watts"} <= names
