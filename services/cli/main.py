@@ -74,13 +74,13 @@ def up(
 ) -> None:
     """Brings a whole Ringmesh up on this machine, until Ctrl-C."""
     with _one_line_errors():
-        from services.cli import demo_models, first_calls, traces
-        from services.cli.claim import claim
-        from services.cli.key_secret import key_secret
-        from services.cli.ports import Ports
-        from services.cli.screen import Screen
-        from services.cli.stack import Stack, StackOptions
-        from services.cli.supervise import supervise
+        from services.cli.commands import demo_models, first_calls, traces
+        from services.cli.commands.screen import Screen
+        from services.cli.stack.claim import claim
+        from services.cli.stack.key_secret import key_secret
+        from services.cli.stack.ports import Ports
+        from services.cli.stack.stack import Stack, StackOptions
+        from services.cli.stack.supervise import supervise
 
         console = _console()
         screen = Screen(console)
@@ -123,14 +123,14 @@ def up(
 def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
     """Runs a real model over the files here, twice, on a stack of its own, and shows what the cache did."""
     with _one_line_errors():
-        from services.cli import demo as show
-        from services.cli import demo_models, traces
-        from services.cli.key_secret import key_secret
-        from services.cli.magika_features import MagikaFeatures, require_model_folder
-        from services.cli.ports import Ports
-        from services.cli.screen import Screen
-        from services.cli.stack import Stack, StackOptions
-        from services.cli.supervise import supervise
+        from services.cli.commands import demo as show
+        from services.cli.commands import demo_models, traces
+        from services.cli.commands.magika_features import MagikaFeatures, require_model_folder
+        from services.cli.commands.screen import Screen
+        from services.cli.stack.key_secret import key_secret
+        from services.cli.stack.ports import Ports
+        from services.cli.stack.stack import Stack, StackOptions
+        from services.cli.stack.supervise import supervise
 
         console = _console()
         screen = Screen(console)
@@ -166,7 +166,7 @@ def trace(
 ) -> None:
     """Shows a request's path from span to span; without an ID, lists the latest traces."""
     with _one_line_errors():
-        from services.cli import traces
+        from services.cli.commands import traces
 
         folder = state / "traces"
         console = _console()
@@ -191,8 +191,8 @@ def top(
 ) -> None:
     """Shows how the fleet does, until Ctrl-C: what needs attention, workers, models, processes."""
     with _one_line_errors():
-        from services.cli import running
-        from services.cli import top as show
+        from services.cli.commands import running
+        from services.cli.commands import top as show
 
         url = console_url or running.find(state).console
         if once or not sys.stdout.isatty():
@@ -213,8 +213,8 @@ def explain(
 ) -> None:
     """Says where a request would go, and why: its key, the owner, and the others in the order they would be asked."""
     with _one_line_errors():
-        from services.cli import explain as show
-        from services.cli import running
+        from services.cli.commands import explain as show
+        from services.cli.commands import running
 
         if (model is None) == (request is None):
             raise CommandError("name a model, or a file with --request")
@@ -227,7 +227,7 @@ def explain(
 def models(router: RouterOption = None, state: State = _STATE) -> None:
     """Lists the models of the fleet, with their state and counts."""
     with _one_line_errors():
-        from services.cli import model_list, running
+        from services.cli.commands import model_list, running
 
         _console().print(model_list.listing(router or running.find(state).router))
 
@@ -244,8 +244,8 @@ def semantic_precision(
 ) -> None:
     """Measures how often the answer to a similar vector would have been right, by threshold of similarity."""
     with _one_line_errors():
-        from services.cli import running
-        from services.cli import semantic_precision as tool
+        from services.cli.commands import running
+        from services.cli.commands import semantic_precision as tool
 
         address = router or running.find(state).router
         chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
@@ -263,7 +263,7 @@ def cache(context: typer.Context, address: CacheOption = None, state: State = _S
     if context.invoked_subcommand is not None:
         return
     with _one_line_errors():
-        from services.cli import cache_service, running
+        from services.cli.commands import cache_service, running
 
         if address is not None:
             processes = {"cache": address}
@@ -284,7 +284,7 @@ def purge(
 ) -> None:
     """Makes the caches forget; returns when no router or cache answers from what was kept before."""
     with _one_line_errors():
-        from services.cli import cache_service, running
+        from services.cli.commands import cache_service, running
 
         request = cache_service.purge_request(everything=everything, model=model, tenant=tenant, key=key)
         done = cache_service.purge(address or running.find(state).cache, request)
