@@ -94,17 +94,24 @@ def measure(
                         row.executions.append((peer.executed(workload.model.name) - before) / measured.distinct)
 
 
+def compile_tree(tree: Path) -> None:
+    """As an installation of it is; nothing to do if it was done."""
+    if (compiler := tree / "scripts" / "compile").exists():
+        subprocess.run([sys.executable, compiler], check=True)
+
+
 @contextmanager
 def tree_of(revision: str) -> Iterator[Path]:
     """The folder `revision`, or a git work tree of it, gone afterwards."""
     if Path(revision).is_dir():
+        compile_tree(Path(revision))
         yield Path(revision).absolute()
         return
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-tree-") as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=ROOT, check=True)
         try:
-            subprocess.run([sys.executable, tree / "scripts" / "compile"], check=True)
+            compile_tree(tree)
             yield tree
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
@@ -144,6 +151,7 @@ def main() -> None:
     starts = min(STARTS, rounds) if against else 1
 
     loadgen = build_loadgen()
+    compile_tree(ROOT)
     how = f"{rounds} rounds of {seconds:g} s"
     about = minutes(plan, 2 if against else 4, starts, seconds, rounds)
     console.print(f"{machine()}. {how}, about {about:.0f} minutes.")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from services.inference.execution import CPU, CUDA
+from services.inference.execution.execution import CPU, CUDA
 from tests.bench import models, networks, peers, worker
 from tests.bench.harness import build_loadgen
 from tests.bench.models import Model

@@ -4,12 +4,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from services.inference import execution
-from services.inference.device_session import page_locked
-from services.inference.model import OnnxModel
-from services.inference.repository import versions
+from services.inference.execution import execution
+from services.inference.execution.device_session import page_locked
+from services.inference.execution.model import OnnxModel
+from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError
-from services.runtime.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.gpu_metrics import GpuMetrics
 from tests import models
 from tests.bench import gpu, networks
 
