@@ -32,12 +32,12 @@ check: $(READY)
 	@.venv/bin/buf format --diff --exit-code protos
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
 
-# `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 25 minutes; `--quick` about 7.
+# `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 28 minutes; `--quick` about 8.
 # `--only WORKLOAD`, `--seconds`, `--rounds`, `--against REVISION`: see `--help`.
 bench: $(READY)
 	@$(PY) -m tests.bench $(ARGUMENTS)
 
-# `ringmesh up` of this tree and of main in turn, hits and misses: about 7 minutes. Fails if one of them is slower.
+# `ringmesh up` of this tree and of main in turn, hits and misses: about 8 minutes. Fails if one of them is slower.
 bench-check: $(READY)
 	@$(PY) -m tests.bench --against main $(ARGUMENTS)
 

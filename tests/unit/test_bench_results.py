@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.bench import results
+from tests.bench import cores, gpu, report, results
 from tests.bench.harness import Measured
 from tests.bench.results import Figure, Results, Spread, differences, figures
 from tests.bench.workloads import WORKLOADS
@@ -116,3 +116,43 @@ def test_executions_for_each_key_are_a_target():
     made.row(zipf, 16, results.UP).executions.extend([1.0, 1.001, 1.02])
     (figure,) = figures(made)
     assert (figure.ratio.median, figure.verdict) == (1.001, "reached")
+
+
+@pytest.mark.parametrize(("here", "measured"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_cores_are_doubled_up_to_all_of_the_machine(here, measured):
+    assert cores.doubling(here) == measured
+
+
+def test_a_call_pays_for_what_the_gpu_takes_above_idling():
+    assert gpu.joules_a_call(700.0, 5.0, 100.0, 400) == 0.5
+    assert gpu.joules_a_call(499.0, 5.0, 100.0, 400) == 0.0
+    assert gpu.joules_a_call(499.0, 5.0, 0.0, 0) == 499.0
+
+
+def test_a_hit_saves_the_energy_of_a_miss(tmp_path):
+    class Counter:
+        """A miss run takes 40 J, a hit run 10 J."""
+
+        idle_watts = 0.0
+        told = iter((100.0, 140.0, 140.0, 150.0))
+
+        def joules(self):
+            return next(self.told)
+
+    class Answering:
+        def measure(self, workload, bodies, outstanding, seconds):
+            return dataclasses.replace(NOTHING, calls={"miss": 1_000, "hit": 10_000}[workload.kind])
+
+    told = gpu.saved_by_a_hit(Counter(), Answering(), MISS.model, tmp_path, 1)
+    assert told.endswith("40.00 mJ a miss, 1.00 mJ a hit; a hit saves 39.00 mJ of the GPU")
+
+
+def test_the_page_has_each_row_the_targets_and_plots_of_this_run_alone(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bench-old.svg").touch()
+    made = found((HIT, 16, results.UP, [300, 300]), (HIT, 16, results.TRITON, [100, 200]))
+    report.write(tmp_path, "a machine", "2 rounds", made, figures(made))
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "| ringmesh up | 16 | 300 | 300-300 | 2.25 (1.50-3.00) |" in page
+    assert "| hit, 16 outstanding: requests/s by Triton's | 2.25 (1.50-3.00) | at least 1.8 | 2.5 | reached |" in page
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["bench-hit.svg"]
