@@ -62,6 +62,8 @@ class Server:
         self.stamp += measured.calls
         if measured.errors:
             raise RuntimeError(f"{self.name}, {workload.name} at {outstanding}: calls failed: {measured.errors}")
+        if not measured.ok:
+            raise RuntimeError(f"{self.name}, {workload.name} at {outstanding}: no call ended within {seconds} s")
         return measured
 
     def executed(self, model: str) -> int:
