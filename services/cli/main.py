@@ -279,6 +279,9 @@ def purge(
     model: Annotated[str, typer.Option(help="A model, in all its versions.")] = "",
     tenant: Annotated[str, typer.Option(help="What is kept apart for a tenant.")] = "",
     key: Annotated[str, typer.Option(help="One answer, by the key that `ringmesh explain` tells.")] = "",
+    even_if_unknown: Annotated[
+        bool, typer.Option("--even-if-unknown", help="Also what a --model left that was unloaded.")
+    ] = False,
     address: CacheOption = None,
     state: State = _STATE,
 ) -> None:
@@ -286,8 +289,11 @@ def purge(
     with _one_line_errors():
         from services.cli.commands import cache_service, running
 
-        request = cache_service.purge_request(everything=everything, model=model, tenant=tenant, key=key)
-        done = cache_service.purge(address or running.find(state).cache, request)
+        request = cache_service.purge_request(
+            everything=everything, model=model, tenant=tenant, key=key, even_if_unknown=even_if_unknown
+        )
+        # The router knows which models there are.
+        done = cache_service.purge(address or running.find(state).router, request)
         _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
         if done.warning:
             _console().print(done.warning, highlight=False)
