@@ -7,7 +7,6 @@ libnghttp2-dev.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,6 @@ from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
 HERE = Path(__file__).parent
 WARM_UP_SECONDS = 0.5
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def build_loadgen() -> Path:

@@ -16,9 +16,10 @@ import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
-from tests.bench.harness import Measured, Process, free_port, load, port_of, running
+from tests.bench.harness import Measured, Process, load, port_of, running
 from tests.bench.models import Model
 from tests.bench.workloads import ZIPF_SECONDS, Workload
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 # Load that does not end is what is measured here, and not how it is turned away.

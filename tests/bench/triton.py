@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.harness import Process, free_port
+from tests.bench.harness import Process
 from tests.bench.models import CONFIG, Model
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv" / "triton"

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from tests.bench.harness import build_loadgen, free_port, running
+from tests.bench.harness import build_loadgen, running
 from tests.bench.models import FEATURES, Model, write_layers
 from tests.bench.peers import Server
 from tests.bench.results import Spread
 from tests.bench.workloads import Workload
+from tests.ports import free_port
 
 CALLERS = 64
 SIZES = (1, 8, 16, 32, 64, 128)

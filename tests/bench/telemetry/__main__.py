@@ -15,7 +15,8 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
 from services.cli.commands import demo_models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import build_loadgen, free_port, load, running
+from tests.bench.harness import build_loadgen, load, running
+from tests.ports import free_port
 
 # Name, share of requests traced, whether spans are sent at all.
 CASES = (
