@@ -27,8 +27,9 @@ from services.cli.stack.probes import healthy_workers
 from services.console.data.scraper import fetch
 from tests.bench import models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import build_loadgen, free_port, running
+from tests.bench.harness import build_loadgen, running
 from tests.bench.models import MLP
+from tests.ports import free_port
 
 BODIES = 10_000
 console = Console(width=140)

@@ -22,8 +22,9 @@ from rich.table import Table
 from router.balancing.ring import Ring
 from tests.bench import models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import Measured, Process, build_loadgen, free_port, load, running
+from tests.bench.harness import Measured, Process, build_loadgen, load, running
 from tests.bench.models import IDENTITY, MLP
+from tests.ports import free_port
 
 # Bodies that are asked for; the other entries lie beside them.
 ASKED = 10_000

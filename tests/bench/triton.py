@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.harness import Process, free_port
+from tests.bench.harness import Process
 from tests.bench.models import CONFIG, Model
+from tests.installation import ROOT
+from tests.ports import free_port
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv" / "triton"
 SERVER = FOLDER / "pytriton" / "tritonserver"
 VERSION = "2.51.0 (nvidia-pytriton 0.7.0)"
