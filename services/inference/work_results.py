@@ -110,9 +110,9 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
             model=step.model.name,
             version=str(step.model.version),
             begun_at_us=(step.begun_ns - start) // 1000,
-            timing=_timing(
+            timing=_timing(  # compiled: once, for a step is no ensemble
                 step.model.provider, step.batch, step.begun_ns, step.ended_ns
-            ),  # compiled: as deep as ensembles
+            ),
         )
     return timing
 
