@@ -1,6 +1,6 @@
 """The path of a request: admit, key, local tier, join, shared tier, peers, pick, forward, fill, answer."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

@@ -4,7 +4,7 @@ A task and its future cost three times as much (docs/decisions/0027). A driven c
 futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through `in_task`.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging
