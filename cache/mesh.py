@@ -1,11 +1,11 @@
 """How the tiers combine: local, then equal requests joined, shared, peer regions, computed, then filled."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal, TypeAlias
 
 from cache.keys.invalidation import PurgeBoard
@@ -138,20 +138,18 @@ class Mesh:
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
 
     def get_or_compute(
-        self,
-        key: bytes,
-        compute: Compute,
-        deadline: float | None,
-        trace: Trace,
-        freshness: Freshness | None = None,
-    ) -> Coroutine[Any, Any, tuple[Found, bool]]:
+        self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None = None
+    ) -> tuple[Awaitable[Found], bool]:
         """What the local tier did not have, and whether an equal request in flight was joined.
 
-        To be driven. A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
-        `deadline` is the caller's, in time.monotonic. `freshness` is None where answers have no end.
+        To be awaited by a driven coroutine, which leaves the others, and the computation, alone when it is cancelled. A
+        failure is not kept. `freshness` is None where answers have no end.
         """
+        flight = self.flights.get(key)
+        if flight is None:
+            return self.flights.start(key, self._lead(key, compute, trace, freshness)), False
         trace.leader = self._leaders.get(key)
-        return self.flights.run(key, lambda: self._lead(key, compute, trace, freshness), deadline)
+        return flight, True
 
     def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
         """Whether this look at it is the one to have it computed anew."""

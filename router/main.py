@@ -31,7 +31,7 @@ from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
 from services.runtime.machine import cores, huge_pages, memory
-from services.runtime.process.process import run
+from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server
@@ -77,7 +77,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
-        **LiveSettings(tracer).handlers(),
+        **LiveSettings(tracer, lambda model: fleet.view.catalog.find(model, "")).handlers(),
     }
     evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
     cache = CacheService(
@@ -118,7 +118,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     for part in (*counted, cost, slo, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    await server.start()
+    set_title("router", settings.address, await server.start())
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
     report.start(server.receiver_seconds)

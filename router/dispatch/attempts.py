@@ -1,6 +1,6 @@
 """Attempts of one request on the workers: at its owner, and at the next if that one is lost or has no room."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """A request on its way through the router."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import time
 from collections.abc import Callable
@@ -48,3 +48,7 @@ class Call:
         self.method = method
         self.deadline = deadline
         self.caller = ANYBODY
+
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and self.deadline <= time.monotonic()

@@ -1,6 +1,6 @@
 """Requests with cache-control: they join nobody, whose answer may be too old for them, and get no stale one."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from cache.mesh import Compute, Found, Mesh
 from cache.policy.cache_control import CacheControl

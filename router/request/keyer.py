@@ -1,6 +1,6 @@
 """What a request asks for: its model, and the hash by which its answer is found."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterator
 
@@ -14,6 +14,7 @@ from router.balancing.catalog import Catalog, ModelEntry
 from router.dispatch.attempts import Workers
 from router.request.audit import Audit
 from router.request.call import Call
+from services.runtime.errors import FailedPreconditionError
 from services.runtime.oip import protocol
 from services.runtime.oip.infer_request import RequestReader
 from services.runtime.oip.request_check import check_request
@@ -73,6 +74,8 @@ class Keyer:
         call.name, call.request_id = read.head.name, read.request_id
         catalog = self._fleet.view.catalog
         call.model = model = catalog.find(call.name, read.head.version)
+        if model.not_runnable:
+            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
         if read.head.checked is not model:
             check_request(read.head.message, model.name, model.inputs, model.outputs)
             read.head.checked = model

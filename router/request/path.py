@@ -1,6 +1,6 @@
 """The path of a request: admit, key, local tier, join, shared tier, peers, pick, forward, fill, answer."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging
@@ -190,17 +190,22 @@ class RequestPath:
             entry = self._local.get_again(call, model.freshness)
             if entry is not None:
                 return Found(entry, "hit-local")
+            flight, joined = self._mesh.get_or_compute(
+                call.key, lambda: self._compute(call, model, epochs), call.trace, model.freshness
+            )
+            # A request that joined another may ask again if that failed for reasons of its own: its caller's quota or
+            # deadline, or another row of its batch.
             try:
-                found, joined = await self._mesh.get_or_compute(
-                    call.key, lambda: self._compute(call, model, epochs), call.deadline, call.trace, model.freshness
-                )
+                found = await flight
                 return Found(found.entry, "joined", found.worker) if joined else found
             except RefusedError as refused:
-                # If it joined another caller's request, the refusal was not meant for it.
                 if refused.caller == call.caller:
                     raise
+            except DeadlineExceededError:
+                if not joined or call.is_late():
+                    raise
             except rows.RowFailedError as failed:
-                rows.raise_fatal(failed)  # else it was the failure of a batch that has the same row
+                rows.raise_fatal(failed)
 
     async def _compute(self, call: Call, model: ModelEntry, epochs: Epochs) -> Computed:
         """On a worker, or step by step if it is an ensemble that none runs whole."""

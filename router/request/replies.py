@@ -1,6 +1,6 @@
 """What callers are told, and what metrics, traces and the log are told of it."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import time
 from collections.abc import Callable
@@ -58,6 +58,8 @@ class Replies:
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        if self._tracer.ratios:
+            self._tracer.sample(call.trace, model.name)
         if (slow or call.trace.sampled) and call.method != STEP:
             return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
         return call.renew

@@ -1,6 +1,6 @@
 """`inference.GRPCInferenceService` on the router."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Mapping
 

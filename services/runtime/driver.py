@@ -4,7 +4,7 @@ A task and its future cost three times as much (docs/decisions/0027). A driven c
 futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through `in_task`.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging
@@ -41,13 +41,14 @@ class Promise(Generic[Result]):
     On the event loop only.
     """
 
-    __slots__ = ("_error", "_is_done", "_result", "_waiting")
+    __slots__ = ("_error", "_first", "_is_done", "_others", "_result")
 
     def __init__(self) -> None:
         self._is_done = False
         self._result: Result | None = None
         self._error: BaseException | None = None
-        self._waiting: list[Driver] | None = None
+        self._first: Driver | None = None
+        self._others: list[Driver] | None = None
 
     def settle(self, outcome: Result | BaseException) -> None:
         """Sets the result, or the exception to raise; the first outcome counts."""
@@ -58,17 +59,22 @@ class Promise(Generic[Result]):
             self._error = outcome
         else:
             self._result = outcome
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            for driver in waiting:
+        first, self._first = self._first, None
+        others, self._others = self._others, None
+        if first is not None:
+            first.resume(self)
+        if others is not None:
+            for driver in others:
                 driver.resume(self)
 
     def add(self, driver: Driver) -> None:
         """The driver of a coroutine that awaits this."""
-        if self._waiting is None:
-            self._waiting = [driver]
+        if self._first is None:
+            self._first = driver
+        elif self._others is None:
+            self._others = [driver]
         else:
-            self._waiting.append(driver)
+            self._others.append(driver)
 
     def __await__(self) -> Generator[object, None, Result]:
         if not self._is_done:

@@ -1,6 +1,6 @@
 """Equal work in flight is done once (after groupcache's singleflight)."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import time
@@ -56,10 +56,7 @@ class SingleFlight(Generic[Result]):
                 if deadline is not None and deadline <= time.monotonic():
                     raise
                 self._remove(key, flight)
-        led = self.begin(key)
-        led.driver = driver = Driver(work(), led.end)
-        driver.start()
-        return await led, False
+        return await self.start(key, work()), False
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -71,6 +68,13 @@ class SingleFlight(Generic[Result]):
     def get(self, key: bytes) -> Flight[Result] | None:
         """What is in flight, to be awaited in a driven coroutine."""
         return self._flights.get(key)
+
+    def start(self, key: bytes, work: Coroutine[Any, Any, Result]) -> Promise[Result]:
+        """Begins work that is not in flight."""
+        flight = self.begin(key)
+        flight.driver = driver = Driver(work, flight.end)
+        driver.start()
+        return flight
 
     def begin(self, key: bytes) -> Flight[Result]:
         """Registers work, for others to join; not if the key is in flight already."""

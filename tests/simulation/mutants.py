@@ -38,8 +38,8 @@ MUTANTS = {
     "flight": {
         "services.runtime.single_flight": [
             (
-                "Driver(work(), led.end)",
-                "Driver(work(), lambda end: isinstance(end, ArithmeticError) or led.end(end))",
+                "Driver(work, flight.end)",
+                "Driver(work, lambda end: isinstance(end, ArithmeticError) or flight.end(end))",
             )
         ]
     },

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import grpc
 import pytest
@@ -60,13 +61,13 @@ async def test_what_is_not_answered_at_once_continues_on_the_event_loop():
         assert asyncio.get_running_loop() is loop
         if data == b"later":
             await asyncio.sleep(0)
-        return Answer(data + b" %d" % round(deadline - time.monotonic()), (("told", "so"),))
+        return Answer(data + b" %d" % round((deadline - time.monotonic()) / 1000), (("told", "so"),))
 
     server, channel = await serve(path)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call").with_call
         for data in (b"later", b"now"):
-            answer, told = await asyncio.to_thread(call, data, timeout=20)
+            answer, told = await asyncio.to_thread(call, data, timeout=20_000)
             assert answer == data + b" 20"
             assert ("told", "so") in told.trailing_metadata()
         assert server._under_way == {}
@@ -133,18 +134,43 @@ async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_not
     await server.stop(0)
 
 
-async def test_a_drain_waits_for_what_is_under_way_and_ends_the_rest():
-    begun, cancelled = asyncio.Event(), []
+class Grace:
+    """A drain's, which ends when the test says so."""
+
+    SECONDS = 1000.0
+
+    def __init__(self, monkeypatch):
+        loop = asyncio.get_running_loop()
+        self._call_later = loop.call_later
+        self.end = None
+        monkeypatch.setattr(loop, "call_later", self._caught)
+
+    def _caught(self, seconds, call, *arguments, **options):
+        if seconds == self.SECONDS:
+            self.end = partial(call, *arguments)
+        return self._call_later(seconds, call, *arguments, **options)
+
+    async def begin(self, server):
+        stopping = asyncio.create_task(server.stop(self.SECONDS))
+        while self.end is None:
+            await asyncio.sleep(0)
+        return stopping
+
+
+@pytest.fixture
+async def grace(monkeypatch):
+    return Grace(monkeypatch)
+
+
+async def test_a_drain_waits_for_what_is_under_way_and_ends_the_rest(grace):
+    begun, cancelled, is_over = [], [], asyncio.Event()
 
     async def path(data, metadata, deadline):
         await ON_LOOP
-        begun.set()
-        ended = asyncio.get_running_loop().create_future()
-        timer = asyncio.get_running_loop().call_later(float(data), ended.set_result, None)
+        begun.append(data)
         try:
-            await ended
+            await (is_over.wait() if data == b"quick" else asyncio.get_running_loop().create_future())
         except asyncio.CancelledError:
-            timer.cancel()
             cancelled.append(data)
             raise
         return Answer(b"done", ())
@@ -152,14 +178,19 @@ async def test_a_drain_waits_for_what_is_under_way_and_ends_the_rest():
     server, channel = await serve(path)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        quick, slow = call.future(b"0.3", timeout=60), call.future(b"60", timeout=60)
-        await asyncio.wait_for(begun.wait(), 10)
-        await asyncio.to_thread(call.future(b"0", timeout=60).result, 10)
-        await server.stop(1)
-        assert await asyncio.to_thread(quick.result, 10) == b"done"
-        error = await asyncio.to_thread(slow.exception, 10)
+        quick, slow = (call.future(data, timeout=600) for data in (b"quick", b"slow"))
+        async with asyncio.timeout(60):
+            while len(begun) < 2:
+                await asyncio.sleep(0.001)
+        stopping = await grace.begin(server)
+        is_over.set()
+        assert await asyncio.to_thread(quick.result, 60) == b"done"
+        assert not slow.done()
+        grace.end()
+        await stopping
+        error = await asyncio.to_thread(slow.exception, 60)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert cancelled == [b"60"]
+        assert cancelled == [b"slow"]
 
 
 async def test_a_draining_server_closes_calls_that_had_not_reached_the_event_loop():

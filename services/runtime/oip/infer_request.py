@@ -1,6 +1,6 @@
 """A serialized ModelInferRequest taken apart without a parser: callers send the same one again with other data."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -90,6 +90,15 @@ def request_id(data: bytes) -> str:
     """Of a request that was read before."""
     parts = take_apart(data)
     return v2.ModelInferRequest.FromString(data).id if parts is None else parts.request_id
+
+
+def model_name(data: bytes) -> str:
+    """Of a request that was answered; "" where it is no request."""
+    parts = take_apart(data)
+    try:
+        return v2.ModelInferRequest.FromString(data if parts is None else parts.head).model_name
+    except DecodeError:
+        return ""
 
 
 def parse_request(data: bytes) -> v2.ModelInferRequest:

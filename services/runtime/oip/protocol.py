@@ -1,6 +1,6 @@
 """What the router and the workers share in speaking the v2 protocol."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import sys
@@ -40,7 +40,10 @@ MAX_TENANT = 256
 _NO_FAST_PATHS: Mapping[str, FastPath] = {}
 EXTENSIONS = (
     "classification",
+    "sequence",
     "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
     "model_configuration",
     "system_shared_memory",
     "binary_tensor_data",

@@ -32,7 +32,7 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.transport.worker_client import Sent
 from services.runtime.driver import Driver
-from services.runtime.errors import InvalidArgumentError, UnavailableError
+from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process
@@ -396,3 +396,14 @@ async def test_a_sequence_is_computed_in_order():
     router.worker.end()
     assert router.answers() == [(b"answer", "bypass")] * 2
     assert len(router.path._sequences) == 0
+
+
+async def test_one_with_time_left_asks_again_when_the_first_ran_out_of_it():
+    router = Router()
+    router.send(deadline=time.monotonic() + 600)
+    router.send()
+    router.worker.end(DeadlineExceededError("late"))
+    assert [told.code for told in router.told] == [grpc.StatusCode.DEADLINE_EXCEEDED]
+    router.worker.end()
+    assert router.told[1].body == b"answer"
+    assert len(router.worker.works) == 2
