@@ -11,7 +11,7 @@ from ringmesh.inference.v1 import inference_pb2
 from services.inference.codec.request import Decoded, encode_response
 from services.inference.models.held_models import HeldModel
 from services.inference.scheduling.batcher import BatchResult
-from services.runtime import faults
+from services.runtime import faults, wire
 from services.runtime.errors import ResourceExhaustedError, kind_of
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import SplitResult
@@ -42,6 +42,7 @@ def build_results(
 
     Those of one run share all but their responses.
     """
+    digest = wire.field(3, held.model.digest)
     results: list[SplitResult] = []
     runs: list[_Run] = []
     run: _Run | None = None
@@ -53,17 +54,12 @@ def build_results(
                 run = None
             response = _encode(held, decoded, batch)
             if run is None:
-                run = _Run(
-                    batch,
-                    inference_pb2.WorkResult(
-                        model_digest=held.model.digest,
-                        timing=_timing(held.model.provider, batch, start, time.time_ns()),
-                    ),
-                )
+                timing = _timing(held.model.provider, batch, start, time.time_ns())
+                run = _Run(batch, digest + wire.field(4, timing.SerializeToString()))
                 runs.append(run)
             run.requests += 1
             run.rows += decoded.rows
-            results.append(SplitResult(run.message, response, run.serialized))
+            results.append(SplitResult(None, response, run.serialized))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             results.append(failed(error, start, held.model.name, decoded.trace_context))
@@ -77,12 +73,11 @@ def build_results(
 class _Run:
     """The requests that one run answered."""
 
-    __slots__ = ("batch", "message", "requests", "rows", "serialized")
+    __slots__ = ("batch", "requests", "rows", "serialized")
 
-    def __init__(self, batch: BatchResult, message: inference_pb2.WorkResult) -> None:
+    def __init__(self, batch: BatchResult, serialized: bytes) -> None:
         self.batch = batch
-        self.message = message
-        self.serialized = message.SerializeToString()
+        self.serialized = serialized
         self.requests = self.rows = 0
 
 

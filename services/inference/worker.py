@@ -105,8 +105,8 @@ class Worker:
             held = self.store.held.find(name, request.head.version)
             key = self._join_key(held, work.request_hash, request)
             if not key:
-                return await self._run(held, request, work, start)
-            flying = self._flights.run(key, lambda: self._lead(key, held, request, work, start), work.deadline)
+                return await self._run(b"", held, request, work, start)
+            flying = self._flights.run(key, lambda: self._run(key, held, request, work, start), work.deadline)
             # The deadline of what runs is the queue's to watch.
             result, is_joined = await (driver.run(flying, work.deadline) if key in self._flights else flying)
             return joined(result, start) if is_joined else result
@@ -122,14 +122,11 @@ class Worker:
             return b""
         return key
 
-    async def _lead(self, key: bytes, held: HeldModel, request: Read, work: Work, start: int) -> SplitResult:
-        self._leaders[key] = request.content
-        try:
-            return await self._run(held, request, work, start)
-        finally:
-            del self._leaders[key]
-
-    async def _run(self, held: HeldModel, request: Read, work: Work, start: int, *, again: bool = False) -> SplitResult:
+    async def _run(
+        self, key: bytes, held: HeldModel, request: Read, work: Work, start: int, *, again: bool = False
+    ) -> SplitResult:
+        if key:
+            self._leaders[key] = request.content
         try:
             decode = self._decoder.decode
             if len(request.data) > LARGE_BYTES or names_shared_memory(request):
@@ -137,20 +134,23 @@ class Worker:
             else:
                 decoded = decode(request, held.model, work.trace_context)
             batch = await self._batch(held, decoded, work.deadline)
+            if is_large(batch):
+                return (await asyncio.to_thread(build_results, held, [decoded], [batch], start))[0]
+            return build_results(held, [decoded], [batch], start)[0]
         except ModelReplacedError:
             if again:
                 raise
             held = self.store.held.find(request.head.name, request.head.version)
-            return await self._run(held, request, work, start, again=True)  # compiled: once
+            return await self._run(key, held, request, work, start, again=True)  # compiled: once
         except _WithdrawnError:
             held.statistics.withdrawn += 1
             raise
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             raise
-        if is_large(batch):
-            return (await asyncio.to_thread(build_results, held, [decoded], [batch], start))[0]
-        return build_results(held, [decoded], [batch], start)[0]
+        finally:
+            if key:
+                self._leaders.pop(key, None)
 
     async def _batch(self, held: HeldModel, decoded: Decoded, deadline: float | None) -> BatchResult:
         """Waits for the run. Plain requests can be withdrawn, and need no task."""

@@ -20,17 +20,24 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 class SplitResult:
-    """A WorkResult without its response, which stands beside it; "" where it failed. Several may share a `message`.
+    """A WorkResult without its response, which stands beside it; b"" where it failed.
 
-    `serialized` is the message's, where it is known.
+    It is made of a message or of a serialized one, which is parsed when somebody asks.
     """
 
-    __slots__ = ("message", "response", "serialized")
+    __slots__ = ("_message", "response", "serialized")
 
-    def __init__(self, message: inference_pb2.WorkResult, response: bytes, serialized: bytes = b"") -> None:
-        self.message = message
+    def __init__(self, message: inference_pb2.WorkResult | None, response: bytes, serialized: bytes = b"") -> None:
+        self._message = message
         self.response = response
         self.serialized = serialized
+
+    @property
+    def message(self) -> inference_pb2.WorkResult:
+        """All but the response."""
+        if self._message is None:
+            self._message = inference_pb2.WorkResult.FromString(self.serialized)
+        return self._message
 
     @property
     def timing(self) -> inference_pb2.Timing:

@@ -215,7 +215,7 @@ async def test_a_request_whose_model_was_replaced_before_it_was_let_in_is_answer
     await made.load("m0")
     asked = worker(made)
     work = Work(request("m0").SerializeToString(), b"", None, b"")
-    result = await asked._run(old, asked._reader.read(work.data), work, 0)
+    result = await asked._run(b"", old, asked._reader.read(work.data), work, 0)
     assert result.model_digest == made.held.find("m0", "").model.digest
 
 
