@@ -5,15 +5,17 @@ from __future__ import annotations  # compiled by mypyc
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Literal, TypeAlias
 
 from cache.keys.invalidation import PurgeBoard
+from cache.keys.keys import MODEL_BYTES
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.freshness import Freshness
 from cache.policy.leases import Leases
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import Renewals, Renewed
+from cache.policy.worth_asking import Decision
 from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.regions.valuable import Valuable
 from cache.tiers.entry import Entry
@@ -25,7 +27,6 @@ from services.runtime.single_flight import SingleFlight
 from services.runtime.telemetry.recent import Recent
 from services.runtime.telemetry.tracing import Trace
 
-_MODEL_BYTES = 16
 # Answers above are not written to Redis: to hash and write one would hold up the event loop.
 _LARGEST_SHARED = 16 << 20
 _MAX_MODELS = 4096
@@ -153,7 +154,7 @@ class Mesh:
 
     def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
         """Whether this look at it is the one to have it computed anew."""
-        took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:_MODEL_BYTES]) or 0.0))
+        took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:MODEL_BYTES]) or 0.0))
         return freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random())
 
     def renew(self, key: bytes, entry: Entry, compute: Compute) -> None:
@@ -226,14 +227,19 @@ class Mesh:
         finally:
             self._leaders.pop(key, None)
 
-    def _peers_to_ask(self, key: bytes) -> Sequence[PeerRegion]:
+    def _peers_to_ask(self, key: bytes) -> Mapping[PeerRegion, Decision]:
         # Who cannot know what was purged here must not bring it back from there.
         if not self.peers.peers or not self.purges.is_known or self.purges.oldest_ms:
-            return ()
-        return self.peers.worth_asking(self.costs.get(key[:_MODEL_BYTES]) or 0.0)
+            return {}
+        return self.peers.worth_asking(key, self.costs.get(key[:MODEL_BYTES]))
 
     async def _race(
-        self, peers: Sequence[PeerRegion], key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None
+        self,
+        peers: Mapping[PeerRegion, Decision],
+        key: bytes,
+        compute: Compute,
+        trace: Trace,
+        freshness: Freshness | None,
     ) -> Entry | Computed:
         """A peer's answer, or what was computed because none came soon enough."""
         start = time.time_ns()
@@ -244,7 +250,7 @@ class Mesh:
         return answer
 
     def _learn(self, key: bytes, seconds: float) -> None:
-        model = key[:_MODEL_BYTES]
+        model = key[:MODEL_BYTES]
         known = self.costs.get(model)
         self.costs.put(model, seconds if known is None else known + _SMOOTHING * (seconds - known))
 

@@ -37,13 +37,13 @@ AUDITS = Family(
 LARGEST = Family(
     "ringmesh_cache_audit_largest_difference",
     "gauge",
-    "largest difference of a number in an audited answer from the one computed again",
+    "largest difference between a number of an audited answer and its recomputed value",
     ("model", "version"),
 )
 DISTRUSTED = Family(
     "ringmesh_cache_audit_distrusted",
     "gauge",
-    "1 where the audit took the model off the cache, 0 otherwise",
+    "1 if the audit took the model off the cache, 0 otherwise",
     ("model", "version"),
 )
 

@@ -112,22 +112,23 @@ class Replies:
         self._keep(call, labels, end, told, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:
-        """Told to the caller, and then counted; any thread."""
-        end = time.time_ns()  # it is counted some time later
-        failed = partial(self._failed, call, end, error.code, error.message, error.kind)
-        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), failed)
+        """Told to the caller; any thread."""
+        keep = self._count_failed(call, error.code, error.message, error.kind)
+        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), keep)
 
     def left(self, call: Call) -> None:
         """Counts one whose caller did not wait; on the event loop."""
-        self._failed(call, time.time_ns(), grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
+        self._count_failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")()
 
-    def _failed(self, call: Call, end: int, code: grpc.StatusCode, message: str, kind: str) -> None:
+    def _count_failed(self, call: Call, code: grpc.StatusCode, message: str, kind: str) -> Callable[[], None]:
+        """Returns what is left to be done on the event loop."""
+        end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
         self._requests.failed(model, version, kind)
         kept = "sampled" if call.trace.sampled else "failed"
-        self._keep(call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
+        return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 
     def _keep(
         self,

@@ -19,6 +19,7 @@ from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import Workers
 from router.request.call import Call
 from router.request.local_answers import takes
+from services.runtime.driver import in_task
 from services.runtime.errors import RingmeshError
 from services.runtime.oip.tensors import DATATYPES, raw_from_contents
 
@@ -88,7 +89,7 @@ class SemanticMatches:
 
     async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: Question) -> Found | None:
         """The answer to a request near enough; but the right one where the shared tier has it."""
-        near = await self._tier.nearest(group, asked.vector, model.semantic_threshold)
+        near = await in_task(self._tier.nearest(group, asked.vector, model.semantic_threshold))
         if near is None or near.key == call.key:
             return None
         exact = await self._mesh.look_up(call.key, call.trace)

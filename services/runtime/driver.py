@@ -1,7 +1,8 @@
 """Runs coroutines without asyncio tasks: on the thread that starts them, and later from callbacks of the event loop.
 
-A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises, asyncio
-futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through `in_task`.
+A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises,
+completions, asyncio futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through
+`in_task`.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from services.runtime import faults
+from services.runtime.completion import Completion
 from services.runtime.errors import DeadlineExceededError
 
 log = logging.getLogger(__name__)
@@ -161,6 +163,8 @@ class Driver:
         elif isinstance(awaited, asyncio.Future):
             awaited._asyncio_future_blocking = False
             awaited.add_done_callback(self.resume)
+        elif isinstance(awaited, Completion):
+            awaited.set_callback(self.resume)
         elif awaited is None:  # asyncio.sleep(0)
             self._waits_for = turn = object()
             asyncio.get_running_loop().call_soon(self.resume, turn)

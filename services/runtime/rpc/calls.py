@@ -27,7 +27,7 @@ from services.runtime.telemetry.metrics import Family, Sample
 CALLS = Family(
     "ringmesh_rpc_calls_total",
     "counter",
-    "calls answered, a stream when it ends; without ModelInfer on a router, which ringmesh_requests_total counts",
+    "calls answered, a stream when it ends; on a router without ModelInfer, which ringmesh_requests_total counts",
     ("method", "code"),
 )
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
