@@ -106,9 +106,11 @@ class Worker:
             key = self._join_key(held, work.request_hash, request)
             if not key:
                 return await self._run(b"", held, request, work, start)
-            flying = self._flights.run(key, lambda: self._run(key, held, request, work, start), work.deadline)
-            # The deadline of what runs is the queue's to watch.
-            result, is_joined = await (driver.run(flying, work.deadline) if key in self._flights else flying)
+            if key not in self._flights:
+                return await self._flights.start(key, self._run(key, held, request, work, start))
+            # Until its own time is up; the time of what runs is the queue's to watch.
+            joining = self._flights.run(key, lambda: self._run(key, held, request, work, start), work.deadline)
+            result, is_joined = await driver.run(joining, work.deadline)
             return joined(result, start) if is_joined else result
         except Exception as error:
             return failed(error, start, name, work.trace_context)

@@ -157,14 +157,18 @@ class EnvelopeService:
     async def execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
         """Answers an ExecuteRequest. To be driven, on any thread."""
         try:
-            if not self._worker.accepting:
-                raise UnavailableError("the worker is draining")
-            check_list(data)
-            request = parse(inference_pb2.ExecuteRequest, data)
+            works = self._works(data)
         except RingmeshError as error:
             return failure(error)
+        return self._answer(await self._worker.execute(works))
+
+    def _works(self, data: bytes) -> list[Work]:
+        if not self._worker.accepting:
+            raise UnavailableError("the worker is draining")
+        check_list(data)
+        request = parse(inference_pb2.ExecuteRequest, data)
         now = time.monotonic()
-        works = [
+        return [
             Work(
                 item.request,
                 item.request_hash,
@@ -173,7 +177,8 @@ class EnvelopeService:
             )
             for item in request.items
         ]
-        results = await self._worker.execute(works)
+
+    def _answer(self, results: list[SplitResult]) -> Answer:
         pieces = pieces_of(results, self._load())
         if max([len(result.response) for result in results], default=0) > LARGE_RESPONSE_BYTES:
             return Answer(b"", (), None, pieces)

@@ -16,6 +16,7 @@ from router.transport.grpc_channel import CallError
 from router.transport.local_connection import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.runtime import frames
+from services.runtime.driver import ON_LOOP
 from services.runtime.rpc.rpc import Answer, Failure
 from tests.conftest import sources_only
 
@@ -40,6 +41,7 @@ class Echo:
             raise ZeroDivisionError
         if not data.startswith(b"now"):
             self.begun += 1
+            await ON_LOOP
             try:
                 await self.gate.wait()
             except asyncio.CancelledError:
