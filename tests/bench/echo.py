@@ -34,11 +34,10 @@ async def serve(arguments: argparse.Namespace) -> None:
         link.send(b"", Work(request, b"", None, ""), answered.set_result)
         return (await answered).response
 
-    class Envelopes:
-        def admit(self, data):
-            items = inference_pb2.ExecuteRequest.FromString(data).items
-            result = inference_pb2.WorkResult(response=answer)
-            return Answer(inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString(), ())
+    async def execute(data, metadata, deadline):
+        items = inference_pb2.ExecuteRequest.FromString(data).items
+        result = inference_pb2.WorkResult(response=answer)
+        return Answer(inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString(), ())
 
     async def describe(request, context):
         described = inference_pb2.DescribeResponse(port=arguments.port, envelope_socket=path)
@@ -59,7 +58,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         max_connection_age=3600,
     )
     if arguments.kind == "back":
-        socket = EnvelopeSocket(tempfile.gettempdir(), Envelopes(), 128 << 20, lambda code: None)
+        socket = EnvelopeSocket(tempfile.gettempdir(), execute, 128 << 20, lambda code: None)
         path = await socket.start()
     elif arguments.kind == "two-hop":
         await link.describe(5, 0)
