@@ -122,7 +122,9 @@ def test_the_gpu_tells_its_load_memory_and_power():
     assert {"ringmesh_gpu_use_ratio", "ringmesh_gpu_memory_used_bytes", "ringmesh_gpu_power_watts"} <= names
 
 
-@pytest.mark.parametrize("network", [networks.cnn(32, (8, 16), (1, 1)), networks.transformer(1, 32, 16, 2)], ids=str)
+@pytest.mark.parametrize(
+    "network", [networks.cnn(32, (8, 16), (1, 1)), networks.transformer(1, 32, 16, 2)], ids=["cnn", "transformer"]
+)
 def test_the_networks_of_the_bench_answer_rows_alike_alone_and_in_a_batch(tmp_path, network):
     network.write(tmp_path)
     model = load(tmp_path / network.name / "1")
