@@ -1,4 +1,4 @@
-"""The router as a process: ring, fleet, mesh, dispatcher, service; serve; drain."""
+"""The router process: builds the fleet, mesh, dispatcher and services, serves until stopped, then drains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from services.runtime.telemetry.tracing import create_tracer
 
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
+    """Serves until `stopping` is set, then drains."""
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
@@ -144,13 +144,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
 
 
 async def _ask_again(fleet: Fleet, news: set[str]) -> None:
-    """Another router had models loaded or unloaded: what it says is true here too from now on."""
+    """Describes all healthy workers again if another router has loaded or unloaded models."""
     if MODELS in news:
         await asyncio.gather(*(fleet.describe(member) for member in fleet.view.members.values() if member.healthy))
 
 
 def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:
-    """Which model the first half of a key means."""
+    """Maps key prefixes (the first half of a cache key) to model names."""
     epochs, catalog = mesh.purges.epochs, fleet.view.catalog
     models = [catalog.find(name, version) for name, versions in catalog.versions.items() for version in versions]
     return {epochs.prefix(model.digest, model.name): model.name for model in models}
