@@ -1,4 +1,4 @@
-"""Children that end when their parent does, however it ended."""
+"""Ends child processes when their parent ends for any reason."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import sys
 from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
-# Loaded here and not after the fork, where another thread's locks may be held for ever.
+# Loaded here, because after a fork the locks of other threads can stay held forever.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """What a child runs between fork and exec so that the kernel sends it SIGTERM when this process is gone.
+    """Returns a function to run between fork and exec, so that the kernel sends the child SIGTERM when the parent ends.
 
-    The kernel means the thread that forked: call it from one that lives as long as the process. None where
-    the system has nothing like it.
+    The kernel watches the thread that forks, so fork from a thread that lives as long as the process. Returns None if
+    the operating system has no such feature.
     """
     if _LIBC is None:
         return None
@@ -25,7 +25,7 @@ def end_with_parent() -> Callable[[], None] | None:
 
     def ask_kernel() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        # The parent may have died before the line above took effect.
+        # The parent can have ended before the call took effect.
         if os.getppid() != parent:
             os._exit(1)
 
