@@ -57,7 +57,7 @@ def why_not(model: Probed, verdict: Verdict) -> str:
     try:
         try:
             return _probe(model, lowest_integer=1)
-        except Exception:  # 2 may be beyond what the model takes, such as the rows of an embedding
+        except Exception:  # the value 2 may be invalid, for example as an index of an embedding
             return _probe(model, lowest_integer=0)
     except Exception as error:
         return f"a probe of two rows failed: {first_line(error)}"

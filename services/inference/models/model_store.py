@@ -83,7 +83,7 @@ class ModelStore:
         snapshots: Snapshots | None = None,
         decisions: Decisions | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: of crashes.
+        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal.
 
         If `snapshots` or `decisions` are None, they are kept in a temporary folder and lost with the process.
         """

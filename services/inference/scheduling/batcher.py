@@ -99,7 +99,7 @@ class Batcher:
     batch waits for the callers of that batch to return. If batches prove to cost more per row than single runs, which
     happens on CPUs, the requests that an instance takes run one after the other.
 
-    All methods except `run_at_once` must be called on the event loop.
+    All methods except `is_quick` and `run_at_once` must be called on the event loop.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Batcher:
             return None
         if len(requests) > 1 and not (self._model.batchable and rows <= self._model.max_batch_rows):
             return None
-        # The event loop, which runs what comes by Unix socket, must not wait for another thread's run.
+        # The event loop, which runs the envelopes of the Unix socket, must not wait for a run on another thread.
         if not self._at_once.acquire(blocking=False):
             return None
         try:
