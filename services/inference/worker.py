@@ -32,7 +32,7 @@ class _WithdrawnError(DeadlineExceededError):
 
 
 class Worker:
-    """Runs requests on the models held. Knows no RPC: results and failures are values."""
+    """Runs requests on the held models. Independent of RPCs: results and failures are values."""
 
     def __init__(self, worker_id: str, store: ModelStore) -> None:
         self.worker_id = worker_id

@@ -149,7 +149,7 @@ class SharedMemory:
         return list(self._regions.values()) if not name else [self.find(name, "name")]
 
     def find(self, name: str, field: str) -> Region:
-        """Raises NotFoundError."""
+        """The region of that name. Raises NotFoundError."""
         region = self._regions.get(name)
         if region is None:
             known = ", ".join(self._regions) or "none"

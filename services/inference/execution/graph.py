@@ -16,7 +16,7 @@ _TRAINING_MODE = 2  # the position of that input of Dropout
 
 
 def read(file: Path) -> onnx.ModelProto:
-    """The model, with one copy of the weights in the file itself. Raises ValueError if it is no ONNX model."""
+    """Reads a model; makes one copy of the weights in the file itself. Raises ValueError if it is not an ONNX model."""
     model = onnx.ModelProto()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         view = memoryview(data)

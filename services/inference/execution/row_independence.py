@@ -18,7 +18,8 @@ from services.runtime.oip.tensors import encode
 # The batch sizes in which rows are compared with rows alone. Sizes above 8 are used only if the runs are quick.
 _SIZES = (2, 3, 5, 8, 16, 32)
 _MOST_BATCH_SECONDS = 0.2
-# Caching a row that is computed faster than this does not pay; probing slower ones would hold up the load of the model.
+# Caching rows that are computed faster than _LEAST_SECONDS does not pay. Probing rows that take longer than
+# _MOST_SECONDS would delay the load of the model.
 _LEAST_SECONDS = 0.0002
 _MOST_SECONDS = 0.1
 

@@ -212,7 +212,7 @@ class MemoryBudget:
         return model, self._process_memory() - before
 
     def _open_again(self, resident: Resident) -> None:
-        """On a thread."""
+        """On a thread: loads an unloaded model again. Raises ModelLoadError."""
         fresh = self._open_model(resident.files)
         if fresh.digest != resident.model.digest:
             raise ModelLoadError(f"it ran on {resident.model.provider}, and now would on {fresh.provider}")

@@ -337,7 +337,7 @@ class ModelStore:
         return repository.versions(scratch, name, configured, private=True)
 
     async def _open(self, files: ModelFiles, held: list[HeldModel], pardon: bool) -> HeldModel:
-        """Raises ModelLoadError, RepositoryError."""
+        """Opens a version, or returns the held one if it is unchanged. Raises ModelLoadError, RepositoryError."""
         try:
             files = await asyncio.to_thread(files.hashed)
         except OSError as error:
@@ -395,7 +395,7 @@ class ModelStore:
             raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
 
     def _open_warm(self, files: ModelFiles) -> OnnxModel:
-        """On a thread. Raises ModelLoadError."""
+        """On a thread: opens a model and runs its warm-up. Raises ModelLoadError."""
         try:
             with self._watch(files):
                 model = self._open_model(files)
