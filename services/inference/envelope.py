@@ -1,4 +1,4 @@
-"""The requests of an envelope: they run side by side, and each has a result of its own."""
+"""Runs the requests of an envelope concurrently; each request has its own result."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -12,12 +12,12 @@ from services.runtime.driver import Driver, Promise
 from services.runtime.errors import ResourceExhaustedError, UnavailableError
 from services.runtime.large_result import SplitResult
 
-# An envelope, which many share, is below 2 GiB: protobuf goes no further.
+# All responses of an envelope share one message, which protobuf limits to 2 GiB.
 MAX_ENVELOPE_BYTES = (2 << 30) - (64 << 20)
 
 
 class Work:
-    """A serialized request; `deadline` in time.monotonic; `trace_context` is the router's span of it, as w3c.packed."""
+    """A serialized request. `deadline`: in time.monotonic. `trace_context`: the router's span for it, as w3c.packed."""
 
     __slots__ = ("data", "deadline", "request_hash", "trace_context")
 
@@ -29,7 +29,7 @@ class Work:
 
 
 async def run_all(requests: Sequence[Coroutine[Any, Any, SplitResult]]) -> list[SplitResult]:
-    """Drives the requests on the event loop and returns their results in order; cancelled, it cancels all of them.
+    """Drives the requests on the event loop and returns their results in order. If cancelled, it cancels all of them.
 
     Responses that no longer fit into the envelope become failures.
     """

@@ -1,4 +1,4 @@
-"""What a router is told of a request: a WorkResult, with the times of the run behind it."""
+"""Builds the result of a request for a router: a WorkResult with the timing of the run."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 MAX_RESPONSE_BYTES = 1 << 30
 
 
-# Strings are encoded one by one.
+# A response with more strings than this is large: strings are encoded one by one.
 _MANY_STRINGS = 1000
 
 
 def is_large(batch: BatchResult) -> bool:
-    """Whether the response is to be encoded on a thread."""
+    """Whether to encode the response on a thread."""
     size = 0
     for array in batch.arrays:
         if array.dtype.hasobject and array.size > _MANY_STRINGS:
@@ -38,9 +38,9 @@ def is_large(batch: BatchResult) -> bool:
 def build_results(
     held: HeldModel, requests: Sequence[Decoded], batches: Sequence[BatchResult | Exception], start: int
 ) -> list[SplitResult]:
-    """The results of requests of one model that have run; they are counted. `start` in time.time_ns. On any thread.
+    """Builds and counts the results of requests of one model that have run. May be called on any thread.
 
-    Those of one run share all but their responses.
+    `start`: in time.time_ns. Results of one run share everything but their responses.
     """
     digest = wire.field(3, held.model.digest)
     results: list[SplitResult] = []
@@ -82,7 +82,7 @@ class _Run:
 
 
 def _encode(held: HeldModel, decoded: Decoded, batch: BatchResult) -> bytes:
-    """The serialized response. Raises ResourceExhaustedError where it would be too large."""
+    """The serialized response. Raises ResourceExhaustedError if it would be too large."""
     if (size := sum([array.nbytes for array in batch.arrays])) > MAX_RESPONSE_BYTES:
         raise ResourceExhaustedError(
             f"model {held.model.name!r} answers this request with {size} bytes; an answer has at most "
@@ -118,7 +118,7 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
 
 
 def failed(error: Exception, start: int, model: str = "", trace_context: bytes = b"") -> SplitResult:
-    """That there is none; what is no RingmeshError is logged."""
+    """The result of a request that failed. Logs errors other than RingmeshError."""
     what = f"a request of model {model} failed" if model else "a request failed"
     told = faults.told(log, what, error, trace_context[:16].hex())
     timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
@@ -126,7 +126,7 @@ def failed(error: Exception, start: int, model: str = "", trace_context: bytes =
 
 
 def joined(result: SplitResult, start: int) -> SplitResult:
-    """For a request received at `start` that waited for the `result` of its equal."""
+    """The result of a request received at `start` that joined an equal request and shares its `result`."""
     message = inference_pb2.WorkResult()
     message.CopyFrom(result.message)
     message.timing.joined = True

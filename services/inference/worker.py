@@ -1,4 +1,4 @@
-"""What a worker does with a request: join, decode, batch, run, encode."""
+"""The path of a request through the worker: join, decode, batch, run, encode."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -28,11 +28,11 @@ from services.runtime.single_flight import SingleFlight
 
 
 class _WithdrawnError(DeadlineExceededError):
-    """To its caller as if the time were up."""
+    """The request was withdrawn. Its caller gets the status of a passed deadline."""
 
 
 class Worker:
-    """Runs requests on the models held. Knows no RPC: results and failures are values."""
+    """Runs requests on the held models. Independent of RPCs: results and failures are values."""
 
     def __init__(self, worker_id: str, store: ModelStore) -> None:
         self.worker_id = worker_id
@@ -43,17 +43,17 @@ class Worker:
         self._decoder = RequestDecoder(self.memory)
         self.load = Load(time.monotonic)
         self._flights: SingleFlight[SplitResult] = SingleFlight()
-        # What leads each flight: a hash is only what a sender states.
+        # The content of the request that leads each flight. Senders state the hash, so joining also compares content.
         self._leaders: dict[bytes, Parts | bytes] = {}
-        # What waits in the queue of its model, by trace context.
+        # Requests that wait in the queue of their model, by trace context.
         self._queued: dict[bytes, tuple[Batcher, Waiting]] = {}
 
     async def execute(self, works: Sequence[Work]) -> list[SplitResult]:
-        """The results in the order of `works`: a response without an id, or the failure of this request.
+        """Returns the results in the order of `works`. Each is a response without an id, or the request's failure.
 
-        To be driven, on any thread. What is quick runs on that thread, the rest from the event loop. Requests under way
-        of one hash and the same bytes run once. Cancelled, what does not run yet will not, unless it has a hash: others
-        may have joined it.
+        Must be run by a driver (services/runtime/driver.py), on any thread. Quick runs are made on that thread, all
+        others from the event loop. Concurrent requests with one hash and equal bytes run once. If cancelled, requests
+        that have not begun do not run, except those with a hash: other requests may have joined them.
         """
         results = self._run_inline(works)
         if results is None:
@@ -62,7 +62,7 @@ class Worker:
         return results
 
     def _run_inline(self, works: Sequence[Work]) -> list[SplitResult] | None:
-        """None where it is not one quick run of plain requests of one model."""
+        """Runs `works` on this thread; None unless they are one quick run of plain requests of one model."""
         start = time.time_ns()
         held: HeldModel | None = None
         requests = []
@@ -85,7 +85,7 @@ class Worker:
                     return None
                 requests.append(self._decoder.decode(request, held.model, work.trace_context))
         except Exception:
-            return None  # run one by one, the wrong request fails alone
+            return None  # the requests then run one by one, and only the invalid one fails
         if held is None or type(held.batcher) is not Batcher:
             return None
         batches = held.batcher.run_at_once(requests)
@@ -108,7 +108,7 @@ class Worker:
                 return await self._run(b"", held, request, work, start)
             if key not in self._flights:
                 return await self._flights.start(key, self._run(key, held, request, work, start))
-            # Until its own time is up; the time of what runs is the queue's to watch.
+            # A request that joins waits until its own deadline. The queue watches the deadline of the leader.
             joining = self._flights.run(key, lambda: self._run(key, held, request, work, start), work.deadline)
             result, is_joined = await driver.run(joining, work.deadline)
             return joined(result, start) if is_joined else result
@@ -116,7 +116,7 @@ class Worker:
             return failed(error, start, name, work.trace_context)
 
     def _join_key(self, held: HeldModel, request_hash: bytes, request: Read) -> bytes:
-        """What it may join or lead; b"" if it runs alone: no hash is stated, or other bytes are in flight under it."""
+        """The flight to join or lead; b"" if the request runs alone: it has no hash, or the flight has other bytes."""
         if not request_hash:
             return b""
         key = held.model.digest + request_hash
@@ -155,7 +155,7 @@ class Worker:
                 self._leaders.pop(key, None)
 
     async def _batch(self, held: HeldModel, decoded: Decoded, deadline: float | None) -> BatchResult:
-        """Waits for the run. Plain requests can be withdrawn, and need no task."""
+        """Waits for the run. Plain requests can be withdrawn and need no asyncio task."""
         batcher = held.batcher
         waiting: Waiting | None = None
         if type(batcher) is Batcher and held.resident is None:
@@ -179,9 +179,10 @@ class Worker:
             self._queued.pop(decoded.trace_context, None)
 
     def withdraw(self, trace_contexts: Iterable[bytes]) -> int:
-        """Nobody waits for these any more: those that have not begun to run, will not; how many that are.
+        """Cancels those requests that have not begun to run, and returns how many they are.
 
-        They fail. Whoever joined one runs it for himself. What is more than a plain request, is left to run.
+        They fail with DeadlineExceededError. A request that had joined one of them runs itself. Requests of sequences,
+        of ensembles and of models under a memory budget are not cancelled.
         """
         withdrawn = 0
         for trace_context in trace_contexts:

@@ -1,4 +1,4 @@
-"""A Unix socket at which routers of this host and user hand their envelopes in, as services/runtime/frames.py says."""
+"""A Unix socket for envelopes from routers of this host and user; services/runtime/frames.py defines the frames."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "ringmesh-"
 _NAME = "envelopes.sock"
-# And that of before.
+# Includes the name that earlier versions used.
 _NAMES = (_NAME, "grpc.sock")
 _PROBE_SECONDS = 0.5
-# What routers had sent before they heard that they should go elsewhere comes within this.
+# Envelopes that routers sent before they received LEAVING arrive within this time.
 _LEAVE_SECONDS = 0.5
 
 
 class EnvelopeSocket:
-    """Serves envelopes, all on the event loop, in a folder of its own below `folder` that only the owner may enter.
+    """Serves envelopes on the event loop. The socket has its own folder below `folder`, which only the owner may enter.
 
-    The name is random: whoever finds a socket there has found this process, and not one of another container that has
-    the same folders. Where there is no folder, or none can be made there, nothing is served. Requests above
-    `max_message_bytes` are answered RESOURCE_EXHAUSTED.
+    The folder's name is random, so its socket always belongs to this process and not to another container with the same
+    folders. Nothing is served if `folder` is "" or the socket cannot be created. Envelopes above `max_message_bytes`
+    are answered RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, folder: str, path: FastPath, max_message_bytes: int, count: Callable[[str], None]) -> None:
-        """`path` answers an envelope; `count` hears the gRPC code that each ended with."""
+        """`path` answers an envelope; `count` is called with the gRPC code of each answer."""
         self._parent = folder
         self.path = path
         self.count = count
@@ -53,7 +53,7 @@ class EnvelopeSocket:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> str:
-        """The path; "" where there is none."""
+        """Starts to serve. Returns the path of the socket; "" if there is none."""
         if not self._parent:
             return ""
         try:
@@ -71,19 +71,19 @@ class EnvelopeSocket:
         return str(path)
 
     async def stop(self, grace: float) -> None:
-        """Asks routers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
+        """Tells routers to leave, waits up to `grace` seconds for the envelopes they sent, then fails the rest."""
         self._remove()
         if self._server is None:
             return
         self._server.close()
-        # One that is accepted only now is told when it is.
+        # A connection accepted after this point sends LEAVING when it is made.
         self.is_leaving = True
         for connection in self.connections:
             connection.send(LEAVING, 0)
         start = time.monotonic()
         while self.connections and (waited := time.monotonic() - start) < grace:
             if waited > _LEAVE_SECONDS and not any(connection.is_busy for connection in self.connections):
-                break  # a router that does not hear
+                break  # the routers that remain do not react
             await asyncio.sleep(_LEAVE_SECONDS / 50)
         for connection in list(self.connections):
             connection.close()
@@ -99,12 +99,12 @@ class _Connection(Frames):
         self._server = server
         self._path = server.path
         self._count = server.count
-        # What cancels each.
+        # Cancel functions, by the number of the call.
         self._under_way: dict[int, Callable[[], None]] = {}
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is under way."""
+        """Whether a call is in flight or data is being sent."""
         return bool(self._under_way) or self.is_sending
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -132,7 +132,7 @@ class _Connection(Frames):
         except Exception as error:
             self._answer(number, failure(faults.internal(log, "an envelope failed", error)))
         else:
-            # Only now: a driver costs a tenth of a quick run.
+            # Only calls that suspend need a driver, which costs a tenth of a quick run.
             driver = Driver(coroutine, partial(self._done, number))
             self._under_way[number] = driver.cancel
             driver.start()
@@ -149,7 +149,7 @@ class _Connection(Frames):
         self._server.connections.discard(self)
 
     def close(self) -> None:
-        """Fails what is under way."""
+        """Fails the calls in flight and closes the connection."""
         stopping = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
         for number, cancel in list(self._under_way.items()):
             del self._under_way[number]
@@ -187,7 +187,7 @@ class _Connection(Frames):
 
 
 def _remove_stale(folder: Path) -> None:
-    """What processes of this user left behind when they were killed: nobody listens there."""
+    """Removes the sockets of killed processes of this user, on which no process listens."""
     for path in [path for name in _NAMES for path in folder.glob(f"{_PREFIX}*/{name}")]:
         with suppress(OSError):
             status = path.stat()

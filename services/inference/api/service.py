@@ -1,4 +1,4 @@
-"""The worker's gRPC services: the v2 protocol for callers, the envelope for routers."""
+"""The worker's gRPC services: the v2 protocol for callers, envelopes for routers."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -42,14 +42,14 @@ from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.tracing import Tracer
 from services.runtime.telemetry.worker_spans import EXECUTE
 
-# Of failed loads, in a description; the index has them all.
+# Limits for the failed loads in a description; the index lists all of them.
 _MOST_FAILURES = 1000
 _LONGEST_REASON = 300
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
 class InferenceService:
-    """`inference.GRPCInferenceService`, straight at this worker: nothing is cached here."""
+    """`inference.GRPCInferenceService`, called at this worker directly. It does not cache."""
 
     def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport) -> None:
         self._worker = worker
@@ -57,8 +57,7 @@ class InferenceService:
         self._report = report
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler], calls: Calls) -> Service:
-        """The handlers, to be served with `more` of the same service; `calls` are counted. `is_ready` answers
-        ServerReady."""
+        """The handlers, and `more` of the same service. `calls` counts the calls. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
@@ -120,7 +119,7 @@ class InferenceService:
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Where a worker stands, and its part of the keys against others'."""
+    """The region and zone of a worker, and its share of the keys relative to other workers (`weight`)."""
 
     region: str
     zone: str
@@ -128,20 +127,20 @@ class Locality:
 
 
 class EnvelopeService:
-    """`ringmesh.inference.v1.InferenceWorkerService`: many requests a call, and what is held here."""
+    """`ringmesh.inference.v1.InferenceWorkerService`: runs envelopes, and describes this worker and its models."""
 
     def __init__(self, worker: Worker, locality: Locality) -> None:
         self._worker = worker
         self._locality = locality
-        # Where routers of this host hand envelopes in, "" while there is none, and the port that it serves on.
+        # The Unix socket for routers of this host, "" while there is none, and the gRPC port.
         self.socket = ""
         self.port = 0
         self._held = worker.store.held
-        # Of two runs of a worker no version is the same.
+        # Versions differ between two runs of a worker.
         self._version = random.getrandbits(62) + 1
 
     def service(self, calls: Calls) -> Service:
-        """The handlers, to be served; `calls` are counted."""
+        """The handlers. `calls` counts the calls."""
         execute = calls.counted_path(EXECUTE, self.execute)
         return Service(
             _DESCRIPTOR,
@@ -155,7 +154,7 @@ class EnvelopeService:
         )
 
     async def execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
-        """Answers an ExecuteRequest. To be driven, on any thread."""
+        """Answers an ExecuteRequest. Must be run by a driver, on any thread."""
         try:
             works = self._works(data)
         except RingmeshError as error:
@@ -192,7 +191,7 @@ class EnvelopeService:
     async def _describe(self, request: inference_pb2.DescribeRequest, _: Context) -> inference_pb2.DescribeResponse:
         load = self._load()
         known = request.known_version == load.version
-        # A copy: a thread may be keeping another one.
+        # A copy, because a thread may be adding a decision.
         decided = () if known else [*self._worker.store.decisions.decided_ns]
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
@@ -229,7 +228,7 @@ class EnvelopeService:
         )
 
     def announcement(self, address: str) -> inference_pb2.Announcement:
-        """For routers that do not know of this worker yet, which they would reach at `address`."""
+        """Announces this worker to routers that do not know it yet. They reach it at `address`."""
         return inference_pb2.Announcement(
             address=address,
             worker_id=self._worker.worker_id,
@@ -254,7 +253,7 @@ class EnvelopeService:
 
 
 def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
-    """What a router is told of models that failed to load."""
+    """Describes to routers the models that failed to load."""
     told = [
         inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
         for name, versions in failures.items()
@@ -264,7 +263,7 @@ def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
-    """What a router is told of a model."""
+    """Describes a model to routers."""
     model = held.model
     ensemble = None
     if isinstance(model, Ensemble):

@@ -1,4 +1,4 @@
-"""What each operator makes of the rows; importing this registers the rules."""
+"""The effect of each operator on the rows. Importing this package registers the rules."""
 
 from services.inference.execution.batch_proof.registry import find
 from services.inference.execution.batch_proof.rules import (
