@@ -1,7 +1,7 @@
 """Runs coroutines without asyncio tasks: on the thread that starts them, and later from callbacks of the event loop.
 
 A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises,
-completions, asyncio futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through
+completions, asyncio futures and `ON_LOOP`. Code that needs a current task (asyncio.timeout, TaskGroup) goes through
 `in_task`.
 """
 

@@ -1,7 +1,7 @@
 """The errors that callers see.
 
 RingmeshError
-├── InvalidArgumentError     the request is wrong, and would be wrong anywhere
+├── InvalidArgumentError     the request is invalid, on any server
 ├── NotFoundError            no such model or version
 ├── AlreadyExistsError       the name is taken
 ├── FailedPreconditionError  this server lacks state that the request needs; another may have it
@@ -65,7 +65,7 @@ def some(names: Iterable[str]) -> str:
 
 
 class InvalidArgumentError(RingmeshError):
-    """The request is wrong, and would be wrong anywhere."""
+    """The request is invalid, on any server."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     kind = "invalid_input"

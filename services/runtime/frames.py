@@ -81,11 +81,11 @@ class Frames(asyncio.Protocol):
         return bool(self._large)
 
     def pause_writing(self) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self._is_paused = False
         self._send_parts_soon()
 
@@ -105,17 +105,17 @@ class Frames(asyncio.Protocol):
             self._send_parts_soon()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self.transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self.transport = None
         self._large.clear()
         self.ended(f"the connection ended: {error}" if error else "the connection ended")
 
     def data_received(self, data: bytes) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         if self._skipped:
             skipped = min(self._skipped, len(data))
             self._skipped -= skipped

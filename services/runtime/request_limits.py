@@ -11,12 +11,12 @@ import numpy as np
 
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 
-# Inputs, outputs, parameters and raw contents of a request together, or fields of its inputs; items of a list in
-# requests of other kinds.
+# Limit for inputs, outputs, parameters and raw contents of a request together, and for the fields of its inputs. In
+# requests of other methods, limit for the items of a list.
 MAX_FIELDS = 16_384
 # A request without the data of its inputs: names, shapes, parameters.
 MAX_HEAD_BYTES = 256 << 10
-# Strings in a request: elements of BYTES.
+# Limit for strings in a request, which are the elements of BYTES.
 MAX_STRINGS = 131_072
 # Integers and booleans in typed contents, which are decoded one by one.
 MAX_INTEGERS = 1 << 19
@@ -26,7 +26,7 @@ MAX_TYPED_BYTES = 16 << 20
 MAX_PLAIN_BYTES = 2 << 20
 
 _LENGTH_DELIMITED = 2
-# Tags: of fields of the request, of its inputs, and of their contents.
+# Tags of fields of the request, of its inputs, and of their contents.
 _INPUT = 0x2A
 _RAW_INPUT = 0x3A
 _CONTENTS = 0x2A

@@ -90,7 +90,7 @@ def nvml() -> Any | None:
     try:
         module = import_module("pynvml")
         module.nvmlInit()
-    except Exception as error:  # no package, no driver, no device: each with an error of its own
+    except Exception as error:  # no package, driver or device; each raises a different error
         print(f"no NVML, so energy is not measured: {error}")
         return None
     return module

@@ -31,7 +31,7 @@ class Peer(Protocol):
     name: str
 
     def measure(self, workload: Workload, bodies: Path, outstanding: int, seconds: float) -> Measured:
-        """One run."""
+        """Measures one run."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Server:
         return measured
 
     def executed(self, model: str) -> int:
-        """Rows that the model has run so far."""
+        """Returns the number of rows that the model has run so far."""
         rows = 0
         for port in self.workers or (self.front.port,):
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:

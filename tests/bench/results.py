@@ -150,7 +150,7 @@ def figures(results: Results) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Requests/s of this tree by those of the other, and the same for CPU a request, under one load."""
+    """Requests/s of this tree divided by those of the other, and the same for CPU a request, under one load."""
 
     workload: str
     outstanding: int

@@ -10,7 +10,7 @@ from services.runtime.rpc.rpc import parse
 
 # Longer heads are not cached: they hold typed contents.
 MAX_HEAD = 4096
-# Tags of length-delimited fields; all fields of the message are.
+# Tags of length-delimited fields; all fields of the message have this wire type.
 _ID = 0x1A
 _RAW_INPUT = 0x3A
 _LENGTH_DELIMITED = 2

@@ -34,7 +34,7 @@ ReadyCheck: TypeAlias = Callable[[], bool]
 TENANT = "ringmesh-tenant"
 PRIORITY = "ringmesh-priority"
 CACHE_CONTROL = "cache-control"
-# Characters of a tenant's name.
+# Maximum length of a tenant's name in characters.
 MAX_TENANT = 256
 
 _NO_FAST_PATHS: Mapping[str, FastPath] = {}
@@ -186,7 +186,7 @@ def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
 
 
 def check_tenant(tenant: str, field: str) -> None:
-    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters, or spaces within."""
+    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters; spaces may be inside."""
     if len(tenant) > MAX_TENANT:
         raise InvalidArgumentError(f"{field} has {len(tenant)} characters; at most {MAX_TENANT}", field=field)
     if not (tenant.isascii() and tenant.isprintable()) or tenant != tenant.strip():

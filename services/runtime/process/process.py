@@ -56,7 +56,7 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
 
 
 def set_title(role: str, address: str, port: int = 0) -> None:
-    """Sets what `ps` shows of this process; `port` is the one in use if `address`, host:port, leaves it open."""
+    """Sets the title of this process in `ps`; `port` is the port in use if `address`, host:port, leaves it open."""
     # Keeps /proc's view of the environment intact.
     os.environ.setdefault("SPT_NOENV", "1")
     host, _, configured = address.rpartition(":")

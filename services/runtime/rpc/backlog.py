@@ -45,7 +45,7 @@ Address: TypeAlias = tuple[str, int]
 
 
 class Connections(Protocol):
-    """See services.runtime.connections."""
+    """See services.runtime.rpc.connections."""
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
         """Yields the remote address of each connection, and the bytes that it has acknowledged."""
@@ -100,7 +100,7 @@ class Backlog:
         self._connections = connections
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         yield Sample(UNREAD, (), max(0, self._handed - self._sent()))
         yield Sample(CUT, (), self._cut)
         yield Sample(REFUSED, (), self._refused)
@@ -136,7 +136,7 @@ class Backlog:
         )
 
     def look(self) -> None:
-        """Measures connections and cuts those not read. Any thread may call it; call it at least once a second."""
+        """Measures connections and cuts slow ones. Any thread may call it; call it at least once a second."""
         if not self._lock.acquire(blocking=False):
             return
         try:

@@ -34,7 +34,7 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Calls:
-    """Counts by method and code, at 0.5 us a call; methods with a fast path are counted only by `counted_path`."""
+    """Counts by method and code, at 0.5 us a call; fast paths are counted only by `counted_path` or `counter`."""
 
     def __init__(self) -> None:
         # By method and code.
@@ -44,7 +44,7 @@ class Calls:
         self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         for method, counts in self._counts.items():
             for code, count in counts.items():
                 yield Sample(CALLS, (method, code), count)

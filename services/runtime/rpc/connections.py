@@ -45,7 +45,7 @@ class Connections:
         descriptor, pygrpc-native would retry accept in a busy loop.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as deaf:
-            deaf.bind("")  # a name that the kernel makes up
+            deaf.bind("")  # the kernel chooses a name
             deaf.listen()
             for descriptor, _, _ in self._sockets(listening=True):
                 os.dup2(deaf.fileno(), descriptor, inheritable=False)
@@ -95,7 +95,7 @@ class Connections:
                 if not inode.startswith("socket:"):
                     continue
                 connection = socket.socket(fileno=os.dup(int(name)))
-            except OSError:  # closed in between
+            except OSError:  # the descriptor was closed meanwhile
                 continue
             with connection:
                 try:

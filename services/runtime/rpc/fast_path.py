@@ -179,7 +179,7 @@ class FastPathServer(native.Server):
                     self._is_told = True
                     loop.call_soon_threadsafe(loop.call_later, _AFTERWARDS_SECONDS, self._do_afterwards)
             except RuntimeError:
-                # The loop was closed without stop().
+                # The event loop was closed without a call of stop().
                 for coroutine, *_ in suspended:
                     coroutine.close()
                 front.close()

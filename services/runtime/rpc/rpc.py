@@ -78,8 +78,8 @@ PUSHBACK = "grpc-retry-pushback-ms"
 
 
 # A unary method that needs no asyncio task. It takes the request, its metadata and the caller's deadline
-# (time.monotonic). It starts on the receiving thread, where it may only read and count. It awaits driver.ON_LOOP before
-# anything else. It is cancelled when the caller leaves, and at the deadline.
+# (time.monotonic). It starts on the receiving thread, where it may only read and count; it must await driver.ON_LOOP
+# before it does anything else. It is cancelled when the caller leaves, and at the deadline.
 FastPath: TypeAlias = Callable[[bytes, Metadata, float | None], Coroutine[Any, Any, "Answer | Failure"]]
 
 

@@ -32,7 +32,7 @@ class GpuMetrics:
         try:
             nvml = import_module("pynvml")
             nvml.nvmlInit()
-        except Exception as error:  # no package, no driver, no device: each with an error of its own
+        except Exception as error:  # no package, driver or device; each raises a different error
             log.debug("no GPU metrics: %s", error)
             return cls(None)
         return cls(nvml)

@@ -91,7 +91,7 @@ class Counter:
         self._values[labels] = self._values.get(labels, 0) + by
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         return (Sample(self._family, labels, value) for labels, value in self._values.items())
 
 

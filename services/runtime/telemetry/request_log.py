@@ -63,5 +63,5 @@ class RequestLog:
         log.log(level, "a request was slow" if code == "OK" else "a request failed", extra={FIELDS: told})
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         yield Sample(SUPPRESSED, (), self._suppressed)

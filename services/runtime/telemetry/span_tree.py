@@ -46,7 +46,7 @@ class SpanTree:
 
     @property
     def duration_ns(self) -> int:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return max(span.end_ns for _, span in self.rows) - self.start_ns
 
 

@@ -74,7 +74,7 @@ class Supervisor:
         await self.end(*(task for task in self._tasks if task is not asyncio.current_task()))
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         yield from self._failures.samples()
         for name, count in self._running.items():
             yield Sample(RUNNING, (name,), count)

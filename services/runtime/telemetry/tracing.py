@@ -176,7 +176,7 @@ class Tracer:
                 queue.put(spans)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         for queue in self._queues:
             yield Sample(SPANS, (queue.destination.name, "sent"), queue.sent)
             yield Sample(SPANS, (queue.destination.name, "dropped"), queue.dropped)
