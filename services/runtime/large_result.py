@@ -1,6 +1,6 @@
-"""Results apart from their responses, which protobuf never holds; together they travel in ExecuteResponse.
+"""Worker results whose large responses stay outside protobuf; both travel together in an ExecuteResponse.
 
-It would copy each several times, with the GIL held: services/runtime/large_bytes.py.
+Protobuf would copy each response several times, with the GIL held: see services/runtime/large_bytes.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.runtime import wire
 
-# An envelope of as many smaller ones as it may have is serialized in a few milliseconds.
+# Responses from this size are split off. A full envelope of smaller ones is serialized in a few milliseconds.
 LARGE_RESPONSE_BYTES = 256 << 10
 _RESULTS, _LOAD = 1, 2
 _RESPONSE = 1
@@ -20,9 +20,9 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 class SplitResult:
-    """A WorkResult without its response, which stands beside it; b"" where it failed.
+    """A WorkResult and, separately, its response; b"" if the work failed.
 
-    It is made of a message or of a serialized one, which is parsed when somebody asks.
+    It is built from a message, or from a serialized message that is parsed on first access.
     """
 
     __slots__ = ("_message", "response", "serialized")
@@ -34,28 +34,28 @@ class SplitResult:
 
     @property
     def message(self) -> inference_pb2.WorkResult:
-        """All but the response."""
+        """The result without its response."""
         if self._message is None:
             self._message = inference_pb2.WorkResult.FromString(self.serialized)
         return self._message
 
     @property
     def timing(self) -> inference_pb2.Timing:
-        """As of the message."""
+        """The message's timing."""
         return self.message.timing
 
     @property
     def model_digest(self) -> bytes:
-        """As of the message."""
+        """The message's model digest."""
         return self.message.model_digest
 
     @property
     def failure(self) -> inference_pb2.Failure:
-        """As of the message."""
+        """The message's failure."""
         return self.message.failure
 
     def HasField(self, name: str) -> bool:  # noqa: N802, as of the message
-        """As of the message."""
+        """Whether the message has this field."""
         return self.message.HasField(name)  # type: ignore[arg-type]
 
 
@@ -63,13 +63,13 @@ Result: TypeAlias = inference_pb2.WorkResult | SplitResult
 
 
 class LargeAnswer(NamedTuple):
-    """A serialized ExecuteResponse without its responses, and these: one for each result, b"" where it has none."""
+    """A serialized ExecuteResponse without its responses, and the responses: one for each result, or b"" for none."""
 
     message: bytes
     responses: list[bytes]
 
     def results(self, parsed: inference_pb2.ExecuteResponse) -> list[Result]:
-        """What `message` says, as `parsed`, with the responses."""
+        """Returns the results of `parsed`, which is the parsed `message`, with their responses."""
         return [
             SplitResult(result, response) if response else result
             for result, response in zip(parsed.results, self.responses, strict=True)
@@ -77,12 +77,12 @@ class LargeAnswer(NamedTuple):
 
 
 def message_of(result: Result) -> inference_pb2.WorkResult:
-    """All that it says but for its response."""
+    """Returns the result as a message, without a response that was split off."""
     return result.message if isinstance(result, SplitResult) else result
 
 
 def pieces_of(results: Sequence[SplitResult], load: inference_pb2.LoadReport) -> list[bytes]:
-    """The serialized ExecuteResponse, in pieces; responses are pieces of their own."""
+    """Serializes an ExecuteResponse in pieces; each response is a piece of its own."""
     pieces: list[bytes] = []
     for result in results:
         rest = result.serialized or result.message.SerializeToString()
@@ -96,7 +96,7 @@ def pieces_of(results: Sequence[SplitResult], load: inference_pb2.LoadReport) ->
 
 
 def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
-    """Of a serialized ExecuteResponse that came in pieces; on a thread. Raises ValueError where it is none."""
+    """Splits a serialized ExecuteResponse that came in pieces. Call it on a thread. Raises ValueError if malformed."""
     reader = _Reader(pieces)
     message: list[bytes] = []
     responses: list[bytes] = []
@@ -123,7 +123,7 @@ def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
 
 
 class _Reader:
-    """Reads bytes that lie in pieces, front to back."""
+    """Reads bytes that are stored in pieces, front to back."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
@@ -161,7 +161,7 @@ class _Reader:
         raise ValueError("a number without an end")
 
     def value(self, tag: int) -> bytes:
-        """What follows a tag, as it stands there."""
+        """Returns the value after `tag`, as it is encoded."""
         kind = tag & 7
         if kind == _VARINT:
             return wire.varint(self.varint())

@@ -1,4 +1,4 @@
-"""Equal work in flight is done once (after groupcache's singleflight)."""
+"""Joins equal work in flight, so that it runs once (after groupcache's singleflight)."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Flight(Promise[Result]):
-    """Work under way that others may join, until `end`. `driver` runs it, unless that is left to who began it."""
+    """Work in flight that others may join until `end`. `driver` runs it; None if the caller of `begin` does."""
 
     __slots__ = ("_flights", "_key", "driver")
 
@@ -25,7 +25,7 @@ class Flight(Promise[Result]):
         self.driver: Driver | None = None
 
     def end(self, outcome: Result | BaseException) -> None:
-        """Its result or its error, for all that wait for it."""
+        """Passes the result or the error to all waiters."""
         self.driver = None
         if self._flights.get(self._key) is self:
             del self._flights[self._key]
@@ -38,8 +38,8 @@ class Flight(Promise[Result]):
 class SingleFlight(Generic[Result]):
     """Callers with one key share one run of the work. Callers and work are driven coroutines.
 
-    A caller that is cancelled, or whose deadline passes, leaves the others and the work alone. A failure reaches all
-    that joined; but where it is that the first caller's time was up, one that has more runs the work again.
+    If a caller is cancelled or its deadline passes, the work goes on for the others. A failure reaches all callers
+    that joined. If the failure is the first caller's deadline, a caller with time left runs the work again.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class SingleFlight(Generic[Result]):
     async def run(
         self, key: bytes, work: Callable[[], Coroutine[Any, Any, Result]], deadline: float | None
     ) -> tuple[Result, bool]:
-        """The result, and whether it was another caller's. `deadline` is this caller's, in time.monotonic."""
+        """Returns the result, and whether another caller ran the work. `deadline` is this caller's (time.monotonic)."""
         while (flight := self._flights.get(key)) is not None:
             try:
                 return await flight, True
@@ -62,28 +62,28 @@ class SingleFlight(Generic[Result]):
         return len(self._flights)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether it is in flight."""
+        """Whether work with `key` is in flight."""
         return key in self._flights
 
     def get(self, key: bytes) -> Flight[Result] | None:
-        """What is in flight, to be awaited in a driven coroutine."""
+        """Returns the work in flight, to be awaited in a driven coroutine."""
         return self._flights.get(key)
 
     def start(self, key: bytes, work: Coroutine[Any, Any, Result]) -> Promise[Result]:
-        """Begins work that is not in flight."""
+        """Starts work that is not in flight yet."""
         flight = self.begin(key)
         flight.driver = driver = Driver(work, flight.end)
         driver.start()
         return flight
 
     def begin(self, key: bytes) -> Flight[Result]:
-        """Registers work, for others to join; not if the key is in flight already."""
+        """Registers work for others to join; work already in flight with the same key stays registered."""
         flight = Flight(self._flights, key)
         self._flights.setdefault(key, flight)
         return flight
 
     def close(self) -> None:
-        """Cancels the work in flight; those that wait for it get UnavailableError."""
+        """Cancels the work in flight; its waiters get UnavailableError."""
         for flight in list(self._flights.values()):
             if flight.driver is not None:
                 flight.driver.cancel()

@@ -28,7 +28,7 @@ from tests.bench.results import Results, differences, figures
 from tests.bench.workloads import GUARDED, QUICK, WORKLOADS, Workload
 from tests.installation import ROOT
 
-# Two processes of the same code differ a little as long as they live, so two trees are compared several times.
+# Two processes of the same code differ slightly for their whole life, so each tree is started several times.
 STARTS = 4
 START_SECONDS = 20
 console = Console(width=150)
@@ -36,7 +36,7 @@ StartPeers = Callable[[ExitStack, Workload, Path, Path, bytes], list[Peer]]
 
 
 def beside_peers(stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes) -> list[Peer]:
-    """Ringmesh and everything it is compared with under this workload, serving."""
+    """Starts Ringmesh and all peers that it is compared with under this workload."""
     start = stack.enter_context
     repository = work / "models"
     up = start(peers.ringmesh_up(results.UP, loadgen, repository, work / "state"))
@@ -58,7 +58,7 @@ def beside_peers(stack: ExitStack, workload: Workload, loadgen: Path, work: Path
 def two_trees(
     stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes, *, other: Path
 ) -> list[Peer]:
-    """What `ringmesh up` starts, as `make` installed it and of another tree, whose packages are at `other`."""
+    """Starts `ringmesh up` twice: as installed by `make`, and from another tree, whose packages are at `other`."""
     return [
         stack.enter_context(
             peers.ringmesh_up(name, loadgen, work / "models", work / f"state-{number}", packages=packages)
@@ -76,7 +76,7 @@ def measure(
     rounds: range,
     found: Results,
 ) -> None:
-    """All peers in turn, in each of `rounds`, each from another peer on."""
+    """Measures all peers in turn in each of `rounds`; each round begins with a different peer."""
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder, ExitStack() as stack:
         work = Path(folder)
@@ -100,7 +100,7 @@ def measure(
 
 @contextmanager
 def packages_of(revision: str) -> Iterator[Path]:
-    """What the folder `revision`, or a git work tree of it, is built to; gone afterwards."""
+    """Builds the packages of the folder or git revision `revision`; they are removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-tree-") as folder, ExitStack() as stack:
         tree = Path(revision).absolute()
         if not tree.is_dir():
@@ -109,7 +109,7 @@ def packages_of(revision: str) -> Iterator[Path]:
             remove = ["git", "worktree", "remove", "--force", tree]
             stack.callback(subprocess.run, remove, cwd=ROOT, check=True)
         if (compiler := tree / "scripts" / "compile").exists():
-            # Before setup.py there was this script, and sources found by themselves what it had compiled.
+            # Trees from before setup.py have this script; their sources find the compiled modules automatically.
             subprocess.run([sys.executable, compiler], check=True)
             yield tree
         else:
@@ -120,7 +120,7 @@ def packages_of(revision: str) -> Iterator[Path]:
 
 
 def machine() -> str:
-    """What all this ran on."""
+    """Describes the machine and the versions in use."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
     revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
@@ -131,7 +131,7 @@ def machine() -> str:
 
 
 def minutes(plan: Mapping[str, Sequence[int]], each: int, starts: int, seconds: float, rounds: int) -> float:
-    """How long it takes, with `each` peers under each load."""
+    """Estimates the duration, with `each` peers under each load."""
     loads = sum(len(levels) for levels in plan.values()) * each * rounds
     return (loads * (seconds + WARM_UP_SECONDS) + len(plan) * starts * each * START_SECONDS / 2) / 60
 

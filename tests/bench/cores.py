@@ -32,12 +32,12 @@ MOST_ROUTERS = 8
 
 
 def doubling(cores: int) -> list[int]:
-    """1, 2, 4 and so on, and `cores` itself."""
+    """Returns 1, 2, 4 and so on below `cores`, and `cores` itself."""
     return [*(1 << power for power in range((cores - 1).bit_length())), cores]
 
 
 def measure(loadgen: Path, work: Path, cores: int, seconds: float, rounds: int) -> dict[str, float]:
-    """Hits and misses a second, medians; what the answers to hits came from, as shares."""
+    """Returns the median hits and misses a second, and the share of each outcome among the hit requests."""
     routers = min(cores, MOST_ROUTERS)
     options = {"outstanding": OUTSTANDING_A_CORE * cores, "generators": (cores + 1) // 2}
     state = work / f"state-{cores}"
@@ -87,7 +87,7 @@ def main() -> None:
             write_bodies(work / model.name, model.name, model.input, (model.row(rng) for _ in range(BODIES)))
         first: dict[str, float] = {}
         for cores in arguments.cores or doubling(len(here)):
-            # Of this process and so of all that it starts, as by taskset.
+            # The affinity is inherited by all processes started below, as with taskset.
             os.sched_setaffinity(0, here[:cores])
             found = measure(loadgen, work, cores, arguments.seconds, arguments.rounds)
             first = first or found

@@ -1,4 +1,4 @@
-"""A router that begins with RINGMESH_ENTRIES answers of RINGMESH_VALUE_BYTES each that nobody will ask for."""
+"""A router that starts with RINGMESH_ENTRIES cached answers of RINGMESH_VALUE_BYTES each; none is ever requested."""
 
 from services.runtime.machine import memory
 

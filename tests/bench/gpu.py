@@ -27,7 +27,7 @@ from tests.bench.peers import Server
 from tests.bench.workloads import Workload
 from tests.installation import ROOT
 
-# With what scripts/gpu-wheels does before, ten minutes.
+# Ten minutes together with scripts/gpu-wheels, which runs before.
 MINUTES = 8
 IDLE_SECONDS = 5
 CONFIG = """
@@ -39,7 +39,7 @@ response_cache { enable: true }
 
 
 class Energy:
-    """What GPU 0 takes, by the counter of `nvml` (the module pynvml, initialized) that only grows."""
+    """Energy of GPU 0, by the monotonic counter of `nvml` (the module pynvml, initialized)."""
 
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
@@ -49,17 +49,17 @@ class Energy:
         self.idle_watts = (self.joules() - start) / (time.monotonic() - began)
 
     def joules(self) -> float:
-        """Since the driver was loaded. Volta and newer have this counter."""
+        """Returns the energy used since the driver was loaded. Volta and newer have this counter."""
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1e3
 
 
 def joules_a_call(joules: float, seconds: float, idle_watts: float, calls: int) -> float:
-    """What a call took above what the idle GPU takes in these `seconds`; never below 0."""
+    """Returns the energy of a call above that of an idle GPU in these `seconds`; never below 0."""
     return max(0.0, joules - idle_watts * seconds) / max(calls, 1)
 
 
 def saved_by_a_hit(energy: Energy, server: Server, model: Model, work: Path, seconds: float) -> str:
-    """Energy of the GPU for a miss and for a hit, in words."""
+    """Describes the GPU energy of a miss and of a hit."""
     took: dict[str, float] = {}
     for kind in ("miss", "hit"):
         workload = Workload(model.name, model.name, kind, model, (worker.CALLERS,))
@@ -75,7 +75,7 @@ def saved_by_a_hit(energy: Energy, server: Server, model: Model, work: Path, sec
 
 
 def starts_cuda() -> bool:
-    """Whether ONNX Runtime can really start its CUDA provider; that it was built with it says little."""
+    """Whether ONNX Runtime can start its CUDA provider; it may be built with CUDA and still fail."""
     if CUDA not in onnxruntime.get_available_providers():
         return False
     onnxruntime.preload_dlls()
@@ -86,11 +86,11 @@ def starts_cuda() -> bool:
 
 
 def nvml() -> Any | None:
-    """The module pynvml, initialized; None without it or a driver."""
+    """Returns the module pynvml, initialized, or None without it or a driver."""
     try:
         module = import_module("pynvml")
         module.nvmlInit()
-    except Exception as error:  # no package, no driver, no device: each with an error of its own
+    except Exception as error:  # no package, driver or device; each raises a different error
         print(f"no NVML, so energy is not measured: {error}")
         return None
     return module

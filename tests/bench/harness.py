@@ -1,7 +1,6 @@
-"""Servers as processes, load on them, and what it cost: throughput, latency, CPU, memory.
+"""Starts servers as processes, loads them, and measures throughput, latency, CPU and memory.
 
-The load generator runs on the same machine and takes its share of the cores. It needs g++, pkg-config and
-libnghttp2-dev.
+The load generator runs on the same machine and shares its cores. It needs g++, pkg-config and libnghttp2-dev.
 """
 
 import json
@@ -25,7 +24,8 @@ from tests.installation import ROOT
 
 HERE = Path(__file__).parent
 WARM_UP_SECONDS = 0.5
-# Arguments: a folder with `tests`, which is looked at last, so that Ringmesh is not found there; a module; its own.
+# Arguments: a folder with `tests`, last on the path so that Ringmesh is not imported from it; a module; the module's
+# own arguments.
 RUN_MODULE_OF_TESTS = """
 import runpy, sys
 sys.path.append(sys.argv.pop(1))
@@ -50,7 +50,7 @@ def port_of(address: str) -> int:
 
 
 def _serves(port: int) -> bool:
-    # A pool of its own: the shared one would remember that the last attempt failed, and wait.
+    # A separate subchannel pool: the shared one would apply backoff after the last failed attempt.
     options = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel, suppress(grpc.RpcError):
         stub = health_pb2_grpc.HealthStub(channel)
@@ -59,9 +59,9 @@ def _serves(port: int) -> bool:
 
 
 class Process:
-    """A gRPC server with the health service, started and SERVING. Its children count as its own.
+    """A gRPC server with the health service, started and SERVING. Measurements include its child processes.
 
-    `port` is a number, or the `stack.json` of a `ringmesh up`, which appears when everything is ready.
+    `port` is a number, or the `stack.json` of a `ringmesh up`, which is written when everything is ready.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Process:
         return sum(times.user + times.system for times in (process.cpu_times() for process in self._all()))
 
     def forget_peak(self) -> None:
-        """Peak memory is measured from here on."""
+        """Restarts the measurement of peak memory."""
         for process in self._all():
             with suppress(OSError):
                 Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
     def peak_bytes(self) -> int:
-        """Largest resident size, shared pages counted in each process that has them."""
+        """Returns the peak resident size; shared pages count in each process that maps them."""
         total = 0
         for process in self._all():
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -118,7 +118,7 @@ class Process:
 
 @contextmanager
 def running(module: str, *arguments: str, port: int, patience: float = 60, **settings: str) -> Iterator[Process]:
-    """`python -m module` with RINGMESH_* settings, and Ringmesh as it is installed."""
+    """Runs `python -m module` with RINGMESH_* settings and the installed Ringmesh."""
     environment = {"RINGMESH_METRICS_ADDRESS": "127.0.0.1:0"}
     environment |= {f"RINGMESH_{name.upper()}": value for name, value in settings.items()}
     how = ("-c", RUN_MODULE_OF_TESTS, str(ROOT)) if module.startswith("tests.") else ("-m",)
@@ -132,9 +132,9 @@ def running(module: str, *arguments: str, port: int, patience: float = 60, **set
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One load run. `ok` ended well within the time measured, `calls` are all.
+    """One load run. `ok` counts calls that succeeded within the measured time, `calls` counts all.
 
-    Latencies in ms, of the slowest generator; CPU of the servers in µs a call, memory of the servers in bytes.
+    Latencies are in ms, of the slowest generator; CPU is of the servers, in µs a call, memory of the servers, in bytes.
     """
 
     ok: int
@@ -164,11 +164,11 @@ def load(
     also: Sequence[Process] = (),
     generators: int = 1,
 ) -> Measured:
-    """Closed-loop load on `target`; `also` are the servers behind it whose CPU and memory count.
+    """Runs a closed-loop load on `target`; `also` are servers behind it whose CPU and memory count.
 
-    `order` is one (the body at `offset`, again and again), seq (each once, from `offset`), uniform or zipf:S. Where
-    `stamp` is not 0 each call sends a body of its own, whatever the order: those from `stamp` to `stamp` + `calls`.
-    `outstanding` calls are shared by `generators`, each a process, and sent over 4 connections, from 1,024 on over 200.
+    `order` is one (always the body at `offset`), seq (each once, from `offset`), uniform or zipf:S. If `stamp` is not
+    0, each call sends a unique body, whatever the order: those from `stamp` to `stamp` + `calls`. The `outstanding`
+    calls are divided among `generators`, each a process, and sent over 4 connections, or over 200 from 1,024 calls.
     """
     processes = [target, *also]
     for process in processes:

@@ -25,7 +25,7 @@ class _Graph:
         return name
 
     def weight(self, *shape: int) -> str:
-        """Scaled so that what passes through keeps its size."""
+        """Adds a random weight, scaled so that activations keep their magnitude."""
         scale = (2 / np.prod(shape[1:] if len(shape) == 4 else shape[:1])) ** 0.5
         return self.constant((self._rng.standard_normal(shape, np.float32) * scale).astype(np.float32))
 
@@ -59,7 +59,7 @@ def cnn(
                 inner = add("Conv", add("Relu", inner), graph.weight(width, width, 3, 3), pads=[1] * 4)
                 if width != before or step != [1, 1]:
                     last = add("Conv", last, graph.weight(width, before, 1, 1), strides=step)
-                # Half of each, for random weights would let the sum grow from block to block.
+                # Halve the sum, because with random weights it would grow from block to block.
                 last = add("Relu", add("Mul", add("Add", inner, last), graph.constant(np.float32(0.5))))
                 before = width
         last = add("Flatten", add("GlobalAveragePool", last))

@@ -1,4 +1,4 @@
-"""Who answers: Ringmesh as people start it, its router and worker alone, Triton, and the floors beneath them."""
+"""The peers of a benchmark: `ringmesh up`, its router and worker alone, Triton, and the floors of each."""
 
 import os
 import sys
@@ -21,22 +21,22 @@ from tests.bench.models import Model
 from tests.bench.workloads import ZIPF_SECONDS, Workload
 from tests.ports import free_port
 
-# Load that does not end is what is measured here, and not how it is turned away.
+# The benchmarks measure sustained load, not how overload is refused.
 QUEUE_SECONDS = "30"
 
 
 class Peer(Protocol):
-    """Answers a workload in its own way."""
+    """A system that is measured under a workload."""
 
     name: str
 
     def measure(self, workload: Workload, bodies: Path, outstanding: int, seconds: float) -> Measured:
-        """One run."""
+        """Measures one run."""
 
 
 @dataclass
 class Server:
-    """Under load over gRPC. `behind` are the processes behind `front`; `workers` the ports of those that run models."""
+    """A gRPC server. `behind` are the processes behind `front`; `workers` are the ports of those that run models."""
 
     name: str
     loadgen: Path
@@ -46,7 +46,7 @@ class Server:
     stamp: int = field(default=1, init=False)
 
     def measure(self, workload: Workload, bodies: Path, outstanding: int, seconds: float) -> Measured:
-        """Misses are bodies never sent before."""
+        """Measures one run. A miss is a body that was never sent before."""
         zipf = workload.kind == "zipf"
         measured = load(
             self.loadgen,
@@ -67,7 +67,7 @@ class Server:
         return measured
 
     def executed(self, model: str) -> int:
-        """Rows that the model has run so far."""
+        """Returns the number of rows that the model has run so far."""
         rows = 0
         for port in self.workers or (self.front.port,):
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -77,7 +77,7 @@ class Server:
         return rows
 
     def response_bytes(self, body: bytes) -> int:
-        """How long the answer to `body` is."""
+        """Returns the size of the answer to `body`."""
         with grpc.insecure_channel(
             f"127.0.0.1:{self.front.port}", [("grpc.max_receive_message_length", -1)]
         ) as channel:
@@ -89,7 +89,7 @@ class Server:
 def ringmesh_up(
     name: str, loadgen: Path, models: Path, state: Path, *arguments: str, packages: Path | None = None
 ) -> Iterator[Server]:
-    """What `ringmesh up` starts, as it is installed or in `packages`: all of it, with its defaults and `arguments`."""
+    """Starts `ringmesh up`, the installed one or that of `packages`, with its defaults and `arguments`."""
     environment = {"RINGMESH_QUEUE_SECONDS": QUEUE_SECONDS} | ({"PYTHONPATH": str(packages)} if packages else {})
     command = (sys.executable, "-P", "-m", "services.cli", "up", "--port", "0")
     process = Process(
@@ -106,9 +106,9 @@ def ringmesh_up(
 
 @contextmanager
 def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path, threads: str = "1") -> Iterator[Server]:
-    """One router and one worker with their defaults: 1 % of the requests traced, metrics, no Redis.
+    """Starts one router and one worker with their defaults: 1 % of the requests traced, metrics, no Redis.
 
-    `threads` of one run of a model.
+    `threads` is the number of threads of one model run.
     """
     port = free_port()
     with running(
@@ -127,7 +127,7 @@ def router_and_worker(name: str, loadgen: Path, models: Path, traces: Path, thre
 
 @contextmanager
 def echo(name: str, loadgen: Path, response_bytes: int) -> Iterator[Server]:
-    """Answers each call with as many bytes, and does nothing else, on the engine without asyncio."""
+    """Starts a server that answers each call with `response_bytes` bytes, on the engine without asyncio."""
     port = free_port()
     arguments = ("one-hop", "--port", str(port), "--response-bytes", str(response_bytes))
     with running("tests.bench.echo", *arguments, port=port) as process:
@@ -136,7 +136,7 @@ def echo(name: str, loadgen: Path, response_bytes: int) -> Iterator[Server]:
 
 @contextmanager
 def echo_behind_envelopes(name: str, loadgen: Path, response_bytes: int) -> Iterator[Server]:
-    """Two such servers, one behind the other, with the router's way to a worker between them."""
+    """Starts two such servers, one behind the other, connected by the router's worker client."""
     size = ("--response-bytes", str(response_bytes))
     port = free_port()
     with running("tests.bench.echo", "back", "--port", str(port), *size, port=port) as back:
@@ -147,7 +147,7 @@ def echo_behind_envelopes(name: str, loadgen: Path, response_bytes: int) -> Iter
 
 @dataclass
 class InProcess:
-    """ONNX Runtime called straight, by a thread for each core, with what is outstanding as batches or row by row."""
+    """ONNX Runtime, called directly by one thread a core; outstanding rows run in batches or one by one."""
 
     name: str
     model: Model
@@ -155,7 +155,7 @@ class InProcess:
     batches: bool
 
     def measure(self, workload: Workload, bodies: Path, outstanding: int, seconds: float) -> Measured:
-        """`bodies` are not read: the rows are as large."""
+        """Measures one run. `bodies` is not read; the rows have the same size."""
         threads = min(os.cpu_count() or 1, outstanding)
         rows = max(1, min(64, outstanding // threads)) if self.batches else 1
         options = onnxruntime.SessionOptions()

@@ -54,7 +54,7 @@ then. Peak memory counts pages that processes share in each of them. A GPU was n
 
 
 def cells(results: Results, row: Row) -> tuple[str, ...]:
-    """As in COLUMNS; what a peer cannot say is left out."""
+    """Returns the cells of COLUMNS; values that a peer lacks are empty."""
     rates = [run.rps for run in row.runs]
     ratios = results.ratios("rps", row.workload.name, row.outstanding, row.peer, TRITON)
 
@@ -71,14 +71,14 @@ def cells(results: Results, row: Row) -> tuple[str, ...]:
 
 
 def goal_cells(figure: Figure) -> tuple[str, ...]:
-    """As in GOALS."""
+    """Returns the cells of GOALS."""
     bound = "at most" if figure.at_most else "at least"
     goal = "" if figure.goal is None else f"{figure.goal:g}"
     return figure.name, str(figure.ratio), f"{bound} {figure.required:g}", goal, figure.verdict
 
 
 def show(console: Console, results: Results, figures: Iterable[Figure]) -> None:
-    """On the screen."""
+    """Prints the results."""
     for workload, rows in groupby(results, key=lambda row: row.workload):
         table = Table(*COLUMNS, title=workload.title, title_justify="left", title_style="bold")
         for _, level in groupby(rows, key=lambda row: row.outstanding):
@@ -94,7 +94,7 @@ def show(console: Console, results: Results, figures: Iterable[Figure]) -> None:
 
 
 def show_differences(console: Console, revision: str, results: Results) -> None:
-    """Of this tree and `revision`, on the screen."""
+    """Prints the differences between this tree and `revision`."""
     table = Table("", "outstanding", "rounds", "req/s", "CPU", "", title=f"{UP}: this tree by {revision}")
     for found in differences(results):
         table.add_row(
@@ -105,7 +105,7 @@ def show_differences(console: Console, revision: str, results: Results) -> None:
 
 
 def write(docs: Path, machine: str, how: str, results: Results, figures: Iterable[Figure]) -> None:
-    """docs/benchmarks.md and its plots; the plots of an earlier run are removed."""
+    """Writes docs/benchmarks.md and its plots; the plots of an earlier run are removed."""
     images = docs / "images"
     images.mkdir(exist_ok=True)
     for old in images.glob("bench-*.svg"):
@@ -132,13 +132,13 @@ def write(docs: Path, machine: str, how: str, results: Results, figures: Iterabl
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table whose first column is text and whose others are numbers."""
+    """Returns a table whose first column is text and whose other columns are numbers."""
     form = "| --- |" + " ---: |" * (len(columns) - 1)
     return [f"| {' | '.join(columns)} |", form, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def plot(title: str, rows: list[Row]) -> str:
-    """SVG: for each number of outstanding calls a bar for each peer; requests a second, then p99 latency."""
+    """Returns an SVG: for each number of outstanding calls a bar for each peer; requests a second, then p99 latency."""
     peers = list(dict.fromkeys(row.peer for row in rows))
     colours = dict(zip(peers, _COLOURS, strict=False))
     bar, gap, left, panel = 15, 14, 190, 330

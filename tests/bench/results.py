@@ -1,4 +1,4 @@
-"""What a run of the bench found, by workload, outstanding calls and peer; ratios of two peers, and what they mean."""
+"""Results of a benchmark run by workload, outstanding calls and peer; ratios of two peers, and their verdicts."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,17 @@ IN_PROCESS = "ONNX Runtime, row by row"
 BATCHES = "ONNX Runtime, batches"
 
 THIS, OTHER = "this tree", "the other tree"
-# Of the interval around a median ratio: so that all six of a comparison are right 94 times of 100.
+# Confidence of the interval around a median ratio: all six of a comparison are then right 94 times of 100.
 CONFIDENCE = 0.99
-# Fewer rounds cannot give an interval of that confidence, for all of them may lie on one side of the median.
+# Fewer rounds cannot give an interval of that confidence, because all of them may lie on one side of the median.
 LEAST_ROUNDS = 8
-# A difference below this is not worth a word, even if it is certain.
+# A smaller difference is not reported, even if it is certain.
 LEAST_DIFFERENCE = 0.02
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and the bounds of what lies around it."""
+    """A median, and the bounds of an interval around it."""
 
     median: float
     low: float
@@ -35,12 +35,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """From the lowest to the highest."""
+        """Returns the spread from the lowest to the highest value."""
         return cls(statistics.median(values), min(values), max(values))
 
     @classmethod
     def bootstrap(cls, values: Sequence[float]) -> "Spread":
-        """The interval of the median, by 10,000 samples with replacement (Efron 1979, percentile method)."""
+        """Returns the interval of the median, by 10,000 samples with replacement (Efron 1979, percentile method)."""
         drawn = np.random.default_rng(1).choice(values, (10_000, len(values)))
         low, high = np.quantile(np.median(drawn, axis=1), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
         return cls(statistics.median(values), float(low), float(high))
@@ -51,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One peer under one load. `executions` are rows run for each distinct request, where it was counted."""
+    """One peer under one load. `executions` are rows run for each distinct request, if they were counted."""
 
     workload: Workload
     outstanding: int
@@ -60,7 +60,7 @@ class Row:
     executions: list[float] = field(default_factory=list)
 
     def median(self, what: str) -> float:
-        """Of a field of Measured, over the runs."""
+        """Returns the median over the runs of a field of Measured."""
         return statistics.median(getattr(run, what) for run in self.runs)
 
 
@@ -74,15 +74,15 @@ class Results:
         return iter(self._rows.values())
 
     def row(self, workload: Workload, outstanding: int, peer: str) -> Row:
-        """Made if need be."""
+        """Returns the row, and creates it if needed."""
         return self._rows.setdefault((workload.name, outstanding, peer), Row(workload, outstanding, peer))
 
     def find(self, workload: str, outstanding: int, peer: str) -> Row | None:
-        """None where it was not measured."""
+        """Returns the row, or None if it was not measured."""
         return self._rows.get((workload, outstanding, peer))
 
     def ratios(self, what: str, workload: str, outstanding: int, peer: str, to: str) -> list[float]:
-        """`peer` by `to`, round by round, so that what else the machine did is in both; empty without one of them."""
+        """Returns `peer` / `to` for each round, so that other load affects both; empty if one of them is missing."""
         ours, theirs = (self.find(workload, outstanding, name) for name in (peer, to))
         if ours is None or theirs is None:
             return []
@@ -91,7 +91,10 @@ class Results:
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio, or what the name says: to be at least `required` and, better, `goal`; at most where `at_most`."""
+    """A ratio, or another figure by its name. It must reach `required` and should reach `goal`.
+
+    The bounds are lower bounds, or upper bounds if `at_most`.
+    """
 
     name: str
     ratio: Spread
@@ -101,7 +104,7 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """By the median."""
+        """The verdict by the median."""
 
         def reached(bound: float) -> bool:
             return self.ratio.median <= bound if self.at_most else self.ratio.median >= bound
@@ -128,7 +131,7 @@ _WORDS = {"rps": "requests/s", "p50": "median latency", "p99": "p99 latency"}
 
 
 def figures(results: Results) -> list[Figure]:
-    """The targets of `ringmesh up` that this run can tell: those named, and any other row beside Triton."""
+    """Returns the targets of `ringmesh up` that this run measured: the named ones, and all other rows with Triton."""
     others = ((row.workload.name, row.outstanding, "rps", TRITON, 1.0, 1.5, False) for row in results if row.peer == UP)
     named = {(workload, outstanding) for workload, outstanding, *_ in _TARGETS}
     found = []
@@ -140,14 +143,14 @@ def figures(results: Results) -> list[Figure]:
             name = f"{workload}, {outstanding:,} outstanding: {_WORDS[what]} by {peer}'s"
             found.append(Figure(name, Spread.of(ratios), required, goal, at_most))
     if (zipf := results.find("zipf", 16, UP)) and zipf.executions:
-        # The audit computes one hit in a thousand again.
+        # The audit recomputes one hit in a thousand.
         found.append(Figure("zipf: executions for each distinct key", Spread.of(zipf.executions), 1.01, at_most=True))
     return found
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Requests/s of this tree by those of the other, and the same for CPU a request, under one load."""
+    """Requests/s of this tree divided by those of the other, and the same for CPU a request, under one load."""
 
     workload: str
     outstanding: int
@@ -157,7 +160,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Better or worse where the interval leaves no doubt and the difference matters; else the same."""
+        """Better or worse if the interval excludes 1 and the difference is large enough; otherwise the same."""
         if self.rounds < LEAST_ROUNDS:
             return "too few rounds"
         if self.rps.low > 1 and self.rps.median >= 1 + LEAST_DIFFERENCE:
@@ -168,7 +171,7 @@ class Difference:
 
 
 def differences(results: Results) -> list[Difference]:
-    """Of the two trees, for each load that was measured on both."""
+    """Returns the difference between the two trees for each load that was measured on both."""
     found = []
     for row in results:
         if row.peer == THIS:

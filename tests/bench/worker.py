@@ -29,7 +29,7 @@ SIZES = (1, 8, 16, 32, 64, 128)
 
 
 class InProcess:
-    """ONNX Runtime with the inputs and outputs bound, called by one thread."""
+    """ONNX Runtime with bound inputs and outputs, called by one thread."""
 
     def __init__(self, model: Model, file: Path, provider: str) -> None:
         options = onnxruntime.SessionOptions()
@@ -38,7 +38,7 @@ class InProcess:
         self._session = onnxruntime.InferenceSession(file, options, providers=[provider])
 
     def run_for(self, rows: int, seconds: float) -> tuple[float, float]:
-        """Rows a second, and the median time of a run in ms; inputs and outputs lie in the host's memory."""
+        """Returns rows a second, and the median time of a run in ms; inputs and outputs are in the host's memory."""
         x = np.concatenate([self._model.row(np.random.default_rng(1))] * rows)
         times: list[float] = []
         end = time.perf_counter() + seconds
@@ -57,7 +57,7 @@ class InProcess:
 
 
 def compare(server: Server, inside: InProcess, model: Model, work: Path, rounds: int, seconds: float) -> None:
-    """Prints the ratio of CALLERS callers of `server` to `inside`, and what one caller pays."""
+    """Prints the throughput ratio of CALLERS callers of `server` to `inside`, and the latency added for one caller."""
     rates = {rows: inside.run_for(rows, seconds / 4)[0] for rows in SIZES}
     print(f"{model.name}: rows/s in process by batch size:", {rows: round(rate) for rows, rate in rates.items()})
     sizes = sorted({max(some, key=rates.__getitem__) for some in (SIZES, [n for n in SIZES if n <= CALLERS])})

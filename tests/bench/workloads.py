@@ -1,4 +1,4 @@
-"""What is asked: which model, how large, how often the same, and how many at once."""
+"""The workloads: model, request size, repetition, and number of concurrent calls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ ZIPF_SECONDS = 5
 
 @dataclass(frozen=True)
 class Workload:
-    """`kind` hit: one body again and again; miss: no two alike; zipf: body i with weight 1/i, from cold.
+    """A workload. `kind` hit: always the same body; miss: all bodies differ; zipf: body i with weight 1/i, cold cache.
 
-    `outstanding`: the numbers of calls at once. `width` stands for the free dimensions of the model.
+    `outstanding`: the numbers of concurrent calls. `width` replaces the free dimensions of the model.
     """
 
     name: str
@@ -30,11 +30,11 @@ class Workload:
 
     @property
     def order(self) -> str:
-        """As the load generator has it."""
+        """The load generator's name of the order."""
         return {"hit": "one", "miss": "seq", "zipf": "zipf:1.0"}[self.kind]
 
     def write_bodies(self, path: Path, rng: np.random.Generator) -> Path:
-        """Misses need few: the load generator makes each call a body of its own."""
+        """Writes the bodies. Misses need only a few, because the load generator makes each call's body unique."""
         count = {"hit": 1, "miss": 8, "zipf": ZIPF_KEYS}[self.kind]
         return write_bodies(
             path, self.model.name, self.model.input, (self.model.row(rng, self.width) for _ in range(count))
@@ -54,7 +54,7 @@ WORKLOADS = [
     Workload("miss-magika", "miss: magika, 6 ms of a core each", "miss", MAGIKA, (16,)),
     Workload("zipf", "zipf 1.0 over 10,000 magika requests, from cold", "zipf", MAGIKA, (16,)),
 ]
-# The main figures, and no more.
+# The main figures only.
 QUICK = {"hit": (1, 16, 64), "miss": (1, 16, 64), "miss-magika": (16,), "zipf": (16,)}
-# What two trees are compared by.
+# The workloads by which two trees are compared.
 GUARDED = {"hit": (1, 16, 64), "miss": (1, 16, 64)}

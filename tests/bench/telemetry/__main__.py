@@ -18,7 +18,7 @@ from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, load, running
 from tests.ports import free_port
 
-# Name, share of requests traced, whether spans are sent at all.
+# Name, share of requests traced, whether spans are sent.
 CASES = (
     ("no traces", "0", False),
     ("slow ones and 1 % traced", "0.01", True),
@@ -60,7 +60,7 @@ def main() -> None:
         runs = [[] for _ in CASES]
         for turn in range(arguments.rounds):
             pairs = list(zip(runs, routers, strict=True))
-            # There and back, so that what drifts is in all of them.
+            # The order alternates, so that drift affects all cases equally.
             for results, router in pairs[:: 1 - 2 * (turn % 2)]:
                 measured = load(
                     loadgen, router, bodies, order="one", outstanding=64, seconds=arguments.seconds, warm_up=0.2
@@ -75,7 +75,7 @@ def main() -> None:
     first = runs[0]
     for (name, *_), results in zip(CASES, runs, strict=True):
         rps, cpu = median(results, "rps"), median(results, "cpu_us")
-        # By round, so that what else the machine did is in both.
+        # Ratios by round, so that other load on the machine affects both.
         of_rps = statistics.median(a.rps / b.rps for a, b in zip(results, first, strict=True))
         of_cpu = statistics.median(a.cpu_us / b.cpu_us for a, b in zip(results, first, strict=True))
         table.add_row(
