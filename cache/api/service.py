@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import asdict
-from difflib import get_close_matches
 
 import grpc
 from ringmesh.cache.v1 import cache_pb2
@@ -18,6 +17,7 @@ from cache.mesh import Mesh
 from cache.tiers.entry import Entry, Frames
 from cache.tiers.evictions import OTHER, Evictions
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, some
+from services.runtime.oip.absent_model import nearest
 from services.runtime.oip.protocol import check_tenant
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Service, unary
@@ -192,8 +192,8 @@ class CacheService:
         used = {usage.model for usage in self._usages()} | {namespace for namespace, _ in self._items.usages}
         if not served or name in served | used:
             return
-        near = get_close_matches(name, served | used, n=1)
-        told = f"did you mean {near[0]!r}?" if near else f"there are: {some(sorted(served))}"
+        near = nearest(name, served | used)
+        told = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
         raise NotFoundError(
             f"no model {name!r} is served, and nothing was cached here under that name; {told} What an unloaded model "
             "or another service left is purged with even_if_unknown (`ringmesh cache purge --even-if-unknown`)",
