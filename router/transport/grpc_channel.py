@@ -10,6 +10,7 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -21,6 +22,8 @@ from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LargeAnswer, take_apart
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 CONNECT_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -103,21 +106,7 @@ class GrpcChannel:
 
     async def call(self, method: str, request: bytes) -> bytes:
         """The serialized response. Raises CallError. Cancelled: also cancels the call at the server."""
-        answered: asyncio.Future[Sequence[bytes] | CallError] = asyncio.get_running_loop().create_future()
-
-        def done(answer: Sequence[bytes] | CallError) -> None:
-            if not answered.done():
-                answered.set_result(answer)
-
-        cancel = self._begin(method, request, done)
-        try:
-            answer = await answered
-        except asyncio.CancelledError:
-            cancel()
-            raise
-        if isinstance(answer, CallError):
-            raise answer
-        return b"".join(answer)
+        return b"".join(await outcome(lambda done: self._begin(method, request, done)))
 
     def _request(
         self, connection: Connection, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
@@ -198,6 +187,28 @@ class GrpcChannel:
             ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "ringmesh-router"),
         ]  # fmt: skip
         return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
+
+
+async def outcome(begin: Callable[[Callable[[Result | CallError], None]], Callable[[], object]]) -> Result:
+    """Returns the result of a call. `begin` starts it with the callback for its outcome, and returns what cancels it.
+
+    Raises CallError. Cancelled: also cancels the call.
+    """
+    ended: asyncio.Future[Result | CallError] = asyncio.get_running_loop().create_future()
+
+    def done(outcome: Result | CallError) -> None:
+        if not ended.done():
+            ended.set_result(outcome)
+
+    cancel = begin(done)
+    try:
+        result = await ended
+    except asyncio.CancelledError:
+        cancel()
+        raise
+    if isinstance(result, CallError):
+        raise result
+    return result
 
 
 def code_of(number: int) -> grpc.StatusCode:

@@ -10,7 +10,7 @@ from asyncio import events
 
 import grpc
 
-from router.transport.grpc_channel import CONNECT_SECONDS, CallError
+from router.transport.grpc_channel import CONNECT_SECONDS, CallError, outcome
 from router.transport.local_channel import LocalChannel
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Failure
@@ -167,21 +167,7 @@ class SimChannel:
         return lambda: self._cancel(call)
 
     async def call(self, method, request):
-        answered = asyncio.get_running_loop().create_future()
-
-        def done(answer):
-            if not answered.done():
-                answered.set_result(answer)
-
-        cancel = self.begin(method, request, done)
-        try:
-            answer = await answered
-        except asyncio.CancelledError:
-            cancel()
-            raise
-        if isinstance(answer, CallError):
-            raise answer
-        return answer
+        return await outcome(lambda done: self.begin(method, request, done))
 
     def is_local(self, port):
         return self._connection is not None and self._network.servers[self._address].port == port
