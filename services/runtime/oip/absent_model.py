@@ -14,7 +14,7 @@ Failures = Mapping[str, Mapping[str, str]]
 # Longer names get no suggestion.
 _LONGEST_NAME = 64
 _MOST_COMPARED = 100
-_LEAST_SIMILARITY = 0.75
+_LEAST_SIMILARITY = 0.65
 
 
 def absent(name: str, version: str, held: Mapping[str, Collection[str]], failures: Failures) -> RingmeshError:
