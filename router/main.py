@@ -104,7 +104,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, hasher, audit).service(),
+            OperatorService(fleet, mesh, hasher, audit).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,

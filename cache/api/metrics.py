@@ -77,6 +77,7 @@ class CacheMetrics:
         yield Sample(FLIGHTS, (), len(self._mesh.flights))
         for peer in self._mesh.peers.peers:
             yield Sample(UNSEALED, (peer.region,), peer.unsealed)
+        yield from self._mesh.shared_use.samples()
         yield forgotten("costs", self._mesh.costs)
         yield forgotten("refusals", self._mesh.refusals.kept)
         yield Sample(STALE, (), self._mesh.stale_answers)

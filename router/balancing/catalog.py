@@ -31,6 +31,7 @@ class ModelEntry:
     - `hedged`: a slow attempt is also made at another worker.
     - `semantic_threshold`: if above 0, a request may get the answer to a similar one. Input vectors are compared, or
       the vectors that the model `semantic_embedding` makes of the inputs.
+    - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
     - `limits_queue`: requests may fail while others run.
@@ -50,6 +51,7 @@ class ModelEntry:
     hedged: bool = False
     semantic_threshold: float = 0.0
     semantic_embedding: str = ""
+    shared_tier: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
     cache_steps: bool = False
@@ -192,5 +194,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         limits_queue=model.limits_queue,
         semantic_threshold=model.semantic_threshold,
         semantic_embedding=model.semantic_embedding,
+        # The hit ratio of exact matches does not show how many similar requests an entry answers.
+        shared_tier=model.shared_tier or ("always" if model.semantic_threshold else ""),
         freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,
     )

@@ -8,6 +8,8 @@ import grpc
 from ringmesh.router.v1 import router_pb2
 
 from cache.keys.keys import RequestHasher, UncacheableError, cache_key
+from cache.mesh import Mesh
+from cache.policy.worth_asking import Subject
 from router.balancing.member import Member
 from router.balancing.picker import Candidate, candidates
 from router.balancing.view import FleetView
@@ -30,8 +32,9 @@ _REQUEST = 0x0A
 class OperatorService:
     """GetRing, Explain and Watch, based on the same fleet view that requests use."""
 
-    def __init__(self, fleet: Fleet, hasher: RequestHasher, audit: Audit) -> None:
+    def __init__(self, fleet: Fleet, mesh: Mesh, hasher: RequestHasher, audit: Audit) -> None:
         self._fleet = fleet
+        self._mesh = mesh
         self._hasher = hasher
         self._audit = audit
 
@@ -55,6 +58,7 @@ class OperatorService:
         view = self._fleet.view
         model = view.catalog.find(request.request.model_name, request.request.model_version)
         check_request(request.request, model.name, model.inputs, model.outputs)
+        subject = Subject(model.name, model.digest, request.request.ByteSize(), model.shared_tier)
         response = router_pb2.ExplainResponse()
         place, sticky = b"", False
         try:
@@ -63,6 +67,8 @@ class OperatorService:
             tenant = request.tenant if model.tenant_scoped else None
             place = self._hasher.hash(request.request, model.outputs, tenant)
             response.key = cache_key(model.digest, place).hex()
+            key = self._mesh.purges.epochs.key(model.digest, model.name, place)
+            response.shared_tier = self._mesh.explain(key, subject)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(request.request):
                 place, sticky = self._hasher.sequence_place(model.name, sequence), True

@@ -109,6 +109,8 @@ class Replies:
         told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
         if call.provider:
             told["ringmesh.provider"] = call.provider
+        if found.reason:
+            told["ringmesh.cache.reason"] = found.reason
         self._keep(call, labels, end, told, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:

@@ -17,6 +17,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Computed, Found, Mesh, Outcome
+from cache.policy.worth_asking import Subject
 from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
@@ -26,7 +27,6 @@ from services.runtime.large_result import Result
 from services.runtime.oip.tensors import DATATYPES, raw_from_contents
 from services.runtime.single_flight import Flight
 from services.runtime.telemetry.supervisor import BACKGROUND
-from services.runtime.telemetry.tracing import untraced
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +81,14 @@ class RowCache:
         tenant: str | None,
         epochs: Epochs,
         whole: bytes,
+        subject: Subject,
         compute: Compute,
     ) -> Found | None:
         """The answer to the batch and its source; None if the batch must be computed whole.
 
-        `whole` is the key of the batch, `epochs` the current epochs. `compute` takes a serialized request and the hash
-        that equal requests join by, and returns the result and the worker's id. Raises what `compute` raises.
+        `whole` is the key of the batch, `epochs` the current epochs, `subject` that of the batch. `compute` takes a
+        serialized request and the hash that equal requests join by, and returns the result and the worker's id. Raises
+        what `compute` raises.
         Cancelled: the computation of rows goes on, because others may wait for them.
         """
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
@@ -102,7 +104,7 @@ class RowCache:
         joined = {key: flight for key in missing if (flight := self._flights.get(key)) is not None}
         try:
             mine = [key for key in missing if key not in joined]
-            found |= await self._lead(batch, model, mine, wanted, tenant, compute)
+            found |= await self._lead(batch, model, mine, wanted, tenant, subject, compute)
             failed = []
             for key, flight in joined.items():
                 try:
@@ -116,7 +118,7 @@ class RowCache:
                 else:
                     failed.append(key)  # computed by a newer model: an answer must not mix rows of two models
             if failed:
-                found |= await self._lead(batch, model, failed, wanted, tenant, compute)
+                found |= await self._lead(batch, model, failed, wanted, tenant, subject, compute)
             rows = [found[key] for key in keys]
             value = join([row.entry.value for row in rows])
         except UnlikeRowsError:
@@ -142,12 +144,13 @@ class RowCache:
         keys: Sequence[bytes],
         wanted: Mapping[bytes, int],
         tenant: str | None,
+        subject: Subject,
         compute: Compute,
     ) -> dict[bytes, Found]:
         if not keys:
             return {}
         flights = {key: self._flights.begin(key) for key in keys}
-        task = BACKGROUND.once("rows", self._fly(batch, model, flights, wanted, tenant, compute))
+        task = BACKGROUND.once("rows", self._fly(batch, model, flights, wanted, tenant, subject, compute))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -162,6 +165,7 @@ class RowCache:
         flights: Mapping[bytes, Flight[Found]],
         wanted: Mapping[bytes, int],
         tenant: str | None,
+        subject: Subject,
         compute: Compute,
     ) -> None:
         """Ends all flights, with answers from the shared tier or from a worker."""
@@ -169,15 +173,21 @@ class RowCache:
         failure: Exception = UnlikeRowsError()
         try:
             # Look-ups that start together share one round trip.
-            trace = untraced()
-            shared = await asyncio.gather(*(self._mesh.look_up(key, trace) for key in flights))
+            decisions = {key: self._mesh.decide(key, subject) for key in flights}
+            asked = [key for key, decision in decisions.items() if decision.asks]
+            shared = await asyncio.gather(*(self._mesh.look_up(key, subject) for key in asked))
             landed = {
                 key: Found(entry, "hit-shared")
-                for key, entry in zip(flights, shared, strict=True)
+                for key, entry in zip(asked, shared, strict=True)
                 if entry is not None and _is_fresh(model, entry)
             }
             if missing := [key for key in flights if key not in landed]:
-                landed |= await self._compute(batch, model, missing, wanted, tenant, compute)
+                landed |= await self._compute(batch, model, missing, wanted, tenant, subject, compute)
+                for key in missing:
+                    self._mesh.fill(
+                        Computed(landed[key].entry, key, landed[key].worker, model.freshness),
+                        writes=decisions[key].asks,
+                    )
         except UnlikeRowsError:
             pass
         except Exception as error:
@@ -196,21 +206,21 @@ class RowCache:
         keys: Sequence[bytes],
         wanted: Mapping[bytes, int],
         tenant: str | None,
+        subject: Subject,
         compute: Compute,
     ) -> dict[bytes, Found]:
         request = smaller(batch, [wanted[key] for key in keys])
         data = request.SerializeToString()
+        start = time.monotonic()
         result, worker = await compute(data, self._hasher.hash(request, model.outputs, tenant))
+        self._mesh.learn(subject, time.monotonic() - start)
         if result.model_digest != model.digest:
             raise UnlikeRowsError  # the model was replaced: an answer must not mix rows of two models
         compute_us = result.timing.compute_us // max(1, result.timing.batch_rows)
-        rows = {
+        return {
             key: Found(Entry(value, int(compute_us)), "miss", worker)
             for key, value in zip(keys, cut_response(result.response, len(keys)), strict=True)
         }
-        for key, row in rows.items():
-            self._mesh.fill(Computed(row.entry, key, row.worker, model.freshness))
-        return rows
 
 
 def _is_fresh(model: ModelEntry, entry: Entry) -> bool:

@@ -209,6 +209,48 @@ def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
         future.set_result(outcome)
 
 
+async def first_of(guess: Coroutine[Any, Any, Result | None], work: Coroutine[Any, Any, Result]) -> Result:
+    """Runs both, and returns the first result other than None. Cancels `work` if it is not needed.
+
+    If `work` fails, the result of `guess` counts; if that is None, raises the error. `guess` runs to its end even if
+    its result comes too late. Cancelled: `work` is cancelled too.
+    """
+    first: Promise[Result] = Promise()
+    failure: Exception | None = None
+    is_guessing = True
+    is_won = False
+
+    def guessed(outcome: Any) -> None:
+        nonlocal is_guessing, is_won
+        is_guessing = False
+        if isinstance(outcome, Exception):
+            faults.internal(log, "work beside other work failed", outcome)
+        elif outcome is not None and not isinstance(outcome, BaseException):
+            is_won = True
+            first.settle(outcome)
+            return
+        if failure is not None:
+            first.settle(failure)
+
+    def worked(outcome: Any) -> None:
+        nonlocal failure
+        if is_guessing and isinstance(outcome, Exception):
+            failure = outcome
+        else:
+            first.settle(outcome)
+
+    Driver(guess, guessed).start()
+    if is_won:
+        work.close()
+        return await first
+    working = Driver(work, worked)
+    working.start()
+    try:
+        return await first
+    finally:
+        working.cancel()
+
+
 async def in_task(work: Coroutine[Any, Any, Result]) -> Result:
     """Returns, to a driven coroutine, the result of work that needs an asyncio task.
 

@@ -42,7 +42,8 @@ def _line(span: Span) -> Iterator[str]:
     said = span.attributes
     took = nanoseconds(span.end_ns - span.start_ns)
     if reason := said.get(names.REASON):
-        yield f"The caches had no part in it: {reason}."
+        is_bypassed = said.get(names.OUTCOME) in (None, "bypass")
+        yield f"{'The caches had no part in it' if is_bypassed else 'The shared tier'}: {reason}."
     elif span.name == names.SHARED and not said.get(names.HIT):
         yield f"The shared tier was asked and did not have it, or was skipped ({took})."
     elif span.short_name == names.EXECUTE and span.service == "ringmesh-router":

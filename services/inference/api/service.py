@@ -291,5 +291,6 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         semantic_embedding=model.semantic_embedding,
         ttl_ms=model.ttl_ms,
         stale_ms=model.stale_ms,
+        shared_tier=model.shared_tier,
         unloaded=not held.loaded,
     )

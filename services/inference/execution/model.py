@@ -23,6 +23,7 @@ from services.inference.repository.config import (
     HEDGE,
     ROW_CACHE,
     SEMANTIC_EMBEDDING,
+    SHARED_TIER,
     TENANT_SCOPE,
     ConfigError,
     ModelConfig,
@@ -31,6 +32,7 @@ from services.inference.repository.config import (
     milliseconds,
     says,
     semantic_threshold,
+    shared_tier,
 )
 from services.inference.repository.repository import ModelFiles, data_file
 from services.runtime.errors import InvalidArgumentError, RingmeshError
@@ -125,6 +127,7 @@ class OnnxModel:
         self.limits_queue = limits_queue(batching(self._config))
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
         self.stale_ms = milliseconds(self._config, CACHE_STALE)
+        self.shared_tier = shared_tier(self._config)
         self.max_request_rows = self._config.max_batch_size
         self.batch_reason = self._why_not_batched()
         self.batchable = not self.batch_reason
@@ -283,6 +286,7 @@ class OnnxModel:
         ):
             made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
         made.parameters["ringmesh_provider"].string_value = self.provider
+        made.parameters[SHARED_TIER].string_value = self.shared_tier or "auto"
         return made
 
     def _declare(self, spec: TensorSpec, tensor: config_pb2.ModelInput | config_pb2.ModelOutput) -> None:

@@ -16,11 +16,13 @@ from services.inference.repository.config import (
     CACHE_STALE,
     CACHE_TTL,
     HEDGE,
+    SHARED_TIER,
     TENANT_SCOPE,
     ConfigError,
     ModelConfig,
     milliseconds,
     says,
+    shared_tier,
 )
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.batcher import BatchResult, StepResult
@@ -85,6 +87,7 @@ class Ensemble:
         self.hedged = says(self._config, HEDGE) is True
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
         self.stale_ms = milliseconds(self._config, CACHE_STALE)
+        self.shared_tier = shared_tier(self._config)
         self.own_digest = self.digest = files.digest("ensemble")
         self.not_runnable = "its steps are not known yet"
         self.cacheable, self.cacheable_reason = False, self.not_runnable
@@ -123,6 +126,7 @@ class Ensemble:
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform = self.name, "ensemble"
+        made.parameters[SHARED_TIER].string_value = self.shared_tier or "auto"
         reason = self.cacheable_reason
         made.parameters["ringmesh_cached"].string_value = f"no: {reason}" if reason else "yes"
         return made

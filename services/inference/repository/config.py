@@ -21,9 +21,10 @@ SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
 SEMANTIC_EMBEDDING = "ringmesh_semantic_embedding"
 CACHE_TTL = "ringmesh_cache_ttl_seconds"
 CACHE_STALE = "ringmesh_cache_stale_seconds"
+SHARED_TIER = "ringmesh_shared_tier"
 # Ringmesh's own parameters with the value "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
-_OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE}
+_OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE, SHARED_TIER}
 # The longest time to live: about 30 years.
 _MAX_SECONDS = 10**9
 
@@ -125,6 +126,12 @@ def says(config: ModelConfig, flag: str) -> bool | None:
     return config.parameters[flag].string_value == "true" if flag in config.parameters else None
 
 
+def shared_tier(config: ModelConfig) -> str:
+    """Whether Redis holds its answers: "always", "never", or "" if the router decides by cost."""
+    told = config.parameters[SHARED_TIER].string_value if SHARED_TIER in config.parameters else "auto"
+    return "" if told == "auto" else told
+
+
 def semantic_threshold(config: ModelConfig) -> float:
     """The cosine from which vectors count as equal; 0 if none is set, -1 if the value is not a number."""
     if SEMANTIC_THRESHOLD not in config.parameters:
@@ -199,6 +206,10 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     for flag in sorted(_FLAGS & config.parameters.keys()):
         if (value := config.parameters[flag].string_value) not in ("true", "false"):
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it must be "true" or "false"')
+    if shared_tier(config) not in ("", "always", "never"):
+        raise ConfigError(
+            f"{path}: parameter {SHARED_TIER} is {shared_tier(config)!r}; it must be auto, always or never"
+        )
     if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
         value = config.parameters[SEMANTIC_THRESHOLD].string_value
         raise ConfigError(
