@@ -79,9 +79,7 @@ class Router:
         outcomes = []
 
         async def request():
-            flight, _ = self.mesh.get_or_compute(
-                key, lambda: self._compute(key), untraced(), self.subject, freshness
-            )
+            flight, _ = self.mesh.get_or_compute(key, lambda: self._compute(key), untraced(), self.subject, freshness)
             return await flight
 
         Driver(request(), outcomes.append).start()
