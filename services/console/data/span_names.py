@@ -51,5 +51,5 @@ def is_entry(service: str, span: trace_pb2.Span) -> bool:
 
 
 def summary(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the attributes that describe the trace as a whole, by field of `Summary`."""
+    """Returns the attributes that describe the trace as a whole, by field of `TraceSummary`."""
     return {part: str(attributes[name]) for part, name in _SUMMARY.items() if attributes.get(name)}
