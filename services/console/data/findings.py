@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from urllib.parse import quote, urlencode
 
 from services.console.data import overview
-from services.console.data.fleet_watch import PENDING, FleetSnapshot
+from services.console.data.fleet_watch import FleetSnapshot
 from services.console.data.history import History, Labels
 from services.console.data.overview import ATTEMPT, LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
 from services.console.data.trace_store import TraceStore
@@ -70,7 +70,7 @@ def find(view: FleetSnapshot, history: History, traces: TraceStore, silent: dict
 
 def _routers(view: FleetSnapshot) -> Iterator[Finding]:
     for router in view.routers:
-        if router.problem and router.problem != PENDING:
+        if router.is_down:
             yield Finding(
                 "critical",
                 "Router is down",
@@ -264,7 +264,7 @@ def _audit(history: History) -> Iterator[Finding]:
 
 
 def _cache(view: FleetSnapshot) -> Iterator[Finding]:
-    if view.cache.problem and view.cache.problem != PENDING:
+    if view.cache.is_down:
         yield Finding(
             "warning",
             "Cache service is down",

@@ -32,22 +32,18 @@ Response = TypeVar("Response")
 
 
 @dataclass(frozen=True, slots=True)
-class RouterView:
-    """The last answer of one router. `problem`: why it does not answer at present; "" if it does."""
+class ServiceView:
+    """The last answer of a router or the cache service. `problem`: why it does not answer at present; "" if it does."""
 
     address: str
     problem: str = PENDING
     workers: tuple[router_pb2.Worker, ...] = ()
     answered_at: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class CacheView:
-    """The last answer of the cache service."""
-
-    address: str
-    problem: str = PENDING
-    stats: cache_pb2.StatsResponse | None = None
+    @property
+    def is_down(self) -> bool:
+        """Whether it was asked and does not answer."""
+        return self.problem not in ("", PENDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +90,12 @@ class ModelView:
 class FleetSnapshot:
     """The state of the fleet at one time."""
 
-    routers: tuple[RouterView, ...]
-    cache: CacheView
+    routers: tuple[ServiceView, ...]
+    cache: ServiceView
     models: tuple[ModelView, ...] = ()
 
     @property
-    def router(self) -> RouterView | None:
+    def router(self) -> ServiceView | None:
         """The first router that answers; None if none does."""
         return next((router for router in self.routers if not router.problem), None)
 
@@ -115,7 +111,7 @@ class FleetWatch:
 
     def __init__(self, routers: tuple[str, ...], cache: str) -> None:
         self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
-        self.view = FleetSnapshot(tuple(RouterView(address) for address in routers), CacheView(cache))
+        self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
         self._feeds = [EventFeed(address, self._channels[address]) for address in routers]
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,7 +141,7 @@ class FleetWatch:
         while True:
             routers, cache = await asyncio.gather(
                 asyncio.gather(*(self._ask_router(router) for router in self.view.routers)),
-                self._ask_cache(self.view.cache),
+                self._ask_cache(self.view.cache.address),
             )
             self.view = FleetSnapshot(tuple(routers), cache, self.view.models)
             if turn % _MODELS_EVERY == 0 or not self.view.models:
@@ -153,17 +149,17 @@ class FleetWatch:
             turn += 1
             await asyncio.sleep(_ASK_SECONDS)
 
-    async def _ask_router(self, last: RouterView) -> RouterView:
+    async def _ask_router(self, last: ServiceView) -> ServiceView:
         stub = router_pb2_grpc.RouterServiceStub(self.channel(last.address))
         ring, problem = await ask(lambda: stub.GetRing(router_pb2.GetRingRequest(), timeout=_TIMEOUT))
         if ring is None:
-            return RouterView(last.address, problem, last.workers, last.answered_at)
-        return RouterView(last.address, "", tuple(ring.workers), time.time())
+            return ServiceView(last.address, problem, last.workers, last.answered_at)
+        return ServiceView(last.address, "", tuple(ring.workers), time.time())
 
-    async def _ask_cache(self, last: CacheView) -> CacheView:
-        stub = cache_pb2_grpc.CacheServiceStub(self.channel(last.address))
-        stats, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
-        return CacheView(last.address, problem, stats or last.stats)
+    async def _ask_cache(self, address: str) -> ServiceView:
+        stub = cache_pb2_grpc.CacheServiceStub(self.channel(address))
+        _, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
+        return ServiceView(address, problem)
 
     async def _ask_models(self) -> tuple[ModelView, ...]:
         """Asks the first router that answers for its models; returns the models known before if none does."""

@@ -11,7 +11,7 @@ from functools import partial
 from http.client import HTTPException
 
 from services.console.data.exposition_reader import ExpositionReader
-from services.console.data.history import History, ScrapedSample
+from services.console.data.history import History
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 PERIOD_SECONDS = 2.0
@@ -48,16 +48,12 @@ class Scraper:
         while True:
             start = loop.time()
             try:
-                samples = await loop.run_in_executor(self._threads, _scrape, self.targets[name], reader)
+                samples = await loop.run_in_executor(self._threads, lambda: reader.read(fetch(self.targets[name])))
                 self._history.add(name, samples)
                 self.problems.pop(name, None)
             except (OSError, ValueError, HTTPException) as error:
                 self.problems[name] = f"no metrics from {self.targets[name]}: {_reason(error)}"
             await asyncio.sleep(max(0.1, start + PERIOD_SECONDS - loop.time()))
-
-
-def _scrape(address: str, reader: ExpositionReader) -> list[ScrapedSample]:
-    return reader.read(fetch(address))
 
 
 def fetch(address: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from services.console.data import findings
 from services.console.data.findings import Finding
-from services.console.data.fleet_watch import PENDING, FleetSnapshot, FleetWatch
+from services.console.data.fleet_watch import FleetSnapshot, FleetWatch
 from services.console.data.history import History
 from services.console.data.scraper import Scraper
 from services.console.data.trace_store import TraceStore
@@ -32,7 +32,7 @@ class Sources:
         return [
             f"The router at {router.address} does not answer ({router.problem}). This page shows its last answer."
             for router in self.view.routers
-            if router.problem and router.problem != PENDING
+            if router.is_down
         ]
 
     def findings(self) -> list[Finding]:

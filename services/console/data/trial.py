@@ -158,12 +158,14 @@ def _read(field: TensorInput) -> npt.NDArray[Any]:
         return fill(text, field.datatype, shape)
     try:
         values = json.loads(text)
-        dtype = _dtype(field.datatype)
+        dtype = tensors.datatype(field.datatype, "").dtype
         if dtype.kind == "O":
             array = np.array([value.encode() for value in np.array(values, object).ravel()], object)
         else:
             array = np.array(values, dtype).ravel()
         return array.reshape(shape)
+    except InvalidArgumentError as error:
+        raise TrialError(error.message) from None
     except RecursionError:
         raise TrialError(f"{field.name}: the values are nested too deeply") from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -171,13 +173,6 @@ def _read(field: TensorInput) -> npt.NDArray[Any]:
             f"{field.name}: {field.datatype} values must be a JSON list of {math.prod(shape):,} in all for the shape "
             f"{field.shape}, or one of the words {', '.join(WORDS)} ({error})"
         ) from None
-
-
-def _dtype(datatype: str) -> np.dtype[Any]:
-    try:
-        return tensors.datatype(datatype, "").dtype
-    except InvalidArgumentError as error:
-        raise TrialError(error.message) from None
 
 
 def _listed(array: npt.NDArray[Any]) -> list[Any]:

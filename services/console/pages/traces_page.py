@@ -102,16 +102,12 @@ def _linked(sources: Sources, trace_id: str, bars: Sequence[WaterfallRow]) -> li
 
 def _query(request: Request) -> tuple[TraceQuery, str]:
     """Parses the search. Returns the query and "", or an empty query and an error message."""
-    given: dict[str, str | float] = {}
-    for field in fields(TraceQuery):
-        value = request.query_params.get(field.name, "").strip()
-        if not value:
-            continue
-        if field.name in ("min_ms", "max_ms"):
-            try:
-                given[field.name] = float(value)
-            except ValueError:
-                return TraceQuery(), f"“{value}” is not a number of milliseconds."
-        else:
-            given[field.name] = value
-    return TraceQuery(**given), ""  # type: ignore[arg-type]
+    given = {field.name: request.query_params.get(field.name, "").strip() for field in fields(TraceQuery)}
+    limits = {}
+    for name in ("min_ms", "max_ms"):
+        text = given.pop(name)
+        try:
+            limits[name] = float(text or 0)
+        except ValueError:
+            return TraceQuery(), f"“{text}” is not a number of milliseconds."
+    return TraceQuery(**given, **limits), ""  # type: ignore[arg-type]

@@ -5,14 +5,14 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from ringmesh.router.v1 import router_pb2
 
 from services.console.data import findings
-from services.console.data.fleet_watch import CacheView, FleetSnapshot, ModelView, RouterView
+from services.console.data.fleet_watch import FleetSnapshot, ModelView, ServiceView
 from services.console.data.history import History, ScrapedSample
 from services.console.data.trace_store import TraceStore
 
 
 def view(*, workers=(), models=()):
-    router = RouterView("r:1", workers=tuple(workers) or (router_pb2.Worker(id="w", healthy=True),), problem="")
-    return FleetSnapshot((router,), CacheView("c:1", problem=""), tuple(models))
+    router = ServiceView("r:1", workers=tuple(workers) or (router_pb2.Worker(id="w", healthy=True),), problem="")
+    return FleetSnapshot((router,), ServiceView("c:1", problem=""), tuple(models))
 
 
 def refusals(models, code="INVALID_ARGUMENT"):
