@@ -39,6 +39,7 @@ async def contents(sources: Sources, request: Request) -> Context:
     notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
     uses = _uses(history)
     edges = overview.edges(history)
+    breakers = history.last("ringmesh_redis_breaker_open", ("target",))
     redis = history.quantile(0.99, REDIS, NOW_SECONDS, ("target", "operation"))
     p99, p50 = history.quantiles((0.99, 0.5), REDIS, edges, operation="get").get((), (None, None))
     hit_ratio, saved = overview.hit_ratio(history, edges).get(()), overview.saved(history, edges).get(())
@@ -54,8 +55,8 @@ async def contents(sources: Sources, request: Request) -> Context:
         "keys": _keys(sources),
         "vitals": overview.vitals(history),
         "saved": sum(row["saved"] for row in uses),
-        "breakers": sorted(history.last("ringmesh_redis_breaker_open", ("target",)).items()),
-        "redis": sorted(redis.items()),
+        "breakers": [(target, is_open) for (target,), is_open in sorted(breakers.items())],
+        "redis": [(*labels, p99) for labels, p99 in sorted(redis.items())],
         "charts": [
             plot("From the cache", edges, {"hit ratio": hit_ratio}, units.percent, least=1.0),
             plot("Compute saved per second", edges, {"saved": saved}, units.seconds),

@@ -87,7 +87,7 @@ def _copies(history: History, name: str, versions: Sequence[ModelView]) -> list[
     rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, by, model=name)
     return [
         {
-            "copy": copy,
+            "served": copy,
             "rate": rate[key],
             "queue": mean[*key, "queue"],
             "compute": mean[*key, "compute"],
