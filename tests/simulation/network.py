@@ -11,7 +11,6 @@ from asyncio import events
 import grpc
 
 from router.transport.grpc_channel import CONNECT_SECONDS, CallError, outcome
-from router.transport.local_channel import LocalChannel
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Failure
 from tests.simulation.clock import clock
@@ -80,22 +79,6 @@ class Network:
         if found is None:
             found = self.ways[router, address] = Way(self, f"{router}>{address}")
         return found
-
-    def channels(self, process):
-        """Returns the channels of the router in `process`."""
-        return _Channels(self, process)
-
-
-class _Channels:
-    def __init__(self, network, process):
-        self._network = network
-        self._process = process
-
-    def channel(self, address):
-        return SimChannel(self._network, self._process, address)
-
-    def local(self):
-        return LocalChannel()
 
 
 class _Connection:
@@ -196,9 +179,6 @@ class SimChannel:
     def drop(self):
         if self._connection is not None:
             self._connection.reset()
-
-    async def close(self):
-        self.drop()
 
     async def _connect_first(self, call):
         try:
