@@ -12,7 +12,6 @@ _REQ = 'ringmesh_requests_total{model=~"$model"}'
 
 
 def quantile(q: float, metric: str, by: str = "", where: str = "") -> str:
-    """PromQL of a quantile of a histogram."""
     labels = f"le, {by}" if by else "le"
     return f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket{{{where}}}[{_R}])))"
 
@@ -302,7 +301,6 @@ DASHBOARDS: dict[str, tuple[str, list[tuple[str, list[Panel]]]]] = {
 
 
 def build(uid: str) -> str:
-    """The dashboard as Grafana imports it."""
     title, rows = DASHBOARDS[uid]
     panels: list[dict[str, Any]] = []
     y = 0
