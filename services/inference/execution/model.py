@@ -43,6 +43,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 # ONNX Runtime 1.32 ends the process when one of these has no rows.
 _ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
+# Machine code for an execution provider, in the node or in a file that the node names.
+_COMPILED = "com.microsoft.EPContext"
 
 
 class ModelLoadError(Exception):
@@ -66,18 +68,27 @@ class OnnxModel:
     not_runnable = ""
 
     def __init__(
-        self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
+        self,
+        files: ModelFiles,
+        *,
+        providers: Sequence[str],
+        intra_op_threads: int,
+        max_batch_rows: int,
+        caches: str = "",
     ) -> None:
         """`files` must not change while the model lives, because its weights may be mapped. `providers`: those of this
-        machine. `intra_op_threads` and `max_batch_rows` are defaults for the model's configuration. Raises
-        ModelLoadError."""
+        machine. `intra_op_threads` and `max_batch_rows` are defaults for the model's configuration. `caches`: folder
+        for TensorRT's engines. Raises ModelLoadError."""
         self._config = files.config
         # Preliminary values, until the probe of the rows.
         self.batchable = self.has_rows = False
         try:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
-            self._aborts_on_empty = sorted(graph.operator_types(proto) & _ABORT_ON_EMPTY)
+            operators = graph.operator_types(proto)
+            if _COMPILED in operators:
+                raise UnservableError(f"it has {_COMPILED}, a compiled engine; only operators are served")
+            self._aborts_on_empty = sorted(operators & _ABORT_ON_EMPTY)
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline_reason = inline_runs.why_not(proto)
@@ -89,6 +100,7 @@ class OnnxModel:
                 providers,
                 intra_op_threads,
                 self._output_shape,
+                caches,
             )
             self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
