@@ -44,7 +44,9 @@ def worker(start_worker, repository):
 
 @pytest.fixture
 async def channel(start_router, worker, valkey):
-    async with grpc.aio.insecure_channel(start_router([worker], valkey.url, audit_share=0).address) as channel:
+    async with grpc.aio.insecure_channel(
+        start_router([worker], valkey.connection_url, audit_share=0).address
+    ) as channel:
         yield channel
 
 
@@ -67,7 +69,7 @@ async def outcomes(channel, requests):
 
 
 async def test_a_cheap_model_whose_requests_do_not_repeat_soon_leaves_redis_alone(channel, valkey):
-    commands = Commands(valkey.url)
+    commands = Commands(valkey.connection_url)
     assert set(await outcomes(channel, [asked("cheap") for _ in range(LEARNING)])) == {"miss"}
     assert commands()[0] > 10
     await outcomes(channel, [asked("cheap") for _ in range(400)])
@@ -77,7 +79,7 @@ async def test_a_cheap_model_whose_requests_do_not_repeat_soon_leaves_redis_alon
 async def test_another_router_finds_the_answers_of_an_expensive_model(channel, start_router, worker, valkey):
     requests = [asked("expensive") for _ in range(8)]
     assert set(await outcomes(channel, requests)) == {"miss"}
-    async with grpc.aio.insecure_channel(start_router([worker], valkey.url, audit_share=0).address) as other:
+    async with grpc.aio.insecure_channel(start_router([worker], valkey.connection_url, audit_share=0).address) as other:
         async with asyncio.timeout(10):
             while (await infer(other, requests[-1]))[1]["ringmesh-cache"] == "miss":  # written behind its answer
                 requests.append(asked("expensive"))
@@ -87,7 +89,7 @@ async def test_another_router_finds_the_answers_of_an_expensive_model(channel, s
 
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_the_configuration_of_a_model_can_decide(channel, valkey, policy):
-    commands = Commands(valkey.url)
+    commands = Commands(valkey.connection_url)
     await outcomes(channel, [asked(policy) for _ in range(LEARNING)])
     expected = (LEARNING, LEARNING) if policy == "always" else (0, 0)
     got = commands()
@@ -103,7 +105,7 @@ async def test_the_configuration_of_a_model_can_decide(channel, valkey, policy):
 async def test_explain_traces_and_metrics_report_the_decision(start_router, worker, valkey, tmp_path):
     metrics = f"127.0.0.1:{free_port()}"
     router = start_router(
-        [worker], valkey.url, audit_share=0, trace_dir=tmp_path, trace_ratio=0, metrics_address=metrics
+        [worker], valkey.connection_url, audit_share=0, trace_dir=tmp_path, trace_ratio=0, metrics_address=metrics
     ).address
     async with grpc.aio.insecure_channel(router) as channel:
         operator = router_pb2_grpc.RouterServiceStub(channel)
