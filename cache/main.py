@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
-from cache.regions.replication import Replication
+from cache.regions.replication import replicate
 from cache.settings import CacheSettings
 from cache.tiers.entry import Frames
 from cache.tiers.evictions import Evictions
@@ -47,13 +48,13 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     mesh.start()
     replication = None
     if mesh.shared is not None and mesh.peers.peers and settings.peer_bytes_per_second:
-        replication = Replication(mesh.peers.peers, mesh.shared, settings.peer_bytes_per_second)
-        replication.start()
+        copy = partial(replicate, mesh.peers.peers, mesh.shared, settings.peer_bytes_per_second)
+        replication = BACKGROUND.start("replication", copy)
     server.set_serving(True)
     await stopping.wait()
     service.close()
     if replication is not None:
-        replication.close()
+        replication.cancel()
     await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()

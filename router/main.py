@@ -15,7 +15,7 @@ from cache.tiers.entry import Frames
 from cache.tiers.evictions import Evictions
 from router.accounting.cost import Cost, Prices
 from router.accounting.request_metrics import RequestMetrics
-from router.accounting.slo import Objectives, Slo
+from router.accounting.slo import Slo
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.dispatch.dispatcher import Dispatcher
@@ -88,8 +88,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         lambda: mesh.local.counters.bytes,
         time.monotonic,
     )
-    objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
-    slo = Slo(objectives, requests, time.monotonic)
+    targets = {"availability": settings.slo_availability, "latency": settings.slo_latency}
+    slo = Slo(targets, settings.slo_latency_seconds, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
     path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
     inference = InferenceService(fleet, path)
@@ -140,9 +140,9 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     report.start(server.receiver_seconds)
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
-    BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
-    BACKGROUND.start("request metrics", requests.keep_marking)
-    BACKGROUND.start("objectives", slo.keep_sampling)
+    Agreement(fleet, time.monotonic).start()
+    requests.start()
+    slo.start()
     BACKGROUND.start("huge pages", huge_pages.keep_collapsing)
     BACKGROUND.start("free memory", memory.keep_giving_back)
     await stopping.wait()

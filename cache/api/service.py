@@ -146,24 +146,9 @@ class CacheService:
 
     async def _stats(self, _: cache_pb2.StatsRequest, __: Context) -> cache_pb2.StatsResponse:
         tiers = (self._mesh.local, self._mesh.shared)
-        items = "shared" if self._mesh.shared is not None else "local"
         response = cache_pb2.StatsResponse(
             tiers=[cache_pb2.TierStats(**asdict(tier.counters)) for tier in tiers if tier is not None],
-            usages=[
-                *self._usages(),
-                *(
-                    cache_pb2.UsageStats(
-                        model=namespace,
-                        tenant=tenant,
-                        tier=items,
-                        hits=usage.hits,
-                        misses=usage.misses,
-                        fills=usage.fills,
-                        saved_compute_us=usage.saved_compute_us,
-                    )
-                    for (namespace, tenant), usage in self._items.usages.items()
-                ),
-            ],
+            usages=[*self._usages(), *self._items.usages.values()],
         )
         sizes: dict[str, cache_pb2.ModelBytes] = {}
         prefixes = self._models()

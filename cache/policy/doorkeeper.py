@@ -39,7 +39,7 @@ class Doorkeeper:
 
     def start(self) -> None:
         """Starts the periodic check."""
-        self._task = BACKGROUND.start("doorkeeper", self._look_on)
+        self._task = BACKGROUND.every(_LOOK_SECONDS, "doorkeeper", self.look)
 
     def offer(self, key: bytes, entry: Entry, kept_ms: int | None = None) -> None:
         """Queues an answer, with the arguments of SharedTier.put. Discards the oldest if the queue is full."""
@@ -66,8 +66,3 @@ class Doorkeeper:
         if self._task is not None:
             self._task.cancel()
         self.look()
-
-    async def _look_on(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            self.look()

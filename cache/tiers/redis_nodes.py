@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -29,28 +29,11 @@ _REFRESH_SECONDS = 1.0
 _REFRESH_PAUSE = 0.25
 
 
-class Nodes(Protocol):
-    """Maps names to servers."""
-
-    def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the server that holds `name`, or None if it is not known (yet)."""
-
-    def redirected(self, error: AskError) -> RedisNode | None:
-        """Returns the server that a MOVED or ASK reply names, and remembers a MOVED."""
-
-    @property
-    def all(self) -> list[RedisNode]:
-        """The servers known at present."""
-
-    async def close(self) -> None:
-        """Completes pending writes and disconnects."""
-
-
 # Creates a node from a name, a client, and a callback for when the breaker opens.
 CreateNode = Callable[[str, Redis, Callable[[], None]], RedisNode]
 
 
-def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
+def create_nodes(url: RedisUrl, create: CreateNode) -> OneNode | ClusterNodes:
     """Creates the nodes of `url`. They connect at first use; an unreachable server is not an error here."""
     # Failed servers are skipped, and retried by probes.
     options = redis_client.options(_CONNECT_SECONDS)
@@ -68,7 +51,7 @@ class OneNode:
         self.all = [node]
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the server."""
+        """Returns the server that holds `name`."""
         return self._node
 
     def redirected(self, error: AskError) -> RedisNode | None:
@@ -98,7 +81,7 @@ class ClusterNodes:
         return list(self._nodes.values())
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the primary of the name's slot."""
+        """Returns the primary of the name's slot; None if it is not known (yet)."""
         node = self._slots[key_slot(name)]
         if node is None:
             self._refresh()

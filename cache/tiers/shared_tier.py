@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import AskError, MovedError
@@ -16,7 +16,7 @@ from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, Frames, is_answer
 from cache.tiers.redis_connection import GivenUpError, Reply
 from cache.tiers.redis_node import FAILURES, Fill, RedisNode, kind_of
-from cache.tiers.redis_nodes import Nodes, create_nodes
+from cache.tiers.redis_nodes import ClusterNodes, OneNode, create_nodes
 from cache.tiers.stats import TierCounters
 from services.runtime.errors import UnavailableError
 from services.runtime.redis.redis_url import parse_redis_url
@@ -38,7 +38,6 @@ _PREFIX = b"rm1:2:"
 _REDIRECTS = 2
 _CHECK_SECONDS = 5.0
 _COMMAND_SECONDS = 1.0
-Result = TypeVar("Result")
 
 
 def stored_name(key: bytes) -> bytes:
@@ -71,7 +70,7 @@ class SharedTier:
         self.get_times = Histogram()
         self.set_times = Histogram()
         self.errors = Counter(ERRORS)
-        self.nodes: Nodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
+        self.nodes: OneNode | ClusterNodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
 
     @property
     def is_skipped(self) -> bool:
@@ -92,7 +91,7 @@ class SharedTier:
         return self._get(key, answer=True)
 
     async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
-        name = _PREFIX + key
+        name = stored_name(key)
         node = self.nodes.owner(name)
         reply: Reply = None
         if node is None:
@@ -120,7 +119,7 @@ class SharedTier:
 
     def put(self, key: bytes, entry: Entry, ttl_ms: int | None = None) -> None:
         """Writes in the background (write-behind). Drops and counts the entry if Redis is down, refuses or is slow."""
-        name = _PREFIX + key
+        name = stored_name(key)
         node = self.nodes.owner(name)
         if node is None:
             self.counters.failures += 1
@@ -131,29 +130,28 @@ class SharedTier:
 
     async def delete(self, key: bytes) -> None:
         """Deletes the entry. Raises UnavailableError if Redis is unreachable."""
-        name = _PREFIX + key
+        name = stored_name(key)
+        await self.run(name, _COMMAND_SECONDS, "UNLINK", name)
 
-        def command(redis: Redis) -> Any:
-            return redis.unlink(name)
+    async def run(self, name: bytes, seconds: float, *command: str | bytes | int) -> Any:
+        """Runs any other command on the server that owns `name`, and returns the reply.
 
-        await self.run(name, command, _COMMAND_SECONDS)
-
-    async def run(self, name: bytes, command: Callable[[Redis], Awaitable[Result]], seconds: float) -> Result:
-        """Runs any other command on the server that owns `name`. Raises UnavailableError, also after `seconds`."""
+        Raises UnavailableError, also after `seconds`; its cause is the error of redis-py.
+        """
         node = self.nodes.owner(name)
-        why: Any = "the map of the cluster's slots is not known yet"
+        cause: Exception = LookupError("the map of the cluster's slots is not known yet")
         for _ in range(_REDIRECTS + 1):
             if node is None:
                 break
             try:
                 async with asyncio.timeout(seconds):
-                    return await command(node.client)
+                    return await node.client.execute_command(*command)  # type: ignore[no-untyped-call]
             except AskError as error:
-                why, node = error, self.nodes.redirected(error)
+                cause, node = error, self.nodes.redirected(error)
             except FAILURES as error:
-                why = error
+                cause = error
                 break
-        raise UnavailableError(f"Redis cannot be used: {why!r}; retry later", kind="redis")
+        raise UnavailableError(f"Redis cannot be used: {cause!r}; retry later", kind="redis") from cause
 
     async def close(self) -> None:
         """Completes pending writes, for a second at most, and disconnects."""

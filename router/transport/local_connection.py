@@ -2,17 +2,16 @@
 
 from __future__ import annotations  # compiled by mypyc
 
-import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
 
 import grpc
 
-from router.transport.grpc_channel import CallError, code_of, taken_apart
+from router.transport.grpc_channel import CallError, code_of, deliver
 from services.runtime import faults
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameError, Frames
-from services.runtime.large_result import LargeAnswer, take_apart
+from services.runtime.large_result import LargeAnswer
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +60,8 @@ class LocalConnection(Frames):
         if kind == PART:
             if number in self._under_way:  # else it was cancelled
                 self._parts.setdefault(number, []).append(payload)
-        elif kind == ANSWER and (parts := self._parts.pop(number, None)) is not None:
-            parts.append(payload)
-            taking = asyncio.get_running_loop().run_in_executor(None, take_apart, parts)
-            taking.add_done_callback(partial(self._taken_apart, number))
         elif kind == ANSWER:
-            self._end(number, payload)
+            deliver([*self._parts.pop(number, ()), payload], partial(self._end, number))
         elif kind == FAILURE and payload:
             self._end(number, CallError(code_of(payload[0]), payload[1:].decode(errors="replace")))
         elif kind == LEAVING:
@@ -91,9 +86,6 @@ class LocalConnection(Frames):
             self._parts.pop(number, None)
             self.send(CANCEL, number)
             self._close_if_done()
-
-    def _taken_apart(self, number: int, taking: asyncio.Future[LargeAnswer]) -> None:
-        self._end(number, taken_apart(taking))
 
     def _end(self, number: int, answer: bytes | LargeAnswer | CallError) -> None:
         done = self._under_way.pop(number, None)

@@ -165,7 +165,7 @@ class Redis:
             found.pop(_value(field), None)
         return 1
 
-    def _zrange(self, key, *_, **__):
+    def _zrevrange(self, key, *_):
         return []
 
     def _eval(self, script, keys, *arguments):
@@ -239,7 +239,7 @@ _SCRIPTS = {
     leases._TAKE: Redis.take,
     leases._FILL: Redis.fill,
     leases._RELEASE: Redis.release,
-    valuable._TELL: Redis.tell,
+    valuable._REPORT: Redis.tell,
 }
 
 
@@ -365,23 +365,14 @@ class Client:
     def info(self, section):
         return self._run([("info", (section,))])
 
-    def eval(self, script, keys, *arguments):
-        return self._run([("eval", (script, keys, *arguments))])
-
-    def unlink(self, *keys):
-        return self._run([("unlink", keys)])
-
-    def hdel(self, key, *fields):
-        return self._run([("hdel", (key, *fields))])
+    def execute_command(self, command, *arguments):
+        return self._run([(command.lower(), arguments)])
 
     def smembers(self, key):
         return self._run([("smembers", (key,))])
 
     def srem(self, key, *members):
         return self._run([("srem", (key, *members))])
-
-    def zrange(self, key, start, end, **_):
-        return self._run([("zrange", (key, start, end))])
 
     def pipeline(self, transaction=False):
         return _Pipeline(self)

@@ -30,7 +30,6 @@ from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process as TracedProcess
-from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import Tracer
 from tests.simulation.loop import Process
 from tests.simulation.network import SimChannel
@@ -111,8 +110,8 @@ class SimRouter:
         mesh.purges.on_news = self._ask_again
         mesh.start()
         fleet.start()
-        BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
-        BACKGROUND.start("request metrics", requests.keep_marking)
+        Agreement(fleet, time.monotonic).start()
+        requests.start()
 
     def _clock(self):
         if self.clock_fails and self.world.random.random() < self.clock_fails:

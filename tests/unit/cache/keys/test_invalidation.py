@@ -13,15 +13,9 @@ class Shared:
     def __init__(self, redis):
         self._redis = redis
 
-    async def run(self, name, command, seconds):
+    async def run(self, name, seconds, command, *arguments):
         await asyncio.sleep(0)
-        return command(self)  # what redis-py would await is there at once
-
-    def hdel(self, *arguments):
-        return self._redis.run("hdel", arguments)
-
-    def eval(self, script, keys, *arguments):
-        return self._redis.run("eval", (script, keys, *arguments))
+        return self._redis.run(command.lower(), arguments)
 
 
 def boards():

@@ -46,7 +46,7 @@ class Searching:
         self.is_skipped = False
         self._fields = {name.encode(): value for name, value in fields.items()}
 
-    async def run(self, name, command, seconds):
+    async def run(self, name, seconds, *command):
         return [1, b"name", [part for pair in self._fields.items() for part in pair]]
 
 
