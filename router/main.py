@@ -22,7 +22,6 @@ from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from router.membership.fleet import Fleet
-from router.membership.fleet_metrics import fleet_samples
 from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.operator.service import OperatorService
@@ -76,7 +75,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
     quotas = Quotas(settings.quotas, time.monotonic)
     report = LoadReport(requests.answers, cores=cores.available())
-    audit = Audit(dispatcher, settings.audit_share, time.monotonic)
+    audit = Audit(dispatcher.run, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
     prices = Prices(
         settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
@@ -121,9 +120,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(lambda: fleet_samples(fleet))
     metrics.add(lambda: cache_samples(mesh, evictions))
-    counted = (requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
+    counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)

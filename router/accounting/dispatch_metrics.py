@@ -17,9 +17,6 @@ ATTEMPT_SECONDS = Family(
 )
 RETRIES_DENIED = Family("ringmesh_retries_denied_total", "counter", "retries that the retry budget denied")
 SHEDS = Family("ringmesh_sheds_total", "counter", "requests refused; reason: overload, quota", ("reason",))
-EJECTIONS = Family(
-    "ringmesh_ejections_total", "counter", "times a worker was ejected for answering worse than others", ("worker",)
-)
 _MAX_WORKERS = 200
 
 

@@ -53,7 +53,7 @@ def candidates(
     others = []
     order = _by_rank(view, pool, place) if place or pool is None else _by_wait(view, pool)
     for rank, member in enumerate(order):
-        reason = member.why_not(model)
+        reason = member.can_run(model).reason
         if reason or sticky or pool is None:
             yield Candidate(member, rank, reason)
         elif member.address not in pool.members:

@@ -260,7 +260,7 @@ class Attempts:
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
-            return Candidate(full.member, full.rank, full.member.why_not(self.asked.model), full.bound)
+            return Candidate(full.member, full.rank, full.member.can_run(self.asked.model).reason, full.bound)
         return candidate
 
     def _skip(self, candidate: Candidate, reason: str) -> None:

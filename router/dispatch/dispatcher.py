@@ -49,7 +49,7 @@ class Dispatcher:
         """
         skipped: list[str] = []
         for member in self._parts.fleet.view.members.values():
-            if not member.why_not(model):
+            if member.can_run(model).ok:
                 limit = self._parts.limits.known(member.address, model.digest)
                 if limit is None or limit.admits(caller.priority):
                     return None

@@ -75,8 +75,8 @@ class FleetControl:
         for member in self._healthy():
             if (model.name, model.version) in member.held:
                 answer: v2.ModelConfigResponse = await self._ask(member, "ModelConfig", request)
-                if why_not := self._audit.why_not(model, self._fleet.view.catalog):
-                    answer.config.parameters["ringmesh_cached"].string_value = f"no: {why_not}"
+                if reason := self._audit.may_cache(model, self._fleet.view.catalog).reason:
+                    answer.config.parameters["ringmesh_cached"].string_value = f"no: {reason}"
                 return answer
         raise UnavailableError(
             f"no worker that holds model {request.name!r} can be reached; retry later", kind="no_worker"
@@ -122,7 +122,7 @@ class FleetControl:
                     reasons.setdefault(key, {}).setdefault(line.reason, []).append(member.worker_id)
         catalog = self._fleet.view.catalog
         for key, line in lines.items():
-            told = [
+            remarks = [
                 reason if len(workers) == len(answers) else f"{', '.join(sorted(workers))}: {reason}"
                 for reason, workers in reasons.get(key, {}).items()
             ]
@@ -130,12 +130,12 @@ class FleetControl:
             model = catalog.find(name, version) if version in catalog.versions.get(name, ()) else None
             if model is not None and model.not_runnable:
                 line.state = "UNAVAILABLE"
-                told.append(f"no worker can run it: {model.not_runnable}")
+                remarks.append(f"no worker can run it: {model.not_runnable}")
             elif model is not None and model.plan is not None:
                 line.state = "READY"
-            if model is not None and line.state == "READY" and (why_not := self._audit.why_not(model, catalog)):
-                told.append(f"not cached: {why_not}")
-            line.reason = "; ".join(told)
+            if model is not None and line.state == "READY" and (why := self._audit.may_cache(model, catalog).reason):
+                remarks.append(f"not cached: {why}")
+            line.reason = "; ".join(remarks)
         shown = [key for key in sorted(lines) if lines[key].state == "READY" or not request.ready]
         return v2.RepositoryIndexResponse(models=[lines[key] for key in shown])
 

@@ -57,8 +57,8 @@ class OperatorService:
         response = router_pb2.ExplainResponse()
         place, sticky = b"", False
         try:
-            if why_not := model.uncacheable or self._audit.why_not(model, view.catalog):
-                raise UncacheableError(why_not)
+            if reason := model.uncacheable or self._audit.may_cache(model, view.catalog).reason:
+                raise UncacheableError(reason)
             tenant = request.tenant if model.tenant_scoped else None
             place = self._hasher.hash(request.request, model.outputs, tenant)
             response.key = cache_key(model.digest, place).hex()

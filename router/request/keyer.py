@@ -93,9 +93,9 @@ class Keyer:
             read.head.checked = model
         try:
             if model.uncacheable or self._audit.distrusted:
-                why_not = model.uncacheable or self._audit.why_not(model, catalog)
-                if why_not:
-                    raise UncacheableError(why_not)
+                reason = model.uncacheable or self._audit.may_cache(model, catalog).reason
+                if reason:
+                    raise UncacheableError(reason)
             tenant = call.tenant if model.tenant_scoped else None
             call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
         except UncacheableError as why:

@@ -105,29 +105,20 @@ class EnvelopeItem:
         self.left = False
 
 
-class Channel(Protocol):
-    """Unary gRPC calls to one worker; GrpcChannel is the real one and documents the methods."""
+class _Channel(Protocol):
+    """GrpcChannel, or the network of a simulation."""
 
     def begin(
         self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
-    ) -> Callable[[], object]:
-        """Starts a call; returns a cancel function."""
-
-    async def call(self, method: str, request: bytes) -> bytes:
-        """The serialized response. Raises CallError."""
-
-    def is_local(self, port: int) -> bool:
-        """Whether the server is on this host, at `port`."""
-
-    async def ping(self, seconds: float) -> bool:
-        """Whether the server's engine answers within `seconds`."""
-
-    def drop(self) -> None:
-        """Disconnects; calls under way fail, and the next call connects again."""
+    ) -> Callable[[], object]: ...
+    async def call(self, method: str, request: bytes) -> bytes: ...
+    def is_local(self, port: int) -> bool: ...
+    async def ping(self, seconds: float) -> bool: ...
+    def drop(self) -> None: ...
 
 
-# Opens the channel to a worker at host:port; a simulation supplies its own network.
-OpenChannel: TypeAlias = Callable[[str], Channel]
+# Opens the channel to a worker at host:port.
+OpenChannel: TypeAlias = Callable[[str], _Channel]
 
 
 class WorkerClient:

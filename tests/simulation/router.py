@@ -37,15 +37,10 @@ from tests.simulation.network import SimChannel
 log = logging.getLogger(__name__)
 
 
-class _Listed:
+async def _list_all(addresses, report):
     """A source that lists all workers; as with any source, the ring is built off the event loop."""
-
-    def __init__(self, addresses):
-        self._addresses = addresses
-
-    async def watch(self, told):
-        told([Listing(address) for address in self._addresses])
-        await asyncio.Event().wait()
+    report([Listing(address) for address in addresses])
+    await asyncio.Event().wait()
 
 
 class SimRouter:
@@ -80,7 +75,7 @@ class SimRouter:
         self.mesh = mesh = settings.create_mesh(secret)
         hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
         addresses = [worker.address for worker in world.workers]
-        source = AnnouncedWorkers(world.redis.client({})) if world.announced else _Listed(addresses)
+        source = AnnouncedWorkers(world.redis.client({})).watch if world.announced else partial(_list_all, addresses)
         self.fleet = fleet = Fleet(
             [],
             lambda _: None,
@@ -93,7 +88,7 @@ class SimRouter:
         self.dispatcher = Dispatcher(fleet, self.limits, RetryBudget(time.monotonic), TailLatency())
         self.quotas = Quotas(settings.quotas or {"*": 1e6}, self._clock)
         report = LoadReport(requests.answers, cores=1)
-        audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
+        audit = Audit(self.dispatcher.run, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
         cost = Cost(
             Prices(0.0, 0.0),

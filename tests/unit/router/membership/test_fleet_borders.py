@@ -117,7 +117,7 @@ NAN = float("nan")
         (description(model(), worker_id="a\0b"), "id is"),
         (description(model(), zone="\n"), "zone is"),
         (description(model(), envelope_socket="/a\0b"), "envelope socket is"),
-        (description(model(), failed=[failed(reason="a\0b")]), "why is not told in text"),
+        (description(model(), failed=[failed(reason="a\0b")]), "the reason is no text"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

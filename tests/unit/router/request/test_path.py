@@ -87,7 +87,7 @@ class Router:
         )
         limits = ConcurrencyLimits(0.1, time.monotonic)
         dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
-        audit = Audit(dispatcher, 0.0, time.monotonic)
+        audit = Audit(dispatcher.run, 0.0, time.monotonic)
         tracer = Tracer(Process("router", "test"), 0.0, [])
         cost = Cost(Prices(0.0, 0.0), self.requests, fleet, lambda: 0, time.monotonic)
         report = LoadReport(self.requests.answers, cores=1)
