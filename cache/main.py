@@ -9,7 +9,7 @@ from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
 from cache.regions.replication import replicate
 from cache.settings import CacheSettings
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
 from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
@@ -26,7 +26,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     evictions = Evictions(mesh.local)
-    service = CacheService(mesh, evictions, Frames(secret))
+    service = CacheService(mesh, evictions, EntryFrames(secret))
     server = Server(
         settings.engine,
         settings.address,

@@ -11,9 +11,9 @@ from cache.api.service import CacheService
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.mesh import Mesh
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
-from router.accounting.cost import Cost, Prices
+from router.accounting.cost import CostMetrics, Prices
 from router.accounting.request_metrics import RequestMetrics
 from router.accounting.slo import Slo
 from router.admission.concurrency_limit import ConcurrencyLimits
@@ -80,7 +80,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     prices = Prices(
         settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
     )
-    cost = Cost(
+    cost = CostMetrics(
         prices,
         requests,
         lambda model, version: fleet.view.catalog.find(model, version).provider,
@@ -100,7 +100,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     cache = CacheService(
         mesh,
         evictions,
-        Frames(secret),
+        EntryFrames(secret),
         requests.usages,
         lambda: _models(fleet, mesh),
         lambda: fleet.view.catalog.tenant_scoped,

@@ -14,7 +14,7 @@ from cache.api.items import Item, ItemId, Items
 from cache.keys.epochs import EVERYTHING, key_scope, model_scope, tenant_scope
 from cache.keys.keys import KEY_BYTES
 from cache.mesh import Mesh
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.evictions import OTHER, Evictions
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, some
 from services.runtime.oip.absent_model import nearest
@@ -51,7 +51,7 @@ class CacheService:
         self,
         mesh: Mesh,
         evictions: Evictions,
-        frames: Frames,
+        frames: EntryFrames,
         usages: Callable[[], Iterable[cache_pb2.UsageStats]] = tuple,
         models: Callable[[], Mapping[bytes, str]] = dict,
         tenant_scoped: Callable[[], Collection[str]] | None = None,

@@ -94,7 +94,7 @@ return found
 )
 
 
-class PurgeBoard:
+class InvalidationLog:
     """Keeps `epochs`, this process's snapshot of the purges, in step with all processes on one Redis.
 
     `shared` is None if the process runs without Redis. `member` names the process and is stable across restarts.

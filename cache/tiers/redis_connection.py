@@ -42,7 +42,7 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 }
 
 
-class NonsenseError(RedisError):
+class MalformedReplyError(RedisError):
     """A malformed or unexpected reply; the message says how."""
 
 
@@ -64,7 +64,7 @@ class Command:
         """Completes the command with a reply, or with GIVEN_UP if there will be none."""
 
 
-class Question(Command):
+class AwaitedCommand(Command):
     """A command whose reply is awaited."""
 
     def __init__(self, size: int) -> None:
@@ -167,14 +167,14 @@ class RedisConnection(asyncio.Protocol):
             while (reply := self._reader.gets()) is not _MORE:
                 if reply is None or isinstance(reply, (bytes, Exception)):
                     if not self._under_way:
-                        raise NonsenseError(f"{str(reply)[:80]!r} was an answer to nothing")
+                        raise MalformedReplyError(f"{str(reply)[:80]!r} was an answer to nothing")
                     command = self._under_way.popleft()
                     self._bytes -= command.size
                     self._end_command(command, reply)
                 elif not isinstance(reply, PushNotification):
-                    raise NonsenseError(f"a command was answered with {str(reply)[:80]!r}")
+                    raise MalformedReplyError(f"a command was answered with {str(reply)[:80]!r}")
         except Exception as error:
-            self._end(error if isinstance(error, NonsenseError) else NonsenseError(repr(error)))
+            self._end(error if isinstance(error, MalformedReplyError) else MalformedReplyError(repr(error)))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Implements asyncio.Protocol."""
@@ -238,4 +238,4 @@ def _refusal(text: str) -> Exception:
     try:
         return ResponseError(text) if create is None else create(rest)
     except ValueError:
-        return NonsenseError(text)
+        return MalformedReplyError(text)

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.tiers.breaker import Breaker
-from cache.tiers.redis_connection import GIVEN_UP, Command, NonsenseError, Question, RedisConnection, Reply
+from cache.tiers.redis_connection import GIVEN_UP, AwaitedCommand, Command, MalformedReplyError, RedisConnection, Reply
 from services.runtime.completion import Completion
 from services.runtime.telemetry.metrics import Counter, Histogram
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -42,7 +42,7 @@ def kind_of(error: Exception) -> str:
     """Classifies a failure of a server, for metrics."""
     if isinstance(error, (TimeoutError, RedisTimeoutError)):
         return "slow"
-    if isinstance(error, NonsenseError):
+    if isinstance(error, MalformedReplyError):
         return "damaged"
     return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
 
@@ -57,7 +57,7 @@ class Fill:
         self.moved = moved
 
 
-class _LookUp(Question):
+class _LookUp(AwaitedCommand):
     def __init__(self, node: RedisNode) -> None:
         super().__init__(0)
         self._node = node
@@ -208,7 +208,7 @@ class RedisNode:
         try:
             async with asyncio.timeout(_PROBE_SECONDS):  # more time than for a look-up
                 await connection.opened
-            ping = Question(0)
+            ping = AwaitedCommand(0)
             connection.send(ping, (_PING,))
             reply = await ping.reply
             if isinstance(reply, Exception):
@@ -247,7 +247,7 @@ class RedisNode:
 async def _finish(connection: RedisConnection) -> None:
     """Waits for commands in flight, for a second at most."""
     if not connection.is_idle:
-        last = Question(0)
+        last = AwaitedCommand(0)
         connection.send(last, (_PING,))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WRITE_SECONDS):

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AskError, MovedError
 
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames, is_answer
+from cache.tiers.entry import Entry, EntryFrames, is_answer
 from cache.tiers.redis_connection import GivenUpError, Reply
 from cache.tiers.redis_node import FAILURES, Fill, RedisNode, kind_of
 from cache.tiers.redis_nodes import ClusterNodes, OneNode, create_nodes
@@ -55,7 +55,7 @@ class SharedTier:
     def __init__(
         self,
         url: str,
-        frames: Frames,
+        frames: EntryFrames,
         *,
         ttl_seconds: float,
         budget_seconds: float,

@@ -39,7 +39,7 @@ class Prices(NamedTuple):
         return self.cpu_second if provider in (_CPU, "ensemble", "") else self.gpu_second
 
 
-class Cost:
+class CostMetrics:
     """Prices the compute time in `requests`, and the bytes that `held` returns, from one scrape to the next.
 
     `provider` returns the execution provider of a model by name and version, and raises as Catalog.find. `clock` as

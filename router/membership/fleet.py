@@ -159,7 +159,7 @@ class Fleet:
         try:
             check_description(description, member.models if same else description.models)
         except InvalidDescriptionError as error:
-            reason = f"worker {member.worker_id} reports nonsense: {error}"
+            reason = f"worker {member.worker_id} sent an invalid description: {error}"
             self._unreachable(member, WorkerUnreachableError(reason))
             member.reason = reason
         else:

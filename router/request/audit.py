@@ -20,7 +20,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from router.admission.caller import ROUTER
 from router.balancing.catalog import Catalog, ModelEntry
 from router.balancing.eligibility import ELIGIBLE, Eligibility
-from router.dispatch.attempts import Answered, Asked
+from router.dispatch.attempts import DispatchRequest, DispatchResult
 from router.request.audit_comparison import Comparison, compare
 from services.runtime import driver
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
@@ -87,7 +87,10 @@ class Audit:
     """
 
     def __init__(
-        self, run: Callable[[Asked], Coroutine[Any, Any, Answered]], share: float, clock: Callable[[], float]
+        self,
+        run: Callable[[DispatchRequest], Coroutine[Any, Any, DispatchResult]],
+        share: float,
+        clock: Callable[[], float],
     ) -> None:
         self._run = run
         self._share = share
@@ -157,7 +160,7 @@ class Audit:
         try:
             # The request joins no other and may go to any worker: the one that computed it first may be the faulty one.
             deadline = time.monotonic() + _DEADLINE_SECONDS
-            asked = Asked(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
+            asked = DispatchRequest(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
             result, _ = await driver.run(self._run(asked), deadline)
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))

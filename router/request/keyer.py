@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from blake3 import blake3
 
 from cache.keys.epochs import Epochs
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.keys.keys import RequestHasher, UncacheableError
 from cache.policy.cache_control import parse_cache_control
 from router.admission.caller import caller_of
@@ -35,7 +35,7 @@ class Keyer:
     The memo maps the bytes of requests that were hits to their parsed form.
     """
 
-    def __init__(self, fleet: Workers, purges: PurgeBoard, hasher: RequestHasher, audit: Audit) -> None:
+    def __init__(self, fleet: Workers, purges: InvalidationLog, hasher: RequestHasher, audit: Audit) -> None:
         self._fleet = fleet
         self._purges = purges
         self._hasher = hasher

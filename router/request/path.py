@@ -18,7 +18,7 @@ from router.accounting.request_metrics import STEP, RequestMetrics
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
 from router.balancing.catalog import ModelEntry
-from router.dispatch.attempts import Answered, Asked, Workers
+from router.dispatch.attempts import DispatchRequest, DispatchResult, Workers
 from router.dispatch.dispatcher import Dispatcher
 from router.request import controlled, ensembles, rows
 from router.request.audit import Audit
@@ -229,11 +229,13 @@ class RequestPath:
 
     def _forward(
         self, call: Call, model: ModelEntry, data: bytes, place: bytes, joins: bytes
-    ) -> Coroutine[Any, Any, Answered]:
+    ) -> Coroutine[Any, Any, DispatchResult]:
         """`place`: ring hash (b"": any worker). `joins`: key that equal requests share on the worker (b"": none)."""
         self._take_quota(call)
         return self._dispatcher.run(
-            Asked(model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller)
+            DispatchRequest(
+                model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller
+            )
         )
 
     def _take_quota(self, call: Call) -> None:

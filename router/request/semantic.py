@@ -30,7 +30,7 @@ _VECTORS = frozenset({"FP16", "FP32", "FP64"})
 Vector = npt.NDArray[Any]
 
 
-class Question(NamedTuple):
+class SimilarityQuery(NamedTuple):
     """A request to compare: `vector` represents its inputs; `request` is the rest, which must be equal."""
 
     vector: Vector
@@ -66,7 +66,7 @@ class SemanticMatches:
             self._tier.add(group, query.vector, call.key)
         return found
 
-    async def _asked(self, call: Call, model: ModelEntry) -> tuple[Question, bytes] | None:
+    async def _asked(self, call: Call, model: ModelEntry) -> tuple[SimilarityQuery, bytes] | None:
         """The question, and the digest of the embedding model (b"" if the model has none).
 
         None if the input is not a single vector, or if the embedding failed; the request then takes the exact path.
@@ -87,7 +87,7 @@ class SemanticMatches:
         asked = embedded(request, answer.value)
         return None if asked is None else (asked, space)
 
-    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: Question) -> Found | None:
+    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: SimilarityQuery) -> Found | None:
         """The answer to a sufficiently similar request; the exact answer if the shared tier has it."""
         near = await in_task(self._tier.nearest(group, asked.vector, model.semantic_threshold))
         if near is None or near.key == call.key:
@@ -101,7 +101,7 @@ class SemanticMatches:
         return Found(entry, "hit-semantic", similarity=near.similarity)
 
 
-def question(request: v2.ModelInferRequest) -> Question | None:
+def question(request: v2.ModelInferRequest) -> SimilarityQuery | None:
     """Removes the data from `request`. None unless it has one input of floating-point numbers, in one row."""
     if len(request.inputs) != 1:
         return None
@@ -111,7 +111,7 @@ def question(request: v2.ModelInferRequest) -> Question | None:
     if vector is None:
         return None
     _clear(request)
-    return Question(vector, request)
+    return SimilarityQuery(vector, request)
 
 
 def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
@@ -123,7 +123,7 @@ def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
     return asked.SerializeToString()
 
 
-def embedded(request: v2.ModelInferRequest, answer: bytes) -> Question | None:
+def embedded(request: v2.ModelInferRequest, answer: bytes) -> SimilarityQuery | None:
     """The question from the embedding model's first output. None unless that is one vector of floating-point numbers.
 
     Removes the data and the shapes from `request`; shapes depend on the length of a text.
@@ -138,7 +138,7 @@ def embedded(request: v2.ModelInferRequest, answer: bytes) -> Question | None:
     _clear(request)
     for tensor in request.inputs:
         del tensor.shape[:]
-    return Question(vector, request)
+    return SimilarityQuery(vector, request)
 
 
 def _vector(datatype: str, shape: Any, raw: bytes) -> Vector | None:

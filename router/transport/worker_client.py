@@ -74,7 +74,7 @@ class NotSentError(LinkClosedError):
 
 
 # A RingmeshError comes from the router itself: the deadline passed, or the request could not be sent.
-Outcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
+ItemOutcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
 
 
 class EnvelopeItem:
@@ -91,7 +91,7 @@ class EnvelopeItem:
         request_hash: bytes,
         deadline: float | None,
         traceparent: str,
-        done: Callable[[Outcome], None],
+        done: Callable[[ItemOutcome], None],
         *,
         is_alone: bool = False,
     ) -> None:
@@ -99,7 +99,7 @@ class EnvelopeItem:
         self.request_hash = request_hash
         self.deadline = deadline
         self.traceparent = traceparent
-        self.done: Callable[[Outcome], None] | None = done
+        self.done: Callable[[ItemOutcome], None] | None = done
         self.is_alone = is_alone
         # Whether it left in an envelope.
         self.left = False
@@ -358,7 +358,7 @@ class WorkerClient:
         for item, outcome in zip(items, outcomes, strict=True):
             self._end(item, outcome)
 
-    def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[Outcome]:
+    def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[ItemOutcome]:
         if isinstance(answer, CallError):
             return [WorkerUnreachableError(str(answer))] * items
         try:
@@ -371,7 +371,7 @@ class WorkerClient:
         self._load.reported(response.load, self._under_way)
         return answer.results(response) if isinstance(answer, LargeAnswer) else response.results
 
-    def _end(self, item: EnvelopeItem, outcome: Outcome) -> None:
+    def _end(self, item: EnvelopeItem, outcome: ItemOutcome) -> None:
         done, item.done = item.done, None
         if done is None:
             return

@@ -8,7 +8,7 @@ from functools import partial
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.tiers.evictions import Evictions
-from router.accounting.cost import Cost, Prices
+from router.accounting.cost import CostMetrics, Prices
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
@@ -90,7 +90,7 @@ class SimRouter:
         report = LoadReport(requests.answers, cores=1)
         audit = Audit(self.dispatcher.run, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
-        cost = Cost(
+        cost = CostMetrics(
             Prices(0.0, 0.0),
             requests,
             lambda model, version: fleet.view.catalog.find(model, version).provider,

@@ -3,7 +3,7 @@
 import asyncio
 import random
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from tests.simulation.redis import Redis
 
 
@@ -20,7 +20,7 @@ class Shared:
 
 def boards():
     shared = Shared(Redis(None, random.Random(0), None))
-    return PurgeBoard(shared, "a", 30.0), PurgeBoard(shared, "b", 30.0)
+    return InvalidationLog(shared, "a", 30.0), InvalidationLog(shared, "b", 30.0)
 
 
 async def test_a_process_that_purges_hears_what_others_purged_just_before():

@@ -7,11 +7,11 @@ from ringmesh.cache.v1 import cache_pb2
 from cache.regions.peer_regions import PeerRegion
 from cache.regions.replication import replicate
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 
 KEYS = [bytes([number]) * 32 for number in range(3)]
 
-FRAMES = Frames("secret")
+FRAMES = EntryFrames("secret")
 
 
 class Shared:
