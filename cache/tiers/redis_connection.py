@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AskError, MovedError, ReadOnlyError, RedisError, ResponseError
 
 from services.runtime import faults
-from services.runtime.completion import Completion
+from services.runtime.driver import Promise
 from services.runtime.redis import redis_client
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,11 @@ class AwaitedCommand(Command):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.reply: Completion[Reply] = Completion()
+        self.reply: Promise[Reply] = Promise()
 
     def end(self, reply: Reply) -> None:
         """Completes `reply`; called by the connection."""
-        self.reply.complete(reply)
+        self.reply.settle(reply)
 
 
 class RedisConnection(asyncio.Protocol):
@@ -99,7 +99,7 @@ class RedisConnection(asyncio.Protocol):
         self._overdue: Command | None = None
         # Whether the connection has ended and callers must use another one.
         self.is_over = False
-        self.opened: Completion[Exception | None] = Completion()
+        self.opened: Promise[Exception | None] = Promise()
         self._closed = asyncio.Event()
 
     @property
@@ -112,7 +112,7 @@ class RedisConnection(asyncio.Protocol):
         try:
             async with redis_client.lent_connection(client, self) as transport:
                 self._transport = transport
-                self.opened.complete(None)
+                self.opened.settle(None)
                 self._flush()
                 await self._closed.wait()
         except Exception as error:
@@ -158,7 +158,7 @@ class RedisConnection(asyncio.Protocol):
         self._bytes = 0
         for command in under_way:
             self._end_command(command, GIVEN_UP)
-        self.opened.complete(GIVEN_UP)
+        self.opened.settle(GIVEN_UP)
 
     def data_received(self, data: bytes) -> None:
         """Implements asyncio.Protocol."""

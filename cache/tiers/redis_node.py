@@ -20,7 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.tiers.breaker import Breaker
 from cache.tiers.redis_connection import GIVEN_UP, AwaitedCommand, Command, MalformedReplyError, RedisConnection, Reply
-from services.runtime.completion import Completion
+from services.runtime.driver import Promise
 from services.runtime.telemetry.metrics import Counter, Histogram
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -63,7 +63,7 @@ class _LookUp(AwaitedCommand):
         self._node = node
 
     def end(self, reply: Reply) -> None:
-        self.reply.complete(self._node.answered(self, reply))
+        self.reply.settle(self._node.answered(self, reply))
 
 
 class _Write(Command):
@@ -120,11 +120,11 @@ class RedisNode:
             self._probe_task = asyncio.create_task(self._probe())
         return False
 
-    def get(self, name: bytes, *, asking: bool = False) -> Completion[Reply]:
+    def get(self, name: bytes, *, asking: bool = False) -> Promise[Reply]:
         """Returns an awaitable for the frame under `name`. `asking`: the cluster is moving the slot to this server."""
         look_up = _LookUp(self)
         if not self.may_try():
-            look_up.reply.complete(GIVEN_UP)
+            look_up.reply.settle(GIVEN_UP)
             return look_up.reply
         connection = self._for_look_ups()
         if asking:
