@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from redis.asyncio import Redis
@@ -21,7 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from cache.tiers.breaker import Breaker
 from cache.tiers.redis_connection import GIVEN_UP, AwaitedCommand, Command, MalformedReplyError, RedisConnection, Reply
 from services.runtime.driver import Promise
-from services.runtime.telemetry.metrics import Counter, Histogram
+from services.runtime.telemetry.metrics import Counter, Family, Histogram, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,14 @@ _LARGE_FILL = 16 << 10
 _WRONG_TYPE: Final = "WRONGTYPE"
 _PING: Final = b"*1\r\n$4\r\nPING\r\n"
 _ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
+ERRORS = Family(
+    "ringmesh_redis_errors_total",
+    "counter",
+    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), "
+    "damaged (also forged, or written under another secret)",
+    ("type",),
+)
+DURATION = Family("ringmesh_redis_duration_seconds", "histogram", "look-ups and writes in Redis", ("operation",))
 FAILURES: Final = (RedisError, OSError, TimeoutError)
 
 
@@ -45,6 +53,21 @@ def kind_of(error: Exception) -> str:
     if isinstance(error, MalformedReplyError):
         return "damaged"
     return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
+
+
+class RedisMetrics:
+    """Durations of look-ups and fills, and the failures of all servers by kind."""
+
+    def __init__(self) -> None:
+        self.get_times = Histogram()
+        self.set_times = Histogram()
+        self.errors = Counter(ERRORS)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield from self.errors.samples()
+        yield Sample(DURATION, ("get",), self.get_times.buckets())
+        yield Sample(DURATION, ("set",), self.set_times.buckets())
 
 
 class Fill:
@@ -79,8 +102,7 @@ class _Write(Command):
 class RedisNode:
     """The server behind `client`. `budget_seconds` is the maximum wait for a look-up.
 
-    `on_failure` is called when the breaker opens, `on_fill` when a fill ends. `get_times` and `set_times` record the
-    duration of each look-up and fill in nanoseconds, `errors` the kind of each failure.
+    `on_failure` is called when the breaker opens, `on_fill` when a fill ends.
     """
 
     def __init__(
@@ -92,9 +114,7 @@ class RedisNode:
         breaker: Breaker,
         on_failure: Callable[[], None],
         on_fill: Callable[[Fill, Exception | None], None],
-        get_times: Histogram,
-        set_times: Histogram,
-        errors: Counter,
+        metrics: RedisMetrics,
     ) -> None:
         self.name = name
         self.client = client
@@ -102,9 +122,7 @@ class RedisNode:
         self._budget = budget_seconds
         self._on_failure = on_failure
         self._on_fill = on_fill
-        self._get_times = get_times
-        self._set_times = set_times
-        self._errors = errors
+        self._metrics = metrics
         self._quick: RedisConnection | None = None
         self._bulk: RedisConnection | None = None
         # Open connections, with the task that runs each.
@@ -165,7 +183,7 @@ class RedisNode:
 
     def answered(self, look_up: Command, reply: Reply) -> Reply:
         """Called by a look-up. Returns the result to report to its caller."""
-        self._get_times.observe(time.monotonic_ns() - look_up.sent_ns)
+        self._metrics.get_times.observe(time.monotonic_ns() - look_up.sent_ns)
         if isinstance(reply, RedisError) and not isinstance(reply, AskError) and not str(reply).startswith(_WRONG_TYPE):
             # The server refuses all look-ups: it is loading its data, or this user has no read permission.
             self._failed(reply)
@@ -174,7 +192,7 @@ class RedisNode:
 
     def written(self, write: Command, fill: Fill, reply: Reply) -> None:
         """Called by a fill when it ends."""
-        self._set_times.observe(time.monotonic_ns() - write.sent_ns)
+        self._metrics.set_times.observe(time.monotonic_ns() - write.sent_ns)
         if isinstance(reply, ReadOnlyError):
             self._reconnect()
         self._on_fill(fill, reply if isinstance(reply, Exception) else None)
@@ -230,7 +248,7 @@ class RedisNode:
 
     def _failed(self, error: Exception) -> None:
         """Opens the breaker and gives up all commands in flight, including those of the other connection."""
-        self._errors.add(kind_of(error))
+        self._metrics.errors.add(kind_of(error))
         if not self.breaker.is_open:
             log.warning("Redis %s is skipped for now: %r", self.name, error)
             self.breaker.failure()

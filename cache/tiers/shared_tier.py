@@ -14,24 +14,15 @@ from redis.exceptions import AskError, MovedError
 
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames, is_answer
-from cache.tiers.redis_connection import GivenUpError, Reply
-from cache.tiers.redis_node import FAILURES, Fill, RedisNode, kind_of
+from cache.tiers.redis_connection import GivenUpError
+from cache.tiers.redis_node import FAILURES, Fill, RedisMetrics, RedisNode, kind_of
 from cache.tiers.redis_nodes import ClusterNodes, OneNode, create_nodes
 from cache.tiers.stats import TierCounters
 from services.runtime.errors import UnavailableError
 from services.runtime.redis.redis_url import parse_redis_url
-from services.runtime.telemetry.metrics import Counter, Family, Histogram
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
-
-ERRORS = Family(
-    "ringmesh_redis_errors_total",
-    "counter",
-    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), "
-    "damaged (also forged, or written under another secret)",
-    ("type",),
-)
 
 # 2: frames with a MAC. Older versions of the processes use other names.
 _PREFIX = b"rm1:2:"
@@ -67,9 +58,7 @@ class SharedTier:
         self._create_breaker = create_breaker
         self._check_task: asyncio.Task[None] | None = None
         self.counters = TierCounters("shared")
-        self.get_times = Histogram()
-        self.set_times = Histogram()
-        self.errors = Counter(ERRORS)
+        self.metrics = RedisMetrics()
         self.nodes: OneNode | ClusterNodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
 
     @property
@@ -93,7 +82,6 @@ class SharedTier:
     async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
         name = stored_name(key)
         node = self.nodes.owner(name)
-        reply: Reply = None
         if node is None:
             self.counters.failures += 1
             return None
@@ -110,7 +98,7 @@ class SharedTier:
             entry = None
         if entry is None:
             if not isinstance(reply, GivenUpError):
-                self.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
+                self.metrics.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
             self.counters.failures += 1
             return None
         self.counters.hits += 1
@@ -167,9 +155,7 @@ class SharedTier:
             breaker=self._create_breaker(),
             on_failure=on_failure,
             on_fill=self._filled,
-            get_times=self.get_times,
-            set_times=self.set_times,
-            errors=self.errors,
+            metrics=self.metrics,
         )
 
     def _filled(self, fill: Fill, error: Exception | None) -> None:
@@ -179,7 +165,7 @@ class SharedTier:
             node.put(Fill(fill.name, fill.frame, fill.ttl_ms, moved=True))
         else:
             if not isinstance(error, GivenUpError):
-                self.errors.add(kind_of(error))
+                self.metrics.errors.add(kind_of(error))
             self.counters.failures += 1
 
     async def _check_memory(self) -> None:
