@@ -82,7 +82,6 @@ class Promise(Generic[Result]):
             self._wake(self._waiter)
 
     def add(self, driver: Driver) -> None:
-        """Registers the driver of a coroutine that awaits this."""
         if self._first is None:
             self._first = driver
         elif self._others is None:

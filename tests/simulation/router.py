@@ -26,6 +26,7 @@ from router.request.replies import Replies
 from router.settings import RouterSettings
 from services.runtime import faults
 from services.runtime.driver import Driver
+from services.runtime.redis import discovery
 from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
@@ -33,6 +34,7 @@ from services.runtime.telemetry.spans import Process as TracedProcess
 from services.runtime.telemetry.tracing import Tracer
 from tests.simulation.loop import Process
 from tests.simulation.network import SimChannel
+from tests.simulation.redis import REDIS_URL
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,9 @@ class SimRouter:
         self.mesh = mesh = settings.create_mesh(secret)
         hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
         addresses = [worker.address for worker in world.workers]
-        source = AnnouncedWorkers(world.redis.client({})).watch if world.announced else partial(_list_all, addresses)
+        source = (
+            AnnouncedWorkers(discovery.connect(REDIS_URL)).watch if world.announced else partial(_list_all, addresses)
+        )
         self.fleet = fleet = Fleet(
             [],
             lambda _: None,
