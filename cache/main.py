@@ -22,7 +22,6 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     evictions = Evictions(mesh.local)
@@ -62,5 +61,4 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
 
 
 def main() -> None:
-    """`python -m cache`."""
     run(CacheSettings, serve)

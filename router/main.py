@@ -48,7 +48,6 @@ _FIRST_WORKER_SECONDS = 1.0
 
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping` is set, then drains."""
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
@@ -168,5 +167,4 @@ def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:
 
 
 def main() -> None:
-    """`python -m router`."""
     run(RouterSettings, serve)

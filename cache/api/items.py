@@ -44,7 +44,6 @@ class Item(NamedTuple):
     fresh_until_ms: int
 
     def is_stale(self, now_ms: float) -> bool:
-        """Whether the item is past its TTL."""
         return bool(self.fresh_until_ms) and now_ms >= self.fresh_until_ms
 
     def is_due(self, now_ms: float, chance: float) -> bool:

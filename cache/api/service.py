@@ -66,7 +66,6 @@ class CacheService:
         self._closed = asyncio.Event()
 
     def service(self) -> Service:
-        """Returns the gRPC handlers."""
         return Service(
             cache_pb2.DESCRIPTOR.services_by_name["CacheService"],
             {

@@ -120,7 +120,6 @@ class InvalidationLog:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts the heartbeat."""
         if self._shared is not None:
             self._contact = time.monotonic()
             self._task = BACKGROUND.start("purges", self._beat_on)

@@ -81,7 +81,6 @@ class PeerRegion:
 
     @property
     def is_up(self) -> bool:
-        """Whether the circuit breaker is closed."""
         return not self._breaker.is_open
 
     async def get(self, key: bytes) -> Entry | None:
@@ -150,7 +149,6 @@ class PeerRegion:
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def close(self) -> None:
-        """Cancels pending calls and disconnects."""
         for call in self._calls:
             call.cancel()
         await self._channel.close()
@@ -195,13 +193,11 @@ class PeerRegions:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Starts the probes and the Watch call of each peer."""
         for peer in self.peers:
             self._tasks.append(BACKGROUND.start("probe of a peer region", peer.probe_on))
             self._tasks.append(BACKGROUND.start("purges of a peer region", partial(peer.watch_on, self._purges)))
 
     async def close(self) -> None:
-        """Stops all tasks and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))

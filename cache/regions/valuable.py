@@ -46,7 +46,6 @@ class Valuable:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts the periodic report."""
         self._task = BACKGROUND.start("valuable entries", self._report_on)
 
     async def close(self) -> None:

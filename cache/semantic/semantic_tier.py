@@ -53,7 +53,6 @@ class SemanticTier:
 
     @property
     def searches_redis(self) -> bool:
-        """Whether Redis is searched at present."""
         shared = self._shared
         return shared is not None and self._clock() >= self._not_before and not shared.is_skipped
 

@@ -72,7 +72,6 @@ class AwaitedCommand(Command):
         self.reply: Promise[Reply] = Promise()
 
     def end(self, reply: Reply) -> None:
-        """Completes `reply`; called by the connection."""
         self.reply.settle(reply)
 
 
@@ -104,7 +103,6 @@ class RedisConnection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no command is in flight."""
         return not self._under_way
 
     async def run(self, client: Redis) -> None:
@@ -161,7 +159,6 @@ class RedisConnection(asyncio.Protocol):
         self.opened.settle(GIVEN_UP)
 
     def data_received(self, data: bytes) -> None:
-        """Implements asyncio.Protocol."""
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not _MORE:
@@ -177,15 +174,12 @@ class RedisConnection(asyncio.Protocol):
             self._end(error if isinstance(error, MalformedReplyError) else MalformedReplyError(repr(error)))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Implements asyncio.Protocol."""
         self._end(error or ConnectionError("the server has closed the connection"))
 
     def pause_writing(self) -> None:
-        """Implements asyncio.Protocol."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Implements asyncio.Protocol."""
         self._is_paused = False
         self._flush()
 
@@ -232,7 +226,6 @@ class RedisConnection(asyncio.Protocol):
 
 
 def _refusal(text: str) -> Exception:
-    """Converts an error reply of Redis to an exception."""
     code, _, rest = text.partition(" ")
     create = _REFUSALS.get(code)
     try:

@@ -47,7 +47,6 @@ FAILURES: Final = (RedisError, OSError, TimeoutError)
 
 
 def kind_of(error: Exception) -> str:
-    """Classifies a failure of a server, for metrics."""
     if isinstance(error, (TimeoutError, RedisTimeoutError)):
         return "slow"
     if isinstance(error, MalformedReplyError):
@@ -64,7 +63,6 @@ class RedisMetrics:
         self.errors = Counter(ERRORS)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield from self.errors.samples()
         yield Sample(DURATION, ("get",), self.get_times.buckets())
         yield Sample(DURATION, ("set",), self.set_times.buckets())
@@ -167,7 +165,6 @@ class RedisNode:
             self._bulk.send(_Write(self, fill), parts)
 
     async def close(self) -> None:
-        """Completes pending writes, for a second at most, and disconnects."""
         if self._probe_task is not None:
             self._probe_task.cancel()
         await asyncio.gather(*(_finish(connection) for connection in self._held))
@@ -191,7 +188,6 @@ class RedisNode:
         return reply
 
     def written(self, write: Command, fill: Fill, reply: Reply) -> None:
-        """Called by a fill when it ends."""
         self._metrics.set_times.observe(time.monotonic_ns() - write.sent_ns)
         if isinstance(reply, ReadOnlyError):
             self._reconnect()

@@ -51,7 +51,6 @@ class OneNode:
         self.all = [node]
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the server that holds `name`."""
         return self._node
 
     def redirected(self, error: AskError) -> RedisNode | None:
@@ -59,7 +58,6 @@ class OneNode:
         return None
 
     async def close(self) -> None:
-        """Completes pending writes and disconnects."""
         await self._node.close()
 
 
@@ -77,7 +75,6 @@ class ClusterNodes:
 
     @property
     def all(self) -> list[RedisNode]:
-        """The primaries known at present."""
         return list(self._nodes.values())
 
     def owner(self, name: bytes) -> RedisNode | None:
@@ -99,7 +96,6 @@ class ClusterNodes:
         return node
 
     async def close(self) -> None:
-        """Completes pending writes and disconnects."""
         if self._refresh_task is not None:
             self._refresh_task.cancel()
         await asyncio.gather(*(node.close() for node in self.all), *self._closing)

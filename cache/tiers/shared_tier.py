@@ -32,7 +32,6 @@ _COMMAND_SECONDS = 1.0
 
 
 def stored_name(key: bytes) -> bytes:
-    """Returns the name in Redis of the entry under `key`."""
     return _PREFIX + key
 
 
@@ -63,7 +62,6 @@ class SharedTier:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the circuit breaker of any server is open."""
         return any(node.breaker.is_open for node in self.nodes.all)
 
     def start(self) -> None:
@@ -142,7 +140,6 @@ class SharedTier:
         raise UnavailableError(f"Redis cannot be used: {cause!r}; retry later", kind="redis") from cause
 
     async def close(self) -> None:
-        """Completes pending writes, for a second at most, and disconnects."""
         if self._check_task is not None:
             self._check_task.cancel()
         await self.nodes.close()

@@ -28,13 +28,11 @@ class DispatchMetrics:
         self._times: dict[str, Histogram] = {}
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield from self._attempts.samples()
         for worker, times in self._times.items():
             yield Sample(ATTEMPT_SECONDS, (worker,), times.buckets())
 
     def attempted(self, worker: str, kind: str, code: str, ns: int) -> None:
-        """Counts an attempt that ended after `ns`."""
         self._attempts.add(worker, kind, code)
         times = self._times.get(worker)
         if times is None:

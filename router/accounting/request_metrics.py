@@ -136,7 +136,6 @@ class RequestMetrics:
         BACKGROUND.every(_MARK_SECONDS, "request metrics", self.mark)
 
     def mark(self) -> None:
-        """Updates the thresholds of slow requests."""
         for model, recent in list(self._recent.items()):
             # With fewer requests the percentile would just be the slowest of a handful.
             if len(recent) >= _MIN_REQUESTS:
@@ -187,7 +186,6 @@ class RequestMetrics:
         return list(sums.values())
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         durations: dict[tuple[str, ...], Histogram] = {}
         exemplars: dict[tuple[str, ...], dict[int, Exemplar]] = {}
         for labels, series in self._all():

@@ -64,7 +64,6 @@ class Slo:
         self._past.append(self._point())
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         now = self._point()
         times = [point.at for point in self._past]
         yield Sample(SECONDS, (), self._seconds)

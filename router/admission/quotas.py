@@ -27,7 +27,6 @@ class Quotas:
         self.refused = 0
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield Sample(SHEDS, ("quota",), self.refused)
 
     def take(self, caller: Caller) -> None:
@@ -75,7 +74,6 @@ class TokenBucket:
 
     @property
     def full(self) -> bool:
-        """Whether the bucket is full."""
         self._fill()
         return self._tokens >= self._burst
 

@@ -80,7 +80,6 @@ class Member:
 
     @property
     def healthy(self) -> bool:
-        """Whether the worker can take requests."""
         return not self.reason
 
     @property
@@ -93,7 +92,6 @@ class Member:
         return bool(region and self.region and self.region != region)
 
     def can_run(self, model: ModelEntry) -> Eligibility:
-        """Whether the worker can run `model` now."""
         if self.reason:
             return Eligibility(self.reason)
         key = (model.name, model.version)

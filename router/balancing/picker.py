@@ -30,7 +30,6 @@ class Candidate:
 
     @property
     def is_full(self) -> bool:
-        """Whether the worker is at its bound."""
         return 0 < self.bound <= self.member.load.outstanding
 
 

@@ -97,14 +97,9 @@ class Workers(Protocol):
     """The fleet as needed for dispatch; Fleet is the real one."""
 
     @property
-    def view(self) -> FleetView:
-        """The current snapshot of the fleet."""
-
-    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
-        """An attempt at `member` was lost."""
-
-    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
-        """An attempt at `member` took `seconds`."""
+    def view(self) -> FleetView: ...
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None: ...
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None: ...
 
 
 class DispatchParts(NamedTuple):
@@ -256,7 +251,6 @@ class Attempts:
         raise self._no_answer()
 
     def _next(self) -> Candidate | None:
-        """The next candidate; None if there is none."""
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
@@ -330,7 +324,6 @@ class _Attempt:
         self._is_open = True
 
     def begin(self) -> None:
-        """Sends the request."""
         asked = self._asked
         traceparent, is_alone = asked.trace.traceparent(self._span_id), asked.model.limits_queue
         self._item = item = EnvelopeItem(
@@ -410,10 +403,8 @@ class _Attempt:
 
 
 def no_room(limit: ConcurrencyLimit) -> str:
-    """Why a worker at its limit is skipped."""
     return f"has {limit.in_flight} requests under way, as many as it can answer"
 
 
 def join_reasons(skipped: list[str]) -> str:
-    """The reasons for skipped workers, as text of an error."""
     return "; ".join(skipped[:MAX_NAMED])

@@ -40,7 +40,6 @@ class Dispatcher:
         self._shedding = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield from self._metrics.samples()
         yield Sample(RETRIES_DENIED, (), self._parts.retries.denied)
         yield forgotten("tail latencies", self._parts.tails.models)

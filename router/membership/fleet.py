@@ -107,7 +107,6 @@ class Fleet:
         self.view = self._view(*_rings(self._in_ring), Catalog([]))
 
     def start(self) -> None:
-        """Begins to poll and to follow the sources."""
         self._started = True
         for member in self._members.values():
             self._start_polling(member)
@@ -116,7 +115,6 @@ class Fleet:
         self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
 
     def close(self) -> None:
-        """Stops polling and disconnects."""
         for task in (*self._polls.values(), *self._tasks):
             task.cancel()
         self.events.close()
@@ -124,7 +122,6 @@ class Fleet:
             member.link.close()
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         for member in self.view.members.values():
             worker = (member.worker_id,)
             yield Sample(HEALTHY, worker, member.healthy and not member.ejected)

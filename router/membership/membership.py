@@ -23,7 +23,6 @@ class Membership:
         self._missing_since: dict[str, float] = {}
 
     def report(self, source: str, listings: Iterable[Listing]) -> None:
-        """Replaces the list of a source."""
         self._sources[source] = {listing.address: listing for listing in listings}
 
     def members(self, answers: Callable[[str], bool]) -> Mapping[str, Listing]:

@@ -22,7 +22,6 @@ def is_text(text: str) -> bool:
 
 
 def is_address(address: str) -> bool:
-    """Whether the address is host:port."""
     host, _, port = address.rpartition(":")
     return (
         bool(host)
@@ -35,7 +34,6 @@ def is_address(address: str) -> bool:
 
 
 def is_weight(weight: float) -> bool:
-    """Whether the weight is valid for a ring."""
     return 0 < weight <= _LARGEST_WEIGHT
 
 

@@ -48,7 +48,6 @@ class FleetControl:
         self._audit = audit
 
     def handlers(self) -> dict[str, Handler]:
-        """For `inference.GRPCInferenceService`."""
         return {
             "ModelConfig": unary(v2.ModelConfigRequest, self._config),
             "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),

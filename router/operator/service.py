@@ -35,7 +35,6 @@ class OperatorService:
         self._audit = audit
 
     def service(self) -> Service:
-        """The handlers."""
         return Service(
             router_pb2.DESCRIPTOR.services_by_name["RouterService"],
             {
@@ -131,7 +130,6 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
 
 
 def _now(view: FleetView) -> Iterator[Event]:
-    """Events that describe the current state, for a new watcher."""
     for member in view.members.values():
         yield make(Event.KIND_JOINED, member)
         if member.reason == "draining":

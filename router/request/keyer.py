@@ -46,7 +46,6 @@ class Keyer:
         self._memo: Recent[bytes, _ParsedRequest] = Recent(_REMEMBERED)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield forgotten("requests", self._memo)
 
     def admit(self, call: Call) -> None:

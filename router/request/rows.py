@@ -232,7 +232,6 @@ def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:
 
 
 def smaller(batch: Batch, rows: Sequence[int]) -> v2.ModelInferRequest:
-    """A request for the given rows of the batch."""
     request = v2.ModelInferRequest()
     request.CopyFrom(batch.request)
     for index, tensor in enumerate(request.inputs):

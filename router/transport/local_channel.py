@@ -34,7 +34,6 @@ class LocalConnection(Frames):
 
     @property
     def is_open(self) -> bool:
-        """Whether another envelope may be sent on this connection."""
         return self.transport is not None and not self._leaving
 
     def begin(self, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]) -> Callable[[], object]:
@@ -52,13 +51,11 @@ class LocalConnection(Frames):
         return partial(self._cancel, number)
 
     def close(self) -> None:
-        """Aborts the connection; envelopes under way fail."""
         self._leaving = True
         if self.transport is not None:
             self.transport.abort()
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
-        """Handles a frame from the worker."""
         if kind == PART:
             if number in self._under_way:  # else it was cancelled
                 self._parts.setdefault(number, []).append(payload)

@@ -150,7 +150,6 @@ class WorkerClient:
         self._leaving: deque[tuple[EnvelopeItem, WorkerUnreachableError]] = deque()
 
     def send(self, model_digest: bytes, item: EnvelopeItem) -> None:
-        """Runs a request on the worker."""
         self._load.sent()
         if self._closed:
             self._give_back([item], NotSentError(self._closed))
@@ -227,7 +226,6 @@ class WorkerClient:
             self._heard = time.monotonic()
 
     def give_up(self) -> None:
-        """Closes the link: the worker stopped answering."""
         self._close(LinkClosedError("it stopped answering"))
 
     def _close(self, error: LinkClosedError) -> None:
@@ -262,12 +260,10 @@ class WorkerClient:
             asyncio.get_running_loop().call_soon(self._end_leaving)
 
     def forget_queues(self, model_digests: frozenset[bytes]) -> None:
-        """Drops the idle queues of models that the worker no longer holds."""
         for digest in [d for d, queue in self._queues.items() if d not in model_digests and not queue.busy]:
             del self._queues[digest]
 
     def close(self) -> None:
-        """Ends the requests under way and disconnects."""
         self._close(LinkClosedError("this router has closed the link"))
         self._local.close()
 
