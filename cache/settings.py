@@ -12,13 +12,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Mesh
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.local_tier import LocalTier
 from cache.tiers.shared_tier import SharedTier
 from services.runtime.process.settings import ServiceSettings
@@ -92,7 +92,7 @@ class MeshSettings(ServiceSettings):
         Raises StartError if the Redis URL is invalid, but not if Redis is unreachable.
         """
         shared = None
-        frames = Frames(secret)
+        frames = EntryFrames(secret)
         if self.redis_url is not None:
             shared = SharedTier(
                 self.redis_url,
@@ -102,7 +102,9 @@ class MeshSettings(ServiceSettings):
                 create_breaker=lambda: Breaker(time.monotonic),
             )
         address = self.address if not self.address.endswith(":0") else str(os.getpid())
-        purges = PurgeBoard(shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds)
+        purges = InvalidationLog(
+            shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds
+        )
         peers = [PeerRegion(region, peer, Breaker(time.monotonic), frames) for region, peer in self.peer_regions]
         return Mesh(
             LocalTier(self.local_tier_bytes),

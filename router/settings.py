@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
@@ -9,8 +10,7 @@ from pydantic_settings import NoDecode
 
 from cache.settings import MeshSettings
 from router.balancing.member import Listing
-from router.membership.discovery import AnnouncedWorkers, ResolvedWorkers
-from router.membership.fleet import Source
+from router.membership.discovery import AnnouncedWorkers, Watch, watch_dns
 from services.runtime.redis.discovery import connect
 
 _DNS = "dns://"
@@ -83,13 +83,13 @@ class RouterSettings(MeshSettings):
             return []
         return [Listing(worker) for worker in self.workers if not worker.startswith(_DNS)]
 
-    def create_sources(self) -> dict[str, Source]:
+    def create_sources(self) -> dict[str, Watch]:
         """The dynamic sources of workers (DNS, announcements), by name. Raises StartError if the URL is invalid."""
-        sources: dict[str, Source] = {}
+        sources: dict[str, Watch] = {}
         for worker in self.workers:
             if worker.startswith(_DNS):
                 host, _, port = worker.removeprefix(_DNS).rpartition(":")
-                sources[worker] = ResolvedWorkers(host, int(port))
+                sources[worker] = partial(watch_dns, host, int(port))
         if self.discovery_url is not None:
-            sources["announcements"] = AnnouncedWorkers(connect(self.discovery_url))
+            sources["announcements"] = AnnouncedWorkers(connect(self.discovery_url)).watch
         return sources

@@ -18,8 +18,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
 from cache.keys.epochs import Epochs
 from cache.tiers.shared_tier import SharedTier
 from services.runtime.errors import ResourceExhaustedError, UnavailableError
@@ -96,7 +94,7 @@ return found
 )
 
 
-class PurgeBoard:
+class InvalidationLog:
     """Keeps `epochs`, this process's snapshot of the purges, in step with all processes on one Redis.
 
     `shared` is None if the process runs without Redis. `member` names the process and is stable across restarts.
@@ -122,7 +120,6 @@ class PurgeBoard:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts the heartbeat."""
         if self._shared is not None:
             self._contact = time.monotonic()
             self._task = BACKGROUND.start("purges", self._beat_on)
@@ -158,7 +155,7 @@ class PurgeBoard:
         self._task.cancel()
         assert self._shared is not None
         try:
-            await self._shared.run(EPOCHS, lambda redis: redis.hdel(_MEMBERS, self._member), _COMMAND_SECONDS)
+            await self._shared.run(EPOCHS, _COMMAND_SECONDS, "HDEL", _MEMBERS, self._member)
         except UnavailableError as error:
             log.debug("left without a word: %s", error.message)
 
@@ -236,12 +233,8 @@ class PurgeBoard:
             self.changed = asyncio.Event()
 
     async def _run(self, script: str, *arguments: str) -> Any:
-        def command(redis: Redis) -> Any:
-            return redis.eval(script, 2, EPOCHS, _MEMBERS, *arguments)
-
         assert self._shared is not None
-        run: Callable[..., Any] = self._shared.run
-        return await run(EPOCHS, command, _COMMAND_SECONDS)
+        return await self._shared.run(EPOCHS, _COMMAND_SECONDS, "EVAL", script, 2, EPOCHS, _MEMBERS, *arguments)
 
 
 async def _nothing(_: set[str]) -> None:

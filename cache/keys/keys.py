@@ -52,7 +52,6 @@ class RequestHasher:
         self.tenant_keys: Recent[tuple[str, int], bytes] = Recent(_MAX_DESCRIBED)
 
     def samples(self) -> Iterator[Sample]:
-        """Yields the samples, for `Metrics.add`."""
         yield forgotten("descriptions", self.described)
         yield forgotten("tenant keys", self.tenant_keys)
 

@@ -101,7 +101,6 @@ class Catalog:
 
     @property
     def tenant_scoped(self) -> list[str]:
-        """Models that keep tenants apart."""
         return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
 
     def find(self, name: str, version: str) -> ModelEntry:

@@ -30,7 +30,6 @@ class Candidate:
 
     @property
     def is_full(self) -> bool:
-        """Whether the worker is at its bound."""
         return 0 < self.bound <= self.member.load.outstanding
 
 
@@ -53,7 +52,7 @@ def candidates(
     others = []
     order = _by_rank(view, pool, place) if place or pool is None else _by_wait(view, pool)
     for rank, member in enumerate(order):
-        reason = member.why_not(model)
+        reason = member.can_run(model).reason
         if reason or sticky or pool is None:
             yield Candidate(member, rank, reason)
         elif member.address not in pool.members:

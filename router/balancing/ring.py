@@ -39,7 +39,6 @@ class Ring:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names in alphabetical order."""
         return self._members
 
     def ranked(self, request_hash: bytes) -> tuple[str, ...]:

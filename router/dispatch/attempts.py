@@ -23,9 +23,9 @@ from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from router.transport.worker_client import (
     EnvelopeItem,
+    ItemOutcome,
     LinkClosedError,
     NotSentError,
-    Outcome,
     WorkerLostError,
     WorkerUnreachableError,
 )
@@ -50,7 +50,7 @@ _UNAVAILABLE = UnavailableError.code.value[0]
 # Failure codes after which another worker may succeed.
 _ELSEWHERE = frozenset((_UNAVAILABLE, FailedPreconditionError.code.value[0], ResourceExhaustedError.code.value[0]))
 # Maximum number of workers named in an error; a fleet may be large.
-TOLD = 8
+MAX_NAMED = 8
 # Without this limit, a request that crashes its worker would crash the whole fleet.
 MOST_ENDED = 2
 HEDGE = "hedge"
@@ -62,7 +62,7 @@ class FatalRequestError(UnavailableError):
     kind = "worker_lost"
 
 
-class Asked:
+class DispatchRequest:
     """A request to run: serialized, for `model`, at the ring hash `place` (b"": any worker).
 
     `request_hash`: key by which equal requests join on the worker (b"": none do). `deadline` in time.monotonic.
@@ -97,17 +97,12 @@ class Workers(Protocol):
     """The fleet as needed for dispatch; Fleet is the real one."""
 
     @property
-    def view(self) -> FleetView:
-        """The current snapshot of the fleet."""
-
-    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
-        """An attempt at `member` was lost."""
-
-    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
-        """An attempt at `member` took `seconds`."""
+    def view(self) -> FleetView: ...
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None: ...
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None: ...
 
 
-class Parts(NamedTuple):
+class DispatchParts(NamedTuple):
     """The parts that all dispatches share."""
 
     fleet: Workers
@@ -119,7 +114,7 @@ class Parts(NamedTuple):
     shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
 
 
-Answered: TypeAlias = tuple[Result, Member]
+DispatchResult: TypeAlias = tuple[Result, Member]
 
 
 class Attempts:
@@ -132,7 +127,7 @@ class Attempts:
     requests on the link.
     """
 
-    def __init__(self, parts: Parts, asked: Asked) -> None:
+    def __init__(self, parts: DispatchParts, asked: DispatchRequest) -> None:
         self.parts = parts
         self.asked = asked
         # Attempts, without hedges and those never sent; workers that ended while they had the request.
@@ -151,7 +146,7 @@ class Attempts:
         self._next_event: Promise[_Attempt | None] | None = None
         self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
 
-    async def run(self) -> Answered:
+    async def run(self) -> DispatchResult:
         """The first answer of a worker, and that worker. Cancelled: the attempts under way are withdrawn.
 
         Raises the worker's own error, RefusedError if all workers are at their limit, or UnavailableError if none could
@@ -186,14 +181,14 @@ class Attempts:
         else:
             self._events.append(attempt)
 
-    def _judge(self, attempt: _Attempt, outcome: Outcome) -> Answered | None:
+    def _judge(self, attempt: _Attempt, outcome: ItemOutcome) -> DispatchResult | None:
         """The answer, or None if the request needs another attempt or has one under way. Raises a final error."""
         member = attempt.candidate.member
         # Also counts if another attempt is under way, so that at most MOST_ENDED workers are lost in total.
         self._ended += isinstance(outcome, WorkerLostError)
         if self._ended == MOST_ENDED:
             self._skipped.append(f"{member.worker_id}: {outcome}")
-            reason = f"not tried further: {self._ended} workers ended while they had it; {told(self._skipped)}"
+            reason = f"not tried further: {self._ended} workers ended while they had it; {join_reasons(self._skipped)}"
             raise FatalRequestError(self._unanswered(reason))
         if isinstance(outcome, WorkerUnreachableError):
             if not self._under_way:
@@ -256,11 +251,10 @@ class Attempts:
         raise self._no_answer()
 
     def _next(self) -> Candidate | None:
-        """The next candidate; None if there is none."""
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
-            return Candidate(full.member, full.rank, full.member.why_not(self.asked.model), full.bound)
+            return Candidate(full.member, full.rank, full.member.can_run(self.asked.model).reason, full.bound)
         return candidate
 
     def _skip(self, candidate: Candidate, reason: str) -> None:
@@ -297,7 +291,7 @@ class Attempts:
         if self._full and not self._admitted:
             return self.parts.shed(self.asked.model, self.asked.caller, self._skipped)
         kind = "worker_lost" if self._attempts else "no_worker"
-        return UnavailableError(self._unanswered(told(self._skipped)), kind=kind)
+        return UnavailableError(self._unanswered(join_reasons(self._skipped)), kind=kind)
 
     def _unanswered(self, why: str) -> str:
         return f"no worker could answer for model {self.asked.model.name!r}, retry later; {why}"
@@ -322,7 +316,7 @@ class _Attempt:
         self.kind = kind
         self._limit = limit
         self._item: EnvelopeItem | None = None
-        self._outcome: Outcome | None = None
+        self._outcome: ItemOutcome | None = None
         self._span_id = new_span_id()
         self._start = time.time_ns()
         self._began = time.monotonic()
@@ -330,7 +324,6 @@ class _Attempt:
         self._is_open = True
 
     def begin(self) -> None:
-        """Sends the request."""
         asked = self._asked
         traceparent, is_alone = asked.trace.traceparent(self._span_id), asked.model.limits_queue
         self._item = item = EnvelopeItem(
@@ -338,7 +331,7 @@ class _Attempt:
         )
         self.candidate.member.link.send(asked.model.digest, item)
 
-    def _answered(self, outcome: Outcome) -> None:
+    def _answered(self, outcome: ItemOutcome) -> None:
         self._outcome = outcome
         self._attempts.on_event(self)
 
@@ -356,7 +349,7 @@ class _Attempt:
         except Exception as error:
             internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
 
-    def end(self) -> Outcome:
+    def end(self) -> ItemOutcome:
         """The outcome of an attempt that has ended. Releases its limit; records statistics, metrics and the span."""
         outcome = self._outcome
         assert outcome is not None
@@ -374,7 +367,7 @@ class _Attempt:
         self._is_open = False
         self._limit.end()
 
-    def _learn(self, outcome: Outcome) -> str:
+    def _learn(self, outcome: ItemOutcome) -> str:
         """Updates the statistics of the worker. Returns the error message, "" if there is none."""
         took = time.monotonic() - self._began
         parts, model, member = self._parts, self._asked.model, self.candidate.member
@@ -410,10 +403,8 @@ class _Attempt:
 
 
 def no_room(limit: ConcurrencyLimit) -> str:
-    """Why a worker at its limit is skipped."""
     return f"has {limit.in_flight} requests under way, as many as it can answer"
 
 
-def told(skipped: list[str]) -> str:
-    """The reasons for skipped workers, as text of an error."""
-    return "; ".join(skipped[:TOLD])
+def join_reasons(skipped: list[str]) -> str:
+    return "; ".join(skipped[:MAX_NAMED])

@@ -45,15 +45,9 @@ class Agreement:
         self._telling: dict[str, asyncio.Task[None]] = {}
         self._tried: dict[tuple[str, str], float] = {}
 
-    async def keep(self) -> None:
-        """Runs until it is cancelled."""
-        try:
-            while True:
-                await asyncio.sleep(_PERIOD_SECONDS)
-                self.compare()
-        finally:
-            for task in [*self._telling.values()]:
-                task.cancel()
+    def start(self) -> None:
+        """Compares every second from now on."""
+        BACKGROUND.every(_PERIOD_SECONDS, "agreement on models", self.compare)
 
     def compare(self) -> None:
         """Starts to send each worker the decisions that it lacks."""

@@ -35,7 +35,6 @@ class OperatorService:
         self._audit = audit
 
     def service(self) -> Service:
-        """The handlers."""
         return Service(
             router_pb2.DESCRIPTOR.services_by_name["RouterService"],
             {
@@ -57,8 +56,8 @@ class OperatorService:
         response = router_pb2.ExplainResponse()
         place, sticky = b"", False
         try:
-            if why_not := model.uncacheable or self._audit.why_not(model, view.catalog):
-                raise UncacheableError(why_not)
+            if reason := model.uncacheable or self._audit.may_cache(model, view.catalog).reason:
+                raise UncacheableError(reason)
             tenant = request.tenant if model.tenant_scoped else None
             place = self._hasher.hash(request.request, model.outputs, tenant)
             response.key = cache_key(model.digest, place).hex()
@@ -131,7 +130,6 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
 
 
 def _now(view: FleetView) -> Iterator[Event]:
-    """Events that describe the current state, for a new watcher."""
     for member in view.members.values():
         yield make(Event.KIND_JOINED, member)
         if member.reason == "draining":

@@ -19,7 +19,7 @@ from services.runtime.rpc.rpc import parse
 _PASSED_ON = ("priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 
 
-class _Tensor(NamedTuple):
+class _StepTensor(NamedTuple):
     datatype: str
     shape: tuple[int, ...]
     raw: bytes
@@ -39,7 +39,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
         )
     compute_us = 0
 
-    async def run_step(index: int, inputs: dict[str, _Tensor]) -> Mapping[str, _Tensor]:
+    async def run_step(index: int, inputs: dict[str, _StepTensor]) -> Mapping[str, _StepTensor]:
         nonlocal compute_us
         step = plan.steps[index]
         # Requests all outputs, as most callers of a model do, so that steps and callers share cached answers.
@@ -58,7 +58,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
         compute_us += entry.compute_us
         answer = v2.ModelInferResponse.FromString(entry.value)
         return {
-            output.name: _Tensor(output.datatype, (*output.shape,), raw)
+            output.name: _StepTensor(output.datatype, (*output.shape,), raw)
             for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
         }
 
@@ -72,14 +72,14 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
     return Entry(response.SerializeToString(), compute_us)
 
 
-def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tensor]:
+def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _StepTensor]:
     """The request's inputs by name. The steps check datatypes and shapes, each for its own model."""
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise InvalidArgumentError(
             f"raw_input_contents has {len(raws)} entries for {len(request.inputs)} inputs", field="raw_input_contents"
         )
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, _StepTensor] = {}
     for index, tensor in enumerate(request.inputs):
         name = tensor.name
         if "shared_memory_region" in tensor.parameters:
@@ -88,7 +88,7 @@ def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tens
                 field=f"inputs[{index}].parameters",
             )
         raw = raws[index] if raws else raw_from_contents(tensor, f"inputs[{index}]")
-        tensors[name] = _Tensor(tensor.datatype, (*tensor.shape,), raw)
+        tensors[name] = _StepTensor(tensor.datatype, (*tensor.shape,), raw)
     if missing := [spec.name for spec in model.metadata.inputs if spec.name not in tensors]:
         raise InvalidArgumentError(f"ensemble {model.name!r} also needs input {missing[0]!r}", field="inputs")
     most = model.max_request_rows

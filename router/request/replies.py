@@ -9,7 +9,7 @@ from functools import partial
 import grpc
 
 from cache.mesh import Found, Mesh
-from router.accounting.cost import Cost
+from router.accounting.cost import CostMetrics
 from router.accounting.request_metrics import OK, STEP, RequestMetrics
 from router.request.audit import Audit
 from router.request.call import Call
@@ -38,7 +38,7 @@ class Replies:
         tracer: Tracer,
         requests: RequestMetrics,
         request_log: RequestLog,
-        cost: Cost,
+        cost: CostMetrics,
         audit: Audit,
         report: LoadReport,
     ) -> None:

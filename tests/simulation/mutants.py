@@ -7,7 +7,7 @@ must be rewritten.
 import importlib.machinery
 import sys
 
-_NO_BORDER = ("    for name, text in (\n", '    return ""\n    for name, text in (\n')
+_NO_BORDER = ("    for name, text in (\n", "    return\n    for name, text in (\n")
 
 MUTANTS = {
     # A full tier emptied its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.

@@ -168,7 +168,7 @@ class Redis:
             found.pop(_value(field), None)
         return 1
 
-    def _zrange(self, key, *_, **__):
+    def _zrevrange(self, key, *_):
         return []
 
     def _eval(self, script, keys, *arguments):
@@ -242,7 +242,7 @@ _SCRIPTS = {
     leases._TAKE: Redis.take,
     leases._FILL: Redis.fill,
     leases._RELEASE: Redis.release,
-    valuable._TELL: Redis.tell,
+    valuable._REPORT: Redis.tell,
 }
 
 
@@ -366,6 +366,9 @@ class Client:
     def __getattr__(self, command):
         """Any command, with the arguments that redis-py takes."""
         return lambda *arguments, **_: self._run([(command, arguments)])
+
+    def execute_command(self, command, *arguments):
+        return self._run([(command.lower(), arguments)])
 
     def pipeline(self, transaction=False):
         return _Pipeline(self)
