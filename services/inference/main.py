@@ -16,6 +16,7 @@ from services.inference.api.metrics import WorkerMetrics
 from services.inference.api.service import EnvelopeService, InferenceService, Locality
 from services.inference.api.shared_memory_service import SharedMemoryControl
 from services.inference.execution.execution import CUDA
+from services.inference.execution.loading import load_model
 from services.inference.execution.model import OnnxModel
 from services.inference.models.decisions import Decisions
 from services.inference.models.model_store import ModelStore
@@ -148,7 +149,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
     threads = settings.threads or cores.available()
 
     def open_model(files: ModelFiles) -> OnnxModel:
-        return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
+        return load_model(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
 
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")

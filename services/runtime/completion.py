@@ -18,8 +18,6 @@ class Completion(Generic[Result]):
     """Completed once, for one waiter. If the waiter was cancelled, a later result is dropped."""
 
     # asyncio recognizes a future by the attribute `_asyncio_future_blocking`.
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_is_cancelled", "_is_done", "_result", "_waiter")
-
     def __init__(self) -> None:
         self._is_done = False
         self._is_cancelled = False

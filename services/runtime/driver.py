@@ -43,8 +43,6 @@ class Promise(Generic[Result]):
     Use it on the event loop only.
     """
 
-    __slots__ = ("_error", "_first", "_is_done", "_others", "_result")
-
     def __init__(self) -> None:
         self._is_done = False
         self._result: Result | None = None
@@ -92,8 +90,6 @@ class Driver:
     Cancellation raises asyncio.CancelledError in the coroutine immediately, at its await. The awaitable itself is not
     cancelled.
     """
-
-    __slots__ = ("_coroutine", "_done", "_interrupt", "_is_running", "_timer", "_waits_for")
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> None:
         self._coroutine = coroutine

@@ -154,8 +154,6 @@ class Frames(asyncio.Protocol):
 class _Large:
     """A message sent in parts; `left` bytes are still to be sent."""
 
-    __slots__ = ("_index", "_offset", "_pieces", "kind", "left", "number")
-
     def __init__(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
         self.kind = kind
         self.number = number

@@ -267,13 +267,13 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         ensemble = inference_pb2.Ensemble(
             own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
         )
-    return inference_pb2.ModelVersion(
+    version = inference_pb2.ModelVersion(
         ensemble=ensemble,
         name=model.name,
         version=str(model.version),
         digest=model.digest,
-        cacheable=model.cacheable,
-        cacheable_reason=model.cacheable_reason,
+        cacheable=bool(model.cacheable),
+        cacheable_reason=model.cacheable.reason,
         max_batch_rows=model.max_batch_rows,
         max_request_rows=model.max_request_rows,
         batch_remark=model.batch_remark,
@@ -281,12 +281,8 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         optional_inputs=[name for name in model.inputs if name not in model.required],
         provider=model.provider,
         metadata=model.metadata(),
-        tenant_scoped=model.tenant_scoped,
-        row_cache=model.row_cache,
-        hedged=model.hedged,
-        semantic_threshold=model.semantic_threshold,
-        semantic_embedding=model.semantic_embedding,
-        ttl_ms=model.ttl_ms,
-        stale_ms=model.stale_ms,
+        row_cache=bool(model.row_cache),
         unloaded=not held.loaded,
     )
+    version.MergeFrom(model.rules)
+    return version

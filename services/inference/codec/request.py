@@ -63,19 +63,6 @@ class Decoded:
     highest, 0 the model's default. `timeout_us`: maximum time in the queue; 0 if the request sets none.
     """
 
-    __slots__ = (
-        "arrays",
-        "classes",
-        "outputs",
-        "priority",
-        "regions",
-        "rows",
-        "sequence",
-        "signature",
-        "timeout_us",
-        "trace_context",
-    )
-
     def __init__(
         self,
         arrays: dict[str, npt.NDArray[Any]],
@@ -375,8 +362,6 @@ def _place(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str
 
 class _OutputRegion:
     """The part of a shared memory region that receives an output."""
-
-    __slots__ = ("offset", "region", "size")
 
     def __init__(self, region: Region, offset: int, size: int) -> None:
         self.region = region

@@ -378,9 +378,9 @@ class ModelStore:
             instances=config_rules.instances(made),
             batching=config.batching(made),
             watch=await asyncio.to_thread(self._watch, files),
-            inline=None
-            if model.inline_reason
-            else InlineRuns(batchable=model.batchable, by_cpu=model.provider == execution.CPU),
+            inline=InlineRuns(batchable=bool(model.batchable), by_cpu=model.provider == execution.CPU)
+            if model.inline
+            else None,
         )
         statistics = Statistics(model.name, str(model.version))
         if not made.HasField("sequence_batching"):
@@ -460,8 +460,8 @@ def _remark(held: HeldModel) -> str:
     remarks = []
     if held.resident is not None and not held.resident.loaded:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")
-    if model.cacheable_reason:
-        remarks.append(f"not cached: {model.cacheable_reason}")
+    if not model.cacheable:
+        remarks.append(f"not cached: {model.cacheable.reason}")
     if isinstance(model, OnnxModel):
         remarks.append(model.batch_remark)
     return "; ".join(remarks)
