@@ -35,7 +35,7 @@ from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server, StartError
-from services.runtime.telemetry.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from services.runtime.telemetry.load_report import Answers, LoadReport
 from services.runtime.telemetry.metrics import Metrics
 from services.runtime.telemetry.metrics_export import MetricsExport
@@ -89,7 +89,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
-    metrics.add_slow(GpuMetrics.of_this_host().samples)
+    metrics.add_slow(gpu_metrics())
     exposition = MetricsServer(settings.metrics_address, metrics)
     envelopes.socket = await local.start()
     port = envelopes.port = await server.start()

@@ -17,7 +17,6 @@ Result = TypeVar("Result")
 class Completion(Generic[Result]):
     """Completed once, for one waiter. If the waiter was cancelled, a later result is dropped."""
 
-    # asyncio recognizes a future by the attribute `_asyncio_future_blocking`.
     def __init__(self) -> None:
         self._is_done = False
         self._is_cancelled = False
@@ -25,6 +24,7 @@ class Completion(Generic[Result]):
         self._callback: Callable[[object], object] | None = None
         # asyncio's callback, and the context to run it in.
         self._waiter: tuple[Callable[[Any], object], Context | None] | None = None
+        # asyncio recognizes a future by this attribute.
         self._asyncio_future_blocking = False
 
     def complete(self, result: Result) -> None:

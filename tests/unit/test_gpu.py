@@ -9,7 +9,7 @@ from services.inference.execution.device_session import page_locked
 from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError
-from services.runtime.telemetry.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from tests import models
 from tests.bench import gpu, networks
 
@@ -118,7 +118,7 @@ def test_a_run_too_large_for_the_memory_of_the_gpu_fails_alone(tmp_path):
 
 @pytest.mark.usefixtures("needs_gpu")
 def test_the_gpu_tells_its_load_memory_and_power():
-    names = {sample.family.name for sample in GpuMetrics.of_this_host().samples()}
+    names = {sample.family.name for sample in gpu_metrics()()}
     assert {"ringmesh_gpu_use_ratio", "ringmesh_gpu_memory_used_bytes", "ringmesh_gpu_power_watts"} <= names
 
 

@@ -336,9 +336,9 @@ class ModelStore:
             digest = files.digest("")
             if pardon:
                 self._journal.pardon(digest)
-            if reason := self._journal.quarantine(digest):
+            if not (verdict := self._journal.allows(digest)):
                 self._quarantined = True
-                raise ModelLoadError(f"cannot load {files.model}: {reason}")
+                raise ModelLoadError(f"cannot load {files.model}: {verdict.reason}")
         snapshot = await asyncio.to_thread(self._snapshots.take, files)
         try:
             return await self._open_snapshot(snapshot, held)
