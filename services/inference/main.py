@@ -62,7 +62,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         otlp_endpoint=settings.otlp_endpoint,
         instance=settings.worker_id,
     )
-    worker = Worker(settings.worker_id, store)
+    worker = Worker(settings.worker_id, store, settings.shared_memory_prefix)
     more = {
         **ModelControl(store).handlers(),
         **SharedMemoryControl(worker.memory).handlers(),
@@ -144,8 +144,16 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
         onnxruntime.preload_dlls()
     threads = settings.threads or cores.available()
 
+    caches = str((settings.state_dir / "engines").absolute())
+
     def open_model(files: ModelFiles) -> OnnxModel:
-        return load_model(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
+        return load_model(
+            files,
+            providers=providers,
+            intra_op_threads=threads,
+            max_batch_rows=settings.max_batch_rows,
+            caches=caches,
+        )
 
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")

@@ -34,10 +34,10 @@ class _WithdrawnError(DeadlineExceededError):
 class Worker:
     """Runs requests on the held models. Independent of RPCs: results and failures are values."""
 
-    def __init__(self, worker_id: str, store: ModelStore) -> None:
+    def __init__(self, worker_id: str, store: ModelStore, shared_memory_prefix: str = "") -> None:
         self.worker_id = worker_id
         self.store = store
-        self.memory = SharedMemory()
+        self.memory = SharedMemory(shared_memory_prefix)
         self.accepting = True
         self._reader = RequestReader()
         self._decoder = RequestDecoder(self.memory)

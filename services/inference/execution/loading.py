@@ -15,9 +15,11 @@ from services.runtime.verdict import YES, Verdict
 log = logging.getLogger(__name__)
 
 
-def load_model(files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int) -> OnnxModel:
+def load_model(
+    files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int, caches: str = ""
+) -> OnnxModel:
     """Opens a model and probes its rows. `max_batch_rows`: unless the configuration sets it. Raises ModelLoadError."""
-    model = OnnxModel(files, providers=providers, intra_op_threads=intra_op_threads)
+    model = OnnxModel(files, providers=providers, intra_op_threads=intra_op_threads, caches=caches)
     decide(model, max_batch_rows)
     return model
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
+from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
 from services.inference.execution import graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import run_error
@@ -26,6 +26,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 NOT_PROVEN = "rows are not proven independent"
 # ONNX Runtime 1.32 ends the process when one of these has no rows.
 _ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
+# Machine code for an execution provider, in the node or in a file that the node names.
+_COMPILED = "com.microsoft.EPContext"
 
 
 class ModelLoadError(Exception):
@@ -50,9 +52,10 @@ class OnnxModel:
     has_rows = False
     max_batch_rows = 1
 
-    def __init__(self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int) -> None:
+    def __init__(self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, caches: str = "") -> None:
         """`files` must not change while the model lives, because its weights may be mapped. `providers`: those of this
-        machine. `intra_op_threads`: unless the configuration sets them. Raises ModelLoadError."""
+        machine. `intra_op_threads`: unless the configuration sets them. `caches`: folder for TensorRT's
+        engines. Raises ModelLoadError."""
         self.name, self.version, self.labels = files.name, files.version, files.labels
         self.configured = configured = files.config
         self.folder = files.folder
@@ -60,14 +63,17 @@ class OnnxModel:
         try:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
-            self._aborts_on_empty = sorted(graph.operator_types(proto) & _ABORT_ON_EMPTY)
+            operators = graph.operator_types(proto)
+            if _COMPILED in operators:
+                raise UnservableError(f"it has {_COMPILED}, a compiled engine; only operators are served")
+            self._aborts_on_empty = sorted(operators & _ABORT_ON_EMPTY)
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline = inline_runs.verdict(proto)
             del proto  # frees memory before the session is made
             name = f"{files.name}/{files.version}"
             self._sessions = sessions = Sessions(
-                name, files.model, configured, providers, intra_op_threads, self._output_shape
+                name, files.model, configured, providers, intra_op_threads, self._output_shape, caches
             )
             self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
             self.outputs = output_specs(sessions.outputs, configured, unranked)

@@ -35,6 +35,7 @@ from services.inference.repository.repository import (
     RepositoryError,
     RepositoryUnavailableError,
 )
+from services.runtime.redacted import without_credentials
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -68,7 +69,7 @@ class RemoteRepository:
 
     def __init__(self, url: str, cache: Path) -> None:
         """Raises RepositoryError if the URL is invalid, the extra is not installed or the cache cannot be written."""
-        self._url = url.rstrip("/")
+        self._url = without_credentials(url).rstrip("/")
         self._cache = cache
         self._store = _connect(url)
         with self._full_disk():
@@ -228,7 +229,8 @@ def _connect(url: str) -> ObjectStore:
         from obstore.store import from_url
     except ImportError:
         raise RepositoryError(
-            f"{url} needs the extra `remote`, which is not installed: pip install 'ringmesh-server[remote]'"
+            f"{without_credentials(url)} needs the extra `remote`, which is not installed: "
+            "pip install 'ringmesh-server[remote]'"
         ) from None
     client: ClientConfig = {
         "connect_timeout": "5s",
@@ -239,7 +241,7 @@ def _connect(url: str) -> ObjectStore:
         "allow_http": not url.startswith("https:"),
     }
     retry: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
-    with _reported(url):
+    with _reported(without_credentials(url)):
         store: ObjectStore = from_url(url, client_options=client, retry_config=retry)
         return store
 

@@ -80,7 +80,8 @@ class ModelFiles:
         """The files, open for reading, each with its name in a snapshot; in the order of these names.
 
         Files that ONNX Runtime would not read are left out: files that are not regular, and links out of the version's
-        folder except for the model file. Raises OSError.
+        folder. Only MODEL_FILE may be one: a configuration, which a caller may send, cannot choose another file.
+        Raises OSError.
         """
         for part, folder in (
             ("initial_state", self.folder.parent / "initial_state"),
@@ -92,7 +93,8 @@ class ModelFiles:
             for path in sorted(Path(at, name) for at, _, names in found for name in names):
                 with _open(path) as file:
                     # Checks the path of the opened file, because a link may change at any moment.
-                    if file is not None and (path == self.model or opened_path(file).is_relative_to(within)):
+                    is_model = path == self.folder / MODEL_FILE
+                    if file is not None and (is_model or opened_path(file).is_relative_to(within)):
                         yield f"{part}/{path.relative_to(folder)}", file
 
     def hashed(self) -> ModelFiles:
@@ -284,23 +286,28 @@ def versions(
 def _is_version_folder(folder: Path, file: str) -> Verdict:
     if not is_version(folder.name):
         return Verdict("a version is a whole number from 1 to 18 digits, without leading zeros")
-    return Verdict(f"it has no {file}") if file and not (folder / file).is_file() else YES
+    if file and not (folder / file).is_file():
+        return Verdict(f"it has no {file}")
+    if file not in ("", MODEL_FILE) and not (folder / file).resolve().is_relative_to(folder.resolve()):
+        return Verdict(f"{file} is a link out of it, which only {MODEL_FILE} may be")
+    return YES
 
 
 def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
     """The lines of a label file in the model's folder. Raises ConfigError."""
-    path = folder / name
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{folder}: label_filename is {name!r}; it names a file in the folder of the model")
-        with path.open("rb") as file:
-            data = file.read(_MAX_LABEL_BYTES + 1)
+        with _open(folder / name) as file:
+            if file is None or not opened_path(file).is_relative_to(folder.resolve()):
+                raise ConfigError(f"{folder}: label_filename is {name!r}; it names a file in the folder of the model")
+            data = bytearray()
+            while len(data) <= _MAX_LABEL_BYTES and (chunk := file.read(_CHUNK_BYTES)):
+                data += chunk
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{folder}: label_filename is {name!r}, which cannot be read: {cause}") from None
     if len(data) > _MAX_LABEL_BYTES:
         raise ConfigError(f"{folder}: label_filename is {name!r}, which has more than {_MAX_LABEL_BYTES} bytes")
-    return tuple(data.removeprefix(codecs.BOM_UTF8).splitlines())
+    return tuple(bytes(data).removeprefix(codecs.BOM_UTF8).splitlines())
 
 
 def _model_file(configured: ModelConfig) -> str:
