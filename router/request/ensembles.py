@@ -31,8 +31,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
     Raises InvalidArgumentError for features that need one worker with all steps, and whatever `infer` raises.
     """
     request = parse(v2.ModelInferRequest, data)
-    outputs = [output.name for output in request.outputs] or [output.name for output in model.metadata.outputs]
-    known = {output.name: output for output in model.metadata.outputs}
+    wanted = {output.name for output in request.outputs or model.metadata.outputs}
     if any(output.parameters for output in request.outputs):
         raise InvalidArgumentError(
             f"ensemble {model.name!r} runs on several workers, where outputs take no parameters", field="outputs"
@@ -64,10 +63,10 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
 
     tensors = await ensemble.run(plan, _inputs(request, model), run_step)
     response = v2.ModelInferResponse(model_name=model.name, model_version=model.version)
-    for name in known:
-        if name in outputs:
-            tensor = tensors[name]
-            response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+    for output in model.metadata.outputs:
+        if output.name in wanted:
+            tensor = tensors[output.name]
+            response.outputs.add(name=output.name, datatype=tensor.datatype, shape=tensor.shape)
             response.raw_output_contents.append(tensor.raw)
     return Entry(response.SerializeToString(), compute_us)
 
