@@ -199,12 +199,12 @@ class RequestMetrics:
             total.counts = [a + b for a, b in zip(total.counts, series.counts, strict=True)]
             total.sum_ns += series.sum_ns
             shown = exemplars.setdefault(by_model, {})
-            for place, exemplar in series.exemplars.items():
-                if place not in shown or shown[place].at < exemplar.at:
-                    shown[place] = exemplar
+            for bucket, exemplar in series.exemplars.items():
+                if bucket not in shown or shown[bucket].at < exemplar.at:
+                    shown[bucket] = exemplar
         for key, histogram in durations.items():
             shown = exemplars[key]
-            kept = tuple(shown.get(place) for place in range(len(histogram.counts)))
+            kept = tuple(shown.get(bucket) for bucket in range(len(histogram.counts)))
             yield Sample(DURATION, key, histogram.buckets()._replace(exemplars=kept))
         for group, us in self.compute_us().items():
             yield Sample(COMPUTE, group, us / 1e6)

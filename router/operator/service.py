@@ -53,7 +53,7 @@ class OperatorService:
         call = Call(request.request.SerializeToString(), untraced(), (), "Explain", None)
         call.tenant = request.tenant
         model = self._keyer.describe(call)
-        place = call.request_hash or call.ring_hash
+        ring_hash = call.request_hash or call.ring_hash
         response = router_pb2.ExplainResponse()
         if call.request_hash:
             response.key = (model.digest + call.request_hash).hex()
@@ -61,15 +61,15 @@ class OperatorService:
             response.uncached_reason = f"{call.reason}; the sequence stays with its owner"
         else:
             response.uncached_reason = f"{call.reason}; the one that would answer first of two at random is asked"
-        if place:
+        if ring_hash:
             ring = view.ring if view.ring.members else view.far
-            response.owner = view.members[ring.ranked(place)[0]].worker_id
-        asked: list[Candidate] = []
-        passed_over: list[Candidate] = []
-        for candidate in candidates(view, model, place, sticky=bool(call.ring_hash)):
-            (passed_over if candidate.reason else asked).append(candidate)
-        for candidate in [*asked, *passed_over][:_MOST_CANDIDATES]:
-            response.candidates.append(_candidate(candidate, chosen=candidate in asked[:1]))
+            response.owner = view.members[ring.ranked(ring_hash)[0]].worker_id
+        eligible: list[Candidate] = []
+        skipped: list[Candidate] = []
+        for candidate in candidates(view, model, ring_hash, sticky=bool(call.ring_hash)):
+            (skipped if candidate.reason else eligible).append(candidate)
+        for candidate in [*eligible, *skipped][:_MOST_CANDIDATES]:
+            response.candidates.append(_candidate(candidate, chosen=candidate in eligible[:1]))
         return response
 
     async def _watch(self, _: bytes, context: Context) -> AsyncIterator[bytes]:

@@ -42,15 +42,15 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
         nonlocal compute_us
         step = plan.steps[index]
         # Requests all outputs, as most callers of a model do, so that steps and callers share cached answers.
-        asked = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
+        step_request = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
         for name, tensor in inputs.items():
-            asked.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
-            asked.raw_input_contents.append(tensor.raw)
+            step_request.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+            step_request.raw_input_contents.append(tensor.raw)
         for name in _PASSED_ON:
             if name in request.parameters:
-                asked.parameters[name].CopyFrom(request.parameters[name])
+                step_request.parameters[name].CopyFrom(request.parameters[name])
         try:
-            entry = await infer(asked.SerializeToString())
+            entry = await infer(step_request.SerializeToString())
         except RingmeshError as error:
             error.message = f"step {step.model!r} of ensemble {model.name!r}: {error.message}"
             raise
