@@ -39,11 +39,13 @@ class MeshSettings(ServiceSettings):
     purge_lease_seconds: float = Field(
         30.0,
         ge=5,
-        description="how old an answer may be while Redis cannot be reached for as long; bounds what a purge waits",
+        description="maximum age of cached answers while Redis is unreachable; limits the wait of a purge",
     )
-    shared_admission: bool = Field(False, description="whether only what is asked for again is written to Redis")
+    shared_admission: bool = Field(
+        False, description="whether only answers that are requested again are written to Redis"
+    )
     refusal_seconds: float = Field(
-        0.0, ge=0, description="how long a request found wrong is refused without asking a worker"
+        0.0, ge=0, description="how long an invalid request is refused without asking a worker"
     )
     peer_regions: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
         (), description="caches of other regions: region=host:port, separated by commas"
@@ -122,6 +124,6 @@ class CacheSettings(MeshSettings):
     section: ClassVar[str] = "cache"
     address: str = Field("127.0.0.1:8010", description="host:port to serve gRPC on; port 0 takes a free one")
     peer_bytes_per_second: int = Field(
-        1 << 20, ge=0, description="budget for copying what peer regions find valuable; 0: none is copied"
+        1 << 20, ge=0, description="budget for copying the most valuable answers of peer regions; 0: none"
     )
     metrics_address: str = Field("127.0.0.1:8012", description="host:port to serve /metrics on")

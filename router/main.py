@@ -26,6 +26,7 @@ from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.operator.service import OperatorService
 from router.request.audit import Audit
+from router.request.keyer import Keyer
 from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
@@ -109,7 +110,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, hasher, audit).service(),
+            OperatorService(fleet, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,

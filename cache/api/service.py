@@ -172,9 +172,9 @@ class CacheService:
         if not served or name in served | used:
             return
         near = nearest(name, served | used)
-        told = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
+        hint = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
         raise NotFoundError(
-            f"no model {name!r} is served, and nothing was cached here under that name; {told} What an unloaded model "
+            f"no model {name!r} is served, and nothing was cached here under that name; {hint} What an unloaded model "
             "or another service left is purged with even_if_unknown (`ringmesh cache purge --even-if-unknown`)",
             field="model",
         )
@@ -198,15 +198,15 @@ class CacheService:
         return ""
 
     async def _watch(self, data: bytes, _: Context) -> AsyncIterator[bytes]:
-        told: Mapping[str, int] = {}
+        sent: Mapping[str, int] = {}
         first = True
         while not self._closed.is_set():
             changed = self._mesh.purges.changed
             scopes = self._mesh.purges.epochs.scopes
-            news = {scope: epoch for scope, epoch in scopes.items() if told.get(scope) != epoch}
+            news = {scope: epoch for scope, epoch in scopes.items() if sent.get(scope) != epoch}
             if news or first:
                 yield cache_pb2.WatchResponse(purges=news).SerializeToString()
-            told, first = scopes, False
+            sent, first = scopes, False
             waits = [asyncio.ensure_future(changed.wait()), asyncio.ensure_future(self._closed.wait())]
             try:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -180,11 +180,6 @@ def _describe(
     return _Description(order if order != tuple(range(len(order))) else (), trailer, model_outputs, raw_count)
 
 
-def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
-    """Returns the 32-byte cache key of this model version's answer, before purges change it (epochs.py)."""
-    return model_digest + request_hash
-
-
 def _output(name: str, parameters: str = "") -> str:
     return f"{len(name)}:{name}{parameters}"
 

@@ -109,9 +109,9 @@ class PeerRegion:
         """Returns the entry; None on a miss, or if the seal or the content is invalid."""
         if not result.HasField("entry"):
             return None
-        told = result.entry
-        entry = Entry(told.value, told.compute_us, told.created_at_ms)
-        if self._frames.is_sealed(key, entry, told.seal) and is_answer(told.value):
+        answer = result.entry
+        entry = Entry(answer.value, answer.compute_us, answer.created_at_ms)
+        if self._frames.is_sealed(key, entry, answer.seal) and is_answer(answer.value):
             return entry
         if not self.unsealed:
             log.warning(

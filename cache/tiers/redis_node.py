@@ -214,7 +214,7 @@ class RedisNode:
             self._reconnected = now
             self._disconnect()
             leaving = self.client.connection_pool.disconnect(inuse_connections=False)
-            BACKGROUND.once("farewell to a Redis server", leaving)
+            BACKGROUND.once("disconnection of a Redis server", leaving)
 
     async def _probe(self) -> None:
         """Probes the server in the background, so that no request waits for a server that is still down."""

@@ -154,9 +154,9 @@ class ClusterNodes:
 
     def _drop_those_without_slots(self) -> None:
         used = {id(node) for node in self._slots}
-        for place, node in list(self._nodes.items()):
+        for address, node in list(self._nodes.items()):
             if id(node) not in used:
-                del self._nodes[place]
-                closing = BACKGROUND.once("farewell to a Redis server", node.close())
+                del self._nodes[address]
+                closing = BACKGROUND.once("disconnection of a Redis server", node.close())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)

@@ -74,8 +74,8 @@ class Slo:
             yield Sample(BAD, (objective,), bad)
             for window, seconds in _WINDOWS.items():
                 # If the process is younger than the window, the window begins at its start.
-                place = max(0, bisect_left(times, now.at - seconds + 1e-6) - 1)
-                total_then, bad_then = self._past[place].values[objective]
+                index = max(0, bisect_left(times, now.at - seconds + 1e-6) - 1)
+                total_then, bad_then = self._past[index].values[objective]
                 part = (bad - bad_then) / (total - total_then) if total > total_then else 0.0
                 yield Sample(BURN, (objective, window), part / (1 - target))
 

@@ -63,7 +63,7 @@ class FatalRequestError(UnavailableError):
 
 
 class DispatchRequest:
-    """A request to run: serialized, for `model`, at the ring hash `place` (b"": any worker).
+    """A serialized request to run, for `model`, at `ring_hash` (b"": any worker).
 
     `request_hash`: key by which equal requests join on the worker (b"": none do). `deadline` in time.monotonic.
     """
@@ -71,8 +71,8 @@ class DispatchRequest:
     def __init__(
         self,
         model: ModelEntry,
-        request: bytes,
-        place: bytes,
+        data: bytes,
+        ring_hash: bytes,
         trace: Trace,
         *,
         request_hash: bytes = b"",
@@ -80,8 +80,8 @@ class DispatchRequest:
         caller: Caller = ANYBODY,
     ) -> None:
         self.model = model
-        self.request = request
-        self.place = place
+        self.data = data
+        self.ring_hash = ring_hash
         self.trace = trace
         self.request_hash = request_hash
         self.deadline = deadline
@@ -90,7 +90,7 @@ class DispatchRequest:
     @property
     def sticky(self) -> bool:
         """Whether the request must go to its owner: it is part of a sequence, whose state is there."""
-        return bool(self.place) and not self.request_hash
+        return bool(self.ring_hash) and not self.request_hash
 
 
 class Workers(Protocol):
@@ -127,9 +127,9 @@ class Attempts:
     requests on the link.
     """
 
-    def __init__(self, parts: DispatchParts, asked: DispatchRequest) -> None:
+    def __init__(self, parts: DispatchParts, request: DispatchRequest) -> None:
         self.parts = parts
-        self.asked = asked
+        self.request = request
         # Attempts, without hedges and those never sent; workers that ended while they had the request.
         self._attempts = self._ended = 0
         self._admitted = self._is_free = False
@@ -144,7 +144,9 @@ class Attempts:
         # Attempts that ended; None: the hedge timer fired.
         self._events: list[_Attempt | None] = []
         self._next_event: Promise[_Attempt | None] | None = None
-        self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
+        self._order = candidates(
+            parts.fleet.view, request.model, request.ring_hash, sticky=request.sticky, put_off=self._put_off
+        )
 
     async def run(self) -> DispatchResult:
         """The first answer of a worker, and that worker. Cancelled: the attempts under way are withdrawn.
@@ -153,7 +155,7 @@ class Attempts:
         be reached.
         """
         try:
-            self._ask_next()
+            self._attempt_next()
             while True:
                 if self._events:
                     attempt = self._events.pop(0)
@@ -167,7 +169,7 @@ class Attempts:
                 if (answered := self._judge(attempt, attempt.end())) is not None:
                     return answered
                 if not self._under_way:
-                    self._ask_next()
+                    self._attempt_next()
         finally:
             self._stop_timer()
             while self._under_way:
@@ -210,20 +212,20 @@ class Attempts:
                 self._failure = failure
         return None
 
-    def _ask_next(self) -> None:
+    def _attempt_next(self) -> None:
         """Makes an attempt at the next suitable worker. Raises the error of the request if there is none."""
         self._stop_timer()
-        asked, parts = self.asked, self.parts
+        request, parts = self.request, self.parts
         is_free, self._is_free = self._is_free, False
         while self._attempts < RANKS and (candidate := self._next()) is not None:
             member = candidate.member
             if candidate.reason:
                 self._skip(candidate, candidate.reason)
                 continue
-            limit = parts.limits.of(member.address, asked.model.digest)
+            limit = parts.limits.of(member.address, request.model.digest)
             # A request that was admitted and then lost is not refused, nor is a step of a sequence.
             if not self._admitted:
-                if not asked.sticky and not limit.admits(asked.caller.priority):
+                if not request.sticky and not limit.admits(request.caller.priority):
                     self._full.append(candidate)
                     self._skip(candidate, no_room(limit))
                     continue
@@ -240,10 +242,10 @@ class Attempts:
             )
             self._considered = []
             if (
-                asked.model.hedged
-                and not asked.sticky
+                request.model.hedged
+                and not request.sticky
                 and not self._ended
-                and (patience := parts.tails.of(asked.model.digest)) is not None
+                and (patience := parts.tails.of(request.model.digest)) is not None
             ):
                 self._timer = asyncio.get_running_loop().call_later(patience, self.on_event, None)
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
@@ -254,7 +256,7 @@ class Attempts:
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
-            return Candidate(full.member, full.rank, full.member.can_run(self.asked.model).reason, full.bound)
+            return Candidate(full.member, full.rank, full.member.can_run(self.request.model).reason, full.bound)
         return candidate
 
     def _skip(self, candidate: Candidate, reason: str) -> None:
@@ -272,10 +274,10 @@ class Attempts:
         """Makes a second attempt at the next worker below its limit, if the retry budget allows."""
         if self._ended or not self._under_way:
             return
-        asked, parts = self.asked, self.parts
+        request, parts = self.request, self.parts
         for candidate in self._order:
-            limit = parts.limits.of(candidate.member.address, asked.model.digest)
-            if not candidate.reason and limit.admits(asked.caller.priority):
+            limit = parts.limits.of(candidate.member.address, request.model.digest)
+            if not candidate.reason and limit.admits(request.caller.priority):
                 if parts.retries.take():
                     self._attempt(candidate, limit, (Consideration(candidate, ""),), HEDGE)
                 return
@@ -289,12 +291,12 @@ class Attempts:
         if self._failure is not None:
             return from_failure(self._failure)
         if self._full and not self._admitted:
-            return self.parts.shed(self.asked.model, self.asked.caller, self._skipped)
+            return self.parts.shed(self.request.model, self.request.caller, self._skipped)
         kind = "worker_lost" if self._attempts else "no_worker"
         return UnavailableError(self._unanswered(join_reasons(self._skipped)), kind=kind)
 
     def _unanswered(self, why: str) -> str:
-        return f"no worker could answer for model {self.asked.model.name!r}, retry later; {why}"
+        return f"no worker could answer for model {self.request.model.name!r}, retry later; {why}"
 
 
 class _Attempt:
@@ -310,7 +312,7 @@ class _Attempt:
     ) -> None:
         self._attempts = attempts
         self._parts = attempts.parts
-        self._asked = attempts.asked
+        self._request = attempts.request
         self.candidate = candidate
         self._considered = considered
         self.kind = kind
@@ -324,12 +326,12 @@ class _Attempt:
         self._is_open = True
 
     def begin(self) -> None:
-        asked = self._asked
-        traceparent, is_alone = asked.trace.traceparent(self._span_id), asked.model.limits_queue
+        request = self._request
+        traceparent, is_alone = request.trace.traceparent(self._span_id), request.model.limits_queue
         self._item = item = EnvelopeItem(
-            asked.request, asked.request_hash, asked.deadline, traceparent, self._answered, is_alone=is_alone
+            request.data, request.request_hash, request.deadline, traceparent, self._answered, is_alone=is_alone
         )
-        self.candidate.member.link.send(asked.model.digest, item)
+        self.candidate.member.link.send(request.model.digest, item)
 
     def _answered(self, outcome: ItemOutcome) -> None:
         self._outcome = outcome
@@ -343,11 +345,11 @@ class _Attempt:
         try:
             if self._item is not None:
                 self.candidate.member.link.withdraw(self._item)
-            if self._asked.model.hedged:
-                self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
+            if self._request.model.hedged:
+                self._parts.tails.observe(self._request.model.digest, time.monotonic() - self._began)
             self._record(None, "nobody waits for it any more")
         except Exception as error:
-            internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
+            internal(log, "an attempt could not be cancelled", error, self._request.trace.trace_id)
 
     def end(self) -> ItemOutcome:
         """The outcome of an attempt that has ended. Releases its limit; records statistics, metrics and the span."""
@@ -370,7 +372,7 @@ class _Attempt:
     def _learn(self, outcome: ItemOutcome) -> str:
         """Updates the statistics of the worker. Returns the error message, "" if there is none."""
         took = time.monotonic() - self._began
-        parts, model, member = self._parts, self._asked.model, self.candidate.member
+        parts, model, member = self._parts, self._request.model, self.candidate.member
         if isinstance(outcome, inference_pb2.WorkResult | SplitResult):
             parts.fleet.answered(member, model.digest, took)
             timing = outcome.timing
@@ -389,7 +391,7 @@ class _Attempt:
         candidate = self.candidate
         worker, code, end = candidate.member.worker_id, code_name(result), time.time_ns()
         self._parts.metrics.attempted(worker, self.kind, code, end - self._start)
-        self._asked.trace.span(
+        self._request.trace.span(
             EXECUTE,
             self._start,
             end,

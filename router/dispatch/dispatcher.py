@@ -45,9 +45,9 @@ class Dispatcher:
         yield forgotten("tail latencies", self._parts.tails.models)
         yield Sample(SHEDS, ("overload",), self._sheds)
 
-    def run(self, asked: DispatchRequest) -> Coroutine[Any, Any, DispatchResult]:
+    def run(self, request: DispatchRequest) -> Coroutine[Any, Any, DispatchResult]:
         """As Attempts.run; to be driven."""
-        return Attempts(self._parts, asked).run()
+        return Attempts(self._parts, request).run()
 
     def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
         """The error of a request if all workers are at their limit now, before any work is done for it. Any thread.

@@ -55,7 +55,9 @@ class AnnouncedWorkers:
                     failing = False
                 except FAILURES as error:
                     if not failing:
-                        log.warning("the fleet stays as it is known: Redis: %r", error)
+                        log.warning(
+                            "announcements cannot be read, so the last known workers are kept: Redis: %r", error
+                        )
                     failing = True
                 await asyncio.sleep(CHANGE_SECONDS)
         finally:
@@ -90,7 +92,7 @@ async def watch_dns(host: str, port: int, report: Report) -> None:
             failing = False
         except OSError as error:
             if not failing:
-                log.warning("the workers of %s stay as they are known: DNS: %s", host, error)
+                log.warning("%s cannot be resolved, so the last known workers are kept: %s", host, error)
             failing = True
         await asyncio.sleep(_DNS_SECONDS)
 

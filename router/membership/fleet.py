@@ -164,16 +164,16 @@ class Fleet:
 
     def _may_be_busy(self, member: Member) -> bool:
         """Whether a worker that answers pings but reports nothing stays healthy, for up to MOST_BUSY_SECONDS."""
-        now, heard = self._clock(), member.load.reports
-        since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
-        if heard != heard_before:
-            self._busy_since[member.address] = since, _ = now, heard
+        now, reports = self._clock(), member.load.reports
+        since, reports_before = self._busy_since.setdefault(member.address, (now, reports))
+        if reports != reports_before:
+            self._busy_since[member.address] = since, _ = now, reports
         return now - since < MOST_BUSY_SECONDS
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
         if member.healthy:
-            log.warning("worker %s is passed over: %s", member.worker_id, reason)
+            log.warning("worker %s gets no requests: %s", member.worker_id, reason)
             self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             member.reason = reason
             self._refresh()
@@ -182,15 +182,15 @@ class Fleet:
             member.reason = reason
 
     async def _poll(self, member: Member) -> None:
-        heard = -1
+        reports = -1
         woken = -POLL_SECONDS
         loop = asyncio.get_running_loop()
         while True:
             load = member.load
             # A load report with the same version replaces a description: nothing has changed.
-            if not member.healthy or load.reports == heard or load.version != member.version or not load.version:
+            if not member.healthy or load.reports == reports or load.version != member.version or not load.version:
                 await self.describe(member)
-            heard = load.reports
+            reports = load.reports
             seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
@@ -207,17 +207,17 @@ class Fleet:
             self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
             member.link.give_up()
 
-    def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
-        models = member.models if same else tuple(told.models)
-        member.version = told.version
+    def _update(self, member: Member, description: inference_pb2.DescribeResponse, *, same: bool) -> None:
+        models = member.models if same else tuple(description.models)
+        member.version = description.version
         failed = member.failed
         if not same:
-            member.decisions, member.failed = tuple(told.decisions), tuple(told.failed)
-        reason = "" if told.accepting else "draining"
-        weight, region = told.weight or member.weight, told.region or member.region
+            member.decisions, member.failed = tuple(description.decisions), tuple(description.failed)
+        reason = "" if description.accepting else "draining"
+        weight, region = description.weight or member.weight, description.region or member.region
         moved = (weight, region) != (member.weight, member.region)
-        member.weight, member.region, member.zone = weight, region, told.zone or member.zone
-        member.worker_id = told.worker_id
+        member.weight, member.region, member.zone = weight, region, description.zone or member.zone
+        member.worker_id = description.worker_id
         if moved:
             self._rebuild()
         if reason == member.reason and models == member.models and failed == member.failed:
@@ -336,7 +336,7 @@ class Fleet:
         self._busy_since.pop(member.address, None)
         self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
-        self._once("farewell to a worker", _retire(member))
+        self._once("disconnection of a worker", _retire(member))
 
     def _start_polling(self, member: Member) -> None:
         self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))

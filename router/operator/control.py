@@ -167,8 +167,8 @@ class FleetControl:
         members = self._healthy()
         if not members:
             raise UnavailableError("no worker is connected; retry later", kind="no_worker")
-        asked = (self._ask(member, method, request, seconds) for member in members)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        calls = (self._ask(member, method, request, seconds) for member in members)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer

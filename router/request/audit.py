@@ -160,8 +160,8 @@ class Audit:
         try:
             # The request joins no other and may go to any worker: the one that computed it first may be the faulty one.
             deadline = time.monotonic() + _DEADLINE_SECONDS
-            asked = DispatchRequest(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
-            result, _ = await driver.run(self._run(asked), deadline)
+            repeated = DispatchRequest(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
+            result, _ = await driver.run(self._run(repeated), deadline)
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))
         except RingmeshError as error:

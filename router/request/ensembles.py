@@ -31,8 +31,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
     Raises InvalidArgumentError for features that need one worker with all steps, and whatever `infer` raises.
     """
     request = parse(v2.ModelInferRequest, data)
-    outputs = [output.name for output in request.outputs] or [output.name for output in model.metadata.outputs]
-    known = {output.name: output for output in model.metadata.outputs}
+    wanted = {output.name for output in request.outputs or model.metadata.outputs}
     if any(output.parameters for output in request.outputs):
         raise InvalidArgumentError(
             f"ensemble {model.name!r} runs on several workers, where outputs take no parameters", field="outputs"
@@ -43,15 +42,15 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
         nonlocal compute_us
         step = plan.steps[index]
         # Requests all outputs, as most callers of a model do, so that steps and callers share cached answers.
-        asked = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
+        step_request = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
         for name, tensor in inputs.items():
-            asked.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
-            asked.raw_input_contents.append(tensor.raw)
+            step_request.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+            step_request.raw_input_contents.append(tensor.raw)
         for name in _PASSED_ON:
             if name in request.parameters:
-                asked.parameters[name].CopyFrom(request.parameters[name])
+                step_request.parameters[name].CopyFrom(request.parameters[name])
         try:
-            entry = await infer(asked.SerializeToString())
+            entry = await infer(step_request.SerializeToString())
         except RingmeshError as error:
             error.message = f"step {step.model!r} of ensemble {model.name!r}: {error.message}"
             raise
@@ -64,10 +63,10 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
 
     tensors = await ensemble.run(plan, _inputs(request, model), run_step)
     response = v2.ModelInferResponse(model_name=model.name, model_version=model.version)
-    for name in known:
-        if name in outputs:
-            tensor = tensors[name]
-            response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+    for output in model.metadata.outputs:
+        if output.name in wanted:
+            tensor = tensors[output.name]
+            response.outputs.add(name=output.name, datatype=tensor.datatype, shape=tensor.shape)
             response.raw_output_contents.append(tensor.raw)
     return Entry(response.SerializeToString(), compute_us)
 

@@ -81,12 +81,16 @@ class Keyer:
 
     def key(self, call: Call) -> None:
         """Parses the request, finds its model, checks it and hashes it. Raises RingmeshError."""
+        model = self.describe(call)
+        if model.not_runnable:
+            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
+
+    def describe(self, call: Call) -> ModelEntry:
+        """As `key`, also for an ensemble that cannot run. Returns the model."""
         read = self._reader.read(call.data)
         call.name, call.request_id = read.head.name, read.request_id
         catalog = self._fleet.view.catalog
         call.model = model = catalog.find(call.name, read.head.version)
-        if model.not_runnable:
-            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
         if read.head.checked is not model:
             check_request(read.head.message, model.name, model.inputs, model.outputs)
             read.head.checked = model
@@ -101,6 +105,7 @@ class Keyer:
             if sequence := protocol.sequence_of(read.head.message):
                 call.ring_hash = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
+        return model
 
 
 class _ParsedRequest:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +19,7 @@ from cache.mesh import Computed, Found, Mesh, Outcome
 from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
+from router.request.local_answers import takes
 from services.runtime import faults
 from services.runtime.errors import RingmeshError, UnavailableError
 from services.runtime.large_result import Result
@@ -104,7 +104,7 @@ class RowCache:
         found: dict[bytes, Found] = {}
         for key in query.indexes:
             entry = self._mesh.local.get(key)
-            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and _is_fresh(model, entry):
+            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and takes(None, model, entry):
                 found[key] = Found(entry, "hit-local")
         known = sum(key in found for key in keys)
         missing = [key for key in query.indexes if key not in found]
@@ -165,7 +165,8 @@ class RowCache:
             landed = {
                 key: Found(entry, "hit-shared")
                 for key, entry in zip(flights, shared, strict=True)
-                if entry is not None and _is_fresh(query.model, entry)
+                # A stale row is recomputed with the missing rows, at no additional call.
+                if entry is not None and takes(None, query.model, entry)
             }
             if missing := [key for key in flights if key not in landed]:
                 landed |= await self._compute(query, missing)
@@ -195,12 +196,6 @@ class RowCache:
         for key, row in rows.items():
             self._mesh.fill(Computed(row.entry, key, row.worker, model.freshness))
         return rows
-
-
-def _is_fresh(model: ModelEntry, entry: Entry) -> bool:
-    """Whether the entry is not stale. A stale row is recomputed with the missing rows, at no additional call."""
-    freshness = model.freshness
-    return freshness is None or not freshness.is_stale(entry.created_at_ms, time.time_ns() // 1_000_000)
 
 
 def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:

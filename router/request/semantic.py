@@ -51,10 +51,10 @@ class SemanticMatches:
         self, call: Call, model: ModelEntry, epochs: Epochs, find_exact: Callable[[], Awaitable[Found]]
     ) -> Found:
         """The answer to a sufficiently similar request, else the result of `find_exact`."""
-        asked = await self._asked(call, model)
-        if asked is None:
+        query_and_space = await self._query(call, model)
+        if query_and_space is None:
             return await find_exact()
-        query, space = asked
+        query, space = query_and_space
         tenant = call.tenant if model.tenant_scoped else None
         (kind,) = self._hasher.hash_rows(query.request, [[b""] * len(query.request.inputs)], model.outputs, tenant)
         group = model.digest + kind + space + epochs.version.to_bytes(8, "little")
@@ -64,15 +64,15 @@ class SemanticMatches:
             self._tier.add(group, query.vector, call.key)
         return found
 
-    async def _asked(self, call: Call, model: ModelEntry) -> tuple[SimilarityQuery, bytes] | None:
-        """The question, and the digest of the embedding model (b"" if the model has none).
+    async def _query(self, call: Call, model: ModelEntry) -> tuple[SimilarityQuery, bytes] | None:
+        """The query, and the digest of the embedding model (b"" if the model has none).
 
         None if the input is not a single vector, or if the embedding failed; the request then takes the exact path.
         """
         request = v2.ModelInferRequest.FromString(call.data)
         if not model.semantic_embedding:
-            asked = question(request)
-            return None if asked is None else (asked, b"")
+            query = query_of(request)
+            return None if query is None else (query, b"")
         data = to_embed(request, model.semantic_embedding)
         if data is None:
             return None
@@ -80,14 +80,14 @@ class SemanticMatches:
             space = self._fleet.view.catalog.find(model.semantic_embedding, "").digest
             answer = await self._embed(data, call)
         except RingmeshError as error:
-            log.info("model %s: what is similar is not known: %s", model.name, error.message)
+            log.info("model %s: the request could not be embedded: %s", model.name, error.message)
             return None
-        asked = embedded(request, answer.value)
-        return None if asked is None else (asked, space)
+        query = embedded(request, answer.value)
+        return None if query is None else (query, space)
 
-    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: SimilarityQuery) -> Found | None:
+    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, query: SimilarityQuery) -> Found | None:
         """The answer to a sufficiently similar request; the exact answer if the shared tier has it."""
-        near = await in_task(self._tier.nearest(group, asked.vector, model.semantic_threshold))
+        near = await in_task(self._tier.nearest(group, query.vector, model.semantic_threshold))
         if near is None or near.key == call.key:
             return None
         exact = await self._mesh.look_up(call.key, call.trace)
@@ -99,8 +99,8 @@ class SemanticMatches:
         return Found(entry, "hit-semantic", similarity=near.similarity)
 
 
-def question(request: v2.ModelInferRequest) -> SimilarityQuery | None:
-    """The question of a model whose input is compared. None unless that is one vector of floating-point numbers."""
+def query_of(request: v2.ModelInferRequest) -> SimilarityQuery | None:
+    """The query of a model whose input is compared. None unless that is one vector of floating-point numbers."""
     if len(request.inputs) != 1:
         return None
     tensor = request.inputs[0]
@@ -112,13 +112,13 @@ def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
     """A request for the embedding model with the same inputs; None unless they have one row."""
     if not request.inputs or any(tensor.shape and tensor.shape[0] != 1 for tensor in request.inputs):
         return None
-    asked = v2.ModelInferRequest(model_name=model, inputs=request.inputs)
-    asked.raw_input_contents.extend(request.raw_input_contents)
-    return asked.SerializeToString()
+    to_model = v2.ModelInferRequest(model_name=model, inputs=request.inputs)
+    to_model.raw_input_contents.extend(request.raw_input_contents)
+    return to_model.SerializeToString()
 
 
 def embedded(request: v2.ModelInferRequest, answer: bytes) -> SimilarityQuery | None:
-    """The question from the embedding model's first output. None unless that is one vector of floating-point numbers.
+    """The query from the embedding model's first output. None unless that is one vector of floating-point numbers.
 
     Removes the shapes from `request`; they depend on the length of a text.
     """

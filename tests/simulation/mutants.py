@@ -73,7 +73,7 @@ MUTANTS = {
     "purges at once": {
         "cache.keys.invalidation": [
             (
-                "self._run(_BEAT, self._member, str(self._heard))",
+                "self._run(_BEAT, self._member, str(self._version_read))",
                 "self._run(_BEAT, self._member, str(self.epochs.version))",
             )
         ]

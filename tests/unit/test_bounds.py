@@ -118,7 +118,7 @@ def test_a_full_semantic_index_finds_the_last_vectors_and_the_last_groups():
     for number, vector in enumerate(vectors):
         index.add(b"group", vector, key(number))
     (group,) = index._groups.values()
-    assert len(group._keys) == len(group._places) == semantic_index._MOST_VECTORS
+    assert len(group._keys) == len(group._indexes) == semantic_index._MOST_VECTORS
     assert index.nearest(b"group", vectors[-1]).key == key(len(vectors) - 1)
     for number in range(3 * semantic_index._MOST_GROUPS):
         index.add(b"%d" % number, vectors[0], key(number))
