@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.freshness import Freshness
 from cache.policy.leases import Leases
@@ -98,7 +98,7 @@ class Mesh:
         self,
         local: LocalTier,
         shared: SharedTier | None,
-        purges: PurgeBoard,
+        purges: InvalidationLog,
         peers: PeerRegions,
         refusals: Refusals,
         doorkeeper: Doorkeeper | None = None,

@@ -57,5 +57,4 @@ class Call:
         return Subject(self.model.name, self.model.digest, len(self.data), self.model.shared_tier)
 
     def is_late(self) -> bool:
-        """Whether its deadline has passed."""
         return self.deadline is not None and self.deadline <= time.monotonic()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Computed, Mesh
 from cache.policy.freshness import Freshness
 from cache.policy.refusals import Refusals
@@ -56,7 +56,7 @@ class Router:
     def __init__(self, monkeypatch, policy="", shared=None):
         self.clock = Clock()
         monkeypatch.setattr(time, "monotonic", lambda: self.clock.now)
-        purges = PurgeBoard(None, "test", 1.0)
+        purges = InvalidationLog(None, "test", 1.0)
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
         self.mesh.shared = self.shared = shared or Shared(self.clock)
         self.subject = Subject("m", DIGEST, 100, policy)
@@ -228,7 +228,7 @@ async def test_equal_requests_join_whatever_is_looked_up_and_computed_for_the_fi
 async def test_if_computing_fails_the_look_up_may_still_answer(router):
     key, outcomes = concurrent(router)
     router.shared.held[key] = Entry(b"held", 1)
-    router.computing.pop().settle(UnavailableError("no worker"))
+    router.computing.pop().fail(UnavailableError("no worker"))
     assert outcomes == []
     router.shared.gate.settle(None)
     assert [found.outcome for found in outcomes] == ["hit-shared"]
@@ -236,7 +236,7 @@ async def test_if_computing_fails_the_look_up_may_still_answer(router):
 
 async def test_if_computing_fails_and_the_look_up_misses_the_error_is_the_result_and_is_remembered(router):
     key, outcomes = concurrent(router)
-    router.computing.pop().settle(InvalidArgumentError("x has the wrong values"))
+    router.computing.pop().fail(InvalidArgumentError("x has the wrong values"))
     router.shared.gate.settle(None)
     assert [type(error) for error in outcomes] == [InvalidArgumentError]
     with pytest.raises(InvalidArgumentError):

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from services.runtime import driver
-from services.runtime.completion import Completion
 from services.runtime.driver import ON_LOOP, Driver, Promise, first_of, in_task
 from services.runtime.errors import DeadlineExceededError
 
@@ -54,16 +53,8 @@ async def test_it_is_resumed_by_the_call_that_settles_its_promise():
 async def test_the_error_of_a_promise_is_raised_where_it_is_awaited():
     promise = Promise()
     one = Driven(awaited(promise))
-    promise.settle(ValueError("wrong"))
+    promise.fail(ValueError("wrong"))
     assert isinstance(one.outcome, ValueError)
-
-
-async def test_it_is_resumed_by_the_call_that_completes_what_it_awaits():
-    completion = Completion()
-    one = Driven(awaited(completion))
-    assert one.outcomes == []
-    completion.complete(7)
-    assert one.outcome == 7
 
 
 async def test_it_awaits_futures_tasks_and_a_turn_of_the_loop():
@@ -278,7 +269,7 @@ async def test_work_counts_after_a_guess_without_a_result():
 async def test_if_work_fails_the_guess_counts_before_its_error(guess):
     race = Racing()
     error = ValueError("failed")
-    race.work.settle(error)
+    race.work.fail(error)
     assert race.driven.outcomes == []
     race.guess.settle(guess)
     assert race.driven.outcome is (guess or error)
@@ -286,7 +277,7 @@ async def test_if_work_fails_the_guess_counts_before_its_error(guess):
 
 async def test_a_guess_that_raises_is_logged_and_work_counts(caplog):
     race = Racing()
-    race.guess.settle(ValueError("nobody foresaw it"))
+    race.guess.fail(ValueError("nobody foresaw it"))
     assert "nobody foresaw it" in caplog.text
     race.work.settle("worked")
     assert race.driven.outcome == "worked"

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Mesh
 from cache.policy.freshness import Freshness, tightest
 from cache.policy.refusals import Refusals
@@ -96,7 +96,7 @@ class Empty:
 
 
 async def test_a_renewal_that_fails_however_it_may_gives_its_lease_back():
-    purges = PurgeBoard(None, "test", 1.0)
+    purges = InvalidationLog(None, "test", 1.0)
     mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
     mesh.shared = Empty()
     key = b"k" * 32
