@@ -116,7 +116,7 @@ class RequestPath:
             self._replies.left(call)
             raise
         except Exception as error:
-            call.error = faults.told(log, f"{call.name} failed", error, call.trace.trace_id)
+            call.error = faults.reported(log, f"{call.name} failed", error, call.trace.trace_id)
         return self._replies.failure(call, call.error)
 
     def _refuse(self, call: Call) -> None:

@@ -27,7 +27,7 @@ from services.runtime.rpc.rpc import (
     check_metadata,
     unary,
 )
-from services.runtime.telemetry.spans import Value
+from services.runtime.telemetry.spans import Value, rpc_attributes
 
 ReadyCheck: TypeAlias = Callable[[], bool]
 
@@ -56,7 +56,6 @@ EXTENSIONS = (
 # epoch.
 DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def service(
@@ -208,16 +207,7 @@ def full_name(method: str) -> str:
 
 
 def span_attributes(method: str, code: int) -> dict[str, Value]:
-    """Returns a server span's attributes by the semantic conventions for RPC (1.45). `code` is a google.rpc.Code."""
-    name = _CODES.get(code, "UNKNOWN")
-    attributes: dict[str, Value] = {
-        "rpc.system.name": "grpc",
-        "rpc.method": full_name(method),
-        "rpc.response.status_code": name,
-    }
-    if code:
-        attributes["error.type"] = name
-    return attributes
+    return rpc_attributes(full_name(method), code)
 
 
 def traceparent(sent: Metadata) -> str | None:

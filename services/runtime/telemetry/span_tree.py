@@ -63,12 +63,12 @@ def _in_order(spans: list[Span]) -> Iterable[tuple[int, Span]]:
         parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else ""
         children.setdefault(parent, []).append(span)
     # Spans are untrusted: one that is its own ancestor is treated as a root, and each is yielded once.
-    told: set[int] = set()
+    yielded: set[int] = set()
     for root in [*children.get("", []), *spans]:
         stack = [(0, root)]
         while stack:
             depth, span = stack.pop()
-            if id(span) not in told:
-                told.add(id(span))
+            if id(span) not in yielded:
+                yielded.add(id(span))
                 yield depth, span
                 stack.extend((depth + 1, child) for child in reversed(children.get(span.span_id, [])))

@@ -334,7 +334,7 @@ def expand(call: OperatorCall) -> Outcome:
 def _expanded(call: OperatorCall, wide: Shape, goal: Shape, rows: RowAxis | None) -> Shape:
     """The broadcast of two shapes of equal rank, with the size of the rows along their axis."""
     axis = -1 if rows is None else rows.axis
-    hidden = [tuple(ONE if place == axis else size for place, size in enumerate(shape)) for shape in (wide, goal)]
+    hidden = [tuple(ONE if other == axis else size for other, size in enumerate(shape)) for shape in (wide, goal)]
     made = broadcast(hidden, call.symbols)
     return made if rows is None else (*made[:axis], rows.size, *made[axis + 1 :])
 

@@ -171,7 +171,7 @@ def dft(call: OperatorCall) -> Outcome:
     shape = call.shape(0)
     axis = from_front((call.integers(2) or [-2])[0], len(shape)) if call.opset >= 20 else call.axis(1)
     not_along(call.rows, [axis, len(shape) - 1], "transforms")
-    sizes = [call.fresh() if place == axis else size for place, size in enumerate(shape[:-1])]
+    sizes = [call.fresh() if other == axis else size for other, size in enumerate(shape[:-1])]
     return Tensor((*sizes, Size(2)), call.rows)
 
 
