@@ -86,7 +86,7 @@ class RequestPath:
 
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
         """Makes the call of a received request; `deadline` in time.monotonic."""
-        told = protocol.told(metadata)
+        told = protocol.caller_metadata(metadata)
         call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
         call.told = told
         return call

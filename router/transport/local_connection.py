@@ -11,7 +11,7 @@ import grpc
 
 from router.transport.grpc_channel import CallError, code_of, taken_apart
 from services.runtime import faults
-from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameError, Frames
+from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameConnection, FrameError
 from services.runtime.large_result import LargeAnswer, take_apart
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _MAX_NUMBER = 2**32 - 1
 
 
-class LocalConnection(Frames):
+class LocalConnection(FrameConnection):
     """A connection for many concurrent envelopes."""
 
     def __init__(self) -> None:
