@@ -18,14 +18,14 @@ Labels: TypeAlias = tuple[str, ...]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 
-# All scrapes of the last two minutes are kept, and one per ten seconds of the last half hour.
-KEPT_SECONDS = 1810.0
-MAX_SCRAPES = 384
+# The last scrape of each step is kept up to an age, both in seconds: all scrapes of two minutes, one in ten seconds for
+# half an hour, one a minute for two hours, and one in ten minutes for a day. That makes about 450.
+_KEPT = ((130.0, 0.001), (1810.0, 10.0), (7260.0, 60.0), (87_000.0, 600.0))
+KEPT_SECONDS = _KEPT[-1][0]
+MAX_SCRAPES = 640
 # Maximum number of series of one process, and of all.
 MAX_SERIES = 12_000
 MAX_ALL_SERIES = 60_000
-_WHOLE_SECONDS = 130.0
-_THINNED_SECONDS = 10.0
 
 
 class ScrapedSample(NamedTuple):
@@ -126,10 +126,12 @@ class _Target:
     def thin(self, now: float) -> None:
         """Removes scrapes to make room for new ones."""
         times = self.times[: self.count]
-        bins = np.ceil(times / _THINNED_SECONDS)
-        last_of_bin = np.append(bins[1:] != bins[:-1], True)
-        kept = np.flatnonzero(((times > now - _WHOLE_SECONDS) | last_of_bin) & (times > now - KEPT_SECONDS))
-        kept = kept[-MAX_SCRAPES // 2 :] if len(kept) > MAX_SCRAPES * 3 // 4 else kept
+        is_kept = np.zeros(self.count, bool)
+        for age, step in _KEPT:
+            is_last_of_step = np.append(np.diff(np.ceil(times / step)) != 0, True)
+            is_kept |= is_last_of_step & (times > now - age)
+        # More are kept only if a process was scraped too often.
+        kept = np.flatnonzero(is_kept)[-MAX_SCRAPES * 3 // 4 :]
         self.series -= sum(table.thin(kept) for table in self.tables.values())
         self.tables = {name: table for name, table in self.tables.items() if table.labels}
         self.times[: len(kept)] = times[kept]

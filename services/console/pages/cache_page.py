@@ -27,6 +27,7 @@ from services.console.pages import form
 from services.console.pages.chart import plot
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
+from services.console.pages.request_charts import ChartOptions
 
 _KEYS = 15
 _PURGE_SECONDS = 10.0
@@ -38,7 +39,8 @@ async def contents(sources: Sources, request: Request) -> Context:
     history = sources.history
     notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
     uses = _uses(history)
-    edges = overview.edges(history)
+    options = ChartOptions(request)
+    edges = options.edges(history)
     breakers = history.last("ringmesh_redis_breaker_open", ("target",))
     redis = history.quantile(0.99, REDIS, NOW_SECONDS, ("target", "operation"))
     p99, p50 = history.quantiles((0.99, 0.5), REDIS, edges, operation="get").get((), (None, None))
@@ -57,6 +59,7 @@ async def contents(sources: Sources, request: Request) -> Context:
         "saved": sum(row["saved"] for row in uses),
         "breakers": [(target, is_open) for (target,), is_open in sorted(breakers.items())],
         "redis": [(*labels, p99) for labels, p99 in sorted(redis.items())],
+        "switches": options.switches,
         "charts": [
             plot("From the cache", edges, {"hit ratio": hit_ratio}, units.percent, least=1.0),
             plot("Compute saved per second", edges, {"saved": saved}, units.seconds),

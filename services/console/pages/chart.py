@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from services.console.data.history import Floats
-from services.console.data.units import UNKNOWN
+from services.console.data.units import UNKNOWN, clock, seconds
 
 _WIDTH, _HEIGHT = 600.0, 120.0
 
@@ -37,10 +38,11 @@ def plot(
     summary = "; ".join(f"{label}: now {now[label]}, highest {peaks[label]}" for label in lines)
     return Markup(
         '<figure class="chart"><figcaption><span class="title">{title}</span>{legend}</figcaption>'
-        '<div class="plot"><span class="top">{top}</span>'
+        '<div class="plot" tabindex="0" role="group" aria-label="{title}: arrow keys read its values" '
+        'data-steps="{steps}"><span class="top">{top}</span>'
         '<svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img" aria-label="{title}. {summary}">'
         '<path class="grid" d="M0 1H600M0 60H600M0 119H600"/>{body}</svg>{empty}</div>'
-        '<div class="axis"><span>{span:.0f} min ago</span><span>now</span></div></figure>'
+        '<div class="axis"><span>{span} ago</span><span>now</span></div></figure>'
     ).format(
         title=title,
         legend=Markup("").join(legend),
@@ -48,7 +50,18 @@ def plot(
         summary=summary,
         body=Markup("").join(_paths([*lines.values()], top)),
         empty=Markup('<p class="nodata">no data yet</p>') if empty else "",
-        span=(edges[-1] - edges[0]) / 60,
+        span=seconds(edges[-1] - edges[0]),
+        steps="" if empty else _steps(edges, lines, unit),
+    )
+
+
+def _steps(edges: Floats, lines: Mapping[str, Floats | None], unit: Callable[[float], str]) -> str:
+    """Returns the end of each step and its values as text, in JSON, for the script that shows them."""
+    known = {label: line.tolist() for label, line in lines.items() if line is not None}
+    times = [clock(int(end * 1e9)) for end in edges[1:].tolist()]
+    steps = [list(map(unit, values)) for values in zip(*known.values(), strict=True)]
+    return json.dumps(
+        {"labels": list(known), "times": times, "values": steps}, separators=(",", ":"), ensure_ascii=False
     )
 
 
@@ -135,7 +148,7 @@ def _paths(lines: Sequence[Floats | None], top: float) -> Iterator[Markup]:
         # Draw the parts between gaps; a single value becomes a short line.
         for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else ():
             d = "M" + "L".join(f"{x[i]:.1f} {y[i]:.1f}" for i in part) + ("h-3" if len(part) == 1 else "")
-            if number == 0:
+            if number == 0 and len(lines) <= 2:
                 area = f"{d}L{x[part[-1]]:.1f} {_HEIGHT}L{x[part[0]]:.1f} {_HEIGHT}Z"
                 yield Markup('<path class="area" d="{}"/>').format(area)
             yield Markup('<path class="line k{}" d="{}"/>').format(number, d)

@@ -15,9 +15,10 @@ from services.console.data.fleet_watch import ModelView, ask
 from services.console.data.history import History
 from services.console.data.overview import NOW_SECONDS, STAGE
 from services.console.data.sources import Sources
-from services.console.pages import fleet_page
+from services.console.pages import request_charts
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
+from services.console.pages.request_charts import ChartOptions
 
 _SECONDS = 2.0
 # Orders of the table by the key metric, the highest first.
@@ -50,11 +51,13 @@ async def one(sources: Sources, request: Request) -> Context:
     versions = [model for model in sources.view.models if model.name == name]
     if not versions:
         raise HTTPException(404, f"No router knows a model {name!r}. A new model appears after some seconds.")
+    options = ChartOptions(request, "version", "worker")
     return {
         "name": name,
         "rows": _rows(sources, versions),
         "copies": _copies(sources.history, name, versions),
-        "charts": fleet_page.charts(sources.history, model=name),
+        "charts": request_charts.charts(sources.history, options, model=name),
+        "switches": options.switches,
         "metadata": await metadata(sources, name),
     }
 

@@ -131,6 +131,31 @@ def test_what_is_older_than_two_minutes_is_coarser_and_loses_no_count(history, c
     assert sum(curve) * 10 == pytest.approx(2250, abs=25)
 
 
+def test_a_day_is_kept_in_bounded_memory_and_loses_no_count(history, clock):
+    for number in range(90_000 // 10):
+        history.add("router", [ScrapedSample("requests_total", {"model": "mlp"}, 5 * number)])
+        clock.now += 10
+    target = history._targets["router"]
+    assert target.count <= MAX_SCRAPES
+    assert target.tables["requests_total"].values.nbytes <= MAX_SCRAPES * 4 * 8
+    curve = history.rates("requests_total", history.edges(86_400, 600))[()]
+    assert curve == pytest.approx([0.5] * 144)
+    assert history.rates("requests_total", history.edges(7200, 60))[()] == pytest.approx([0.5] * 120)
+
+
+def test_curves_are_broken_down_by_label_and_have_gaps_for_processes_that_were_not_scraped(history, clock):
+    for number in range(30):
+        history.add("w0", [ScrapedSample("runs_total", {}, 2 * number)])
+        if number < 15:
+            history.add("w1", [ScrapedSample("runs_total", {}, 4 * number)])
+        clock.now += 2
+    curves = history.rates("runs_total", history.edges(60, 10), ("target",))
+    assert curves["w0",][1:5] == pytest.approx([1.0] * 4)
+    assert curves["w1",][1:3] == pytest.approx([2.0] * 2)
+    assert all(map(math.isnan, curves["w1",][3:]))
+    assert history.rates("runs_total", history.edges(60, 10))[()][4] == pytest.approx(1.0)
+
+
 def test_series_that_are_long_gone_make_room(history, clock):
     history.add("router", [ScrapedSample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES)])
     scrape(history, clock, *[None] * int(KEPT_SECONDS))
