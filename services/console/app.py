@@ -27,6 +27,7 @@ from services.console.pages import (
     summary_api,
     traces_page,
     try_page,
+    worker_page,
 )
 from services.console.pages.live import Pages
 from services.console.security import Guard
@@ -53,7 +54,10 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
         routes=[
             Route("/", pages.page("fleet.html", partial(fleet_page.contents, sources))),
             Route("/models", pages.page("models.html", partial(models_page.listing, sources))),
-            Route("/models/{name}", pages.page("model.html", partial(models_page.one, sources))),
+            Route(
+                "/models/{name}", pages.page("model.html", partial(models_page.one, sources)), methods=["GET", "POST"]
+            ),
+            Route("/workers/{name}", pages.page("worker.html", partial(worker_page.contents, sources))),
             Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources)), methods=["GET", "POST"]),
             Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
             Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources))),

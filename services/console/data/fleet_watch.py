@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import grpc
@@ -60,6 +60,16 @@ class ModelCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """A model version that a worker could not load. `version` is "" if the reason concerns all versions."""
+
+    worker: str
+    model: str
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """One model version of the fleet. `state` and `reason` come from the repository index."""
 
@@ -93,6 +103,7 @@ class FleetSnapshot:
     routers: tuple[ServiceView, ...]
     cache: ServiceView
     models: tuple[ModelView, ...] = ()
+    failures: tuple[LoadFailure, ...] = ()
 
     @property
     def router(self) -> ServiceView | None:
@@ -143,9 +154,9 @@ class FleetWatch:
                 asyncio.gather(*(self._ask_router(router) for router in self.view.routers)),
                 self._ask_cache(self.view.cache.address),
             )
-            self.view = FleetSnapshot(tuple(routers), cache, self.view.models)
+            self.view = replace(self.view, routers=tuple(routers), cache=cache)
             if turn % _MODELS_EVERY == 0 or not self.view.models:
-                self.view = FleetSnapshot(tuple(routers), cache, await self._ask_models())
+                await self._ask_models()
             turn += 1
             await asyncio.sleep(_ASK_SECONDS)
 
@@ -161,24 +172,34 @@ class FleetWatch:
         _, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
         return ServiceView(address, problem)
 
-    async def _ask_models(self) -> tuple[ModelView, ...]:
-        """Asks the first router that answers for its models; returns the models known before if none does."""
+    async def _ask_models(self) -> None:
+        """Asks the first router that answers for its models, and its workers for theirs."""
         router = self.view.router
         if router is None:
-            return self.view.models
+            return
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self.channel(router.address))
         index, _ = await ask(lambda: stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=_TIMEOUT))
         if index is None:
-            return self.view.models
-        copies = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
-        return tuple(
+            return
+        described = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
+        copies: dict[tuple[str, str], list[ModelCopy]] = {}
+        for answer in described:
+            for held in answer.models:
+                copies.setdefault((held.name, held.version), []).append(ModelCopy(answer.worker_id, held))
+        models = tuple(
             ModelView(
                 model.name, model.version, model.state, model.reason, tuple(copies.get((model.name, model.version), ()))
             )
             for model in index.models
         )
+        failures = tuple(
+            LoadFailure(answer.worker_id, failed.model, failed.version, failed.reason)
+            for answer in described
+            for failed in answer.failed
+        )
+        self.view = replace(self.view, models=models, failures=failures)
 
-    async def _ask_workers(self, addresses: list[str]) -> dict[tuple[str, str], list[ModelCopy]]:
+    async def _ask_workers(self, addresses: list[str]) -> list[inference_pb2.DescribeResponse]:
         """Asks each worker for its models. Omits workers that do not answer."""
         for gone in self._workers.keys() - set(addresses):
             await self._workers.pop(gone).close()
@@ -186,13 +207,7 @@ class FleetWatch:
             if address not in self._workers:
                 self._workers[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
         answers = await asyncio.gather(*(_describe(self._workers[address]) for address in addresses))
-        copies: dict[tuple[str, str], list[ModelCopy]] = {}
-        for answer in answers:
-            if answer is None:
-                continue
-            for held in answer.models:
-                copies.setdefault((held.name, held.version), []).append(ModelCopy(answer.worker_id, held))
-        return copies
+        return sorted((answer for answer in answers if answer is not None), key=lambda answer: answer.worker_id)
 
 
 async def _describe(channel: grpc.aio.Channel) -> inference_pb2.DescribeResponse | None:
