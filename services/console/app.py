@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from services.console.data.sources import Sources
 from services.console.pages import (
     cache_page,
+    compare_page,
     cost_page,
     fleet_page,
     models_page,
@@ -63,6 +64,7 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
             Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources))),
             Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
+            Route("/compare", pages.page("compare.html", partial(compare_page.contents, sources))),
             Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),
             Route("/api/summary", partial(summary_api.summary, sources)),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),

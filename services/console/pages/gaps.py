@@ -1,0 +1,78 @@
+"""Explains the parts of a span that none of its child spans covers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.console.data import span_names as names
+from services.runtime.telemetry.span_tree import Span, SpanTree
+
+# Shorter gaps are not explained: the larger of a share of the trace and a time in ns.
+_LEAST_SHARE = 0.02
+_LEAST_NS = 50_000
+# A wait at one end of an attempt that is this many times as long as at the other end is not explained by the network.
+_UNEVEN = 3
+_TRANSIT = "on the way between the router and the worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A part of `span` without a child span, in ns, and what happens in it, as the end of a sentence."""
+
+    span: Span
+    start_ns: int
+    end_ns: int
+    text: str
+
+    @property
+    def duration_ns(self) -> int:
+        """How long it took."""
+        return self.end_ns - self.start_ns
+
+
+def find(tree: SpanTree) -> list[Gap]:
+    """Returns the gaps that are long enough to matter, in the order of the spans."""
+    least = max(_LEAST_NS, _LEAST_SHARE * tree.duration_ns)
+    return [gap for _, span in tree.rows for gap in _gaps(span, tree) if gap.duration_ns >= least]
+
+
+def _gaps(span: Span, tree: SpanTree) -> Iterator[Gap]:
+    children = [child for _, child in tree.rows if child.parent_id == span.span_id and child is not span]
+    if not children:
+        return
+    children.sort(key=lambda child: child.start_ns)
+    ends = max(child.end_ns for child in children)
+    before, after = children[0].start_ns - span.start_ns, span.end_ns - ends
+    yield Gap(span, span.start_ns, span.start_ns + before, _before(span, before, after))
+    reached = children[0].end_ns
+    for child in children[1:]:
+        yield Gap(span, reached, child.start_ns, _between(span))
+        reached = max(reached, child.end_ns)
+    yield Gap(span, ends, span.end_ns, _after(span, before, after))
+
+
+def _before(span: Span, before: int, after: int) -> str:
+    if names.is_attempt(span):
+        return "waiting in the router for earlier envelopes of the model" if before > _UNEVEN * after else _TRANSIT
+    if span.name == names.BATCH:
+        return "copying the inputs into the batch"
+    if span.short_name == names.EXECUTE:
+        return "decoding the request on the worker"
+    return "in the router before the first step: decoding, admission, look-up in its memory"
+
+
+def _between(span: Span) -> str:
+    if span.short_name == names.EXECUTE:
+        return "on the worker between two steps"
+    return "in the router between two steps"
+
+
+def _after(span: Span, before: int, after: int) -> str:
+    if names.is_attempt(span):
+        return "waiting for other requests in the same envelope" if after > _UNEVEN * before else _TRANSIT
+    if span.name == names.BATCH:
+        return "copying the outputs of the batch"
+    if span.short_name == names.EXECUTE:
+        return "encoding the answer on the worker"
+    return "in the router after the last step: storing and sending the answer"
