@@ -24,6 +24,9 @@ from services.console.pages.live import Context
 from services.runtime.telemetry.span_tree import Span, SpanTree
 
 _LIMIT = 100
+_MOST_BARS = 16
+# Bounds of the histogram's bars in each power of ten, the finest that fit.
+_STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +82,9 @@ async def one(sources: Sources, request: Request) -> Context:
     """Returns the context of `trace.html`. Raises HTTPException 404 if the trace is not stored."""
     summary, tree = stored(sources, request.path_params["trace_id"].lower())
     total = max(1, tree.duration_ns)
-    found = gaps.find(tree)
-    bars = []
-    for depth, span in tree.rows:
-        bars.append(_row(span, depth, span.start_ns, span.end_ns, "", tree))
-        bars += [_row(span, depth + 1, gap.start_ns, gap.end_ns, gap.text, tree) for gap in found if gap.span is span]
     return {
         "summary": summary,
-        "bars": bars,
+        "rows": _waterfall(tree),
         "total_ns": total,
         "story": story.tell(summary, tree),
         "linked": _linked(sources, tree),
@@ -106,9 +104,21 @@ def stored(sources: Sources, trace_id: str) -> tuple[TraceSummary, SpanTree]:
     return found
 
 
-def _row(span: Span, depth: int, start_ns: int, end_ns: int, gap: str, tree: SpanTree) -> WaterfallRow:
+def _waterfall(tree: SpanTree) -> list[WaterfallRow]:
+    """Returns the spans in tree order, and each long gap between the children of its span."""
     total = max(1, tree.duration_ns)
-    return WaterfallRow(span, depth, (start_ns - tree.start_ns) / total, (end_ns - start_ns) / total, gap)
+
+    def row(span: Span, depth: int, start_ns: int, end_ns: int, gap: str = "") -> WaterfallRow:
+        return WaterfallRow(span, depth, (start_ns - tree.start_ns) / total, (end_ns - start_ns) / total, gap)
+
+    rows = [row(span, depth, span.start_ns, span.end_ns) for depth, span in tree.rows]
+    for gap in gaps.find(tree):
+        index = next(index for index, one in enumerate(rows) if one.span is gap.span and not one.gap)
+        made = row(gap.span, rows[index].depth + 1, gap.start_ns, gap.end_ns, gap.text)
+        following = range(index + 1, len(rows))
+        ends = (i for i in following if (rows[i].depth, -rows[i].start) <= (made.depth, -made.start))
+        rows.insert(next(ends, len(rows)), made)
+    return rows
 
 
 def _linked(sources: Sources, tree: SpanTree) -> list[tuple[str, str, bool]]:
@@ -122,10 +132,12 @@ def _linked(sources: Sources, tree: SpanTree) -> list[tuple[str, str, bool]]:
 
 
 def _histogram(request: Request, found: Sequence[TraceSummary]) -> list[Row]:
-    """Returns how many traces took how long, as bars with a link to these traces; steps of 1, 2 and 5 ms and so on."""
-    bounds = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5)]
-    durations = [summary.duration_ns / 1e6 for summary in found]
-    places = [bisect(bounds, duration) for duration in durations]
+    """Returns how many traces took how long, as up to _MOST_BARS bars with a link to these traces."""
+    for steps in _STEPS:
+        bounds = [step * 10.0**power for power in range(-3, 6) for step in steps]
+        places = [bisect(bounds, summary.duration_ns / 1e6) for summary in found]
+        if max(places, default=0) - min(places, default=0) < _MOST_BARS:
+            break
     counts, failed = Counter(places), Counter(place for place, one in zip(places, found, strict=True) if one.error)
     rows = []
     for place in range(min(places, default=0), max(places, default=-1) + 1):
