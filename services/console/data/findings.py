@@ -240,7 +240,7 @@ def _models(view: FleetSnapshot) -> Iterator[Finding]:
             f"/models/{quote(first.name)}",
         )
     for model in view.models:
-        if len({copy.held.digest for copy in model.copies}) > 1:
+        if len({replica.served.digest for replica in model.replicas}) > 1:
             yield Finding(
                 "note",
                 "Workers differ",

@@ -47,16 +47,16 @@ class ServiceView:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCopy:
+class ModelReplica:
     """A model version on one worker, as the worker describes it."""
 
     worker: str
-    held: inference_pb2.ModelVersion
+    served: inference_pb2.ModelVersion
 
     @property
     def uncacheable(self) -> str:
         """Why its answers are not cached; "" if they are."""
-        return "" if self.held.cacheable else self.held.cacheable_reason or "not cacheable"
+        return "" if self.served.cacheable else self.served.cacheable_reason or "not cacheable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +77,25 @@ class ModelView:
     version: str
     state: str
     reason: str
-    copies: tuple[ModelCopy, ...] = ()
+    replicas: tuple[ModelReplica, ...] = ()
 
     @property
     def uncacheable(self) -> str:
         """Why no worker's answers are cached; "" if those of any worker are."""
-        reasons = [copy.uncacheable for copy in self.copies]
+        reasons = [replica.uncacheable for replica in self.replicas]
         return reasons[0] if reasons and all(reasons) else ""
 
     @property
     def batching(self) -> str:
         """Whether requests are batched, as reported by a worker."""
-        return next((copy.held.batch_remark for copy in self.copies if copy.held.batch_remark), "")
+        return next((replica.served.batch_remark for replica in self.replicas if replica.served.batch_remark), "")
 
     @property
     def providers(self) -> str:
         """The execution providers of ONNX Runtime, without the suffix ExecutionProvider."""
-        return ", ".join(sorted({copy.held.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
+        return ", ".join(
+            sorted({replica.served.provider.removesuffix("ExecutionProvider") for replica in self.replicas})
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +184,17 @@ class FleetWatch:
         if index is None:
             return
         described = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
-        copies: dict[tuple[str, str], list[ModelCopy]] = {}
+        replicas: dict[tuple[str, str], list[ModelReplica]] = {}
         for answer in described:
-            for held in answer.models:
-                copies.setdefault((held.name, held.version), []).append(ModelCopy(answer.worker_id, held))
+            for served in answer.models:
+                replicas.setdefault((served.name, served.version), []).append(ModelReplica(answer.worker_id, served))
         models = tuple(
             ModelView(
-                model.name, model.version, model.state, model.reason, tuple(copies.get((model.name, model.version), ()))
+                model.name,
+                model.version,
+                model.state,
+                model.reason,
+                tuple(replicas.get((model.name, model.version), ())),
             )
             for model in index.models
         )

@@ -43,17 +43,17 @@ def draw(config: model_config_pb2.ModelConfig) -> Markup:
     nodes += [_Node(tensor.name, "", frozenset([tensor.name]), frozenset()) for tensor in config.output]
     columns += [max(columns) + 1] * len(config.output)
     rows = [columns[:index].count(column) for index, column in enumerate(columns)]
-    places = [(column * _ACROSS, row * _DOWN) for column, row in zip(columns, rows, strict=True)]
+    corners = [(column * _ACROSS, row * _DOWN) for column, row in zip(columns, rows, strict=True)]
     edges = [
         Markup('<path d="M{} {}C{} {} {} {} {} {}"/><text class="tensor" x="{}" y="{}">{}</text>').format(
             x + _WIDTH, y + 20, x + _WIDTH + 40, y + 20, to_x - 40, to_y + 20, to_x, to_y + 20,
             (x + _WIDTH + to_x) / 2, (y + to_y) / 2 + 14, ", ".join(sorted(shared)),
         )
-        for source, (x, y) in zip(nodes, places, strict=True)
-        for target, (to_x, to_y) in zip(nodes, places, strict=True)
+        for source, (x, y) in zip(nodes, corners, strict=True)
+        for target, (to_x, to_y) in zip(nodes, corners, strict=True)
         if (shared := source.writes & target.reads)
     ]  # fmt: skip
-    boxes = [_box(node, x, y) for node, (x, y) in zip(nodes, places, strict=True)]
+    boxes = [_box(node, x, y) for node, (x, y) in zip(nodes, corners, strict=True)]
     labels = ", ".join(step.model_name for step in steps)
     return Markup(
         '<svg class="graph" viewBox="-2 -2 {} {}" width="{}" role="img" aria-label="Ensemble of {}">{}{}</svg>'

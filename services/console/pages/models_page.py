@@ -63,7 +63,10 @@ async def one(sources: Sources, request: Request) -> Context:
             action = await _change(stub, name, await form.read(request))
         config, _ = await ask(lambda: stub.ModelConfig(v2.ModelConfigRequest(name=name), timeout=_SECONDS))
     ensembles = [
-        copy.held.ensemble.config for model in versions for copy in model.copies if copy.held.HasField("ensemble")
+        replica.served.ensemble.config
+        for model in versions
+        for replica in model.replicas
+        if replica.served.HasField("ensemble")
     ]
     shown = config.config if config is not None else next(iter(ensembles), model_config_pb2.ModelConfig())
     return {
@@ -71,7 +74,7 @@ async def one(sources: Sources, request: Request) -> Context:
         "action": action,
         "is_served": any(model.state == "READY" for model in versions),
         "rows": _rows(sources, versions),
-        "copies": _copies(sources.history, name, versions),
+        "replicas": _replicas(sources.history, name, versions),
         "failures": [failure for failure in sources.view.failures if failure.model == name],
         "charts": request_charts.charts(sources.history, options, model=name),
         "switches": options.switches,
@@ -129,19 +132,19 @@ def _rows(sources: Sources, models: Sequence[ModelView]) -> list[Row]:
     ]
 
 
-def _copies(history: History, name: str, versions: Sequence[ModelView]) -> list[Row]:
+def _replicas(history: History, name: str, versions: Sequence[ModelView]) -> list[Row]:
     """Returns the model's versions on each worker, with requests per second and mean times in seconds."""
     by = ("version", "target")
     mean = overview.means(history, STAGE, NOW_SECONDS, (*by, "stage"), model=name)
     rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, by, model=name)
     return [
         {
-            "served": copy,
+            "replica": replica,
             "rate": rate[key],
             "queue": mean[*key, "queue"],
             "compute": mean[*key, "compute"],
         }
         for model in versions
-        for copy in model.copies
-        for key in [(model.version, copy.worker)]
+        for replica in model.replicas
+        for key in [(model.version, replica.worker)]
     ]

@@ -17,7 +17,7 @@ from services.console.pages.chart import plot
 from services.console.pages.live import Context
 from services.console.pages.request_charts import ChartOptions
 
-# The console's history is short, so it uses only the short windows of the alerts in deploy/prometheus.
+# Only the short windows of the alerts in deploy/prometheus: the console loses its history when it restarts.
 WINDOWS = ((300.0, "5 min"), (1500.0, "25 min"))
 LONG_WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 # The burn rate that uses up the 30-day budget in two days. The paging alert uses the same threshold.

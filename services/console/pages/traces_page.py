@@ -135,21 +135,21 @@ def _histogram(request: Request, found: Sequence[TraceSummary]) -> list[Row]:
     """Returns how many traces took how long, as up to _MOST_BARS bars with a link to these traces."""
     for steps in _STEPS:
         bounds = [step * 10.0**power for power in range(-3, 6) for step in steps]
-        places = [bisect(bounds, summary.duration_ns / 1e6) for summary in found]
-        if max(places, default=0) - min(places, default=0) < _MOST_BARS:
+        bars = [bisect(bounds, summary.duration_ns / 1e6) for summary in found]
+        if max(bars, default=0) - min(bars, default=0) < _MOST_BARS:
             break
-    counts, failed = Counter(places), Counter(place for place, one in zip(places, found, strict=True) if one.error)
+    counts, failed = Counter(bars), Counter(bar for bar, one in zip(bars, found, strict=True) if one.error)
     rows = []
-    for place in range(min(places, default=0), max(places, default=-1) + 1):
-        low, high = ([0.0, *bounds][place], [*bounds, math.inf][place])
+    for bar in range(min(bars, default=0), max(bars, default=-1) + 1):
+        low, high = ([0.0, *bounds][bar], [*bounds, math.inf][bar])
         limits = {"min_ms": f"{low:g}", **({} if math.isinf(high) else {"max_ms": f"{high:g}"})}
         rows.append(
             {
                 "label": f"< {units.seconds(high / 1e3)}" if high < math.inf else f"≥ {units.seconds(low / 1e3)}",
-                "count": counts[place],
-                "failed": failed[place],
-                "share": counts[place] / max(counts.values()),
-                "failed_share": failed[place] / max(counts.values()),
+                "count": counts[bar],
+                "failed": failed[bar],
+                "share": counts[bar] / max(counts.values()),
+                "failed_share": failed[bar] / max(counts.values()),
                 "link": f"/traces?{urlencode({**request.query_params, **limits})}",
             }
         )

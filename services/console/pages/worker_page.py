@@ -75,14 +75,14 @@ def _models(sources: Sources, target: str) -> list[Row]:
     mean = overview.means(history, STAGE, NOW_SECONDS, (*by, "stage"), target=target)
     return [
         {
-            "served": copy.held,
+            "served": replica.served,
             "memory": memory[key],
             "rate": rate[key],
             "queue": mean[*key, "queue"],
             "compute": mean[*key, "compute"],
         }
         for model in sources.view.models
-        for copy in model.copies
-        if copy.worker == target
+        for replica in model.replicas
+        if replica.worker == target
         for key in [(model.name, model.version)]
     ]
