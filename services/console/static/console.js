@@ -103,6 +103,7 @@ function point(plot, step) {
 
 function unpoint() {
   tip.hidden = true;
+  tip.textContent = "";
   pointed = null;
 }
 
