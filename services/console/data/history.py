@@ -219,8 +219,9 @@ class History:
         for target, table, columns in self._matching(name, where):
             values = table.values[target.count - 1, columns]
             present = ~np.isnan(values)
-            for key, total in _grouped(table, by, columns[present], values[None, present]):
-                out[key] = out.get(key, 0.0) + float(total[0])
+            keys, sums = _grouped(table, by, columns[present], values[None, present])
+            for key, total in zip(keys, sums[0].tolist(), strict=True):
+                out[key] = out.get(key, 0.0) + total
         return out
 
     def increase(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> Values:
@@ -260,9 +261,8 @@ class History:
             known = ~np.isnan(values)
             counts = _binned(times, known.astype(np.float64), edges)
             means = _binned(times, np.where(known, values, 0.0), edges) / np.maximum(counts, 1)
-            for key, total in _grouped(table, by, columns, means):
-                curve = np.where(counts.any(axis=1), total, math.nan)
-                out[key] = add(out[key], curve) if key in out else curve
+            means[~counts.any(axis=1)] = math.nan
+            _add_all(out, *_grouped(table, by, columns, means))
         return out
 
     def _last_seconds(self, seconds: float) -> Floats:
@@ -294,19 +294,24 @@ class History:
             if len(gaps):
                 grown[:, gaps] = _bridged(times, table, columns[gaps])[first:]
             scraped = np.diff(np.searchsorted(times, edges, "right")) > 0
-            for key, total in _grouped(table, by, columns, _binned(times[first:], grown, edges)):
-                curve = np.where(scraped, total, math.nan)
-                out[key] = add(out[key], curve) if key in out else curve
+            keys, sums = _grouped(table, by, columns, grown)
+            binned = _binned(times[first:], sums, edges)
+            binned[~scraped] = math.nan
+            _add_all(out, keys, binned)
         return out
 
 
-def _grouped(table: _Table, by: Sequence[str], columns: Indices, values: Floats) -> Iterator[tuple[Labels, Floats]]:
-    """Yields the sums of `values`, rows by columns, over the columns of each group."""
+def _grouped(table: _Table, by: Sequence[str], columns: Indices, values: Floats) -> tuple[list[Labels], Floats]:
+    """Returns the groups of the columns, and the sums of each row of `values` by group."""
     keys, indices = table.groups(by)
-    group = indices[columns]
-    sums = np.array([np.bincount(group, row, len(keys)) for row in values])
-    for index in np.unique(group).tolist():
-        yield keys[index], sums[:, index]
+    present, group = np.unique(indices[columns], return_inverse=True)
+    sums = np.array([np.bincount(group, row, len(present)) for row in values])
+    return [keys[index] for index in present.tolist()], sums
+
+
+def _add_all(out: dict[Labels, Floats], keys: Sequence[Labels], curves: Floats) -> None:
+    for key, curve in zip(keys, curves.T, strict=True):
+        out[key] = add(out[key], curve) if key in out else curve
 
 
 def add(one: Any, other: Any) -> Any:

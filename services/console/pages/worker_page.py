@@ -52,6 +52,7 @@ async def contents(sources: Sources, request: Request) -> Context:
     return {
         **row,
         "process": next((row for row in fleet_page.process_rows(sources) if row["name"] == target), None),
+        "free": history.last("ringmesh_host_memory_bytes", target=target, state="available")[()],
         "switches": options.switches,
         "charts": charts,
         "gpus": gpus,

@@ -36,7 +36,14 @@ def test_a_curve_is_interrupted_where_values_are_missing():
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(3.6e-09, "3.6e-09"), (360 / 1e6 * 1e-5, "3.6e-09"), (0.1 + 0.2, "0.3"), (7, "7"), ("", units.UNKNOWN), (True, "True")],
+    [
+        (3.6e-09, "3.6e-09"),
+        (360 / 1e6 * 1e-5, "3.6e-09"),
+        (0.1 + 0.2, "0.3"),
+        (7, "7"),
+        ("", units.UNKNOWN),
+        (True, "True"),
+    ],
 )
 def test_attributes_show_floats_without_their_binary_expansion(value, words):
     assert units.attribute(value) == words
