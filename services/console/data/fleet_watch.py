@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -15,7 +16,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from services.console.data.fleet_events import EventFeed, FleetEvent
+from services.console.data.fleet_events import EventFeed
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _ASK_SECONDS = 1.0
@@ -126,7 +127,7 @@ class FleetWatch:
         self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
         self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
-        self._feeds = [EventFeed(address, self._channels[address]) for address in routers]
+        self.events = EventFeed()
         self._tasks: list[asyncio.Task[None]] = []
 
     def channel(self, address: str) -> grpc.aio.Channel:
@@ -136,12 +137,9 @@ class FleetWatch:
     def start(self) -> None:
         """Starts polling, until `close`."""
         self._tasks = [BACKGROUND.start("fleet polling", self._run)]
-        self._tasks += [BACKGROUND.start("events of a router", feed.follow) for feed in self._feeds]
-
-    def events(self, count: int) -> list[FleetEvent]:
-        """Returns up to `count` events of all routers, the newest first."""
-        newest = [event for feed in self._feeds for event in feed.newest(count)]
-        return sorted(newest, key=lambda event: event.at_ms, reverse=True)[:count]
+        for router in self.view.routers:
+            follow = partial(self.events.follow, router.address, self.channel(router.address))
+            self._tasks.append(BACKGROUND.start("events of a router", follow))
 
     async def close(self) -> None:
         """Stops polling and disconnects."""

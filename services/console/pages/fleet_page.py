@@ -46,7 +46,7 @@ async def contents(sources: Sources, request: Request) -> Context:
         "workers": workers,
         "regions": any(worker.region for worker in members),
         "view": view,
-        "events": sources.fleet.events(_EVENTS),
+        "events": sources.fleet.events.newest(_EVENTS),
         "processes": process_rows(sources),
         "refused": history.refused(),
     }
