@@ -42,37 +42,37 @@ def _gaps(span: Span, tree: SpanTree) -> Iterator[Gap]:
     if not children:
         return
     children.sort(key=lambda child: child.start_ns)
-    ends = max(child.end_ns for child in children)
-    before, after = children[0].start_ns - span.start_ns, span.end_ns - ends
-    yield Gap(span, span.start_ns, span.start_ns + before, _before(span, before, after))
+    end_ns = max(child.end_ns for child in children)
+    before, between, after = _texts(span, children[0].start_ns - span.start_ns, span.end_ns - end_ns)
+    yield Gap(span, span.start_ns, children[0].start_ns, before)
     reached = children[0].end_ns
     for child in children[1:]:
-        yield Gap(span, reached, child.start_ns, _between(span))
+        yield Gap(span, reached, child.start_ns, between)
         reached = max(reached, child.end_ns)
-    yield Gap(span, ends, span.end_ns, _after(span, before, after))
+    yield Gap(span, end_ns, span.end_ns, after)
 
 
-def _before(span: Span, before: int, after: int) -> str:
+def _texts(span: Span, before: int, after: int) -> tuple[str, str, str]:
+    """Returns what a span does before, between and after its child spans. `before` and `after` are times in ns."""
     if names.is_attempt(span):
-        return "waiting in the router for earlier envelopes of the model" if before > _UNEVEN * after else _TRANSIT
+        return (
+            "waiting in the router for earlier envelopes of the model" if before > _UNEVEN * after else _TRANSIT,
+            _TRANSIT,
+            "waiting for other requests in the same envelope" if after > _UNEVEN * before else _TRANSIT,
+        )
     if span.name == names.BATCH:
-        return "copying the inputs into the batch"
+        return "copying the inputs into the batch", "between two runs of the batch", "copying the outputs of the batch"
     if span.short_name == names.EXECUTE:
-        return "decoding the request on the worker"
-    return "in the router before the first step: decoding, admission, look-up in its memory"
-
-
-def _between(span: Span) -> str:
-    if span.short_name == names.EXECUTE:
-        return "on the worker between two steps"
-    return "in the router between two steps"
-
-
-def _after(span: Span, before: int, after: int) -> str:
-    if names.is_attempt(span):
-        return "waiting for other requests in the same envelope" if after > _UNEVEN * before else _TRANSIT
-    if span.name == names.BATCH:
-        return "copying the outputs of the batch"
-    if span.short_name == names.EXECUTE:
-        return "encoding the answer on the worker"
-    return "in the router after the last step: storing and sending the answer"
+        return (
+            "decoding the request on the worker",
+            "on the worker between two steps",
+            "encoding the answer on the worker",
+        )
+    if span.service == "ringmesh-router":
+        return (
+            "in the router before the first step: decoding, admission, look-up in its memory",
+            "in the router between two steps",
+            "in the router after the last step: storing and sending the answer",
+        )
+    elsewhere = f"in {span.service}, or on the way to the next service"
+    return elsewhere, elsewhere, elsewhere
