@@ -23,7 +23,9 @@ def plot(
 
     `edges` are the times between the steps, in seconds. `least` is the minimum top of the scale.
     """
-    known = {label: np.array([]) if line is None else line[~np.isnan(line)] for label, line in lines.items()}
+    missing = np.full(len(edges) - 1, math.nan)
+    curves = {label: missing if line is None else line for label, line in lines.items()}
+    known = {label: curve[~np.isnan(curve)] for label, curve in curves.items()}
     empty = not any(map(len, known.values()))
     top = _nice(max([least, *(values.max(initial=0.0) for values in known.values())]) or 1.0)
     now = {label: unit(values[-1] if len(values) else math.nan) for label, values in known.items()}
@@ -48,21 +50,18 @@ def plot(
         legend=Markup("").join(legend),
         top=UNKNOWN if empty else unit(top),
         summary=summary,
-        body=Markup("").join(_paths([*lines.values()], top)),
+        body=Markup("").join(_paths([*curves.values()], top)),
         empty=Markup('<p class="nodata">no data yet</p>') if empty else "",
         span=seconds(edges[-1] - edges[0]),
-        steps="" if empty else _steps(edges, lines, unit),
+        steps="" if empty else _steps(edges, curves, unit),
     )
 
 
-def _steps(edges: Floats, lines: Mapping[str, Floats | None], unit: Callable[[float], str]) -> str:
+def _steps(edges: Floats, curves: Mapping[str, Floats], unit: Callable[[float], str]) -> str:
     """Returns the end of each step and its values as text, in JSON, for the script that shows them."""
-    known = {label: line.tolist() for label, line in lines.items() if line is not None}
     times = [clock(int(end * 1e9)) for end in edges[1:].tolist()]
-    steps = [list(map(unit, values)) for values in zip(*known.values(), strict=True)]
-    return json.dumps(
-        {"labels": list(known), "times": times, "values": steps}, separators=(",", ":"), ensure_ascii=False
-    )
+    values = [list(map(unit, step)) for step in np.transpose([*curves.values()]).tolist()]
+    return json.dumps({"labels": list(curves), "times": times, "values": values}, ensure_ascii=False)
 
 
 def bar(share: float, kind: str = "") -> Markup:
@@ -138,10 +137,8 @@ def _arc(start: float, end: float, inner: float, outer: float) -> str:
     )
 
 
-def _paths(lines: Sequence[Floats | None], top: float) -> Iterator[Markup]:
+def _paths(lines: Sequence[Floats], top: float) -> Iterator[Markup]:
     for number, line in reversed(list(enumerate(lines))):
-        if line is None:
-            continue
         x = np.linspace(0, _WIDTH, len(line))
         y = _HEIGHT - 1 - (_HEIGHT - 2) * np.minimum(1.0, line / top)
         known = np.flatnonzero(~np.isnan(line))

@@ -17,8 +17,8 @@ EDGES = np.array([1000.0, 1010.0, 1020.0, 1030.0])
 def test_a_chart_has_the_values_of_each_step_for_the_pointer():
     svg = plot("Requests/s", EDGES, {"all": np.array([1.0, math.nan, 3.0]), "failed": None}, units.number)
     steps = json.loads(html.unescape(re.search('data-steps="(.*?)"', svg)[1]))
-    assert steps["labels"] == ["all"]
-    assert steps["values"] == [["1"], [units.UNKNOWN], ["3"]]
+    assert steps["labels"] == ["all", "failed"]
+    assert steps["values"] == [["1", units.UNKNOWN], [units.UNKNOWN, units.UNKNOWN], ["3", units.UNKNOWN]]
     assert steps["times"][0] == units.clock(1010 * 10**9)
     assert f"all: now 3, highest 3; failed: now {units.UNKNOWN}, highest {units.UNKNOWN}" in svg
 
