@@ -348,6 +348,24 @@ def test_a_request_is_sent_and_followed_to_its_trace(browser, console):
     keep(browser, "trace")
 
 
+def test_a_trace_is_compared_with_another_by_two_clicks(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/traces?cache=miss&model=search-rank")
+    browser.wait(lambda: browser.run("return document.querySelectorAll('table.traces a').length") > 1)
+    assert browser.run("return document.querySelectorAll('.histogram a').length") > 0
+    browser.click("table.traces a")
+    browser.wait(lambda: "What happened" in browser.text())
+    browser.run("[...document.querySelectorAll('a')].find(e => e.textContent.startsWith('Compare')).click()")
+    browser.wait(lambda: "Choose the trace to compare" in browser.text())
+    browser.click("table.traces a")
+    browser.wait(lambda: "Two traces compared" in browser.text())
+    assert browser.text(".waterfall").count("\n") >= 6
+    for dark in (False, True):
+        browser.look(*PHONE, dark=dark)
+        assert browser.run(UNNAMED) + browser.run(FAINT) == []
+        assert browser.run("return document.documentElement.scrollWidth") <= PHONE[0]
+
+
 def test_models_are_found_by_name_and_put_in_order(browser, console):
     browser.look(*DESK)
     browser.open(f"{console}/models?order=busiest")
