@@ -8,6 +8,7 @@ the process, and select them by the labels `where`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,13 +30,10 @@ MAX_ALL_SERIES = 60_000
 
 
 class ScrapedSample(NamedTuple):
-    """The value of one series at one scrape. Each bucket of a histogram is a series with the label `le`.
-
-    Adding is fastest if `labels` is the same object at each scrape.
-    """
+    """The value of one series at one scrape. Each bucket of a histogram is a series with the label `le`."""
 
     name: str
-    labels: Mapping[str, str]
+    labels: frozenset[tuple[str, str]]
     value: float
 
 
@@ -44,7 +42,7 @@ class _Table:
 
     def __init__(self, target: str) -> None:
         self.labels: list[Mapping[str, str]] = []
-        self.columns: dict[tuple[tuple[str, str], ...], int] = {}
+        self.columns: dict[frozenset[tuple[str, str]], int] = {}
         # Time of each series' first sample; NaN if it is in the first scrape. A series that appears later started at 0.
         self.first_seen: list[float] = []
         # Rows take physical memory only once a scrape fills them.
@@ -53,10 +51,10 @@ class _Table:
         self._selected: dict[tuple[tuple[str, str], ...], Indices] = {}
         self._groups: dict[Labels, tuple[list[Labels], Indices]] = {}
 
-    def add(self, key: tuple[tuple[str, str], ...], labels: Mapping[str, str], row: int, now: float) -> int:
+    def add(self, labels: frozenset[tuple[str, str]], row: int, now: float) -> int:
         """Adds a series that first appears in this row. Returns its column."""
-        column = self.columns[key] = len(self.labels)
-        self.labels.append({**labels, "target": self._target})
+        column = self.columns[labels] = len(self.labels)
+        self.labels.append({**dict(labels), "target": self._target})
         self.first_seen.append(now if row else math.nan)
         if column == self.values.shape[1]:
             wider = np.empty((MAX_SCRAPES, column * 3 // 2))
@@ -120,8 +118,6 @@ class _Target:
         self.series = 0
         self.refused = 0
         self.tables: dict[str, _Table] = {}
-        # By the id() of a sample's labels. The labels are referenced here, so that the id stays valid.
-        self.known: dict[int, tuple[Mapping[str, str], str, _Table, int]] = {}
 
     def thin(self, now: float) -> None:
         """Removes scrapes to make room for new ones."""
@@ -136,7 +132,6 @@ class _Target:
         self.tables = {name: table for name, table in self.tables.items() if table.labels}
         self.times[: len(kept)] = times[kept]
         self.count = len(kept)
-        self.known.clear()
 
 
 class Values(dict[Labels, float]):
@@ -163,35 +158,26 @@ class History:
         kept.times[row] = now
         kept.refused = 0
         room = min(MAX_SERIES - kept.series, MAX_ALL_SERIES - sum(each.series for each in self._targets.values()))
-        found: dict[int, tuple[_Table, list[int], list[float]]] = {}
+        found: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
         for name, labels, value in samples:
-            known = kept.known.get(id(labels))
-            if known is None or known[1] != name:
-                key = tuple(sorted(labels.items()))
-                table = kept.tables.get(name)
-                if table is None:
-                    table = kept.tables[name] = _Table(target)
-                column = table.columns.get(key)
-                if column is None:
-                    if not room:
-                        kept.refused += 1
-                        continue
-                    room -= 1
-                    kept.series += 1
-                    column = table.add(key, labels, row, now)
-                if len(kept.known) > 2 * MAX_SERIES:
-                    kept.known.clear()
-                known = kept.known[id(labels)] = (labels, name, table, column)
-            _, _, table, column = known
-            of_table = found.get(id(table))
-            if of_table is None:
-                of_table = found[id(table)] = (table, [], [])
-            of_table[1].append(column)
-            of_table[2].append(value)
+            table = kept.tables.get(name)
+            if table is None:
+                table = kept.tables[name] = _Table(target)
+            column = table.columns.get(labels)
+            if column is None:
+                if not room:
+                    kept.refused += 1
+                    continue
+                room -= 1
+                kept.series += 1
+                column = table.add(labels, row, now)
+            columns, values = found[name]
+            columns.append(column)
+            values.append(value)
         for table in kept.tables.values():
             table.values[row] = math.nan
-        for table, columns, values in found.values():
-            table.values[row, columns] = values
+        for name, (columns, values) in found.items():
+            kept.tables[name].values[row, columns] = values
         kept.count = row + 1
 
     def refused(self) -> int:

@@ -15,11 +15,12 @@ from ringmesh.router.v1 import router_pb2
 
 from services.console import app
 from services.console.data.fleet_watch import FleetSnapshot, FleetWatch, LoadFailure, ModelView, ServiceView
-from services.console.data.history import History, ScrapedSample
+from services.console.data.history import History
 from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
 from services.console.pages import live
+from tests.unit.console.data.test_history import sample
 from tests.unit.console.data.test_trace_store import span
 
 METADATA = v2.ModelMetadataResponse(
@@ -186,7 +187,7 @@ def test_load_errors_are_listed_with_their_worker(console, path):
 def test_the_page_of_a_worker_shows_its_gpus(console):
     gpu = {"gpu": "0", "name": "NVIDIA H200"}
     values = {"use_ratio": 0.5, "memory_used_bytes": 35 << 30, "memory_total_bytes": 140 << 30, "power_watts": 312.0}
-    console.history.add("w", [ScrapedSample(f"ringmesh_gpu_{part}", gpu, value) for part, value in values.items()])
+    console.history.add("w", [sample(f"ringmesh_gpu_{part}", gpu, value) for part, value in values.items()])
     page = console.ask("GET", "/workers/w")[1]
     assert all(text in page for text in ("NVIDIA H200", "50 %", "35 GiB", "140 GiB", "312 W", "GPU memory"))
 
