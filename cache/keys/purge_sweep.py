@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from cache.keys.epochs import EVERYTHING
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.tiers.local_tier import LocalTier
 
 _PREFIX_BYTES = 16
@@ -19,7 +19,7 @@ class PurgeSweep:
     """
 
     def __init__(
-        self, local: LocalTier, purges: PurgeBoard, models: Callable[[], Iterable[tuple[bytes, str]]] = tuple
+        self, local: LocalTier, purges: InvalidationLog, models: Callable[[], Iterable[tuple[bytes, str]]] = tuple
     ) -> None:
         self._local = local
         self._purges = purges

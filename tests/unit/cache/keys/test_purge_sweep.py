@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from cache.keys.epochs import EVERYTHING, model_scope, tenant_scope
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.keys.purge_sweep import PurgeSweep
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
@@ -17,7 +17,7 @@ MODELS = [(A, "a"), (B, "b")]
 @pytest.fixture
 def parts():
     """A tier with 10 answers of each model and 10 items of another service, the purges, and their sweep."""
-    local, purges = LocalTier(1 << 20), PurgeBoard(None, "test", 1.0)
+    local, purges = LocalTier(1 << 20), InvalidationLog(None, "test", 1.0)
     fill(local, purges)
     return local, purges, PurgeSweep(local, purges, lambda: MODELS)
 
