@@ -86,7 +86,7 @@ async def _purge(sources: Sources, sent: Mapping[str, str]) -> Confirmation:
         )
     what = scope if scope == "everything" else f"the {scope} {value}"
     if not sent.get("confirmed"):
-        question = f"Purge {what}? Its cached answers are dropped on all routers and computed again when requested."
+        question = f"Purge {what}? Cached answers are dropped on all routers and computed again when requested."
         return Confirmation(question, {"scope": scope, "value": value}, f"Purge {what}")
     # Prefer a router, which knows the models.
     answering = (router.address for router in sources.view.routers if not router.problem)
