@@ -7,6 +7,8 @@ from typing import Any
 
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from services.runtime.telemetry.span_tree import StoredSpan
+
 SHARED = "cache.shared"
 EXECUTE = "Execute"
 QUEUE = "queue"
@@ -43,9 +45,14 @@ _SUMMARY = {
 }
 
 
-def is_entry(service: str, span: trace_pb2.Span) -> bool:
+def is_attempt(span: StoredSpan) -> bool:
+    """Whether this is the router's span of a request that it sent to a worker."""
+    return span.short_name == EXECUTE and span.service == "ringmesh-router"
+
+
+def is_entry(service: str, span: trace_pb2.StoredSpan) -> bool:
     """Whether this is the router's server span, whose attributes match what the caller saw."""
-    return service == "ringmesh-router" and span.kind == trace_pb2.Span.SPAN_KIND_SERVER
+    return service == "ringmesh-router" and span.kind == trace_pb2.StoredSpan.SPAN_KIND_SERVER
 
 
 def summary(attributes: Mapping[str, Any]) -> dict[str, str]:
