@@ -151,8 +151,6 @@ class Driver:
     cancelled.
     """
 
-    __slots__ = ("_coroutine", "_done", "_interrupt", "_is_running", "_timer", "_waits_for")
-
     def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> None:
         self._coroutine = coroutine
         self._done: Callable[[Any], None] | None = done

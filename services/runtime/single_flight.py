@@ -16,8 +16,6 @@ Result = TypeVar("Result")
 class Flight(Promise[Result]):
     """Work in flight that others may join until `end`. `driver` runs it; None if the caller of `begin` does."""
 
-    __slots__ = ("_flights", "_key", "driver")
-
     def __init__(self, flights: dict[bytes, Flight[Result]], key: bytes) -> None:
         super().__init__()
         self._flights = flights
