@@ -50,9 +50,9 @@ def is_attempt(span: StoredSpan) -> bool:
     return span.short_name == EXECUTE and span.service == "ringmesh-router"
 
 
-def is_entry(service: str, span: trace_pb2.StoredSpan) -> bool:
+def is_entry(service: str, span: trace_pb2.Span) -> bool:
     """Whether this is the router's server span, whose attributes match what the caller saw."""
-    return service == "ringmesh-router" and span.kind == trace_pb2.StoredSpan.SPAN_KIND_SERVER
+    return service == "ringmesh-router" and span.kind == trace_pb2.Span.SPAN_KIND_SERVER
 
 
 def summary(attributes: Mapping[str, Any]) -> dict[str, str]:
