@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import quote
@@ -80,7 +81,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(WorkerMetrics(worker).samples)
+    metrics.add(WorkerMetrics(worker, triton_names=settings.triton_metrics).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
     metrics.add_slow(GpuMetrics.of_this_host().samples)
@@ -141,16 +142,19 @@ def _decisions(settings: WorkerSettings) -> Decisions | None:
         return None
 
 
-async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
+def model_opener(settings: WorkerSettings) -> Callable[[ModelFiles], OnnxModel]:
+    """Returns what makes a model from its files, with the providers of this machine."""
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
         # Loads CUDA and cuDNN from pip packages if the extra `gpu` installed them.
         onnxruntime.preload_dlls()
     threads = settings.threads or cores.available()
+    return lambda files: OnnxModel(
+        files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows
+    )
 
-    def open_model(files: ModelFiles) -> OnnxModel:
-        return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
 
+async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")
     except OSError as error:
@@ -159,7 +163,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
         source = await asyncio.to_thread(settings.model_source)
         store = ModelStore(
             source,
-            open_model,
+            model_opener(settings),
             executor,
             memory_limit=settings.model_memory_bytes,
             journal=journal,

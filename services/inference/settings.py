@@ -45,6 +45,7 @@ class WorkerSettings(ServiceSettings):
         description="folder for a Unix socket, on which routers of this host reach it; empty: none",
     )
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
+    triton_metrics: bool = Field(False, description="whether /metrics also has Triton's names, nv_inference_*")
     region: str = Field("", description="where it stands: routers prefer workers of their own region")
     zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")
     discovery_url: str | None = Field(None, description="Redis to announce itself in, for routers to find; none: not")

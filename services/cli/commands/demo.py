@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from rich.table import Table
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
-from services.cli.commands.first_calls import show_trace
+from services.cli.commands import shell
 from services.cli.commands.magika_features import MagikaFeatures
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
+from services.cli.stack.stack import StackOptions
 from services.runtime.w3c import new_span_id
 
 _MOST_FILES = 60
@@ -33,6 +36,14 @@ class Sample:
 
     path: str
     features: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Up to 60 of the `files` under a folder that git tracks, or of all its files outside git."""
+
+    chosen: list[Sample]
+    files: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +64,11 @@ class Answer:
         return self.source in _HITS
 
 
-def collect(folder: Path, magika: MagikaFeatures) -> list[Sample]:
-    """Returns up to 60 files under `folder`, spread over the tree: tracked by git, or all files outside git.
-
-    Raises CommandError if none is large enough.
-    """
-    names = [name for name in _list_files(folder) if _size(folder / name) >= magika.smallest]
-    samples = []
+def collect(folder: Path, magika: MagikaFeatures) -> Samples:
+    """Returns files that are spread over the tree. Raises CommandError if none is large enough."""
+    files = _list_files(folder)
+    names = [name for name in files if _size(folder / name) >= magika.smallest]
+    chosen = []
     for name in names[:: max(1, -(-len(names) // _MOST_FILES))]:
         try:
             with (folder / name).open("rb") as file:
@@ -67,19 +76,20 @@ def collect(folder: Path, magika: MagikaFeatures) -> list[Sample]:
         except OSError:
             continue
         if features is not None:
-            samples.append(Sample(name, features))
-    if not samples:
-        raise CommandError(f"no files to look at under {folder}: run the demo in a folder that has some")
-    return samples
+            chosen.append(Sample(name, features))
+    if not chosen:
+        raise CommandError(f"no files to classify under {folder}; run the demo in another folder")
+    return Samples(chosen, len(files))
 
 
-async def run(console: Console, router: str, samples: Sequence[Sample], magika: MagikaFeatures, state: Path) -> int:
+async def run(console: Console, options: StackOptions, files: Samples, magika: MagikaFeatures, state: Path) -> int:
     """Runs both passes and prints their totals. Returns 1 unless the second pass had only hits with equal answers.
 
-    Prints `state` as the location of the traces.
+    In a terminal it waits for Ctrl-C, so that the console can show the traces. `state`: where they are stored.
     """
     passes: list[list[Answer]] = []
-    async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
+    samples = files.chosen
+    async with grpc.aio.insecure_channel(options.endpoints.router, options=LOCAL) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         for number in (1, 2):
             try:
@@ -89,13 +99,23 @@ async def run(console: Console, router: str, samples: Sequence[Sample], magika: 
             console.print()
             console.print(_table(number, samples, passes[-1]))
     first, second = passes
-    _print_totals(console, first, second)
-    console.print(f"one request in full {show_trace(first[0].trace_id, state)}", soft_wrap=True, highlight=False)
-    if complaint := _complaint(samples, first, second):
-        console.print(f"[red]failed[/]: {complaint}", soft_wrap=True, highlight=False)
-        return 1
-    console.print("second pass: all hits, the same answers byte for byte", soft_wrap=True)
-    return 0
+    complaint = _complaint(samples, first, second)
+    slowest = max((*first, *second), key=lambda answer: answer.seconds)
+    lines = [
+        *_totals(first, second),
+        f"second pass         {complaint or 'only hits, and each answer equals the first one byte for byte'}",
+        f"files               classified {len(samples)} of the {files.files} files in this folder",
+        f"slowest request     {slowest.seconds * 1000:.1f} ms: {options.console}/traces/{slowest.trace_id}",
+        f"                    after the demo: {shell.trace(slowest.trace_id, state)}",
+    ]
+    console.print()
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, style="red" if complaint and complaint in line else "")
+    if console.is_terminal:
+        console.print("\npress Ctrl-C to stop the console and the demo")
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+    return 1 if complaint else 0
 
 
 async def _ask(
@@ -128,7 +148,7 @@ def _list_files(folder: Path) -> list[str]:
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=folder, capture_output=True, check=True)  # noqa: S607
     except (OSError, subprocess.CalledProcessError):
-        found = (path.relative_to(folder) for path in folder.rglob("*"))
+        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
     return sorted(name for name in listed.stdout.decode(errors="surrogateescape").split("\0") if name)
 
@@ -160,20 +180,17 @@ def _table(number: int, samples: Sequence[Sample], answers: Sequence[Answer]) ->
     return table
 
 
-def _print_totals(console: Console, first: Sequence[Answer], second: Sequence[Answer]) -> None:
+def _totals(first: Sequence[Answer], second: Sequence[Answer]) -> list[str]:
     answers = [*first, *second]
     hits = [answer for answer in answers if answer.is_hit]
     computed = sum(answer.compute_us for answer in answers if not answer.is_hit) / 1000
     saved = sum(answer.compute_us for answer in hits) / 1000
-    lines = [
+    return [
         f"hit ratio           {len(hits)} of {len(answers)} ({len(hits) / len(answers):.0%}); "
         f"second pass {sum(answer.is_hit for answer in second)} of {len(second)}",
         f"compute time saved  {saved:.0f} ms (computed: {computed:.0f} ms)",
         f"mean latency        first pass {_mean_ms(first):.1f} ms, second pass {_mean_ms(second):.1f} ms",
     ]
-    console.print()
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _mean_ms(answers: Sequence[Answer]) -> float:
@@ -184,7 +201,7 @@ def _complaint(samples: Sequence[Sample], first: Sequence[Answer], second: Seque
     """Returns the first error of the second pass; "" if there is none."""
     for sample, before, after in zip(samples, first, second, strict=True):
         if not after.is_hit:
-            return f"the second answer for {sample.path} came from {after.source!r}, not from a cache"
+            return f"failed: the answer for {sample.path} came from {after.source!r}, not from a cache"
         if after.body != before.body:
-            return f"the second answer for {sample.path} is not the first one"
+            return f"failed: the answer for {sample.path} differs from the first one"
     return ""

@@ -16,9 +16,8 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.cli.commands import running
+from services.cli.commands.sample_request import SampleRequest
 from services.cli.errors import CommandError
-from services.runtime.oip import tensors
-from services.runtime.oip.sample_tensor import fill
 
 
 def read_request(source: str) -> v2.ModelInferRequest:
@@ -41,12 +40,8 @@ def random_request(router: str, model: str) -> v2.ModelInferRequest:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         return await stub.ModelMetadata(v2.ModelMetadataRequest(name=model), timeout=seconds)
 
-    request = v2.ModelInferRequest(model_name=model)
-    for tensor in running.ask(router, "router", describe).inputs:
-        shape = [1 if size < 0 else size for size in tensor.shape]
-        request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
-        request.raw_input_contents.append(tensors.encode(fill("random", tensor.datatype, shape)))
-    return request
+    inputs = running.ask(router, "router", describe).inputs
+    return SampleRequest(model, inputs, outputs=()).message("random")
 
 
 def explain(router: str, request: v2.ModelInferRequest, tenant: str) -> router_pb2.ExplainResponse:
@@ -77,10 +72,10 @@ def _table(candidates: Iterable[router_pb2.Candidate]) -> Table:
         right = column in ("rank", "load", "wait ms")
         table.add_column(column, justify="right" if right else "left", no_wrap=column != "why")
     for candidate in candidates:
-        place = "/".join(part for part in (candidate.region, candidate.zone) if part)
+        location = "/".join(part for part in (candidate.region, candidate.zone) if part)
         table.add_row(
             "→" if candidate.chosen else "",
-            escape(f"{candidate.worker_id} {place}".rstrip()),
+            escape(f"{candidate.worker_id} {location}".rstrip()),
             str(candidate.rank),
             f"{candidate.load} of {candidate.bound}" if candidate.bound else str(candidate.load),
             f"{candidate.estimated_wait_us / 1000:.1f}",

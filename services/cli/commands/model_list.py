@@ -9,6 +9,30 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import running
+from services.cli.commands.sample_request import SampleRequest
+from services.cli.stack.probes import LOCAL
+
+_SECONDS = 10.0
+
+
+async def failures(router: str) -> tuple[list[str], SampleRequest | None]:
+    """Returns a message for each model version that is not served, and a request for one that is, preferably `mlp`."""
+    async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        index = await stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=_SECONDS)
+        failed = [
+            f"model {model.name}{model.version and ' version '}{model.version} is not served: {model.reason}"
+            for model in index.models
+            if model.state != "READY"
+        ]
+        ready = [model.name for model in index.models if model.state == "READY"]
+        if not ready:
+            return failed, None
+        name = "mlp" if "mlp" in ready else ready[0]
+        metadata = await stub.ModelMetadata(v2.ModelMetadataRequest(name=name), timeout=_SECONDS)
+        config = await stub.ModelConfig(v2.ModelConfigRequest(name=name), timeout=_SECONDS)
+        sequence = config.config.HasField("sequence_batching")
+        return failed, SampleRequest(name, metadata.inputs, [tensor.name for tensor in metadata.outputs], sequence)
 
 
 def listing(router: str) -> Table:

@@ -45,9 +45,14 @@ class SpanTree:
         return min(span.start_ns for _, span in self.rows)
 
     @property
+    def end_ns(self) -> int:
+        """When the last span ended."""
+        return max(span.end_ns for _, span in self.rows)
+
+    @property
     def duration_ns(self) -> int:
         """The time from the first start to the last end."""
-        return max(span.end_ns for _, span in self.rows) - self.start_ns
+        return self.end_ns - self.start_ns
 
 
 def trees(spans: Iterable[Span]) -> list[SpanTree]:

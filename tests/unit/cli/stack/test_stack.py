@@ -6,7 +6,7 @@ import signal
 import sys
 
 from services.cli.stack.child import Child, ChildSpec
-from services.cli.stack.ports import Ports
+from services.cli.stack.endpoints import LOOPBACK, Endpoints
 from services.cli.stack.stack import Stack, StackOptions
 
 
@@ -27,9 +27,7 @@ async def test_a_process_is_started_again_while_stack_json_cannot_be_written(tmp
 
     state = tmp_path / "state"
     state.write_text("no folder")
-    options = StackOptions(
-        Ports.from_base(8001, 1), state, "", tmp_path, "native", None, key_secret="", otlp=None, drain_seconds=1
-    )
+    options = StackOptions(Endpoints.create(LOOPBACK, 8001, 1), state, "", tmp_path, key_secret="", drain_seconds=1)
     stack = Stack(options, reporter := Reporter())
     stack._is_up = True
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
