@@ -128,6 +128,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     for part in (*counted, cost, slo, server.calls):
         metrics.add(part.samples)
+    if settings.triton_metrics:
+        metrics.add(requests.triton_samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()
