@@ -7,15 +7,20 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from services.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from services.cli.stack.stack import StackOptions
 
 # Slow imports are inside the commands, so that `--help` does not wait for them.
 
@@ -136,15 +141,13 @@ def up(
     state: StateOption = STATE,
 ) -> None:
     """Starts a complete Ringmesh on this host, and stops it on Ctrl-C."""
-    from services.cli.commands import demo_models, model_list, traces
+    from services.cli.commands import demo_models, model_list
     from services.cli.commands.screen import Screen
     from services.cli.stack.claim import claim
     from services.cli.stack.endpoints import Endpoints
     from services.cli.stack.key_secret import key_secret
-    from services.cli.stack.stack import Stack, StackOptions
-    from services.cli.stack.supervise import supervise
+    from services.cli.stack.stack import StackOptions
     from services.runtime.process import variables
-    from services.runtime.process.process import set_title
 
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
@@ -161,7 +164,7 @@ def up(
 
     async def serve() -> int:
         screen.endpoints(options)
-        failures, sample = await model_list.failures(endpoints.router)
+        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router)
         screen.failures(failures)
         if sample is not None:
             screen.first_calls(endpoints.router, sample)
@@ -172,14 +175,12 @@ def up(
             screen.say("draining; press Ctrl-C again to kill all processes")
         return 0
 
-    set_title("up", endpoints.router)
     for message in variables.unknown(os.environ):
         screen.say(f"warning: {message}")
     with claim(state):
         if models is None:
             demo_models.fill(Path(options.models), screen.say)
-        traces.prune(options.traces)
-        code = asyncio.run(supervise(Stack(options, screen), serve, interrupted=0))
+        code = _run("up", options, screen.say, serve, interrupted=0)
     screen.say("stopped" if code == 0 else "killed")
     raise typer.Exit(code)
 
@@ -188,21 +189,16 @@ def up(
 def demo(state: StateOption = STATE) -> None:
     """Classifies the files of this folder twice on a stack of its own, and shows the effect of the cache."""
     from services.cli.commands import demo as show
-    from services.cli.commands import demo_models, traces
+    from services.cli.commands import demo_models
     from services.cli.commands.magika_features import MagikaFeatures, require_model_folder
-    from services.cli.commands.screen import Screen
     from services.cli.stack.endpoints import LOOPBACK, Endpoints
     from services.cli.stack.key_secret import key_secret
-    from services.cli.stack.stack import Stack, StackOptions
-    from services.cli.stack.supervise import supervise
-    from services.runtime.process.process import set_title
+    from services.cli.stack.stack import StackOptions
 
     console = _console()
-    screen = Screen(console, state)
     magika = MagikaFeatures.load(require_model_folder())
     files = show.collect(Path.cwd(), magika)
-    demo_models.fill(state / "models", screen.say)
-    traces.prune(state / "traces")
+    demo_models.fill(state / "models", print)
     scratch = Path(tempfile.mkdtemp(prefix="ringmesh-demo-"))
     options = StackOptions(
         Endpoints.create(LOOPBACK, 0, workers=2),
@@ -212,12 +208,8 @@ def demo(state: StateOption = STATE) -> None:
         key_secret=key_secret(scratch),
         drain_seconds=5.0,
     )
-
-    async def work() -> int:
-        return await show.run(console, options, files, magika, state)
-
-    set_title("demo", options.endpoints.router)
-    code = asyncio.run(supervise(Stack(options, screen), work, interrupted=130))
+    work = partial(show.run, console, options, files, magika, state)
+    code = _run("demo", options, print, work, interrupted=130)
     shutil.rmtree(scratch)  # kept after an error, because the message refers to a log in it
     raise typer.Exit(code)
 
@@ -319,7 +311,7 @@ def semantic_precision(
     from services.cli.commands import semantic_precision as tool
 
     chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
-    asyncio.run(tool.measure(router or running.find(state).router, model, vectors, chosen, _console()))
+    _console().print(tool.measure(router or running.find(state).router, model, vectors, chosen))
 
 
 @cache_app.callback(invoke_without_command=True)
@@ -360,6 +352,20 @@ def purge(
     _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
     if done.warning:
         _console().print(done.warning, highlight=False)
+
+
+def _run(
+    title: str, options: StackOptions, say: Callable[[str], None], work: Callable[[], Awaitable[int]], interrupted: int
+) -> int:
+    """Runs `work` on a stack. Returns its exit code, or `interrupted` after Ctrl-C."""
+    from services.cli.commands import traces
+    from services.cli.stack.stack import Stack
+    from services.cli.stack.supervise import supervise
+    from services.runtime.process.process import set_title
+
+    set_title(title, options.endpoints.router)
+    traces.prune(options.traces)
+    return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
 
 
 def _console() -> Console:

@@ -7,10 +7,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import grpc
 from google.protobuf import json_format
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import shell
+from services.cli.commands.running import SECONDS
 from services.runtime.oip import tensors
 from services.runtime.oip.sample_tensor import fill
 
@@ -90,6 +93,15 @@ class SampleRequest:
         field = tensors.DATATYPES[tensor.datatype].contents
         array = fill("zeros", tensor.datatype, tensor.shape)
         return (field, array.ravel().tolist()) if field and array.size <= _MOST_ELEMENTS else None
+
+
+def sample(channel: grpc.Channel, model: str) -> SampleRequest:
+    """Returns a request for a model that a router serves. Raises grpc.RpcError."""
+    stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model), timeout=SECONDS)
+    config = stub.ModelConfig(v2.ModelConfigRequest(name=model), timeout=SECONDS).config
+    outputs = [tensor.name for tensor in metadata.outputs]
+    return SampleRequest(model, metadata.inputs, outputs, config.HasField("sequence_batching"))
 
 
 def _expression(raw: bytes) -> str:

@@ -8,25 +8,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from services.cli.commands import shell
+from services.cli.commands import shell, tables
 from services.cli.commands.sample_request import SampleRequest
 from services.cli.stack.stack import StackOptions
 
 
 class Screen:
-    """Prints messages for an operator. Implements the stack's Reporter."""
+    """Prints messages for an operator."""
 
     def __init__(self, console: Console, state: Path) -> None:
         """`state`: the folder in which `ringmesh trace` finds the traces."""
         self._console = console
         self._state = state
-
-    def started(self, name: str, endpoint: str, seconds: float) -> None:
-        """Prints that a process is ready."""
-        self._console.print(f"  [green]✓[/] {name:<10} {endpoint:<21} {seconds:5.1f} s", highlight=False)
 
     def say(self, line: str) -> None:
         """Prints one line without wrapping."""
@@ -34,10 +29,8 @@ class Screen:
 
     def endpoints(self, options: StackOptions) -> None:
         """Prints the endpoint and the protocol of each process."""
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        table = tables.create("process", "endpoint", "protocol", gap=3)
         endpoints = options.endpoints
-        for column in ("process", "endpoint", "protocol"):
-            table.add_column(column, no_wrap=True)
         count = len(endpoints.routers)
         table.add_row(
             "router" if count == 1 else f"{count} routers",

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from services.cli.commands import tables
 from services.cli.errors import CommandError
 from services.runtime.telemetry.span_tree import Span, SpanTree, trees
 
@@ -56,12 +57,8 @@ def prune(folder: Path) -> None:
 
 def tree(trace: SpanTree) -> Table:
     """Returns a table with one row per span: its place in the tree, its start and its duration."""
-    table = Table(title=f"trace {trace.trace_id}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("span", no_wrap=True)
-    table.add_column("service", no_wrap=True)
-    table.add_column("at ms", justify="right", no_wrap=True)
-    table.add_column("took ms", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, width=_BAR_CELLS)
+    table = tables.create("span", "service", ">at ms", ">took ms", "", title=f"trace {trace.trace_id}")
+    table.columns[-1].width = _BAR_CELLS
     table.add_column("attributes", overflow="fold")
     for guide, (_, span) in zip(_guides([depth for depth, _ in trace.rows]), trace.rows, strict=True):
         table.add_row(
@@ -78,16 +75,11 @@ def tree(trace: SpanTree) -> Table:
 
 def listing(traces: Iterable[SpanTree]) -> Table:
     """Returns a table with one row per trace."""
-    # The error column gets the remaining width; otherwise a long error would take the space of the others.
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table = tables.create("trace id", "began", ">took ms", ">spans", "of", "answer from", "worker", "tenant", "error")
     # The trace id is never shortened, so that it can be copied.
-    table.add_column("trace id", no_wrap=True, min_width=32)
-    table.add_column("began", no_wrap=True)
-    for column in ("took ms", "spans"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("of", "answer from", "worker", "tenant"):
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
-    table.add_column("error", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.columns[0].min_width = 32
+    # The error gets the remaining width; otherwise a long one would take the space of the others.
+    table.expand, table.columns[-1].ratio = True, 1
     for trace in traces:
         root = trace.rows[0][1]
         attributes = root.attributes

