@@ -21,7 +21,6 @@ class TailLatency:
         self.models: Recent[bytes, _Times] = Recent(_MANY)
 
     def observe(self, model: bytes, seconds: float) -> None:
-        """Records the time of an answer."""
         times = self.models.get(model)
         if times is None:
             times = _Times()
@@ -35,8 +34,6 @@ class TailLatency:
 
 
 class _Times:
-    __slots__ = ("_count", "_last", "quantile")
-
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_KEPT)
         self._count = 0

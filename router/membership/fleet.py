@@ -5,33 +5,50 @@ from __future__ import annotations  # compiled by mypyc
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from ringmesh.inference.v1 import inference_pb2
-from ringmesh.router.v1 import router_pb2
 
-from router.accounting.dispatch_metrics import EJECTIONS
 from router.balancing.catalog import Catalog
 from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
-from router.membership.fleet_events import FleetEvents
+from router.membership.discovery import Watch
+from router.membership.events import Event, MembershipEvents
 from router.membership.membership import Membership
 from router.membership.outliers import Outliers
 from router.membership.slow_start import SlowStart
-from router.membership.worker_description import nonsense
-from router.transport.channels import NETWORK, Channels
-from router.transport.worker_client import NotSentError, WorkerBusyError, WorkerClient, WorkerUnreachableError
+from router.membership.worker_description import InvalidDescriptionError, check_description
+from router.transport.grpc_channel import GrpcChannel
+from router.transport.worker_client import (
+    NotSentError,
+    OpenChannel,
+    WorkerBusyError,
+    WorkerClient,
+    WorkerUnreachableError,
+)
 from router.transport.worker_load import WorkerLoad
-from services.runtime.telemetry.metrics import Counter
+from services.runtime.telemetry.metrics import Counter, Family, Sample
+from services.runtime.telemetry.recent import forgotten
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
+
+_WORKER = ("worker",)
+HEALTHY = Family(
+    "ringmesh_ring_member_healthy", "gauge", "1 if the router sends requests to the worker, 0 otherwise", _WORKER
+)
+SHARE = Family("ringmesh_ring_member_share_ratio", "gauge", "share of the key space that the worker owns", _WORKER)
+LOAD = Family(
+    "ringmesh_ring_member_in_flight", "gauge", "unanswered requests that this router sent to the worker", _WORKER
+)
+EJECTIONS = Family(
+    "ringmesh_ejections_total", "counter", "times a worker was ejected for answering worse than others", _WORKER
+)
 
 TICK_SECONDS = 0.25
 POLL_SECONDS = 0.5
@@ -43,34 +60,13 @@ POLL_TIMEOUT_SECONDS = 2.0
 MOST_BUSY_SECONDS = 30.0
 _RETIRE_SECONDS = 30.0
 
-_Event = router_pb2.WatchResponse
-
-
-class Source(Protocol):
-    """A source of workers."""
-
-    async def watch(self, told: Callable[[Iterable[Listing]], None]) -> None:
-        """Reports all listed workers to `told`, and again at each change; runs until it is cancelled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Locality:
-    """The region and zone of a router; "" if they do not matter."""
-
-    region: str = ""
-    zone: str = ""
-
-    def is_far(self, member: Member) -> bool:
-        """Whether the member is in another region. A member without a region is never far."""
-        return bool(self.region and member.region and member.region != self.region)
-
 
 class Fleet:
     """Keeps `view` current; only this class replaces it.
 
     A worker that stops answering stays in the ring: its keys go to the next in rank and return when it recovers. It
-    leaves the ring when the sources no longer list it. `on_ready` is called with whether any worker is healthy. `clock`
-    in seconds.
+    leaves the ring when the sources no longer list it. `on_ready` is called with whether any worker is healthy.
+    `region` and `zone` are the router's, "" if they do not matter. `clock` in seconds.
     """
 
     def __init__(
@@ -79,19 +75,21 @@ class Fleet:
         on_ready: Callable[[bool], None],
         *,
         clock: Callable[[], float],
-        sources: Mapping[str, Source] | None = None,
-        locality: Locality | None = None,
-        channels: Channels = NETWORK,
+        sources: Mapping[str, Watch] | None = None,
+        region: str = "",
+        zone: str = "",
+        open_channel: OpenChannel = GrpcChannel,
     ) -> None:
-        self.events = FleetEvents()
-        self.ejections = Counter(EJECTIONS)
+        self.events = MembershipEvents()
+        self._ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._clock = clock
         # By address, for workers that answer pings but report nothing: since when, and their number of reports by then.
         self._busy_since: dict[str, tuple[float, int]] = {}
         self._sources = sources or {}
-        self._locality = locality or Locality()
-        self._channels = channels
+        self._region = region
+        self._zone = zone
+        self._open_channel = open_channel
         self._membership = Membership(clock)
         self.outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)
@@ -103,30 +101,34 @@ class Fleet:
         self._in_ring: Mapping[str, tuple[float, bool]] = {}
         self._building: asyncio.Task[None] | None = None
         self._started = False
-        self._membership.told("settings", listings)
+        self._membership.report("settings", listings)
         self._follow_membership()
         self._in_ring = self._ring_members()
         self.view = self._view(*_rings(self._in_ring), Catalog([]))
 
     def start(self) -> None:
-        """Begins to poll and to follow the sources."""
         self._started = True
         for member in self._members.values():
             self._start_polling(member)
-        for name, source in self._sources.items():
-            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(source.watch, partial(self._told, name))))
+        for name, watch in self._sources.items():
+            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(watch, partial(self._reported, name))))
         self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
 
-    async def close(self) -> None:
-        """Stops polling and disconnects."""
+    def close(self) -> None:
         for task in (*self._polls.values(), *self._tasks):
             task.cancel()
         self.events.close()
-        await asyncio.gather(*(member.link.close() for member in self._members.values()))
+        for member in self._members.values():
+            member.link.close()
 
-    def provider(self, model: str, version: str) -> str:
-        """The execution provider of a model. Raises as Catalog.find."""
-        return self.view.catalog.find(model, version).provider
+    def samples(self) -> Iterator[Sample]:
+        for member in self.view.members.values():
+            worker = (member.worker_id,)
+            yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
+            yield Sample(SHARE, worker, self.view.share(member))
+            yield Sample(LOAD, worker, member.load.in_flight)
+        yield forgotten("usual times", self.outliers.usual)
+        yield from self._ejections.samples()
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """Records a lost attempt: the member gets no requests until it answers again."""
@@ -151,25 +153,28 @@ class Fleet:
             return
         self._busy_since.pop(member.address, None)
         same = description.version != 0 and description.version == known
-        if reason := nonsense(description, member.models if same else description.models):
-            self._unreachable(member, WorkerUnreachableError(f"worker {member.worker_id} reports nonsense: {reason}"))
-            member.reason = f"worker {member.worker_id} reports nonsense: {reason}"
+        try:
+            check_description(description, member.models if same else description.models)
+        except InvalidDescriptionError as error:
+            reason = f"worker {member.worker_id} sent an invalid description: {error}"
+            self._unreachable(member, WorkerUnreachableError(reason))
+            member.reason = reason
         else:
             self._update(member, description, same=same)
 
     def _may_be_busy(self, member: Member) -> bool:
         """Whether a worker that answers pings but reports nothing stays healthy, for up to MOST_BUSY_SECONDS."""
-        now, heard = self._clock(), member.load.reports
-        since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
-        if heard != heard_before:
-            self._busy_since[member.address] = since, _ = now, heard
+        now, reports = self._clock(), member.load.reports
+        since, reports_before = self._busy_since.setdefault(member.address, (now, reports))
+        if reports != reports_before:
+            self._busy_since[member.address] = since, _ = now, reports
         return now - since < MOST_BUSY_SECONDS
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
         if member.healthy:
-            log.warning("worker %s is passed over: %s", member.worker_id, reason)
-            self._tell(_Event.KIND_EJECTED, member, reason=reason)
+            log.warning("worker %s gets no requests: %s", member.worker_id, reason)
+            self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             member.reason = reason
             self._refresh()
             member.wake.set()
@@ -177,15 +182,15 @@ class Fleet:
             member.reason = reason
 
     async def _poll(self, member: Member) -> None:
-        heard = -1
+        reports = -1
         woken = -POLL_SECONDS
         loop = asyncio.get_running_loop()
         while True:
             load = member.load
             # A load report with the same version replaces a description: nothing has changed.
-            if not member.healthy or load.reports == heard or load.version != member.version or not load.version:
+            if not member.healthy or load.reports == reports or load.version != member.version or not load.version:
                 await self.describe(member)
-            heard = load.reports
+            reports = load.reports
             seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
@@ -202,24 +207,24 @@ class Fleet:
             self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
             member.link.give_up()
 
-    def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
-        models = member.models if same else tuple(told.models)
-        member.version = told.version
+    def _update(self, member: Member, description: inference_pb2.DescribeResponse, *, same: bool) -> None:
+        models = member.models if same else tuple(description.models)
+        member.version = description.version
         failed = member.failed
         if not same:
-            member.decisions, member.failed = tuple(told.decisions), tuple(told.failed)
-        reason = "" if told.accepting else "draining"
-        weight, region = told.weight or member.weight, told.region or member.region
+            member.decisions, member.failed = tuple(description.decisions), tuple(description.failed)
+        reason = "" if description.accepting else "draining"
+        weight, region = description.weight or member.weight, description.region or member.region
         moved = (weight, region) != (member.weight, member.region)
-        member.weight, member.region, member.zone = weight, region, told.zone or member.zone
-        member.worker_id = told.worker_id
+        member.weight, member.region, member.zone = weight, region, description.zone or member.zone
+        member.worker_id = description.worker_id
         if moved:
             self._rebuild()
         if reason == member.reason and models == member.models and failed == member.failed:
             return
         restored = not reason and not member.healthy
         if reason and reason != member.reason:
-            self._tell(_Event.KIND_DRAINING, member)
+            self.events.publish(Event.KIND_DRAINING, member)
         member.reason = reason
         if restored:
             log.info("worker %s takes requests", member.worker_id)
@@ -228,7 +233,7 @@ class Fleet:
             # Before it gets requests again: it may have failed often enough to be ejected.
             self._judge()
             if not member.ejected:
-                self._tell(_Event.KIND_RESTORED, member)
+                self.events.publish(Event.KIND_RESTORED, member)
         self._holds(member, models)
         self._refresh()
 
@@ -244,9 +249,9 @@ class Fleet:
         member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
         member.link.forget_queues(frozenset(model.digest for model in models))
         for name, version in sorted(member.held - before):
-            self._tell(_Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
+            self.events.publish(Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
         for name, version in sorted(before - member.held):
-            self._tell(_Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
+            self.events.publish(Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
 
     def _refresh(self) -> None:
         healthy = [member for member in self._members.values() if member.healthy]
@@ -262,7 +267,7 @@ class Fleet:
         # A member that left is in the ring until the next one is built.
         known = {**self._gone, **self._members}
         members = {address: known[address] for address in (*ring.members, *far.members)}
-        assigned = pools(members.values(), self._locality.is_far, self._locality.zone)
+        assigned = pools(members.values(), self._region, self._zone)
         for address, member in members.items():
             member.load.sums = tuple(assigned.by_worker.get(address, ()))
         return FleetView(ring, members, catalog, far, assigned.by_model)
@@ -283,20 +288,20 @@ class Fleet:
             reason = ejected.get(member.address, "")
             if reason and not member.ejected:
                 log.warning("worker %s is %s", member.worker_id, reason)
-                self.ejections.add(member.worker_id)
-                self._tell(_Event.KIND_EJECTED, member, reason=reason)
+                self._ejections.add(member.worker_id)
+                self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             elif member.ejected and not reason:
                 self._slow_start.begin(member.address)
                 if member.healthy:
-                    self._tell(_Event.KIND_RESTORED, member)
+                    self.events.publish(Event.KIND_RESTORED, member)
             ramp = self._slow_start.ramp(member.address)
             changed = changed or (reason, ramp) != (member.ejected, member.ramp)
             member.ejected, member.ramp = reason, ramp
         if changed:
             self.view = self._view(self.view.ring, self.view.far, self.view.catalog)
 
-    def _told(self, source: str, listings: Iterable[Listing]) -> None:
-        self._membership.told(source, listings)
+    def _reported(self, source: str, listings: Iterable[Listing]) -> None:
+        self._membership.report(source, listings)
         self._follow_membership()
 
     def _follow_membership(self) -> None:
@@ -315,16 +320,15 @@ class Fleet:
 
     def _join(self, listing: Listing) -> None:
         load = WorkerLoad()
-        member = self._members[listing.address] = Member(
-            listing, WorkerClient(listing.address, load, self._channels), load
-        )
-        self._tell(_Event.KIND_JOINED, member)
+        link = WorkerClient(listing.address, load, self._open_channel)
+        member = self._members[listing.address] = Member(listing, link, load)
+        self.events.publish(Event.KIND_JOINED, member)
         if self._started:
             self._start_polling(member)
 
     def _leave(self, member: Member) -> None:
         log.info("worker %s left", member.worker_id)
-        self._tell(_Event.KIND_LEFT, member)
+        self.events.publish(Event.KIND_LEFT, member)
         member.reason = "left the fleet"
         self._gone[member.address] = member
         self._refresh()
@@ -332,13 +336,13 @@ class Fleet:
         self._busy_since.pop(member.address, None)
         self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
-        self._once("farewell to a worker", _retire(member))
+        self._once("disconnection of a worker", _retire(member))
 
     def _start_polling(self, member: Member) -> None:
         self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))
 
     def _ring_members(self) -> Mapping[str, tuple[float, bool]]:
-        return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
+        return {address: (member.weight, member.is_far(self._region)) for address, member in self._members.items()}
 
     def _rebuild(self) -> None:
         """Builds the ring on a thread, because it takes long for a large fleet. One task at a time does this."""
@@ -355,9 +359,6 @@ class Fleet:
                     self._gone.clear()
         finally:
             self._building = None
-
-    def _tell(self, kind: _Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
-        self.events.tell(kind, member.address, member.worker_id, model=model, reason=reason)
 
     def _once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = BACKGROUND.once(name, work)
@@ -378,4 +379,4 @@ async def _retire(member: Member) -> None:
         if not member.load.in_flight:
             break
         await asyncio.sleep(TICK_SECONDS)
-    await member.link.close()
+    member.link.close()

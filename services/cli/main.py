@@ -124,7 +124,10 @@ def up(
     ] = 8001,
     redis: Annotated[
         str | None,
-        typer.Option(envvar="RINGMESH_REDIS_URL", help="URL of a Redis server. Default: a Valkey server is started."),
+        typer.Option(
+            envvar="RINGMESH_REDIS_URL",
+            help="URL of a Redis server; set one with a password in the variable. Default: starts a Valkey server.",
+        ),
     ] = None,
     otlp: Annotated[
         str | None, typer.Option(envvar="RINGMESH_OTLP_ENDPOINT", help="URL of an OTLP/gRPC collector for traces.")
@@ -141,6 +144,11 @@ def up(
     state: StateOption = STATE,
 ) -> None:
     """Starts a complete Ringmesh on this host, and stops it on Ctrl-C."""
+    from services.runtime.process.process import keep_files_private, set_title
+
+    # First, because other users see the arguments in `ps` until then.
+    set_title("up", f"{host}:{base_port}")
+    keep_files_private()
     from services.cli.commands import demo_models, model_list
     from services.cli.commands.screen import Screen
     from services.cli.stack.claim import claim
@@ -194,7 +202,9 @@ def demo(state: StateOption = STATE) -> None:
     from services.cli.stack.endpoints import LOOPBACK, Endpoints
     from services.cli.stack.key_secret import key_secret
     from services.cli.stack.stack import StackOptions
+    from services.runtime.process.process import keep_files_private
 
+    keep_files_private()
     console = _console()
     magika = MagikaFeatures.load(require_model_folder())
     files = show.collect(Path.cwd(), magika)

@@ -78,8 +78,8 @@ def _served(held: HeldModel) -> dict[str, Any]:
         "sequence": model.config().HasField("sequence_batching"),
         "provider": model.provider,
         "batching": model.batch_remark,
-        "cached": model.cacheable,
-        "not_cached_because": model.cacheable_reason,
+        "cached": bool(model.cacheable),
+        "not_cached_because": model.cacheable.reason,
         "memory_bytes": None if held.resident is None else held.resident.bytes,
     }
 

@@ -26,7 +26,6 @@ _MANY_STRINGS = 1000
 
 
 def is_large(batch: BatchResult) -> bool:
-    """Whether to encode the response on a thread."""
     size = 0
     for array in batch.arrays:
         if array.dtype.hasobject and array.size > _MANY_STRINGS:
@@ -72,8 +71,6 @@ def build_results(
 
 class _Run:
     """The requests that one run answered."""
-
-    __slots__ = ("batch", "requests", "rows", "serialized")
 
     def __init__(self, batch: BatchResult, serialized: bytes) -> None:
         self.batch = batch

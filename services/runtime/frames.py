@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, cast
 
+from services.runtime.pieces import Pieces
+
 # From the caller: a request, and its cancellation.
 CALL: Final = 0
 CANCEL: Final = 1
@@ -62,7 +64,6 @@ class Frames(asyncio.Protocol):
         raise NotImplementedError
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Sends a frame; does nothing if the connection has ended."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
 
@@ -72,20 +73,16 @@ class Frames(asyncio.Protocol):
         self._send_parts_soon()
 
     def drop_large(self, number: int) -> None:
-        """Drops the unsent parts of a cancelled call."""
         self._large = deque([large for large in self._large if large.number != number])
 
     @property
     def is_sending(self) -> bool:
-        """Whether there are parts left to be sent."""
         return bool(self._large)
 
     def pause_writing(self) -> None:
-        """Called by asyncio."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Called by asyncio."""
         self._is_paused = False
         self._send_parts_soon()
 
@@ -98,24 +95,22 @@ class Frames(asyncio.Protocol):
         self._is_sending = False
         if self._large and not self._is_paused:
             large = self._large.popleft()
-            part = large.part()
-            self.send(PART if large.left else large.kind, large.number, part)
-            if large.left:
+            pieces = large.pieces
+            part = pieces.take(min(PART_BYTES, pieces.left))
+            self.send(PART if pieces.left else large.kind, large.number, part)
+            if pieces.left:
                 self._large.append(large)
             self._send_parts_soon()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
         self.transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio."""
         self.transport = None
         self._large.clear()
         self.ended(f"the connection ended: {error}" if error else "the connection ended")
 
     def data_received(self, data: bytes) -> None:
-        """Called by asyncio."""
         if self._skipped:
             skipped = min(self._skipped, len(data))
             self._skipped -= skipped
@@ -160,29 +155,9 @@ class Frames(asyncio.Protocol):
 
 
 class _Large:
-    """A message sent in parts; `left` bytes are still to be sent."""
-
-    __slots__ = ("_index", "_offset", "_pieces", "kind", "left", "number")
+    """A message sent in parts."""
 
     def __init__(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
         self.kind = kind
         self.number = number
-        self.left = sum([len(piece) for piece in pieces])
-        self._pieces = pieces
-        self._index = 0
-        self._offset = 0
-
-    def part(self) -> bytes:
-        """Returns the next PART_BYTES, or all that is left."""
-        wanted = min(PART_BYTES, self.left)
-        self.left -= wanted
-        taken: list[bytes] = []
-        while wanted:
-            piece = self._pieces[self._index]
-            end = min(self._offset + wanted, len(piece))
-            taken.append(piece[self._offset : end])
-            wanted -= end - self._offset
-            self._offset = end
-            if end == len(piece):
-                self._index, self._offset = self._index + 1, 0
-        return b"".join(taken)
+        self.pieces = Pieces(pieces)

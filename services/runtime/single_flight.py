@@ -16,8 +16,6 @@ Result = TypeVar("Result")
 class Flight(Promise[Result]):
     """Work in flight that others may join until `end`. `driver` runs it; None if the caller of `begin` does."""
 
-    __slots__ = ("_flights", "_key", "driver")
-
     def __init__(self, flights: dict[bytes, Flight[Result]], key: bytes) -> None:
         super().__init__()
         self._flights = flights
@@ -25,12 +23,13 @@ class Flight(Promise[Result]):
         self.driver: Driver | None = None
 
     def end(self, outcome: Result | BaseException) -> None:
-        """Passes the result or the error to all waiters."""
         self.driver = None
         if self._flights.get(self._key) is self:
             del self._flights[self._key]
         if isinstance(outcome, asyncio.CancelledError):
-            self.settle(UnavailableError("the process is stopping"))
+            self.fail(UnavailableError("the process is stopping"))
+        elif isinstance(outcome, BaseException):
+            self.fail(outcome)
         else:
             self.settle(outcome)
 
@@ -62,11 +61,9 @@ class SingleFlight(Generic[Result]):
         return len(self._flights)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether work with `key` is in flight."""
         return key in self._flights
 
     def get(self, key: bytes) -> Flight[Result] | None:
-        """Returns the work in flight, to be awaited in a driven coroutine."""
         return self._flights.get(key)
 
     def start(self, key: bytes, work: Coroutine[Any, Any, Result]) -> Promise[Result]:

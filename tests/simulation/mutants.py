@@ -7,7 +7,7 @@ must be rewritten.
 import importlib.machinery
 import sys
 
-_NO_BORDER = ("    for name, text in (\n", '    return ""\n    for name, text in (\n')
+_NO_BORDER = ("    for name, text in (\n", "    return\n    for name, text in (\n")
 
 MUTANTS = {
     # A full tier emptied its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.
@@ -65,11 +65,15 @@ MUTANTS = {
     "queue timeout": {
         "services.inference.scheduling.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]
     },
+    # A Redis that stopped answering stopped discovery for ever.
+    "silent redis": {
+        "services.runtime.redis.discovery": [(', "socket_timeout": TIMEOUT_SECONDS}', "}")],
+    },
     # A process that purged assumed that it already knew all earlier purges of others.
     "purges at once": {
         "cache.keys.invalidation": [
             (
-                "self._run(_BEAT, self._member, str(self._heard))",
+                "self._run(_BEAT, self._member, str(self._version_read))",
                 "self._run(_BEAT, self._member, str(self.epochs.version))",
             )
         ]

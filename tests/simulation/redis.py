@@ -3,18 +3,21 @@
 A connection from redis_client.lent_connection speaks the Redis protocol.
 """
 
+import asyncio
 from collections import OrderedDict
 
 from hiredis import Reader
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.keys import invalidation as purge_board
 from cache.policy import leases
 from cache.regions import valuable
 from tests.simulation.clock import clock
-from tests.simulation.loop import NOBODY, PROCESS
+from tests.simulation.loop import NOBODY, PROCESS, settle
 
+REDIS_URL = "redis://redis:6379"
 _EPOCH_MS = 1_800_000_000_000
 
 
@@ -46,7 +49,7 @@ class Redis:
 
     def client(self, settings):
         """Returns a client for the current process; replaces redis_client.one_server."""
-        return Client(self, PROCESS.get())
+        return Client(self, PROCESS.get(), settings.get("socket_timeout"))
 
     def restart(self, *, empty):
         self.generation += 1
@@ -165,7 +168,7 @@ class Redis:
             found.pop(_value(field), None)
         return 1
 
-    def _zrange(self, key, *_, **__):
+    def _zrevrange(self, key, *_):
         return []
 
     def _eval(self, script, keys, *arguments):
@@ -239,7 +242,7 @@ _SCRIPTS = {
     leases._TAKE: Redis.take,
     leases._FILL: Redis.fill,
     leases._RELEASE: Redis.release,
-    valuable._TELL: Redis.tell,
+    valuable._REPORT: Redis.tell,
 }
 
 
@@ -339,11 +342,15 @@ class Connection:
 
 
 class Client:
-    """Replaces redis.asyncio.Redis in one process; it is also its own connection pool."""
+    """Replaces redis.asyncio.Redis in one process; it is also its own connection pool.
 
-    def __init__(self, server, process):
+    `seconds` is how long it waits for a reply (redis-py's `socket_timeout`); None: for ever.
+    """
+
+    def __init__(self, server, process, seconds):
         self.server = server
         self.process = process
+        self.seconds = seconds
         self.connection_pool = self
 
     def make_connection(self):
@@ -356,32 +363,12 @@ class Client:
     async def aclose(self):
         """Does nothing."""
 
-    def get(self, key):
-        return self._run([("get", (key,))])
+    def __getattr__(self, command):
+        """Any command, with the arguments that redis-py takes."""
+        return lambda *arguments, **_: self._run([(command, arguments)])
 
-    def mget(self, keys):
-        return self._run([("mget", (keys,))])
-
-    def info(self, section):
-        return self._run([("info", (section,))])
-
-    def eval(self, script, keys, *arguments):
-        return self._run([("eval", (script, keys, *arguments))])
-
-    def unlink(self, *keys):
-        return self._run([("unlink", keys)])
-
-    def hdel(self, key, *fields):
-        return self._run([("hdel", (key, *fields))])
-
-    def smembers(self, key):
-        return self._run([("smembers", (key,))])
-
-    def srem(self, key, *members):
-        return self._run([("srem", (key, *members))])
-
-    def zrange(self, key, start, end, **_):
-        return self._run([("zrange", (key, start, end))])
+    def execute_command(self, command, *arguments):
+        return self._run([(command.lower(), arguments)])
 
     def pipeline(self, transaction=False):
         return _Pipeline(self)
@@ -415,13 +402,14 @@ class Client:
             back(RedisConnectionError("connection lost") if lost_before else made)
 
         def back(made):
-            self.process.call_at(clock.ns() + self.delay_ns(), _settle, replies, made)
+            self.process.call_at(clock.ns() + self.delay_ns(), settle, replies, made)
 
         loop.call_at_ns(clock.ns() + self.delay_ns(), at_the_server, context=NOBODY)
-        made = await replies
-        if isinstance(made, Exception):
-            raise made
-        return made
+        try:
+            async with asyncio.timeout(self.seconds):
+                return await replies
+        except TimeoutError:
+            raise RedisTimeoutError("no reply in time") from None
 
     def delay_ns(self):
         return int(self.server.random.randint(30_000, 200_000) * self.server.slow)
@@ -441,20 +429,9 @@ class _Pipeline:
     async def __aexit__(self, *_):
         return None
 
-    def set(self, key, value, px=None):
-        self._commands.append(("set", (key, value, px)))
-
-    def sadd(self, key, *members):
-        self._commands.append(("sadd", (key, *members)))
-
-    def srem(self, key, *members):
-        self._commands.append(("srem", (key, *members)))
-
-    def incr(self, key):
-        self._commands.append(("incr", (key,)))
-
-    def delete(self, key):
-        self._commands.append(("delete", (key,)))
+    def __getattr__(self, command):
+        """Adds any command."""
+        return lambda *arguments, **more: self._commands.append((command, (*arguments, *more.values())))
 
     async def execute(self, raise_on_error=True):
         replies = await self._client.trip(self._commands)
@@ -462,8 +439,3 @@ class _Pipeline:
             if raise_on_error and isinstance(reply, Exception):
                 raise reply
         return replies
-
-
-def _settle(future, made):
-    if not future.done():
-        future.set_result(made)

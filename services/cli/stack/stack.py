@@ -18,6 +18,7 @@ from services.cli.stack import probes
 from services.cli.stack.child import Child, ChildSpec
 from services.cli.stack.endpoints import Endpoints
 from services.runtime.machine import cores
+from services.runtime.redacted import without_credentials
 
 _START_SECONDS = 300.0
 _POLL_SECONDS = 0.05
@@ -216,15 +217,14 @@ class Stack:
             "workers": endpoints.workers,
             "metrics": endpoints.metrics,
             "console": options.console,
-            "redis_url": options.redis_url,
-            "models": options.models,
+            "redis_url": without_credentials(options.redis_url),
+            "models": without_credentials(options.models),
             "traces": str(options.traces.absolute()),
             "processes": {name: child.pid for name, child in self._children.items()},
         }
         path = options.state / "stack.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")
-        partial_file.touch(mode=0o600)  # a Redis URL can contain a password
         partial_file.write_text(json.dumps(description, indent=2) + "\n")
         partial_file.replace(path)
 

@@ -46,7 +46,6 @@ class WorkerMetrics:
         self._triton_names = triton_names
 
     def samples(self) -> Iterator[Sample]:
-        """The samples, for `Metrics.add`."""
         store = self._worker.store
         yield Sample(DECISIONS, (), store.decisions.size)
         yield Sample(FORGOTTEN, (), store.failures_dropped)

@@ -1,7 +1,7 @@
 """Decides which runs are made on the thread that received the request, even the event loop's: docs/decisions/0025.
 
 Two conditions must hold. The graph proves that the time of a run depends only on the shapes of its inputs, never on
-their values (`why_not`). And earlier runs with such shapes were quick (`InlineRuns`).
+their values (`verdict`). And earlier runs with such shapes were quick (`InlineRuns`).
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -14,7 +14,8 @@ import numpy.typing as npt
 import onnx
 
 from services.inference.codec.request import Decoded
-from services.inference.execution.graph import name_of, operator_types
+from services.inference.execution.graph import ELEMENTWISE, name_of, names, operator_types
+from services.runtime.verdict import YES, Verdict
 
 # The longest run that is made inline. For such runs another thread would cost more than it saves.
 QUICK_NS = 500_000
@@ -27,23 +28,16 @@ _MAX_KINDS = 1024
 _RNNS = frozenset({"GRU", "LSTM", "RNN"})
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # The work of these operators, and the sizes of their outputs, follow from the shapes of their inputs.
-_BY_SHAPE = _names(
+_BY_SHAPE = names(
     """
-    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitCast BitShift
-    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant Conv ConvInteger
-    ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Det Div Dropout DynamicQuantizeLinear Einsum Elu Equal
-    Erf Exp EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool
-    Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN
-    LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max
-    MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg Not Or PRelu Pow QLinearConv QLinearMatMul
-    QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike Reciprocal Relu ReverseSequence RotaryEmbedding
-    Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Softmax Softplus Softsign SpaceToDepth
-    Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Transpose Trilu Where Xor
+    ArgMax ArgMin Attention AveragePool BatchNormalization BitCast CastLike Concat Constant Conv ConvInteger
+    ConvTranspose CumSum DepthToSpace DequantizeLinear Det Dropout DynamicQuantizeLinear Einsum EyeLike Flatten
+    Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization Hardmax
+    InstanceNormalization LRN LayerNormalization LogSoftmax LpNormalization LpPool MatMul MatMulInteger MaxPool
+    MeanVarianceNormalization QLinearConv QLinearMatMul QuantizeLinear RMSNormalization RandomNormalLike
+    RandomUniformLike ReverseSequence RotaryEmbedding ScatterElements ScatterND Shape Size Softmax SpaceToDepth
+    Transpose Trilu
     ai.onnx.ml.ArrayFeatureExtractor ai.onnx.ml.Binarizer ai.onnx.ml.FeatureVectorizer ai.onnx.ml.Imputer
     ai.onnx.ml.LinearClassifier ai.onnx.ml.LinearRegressor ai.onnx.ml.Normalizer ai.onnx.ml.SVMClassifier
     ai.onnx.ml.SVMRegressor ai.onnx.ml.Scaler ai.onnx.ml.TreeEnsemble ai.onnx.ml.TreeEnsembleClassifier
@@ -56,12 +50,12 @@ _BY_SHAPE = _names(
     com.microsoft.QLinearSigmoid com.microsoft.QLinearSoftmax com.microsoft.QuickGelu
     com.microsoft.SkipLayerNormalization
     """
-)
+).union(ELEMENTWISE)
 # The same holds for these if the inputs from this position on (sizes, axes, lengths) are known before the request.
 _BY_SIZE = {
     **dict.fromkeys(("ConstantOfShape", "Range"), 0),
     **dict.fromkeys(
-        _names(
+        names(
             """
         Expand OneHot Pad ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
         ReduceSum ReduceSumSquare Reshape Resize Slice Split Squeeze Tile TopK Unsqueeze Upsample
@@ -74,11 +68,11 @@ _BY_SIZE = {
 _SHAPES_OF = frozenset({"Shape", "Size"})
 
 
-def why_not(model: onnx.ModelProto) -> str:
-    """Why the time of a run does not follow from the shapes of its inputs; "" if it does."""
+def verdict(model: onnx.ModelProto) -> Verdict:
+    """Whether the time of a run follows from the shapes of its inputs."""
     unknown = operator_types(model).difference(_BY_SHAPE, _BY_SIZE)
     if unknown:
-        return f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}"
+        return Verdict(f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}")
     inputs = {value.name for value in model.graph.input}
     # A request may override initializers that are also inputs.
     known = {tensor.name for tensor in model.graph.initializer if tensor.name not in inputs}
@@ -88,10 +82,10 @@ def why_not(model: onnx.ModelProto) -> str:
         # For a recurrent layer only the fifth input counts. The inputs after it are states.
         sizes = () if first is None else node.input[first : first + 1 if operator in _RNNS else None]
         if computed := [name for name in sizes if name and name not in known]:
-            return f"sizes depend on values: {computed[0]!r} of {operator} is computed from them"
+            return Verdict(f"sizes depend on values: {computed[0]!r} of {operator} is computed from them")
         if operator in _SHAPES_OF or _is_known(operator, node.input, known):
             known.update(node.output)
-    return ""
+    return YES
 
 
 def _is_known(operator: str, inputs: Iterable[str], known: set[str]) -> bool:
@@ -142,8 +136,6 @@ class InlineRuns:
 
 class _Slowest:
     """The largest time and output bytes of a row, over two windows of runs."""
-
-    __slots__ = ("_before", "_now", "_runs", "bytes", "ns")
 
     def __init__(self) -> None:
         self._runs = 0

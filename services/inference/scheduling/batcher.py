@@ -40,19 +40,6 @@ _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 class BatchResult:
     """Outputs in the requested order, and the run that made them. Times are of time.time_ns."""
 
-    __slots__ = (
-        "arrays",
-        "batch_requests",
-        "batch_rows",
-        "end_ns",
-        "first",
-        "members",
-        "queued_ns",
-        "run_ns",
-        "start_ns",
-        "steps",
-    )
-
     def __init__(
         self,
         arrays: Sequence[npt.NDArray[Any]],
@@ -197,16 +184,13 @@ class Batcher:
 
     @property
     def is_quick(self) -> bool:
-        """Whether `run_at_once` may run anything at all."""
         return self._inline_runs is not None and self._inline_runs.is_quick
 
     @property
     def waiting(self) -> int:
-        """The number of requests that no batch has taken."""
         return sum(not waiting.future.done() for waiting in self._queue)
 
     async def close(self) -> None:
-        """Waits until all submitted requests are answered."""
         with self._at_once:
             self._closed = True
         self._dispatch()

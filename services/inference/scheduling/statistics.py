@@ -13,8 +13,6 @@ from services.runtime.telemetry.metrics import Histogram
 class _Duration:
     """A count of events and their total duration."""
 
-    __slots__ = ("count", "ns")
-
     def __init__(self) -> None:
         self.count = self.ns = 0
 
@@ -28,8 +26,6 @@ class _Duration:
 
 class _Runs:
     """The batches of one size."""
-
-    __slots__ = ("infer", "input", "output")
 
     def __init__(self) -> None:
         self.input, self.infer, self.output = _Duration(), _Duration(), _Duration()
@@ -83,13 +79,11 @@ class Statistics:
             runs.output.add(output_ns)
 
     def failed(self, total_ns: int, kind: str) -> None:
-        """Counts a request that failed with an error of `kind`."""
         with self._lock:
             self._fail.add(total_ns)
             self.errors[kind] = self.errors.get(kind, 0) + 1
 
     def message(self) -> v2.ModelStatistics:
-        """The current statistics."""
         return v2.ModelStatistics(
             name=self._name,
             version=self._version,

@@ -44,7 +44,6 @@ class Calls:
         self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         for method, counts in self._counts.items():
             for code, count in counts.items():
                 yield Sample(CALLS, (method, code), count)
@@ -52,11 +51,9 @@ class Calls:
             yield from samples()
 
     def add(self, samples: Callable[[], Iterator[Sample]]) -> None:
-        """Adds samples of other counters of a server."""
         self._others.append(samples)
 
     def counted(self, service: Service) -> dict[str, Handler]:
-        """Returns the handlers of `service`, wrapped to count their calls."""
         return {
             method: handler if method in service.fast_paths else self._counted(f"{service.name}/{method}", handler)
             for method, handler in service.handlers.items()
@@ -73,14 +70,13 @@ class Calls:
         return count
 
     def counted_path(self, method: str, path: FastPath) -> FastPath:
-        """Returns `path`, wrapped to count its calls."""
         count = self.counter(method)
 
         async def counted(data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
             code = "CANCELLED"
             try:
                 answer = await path(data, metadata, deadline)
-                code = _code_of(answer)
+                code = answer.code.name if isinstance(answer, Failure) else "OK"
                 return answer
             finally:
                 count(code)
@@ -89,21 +85,23 @@ class Calls:
 
     def _counted(self, method: str, handler: Handler) -> Handler:
         """Wraps a handler of bytes; it takes and returns streams as async iterators."""
-        counts = self._counts.setdefault(method, {})
+        count = self.counter(method)
         answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
 
         async def unary(request: Any, context: Context) -> bytes:
+            code = "OK"
             try:
                 await _check(context)
                 response: bytes = await answer(request, context)
+                return response
             except BaseException as error:
                 code = _code(context, error)
-                counts[code] = counts.get(code, 0) + 1
                 raise
-            counts["OK"] = counts.get("OK", 0) + 1
-            return response
+            finally:
+                count(code)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
+            code = "OK"
             try:
                 await _check(context)
                 async with aclosing(answer(request, context)) as responses:
@@ -111,18 +109,15 @@ class Calls:
                         yield response
             except BaseException as error:
                 code = _code(context, error)
-                counts[code] = counts.get(code, 0) + 1
                 raise
-            counts["OK"] = counts.get("OK", 0) + 1
+            finally:
+                count(code)
 
-        if handler.response_streaming:
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(stream)
-        return grpc.unary_unary_rpc_method_handler(unary)
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(unary)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream)
+        return grpc.unary_stream_rpc_method_handler(stream)
 
 
 async def _check(context: Context) -> None:
@@ -132,12 +127,7 @@ async def _check(context: Context) -> None:
         await abort(context, error)
 
 
-def _code_of(answer: Answer | Failure) -> str:
-    return answer.code.name if isinstance(answer, Failure) else "OK"
-
-
 def _code(context: Context, error: BaseException) -> str:
-    """Returns the name of the status code of a call that ends with `error`."""
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "CANCELLED"
     # grpcio returns a number, or None if no code was set.

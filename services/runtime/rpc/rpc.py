@@ -33,8 +33,6 @@ class Answer:
     response stays in pieces until it is sent; a thread joins them.
     """
 
-    __slots__ = ("afterwards", "body", "pieces", "trailing")
-
     def __init__(
         self,
         body: bytes,
@@ -59,8 +57,6 @@ class Answer:
 
 class Failure:
     """The error status and trailing metadata that a call ends with; `afterwards` is as for Answer."""
-
-    __slots__ = ("afterwards", "code", "message", "trailing")
 
     def __init__(
         self, code: grpc.StatusCode, message: str, trailing: Metadata, afterwards: Callable[[], None] | None = None
@@ -93,7 +89,6 @@ class Service:
 
     @property
     def name(self) -> str:
-        """The full name, such as `inference.GRPCInferenceService`."""
         return self.descriptor.full_name
 
 
@@ -107,7 +102,6 @@ def parse(request_type: type[Request], data: bytes) -> Request:
 
 
 def check_metadata(metadata: Metadata) -> None:
-    """Raises ResourceExhaustedError if the metadata is larger than MAX_METADATA_BYTES."""
     size = 0
     for name, value in metadata:
         size += len(name) + len(value) + 32

@@ -24,8 +24,6 @@ class Recent(Generic[Key, Value]):
     is dropped. Threads may share it: the only effect of a race is that an entry moved by two threads may be lost.
     """
 
-    __slots__ = ("_old", "_size", "_young", "dropped")
-
     def __init__(self, size: int) -> None:
         self._size = size
         self._young: dict[Key, Value] = {}
@@ -37,7 +35,6 @@ class Recent(Generic[Key, Value]):
         return len(self._young) + len(self._old)
 
     def get(self, key: Key) -> Value | None:
-        """Returns the value, or None if it is not held."""
         value = self._young.get(key)
         if value is None:
             value = self._old.get(key)
@@ -46,7 +43,6 @@ class Recent(Generic[Key, Value]):
         return value
 
     def put(self, key: Key, value: Value) -> None:
-        """Sets or replaces the value."""
         self._old.pop(key, None)
         if len(self._young) >= self._size and key not in self._young:
             self.dropped += len(self._old)
@@ -54,7 +50,6 @@ class Recent(Generic[Key, Value]):
         self._young[key] = value
 
     def pop(self, key: Key) -> Value | None:
-        """Removes and returns the value, or None if it is not held."""
         value = self._young.pop(key, None)
         return self._old.pop(key, None) if value is None else value
 

@@ -42,8 +42,6 @@ class Told(Protocol):
 class Stage:
     """A part of a request; `result` is a worker's answer to it, `worker` that worker's id."""
 
-    __slots__ = ("end_ns", "error", "kind", "name", "parent_id", "result", "span_id", "start_ns", "told", "worker")
-
     def __init__(
         self,
         name: str,
@@ -75,8 +73,6 @@ class Trace:
 
     `leader` is the request that this one joined, if any: it waited for that one's answer.
     """
-
-    __slots__ = ("leader", "parent_id", "sampled", "span_id", "stages", "state", "trace_id")
 
     def __init__(self, trace_id: str, parent_id: str, sampled: bool) -> None:
         self.trace_id = trace_id
@@ -116,12 +112,10 @@ class Trace:
         self.stages.append(Stage(name, start_ns, end_ns, told, span_id, kind, error, worker, result, self.span_id))
 
     def traceparent(self, span_id: str) -> str:
-        """Returns the header to send on, so that `span_id` becomes the parent at the receiver."""
         return w3c.traceparent(self.trace_id, span_id, self.sampled)
 
 
 def untraced() -> Trace:
-    """Returns a trace for work that no caller waits for."""
     return Trace("0" * 31 + "1", "", False)
 
 
@@ -176,13 +170,11 @@ class Tracer:
                 queue.put(spans)
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         for queue in self._queues:
             yield Sample(SPANS, (queue.destination.name, "sent"), queue.sent)
             yield Sample(SPANS, (queue.destination.name, "dropped"), queue.dropped)
 
     async def close(self) -> None:
-        """Sends the queued spans, for at most a few seconds."""
         for queue in self._queues:
             await queue.close()
 

@@ -10,7 +10,7 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from cache.keys.epochs import Epochs
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Mesh
 from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegions
@@ -24,7 +24,7 @@ from router.dispatch.tail_latency import TailLatency
 from router.request.call import Call
 from router.request.path import RequestPath
 from router.request.replies import Replies
-from router.transport.worker_client import Sent, WorkerUnreachableError
+from router.transport.worker_client import WorkerUnreachableError
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Answer, Failure, failure
 from services.runtime.telemetry.tracing import Trace
@@ -91,15 +91,13 @@ class Link:
         self._router = router
         self._outcomes = outcomes
 
-    def send(self, digest, work, done):
+    def send(self, digest, item):
         self._router.fault.meets("send")
         outcome = self._outcomes.pop(0) if self._outcomes else RESULT
-        sent = Sent(work, done)
-        asyncio.get_running_loop().call_soon(lambda: sent.done and sent.done(outcome))
-        return sent
+        asyncio.get_running_loop().call_soon(lambda: item.done and item.done(outcome))
 
-    def withdraw(self, sent):
-        sent.done = None
+    def withdraw(self, item):
+        item.done = None
 
 
 class TellsReplies(Replies):
@@ -122,7 +120,7 @@ class Router:
     def __init__(self, fault, outcomes=()):
         self.fault = fault
         self.outcomes = [*outcomes]
-        purges = PurgeBoard(None, "test", 1.0)
+        purges = InvalidationLog(None, "test", 1.0)
         peers = PeerRegions([], purges)
         self.mesh = fault.of(Mesh)(fault.of(LocalTier)(1 << 20), None, purges, peers, fault.of(Refusals)(60))
         seen = view([member(name, link=Link(self, self.outcomes)) for name in ("a", "b", "c")])
