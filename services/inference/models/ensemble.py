@@ -7,11 +7,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy.typing as npt
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.request import Decoded, prepare
 from services.inference.codec.tensor_spec import TensorSpec, declared_spec
-from services.inference.execution.model import ModelLoadError, OnnxModel, metadata
+from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.repository.config import ConfigError, ModelConfig, serving_rules
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.batcher import BatchResult, StepResult
@@ -46,7 +45,7 @@ class Ensemble:
     here, so the ensemble may run on workers that have them.
     """
 
-    provider = "ensemble"
+    provider = platform = "ensemble"
     limits_queue = False
     row_cache = Verdict("its steps cache their own")
     batch_remark = "batched by its steps"
@@ -100,13 +99,10 @@ class Ensemble:
         made.cacheable = Verdict(made.not_runnable or ensemble.uncacheable_reason(self._config, reasons))
         return made
 
-    def metadata(self) -> v2.ModelMetadataResponse:
-        return metadata(self.name, "ensemble", self.inputs, self.outputs)
-
     def config(self) -> ModelConfig:
         made = ModelConfig()
         made.CopyFrom(self._config)
-        made.name, made.platform = self.name, "ensemble"
+        made.name, made.platform = self.name, self.platform
         made.parameters["ringmesh_cached"].string_value = str(self.cacheable)
         return made
 
