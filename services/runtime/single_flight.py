@@ -27,7 +27,9 @@ class Flight(Promise[Result]):
         if self._flights.get(self._key) is self:
             del self._flights[self._key]
         if isinstance(outcome, asyncio.CancelledError):
-            self.settle(UnavailableError("the process is stopping"))
+            self.fail(UnavailableError("the process is stopping"))
+        elif isinstance(outcome, BaseException):
+            self.fail(outcome)
         else:
             self.settle(outcome)
 

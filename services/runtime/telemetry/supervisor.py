@@ -54,6 +54,16 @@ class Supervisor:
         """
         return self._keep(self._run(name, work))
 
+    def every(self, seconds: float, name: str, work: Callable[[], object]) -> asyncio.Task[None]:
+        """Calls `work` after every `seconds`; failures as in `start`."""
+
+        async def repeat() -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                work()
+
+        return self.start(name, repeat)
+
     def once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
         """Runs `work` once: a failure is counted and logged, not raised."""
         task = self._keep(self._run_once(name, work))
