@@ -74,7 +74,7 @@ class DirectService:
             held = self._worker.store.held.find(request.name, request.version)
         except (NotFoundError, UnavailableError):
             return v2.ModelReadyResponse(ready=False)
-        return v2.ModelReadyResponse(ready=not held.model.not_runnable)
+        return v2.ModelReadyResponse(ready=bool(held.model.runnable))
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
         held = self._worker.store.held
@@ -267,7 +267,7 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
     ensemble = None
     if isinstance(model, Ensemble):
         ensemble = inference_pb2.Ensemble(
-            own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
+            own_digest=model.own_digest, config=model.config(), not_runnable=model.runnable.reason
         )
     version = inference_pb2.ModelVersion(
         ensemble=ensemble,

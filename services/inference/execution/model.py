@@ -44,8 +44,8 @@ class OnnxModel:
     batch may be cached one by one. `provider`: the execution provider in use. `rules`: how routers treat its requests.
     """
 
-    # Only an ensemble may be not runnable, if it lacks steps.
-    not_runnable = ""
+    # Only an ensemble may lack steps.
+    runnable = YES
     platform = "onnxruntime_onnx"
     # Until the rows have been probed.
     batchable = row_cache = Verdict("its rows have not been probed")
