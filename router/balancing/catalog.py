@@ -25,6 +25,7 @@ class ModelEntry:
 
     - `uncacheable`: why its answers are not cached; "" if they are.
     - `inputs`, `outputs`: those of its metadata.
+    - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
     - `not_runnable`: why no worker can run it; "" if one may.
@@ -43,6 +44,7 @@ class ModelEntry:
     hedged: bool = False
     semantic_threshold: float = 0.0
     semantic_embedding: str = ""
+    shared_tier: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
     cache_steps: bool = False
@@ -175,5 +177,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         limits_queue=model.limits_queue,
         semantic_threshold=model.semantic_threshold,
         semantic_embedding=model.semantic_embedding,
+        # The hit ratio of exact matches does not show how many similar requests an entry answers.
+        shared_tier=model.shared_tier or ("always" if model.semantic_threshold else ""),
         freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,
     )

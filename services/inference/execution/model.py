@@ -14,7 +14,14 @@ from services.inference.execution import graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import run_error
 from services.inference.execution.sessions import Sessions, first_line
-from services.inference.repository.config import ConfigError, ModelConfig, batching, limits_queue, serving_rules
+from services.inference.repository.config import (
+    SHARED_TIER,
+    ConfigError,
+    ModelConfig,
+    batching,
+    limits_queue,
+    serving_rules,
+)
 from services.inference.repository.repository import ModelFiles, data_file
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.oip.tensors import decode
@@ -194,6 +201,7 @@ class OnnxModel:
         ):
             made.parameters[f"ringmesh_{name}"].string_value = str(verdict)
         made.parameters["ringmesh_provider"].string_value = self.provider
+        made.parameters[SHARED_TIER].string_value = self.rules.shared_tier or "auto"
         return made
 
     def _declare(self, spec: TensorSpec, tensor: config_pb2.ModelInput | config_pb2.ModelOutput) -> None:
