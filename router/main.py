@@ -120,6 +120,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
+    if settings.triton_metrics:
+        metrics.add(requests.triton_samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()

@@ -193,8 +193,8 @@ class SharedTier:
             return False
         if memory.get("maxmemory") and memory.get("maxmemory_policy") == "noeviction":
             log.warning(
-                "Redis %s has maxmemory-policy noeviction: when its %d bytes are full it refuses what is to be "
-                "cached; set allkeys-lru or allkeys-lfu",
+                "Redis %s has maxmemory-policy noeviction: when its %d bytes are full, it refuses new entries; "
+                "set allkeys-lru or allkeys-lfu",
                 node.name,
                 memory["maxmemory"],
             )

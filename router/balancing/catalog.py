@@ -128,7 +128,7 @@ class Catalog:
             why = ""
         else:
             itself = _signature(model)
-            why = ensemble.misfit(plan, itself.inputs, itself.outputs, signatures)
+            why = ensemble.fits(plan, itself.inputs, itself.outputs, signatures).reason
         if why:  # without a plan, which might contain the ensemble itself
             return replace(entry, uncacheable=why, not_runnable=why)
         freshness = entry.freshness
@@ -141,7 +141,7 @@ class Catalog:
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
             digest=ensemble.digest(model.ensemble.own_digest, (step.digest for step in steps)),
-            uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
+            uncacheable=ensemble.cacheable(config, ((step.name, step.uncacheable) for step in steps)).reason,
         )
 
 

@@ -71,7 +71,7 @@ async def outcomes(channel, requests):
 async def test_a_cheap_model_whose_requests_do_not_repeat_soon_leaves_redis_alone(channel, valkey):
     commands = Commands(valkey.connection_url)
     assert set(await outcomes(channel, [asked("cheap") for _ in range(LEARNING)])) == {"miss"}
-    assert commands()[0] > 10
+    assert commands()[0] > 0
     await outcomes(channel, [asked("cheap") for _ in range(400)])
     assert sum(commands()) < 100  # of 800
 

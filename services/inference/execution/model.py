@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
@@ -52,8 +51,9 @@ class OnnxModel:
     batch may be cached one by one. `provider`: the execution provider in use. `rules`: how routers treat its requests.
     """
 
-    # Only an ensemble may be not runnable, if it lacks steps.
-    not_runnable = ""
+    # Only an ensemble may lack steps.
+    runnable = YES
+    platform = "onnxruntime_onnx"
     # Until the rows have been probed.
     batchable = row_cache = Verdict("its rows have not been probed")
     has_rows = False
@@ -172,14 +172,11 @@ class OnnxModel:
         random = np.random.default_rng(0).random(shape) * (kind == "random_data")
         return random.astype(dtype)
 
-    def metadata(self) -> v2.ModelMetadataResponse:
-        return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
-
     def config(self) -> ModelConfig:
         """Its config.pbtxt, completed from the file and with the decisions made at load."""
         made = ModelConfig()
         made.CopyFrom(self.configured)
-        made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
+        made.name, made.platform, made.backend = self.name, self.platform, "onnxruntime"
         made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
         made.response_cache.enable = bool(self.cacheable)
         if self.batchable and made.WhichOneof("scheduling_choice") is None:
@@ -256,16 +253,6 @@ class OnnxModel:
         if -1 in rest or (first == -1 and not self.has_rows):
             return None
         return (feeds[self.required[0]].shape[0], *rest) if first == -1 else spec.inner or spec.shape
-
-
-def metadata(
-    name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
-) -> v2.ModelMetadataResponse:
-    tensor = v2.ModelMetadataResponse.TensorMetadata
-    made = v2.ModelMetadataResponse(name=name, platform=platform)
-    for specs, field in ((inputs, made.inputs), (outputs, made.outputs)):
-        field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
-    return made
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -99,10 +99,15 @@ def read(path: Path, name: str) -> ModelConfig:
 
 def ignored_fields(config: ModelConfig) -> list[str]:
     """The paths of the fields that are set but have no effect here, each once."""
+    return [path for path, used in fields(config).items() if not used]
+
+
+def fields(config: ModelConfig) -> dict[str, bool]:
+    """The paths of the fields that are set, and whether they have an effect here."""
     # An unknown parameter may be the owner's own, which ModelConfig reports, or it may be misspelt.
     known = _OURS | _OF_EXECUTION
-    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in known]
-    return [*dict.fromkeys(_ignored(config, "")), *parameters]
+    parameters = {f"parameters.{name}": name in known for name in sorted(config.parameters)}
+    return {path: path in _ACTED_ON for path in _set_fields(config, "")} | parameters
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
@@ -216,11 +221,11 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: {fault}")
 
 
-def _ignored(message: Message, prefix: str) -> Iterator[str]:
+def _set_fields(message: Message, prefix: str) -> Iterator[str]:
     for field, value in message.ListFields():
         path = prefix + field.name
         if path in _NESTED:
             for each in value if field.is_repeated else (value,):
-                yield from _ignored(each, path + ".")
-        elif path not in _ACTED_ON and path != "parameters":
+                yield from _set_fields(each, path + ".")
+        elif path != "parameters":
             yield path
