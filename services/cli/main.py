@@ -31,7 +31,6 @@ class Commands(TyperGroup):
     """Subcommands. An error that the user can fix is printed in one line; the exit code is then 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a subcommand."""
         try:
             return super().invoke(ctx)
         except CommandError as error:

@@ -23,11 +23,9 @@ class Screen:
         self._state = state
 
     def say(self, line: str) -> None:
-        """Prints one line without wrapping."""
         self._console.print(Text(line), soft_wrap=True)
 
     def endpoints(self, options: StackOptions) -> None:
-        """Prints the endpoint and the protocol of each process."""
         table = tables.create("process", "endpoint", "protocol", gap=3)
         endpoints = options.endpoints
         count = len(endpoints.routers)
