@@ -31,7 +31,6 @@ class Commands(TyperGroup):
     """Subcommands. An error that the user can fix is printed in one line; the exit code is then 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a subcommand."""
         try:
             return super().invoke(ctx)
         except CommandError as error:
@@ -173,7 +172,8 @@ def up(
     async def serve() -> int:
         screen.endpoints(options)
         failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router)
-        screen.failures(failures)
+        for failure in failures:
+            screen.say(failure)
         if sample is not None:
             screen.first_calls(endpoints.router, sample)
         screen.say("ready")
@@ -270,7 +270,7 @@ def top(
     from services.cli.commands import running
     from services.cli.commands import top as show
 
-    url = console_url or running.find(state).console
+    url = console_url or running.endpoint("console", state)
     if once or not sys.stdout.isatty():
         show.once(_console(), url)
     else:
@@ -293,7 +293,7 @@ def explain(
 
     if (model is None) == (request is None):
         raise CommandError("name a model, or a file with --request")
-    address = router or running.find(state).router
+    address = router or running.endpoint("router", state)
     sent = show.read_request(request) if request is not None else show.random_request(address, model or "")
     show.show(_console(), show.explain(address, sent, tenant))
 
@@ -303,7 +303,7 @@ def models(router: RouterOption = None, state: StateOption = STATE) -> None:
     """Lists the models of the fleet with their state and counts."""
     from services.cli.commands import model_list, running
 
-    _console().print(model_list.listing(router or running.find(state).router))
+    _console().print(model_list.listing(router or running.endpoint("router", state)))
 
 
 @app.command("semantic-precision")
@@ -321,7 +321,7 @@ def semantic_precision(
     from services.cli.commands import semantic_precision as tool
 
     chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
-    _console().print(tool.measure(router or running.find(state).router, model, vectors, chosen))
+    _console().print(tool.measure(router or running.endpoint("router", state), model, vectors, chosen))
 
 
 @cache_app.callback(invoke_without_command=True)
@@ -331,11 +331,8 @@ def cache(context: typer.Context, address: CacheOption = None, state: StateOptio
         return
     from services.cli.commands import cache_service, running
 
-    if address is not None:
-        processes = {"cache": address}
-    else:
-        stack = running.find(state)
-        processes = {"router": stack.router, "cache": stack.cache}
+    names = ("router", "cache") if address is None else ("cache",)
+    processes = {name: address or running.endpoint(name, state) for name in names}
     _console().print(cache_service.listing(processes))
 
 
@@ -354,11 +351,14 @@ def purge(
     """Removes entries from all caches. Returns when no router or cache answers from them any more."""
     from services.cli.commands import cache_service, running
 
-    request = cache_service.purge_request(
-        everything=everything, model=model, tenant=tenant, key=key, even_if_unknown=even_if_unknown
+    done = cache_service.purge(
+        address or running.endpoint("router", state),  # which knows the models
+        even_if_unknown=even_if_unknown,
+        everything=everything,
+        model=model,
+        tenant=tenant,
+        key=key,
     )
-    # Sent to a router, which knows the models.
-    done = cache_service.purge(address or running.find(state).router, request)
     _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
     if done.warning:
         _console().print(done.warning, highlight=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,20 +17,13 @@ SECONDS = 10.0
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Endpoints of a running stack: host:port of router and cache, and the URL of the console."""
+def endpoint(name: str, state: Path) -> str:
+    """Returns the endpoint of `router`, `cache` or `console` of the stack in the folder `state`. Raises CommandError.
 
-    router: str
-    cache: str
-    console: str
-
-
-def find(state: Path) -> Running:
-    """Finds the stack with the state folder `state`. Raises CommandError if none is running."""
+    It is host:port, for the console a URL.
+    """
     try:
-        found = json.loads((state / "stack.json").read_text())
-        return Running(found["router"], found["cache"], found["console"])
+        found: str = json.loads((state / "stack.json").read_text())[name]
     except OSError:
         raise CommandError(
             f"no stack runs in {state}: `ringmesh up` starts one, --state names another folder, "
@@ -39,6 +31,7 @@ def find(state: Path) -> Running:
         ) from None
     except (ValueError, KeyError):
         raise CommandError(f"{state / 'stack.json'} was not written by `ringmesh up`") from None
+    return found
 
 
 def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer]) -> Answer:

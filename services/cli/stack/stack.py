@@ -44,12 +44,10 @@ class StackOptions:
 
     @property
     def redis_url(self) -> str:
-        """The URL of the Redis server that the stack uses."""
         return self.redis or f"redis://{self.endpoints.valkey}"
 
     @property
     def console(self) -> str:
-        """The URL of the console's pages."""
         return f"http://{self.endpoints.pages}"
 
 
@@ -101,7 +99,6 @@ class Stack:
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
-        """Sends SIGKILL to all running processes."""
         for child in self._children.values():
             child.kill()
 
