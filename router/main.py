@@ -99,12 +99,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     }
     evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
     cache = CacheService(
-        mesh,
-        evictions,
-        EntryFrames(secret),
-        requests.usages,
-        lambda: _models(fleet, mesh),
-        lambda: fleet.view.catalog.tenant_scoped,
+        mesh, evictions, EntryFrames(secret), requests.usages, lambda: fleet.view.catalog.tenant_scoped
     )
     server = Server(
         settings.engine,

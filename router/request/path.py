@@ -86,7 +86,7 @@ class RequestPath:
 
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
         """Makes the call of a received request; `deadline` in time.monotonic."""
-        told = protocol.told(metadata)
+        told = protocol.caller_metadata(metadata)
         call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
         call.told = told
         return call
@@ -116,7 +116,7 @@ class RequestPath:
             self._replies.left(call)
             raise
         except Exception as error:
-            call.error = faults.told(log, f"{call.name} failed", error, call.trace.trace_id)
+            call.error = faults.reported(log, f"{call.name} failed", error, call.trace.trace_id)
         return self._replies.failure(call, call.error)
 
     def _refuse(self, call: Call) -> None:
@@ -260,7 +260,7 @@ class RequestPath:
     def _runs_whole(self, model: ModelEntry) -> bool:
         """Whether one worker runs the ensemble: a worker can, and its steps need not be cached one by one."""
         members = self._fleet.view.members.values()
-        return not model.cache_steps and any(member.can_run(model).ok for member in members)
+        return not model.cache_steps and any(member.can_run(model) for member in members)
 
     async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
         """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live."""

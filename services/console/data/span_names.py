@@ -7,7 +7,7 @@ from typing import Any
 
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from services.runtime.telemetry.span_tree import Span
+from services.runtime.telemetry.span_tree import StoredSpan
 
 SHARED = "cache.shared"
 EXECUTE = "Execute"
@@ -45,7 +45,7 @@ _SUMMARY = {
 }
 
 
-def is_attempt(span: Span) -> bool:
+def is_attempt(span: StoredSpan) -> bool:
     """Whether this is the router's span of a request that it sent to a worker."""
     return span.short_name == EXECUTE and span.service == "ringmesh-router"
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from services.console.data.sources import Sources
 from services.console.pages import story, traces_page
 from services.console.pages.live import Context
-from services.runtime.telemetry.span_tree import Span, SpanTree
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
 # The names of a span and its ancestors, and how many such spans come before it.
 _Key: TypeAlias = tuple[tuple[str, ...], int]
@@ -24,8 +24,8 @@ class SpanPair:
     depth: int
     name: str
     service: str
-    first: Span | None
-    second: Span | None
+    first: StoredSpan | None
+    second: StoredSpan | None
 
     @property
     def longer_ns(self) -> int | None:
@@ -61,7 +61,7 @@ def _pairs(first: SpanTree, second: SpanTree) -> list[SpanPair]:
     return pairs
 
 
-def _by_position(tree: SpanTree) -> dict[_Key, Span]:
+def _by_position(tree: SpanTree) -> dict[_Key, StoredSpan]:
     path: list[str] = []
     seen: Counter[tuple[str, ...]] = Counter()
     found = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.console.data import span_names as names
-from services.runtime.telemetry.span_tree import Span, SpanTree
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
 # Shorter gaps are not explained: the larger of a share of the trace and a time in ns.
 _LEAST_SHARE = 0.02
@@ -20,7 +20,7 @@ _TRANSIT = "on the way between the router and the worker"
 class Gap:
     """A part of `span` without a child span, in ns, and what happens in it, as the end of a sentence."""
 
-    span: Span
+    span: StoredSpan
     start_ns: int
     end_ns: int
     text: str
@@ -37,7 +37,7 @@ def find(tree: SpanTree) -> list[Gap]:
     return [gap for _, span in tree.rows for gap in _gaps(span, tree) if gap.duration_ns >= least]
 
 
-def _gaps(span: Span, tree: SpanTree) -> Iterator[Gap]:
+def _gaps(span: StoredSpan, tree: SpanTree) -> Iterator[Gap]:
     children = [child for _, child in tree.rows if child.parent_id == span.span_id and child is not span]
     if not children:
         return
@@ -52,7 +52,7 @@ def _gaps(span: Span, tree: SpanTree) -> Iterator[Gap]:
     yield Gap(span, end_ns, span.end_ns, after)
 
 
-def _texts(span: Span, before: int, after: int) -> tuple[str, str, str]:
+def _texts(span: StoredSpan, before: int, after: int) -> tuple[str, str, str]:
     """Returns what a span does before, between and after its child spans. `before` and `after` are times in ns."""
     if names.is_attempt(span):
         return (

@@ -21,7 +21,7 @@ from services.console.data.trace_store import TraceQuery, TraceSummary
 from services.console.pages import gaps, story
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
-from services.runtime.telemetry.span_tree import Span, SpanTree
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
 _LIMIT = 100
 _MOST_BARS = 16
@@ -36,7 +36,7 @@ class WaterfallRow:
     `gap`: what happens in this part of the span, which no child span covers; "" for the row of the span itself.
     """
 
-    span: Span
+    span: StoredSpan
     depth: int
     start: float
     width: float
@@ -108,7 +108,7 @@ def _waterfall(tree: SpanTree) -> list[WaterfallRow]:
     """Returns the spans in tree order, and each long gap between the children of its span."""
     total = max(1, tree.duration_ns)
 
-    def row(span: Span, depth: int, start_ns: int, end_ns: int, gap: str = "") -> WaterfallRow:
+    def row(span: StoredSpan, depth: int, start_ns: int, end_ns: int, gap: str = "") -> WaterfallRow:
         return WaterfallRow(span, depth, (start_ns - tree.start_ns) / total, (end_ns - start_ns) / total, gap)
 
     rows = [row(span, depth, span.start_ns, span.end_ns) for depth, span in tree.rows]
