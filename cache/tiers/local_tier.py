@@ -95,6 +95,13 @@ class LocalTier:
         if counters.bytes > self.capacity and shard.get(key) is entry:
             self._drop(shard, key, entry)
 
+    def remove(self, key: bytes) -> None:
+        """Removes the entry, if there is one. It does not count as evicted."""
+        shard = self._shards[key[-1]]
+        entry = shard.get(key)
+        if entry is not None:
+            self._drop(shard, key, entry)
+
     def _push(self, key: bytes, entry: Entry, size: int) -> None:
         entry.weighed_hits = entry.hits
         entry.worth = self._clock + (1 + entry.hits) * (entry.compute_us + _TRIP_US) / size
