@@ -15,7 +15,7 @@ from cache.policy.freshness import Freshness
 from cache.policy.leases import Leases
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import Renewals, Renewed
-from cache.policy.worth_asking import Decision
+from cache.policy.worth_asking import LookUpDecision
 from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.regions.valuable import Valuable
 from cache.tiers.entry import Entry
@@ -229,7 +229,7 @@ class Mesh:
         finally:
             self._leaders.pop(key, None)
 
-    def _peers_to_ask(self, key: bytes) -> Mapping[PeerRegion, Decision]:
+    def _peers_to_ask(self, key: bytes) -> Mapping[PeerRegion, LookUpDecision]:
         # A process that does not know all purges must not fetch purged answers from a peer.
         if not self.peers.peers or not self.purges.is_known or self.purges.oldest_ms:
             return {}
@@ -237,7 +237,7 @@ class Mesh:
 
     async def _race(
         self,
-        peers: Mapping[PeerRegion, Decision],
+        peers: Mapping[PeerRegion, LookUpDecision],
         key: bytes,
         compute: Compute,
         trace: Trace,

@@ -26,7 +26,7 @@ _ASSUMED = 8.0
 _EXPLORED = 64
 
 
-class Decision:
+class LookUpDecision:
     """Result of a cost check. `asks`: look the key up, and write the computed answer. `waits`: compute only on a miss.
 
     `reason` explains the decision to a person.
@@ -40,13 +40,13 @@ class Decision:
         self.waits = waits
 
 
-WORTH: Final = Decision("worth asking", asks=True, waits=True)
-CLOSE: Final = Decision("asked while computing: it saves about what it costs", asks=True, waits=False)
-UNKNOWN: Final = Decision("asked while computing: what computing takes is not known yet", asks=True, waits=False)
-EXPLORED: Final = Decision(
+WORTH: Final = LookUpDecision("worth asking", asks=True, waits=True)
+CLOSE: Final = LookUpDecision("asked while computing: it saves about what it costs", asks=True, waits=False)
+UNKNOWN: Final = LookUpDecision("asked while computing: what computing takes is not known yet", asks=True, waits=False)
+EXPLORED: Final = LookUpDecision(
     "asked while computing: one of the keys that show how many hits there are", asks=True, waits=False
 )
-NOT_WORTH: Final = Decision("not worth asking", asks=False, waits=False)
+NOT_WORTH: Final = LookUpDecision("not worth asking", asks=False, waits=False)
 
 
 class _Hits:
@@ -65,7 +65,7 @@ class WorthAsking:
 
     def decide(
         self, subject: bytes, key: bytes, compute_seconds: float | None, trip_seconds: float, write_seconds: float = 0.0
-    ) -> Decision:
+    ) -> LookUpDecision:
         """Decides for one request. `compute_seconds` includes queueing; None: unknown. `trip_seconds` may be inf."""
         if compute_seconds is None:
             return UNKNOWN
