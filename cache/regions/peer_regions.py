@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.keys.invalidation import InvalidationLog
-from cache.policy.worth_asking import Decision, WorthAsking
+from cache.policy.worth_asking import LookUpDecision, WorthAsking
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames, is_answer
 from services.runtime import faults
@@ -201,7 +201,9 @@ class PeerRegions:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))
 
-    def worth_asking(self, subject: bytes, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, Decision]:
+    def worth_asking(
+        self, subject: bytes, key: bytes, compute_seconds: float | None
+    ) -> dict[PeerRegion, LookUpDecision]:
         """Returns the available peers that pass the cost check; none if the compute time is unknown."""
         if compute_seconds is None:
             return {}
@@ -214,7 +216,7 @@ class PeerRegions:
 
     async def race(
         self,
-        peers: Mapping[PeerRegion, Decision],
+        peers: Mapping[PeerRegion, LookUpDecision],
         subject: bytes,
         key: bytes,
         compute: Callable[[], Awaitable[Result]],
