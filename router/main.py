@@ -31,8 +31,10 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
+from router.transport.channels import Network
 from services.runtime.machine import cores, huge_pages, memory
 from services.runtime.process.process import run, set_title
+from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server
@@ -69,6 +71,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         clock=time.monotonic,
         sources=settings.create_sources(),
         locality=Locality(settings.region, settings.zone),
+        channels=Network(credential_of(settings.key_secret)),
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
@@ -110,6 +113,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=settings.access(),
         share_port=settings.share_port,
     )
     metrics = Metrics()

@@ -68,11 +68,14 @@ class Channels(Protocol):
 
 
 class Network:
-    """Real connections."""
+    """Real connections. `credential` is sent with every call."""
+
+    def __init__(self, credential: str = "") -> None:
+        self._credential = credential
 
     def channel(self, address: str) -> Channel:
         """A gRPC channel to the worker at host:port."""
-        return GrpcChannel(address)
+        return GrpcChannel(address, credential=self._credential)
 
     def local(self) -> LocalWay:
         """A channel over a Unix socket."""

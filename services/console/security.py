@@ -9,6 +9,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.runtime.rpc.access import Access
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -20,20 +22,23 @@ HEADERS = {
 
 
 class Guard:
-    """Accepts only the host names localhost, IP addresses and `hosts`, and POSTs only from the console's own pages.
+    """Accepts only the host names localhost, IP addresses and `hosts`, and POSTs only from the console's own pages and
+    from an admin network.
 
-    The first rule prevents DNS rebinding, the second cross-site requests. Both are necessary because there is no login.
+    The first rule prevents DNS rebinding, the second cross-site requests. Both are necessary because there is no login,
+    and so is the third: the console calls the fleet with the credential of a service.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], access: Access) -> None:
         self._app = app
+        self._access = access
         self._hosts = frozenset({"localhost", *(host.lower() for host in hosts)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Implements ASGI."""
         if scope["type"] != "http":
             return
-        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        refusal = self._refusal(scope["method"], Headers(scope=scope), scope["client"][0])
         if refusal:
             await PlainTextResponse(f"{refusal}\n", 403)(scope, receive, send)
             return
@@ -48,13 +53,15 @@ class Guard:
 
         await self._app(scope, receive, guarded)
 
-    def _refusal(self, method: str, headers: Headers) -> str:
+    def _refusal(self, method: str, headers: Headers, client: str) -> str:
         host = headers.get("host", "")
         name = host.rpartition("]")[0].lstrip("[") or host.partition(":")[0]
         if not _is_address(name) and name.lower() not in self._hosts:
             return f"this console does not go by the name {name!r}; name it in RINGMESH_CONSOLE_HOSTS"
         if method not in ("GET", "HEAD") and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
             return "only this console's own pages may send this"
+        if method not in ("GET", "HEAD") and not self._access.is_admin_host(client):
+            return f"this is for browsers on this host, not at {client}; name their networks in RINGMESH_ADMIN_NETWORKS"
         return ""
 
 

@@ -45,7 +45,7 @@ class WorkerSettings(ServiceSettings):
         description="folder for a Unix socket, on which routers of this host reach it; empty: none",
     )
     shared_memory_prefix: str = Field(
-        "", pattern=r"^[^/\0]{0,200}$", description="how the names of callers' shared memory objects begin"
+        "", pattern="^[^/]*$", description="how the names of callers' shared memory objects begin"
     )
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
     region: str = Field("", description="where it stands: routers prefer workers of their own region")

@@ -81,10 +81,11 @@ def test_every_endpoint_is_in_the_table(first):
         assert endpoint in first.output
 
 
-def test_router_and_cache_have_the_installations_secret_and_nobody_else(first):
+def test_the_services_have_the_installations_secret_and_nobody_else(first):
     told = {name: psutil.Process(pid).environ().get("RINGMESH_KEY_SECRET") for name, pid in first.pids.items()}
-    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == {"router", "cache"}
-    assert {name for name, secret in told.items() if secret is not None} == {"router", "cache"}
+    services = {"router", "cache", "console", "worker-0", "worker-1"}
+    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == services
+    assert {name for name, secret in told.items() if secret is not None} == services
 
 
 def test_a_signal_drains_and_leaves_nothing(running):

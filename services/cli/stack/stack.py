@@ -31,7 +31,7 @@ _STOP_MARGIN_SECONDS = 15.0
 class StackOptions:
     """Options of a stack. `models` is a folder or URL; `redis` is an existing server that replaces the embedded Valkey.
 
-    Routers and cache share `key_secret`.
+    All services share `key_secret`.
     """
 
     ports: Ports
@@ -184,9 +184,10 @@ class Stack:
             "RINGMESH_TRACE_DIR": str(options.traces.absolute()),
             "RINGMESH_DRAIN_SECONDS": str(options.drain_seconds),
             "RINGMESH_OTLP_ENDPOINT": options.spans,
+            "RINGMESH_KEY_SECRET": options.key_secret,
         }
         yield self._console(common)
-        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url, "RINGMESH_KEY_SECRET": options.key_secret}
+        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
         yield self._service("cache", "cache", options.cache, caches)
         threads = max(1, cores.available() // len(options.workers))
         for number, endpoint in enumerate(options.workers):

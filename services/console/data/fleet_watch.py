@@ -16,6 +16,8 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.console.data.fleet_events import FleetEvent, FleetEvents
+from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.client_metadata import sending
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _ASK_SECONDS = 1.0
@@ -113,14 +115,18 @@ class FleetView:
 
 
 class FleetWatch:
-    """Polls the fleet every second. `view` is the current snapshot."""
+    """Polls the fleet every second. `view` is the current snapshot. `credential` is sent with every call."""
 
-    def __init__(self, routers: tuple[str, ...], cache: str) -> None:
-        self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
+    def __init__(self, routers: tuple[str, ...], cache: str, credential: str = "") -> None:
+        self._credential = credential
+        self._channels = {address: self._connect(address) for address in {*routers, cache}}
         self.view = FleetView(tuple(RouterView(address) for address in routers), CacheView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
         self._events = [FleetEvents(address, self._channels[address]) for address in routers]
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sending(CREDENTIAL, self._credential))
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """Returns the channel to a router or the cache service."""
@@ -194,7 +200,7 @@ class FleetWatch:
             await self._workers.pop(gone).close()
         for address in addresses:
             if address not in self._workers:
-                self._workers[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
+                self._workers[address] = self._connect(address)
         answers = await asyncio.gather(*(_describe(self._workers[address]) for address in addresses))
         copies: dict[tuple[str, str], list[ModelCopy]] = {}
         for answer in answers:

@@ -1,0 +1,176 @@
+"""Who may call which method: by role, by the network of the caller, or by the credential of Ringmesh's services.
+
+Until identity is configured, callers from anywhere may infer and read. To operate and to administrate, they must come
+from one of the admin networks, by default the local host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from hmac import compare_digest
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any, Final, TypeAlias
+
+from blake3 import blake3
+
+from services.runtime.errors import PermissionDeniedError, RingmeshError
+from services.runtime.rpc.backlog import parse_peer
+from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort
+
+Network: TypeAlias = IPv4Network | IPv6Network
+Guard: TypeAlias = Callable[[Metadata, str], object]
+
+
+class Role(StrEnum):
+    """What a caller may do."""
+
+    INFER = "infer"
+    READ = "read"
+    OPERATE = "operate"
+    ADMIN = "admin"
+
+
+LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+# The metadata with the credential of calls between services.
+CREDENTIAL: Final = "ringmesh-credential"
+# Names of callers are remembered; there are as many as connections.
+_MOST_PEERS = 4096
+_V2, _ROUTER = "inference.GRPCInferenceService", "ringmesh.router.v1.RouterService"
+_CACHE, _WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
+
+
+def _methods(service: str, names: str) -> list[str]:
+    return [f"{service}/{name}" for name in names.split()]
+
+
+# Methods that need no role: probes and the exporters of OpenTelemetry have no credential.
+_OPEN = frozenset(
+    {
+        *_methods("grpc.health.v1.Health", "Check List Watch"),
+        *_methods(_V2, "ServerLive ServerReady"),
+        "opentelemetry.proto.collector.trace.v1.TraceService/Export",
+    }
+)
+_ROLES: Mapping[str, Role] = {
+    method: role
+    for role, methods in (
+        (Role.INFER, _methods(_V2, "ModelInfer ModelStreamInfer ServerMetadata ModelReady ModelMetadata")),
+        (Role.INFER, _methods(_CACHE, "Get GetMany Put GetOrCompute Release Delete")),
+        (Role.READ, _methods(_V2, "ModelConfig ModelStatistics RepositoryIndex")),
+        (Role.READ, _methods(_V2, "SystemSharedMemoryStatus CudaSharedMemoryStatus")),
+        (Role.READ, [*_methods(_ROUTER, "GetRing Watch"), *_methods(_CACHE, "Stats Watch"), f"{_WORKER}/Describe"]),
+        (Role.OPERATE, _methods(_V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting LogSettings")),
+        (Role.OPERATE, _methods(_V2, "SystemSharedMemoryRegister SystemSharedMemoryUnregister")),
+        (Role.OPERATE, _methods(_V2, "CudaSharedMemoryRegister CudaSharedMemoryUnregister")),
+        (Role.OPERATE, [f"{_ROUTER}/Explain", *_methods(_CACHE, "Purge Warm")]),
+        (Role.OPERATE, _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")),
+        (Role.OPERATE, _methods("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo")),
+    )
+    for method in methods
+}
+
+
+def role_of(method: str) -> Role | None:
+    """The role that `package.Service/Method` needs; None if it is open to everyone. Unknown methods need ADMIN."""
+    return None if method in _OPEN else _ROLES.get(method, Role.ADMIN)
+
+
+def credential_of(secret: str | None) -> str:
+    """The credential of all services that have this key secret; "" if there is none."""
+    return (
+        blake3((secret or "").encode(), derive_key_context="ringmesh 2026 service calls").hexdigest() if secret else ""
+    )
+
+
+class Access:
+    """Decides whether calls to a server at `address`, host:port, are admitted."""
+
+    def __init__(self, address: str, networks: Sequence[Network] = LOOPBACK, credential: str = "") -> None:
+        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none."""
+        self._networks = networks
+        self._credential = credential.encode()
+        self._is_local = _is_in(address.rpartition(":")[0].strip("[]").replace("localhost", "127.0.0.1"), LOOPBACK)
+        self._peers: dict[str, bool] = {}
+
+    def guard(self, method: str) -> Guard | None:
+        """Returns a check of the metadata and the peer of a call, which raises PermissionDeniedError; None: no check
+        is needed."""
+        role = role_of(method)
+        if role in (None, Role.INFER, Role.READ):
+            return None
+
+        def check(metadata: Metadata, peer: str) -> None:
+            if not (self.is_near(peer) or self.is_service(metadata)):
+                raise PermissionDeniedError(
+                    f"{method} is for callers on this host, not at {peer}; name their networks in "
+                    "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
+                )
+
+        return check
+
+    def protect(self, service: Service) -> Service:
+        """Returns `service` with its handlers protected; the engine protects its fast paths by `guard`."""
+        handlers = {name: self.guarded(f"{service.name}/{name}", made) for name, made in service.handlers.items()}
+        return replace(service, handlers=handlers)
+
+    def guarded(self, method: str, handler: Handler) -> Handler:
+        """Returns `handler`, preceded by the check of its method."""
+        guard = self.guard(method)
+        if guard is None:
+            return handler
+        parts: Any = handler
+        kind = next(
+            kind for kind in ("unary_unary", "unary_stream", "stream_stream") if getattr(parts, kind) is not None
+        )
+        answer = getattr(parts, kind)
+
+        async def check(context: Context) -> None:
+            try:
+                guard(tuple(context.invocation_metadata() or ()), context.peer())
+            except RingmeshError as error:
+                await abort(context, error)
+
+        async def unary(request: Any, context: Context) -> Any:
+            await check(context)
+            return await answer(request, context)
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            await check(context)
+            async for response in answer(request, context):
+                yield response
+
+        guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
+        return guarded
+
+    def is_near(self, peer: str) -> bool:
+        """Whether the caller is in an admin network. The native engine hides who calls a method with a request stream
+        (`unix:`): then nobody is, unless the server listens for this host only."""
+        near = self._peers.get(peer)
+        if near is None:
+            near = self._is_local if peer.startswith("unix:") else self.is_admin_host(parse_peer(peer)[0])
+            if len(self._peers) >= _MOST_PEERS:
+                self._peers.clear()
+            self._peers[peer] = near
+        return near
+
+    def is_admin_host(self, host: str) -> bool:
+        """Whether an IP address is in an admin network."""
+        return _is_in(host, self._networks)
+
+    def is_service(self, metadata: Metadata) -> bool:
+        """Whether the call comes from a service with the same key secret."""
+        for name, value in metadata:
+            if name == CREDENTIAL and self._credential:
+                given = value.encode() if isinstance(value, str) else value
+                return compare_digest(given, self._credential)
+        return False
+
+
+def _is_in(host: str, networks: Sequence[Network]) -> bool:
+    try:
+        address = ip_address(host.removeprefix("::ffff:"))
+    except ValueError:
+        return False
+    return any(address in network for network in networks)
