@@ -55,6 +55,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
+    access = settings.access()
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
@@ -87,7 +88,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
-    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
+    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access)
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
@@ -113,7 +114,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
-        access=settings.access(),
+        access=access,
         share_port=settings.share_port,
     )
     metrics = Metrics()

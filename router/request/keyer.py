@@ -61,6 +61,7 @@ class Keyer:
             ):
                 call.model, call.name = meaning.model, meaning.model.name
                 call.request_id, call.request_hash = meaning.request_id, meaning.request_hash
+                _check_model(call)
                 return
             call.memo_key = memo_key
         self.key(call)
@@ -75,6 +76,7 @@ class Keyer:
         """Parses the request, finds its model, checks it and hashes it. Raises RingmeshError."""
         read = self._reader.read(call.data)
         call.name, call.request_id = read.head.name, read.request_id
+        _check_model(call)
         catalog = self._fleet.view.catalog
         call.model = model = catalog.find(call.name, read.head.version)
         if model.not_runnable:
@@ -93,6 +95,12 @@ class Keyer:
             if sequence := protocol.sequence_of(read.head.message):
                 call.ring_hash = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
+
+
+def _check_model(call: Call) -> None:
+    told = call.told
+    if told is not None and told.identity is not None:
+        told.identity.check_model(call.name)
 
 
 class _Meaning:

@@ -155,6 +155,8 @@ class Replies:
         }
         if call.tenant:
             told["ringmesh.tenant"] = call.tenant
+        if call.told is not None and call.told.identity is not None:
+            told["ringmesh.identity"] = call.told.identity.id
         if call.request_hash:
             told["ringmesh.key"] = call.request_hash[:8].hex()
         if call.reason:

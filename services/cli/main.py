@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=False)
 app.add_typer(cache_app, name="cache")
+key_app = typer.Typer(no_args_is_help=True, help="API keys of callers.")
+app.add_typer(key_app, name="key")
 
 
 class Engine(StrEnum):
@@ -328,6 +330,24 @@ def purge(
         _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
         if done.warning:
             _console().print(done.warning, highlight=False)
+
+
+@key_app.command()
+def new(
+    id: Annotated[str, typer.Argument(help="Name of the key in the file, in traces and in the audit log.")],
+    file: Annotated[Path, typer.Option(envvar="RINGMESH_API_KEYS", help="File to add the hash of the key to.")],
+    role: Annotated[list[str], typer.Option(help="infer, read, operate or admin; may be repeated.")],
+    tenant: Annotated[str, typer.Option(help="Tenant of the callers.")] = "",
+    model: Annotated[list[str] | None, typer.Option(help="Only for this model; may be repeated.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; default: never.")] = None,
+) -> None:
+    """Prints a new API key, and adds its hash to the file. Remove its line to revoke it."""
+    with _one_line_errors():
+        from services.cli.commands import keys
+        from services.runtime.process.process import keep_files_private
+
+        keep_files_private()
+        print(keys.create(file, id, tenant, role, model or [], days))
 
 
 def _console() -> Console:

@@ -60,7 +60,8 @@ class Guard:
             return f"this console does not go by the name {name!r}; name it in RINGMESH_CONSOLE_HOSTS"
         if method not in ("GET", "HEAD") and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
             return "only this console's own pages may send this"
-        if method not in ("GET", "HEAD") and not self._access.is_admin_host(client):
+        changes = method not in ("GET", "HEAD")
+        if (changes or self._access.keys is not None) and not self._access.is_admin_host(client):
             return f"this is for browsers on this host, not at {client}; name their networks in RINGMESH_ADMIN_NETWORKS"
         return ""
 

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     """Serves until `stopping`, then drains."""
+    access = settings.access()
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _journal(settings)
@@ -66,7 +67,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
     calls = Calls()
-    inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
+    inference = InferenceService(worker, tracer, report, access).service(lambda: server.health.serving, more, calls)
 
     server = Server(
         settings.engine,
@@ -75,7 +76,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
-        access=settings.access(),
+        access=access,
         calls=calls,
     )
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))

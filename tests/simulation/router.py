@@ -25,6 +25,7 @@ from router.request.replies import Replies
 from router.settings import RouterSettings
 from services.runtime import faults
 from services.runtime.driver import Driver
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
@@ -96,7 +97,9 @@ class SimRouter:
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
         cost = Cost(Prices(0.0, 0.0), requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
         replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
-        self.path = RequestPath(fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit)
+        self.path = RequestPath(
+            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Access("")
+        )
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()
         self.evictions = Evictions(mesh.local)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import grpc
 
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
+from services.runtime.rpc.access import AUTHORIZATION
+from services.runtime.rpc.client_metadata import sending
 
 _SECONDS = 10.0
 Answer = TypeVar("Answer")
@@ -45,8 +48,11 @@ def ask(address: str, what: str, call: Callable[[grpc.aio.Channel, float], Await
     """Makes a call and returns its answer. `what` names the process. Raises CommandError with a readable status."""
 
     async def connected() -> Answer:
+        key = os.environ.get("RINGMESH_API_KEY", "")
         async with grpc.aio.insecure_channel(
-            address, options=(*LOCAL, ("grpc.max_receive_message_length", -1))
+            address,
+            options=(*LOCAL, ("grpc.max_receive_message_length", -1)),
+            interceptors=sending(AUTHORIZATION, key and f"Bearer {key}"),
         ) as channel:
             return await call(channel, _SECONDS)
 

@@ -15,6 +15,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime import driver, wire
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, Access
+from services.runtime.rpc.api_keys import Identity
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -136,14 +138,18 @@ class Told:
     `traceparent` is None if the caller sent none or several, because none of several can be trusted.
     """
 
-    __slots__ = ("control", "error", "priority", "tenant", "traceparent")
+    __slots__ = ("authorization", "control", "credential", "error", "identity", "priority", "tenant", "traceparent")
 
     def __init__(self) -> None:
         self.traceparent: str | None = None
         self.tenant = ""
         self.priority = ""
         self.control = ""
-        self.error: InvalidArgumentError | None = None
+        self.authorization = ""
+        self.credential = ""
+        self.error: RingmeshError | None = None
+        # Set by `identify`.
+        self.identity: Identity | None = None
 
 
 def told(sent: Metadata) -> Told:
@@ -153,7 +159,7 @@ def told(sent: Metadata) -> Told:
     cache-control entries are joined by commas, as in HTTP.
     """
     said = Told()
-    traces = tenants = priorities = 0
+    traces = tenants = priorities = keys = 0
     for key, value in sent:
         if key == "traceparent":
             traces += 1
@@ -169,10 +175,28 @@ def told(sent: Metadata) -> Told:
         elif key == PRIORITY:
             priorities += 1
             said.priority = _text(said, key, value, priorities)
+        elif key == AUTHORIZATION:
+            keys += 1
+            said.authorization = _text(said, key, value, keys)
+        elif key == CREDENTIAL:
+            said.credential = _text(said, key, value, 1)
         elif key == CACHE_CONTROL:
             control = _text(said, key, value, 1)
             said.control = f"{said.control},{control}" if said.control else control
     return said
+
+
+def identify(said: Told, access: Access) -> None:
+    """Establishes who calls: sets `identity` and takes the tenant from it. A refusal goes to `error`."""
+    if access.keys is None or said.error is not None:
+        return
+    try:
+        said.identity = access.caller(said.authorization, said.credential, said.tenant)
+    except RingmeshError as error:
+        said.error = error
+        return
+    if said.identity is not None:
+        said.tenant = said.identity.tenant
 
 
 def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
@@ -222,11 +246,6 @@ def span_attributes(method: str, code: int) -> dict[str, Value]:
     if code:
         attributes["error.type"] = name
     return attributes
-
-
-def traceparent(sent: Metadata) -> str | None:
-    """Returns the caller's traceparent, as in Told."""
-    return told(sent).traceparent
 
 
 def deadline(context: Context) -> float | None:

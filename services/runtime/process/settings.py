@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from services.runtime.rpc.access import LOOPBACK, Access, credential_of
+from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
 from services.runtime.telemetry.logs import LogFormat
@@ -53,6 +54,9 @@ class ServiceSettings(BaseSettings):
     admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
         LOOPBACK, description="networks from which callers may operate and administrate, separated by commas"
     )
+    api_keys: Path | None = Field(
+        None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
@@ -65,8 +69,12 @@ class ServiceSettings(BaseSettings):
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     def access(self) -> Access:
-        """Who may call what on this process's server."""
-        return Access(self.address, self.admin_networks, credential_of(self.key_secret))
+        """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""
+        try:
+            keys = ApiKeys(self.api_keys) if self.api_keys is not None else None
+        except KeyFileError as error:
+            raise StartError(f"RINGMESH_API_KEYS: {error}") from None
+        return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys)
 
     @classmethod
     def settings_customise_sources(

@@ -1,40 +1,36 @@
-"""Who may call which method: by role, by the network of the caller, or by the credential of Ringmesh's services.
+"""Who may call which method: by API key, by the network of the caller, or by the credential of Ringmesh's services.
 
-Until identity is configured, callers from anywhere may infer and read. To operate and to administrate, they must come
-from one of the admin networks, by default the local host.
+With API keys, each method needs a role of the caller's key. Without, callers from anywhere may infer and read; to
+operate and to administrate, they must come from one of the admin networks, by default the local host.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from hmac import compare_digest
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, Final, TypeAlias
 
+import ringmesh
 from blake3 import blake3
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from services.runtime.errors import PermissionDeniedError, RingmeshError
+from services.runtime.rpc.api_keys import ApiKeys, Identity, Role
 from services.runtime.rpc.backlog import parse_peer
 from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort
 
 Network: TypeAlias = IPv4Network | IPv6Network
-Guard: TypeAlias = Callable[[Metadata, str], object]
+# Checks the metadata, the peer and the message of a call. Raises UnauthenticatedError or PermissionDeniedError.
+Guard: TypeAlias = Callable[[Metadata, str, bytes], object]
 
 
-class Role(StrEnum):
-    """What a caller may do."""
-
-    INFER = "infer"
-    READ = "read"
-    OPERATE = "operate"
-    ADMIN = "admin"
-
-
-LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-# The metadata with the credential of calls between services.
+# Metadata with an API key, and with the credential of calls between services.
+AUTHORIZATION: Final = "authorization"
 CREDENTIAL: Final = "ringmesh-credential"
+LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 # Names of callers are remembered; there are as many as connections.
 _MOST_PEERS = 4096
 _V2, _ROUTER = "inference.GRPCInferenceService", "ringmesh.router.v1.RouterService"
@@ -53,6 +49,12 @@ _OPEN = frozenset(
         "opentelemetry.proto.collector.trace.v1.TraceService/Export",
     }
 )
+# Methods whose requests name a model.
+_OF_A_MODEL = frozenset(
+    _methods(_V2, "ModelReady ModelMetadata ModelConfig ModelStatistics")
+    + _methods(_V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting")
+)
+_INFERENCES = frozenset(_methods(_V2, "ModelInfer ModelStreamInfer"))
 _ROLES: Mapping[str, Role] = {
     method: role
     for role, methods in (
@@ -87,26 +89,56 @@ def credential_of(secret: str | None) -> str:
 class Access:
     """Decides whether calls to a server at `address`, host:port, are admitted."""
 
-    def __init__(self, address: str, networks: Sequence[Network] = LOOPBACK, credential: str = "") -> None:
-        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none."""
+    def __init__(
+        self,
+        address: str,
+        networks: Sequence[Network] = LOOPBACK,
+        credential: str = "",
+        keys: ApiKeys | None = None,
+    ) -> None:
+        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`:
+        None: callers have no identity."""
         self._networks = networks
         self._credential = credential.encode()
         self._is_local = _is_in(address.rpartition(":")[0].strip("[]").replace("localhost", "127.0.0.1"), LOOPBACK)
         self._peers: dict[str, bool] = {}
+        self.keys = keys
+
+    def caller(self, authorization: str, credential: str, tenant: str) -> Identity | None:
+        """The identity of a caller who wants an inference as `tenant`. Whoever knows the model checks that too.
+
+        None if callers have no identity, or if the caller is a service of this fleet. Raises UnauthenticatedError, and
+        PermissionDeniedError if the key may not do that.
+        """
+        if self.keys is None or (credential and self.is_service(((CREDENTIAL, credential),))):
+            return None
+        identity = self.keys.identity(authorization)
+        _check_role(identity, Role.INFER)
+        if tenant and tenant != identity.tenant:
+            raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")
+        return identity
 
     def guard(self, method: str) -> Guard | None:
-        """Returns a check of the metadata and the peer of a call, which raises PermissionDeniedError; None: no check
-        is needed."""
+        """Returns the check of the calls of a method; None if none is needed. Inferences are checked by `caller`."""
         role = role_of(method)
-        if role in (None, Role.INFER, Role.READ):
+        if role is None or method in _INFERENCES or (self.keys is None and role in (Role.INFER, Role.READ)):
             return None
+        request = _request_type(method)
 
-        def check(metadata: Metadata, peer: str) -> None:
-            if not (self.is_near(peer) or self.is_service(metadata)):
-                raise PermissionDeniedError(
-                    f"{method} is for callers on this host, not at {peer}; name their networks in "
-                    "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
-                )
+        def check(metadata: Metadata, peer: str, data: bytes) -> None:
+            if self.is_service(metadata):
+                return
+            if self.keys is None:
+                if not self.is_near(peer):
+                    raise PermissionDeniedError(
+                        f"{method} is for callers on this host, not at {peer}; name their networks in "
+                        "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
+                    )
+                return
+            identity = self.keys.identity(next((str(value) for name, value in metadata if name == AUTHORIZATION), ""))
+            _check_role(identity, role)
+            if identity.tenant or identity.models:
+                _check_scope(identity, method, request.FromString(data) if request is not None else None)
 
         return check
 
@@ -126,18 +158,19 @@ class Access:
         )
         answer = getattr(parts, kind)
 
-        async def check(context: Context) -> None:
+        async def check(request: Any, context: Context) -> None:
+            data = request if isinstance(request, bytes) else b""
             try:
-                guard(tuple(context.invocation_metadata() or ()), context.peer())
+                guard(tuple(context.invocation_metadata() or ()), context.peer(), data)
             except RingmeshError as error:
                 await abort(context, error)
 
         async def unary(request: Any, context: Context) -> Any:
-            await check(context)
+            await check(request, context)
             return await answer(request, context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            await check(context)
+            await check(request, context)
             async for response in answer(request, context):
                 yield response
 
@@ -166,6 +199,33 @@ class Access:
                 given = value.encode() if isinstance(value, str) else value
                 return compare_digest(given, self._credential)
         return False
+
+
+def _check_role(identity: Identity, role: Role) -> None:
+    if not identity.has(role):
+        raise PermissionDeniedError(f"this needs the role {role}, which API key {identity.id!r} does not have")
+
+
+def _check_scope(identity: Identity, method: str, request: Message | None) -> None:
+    """Checks a key that is limited to a tenant or to models: it may call only what names one of them."""
+    fields = request.DESCRIPTOR.fields_by_name if request is not None else {}
+    if identity.models:
+        name = "model_name" if "model_name" in fields else "name"
+        identity.check_model(getattr(request, name) if method in _OF_A_MODEL else "")
+    if identity.tenant and not method.startswith(f"{_V2}/"):
+        tenant = getattr(request, "tenant", "")
+        if tenant != identity.tenant:
+            raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")
+
+
+def _request_type(method: str) -> type[Message] | None:
+    """The type of the requests of one of Ringmesh's own methods."""
+    service, _, name = method.partition("/")
+    try:
+        found = ringmesh.POOL.FindServiceByName(service).methods_by_name[name].input_type
+    except KeyError:
+        return None
+    return GetMessageClass(found)
 
 
 def _is_in(host: str, networks: Sequence[Network]) -> bool:

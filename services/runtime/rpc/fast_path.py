@@ -212,7 +212,7 @@ class FastPathServer(native.Server):
             try:
                 check_metadata(metadata)
                 if (guard := self._guard_of[method_id]) is not None:
-                    guard(metadata, peer)
+                    guard(metadata, peer, payload)
                 deadline = None if remaining is None else now + remaining
                 coroutine = path(payload, metadata, deadline)
                 coroutine.send(None)

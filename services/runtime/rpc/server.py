@@ -188,6 +188,8 @@ class Server:
             BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections)),
             BACKGROUND.start("slow readers", self._look_for_slow_readers),
         ]
+        if self._access.keys is not None:
+            self._watching.append(BACKGROUND.start("API keys", self._access.keys.follow))
         return port
 
     def _register(self, name: str, handlers: dict[str, Handler]) -> None:

@@ -13,7 +13,8 @@ from ringmesh.router.v1 import router_pb2
 
 from router.transport.grpc_channel import CallError, GrpcChannel
 from services.runtime.oip.protocol import fast_path_handler
-from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, Access, Role, credential_of, role_of
+from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, Access, credential_of, role_of
+from services.runtime.rpc.api_keys import Role
 from services.runtime.rpc.rpc import Answer, Service
 from services.runtime.rpc.server import Engine, Server
 from tests.system.processes import free_address
@@ -77,10 +78,10 @@ async def serve(request):
     """Starts a server for callers in these networks, and returns its address. All callers of tests are on this host."""
     started = []
 
-    async def serve(networks, credential=""):
+    async def serve(networks, credential="", keys=None):
         address = free_address()
         # An address that other hosts could reach, so that nobody is local by the address of the server alone.
-        access = Access("0.0.0.0:1", networks, credential)
+        access = Access("0.0.0.0:1", networks, credential, keys)
         started.append(await start(request.param, access, address))
         return address
 
