@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from functools import partial
 
-from cache.api.metrics import CacheMetrics
+from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
@@ -21,8 +22,8 @@ from router.admission.quotas import Quotas
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
-from router.membership.fleet import Fleet, Locality
-from router.membership.fleet_metrics import FleetMetrics
+from router.membership.fleet import Fleet
+from router.membership.fleet_metrics import fleet_samples
 from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.operator.service import OperatorService
@@ -31,7 +32,7 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
-from router.transport.channels import Network
+from router.transport.grpc_channel import GrpcChannel
 from services.runtime.machine import cores, huge_pages, memory
 from services.runtime.process.process import run, set_title
 from services.runtime.rpc.access import credential_of
@@ -71,8 +72,9 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         set_ready,
         clock=time.monotonic,
         sources=settings.create_sources(),
-        locality=Locality(settings.region, settings.zone),
-        channels=Network(credential_of(settings.key_secret)),
+        region=settings.region,
+        zone=settings.zone,
+        open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
@@ -84,7 +86,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     prices = Prices(
         settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
     )
-    cost = Cost(prices, requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
+    cost = Cost(
+        prices,
+        requests,
+        lambda model, version: fleet.view.catalog.find(model, version).provider,
+        lambda: mesh.local.counters.bytes,
+        time.monotonic,
+    )
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
@@ -119,19 +127,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    counted = (
-        requests,
-        dispatcher,
-        quotas,
-        FleetMetrics(fleet),
-        CacheMetrics(mesh, evictions),
-        audit,
-        hasher,
-        path,
-        tracer,
-        request_log,
-    )
-    for part in (*counted, cost, slo, server.calls):
+    metrics.add(lambda: fleet_samples(fleet))
+    metrics.add(lambda: cache_samples(mesh, evictions))
+    counted = (requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
+    for part in (*counted, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
@@ -158,7 +157,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
-    await fleet.close()
+    fleet.close()
     await mesh.close()
     await tracer.close()
 

@@ -77,8 +77,6 @@ class Labels(NamedTuple):
 class Series(Histogram):
     """Counters of requests with equal labels. `recent` durations and the threshold `slow_ns` belong to their model."""
 
-    __slots__ = ("compute_us", "count", "exemplars", "recent", "slow_ns")
-
     def __init__(self, recent: deque[int], slow_ns: int) -> None:
         super().__init__()
         self.count = 0

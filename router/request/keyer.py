@@ -106,8 +106,6 @@ def _check_model(call: Call) -> None:
 class _Meaning:
     """A parsed request; valid for one catalog and one set of invalidation epochs."""
 
-    __slots__ = ("catalog", "epochs", "model", "request_hash", "request_id")
-
     def __init__(
         self, catalog: Catalog, epochs: Epochs, model: ModelEntry, request_id: str, request_hash: bytes
     ) -> None:

@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
     access = settings.access()
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
@@ -183,5 +182,4 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
 
 
 def main() -> None:
-    """`python -m services.inference`."""
     run(WorkerSettings, serve)

@@ -74,7 +74,6 @@ class WorkerSettings(ServiceSettings):
         return models
 
     def model_source(self) -> ModelSource:
-        """The model repository. Raises RepositoryError."""
         if "://" in self.models:
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
@@ -91,5 +90,4 @@ class WorkerSettings(ServiceSettings):
         return connect(self.discovery_url)
 
     def advertised(self, port: int) -> str:
-        """The address at which routers reach this worker if it serves on `port`."""
         return self.advertise or f"{self.address.rpartition(':')[0]}:{port}"

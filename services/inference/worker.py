@@ -95,7 +95,6 @@ class Worker:
         return build_results(held, requests, batches, start)
 
     async def _request(self, work: Work) -> SplitResult:
-        """One request of an envelope, on the event loop."""
         start = time.time_ns()
         name = ""
         try:

@@ -84,7 +84,6 @@ class Region:
                 ) from None
 
     def check(self, offset: int, byte_size: int, field: str) -> None:
-        """Raises InvalidArgumentError if a part lies beyond the region."""
         if offset < 0 or byte_size < 0 or offset + byte_size > self.byte_size:
             raise InvalidArgumentError(
                 f"bytes {offset} to {offset + byte_size} are not in shared memory region {self.name!r}, "
@@ -149,11 +148,9 @@ class SharedMemory:
             self._regions.clear()
 
     def status(self, name: str) -> list[Region]:
-        """The region of that name, or all if it is "". Raises NotFoundError."""
         return list(self._regions.values()) if not name else [self.find(name, "name")]
 
     def find(self, name: str, field: str) -> Region:
-        """The region of that name. Raises NotFoundError."""
         region = self._regions.get(name)
         if region is None:
             known = ", ".join(self._regions) or "none"

@@ -211,13 +211,11 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
 
 
 def run_entries(config: ModelConfig) -> dict[str, str]:
-    """The entries for the run options of every run."""
     shrinks = _SHRINK_ARENA in config.parameters
     return {_SHRINK_ARENA: config.parameters[_SHRINK_ARENA].string_value} if shrinks else {}
 
 
 def _whole(config: ModelConfig, name: str, allowed: range) -> int | None:
-    """A parameter as one of the `allowed` numbers; None if it is not set."""
     if name not in config.parameters:
         return None
     text = config.parameters[name].string_value

@@ -184,7 +184,6 @@ class OnnxModel:
 
     @property
     def batch_remark(self) -> str:
-        """Whether requests share runs, and why."""
         if self.batch_reason:
             return f"not batched: {self.batch_reason}"
         unproven = row_independence.not_proven(self.independence)
@@ -196,7 +195,6 @@ class OnnxModel:
 
     @property
     def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
-        """The sequence_batching of its configuration; empty if it does not serve sequences."""
         return self._config.sequence_batching
 
     def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -219,17 +217,14 @@ class OnnxModel:
         del self._sessions
 
     def restore(self, fresh: OnnxModel) -> None:
-        """Takes over the sessions of `fresh`, a model of the same files."""
         self._sessions = fresh._sessions
 
     def shrink(self) -> None:
-        """On a thread: frees memory that large runs left allocated in ONNX Runtime."""
         sessions: Sessions | None = getattr(self, "_sessions", None)
         if sessions is not None:
             sessions.shrink()
 
     def warm_up(self) -> None:
-        """Runs the warm-up requests of its configuration. Raises ModelLoadError."""
         known = self.inputs | self.hidden_inputs
         for sample in self._config.model_warmup:
             try:
@@ -263,7 +258,6 @@ class OnnxModel:
         return random.astype(dtype)
 
     def metadata(self) -> v2.ModelMetadataResponse:
-        """The metadata without versions. The caller adds them."""
         return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
@@ -351,7 +345,6 @@ class OnnxModel:
 def metadata(
     name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> v2.ModelMetadataResponse:
-    """A ModelMetadataResponse without versions."""
     tensor = v2.ModelMetadataResponse.TensorMetadata
     told = v2.ModelMetadataResponse(name=name, platform=platform)
     for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):

@@ -173,7 +173,6 @@ class _Arena:
         self._run(run_options({}))
 
     def shrink(self) -> None:
-        """Frees unused regions."""
         if (options := run_options(_SHRINK)) is not None:
             options.terminate = True
             self._run(options)

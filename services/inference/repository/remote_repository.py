@@ -78,7 +78,6 @@ class RemoteRepository:
         self._prune()
 
     def names(self) -> list[str]:
-        """The names of the models. Raises RepositoryError if there are none."""
         found = sorted(self._listing())
         if not found:
             raise RepositoryError(f"no model in {self._url}: it should hold <model>/<version>/{MODEL_FILE}")
@@ -158,7 +157,6 @@ class RemoteRepository:
                 yield memoryview(chunk)
 
     def _listing(self, name: str | None = None) -> dict[str, list[_Object]]:
-        """The files of one model, or of all models, by model."""
         listed = self._indexed() if self._url.startswith("https:") else self._listed(name)
         models: dict[str, list[_Object]] = {}
         for found in listed:
@@ -220,7 +218,6 @@ def _is_of_version(found: _Object) -> bool:
 
 
 def _path(text: str, where: str) -> PurePosixPath:
-    """Parses a path. Raises RepositoryError if it would leave the repository."""
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text or not path.parts:
         raise RepositoryError(f"{where} lists {text!r}; a path lies under the repository")

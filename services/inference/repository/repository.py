@@ -73,7 +73,6 @@ class ModelFiles:
         return self.folder / _model_file(self.config)
 
     def size(self) -> int:
-        """Total bytes of all files of the version."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def parts(self) -> Iterator[tuple[str, BinaryIO]]:
@@ -98,7 +97,6 @@ class ModelFiles:
                         yield f"{part}/{path.relative_to(folder)}", file
 
     def hashed(self) -> ModelFiles:
-        """A copy with `content` set. Raises OSError."""
         hasher = blake3()
         for name, file in self.parts():
             # Reads instead of mapping: a mapped file that is truncated kills the process.
@@ -152,7 +150,6 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` can be the name of a model, which is a folder's name."""
     return not name.startswith(".") and name.isprintable() and is_file_name(name)
 
 
@@ -193,7 +190,6 @@ class Directory:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """The names of its folders. Raises RepositoryError if there are none."""
         folder = self._folder
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
@@ -213,7 +209,6 @@ class Directory:
             return {}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
-        """The folder of the repository."""
         return self._folder
 
 

@@ -85,7 +85,6 @@ class ServiceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Orders the sources: variables take precedence over the file."""
         return init_settings, env_settings, InitSettingsSource(settings_cls, _read_file(cls.section))
 
 

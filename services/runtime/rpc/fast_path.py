@@ -85,7 +85,6 @@ class FastPathServer(native.Server):
         self.receiver_seconds = 0.0
 
     async def start(self) -> None:
-        """Starts serving."""
         await super().start()
         self._path_of = [self._paths.get(path) for path, _ in self._table]
         self._guard_of = [self._guards.get(path) for path, _ in self._table]

@@ -171,13 +171,13 @@ async def test_the_routers_channel_shows_its_credential_and_a_refusal_says_what_
     method = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
     channel = GrpcChannel(address, credential=credential_of("ours"))
     assert await channel.call(method, b"") == b""
-    await channel.close()
+    channel.drop()
     for credential in ("", credential_of("theirs")):
         channel = GrpcChannel(address, credential=credential)
         with pytest.raises(CallError, match=r"RINGMESH_ADMIN_NETWORKS.*RINGMESH_KEY_SECRET") as refused:
             await channel.call(method, b"")
         assert refused.value.code is grpc.StatusCode.PERMISSION_DENIED
-        await channel.close()
+        channel.drop()
 
 
 @pytest.mark.parametrize(
