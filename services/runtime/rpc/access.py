@@ -126,15 +126,13 @@ class Access:
         request = _request_type(method)
 
         def check(metadata: Metadata, peer: str, data: bytes) -> None:
-            if self.is_service(metadata):
+            if (self.keys is None and self.is_near(peer)) or self.is_service(metadata):
                 return
             if self.keys is None:
-                if not self.is_near(peer):
-                    raise PermissionDeniedError(
-                        f"{method} is for callers on this host, not at {peer}; name their networks in "
-                        "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
-                    )
-                return
+                raise PermissionDeniedError(
+                    f"{method} is for callers on this host, not at {peer}; name their networks in "
+                    "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
+                )
             identity = self.keys.identity(next((str(value) for name, value in metadata if name == AUTHORIZATION), ""))
             _check_role(identity, role)
             if identity.tenant or identity.models:
