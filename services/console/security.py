@@ -38,7 +38,10 @@ class Guard:
         """Implements ASGI."""
         if scope["type"] != "http":
             return
-        refusal = self._refusal(scope["method"], Headers(scope=scope), scope["client"][0])
+        method, client = scope["method"], scope["client"][0]
+        refusal = self._refusal(method, Headers(scope=scope), client)
+        if method not in ("GET", "HEAD"):
+            self._access.audit.write("browser", f"{method} {scope['path']}", client, refusal or "accepted")
         if refusal:
             await PlainTextResponse(f"{refusal}\n", 403)(scope, receive, send)
             return

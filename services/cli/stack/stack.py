@@ -185,6 +185,7 @@ class Stack:
             "RINGMESH_DRAIN_SECONDS": str(options.drain_seconds),
             "RINGMESH_OTLP_ENDPOINT": options.spans,
             "RINGMESH_KEY_SECRET": options.key_secret,
+            "RINGMESH_AUDIT_LOG": str(options.state.absolute() / "audit.jsonl"),
         }
         yield self._console(common)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}

@@ -18,6 +18,7 @@ from pydantic_settings import (
 
 from services.runtime.rpc.access import LOOPBACK, Access, credential_of
 from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
+from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
 from services.runtime.telemetry.logs import LogFormat
@@ -57,6 +58,7 @@ class ServiceSettings(BaseSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
     )
+    audit_log: Path | None = Field(None, description="file that gets what operators do; none: the log does")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
@@ -74,7 +76,8 @@ class ServiceSettings(BaseSettings):
             keys = ApiKeys(self.api_keys) if self.api_keys is not None else None
         except KeyFileError as error:
             raise StartError(f"RINGMESH_API_KEYS: {error}") from None
-        return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys)
+        audit = AuditLog(self.section, self.audit_log)
+        return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys, audit)
 
     @classmethod
     def settings_customise_sources(

@@ -14,23 +14,27 @@ from typing import Any, Final, TypeAlias
 
 import ringmesh
 from blake3 import blake3
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from services.runtime.errors import PermissionDeniedError, RingmeshError
 from services.runtime.rpc.api_keys import ApiKeys, Identity, Role
+from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
-from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort
+from services.runtime.rpc.calls import status_of
+from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, parse
 
 Network: TypeAlias = IPv4Network | IPv6Network
-# Checks the metadata, the peer and the message of a call. Raises UnauthenticatedError or PermissionDeniedError.
-Guard: TypeAlias = Callable[[Metadata, str, bytes], object]
+# Checks the metadata, the peer and the message of a call. Returns who calls, as in the audit log. Raises
+# UnauthenticatedError or PermissionDeniedError.
+Guard: TypeAlias = Callable[[Metadata, str, bytes], str]
 
 
 # Metadata with an API key, and with the credential of calls between services.
 AUTHORIZATION: Final = "authorization"
 CREDENTIAL: Final = "ringmesh-credential"
 LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+_LOCAL, _SERVICE = "local", "service"
 # Names of callers are remembered; there are as many as connections.
 _MOST_PEERS = 4096
 _V2, _ROUTER = "inference.GRPCInferenceService", "ringmesh.router.v1.RouterService"
@@ -95,9 +99,11 @@ class Access:
         networks: Sequence[Network] = LOOPBACK,
         credential: str = "",
         keys: ApiKeys | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`:
-        None: callers have no identity."""
+        None: callers have no identity. `audit`: gets what operators do; None: the log does."""
+        self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
         self._is_local = _is_in(address.rpartition(":")[0].strip("[]").replace("localhost", "127.0.0.1"), LOOPBACK)
@@ -125,9 +131,11 @@ class Access:
             return None
         request = _request_type(method)
 
-        def check(metadata: Metadata, peer: str, data: bytes) -> None:
-            if (self.keys is None and self.is_near(peer)) or self.is_service(metadata):
-                return
+        def who(metadata: Metadata, peer: str, data: bytes) -> str:
+            if self.keys is None and self.is_near(peer):
+                return _LOCAL
+            if self.is_service(metadata):
+                return _SERVICE
             if self.keys is None:
                 raise PermissionDeniedError(
                     f"{method} is for callers on this host, not at {peer}; name their networks in "
@@ -136,7 +144,15 @@ class Access:
             identity = self.keys.identity(next((str(value) for name, value in metadata if name == AUTHORIZATION), ""))
             _check_role(identity, role)
             if identity.tenant or identity.models:
-                _check_scope(identity, method, request.FromString(data) if request is not None else None)
+                _check_scope(identity, method, parse(request, data) if request is not None else None)
+            return f"key {identity.id}"
+
+        def check(metadata: Metadata, peer: str, data: bytes) -> str:
+            try:
+                return who(metadata, peer, data)
+            except RingmeshError as error:
+                self.audit.refused(method, peer, error.code.name, error.message)
+                raise
 
         return check
 
@@ -156,16 +172,25 @@ class Access:
         )
         answer = getattr(parts, kind)
 
-        async def check(request: Any, context: Context) -> None:
+        async def check(request: Any, context: Context) -> str:
             data = request if isinstance(request, bytes) else b""
             try:
-                guard(tuple(context.invocation_metadata() or ()), context.peer(), data)
+                return guard(tuple(context.invocation_metadata() or ()), context.peer(), data)
             except RingmeshError as error:
                 await abort(context, error)
 
         async def unary(request: Any, context: Context) -> Any:
-            await check(request, context)
-            return await answer(request, context)
+            who = await check(request, context)
+            if not _is_audited(method, who):
+                return await answer(request, context)
+            result = "OK"
+            try:
+                return await answer(request, context)
+            except BaseException as error:
+                result = status_of(context, error)
+                raise
+            finally:
+                self.audit.write(who, method, context.peer(), result, request=_about(method, request))
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             await check(request, context)
@@ -199,6 +224,12 @@ class Access:
         return False
 
 
+def _is_audited(method: str, who: str) -> bool:
+    """Whether a call is an action of an operator. Services do not act of themselves, unless they forward an action."""
+    role = role_of(method)
+    return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
+
+
 def _check_role(identity: Identity, role: Role) -> None:
     if not identity.has(role):
         raise PermissionDeniedError(f"this needs the role {role}, which API key {identity.id!r} does not have")
@@ -224,6 +255,14 @@ def _request_type(method: str) -> type[Message] | None:
     except KeyError:
         return None
     return GetMessageClass(found)
+
+
+def _about(method: str, data: Any) -> Mapping[str, Any]:
+    kind = _request_type(method)
+    try:
+        return summary(kind.FromString(data)) if kind is not None else {}
+    except DecodeError:
+        return {}
 
 
 def _is_in(host: str, networks: Sequence[Network]) -> bool:

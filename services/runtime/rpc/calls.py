@@ -93,7 +93,7 @@ class Calls:
                 await _check(context)
                 response: bytes = await answer(request, context)
             except BaseException as error:
-                code = _code(context, error)
+                code = status_of(context, error)
                 counts[code] = counts.get(code, 0) + 1
                 raise
             counts["OK"] = counts.get("OK", 0) + 1
@@ -106,7 +106,7 @@ class Calls:
                     async for response in responses:
                         yield response
             except BaseException as error:
-                code = _code(context, error)
+                code = status_of(context, error)
                 counts[code] = counts.get(code, 0) + 1
                 raise
             counts["OK"] = counts.get("OK", 0) + 1
@@ -132,7 +132,7 @@ def _code_of(answer: Answer | Failure) -> str:
     return answer.code.name if isinstance(answer, Failure) else "OK"
 
 
-def _code(context: Context, error: BaseException) -> str:
+def status_of(context: Context, error: BaseException) -> str:
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "CANCELLED"
     # grpcio returns a number, or None if no code was set.

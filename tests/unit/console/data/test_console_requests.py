@@ -270,9 +270,13 @@ def test_an_empty_tensor_is_sent(console):
     assert "[]" in text
 
 
-def test_only_browsers_of_an_admin_network_may_change_something(console):
+def test_only_browsers_of_an_admin_network_may_change_something(console, caplog):
+    caplog.set_level("INFO")
     fields = urlencode({"scope": "everything"}).encode()
     status, text = console.ask("POST", "/cache", body=fields, client="10.0.0.1")
     assert status == 403
     assert "RINGMESH_ADMIN_NETWORKS" in text
     assert console.ask("GET", "/cache", client="10.0.0.1")[0] == 200
+    (recorded,) = [record.message for record in caplog.records if "POST /cache" in record.message]
+    assert '"who": "browser"' in recorded
+    assert '"peer": "10.0.0.1"' in recorded

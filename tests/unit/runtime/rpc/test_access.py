@@ -78,10 +78,10 @@ async def serve(request):
     """Starts a server for callers in these networks, and returns its address. All callers of tests are on this host."""
     started = []
 
-    async def serve(networks, credential="", keys=None):
+    async def serve(networks, credential="", keys=None, audit=None):
         address = free_address()
         # An address that other hosts could reach, so that nobody is local by the address of the server alone.
-        access = Access("0.0.0.0:1", networks, credential, keys)
+        access = Access("0.0.0.0:1", networks, credential, keys, audit)
         started.append(await start(request.param, access, address))
         return address
 
