@@ -35,6 +35,7 @@ AUTHORIZATION: Final = "authorization"
 CREDENTIAL: Final = "ringmesh-credential"
 LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 _LOCAL, _SERVICE = "local", "service"
+_FORWARDED = ("x-forwarded-", "forwarded", "x-real-ip", "via")
 # Names of callers are remembered; there are as many as connections.
 _MOST_PEERS = 4096
 _V2, _ROUTER = "inference.GRPCInferenceService", "ringmesh.router.v1.RouterService"
@@ -132,7 +133,7 @@ class Access:
         request = _request_type(method)
 
         def who(metadata: Metadata, peer: str, data: bytes) -> str:
-            if self.keys is None and self.is_near(peer):
+            if self.keys is None and self.is_near(peer) and not _is_forwarded(metadata):
                 return _LOCAL
             if self.is_service(metadata):
                 return _SERVICE
@@ -222,6 +223,11 @@ class Access:
                 given = value.encode() if isinstance(value, str) else value
                 return compare_digest(given, self._credential)
         return False
+
+
+def _is_forwarded(metadata: Metadata) -> bool:
+    """Whether a proxy sent the call, so that the peer is not who calls. Envoy always says so."""
+    return any(name.startswith(_FORWARDED) for name, _ in metadata)
 
 
 def _is_audited(method: str, who: str) -> bool:

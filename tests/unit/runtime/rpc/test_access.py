@@ -144,6 +144,12 @@ async def test_callers_of_an_admin_network_may_do_everything(serve):
     assert {method for method, code in found.items() if code == "PERMISSION_DENIED"} <= unknown
 
 
+@pytest.mark.parametrize("name", ["x-forwarded-for", "x-forwarded-proto", "forwarded", "x-real-ip", "via"])
+async def test_a_call_that_a_proxy_of_this_host_forwards_is_not_of_this_host(serve, name):
+    found = await codes(await serve(LOOPBACK), ((name, "127.0.0.1"),))
+    assert set(restricted()) <= {method for method, code in found.items() if code == "PERMISSION_DENIED"}
+
+
 async def test_a_server_for_this_host_alone_shows_its_services_to_everyone_who_reaches_it():
     for engine in Engine:
         address = free_address()
