@@ -79,6 +79,16 @@ _ROLES: Mapping[str, Role] = {
 }
 
 
+def warning(address: str, *, has_keys: bool) -> str:
+    """What other hosts may do at this address, host:port, though nobody knows who they are; "" for nothing."""
+    if has_keys or _is_local(address):
+        return ""
+    return (
+        f"{address} is open to other hosts without API keys: anybody who reaches it may run inferences, use the cache "
+        "service, and read models, statistics, metrics and traces; RINGMESH_API_KEYS closes it"
+    )
+
+
 def role_of(method: str) -> Role | None:
     """The role that `package.Service/Method` needs; None if it is open to everyone. Unknown methods need ADMIN."""
     return None if method in _OPEN else _ROLES.get(method, Role.ADMIN)
@@ -107,7 +117,8 @@ class Access:
         self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
-        self._is_local = _is_in(address.rpartition(":")[0].strip("[]").replace("localhost", "127.0.0.1"), LOOPBACK)
+        self._is_local = _is_local(address)
+        self.warning = warning(address, has_keys=keys is not None)
         self._peers: dict[str, bool] = {}
         self.keys = keys
 
@@ -269,6 +280,11 @@ def _about(method: str, data: Any) -> Mapping[str, Any]:
         return summary(kind.FromString(data)) if kind is not None else {}
     except DecodeError:
         return {}
+
+
+def _is_local(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or _is_in(host, LOOPBACK)
 
 
 def _is_in(host: str, networks: Sequence[Network]) -> bool:

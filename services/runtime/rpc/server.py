@@ -182,6 +182,8 @@ class Server:
                 f"cannot listen on {self._address}: the port is taken or the address is not ours"
             ) from None
         await server.start()
+        if access.warning:
+            log.warning("%s", access.warning)
         self._connections = Connections(port)
         self._backlog.watch(self._connections)
         self._watching = [

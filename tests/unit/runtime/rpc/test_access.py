@@ -13,7 +13,7 @@ from ringmesh.router.v1 import router_pb2
 
 from router.transport.grpc_channel import CallError, GrpcChannel
 from services.runtime.oip.protocol import fast_path_handler
-from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, Access, credential_of, role_of
+from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, Access, credential_of, role_of, warning
 from services.runtime.rpc.api_keys import Role
 from services.runtime.rpc.rpc import Answer, Service
 from services.runtime.rpc.server import Engine, Server
@@ -201,3 +201,14 @@ def test_only_addresses_of_the_loopback_network_are_of_this_host(peer, near):
 
 def test_a_method_that_is_not_known_needs_the_highest_role():
     assert role_of("ringmesh.router.v1.RouterService/Added") is Role.ADMIN
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "router:1"])
+def test_an_address_that_other_hosts_reach_without_identity_is_warned_of(address):
+    assert "run inferences" in warning(address, has_keys=False)
+    assert warning(address, has_keys=True) == ""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "localhost:1"])
+def test_an_address_of_this_host_is_not_warned_of(address):
+    assert warning(address, has_keys=False) == ""
