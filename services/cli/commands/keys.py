@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from services.cli.errors import CommandError
-from services.runtime.rpc.api_keys import Role, new_key
+from services.runtime.rpc.api_keys import new_key
+from services.runtime.rpc.roles import Role
 
 
 def create(file: Path, id: str, tenant: str, roles: list[str], models: list[str], days: float | None) -> str:

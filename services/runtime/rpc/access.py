@@ -18,18 +18,17 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from services.runtime.errors import PermissionDeniedError, RingmeshError
-from services.runtime.rpc.api_keys import ApiKeys, Identity, Role
+from services.runtime.rpc.api_keys import ApiKeys, Identity
 from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
 from services.runtime.rpc.calls import status_of
+from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
 from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, parse
 
 Network: TypeAlias = IPv4Network | IPv6Network
 # Checks the metadata, the peer and the message of a call. Returns who calls, as in the audit log. Raises
 # UnauthenticatedError or PermissionDeniedError.
 Guard: TypeAlias = Callable[[Metadata, str, bytes], str]
-
-
 # Metadata with an API key, and with the credential of calls between services.
 AUTHORIZATION: Final = "authorization"
 CREDENTIAL: Final = "ringmesh-credential"
@@ -38,45 +37,6 @@ _LOCAL, _SERVICE = "local", "service"
 _FORWARDED = ("x-forwarded-", "forwarded", "x-real-ip", "via")
 # Names of callers are remembered; there are as many as connections.
 _MOST_PEERS = 4096
-_V2, _ROUTER = "inference.GRPCInferenceService", "ringmesh.router.v1.RouterService"
-_CACHE, _WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
-
-
-def _methods(service: str, names: str) -> list[str]:
-    return [f"{service}/{name}" for name in names.split()]
-
-
-# Methods that need no role: probes and the exporters of OpenTelemetry have no credential.
-_OPEN = frozenset(
-    {
-        *_methods("grpc.health.v1.Health", "Check List Watch"),
-        *_methods(_V2, "ServerLive ServerReady"),
-        "opentelemetry.proto.collector.trace.v1.TraceService/Export",
-    }
-)
-# Methods whose requests name a model.
-_OF_A_MODEL = frozenset(
-    _methods(_V2, "ModelReady ModelMetadata ModelConfig ModelStatistics")
-    + _methods(_V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting")
-)
-_INFERENCES = frozenset(_methods(_V2, "ModelInfer ModelStreamInfer"))
-_ROLES: Mapping[str, Role] = {
-    method: role
-    for role, methods in (
-        (Role.INFER, _methods(_V2, "ModelInfer ModelStreamInfer ServerMetadata ModelReady ModelMetadata")),
-        (Role.INFER, _methods(_CACHE, "Get GetMany Put GetOrCompute Release Delete")),
-        (Role.READ, _methods(_V2, "ModelConfig ModelStatistics RepositoryIndex")),
-        (Role.READ, _methods(_V2, "SystemSharedMemoryStatus CudaSharedMemoryStatus")),
-        (Role.READ, [*_methods(_ROUTER, "GetRing Watch"), *_methods(_CACHE, "Stats Watch"), f"{_WORKER}/Describe"]),
-        (Role.OPERATE, _methods(_V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting LogSettings")),
-        (Role.OPERATE, _methods(_V2, "SystemSharedMemoryRegister SystemSharedMemoryUnregister")),
-        (Role.OPERATE, _methods(_V2, "CudaSharedMemoryRegister CudaSharedMemoryUnregister")),
-        (Role.OPERATE, [f"{_ROUTER}/Explain", *_methods(_CACHE, "Purge Warm")]),
-        (Role.OPERATE, _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")),
-        (Role.OPERATE, _methods("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo")),
-    )
-    for method in methods
-}
 
 
 def warning(address: str, *, has_keys: bool) -> str:
@@ -89,16 +49,9 @@ def warning(address: str, *, has_keys: bool) -> str:
     )
 
 
-def role_of(method: str) -> Role | None:
-    """The role that `package.Service/Method` needs; None if it is open to everyone. Unknown methods need ADMIN."""
-    return None if method in _OPEN else _ROLES.get(method, Role.ADMIN)
-
-
 def credential_of(secret: str | None) -> str:
     """The credential of all services that have this key secret; "" if there is none."""
-    return (
-        blake3((secret or "").encode(), derive_key_context="ringmesh 2026 service calls").hexdigest() if secret else ""
-    )
+    return blake3(secret.encode(), derive_key_context="ringmesh 2026 service calls").hexdigest() if secret else ""
 
 
 class Access:
@@ -139,7 +92,7 @@ class Access:
     def guard(self, method: str) -> Guard | None:
         """Returns the check of the calls of a method; None if none is needed. Inferences are checked by `caller`."""
         role = role_of(method)
-        if role is None or method in _INFERENCES or (self.keys is None and role in (Role.INFER, Role.READ)):
+        if role is None or method in INFERENCES or (self.keys is None and role in (Role.INFER, Role.READ)):
             return None
         request = _request_type(method)
 
@@ -217,7 +170,10 @@ class Access:
         (`unix:`): then nobody is, unless the server listens for this host only."""
         near = self._peers.get(peer)
         if near is None:
-            near = self._is_local if peer.startswith("unix:") else self.is_admin_host(parse_peer(peer)[0])
+            is_hidden = peer.startswith("unix:")
+            near = (self._is_local or not is_hidden) and self.is_admin_host(
+                "127.0.0.1" if is_hidden else parse_peer(peer)[0]
+            )
             if len(self._peers) >= _MOST_PEERS:
                 self._peers.clear()
             self._peers[peer] = near
@@ -257,8 +213,8 @@ def _check_scope(identity: Identity, method: str, request: Message | None) -> No
     fields = request.DESCRIPTOR.fields_by_name if request is not None else {}
     if identity.models:
         name = "model_name" if "model_name" in fields else "name"
-        identity.check_model(getattr(request, name) if method in _OF_A_MODEL else "")
-    if identity.tenant and not method.startswith(f"{_V2}/"):
+        identity.check_model(getattr(request, name) if method in OF_A_MODEL else "")
+    if identity.tenant and not method.startswith(f"{V2}/"):
         tenant = getattr(request, "tenant", "")
         if tenant != identity.tenant:
             raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")

@@ -16,27 +16,18 @@ import secrets
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.runtime.errors import PermissionDeniedError, UnauthenticatedError
+from services.runtime.rpc.roles import Role
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _SCHEME = "bearer "
-
-
-class Role(StrEnum):
-    """What a caller may do. ADMIN includes all others."""
-
-    INFER = "infer"
-    READ = "read"
-    OPERATE = "operate"
-    ADMIN = "admin"
 
 
 @dataclass(frozen=True, slots=True)

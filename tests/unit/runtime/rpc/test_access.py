@@ -13,8 +13,8 @@ from ringmesh.router.v1 import router_pb2
 
 from router.transport.grpc_channel import CallError, GrpcChannel
 from services.runtime.oip.protocol import fast_path_handler
-from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, Access, credential_of, role_of, warning
-from services.runtime.rpc.api_keys import Role
+from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, Access, credential_of, warning
+from services.runtime.rpc.roles import Role, role_of
 from services.runtime.rpc.rpc import Answer, Service
 from services.runtime.rpc.server import Engine, Server
 from tests.system.processes import free_address
@@ -212,3 +212,9 @@ def test_an_address_that_other_hosts_reach_without_identity_is_warned_of(address
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "localhost:1"])
 def test_an_address_of_this_host_is_not_warned_of(address):
     assert warning(address, has_keys=False) == ""
+
+
+def test_a_hidden_caller_is_near_if_only_this_host_reaches_the_server_and_is_an_admin_network():
+    assert Access("127.0.0.1:1").is_near("unix:")
+    assert not Access("127.0.0.1:1", ()).is_near("unix:")
+    assert not Access("0.0.0.0:1").is_near("unix:")
