@@ -72,8 +72,6 @@ def build_results(
 class _Run:
     """The requests that one run answered."""
 
-    __slots__ = ("batch", "requests", "rows", "serialized")
-
     def __init__(self, batch: BatchResult, serialized: bytes) -> None:
         self.batch = batch
         self.serialized = serialized
@@ -119,9 +117,9 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
 def failed(error: Exception, start: int, model: str = "", trace_context: bytes = b"") -> SplitResult:
     """The result of a request that failed. Logs errors other than RingmeshError."""
     what = f"a request of model {model} failed" if model else "a request failed"
-    told = faults.told(log, what, error, trace_context[:16].hex())
+    shown = faults.reported(log, what, error, trace_context[:16].hex())
     timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
-    return SplitResult(inference_pb2.WorkResult(failure=told.to_failure(), timing=timing), b"")
+    return SplitResult(inference_pb2.WorkResult(failure=shown.to_failure(), timing=timing), b"")
 
 
 def joined(result: SplitResult, start: int) -> SplitResult:

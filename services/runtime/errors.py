@@ -25,6 +25,8 @@ from typing import ClassVar
 import grpc
 from ringmesh.inference.v1 import inference_pb2
 
+# By number, as in a google.rpc.Status.
+CODE_NAMES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 _LONGEST_BYTES = 1000
 _MOST_NAMES = 20
 
@@ -66,22 +68,16 @@ def some(names: Iterable[str]) -> str:
 
 
 class InvalidArgumentError(RingmeshError):
-    """The request is invalid, on any server."""
-
     code = grpc.StatusCode.INVALID_ARGUMENT
     kind = "invalid_input"
 
 
 class NotFoundError(RingmeshError):
-    """There is no such model, or no such version of it."""
-
     code = grpc.StatusCode.NOT_FOUND
     kind = "unknown_model"
 
 
 class AlreadyExistsError(RingmeshError):
-    """The name is taken."""
-
     code = grpc.StatusCode.ALREADY_EXISTS
     kind = "conflict"
 
@@ -101,44 +97,32 @@ class PermissionDeniedError(RingmeshError):
 
 
 class FailedPreconditionError(RingmeshError):
-    """This server lacks state that the request needs; another server may have it."""
-
     code = grpc.StatusCode.FAILED_PRECONDITION
     kind = "precondition"
 
 
 class ResourceExhaustedError(RingmeshError):
-    """A limit is reached; the caller may retry after `retry_after` seconds."""
-
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     kind = "overload"
     retry_after: float | None = 0.1
 
 
 class UnavailableError(RingmeshError):
-    """No server can answer now; the caller may retry elsewhere."""
-
     code = grpc.StatusCode.UNAVAILABLE
     kind = "unavailable"
 
 
 class DeadlineExceededError(RingmeshError):
-    """The caller's deadline passed."""
-
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     kind = "deadline"
 
 
 class UnimplementedError(RingmeshError):
-    """The request is valid, but this server does not support it."""
-
     code = grpc.StatusCode.UNIMPLEMENTED
     kind = "unimplemented"
 
 
 class InternalError(RingmeshError):
-    """A fault of the server; the service's log has the cause."""
-
     code = grpc.StatusCode.INTERNAL
     kind = "internal"
 

@@ -6,7 +6,6 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -49,7 +48,7 @@ _LONGEST_REASON = 300
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
-class InferenceService:
+class DirectService:
     """`inference.GRPCInferenceService`, called at this worker directly. It does not cache."""
 
     def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport, access: Access) -> None:
@@ -85,14 +84,14 @@ class InferenceService:
         return metadata
 
     async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
-        told = protocol.told(metadata)
+        caller = protocol.caller_metadata(metadata)
         if self._access.keys is not None:
-            protocol.identify(told, self._access)
-            if told.error is not None:
-                raise told.error
-            if told.identity is not None:
-                told.identity.check_model(model_name(data))
-        trace = self._tracer.start(told.traceparent)
+            protocol.identify(caller, self._access)
+            if caller.error is not None:
+                raise caller.error
+            if caller.identity is not None:
+                caller.identity.check_model(model_name(data))
+        trace = self._tracer.start(caller.traceparent)
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
         work = Work(data, b"", deadline, bytes.fromhex(trace.trace_id + trace.span_id))
@@ -126,21 +125,13 @@ class InferenceService:
         return protocol.answered(result.response, request_id(data), ())
 
 
-@dataclass(frozen=True, slots=True)
-class Locality:
-    """The region and zone of a worker, and its share of the keys relative to other workers (`weight`)."""
-
-    region: str
-    zone: str
-    weight: float
-
-
 class EnvelopeService:
     """`ringmesh.inference.v1.InferenceWorkerService`: runs envelopes, and describes this worker and its models."""
 
-    def __init__(self, worker: Worker, locality: Locality) -> None:
+    def __init__(self, worker: Worker, region: str = "", zone: str = "", weight: float = 1.0) -> None:
+        """`weight`: its share of the keys relative to other workers."""
         self._worker = worker
-        self._locality = locality
+        self._region, self._zone, self._weight = region, zone, weight
         # The Unix socket for routers of this host, "" while there is none, and the gRPC port.
         self.socket = ""
         self.port = 0
@@ -207,9 +198,9 @@ class EnvelopeService:
             models=() if known else [describe(held) for held in self._held],
             load=load,
             version=load.version,
-            region=self._locality.region,
-            zone=self._locality.zone,
-            weight=self._locality.weight,
+            region=self._region,
+            zone=self._zone,
+            weight=self._weight,
             envelope_socket=self.socket,
             port=self.port,
             decisions=[self._decided(model) for model in decided],
@@ -240,9 +231,9 @@ class EnvelopeService:
         return inference_pb2.Announcement(
             address=address,
             worker_id=self._worker.worker_id,
-            region=self._locality.region,
-            zone=self._locality.zone,
-            weight=self._locality.weight,
+            region=self._region,
+            zone=self._zone,
+            weight=self._weight,
             accepting=self._worker.accepting,
             models=[
                 inference_pb2.HeldModel(name=held.model.name, version=str(held.model.version), digest=held.model.digest)
@@ -261,12 +252,12 @@ class EnvelopeService:
 
 
 def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
-    told = [
+    described = [
         inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
         for name, versions in failures.items()
         for version, reason in versions.items()
     ]
-    return told[:_MOST_FAILURES]
+    return described[:_MOST_FAILURES]
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
@@ -276,13 +267,13 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         ensemble = inference_pb2.Ensemble(
             own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
         )
-    return inference_pb2.ModelVersion(
+    version = inference_pb2.ModelVersion(
         ensemble=ensemble,
         name=model.name,
         version=str(model.version),
         digest=model.digest,
-        cacheable=model.cacheable,
-        cacheable_reason=model.cacheable_reason,
+        cacheable=bool(model.cacheable),
+        cacheable_reason=model.cacheable.reason,
         max_batch_rows=model.max_batch_rows,
         max_request_rows=model.max_request_rows,
         batch_remark=model.batch_remark,
@@ -290,12 +281,8 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         optional_inputs=[name for name in model.inputs if name not in model.required],
         provider=model.provider,
         metadata=model.metadata(),
-        tenant_scoped=model.tenant_scoped,
-        row_cache=model.row_cache,
-        hedged=model.hedged,
-        semantic_threshold=model.semantic_threshold,
-        semantic_embedding=model.semantic_embedding,
-        ttl_ms=model.ttl_ms,
-        stale_ms=model.stale_ms,
+        row_cache=bool(model.row_cache),
         unloaded=not held.loaded,
     )
+    version.MergeFrom(model.rules)
+    return version

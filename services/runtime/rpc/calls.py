@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from services.runtime.errors import RingmeshError
+from services.runtime.errors import CODE_NAMES, RingmeshError
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -30,7 +30,6 @@ CALLS = Family(
     "calls answered, a stream when it ends; on a router without ModelInfer, which ringmesh_requests_total counts",
     ("method", "code"),
 )
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Calls:
@@ -76,7 +75,7 @@ class Calls:
             code = "CANCELLED"
             try:
                 answer = await path(data, metadata, deadline)
-                code = _code_of(answer)
+                code = answer.code.name if isinstance(answer, Failure) else "OK"
                 return answer
             finally:
                 count(code)
@@ -85,21 +84,23 @@ class Calls:
 
     def _counted(self, method: str, handler: Handler) -> Handler:
         """Wraps a handler of bytes; it takes and returns streams as async iterators."""
-        counts = self._counts.setdefault(method, {})
+        count = self.counter(method)
         answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
 
         async def unary(request: Any, context: Context) -> bytes:
+            code = "OK"
             try:
                 await _check(context)
                 response: bytes = await answer(request, context)
+                return response
             except BaseException as error:
                 code = status_of(context, error)
-                counts[code] = counts.get(code, 0) + 1
                 raise
-            counts["OK"] = counts.get("OK", 0) + 1
-            return response
+            finally:
+                count(code)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
+            code = "OK"
             try:
                 await _check(context)
                 async with aclosing(answer(request, context)) as responses:
@@ -107,18 +108,15 @@ class Calls:
                         yield response
             except BaseException as error:
                 code = status_of(context, error)
-                counts[code] = counts.get(code, 0) + 1
                 raise
-            counts["OK"] = counts.get("OK", 0) + 1
+            finally:
+                count(code)
 
-        if handler.response_streaming:
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(stream)
-        return grpc.unary_unary_rpc_method_handler(unary)
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(unary)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream)
+        return grpc.unary_stream_rpc_method_handler(stream)
 
 
 async def _check(context: Context) -> None:
@@ -128,13 +126,9 @@ async def _check(context: Context) -> None:
         await abort(context, error)
 
 
-def _code_of(answer: Answer | Failure) -> str:
-    return answer.code.name if isinstance(answer, Failure) else "OK"
-
-
 def status_of(context: Context, error: BaseException) -> str:
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "CANCELLED"
     # grpcio returns a number, or None if no code was set.
     code: Any = context.code()
-    return str(code.name) if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
+    return str(code.name) if isinstance(code, grpc.StatusCode) else CODE_NAMES.get(code, "UNKNOWN")

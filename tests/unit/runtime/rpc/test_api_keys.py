@@ -12,7 +12,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.cli.commands import keys as command
 from services.cli.errors import CommandError
 from services.runtime.errors import PermissionDeniedError, UnauthenticatedError
-from services.runtime.oip.protocol import identify, told
+from services.runtime.oip.protocol import caller_metadata, identify
 from services.runtime.rpc import api_keys
 from services.runtime.rpc.access import CREDENTIAL, Access, credential_of
 from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
@@ -38,7 +38,7 @@ def bearer(key):
 
 def caller(keys, metadata):
     """What the path of an inference learns of its caller."""
-    said = told(metadata)
+    said = caller_metadata(metadata)
     identify(said, Access("", (), SECRET, keys))
     return said
 
