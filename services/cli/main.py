@@ -44,6 +44,8 @@ class Commands(TyperGroup):
 app = typer.Typer(name="ringmesh", cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 cache_app = typer.Typer(no_args_is_help=False)
 app.add_typer(cache_app, name="cache")
+key_app = typer.Typer(no_args_is_help=True, help="API keys of callers.")
+app.add_typer(key_app, name="key")
 
 
 def _inherited(context: typer.Context, parameter: typer.CallbackParam, value: Value) -> Value:
@@ -376,6 +378,23 @@ def _run(
     set_title(title, options.endpoints.router)
     traces.prune(options.traces)
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
+
+
+@key_app.command()
+def new(
+    id: Annotated[str, typer.Argument(help="Name of the key in the file, in traces and in the audit log.")],
+    file: Annotated[Path, typer.Option(envvar="RINGMESH_API_KEYS", help="File to add the hash of the key to.")],
+    role: Annotated[list[str], typer.Option(help="infer, read, operate or admin; may be repeated.")],
+    tenant: Annotated[str, typer.Option(help="Tenant of the callers.")] = "",
+    model: Annotated[list[str] | None, typer.Option(help="Only for this model; may be repeated.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; default: never.")] = None,
+) -> None:
+    """Prints a new API key, and adds its hash to the file. Remove its line to revoke it."""
+    from services.cli.commands import keys
+    from services.runtime.process.process import keep_files_private
+
+    keep_files_private()
+    print(keys.create(file, id, tenant, role, model or [], days))
 
 
 def _console() -> Console:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
+from services.runtime.rpc.access import AUTHORIZATION
 
 # Time limit of a call that computes nothing.
 SECONDS = 10.0
 Answer = TypeVar("Answer")
+
+
+class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    def __init__(self, key: str) -> None:
+        self._entry = (AUTHORIZATION, f"Bearer {key}")
+
+    def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
+
+    intercept_unary_stream = intercept_unary_unary  # type: ignore[assignment]
 
 
 def endpoint(name: str, state: Path) -> str:
@@ -35,10 +47,11 @@ def endpoint(name: str, state: Path) -> str:
 
 
 def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer]) -> Answer:
-    """Makes calls to the process at `address`. Raises CommandError if one fails."""
+    """Makes calls to the process at `address`, with the API key in RINGMESH_API_KEY. Raises CommandError if one fails."""
+    key = os.environ.get("RINGMESH_API_KEY", "")
     try:
         with grpc.insecure_channel(address, (*LOCAL, ("grpc.max_receive_message_length", -1))) as channel:
-            return call(channel)
+            return call(grpc.intercept_channel(channel, _WithKey(key)) if key else channel)
     except grpc.RpcError as error:
         status: grpc.Call = error  # type: ignore[assignment]  # as grpcio raises it
         details = status.details() or ""
