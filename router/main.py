@@ -106,7 +106,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, Keyer(fleet, mesh.purges, hasher, audit)).service(),
+            OperatorService(fleet, mesh, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,

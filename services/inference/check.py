@@ -72,7 +72,7 @@ async def _describe(store: ModelStore, source: ModelSource, name: str) -> dict[s
 def _served(held: HeldModel) -> dict[str, Any]:
     model = held.model
     return {
-        "error": model.not_runnable,
+        "error": model.runnable.reason,
         "inputs": _tensors(model.inputs.values()),
         "outputs": _tensors(model.outputs.values()),
         "sequence": model.config().HasField("sequence_batching"),

@@ -51,6 +51,8 @@ def show(console: Console, answer: router_pb2.ExplainResponse) -> None:
         console.print(f"not cached  {escape(answer.uncached_reason)}", soft_wrap=True, highlight=False)
     else:
         console.print(f"key         {answer.key}", soft_wrap=True, highlight=False)
+    if answer.shared_tier:
+        console.print(f"shared tier {escape(answer.shared_tier)}", soft_wrap=True, highlight=False)
     if answer.owner:
         console.print(f"owner       {escape(answer.owner)}", soft_wrap=True, highlight=False)
     if answer.candidates:
