@@ -47,7 +47,7 @@ def endpoint(name: str, state: Path) -> str:
 
 
 def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer]) -> Answer:
-    """Makes calls to the process at `address`, with the API key in RINGMESH_API_KEY. Raises CommandError if one fails."""
+    """Calls the process at `address`, with the API key in RINGMESH_API_KEY. Raises CommandError if one fails."""
     key = os.environ.get("RINGMESH_API_KEY", "")
     try:
         with grpc.insecure_channel(address, (*LOCAL, ("grpc.max_receive_message_length", -1))) as channel:
