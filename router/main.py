@@ -111,7 +111,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, Keyer(fleet, mesh.purges, hasher, audit)).service(),
+            OperatorService(fleet, mesh, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
@@ -126,6 +126,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
+    if settings.triton_metrics:
+        metrics.add(requests.triton_samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()

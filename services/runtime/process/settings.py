@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, IPvAnyNetwork, ValidationError, field_validator
+from pydantic import Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -16,6 +16,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from services.runtime.process import units
 from services.runtime.rpc.access import LOOPBACK, Access, credential_of
 from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
 from services.runtime.rpc.audit_log import AuditLog
@@ -64,6 +65,16 @@ class ServiceSettings(BaseSettings):
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
     trace_dir: Path | None = Field(None, description="folder that spans are written to, for `ringmesh trace`")
     otlp_endpoint: str | None = Field(None, description="URL of an OTLP/gRPC collector, such as http://127.0.0.1:4317")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_units(cls, value: object, field: ValidationInfo) -> object:
+        name = field.field_name or ""
+        if not isinstance(value, str):
+            return value
+        if name.endswith("_seconds"):
+            return units.parse_seconds(value)
+        return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
 
     @field_validator("admin_networks", mode="before")
     @classmethod
