@@ -157,6 +157,7 @@ def up(
     from services.cli.stack.key_secret import key_secret
     from services.cli.stack.stack import StackOptions
     from services.runtime.process import variables
+    from services.runtime.rpc.access import warning
 
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
@@ -173,7 +174,7 @@ def up(
 
     async def serve() -> int:
         screen.endpoints(options)
-        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router)
+        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
         for failure in failures:
             screen.say(failure)
         if sample is not None:
@@ -187,6 +188,8 @@ def up(
 
     for message in variables.unknown(os.environ):
         screen.say(f"warning: {message}")
+    if exposed := warning(f"{host}:{base_port}", has_keys="RINGMESH_API_KEYS" in os.environ):
+        screen.say(f"warning: {exposed}")
     with claim(state):
         if models is None:
             demo_models.fill(Path(options.models), screen.say)

@@ -302,3 +302,14 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
 
 def _is_of(process, state):
     return str(state) in ((process.info["environ"] or {}).get("RINGMESH_TRACE_DIR") or "")
+
+
+def test_a_stack_that_other_hosts_reach_without_keys_says_what_is_open(state, monkeypatch):
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "warning: 0.0.0.0:0 is open to other hosts without API keys: anybody" in stack.output
+    assert stop_stack(stack) == 0
+    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
+    (state / "keys.jsonl").touch()
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "API keys" not in stack.output
+    assert stop_stack(stack) == 0

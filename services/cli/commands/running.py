@@ -12,21 +12,11 @@ import grpc
 
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
-from services.runtime.rpc.access import AUTHORIZATION
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, credential_of
 
 # Time limit of a call that computes nothing.
 SECONDS = 10.0
 Answer = TypeVar("Answer")
-
-
-class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    def __init__(self, key: str) -> None:
-        self._entry = (AUTHORIZATION, f"Bearer {key}")
-
-    def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
-
-    intercept_unary_stream = intercept_unary_unary  # type: ignore[assignment]
 
 
 def endpoint(name: str, state: Path) -> str:
@@ -46,12 +36,24 @@ def endpoint(name: str, state: Path) -> str:
     return found
 
 
-def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer]) -> Answer:
-    """Calls the process at `address`, with the API key in RINGMESH_API_KEY. Raises CommandError if one fails."""
-    key = os.environ.get("RINGMESH_API_KEY", "")
+class _Identified(grpc.UnaryUnaryClientInterceptor):
+    """Sends RINGMESH_API_KEY, or the credential of a key secret."""
+
+    def __init__(self, secret: str) -> None:
+        key = os.environ.get("RINGMESH_API_KEY")
+        self._entry = (AUTHORIZATION, f"Bearer {key}") if key else (CREDENTIAL, credential_of(secret))
+
+    def intercept_unary_unary(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
+
+
+def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer], secret: str = "") -> Answer:
+    """Makes calls to the process at `address`. `secret`: the key secret, if RINGMESH_KEY_SECRET is not set. Raises
+    CommandError if one fails."""
     try:
         with grpc.insecure_channel(address, (*LOCAL, ("grpc.max_receive_message_length", -1))) as channel:
-            return call(grpc.intercept_channel(channel, _WithKey(key)) if key else channel)
+            who = _Identified(secret or os.environ.get("RINGMESH_KEY_SECRET", ""))
+            return call(grpc.intercept_channel(channel, who))
     except grpc.RpcError as error:
         status: grpc.Call = error  # type: ignore[assignment]  # as grpcio raises it
         details = status.details() or ""
