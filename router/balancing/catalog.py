@@ -25,6 +25,7 @@ class ModelEntry:
 
     - `uncacheable`: why its answers are not cached; "" if they are.
     - `inputs`, `outputs`: those of its metadata.
+    - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
     - `not_runnable`: why no worker can run it; "" if one may.
