@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
@@ -32,8 +33,10 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
+from router.transport.grpc_channel import GrpcChannel
 from services.runtime.machine import cores, huge_pages, memory
 from services.runtime.process.process import run, set_title
+from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server
@@ -53,6 +56,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
+    access = settings.access()
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
@@ -70,6 +74,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         sources=settings.create_sources(),
         region=settings.region,
         zone=settings.zone,
+        open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
@@ -91,7 +96,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     targets = {"availability": settings.slo_availability, "latency": settings.slo_latency}
     slo = Slo(targets, settings.slo_latency_seconds, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
-    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
+    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access)
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
@@ -106,12 +111,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, Keyer(fleet, mesh.purges, hasher, audit)).service(),
+            OperatorService(fleet, mesh, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=access,
         share_port=settings.share_port,
     )
     metrics = Metrics()
@@ -120,6 +126,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
+    if settings.triton_metrics:
+        metrics.add(requests.triton_samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()

@@ -20,12 +20,12 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.keys.invalidation import InvalidationLog
-from cache.keys.keys import MODEL_BYTES
 from cache.policy.worth_asking import LookUpDecision, WorthAsking
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames, is_answer
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
+from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class PeerRegion:
     dropped because their seal or their content was invalid.
     """
 
-    def __init__(self, region: str, address: str, breaker: Breaker, frames: EntryFrames) -> None:
+    def __init__(self, region: str, address: str, breaker: Breaker, frames: EntryFrames, credential: str = "") -> None:
         self.region = region
         self._frames = frames
         self.trip_seconds = float("inf")
@@ -76,6 +76,7 @@ class PeerRegion:
         self._fetch: _RawCall = self._channel.unary_unary(_SERVICE + "Fetch")
         self._list: _RawCall = self._channel.unary_unary(_SERVICE + "ListValuable")
         self._watch: _RawStream = self._channel.unary_stream(_SERVICE + "Watch")
+        self._metadata = ((CREDENTIAL, credential),) if credential else ()
         self._waiting: dict[bytes, asyncio.Future[Entry | None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -95,7 +96,9 @@ class PeerRegion:
         """Looks up `keys` in one call. Raises one of FAILURES."""
         start = time.monotonic()
         timeout = min(_LONGEST_SECONDS, max(0.1, 10 * self.trip_seconds))
-        data = await self._fetch(cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout)
+        data = await self._fetch(
+            cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout, metadata=self._metadata
+        )
         results = cache_pb2.FetchResponse.FromString(data).results
         if len(results) != len(keys):
             raise PeerError(f"it answered {len(results)} of {len(keys)} look-ups")
@@ -124,7 +127,7 @@ class PeerRegion:
 
     async def valuable(self) -> list[bytes]:
         """Returns the keys that save the peer most compute time. Raises one of FAILURES."""
-        data = await self._list(b"", timeout=_LONGEST_SECONDS)
+        data = await self._list(b"", timeout=_LONGEST_SECONDS, metadata=self._metadata)
         return list(cache_pb2.ListValuableResponse.FromString(data).keys)
 
     async def probe_on(self) -> None:
@@ -144,7 +147,7 @@ class PeerRegion:
         """Applies the peer's purges as they arrive."""
         while True:
             with contextlib.suppress(*FAILURES, RingmeshError):
-                async for data in self._watch(b""):
+                async for data in self._watch(b"", metadata=self._metadata):
                     await purges.merge(cache_pb2.WatchResponse.FromString(data).purges)
             await asyncio.sleep(_PROBE_SECONDS)
 
@@ -202,12 +205,14 @@ class PeerRegions:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))
 
-    def worth_asking(self, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, LookUpDecision]:
+    def worth_asking(
+        self, subject: bytes, key: bytes, compute_seconds: float | None
+    ) -> dict[PeerRegion, LookUpDecision]:
         """Returns the available peers that pass the cost check; none if the compute time is unknown."""
         if compute_seconds is None:
             return {}
         decisions = {
-            peer: peer.worth.decide(key[:MODEL_BYTES], key, compute_seconds, peer.trip_seconds)
+            peer: peer.worth.decide(subject, key, compute_seconds, peer.trip_seconds)
             for peer in self.peers
             if peer.is_up
         }
@@ -216,6 +221,7 @@ class PeerRegions:
     async def race(
         self,
         peers: Mapping[PeerRegion, LookUpDecision],
+        subject: bytes,
         key: bytes,
         compute: Callable[[], Awaitable[Result]],
         usable: Callable[[Entry], bool],
@@ -242,7 +248,7 @@ class PeerRegions:
                 for ask in [each for each in asks if each.done()]:
                     peer, entry = asks.pop(ask), ask.result()
                     if peer.is_up:
-                        peer.worth.learn(key[:MODEL_BYTES], hit=entry is not None)
+                        peer.worth.learn(subject, hit=entry is not None)
                     if entry is not None and usable(entry):
                         return entry
                 if computing is None:

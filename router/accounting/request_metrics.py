@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 from ringmesh.cache.v1 import cache_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.telemetry import triton_metrics
 from services.runtime.telemetry.load_report import Answers
 from services.runtime.telemetry.metrics import BOUNDS_NS, OTHER, Exemplar, Family, Histogram, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -29,9 +30,9 @@ DURATION = Family(
 ERRORS = Family(
     "ringmesh_errors_total",
     "counter",
-    "requests that failed; type: invalid_input, unknown_model, not_loaded, precondition, not_cached, overload, quota, "
-    "memory, too_large, no_worker, worker_lost, unavailable, deadline, cancelled, execution, internal, "
-    "redis, unimplemented",
+    "requests that failed; type: invalid_input, unauthenticated, denied, unknown_model, not_loaded, precondition, "
+    "not_cached, overload, quota, memory, too_large, no_worker, worker_lost, unavailable, deadline, cancelled, "
+    "execution, internal, redis, unimplemented",
     ("model", "version", "type"),
 )
 COMPUTE = Family(
@@ -163,6 +164,13 @@ class RequestMetrics:
             elif labels.outcome == "miss":
                 stats.cache_miss.count += series.count
                 stats.cache_miss.ns += series.sum_ns
+
+    def triton_samples(self) -> Iterator[Sample]:
+        """The hits and misses under Triton's names, for `Metrics.add`."""
+        for name, version in sorted(self._models):
+            statistics = v2.ModelStatistics(name=name, version=version)
+            self.add_to(statistics)
+            yield from triton_metrics.cached(statistics)
 
     def answers(self) -> Answers:
         """The number of all requests, and of those that failed with a server error."""

@@ -34,6 +34,7 @@ from services.runtime.errors import DeadlineExceededError, FailedPreconditionErr
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.large_result import Result
 from services.runtime.oip import protocol
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.rpc import Answer, Failure, Metadata
 from services.runtime.telemetry import worker_spans
 from services.runtime.telemetry.metrics import Sample
@@ -62,8 +63,10 @@ class RequestPath:
         replies: Replies,
         quotas: Quotas,
         audit: Audit,
+        access: Access,
     ) -> None:
         self._fleet = fleet
+        self._access = access
         self._mesh = mesh
         self._dispatcher = dispatcher
         self._tracer = tracer
@@ -87,6 +90,7 @@ class RequestPath:
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
         """Makes the call of a received request; `deadline` in time.monotonic."""
         told = protocol.caller_metadata(metadata)
+        protocol.identify(told, self._access)
         call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
         call.told = told
         return call
@@ -176,7 +180,7 @@ class RequestPath:
         if batch is not None:
             start = time.time_ns()
             tenant = call.tenant if model.tenant_scoped else None
-            found = await self._rows.find(batch, model, tenant, epochs, call.key, compute)
+            found = await self._rows.find(batch, model, tenant, epochs, call.key, call.subject(), compute)
             if found is not None:
                 call.trace.span("cache.rows", start, time.time_ns(), {"ringmesh.rows.known": found.rows})
                 return found
@@ -194,7 +198,7 @@ class RequestPath:
             if entry is not None:
                 return Found(entry, "hit-local")
             flight, joined = self._mesh.get_or_compute(
-                call.key, lambda: self._compute(call, model, epochs), call.trace, model.freshness
+                call.key, lambda: self._compute(call, model, epochs), call.trace, call.subject(), model.freshness
             )
             # A call that joined another retries if the other failed for a reason of its own: the quota or deadline of
             # its caller, or another row of its batch.

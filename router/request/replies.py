@@ -121,6 +121,8 @@ class Replies:
             attributes["ringmesh.worker.id"] = found.worker
         if call.provider:
             attributes["ringmesh.provider"] = call.provider
+        if found.reason:
+            attributes["ringmesh.cache.reason"] = found.reason
         if tier := _TIERS.get(found.outcome):
             attributes["ringmesh.cache.tier"] = tier
             attributes["ringmesh.cache.age_ms"] = end // 1_000_000 - entry.created_at_ms
@@ -170,6 +172,8 @@ class Replies:
         }
         if call.tenant:
             kept["ringmesh.tenant"] = call.tenant
+        if call.told is not None and call.told.identity is not None:
+            kept["ringmesh.identity"] = call.told.identity.id
         if call.request_hash:
             kept["ringmesh.key"] = call.request_hash[:8].hex()
         if call.reason:

@@ -51,6 +51,7 @@ _FORGOTTEN = "what is loaded and unloaded by request ends with this process"
 
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
+    access = settings.access()
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _kept(settings, "crashes", CrashJournal, "models that kill this worker are not left out")
@@ -72,7 +73,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, settings.region, settings.zone, settings.weight)
     calls = Calls()
-    inference = DirectService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
+    inference = DirectService(worker, tracer, report, access).service(lambda: server.health.serving, more, calls)
 
     server = Server(
         settings.engine,
@@ -81,12 +82,13 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=access,
         calls=calls,
     )
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(WorkerMetrics(worker).samples)
+    metrics.add(WorkerMetrics(worker, triton_names=settings.triton_metrics).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
     metrics.add_slow(gpu_metrics())
@@ -137,24 +139,22 @@ def _kept(settings: WorkerSettings, kind: str, open_at: Callable[[Path], Kept], 
         return None
 
 
-async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
+def model_opener(settings: WorkerSettings) -> Callable[[ModelFiles], OnnxModel]:
+    """Returns what makes a model from its files, with the providers of this machine."""
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
         # Loads CUDA and cuDNN from pip packages if the extra `gpu` installed them.
         onnxruntime.preload_dlls()
-    threads = settings.threads or cores.available()
+    return partial(
+        load_model,
+        providers=providers,
+        intra_op_threads=settings.threads or cores.available(),
+        max_batch_rows=settings.max_batch_rows,
+        caches=str((settings.state_dir / "engines").absolute()),
+    )
 
-    caches = str((settings.state_dir / "engines").absolute())
 
-    def open_model(files: ModelFiles) -> OnnxModel:
-        return load_model(
-            files,
-            providers=providers,
-            intra_op_threads=threads,
-            max_batch_rows=settings.max_batch_rows,
-            caches=caches,
-        )
-
+async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")
     except OSError as error:
@@ -163,7 +163,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
         source = await asyncio.to_thread(settings.model_source)
         store = ModelStore(
             source,
-            open_model,
+            model_opener(settings),
             executor,
             memory_limit=settings.model_memory_bytes,
             journal=journal,

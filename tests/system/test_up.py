@@ -1,5 +1,7 @@
 """`ringmesh up` as an operator meets it: real processes, started, broken and ended."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -7,13 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from services.cli.commands import keys
+from services.runtime.rpc.access import credential_of
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
 
@@ -72,7 +79,7 @@ def test_the_printed_calls_work_as_printed(first):
     assert '"model_name": "mlp"' in called.stdout.replace("modelName", "model_name")
     called = shell(tritonclient, executable="/bin/bash")
     assert called.returncode == 0, called.stderr
-    assert len(called.stdout.strip("[] \n").split()) == 10
+    assert len(re.findall(r"-?\d+\.\d+", called.stdout)) == 10
     eventually(lambda: re.search(r"Execute +worker", shell(trace).stdout))
 
 
@@ -81,10 +88,11 @@ def test_every_endpoint_is_in_the_table(first):
         assert endpoint in first.output
 
 
-def test_router_and_cache_have_the_installations_secret_and_nobody_else(first):
+def test_the_services_have_the_installations_secret_and_nobody_else(first):
     told = {name: psutil.Process(pid).environ().get("RINGMESH_KEY_SECRET") for name, pid in first.pids.items()}
-    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == {"router", "cache"}
-    assert {name for name, secret in told.items() if secret is not None} == {"router", "cache"}
+    services = {"router", "cache", "console", "worker-0", "worker-1"}
+    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == services
+    assert {name for name, secret in told.items() if secret is not None} == services
 
 
 def test_a_signal_drains_and_leaves_nothing(running):
@@ -99,7 +107,7 @@ def test_a_signal_drains_and_leaves_nothing(running):
 
 
 def test_a_signal_while_starting_leaves_nothing(state):
-    command = [*RINGMESH, "up", "--port", "0", "--state", str(state)]
+    command = [*RINGMESH, "up", "--base-port", "0", "--state", str(state)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
         assert supervisor.stdout.readline().startswith("starting")
         tree = [psutil.Process(supervisor.pid)]
@@ -170,49 +178,106 @@ def test_a_taken_port_is_named_with_its_owner(state):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         offset = 9  # the cache's
-        line = refused("--state", str(state), "--port", str(port - offset))
+        line = refused("--state", str(state), "--base-port", str(port - offset))
     name = psutil.Process().name()
-    assert f"port {port} is taken by {name} (pid {os.getpid()}); choose another with --port" in line
+    assert f"port {port} is in use by {name} (pid {os.getpid()}); choose another with --base-port" in line
 
 
 def test_a_second_stack_in_one_state_folder_is_refused(first):
-    line = refused("--state", first.state, "--port", "0")
+    line = refused("--state", first.state, "--base-port", "0")
     assert f"already runs in {first.state} (pid {first.supervisor.pid})" in line
 
 
 def test_a_missing_model_repository_is_named(tmp_path):
-    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "nowhere"))
+    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "nowhere"))
     assert f"no model repository at {tmp_path / 'nowhere'}" in line
 
 
 def test_an_empty_model_repository_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "empty"))
-    assert f"no models in {tmp_path / 'empty'}" in line
+    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "empty"))
+    assert f"no model in {tmp_path / 'empty'}" in line
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
     model = tmp_path / "models" / "broken" / "1" / "model.onnx"
     model.parent.mkdir(parents=True)
     model.write_bytes(b"not a model")
-    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "models"))
+    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "models"))
     assert line.startswith("ringmesh: worker-0 cannot start: ")
     assert "broken" in line
     assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
 
 
+def test_failed_models_are_printed_and_plain_files_are_ignored(state):
+    models = state / "models"
+    (models / "a-broken-one" / "1").mkdir(parents=True)
+    (models / "a-broken-one" / "1" / "model.onnx").write_bytes(b"not a model")
+    (models / "README.md").touch()
+    stack = start_stack(state, "--models", str(models), "--workers", "1")
+    assert re.search("^model a-broken-one .*is not served: .*it is no ONNX model", stack.output, re.MULTILINE)
+    assert "README.md" not in stack.output
+    assert shell(re.search(r"\ngrpcurl\n(.+?)\n\nits trace", stack.output, re.DOTALL)[1]).returncode == 0
+    assert stop_stack(stack) == 0
+
+
+def test_an_unknown_variable_is_reported(state):
+    stack = start_stack(state, "--workers", "1", trace_rato="1")
+    assert "warning: the variable RINGMESH_TRACE_RATO is unknown and has no effect; did you mean" in stack.output
+    assert stop_stack(stack) == 0
+
+
+def test_a_stack_on_all_interfaces_is_reached_at_each_address(state):
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    port = stack.router.rpartition(":")[2]
+    with grpc.insecure_channel(f"127.0.0.2:{port}") as channel:
+        grpc.channel_ready_future(channel).result(10)
+    listens = [
+        c.laddr.ip for c in psutil.Process(stack.pids["worker-0"]).net_connections("tcp") if c.status == "LISTEN"
+    ]
+    assert sorted(listens) == ["0.0.0.0", "127.0.0.1"]  # /metrics, and gRPC for routers of this host
+    assert stop_stack(stack) == 0
+
+
 @pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
 def test_a_malformed_redis_url_is_refused(state, url):
-    assert "is not a Redis URL" in refused("--state", str(state), "--port", "0", "--redis", url)
+    assert "is not a Redis URL" in refused("--state", str(state), "--base-port", "0", "--redis", url)
 
 
-def test_an_unreachable_redis_is_a_warning_and_its_password_is_shown_nowhere(state):
-    stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
+def test_an_unreachable_redis_is_a_warning(state):
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://127.0.0.1:1")
     assert "warning: the Redis of --redis does not answer" in stack.output
     assert "valkey" not in stack.pids
-    assert "hunter2" not in "".join(str(process.cmdline()) for process in stack.tree())
     assert stop_stack(stack) == 0
-    assert b"hunter2" not in b"".join(path.read_bytes() for path in state.rglob("*") if path.is_file())
+
+
+def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch):
+    key = keys.create(state / "keys.jsonl", "one", "acme", ["infer"], [], None)
+    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
+    described = json.loads((state / "stack.json").read_text())
+    with grpc.insecure_channel(stack.router) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        sampled = ("traceparent", f"00-{7:032x}-{7:016x}-01")
+        for method, sent in (
+            (stub.ModelMetadata, key),
+            (stub.RepositoryModelUnload, key),
+            (stub.ModelInfer, "rmk_wrong"),
+        ):
+            with contextlib.suppress(grpc.RpcError):
+                method(v2.ModelMetadataRequest(name="mlp"), metadata=(("authorization", f"Bearer {sent}"), sampled))
+    shown = [stack.output, *(str(process.cmdline()) for process in stack.tree())]
+    pages = [f"{described['console']}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
+    for url in (*pages, *(f"http://{address}/metrics" for address in described["metrics"].values())):
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            shown.append(answer.read().decode())
+    assert stop_stack(stack) == 0
+    left = [path for path in state.rglob("*") if path.is_file() and path.name != "key-secret"]
+    shown += [path.read_bytes().decode(errors="replace") for path in left]
+    assert "RepositoryModelUnload" in "".join(shown)
+    credential = credential_of(processes.KEY_SECRET)
+    for secret in (key, "rmk_wrong", "hunter2", processes.KEY_SECRET, credential):
+        assert [text for text in shown if secret in text] == []
 
 
 def test_what_it_writes_is_for_its_user_only(running):
@@ -228,7 +293,7 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
         (cwd / name).mkdir()
         (cwd / name / "__init__.py").write_text("raise RuntimeError('this is not the one')")
     ringmesh = Path(sys.executable).parent / "ringmesh"
-    command = [ringmesh, "up", "--port", "0", "--workers", "1", "--state", state]
+    command = [ringmesh, "up", "--base-port", "0", "--workers", "1", "--state", state]
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as supervisor:
         assert "ready\n" in supervisor.stdout
         supervisor.terminate()
@@ -237,3 +302,14 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
 
 def _is_of(process, state):
     return str(state) in ((process.info["environ"] or {}).get("RINGMESH_TRACE_DIR") or "")
+
+
+def test_a_stack_that_other_hosts_reach_without_keys_says_what_is_open(state, monkeypatch):
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "warning: 0.0.0.0:0 is open to other hosts without API keys: anybody" in stack.output
+    assert stop_stack(stack) == 0
+    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
+    (state / "keys.jsonl").touch()
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "API keys" not in stack.output
+    assert stop_stack(stack) == 0

@@ -2,61 +2,61 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, credential_of
 
-_SECONDS = 10.0
+# Time limit of a call that computes nothing.
+SECONDS = 10.0
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Endpoints of a running stack: host:port of router and cache, and the URL of the console."""
+def endpoint(name: str, state: Path) -> str:
+    """Returns the endpoint of `router`, `cache` or `console` of the stack in the folder `state`. Raises CommandError.
 
-    router: str
-    cache: str
-    console: str
-
-
-def find(state: Path) -> Running:
-    """Finds the stack with the state folder `state`. Raises CommandError if none is running."""
+    It is host:port, for the console a URL.
+    """
     try:
-        found = json.loads((state / "stack.json").read_text())
-        return Running(found["router"], found["cache"], found["console"])
+        found: str = json.loads((state / "stack.json").read_text())[name]
     except OSError:
         raise CommandError(
             f"no stack runs in {state}: `ringmesh up` starts one, --state names another folder, "
-            "and --router, --cache or --console say where one runs that was started otherwise"
+            "and --router, --cache or --console name processes that were started otherwise"
         ) from None
     except (ValueError, KeyError):
-        raise CommandError(f"{state / 'stack.json'} is not what `ringmesh up` writes") from None
+        raise CommandError(f"{state / 'stack.json'} was not written by `ringmesh up`") from None
+    return found
 
 
-def ask(address: str, what: str, call: Callable[[grpc.aio.Channel, float], Awaitable[Answer]]) -> Answer:
-    """Makes a call and returns its answer. `what` names the process. Raises CommandError with a readable status."""
+class _Identified(grpc.UnaryUnaryClientInterceptor):
+    """Sends RINGMESH_API_KEY, or the credential of a key secret."""
 
-    async def connected() -> Answer:
-        async with grpc.aio.insecure_channel(
-            address, options=(*LOCAL, ("grpc.max_receive_message_length", -1))
-        ) as channel:
-            return await call(channel, _SECONDS)
+    def __init__(self, secret: str) -> None:
+        key = os.environ.get("RINGMESH_API_KEY")
+        self._entry = (AUTHORIZATION, f"Bearer {key}") if key else (CREDENTIAL, credential_of(secret))
 
+    def intercept_unary_unary(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
+
+
+def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer], secret: str = "") -> Answer:
+    """Makes calls to the process at `address`. `secret`: the key secret, if RINGMESH_KEY_SECRET is not set. Raises
+    CommandError if one fails."""
     try:
-        return asyncio.run(connected())
-    except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in (error.details() or "").lower():
-            raise CommandError(f"no {what} answers at {address}; is it running?") from None
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise CommandError(f"the {what} at {address} did not answer within {_SECONDS:.0f} s") from None
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            raise CommandError(f"the {what} at {address} does not know this call: {error.details()}") from None
-        raise CommandError(f"the {what} at {address} said {error.code().name}: {error.details()}") from None
+        with grpc.insecure_channel(address, (*LOCAL, ("grpc.max_receive_message_length", -1))) as channel:
+            who = _Identified(secret or os.environ.get("RINGMESH_KEY_SECRET", ""))
+            return call(grpc.intercept_channel(channel, who))
+    except grpc.RpcError as error:
+        status: grpc.Call = error  # type: ignore[assignment]  # as grpcio raises it
+        details = status.details() or ""
+        if status.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+            raise CommandError(f"no {process} answers at {address}; is it running?") from None
+        raise CommandError(f"the {process} at {address} answered {status.code().name}: {details}") from None

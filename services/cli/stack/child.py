@@ -51,7 +51,6 @@ class Child:
         return self._process.pid if self._process is not None and running else 0
 
     async def spawn(self) -> None:
-        """Starts the process, without waiting for it to be ready."""
         with self._open_log() as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
@@ -72,7 +71,7 @@ class Child:
         except TimeoutError:
             raise CommandError(f"{self.spec.name} is not ready after {seconds:.0f} s; see {self.spec.log}") from None
         if not is_up:
-            raise CommandError(f"{self.spec.name} cannot start: {self._why_not()}; its log is {self.spec.log}")
+            raise CommandError(f"{self.spec.name} cannot start: {self._start_error()}; its log is {self.spec.log}")
 
     def keep(self) -> None:
         """Restarts the process whenever it dies from now on, with growing pauses."""
@@ -97,7 +96,6 @@ class Child:
             await process.wait()
 
     def kill(self) -> None:
-        """Sends SIGKILL without waiting."""
         if self._keeper is not None:
             self._keeper.cancel()
         if self.pid:
@@ -142,7 +140,7 @@ class Child:
         self._log_start = log.tell()
         return log
 
-    def _why_not(self) -> str:
+    def _start_error(self) -> str:
         code = self._running().returncode or 0
         # Services that refuse to start print `<service>: <reason>` and exit with code 2.
         _, _, why = self._last_line().partition(": ")

@@ -11,6 +11,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.envelope import Work
+from services.inference.execution.model import OnnxModel
 from services.inference.models.decisions import request_of
 from services.inference.models.ensemble import Ensemble
 from services.inference.models.held_models import HeldModel
@@ -25,6 +26,7 @@ from services.runtime.oip.infer_request import model_name, request_id
 from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.oip.stream_infer import stream_handler
 from services.runtime.request_limits import check_list
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.rpc import (
     Answer,
@@ -50,8 +52,9 @@ _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"
 class DirectService:
     """`inference.GRPCInferenceService`, called at this worker directly. It does not cache."""
 
-    def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport) -> None:
+    def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport, access: Access) -> None:
         self._worker = worker
+        self._access = access
         self._tracer = tracer
         self._report = report
 
@@ -73,16 +76,23 @@ class DirectService:
             held = self._worker.store.held.find(request.name, request.version)
         except (NotFoundError, UnavailableError):
             return v2.ModelReadyResponse(ready=False)
-        return v2.ModelReadyResponse(ready=not held.model.not_runnable)
+        return v2.ModelReadyResponse(ready=bool(held.model.runnable))
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
-        metadata = v2.ModelMetadataResponse()
-        metadata.CopyFrom(self._worker.store.held.find(request.name, request.version).model.metadata())
-        metadata.versions[:] = self._worker.store.held.versions(request.name)
+        held = self._worker.store.held
+        metadata = _metadata(held.find(request.name, request.version).model)
+        metadata.versions[:] = held.versions(request.name)
         return metadata
 
     async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
-        trace = self._tracer.start(protocol.traceparent(metadata))
+        caller = protocol.caller_metadata(metadata)
+        if self._access.keys is not None:
+            protocol.identify(caller, self._access)
+            if caller.error is not None:
+                raise caller.error
+            if caller.identity is not None:
+                caller.identity.check_model(model_name(data))
+        trace = self._tracer.start(caller.traceparent)
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
         work = Work(data, b"", deadline, bytes.fromhex(trace.trace_id + trace.span_id))
@@ -251,12 +261,22 @@ def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
     return described[:_MOST_FAILURES]
 
 
+def _metadata(model: OnnxModel | Ensemble) -> v2.ModelMetadataResponse:
+    """The metadata without versions."""
+    tensor = v2.ModelMetadataResponse.TensorMetadata
+    inputs, outputs = (
+        [tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values()]
+        for specs in (model.inputs, model.outputs)
+    )
+    return v2.ModelMetadataResponse(name=model.name, platform=model.platform, inputs=inputs, outputs=outputs)
+
+
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
     model = held.model
     ensemble = None
     if isinstance(model, Ensemble):
         ensemble = inference_pb2.Ensemble(
-            own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
+            own_digest=model.own_digest, config=model.config(), not_runnable=model.runnable.reason
         )
     version = inference_pb2.ModelVersion(
         ensemble=ensemble,
@@ -271,7 +291,7 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         limits_queue=model.limits_queue,
         optional_inputs=[name for name in model.inputs if name not in model.required],
         provider=model.provider,
-        metadata=model.metadata(),
+        metadata=_metadata(model),
         row_cache=bool(model.row_cache),
         unloaded=not held.loaded,
     )

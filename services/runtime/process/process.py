@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import sys
@@ -15,10 +16,13 @@ from pydantic import ValidationError
 from setproctitle import setproctitle
 
 from services.runtime.machine import memory
+from services.runtime.process import variables
 from services.runtime.process.settings import ServiceSettings, describe
 from services.runtime.rpc.server import StartError
 from services.runtime.telemetry.logs import to_stderr
 from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
@@ -48,11 +52,12 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     try:
         settings = settings_type()
         with to_stderr(name, settings.log_format, settings.log_level):
+            for message in variables.unknown(os.environ):
+                log.warning("%s", message)
             uvloop.run(main(settings))
-    except ValidationError as error:
-        sys.exit(_refuse(name, describe(error)))
-    except StartError as error:
-        sys.exit(_refuse(name, str(error)))
+    except (ValidationError, StartError) as error:
+        print(f"{name}: {describe(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 
@@ -67,8 +72,3 @@ def set_title(role: str, address: str, port: int = 0) -> None:
     os.environ.setdefault("SPT_NOENV", "1")
     host, _, configured = address.rpartition(":")
     setproctitle(f"ringmesh: {role} {host}:{port or configured}")
-
-
-def _refuse(name: str, why: str) -> int:
-    print(f"{name}: {why}", file=sys.stderr)
-    return 2

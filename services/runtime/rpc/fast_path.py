@@ -24,6 +24,7 @@ from services.runtime import faults
 from services.runtime.driver import Driver
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.machine import cores
+from services.runtime.rpc.access import Guard
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.rpc.rpc import (
     PUSHBACK,
@@ -39,6 +40,7 @@ from services.runtime.rpc.rpc import (
 log = logging.getLogger(__name__)
 
 _BATCH = 64
+_NO_GUARDS: Mapping[str, Guard | None] = {}
 _FLUSH_SECONDS = 0.1
 # Delay of `afterwards` callbacks, to batch them: a wake-up and a GIL hand-over cost more than most of these callbacks.
 _AFTERWARDS_SECONDS = 0.02
@@ -53,8 +55,13 @@ class FastPathServer(native.Server):
     """`pygrpc_native.aio.server()` with fast paths by method. It uses private names of it, which tests pin."""
 
     def __init__(
-        self, options: list[tuple[str, Any]], paths: Mapping[str, FastPath], max_unread_bytes: int = MAX_UNREAD_BYTES
+        self,
+        options: list[tuple[str, Any]],
+        paths: Mapping[str, FastPath],
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+        guards: Mapping[str, Guard | None] = _NO_GUARDS,
     ) -> None:
+        """`guards`: checks of the callers of fast paths; they raise RingmeshError."""
         # On two cores, a second I/O thread would only compete with Python.
         super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
         # The engine's metrics report the bytes sent by calls that have ended.
@@ -64,6 +71,8 @@ class FastPathServer(native.Server):
         self._paths = paths
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._path_of: list[FastPath | None] = []
+        self._guards = guards
+        self._guard_of: list[Guard | None] = []
         self._draining = False
         # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
@@ -78,6 +87,7 @@ class FastPathServer(native.Server):
     async def start(self) -> None:
         await super().start()
         self._path_of = [self._paths.get(path) for path, _ in self._table]
+        self._guard_of = [self._guards.get(path) for path, _ in self._table]
         self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)
 
     async def stop(self, grace: float | None) -> None:
@@ -200,6 +210,8 @@ class FastPathServer(native.Server):
             answer: Answer | Failure
             try:
                 check_metadata(metadata)
+                if (guard := self._guard_of[method_id]) is not None:
+                    guard(metadata, peer, payload)
                 deadline = None if remaining is None else now + remaining
                 coroutine = path(payload, metadata, deadline)
                 coroutine.send(None)
@@ -227,10 +239,7 @@ class FastPathServer(native.Server):
                 # Cleared before the check below, so that a callback added in between is scheduled again.
                 self._is_scheduled = False
                 break
-            try:
-                self._afterwards.popleft()()
-            except Exception as error:
-                faults.internal(log, "what an answer left to be done failed", error)
+            _do_afterwards(self._afterwards.popleft())
         if self._afterwards:
             self._is_scheduled = True
             self._loop.call_soon(self._do_afterwards)
@@ -270,7 +279,7 @@ class FastPathServer(native.Server):
             return
         if self._ended(call_id) is not None and self._front is not None:
             self._answer(call_id, peer, outcome)
-        _do_afterwards(outcome)
+        _do_afterwards(outcome.afterwards)
 
     def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
         """Sends on a thread: the engine copies the answer, which takes long, though without the GIL."""
@@ -288,7 +297,7 @@ class FastPathServer(native.Server):
         self._ended(call_id)
         if not sending.cancelled() and (error := sending.exception()) is not None:
             log.error("a large answer was not sent", exc_info=error)
-        _do_afterwards(answer)
+        _do_afterwards(answer.afterwards)
 
     def _ended(self, call_id: int) -> Callable[[], object] | None:
         """Removes a call and returns its cancel function; None if it has ended before."""
@@ -303,10 +312,10 @@ def _sendable(trailing: Metadata) -> Metadata:
     return [pair for pair in trailing if pair[0] != PUSHBACK]
 
 
-def _do_afterwards(answer: Answer | Failure) -> None:
-    if answer.afterwards is not None:
+def _do_afterwards(callback: Callable[[], None] | None) -> None:
+    if callback is not None:
         try:
-            answer.afterwards()
+            callback()
         except Exception as error:
             faults.internal(log, "what an answer left to be done failed", error)
 

@@ -32,6 +32,7 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from services.runtime.driver import Driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from services.runtime.rpc.access import Access
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process
@@ -94,7 +95,9 @@ class Router:
         replies = Replies(self.mesh, tracer, self.requests, RequestLog(time.monotonic), cost, audit, report)
         quotas = Quotas(dict(rates), time.monotonic)
         hasher = RequestHasher("secret")
-        self.path = RequestPath(fleet, self.mesh, hasher, dispatcher, tracer, self.requests, replies, quotas, audit)
+        self.path = RequestPath(
+            fleet, self.mesh, hasher, dispatcher, tracer, self.requests, replies, quotas, audit, Access("")
+        )
         self.hash = hasher.hash(v2.ModelInferRequest.FromString(request()), ["y"])
         self.key = purges.epochs.key(DIGEST, "m", self.hash)
         self.told = []
@@ -297,7 +300,7 @@ class Redis:
         self.held = held
         self.written = []
 
-    async def get_answer(self, key):
+    async def get_answer(self, key, on_reply=None):
         await asyncio.sleep(0)
         if isinstance(self.held, Exception):
             raise self.held

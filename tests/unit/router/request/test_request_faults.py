@@ -26,6 +26,7 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.transport.worker_client import WorkerUnreachableError
 from services.runtime.driver import Driver
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.rpc import Answer, Failure, failure
 from services.runtime.telemetry.tracing import Trace
 from tests.conftest import sources_only
@@ -41,7 +42,7 @@ LOST = WorkerUnreachableError("gone")
 
 # Each step of a request that is computed, by the part that does it.
 ALWAYS = [
-    *((Refusals, "check"), (LocalTier, "peek"), (LocalTier, "put"), (Mesh, "_learn"), (Mesh, "fill")),
+    *((Refusals, "check"), (LocalTier, "peek"), (LocalTier, "put"), (Mesh, "learn"), (Mesh, "fill")),
     *((Quotas, "take"), (ConcurrencyLimits, "of"), (ConcurrencyLimit, "admits"), (ConcurrencyLimit, "completed")),
     *((RetryBudget, "request"), (TailLatency, "of"), (TailLatency, "observe"), (DispatchMetrics, "attempted")),
     *((Trace, "traceparent"), (Trace, "span"), (Replies, "answer")),
@@ -140,7 +141,9 @@ class Router:
             fault.kind = TellsReplies
             replies = fault.of(TellsReplies)()
         quotas = fault.of(Quotas)({}, time.monotonic)
-        self.path = RequestPath(fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None)
+        self.path = RequestPath(
+            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None, Access("")
+        )
         self.path._keyer = SimpleNamespace(admit=lambda _: None, remember=lambda _: None)
         self.told = []
 
