@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.cli.errors import CommandError
-from services.cli.orphan import end_with_parent
+from services.runtime.orphan import end_with_parent
 from services.runtime.supervisor import BACKGROUND
 
 _POLL_SECONDS = 0.05

@@ -1,0 +1,66 @@
+"""The roll-ups of a day, computed again from its records."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+
+from services.ledger.storage import rollups
+from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.partitions import Partitions
+from services.ledger.storage.rollups import MEASURES
+from services.runtime.errors import FailedPreconditionError
+
+_IS_HIT = "(k.status = 'OK' AND (k.outcome LIKE 'hit-%' OR k.outcome = 'joined'))"
+_SUMS = {
+    "requests": "u.count",
+    "hits": f"u.count * {_IS_HIT}::int",
+    "errors": "u.count * (k.status <> 'OK')::int",
+    "error_us": "u.compute_us * (k.status <> 'OK')::int",
+}
+_NAMES = ", ".join(MEASURES)
+_FROM_RECORDS = ", ".join(f"sum({_SUMS.get(name, f'u.{name}')})::bigint AS {name}" for name in MEASURES)
+_FROM_CELLS = ", ".join(f"sum({name})::bigint" for name in MEASURES)
+
+
+async def rebuild(database: Database, partitions: Partitions, day: date, now: datetime) -> tuple[int, int]:
+    """Records and requests of the day. Writing waits meanwhile.
+
+    Raises FailedPreconditionError where fewer requests are recorded than the roll-ups count: the rest would be lost.
+    """
+    begin = datetime.combine(day, datetime.min.time(), UTC)
+    bounds = (begin, begin + timedelta(days=1))
+    keeps_minutes = day >= partitions.retention.first_minute_day(now.date())
+    async with database.writing() as connection:
+        await partitions.ensure(connection, [day])
+        records, requests = await connection.fetchrow(
+            "SELECT count(*), coalesce(sum(count), 0)::bigint FROM usage WHERE at >= $1 AND at < $2", *bounds
+        )
+        counted = await connection.fetchval(
+            "SELECT coalesce(sum(requests), 0)::bigint FROM rollup_day WHERE at >= $1 AND at < $2", *bounds
+        )
+        if requests < counted:
+            raise FailedPreconditionError(
+                f"the records of {day} hold {requests} requests and its roll-ups {counted}: records were dropped, and "
+                "what they counted would be lost",
+                field="day",
+            )
+        await connection.execute(
+            "CREATE TEMPORARY TABLE cells ON COMMIT DROP AS "
+            f"SELECT date_trunc('minute', u.at) AS at, u.series, {_FROM_RECORDS} "
+            "FROM usage u JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2",
+            *bounds,
+        )
+        for grain in rollups.GRAINS:
+            await connection.execute(f"DELETE FROM rollup_{grain} WHERE at >= $1 AND at < $2", *bounds)
+            if grain != "minute" or keeps_minutes:
+                await _fill(connection, grain)
+        await rollups.touch(connection, [day])
+    partitions.made([day])
+    return records, requests
+
+
+async def _fill(connection: Connection, grain: str) -> None:
+    await connection.execute(
+        f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "
+        f"SELECT date_trunc('{grain}', at, 'UTC') AS at, series, {_FROM_CELLS} FROM cells GROUP BY 1, 2 ORDER BY 1, 2"
+    )
