@@ -15,8 +15,9 @@ HOST = "127.0.0.1"
 _CACHE, _VALKEY, _WORKERS = 9, 10, 99
 # Of metrics: 8002 (and up to 8009 where routers share a port), 8012, 8200, 8201, ...
 _ROUTER_METRICS, _CACHE_METRICS, _WORKER_METRICS = 1, 11, 199
-# Of the console: 8080 for browsers, 8013 for spans, 8014 for metrics.
+# Of the console: 8080 for browsers, 8013 for spans, 8014 for metrics. Of the ledger: 8015, 8016 for metrics.
 _PAGES, _SPANS, _CONSOLE_METRICS = 79, 12, 13
+_LEDGER, _LEDGER_METRICS = 14, 15
 # Below what systems hand out for outgoing connections, which could take a port between our look and its use.
 _FREE_RANGE = range(15000, 32000)
 
@@ -35,6 +36,8 @@ class Ports:
     pages: int
     spans: int
     console_metrics: int
+    ledger: int
+    ledger_metrics: int
 
     @classmethod
     def from_base(cls, port: int, workers: int, routers: int = 1) -> Ports:
@@ -52,6 +55,8 @@ class Ports:
             port + _PAGES,
             port + _SPANS,
             port + _CONSOLE_METRICS,
+            port + _LEDGER,
+            port + _LEDGER_METRICS,
         )
 
     @classmethod
@@ -59,21 +64,27 @@ class Ports:
         """Ports that nobody listens on now."""
         candidates = random.sample(_FREE_RANGE, len(_FREE_RANGE))
         found: list[int] = []
-        while len(found) < 2 * workers + routers + 7:
+        while len(found) < 2 * workers + routers + 9:
             if not candidates:
                 raise CommandError("there are not enough free ports on this machine")
             port = candidates.pop()
             if not _is_taken(port):
                 found.append(port)
-        router, cache, valkey, cache_metrics, pages, spans, console_metrics, *rest = found
+        router, cache, valkey, cache_metrics, pages, spans, console_metrics, ledger, ledger_metrics, *rest = found
         of_workers, worker_metrics = tuple(rest[:workers]), tuple(rest[workers : 2 * workers])
         metrics = (tuple(rest[2 * workers :]), cache_metrics, worker_metrics)
-        return cls(router, cache, valkey, of_workers, *metrics, pages, spans, console_metrics)
+        return cls(router, cache, valkey, of_workers, *metrics, pages, spans, console_metrics, ledger, ledger_metrics)
 
     def check_free(self, *, valkey: bool) -> None:
         """Raises CommandError that names the first port taken, and by whom. `valkey`: whether its port is needed."""
-        metrics = (*self.router_metrics, self.cache_metrics, *self.worker_metrics, self.console_metrics)
-        others = (*self.workers, *metrics, self.pages, self.spans)
+        metrics = (
+            *self.router_metrics,
+            self.cache_metrics,
+            *self.worker_metrics,
+            self.console_metrics,
+            self.ledger_metrics,
+        )
+        others = (*self.workers, *metrics, self.pages, self.spans, self.ledger)
         for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *others):
             if _is_taken(port):
                 raise CommandError(f"port {port} is taken{_owner(port)}; choose another with --port")

@@ -20,10 +20,11 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """host:port of router and cache, and the URL of the console."""
+    """host:port of router, cache and ledger, and the URL of the console."""
 
     router: str
     cache: str
+    ledger: str
     console: str
 
 
@@ -31,11 +32,11 @@ def find(state: Path) -> Running:
     """The stack whose state folder that is. Raises CommandError where none runs there."""
     try:
         found = json.loads((state / "stack.json").read_text())
-        return Running(found["router"], found["cache"], found["console"])
+        return Running(found["router"], found["cache"], found["ledger"], found["console"])
     except OSError:
         raise CommandError(
             f"no stack runs in {state}: `ringmesh up` starts one, --state names another folder, "
-            "and --router, --cache or --console say where one runs that was started otherwise"
+            "and --router, --cache, --ledger or --console say where one runs that was started otherwise"
         ) from None
     except (ValueError, KeyError):
         raise CommandError(f"{state / 'stack.json'} is not what `ringmesh up` writes") from None

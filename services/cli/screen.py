@@ -44,6 +44,7 @@ class Screen:
         redis = urlsplit(options.redis_url)
         shown = redis.netloc.rpartition("@")[2] or redis.path  # without user and password
         table.add_row("valkey" if options.redis is None else "redis", shown, "Redis protocol")
+        table.add_row("ledger", options.ledger, "ringmesh.ledger.v1")
         table.add_row("console", options.console, "open it in a browser", style="bold")
         table.add_row("metrics", f"http://{next(iter(options.routers.values()))}/metrics", "Prometheus text")
         self._console.print()

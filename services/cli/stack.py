@@ -1,4 +1,4 @@
-"""A whole Ringmesh on this machine: Valkey, cache, workers, router, console, each a process, and their supervisor."""
+"""A whole Ringmesh on this machine: Valkey, cache, workers, router, console, ledger, and their supervisor."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from services.cli.child import Child, ChildSpec
 from services.cli.errors import CommandError
 from services.cli.ports import Ports, address
 from services.runtime import cores
+from services.runtime.supervisor import BACKGROUND
 
 _START_SECONDS = 300.0
 _POLL_SECONDS = 0.05
+# How long the rest waits for the ledger.
+_LEDGER_SECONDS = 3.0
 # What a process may need beyond its drain: the last spans and cache entries are written.
 _STOP_MARGIN_SECONDS = 15.0
 
@@ -66,6 +69,11 @@ class StackOptions:
         return address(self.ports.cache)
 
     @property
+    def ledger(self) -> str:
+        """host:port."""
+        return address(self.ports.ledger)
+
+    @property
     def workers(self) -> list[str]:
         """host:port of each."""
         return [address(port) for port in self.ports.workers]
@@ -80,6 +88,7 @@ class StackOptions:
             "cache": address(ports.cache_metrics),
             **workers,
             "console": address(ports.console_metrics),
+            "ledger": address(ports.ledger_metrics),
         }
 
     @property
@@ -111,9 +120,10 @@ class Stack:
         self._reporter = reporter
         self._children: dict[str, Child] = {}
         self._is_up = False
+        self._ledger_start: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when every process is ready and the router sees all workers. Raises CommandError.
+        """Returns when all but perhaps the ledger is ready and the router sees all workers. Raises CommandError.
 
         Whatever came up before an error or a cancellation stays, to be ended by `stop`.
         """
@@ -131,22 +141,39 @@ class Stack:
         for spec in self._specs():
             child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe_again)
             await child.spawn()
+        ledger = self._children["ledger"]
+        self._ledger_start = BACKGROUND.once("start of the ledger", self._ledger_ready(ledger, began))
         for child in self._children.values():
-            await child.ready(_START_SECONDS)
-            child.keep()
-            where = self._options.console if child.spec.name == "console" else child.spec.address
-            self._reporter.started(child.spec.name, where, time.monotonic() - began)
+            if child is not ledger:
+                await self._ready(child, began)
         await self._rings_are_complete()
+        # Predictions do not need it: where its database takes longer, it follows.
+        await asyncio.wait((self._ledger_start,), timeout=_LEDGER_SECONDS)
         self._is_up = True
         self._describe()
 
+    async def _ready(self, child: Child, began: float) -> None:
+        await child.ready(_START_SECONDS)
+        child.keep()
+        where = self._options.console if child.spec.name == "console" else child.spec.address
+        self._reporter.started(child.spec.name, where, time.monotonic() - began)
+
+    async def _ledger_ready(self, ledger: Child, began: float) -> None:
+        try:
+            await self._ready(ledger, began)
+        except CommandError as error:
+            self._reporter.say(f"warning: {error}; usage is not accounted for until it starts")
+            ledger.keep()
+
     async def stop(self) -> None:
-        """Drains: router first, so that nothing new arrives; then workers, cache, and the console that sees it."""
+        """Drains: router first, so that nothing new arrives; then workers, cache and ledger, and the console."""
         self._is_up = False
+        if self._ledger_start is not None:
+            await BACKGROUND.end(self._ledger_start)
         (self._options.state / "stack.json").unlink(missing_ok=True)
         seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
         workers = [name for name in self._children if name.startswith("worker")]
-        for names in ([*self._options.routers], workers, ["cache"], ["console"], ["valkey"]):
+        for names in ([*self._options.routers], workers, ["cache", "ledger"], ["console"], ["valkey"]):
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
@@ -187,6 +214,12 @@ class Stack:
         yield self._console(common)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url, "RINGMESH_KEY_SECRET": options.key_secret}
         yield self._service("cache", "cache", options.cache, caches)
+        ledger = {
+            **common,
+            "RINGMESH_STATE_DIR": str(options.state.absolute() / "ledger"),
+            "RINGMESH_CACHE_ADDRESS": options.cache,
+        }
+        yield self._service("ledger", "services.ledger", options.ledger, ledger)
         threads = max(1, cores.available() // len(options.workers))
         for number, endpoint in enumerate(options.workers):
             name = f"worker-{number}"
@@ -271,6 +304,7 @@ class Stack:
             "engine": options.engine,
             "router": options.router,
             "cache": options.cache,
+            "ledger": options.ledger,
             "workers": options.workers,
             "metrics": options.metrics,
             "console": options.console,

@@ -29,6 +29,7 @@ class RunningStack:
     state: str
     router: str
     cache: str
+    ledger: str
     workers: list[str]
     redis_url: str
     trace_dir: Path
@@ -75,6 +76,7 @@ def start_stack(state: Path, *arguments: str, cwd: Path | None = None) -> Runnin
         state=str(state),
         router=found["router"],
         cache=found["cache"],
+        ledger=found["ledger"],
         workers=found["workers"],
         redis_url=found["redis_url"],
         trace_dir=Path(found["traces"]),
