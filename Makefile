@@ -12,7 +12,7 @@ demo: $(READY)
 # The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
 test: $(READY)
 	@$(PY) -m pytest
-	@! $(PY) -m services.runtime.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest tests/unit
+	@! $(PY) -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest tests/unit
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
@@ -61,8 +61,8 @@ clean:
 .venv/.ready: pyproject.toml constraints.txt scripts/install
 	@./scripts/install
 
-# The path of a request as C extensions, again after a change; see services/runtime/compiled.py.
-.venv/.compiled: .venv/.ready scripts/compile $(wildcard router/*.py router/*/*.py cache/*.py services/runtime/*.py services/inference/*.py)
+# The path of a request as C extensions, again after a change; see services/runtime/machine/compiled.py.
+.venv/.compiled: .venv/.ready scripts/compile $(shell find router cache services/runtime services/inference -name "*.py")
 	@$(PY) scripts/compile
 	@touch $@
 

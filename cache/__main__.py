@@ -1,6 +1,6 @@
 """`python -m cache`."""
 
-from services.runtime import start
+from services.runtime.process import start
 
 start.prepare()
 

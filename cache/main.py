@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
-from cache.entry import Frames
-from cache.evictions import Evictions
-from cache.metrics import CacheMetrics
-from cache.replication import Replication
-from cache.service import CacheService
+from cache.api.metrics import CacheMetrics
+from cache.api.service import CacheService
+from cache.regions.replication import Replication
 from cache.settings import CacheSettings
-from services.runtime.exposition import MetricsServer
-from services.runtime.metrics import Metrics
-from services.runtime.metrics_export import MetricsExport
-from services.runtime.process import run
-from services.runtime.process_metrics import ProcessMetrics
-from services.runtime.server import Server
-from services.runtime.spans import this_process
-from services.runtime.supervisor import BACKGROUND
+from cache.tiers.entry import Frames
+from cache.tiers.evictions import Evictions
+from services.runtime.process.process import run
+from services.runtime.rpc.exposition import MetricsServer
+from services.runtime.rpc.server import Server
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.metrics_export import MetricsExport
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.spans import this_process
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:

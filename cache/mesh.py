@@ -8,22 +8,22 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from cache.cache_control import CacheControl
-from cache.doorkeeper import Doorkeeper
-from cache.entry import Entry
-from cache.freshness import Freshness
-from cache.leases import Leases
-from cache.local_tier import LocalTier
-from cache.peer_regions import PeerRegions
-from cache.purge_board import PurgeBoard
-from cache.refusals import Refusals
-from cache.renewals import Renewals, Renewed
-from cache.shared_tier import SharedTier
-from cache.valuable import Valuable
+from cache.keys.invalidation import PurgeBoard
+from cache.policy.cache_control import CacheControl
+from cache.policy.doorkeeper import Doorkeeper
+from cache.policy.freshness import Freshness
+from cache.policy.leases import Leases
+from cache.policy.refusals import Refusals
+from cache.policy.renewals import Renewals, Renewed
+from cache.regions.peer_regions import PeerRegions
+from cache.regions.valuable import Valuable
+from cache.tiers.entry import Entry
+from cache.tiers.local_tier import LocalTier
+from cache.tiers.shared_tier import SharedTier
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, RingmeshError
-from services.runtime.recent import Recent
 from services.runtime.single_flight import SingleFlight
-from services.runtime.tracing import Trace
+from services.runtime.telemetry.recent import Recent
+from services.runtime.telemetry.tracing import Trace
 
 _MODEL_BYTES = 16
 # Answers above are not written to Redis: to hash and write one would hold up the event loop.

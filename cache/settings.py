@@ -12,17 +12,17 @@ from typing import Annotated, ClassVar
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from cache.breaker import Breaker
-from cache.doorkeeper import Doorkeeper
-from cache.entry import Frames
-from cache.local_tier import LocalTier
+from cache.keys.invalidation import PurgeBoard
 from cache.mesh import Mesh
-from cache.peer_regions import PeerRegion, PeerRegions
-from cache.purge_board import PurgeBoard
-from cache.refusals import Refusals
-from cache.shared_tier import SharedTier
-from services.runtime.server import StartError
-from services.runtime.settings import ServiceSettings
+from cache.policy.doorkeeper import Doorkeeper
+from cache.policy.refusals import Refusals
+from cache.regions.peer_regions import PeerRegion, PeerRegions
+from cache.tiers.breaker import Breaker
+from cache.tiers.entry import Frames
+from cache.tiers.local_tier import LocalTier
+from cache.tiers.shared_tier import SharedTier
+from services.runtime.process.settings import ServiceSettings
+from services.runtime.rpc.server import StartError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class MeshSettings(ServiceSettings):
     """What a process with cache tiers can be told."""
 
     redis_url: str | None = Field(
-        None, description="Redis or Valkey, one or many (services/runtime/redis_url.py); none: local only"
+        None, description="Redis or Valkey, one or many (services/runtime/redis/redis_url.py); none: local only"
     )
     local_tier_bytes: int = Field(256 << 20, ge=0, description="memory for the local tier, keys and overhead included")
     shared_ttl_seconds: float = Field(7 * 86400, gt=0, description="how long an entry stays in Redis")

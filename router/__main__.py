@@ -1,6 +1,6 @@
 """`python -m router`."""
 
-from services.runtime import start
+from services.runtime.process import start
 
 start.prepare()
 

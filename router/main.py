@@ -5,42 +5,42 @@ from __future__ import annotations
 import asyncio
 import time
 
-from cache.entry import Frames
-from cache.epochs import MODELS
-from cache.evictions import Evictions
-from cache.keys import RequestHasher
+from cache.api.metrics import CacheMetrics
+from cache.api.service import CacheService
+from cache.keys.epochs import MODELS
+from cache.keys.keys import RequestHasher
 from cache.mesh import Mesh
-from cache.metrics import CacheMetrics
-from cache.service import CacheService
+from cache.tiers.entry import Frames
+from cache.tiers.evictions import Evictions
+from router.accounting.cost import Cost, Prices
+from router.accounting.request_metrics import RequestMetrics
+from router.accounting.slo import Objectives, Slo
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
-from router.agreement import Agreement
-from router.audit import Audit
-from router.control import FleetControl
-from router.cost import Cost, Prices
-from router.dispatcher import Dispatcher
-from router.fleet import Fleet, Locality
-from router.fleet_metrics import FleetMetrics
-from router.operator_service import OperatorService
-from router.replies import Replies
-from router.request_metrics import RequestMetrics
-from router.retry_budget import RetryBudget
-from router.service import InferenceService
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.retry_budget import RetryBudget
+from router.dispatch.tail_latency import TailLatency
+from router.membership.fleet import Fleet, Locality
+from router.membership.fleet_metrics import FleetMetrics
+from router.operator.agreement import Agreement
+from router.operator.control import FleetControl
+from router.operator.service import OperatorService
+from router.request.audit import Audit
+from router.request.replies import Replies
+from router.request.service import InferenceService
 from router.settings import RouterSettings
-from router.slo import Objectives, Slo
-from router.tail_latency import TailLatency
-from services.runtime import cores, huge_pages, memory
-from services.runtime.exposition import MetricsServer
-from services.runtime.live_settings import LiveSettings
-from services.runtime.load_report import LoadReport
-from services.runtime.metrics import Metrics
-from services.runtime.metrics_export import MetricsExport
-from services.runtime.process import run
-from services.runtime.process_metrics import ProcessMetrics
-from services.runtime.request_log import RequestLog
-from services.runtime.server import Server
-from services.runtime.supervisor import BACKGROUND
-from services.runtime.tracing import create_tracer
+from services.runtime.machine import cores, huge_pages, memory
+from services.runtime.process.process import run
+from services.runtime.rpc.exposition import MetricsServer
+from services.runtime.rpc.live_settings import LiveSettings
+from services.runtime.rpc.server import Server
+from services.runtime.telemetry.load_report import LoadReport
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.metrics_export import MetricsExport
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.request_log import RequestLog
+from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.telemetry.tracing import create_tracer
 
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
@@ -68,7 +68,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     prices = Prices(
         settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
     )
-    cost = Cost(prices, requests, fleet, lambda: mesh.local.counters.bytes, time.monotonic)
+    cost = Cost(prices, requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)

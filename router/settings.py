@@ -8,10 +8,10 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from cache.settings import MeshSettings
-from router.discovery import AnnouncedWorkers, ResolvedWorkers
-from router.fleet import Source
-from router.membership import Listing
-from services.runtime.discovery import connect
+from router.balancing.member import Listing
+from router.membership.discovery import AnnouncedWorkers, ResolvedWorkers
+from router.membership.fleet import Source
+from services.runtime.redis.discovery import connect
 
 _DNS = "dns://"
 

@@ -21,7 +21,7 @@ from mypy.types import CallableType, Instance, LiteralType, NoneType, TupleType,
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from services.runtime import compiled  # noqa: E402
+from services.runtime.machine import compiled  # noqa: E402
 
 EXEMPTION = "# compiled: "
 # Unboxed: identity, and the exact type of a subclass, are lost on the way.

@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from services.runtime import compiled
+from services.runtime.machine import compiled
 
 settings.register_profile("ringmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ringmesh")

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
-from services.runtime.protocol import PRIORITY, Told
+from services.runtime.oip.protocol import PRIORITY, Told
 
 
 class Priority(Enum):

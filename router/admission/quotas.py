@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from router.accounting.dispatch_metrics import SHEDS
 from router.admission.caller import Caller, RefusedError
 from router.admission.token_bucket import TokenBucket
-from router.dispatch_metrics import SHEDS
-from services.runtime.metrics import Sample
+from services.runtime.telemetry.metrics import Sample
 
 # The quota of each tenant that has none of its own.
 OTHERS = "*"

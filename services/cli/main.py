@@ -76,13 +76,13 @@ def up(
 ) -> None:
     """Brings a whole Ringmesh up on this machine, until Ctrl-C."""
     with _one_line_errors():
-        from services.cli import demo_models, first_calls, traces
-        from services.cli.claim import claim
-        from services.cli.key_secret import key_secret
-        from services.cli.ports import Ports
-        from services.cli.screen import Screen
-        from services.cli.stack import Stack, StackOptions
-        from services.cli.supervise import supervise
+        from services.cli.commands import demo_models, first_calls, traces
+        from services.cli.commands.screen import Screen
+        from services.cli.stack.claim import claim
+        from services.cli.stack.key_secret import key_secret
+        from services.cli.stack.ports import Ports
+        from services.cli.stack.stack import Stack, StackOptions
+        from services.cli.stack.supervise import supervise
 
         console = _console()
         screen = Screen(console)
@@ -125,14 +125,14 @@ def up(
 def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
     """Runs a real model over the files here, twice, on a stack of its own, and shows what the cache did."""
     with _one_line_errors():
-        from services.cli import demo as show
-        from services.cli import demo_models, traces
-        from services.cli.key_secret import key_secret
-        from services.cli.magika_features import MagikaFeatures, require_model_folder
-        from services.cli.ports import Ports
-        from services.cli.screen import Screen
-        from services.cli.stack import Stack, StackOptions
-        from services.cli.supervise import supervise
+        from services.cli.commands import demo as show
+        from services.cli.commands import demo_models, traces
+        from services.cli.commands.magika_features import MagikaFeatures, require_model_folder
+        from services.cli.commands.screen import Screen
+        from services.cli.stack.key_secret import key_secret
+        from services.cli.stack.ports import Ports
+        from services.cli.stack.stack import Stack, StackOptions
+        from services.cli.stack.supervise import supervise
 
         console = _console()
         screen = Screen(console)
@@ -168,7 +168,7 @@ def trace(
 ) -> None:
     """Shows a request's path from span to span; without an ID, lists the latest traces."""
     with _one_line_errors():
-        from services.cli import traces
+        from services.cli.commands import traces
 
         folder = state / "traces"
         console = _console()
@@ -193,8 +193,8 @@ def top(
 ) -> None:
     """Shows how the fleet does, until Ctrl-C: what needs attention, workers, models, processes."""
     with _one_line_errors():
-        from services.cli import running
-        from services.cli import top as show
+        from services.cli.commands import running
+        from services.cli.commands import top as show
 
         url = console_url or running.find(state).console
         if once or not sys.stdout.isatty():
@@ -215,8 +215,8 @@ def explain(
 ) -> None:
     """Says where a request would go, and why: its key, the owner, and the others in the order they would be asked."""
     with _one_line_errors():
-        from services.cli import explain as show
-        from services.cli import running
+        from services.cli.commands import explain as show
+        from services.cli.commands import running
 
         if (model is None) == (request is None):
             raise CommandError("name a model, or a file with --request")
@@ -229,7 +229,7 @@ def explain(
 def models(router: RouterOption = None, state: State = _STATE) -> None:
     """Lists the models of the fleet, with their state and counts."""
     with _one_line_errors():
-        from services.cli import model_list, running
+        from services.cli.commands import model_list, running
 
         _console().print(model_list.listing(router or running.find(state).router))
 
@@ -246,8 +246,8 @@ def semantic_precision(
 ) -> None:
     """Measures how often the answer to a similar vector would have been right, by threshold of similarity."""
     with _one_line_errors():
-        from services.cli import running
-        from services.cli import semantic_precision as tool
+        from services.cli.commands import running
+        from services.cli.commands import semantic_precision as tool
 
         address = router or running.find(state).router
         chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
@@ -265,7 +265,7 @@ def cache(context: typer.Context, address: CacheOption = None, state: State = _S
     if context.invoked_subcommand is not None:
         return
     with _one_line_errors():
-        from services.cli import cache_service, running
+        from services.cli.commands import cache_service, running
 
         if address is not None:
             processes = {"cache": address}
@@ -286,7 +286,7 @@ def purge(
 ) -> None:
     """Makes the caches forget; returns when no router or cache answers from what was kept before."""
     with _one_line_errors():
-        from services.cli import cache_service, running
+        from services.cli.commands import cache_service, running
 
         request = cache_service.purge_request(everything=everything, model=model, tenant=tenant, key=key)
         done = cache_service.purge(address or running.find(state).cache, request)
@@ -305,7 +305,7 @@ Until = Annotated[str | None, typer.Option(help="Likewise; until now without it.
 
 
 class By(StrEnum):
-    """As `services.cli.cost.By`, whose import takes long."""
+    """As `services.cli.commands.cost.By`, whose import takes long."""
 
     TENANT = "tenant"
     MODEL = "model"
@@ -337,8 +337,8 @@ def cost(
 ) -> None:
     """Shows what requests used, what that cost, and what the cache saved."""
     with _one_line_errors():
-        from services.cli import cost as show
-        from services.cli import running
+        from services.cli.commands import cost as show
+        from services.cli.commands import running
 
         if bill + forecast + (export is not None) > 1:
             raise CommandError("choose one of --bill, --forecast and --export")
@@ -379,8 +379,8 @@ def prices(context: typer.Context, ledger: LedgerOption = None, state: State = _
     if context.invoked_subcommand is not None:
         return
     with _one_line_errors():
-        from services.cli import prices as tool
-        from services.cli import running
+        from services.cli.commands import prices as tool
+        from services.cli.commands import running
 
         _console().print(tool.listing(ledger or running.find(state).ledger))
 
@@ -404,8 +404,8 @@ def set_price(
 ) -> None:
     """Sets what an hour of a type of worker costs in a period."""
     with _one_line_errors():
-        from services.cli import prices as tool
-        from services.cli import running
+        from services.cli.commands import prices as tool
+        from services.cli.commands import running
 
         tool.set_price(
             ledger or running.find(state).ledger,
@@ -431,8 +431,8 @@ def delete_price(
 ) -> None:
     """Removes a price."""
     with _one_line_errors():
-        from services.cli import prices as tool
-        from services.cli import running
+        from services.cli.commands import prices as tool
+        from services.cli.commands import running
 
         tool.delete(ledger or running.find(state).ledger, worker_type, since)
 

@@ -17,7 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from services.console import (
+from services.console.data.sources import Sources
+from services.console.pages import (
     cache_page,
     cost_page,
     fleet_page,
@@ -27,9 +28,8 @@ from services.console import (
     traces_page,
     try_page,
 )
-from services.console.live import Pages
+from services.console.pages.live import Pages
 from services.console.security import Guard
-from services.console.sources import Sources
 
 log = logging.getLogger(__name__)
 

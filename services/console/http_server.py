@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from services.runtime.server import StartError
+from services.runtime.rpc.server import StartError
 
 # How long a client may leave what it was sent unread before its connection is closed.
 _UNREAD_SECONDS = 30

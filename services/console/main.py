@@ -6,21 +6,21 @@ import asyncio
 import time
 
 from services.console import app
-from services.console.fleet_watch import FleetWatch
-from services.console.history import History
+from services.console.data.fleet_watch import FleetWatch
+from services.console.data.history import History
+from services.console.data.otlp import TraceReceiver
+from services.console.data.scraper import Scraper
+from services.console.data.sources import Sources
+from services.console.data.trace_store import TraceStore
 from services.console.http_server import HttpServer
 from services.console.metrics import ConsoleMetrics
-from services.console.otlp import TraceReceiver
-from services.console.scraper import Scraper
 from services.console.settings import ConsoleSettings
-from services.console.sources import Sources
-from services.console.trace_store import TraceStore
-from services.runtime.exposition import MetricsServer
-from services.runtime.metrics import Metrics
-from services.runtime.process import run
-from services.runtime.process_metrics import ProcessMetrics
-from services.runtime.server import Server
-from services.runtime.supervisor import BACKGROUND
+from services.runtime.process.process import run
+from services.runtime.rpc.exposition import MetricsServer
+from services.runtime.rpc.server import Server
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 
 async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:

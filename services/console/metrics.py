@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from services.console.trace_store import TraceStore
-from services.runtime.metrics import Family, Sample
+from services.console.data.trace_store import TraceStore
+from services.runtime.telemetry.metrics import Family, Sample
 
 TRACES = Family("ringmesh_console_traces", "gauge", "traces held")
 TRACE_BYTES = Family("ringmesh_console_trace_bytes", "gauge", "memory of the traces held")

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, TypeAlias
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from services.runtime.settings import ServiceSettings
+from services.runtime.process.settings import ServiceSettings
 
 Addresses: TypeAlias = str | tuple[str, ...] | dict[str, str]
 

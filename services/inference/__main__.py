@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-from services.runtime import start
+from services.runtime.process import start
 
 if importlib.util.find_spec("onnxruntime") is None:
     print("worker: onnxruntime is missing; pip install 'ringmesh-server[cpu]' (or [gpu])", file=sys.stderr)

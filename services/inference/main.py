@@ -10,35 +10,35 @@ from urllib.parse import quote
 
 import onnxruntime
 
-from services.inference.control import ModelControl
-from services.inference.crash_journal import CrashJournal
-from services.inference.decisions import Decisions
-from services.inference.envelope_socket import EnvelopeSocket
-from services.inference.execution import CUDA
-from services.inference.metrics import WorkerMetrics
-from services.inference.model import OnnxModel
-from services.inference.model_store import ModelStore
-from services.inference.repository import ModelFiles, RepositoryError
-from services.inference.service import EnvelopeService, InferenceService, Locality
+from services.inference.api.control import ModelControl
+from services.inference.api.envelope_socket import EnvelopeSocket
+from services.inference.api.metrics import WorkerMetrics
+from services.inference.api.service import EnvelopeService, InferenceService, Locality
+from services.inference.api.shared_memory_service import SharedMemoryControl
+from services.inference.execution.execution import CUDA
+from services.inference.execution.model import OnnxModel
+from services.inference.models.decisions import Decisions
+from services.inference.models.model_store import ModelStore
+from services.inference.repository.crash_journal import CrashJournal
+from services.inference.repository.repository import ModelFiles, RepositoryError
+from services.inference.repository.snapshots import Snapshots
 from services.inference.settings import WorkerSettings
-from services.inference.shared_memory_service import SharedMemoryControl
-from services.inference.snapshots import Snapshots
 from services.inference.worker import Worker
-from services.runtime import cores, memory
-from services.runtime.calls import Calls
-from services.runtime.discovery import Announcer
-from services.runtime.exposition import MetricsServer
-from services.runtime.gpu_metrics import GpuMetrics
-from services.runtime.live_settings import LiveSettings
-from services.runtime.load_report import Answers, LoadReport
-from services.runtime.metrics import Metrics
-from services.runtime.metrics_export import MetricsExport
-from services.runtime.process import run
-from services.runtime.process_metrics import ProcessMetrics
-from services.runtime.server import Server, StartError
-from services.runtime.supervisor import BACKGROUND
-from services.runtime.tracing import create_tracer
-from services.runtime.worker_spans import EXECUTE
+from services.runtime.machine import cores, memory
+from services.runtime.process.process import run
+from services.runtime.redis.discovery import Announcer
+from services.runtime.rpc.calls import Calls
+from services.runtime.rpc.exposition import MetricsServer
+from services.runtime.rpc.live_settings import LiveSettings
+from services.runtime.rpc.server import Server, StartError
+from services.runtime.telemetry.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.load_report import Answers, LoadReport
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.metrics_export import MetricsExport
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.telemetry.tracing import create_tracer
+from services.runtime.telemetry.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
 

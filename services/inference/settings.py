@@ -9,11 +9,11 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from services.inference.remote_repository import SCHEMES, RemoteRepository
-from services.inference.repository import Directory, ModelSource
-from services.runtime.discovery import AnyRedis, connect
-from services.runtime.server import StartError
-from services.runtime.settings import ServiceSettings
+from services.inference.repository.remote_repository import SCHEMES, RemoteRepository
+from services.inference.repository.repository import Directory, ModelSource
+from services.runtime.process.settings import ServiceSettings
+from services.runtime.redis.discovery import AnyRedis, connect
+from services.runtime.rpc.server import StartError
 
 
 class WorkerSettings(ServiceSettings):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from ringmesh.inference.v1 import inference_pb2
 
-from services.inference.batcher import BatchResult
-from services.inference.held_models import HeldModel
-from services.inference.request import Decoded, encode_response
+from services.inference.codec.request import Decoded, encode_response
+from services.inference.models.held_models import HeldModel
+from services.inference.scheduling.batcher import BatchResult
 from services.runtime import faults, wire
 from services.runtime.errors import ResourceExhaustedError, kind_of
 from services.runtime.large_bytes import LARGE_BYTES

@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 from ringmesh.inference.v1 import inference_pb2
 
-from services.inference.batcher import Batcher, BatchResult
-from services.inference.held_models import HeldModel
-from services.inference.inline_runs import MOST_BYTES_IN
-from services.inference.load import Load
-from services.inference.memory_budget import ModelReplacedError
-from services.inference.model_store import ModelStore
-from services.inference.request import Decoded, names_shared_memory
-from services.inference.request_decoder import RequestDecoder
-from services.inference.request_queue import Waiting
-from services.inference.shared_memory import SharedMemory
+from services.inference.codec.request import Decoded, names_shared_memory
+from services.inference.codec.request_decoder import RequestDecoder
+from services.inference.codec.shared_memory import SharedMemory
+from services.inference.execution.inline_runs import MOST_BYTES_IN
+from services.inference.models.held_models import HeldModel
+from services.inference.models.memory_budget import ModelReplacedError
+from services.inference.models.model_store import ModelStore
+from services.inference.scheduling.batcher import Batcher, BatchResult
+from services.inference.scheduling.load import Load
+from services.inference.scheduling.request_queue import Waiting
 from services.inference.work_results import answered, answered_together, encode, failed, is_large
 from services.runtime import faults
 from services.runtime.errors import (
@@ -29,9 +29,9 @@ from services.runtime.errors import (
     UnavailableError,
     kind_of,
 )
-from services.runtime.infer_request import Parts, Read, RequestReader
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import Result, copy_of
+from services.runtime.oip.infer_request import Parts, Read, RequestReader
 from services.runtime.single_flight import SingleFlight
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ import time
 from functools import partial
 from urllib.parse import quote
 
+from services.ledger.api.metrics import LedgerMetrics
 from services.ledger.api.service import LedgerService
 from services.ledger.ingest.writer import Writer
-from services.ledger.metrics import LedgerMetrics
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.reports.reports import Reports
@@ -18,14 +18,14 @@ from services.ledger.storage.database import Database
 from services.ledger.storage.embedded import EmbeddedPostgres
 from services.ledger.storage.partitions import Partitions
 from services.ledger.upkeep import keep_partitions, open_database
-from services.runtime.exposition import MetricsServer
-from services.runtime.metrics import Metrics
-from services.runtime.metrics_export import MetricsExport
-from services.runtime.process import run
-from services.runtime.process_metrics import ProcessMetrics
-from services.runtime.server import Server
-from services.runtime.spans import this_process
-from services.runtime.supervisor import BACKGROUND
+from services.runtime.process.process import run
+from services.runtime.rpc.exposition import MetricsServer
+from services.runtime.rpc.server import Server
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.metrics_export import MetricsExport
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.spans import this_process
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 
 async def serve(settings: LedgerSettings, stopping: asyncio.Event) -> None:

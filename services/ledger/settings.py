@@ -11,7 +11,7 @@ from services.ledger.reports.money import CURRENCIES
 from services.ledger.reports.prices import ROUTER
 from services.ledger.storage.partitions import Retention
 from services.ledger.storage.price_table import NO_END_MS, Price
-from services.runtime.settings import ServiceSettings
+from services.runtime.process.settings import ServiceSettings
 
 _HOUR_SECONDS = 3600
 _NANO = 10**9

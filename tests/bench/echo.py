@@ -19,11 +19,11 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.load import WorkerLoad
-from router.worker_link import Work, WorkerLink
-from services.inference.envelope_socket import EnvelopeSocket
-from services.runtime.rpc import Answer, Service
-from services.runtime.server import Engine, Server
+from router.transport.worker_client import Work, WorkerLink
+from router.transport.worker_load import WorkerLoad
+from services.inference.api.envelope_socket import EnvelopeSocket
+from services.runtime.rpc.rpc import Answer, Service
+from services.runtime.rpc.server import Engine, Server
 
 
 async def serve(arguments: argparse.Namespace) -> None:

@@ -1,16 +1,16 @@
 """A router that begins with RINGMESH_ENTRIES answers of RINGMESH_VALUE_BYTES each that nobody will ask for."""
 
-from services.runtime import start
+from services.runtime.process import start
 
 start.prepare()
 
 import os  # noqa: E402
 
-from cache.entry import Entry  # noqa: E402
 from cache.mesh import Mesh  # noqa: E402
+from cache.tiers.entry import Entry  # noqa: E402
 from router.main import serve  # noqa: E402
 from router.settings import RouterSettings  # noqa: E402
-from services.runtime.process import run  # noqa: E402
+from services.runtime.process.process import run  # noqa: E402
 
 
 class FilledSettings(RouterSettings):

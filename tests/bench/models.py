@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from services.cli import demo_models, magika_features
+from services.cli.commands import demo_models, magika_features
 from tests import models as small
 
 # Of a row of what `write_layers` makes.

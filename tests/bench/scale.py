@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from router.ring import Ring
+from router.balancing.ring import Ring
 from tests.bench import models
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import Measured, Process, build_loadgen, free_port, load, running

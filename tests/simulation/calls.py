@@ -3,7 +3,7 @@
 import numpy as np
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.rpc import Answer
+from services.runtime.rpc.rpc import Answer
 from tests.simulation.clock import clock
 from tests.simulation.model import COLUMNS, VARIANTS, answer
 

@@ -16,7 +16,7 @@ def prepare():
     random.seed(0)
     clock.install()
     if os.environ.get("RINGMESH_TEST_COMPILED"):
-        from services.runtime import compiled
+        from services.runtime.machine import compiled
 
         compiled.use()
         if not compiled.is_used():

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from services.inference.model import OnnxModel
-from services.inference.repository import ModelFiles
+from services.inference.execution.model import OnnxModel
+from services.inference.repository.repository import ModelFiles
 from tests.simulation.clock import clock
 from tests.simulation.loop import PROCESS
 

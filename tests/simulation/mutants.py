@@ -12,7 +12,7 @@ _NO_BORDER = ("    for name, text in (\n", '    return ""\n    for name, text in
 MUTANTS = {
     # A full tier drained its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.
     "eviction": {
-        "cache.local_tier": [
+        "cache.tiers.local_tier": [
             (
                 "entry.worth != worth:\n                continue",
                 "entry.worth + 0.0 is not worth:\n                continue",
@@ -21,10 +21,10 @@ MUTANTS = {
         ]
     },
     # Whatever shapes were quick before is run on the event loop, also where values decide how long it takes.
-    "blocking run": {"services.inference.inline_runs": [("    if unknown:\n", "    if False:\n")]},
+    "blocking run": {"services.inference.execution.inline_runs": [("    if unknown:\n", "    if False:\n")]},
     # What waited for a stopped worker was sent to it again.
     "resend": {
-        "router.worker_link": [
+        "router.transport.worker_client": [
             (
                 '        self._close(LinkClosedError("it stopped answering"))\n',
                 "        for envelope, cancel in list(self._envelopes.items()):\n"
@@ -36,7 +36,7 @@ MUTANTS = {
     },
     # An exception after a flight had begun left it, and all that joined it, without an end.
     "flight": {
-        "router.miss": [
+        "router.request.miss": [
             (
                 "        try:\n            self._start(deadline)\n        except Exception as error:\n"
                 "            self._fail(error)\n",
@@ -46,14 +46,14 @@ MUTANTS = {
     },
     # Work in the background ended at the first thing that it did not expect.
     "background": {
-        "services.runtime.supervisor": [
+        "services.runtime.telemetry.supervisor": [
             ("if await self._run_once(name, work()) or _is_cancelled():", "await work()\n            if True:")
         ],
-        "router.worker_description": [_NO_BORDER],
+        "router.membership.worker_description": [_NO_BORDER],
     },
     # A worker that died while a hedge was under way did not count.
     "hedged poison": {
-        "router.dispatch": [
+        "router.dispatch.attempts": [
             (
                 "self._ended += isinstance(outcome, WorkerLostError)\n",
                 "self._ended += isinstance(outcome, WorkerLostError) and not self._under_way\n",
@@ -62,11 +62,11 @@ MUTANTS = {
     },
     # What had waited too long was only noticed when an instance became free.
     "queue timeout": {
-        "services.inference.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]
+        "services.inference.scheduling.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]
     },
     # A process that purged took its own purge for word of all that others had purged before it.
     "purges at once": {
-        "cache.purge_board": [
+        "cache.keys.invalidation": [
             (
                 "self._run(_BEAT, self._member, str(self._heard))",
                 "self._run(_BEAT, self._member, str(self.epochs.version))",

@@ -9,9 +9,9 @@ from asyncio import events
 
 import grpc
 
-from router.grpc_channel import CONNECT_SECONDS, CallError
-from router.local_channel import LocalChannel
-from services.runtime.rpc import Answer, Failure
+from router.transport.grpc_channel import CONNECT_SECONDS, CallError
+from router.transport.local_channel import LocalChannel
+from services.runtime.rpc.rpc import Answer, Failure
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY
 

@@ -5,7 +5,9 @@ from collections import OrderedDict
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from cache import leases, purge_board, valuable
+from cache.keys import invalidation as purge_board
+from cache.policy import leases
+from cache.regions import valuable
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY, PROCESS
 

@@ -4,32 +4,32 @@ import asyncio
 import logging
 import time
 
-from cache.epochs import MODELS
-from cache.evictions import Evictions
-from cache.keys import RequestHasher
+from cache.keys.epochs import MODELS
+from cache.keys.keys import RequestHasher
+from cache.tiers.evictions import Evictions
+from router.accounting.cost import Cost, Prices
+from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
-from router.agreement import Agreement
-from router.audit import Audit
-from router.control import FleetControl
-from router.cost import Cost, Prices
-from router.discovery import AnnouncedWorkers
-from router.dispatcher import Dispatcher
-from router.fleet import Fleet
-from router.membership import Listing
-from router.replies import Replies
-from router.request_metrics import RequestMetrics
-from router.retry_budget import RetryBudget
-from router.service import InferenceService
+from router.balancing.member import Listing
+from router.dispatch.dispatcher import Dispatcher
+from router.dispatch.retry_budget import RetryBudget
+from router.dispatch.tail_latency import TailLatency
+from router.membership.discovery import AnnouncedWorkers
+from router.membership.fleet import Fleet
+from router.operator.agreement import Agreement
+from router.operator.control import FleetControl
+from router.request.audit import Audit
+from router.request.replies import Replies
+from router.request.service import InferenceService
 from router.settings import RouterSettings
-from router.tail_latency import TailLatency
 from services.runtime import faults
-from services.runtime.load_report import LoadReport
-from services.runtime.request_log import RequestLog
-from services.runtime.rpc import Answer, Failure, failure
-from services.runtime.spans import Process as TracedProcess
-from services.runtime.supervisor import BACKGROUND
-from services.runtime.tracing import Tracer
+from services.runtime.rpc.rpc import Answer, Failure, failure
+from services.runtime.telemetry.load_report import LoadReport
+from services.runtime.telemetry.request_log import RequestLog
+from services.runtime.telemetry.spans import Process as TracedProcess
+from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.telemetry.tracing import Tracer
 from tests.simulation.loop import Process
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class SimRouter:
         report = LoadReport(requests.answers, cores=1)
         audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
-        cost = Cost(Prices(0.0, 0.0), requests, fleet, lambda: mesh.local.counters.bytes, time.monotonic)
+        cost = Cost(Prices(0.0, 0.0), requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
         replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
         self.inference = InferenceService(
             fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit

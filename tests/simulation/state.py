@@ -5,10 +5,10 @@ Disks are not what is simulated here, and reading the same small files again wou
 
 import time
 
-from services.inference import repository
-from services.inference.model_store import ModelStore
-from services.inference.repository import ModelFiles
-from services.inference.snapshots import Snapshot
+from services.inference.models.model_store import ModelStore
+from services.inference.repository import repository
+from services.inference.repository.repository import ModelFiles
+from services.inference.repository.snapshots import Snapshot
 
 
 class Store(ModelStore):

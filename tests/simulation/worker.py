@@ -2,13 +2,13 @@
 
 from ringmesh.inference.v1 import inference_pb2
 
-from services.inference.control import ModelControl
-from services.inference.envelope_socket import EnvelopeSocket, _Connection
-from services.inference.service import EnvelopeService, Locality
+from services.inference.api.control import ModelControl
+from services.inference.api.envelope_socket import EnvelopeSocket, _Connection
+from services.inference.api.service import EnvelopeService, Locality
 from services.inference.worker import Worker
-from services.runtime.calls import Calls
-from services.runtime.discovery import Announcer
-from services.runtime.worker_spans import EXECUTE
+from services.runtime.redis.discovery import Announcer
+from services.runtime.rpc.calls import Calls
+from services.runtime.telemetry.worker_spans import EXECUTE
 from tests.simulation.loop import Process, Threads
 from tests.simulation.model import open_model
 from tests.simulation.network import Server

@@ -8,10 +8,11 @@ import time
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from cache.epochs import EVERYTHING, model_scope, tenant_scope
-from services.runtime import faults, redis_client
+from cache.keys.epochs import EVERYTHING, model_scope, tenant_scope
+from services.runtime import faults
 from services.runtime.errors import RingmeshError
-from services.runtime.supervisor import BACKGROUND
+from services.runtime.redis import redis_client
+from services.runtime.telemetry.supervisor import BACKGROUND
 from tests.simulation.calls import EPSILON_NS, Call
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY, SimLoop

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import valkey
 
-from services.runtime import compiled
+from services.runtime.machine import compiled
 from tests import models
 from tests.soak import faults, report
 from tests.soak.traffic import Callers, Questions

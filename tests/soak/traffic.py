@@ -16,7 +16,7 @@ import onnxruntime
 import ringmesh
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.tensors import DATATYPES, encode
+from services.runtime.oip.tensors import DATATYPES, encode
 from tests.models import IDENTITIES
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"

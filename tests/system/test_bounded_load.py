@@ -10,7 +10,7 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from router.load import BALANCE
+from router.balancing.pool import BALANCE
 from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.test_cache import fresh, infer

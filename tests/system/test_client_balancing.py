@@ -10,7 +10,7 @@ import pytest
 import ringmesh
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.console.scraper import fetch
+from services.console.data.scraper import fetch
 from tests.system.processes import free_address
 from tests.system.test_cache import INFER, fresh
 

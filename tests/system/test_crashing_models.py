@@ -9,7 +9,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from services.inference.crash_journal import CRASHES
+from services.inference.repository.crash_journal import CRASHES
 from tests import models as onnx_models
 from tests.system import processes
 from tests.system.conftest import eventually, start_stack, stop_stack

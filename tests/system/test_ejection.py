@@ -10,8 +10,8 @@ import grpc
 import pytest
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from router.load import BALANCE
-from router.slow_start import FIRST
+from router.balancing.pool import BALANCE
+from router.membership.slow_start import FIRST
 from tests.system.callers import eventually
 from tests.system.steady_load import steady_load
 from tests.system.test_cache import fresh, infer

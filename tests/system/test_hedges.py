@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.console.scraper import fetch
+from services.console.data.scraper import fetch
 from tests import models
 from tests.system.callers import eventually
 from tests.system.processes import free_address

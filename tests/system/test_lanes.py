@@ -6,9 +6,9 @@ import time
 import grpc
 import pytest
 
-from services.runtime.fast_lane import FastLaneServer
-from services.runtime.protocol import lane_handler
-from services.runtime.rpc import Answer, Lane
+from services.runtime.oip.protocol import lane_handler
+from services.runtime.rpc.fast_lane import FastLaneServer
+from services.runtime.rpc.rpc import Answer, Lane
 
 NAME = "test.Lanes"
 

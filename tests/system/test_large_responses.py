@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.memory import KEPT_BYTES
+from services.runtime.machine.memory import KEPT_BYTES
 from tests import models
 from tests.system.callers import Callers, eventually
 from tests.system.processes import free_address

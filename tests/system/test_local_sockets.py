@@ -12,7 +12,7 @@ import grpc
 import pytest
 from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 
-from services.console.scraper import fetch
+from services.console.data.scraper import fetch
 from tests.system.callers import eventually, sixteen
 from tests.system.processes import Started, free_address
 from tests.system.test_fleet_faults import away  # noqa: F401
@@ -37,7 +37,7 @@ def modes(path):
 
 
 async def uses_the_socket(worker, path):
-    """That envelopes then go there, tests/unit/test_worker_link.py has."""
+    """That envelopes then go there, tests/unit/router/transport/test_worker_client.py has."""
     return await accepted(worker, path) == 1
 
 

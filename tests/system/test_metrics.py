@@ -19,7 +19,7 @@ from ringmesh.router.v1 import router_pb2
 
 from tests.system.conftest import eventually
 from tests.system.test_cache import fresh
-from tests.unit.test_metrics import documented
+from tests.unit.runtime.telemetry.test_metrics import documented
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 

@@ -12,11 +12,11 @@ from redis.asyncio import Redis
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from cache.entry import Frames
-from cache.evictions import Evictions
-from cache.purge_board import EPOCHS
-from cache.service import CacheService
+from cache.api.service import CacheService
+from cache.keys.invalidation import EPOCHS
 from cache.settings import CacheSettings
+from cache.tiers.entry import Frames
+from cache.tiers.evictions import Evictions
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
 

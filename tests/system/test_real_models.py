@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import tritonclient.grpc as triton
 
-from services.cli import magika_features
+from services.cli.commands import magika_features
 from tests.system import processes
 
 REAL = Path(sys.prefix) / "models"

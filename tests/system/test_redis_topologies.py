@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from cache.breaker import Breaker
-from cache.entry import Entry, Frames
-from cache.leases import Leases
-from cache.purge_board import PurgeBoard
-from cache.shared_tier import SharedTier, stored_name
+from cache.keys.invalidation import PurgeBoard
+from cache.policy.leases import Leases
+from cache.tiers.breaker import Breaker
+from cache.tiers.entry import Entry, Frames
+from cache.tiers.shared_tier import SharedTier, stored_name
 from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 
 pytestmark = needs_redis_server
@@ -173,7 +173,7 @@ async def test_entries_are_found_while_slots_move(redis_cluster, open_tier):  # 
 async def test_a_server_set_to_refuse_writes_is_warned_of(start_redis, open_tier, caplog):  # noqa: F811
     server = start_redis("--maxmemory", "100mb", "--maxmemory-policy", "noeviction")
     server.wait()
-    with caplog.at_level(logging.WARNING, "cache.shared_tier"):
+    with caplog.at_level(logging.WARNING, "cache.tiers.shared_tier"):
         open_tier(f"redis://127.0.0.1:{server.port}")
         async with asyncio.timeout(10):
             while "allkeys-lru" not in caplog.text:

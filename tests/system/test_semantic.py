@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime.tensors import encode
+from services.runtime.oip.tensors import encode
 from tests.models import texts
 from tests.system.conftest import RINGMESH
 from tests.system.test_cache import infer

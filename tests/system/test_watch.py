@@ -8,10 +8,10 @@ import grpc
 import pytest
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from router.fleet import Fleet
-from router.fleet_events import MAX_WAITING, Event
-from router.operator_service import OperatorService
-from services.runtime.server import Engine, Server
+from router.membership.fleet import Fleet
+from router.membership.fleet_events import MAX_WAITING, Event
+from router.operator.service import OperatorService
+from services.runtime.rpc.server import Engine, Server
 
 pytestmark = [pytest.mark.proof, pytest.mark.both_engines]
 

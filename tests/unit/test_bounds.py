@@ -9,24 +9,24 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cache import semantic_index
-from cache.doorkeeper import _MAX_WAITING, _MAX_WAITING_BYTES, Doorkeeper
-from cache.entry import Entry
-from cache.local_tier import _MIN_STALE_SLOTS, LocalTier
-from cache.refusals import _MAX_KEPT, Refusals
-from cache.renewals import _MOST_AT_ONCE, Renewals
-from cache.request_memo import RequestMemo
-from router import outliers
+from cache.keys.request_memo import RequestMemo
+from cache.policy.doorkeeper import _MAX_WAITING, _MAX_WAITING_BYTES, Doorkeeper
+from cache.policy.refusals import _MAX_KEPT, Refusals
+from cache.policy.renewals import _MOST_AT_ONCE, Renewals
+from cache.semantic import semantic_index
+from cache.tiers.entry import Entry
+from cache.tiers.local_tier import _MIN_STALE_SLOTS, LocalTier
+from router.accounting.request_metrics import _MAX_MODELS, _MAX_TENANTS, OK, RequestMetrics
 from router.admission.caller import Caller, Priority
 from router.admission.quotas import _MANY, Quotas
-from router.outliers import Outliers
-from router.request_metrics import _MAX_MODELS, _MAX_TENANTS, OK, RequestMetrics
-from services.console.trace_store import TraceStore
-from services.inference import device_session
-from services.inference.device_session import _PageLockedBuffers
+from router.membership import outliers
+from router.membership.outliers import Outliers
+from services.console.data.trace_store import TraceStore
+from services.inference.execution import device_session
+from services.inference.execution.device_session import _PageLockedBuffers
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.request_log import RequestLog
-from services.runtime.span_export import _QUEUE, SpanQueue
+from services.runtime.telemetry.request_log import RequestLog
+from services.runtime.telemetry.span_export import _QUEUE, SpanQueue
 
 
 class Clock:

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from router.settings import RouterSettings
-from services.console import objectives_page, overview
-from tests.unit.test_metrics import documented
+from services.console.data import overview
+from services.console.pages import objectives_page
+from tests.unit.runtime.telemetry.test_metrics import documented
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

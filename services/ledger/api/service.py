@@ -26,7 +26,7 @@ from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.price_table import NO_END_MS, Price
 from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.rpc import Context, Service, abort, parse, unary
+from services.runtime.rpc.rpc import Context, Service, abort, parse, unary
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, day_of, u
 from services.ledger.storage.rollups import Deltas
 from services.ledger.storage.usage_rows import Integers, Rows
 from services.runtime.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
-from services.runtime.metrics import Histogram
-from services.runtime.supervisor import BACKGROUND
+from services.runtime.telemetry.metrics import Histogram
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 # Together in a transaction. More saves little, and makes the first wait.
 _MOST_RECORDS = 20_000

@@ -15,7 +15,7 @@ from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage import usage_rows
 from services.ledger.storage.database import Connection, Database
 from services.ledger.storage.usage_rows import Rows
-from services.runtime.supervisor import BACKGROUND
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 _GROUP_ROWS = 50_000
 _PART_BYTES = 1 << 20

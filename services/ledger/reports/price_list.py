@@ -10,7 +10,7 @@ from services.ledger.storage import price_table
 from services.ledger.storage.database import Connection, Database
 from services.ledger.storage.price_table import HOUR_MS, NO_END_MS, Price
 from services.runtime.errors import InvalidArgumentError, NotFoundError
-from services.runtime.server import StartError
+from services.runtime.rpc.server import StartError
 
 # One unit a microsecond; more is a mistake.
 _MOST_NANO = 10**15

@@ -16,7 +16,7 @@ import asyncpg
 
 from services.ledger.storage import migrations
 from services.runtime.errors import UnavailableError
-from services.runtime.server import StartError
+from services.runtime.rpc.server import StartError
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from services.ledger.storage.unprivileged import Unprivileged
-from services.runtime.orphan import end_with_parent
-from services.runtime.server import StartError
-from services.runtime.supervisor import BACKGROUND
+from services.runtime.machine.orphan import end_with_parent
+from services.runtime.rpc.server import StartError
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from services.runtime.server import StartError
+from services.runtime.rpc.server import StartError
 
 FOLDER = Path(__file__).parent / "migrations"
 

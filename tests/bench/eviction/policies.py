@@ -9,8 +9,8 @@ import heapq
 import random
 from collections import OrderedDict, deque
 
-from cache.entry import Entry
-from cache.local_tier import _OVERHEAD_BYTES, LocalTier
+from cache.tiers.entry import Entry
+from cache.tiers.local_tier import _OVERHEAD_BYTES, LocalTier
 
 
 class Lru:

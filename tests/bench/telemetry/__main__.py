@@ -13,7 +13,7 @@ from rich.table import Table
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
-from services.cli import demo_models
+from services.cli.commands import demo_models
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, free_port, load, running
 

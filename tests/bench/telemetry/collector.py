@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import grpc
 
-from services.runtime.rpc import Service
-from services.runtime.server import Engine, Server
+from services.runtime.rpc.rpc import Service
+from services.runtime.rpc.server import Engine, Server
 
 
 async def main() -> None:

@@ -1,0 +1,1 @@
+"""Keys of answers, and their invalidation by purges."""

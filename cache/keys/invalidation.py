@@ -1,0 +1,250 @@
+"""Where the processes of a region tell each other of purges: two hashes in Redis.
+
+Each process beats ten times a second: it says which version of the epochs it goes by, and hears of newer ones. A purge
+writes its epoch and returns when every process has said that it goes by it. Polled instead of pushed: a process must be
+heard from anyway before a purge may count on it, and publish/subscribe loses messages.
+
+A process that cannot be heard from may still answer from its local tier. So one that is cut off for longer than
+the lease answers only with what was computed within the lease, and a purge that misses a process waits for the lease
+to be over. Decision record 0012 has the reasoning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+
+from cache.keys.epochs import Epochs
+from cache.tiers.shared_tier import SharedTier
+from services.runtime.errors import ResourceExhaustedError, UnavailableError
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+EPOCHS = b"{rm1-mesh}:epochs"
+_MEMBERS = b"{rm1-mesh}:members"
+_BEAT_SECONDS = 0.1
+_COMMAND_SECONDS = 1.0
+# A process whose last beat is older than this is waited for by the lease, not by its word.
+_SILENT_MS = 1000
+# How late a process may notice that it is cut off: one hung beat and a pause.
+_NOTICE_SECONDS = 2.0
+# A process not heard from for so long is not waited for; cut off for so long, it answers with nothing kept.
+_FORGET_SECONDS = 3600.0
+_MAX_SCOPES = 10_000
+# Every process that is there is heard from in this time, also where Redis has just lost its list of them.
+_SETTLE_SECONDS = 3 * _BEAT_SECONDS
+
+_NOW = "local t = redis.call('TIME') local now = t[1] * 1000 + math.floor(t[2] / 1000) "
+# KEYS: epochs, members. ARGV: member, version it goes by. Returns the version, and all scopes where it is another.
+_BEAT = (
+    _NOW
+    + """
+local version = redis.call('HGET', KEYS[1], 'version') or '0'
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2] .. ' ' .. string.format('%.0f', now))
+if version == ARGV[2] then return {version} end
+local found = redis.call('HGETALL', KEYS[1])
+table.insert(found, 1, version)
+return found
+"""
+)
+# ARGV: the least epoch to give, the most scopes to keep, the scopes. Returns the epoch, or "full".
+_PURGE = (
+    _NOW
+    + """
+local epoch = math.max(now, (redis.call('HGET', KEYS[1], 'version') or 0) + 1, ARGV[1] + 0)
+local text = string.format('%.0f', epoch)
+for i = 3, #ARGV do if ARGV[i] == 'all' then redis.call('DEL', KEYS[1]) end end
+if redis.call('HLEN', KEYS[1]) + #ARGV > ARGV[2] + 0 then return 'full' end
+for i = 3, #ARGV do redis.call('HSET', KEYS[1], ARGV[i], text) end
+redis.call('HSET', KEYS[1], 'version', text)
+return text
+"""
+)
+# ARGV: scopes and epochs by turns. The larger stays.
+_MERGE = """
+local version = redis.call('HGET', KEYS[1], 'version') or '0'
+for i = 1, #ARGV, 2 do
+  if ARGV[i + 1] + 0 > (redis.call('HGET', KEYS[1], ARGV[i]) or 0) + 0 then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+    if ARGV[i + 1] + 0 > version + 0 then version = ARGV[i + 1] end
+  end
+end
+redis.call('HSET', KEYS[1], 'version', version)
+return version
+"""
+# ARGV: milliseconds after which a member is forgotten. Returns now, then members and what they said by turns.
+_MEMBERS_NOW = (
+    _NOW
+    + """
+local found = {string.format('%.0f', now)}
+local all = redis.call('HGETALL', KEYS[2])
+for i = 1, #all, 2 do
+  local beat = string.match(all[i + 1], ' (%d+)')
+  if now - beat > ARGV[1] + 0 then redis.call('HDEL', KEYS[2], all[i])
+  else table.insert(found, all[i]) table.insert(found, all[i + 1]) end
+end
+return found
+"""
+)
+
+
+class PurgeBoard:
+    """This process's view of the purges, `epochs`, kept with the other processes at one Redis (None: it is alone).
+
+    `member` names the process and outlives its restarts. `is_known` is False until the first word from Redis.
+    """
+
+    def __init__(self, shared: SharedTier | None, member: str, lease_seconds: float) -> None:
+        self.epochs = Epochs({})
+        self.is_known = shared is None
+        # Entries that were computed before this are not to be served: 0 but for a process that is cut off.
+        self.oldest_ms = 0
+        self.changed = asyncio.Event()
+        # Called with the scopes that others have purged or announced, before this process confirms them.
+        self.on_news: Callable[[set[str]], Awaitable[None]] = _nothing
+        self._shared = shared
+        self._member = member
+        self._lease = lease_seconds
+        # The version of all that was heard from Redis: this process's own purges may be newer than others that it has
+        # yet to hear of. One beat at a time, so that none confirms what another one is still telling.
+        self._heard = 0
+        self._beating = asyncio.Lock()
+        self._contact = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to beat."""
+        if self._shared is not None:
+            self._contact = time.monotonic()
+            self._task = BACKGROUND.start("purges", self._beat_on)
+
+    async def announce(self, scope: str) -> None:
+        """As a purge of a scope that no key is in: returns when every process has heard it with its `on_news`."""
+        if self._shared is not None:
+            await self._publish([scope], 0.0)
+
+    async def purge(self, scopes: Sequence[str]) -> tuple[int, int]:
+        """The epoch, and how many processes go by it: all there are, so that none serves what was filed before.
+
+        Raises UnavailableError where Redis cannot be reached (the purge may have been written, and is safe to repeat),
+        ResourceExhaustedError where too many single scopes were purged since the last purge of everything.
+        """
+        if self._shared is None:
+            epoch = max(time.time_ns() // 1_000_000, self.epochs.version + 1)
+            self._merge(dict.fromkeys(scopes, epoch))
+            return epoch, 1
+        return await self._publish(scopes, _SETTLE_SECONDS)
+
+    async def merge(self, scopes: Mapping[str, int]) -> None:
+        """Takes over what another region has purged. Raises UnavailableError."""
+        if any(epoch > self.epochs.scopes.get(scope, 0) for scope, epoch in scopes.items()):
+            if self._shared is not None:
+                await self._run(_MERGE, *_flat(scopes))
+            self._merge(scopes)
+
+    async def close(self) -> None:
+        """Leaves: no purge waits for this process."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        assert self._shared is not None
+        try:
+            await self._shared.run(EPOCHS, lambda redis: redis.hdel(_MEMBERS, self._member), _COMMAND_SECONDS)
+        except UnavailableError as error:
+            log.debug("left without a word: %s", error.message)
+
+    async def _publish(self, scopes: Sequence[str], settle_seconds: float) -> tuple[int, int]:
+        start = time.monotonic()
+        told = await self._run(_PURGE, str(self.epochs.version + 1), str(_MAX_SCOPES), *scopes)
+        if told == b"full":
+            raise ResourceExhaustedError(
+                f"{_MAX_SCOPES} models, tenants and keys were purged since everything was; purge everything"
+            )
+        epoch = int(told)
+        self._merge(dict.fromkeys(scopes, epoch))
+        await self._beat()
+        while True:
+            now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
+            beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
+            behind = {member: int(now) - int(at) for member, (version, at) in beats.items() if int(version) < epoch}
+            waited = time.monotonic() - start
+            if waited >= settle_seconds and (
+                not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
+            ):
+                return epoch, len(beats) - len(behind)
+            if waited >= 1.0 and waited < 1.0 + _BEAT_SECONDS / 4:
+                log.warning("a purge waits for %s, not heard from", ", ".join(map(repr, behind)))
+            await asyncio.sleep(_BEAT_SECONDS / 4)
+
+    async def _beat_on(self) -> None:
+        while True:
+            try:
+                await self._beat()
+            except UnavailableError as error:
+                log.debug("no word from Redis: %s", error.message)
+            except Exception as error:
+                # After any failure: a process that is cut off must not serve answers older than its lease.
+                BACKGROUND.failed("purges", error)
+            self._judge()
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    async def _beat(self) -> None:
+        async with self._beating:
+            before = time.monotonic()
+            version, *flat = await self._run(_BEAT, self._member, str(self._heard))
+            scopes = {k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"}
+            news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
+            self._merge(scopes)
+            if int(version) < self.epochs.version:
+                # Redis lost it, by a restart or a failover.
+                await self._run(_MERGE, *_flat(self.epochs.scopes))
+            if flat:
+                await self.on_news(news)
+                await self._run(_BEAT, self._member, version.decode())
+            self._heard = int(version)
+            self.is_known = True
+            self._contact = before
+
+    def _judge(self) -> None:
+        cut_off = time.monotonic() - self._contact
+        if cut_off > _FORGET_SECONDS - _NOTICE_SECONDS:
+            oldest = sys.maxsize
+        elif cut_off > self._lease - _NOTICE_SECONDS:
+            oldest = time.time_ns() // 1_000_000 - int((self._lease - _NOTICE_SECONDS) * 1000)
+        else:
+            oldest = 0
+        if bool(oldest) != bool(self.oldest_ms):
+            log.warning(
+                "cut off from Redis for %.0f s: only recent answers are served", cut_off
+            ) if oldest else log.info("Redis is heard from again")
+        self.oldest_ms = oldest
+
+    def _merge(self, scopes: Mapping[str, int]) -> None:
+        epochs = self.epochs.merged(scopes)
+        if epochs.scopes != self.epochs.scopes:
+            self.epochs = epochs
+            self.changed.set()
+            self.changed = asyncio.Event()
+
+    async def _run(self, script: str, *arguments: str) -> Any:
+        def command(redis: Redis) -> Any:
+            return redis.eval(script, 2, EPOCHS, _MEMBERS, *arguments)
+
+        assert self._shared is not None
+        run: Callable[..., Any] = self._shared.run
+        return await run(EPOCHS, command, _COMMAND_SECONDS)
+
+
+async def _nothing(_: set[str]) -> None:
+    pass
+
+
+def _flat(scopes: Mapping[str, int]) -> list[str]:
+    return [text for scope, epoch in scopes.items() for text in (scope, str(epoch))]

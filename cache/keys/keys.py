@@ -1,0 +1,199 @@
+"""What makes two requests the same request.
+
+A key is the digest of the model version that answers (16 bytes) followed by the hash of the request's
+canonical content (16 bytes). The content is every input's name, datatype, shape, raw bytes and
+parameters, the set of requested outputs with theirs, every request parameter that is not reserved, and
+the tenant where the model is scoped by tenant.
+It leaves out what cannot change the answer: id, trace context, priority, timeout, the order of inputs
+and of fields, unknown fields, whether tensors travel raw or typed, and whether all outputs are named or none.
+Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own key and by the frame's checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from blake3 import blake3
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.oip.infer_request import MAX_HEAD, Read
+from services.runtime.oip.protocol import sequence_of
+from services.runtime.oip.tensors import raw_from_contents
+from services.runtime.telemetry.metrics import Sample
+from services.runtime.telemetry.recent import Recent, forgotten
+
+# Keyed, so that nobody outside the fleet can search for two inputs with one hash.
+_CONTEXT = "ringmesh 2026-11 request hash"
+# Of a key: digest and hash.
+KEY_BYTES = 32
+_RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
+_MAX_DESCRIBED = 4096
+_RESERVED_PREFIXES = ("triton_", "sequence_")
+
+
+class UncacheableError(Exception):
+    """The request must be computed; the message says why."""
+
+
+class RequestHasher:
+    """Hashes requests under one fleet-wide secret: every router must be given the same.
+
+    `tenant_epoch` tells how often a tenant was purged, in any numbers that grow.
+    """
+
+    def __init__(self, secret: str, tenant_epoch: Callable[[str], int] = lambda _: 0) -> None:
+        self._tenant_epoch = tenant_epoch
+        self._key = blake3(secret.encode(), derive_key_context=_CONTEXT).digest()
+        # Callers send few kinds of requests: what a request is, but for its data and id, is described once.
+        self.described: Recent[bytes, _Description] = Recent(_MAX_DESCRIBED)
+        self.tenant_keys: Recent[tuple[str, int], bytes] = Recent(_MAX_DESCRIBED)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield forgotten("descriptions", self.described)
+        yield forgotten("tenant keys", self.tenant_keys)
+
+    def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
+        """A place on the ring, the same for every request of a sequence."""
+        return blake3(f"{model_name}/{sequence!r}".encode(), key=self._key).digest(16)
+
+    def hash(self, request: v2.ModelInferRequest, outputs: Collection[str] = (), tenant: str | None = None) -> bytes:
+        """16 bytes that equal requests share, whatever the model. Model name and version are not in it.
+
+        `outputs` are those of the model: naming all of them is naming none. `tenant` is in the hash unless it is None.
+        Takes the id and the raw contents out of `request`. Raises UncacheableError for sequences, shared memory, and
+        tensors without one plain value, which only the worker can judge.
+        """
+        raws: list[bytes] = [*request.raw_input_contents]
+        if raws:
+            del request.raw_input_contents[:]
+        request.ClearField("id")
+        if raws:
+            return self._hash_parts(request.SerializeToString(), request, raws, outputs, tenant)
+        raws = [raw_from_contents(tensor) for tensor in request.inputs]
+        description = _describe(request, len(raws), outputs, typed=True)
+        return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
+
+    def hash_read(self, read: Read, outputs: Collection[str] = (), tenant: str | None = None) -> bytes:
+        """As `hash`."""
+        message, parts = read.head.message, read.parts
+        if parts is None:
+            return self.hash(message, outputs, tenant)
+        return self._hash_parts(parts.head, message, parts.raws, outputs, tenant)
+
+    def _hash_parts(
+        self,
+        head: bytes,
+        request: v2.ModelInferRequest,
+        raws: Sequence[bytes],
+        outputs: Collection[str],
+        tenant: str | None,
+    ) -> bytes:
+        """Of `raws` and all the rest, which is `request`, and serialized `head`."""
+        description = self.described.get(head)
+        if description is None or description.outputs is not outputs or description.inputs != len(raws):
+            description = _describe(request, len(raws), outputs, typed=False)
+            if len(head) <= MAX_HEAD:
+                self.described.put(head, description)
+        return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
+
+    def hash_rows(
+        self,
+        request: v2.ModelInferRequest,
+        rows: Sequence[Sequence[bytes]],
+        outputs: Collection[str] = (),
+        tenant: str | None = None,
+    ) -> list[bytes]:
+        """The hash that each of `rows`, raw contents of all inputs, has as a request of its own.
+
+        `request` is that of one row, without its data. Raises UncacheableError.
+        """
+        description = _describe(request, len(request.inputs), outputs, typed=False)
+        key = self._key if tenant is None else self._tenant_key(tenant)
+        return [self._digest(row, description, key) for row in rows]
+
+    def _digest(self, raws: Sequence[bytes], description: _Description, key: bytes) -> bytes:
+        if description.order:
+            raws = [raws[index] for index in description.order]
+        # The data first: BLAKE3 is twice as fast where it starts at a chunk boundary. What follows can be read from
+        # its end, so no data can pass for a part of it.
+        hasher = blake3(raws[0], key=key)
+        if len(raws) == 1:
+            return hasher.update(len(raws[0]).to_bytes(8, "little") + description.trailer).digest(16)
+        for raw in raws[1:]:
+            hasher.update(raw)
+        sizes = b"".join([len(raw).to_bytes(8, "little") for raw in raws])
+        return hasher.update(sizes + description.trailer).digest(16)
+
+    def _tenant_key(self, tenant: str) -> bytes:
+        epoch = self._tenant_epoch(tenant)
+        key = self.tenant_keys.get((tenant, epoch))
+        if key is None:
+            name = f"{tenant}\0{epoch}" if epoch else tenant
+            key = blake3(name.encode(), key=self._key).digest()
+            self.tenant_keys.put((tenant, epoch), key)
+        return key
+
+
+class _Description(NamedTuple):
+    """`order`: the inputs sorted by name, () where they are. `trailer`: all but data and sizes, then its length.
+
+    `outputs` are those of the model that it was made for, `inputs` how many have raw contents.
+    """
+
+    order: tuple[int, ...]
+    trailer: bytes
+    outputs: Collection[str]
+    inputs: int
+
+
+def _describe(
+    request: v2.ModelInferRequest, raw_count: int, model_outputs: Collection[str], *, typed: bool
+) -> _Description:
+    """Lengths stand before names, so that no two requests read the same."""
+    if not request.inputs:
+        raise UncacheableError("it has no inputs")
+    if raw_count != len(request.inputs):
+        raise UncacheableError("raw_input_contents does not match the inputs")
+    if sequence_of(request):
+        raise UncacheableError("it belongs to a sequence")
+    tensors = []
+    for tensor in request.inputs:
+        if not typed and tensor.HasField("contents"):
+            raise UncacheableError("raw and typed contents together")
+        parameters = _parameters(tensor.parameters)
+        tensors.append(
+            f"{len(tensor.name)}:{tensor.name}{len(tensor.datatype)}:{tensor.datatype}{[*tensor.shape]}{parameters}"
+        )
+    outputs = sorted(_output(output.name, _parameters(output.parameters)) for output in request.outputs)
+    if model_outputs and outputs == sorted(_output(name) for name in model_outputs):
+        outputs = []
+    order = tuple(sorted(range(len(tensors)), key=tensors.__getitem__))
+    text = ";".join(
+        [*(tensors[index] for index in order), "|", *outputs, "|", _parameters(request.parameters)]
+    ).encode()
+    trailer = text + len(text).to_bytes(4, "little")
+    return _Description(order if order != tuple(range(len(order))) else (), trailer, model_outputs, raw_count)
+
+
+def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
+    """32 bytes: the answer of this model version to this request. Purges add to it (epochs.py)."""
+    return model_digest + request_hash
+
+
+def _output(name: str, parameters: str = "") -> str:
+    return f"{len(name)}:{name}{parameters}"
+
+
+def _parameters(parameters: Mapping[str, v2.InferParameter]) -> str:
+    parts = []
+    for name in sorted(parameters):
+        if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):
+            continue
+        if name.startswith("shared_memory"):
+            raise UncacheableError("the tensor is in shared memory")
+        kind = parameters[name].WhichOneof("parameter_choice")
+        value = getattr(parameters[name], kind) if kind else None
+        parts.append(f"{len(name)}:{name}={kind}:{value!r},")
+    return "".join(parts)

@@ -1,0 +1,73 @@
+"""What is asked for only once need not reach Redis.
+
+A computed answer waits here for a while, and is written when the local tier has had a hit on it; else it is forgotten.
+Looked at now and then, so that a hit costs nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import NamedTuple
+
+from cache.tiers.entry import Entry
+from cache.tiers.shared_tier import SharedTier
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+_LOOK_SECONDS = 0.5
+_WAIT_SECONDS = 60.0
+_MAX_WAITING_BYTES = 64 << 20
+_MAX_WAITING = 20_000
+
+
+class _Waiting(NamedTuple):
+    until: float
+    key: bytes
+    entry: Entry
+    kept_ms: int | None
+
+
+class Doorkeeper:
+    """Writes to `shared` what was asked for again within a minute."""
+
+    def __init__(self, shared: SharedTier) -> None:
+        self._shared = shared
+        self._waiting: deque[_Waiting] = deque()
+        self._bytes = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to look."""
+        self._task = BACKGROUND.start("doorkeeper", self._look_on)
+
+    def offer(self, key: bytes, entry: Entry, kept_ms: int | None = None) -> None:
+        """Waits from now on, to be written as by SharedTier.put. The oldest are forgotten where too much waits."""
+        self._waiting.append(_Waiting(time.monotonic() + _WAIT_SECONDS, key, entry, kept_ms))
+        self._bytes += len(entry.value)
+        while self._bytes > _MAX_WAITING_BYTES or len(self._waiting) > _MAX_WAITING:
+            self._bytes -= len(self._waiting.popleft().entry.value)
+
+    def look(self) -> None:
+        """Writes what has had a hit, forgets what has waited too long."""
+        now = time.monotonic()
+        still: deque[_Waiting] = deque()
+        size = 0
+        for waiting in self._waiting:
+            if waiting.entry.hits:
+                self._shared.put(waiting.key, waiting.entry, waiting.kept_ms)
+            elif now < waiting.until:
+                still.append(waiting)
+                size += len(waiting.entry.value)
+        self._waiting, self._bytes = still, size
+
+    async def close(self) -> None:
+        """Looks once more."""
+        if self._task is not None:
+            self._task.cancel()
+        self.look()
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            self.look()

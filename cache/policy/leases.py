@@ -1,0 +1,108 @@
+"""Who computes a value now: one holder at a time, by a lease that ends by itself (after memcache's, NSDI 2013).
+
+A lease is a key in Redis, beside the value and in its slot; its token grows from holder to holder, and a value is
+taken only with the token of the lease that stands. Where Redis cannot be reached, this process gives leases of its own:
+then a value may be computed once for each cache process.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis
+
+from cache.tiers.entry import Entry
+from cache.tiers.shared_tier import SharedTier, stored_name
+from services.runtime.errors import FailedPreconditionError, UnavailableError
+
+_SECONDS = 1.0
+
+_TAKE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return '' end
+local t = redis.call('TIME')
+local token = string.format('%.0f', t[1] * 1000000 + t[2])
+redis.call('SET', KEYS[1], token, 'PX', ARGV[1])
+return token
+"""
+# KEYS: lease, value. ARGV: token, frame, milliseconds to live.
+_FILL = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+redis.call('DEL', KEYS[1])
+return 1
+"""
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+
+
+class Lease(NamedTuple):
+    """`token` grows from holder to holder."""
+
+    token: int
+    expires_in_ms: int
+
+
+class Leases:
+    """Leases on names of `shared`; of this process alone where it is None or down."""
+
+    def __init__(self, shared: SharedTier | None) -> None:
+        self._shared = shared
+        self._own: dict[bytes, tuple[int, float]] = {}
+
+    async def take(self, name: bytes, milliseconds: int) -> Lease | None:
+        """None where another holds it."""
+        if self._shared is not None:
+            try:
+                token = await self._run(name, _TAKE, 1, str(milliseconds))
+                return Lease(int(token), milliseconds) if token else None
+            except UnavailableError:
+                pass
+        now = time.monotonic()
+        if self._own.get(name, (0, 0.0))[1] > now:
+            return None
+        self._own = {each: held for each, held in self._own.items() if held[1] > now}
+        token = time.time_ns() // 1000
+        self._own[name] = (token, now + milliseconds / 1000)
+        return Lease(token, milliseconds)
+
+    async def fill(self, name: bytes, token: int, entry: Entry, ttl_ms: int | None) -> bool:
+        """Ends the lease. True where what was computed under it is written to Redis; else that is left to the caller.
+
+        Raises FailedPreconditionError where the lease is over. `ttl_ms` None: as long as any entry.
+        """
+        if self._end_own(name, token):
+            return False
+        if self._shared is not None:
+            try:
+                ttl = str(self._shared.ttl_ms if ttl_ms is None else ttl_ms)
+                frame = self._shared.frames.pack(name, entry)
+                if await self._run(name, _FILL, 2, str(token), frame, ttl):
+                    return True
+            except UnavailableError:
+                return False
+        raise FailedPreconditionError("the lease is over or was never given; ask again and compute under the new one")
+
+    async def release(self, name: bytes, token: int) -> None:
+        """Ends it, where it still stands."""
+        if not self._end_own(name, token) and self._shared is not None:
+            try:
+                await self._run(name, _RELEASE, 1, str(token))
+            except UnavailableError:
+                return
+
+    def _end_own(self, name: bytes, token: int) -> bool:
+        held, until = self._own.get(name, (0, 0.0))
+        if held != token or until <= time.monotonic():
+            return False
+        del self._own[name]
+        return True
+
+    async def _run(self, name: bytes, script: str, keys: int, *arguments: str | bytes) -> Any:
+        stored = stored_name(name)
+        lease = b"rm1:lease:{" + stored + b"}"
+
+        def command(redis: Redis) -> Any:
+            return redis.eval(script, keys, *(lease, stored)[:keys], *arguments)
+
+        assert self._shared is not None
+        return await self._shared.run(stored, command, _SECONDS)

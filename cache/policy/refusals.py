@@ -1,0 +1,36 @@
+"""Requests that were found wrong, kept for a while where that is configured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from services.runtime.errors import InvalidArgumentError
+from services.runtime.telemetry.recent import Recent
+
+_MAX_KEPT = 10_000
+
+
+class Refusals:
+    """Errors that are the request's own fault, by key, for `seconds` (0: not kept). Other failures are never kept."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self.kept: Recent[bytes, tuple[float, InvalidArgumentError]] = Recent(_MAX_KEPT)
+
+    def keep(self, key: bytes, error: InvalidArgumentError) -> None:
+        """From now on the same request is refused at once."""
+        if self._seconds:
+            self.kept.put(key, (self._clock() + self._seconds, error))
+
+    def check(self, key: bytes) -> None:
+        """Raises what was kept."""
+        kept = self.kept.get(key) if self._seconds else None
+        if kept is None:
+            return
+        until, error = kept
+        if self._clock() >= until:
+            self.kept.pop(key)
+            return
+        raise InvalidArgumentError(error.message, field=error.field)

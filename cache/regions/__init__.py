@@ -1,0 +1,1 @@
+"""Answers from other regions, and copies for them."""

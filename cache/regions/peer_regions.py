@@ -1,0 +1,248 @@
+"""Other regions' caches: asked on a miss where computing costs more than the trip, and first answer wins.
+
+An answer is filed under what it was computed from and the purges since, so a peer's answer is right where its key is
+ours. Peers tell each other of purges by `Watch`. A peer that fails or hangs is skipped by its circuit breaker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from ringmesh.cache.v1 import cache_pb2
+
+from cache.keys.invalidation import PurgeBoard
+from cache.tiers.breaker import Breaker
+from cache.tiers.entry import Entry, Frames, is_answer
+from services.runtime import faults
+from services.runtime.errors import RingmeshError
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+_SERVICE = "/ringmesh.cache.v1.CacheService/"
+_PROBE_SECONDS = 2.0
+_LONGEST_SECONDS = 2.0
+_CALLS = 8
+_MAX_KEYS = 64
+# A peer's answer is waited for this many usual trips before computing begins beside it.
+_PATIENCE = 2.0
+_SMOOTHING = 0.2
+
+_RawCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+_RawStream: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[bytes, bytes]"
+Result = TypeVar("Result")
+
+
+class PeerError(Exception):
+    """A peer answered with nonsense; the message says how."""
+
+
+FAILURES: Final = (grpc.aio.AioRpcError, DecodeError, asyncio.TimeoutError, OSError, PeerError)
+
+
+class PeerRegion:
+    """The cache service of `region` at `address`, which must seal what it answers by the secret of `frames`.
+
+    `trip_seconds` is a usual trip; infinite until one was made. `unsealed` counts the answers
+    that were dropped because their seal or their content was wrong.
+    """
+
+    def __init__(self, region: str, address: str, breaker: Breaker, frames: Frames) -> None:
+        self.region = region
+        self._frames = frames
+        self.trip_seconds = float("inf")
+        self.unsealed = 0
+        self._breaker = breaker
+        self._channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_reconnect_backoff_ms", 2000),
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self._fetch: _RawCall = self._channel.unary_unary(_SERVICE + "Fetch")
+        self._list: _RawCall = self._channel.unary_unary(_SERVICE + "ListValuable")
+        self._watch: _RawStream = self._channel.unary_stream(_SERVICE + "Watch")
+        self._waiting: dict[bytes, asyncio.Future[Entry | None]] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it may be asked."""
+        return not self._breaker.is_open
+
+    async def get(self, key: bytes) -> Entry | None:
+        """None on a miss and on any failure. Look-ups that wait for others leave together."""
+        waiter = self._waiting.get(key)
+        if waiter is None:
+            waiter = self._waiting[key] = asyncio.get_running_loop().create_future()
+        self._send()
+        return await asyncio.shield(waiter)
+
+    async def get_many(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        """In one call. Raises one of FAILURES."""
+        start = time.monotonic()
+        timeout = min(_LONGEST_SECONDS, max(0.1, 10 * self.trip_seconds))
+        data = await self._fetch(cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout)
+        results = cache_pb2.FetchResponse.FromString(data).results
+        if len(results) != len(keys):
+            raise PeerError(f"it answered {len(results)} of {len(keys)} look-ups")
+        found = [self._entry(key, each) for key, each in zip(keys, results, strict=True)]
+        trip = time.monotonic() - start
+        known = self.trip_seconds
+        self.trip_seconds = trip if known == float("inf") else known + _SMOOTHING * (trip - known)
+        return found
+
+    def _entry(self, key: bytes, result: cache_pb2.GetResponse) -> Entry | None:
+        """None if there is none, or if no process that knows the secret vouches for it."""
+        if not result.HasField("entry"):
+            return None
+        told = result.entry
+        entry = Entry(told.value, told.compute_us, told.created_at_ms)
+        if self._frames.is_sealed(key, entry, told.seal) and is_answer(told.value):
+            return entry
+        if not self.unsealed:
+            log.warning(
+                "peer region %s answered without a valid seal, which is ignored: it must run this version with the "
+                "same RINGMESH_KEY_SECRET",
+                self.region,
+            )
+        self.unsealed += 1
+        return None
+
+    async def valuable(self) -> list[bytes]:
+        """Keys of what saves it most computing. Raises one of FAILURES."""
+        data = await self._list(b"", timeout=_LONGEST_SECONDS)
+        return list(cache_pb2.ListValuableResponse.FromString(data).keys)
+
+    async def probe_on(self) -> None:
+        """Measures the trip, and finds out when it is back."""
+        while True:
+            if self._breaker.allow():
+                try:
+                    await self.get_many(())
+                    if self._breaker.is_open:
+                        log.info("peer region %s answers", self.region)
+                    self._breaker.success()
+                except FAILURES as error:
+                    self._failed(error)
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def watch_on(self, purges: PurgeBoard) -> None:
+        """Takes over its purges as they come."""
+        while True:
+            with contextlib.suppress(*FAILURES, RingmeshError):
+                async for data in self._watch(b""):
+                    await purges.merge(cache_pb2.WatchResponse.FromString(data).purges)
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def close(self) -> None:
+        """Ends what is under way and disconnects."""
+        for call in self._calls:
+            call.cancel()
+        await self._channel.close()
+
+    def _send(self) -> None:
+        while self._waiting and len(self._calls) < _CALLS:
+            keys = list(self._waiting)[:_MAX_KEYS]
+            call = asyncio.create_task(self._ask({key: self._waiting.pop(key) for key in keys}))
+            self._calls.add(call)
+            call.add_done_callback(self._called)
+
+    def _called(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._send()
+
+    async def _ask(self, waiters: dict[bytes, asyncio.Future[Entry | None]]) -> None:
+        found: Sequence[Entry | None] = ()
+        try:
+            if self.is_up:
+                found = await self.get_many(tuple(waiters))
+        except Exception as error:
+            self._failed(error)
+        finally:
+            for index, waiter in enumerate(waiters.values()):
+                if not waiter.done():
+                    waiter.set_result(found[index] if index < len(found) else None)
+
+    def _failed(self, error: Exception) -> None:
+        if not isinstance(error, FAILURES):
+            faults.internal(log, f"a look-up in peer region {self.region} failed", error)
+        elif not self._breaker.is_open:
+            log.warning("peer region %s is skipped for now: %r", self.region, error)
+        self._breaker.failure()
+
+
+class PeerRegions:
+    """The peers that a miss may ask."""
+
+    def __init__(self, peers: Sequence[PeerRegion], purges: PurgeBoard) -> None:
+        self.peers = peers
+        self._purges = purges
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begins to measure, and to hear of purges."""
+        for peer in self.peers:
+            self._tasks.append(BACKGROUND.start("probe of a peer region", peer.probe_on))
+            self._tasks.append(BACKGROUND.start("purges of a peer region", partial(peer.watch_on, self._purges)))
+
+    async def close(self) -> None:
+        """Disconnects."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(peer.close() for peer in self.peers))
+
+    def worth_asking(self, compute_seconds: float) -> list[PeerRegion]:
+        """Those up and nearer than the computing would take."""
+        return [peer for peer in self.peers if peer.is_up and peer.trip_seconds < compute_seconds]
+
+    async def race(
+        self,
+        peers: Sequence[PeerRegion],
+        key: bytes,
+        compute: Callable[[], Awaitable[Result]],
+        usable: Callable[[Entry], bool],
+    ) -> Entry | Result:
+        """The first answer: a peer's entry, where it is `usable`, or what was computed. The rest is cancelled.
+
+        Computing begins when no peer has it, or none has answered within two usual trips. Raises what `compute` raises
+        where no peer has an answer.
+        """
+        loop = asyncio.get_running_loop()
+        asks = {asyncio.ensure_future(peer.get(key)) for peer in peers}
+        begin = loop.time() + _PATIENCE * min(peer.trip_seconds for peer in peers)
+        computing: asyncio.Future[Result] | None = None
+        try:
+            while True:
+                running: list[asyncio.Future[Any]] = [*asks]
+                timeout: float | None = max(0.0, begin - loop.time())
+                if computing is not None:
+                    running.append(computing)
+                    timeout = None
+                await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                for ask in [each for each in asks if each.done()]:
+                    asks.discard(ask)
+                    if (entry := ask.result()) is not None and usable(entry):
+                        return entry
+                if computing is None:
+                    if not asks or loop.time() >= begin:
+                        computing = asyncio.ensure_future(compute())
+                        await asyncio.sleep(0)
+                elif computing.done() and (computing.exception() is None or not asks):
+                    return computing.result()
+                elif computing.done():
+                    await asyncio.wait(asks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for left in (*asks, computing):
+                if left is not None and not left.done():
+                    left.cancel()

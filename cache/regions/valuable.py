@@ -1,0 +1,107 @@
+"""Which answers save a region most computing: what its processes found valuable, in one sorted set in Redis.
+
+Each process tells the best of its local tier now and then. A new process warms itself from them, and peer regions
+copy them. An answer is worth its hits times its compute time for each byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from heapq import nlargest
+from typing import Any
+
+from redis.asyncio import Redis
+
+from cache.keys.keys import KEY_BYTES
+from cache.tiers.local_tier import LocalTier
+from cache.tiers.shared_tier import SharedTier
+from services.runtime.errors import UnavailableError
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+_NAME = b"{rm1-mesh}:valuable"
+_TELL_SECONDS = 30.0
+_TOLD = 1000
+_KEPT = 10_000
+_KEPT_SECONDS = 7 * 86400
+_COMMAND_SECONDS = 2.0
+_GET = 256
+
+# ARGV: how many to keep, seconds, then worths and keys by turns. What was told before fades by a tenth.
+_TELL = """
+redis.call('ZUNIONSTORE', KEYS[1], 1, KEYS[1], 'WEIGHTS', 0.9)
+for i = 3, #ARGV, 2 do redis.call('ZADD', KEYS[1], 'GT', ARGV[i], ARGV[i + 1]) end
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -(ARGV[1] + 1))
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+"""
+
+
+class Valuable:
+    """Tells of the best entries of `local`, and brings the best of the region into it."""
+
+    def __init__(self, local: LocalTier, shared: SharedTier) -> None:
+        self._local = local
+        self._shared = shared
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to tell."""
+        self._task = BACKGROUND.start("valuable entries", self._tell_on)
+
+    async def close(self) -> None:
+        """Tells once more: who comes next begins with what was learned here."""
+        if self._task is not None:
+            self._task.cancel()
+            await self.tell()
+
+    async def tell(self) -> None:
+        """Nothing, where Redis cannot be reached."""
+        best: list[tuple[float, bytes]] = []
+        for shard in self._local.shards():
+            best += [(_worth(entry), key) for key, entry in shard if entry.hits]
+            if len(best) > 4 * _TOLD:
+                best = nlargest(_TOLD, best)
+            await asyncio.sleep(0)
+        if not best:
+            return
+        flat = [part for worth, key in nlargest(_TOLD, best) for part in (repr(worth), key)]
+        try:
+            await self._run(lambda redis: redis.eval(_TELL, 1, _NAME, str(_KEPT), str(_KEPT_SECONDS), *flat))
+        except UnavailableError as error:
+            log.debug("could not tell what is valuable: %s", error.message)
+
+    async def keys(self, limit: int) -> list[bytes]:
+        """The best first. Raises UnavailableError."""
+        found: list[bytes] = await self._run(lambda redis: redis.zrange(_NAME, 0, limit - 1, desc=True))
+        # A peer refuses the whole list if one is not a key, and anybody with access to Redis may have added it.
+        return [key for key in found if len(key) == KEY_BYTES]
+
+    async def warm(self, keys: list[bytes], max_bytes: int) -> tuple[int, int]:
+        """Brings entries from the shared tier into the local one. Returns how many, and their bytes."""
+        count = size = 0
+        for start in range(0, len(keys), _GET):
+            part = keys[start : start + _GET]
+            for key, entry in zip(part, await asyncio.gather(*map(self._shared.get_answer, part)), strict=True):
+                if entry is None or size + len(entry.value) > max_bytes:
+                    continue
+                self._local.put(key, entry)
+                count += 1
+                size += len(entry.value)
+        return count, size
+
+    async def _tell_on(self) -> None:
+        while True:
+            await asyncio.sleep(_TELL_SECONDS)
+            await self.tell()
+
+    async def _run(self, command: Any) -> Any:
+        def run(redis: Redis) -> Any:
+            return command(redis)
+
+        return await self._shared.run(_NAME, run, _COMMAND_SECONDS)
+
+
+def _worth(entry: Any) -> float:
+    return float(entry.hits * entry.compute_us / (len(entry.value) + 1))

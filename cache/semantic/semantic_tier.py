@@ -1,0 +1,162 @@
+"""The semantic tier of the fleet: vectors of earlier requests in this process, and in Redis where it can search them.
+
+Spoken are the commands of Redis's query engine (Redis Stack, Redis 8) and of valkey-search: FT.CREATE, FT.SEARCH. A
+server that has none, refuses them, is down or slow is left alone for a while, and the process's own index answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, ResponseError
+
+from cache.semantic.semantic_index import Near, SemanticIndex, Vector, unit
+from cache.tiers.shared_tier import SharedTier
+from services.runtime.errors import UnavailableError
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+# One hash tag, and so one server of a cluster, whose own index then holds all.
+_PREFIX = b"{rm1-mesh}:similar:"
+_ABSENT_SECONDS = 60.0
+_DOWN_SECONDS = 1.0
+_WRITE_SECONDS = 1.0
+_MOST_WRITES = 64
+_MOST_DIMENSIONS = 32_768  # Redis's own bound
+
+
+class Document(NamedTuple):
+    """What Redis holds of an earlier request: the key of its answer, its unit vector, and their MAC."""
+
+    key: bytes
+    vector: bytes
+    seal: bytes
+
+
+class SemanticTier:
+    """Vectors with the keys of their answers, in groups that are never compared. `shared` is None without Redis."""
+
+    def __init__(self, shared: SharedTier | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._index = SemanticIndex()
+        self._shared = shared
+        self._clock = clock
+        self._not_before = 0.0
+        self._made: set[bytes] = set()
+        self._writes: set[asyncio.Task[None]] = set()
+
+    @property
+    def searches_redis(self) -> bool:
+        """Whether Redis is asked now."""
+        shared = self._shared
+        return shared is not None and self._clock() >= self._not_before and not shared.is_skipped
+
+    async def nearest(self, group: bytes, vector: Vector, threshold: float) -> Near | None:
+        """The nearest that this process knows, else the nearest in Redis; None below the `threshold`."""
+        near = self._index.nearest(group, vector)
+        if near is None or near.similarity < threshold:
+            near = await self._search(group, vector)
+        return near if near is not None and near.similarity >= threshold else None
+
+    def add(self, group: bytes, vector: Vector, key: bytes) -> None:
+        """Known here at once, and to the others soon. Nothing where the vector has no direction."""
+        self._index.add(group, vector, key)
+        direction = unit(vector)
+        if direction is None or direction.size > _MOST_DIMENSIONS or not self.searches_redis:
+            return
+        if len(self._writes) < _MOST_WRITES:
+            task = BACKGROUND.once("semantic index", self._write(group, direction, key))
+            self._writes.add(task)
+            task.add_done_callback(self._writes.discard)
+
+    async def _search(self, group: bytes, vector: Vector) -> Near | None:
+        direction = unit(vector)
+        if direction is None or direction.size > _MOST_DIMENSIONS or not self.searches_redis:
+            return None
+        query = f"(@group:{{{group.hex()}}})=>[KNN 1 @vector $vector AS distance]"
+        assert self._shared is not None
+        reply = await self._run(
+            self._shared.budget_seconds,
+            *("FT.SEARCH", _index_name(direction), query, "PARAMS", "2", "vector", direction.tobytes()),
+            *("RETURN", "3", "key", "vector", "seal", "DIALECT", "2"),
+        )
+        if isinstance(reply, Exception):
+            self._made.discard(_index_name(direction))  # lost with a server that was replaced
+            return None
+        document = document_of(reply)
+        if document is None or not self._is_sealed(group, document) or len(document.vector) != direction.nbytes:
+            return None
+        found = np.frombuffer(document.vector, direction.dtype)
+        return Near(document.key, float(found @ direction))
+
+    def _is_sealed(self, group: bytes, document: Document) -> bool:
+        """Whether it was written by a process that knows the fleet's secret: Redis alone is not believed."""
+        assert self._shared is not None
+        seal = self._shared.frames.seal_vector(group, document.vector, document.key)
+        return hmac.compare_digest(seal, document.seal)
+
+    async def _write(self, group: bytes, direction: Vector, key: bytes) -> None:
+        name = _index_name(direction)
+        if name not in self._made:
+            made = await self._run(
+                _WRITE_SECONDS,
+                *("FT.CREATE", name, "ON", "HASH", "PREFIX", "1", name + b":", "SCHEMA", "group", "TAG"),
+                *("vector", "VECTOR", "HNSW", "6", "TYPE", "FLOAT32", "DIM", str(direction.size)),
+                *("DISTANCE_METRIC", "COSINE"),
+            )
+            if made is None or (isinstance(made, Exception) and "exists" not in str(made)):
+                return
+            self._made.add(name)
+        document = name + b":" + key
+        assert self._shared is not None
+        vector = direction.tobytes()
+        seal = self._shared.frames.seal_vector(group, vector, key)
+        await self._run(
+            *(_WRITE_SECONDS, "HSET", document, "group", group.hex(), "vector", vector, "key", key, "seal", seal)
+        )
+        await self._run(_WRITE_SECONDS, "PEXPIRE", document, str(self._shared.ttl_ms))
+
+    async def _run(self, seconds: float, *command: str | bytes) -> Any:
+        """The reply; a ResponseError where the server refuses this one; None where it is left alone from now on."""
+
+        async def run(redis: Redis) -> Any:
+            try:
+                return await redis.execute_command(*command)  # type: ignore[no-untyped-call]
+            except ResponseError as error:
+                return error
+
+        assert self._shared is not None
+        try:
+            reply = await self._shared.run(_PREFIX, run, seconds)
+        except UnavailableError as error:
+            log.debug("similar vectors are not looked for in Redis now: %s", error.message)
+            self._not_before = self._clock() + _DOWN_SECONDS
+            return None
+        if isinstance(reply, NoPermissionError) or "unknown command" in str(reply).lower()[:100]:
+            log.info("similar vectors are looked for in this process only: Redis says %s", str(reply)[:100])
+            self._not_before = self._clock() + _ABSENT_SECONDS
+            return None
+        return reply
+
+
+def document_of(reply: Any) -> Document | None:
+    """The first result of FT.SEARCH, as a map (RESP3 of Redis) or as a list (valkey-search, RESP2)."""
+    try:
+        if isinstance(reply, dict):
+            fields = reply[b"results"][0][b"extra_attributes"]
+        else:
+            fields = dict(zip(reply[2][::2], reply[2][1::2], strict=True))
+        return Document(bytes(fields[b"key"]), bytes(fields[b"vector"]), bytes(fields[b"seal"]))
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _index_name(direction: Vector) -> bytes:
+    return _PREFIX + str(direction.size).encode()

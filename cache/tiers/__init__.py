@@ -1,0 +1,1 @@
+"""Where answers are kept: this process's memory, and Redis."""

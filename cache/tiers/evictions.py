@@ -1,0 +1,37 @@
+"""What the local tier gave up for room, by model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cache.tiers.local_tier import LocalTier
+
+_MAX_KNOWN = 4096
+_MAX_MODELS = 200
+# Data of other services, and models that were not known any more when it was asked.
+OTHER = "other"
+
+
+class Evictions:
+    """Counts since the process started. `models` tells which model the first 16 bytes of a key mean now.
+
+    A model's keys change with its files and with purges, so what was known before is remembered.
+    """
+
+    def __init__(self, local: LocalTier, models: Callable[[], Mapping[bytes, str]] = dict) -> None:
+        self._local = local
+        self._models = models
+        self._known: dict[bytes, str] = {}
+        self._counts: dict[str, int] = {}
+
+    def by_model(self) -> Mapping[str, int]:
+        """All models that lost an entry."""
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known.update(self._models())
+        for prefix, count in self._local.take_evicted().items():
+            model = self._known.get(prefix, OTHER)
+            if model not in self._counts and len(self._counts) >= _MAX_MODELS:
+                model = OTHER
+            self._counts[model] = self._counts.get(model, 0) + count
+        return self._counts

@@ -1,0 +1,214 @@
+"""The tier in Redis, shared by the fleet: never an error, never a wait beyond its budget."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from redis.asyncio import Redis
+from redis.exceptions import AskError, MovedError
+
+from cache.tiers.breaker import Breaker
+from cache.tiers.entry import Entry, Frames, is_answer
+from cache.tiers.redis_node import FAILURES, Fill, GivenUpError, RedisNode, Reply, kind_of
+from cache.tiers.redis_nodes import Nodes, create_nodes
+from cache.tiers.stats import TierCounters
+from services.runtime.errors import UnavailableError
+from services.runtime.redis.redis_url import parse_redis_url
+from services.runtime.telemetry.metrics import Counter, Family, Histogram
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+ERRORS = Family(
+    "ringmesh_redis_errors_total",
+    "counter",
+    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), "
+    "damaged (also forged, or written under another secret)",
+    ("type",),
+)
+
+# 2: frames with a MAC. Older processes of the fleet keep to their own names.
+_PREFIX = b"rm1:2:"
+_REDIRECTS = 2
+_CHECK_SECONDS = 5.0
+_COMMAND_SECONDS = 1.0
+Result = TypeVar("Result")
+
+
+def stored_name(key: bytes) -> bytes:
+    """The name in Redis of the entry under `key`."""
+    return _PREFIX + key
+
+
+class SharedTier:
+    """Entries in Redis under `rm1:2:<key>`, kept for `ttl_seconds` (give or take a tenth, so as not to end together).
+
+    `url` as in services/runtime/redis/redis_url.py; raises StartError where it is none. `frames` authenticates values.
+    `budget_seconds` bounds what a look-up may wait for one server; past it, it is a miss.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        frames: Frames,
+        *,
+        ttl_seconds: float,
+        budget_seconds: float,
+        create_breaker: Callable[[], Breaker],
+    ) -> None:
+        self.frames = frames
+        self.ttl_ms = int(ttl_seconds * 1000)
+        self.budget_seconds = budget_seconds
+        self._create_breaker = create_breaker
+        self._check_task: asyncio.Task[None] | None = None
+        self.counters = TierCounters("shared")
+        self.get_times = Histogram()
+        self.set_times = Histogram()
+        self.errors = Counter(ERRORS)
+        self.nodes: Nodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a server of it failed and is not back."""
+        return any(node.breaker.is_open for node in self.nodes.all)
+
+    def start(self) -> None:
+        """Connects, learns what is where, and warns of a server that will refuse writes."""
+        self.nodes.owner(_PREFIX)
+        self._check_task = BACKGROUND.start("check of Redis", self._check_memory)
+
+    async def get(self, key: bytes) -> Entry | None:
+        """None on a miss, and if Redis is down, slow, or holds a bad frame. A cancelled look-up goes on."""
+        return await self._get(key, answer=False)
+
+    async def get_answer(self, key: bytes) -> Entry | None:
+        """As `get`; also None if the value is not a serialized ModelInferResponse."""
+        return await self._get(key, answer=True)
+
+    async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
+        name = _PREFIX + key
+        node = self.nodes.owner(name)
+        reply: Reply = None
+        if node is None:
+            self.counters.failures += 1
+            return None
+        reply = await node.get(name)
+        for _ in range(_REDIRECTS):
+            if not isinstance(reply, AskError) or (node := self.nodes.redirected(reply)) is None:
+                break
+            reply = await node.get(name, asking=type(reply) is AskError)
+        if reply is None:
+            self.counters.misses += 1
+            return None
+        entry = self.frames.unpack(key, reply) if isinstance(reply, bytes) else None
+        if answer and entry is not None and not is_answer(entry.value):
+            entry = None
+        if entry is None:
+            if not isinstance(reply, GivenUpError):
+                self.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
+            self.counters.failures += 1
+            return None
+        self.counters.hits += 1
+        self.counters.saved_compute_us += entry.compute_us
+        return entry
+
+    def put(self, key: bytes, entry: Entry, ttl_ms: int | None = None) -> None:
+        """Writes behind. Dropped (and counted) where Redis is down, refuses, or cannot keep up."""
+        name = _PREFIX + key
+        node = self.nodes.owner(name)
+        if node is None:
+            self.counters.failures += 1
+            return
+        if ttl_ms is None:
+            ttl_ms = int(self.ttl_ms * random.uniform(0.9, 1.1))
+        node.put(Fill(name, self.frames.pack(key, entry), ttl_ms))
+
+    async def delete(self, key: bytes) -> None:
+        """Raises UnavailableError where Redis cannot be reached."""
+        name = _PREFIX + key
+
+        def command(redis: Redis) -> Any:
+            return redis.unlink(name)
+
+        await self.run(name, command, _COMMAND_SECONDS)
+
+    async def run(self, name: bytes, command: Callable[[Redis], Awaitable[Result]], seconds: float) -> Result:
+        """A command of another kind on the server that owns `name`. Raises UnavailableError, also past `seconds`."""
+        node = self.nodes.owner(name)
+        why: Any = "the map of the cluster's slots is not known yet"
+        for _ in range(_REDIRECTS + 1):
+            if node is None:
+                break
+            try:
+                async with asyncio.timeout(seconds):
+                    return await command(node.client)
+            except AskError as error:
+                why, node = error, self.nodes.redirected(error)
+            except FAILURES as error:
+                why = error
+                break
+        raise UnavailableError(f"Redis cannot be used: {why!r}; retry later", kind="redis")
+
+    async def close(self) -> None:
+        """Writes what is left, for a second at most, and disconnects."""
+        if self._check_task is not None:
+            self._check_task.cancel()
+        await self.nodes.close()
+
+    def _create_node(self, name: str, client: Redis, one_slot: bool, on_failure: Callable[[], None]) -> RedisNode:
+        return RedisNode(
+            name,
+            client,
+            budget_seconds=self.budget_seconds,
+            breaker=self._create_breaker(),
+            one_slot=one_slot,
+            on_failure=on_failure,
+            on_fill=self._filled,
+            get_times=self.get_times,
+            set_times=self.set_times,
+            errors=self.errors,
+        )
+
+    def _filled(self, fill: Fill, error: Exception | None) -> None:
+        if error is None:
+            self.counters.fills += 1
+        elif isinstance(error, MovedError) and not fill.moved and (node := self.nodes.redirected(error)) is not None:
+            node.put(fill._replace(moved=True))
+        else:
+            if not isinstance(error, GivenUpError):
+                self.errors.add(kind_of(error))
+            self.counters.failures += 1
+
+    async def _check_memory(self) -> None:
+        """The policy of each server once, as soon as it answers; what it evicted, again and again."""
+        checked: set[str] = set()
+        evicted: dict[str, int] = {}
+        while True:
+            for node in self.nodes.all:
+                if node.name not in checked and await self._check_policy(node):
+                    checked.add(node.name)
+                with contextlib.suppress(*FAILURES):
+                    async with asyncio.timeout(_CHECK_SECONDS):
+                        evicted[node.name] = (await node.client.info("stats"))["evicted_keys"]
+            self.counters.evictions = sum(evicted.values())
+            await asyncio.sleep(_CHECK_SECONDS)
+
+    async def _check_policy(self, node: RedisNode) -> bool:
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                memory = await node.client.info("memory")
+        except FAILURES:
+            return False
+        if memory.get("maxmemory") and memory.get("maxmemory_policy") == "noeviction":
+            log.warning(
+                "Redis %s has maxmemory-policy noeviction: when its %d bytes are full it refuses what is to be "
+                "cached; set allkeys-lru or allkeys-lfu",
+                node.name,
+                memory["maxmemory"],
+            )
+        return True

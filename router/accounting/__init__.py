@@ -1,0 +1,1 @@
+"""What is counted and priced of requests and attempts."""

@@ -1,0 +1,91 @@
+"""What answers cost: a price a second of each kind of hardware times the compute time of each model; and memory's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from router.accounting.request_metrics import RequestMetrics
+from services.runtime.errors import NotFoundError, UnavailableError
+from services.runtime.telemetry.metrics import Family, Sample
+
+COST = Family(
+    "ringmesh_cost_total",
+    "counter",
+    "price in the currency of the settings; kind: compute spent, or saved by hits and joins; memory of the local tier",
+    ("model", "version", "tenant", "kind"),
+)
+PRICE = Family(
+    "ringmesh_price",
+    "gauge",
+    "price of one unit, as the settings have it; unit: cpu_second, gpu_second, memory_gb_hour",
+    ("unit", "currency"),
+)
+
+_SPENT = frozenset({"miss", "bypass"})
+_CPU = "CPUExecutionProvider"
+
+
+class Prices(NamedTuple):
+    """Of a second of computing, and of holding 10**9 bytes for an hour. `currency` is a name for people."""
+
+    cpu_second: float
+    gpu_second: float
+    memory_gb_hour: float = 0.0
+    currency: str = ""
+
+    def of(self, provider: str) -> float:
+        """Of a second of a model that `provider` runs."""
+        return self.cpu_second if provider in (_CPU, "ensemble", "") else self.gpu_second
+
+
+class Cost:
+    """Prices what `requests` counted, and the bytes that are `held` from one scrape to the next.
+
+    `provider` tells what runs a model, by name and version, and raises as Catalog.find; `clock` as time.monotonic.
+    """
+
+    def __init__(
+        self,
+        prices: Prices,
+        requests: RequestMetrics,
+        provider: Callable[[str, str], str],
+        held: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._prices = prices
+        self._requests = requests
+        self._find_provider = provider
+        self._held = held
+        self._clock = clock
+        self._asked_at = clock()
+        self._byte_seconds = 0.0
+        # Models that nobody holds any more keep the provider they had.
+        self._providers: dict[tuple[str, str], str] = {}
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        totals: dict[tuple[str, str, str, str], float] = {}
+        for (model, version, tenant, outcome), us in self._requests.compute_us().items():
+            key = (model, version, tenant, "spent" if outcome in _SPENT else "saved")
+            totals[key] = totals.get(key, 0.0) + us / 1e6 * self._prices.of(self._provider(model, version))
+        for key, amount in totals.items():
+            yield Sample(COST, key, amount)
+        now = self._clock()
+        self._byte_seconds += self._held() * (now - self._asked_at)
+        self._asked_at = now
+        yield Sample(COST, ("", "", "", "memory"), self._byte_seconds / 1e9 / 3600 * self._prices.memory_gb_hour)
+        for unit in ("cpu_second", "gpu_second", "memory_gb_hour"):
+            yield Sample(PRICE, (unit, self._prices.currency), getattr(self._prices, unit))
+
+    def of(self, provider: str, compute_us: int) -> float:
+        """Of one answer."""
+        return compute_us / 1e6 * self._prices.of(provider)
+
+    def _provider(self, model: str, version: str) -> str:
+        try:
+            found = self._find_provider(model, version)
+        except (NotFoundError, UnavailableError):
+            return self._providers.get((model, version), "")
+        self._providers[model, version] = found
+        return found

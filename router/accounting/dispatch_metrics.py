@@ -1,0 +1,47 @@
+"""Attempts, retries and refusals, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.runtime.telemetry.metrics import OTHER, Counter, Family, Histogram, Sample
+
+ATTEMPTS = Family(
+    "ringmesh_attempts_total",
+    "counter",
+    "requests sent to workers; kind: first, retry, hedge; code: of the answer, UNAVAILABLE where none came",
+    ("worker", "kind", "code"),
+)
+ATTEMPT_SECONDS = Family(
+    "ringmesh_attempt_duration_seconds", "histogram", "from sending a request to a worker to its answer", ("worker",)
+)
+RETRIES_DENIED = Family("ringmesh_retries_denied_total", "counter", "retries not made, to keep within the budget")
+SHEDS = Family("ringmesh_sheds_total", "counter", "requests refused; reason: overload, quota", ("reason",))
+EJECTIONS = Family(
+    "ringmesh_ejections_total", "counter", "times a worker was ejected for answering worse than others", ("worker",)
+)
+_MAX_WORKERS = 200
+
+
+class DispatchMetrics:
+    """Attempts, by worker."""
+
+    def __init__(self) -> None:
+        self._attempts = Counter(ATTEMPTS)
+        self._times: dict[str, Histogram] = {}
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield from self._attempts.samples()
+        for worker, times in self._times.items():
+            yield Sample(ATTEMPT_SECONDS, (worker,), times.buckets())
+
+    def attempted(self, worker: str, kind: str, code: str, ns: int) -> None:
+        """One ended."""
+        self._attempts.add(worker, kind, code)
+        times = self._times.get(worker)
+        if times is None:
+            # Workers come and go under new names.
+            worker = worker if len(self._times) < _MAX_WORKERS else OTHER
+            times = self._times.setdefault(worker, Histogram())
+        times.observe(ns)

@@ -1,0 +1,266 @@
+"""What this router has answered: how often, how fast, from where, and what it cost to compute."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ringmesh.cache.v1 import cache_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.telemetry.load_report import Answers
+from services.runtime.telemetry.metrics import BOUNDS_NS, OTHER, Exemplar, Family, Histogram, Sample
+
+REQUESTS = Family(
+    "ringmesh_requests_total",
+    "counter",
+    "inference requests answered",
+    ("method", "model", "version", "tenant", "code", "outcome"),
+)
+DURATION = Family(
+    "ringmesh_request_duration_seconds",
+    "histogram",
+    "time from a request's arrival to its answer",
+    ("model", "version", "outcome"),
+)
+ERRORS = Family(
+    "ringmesh_errors_total",
+    "counter",
+    "requests that failed; type: invalid_input, unknown_model, precondition, not_cached, overload, quota, memory, "
+    "too_large, no_worker, worker_lost, unavailable, deadline, cancelled, execution, internal, redis, unimplemented",
+    ("model", "version", "type"),
+)
+COMPUTE = Family(
+    "ringmesh_compute_seconds_total",
+    "counter",
+    "compute time of answers: spent on misses and bypasses, saved by hits and joined requests",
+    ("model", "version", "tenant", "outcome"),
+)
+IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests that the local tier did not answer, under way")
+
+MARK_SECONDS = 5.0
+_RECENT = 2048
+_MIN_REQUESTS = 100
+# Of the requests between two marks so many are told to be slow, and so many at least. When all have become slower,
+# keeping each would make them slower still, until the next mark says what is slow among them.
+_SLOW_SHARE = 0.02
+_LEAST_SLOW = 50
+_NEVER = 1 << 62
+_MAX_SERIES = 5000
+_MAX_MODELS = 200
+_MAX_TENANTS = 100
+_HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined"})
+_SERVERS_FAULTS = frozenset({"DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN"})
+OK = "OK"
+# The method of what an ensemble asks for, which is no request of a caller's.
+STEP = "step"
+_OUR_DOING = frozenset(
+    {"UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNIMPLEMENTED"}
+)
+
+
+class Labels(NamedTuple):
+    """Of one series. `outcome` is "error" where `code` is not OK."""
+
+    method: str
+    model: str
+    version: str
+    tenant: str
+    code: str
+    outcome: str
+
+
+class Series(Histogram):
+    """Requests that were answered alike. `recent` durations and the mark `slow_ns` are of their model."""
+
+    __slots__ = ("compute_us", "count", "exemplars", "recent", "slow_ns")
+
+    def __init__(self, recent: deque[int], slow_ns: int) -> None:
+        super().__init__()
+        self.count = 0
+        self.compute_us = 0
+        self.recent = recent
+        self.slow_ns = slow_ns
+        # By place in the buckets.
+        self.exemplars: dict[int, Exemplar] = {}
+
+
+class RequestMetrics:
+    """Counts requests by their labels; models and tenants beyond a bound count as `other`.
+
+    What is above the 99th percentile of the last requests of its model is slow; `mark` moves that percentile on.
+    Between two marks no more than the first are, as _SLOW_SHARE has it.
+    """
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._series: dict[tuple[str, ...], Series] = {}
+        self._models: set[tuple[str, str]] = set()
+        self._tenants: set[str] = set()
+        self._marks: dict[str, int] = {}
+        self._recent: dict[str, deque[int]] = {}
+        self._errors: dict[tuple[str, str, str], int] = {}
+        self._slow_left = _LEAST_SLOW
+        self._counted = 0
+
+    def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> bool:
+        """One request, by what is in Labels; whether it was slow. On the path of every hit: measured at 0.4 us."""
+        series = self._series.get(labels)
+        if series is None:
+            series = self._open(Labels(*labels))
+        series.count += 1
+        series.sum_ns += ns
+        series.compute_us += compute_us
+        series.counts[bisect_left(BOUNDS_NS, ns)] += 1
+        series.recent.append(ns)
+        if ns <= series.slow_ns or self._slow_left <= 0:
+            return False
+        self._slow_left -= 1
+        return True
+
+    def failed(self, model: str, version: str, kind: str) -> None:
+        """A request that was counted failed for a RingmeshError of `kind`."""
+        error = (model, version, kind) if (model, version) in self._models else (OTHER, "", kind)
+        self._errors[error] = self._errors.get(error, 0) + 1
+
+    def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str, end_ns: int) -> None:
+        """The trace of a request that was counted and is kept."""
+        series = self._series.get(labels)
+        if series is not None:
+            series.exemplars[bisect_left(BOUNDS_NS, ns)] = Exemplar(trace_id, ns / 1e9, end_ns / 1e9)
+
+    async def keep_marking(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.mark()
+            await asyncio.sleep(MARK_SECONDS)
+
+    def mark(self) -> None:
+        """To be called every few seconds."""
+        for model, recent in list(self._recent.items()):
+            # With fewer than that the percentile would be the slowest of a handful.
+            if len(recent) >= _MIN_REQUESTS:
+                self._marks[model] = sorted(recent)[len(recent) * 99 // 100]
+        all_series = self._all()
+        counted = sum(series.count for _, series in all_series)
+        self._slow_left = max(_LEAST_SLOW, int(_SLOW_SHARE * (counted - self._counted)))
+        self._counted = counted
+        for key, series in all_series:
+            series.slow_ns = self._marks.get(Labels(*key).model, _NEVER)
+
+    def add_to(self, statistics: v2.ModelStatistics) -> None:
+        """As Triton counts: a hit is a success that was queued, and no inference and no execution."""
+        stats = statistics.inference_stats
+        for key, series in self._all():
+            labels = Labels(*key)
+            if (labels.model, labels.version, labels.code) != (statistics.name, statistics.version, OK):
+                continue
+            if labels.outcome in _HITS:
+                for duration in (stats.success, stats.cache_hit):
+                    duration.count += series.count
+                    duration.ns += series.sum_ns
+                stats.queue.count += series.count
+            elif labels.outcome == "miss":
+                stats.cache_miss.count += series.count
+                stats.cache_miss.ns += series.sum_ns
+
+    def answers(self) -> Answers:
+        """All of them."""
+        counts = [(key[4], series.count) for key, series in self._all()]
+        return Answers(
+            sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
+        )
+
+    def usages(self) -> list[cache_pb2.UsageStats]:
+        """For the cache's own statistics: by model, tenant and where the answer came from."""
+        sums: dict[tuple[str, str, str], cache_pb2.UsageStats] = {}
+        for key, series in self._all():
+            labels = Labels(*key)
+            if labels.outcome not in _HITS and labels.outcome != "miss":
+                continue
+            tier = labels.outcome.removeprefix("hit-").removeprefix("miss")
+            place = (labels.model, labels.tenant, tier)
+            usage = sums.setdefault(place, cache_pb2.UsageStats(model=place[0], tenant=place[1], tier=tier))
+            if tier:
+                usage.hits += series.count
+                usage.saved_compute_us += series.compute_us
+            else:
+                usage.misses += series.count
+        return list(sums.values())
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        durations: dict[tuple[str, ...], Histogram] = {}
+        exemplars: dict[tuple[str, ...], dict[int, Exemplar]] = {}
+        for key, series in self._all():
+            labels = Labels(*key)
+            yield Sample(REQUESTS, key, series.count)
+            by_model = (labels.model, labels.version, labels.outcome)
+            total = durations.setdefault(by_model, Histogram())
+            total.counts = [a + b for a, b in zip(total.counts, series.counts, strict=True)]
+            total.sum_ns += series.sum_ns
+            shown = exemplars.setdefault(by_model, {})
+            for place, exemplar in series.exemplars.items():
+                if place not in shown or shown[place].at < exemplar.at:
+                    shown[place] = exemplar
+        for key, histogram in durations.items():
+            shown = exemplars[key]
+            kept = tuple(shown.get(place) for place in range(len(histogram.counts)))
+            yield Sample(DURATION, key, histogram.buckets()._replace(exemplars=kept))
+        for group, us in self.compute_us().items():
+            yield Sample(COMPUTE, group, us / 1e6)
+        for error, count in self._errors.items():
+            yield Sample(ERRORS, error, count)
+        yield Sample(IN_FLIGHT, (), self.in_flight)
+
+    def compute_us(self) -> dict[tuple[str, str, str, str], int]:
+        """Of what was answered, by model, version, tenant and outcome."""
+        totals: dict[tuple[str, str, str, str], int] = {}
+        for key, series in self._all():
+            labels = Labels(*key)
+            if labels.code == OK:
+                group = (labels.model, labels.version, labels.tenant, labels.outcome)
+                totals[group] = totals.get(group, 0) + series.compute_us
+        return totals
+
+    def totals(self, seconds: float) -> tuple[int, int, int, int]:
+        """Of callers' requests: how many, how many failed by our doing, were answered, and so later than `seconds`.
+
+        `seconds` counts as the next bound of the buckets.
+        """
+        beyond = bisect_left(BOUNDS_NS, int(seconds * 1e9)) + 1
+        total = failed = answered = slow = 0
+        for key, series in self._all():
+            labels = Labels(*key)
+            if labels.method == STEP:
+                continue
+            total += series.count
+            if labels.code == OK:
+                answered += series.count
+                slow += sum(series.counts[beyond:])
+            elif labels.code in _OUR_DOING:
+                failed += series.count
+        return total, failed, answered, slow
+
+    def _all(self) -> list[tuple[tuple[str, ...], Series]]:
+        """A copy: hits are counted beside the event loop."""
+        return list(self._series.items())
+
+    def _open(self, labels: Labels) -> Series:
+        if labels.model != OTHER and (labels.model, labels.version) not in self._models:
+            if len(self._models) < _MAX_MODELS:
+                self._models.add((labels.model, labels.version))
+            else:
+                labels = labels._replace(model=OTHER, version="")
+        if labels.tenant not in self._tenants:
+            if len(self._tenants) < _MAX_TENANTS:
+                self._tenants.add(labels.tenant)
+            else:
+                labels = labels._replace(tenant=OTHER)
+        if len(self._series) >= _MAX_SERIES:
+            labels = labels._replace(tenant=OTHER)
+        recent = self._recent.setdefault(labels.model, deque(maxlen=_RECENT))
+        return self._series.setdefault(labels, Series(recent, self._marks.get(labels.model, _NEVER)))

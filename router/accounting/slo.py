@@ -1,0 +1,90 @@
+"""Service level objectives: which part of the requests may fail or be slow, and how fast that part is used up.
+
+Burn rates over several windows, as in the SRE Workbook (chapter 5): 1 uses up the budget of a window in that window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from router.accounting.request_metrics import RequestMetrics
+from services.runtime.telemetry.metrics import Family, Sample
+
+_OBJECTIVE = ("objective",)
+TARGET = Family("ringmesh_slo_target_ratio", "gauge", "part of the requests that are to be good", _OBJECTIVE)
+SECONDS = Family("ringmesh_slo_latency_seconds", "gauge", "what an answer may take; counts as the next bucket's bound")
+REQUESTS = Family("ringmesh_slo_requests_total", "counter", "requests that an objective is about", _OBJECTIVE)
+BAD = Family(
+    "ringmesh_slo_bad_total",
+    "counter",
+    "of those, availability: failed by our doing; latency: answered later than RINGMESH_SLO_LATENCY_SECONDS",
+    _OBJECTIVE,
+)
+BURN = Family(
+    "ringmesh_slo_burn_rate",
+    "gauge",
+    "bad part of a window's requests over the part that may be bad; windows 5m, 30m, 1h, 2h, 6h, 1d, 3d",
+    ("objective", "window"),
+)
+
+_WINDOWS = {"5m": 300, "30m": 1800, "1h": 3600, "2h": 7200, "6h": 21600, "1d": 86400, "3d": 259200}
+_PERIOD_SECONDS = 60.0
+
+
+class Objectives(NamedTuple):
+    """`availability` and `latency` are parts, 0 to 1; `latency` is of the answers that come within `seconds`."""
+
+    availability: float
+    latency: float
+    seconds: float
+
+
+class _Point(NamedTuple):
+    at: float
+    values: dict[str, tuple[int, int]]
+
+
+class Slo:
+    """Compares what `requests` counted with `objectives`. `clock` as time.monotonic."""
+
+    def __init__(self, objectives: Objectives, requests: RequestMetrics, clock: Callable[[], float]) -> None:
+        self._targets = {"availability": objectives.availability, "latency": objectives.latency}
+        self._seconds = objectives.seconds
+        self._requests = requests
+        self._clock = clock
+        self._past: deque[_Point] = deque([self._point()], maxlen=int(_WINDOWS["3d"] / _PERIOD_SECONDS) + 1)
+
+    async def keep_sampling(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(_PERIOD_SECONDS)
+            self.sample()
+
+    def sample(self) -> None:
+        """To be called every minute: windows begin where this was called."""
+        self._past.append(self._point())
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        now = self._point()
+        times = [point.at for point in self._past]
+        yield Sample(SECONDS, (), self._seconds)
+        for objective, target in self._targets.items():
+            total, bad = now.values[objective]
+            yield Sample(TARGET, (objective,), target)
+            yield Sample(REQUESTS, (objective,), total)
+            yield Sample(BAD, (objective,), bad)
+            for window, seconds in _WINDOWS.items():
+                # Where the process is younger than the window, since it started.
+                place = max(0, bisect_left(times, now.at - seconds + 1e-6) - 1)
+                total_then, bad_then = self._past[place].values[objective]
+                part = (bad - bad_then) / (total - total_then) if total > total_then else 0.0
+                yield Sample(BURN, (objective, window), part / (1 - target))
+
+    def _point(self) -> _Point:
+        total, failed, answered, slow = self._requests.totals(self._seconds)
+        return _Point(self._clock(), {"availability": (total, failed), "latency": (answered, slow)})

@@ -1,0 +1,1 @@
+"""Which worker a request is sent to: the ring, and bounded load."""

@@ -1,0 +1,160 @@
+"""Which models the fleet serves, merged from what its workers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from cache.policy.freshness import Freshness, tightest
+from services.runtime.errors import NotFoundError, UnavailableError, some
+from services.runtime.oip import ensemble
+from services.runtime.oip.ensemble import Plan
+from services.runtime.oip.request_check import Declared
+
+# A parameter in the config.pbtxt of an ensemble.
+CACHE_STEPS = "ringmesh_cache_steps"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
+    `inputs` and `outputs` are those of its metadata.
+
+    With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a batch are cached one by one. A
+    request of more rows than `max_request_rows` is refused; 0: any number. With `hedged`, a slow attempt is made
+    elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the
+    cache. From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be
+    answered as a similar one was. `freshness` says how long answers are given; None: without end.
+    """
+
+    name: str
+    version: str
+    digest: bytes
+    uncacheable: str
+    metadata: v2.ModelMetadataResponse
+    inputs: Mapping[str, Declared] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    tenant_scoped: bool = False
+    row_cache: bool = False
+    max_request_rows: int = 0
+    hedged: bool = False
+    semantic_threshold: float = 0.0
+    semantic_embedding: str = ""
+    freshness: Freshness | None = None
+    plan: Plan | None = None
+    cache_steps: bool = False
+    provider: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a request is answered by one worker in one go, and its answer given as it is, without end."""
+        return self.plan is None and self.freshness is None and not self.row_cache and not self.semantic_threshold
+
+
+class Catalog:
+    """An immutable view of all models that at least one worker of `holdings` holds."""
+
+    def __init__(self, holdings: Iterable[Iterable[inference_pb2.ModelVersion]]) -> None:
+        found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
+        for models in holdings:
+            for model in models:
+                found.setdefault((model.name, model.version), model)
+        self._versions: dict[str, list[str]] = {}
+        for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
+            self._versions.setdefault(name, []).append(version)
+        self._entries = {key: _entry(model, self._versions[model.name]) for key, model in found.items()}
+        for name, versions in self._versions.items():
+            self._entries[name, ""] = self._entries[name, versions[-1]]
+        # After the models, which are their steps.
+        for key, model in found.items():
+            if model.HasField("ensemble"):
+                entry = self._ensemble(model.ensemble, self._entries[key], found)
+                self._entries[key] = entry
+                if key[1] == self._versions[key[0]][-1]:
+                    self._entries[key[0], ""] = entry
+
+    @property
+    def versions(self) -> Mapping[str, list[str]]:
+        """Versions by model, oldest first."""
+        return self._versions
+
+    @property
+    def tenant_scoped(self) -> list[str]:
+        """Models that keep tenants apart."""
+        return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
+
+    def find(self, name: str, version: str) -> ModelEntry:
+        """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
+        entry = self._entries.get((name, version))
+        if entry is not None:
+            return entry
+        if not self._versions:
+            raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
+        if name not in self._versions:
+            raise NotFoundError(
+                f"no model {name!r} (if it failed to load, RepositoryIndex says why); "
+                f"there are: {some(self._versions)}",
+                field="model_name",
+            )
+        known = some(self._versions[name])
+        raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
+
+    def _ensemble(
+        self,
+        told: inference_pb2.Ensemble,
+        entry: ModelEntry,
+        found: Mapping[tuple[str, str], inference_pb2.ModelVersion],
+    ) -> ModelEntry:
+        """The ensemble over the steps of the whole fleet; as it is where a step is an ensemble, which is refused."""
+        config = told.config
+        plan = ensemble.plan(
+            config.ensemble_scheduling, (t.name for t in config.input), (t.name for t in config.output)
+        )
+        parameter = config.parameters.get(CACHE_STEPS)
+        cache_steps = parameter is not None and parameter.string_value == "true"
+        known = [self._entries.get((step.model, step.version)) for step in plan.steps]
+        steps = [step for step in known if step is not None]
+        # First, so that no plan leads back to itself.
+        if any(found[step.name, step.version].HasField("ensemble") for step in steps):
+            return entry
+        if len(steps) < len(known):
+            return replace(entry, plan=plan, uncacheable="a step of it is nowhere held")
+        freshness = entry.freshness
+        for each in steps:
+            freshness = tightest(freshness, each.freshness)
+        return replace(
+            entry,
+            plan=plan,
+            cache_steps=cache_steps,
+            freshness=freshness,
+            tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
+            digest=ensemble.digest(told.own_digest, (step.digest for step in steps)),
+            uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
+        )
+
+
+def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry:
+    metadata = v2.ModelMetadataResponse()
+    metadata.CopyFrom(model.metadata)
+    metadata.versions[:] = versions
+    uncacheable = "" if model.cacheable else model.cacheable_reason or "the model is not cacheable"
+    return ModelEntry(
+        model.name,
+        model.version,
+        model.digest,
+        uncacheable,
+        metadata,
+        inputs={tensor.name: (tensor.datatype, (*tensor.shape,)) for tensor in metadata.inputs},
+        outputs=tuple(output.name for output in metadata.outputs),
+        tenant_scoped=model.tenant_scoped,
+        row_cache=model.row_cache,
+        max_request_rows=model.max_request_rows,
+        provider=model.provider,
+        hedged=model.hedged,
+        semantic_threshold=model.semantic_threshold,
+        semantic_embedding=model.semantic_embedding,
+        freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,
+    )

@@ -1,0 +1,454 @@
+"""One request on its way through the fleet: to its owner, and on to the next where that one is lost or has enough.
+
+Without a task or a future: what a worker answers calls on what comes next. An exception in any of these steps ends the
+request with it, and gives back what its attempts hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+from ringmesh.inference.v1 import inference_pb2
+
+from router.accounting.dispatch_metrics import DispatchMetrics
+from router.admission.caller import Caller
+from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
+from router.balancing.catalog import ModelEntry
+from router.balancing.member import Member
+from router.balancing.picker import Candidate, candidates
+from router.balancing.ring import RANKS
+from router.balancing.view import FleetView
+from router.dispatch.attempt_span import Attempted, Consideration, at_bound, code_name, consideration
+from router.dispatch.retry_budget import RetryBudget
+from router.dispatch.tail_latency import TailLatency
+from router.transport.worker_client import (
+    LinkClosedError,
+    NotSentError,
+    Outcome,
+    Sent,
+    Work,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
+from services.runtime.errors import (
+    FailedPreconditionError,
+    ResourceExhaustedError,
+    RingmeshError,
+    UnavailableError,
+    from_failure,
+)
+from services.runtime.faults import internal
+from services.runtime.large_result import LargeResult, Result, message_of
+from services.runtime.telemetry.spans import Kind
+from services.runtime.telemetry.tracing import Trace
+from services.runtime.telemetry.worker_spans import EXECUTE
+from services.runtime.w3c import new_span_id
+
+log = logging.getLogger(__name__)
+
+_UNAVAILABLE = UnavailableError.code.value[0]
+# Failures of this worker, and perhaps not of another.
+_ELSEWHERE = frozenset((_UNAVAILABLE, FailedPreconditionError.code.value[0], ResourceExhaustedError.code.value[0]))
+# Workers that an error says something of; a fleet may be large.
+TOLD = 8
+# A request that kills who runs it would else go through the whole fleet.
+MOST_ENDED = 2
+HEDGE = "hedge"
+
+
+class FatalRequestError(UnavailableError):
+    """MOST_ENDED workers ended while they had the request: nobody may send it again."""
+
+    kind = "worker_lost"
+
+
+class Asked:
+    """What is to be run: a serialized request of `model` for `place` on the ring (b"": any will do).
+
+    `request_hash` joins equal ones on the worker, b"" none; `deadline` in time.monotonic.
+    """
+
+    __slots__ = ("caller", "deadline", "model", "place", "request", "request_hash", "trace")
+
+    def __init__(
+        self,
+        model: ModelEntry,
+        request: bytes,
+        place: bytes,
+        request_hash: bytes,
+        deadline: float | None,
+        caller: Caller,
+        trace: Trace,
+    ) -> None:
+        self.model = model
+        self.request = request
+        self.place = place
+        self.request_hash = request_hash
+        self.deadline = deadline
+        self.caller = caller
+        self.trace = trace
+
+    @property
+    def sticky(self) -> bool:
+        """A sequence goes where its state is, one step at a time."""
+        return bool(self.place) and not self.request_hash
+
+
+class Workers(Protocol):
+    """The fleet as dispatches see it; Fleet is the real one."""
+
+    @property
+    def view(self) -> FleetView:
+        """Who can be asked."""
+
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
+        """An attempt at `member` was lost."""
+
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
+        """An attempt at `member` took `seconds`."""
+
+
+class Parts(NamedTuple):
+    """What dispatches share."""
+
+    fleet: Workers
+    limits: ConcurrencyLimits
+    retries: RetryBudget
+    tails: TailLatency
+    metrics: DispatchMetrics
+    # Of a model, for a caller, with what the workers lack.
+    shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
+
+
+Answered: TypeAlias = tuple[Result, Member]
+
+
+class Dispatch:
+    """Asks workers in the picker's order until one answers; `done` hears the answer and who gave it, or the error.
+
+    Inference is idempotent, so an attempt whose worker is lost is made again elsewhere, but not where the request
+    may be what ends them. Where the model is hedged, one that takes longer than most of its kind is made elsewhere too,
+    and the first to answer wins; the other leaves the queue here or at the worker, unless it runs already. A hedge
+    counts as a retry. What a closed link gives back costs no retry: a link closes once for all that it holds.
+    """
+
+    __slots__ = (
+        "_admitted",
+        "_asked",
+        "_attempts",
+        "_considered",
+        "_done",
+        "_ended",
+        "_failure",
+        "_full",
+        "_is_free",
+        "_order",
+        "_parts",
+        "_put_off",
+        "_skipped",
+        "_timer",
+        "_under_way",
+    )
+
+    def __init__(self, parts: Parts, asked: Asked, done: Callable[[Answered | Exception], None]) -> None:
+        self._parts = parts
+        self._asked = asked
+        self._done: Callable[[Answered | Exception], None] | None = done
+        # Requests that left, less those that a worker refused to take; workers that ended while they had it.
+        self._attempts = self._ended = 0
+        self._admitted = self._is_free = False
+        # Workers without room for the request. Asked after all others if it is admitted elsewhere and lost there.
+        self._full: list[Candidate] = []
+        self._failure: inference_pb2.Failure | None = None
+        self._skipped: list[str] = []
+        self._considered: list[Consideration] = []
+        self._put_off: list[Candidate] = []
+        self._under_way: list[_Attempt] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
+
+    def start(self) -> None:
+        """Asks the first worker."""
+        try:
+            self._go_on()
+        except Exception as error:
+            self.fail(error)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; `done` hears nothing."""
+        self._done = None
+        self._leave_others()
+
+    def fail(self, error: Exception) -> None:
+        """A step of it raised an unexpected exception."""
+        if self._done is None:
+            # It has been answered, or nobody waits for it.
+            internal(log, "a step after the end of a request failed", error, self._asked.trace.trace_id)
+        self._end(error)
+
+    def attempted(self, attempt: _Attempt, outcome: Outcome) -> None:
+        """The attempt is over."""
+        self._under_way.remove(attempt)
+        lost = isinstance(outcome, WorkerUnreachableError)
+        # Also where another attempt is under way, so that no more than MOST_ENDED have it in all.
+        self._ended += isinstance(outcome, WorkerLostError)
+        if self._ended == MOST_ENDED:
+            self._skipped.append(f"{attempt.candidate.member.worker_id}: {outcome}")
+            reason = f"not tried further: {self._ended} workers ended while they had it; {told(self._skipped)}"
+            self._end(FatalRequestError(self._unanswered(reason)))
+            return
+        failure = None
+        if isinstance(outcome, inference_pb2.WorkResult) and outcome.HasField("failure"):
+            failure = outcome.failure
+        if self._under_way and (lost or (failure is not None and failure.code in _ELSEWHERE)):
+            return
+        member = attempt.candidate.member
+        if isinstance(outcome, WorkerUnreachableError):
+            self._skipped.append(f"{member.worker_id}: {outcome}")
+            self._attempts -= isinstance(outcome, NotSentError) and attempt.kind != HEDGE
+            self._is_free = isinstance(outcome, LinkClosedError)
+            self._leave_others()
+            self._go_on()
+        elif isinstance(outcome, RingmeshError):
+            self._end(outcome)
+        elif failure is None:
+            self._end((outcome, member))
+        elif failure.code not in _ELSEWHERE:
+            self._end(from_failure(failure))
+        else:
+            self._skipped.append(f"{member.worker_id}: {failure.message}")
+            # Also for a sequence that began elsewhere, before its place on the ring went to this one.
+            if self._failure is None and failure.code != _UNAVAILABLE:
+                self._failure = failure
+            self._leave_others()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Asks the next that can be asked; where there is none, that is the end."""
+        asked, parts = self._asked, self._parts
+        is_free, self._is_free = self._is_free, False
+        while self._attempts < RANKS and (candidate := self._next()) is not None:
+            member = candidate.member
+            if candidate.reason:
+                self._pass_over(candidate, candidate.reason)
+                continue
+            limit = parts.limits.of(member.address, asked.model.digest)
+            # What was admitted and lost is not refused, nor is the step of a sequence.
+            if not self._admitted:
+                if not asked.sticky and not limit.admits(asked.caller.priority):
+                    self._full.append(candidate)
+                    self._pass_over(candidate, no_room(limit))
+                    continue
+                self._admitted = True
+                parts.retries.request()
+            elif not is_free and not parts.retries.take():
+                self._skipped.append("not tried further: too many requests needed retries in the last seconds")
+                break
+            self._attempts += 1
+            considered = (
+                *self._considered,
+                *[at_bound(other) for other in self._put_off if other.is_full],
+                consideration(candidate, ""),
+            )
+            self._considered = []
+            if (
+                asked.model.hedged
+                and not asked.sticky
+                and not self._ended
+                and (patience := parts.tails.of(asked.model.digest)) is not None
+            ):
+                self._timer = asyncio.get_running_loop().call_later(patience, self._hedge)
+            self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
+            return
+        self._end(self._no_answer())
+
+    def _next(self) -> Candidate | None:
+        """The worker to ask next; None if there is none."""
+        candidate = next(self._order, None)
+        if candidate is None and self._admitted and self._full:
+            full = self._full.pop(0)
+            return Candidate(full.member, full.rank, full.member.why_not(self._asked.model), full.bound)
+        return candidate
+
+    def _end(self, end: Answered | Exception) -> None:
+        done, self._done = self._done, None
+        self._leave_others()
+        if done is not None:
+            done(end)
+
+    def _pass_over(self, candidate: Candidate, why: str) -> None:
+        self._considered.append(consideration(candidate, why))
+        self._skipped.append(f"{candidate.member.worker_id}: {why}")
+
+    def _attempt(
+        self, candidate: Candidate, limit: ConcurrencyLimit, considered: tuple[Consideration, ...], kind: str
+    ) -> None:
+        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self)
+        self._under_way.append(attempt)
+        attempt.begin()
+
+    def _hedge(self) -> None:
+        """Also asks the next that has room, where the budget has."""
+        self._timer = None
+        try:
+            self._ask_another()
+        except Exception as error:
+            self.fail(error)
+
+    def _ask_another(self) -> None:
+        if self._ended or not self._under_way:
+            return
+        asked, parts = self._asked, self._parts
+        for candidate in self._order:
+            limit = parts.limits.of(candidate.member.address, asked.model.digest)
+            if not candidate.reason and limit.admits(asked.caller.priority):
+                if parts.retries.take():
+                    self._attempt(candidate, limit, (consideration(candidate, ""),), HEDGE)
+                return
+
+    def _leave_others(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._under_way:
+            self._under_way.pop().cancel()
+
+    def _no_answer(self) -> RingmeshError:
+        if self._failure is not None:
+            return from_failure(self._failure)
+        if self._full and not self._admitted:
+            return self._parts.shed(self._asked.model, self._asked.caller, self._skipped)
+        kind = "worker_lost" if self._attempts else "no_worker"
+        return UnavailableError(self._unanswered(told(self._skipped)), kind=kind)
+
+    def _unanswered(self, why: str) -> str:
+        return f"no worker could answer for model {self._asked.model.name!r}, retry later; {why}"
+
+
+class _Attempt:
+    """A request at one worker. It holds a place in `limit` until it is answered or cancelled."""
+
+    __slots__ = (
+        "_asked",
+        "_began",
+        "_begun",
+        "_considered",
+        "_dispatch",
+        "_is_open",
+        "_limit",
+        "_parts",
+        "_sent",
+        "_span_id",
+        "_start",
+        "candidate",
+        "kind",
+    )
+
+    def __init__(
+        self,
+        parts: Parts,
+        asked: Asked,
+        candidate: Candidate,
+        considered: tuple[Consideration, ...],
+        kind: str,
+        limit: ConcurrencyLimit,
+        dispatch: Dispatch,
+    ) -> None:
+        self.candidate = candidate
+        self._parts = parts
+        self._asked = asked
+        self._considered = considered
+        self.kind = kind
+        self._limit = limit
+        self._dispatch = dispatch
+        self._sent: Sent | None = None
+        self._span_id = new_span_id()
+        self._start = time.time_ns()
+        self._began = time.monotonic()
+        self._begun = limit.begin()
+        self._is_open = True
+
+    def begin(self) -> None:
+        asked = self._asked
+        work = Work(asked.request, asked.request_hash, asked.deadline, asked.trace.traceparent(self._span_id))
+        self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. Raises nothing: the request has its answer, or needs none."""
+        if not self._is_open:
+            return
+        self._release()
+        try:
+            if self._sent is not None:
+                self.candidate.member.link.withdraw(self._sent)
+            if self._asked.model.hedged:
+                self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
+            self._record(None, "nobody waits for it any more")
+        except Exception as error:
+            internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
+
+    def _answered(self, outcome: Outcome) -> None:
+        try:
+            try:
+                error = self._learn(outcome)
+            finally:
+                self._release()
+            if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+                self._record(message_of(outcome), error)
+            else:
+                self._record(None, error)
+            self._dispatch.attempted(self, outcome)
+        except Exception as error:
+            self._dispatch.fail(error)
+
+    def _release(self) -> None:
+        self._is_open = False
+        self._limit.end()
+
+    def _learn(self, outcome: Outcome) -> str:
+        """From how it ended; the error in words, "" where there is none."""
+        took = time.monotonic() - self._began
+        parts, model, member = self._parts, self._asked.model, self.candidate.member
+        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+            parts.fleet.answered(member, model.digest, took)
+            timing = outcome.timing
+            if not timing.joined:
+                self._limit.completed(self._begun, took, timing.compute_us / 1e6)
+            if model.hedged:
+                parts.tails.observe(model.digest, took)
+            return outcome.failure.message if outcome.HasField("failure") else ""
+        if isinstance(outcome, RingmeshError):
+            self._limit.completed(self._begun, took, 0.0)
+            return outcome.message
+        parts.fleet.failed(member, outcome)
+        return str(outcome)
+
+    def _record(self, result: inference_pb2.WorkResult | None, error: str) -> None:
+        candidate = self.candidate
+        worker, code, end = candidate.member.worker_id, code_name(result), time.time_ns()
+        self._parts.metrics.attempted(worker, self.kind, code, end - self._start)
+        self._asked.trace.span(
+            EXECUTE,
+            self._start,
+            end,
+            Attempted(candidate.member, candidate.rank, code, result, self._considered),
+            self._span_id,
+            kind=Kind.CLIENT,
+            error=error,
+            worker=worker,
+            result=result,
+        )
+
+
+def no_room(limit: ConcurrencyLimit) -> str:
+    """Why a worker is asked for no more."""
+    return f"has {limit.in_flight} requests under way, as many as it can answer"
+
+
+def told(skipped: list[str]) -> str:
+    """What an error says of the workers."""
+    return "; ".join(skipped[:TOLD])

@@ -1,0 +1,375 @@
+"""The workers this router knows: who belongs, who answers, who holds what, and the ring over them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.router.v1 import router_pb2
+
+from router.accounting.dispatch_metrics import EJECTIONS
+from router.balancing.catalog import Catalog
+from router.balancing.member import Listing, Member
+from router.balancing.pool import pools
+from router.balancing.ring import Ring
+from router.balancing.view import FleetView
+from router.membership.fleet_events import FleetEvents
+from router.membership.membership import Membership
+from router.membership.outliers import Outliers
+from router.membership.slow_start import SlowStart
+from router.membership.worker_description import nonsense
+from router.transport.channels import NETWORK, Channels
+from router.transport.worker_client import NotSentError, WorkerBusyError, WorkerLink, WorkerUnreachableError
+from router.transport.worker_load import WorkerLoad
+from services.runtime.telemetry.metrics import Counter
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25
+POLL_SECONDS = 0.5
+# Beyond so many a second the polls of a large fleet grow rarer; each costs about 200 µs here.
+MOST_POLLS_A_SECOND = 120
+# Within this a worker says what it holds, or at least shows that it is alive.
+POLL_TIMEOUT_SECONDS = 2.0
+# A worker that is alive, but says nothing for longer, hangs.
+MOST_BUSY_SECONDS = 30.0
+_RETIRE_SECONDS = 30.0
+
+_Event = router_pb2.WatchResponse
+
+
+class Source(Protocol):
+    """Something that knows workers."""
+
+    async def watch(self, told: Callable[[Iterable[Listing]], None]) -> None:
+        """Tells all that it lists, again at each change; runs until it is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """Where a router stands; "" where that does not matter."""
+
+    region: str = ""
+    zone: str = ""
+
+    def is_far(self, member: Member) -> bool:
+        """Whether the member stands in another region. One that does not say stands everywhere."""
+        return bool(self.region and member.region and member.region != self.region)
+
+
+class Fleet:
+    """Keeps `view` true; it is swapped here and nowhere else.
+
+    A worker stays in the ring when it stops answering: its keys go to the next in rank, and come back with it. It
+    leaves when the sources no longer list it. `on_ready` hears whether anybody can be asked; `clock` in seconds.
+    """
+
+    def __init__(
+        self,
+        listings: Sequence[Listing],
+        on_ready: Callable[[bool], None],
+        *,
+        clock: Callable[[], float],
+        sources: Mapping[str, Source] | None = None,
+        locality: Locality | None = None,
+        channels: Channels = NETWORK,
+    ) -> None:
+        self.events = FleetEvents()
+        self.ejections = Counter(EJECTIONS)
+        self._on_ready = on_ready
+        self._clock = clock
+        # Since when a worker is alive and says nothing, and what had been heard from it before, by address.
+        self._busy_since: dict[str, tuple[float, int]] = {}
+        self._sources = sources or {}
+        self._locality = locality or Locality()
+        self._channels = channels
+        self._membership = Membership(clock)
+        self.outliers = Outliers(clock)
+        self._slow_start = SlowStart(clock)
+        self._members: dict[str, Member] = {}
+        self._gone: dict[str, Member] = {}
+        self._listed: Mapping[str, Listing] = {}
+        self._polls: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_ring: Mapping[str, tuple[float, bool]] = {}
+        self._building: asyncio.Task[None] | None = None
+        self._started = False
+        self._membership.told("settings", listings)
+        self._follow_membership()
+        self._in_ring = self._ring_members()
+        self.view = self._view(*_rings(self._in_ring), Catalog([]))
+
+    def start(self) -> None:
+        """Begins to poll and to follow the sources."""
+        self._started = True
+        for member in self._members.values():
+            self._start_polling(member)
+        for name, source in self._sources.items():
+            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(source.watch, partial(self._told, name))))
+        self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
+
+    async def close(self) -> None:
+        """Stops polling and disconnects."""
+        for task in (*self._polls.values(), *self._tasks):
+            task.cancel()
+        self.events.close()
+        await asyncio.gather(*(member.link.close() for member in self._members.values()))
+
+    def provider(self, model: str, version: str) -> str:
+        """What runs a model. Raises as Catalog.find."""
+        return self.view.catalog.find(model, version).provider
+
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
+        """An attempt was lost: passes the member over until it answers again."""
+        if not isinstance(error, NotSentError):
+            self.outliers.failed(member.address)
+        self._unreachable(member, error)
+
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
+        """An attempt took so long, or was given up after so long because another was faster."""
+        self.outliers.answered(member.address, model_digest, seconds)
+
+    async def describe(self, member: Member) -> None:
+        """Asks the worker now what it holds; the next request sees it."""
+        known = member.version
+        try:
+            description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
+        except WorkerUnreachableError as error:
+            if isinstance(error, WorkerBusyError) and self._may_be_busy(member):
+                return
+            self._unreachable(member, error)
+            member.link.give_up()
+            return
+        self._busy_since.pop(member.address, None)
+        same = description.version != 0 and description.version == known
+        if reason := nonsense(description, member.models if same else description.models):
+            self._unreachable(member, WorkerUnreachableError(f"worker {member.worker_id} reports nonsense: {reason}"))
+            member.reason = f"worker {member.worker_id} reports nonsense: {reason}"
+        else:
+            self._update(member, description, same=same)
+
+    def _may_be_busy(self, member: Member) -> bool:
+        """Whether one that is alive and says nothing keeps what it has: a while it does."""
+        now, heard = self._clock(), member.load.reports
+        since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
+        if heard != heard_before:
+            self._busy_since[member.address] = since, _ = now, heard
+        return now - since < MOST_BUSY_SECONDS
+
+    def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
+        reason = str(error) or "unreachable"
+        if member.healthy:
+            log.warning("worker %s is passed over: %s", member.worker_id, reason)
+            self._tell(_Event.KIND_EJECTED, member, reason=reason)
+            member.reason = reason
+            self._refresh()
+            member.wake.set()
+        elif member.reason == "draining":
+            member.reason = reason
+
+    async def _poll(self, member: Member) -> None:
+        heard = -1
+        woken = -POLL_SECONDS
+        loop = asyncio.get_running_loop()
+        while True:
+            load = member.load
+            # Its answers are as good as a description, as long as they say that nothing has changed.
+            if not member.healthy or load.reports == heard or load.version != member.version or not load.version:
+                await self.describe(member)
+            heard = load.reports
+            seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
+                    await member.wake.wait()
+                # Not again and again: one that answers this and loses every request would get them all.
+                await asyncio.sleep(woken + POLL_SECONDS - loop.time())
+                woken = loop.time()
+            member.wake.clear()
+
+    async def _check(self, member: Member) -> None:
+        """Of a worker that owes an answer: whether it has stopped."""
+        if not await member.link.is_alive():
+            self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
+            member.link.give_up()
+
+    def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
+        models = member.models if same else tuple(told.models)
+        member.version = told.version
+        if not same:
+            member.decisions = tuple(told.decisions)
+        reason = "" if told.accepting else "draining"
+        weight, region = told.weight or member.weight, told.region or member.region
+        moved = (weight, region) != (member.weight, member.region)
+        member.weight, member.region, member.zone = weight, region, told.zone or member.zone
+        member.worker_id = told.worker_id
+        if moved:
+            self._rebuild()
+        if reason == member.reason and models == member.models:
+            return
+        restored = not reason and not member.healthy
+        if reason and reason != member.reason:
+            self._tell(_Event.KIND_DRAINING, member)
+        member.reason = reason
+        if restored:
+            log.info("worker %s takes requests", member.worker_id)
+            if not same:  # another process than the one that was lost
+                self._slow_start.begin(member.address)
+            # Before it is asked again: it may have failed too often.
+            self._judge()
+            if not member.ejected:
+                self._tell(_Event.KIND_RESTORED, member)
+        self._holds(member, models)
+        self._refresh()
+
+    def _holds(self, member: Member, models: tuple[inference_pb2.ModelVersion, ...]) -> None:
+        if models == member.models:
+            return
+        before = member.held
+        member.models = models
+        member.held = frozenset((model.name, model.version) for model in models)
+        member.partly = {
+            (model.name, model.version): model.ensemble.not_runnable for model in models if model.ensemble.not_runnable
+        }
+        member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
+        member.link.forget_lanes(frozenset(model.digest for model in models))
+        for name, version in sorted(member.held - before):
+            self._tell(_Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
+        for name, version in sorted(before - member.held):
+            self._tell(_Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
+
+    def _refresh(self) -> None:
+        healthy = [member for member in self._members.values() if member.healthy]
+        # With nobody healthy the last catalog stands: callers are told UNAVAILABLE, not that there is no such model.
+        catalog = Catalog(member.models for member in healthy) if healthy else self.view.catalog
+        self.view = self._view(self.view.ring, self.view.far, catalog)
+        self._on_ready(bool(healthy))
+
+    def _view(self, ring: Ring, far: Ring, catalog: Catalog) -> FleetView:
+        # Who left is in the ring until the next one is built.
+        known = {**self._gone, **self._members}
+        members = {address: known[address] for address in (*ring.members, *far.members)}
+        assigned = pools(members.values(), self._locality.is_far, self._locality.zone)
+        for address, member in members.items():
+            member.load.sums = tuple(assigned.by_worker.get(address, ()))
+        return FleetView(ring, members, catalog, far, assigned.by_model)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._follow_membership()
+            self._judge()
+            for member in self._members.values():
+                if member.link.is_silent:
+                    self._once("check of a worker", self._check(member))
+
+    def _judge(self) -> None:
+        ejected = self.outliers.ejected({address: member.healthy for address, member in self._members.items()})
+        changed = False
+        for member in self._members.values():
+            reason = ejected.get(member.address, "")
+            if reason and not member.ejected:
+                log.warning("worker %s is %s", member.worker_id, reason)
+                self.ejections.add(member.worker_id)
+                self._tell(_Event.KIND_EJECTED, member, reason=reason)
+            elif member.ejected and not reason:
+                self._slow_start.begin(member.address)
+                if member.healthy:
+                    self._tell(_Event.KIND_RESTORED, member)
+            ramp = self._slow_start.ramp(member.address)
+            changed = changed or (reason, ramp) != (member.ejected, member.ramp)
+            member.ejected, member.ramp = reason, ramp
+        if changed:
+            self.view = self._view(self.view.ring, self.view.far, self.view.catalog)
+
+    def _told(self, source: str, listings: Iterable[Listing]) -> None:
+        self._membership.told(source, listings)
+        self._follow_membership()
+
+    def _follow_membership(self) -> None:
+        """Members come and go; the ring follows when it is built."""
+        found = self._membership.members(lambda address: self._members[address].healthy)
+        for address, listing in found.items():
+            if address not in self._members:
+                self._join(listing)
+            elif listing != self._listed.get(address):
+                self._once("description of a worker", self.describe(self._members[address]))
+        self._listed = found
+        for address in [address for address in self._members if address not in found]:
+            self._leave(self._members.pop(address))
+        if self._ring_members() != self._in_ring:
+            self._rebuild()
+
+    def _join(self, listing: Listing) -> None:
+        load = WorkerLoad()
+        member = self._members[listing.address] = Member(
+            listing, WorkerLink(listing.address, load, self._channels), load
+        )
+        self._tell(_Event.KIND_JOINED, member)
+        if self._started:
+            self._start_polling(member)
+
+    def _leave(self, member: Member) -> None:
+        log.info("worker %s left", member.worker_id)
+        self._tell(_Event.KIND_LEFT, member)
+        member.reason = "left the fleet"
+        self._gone[member.address] = member
+        self._refresh()
+        self._polls.pop(member.address).cancel()
+        self._busy_since.pop(member.address, None)
+        self.outliers.forget(member.address)
+        self._slow_start.forget(member.address)
+        self._once("farewell to a worker", _retire(member))
+
+    def _start_polling(self, member: Member) -> None:
+        self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))
+
+    def _ring_members(self) -> Mapping[str, tuple[float, bool]]:
+        return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
+
+    def _rebuild(self) -> None:
+        """Ranking takes long in a large fleet, so it is done on a thread, by one task at a time."""
+        if self._started and self._building is None:
+            self._building = self._once("building of the ring", self._build())
+
+    async def _build(self) -> None:
+        try:
+            while (wanted := self._ring_members()) != self._in_ring:
+                ring, far = await asyncio.to_thread(_rings, wanted)
+                self._in_ring = wanted
+                if self._members.keys() >= wanted.keys():
+                    self.view = self._view(ring, far, self.view.catalog)
+                    self._gone.clear()
+        finally:
+            self._building = None
+
+    def _tell(self, kind: _Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
+        self.events.tell(kind, member.address, member.worker_id, model=model, reason=reason)
+
+    def _once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = BACKGROUND.once(name, work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _rings(members: Mapping[str, tuple[float, bool]]) -> tuple[Ring, Ring]:
+    """Over those that stand near, and over the far ones; (weight, is far) by address."""
+    near = Ring({address: weight for address, (weight, far) in members.items() if not far})
+    return near, Ring({address: weight for address, (weight, far) in members.items() if far})
+
+
+async def _retire(member: Member) -> None:
+    """Disconnects when what is under way there is done."""
+    for _ in range(int(_RETIRE_SECONDS / TICK_SECONDS)):
+        if not member.load.in_flight:
+            break
+        await asyncio.sleep(TICK_SECONDS)
+    await member.link.close()

@@ -1,0 +1,34 @@
+"""The workers as this router sees them, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from router.membership.fleet import Fleet
+from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.telemetry.recent import forgotten
+
+_WORKER = ("worker",)
+HEALTHY = Family("ringmesh_ring_member_healthy", "gauge", "1 where the worker is sent requests, 0 otherwise", _WORKER)
+SHARE = Family("ringmesh_ring_member_share_ratio", "gauge", "part of the key space that the worker owns", _WORKER)
+LOAD = Family(
+    "ringmesh_ring_member_in_flight", "gauge", "requests sent to the worker by this router and not answered", _WORKER
+)
+
+
+class FleetMetrics:
+    """Reads the view that requests see."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        view = self._fleet.view
+        for member in view.members.values():
+            worker = (member.worker_id,)
+            yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
+            yield Sample(SHARE, worker, view.share(member))
+            yield Sample(LOAD, worker, member.load.in_flight)
+        yield forgotten("usual times", self._fleet.outliers.usual)
+        yield from self._fleet.ejections.samples()

@@ -1,0 +1,78 @@
+"""Checks a worker's description at the border, so that nonsense from one worker does not affect the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from ringmesh.inference.v1 import inference_pb2
+
+from router.balancing.catalog import Catalog
+
+_DIGEST_BYTES = 16
+_LONGEST_TEXT = 1024
+_LARGEST_WEIGHT = 1e9
+_MOST_DIGITS = 18
+_LARGEST_MS = 1 << 53
+
+
+def is_text(text: str) -> bool:
+    """Whether it may be shown, and stand in metadata: no control character, and not endless."""
+    return len(text) <= _LONGEST_TEXT and text.isprintable()
+
+
+def is_address(address: str) -> bool:
+    """Whether it is host:port."""
+    host, _, port = address.rpartition(":")
+    return (
+        bool(host)
+        and " " not in host
+        and is_text(host)
+        and port.isascii()
+        and port.isdecimal()
+        and 0 < int(port[:6]) < 1 << 16
+    )
+
+
+def is_weight(weight: float) -> bool:
+    """Whether a ring can be made of it."""
+    return 0 < weight <= _LARGEST_WEIGHT
+
+
+def nonsense(told: inference_pb2.DescribeResponse, models: Iterable[inference_pb2.ModelVersion]) -> str:
+    """What is wrong with a worker's description, where it holds `models`; "" if nothing is."""
+    for name, text in (
+        *(("id", told.worker_id), ("region", told.region), ("zone", told.zone)),
+        ("envelope socket", told.envelope_socket),
+    ):
+        if not is_text(text):
+            return f"its {name} is {text[:80]!r}"
+    if told.weight and not is_weight(told.weight):
+        return f"its weight is {told.weight:g}"
+    seen: set[tuple[str, str]] = set()
+    for model in models:
+        if why := _nonsense_of(model):
+            return f"model {model.name[:80]!r}: {why}"
+        if (model.name, model.version) in seen:
+            return f"model {model.name!r}: version {model.version} is listed twice"
+        seen.add((model.name, model.version))
+    try:
+        Catalog([models])
+    except Exception as error:  # such as the plan of an ensemble
+        return f"its models do not make a catalog: {error!r}"
+    return ""
+
+
+def _nonsense_of(model: inference_pb2.ModelVersion) -> str:
+    if not model.name or not is_text(model.name):
+        return "that is no name"
+    if not (model.version.isascii() and model.version.isdecimal() and len(model.version) <= _MOST_DIGITS):
+        return f"its version is {model.version[:80]!r}, not an integer"
+    # That of an ensemble whose steps are elsewhere is made of theirs.
+    if len(model.digest) != _DIGEST_BYTES and (model.digest or not model.HasField("ensemble")):
+        return f"its digest has {len(model.digest)} bytes, not {_DIGEST_BYTES}"
+    if not (math.isfinite(model.semantic_threshold) and 0 <= model.semantic_threshold <= 1):
+        return f"its semantic_threshold is {model.semantic_threshold:g}"
+    if max(model.ttl_ms, model.stale_ms) > _LARGEST_MS:
+        return f"its answers are fresh for {max(model.ttl_ms, model.stale_ms)} ms"
+    return ""

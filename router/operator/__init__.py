@@ -1,0 +1,1 @@
+"""The operator's RPCs: repository control over the fleet, and what the router knows."""

@@ -1,0 +1,101 @@
+"""Brings workers to what the fleet decided about models: those that were away then, and new ones.
+
+A router that loads or unloads a model for all workers says when. Each worker keeps the last decision on each model, and
+lists them when it is described. Where one lacks a decision of the fleet that another has, it is told. What was decided
+on one worker alone stays there, until the fleet decides later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from router.balancing.member import Member
+from router.membership.fleet import Fleet
+from services.runtime.oip.protocol import DECIDED_NS
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+_WORKER = "/ringmesh.inference.v1.InferenceWorkerService/"
+_MODELS = "/inference.GRPCInferenceService/"
+_PERIOD_SECONDS = 1.0
+# After a failure a worker is told again this much later.
+_RETRY_SECONDS = 30.0
+_LOAD_SECONDS = 600.0
+
+
+def next_ns(members: Iterable[Member], model: str) -> int:
+    """The time of a decision that is made now: later than all others on this model, whatever the clocks say."""
+    known = (decided.decided_unix_ns for member in members for decided in member.decisions if decided.model == model)
+    return max(time.time_ns(), max(known, default=0) + 1)
+
+
+class Agreement:
+    """Compares what the fleet's healthy workers know of each decision; `clock` in seconds."""
+
+    def __init__(self, fleet: Fleet, clock: Callable[[], float]) -> None:
+        self._fleet = fleet
+        self._clock = clock
+        self._telling: dict[str, asyncio.Task[None]] = {}
+        self._tried: dict[tuple[str, str], float] = {}
+
+    async def keep(self) -> None:
+        """Runs until it is cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(_PERIOD_SECONDS)
+                self.compare()
+        finally:
+            for task in [*self._telling.values()]:
+                task.cancel()
+
+    def compare(self) -> None:
+        """Begins to tell each worker what it lacks."""
+        members = [member for member in self._fleet.view.members.values() if member.healthy]
+        newest: dict[str, tuple[int, Member]] = {}
+        for member in members:
+            for decided in member.decisions:
+                if decided.fleet and decided.decided_unix_ns > newest.get(decided.model, (0, member))[0]:
+                    newest[decided.model] = (decided.decided_unix_ns, member)
+        now = self._clock()
+        self._tried = {key: tried for key, tried in self._tried.items() if tried > now - _RETRY_SECONDS}
+        for member in members if newest else ():
+            known = {decided.model: decided.decided_unix_ns for decided in member.decisions}
+            lacking = {
+                model: source
+                for model, (decided_ns, source) in newest.items()
+                if known.get(model, 0) < decided_ns and (member.address, model) not in self._tried
+            }
+            if lacking and member.address not in self._telling:
+                self._telling[member.address] = BACKGROUND.once("worker decisions", self._tell(member, lacking))
+
+    async def _tell(self, member: Member, lacking: dict[str, Member]) -> None:
+        try:
+            for model, source in lacking.items():
+                try:
+                    await _pass_on(model, source, member)
+                    log.info("worker %s was told what the fleet decided about model %s", member.worker_id, model)
+                except Exception as error:  # whatever a worker answers, the others are told
+                    self._tried[member.address, model] = self._clock()
+                    log.warning("worker %s does not follow the fleet on model %s: %s", member.worker_id, model, error)
+            await self._fleet.describe(member)
+        finally:
+            del self._telling[member.address]
+
+
+async def _pass_on(model: str, source: Member, to: Member) -> None:
+    """Raises RingmeshError, WorkerUnreachableError."""
+    asked = inference_pb2.GetDecisionRequest(model=model).SerializeToString()
+    found = await source.link.call(f"{_WORKER}GetDecision", asked, _LOAD_SECONDS)
+    answer = inference_pb2.GetDecisionResponse.FromString(found)
+    loads = answer.HasField("load")
+    request = answer.load if loads else v2.RepositoryModelUnloadRequest(model_name=model)
+    request.parameters[DECIDED_NS].int64_param = answer.decision.decided_unix_ns
+    method = "RepositoryModelLoad" if loads else "RepositoryModelUnload"
+    await to.link.call(_MODELS + method, request.SerializeToString(), _LOAD_SECONDS)

@@ -1,0 +1,221 @@
+"""Managing models through the router: one call, every worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from google.protobuf.message import Message
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from router.accounting.request_metrics import RequestMetrics
+from router.balancing.catalog import Catalog
+from router.balancing.member import Member
+from router.membership.fleet import Fleet
+from router.operator.agreement import next_ns
+from router.request.audit import Audit
+from router.transport.worker_client import WorkerUnreachableError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.runtime.oip.protocol import DECIDED_NS
+from services.runtime.request_limits import check_list
+from services.runtime.rpc.rpc import Context, Handler, unary
+
+log = logging.getLogger(__name__)
+
+_SERVICE = "/inference.GRPCInferenceService/"
+# Loading may take minutes; a worker that hangs is noticed by the fleet's polls.
+_LOAD_SECONDS = 600.0
+_SECONDS = 10.0
+
+Response = TypeVar("Response", bound=Message)
+
+_SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
+    ("SystemSharedMemoryStatus", v2.SystemSharedMemoryStatusRequest, v2.SystemSharedMemoryStatusResponse),
+    ("SystemSharedMemoryRegister", v2.SystemSharedMemoryRegisterRequest, v2.SystemSharedMemoryRegisterResponse),
+    ("SystemSharedMemoryUnregister", v2.SystemSharedMemoryUnregisterRequest, v2.SystemSharedMemoryUnregisterResponse),
+    ("CudaSharedMemoryStatus", v2.CudaSharedMemoryStatusRequest, v2.CudaSharedMemoryStatusResponse),
+    ("CudaSharedMemoryRegister", v2.CudaSharedMemoryRegisterRequest, v2.CudaSharedMemoryRegisterResponse),
+    ("CudaSharedMemoryUnregister", v2.CudaSharedMemoryUnregisterRequest, v2.CudaSharedMemoryUnregisterResponse),
+)
+
+
+class FleetControl:
+    """Handlers that ask one worker, or all of them and put the answers together.
+
+    `announce` returns when the other routers have asked the workers what they hold now.
+    """
+
+    def __init__(
+        self, fleet: Fleet, requests: RequestMetrics, audit: Audit, announce: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._announce = announce
+        self._fleet = fleet
+        self._requests = requests
+        self._audit = audit
+
+    def handlers(self) -> dict[str, Handler]:
+        """For `inference.GRPCInferenceService`."""
+        return {
+            "ModelConfig": unary(v2.ModelConfigRequest, self._config),
+            "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),
+            "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
+            "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load, check_list),
+            "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
+            **{method: unary(request, self._to_all(method, response)) for method, request, response in _SHARED_MEMORY},
+        }
+
+    def _to_all(self, method: str, response_type: type[Response]) -> Callable[[Message, Context], Awaitable[Response]]:
+        """All workers of the caller's host must know a region, for any of them may be asked; they answer alike."""
+
+        async def ask(request: Message, _: Context) -> Response:
+            return (await self._ask_all(method, request, response_type, _SECONDS))[0][1]
+
+        return ask
+
+    async def _config(self, request: v2.ModelConfigRequest, _: Context) -> v2.ModelConfigResponse:
+        model = self._fleet.view.catalog.find(request.name, request.version)
+        for member in self._healthy():
+            if (model.name, model.version) in member.held:
+                answer = await self._ask(member, "ModelConfig", request, v2.ModelConfigResponse, _SECONDS)
+                if why_not := self._audit.why_not(model, self._fleet.view.catalog):
+                    answer.config.parameters["ringmesh_cached"].string_value = f"no: {why_not}"
+                return answer
+        raise UnavailableError(
+            f"no worker that holds model {request.name!r} can be reached; retry later", kind="no_worker"
+        )
+
+    async def _statistics(self, request: v2.ModelStatisticsRequest, _: Context) -> v2.ModelStatisticsResponse:
+        """Sums over the workers, with this router's hits and misses."""
+        if request.name:
+            self._fleet.view.catalog.find(request.name, request.version)
+        holders = [
+            member
+            for member in self._healthy()
+            if not request.name or any(name == request.name for name, _version in member.held)
+        ]
+        answers = await asyncio.gather(
+            *(self._ask(member, "ModelStatistics", request, v2.ModelStatisticsResponse, _SECONDS) for member in holders)
+        )
+        sums: dict[tuple[str, str], v2.ModelStatistics] = {}
+        for answer in answers:
+            for stats in answer.model_stats:
+                key = (stats.name, stats.version)
+                if key in sums:
+                    _add(sums[key], stats)
+                else:
+                    sums[key] = stats
+        for stats in sums.values():
+            self._requests.add_to(stats)
+        return v2.ModelStatisticsResponse(model_stats=[sums[key] for key in sorted(sums)])
+
+    async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:
+        """What is READY on one worker is READY; reasons name the workers, unless all give the same."""
+        answers = await self._ask_all("RepositoryIndex", request, v2.RepositoryIndexResponse, _SECONDS)
+        lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
+        reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for member, answer in answers:
+            for line in answer.models:
+                key = (line.name, line.version)
+                if key not in lines or line.state == "READY":
+                    lines[key] = line
+                if line.reason:
+                    reasons.setdefault(key, {}).setdefault(line.reason, []).append(member.worker_id)
+        catalog = self._fleet.view.catalog
+        for key, line in lines.items():
+            told = [
+                reason if len(workers) == len(answers) else f"{', '.join(sorted(workers))}: {reason}"
+                for reason, workers in reasons.get(key, {}).items()
+            ]
+            if line.state == "READY" and (why_not := self._distrusted(catalog, *key)):
+                told.append(f"not cached: {why_not}")
+            line.reason = "; ".join(told)
+        return v2.RepositoryIndexResponse(models=[lines[key] for key in sorted(lines)])
+
+    def _distrusted(self, catalog: Catalog, name: str, version: str) -> str:
+        try:
+            return self._audit.why_not(catalog.find(name, version), catalog)
+        except (NotFoundError, UnavailableError):
+            return ""
+
+    async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
+        """Returns when every worker serves the new files, and every router keys by them."""
+        await self._change("RepositoryModelLoad", request, v2.RepositoryModelLoadResponse)
+        return v2.RepositoryModelLoadResponse()
+
+    async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
+        if request.model_name not in self._fleet.view.catalog.versions:
+            raise NotFoundError(f"model {request.model_name!r} is not loaded", field="model_name")
+        await self._change("RepositoryModelUnload", request, v2.RepositoryModelUnloadResponse)
+        return v2.RepositoryModelUnloadResponse()
+
+    async def _change(
+        self,
+        method: str,
+        request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest,
+        response_type: type[Response],
+    ) -> None:
+        """Tells all workers; one that is away is told by the Agreement when it comes."""
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._healthy(), request.model_name)
+        try:
+            await self._ask_all(method, request, response_type, _LOAD_SECONDS)
+        finally:  # also where only some of them did it
+            await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
+            try:
+                await self._announce()
+            except UnavailableError as error:
+                log.warning("other routers learn of %s by their polls only: %s", method, error.message)
+
+    async def _ask_all(
+        self, method: str, request: Message, response_type: type[Response], seconds: float
+    ) -> list[tuple[Member, Response]]:
+        members = self._healthy()
+        if not members:
+            raise UnavailableError("no worker is connected; retry later", kind="no_worker")
+        asked: list[Awaitable[Response]] = [
+            self._ask(member, method, request, response_type, seconds) for member in members
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        done = []
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            done.append((member, answer))
+        return done
+
+    async def _ask(
+        self, member: Member, method: str, request: Message, response_type: type[Response], seconds: float
+    ) -> Response:
+        try:
+            return response_type.FromString(
+                await member.link.call(_SERVICE + method, request.SerializeToString(), seconds)
+            )
+        except WorkerUnreachableError as lost:
+            raise UnavailableError(f"worker {member.worker_id}: {lost}", kind="worker_lost") from None
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"worker {member.worker_id}: {error.message}", field=error.field) from None
+
+    def _healthy(self) -> list[Member]:
+        return [member for member in self._fleet.view.members.values() if member.healthy]
+
+
+def _add(to: v2.ModelStatistics, more: v2.ModelStatistics) -> None:
+    to.last_inference = max(to.last_inference, more.last_inference)
+    to.inference_count += more.inference_count
+    to.execution_count += more.execution_count
+    _add_durations(to.inference_stats, more.inference_stats)
+    sizes = {batch.batch_size: batch for batch in to.batch_stats}
+    for batch in more.batch_stats:
+        if batch.batch_size in sizes:
+            _add_durations(sizes[batch.batch_size], batch)
+        else:
+            to.batch_stats.append(batch)
+
+
+def _add_durations(to: Message, more: Message) -> None:
+    for field, value in more.ListFields():
+        if isinstance(value, v2.StatisticDuration):
+            duration = getattr(to, field.name)
+            duration.count += value.count
+            duration.ns += value.ns

@@ -1,0 +1,144 @@
+"""`ringmesh.router.v1.RouterService`: how operators look into a router."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+from ringmesh.router.v1 import router_pb2
+
+from cache.keys.keys import RequestHasher, UncacheableError, cache_key
+from router.balancing.member import Member
+from router.balancing.picker import Candidate, candidates
+from router.balancing.view import FleetView
+from router.membership import fleet_events
+from router.membership.fleet import Fleet
+from router.membership.fleet_events import Event
+from router.request.audit import Audit
+from services.runtime.errors import RingmeshError
+from services.runtime.oip import protocol
+from services.runtime.oip.request_check import check_request
+from services.runtime.request_limits import check_embedded
+from services.runtime.rpc.rpc import Context, Service, abort, unary
+
+# Of a large fleet, no more are told.
+_MOST_CANDIDATES = 32
+# The tag of the field in ExplainRequest.
+_REQUEST = 0x0A
+
+
+class OperatorService:
+    """GetRing, Explain and Watch, from the same view that requests see."""
+
+    def __init__(self, fleet: Fleet, hasher: RequestHasher, audit: Audit) -> None:
+        self._fleet = fleet
+        self._hasher = hasher
+        self._audit = audit
+
+    def service(self) -> Service:
+        """The handlers, to be served."""
+        return Service(
+            router_pb2.DESCRIPTOR.services_by_name["RouterService"],
+            {
+                "GetRing": unary(router_pb2.GetRingRequest, self._get_ring),
+                "Explain": unary(router_pb2.ExplainRequest, self._explain, lambda data: check_embedded(data, _REQUEST)),
+                "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+            },
+        )
+
+    async def _get_ring(self, _: router_pb2.GetRingRequest, __: Context) -> router_pb2.GetRingResponse:
+        view = self._fleet.view
+        return router_pb2.GetRingResponse(workers=[_worker(view, member) for member in view.members.values()])
+
+    async def _explain(self, request: router_pb2.ExplainRequest, _: Context) -> router_pb2.ExplainResponse:
+        protocol.check_tenant(request.tenant, "tenant")
+        view = self._fleet.view
+        model = view.catalog.find(request.request.model_name, request.request.model_version)
+        check_request(request.request, model.name, model.inputs, model.outputs)
+        response = router_pb2.ExplainResponse()
+        place, sticky = b"", False
+        try:
+            if why_not := model.uncacheable or self._audit.why_not(model, view.catalog):
+                raise UncacheableError(why_not)
+            tenant = request.tenant if model.tenant_scoped else None
+            place = self._hasher.hash(request.request, model.outputs, tenant)
+            response.key = cache_key(model.digest, place).hex()
+        except UncacheableError as why:
+            if sequence := protocol.sequence_of(request.request):
+                place, sticky = self._hasher.sequence_place(model.name, sequence), True
+                response.uncached_reason = f"{why}; the sequence stays with its owner"
+            else:
+                response.uncached_reason = f"{why}; the one that would answer first of two at random is asked"
+        if place:
+            ring = view.ring if view.ring.members else view.far
+            response.owner = view.members[ring.ranked(place)[0]].worker_id
+        asked: list[Candidate] = []
+        passed_over: list[Candidate] = []
+        for candidate in candidates(view, model, place, sticky=sticky):
+            (passed_over if candidate.reason else asked).append(candidate)
+        for candidate in [*asked, *passed_over][:_MOST_CANDIDATES]:
+            response.candidates.append(_candidate(candidate, chosen=candidate in asked[:1]))
+        return response
+
+    async def _watch(self, _: bytes, context: Context) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._fleet.events.watch(_now(self._fleet.view)):
+                yield event.SerializeToString()
+        except RingmeshError as error:
+            await abort(context, error)
+
+
+def _worker(view: FleetView, member: Member) -> router_pb2.Worker:
+    return router_pb2.Worker(
+        id=member.worker_id,
+        address=member.address,
+        healthy=member.healthy and not member.ejected,
+        reason=member.reason or member.ejected,
+        in_flight=member.load.in_flight,
+        share=view.share(member),
+        models=[f"{name}/{version}" for name, version in sorted(member.held)],
+        region=member.region,
+        zone=member.zone,
+        weight=member.weight,
+        load=member.load.outstanding,
+        estimated_wait_us=int(member.load.wait_us),
+        ramp=member.ramp,
+    )
+
+
+def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
+    member = candidate.member
+    load = member.load.outstanding
+    if candidate.reason:
+        reason = candidate.reason
+    elif candidate.is_full:
+        reason = f"has {load} outstanding and may have {candidate.bound}; asked if those below their bound fail"
+    elif member.ejected:
+        reason = f"{member.ejected}; asked if all others fail"
+    else:
+        reason = "first that can answer" if chosen else "asked if those before it fail"
+    return router_pb2.Candidate(
+        worker_id=member.worker_id,
+        rank=candidate.rank,
+        chosen=chosen,
+        reason=reason,
+        address=member.address,
+        region=member.region,
+        zone=member.zone,
+        load=load,
+        bound=candidate.bound,
+        estimated_wait_us=int(member.load.wait_us),
+    )
+
+
+def _now(view: FleetView) -> Iterator[Event]:
+    """What has happened, for somebody who begins to watch."""
+    for member in view.members.values():
+        yield fleet_events.make(Event.KIND_JOINED, member.address, member.worker_id)
+        if member.reason == "draining":
+            yield fleet_events.make(Event.KIND_DRAINING, member.address, member.worker_id)
+        elif reason := member.reason or member.ejected:
+            yield fleet_events.make(Event.KIND_EJECTED, member.address, member.worker_id, reason=reason)
+        for name, version in sorted(member.held):
+            model = f"{name}/{version}"
+            yield fleet_events.make(Event.KIND_MODEL_GAINED, member.address, member.worker_id, model=model)

@@ -1,0 +1,191 @@
+"""The cache audit: a share of hits is computed again; a model whose answers do not come out the same leaves the cache.
+
+It finds what no look at a graph can: an operator that is random by its inputs, hardware that errs, and a configuration
+that overruled the analysis. What was found holds for the model's digest, so other files begin anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from router.admission.caller import ROUTER, Caller
+from router.balancing.catalog import Catalog, ModelEntry
+from router.balancing.member import Member
+from router.request.audit_comparison import Verdict, compare
+from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
+from services.runtime.large_result import Result
+from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.telemetry.tracing import Trace, untraced
+
+log = logging.getLogger(__name__)
+
+AUDITS = Family(
+    "ringmesh_cache_audits_total",
+    "counter",
+    "hits computed again, by result: equal, close (other last bits), different, failed",
+    ("model", "version", "result"),
+)
+LARGEST = Family(
+    "ringmesh_cache_audit_largest_difference",
+    "gauge",
+    "largest difference of a number in an audited answer from the one computed again",
+    ("model", "version"),
+)
+DISTRUSTED = Family(
+    "ringmesh_cache_audit_distrusted",
+    "gauge",
+    "1 where the audit took the model off the cache, 0 otherwise",
+    ("model", "version"),
+)
+
+# One at a time, this far apart, and resting so many times as long as one took: a twentieth of one place at a worker.
+_SECONDS_APART = 0.05
+_REST = 20.0
+_DEADLINE_SECONDS = 30.0
+# When a model is distrusted: as many different answers, and as large a part of those audited.
+_LEAST_DIFFERENT = 3
+_LARGEST_PART = 0.01
+_MAX_MODELS = 1000
+
+
+class Runner(Protocol):
+    """Runs a request on the fleet; Dispatcher is the real one."""
+
+    async def run(
+        self, model: ModelEntry, request: bytes, place: bytes, trace: Trace, *, deadline: float | None, caller: Caller
+    ) -> tuple[Result, Member]:
+        """The result and who computed it. Raises RingmeshError."""
+
+
+class ModelAudit:
+    """What the audit has seen of one digest of a model."""
+
+    __slots__ = ("largest", "model", "results")
+
+    def __init__(self, model: ModelEntry) -> None:
+        self.model = model
+        self.results = {"equal": 0, "close": 0, "different": 0, "failed": 0}
+        self.largest = 0.0
+
+    def distrusted(self) -> str:
+        """Why the model should not be cached; "" where nothing speaks against it."""
+        different = self.results["different"]
+        audited = different + self.results["equal"] + self.results["close"]
+        if different < _LEAST_DIFFERENT or different < _LARGEST_PART * audited:
+            return ""
+        return (
+            f"{different} of {audited} answers that were computed again for the audit came out different, "
+            f"by up to {self.largest:g}"
+        )
+
+
+class Audit:
+    """Takes `share` of the hits that it is told of, on average, as far as its bounds allow.
+
+    `distrusted` maps the digests of models to why they are not cached any more.
+    """
+
+    def __init__(self, dispatcher: Runner, share: float, clock: Callable[[], float]) -> None:
+        self._dispatcher = dispatcher
+        self._share = share
+        self._clock = clock
+        self._left = self._interval()
+        self._not_before = -math.inf
+        self._task: asyncio.Task[None] | None = None
+        self._audits: dict[bytes, ModelAudit] = {}
+        self.distrusted: dict[bytes, str] = {}
+
+    def takes_hit(self) -> bool:
+        """To be asked at each hit; whether this one is to be audited."""
+        self._left -= 1
+        if self._left >= 0:
+            return False
+        self._left = self._interval()
+        return True
+
+    def begin(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
+        """Audits an answer that came from the cache, with the request as it was sent, unless it is too soon."""
+        if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
+            self._task = BACKGROUND.once("audit", self._run(model, request, answer))
+
+    def why_not(self, model: ModelEntry, catalog: Catalog) -> str:
+        """Why the model's answers are not trusted: its own, or those of a step of the ensemble. "" where they are."""
+        if reason := self.distrusted.get(model.digest):
+            return reason
+        for step in model.plan.steps if model.plan is not None else ():
+            try:
+                reason = self.distrusted.get(catalog.find(step.model, step.version).digest, "")
+            except (NotFoundError, UnavailableError):
+                continue
+            if reason:
+                return f"of its step {step.model!r}: {reason}"
+        return ""
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`. Digests of one version are counted together."""
+        results: dict[tuple[str, str, str], int] = {}
+        largest: dict[tuple[str, str], float] = {}
+        distrusted: dict[tuple[str, str], bool] = {}
+        for digest, audit in self._audits.items():
+            version = (audit.model.name, audit.model.version)
+            for result, count in audit.results.items():
+                results[*version, result] = results.get((*version, result), 0) + count
+            largest[version] = max(largest.get(version, 0.0), audit.largest)
+            distrusted[version] = digest in self.distrusted  # the latest digest comes last
+        for labels, count in results.items():
+            yield Sample(AUDITS, labels, count)
+        for version, difference in largest.items():
+            yield Sample(LARGEST, version, difference)
+            yield Sample(DISTRUSTED, version, distrusted[version])
+
+    def _interval(self) -> float:
+        """Hits to pass over: drawn, so that no pattern of requests escapes."""
+        if self._share in (0, 1):
+            return math.inf if not self._share else 0
+        return math.floor(math.log(1 - random.random()) / math.log1p(-self._share))
+
+    async def _run(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
+        began = self._clock()
+        audit = self._audits.get(model.digest)
+        if audit is None:
+            if len(self._audits) >= _MAX_MODELS:
+                self._audits.clear()
+            audit = self._audits[model.digest] = ModelAudit(model)
+        try:
+            # Joined to nothing and anywhere on the ring: the one who computed it first may be the one who errs.
+            result, _ = await self._dispatcher.run(
+                model, request, b"", untraced(), deadline=time.monotonic() + _DEADLINE_SECONDS, caller=ROUTER
+            )
+            if result.model_digest == model.digest:
+                self._note(audit, compare(answer, result.response))
+        except RingmeshError as error:
+            audit.results["failed"] += 1
+            log.debug("an answer of %s could not be computed again: %s", model.name, error.message)
+        except Exception as error:
+            BACKGROUND.failed("audit", error)
+        finally:
+            took = self._clock() - began
+            self._not_before = self._clock() + max(_SECONDS_APART, _REST * took)
+            self._task = None
+
+    def _note(self, audit: ModelAudit, verdict: Verdict) -> None:
+        audit.results[verdict.result] += 1
+        audit.largest = max(audit.largest, verdict.largest)
+        model = audit.model
+        if model.digest not in self.distrusted and (reason := audit.distrusted()):
+            self.distrusted[model.digest] = reason
+            log.warning("model %s/%s leaves the cache: %s", model.name, model.version, reason)
+
+
+def _has_output_parameters(request: bytes) -> bool:
+    """Classes are numbers written out, whose last digits say nothing."""
+    return any(output.parameters for output in v2.ModelInferRequest.FromString(request).outputs)

@@ -1,0 +1,101 @@
+"""Ensembles whose steps no one worker holds together: the router runs them one by one, each through its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from cache.tiers.entry import Entry
+from router.balancing.catalog import ModelEntry
+from services.runtime.errors import InvalidArgumentError, RingmeshError
+from services.runtime.oip import ensemble
+from services.runtime.oip.ensemble import Plan
+from services.runtime.oip.tensors import raw_from_contents
+from services.runtime.rpc.rpc import parse
+
+# What a step's request takes over from the ensemble's.
+_PASSED_ON = ("priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
+
+
+class _Tensor(NamedTuple):
+    datatype: str
+    shape: tuple[int, ...]
+    raw: bytes
+
+
+async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes], Awaitable[Entry]]) -> Entry:
+    """The answer to a serialized ModelInferRequest that was checked; `infer` answers those of the steps.
+
+    Raises InvalidArgumentError for what only a worker that holds all steps can do, and what `infer` raises.
+    """
+    request = parse(v2.ModelInferRequest, data)
+    outputs = [output.name for output in request.outputs] or [output.name for output in model.metadata.outputs]
+    known = {output.name: output for output in model.metadata.outputs}
+    if any(output.parameters for output in request.outputs):
+        raise InvalidArgumentError(
+            f"ensemble {model.name!r} runs on several workers, where outputs take no parameters", field="outputs"
+        )
+    compute_us = 0
+
+    async def run_step(index: int, inputs: dict[str, _Tensor]) -> Mapping[str, _Tensor]:
+        nonlocal compute_us
+        step = plan.steps[index]
+        # All outputs, as most callers ask a model for: so both find one another's answers.
+        asked = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
+        for name, tensor in inputs.items():
+            asked.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+            asked.raw_input_contents.append(tensor.raw)
+        for name in _PASSED_ON:
+            if name in request.parameters:
+                asked.parameters[name].CopyFrom(request.parameters[name])
+        try:
+            entry = await infer(asked.SerializeToString())
+        except RingmeshError as error:
+            error.message = f"step {step.model!r} of ensemble {model.name!r}: {error.message}"
+            raise
+        compute_us += entry.compute_us
+        answer = v2.ModelInferResponse.FromString(entry.value)
+        return {
+            output.name: _Tensor(output.datatype, (*output.shape,), raw)
+            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        }
+
+    tensors = await ensemble.run(plan, _inputs(request, model), run_step)
+    response = v2.ModelInferResponse(model_name=model.name, model_version=model.version)
+    for name in known:
+        if name in outputs:
+            tensor = tensors[name]
+            response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+            response.raw_output_contents.append(tensor.raw)
+    return Entry(response.SerializeToString(), compute_us)
+
+
+def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tensor]:
+    """What the steps check, each for its model."""
+    raws = request.raw_input_contents
+    if raws and len(raws) != len(request.inputs):
+        raise InvalidArgumentError(
+            f"raw_input_contents has {len(raws)} entries for {len(request.inputs)} inputs", field="raw_input_contents"
+        )
+    tensors: dict[str, _Tensor] = {}
+    for index, tensor in enumerate(request.inputs):
+        name = tensor.name
+        if "shared_memory_region" in tensor.parameters:
+            raise InvalidArgumentError(
+                f"ensemble {model.name!r} runs on several workers, where no input can be in shared memory",
+                field=f"inputs[{index}].parameters",
+            )
+        raw = raws[index] if raws else raw_from_contents(tensor, f"inputs[{index}]")
+        tensors[name] = _Tensor(tensor.datatype, (*tensor.shape,), raw)
+    if missing := [spec.name for spec in model.metadata.inputs if spec.name not in tensors]:
+        raise InvalidArgumentError(f"ensemble {model.name!r} also needs input {missing[0]!r}", field="inputs")
+    most = model.max_request_rows
+    rows = max([tensor.shape[0] for tensor in tensors.values() if tensor.shape], default=0)
+    if 0 < most < rows:
+        raise InvalidArgumentError(
+            f"the request has {rows} rows; ensemble {model.name!r} takes {most} at most, which is its max_batch_size",
+            field="inputs",
+        )
+    return tensors

@@ -1,0 +1,180 @@
+"""What callers are told, and what metrics, traces and the log are told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import grpc
+
+from cache.mesh import Found, Mesh
+from router.accounting import request_span
+from router.accounting.cost import Cost
+from router.accounting.request_metrics import OK, STEP, RequestMetrics
+from router.request.audit import Audit
+from router.request.call import Admitted
+from services.runtime import w3c
+from services.runtime.errors import RingmeshError
+from services.runtime.oip import protocol
+from services.runtime.rpc.rpc import Answer, Failure, Metadata, failure
+from services.runtime.telemetry.load_report import LoadReport
+from services.runtime.telemetry.metrics import OTHER
+from services.runtime.telemetry.request_log import RequestLog
+from services.runtime.telemetry.spans import Attributes, Value
+from services.runtime.telemetry.tracing import Tracer
+
+# One in so many hits carries the load report: on each of them it cost 5 us more.
+_HITS_A_REPORT = 16
+_AUDITED = frozenset({"hit-local", "hit-shared"})
+
+
+class Replies:
+    """Makes the answer or failure of each request, and has it counted, and kept where it is sampled, slow or failed."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        tracer: Tracer,
+        requests: RequestMetrics,
+        request_log: RequestLog,
+        cost: Cost,
+        audit: Audit,
+        report: LoadReport,
+    ) -> None:
+        self._mesh = mesh
+        self._tracer = tracer
+        self._requests = requests
+        self._log = request_log
+        self._cost = cost
+        self._audit = audit
+        self._report = report
+        self._hits = 0
+
+    def count(self, call: Admitted, found: Found) -> Callable[[], None] | None:
+        """Counts one that was answered; what is left to be done on the event loop."""
+        model = call.model
+        assert model is not None
+        labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
+        end = time.time_ns()
+        slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        if (slow or call.trace.sampled) and call.method != STEP:
+            return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
+        return call.renew
+
+    def answer(self, call: Admitted, found: Found) -> Answer:
+        """Told to the caller; any thread."""
+        afterwards = self.count(call, found)
+        if found.outcome in _AUDITED and self._audit.takes_hit():
+            afterwards = _both(afterwards, lambda: self._begin_audit(call, found))
+        trailing: Metadata = (
+            ("ringmesh-cache", found.outcome),
+            ("ringmesh-trace-id", call.trace.trace_id),
+            ("ringmesh-compute-us", str(found.entry.compute_us)),
+        )
+        if call.stale:
+            self._mesh.stale_answers += 1
+            trailing = (*trailing, ("ringmesh-stale", "true"))
+        if found.similarity:
+            trailing = (*trailing, ("ringmesh-similarity", f"{found.similarity:.4f}"))
+        if found.rows:
+            trailing = (*trailing, ("ringmesh-rows", found.rows))
+        if found.worker:
+            trailing = (*trailing, ("ringmesh-worker", found.worker), self._report.trailer)
+            if call.provider:
+                trailing = (*trailing, ("ringmesh-provider", call.provider))
+        else:
+            self._hits += 1
+            if not self._hits % _HITS_A_REPORT:
+                trailing = (*trailing, self._report.trailer)
+        return protocol.answered(found.entry.value, call.request_id, trailing, afterwards)
+
+    def _begin_audit(self, call: Admitted, found: Found) -> None:
+        assert call.model is not None
+        self._audit.begin(call.model, call.data, found.entry.value)
+
+    def _keep_answered(
+        self, call: Admitted, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
+    ) -> None:
+        assert call.model is not None
+        told = request_span.answered(found, end)
+        told["ringmesh.cost"] = self._cost.of(call.model.provider, found.entry.compute_us)
+        told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
+        if call.provider:
+            told["ringmesh.provider"] = call.provider
+        self._keep(call, labels, end, told, slow=slow)
+
+    def failure(self, call: Admitted, error: RingmeshError) -> Failure:
+        """Told to the caller, and then counted; any thread."""
+        end = time.time_ns()  # it is counted some time later
+        failed = partial(self._failed, call, end, error.code, error.message, error.kind)
+        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), failed)
+
+    def left(self, call: Admitted) -> None:
+        """Counts one whose caller did not wait; on the event loop."""
+        self._failed(call, time.time_ns(), grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
+
+    def _failed(self, call: Admitted, end: int, code: grpc.StatusCode, message: str, kind: str) -> None:
+        model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
+        labels = (call.method, model, version, call.tenant, code.name, "error")
+        self._requests.count(labels, end - call.start, 0)
+        self._requests.failed(model, version, kind)
+        kept = "sampled" if call.trace.sampled else "failed"
+        self._keep(call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
+
+    def _keep(
+        self,
+        call: Admitted,
+        labels: tuple[str, str, str, str, str, str],
+        end: int,
+        attributes: Attributes,
+        code: grpc.StatusCode = grpc.StatusCode.OK,
+        message: str = "",
+        *,
+        slow: bool = False,
+    ) -> None:
+        """Of a request that is sampled, slow or failed."""
+        trace = call.trace
+        self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
+        state, baggage = protocol.state_and_baggage(call.metadata)
+        trace.state = w3c.usable_state(state)
+        told: dict[str, Value] = {
+            **protocol.span_attributes(call.method, code.value[0]),
+            "ringmesh.model.name": call.name,
+            "ringmesh.model.version": call.model.version if call.model is not None else "",
+            "ringmesh.request.bytes": len(call.data),
+            **attributes,
+        }
+        if call.tenant:
+            told["ringmesh.tenant"] = call.tenant
+        if call.request_hash:
+            told["ringmesh.key"] = call.request_hash[:8].hex()
+        if call.reason:
+            told["ringmesh.cache.reason"] = call.reason
+        if baggage:
+            told |= request_span.baggage(baggage)
+        self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
+        if code is not grpc.StatusCode.OK or slow:
+            self._log.tell(
+                code=code.name,
+                error=message,
+                duration_ns=end - call.start,
+                trace_id=trace.trace_id,
+                method=call.method,
+                model=call.name,
+                version=labels[2],
+                tenant=call.tenant,
+                outcome=labels[5],
+                type=str(attributes.get("ringmesh.error", "")),
+            )
+
+
+def _both(first: Callable[[], None] | None, second: Callable[[], None]) -> Callable[[], None]:
+    if first is None:
+        return second
+
+    def both() -> None:
+        first()
+        second()
+
+    return both

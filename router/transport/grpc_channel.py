@@ -1,0 +1,226 @@
+"""Unary gRPC calls to one server, over connections of our own: see http2.py for why.
+
+Source: gRPC over HTTP2 (PROTOCOL-HTTP2.md of grpc/grpc).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from urllib.parse import unquote
+
+import grpc
+import hpack
+
+from router.transport.http2 import Connection, ConnectionLostError, Stream
+from services.runtime import faults
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.large_result import LargeAnswer, take_apart
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 1.0
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_PREFIX_BYTES = 5
+_READ_SECONDS = 0.05
+
+
+class CallError(Exception):
+    """The server answered with another status than OK, or could not be reached (UNAVAILABLE).
+
+    `lost`: the connection ended while the call was under way. `unsent`: there was no connection to send it over.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, *, lost: bool = False, unsent: bool = False) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+        self.lost = lost
+        self.unsent = unsent
+
+
+class GrpcChannel:
+    """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._connection: Connection | None = None
+        # And those that finish what they have, after the server asked us to go.
+        self._connections: set[Connection] = set()
+        self._connecting = asyncio.Lock()
+        self._header_blocks: dict[str, bytes] = {}
+
+    def begin(
+        self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
+    ) -> Callable[[], object]:
+        """A call for an ExecuteResponse; `done` hears it serialized, taken apart where it is large, or an error.
+
+        That is later than this returns. Cancelled by what is returned: the server is told, and `done` hears nothing.
+        """
+
+        def ended(answer: Sequence[bytes] | CallError) -> None:
+            if isinstance(answer, CallError):
+                done(answer)
+            elif sum([len(piece) for piece in answer]) <= LARGE_BYTES:
+                done(b"".join(answer))
+            else:
+                taking = asyncio.get_running_loop().run_in_executor(None, take_apart, answer)
+                taking.add_done_callback(lambda taking: done(taken_apart(taking)))
+
+        return self._begin(method, request, ended)
+
+    def _begin(
+        self, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
+    ) -> Callable[[], object]:
+        """`done` hears the serialized response in pieces."""
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            return self._request(connection, method, request, done)
+
+        begun: list[Callable[[], object]] = []
+
+        async def connect_first() -> None:
+            try:
+                begun.append(self._request(await self._connect(), method, request, done))
+            except CallError as error:
+                done(error)
+            except Exception as error:
+                faults.internal(log, f"a call to {self._address} could not begin", error)
+                done(CallError(grpc.StatusCode.INTERNAL, f"the call could not begin: {error!r}", unsent=True))
+
+        begun.append(asyncio.create_task(connect_first()).cancel)
+        return lambda: begun[-1]()
+
+    async def call(self, method: str, request: bytes) -> bytes:
+        """The serialized response. Raises CallError. Cancelled: the server is told."""
+        answered: asyncio.Future[Sequence[bytes] | CallError] = asyncio.get_running_loop().create_future()
+
+        def done(answer: Sequence[bytes] | CallError) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        cancel = self._begin(method, request, done)
+        try:
+            answer = await answered
+        except asyncio.CancelledError:
+            cancel()
+            raise
+        if isinstance(answer, CallError):
+            raise answer
+        return b"".join(answer)
+
+    def _request(
+        self, connection: Connection, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
+    ) -> Callable[[], None]:
+        headers = self._header_blocks.get(method)
+        if headers is None:
+            headers = self._header_blocks[method] = self._headers(method)
+        body = b"\0" + len(request).to_bytes(4, "big") + request
+        number = connection.request(headers, body, lambda stream: done(_answer(stream)))
+        return partial(connection.cancel, number)
+
+    def is_local(self, port: int) -> bool:
+        """Whether the server is on this host, and `port`, which is its own, says that nothing is in between."""
+        return self._connection is not None and self._connection.is_local(port)
+
+    async def ping(self, seconds: float) -> bool:
+        """Whether the server's engine acknowledges an HTTP/2 PING in time; connects where it has to.
+
+        Engines answer it without Python, so a server that is busy does and one that is stopped does not.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._connect()
+        except (TimeoutError, CallError):
+            return False
+        acknowledged = asyncio.Event()
+        forget = connection.ping(acknowledged.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await acknowledged.wait()
+        except TimeoutError:
+            # If this process was blocked itself, the answer may have come and not been read.
+            await asyncio.sleep(_READ_SECONDS)
+        finally:
+            forget()
+        return acknowledged.is_set()
+
+    async def close(self) -> None:
+        """Disconnects; what is under way fails."""
+        self.drop()
+
+    def drop(self) -> None:
+        """As `close`; the next call connects again."""
+        for connection in list(self._connections):
+            connection.close()
+
+    async def _connect(self) -> Connection:
+        async with self._connecting:
+            if self._connection is not None and self._connection.is_open:
+                return self._connection
+            host, _, port = self._address.rpartition(":")
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    _, made = await loop.create_connection(lambda: Connection(self._lost), host.strip("[]"), int(port))
+            except TimeoutError:
+                message = f"no connection to {self._address} within {CONNECT_SECONDS:g} s"
+                raise CallError(grpc.StatusCode.UNAVAILABLE, message, unsent=True) from None
+            except OSError as error:
+                message = f"cannot connect to {self._address}: {error}"
+                raise CallError(grpc.StatusCode.UNAVAILABLE, message, unsent=True) from None
+            self._connections.add(made)
+            self._connection = made
+            return made
+
+    def _lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if self._connection is connection:
+            self._connection = None
+
+    def _headers(self, method: str) -> bytes:
+        """The block of every request for `method`: with no entry for the server's table, it stands for itself."""
+        headers = [
+            (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", self._address),
+            ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "ringmesh-router"),
+        ]  # fmt: skip
+        return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """UNKNOWN where there is none of this number."""
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
+
+
+def taken_apart(taking: asyncio.Future[LargeAnswer]) -> LargeAnswer | CallError:
+    """What `take_apart` made of a response, or that it cannot be read."""
+    if taking.cancelled():
+        return CallError(grpc.StatusCode.UNAVAILABLE, "the router is stopping")
+    if error := taking.exception():
+        return CallError(grpc.StatusCode.INTERNAL, f"a response that is not an envelope: {error!r}")
+    return taking.result()
+
+
+def _answer(stream: Stream) -> Sequence[bytes] | CallError:
+    error = stream.error
+    if error is not None:
+        return CallError(grpc.StatusCode.UNAVAILABLE, str(error), lost=isinstance(error, ConnectionLostError))
+    headers = stream.headers
+    status = headers.get("grpc-status")
+    if status is None:
+        http = headers.get(":status", "no status")
+        return CallError(grpc.StatusCode.UNAVAILABLE, f"the server does not speak gRPC: HTTP {http}")
+    if status != "0":
+        code = code_of(int(status)) if status.isdecimal() else grpc.StatusCode.UNKNOWN
+        return CallError(code, unquote(headers.get("grpc-message", "")))
+    pieces = stream.pieces
+    while len(pieces) > 1 and len(pieces[0]) < _PREFIX_BYTES:
+        pieces[:2] = [pieces[0] + pieces[1]]
+    first = pieces[0] if pieces else b""
+    size = int.from_bytes(first[1:_PREFIX_BYTES], "big")
+    if stream.size != _PREFIX_BYTES + size or first[0]:
+        return CallError(grpc.StatusCode.INTERNAL, f"a response of {stream.size} bytes that is not one plain message")
+    pieces[0] = first[_PREFIX_BYTES:]
+    return pieces

@@ -1,0 +1,70 @@
+"""The models that are served where nobody names a repository: magika, and a tiny MLP."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from services.cli.commands import magika_features
+from services.cli.errors import CommandError
+
+_MISSING = "is not installed, so the demo model {} is not served; pip install 'ringmesh-server[demo]'"
+
+
+def fill(models: Path, say: Callable[[str], None]) -> None:
+    """Writes the models that are not there yet. Raises CommandError where there is none to serve in the end."""
+    if not (models / "magika").is_dir():
+        folder = magika_features.model_folder()
+        if folder is None:
+            say("warning: magika " + _MISSING.format("magika"))
+        else:
+            source = folder / "model.onnx"
+            _add(models, "magika", lambda path: shutil.copyfile(source, path))
+    if not (models / "mlp").is_dir():
+        if importlib.util.find_spec("onnx") is None:
+            say("warning: onnx " + _MISSING.format("mlp"))
+        else:
+            _add(models, "mlp", write_mlp)
+    if not any(models.glob("*/*/model.onnx")):
+        raise CommandError(
+            "there is no model to serve: name a repository with --models, or pip install 'ringmesh-server[demo]'"
+        )
+
+
+def write_mlp(path: Path) -> None:
+    """FP32 x[n,64] -> y[n,10], the same weights every time: cheap enough that the path around it is what shows."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (64, 64), "b1": (64,), "w2": (64, 10), "b2": (10,)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w1", "b1"], ["h"]),
+            helper.make_node("Relu", ["h"], ["a"]),
+            helper.make_node("Gemm", ["a", "w2", "b2"], ["y"]),
+        ],
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), key) for key, shape in shapes.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+
+
+def _add(models: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Appears whole or not at all: another stack may be filling the same repository."""
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models.parent, prefix=f".{name}-") as scratch:
+        version = Path(scratch) / name / "1"
+        version.mkdir(parents=True)
+        write(version / "model.onnx")
+        try:
+            version.parent.rename(models / name)
+        except OSError:
+            if not (models / name).is_dir():
+                raise

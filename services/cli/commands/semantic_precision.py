@@ -1,0 +1,97 @@
+"""What a semantic cache would get right and wrong, on the owner's own vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from grpc.aio import AioRpcError
+from rich.console import Console
+from rich.table import Table
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.cli.errors import CommandError
+from services.runtime.oip.tensors import DATATYPES, decode
+
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
+_METADATA = "/inference.GRPCInferenceService/ModelMetadata"
+# Exact answers: computed, or of equal requests; never what a similar one was answered.
+_EXACT = (("cache-control", "max-age=31536000"),)
+_SECONDS = 60.0
+
+Array = npt.NDArray[Any]
+Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+
+
+async def measure(address: str, model: str, data: Path, thresholds: Sequence[float], console: Console) -> None:
+    """Asks for the answer of each vector and prints, by threshold, the share answered and the share answered right.
+
+    `data` is a .npy file of shape [vectors, ...]. Right is an answer with the same largest number in each output.
+    Raises CommandError.
+    """
+    try:
+        vectors: Array = np.load(data, allow_pickle=False)
+    except OSError as error:
+        raise CommandError(f"cannot read {data}: {error.strerror}") from None
+    except ValueError:
+        raise CommandError(f"cannot read {data}: it should be a .npy file of vectors, one a row") from None
+    if vectors.ndim < 2 or len(vectors) < 2:
+        raise CommandError(f"{data} has shape {list(vectors.shape)}; it should have two vectors or more, one a row")
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            asked = v2.ModelMetadataRequest(name=model).SerializeToString()
+            metadata: Call = channel.unary_unary(_METADATA)
+            told = v2.ModelMetadataResponse.FromString(await metadata(asked, timeout=_SECONDS))
+            if len(told.inputs) != 1 or told.inputs[0].datatype not in ("FP16", "FP32", "FP64"):
+                raise CommandError(f"model {model!r} should have one input, of floating-point numbers")
+            call: Call = channel.unary_unary(_INFER)
+            answers = [await _answer(call, model, told.inputs[0], vector) for vector in vectors]
+    except AioRpcError as error:
+        raise CommandError(f"{address}: {error.details()}") from None
+    table = Table("similarity of at least", "answered by a similar one", "of them right")
+    for threshold in thresholds:
+        answered, right = replay(vectors, answers, threshold)
+        precision = f"{right / answered:.1%}" if answered else "none to judge"
+        table.add_row(f"{threshold:g}", f"{answered / len(vectors):.1%}", precision)
+    console.print(table)
+
+
+def replay(vectors: Array, answers: Sequence[Sequence[int]], threshold: float) -> tuple[int, int]:
+    """How many a cache would have answered by a similar earlier one, in this order, and how many of them right."""
+    flat = vectors.reshape(len(vectors), -1).astype(np.float32)
+    lengths = np.linalg.norm(flat, axis=1, keepdims=True)
+    units = np.divide(flat, lengths, out=np.zeros_like(flat), where=lengths > 0)
+    known: list[int] = []
+    answered = right = 0
+    for index, unit in enumerate(units):
+        if known:
+            similarities = units[known] @ unit
+            place = int(similarities.argmax())
+            if similarities[place] >= threshold:
+                answered += 1
+                right += answers[known[place]] == answers[index]
+                continue
+        known.append(index)
+    return answered, right
+
+
+async def _answer(
+    call: Call, model: str, tensor: v2.ModelMetadataResponse.TensorMetadata, vector: Array
+) -> Sequence[int]:
+    """Of each output, where its largest number is; of text, its hash."""
+    array = vector.astype(DATATYPES[tensor.datatype].dtype)
+    shape = (1, *array.shape) if len(tensor.shape) > array.ndim else array.shape
+    request = v2.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()])
+    request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
+    response = v2.ModelInferResponse.FromString(
+        await call(request.SerializeToString(), timeout=_SECONDS, metadata=_EXACT)
+    )
+    told = []
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        kind = DATATYPES[output.datatype]
+        told.append(int(decode(kind, output.shape, raw, output.name).argmax()) if kind.itemsize else hash(raw))
+    return told

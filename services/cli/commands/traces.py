@@ -1,0 +1,147 @@
+"""`ringmesh trace`: the spans that services wrote to a folder, as trees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from services.cli.errors import CommandError
+from services.runtime.telemetry.span_tree import Span, SpanTree, trees
+
+_LATEST = 20
+_BAR_CELLS = 24
+_KEPT_FILES = 64
+
+
+def find(folder: Path, prefix: str) -> SpanTree:
+    """The trace whose id begins with `prefix`. Raises CommandError where there is none, or more than one."""
+    prefix = prefix.lower()
+    found = trees(_read(folder, prefix))
+    if not found:
+        raise CommandError(f"no trace {prefix} in {folder}; spans appear there a second after a sampled request")
+    if len(found) > 1:
+        some = ", ".join(sorted(trace.trace_id for trace in found)[:3])
+        raise CommandError(f"{len(found)} traces begin with {prefix}: {some}{', ...' if len(found) > 3 else ''}")
+    return found[0]
+
+
+def latest(folder: Path) -> list[SpanTree]:
+    """The newest first."""
+    return sorted(trees(_read(folder, "")), key=lambda trace: trace.start_ns, reverse=True)[:_LATEST]
+
+
+def prune(folder: Path) -> None:
+    """Every process leaves a file behind: forgets the oldest."""
+    files = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files[_KEPT_FILES:]:
+        path.unlink(missing_ok=True)
+
+
+def tree(trace: SpanTree) -> Table:
+    """A line a span: where it is in the tree, when it ran and for how long."""
+    table = Table(title=f"trace {trace.trace_id}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("span", no_wrap=True)
+    table.add_column("service", no_wrap=True)
+    table.add_column("at ms", justify="right", no_wrap=True)
+    table.add_column("took ms", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, width=_BAR_CELLS)
+    table.add_column("attributes", overflow="fold")
+    for guide, (_, span) in zip(_guides([depth for depth, _ in trace.rows]), trace.rows, strict=True):
+        table.add_row(
+            f"[dim]{guide}[/]{escape(span.short_name)}",
+            escape(span.service.removeprefix("ringmesh-")),
+            _ms(span.start_ns - trace.start_ns),
+            _ms(span.end_ns - span.start_ns),
+            f"[{'red' if span.error else 'cyan'}]{_bar(span, trace)}[/]",
+            escape(_details(span)),
+            style="red" if span.error else "",
+        )
+    return table
+
+
+def listing(traces: Iterable[SpanTree]) -> Table:
+    """A line a trace."""
+    # The error has what the others leave; else a long one would leave them nothing.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    # Whole, however narrow the terminal: it is there to be copied.
+    table.add_column("trace id", no_wrap=True, min_width=32)
+    table.add_column("began", no_wrap=True)
+    for column in ("took ms", "spans"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("of", "answer from", "worker", "tenant"):
+        table.add_column(column, overflow="ellipsis", no_wrap=True)
+    table.add_column("error", overflow="ellipsis", no_wrap=True, ratio=1)
+    for trace in traces:
+        root = trace.rows[0][1]
+        said = root.attributes
+        began = datetime.fromtimestamp(trace.start_ns / 1e9).strftime("%H:%M:%S")
+        error = root.error or next((span.error for _, span in trace.rows if span.error), "")
+        model = f"{said.get('ringmesh.model.name', '')} {said.get('ringmesh.model.version', '')}".strip()
+        told = (
+            model or root.short_name,
+            said.get("ringmesh.cache.outcome", ""),
+            said.get("ringmesh.worker.id", ""),
+            said.get("ringmesh.tenant", ""),
+            error,
+        )
+        table.add_row(
+            trace.trace_id,
+            began,
+            _ms(trace.duration_ns),
+            str(len(trace.rows)),
+            *(escape(str(one)) for one in told),
+            style="red" if error else "",
+        )
+    return table
+
+
+def _read(folder: Path, prefix: str) -> Iterator[Span]:
+    mark = f'"trace_id":"{prefix}'
+    for path in folder.glob("*.jsonl"):
+        with path.open(errors="replace") as file:
+            for line in file:
+                # Most lines are not of this trace, and parsing is what takes the time.
+                if mark in line and (span := _parse(line)) is not None:
+                    yield span
+
+
+def _parse(line: str) -> Span | None:
+    """None where the line is torn, as the last one of a killed process may be."""
+    try:
+        return Span(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _guides(depths: list[int]) -> list[str]:
+    """The lines drawn before each name: a row is linked down where a later sibling follows."""
+    guides: list[str] = []
+    open_levels: set[int] = set()
+    for depth in reversed(depths):
+        last = depth not in open_levels
+        open_levels = {level for level in open_levels if level <= depth} | {depth}
+        parts = ["│  " if level in open_levels else "   " for level in range(1, depth)]
+        guides.append("".join(parts) + (("└─ " if last else "├─ ") if depth else ""))
+    return guides[::-1]
+
+
+def _bar(span: Span, trace: SpanTree) -> str:
+    total = max(1, trace.duration_ns)
+    start = min(_BAR_CELLS - 1, (span.start_ns - trace.start_ns) * _BAR_CELLS // total)
+    cells = max(1, round((span.end_ns - span.start_ns) * _BAR_CELLS / total))
+    return " " * start + "█" * min(cells, _BAR_CELLS - start)
+
+
+def _ms(duration_ns: int) -> str:
+    return f"{duration_ns / 1e6:.2f}"
+
+
+def _details(span: Span) -> str:
+    """The error first, then attributes that say something."""
+    attributes = (f"{key.removeprefix('ringmesh.')}={value}" for key, value in span.attributes.items() if value != "")
+    return " ".join(part for part in (span.error, *attributes) if part)

@@ -1,0 +1,165 @@
+"""One process of a stack: started, watched, started again, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from services.cli.errors import CommandError
+from services.runtime.machine.orphan import end_with_parent
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+_POLL_SECONDS = 0.05
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 30.0
+_LOG_TAIL_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """What to run. `is_ready` asks the running process, true or not; `environment` is added to ours."""
+
+    name: str
+    command: Sequence[str]
+    address: str
+    log: Path
+    is_ready: Callable[[], Awaitable[object]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Child:
+    """The process of a spec. `say` gets a line when it dies and when it is back; `changed` is called after it."""
+
+    def __init__(self, spec: ChildSpec, say: Callable[[str], None], changed: Callable[[], None]) -> None:
+        self.spec = spec
+        self._say = say
+        self._changed = changed
+        self._process: asyncio.subprocess.Process | None = None
+        self._log_start = 0
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id, 0 while there is none."""
+        running = self._process is not None and self._process.returncode is None
+        return self._process.pid if self._process is not None and running else 0
+
+    async def spawn(self) -> None:
+        """Starts the process, without waiting for it to be ready."""
+        with self._open_log() as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.spec.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.spec.environment},
+                # Ctrl-C in a terminal goes to the whole group; we stop children one after the other.
+                start_new_session=True,
+                preexec_fn=end_with_parent(),
+            )
+
+    async def ready(self, seconds: float) -> None:
+        """Waits until the process answers. Raises CommandError with its own words where it ends or takes longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                is_up = await self._comes_up()
+        except TimeoutError:
+            raise CommandError(f"{self.spec.name} is not ready after {seconds:.0f} s; see {self.spec.log}") from None
+        if not is_up:
+            raise CommandError(f"{self.spec.name} cannot start: {self._why_not()}; its log is {self.spec.log}")
+
+    def keep(self) -> None:
+        """From now on, starts the process again whenever it dies, with growing pauses."""
+        self._keeper = BACKGROUND.start("keeper of a process", self._keep)
+
+    async def stop(self, seconds: float) -> None:
+        """SIGTERM, then SIGKILL after `seconds`. Cancelled: the process is left as it is."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        if not self.pid:
+            return
+        process = self._running()
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(seconds):
+                await process.wait()
+        except TimeoutError:
+            self._say(f"{self.spec.name} (pid {process.pid}) did not stop within {seconds:.0f} s and was killed")
+            self.kill()
+            await process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL at once."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if self.pid:
+            with suppress(ProcessLookupError):
+                self._running().kill()
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            began = loop.time()
+            process = self._running()
+            code = await process.wait()
+            # It ran for long: this is a new misfortune, not the last one again.
+            if loop.time() - began > _LONGEST_PAUSE_SECONDS:
+                pause = _FIRST_PAUSE_SECONDS
+            self._say(f"{self.spec.name} (pid {process.pid}) {self._ending(code)}; starting it again in {pause:.0f} s")
+            self._changed()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            await self.spawn()
+            if await self._comes_up():
+                self._say(f"{self.spec.name} is back (pid {self.pid})")
+                self._changed()
+
+    async def _comes_up(self) -> bool:
+        """Waits until the process answers; False where it ends first."""
+        process = self._running()
+        while not await self.spec.is_ready():
+            if process.returncode is not None:
+                return False
+            await asyncio.sleep(_POLL_SECONDS)
+        return True
+
+    def _running(self) -> asyncio.subprocess.Process:
+        assert self._process is not None, "spawn() comes first"
+        return self._process
+
+    def _open_log(self) -> BinaryIO:
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        log = self.spec.log.open("ab")
+        self._log_start = log.tell()
+        return log
+
+    def _why_not(self) -> str:
+        code = self._running().returncode or 0
+        # Services that refuse to start say `<service>: <why>` and exit with 2.
+        _, _, why = self._last_line().partition(": ")
+        return why if code == 2 and why else f"it {self._ending(code)}"
+
+    def _ending(self, code: int) -> str:
+        if code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        last = self._last_line()
+        return f"ended with exit code {code}" + (f" ({last})" if last and code else "")
+
+    def _last_line(self) -> str:
+        """Of what it wrote in this life; "" where that is nothing."""
+        try:
+            with self.spec.log.open("rb") as log:
+                log.seek(max(self._log_start, self.spec.log.stat().st_size - _LOG_TAIL_BYTES))
+                lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError:  # somebody cleaned up
+            return ""
+        return lines[-1] if lines else ""

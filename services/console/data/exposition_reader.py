@@ -1,0 +1,84 @@
+"""Prometheus text, read again and again from one process: what a series is called is understood once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from services.console.data.history import Sample
+from services.console.data.overview import DURATION, LOOP_LAG, REDIS
+
+_LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
+_ESCAPED = re.compile(r"\\(.)")
+_MAX_KNOWN = 60_000
+_OURS = "ringmesh_"
+_BUCKET = "_bucket"
+# Pages show quantiles of these alone; of other histograms their sums and counts.
+_BUCKETS_OF = frozenset({DURATION, LOOP_LAG, REDIS})
+# Of each answer's duration no page asks where it came from, and with it there would be several times as many series.
+_FOLDED = {DURATION: "outcome"}
+
+
+class _Series:
+    """What one or several lines are summed into."""
+
+    __slots__ = ("labels", "name", "read", "value")
+
+    def __init__(self, name: str, labels: Mapping[str, str]) -> None:
+        self.name = name
+        self.labels = labels
+        self.read = 0
+        self.value = 0.0
+
+
+class ExpositionReader:
+    """Reads the scrapes of one target, at about a twentieth of what prometheus_client's own parser takes."""
+
+    def __init__(self) -> None:
+        # By what stands before the value; None: no page asks for it.
+        self._known: dict[str, _Series | None] = {}
+        self._series: dict[tuple[str, frozenset[tuple[str, str]]], _Series] = {}
+        self._reads = 0
+
+    def read(self, text: str) -> list[Sample]:
+        """Samples of our metrics, as far as pages ask for them. Raises ValueError where a line is no sample."""
+        if len(self._known) > _MAX_KNOWN:
+            self._known.clear()
+            self._series.clear()
+        self._reads += 1
+        found = []
+        for line in text.split("\n"):
+            if not line.startswith(_OURS):
+                continue
+            # The value stands behind the last brace, or behind the name; a timestamp may follow it.
+            end = line.rfind("}") + 1 or line.find(" ")
+            said = line[:end]
+            try:
+                series = self._known[said]
+            except KeyError:
+                series = self._known[said] = self._understand(said)
+            if series is None:
+                continue
+            values = line[end:].split()
+            if not said or not values:
+                raise ValueError(f"not a sample: {line[:100]!r}")
+            if series.read != self._reads:
+                series.read = self._reads
+                series.value = 0.0
+                found.append(series)
+            series.value += float(values[0])
+        return [Sample(series.name, series.labels, series.value) for series in found]
+
+    def _understand(self, said: str) -> _Series | None:
+        name, _, rest = said.partition("{")
+        if name.endswith(_BUCKET) and name.removesuffix(_BUCKET) not in _BUCKETS_OF:
+            return None
+        labels = {label: _ESCAPED.sub(_unescape, value) for label, value in _LABEL.findall(rest)}
+        for family, label in _FOLDED.items():
+            if name.startswith(family):
+                labels.pop(label, None)
+        return self._series.setdefault((name, frozenset(labels.items())), _Series(name, labels))
+
+
+def _unescape(found: re.Match[str]) -> str:
+    return "\n" if found[1] == "n" else found[1]

@@ -1,0 +1,301 @@
+"""What needs attention: each fault found in what the fleet says of itself, named, and where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, TypeAlias
+from urllib.parse import quote, urlencode
+
+from services.console.data.fleet_watch import FleetView
+from services.console.data.history import History
+from services.console.data.overview import ATTEMPT, LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
+from services.console.data.trace_store import TraceStore
+from services.console.data.units import number, percent, seconds
+from services.runtime.telemetry.metrics import OTHER
+
+Severity: TypeAlias = Literal["critical", "warning", "note"]
+
+_WINDOW = 120.0
+# A worker is slow where it takes that much longer than its peers for the same model, over that many runs.
+_SLOW_FACTOR = 2.5
+_SLOW_RUNS = 5
+# A process that gets no CPU for a while computes as fast as ever, between two requests; its answers come late.
+_STALLED_SECONDS = 3e-3
+_STALLED_ATTEMPTS = 50
+_ERROR_SHARE = 0.01
+_LAG_SECONDS = 0.2
+_FAILING_A_MINUTE = 3.0
+_MOST_NAMED = 5
+# What is alike is told one by one up to so many, and together beyond.
+_MOST_ALIKE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault. `where` names the part; `link` is the page that shows more."""
+
+    severity: Severity
+    title: str
+    where: str
+    detail: str
+    link: str
+    link_text: str
+
+
+def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str, str]) -> list[Finding]:
+    """The worst first. `silent`: why there are no metrics, by process."""
+    found = [
+        *_routers(view),
+        *_workers(view),
+        *_redis(history),
+        *_slow_workers(history),
+        *_errors(history, traces),
+        *_models(view),
+        *_audit(history),
+        *_cache(view),
+        *_processes(history, silent),
+        *_background(history),
+    ]
+    return sorted(found, key=lambda finding: ("critical", "warning", "note").index(finding.severity))
+
+
+def _routers(view: FleetView) -> Iterator[Finding]:
+    for router in view.routers:
+        if router.problem and router.problem != "not asked yet":
+            yield Finding(
+                "critical",
+                "Router is down",
+                f"router {router.address}",
+                f"{router.address}: {router.problem}. What stands below is what it said last.",
+                "/#routers",
+                "routers",
+            )
+
+
+def _workers(view: FleetView) -> Iterator[Finding]:
+    if view.router is None:
+        return
+    workers = view.workers.values()
+    out = {worker.id or worker.address: worker for worker in workers if not worker.healthy}
+    last = "" if len(out) < len(workers) else " No other can take its place: requests fail."
+    for names in _alike([*out]):
+        first = out[names[0]]
+        yield Finding(
+            "critical",
+            "Worker gets no requests" if len(names) == 1 else "Workers get no requests",
+            _named("worker", names),
+            f"{first.address}: {first.reason}. Its keys go to the next in rank.{last}",
+            "/#workers",
+            "workers",
+        )
+    if not workers:
+        yield Finding(
+            "critical",
+            "The ring is empty",
+            "router",
+            "The router knows no worker: RINGMESH_WORKERS names them.",
+            "/#workers",
+            "workers",
+        )
+
+
+def _redis(history: History) -> Iterator[Finding]:
+    breakers = history.last("ringmesh_redis_breaker_open", ("target",))
+    skipped = sorted(target for (target,), is_open in breakers.items() if is_open)
+    failures = history.increase("ringmesh_cache_failures_total", _WINDOW, ("target",), tier="shared")
+    if skipped:
+        yield Finding(
+            "critical",
+            "Redis is down",
+            f"shared cache tier, seen by {', '.join(skipped)}",
+            "Look-ups failed or were too slow, so the breaker is open and the shared tier is skipped. "
+            "Requests are answered, but what another process computed is computed again.",
+            "/cache#shared",
+            "cache",
+        )
+        return
+    for (target,), count in failures.items():
+        if count >= _FAILING_A_MINUTE * _WINDOW / 60:
+            yield Finding(
+                "warning",
+                "Redis fails at times",
+                f"shared cache tier, seen by {target}",
+                f"{number(count)} look-ups or fills were given up in the last {seconds(_WINDOW)}.",
+                "/cache#shared",
+                "cache",
+            )
+
+
+def _slow_workers(history: History) -> Iterator[Finding]:
+    """Against the median of the others: by mean compute time of a model, or by what answers take beside all work."""
+    total = history.increase(f"{STAGE}_sum", _WINDOW, ("model", "version", "target"), stage="compute")
+    count = history.increase(f"{STAGE}_count", _WINDOW, ("model", "version", "target"), stage="compute")
+    means: dict[tuple[str, str], dict[str, float]] = {}
+    for (model, version, target), runs in count.items():
+        if runs >= _SLOW_RUNS:
+            means.setdefault((model, version), {})[target] = total.get((model, version, target), 0.0) / runs
+    worst: dict[str, tuple[float, str]] = {}
+    for (model, _), by_target in means.items():
+        for target, mean in by_target.items():
+            others = [other for name, other in by_target.items() if name != target]
+            if others and mean > _SLOW_FACTOR * median(others) and mean > 1e-3:
+                factor = mean / median(others)
+                said = f"{model} takes {seconds(mean)} there and {seconds(median(others))} on the others"
+                if target not in worst or factor > worst[target][0]:
+                    worst[target] = (factor, said)
+    beside = _beside_work(history)
+    for worker, mean in beside.items():
+        usual = median([other for name, other in beside.items() if name != worker] or [math.inf])
+        if worker not in worst and mean > max(_SLOW_FACTOR * usual, _STALLED_SECONDS):
+            said = f"its answers come {seconds(mean)} later than its work explains, {seconds(usual)} on the others"
+            worst[worker] = (mean / max(usual, 1e-6), said)
+    for target, (factor, said) in worst.items():
+        yield Finding(
+            "warning",
+            "Worker is slow",
+            f"worker {target}",
+            f"{said}: {factor:.1f} times as long. Another program on its cores, throttling, or swapping would show so.",
+            f"/traces?{urlencode({'worker': target, 'sort': 'slowest'})}",
+            "its traces",
+        )
+
+
+def _beside_work(history: History) -> dict[str, float]:
+    """Seconds of an answer that passed on the way to a worker, or while it did not run, by worker."""
+    total, count = (history.increase(f"{ATTEMPT}_{part}", _WINDOW, ("worker",)) for part in ("sum", "count"))
+    worked = history.increase(f"{STAGE}_sum", _WINDOW, ("target",))
+    return {
+        worker: max(0.0, total.get((worker,), 0.0) - worked.get((worker,), 0.0)) / attempts
+        for (worker,), attempts in count.items()
+        if attempts >= _STALLED_ATTEMPTS
+    }
+
+
+def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
+    """Of each code and model once, of many models that meet one code once for all, with the tenants, the most first."""
+    asked = history.increase(REQUESTS, _WINDOW, ("model", "tenant"))
+    by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for (model, tenant, code), count in sorted(by_code.items(), key=lambda item: -item[1]):
+        if code != "OK" and count >= 1 and count >= _ERROR_SHARE * asked[model, tenant]:
+            groups.setdefault(code, {}).setdefault(model, {})[tenant] = count
+    last = traces.last_failures() if groups else {}
+    for code, models in groups.items():
+        for names in _alike([*models]):
+            failed = {(model, tenant): count for model in names for tenant, count in models[model].items()}
+            # Who asks for what nobody serves is counted under no model's name.
+            known = [model for model in names if model != OTHER]
+            told = [one for (model, of), one in last.items() if of == code and (model in known or OTHER in names)]
+            newest = max(told, key=lambda one: one.start_ns, default=None)
+            said = f" The last said: {newest.error}" if newest else ""
+            count, all_asked = sum(failed.values()), sum(asked[who] for who in failed)
+            text = {"model": known[0]} if len(known) == len(names) == 1 else {"text": code}
+            yield Finding(
+                "critical" if code in SERVER_FAULTS else "warning",
+                "Requests fail" if code in SERVER_FAULTS else "Requests are refused",
+                f"{_named('model', known) or 'a model that nobody serves'}"
+                f"{_of(dict.fromkeys(tenant for _, tenant in failed))}",
+                f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(count / all_asked)} of theirs) "
+                f"ended with {code}.{said}",
+                f"/traces?{urlencode({'status': 'error', **text})}",
+                "failed traces",
+            )
+
+
+def _of(tenants: Iterable[str]) -> str:
+    """Which tenants, in words; "" where nobody says who it is."""
+    named = _named("tenant", [tenant for tenant in tenants if tenant])
+    return f", {named}" if named else ""
+
+
+def _alike(names: Sequence[str]) -> list[list[str]]:
+    """Those to be told of together: one each, or all at once where they are many."""
+    return [[*names]] if len(names) > _MOST_ALIKE else [[name] for name in names]
+
+
+def _named(kind: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    which = f"{', '.join(names[:_MOST_NAMED])}{more}"
+    return f"{kind}{'' if len(names) == 1 else 's'} {which}" if names else ""
+
+
+def _models(view: FleetView) -> Iterator[Finding]:
+    out = {f"{model.name} {model.version}".rstrip(): model for model in view.models if model.state == "UNAVAILABLE"}
+    for names in _alike([*out]):
+        first = out[names[0]]
+        yield Finding(
+            "warning",
+            "Model is not served" if len(names) == 1 else "Models are not served",
+            _named("model", names),
+            first.reason or "unloaded",
+            f"/models/{quote(first.name)}",
+            "model",
+        )
+    for model in view.models:
+        if len({copy.digest for copy in model.copies}) > 1:
+            yield Finding(
+                "note",
+                "Workers differ",
+                f"model {model.name} {model.version}",
+                "Workers hold different content under one version; an answer is filed under what computed it.",
+                f"/models/{quote(model.name)}",
+                "model",
+            )
+
+
+def _audit(history: History) -> Iterator[Finding]:
+    distrusted = history.last("ringmesh_cache_audit_distrusted", ("model", "version"))
+    for (model, version), is_off in distrusted.items():
+        if is_off:
+            yield Finding(
+                "warning",
+                "Model does not repeat itself",
+                f"model {model} {version}",
+                "Cached answers were computed again and came out different, so the model left the cache: it is "
+                "right, and slower. A random operator that was not found, or a worker whose hardware computes wrongly.",
+                f"/models/{quote(model)}",
+                "model",
+            )
+
+
+def _cache(view: FleetView) -> Iterator[Finding]:
+    if view.cache.problem and view.cache.problem != "not asked yet":
+        yield Finding(
+            "warning",
+            "Cache service is down",
+            f"cache {view.cache.address}",
+            f"{view.cache.problem}. Routers use Redis themselves and do not need it; other services do.",
+            "/cache",
+            "cache",
+        )
+
+
+def _processes(history: History, silent: dict[str, str]) -> Iterator[Finding]:
+    for name, problem in silent.items():
+        yield Finding("warning", "Process is silent", name, problem, "/#processes", "processes")
+    lag = history.quantile(0.99, LOOP_LAG, _WINDOW, ("target",))
+    for (target,), p99 in lag.items():
+        if not math.isnan(p99) and p99 > _LAG_SECONDS:
+            yield Finding(
+                "warning",
+                "Process is late",
+                target,
+                f"Its event loop calls back {seconds(p99)} late (p99): it is short of CPU or something blocks it.",
+                "/#processes",
+                "processes",
+            )
+
+
+def _background(history: History) -> Iterator[Finding]:
+    for target, task, reason in history.last("ringmesh_background_failing", ("target", "task", "reason")):
+        yield Finding(
+            "warning",
+            "Work in the background fails",
+            target,
+            f"Background task {task!r} keeps failing, and is begun again: {reason}",
+            "/#processes",
+            "processes",
+        )

@@ -1,0 +1,231 @@
+"""What the console knows of the fleet: asks routers and cache again and again, keeps the last answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
+from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
+from ringmesh.router.v1 import router_pb2, router_pb2_grpc
+
+from services.console.data.fleet_events import FleetEvent, FleetEvents
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+_ASK_SECONDS = 1.0
+_MODELS_EVERY = 5
+_TIMEOUT = 2.0
+OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterView:
+    """One router, as it answered last. `problem` says why it did not answer now; "" where it did."""
+
+    address: str
+    problem: str = "not asked yet"
+    workers: tuple[router_pb2.Worker, ...] = ()
+    answered_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheView:
+    """The cache service, as it answered last."""
+
+    address: str
+    problem: str = "not asked yet"
+    stats: cache_pb2.StatsResponse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCopy:
+    """A model version as one worker holds it.
+
+    `uncacheable`: why its answers are not kept; "" where they are. `batching`: whether requests share its runs, and
+    what the proof that rows are independent says.
+    """
+
+    worker: str
+    provider: str
+    digest: str
+    uncacheable: str
+    max_batch_rows: int
+    batching: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model version of the fleet. `state` and `reason` are those of the repository index."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+    copies: tuple[ModelCopy, ...] = ()
+
+    @property
+    def uncacheable(self) -> str:
+        """Why no worker's answers are kept; "" where those of any are."""
+        reasons = [copy.uncacheable for copy in self.copies]
+        return reasons[0] if reasons and all(reasons) else ""
+
+    @property
+    def batching(self) -> str:
+        """Whether requests share runs, in the words of a worker."""
+        return next((copy.batching for copy in self.copies if copy.batching), "")
+
+    @property
+    def providers(self) -> str:
+        """What computes it, by ONNX Runtime's names without the ending they share."""
+        return ", ".join(sorted({copy.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """All of it, at one moment."""
+
+    routers: tuple[RouterView, ...]
+    cache: CacheView
+    models: tuple[ModelView, ...] = ()
+
+    @property
+    def router(self) -> RouterView | None:
+        """One that answers; None where none does."""
+        return next((router for router in self.routers if not router.problem), None)
+
+    @property
+    def workers(self) -> Mapping[str, router_pb2.Worker]:
+        """By address, as the first router that answers sees them; else as they were seen last."""
+        seen = self.router or max(self.routers, key=lambda router: router.answered_at)
+        return {worker.address: worker for worker in seen.workers}
+
+
+class FleetWatch:
+    """Asks each second; `view` is what is known now."""
+
+    def __init__(self, routers: tuple[str, ...], cache: str) -> None:
+        self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
+        self.view = FleetView(tuple(RouterView(address) for address in routers), CacheView(cache))
+        self._workers: dict[str, grpc.aio.Channel] = {}
+        self._events = [FleetEvents(address, self._channels[address]) for address in routers]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """To a router or the cache."""
+        return self._channels[address]
+
+    def start(self) -> None:
+        """Until `close`."""
+        self._tasks = [BACKGROUND.start("watch of the fleet", self._run)]
+        self._tasks += [BACKGROUND.start("events of a router", one.follow) for one in self._events]
+
+    def events(self, count: int) -> list[FleetEvent]:
+        """The newest of all routers, the newest first."""
+        newest = [event for one in self._events for event in one.newest(count)]
+        return sorted(newest, key=lambda event: event.at_ms, reverse=True)[:count]
+
+    async def close(self) -> None:
+        """Stops asking and disconnects."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))
+
+    async def _run(self) -> None:
+        turn = 0
+        while True:
+            routers, cache = await asyncio.gather(
+                asyncio.gather(*(self._ask_router(router) for router in self.view.routers)),
+                self._ask_cache(self.view.cache),
+            )
+            self.view = FleetView(tuple(routers), cache, self.view.models)
+            if turn % _MODELS_EVERY == 0 or not self.view.models:
+                self.view = FleetView(tuple(routers), cache, await self._ask_models())
+            turn += 1
+            await asyncio.sleep(_ASK_SECONDS)
+
+    async def _ask_router(self, last: RouterView) -> RouterView:
+        stub = router_pb2_grpc.RouterServiceStub(self.channel(last.address))
+        ring, problem = await ask(lambda: stub.GetRing(router_pb2.GetRingRequest(), timeout=_TIMEOUT))
+        if ring is None:
+            return RouterView(last.address, problem, last.workers, last.answered_at)
+        return RouterView(last.address, "", tuple(ring.workers), time.time())
+
+    async def _ask_cache(self, last: CacheView) -> CacheView:
+        stub = cache_pb2_grpc.CacheServiceStub(self.channel(last.address))
+        stats, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
+        return CacheView(last.address, problem, stats or last.stats)
+
+    async def _ask_models(self) -> tuple[ModelView, ...]:
+        """From the first router that answers; those known before where none does."""
+        router = self.view.router
+        if router is None:
+            return self.view.models
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self.channel(router.address))
+        index, _ = await ask(lambda: stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=_TIMEOUT))
+        if index is None:
+            return self.view.models
+        copies = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
+        return tuple(
+            ModelView(
+                model.name,
+                model.version,
+                model.state,
+                model.reason,
+                tuple(copies.get((model.name, model.version), ())),
+            )
+            for model in index.models
+        )
+
+    async def _ask_workers(self, addresses: list[str]) -> dict[tuple[str, str], list[ModelCopy]]:
+        """What each says it holds; a worker that does not answer is left out."""
+        for gone in self._workers.keys() - set(addresses):
+            await self._workers.pop(gone).close()
+        for address in addresses:
+            if address not in self._workers:
+                self._workers[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
+        answers = await asyncio.gather(*(_describe(self._workers[address]) for address in addresses))
+        copies: dict[tuple[str, str], list[ModelCopy]] = {}
+        for answer in answers:
+            if answer is None:
+                continue
+            for held in answer.models:
+                why_not = "" if held.cacheable else held.cacheable_reason or "not cacheable"
+                copy = ModelCopy(
+                    answer.worker_id, held.provider, held.digest.hex(), why_not, held.max_batch_rows, held.batch_remark
+                )
+                copies.setdefault((held.name, held.version), []).append(copy)
+        return copies
+
+
+async def _describe(channel: grpc.aio.Channel) -> inference_pb2.DescribeResponse | None:
+    stub = inference_pb2_grpc.InferenceWorkerServiceStub(channel)
+    return (await ask(lambda: stub.Describe(inference_pb2.DescribeRequest(), timeout=_TIMEOUT)))[0]
+
+
+async def ask(call: Callable[[], Awaitable[Answer]]) -> tuple[Answer | None, str]:
+    """The answer, or why there is none in words."""
+    try:
+        return await call(), ""
+    except grpc.aio.AioRpcError as error:
+        return None, in_words(error)
+
+
+def in_words(error: grpc.aio.AioRpcError) -> str:
+    """What a person can make use of."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return "it does not answer: nothing listens there, or it is stopping"
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"it did not answer within {_TIMEOUT:.0f} s"
+    return f"{error.code().name}: {error.details()}"

@@ -1,0 +1,75 @@
+"""Reads /metrics of every process into the history."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.client import HTTPException
+
+from services.console.data.exposition_reader import ExpositionReader
+from services.console.data.history import History, Sample
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+PERIOD_SECONDS = 2.0
+_TIMEOUT = 2.0
+_MAX_BYTES = 8 << 20
+# The environment's proxy has no business between processes of one fleet.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Scraper:
+    """`targets`: host:port by the name of the process. `problems` says in words who does not answer, and why."""
+
+    def __init__(self, targets: Mapping[str, str], history: History) -> None:
+        self.problems: dict[str, str] = {}
+        self.targets = targets
+        self._history = history
+        # Each waits on a socket most of the time; a process that hangs holds up itself alone.
+        self._threads = ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="scrape")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Until `close`."""
+        self._tasks = [BACKGROUND.start("scrape", partial(self._run, name)) for name in self.targets]
+
+    def close(self) -> None:
+        """Stops; a scrape under way is not waited for."""
+        for task in self._tasks:
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        reader = ExpositionReader()
+        while True:
+            began = loop.time()
+            try:
+                samples = await loop.run_in_executor(self._threads, _scrape, self.targets[name], reader)
+                self._history.add(name, samples)
+                self.problems.pop(name, None)
+            except (OSError, ValueError, HTTPException) as error:
+                self.problems[name] = f"no metrics from {self.targets[name]}: {_reason(error)}"
+            await asyncio.sleep(max(0.1, began + PERIOD_SECONDS - loop.time()))
+
+
+def _scrape(address: str, reader: ExpositionReader) -> list[Sample]:
+    return reader.read(fetch(address))
+
+
+def fetch(address: str) -> str:
+    """One scrape. Raises OSError where nobody answers, ValueError where the answer is not text, or too long."""
+    with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT) as response:
+        text: bytes = response.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"the answer is larger than {_MAX_BYTES >> 20} MiB")
+    return text.decode()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    return str(error) or type(error).__name__

@@ -1,0 +1,72 @@
+"""The first page as JSON, for `ringmesh top`: numbers are words already, so that both say the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from services.console.data import overview
+from services.console.data.sources import Sources
+from services.console.data.units import number, percent, seconds, size
+from services.console.pages import fleet_page, models_page
+
+
+async def summary(sources: Sources, request: Request) -> Response:
+    """headline, findings, vitals, and tables of workers, models and processes; each row in the order to show."""
+    vitals = overview.vitals(sources.history)
+    models = (await models_page.listing(sources, request))["models"]
+    # The busiest first: a terminal shows some of them.
+    models.sort(key=lambda row: -row.vitals.requests if row.vitals.requests > 0 else 0.0)
+    return JSONResponse(
+        {
+            "headline": fleet_page.headline(sources, vitals),
+            "findings": [asdict(finding) for finding in sources.findings()],
+            "vitals": {
+                "requests_s": number(vitals.requests),
+                "from_cache": percent(vitals.hit_ratio),
+                "p50": seconds(vitals.p50),
+                "p99": seconds(vitals.p99),
+                "failed_s": number(vitals.errors),
+                "compute_saved": f"{seconds(vitals.saved)} a second",
+            },
+            "workers": [
+                {
+                    "worker": row.worker.id or row.worker.address,
+                    "state": "serves" if row.worker.healthy else f"out: {row.worker.reason}",
+                    "owns": percent(row.worker.share),
+                    "in_flight": number(row.worker.in_flight),
+                    "load": number(row.worker.load),
+                    "queued": number(row.queued),
+                    "runs_s": number(row.rate),
+                    "compute": seconds(row.compute),
+                }
+                for row in fleet_page.worker_rows(sources)
+            ],
+            "models": [
+                {
+                    "model": f"{row.model.name} {row.model.version}".rstrip(),
+                    "state": row.model.state.lower() or "not loaded",
+                    "requests_s": number(row.vitals.requests),
+                    "from_cache": percent(row.vitals.hit_ratio),
+                    "p50": seconds(row.vitals.p50),
+                    "p99": seconds(row.vitals.p99),
+                    "failed_s": number(row.vitals.errors),
+                    "batch_rows": number(row.rows),
+                }
+                for row in models
+            ],
+            "processes": [
+                {
+                    "process": row.name,
+                    "metrics_at": row.problem or row.address,
+                    "cpu": percent(row.cpu),
+                    "memory": size(row.memory),
+                    "open_files": number(row.files),
+                    "loop_lag_p99": seconds(row.lag),
+                }
+                for row in fleet_page.process_rows(sources)
+            ],
+        }
+    )

@@ -1,0 +1,117 @@
+"""Traces: a search over those of late, and one as a waterfall with its story."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from heapq import nlargest
+from operator import attrgetter
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from services.console.data import span_names
+from services.console.data.sources import Sources
+from services.console.data.trace_store import Query
+from services.console.pages import story
+from services.console.pages.live import Context
+from services.runtime.telemetry.span_tree import Span
+
+_LIMIT = 100
+_OUTCOMES = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass")
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A row of the waterfall. `start` and `width` are shares of the whole, 0 to 1."""
+
+    span: Span
+    depth: int
+    start: float
+    width: float
+
+    @property
+    def step(self) -> str:
+        """Which model, of a step of an ensemble; "" of other spans."""
+        return str(self.span.attributes.get(span_names.MODEL, "")) if self.span.name == span_names.STEP else ""
+
+
+async def listing(sources: Sources, request: Request) -> Context:
+    """What `traces.html` shows."""
+    query, problem = _query(request)
+    sort = request.query_params.get("sort", "")
+    store = sources.traces
+    seen: dict[str, set[str]] = {"model": set(), "tenant": set(), "worker": set()}
+    found = []
+    for summary in store.summaries():
+        for part, values in seen.items():
+            values.add(getattr(summary, part))
+        if not problem and query.matches(summary):
+            found.append(summary)
+    shown = nlargest(_LIMIT, found, key=attrgetter("duration_ns" if sort == "slowest" else "start_ns"))
+    return {
+        "query": query,
+        "sort": sort,
+        "problem": problem,
+        "found": shown,
+        "count": len(found),
+        "longest": max((summary.duration_ns for summary in shown), default=0),
+        "store": store,
+        "models": sorted(seen["model"] - {""}),
+        "tenants": sorted(seen["tenant"] - {""}),
+        "workers": sorted(seen["worker"] - {""}),
+        "outcomes": _OUTCOMES,
+    }
+
+
+async def one(sources: Sources, request: Request) -> Context:
+    """What `trace.html` shows. 404 in words where the trace is not here."""
+    trace_id = request.path_params["trace_id"].lower()
+    found = sources.traces.find(trace_id)
+    if found is None:
+        raise HTTPException(
+            404,
+            f"Trace {trace_id} is not here. Spans arrive about a second after the request, if it was sampled; "
+            "the oldest are given up when memory is full.",
+        )
+    summary, tree = found
+    total = max(1, tree.duration_ns)
+    bars = [
+        Bar(span, depth, (span.start_ns - tree.start_ns) / total, (span.end_ns - span.start_ns) / total)
+        for depth, span in tree.rows
+    ]
+    return {
+        "summary": summary,
+        "bars": bars,
+        "total_ns": total,
+        "story": story.tell(summary, tree),
+        "linked": _linked(sources, summary.trace_id, bars),
+        "elsewhere": sources.trace_ui.replace("{trace_id}", trace_id),
+    }
+
+
+def _linked(sources: Sources, trace_id: str, bars: Sequence[Bar]) -> list[tuple[str, str, bool]]:
+    """Other traces that spans of this one link to: the span, the trace, and whether it is here."""
+    seen: dict[str, str] = {}
+    for bar in bars:
+        for other, _ in bar.span.links:
+            if other != trace_id:
+                seen.setdefault(other, bar.span.short_name)
+    return [(name, other, sources.traces.find(other) is not None) for other, name in seen.items()]
+
+
+def _query(request: Request) -> tuple[Query, str]:
+    """What is asked for, or what is wrong with it in words."""
+    asked: dict[str, str | float] = {}
+    for field in fields(Query):
+        value = request.query_params.get(field.name, "").strip()
+        if not value:
+            continue
+        if field.name in ("min_ms", "max_ms"):
+            try:
+                asked[field.name] = float(value)
+            except ValueError:
+                return Query(), f"“{value}” is no number of milliseconds."
+        else:
+            asked[field.name] = value
+    return Query(**asked), ""  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""The request builder: a form for any model, and a real inference from it."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from services.console.data import trial
+from services.console.data.sources import Sources
+from services.console.pages import form, models_page
+from services.console.pages.live import Context
+from services.runtime.oip.sample_tensor import WORDS
+
+CACHE_CONTROL = ("", "no-cache", "no-store", "max-age=60", "only-if-cached")
+
+
+async def contents(sources: Sources, request: Request) -> Context:
+    """What `try.html` shows; with a POST, after the inference was sent."""
+    sent = await form.read(request) if request.method == "POST" else dict(request.query_params)
+    models = sorted({model.name for model in sources.view.models if model.state != "UNAVAILABLE"})
+    chosen = sent.get("model") or next(iter(models), "")
+    metadata = await models_page.metadata(sources, chosen) if chosen else None
+    context = {
+        "models": models,
+        "chosen": chosen,
+        "router": sources.view.router,
+        "known": metadata is not None,
+        "fields": trial.typed(metadata, sent) if metadata else [],
+        "cache_control": sent.get("cache-control", ""),
+        "choices": CACHE_CONTROL,
+        "tenant": sent.get("tenant", ""),
+        "words": WORDS,
+        "answer": None,
+        "problem": "",
+    }
+    if request.method != "POST" or metadata is None or sources.view.router is None:
+        return context
+    try:
+        infer = trial.build(chosen, trial.typed(metadata, sent))
+        headers = trial.headers(sent.get("cache-control", ""), sent.get("tenant", ""))
+    except trial.TrialError as error:
+        return {**context, "problem": str(error), "status": 400}
+    channel = sources.fleet.channel(sources.view.router.address)
+    return {**context, "answer": await trial.send(channel, infer, headers)}

@@ -1,0 +1,1 @@
+"""The worker's gRPC services and its local socket."""

@@ -1,0 +1,77 @@
+"""The models of a worker, as metrics; the counts are those of ModelStatistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.inference.worker import Worker
+from services.runtime.telemetry.metrics import Buckets, Family, Sample
+
+_MODEL = ("model", "version")
+REQUESTS = Family(
+    "ringmesh_worker_requests_total", "counter",
+    "requests by result: ok, failed, withdrawn (a hedge that lost, before it ran)", (*_MODEL, "result"),
+)  # fmt: skip
+ERRORS = Family("ringmesh_worker_errors_total", "counter", "requests that failed, by type of error", (*_MODEL, "type"))
+STAGE = Family(
+    "ringmesh_worker_stage_seconds", "histogram", "time of requests by stage: queue, input, compute, output",
+    (*_MODEL, "stage"),
+)  # fmt: skip
+BATCH_ROWS = Family("ringmesh_worker_batch_rows", "histogram", "rows of the batches that ran", _MODEL)
+QUEUED = Family("ringmesh_worker_queue_depth", "gauge", "requests that wait for a batch", _MODEL)
+MEMORY = Family("ringmesh_worker_model_bytes", "gauge", "memory of a model; 0 while it is unloaded for room", _MODEL)
+LOADS = Family("ringmesh_worker_model_loads_total", "counter", "times a model was loaded", _MODEL)
+LOADED = Family(
+    "ringmesh_worker_model_info", "gauge", "always 1; a model held, and what runs it",
+    (*_MODEL, "provider", "cacheable"),
+)  # fmt: skip
+DECISIONS = Family(
+    "ringmesh_worker_decisions_bytes", "gauge", "disk of what was loaded and unloaded by request, kept for restarts"
+)
+FORGOTTEN = Family(
+    "ringmesh_worker_load_failures_forgotten_total",
+    "counter",
+    "failed loads that RepositoryIndex no longer lists, for want of room",
+)
+
+_ROW_BOUNDS = tuple(float(1 << power) for power in range(11))
+
+
+class WorkerMetrics:
+    """Reads the models that `worker` holds."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        store = self._worker.store
+        yield Sample(DECISIONS, (), store.decisions.size)
+        yield Sample(FORGOTTEN, (), store.failures_dropped)
+        for held in store.held:
+            model = (held.model.name, str(held.model.version))
+            message = held.statistics.message()
+            stats = message.inference_stats
+            cacheable = "true" if held.model.cacheable else "false"
+            yield Sample(LOADED, (*model, held.model.provider, cacheable), 1)
+            yield Sample(REQUESTS, (*model, "ok"), stats.success.count)
+            yield Sample(REQUESTS, (*model, "failed"), stats.fail.count)
+            yield Sample(REQUESTS, (*model, "withdrawn"), held.statistics.withdrawn)
+            for kind, count in held.statistics.errors.items():
+                yield Sample(ERRORS, (*model, kind), count)
+            yield Sample(QUEUED, model, held.waiting)
+            if held.resident is not None:
+                yield Sample(MEMORY, model, held.resident.bytes if held.loaded else 0)
+                yield Sample(LOADS, model, held.resident.loads)
+            # Of most of hundreds of models nobody asks anything, and a histogram is 43 series.
+            if not message.execution_count and not stats.fail.count:
+                continue
+            for stage, times in held.statistics.stages.items():
+                yield Sample(STAGE, (*model, stage), times.buckets())
+            counts = [0] * (len(_ROW_BOUNDS) + 1)
+            for batch in message.batch_stats:
+                runs = batch.compute_infer.count
+                place = next((i for i, bound in enumerate(_ROW_BOUNDS) if batch.batch_size <= bound), len(_ROW_BOUNDS))
+                counts[place] += runs
+            rows = sum(batch.batch_size * batch.compute_infer.count for batch in message.batch_stats)
+            yield Sample(BATCH_ROWS, model, Buckets(_ROW_BOUNDS, counts, rows))

@@ -1,0 +1,88 @@
+"""Decodes requests, those of a kind that was seen before without looking at more than their data.
+
+Callers send few kinds of requests: what one says besides its data and its id is checked once, and remembered under
+its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.codec.request import Decoded, Model, decode_request
+from services.inference.codec.shared_memory import SharedMemory
+from services.runtime.oip.infer_request import Read
+from services.runtime.rpc.rpc import parse
+
+MAX_KINDS = 4096
+
+
+class _Tensor(NamedTuple):
+    name: str
+    dtype: npt.DTypeLike
+    shape: tuple[int, ...]
+    size: int
+
+
+class _Kind(NamedTuple):
+    tensors: tuple[_Tensor, ...]
+    rows: int
+    outputs: tuple[str, ...]
+    signature: Hashable
+    priority: int
+    timeout_us: int
+
+
+class RequestDecoder:
+    """As `decode_request`, for models of any number; two with one digest are the same."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+        self._kinds: dict[bytes, _Kind] = {}
+
+    def decode(self, read: Read, model: Model, trace_context: bytes = b"") -> Decoded:
+        """Raises what `decode_request` raises."""
+        parts = read.parts
+        if parts is None:
+            return decode_request(read.head.message, model, self._memory, trace_context)
+        raws = parts.raws
+        head = model.digest + parts.head
+        kind = self._kinds.get(head)
+        if kind is not None and len(raws) == len(kind.tensors):
+            arrays = {}
+            for raw, (name, dtype, shape, size) in zip(raws, kind.tensors, strict=True):
+                if len(raw) != size:
+                    break
+                arrays[name] = np.frombuffer(raw, dtype).reshape(shape)
+            else:
+                priority, timeout_us = kind.priority, kind.timeout_us
+                return Decoded(
+                    arrays, kind.rows, kind.outputs, {}, {}, kind.signature, priority, timeout_us, None, trace_context
+                )
+        request = parse(v2.ModelInferRequest, read.data)
+        decoded = decode_request(request, model, self._memory, trace_context)
+        if (kind := _kind(request, model, decoded)) is not None:
+            if len(self._kinds) >= MAX_KINDS:
+                self._kinds.clear()
+            self._kinds[head] = kind
+        return decoded
+
+
+def _kind(request: v2.ModelInferRequest, model: Model, decoded: Decoded) -> _Kind | None:
+    """What another request of these bytes has too; None where it is not only data that tells them apart."""
+    if decoded.classes or decoded.regions or decoded.sequence is not None:
+        return None
+    # An input in shared memory has no raw contents, and a request with an optional one shares its run with no other.
+    if len(request.raw_input_contents) != len(request.inputs) or len(request.inputs) != len(model.required):
+        return None
+    tensors = []
+    for tensor in request.inputs:
+        array: npt.NDArray[Any] = decoded.arrays[tensor.name]
+        if array.dtype.hasobject:
+            return None
+        tensors.append(_Tensor(tensor.name, array.dtype, array.shape, array.nbytes))
+    return _Kind(tuple(tensors), decoded.rows, decoded.outputs, decoded.signature, decoded.priority, decoded.timeout_us)

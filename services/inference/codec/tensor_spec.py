@@ -1,0 +1,165 @@
+"""A model's inputs and outputs: what its file says, and what its configuration makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+from services.inference.repository import batching_policy
+from services.inference.repository.config import ConfigError, ModelConfig
+from services.runtime.oip.tensors import DATATYPES, Datatype
+
+_TYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(float16)": "FP16",
+    "tensor(bfloat16)": "BF16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+# BYTES is called TYPE_STRING there.
+CONFIG_TYPES = {
+    name: config_pb2.DataType.Value("TYPE_STRING" if name == "BYTES" else f"TYPE_{name}") for name in DATATYPES
+}
+
+
+def datatype_of(node: Any) -> Datatype | None:
+    """Of an ONNX Runtime NodeArg; None where it is no tensor, or of a type that the protocol lacks."""
+    name = _TYPES.get(node.type)
+    return None if name is None else DATATYPES[name]
+
+
+_DATATYPES = {number: DATATYPES[name] for name, number in CONFIG_TYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output as callers see it: -1 in `shape` stands for a dimension that the request decides.
+
+    `inner` is the shape that the file has, where the configuration reshapes it. An `optional` input may be left out,
+    and has no batch dimension.
+    """
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+    inner: tuple[int, ...] | None = None
+    optional: bool = False
+
+    def to_inner(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """From the callers' shape to the file's."""
+        return array if self.inner is None else array.reshape(_fill(self.inner, self.shape, array.shape))
+
+    def to_outer(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """From the file's shape to the callers'."""
+        return array if self.inner is None else array.reshape(_fill(self.shape, self.inner, array.shape))
+
+
+def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: ModelConfig) -> dict[str, TensorSpec]:
+    """Of the file's inputs, and of the `initializers` that requests may override and the configuration offers.
+
+    Nodes are ONNX Runtime's NodeArg. Raises ConfigError where the configuration contradicts the file.
+    """
+    declared = {tensor.name: tensor for tensor in configured.input}
+    specs = _specs(nodes, configured.input, configured, ignore={node.name for node in initializers})
+    for name, tensor in declared.items():
+        if tensor.optional and name in specs:
+            raise ConfigError(f"says {name!r} is optional; the file gives it no value to stand in, so it is not")
+    for node in initializers:
+        if node.name in declared:
+            if not declared[node.name].optional:
+                raise ConfigError(f"names {node.name!r}, which has a value in the file; say optional to offer it")
+            specs[node.name] = _spec(node, optional=True)
+    return specs
+
+
+def output_specs(nodes: Iterable[Any], configured: ModelConfig) -> dict[str, TensorSpec]:
+    """Of the file's outputs. Raises ConfigError where the configuration contradicts the file."""
+    return _specs(nodes, configured.output, configured, ignore=set())
+
+
+def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batched: bool) -> TensorSpec:
+    """Of a tensor that only the configuration knows, as those of an ensemble. Raises ConfigError."""
+    if tensor.data_type not in _DATATYPES:
+        raise ConfigError(f"gives {tensor.name!r} no data_type")
+    return TensorSpec(tensor.name, _DATATYPES[tensor.data_type], (*((-1,) if batched else ()), *tensor.dims))
+
+
+def _specs(
+    nodes: Iterable[Any],
+    declared: Iterable[config_pb2.ModelInput | config_pb2.ModelOutput],
+    configured: ModelConfig,
+    ignore: set[str],
+) -> dict[str, TensorSpec]:
+    specs = {node.name: _spec(node) for node in nodes}
+    for tensor in declared:
+        if tensor.name in ignore:
+            continue
+        if tensor.name not in specs:
+            raise ConfigError(f"names {tensor.name!r}; the file has {', '.join(map(repr, specs))}")
+        specs[tensor.name] = _declared(tensor, specs[tensor.name], configured)
+    return specs
+
+
+def _spec(node: Any, optional: bool = False) -> TensorSpec:
+    datatype = _TYPES.get(node.type)
+    if datatype is None:
+        raise ConfigError(f"cannot be served: {node.name!r} is a {node.type}, and v2 has only tensors")
+    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
+    return TensorSpec(node.name, DATATYPES[datatype], shape, optional=optional)
+
+
+def _declared(
+    declared: config_pb2.ModelInput | config_pb2.ModelOutput, spec: TensorSpec, configured: ModelConfig
+) -> TensorSpec:
+    """What the configuration says of a tensor and the file does not bear out is a mistake in one of them."""
+    name, dims = declared.name, (*declared.dims,)
+    if declared.data_type not in (config_pb2.TYPE_INVALID, CONFIG_TYPES[spec.datatype.name]):
+        given = config_pb2.DataType.Name(declared.data_type)
+        raise ConfigError(f"says {name!r} is {given}; the file says {spec.datatype.name}")
+    reshaped = declared.HasField("reshape")
+    inner = (*declared.reshape.shape,) if reshaped else dims
+    # The batch stands before the dims where there is one.
+    left_out = batching_policy.policy(configured).dims_leave_out_batch
+    batches: list[tuple[int, ...]] = [(), (-1,)] if left_out is None else [(-1,)] if left_out else [()]
+    fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
+    if not fitting and (dims or reshaped):
+        kind = "a reshape to" if reshaped else "dims"
+        batch = {None: "", True: ", the batch before them", False: ", all of them: there is no max_batch_size"}[
+            left_out
+        ]
+        raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}{batch}")
+    if not reshaped:
+        return spec
+    if dims.count(-1) != inner.count(-1) or _elements(dims) != _elements(inner):
+        raise ConfigError(f"reshapes {name!r} from {list(dims)} to {list(inner)}, which differ in their elements")
+    return TensorSpec(name, spec.datatype, (*fitting[0], *dims), inner=(*fitting[0], *inner))
+
+
+def _fill(wanted: Sequence[int], given: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """`wanted` with its -1 replaced, in order, by the `sizes` at those of `given`."""
+    free = (size for place, size in zip(given, sizes, strict=True) if place == -1)
+    return [next(free) if size == -1 else size for size in wanted]
+
+
+def _elements(dims: Iterable[int]) -> int:
+    return math.prod(size for size in dims if size != -1)
+
+
+def agree(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether an array can have both shapes; -1 goes with any size."""
+    return len(one) == len(other) and all(-1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))

@@ -1,0 +1,101 @@
+"""What is known of a tensor in all batches at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from services.inference.execution.batch_proof.sizes import ONE, ROWS, Size
+
+Shape = tuple[Size, ...]
+# Elements are int, float, bool, or Size where they have no one value.
+Values = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowAxis:
+    """Where the rows lie: index (o * B + b) * inner + i of dimension `axis` belongs to row b, for o < `outer`."""
+
+    axis: int
+    outer: Size = ONE
+    inner: Size = ONE
+
+    @property
+    def size(self) -> Size:
+        """Of the dimension."""
+        return self.outer * ROWS * self.inner
+
+    def at(self, axis: int) -> RowAxis:
+        """The same rows along another dimension."""
+        return replace(self, axis=axis)
+
+
+class Content(Enum):
+    """What the elements of a tensor with rows are."""
+
+    OWN = "computed from their row"
+    POSITION = "the number of their row, times `stride`"
+    POSITION_IN_ALL = "indices into all rows laid end to end, `stride` each, that lie in their own row"
+    OF_POSITION = "computed from the number of their row, so that only their shape may be used"
+    POSITION_FIRST = "indices, of which the first is the number of their row"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor.
+
+    With `rows`, elements of row b depend on row b of the inputs only, and B is a factor of that dimension only.
+    Without, it is the same in all batches, unless B is a factor of some of its `values`.
+    `shape` is None if not even the rank is known, which it always is with `rows`. `values`: of small tensors of whole
+    numbers, truth values or floats, as far as they are known; only without `rows`. With `below` the values are whole
+    numbers from 0 to it, without it.
+    """
+
+    shape: Shape | None
+    rows: RowAxis | None = None
+    values: Values | None = None
+    content: Content = Content.OWN
+    stride: Size = ONE
+    below: Size | None = None
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether B is a factor of a value."""
+        return self.values is not None and any(
+            isinstance(value, Size) and value.counts_rows for value in self.values.flat
+        )
+
+    @property
+    def independent(self) -> bool:
+        """Whether it is the same in all batches."""
+        return self.rows is None and not self.counts_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Nothing is known; `reason` names the node that is to blame."""
+
+    reason: str
+
+
+Value = Tensor | Unknown
+
+
+def known(values: Any) -> Tensor:
+    """A tensor of known or symbolic elements."""
+    array = np.asarray(values, object)
+    return Tensor(tuple(Size(size) for size in array.shape), values=array)
+
+
+def as_size(value: Any) -> Size:
+    """A whole number as a Size."""
+    return value if isinstance(value, Size) else Size(int(value))
+
+
+def plain(value: Any) -> Any:
+    """A Size without symbols as the number that it is."""
+    return value.coefficient if isinstance(value, Size) and not value.symbols else value

@@ -1,0 +1,234 @@
+"""Walks a graph in its order and follows the rows through every node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from services.inference.execution.batch_proof import control_flow
+from services.inference.execution.batch_proof.abstract_value import Content, RowAxis, Tensor, Unknown, Value
+from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
+from services.inference.execution.batch_proof.rules import constant, find
+from services.inference.execution.batch_proof.scope import Scope
+from services.inference.execution.batch_proof.sizes import ROWS, Size, Symbols
+from services.inference.execution.batch_proof.verdict import Verdict
+from services.inference.execution.graph import RANDOM_OPERATORS
+
+# Nodes visited, each time they are: a bound for functions that call functions, and for loops within loops.
+_MOST_NODES = 300_000
+_DEEPEST = 32
+# What reading a malformed node or constant raises.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# ONNX Runtime guarantees nothing for older ones, which broadcast by other rules. Newer ones have no rules yet.
+_OPSETS = range(7, 27)
+# Beside Microsoft's: of an operator that it has in these, ONNX Runtime ignores a function of that name.
+_BUILT_IN = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "org.pytorch.aten")
+
+
+def prove(model: onnx.ModelProto) -> Verdict:
+    """Whether each row of each output depends on its own row of the inputs only. Weights may be in other files."""
+    opsets = _opsets(model.opset_import)
+    for version in (opsets, *({one.domain: one.version for one in f.opset_import} for f in model.functions)):
+        if version.get("", _OPSETS[0]) not in _OPSETS:
+            return Verdict(f"its operators are of opset {version['']}; rules are for {_OPSETS[0]} to {_OPSETS[-1]}")
+    walk = Walk(model)
+    scope = Scope(opsets=opsets)
+    given = {one.name for one in model.graph.initializer}
+    for one in model.graph.input:
+        scope.values[one.name] = walk.graph_input(one, replaceable=one.name in given)
+    try:
+        outputs = walk.run(model.graph, scope)
+    except _TooLargeError as error:
+        return Verdict(str(error))
+    except (*_MALFORMED, RecursionError) as error:
+        return Verdict(f"its graph is not as ONNX defines it: {error}")
+    for proto, value in zip(model.graph.output, outputs, strict=True):
+        if reason := _why_not(proto.name, value):
+            return Verdict(reason)
+    return Verdict("")
+
+
+def _why_not(name: str, value: Value) -> str:
+    if isinstance(value, Unknown):
+        return value.reason
+    if value.rows is None:
+        return f"output {name!r} has no rows of the inputs"
+    if value.content is not Content.OWN:
+        return f"output {name!r} depends on the number of the row"
+    if value.rows != RowAxis(0):
+        return f"output {name!r} has its rows along axis {value.rows.axis}, or several indices for a row"
+    return ""
+
+
+class _TooLargeError(Exception):
+    """The graph has more nodes than are looked at."""
+
+
+class Walk:
+    """One walk over a model."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.symbols = Symbols()
+        self._opsets = _opsets(model.opset_import)
+        self._functions = {(one.domain, one.name, one.overload): one for one in model.functions}
+        self._nodes = 0
+
+    def graph_input(self, proto: onnx.ValueInfoProto, *, replaceable: bool) -> Value:
+        """Rows along axis 0; the same in all batches if the graph has a value that requests may replace."""
+        tensor = proto.type.tensor_type
+        if not tensor.HasField("shape") or (not replaceable and not tensor.shape.dim):
+            return Tensor(None) if replaceable else Unknown(f"input {proto.name!r} has no first axis for the rows")
+        sizes = [
+            Size(dim.dim_value) if dim.HasField("dim_value") and dim.dim_value >= 0 else self.symbols.size()
+            for dim in tensor.shape.dim
+        ]
+        return Tensor(tuple(sizes)) if replaceable else Tensor((ROWS, *sizes[1:]), RowAxis(0))
+
+    def run(self, graph: onnx.GraphProto, scope: Scope) -> list[Value]:
+        """The outputs. `scope` has the values of the inputs."""
+        for proto in graph.initializer:
+            if proto.name not in scope.values:
+                scope.values[proto.name] = constant(proto, self.symbols)
+        for sparse in graph.sparse_initializer:
+            scope.values[sparse.values.name] = Tensor(tuple(map(Size, sparse.dims)))
+        self._run_nodes(graph.node, scope)
+        return [scope.find(one.name) for one in graph.output]
+
+    def _run_nodes(self, nodes: Sequence[onnx.NodeProto], scope: Scope) -> None:
+        for node in nodes:
+            self._nodes += 1
+            if self._nodes > _MOST_NODES:
+                raise _TooLargeError("its graph has too many nodes to be looked at")
+            for name, value in zip(node.output, self._outputs(node, scope), strict=False):
+                if name:
+                    scope.values[name] = value
+
+    def _outputs(self, node: onnx.NodeProto, scope: Scope) -> Sequence[Value]:
+        inputs = [scope.find(name) if name else None for name in node.input]
+        count = len(node.output)
+        for value in inputs:
+            if isinstance(value, Unknown):
+                return [value] * count
+        tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
+        try:
+            made = self._apply(node, tensors, scope)
+        except NotProvenError as error:
+            if all(tensor is None or tensor.independent for tensor in tensors) and not _graphs(node):
+                # Whatever it computes, it is the same in all batches.
+                return [Tensor(None)] * count
+            return [Unknown(f"{_name(node, scope)}: {error}")] * count
+        except _MALFORMED as error:
+            return [Unknown(f"{_name(node, scope)}: it is not as its operator is defined: {error}")] * count
+        mixed = Unknown(f"{_name(node, scope)}: one of its outputs depends on several rows")
+        return [*(mixed if value is None else value for value in made), *([mixed] * (count - len(made)))]
+
+    def _apply(self, node: onnx.NodeProto, inputs: list[Tensor | None], scope: Scope) -> Sequence[Value | None]:
+        """Raises NotProvenError, and what a malformed node makes a rule raise."""
+        domain = _domain(node.domain)
+        attributes = Attributes(node, scope.attributes)
+        function = self._functions.get((node.domain, node.op_type, node.overload))
+        if function is not None:
+            self._check(function)
+            return self._call(function, inputs, attributes, scope, node)
+        if node.op_type in RANDOM_OPERATORS:
+            return [Unknown(f"{_name(node, scope)}: it draws random numbers")] * len(node.output)
+        if domain == "" and node.op_type in control_flow.OPERATORS:
+            return control_flow.apply(
+                node.op_type, inputs, attributes, tuple(node.output), scope, self, _name(node, scope)
+            )
+        opset = scope.opsets.get(domain, 1)
+        call = OperatorCall(node.op_type, opset, inputs, attributes, len(node.output), self.symbols)
+        if (rule := find(domain, node.op_type)) is not None:
+            return rule(call)
+        if (body := _standard_body(domain, node.op_type, opset)) is not None:
+            return self._call(body, inputs, attributes, scope, node)
+        raise NotProvenError("there is no rule for it")
+
+    def _check(self, function: onnx.FunctionProto) -> None:
+        """Raises NotProvenError where ONNX Runtime runs something else than the function as it is written."""
+        if function.domain in _BUILT_IN or function.domain.startswith("com.microsoft"):
+            raise NotProvenError("the model defines a function in a domain of operators")
+        # ONNX Runtime runs the nodes of a function as those of the model's opset.
+        for one in function.opset_import:
+            if (ours := self._opsets.get(_domain(one.domain), one.version)) != one.version:
+                raise NotProvenError(f"its function is of opset {one.version}, and the model of {ours}")
+
+    def _call(
+        self,
+        function: onnx.FunctionProto,
+        inputs: Sequence[Tensor | None],
+        attributes: Mapping[str, Any],
+        scope: Scope,
+        node: onnx.NodeProto,
+    ) -> Sequence[Value | None]:
+        """A function of the model, or the body of a standard operator. Raises NotProvenError."""
+        if scope.depth >= _DEEPEST:
+            raise NotProvenError("functions call each other too deeply")
+        defaults = {one.name: helper.get_attribute_value(one) for one in function.attribute_proto}
+        opsets = _opsets(function.opset_import)
+        path, place = f"{_name(node, scope)}, ", (*scope.place, tuple(node.output))
+        inner = Scope(opsets, {}, None, {**defaults, **attributes}, scope.depth + 1, path, place)
+        for name, value in zip(function.input, inputs, strict=False):
+            if value is not None:
+                inner.values[name] = value
+        missing = [name for name in function.input if name not in inner.values]
+        self._run_nodes([_without(one, missing) for one in function.node], inner)
+        return [inner.find(name) for name in function.output]
+
+
+class Attributes(Mapping[str, Any]):
+    """A node's attributes, read when asked for. `bound`: what a function's call says of those that refer to it."""
+
+    def __init__(self, node: onnx.NodeProto, bound: Mapping[str, Any]) -> None:
+        self._protos = {one.name: one for one in node.attribute if not one.ref_attr_name or one.ref_attr_name in bound}
+        self._bound = bound
+
+    def __getitem__(self, name: str) -> Any:
+        proto = self._protos[name]
+        return self._bound[proto.ref_attr_name] if proto.ref_attr_name else helper.get_attribute_value(proto)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._protos)
+
+    def __len__(self) -> int:
+        return len(self._protos)
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    """Versions by domain; the last counts, as in ONNX Runtime."""
+    return {_domain(one.domain): one.version for one in imports}
+
+
+def _graphs(node: onnx.NodeProto) -> bool:
+    return any(one.HasField("g") or one.graphs for one in node.attribute)
+
+
+def _name(node: onnx.NodeProto, scope: Scope) -> str:
+    name = node.name or next((name for name in node.output if name), "")
+    return f"{scope.path}node {name!r} ({node.op_type})"
+
+
+def _without(node: onnx.NodeProto, names: Sequence[str]) -> onnx.NodeProto:
+    """The node without inputs that the call of its function leaves out."""
+    if not any(name in node.input for name in names):
+        return node
+    made = onnx.NodeProto()
+    made.CopyFrom(node)
+    made.input[:] = ["" if name in names else name for name in node.input]
+    return made
+
+
+def _standard_body(domain: str, operator: str, opset: int) -> onnx.FunctionProto | None:
+    """What the standard says an operator is made of; None if it says nothing, or only for some types."""
+    try:
+        body: onnx.FunctionProto = onnx.defs.get_schema(operator, opset, domain).function_body
+    except onnx.defs.SchemaError:
+        return None
+    return body if body.node else None

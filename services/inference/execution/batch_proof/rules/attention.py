@@ -1,0 +1,116 @@
+"""Attention as one operator, and what goes with it in exports of transformers."""
+
+from __future__ import annotations
+
+from services.inference.execution.batch_proof.abstract_value import RowAxis, Tensor
+from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
+from services.inference.execution.batch_proof.registry import MICROSOFT, Outcome, rule
+from services.inference.execution.batch_proof.sizes import ONE, Size
+
+_FIRST = RowAxis(0)
+
+
+def _along(call: OperatorCall, axis: int, *places: int, one: bool = False) -> None:
+    """Raises NotProvenError unless these inputs, if given, have their rows along `axis`; `one`: or size 1 there."""
+    for place in places:
+        tensor = call.maybe(place)
+        if tensor is None or tensor.rows == RowAxis(axis):
+            continue
+        if one and tensor.rows is None and tensor.shape is not None and tensor.shape[axis : axis + 1] == (ONE,):
+            continue
+        raise NotProvenError(f"input {place} does not have its rows along axis {axis}")
+
+
+def _last(call: OperatorCall, place: int) -> Size:
+    """The last size of an optional input."""
+    return call.fresh() if call.maybe(place) is None else call.shape(place)[-1]
+
+
+@rule("Attention", domain=MICROSOFT)
+@rule("QAttention", domain=MICROSOFT)
+def packed_attention(call: OperatorCall) -> Outcome:
+    """Of one input, by packed weights; a mask and a past may come with it."""
+    mask, past, bias = (5, 8, 99) if call.operator == "QAttention" else (3, 4, 5)
+    _along(call, 0, 0, mask)
+    _along(call, 1, past)
+    _along(call, 0, bias, one=True)
+    call.batch_independent_except(0, mask, past, bias)
+    if call.maybe(6) is not None and call.operator == "Attention":
+        raise NotProvenError("it shares a buffer for its past")
+    batch, length, _ = call.shape(0)
+    if call.attribute("qkv_hidden_sizes"):
+        width = Size(int(call.attribute("qkv_hidden_sizes")[2]))
+    else:
+        width = _last(call, 1).divided_by(Size(3)) or call.fresh()
+    present = Tensor((Size(2), batch, call.fresh(), call.fresh(), call.fresh()), RowAxis(1))
+    return (Tensor((batch, length, width), _FIRST), present)
+
+
+@rule("MultiHeadAttention", domain=MICROSOFT)
+def multi_head_attention(call: OperatorCall) -> Outcome:
+    """Of queries, keys and values with rows along axis 0, with a mask and a past of their own."""
+    _along(call, 0, 0, 1, 2, 4, 6, 7)
+    _along(call, 0, 5, one=True)
+    call.batch_independent_except(0, 1, 2, 4, 5, 6, 7)
+    if len(call.inputs) > 8 and any(tensor is not None for tensor in call.inputs[8:]):
+        raise NotProvenError("it shares a buffer for its past")
+    shape = call.shape(0)
+    if len(shape) != 3:
+        raise NotProvenError("its queries are packed")
+    width = _last(call, 2) if call.maybe(2) is not None and len(call.shape(2)) == 3 else call.fresh()
+    present = Tensor((shape[0], call.fresh(), call.fresh(), call.fresh()), _FIRST)
+    return (Tensor((*shape[:2], width), _FIRST), present, present)
+
+
+@rule("Attention")
+def attention(call: OperatorCall) -> Outcome:
+    """The standard's: a mask is added by broadcasting with [rows, heads, queries, keys]."""
+    _along(call, 0, 0, 1, 2, 4, 5)
+    mask = call.maybe(3)
+    shape = call.shape(0)
+    if mask is not None and (mask.rows is not None or len(call.shape(3)) >= 4):
+        if len(call.shape(3)) != 4:
+            raise NotProvenError("the rows of its mask do not lie along axis 0 of four")
+        _along(call, 0, 3, one=True)
+    if any(tensor is not None for tensor in call.inputs[6:]):
+        raise NotProvenError("there is no rule for its other inputs")
+    width = _last(call, 2) if len(shape) == 4 else call.fresh()
+    present = Tensor((shape[0], call.fresh(), call.fresh(), call.fresh()), _FIRST)
+    return (Tensor((*shape[:-1], width), _FIRST), present, present, None)
+
+
+@rule("EmbedLayerNormalization", domain=MICROSOFT)
+def embedding(call: OperatorCall) -> Outcome:
+    """The sum of embeddings, normalised over the last axis."""
+    _along(call, 0, 0, 1, 7)
+    _along(call, 0, 8, one=True)
+    call.batch_independent_except(0, 1, 7, 8)
+    batch, length = call.shape(0)
+    made = Tensor((batch, length, _last(call, 2)), _FIRST)
+    return (made, Tensor((batch,), _FIRST), made)
+
+
+@rule("RotaryEmbedding")
+def rotary_embedding(call: OperatorCall) -> Outcome:
+    """By tables and positions of each row, or by tables of each row."""
+    return _rotated(call, 3, (1, 2))
+
+
+@rule("RotaryEmbedding", domain=MICROSOFT)
+def microsofts_rotary_embedding(call: OperatorCall) -> Outcome:
+    """As the standard's, with its inputs in another order; one position may be the first of all rows."""
+    if call.attribute("is_packed_batching", 0):
+        raise NotProvenError("its rows are packed")
+    return _rotated(call, 1, (2, 3))
+
+
+def _rotated(call: OperatorCall, positions: int, tables: tuple[int, int]) -> Outcome:
+    _along(call, 0, 0)
+    if call.maybe(positions) is not None and call.shape(positions) != (ONE,):
+        _along(call, 0, positions)
+    for place in tables:
+        if len(call.shape(place)) == 3:
+            _along(call, 0, place)
+        else:
+            call.batch_independent(place)
+    return Tensor(call.shape(0), call.input(0).rows)

@@ -1,0 +1,148 @@
+"""Convolutions, pools and other operators on the places of pictures and signals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.inference.execution.batch_proof.abstract_value import RowAxis, Shape, Tensor, as_size, plain
+from services.inference.execution.batch_proof.operator_call import (
+    NotProvenError,
+    OperatorCall,
+    common_rows,
+    from_front,
+    not_along,
+    shape_of,
+)
+from services.inference.execution.batch_proof.registry import MICROSOFT, Outcome, rule
+from services.inference.execution.batch_proof.rules.layout import numbers
+from services.inference.execution.batch_proof.sizes import ONE, Size
+
+
+@rule("Conv", "ConvInteger", "ConvTranspose", "QLinearConv")
+@rule("FusedConv", "QLinearConv", domain=MICROSOFT)
+def convolution(call: OperatorCall) -> Outcome:
+    """Sums over channels and places."""
+    if call.attribute("channels_last", 0):
+        raise NotProvenError("there is no rule for it")
+    data = call.input(0)
+    summand = 3 if call.operator == "FusedConv" else -1
+    call.batch_independent_except(0, summand)
+    shape = call.shape(0)
+    not_along(data.rows, range(1, len(shape)), "sums over")
+    weights = shape_of(call.input(3 if call.operator == "QLinearConv" else 1), "the weights")
+    if call.operator == "ConvTranspose":
+        channels = weights[1] * Size(int(call.attribute("group", 1)))
+        places: Sequence[Size] = [call.fresh() for _ in shape[2:]]
+    else:
+        channels = weights[0]
+        kernel = [size.known for size in weights[2:]]
+        places = _slid(call, shape[2:], kernel)
+    made = Tensor((shape[0], channels, *places), data.rows)
+    added = call.maybe(summand) if summand > 0 else None
+    return made if added is None else Tensor(made.shape, common_rows([made, added], len(shape)))
+
+
+def _slid(call: OperatorCall, places: Shape, kernel: Sequence[int | None]) -> list[Size]:
+    """How often a window fits into each place."""
+    count = len(places)
+    strides = list(call.attribute("strides", [1] * count))
+    dilations = list(call.attribute("dilations", [1] * count))
+    pads = list(call.attribute("pads", [0] * 2 * count))
+    auto = call.attribute("auto_pad", b"NOTSET")
+    sizes = []
+    for place, size in enumerate(places):
+        whole, width, stride = size.known, kernel[place], strides[place]
+        if whole is None or width is None or auto not in (b"NOTSET", b"VALID") or call.attribute("ceil_mode", 0):
+            sizes.append(call.fresh())
+            continue
+        padding = 0 if auto == b"VALID" else pads[place] + pads[place + count]
+        sizes.append(Size((whole + padding - dilations[place] * (width - 1) - 1) // stride + 1))
+    return sizes
+
+
+@rule("MaxPool", "AveragePool", "LpPool")
+@rule("QLinearAveragePool", domain=MICROSOFT)
+def pool(call: OperatorCall) -> Outcome:
+    """Over places. Indices of the largest count through the whole tensor."""
+    call.batch_independent_except(0)
+    if call.attribute("channels_last", 0):
+        raise NotProvenError("there is no rule for it")
+    shape, rows = call.shape(0), call.input(0).rows
+    not_along(rows, range(2, len(shape)), "pools along")
+    places = _slid(call, shape[2:], list(call.attribute("kernel_shape")))
+    return (Tensor((*shape[:2], *places), rows), None)
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+@rule("QLinearGlobalAveragePool", domain=MICROSOFT)
+def global_pool(call: OperatorCall) -> Outcome:
+    """Over all places."""
+    call.batch_independent_except(0)
+    if call.attribute("channels_last", 0):
+        raise NotProvenError("there is no rule for it")
+    shape, rows = call.shape(0), call.input(0).rows
+    not_along(rows, range(2, len(shape)), "pools along")
+    return Tensor((*shape[:2], *([ONE] * len(shape[2:]))), rows)
+
+
+_COORDINATES = (b"half_pixel", b"pytorch_half_pixel", b"align_corners", b"asymmetric", b"half_pixel_symmetric")
+
+
+@rule("Resize", "Upsample", counts=True)
+def resize(call: OperatorCall) -> Outcome:
+    """By scales or to sizes that leave the axis of the rows as it is."""
+    data, shape = call.input(0), call.shape(0)
+    if data.counts_rows or call.attribute("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        raise NotProvenError("there is no rule for it")
+    if call.attribute("coordinate_transformation_mode", b"half_pixel") not in _COORDINATES:
+        raise NotProvenError("it may select along the axis of the rows")
+    if call.attribute("mode", b"nearest") != b"nearest" and (len(shape) < 4 or (data.rows and data.rows.axis)):
+        # ONNX Runtime interpolates along all of fewer axes: other rows get the weight 0, which still passes on NaN.
+        not_along(data.rows, range(len(shape)), "interpolates along")
+    axes = [from_front(axis, len(shape)) for axis in call.attribute("axes", range(len(shape)))]
+    by_scale, by_size = (1, -1) if call.operator == "Upsample" or call.opset < 11 else (2, 3)
+    sized = by_size > 0 and (to := call.maybe(by_size)) is not None and to.shape != (Size(0),)
+    if call.operator == "Upsample" and call.opset < 9:
+        operand = [plain(one) if one == int(one) else None for one in call.attribute("scales")]
+    else:
+        operand = list(numbers(call, by_size if sized else by_scale))
+    if len(operand) != len(axes):
+        raise NotProvenError("its operands differ in length")
+    made = list(shape)
+    for axis, one in zip(axes, operand, strict=True):
+        if (as_size(one) == shape[axis] if sized else one == 1) if one is not None else False:
+            continue
+        not_along(data.rows, [axis], "resizes")
+        if isinstance(one, Size) and one.counts_rows:
+            raise NotProvenError(f"it resizes axis {axis} by the number of rows")
+        if sized and one is not None and as_size(one).nonnegative:
+            made[axis] = as_size(one)
+        elif not sized and isinstance(one, float | int) and one >= 1:
+            made[axis] = shape[axis] * Size(int(one))
+        else:
+            made[axis] = call.fresh()
+    return Tensor(tuple(made), data.rows)
+
+
+@rule("GridSample")
+def grid_sample(call: OperatorCall) -> Outcome:
+    """From each picture at its own places."""
+    data, grid = call.input(0), call.input(1)
+    shape, places = call.shape(0), call.shape(1)
+    if data.rows != grid.rows or (data.rows is not None and data.rows.axis != 0):
+        raise NotProvenError("its inputs do not have their rows along axis 0")
+    return Tensor((shape[0], shape[1], *places[1:-1]), data.rows)
+
+
+@rule("AffineGrid", counts=True)
+def affine_grid(call: OperatorCall) -> Outcome:
+    """Of each row its own."""
+    theta, sizes = call.input(0), [as_size(one) for one in numbers(call, 1)]
+    if theta.rows not in (None, RowAxis(0)) or any(size.counts_rows for size in sizes[1:]):
+        raise NotProvenError("its rows do not lie along axis 0")
+    if (theta.rows is None) == sizes[0].counts_rows:
+        raise NotProvenError("its size is not that of its rows")
+    if theta.rows is not None and sizes[0] != theta.rows.size:
+        raise NotProvenError("its size is not that of its rows")
+    sizes = [size if size.nonnegative else call.fresh() for size in sizes]
+    return Tensor((sizes[0], *sizes[2:], Size(len(sizes) - 2)), theta.rows)

@@ -1,0 +1,189 @@
+"""How a model is run: execution providers and session options, by what this machine has and its configuration says.
+
+The names in config.pbtxt are those of Triton's onnxruntime backend; what they mean is in ONNX Runtime's pages on its
+CUDA and TensorRT execution providers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnxruntime
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+from services.inference.repository.config import ConfigError, ModelConfig
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+
+_GRAPH_LEVELS = {
+    0: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    -1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+# Triton's names of TensorRT options; others carry ONNX Runtime's own names.
+_TENSORRT_NAMES = {
+    "max_workspace_size_bytes": "trt_max_workspace_size",
+    "int8_calibration_table_name": "trt_int8_calibration_table_name",
+    "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
+}
+_TENSORRT_PRECISIONS = {
+    "FP32": {},
+    "FP16": {"trt_fp16_enable": "1"},
+    "BF16": {"trt_bf16_enable": "1"},
+    "INT8": {"trt_int8_enable": "1"},
+}
+# Options of the CUDA provider that Triton also takes from the model's `parameters`, there as numbers.
+_CUDA_PARAMETERS = {
+    "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
+    "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
+    "do_copy_in_default_stream": ("0", "1"),
+}
+# Of one run; more are a mistake, and would be started.
+_THREADS = range(1025)
+_SHRINK_ARENA = "memory.enable_memory_arena_shrinkage"
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """Where to run: `providers` in order of preference, with their options; `device` is the number of a GPU, or None.
+
+    `missing` names what the configuration asks for and this machine lacks. `cuda_graphs`: record the kernels of a shape
+    once and replay them. `pinned_outputs`: outputs leave the GPU through page-locked memory.
+    """
+
+    providers: tuple[tuple[str, Mapping[str, str]], ...]
+    device: int | None
+    missing: tuple[str, ...]
+    cuda_graphs: bool
+    pinned_outputs: bool
+
+
+def executions(config: ModelConfig, available: Sequence[str]) -> list[Execution]:
+    """One for each device that the configuration names; at least one. Raises ConfigError.
+
+    `available` are the execution providers of this machine. What is missing is left out: at last there is the CPU.
+    """
+    groups = config.instance_group
+    on_gpu = any(group.kind == config_pb2.ModelInstanceGroup.KIND_GPU or group.gpus for group in groups)
+    on_cpu = any(group.kind == config_pb2.ModelInstanceGroup.KIND_CPU for group in groups)
+    if on_gpu and on_cpu:
+        raise ConfigError("has instances on the GPU and on the CPU; their answers differ, so a model has one kind")
+    devices = sorted({device for group in groups for device in group.gpus})
+    if on_cpu or not (on_gpu or CUDA in available):
+        return [_on_cpu(config, available)]
+    if CUDA not in available:
+        return [_on_cpu(config, available, missing=(CUDA,))]
+    return [_on_gpu(config, available, device) for device in devices or [0]]
+
+
+def _on_cpu(config: ModelConfig, available: Sequence[str], missing: tuple[str, ...] = ()) -> Execution:
+    providers: list[tuple[str, Mapping[str, str]]] = []
+    for accelerator in config.optimization.execution_accelerators.cpu_execution_accelerator:
+        if accelerator.name != "openvino":
+            raise ConfigError(f"names {accelerator.name!r} as cpu_execution_accelerator; there is openvino")
+        if OPENVINO in available:
+            providers.append((OPENVINO, {"device_type": "CPU", **accelerator.parameters}))
+        else:
+            missing = (*missing, OPENVINO)
+    return Execution((*providers, (CPU, {})), None, missing, cuda_graphs=False, pinned_outputs=False)
+
+
+def _on_gpu(config: ModelConfig, available: Sequence[str], device: int) -> Execution:
+    optimization = config.optimization
+    providers: list[tuple[str, Mapping[str, str]]] = []
+    missing: tuple[str, ...] = ()
+    cuda = {"device_id": str(device), **_cuda_parameters(config)}
+    if optimization.cuda.graphs:
+        cuda["enable_cuda_graph"] = "1"
+    for accelerator in optimization.execution_accelerators.gpu_execution_accelerator:
+        if accelerator.name == "tensorrt":
+            if TENSORRT in available:
+                providers.append((TENSORRT, {"device_id": str(device), **_tensorrt_options(accelerator.parameters)}))
+            else:
+                missing = (TENSORRT,)
+        elif accelerator.name == "cuda":
+            cuda |= accelerator.parameters
+        else:
+            raise ConfigError(f"names {accelerator.name!r} as gpu_execution_accelerator; there are tensorrt and cuda")
+    # On unless the configuration turns it off, as in Triton.
+    pinned = not optimization.HasField("output_pinned_memory") or optimization.output_pinned_memory.enable
+    return Execution(
+        (*providers, (CUDA, cuda), (CPU, {})),
+        device,
+        missing,
+        cuda_graphs=optimization.cuda.graphs,
+        pinned_outputs=pinned,
+    )
+
+
+def _tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for name, value in parameters.items():
+        if name == "precision_mode":
+            if value not in _TENSORRT_PRECISIONS:
+                known = ", ".join(_TENSORRT_PRECISIONS)
+                raise ConfigError(f"sets precision_mode of tensorrt to {value!r}; there are {known}")
+            options |= _TENSORRT_PRECISIONS[value]
+        elif name in _TENSORRT_NAMES or name.startswith("trt_"):
+            options[_TENSORRT_NAMES.get(name, name)] = {"true": "1", "false": "0"}.get(value.lower(), value)
+        else:
+            raise ConfigError(
+                f"sets {name!r} of tensorrt; there are precision_mode, {', '.join(_TENSORRT_NAMES)} and ONNX Runtime's "
+                "own trt_*"
+            )
+    return options
+
+
+def _cuda_parameters(config: ModelConfig) -> dict[str, str]:
+    options = {}
+    if (limit := _whole(config, "gpu_mem_limit", range((1 << 63) - 1))) is not None:
+        options["gpu_mem_limit"] = str(limit)
+    for name, values in _CUDA_PARAMETERS.items():
+        if (index := _whole(config, name, range(len(values)))) is not None:
+            options[name] = values[index]
+    return options
+
+
+def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOptions:
+    """`threads` of one run hold where the configuration does not say. Raises ConfigError."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = _whole(config, "intra_op_thread_count", _THREADS) or threads
+    options.inter_op_num_threads = _whole(config, "inter_op_thread_count", _THREADS) or 0
+    if _whole(config, "execution_mode", range(2)):
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+    options.graph_optimization_level = _GRAPH_LEVELS[config.optimization.graph.level]
+    if (arena := _whole(config, "enable_mem_arena", range(2))) is not None:
+        options.enable_cpu_mem_arena = bool(arena)
+    if (pattern := _whole(config, "enable_mem_pattern", range(2))) is not None:
+        options.enable_mem_pattern = bool(pattern)
+    if (device := _whole(config, "session.use_device_allocator_for_initializers", range(2))) is not None:
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", str(device))
+    # What fails is told to the caller; logged as well, callers could flood the log.
+    options.log_severity_level = 4
+    # A thread that spins takes a core from the event loop and from the other workers of this machine.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def run_entries(config: ModelConfig) -> dict[str, str]:
+    """Entries of the run options of every run."""
+    shrinks = _SHRINK_ARENA in config.parameters
+    return {_SHRINK_ARENA: config.parameters[_SHRINK_ARENA].string_value} if shrinks else {}
+
+
+def _whole(config: ModelConfig, name: str, allowed: range) -> int | None:
+    """A parameter as one of the `allowed` numbers; None where it is not set."""
+    if name not in config.parameters:
+        return None
+    text = config.parameters[name].string_value
+    number = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if number not in allowed:
+        few = " or ".join(map(str, allowed)) if len(allowed) < 5 else f"a whole number from 0 to {allowed[-1]}"
+        raise ConfigError(f"sets parameter {name!r} to {text!r}; it is {few}")
+    return number

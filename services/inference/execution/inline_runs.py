@@ -1,0 +1,161 @@
+"""Which runs are made on the thread that received the request, the event loop's included: see docs/decisions/0025.
+
+Two things have to hold. The graph proves that what a run takes depends on the shapes of its inputs alone, and never on
+their values: `why_not`. And runs of such shapes were quick: `InlineRuns`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+
+from services.inference.codec.request import Decoded
+from services.inference.execution.graph import name_of, operator_types
+
+# What a run that is made inline takes at most; another thread would cost more than it saves.
+QUICK_NS = 500_000
+# Encoding takes 0.1 to 0.6 ms a megabyte, by whether its pages are new; inputs are not copied one by one.
+MOST_BYTES_IN, MOST_BYTES_OUT = 4 << 20, 1 << 20
+# The slowest of this many runs counts, and of as many before them.
+_WINDOW = 32
+_MAX_KINDS = 1024
+
+_RNNS = frozenset({"GRU", "LSTM", "RNN"})
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The work of these operators, and the sizes of their outputs, follow from the shapes of their inputs.
+_BY_SHAPE = _names(
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitCast BitShift
+    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant Conv ConvInteger
+    ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Det Div Dropout DynamicQuantizeLinear Einsum Elu Equal
+    Erf Exp EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool
+    Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN
+    LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max
+    MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg Not Or PRelu Pow QLinearConv QLinearMatMul
+    QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike Reciprocal Relu ReverseSequence RotaryEmbedding
+    Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Softmax Softplus Softsign SpaceToDepth
+    Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Transpose Trilu Where Xor
+    ai.onnx.ml.ArrayFeatureExtractor ai.onnx.ml.Binarizer ai.onnx.ml.FeatureVectorizer ai.onnx.ml.Imputer
+    ai.onnx.ml.LinearClassifier ai.onnx.ml.LinearRegressor ai.onnx.ml.Normalizer ai.onnx.ml.SVMClassifier
+    ai.onnx.ml.SVMRegressor ai.onnx.ml.Scaler ai.onnx.ml.TreeEnsemble ai.onnx.ml.TreeEnsembleClassifier
+    ai.onnx.ml.TreeEnsembleRegressor
+    com.microsoft.Attention com.microsoft.BiasGelu com.microsoft.DynamicQuantizeMatMul com.microsoft.FastGelu
+    com.microsoft.FusedConv com.microsoft.FusedGemm com.microsoft.FusedMatMul com.microsoft.Gelu
+    com.microsoft.MatMulIntegerToFloat com.microsoft.MatMulNBits com.microsoft.QAttention com.microsoft.QGemm
+    com.microsoft.QLinearAdd com.microsoft.QLinearAveragePool com.microsoft.QLinearConcat
+    com.microsoft.QLinearGlobalAveragePool com.microsoft.QLinearLeakyRelu com.microsoft.QLinearMul
+    com.microsoft.QLinearSigmoid com.microsoft.QLinearSoftmax com.microsoft.QuickGelu
+    com.microsoft.SkipLayerNormalization
+    """
+)
+# So do these, if the inputs from this position on (sizes, axes, lengths) are known before the request.
+_BY_SIZE = {
+    **dict.fromkeys(("ConstantOfShape", "Range"), 0),
+    **dict.fromkeys(
+        _names(
+            """
+        Expand OneHot Pad ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
+        ReduceSum ReduceSumSquare Reshape Resize Slice Split Squeeze Tile TopK Unsqueeze Upsample
+        """
+        ),
+        1,
+    ),
+    **dict.fromkeys(_RNNS, 4),
+}
+_SHAPES_OF = frozenset({"Shape", "Size"})
+
+
+def why_not(model: onnx.ModelProto) -> str:
+    """Why what a run of the model takes is not known from the shapes of its inputs; "" where it is."""
+    unknown = operator_types(model).difference(_BY_SHAPE, _BY_SIZE)
+    if unknown:
+        return f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}"
+    inputs = {value.name for value in model.graph.input}
+    # Others may be given by a request.
+    known = {tensor.name for tensor in model.graph.initializer if tensor.name not in inputs}
+    for node in model.graph.node:
+        operator = name_of(node)
+        first = _BY_SIZE.get(operator)
+        # The fifth input of a recurrent layer; what stands behind it are states.
+        sizes = () if first is None else node.input[first : first + 1 if operator in _RNNS else None]
+        if computed := [name for name in sizes if name and name not in known]:
+            return f"sizes depend on values: {computed[0]!r} of {operator} is computed from them"
+        if operator in _SHAPES_OF or _is_known(operator, node.input, known):
+            known.update(node.output)
+    return ""
+
+
+def _is_known(operator: str, inputs: Iterable[str], known: set[str]) -> bool:
+    return not operator.startswith("Random") and all(name in known for name in inputs if name)
+
+
+class InlineRuns:
+    """What the slowest of the recent runs of one model took, by the shapes of their inputs. For any thread.
+
+    `batchable`: rows are independent, so that more of them take no more than their part. `by_cpu`: where another
+    process had the core while a run was under way, that says nothing of the run.
+    """
+
+    def __init__(self, *, batchable: bool, by_cpu: bool) -> None:
+        self._batchable = batchable
+        self._by_cpu = by_cpu
+        self._kinds: dict[Hashable, _Slowest] = {}
+        # Whether the last run was quick: most requests of a slow model need not be looked at any closer.
+        self.is_quick = False
+
+    def allows(self, first: Decoded, rows: int) -> bool:
+        """Whether a run of so many rows may be made inline; `first` is one of its requests."""
+        for bits in range(rows.bit_length(), -1, -1):
+            slowest = self._kinds.get(self._kind(first, bits))
+            if slowest is not None:
+                return rows * slowest.ns <= QUICK_NS and rows * slowest.bytes <= MOST_BYTES_OUT
+        return False
+
+    def ran(self, first: Decoded, rows: int, wall_ns: int, cpu_ns: int, outputs: Sequence[npt.NDArray[Any]]) -> None:
+        """A run took so long, of which the thread had the core for `cpu_ns`."""
+        if not isinstance(first.signature, tuple):  # that of a request that is alone
+            return
+        ns = min(wall_ns, 2 * cpu_ns) if self._by_cpu else wall_ns
+        kind = self._kind(first, rows.bit_length())
+        slowest = self._kinds.get(kind)
+        if slowest is None:
+            if len(self._kinds) >= _MAX_KINDS:
+                self._kinds.clear()
+            slowest = self._kinds[kind] = _Slowest()
+        slowest.add(ns / max(1, rows), sum([output.nbytes for output in outputs]) / max(1, rows))
+        self.is_quick = ns <= QUICK_NS
+
+    def _kind(self, first: Decoded, bits: int) -> Hashable:
+        # Without rows the first dimension is not a batch, so the signature leaves it out and the shapes have it.
+        return (first.signature, bits if self._batchable else _shapes(first.arrays))
+
+
+class _Slowest:
+    """Of a row, in two windows of runs."""
+
+    __slots__ = ("_before", "_now", "_runs", "bytes", "ns")
+
+    def __init__(self) -> None:
+        self._runs = 0
+        self._now = self._before = (0.0, 0.0)
+        self.ns = self.bytes = math.inf
+
+    def add(self, ns: float, size: float) -> None:
+        if self._runs == _WINDOW:
+            self._before, self._now, self._runs = self._now, (0.0, 0.0), 0
+        self._runs += 1
+        self._now = (max(self._now[0], ns), max(self._now[1], size))
+        self.ns, self.bytes = max(self._now[0], self._before[0]), max(self._now[1], self._before[1])
+
+
+def _shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Hashable:
+    return tuple([(name, array.shape) for name, array in arrays.items()])

@@ -1,0 +1,358 @@
+"""One version of a model in ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
+from services.inference.execution import graph, inline_runs, row_independence
+from services.inference.execution.batch_proof.prover import prove
+from services.inference.execution.sessions import Sessions, first_line
+from services.inference.repository import batching_policy
+from services.inference.repository.config import (
+    CACHE_STALE,
+    CACHE_TTL,
+    HEDGE,
+    ROW_CACHE,
+    SEMANTIC_EMBEDDING,
+    TENANT_SCOPE,
+    ConfigError,
+    ModelConfig,
+    milliseconds,
+    says,
+    semantic_threshold,
+)
+from services.inference.repository.repository import ModelFiles, data_file
+from services.runtime import faults
+from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from services.runtime.oip.tensors import decode
+
+log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+# ONNX Runtime 1.32 ends the process when one of these has no rows.
+_ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
+
+
+class ModelLoadError(Exception):
+    """The model cannot be served; the message names the file and the cause."""
+
+
+class OnnxModel:
+    """A loaded model; `run` may be called from several threads.
+
+    `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
+    `independence`: whether the graph proves that rows do not depend on each other.
+    `has_rows`: the first dimension is the batch; a request has `max_request_rows` of them at most, 0: any number.
+    `batchable`: requests may share a run along it; `batch_reason` says why not. `cacheable`: equal requests have equal
+    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `inline_reason` says why
+    runs are not made on the thread that has the requests; "" where they may be. `row_cache`: rows of a batch may be
+    cached one by one; `row_cache_reason` says why not.
+    `provider` is the execution provider in use.
+    """
+
+    # Of an ensemble, whose steps may be elsewhere.
+    not_runnable = ""
+
+    def __init__(
+        self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
+    ) -> None:
+        """`files` must not change while the model lives: its weights may be mapped. `providers` are those of this
+        machine. `intra_op_threads` and `max_batch_rows` hold where the model's configuration does not say. Raises
+        ModelLoadError."""
+        self._config = files.config
+        # Until the probe of its rows says more.
+        self.batchable = self.has_rows = False
+        try:
+            proto = graph.read(files.model)
+            random = graph.random_operators(proto)
+            self._aborts_on_empty = sorted(graph.operator_types(proto) & _ABORT_ON_EMPTY)
+            self.independence = prove(proto)
+            self.inline_reason = inline_runs.why_not(proto)
+            del proto  # not beside what the session takes
+            self._sessions = Sessions(
+                f"{files.name}/{files.version}",
+                files.model,
+                self._config,
+                providers,
+                intra_op_threads,
+                self._output_shape,
+            )
+            self.provider = self._sessions.provider
+            self.digest = self.own_digest = files.digest(self.provider)
+        except ConfigError as error:
+            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+        except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
+            raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
+        self.name = files.name
+        self.version = files.version
+        self._folder = files.folder
+        sessions = self._sessions
+        try:
+            self.inputs = input_specs(sessions.inputs, sessions.initializers, files.config)
+            self.outputs = output_specs(sessions.outputs, files.config)
+            self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
+        except ConfigError as error:
+            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+        every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
+        if any(spec.datatype.name == "BYTES" for spec in every):
+            self.inline_reason = "it has strings, which are read one by one"
+        self.required = tuple([name for name, spec in self.inputs.items() if not spec.optional])
+        self._reshapes = any(spec.inner is not None for spec in every)
+        self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
+        if self._config.HasField("sequence_batching"):
+            self.cacheable_reason = "it serves sequences, whose answers depend on what came before"
+        elif self._config.HasField("response_cache"):
+            self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
+        self.cacheable = not self.cacheable_reason
+        self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
+        self.hedged = says(self._config, HEDGE) is True
+        self.ttl_ms = milliseconds(self._config, CACHE_TTL)
+        self.stale_ms = milliseconds(self._config, CACHE_STALE)
+        self.max_request_rows = self._config.max_batch_size
+        self.batch_reason = self._why_not_batched()
+        self.batchable = not self.batch_reason
+        self.has_rows = self.batchable or self.max_request_rows > 0
+        self.max_batch_rows = (self.max_request_rows or max_batch_rows) if self.batchable else 1
+        self.row_cache_reason = self._why_no_row_cache()
+        self.row_cache = not self.row_cache_reason
+        self.semantic_threshold = semantic_threshold(self._config) if self.cacheable else 0.0
+        self.semantic_embedding = (
+            self._config.parameters[SEMANTIC_EMBEDDING].string_value
+            if SEMANTIC_EMBEDDING in self._config.parameters
+            else ""
+        )
+
+    def _why_not_batched(self) -> str:
+        """Raises ModelLoadError where its configuration wants a batch that its file has no room for."""
+        policy = batching_policy.policy(self._config)
+        if policy.merges is None:
+            return row_independence.why_not(self, self.independence)
+        if not (policy.merges or self.max_request_rows):
+            return policy.reason
+        fixed = row_independence.fixed_first_dimension(self)
+        if fixed and self.max_request_rows:
+            raise ModelLoadError(f"cannot load {self._folder}: max_batch_size is {self.max_request_rows}, but {fixed}")
+        return policy.reason or fixed
+
+    def _why_no_row_cache(self) -> str:
+        """Raises ModelLoadError where it is asked for and cannot be."""
+        told = says(self._config, ROW_CACHE)
+        if told is False:
+            return "its config.pbtxt says so"
+        # The owner may know more of the rows of a request than that other callers' are to be kept out of its run.
+        reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
+        reason = reason or row_independence.not_proven(self.independence)
+        if not reason and len(self.inputs) > len(self.required):
+            reason = "it has optional inputs, which are for a whole run"
+        if told and reason:
+            raise ModelLoadError(f"cannot load {self._folder}: {ROW_CACHE} is true in its config.pbtxt, but {reason}")
+        return reason or ("" if told else row_independence.why_not_cached(self))
+
+    @property
+    def batch_remark(self) -> str:
+        """Whether requests share runs, and what of the proof decides it."""
+        if self.batch_reason:
+            return f"not batched: {self.batch_reason}"
+        unproven = row_independence.not_proven(self.independence)
+        return (
+            f"batched because its config.pbtxt says so: {unproven}"
+            if unproven
+            else "batched: rows are proven independent"
+        )
+
+    @property
+    def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
+        """What its configuration says of sequences; empty where it serves none."""
+        return self._config.sequence_batching
+
+    def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Takes what callers neither give nor get out of `inputs` and `outputs`. Raises ConfigError."""
+        batching = self._config.sequence_batching
+        wanted = [tensor.name for tensor in batching.control_input] + [state.input_name for state in batching.state]
+        if missing := [name for name in wanted if name not in self.inputs]:
+            raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such input")
+        states = [state.output_name for state in batching.state]
+        if missing := [name for name in states if name not in self.outputs]:
+            raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such output")
+        shown = {tensor.name for tensor in self._config.output}
+        return (
+            {name: self.inputs.pop(name) for name in wanted},
+            {name: self.outputs.pop(name) for name in states if name not in shown},
+        )
+
+    def release(self) -> None:
+        """Gives its memory back. It still describes itself, and runs again after `restore`."""
+        del self._sessions
+
+    def restore(self, fresh: OnnxModel) -> None:
+        """Takes over the sessions of a model of the same files."""
+        self._sessions = fresh._sessions
+
+    def shrink(self) -> None:
+        """Gives back what large runs left behind in ONNX Runtime; on a thread."""
+        sessions: Sessions | None = getattr(self, "_sessions", None)
+        if sessions is not None:
+            sessions.shrink()
+
+    def warm_up(self) -> None:
+        """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
+        for sample in self._config.model_warmup:
+            try:
+                inputs = {name: self._warm_up_input(name, sample) for name in sample.inputs}
+                for _ in range(sample.count or 1):
+                    self.run(inputs, list(self.outputs))
+            except Exception as error:
+                raise ModelLoadError(
+                    f"cannot load {self._folder}: model_warmup {sample.name!r} failed: {first_line(error)}"
+                ) from None
+
+    def _warm_up_input(self, name: str, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
+        wanted = sample.inputs[name]
+        spec = (self.inputs | self.hidden_inputs)[name]
+        dtype = spec.datatype.dtype
+        batched = self.has_rows and len(wanted.dims) < len(spec.shape) and not spec.optional
+        shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
+        kind = wanted.WhichOneof("input_data_type")
+        if kind == "input_data_file":
+            raw = data_file(self._folder.parent / "warmup", wanted.input_data_file)
+            return decode(spec.datatype, shape, raw, name)
+        if dtype.hasobject:
+            return np.full(shape, b"", object)
+        random = np.random.default_rng(0).random(shape) * (kind == "random_data")
+        return random.astype(dtype)
+
+    def metadata(self) -> v2.ModelMetadataResponse:
+        """Without versions: only who knows all of them can tell."""
+        return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
+
+    def config(self) -> ModelConfig:
+        """What its config.pbtxt says, completed by what the file says and by what was decided at load."""
+        made = ModelConfig()
+        made.CopyFrom(self._config)
+        made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
+        made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
+        made.response_cache.enable = self.cacheable
+        if self.batchable and made.WhichOneof("scheduling_choice") is None:
+            made.dynamic_batching.SetInParent()
+        if not made.instance_group:
+            kind = (
+                config_pb2.ModelInstanceGroup.KIND_GPU
+                if "CUDA" in self.provider
+                else config_pb2.ModelInstanceGroup.KIND_CPU
+            )
+            made.instance_group.add(name=f"{self.name}_0", kind=kind, count=1)
+        del made.input[:], made.output[:]
+        for spec in self.inputs.values():
+            made.input.add(optional=spec.optional, **self._declaration(spec))
+        for spec in self.outputs.values():
+            made.output.add(**self._declaration(spec))
+        for name, reason in (
+            ("batched", self.batch_reason),
+            ("cached", self.cacheable_reason),
+            ("row_cache", self.row_cache_reason),
+            ("rows_proven_independent", self.independence.reason),
+            ("inline", self.inline_reason),
+        ):
+            made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
+        made.parameters["ringmesh_provider"].string_value = self.provider
+        return made
+
+    def _declaration(self, spec: TensorSpec) -> dict[str, Any]:
+        """What a configuration says of an input or output: the batch is not in its dims."""
+        first = 1 if self.has_rows and not spec.optional else 0
+        reshape = None if spec.inner is None else config_pb2.ModelTensorReshape(shape=spec.inner[first:])
+        return {
+            "name": spec.name,
+            "data_type": CONFIG_TYPES[spec.datatype.name],
+            "dims": spec.shape[first:],
+            "reshape": reshape,
+        }
+
+    def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and
+        ResourceExhaustedError where memory is short, and InternalError where the run fails otherwise."""
+        if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
+            raise InvalidArgumentError(
+                f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime "
+                f"cannot run its {self._aborts_on_empty[0]} on none",
+                field="inputs",
+            )
+        feeds: dict[str, Any] = {
+            name: _to_str(name, array) if array.dtype == object else array for name, array in inputs.items()
+        }
+        if self._reshapes:
+            feeds |= {name: self.inputs[name].to_inner(feeds[name]) for name in self.inputs if name in feeds}
+        try:
+            arrays = self._sessions.run(outputs, feeds)
+            if self._reshapes:
+                return [
+                    self.outputs[name].to_outer(array) if name in self.outputs else array
+                    for name, array in zip(outputs, arrays, strict=True)
+                ]
+        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+            raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
+        except Exception as error:
+            if wanted := _refused_memory(error):
+                raise ResourceExhaustedError(
+                    f"model {self.name!r} needs more memory for this request than this worker has: {wanted}",
+                    kind="memory",
+                ) from None
+            faults.internal(log, f"model {self.name} failed", error)
+            raise InternalError(
+                f"model {self.name!r} failed in ONNX Runtime ({type(error).__name__}); the worker's log has the cause",
+                kind="execution",
+            ) from None
+        return arrays
+
+    def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
+        """Which shape the file's output will have; None where only the run can tell."""
+        spec = self.outputs.get(name) or self.hidden_outputs[name]
+        first, *rest = (spec.inner or spec.shape) or (1,)
+        if -1 in rest or (first == -1 and not self.has_rows):
+            return None
+        return (feeds[self.required[0]].shape[0], *rest) if first == -1 else spec.inner or spec.shape
+
+
+def metadata(
+    name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+) -> v2.ModelMetadataResponse:
+    """What ModelMetadata tells, without versions."""
+    tensor = v2.ModelMetadataResponse.TensorMetadata
+    told = v2.ModelMetadataResponse(name=name, platform=platform)
+    for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
+        field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
+    return told
+
+
+def _refused_memory(error: Exception) -> str:
+    """What was asked for, where that is why it failed; "" where it is not."""
+    found = re.search(r"(?<=requested buffer of size )\d+", str(error))
+    if found is not None:
+        return f"{found[0]} bytes"
+    return str(error) if isinstance(error, MemoryError) or "bad_alloc" in str(error) else ""
+
+
+def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """ONNX Runtime's strings are text: it would take bytes by their repr."""
+    try:
+        # From another step of an ensemble, or the state of a sequence, it is text already.
+        text = [value if isinstance(value, str) else value.decode() for value in array.ravel()]
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"input {name!r}: ONNX strings are UTF-8, and an element is not: {error.reason} at byte {error.start}"
+        ) from None
+    made = np.empty(len(text), object)
+    made[:] = text
+    return made.reshape(array.shape)

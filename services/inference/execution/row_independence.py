@@ -1,0 +1,180 @@
+"""Whether requests may share a run: whether each row is answered as it would be alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from services.inference.codec.tensor_spec import TensorSpec
+from services.inference.execution.batch_proof.verdict import Verdict
+from services.inference.execution.sessions import first_line
+from services.runtime.oip.tensors import encode
+
+# Batch sizes in which a row is compared with the row alone; sizes above 8 only if that is quick.
+_SIZES = (2, 3, 5, 8, 16, 32)
+_MOST_BATCH_SECONDS = 0.2
+# Caching a row that is computed faster than this does not pay; probing slower ones would hold up the load of the model.
+_LEAST_SECONDS = 0.0002
+_MOST_SECONDS = 0.1
+
+# A probe is not worth more; what a file declares may be terabytes.
+_MOST_ELEMENTS = 1 << 26
+
+
+class Probed(Protocol):
+    """What a probe needs of a model; OnnxModel is the real one."""
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    hidden_inputs: dict[str, TensorSpec]
+    hidden_outputs: dict[str, TensorSpec]
+    required: tuple[str, ...]
+    max_batch_rows: int
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
+        """The named outputs."""
+
+
+def not_proven(verdict: Verdict) -> str:
+    """Why the graph does not prove that rows are independent; "" if it does."""
+    return f"rows are not proven independent: {verdict.reason}" if verdict.reason else ""
+
+
+def why_not(model: Probed, verdict: Verdict) -> str:
+    """Why requests may not share a run.
+
+    "" if the graph proves that rows are independent, and rows in batches were answered as they were alone: the probe
+    can only revoke the proof.
+    """
+    if reason := fixed_first_dimension(model) or not_proven(verdict):
+        return reason
+    try:
+        try:
+            return _probe(model, lowest_integer=1)
+        except Exception:  # 2 may be beyond what the model takes, such as the rows of an embedding
+            return _probe(model, lowest_integer=0)
+    except Exception as error:
+        return f"a probe of two rows failed: {first_line(error)}"
+
+
+def why_not_cached(model: Probed) -> str:
+    """Why rows are not cached one by one unless that is asked for.
+
+    "" where it pays, and rows had the same bits alone and in batches of several sizes.
+    """
+    names = list(model.outputs)
+    try:
+        first = {name: _drawn(model.inputs[name], 0, 1) for name in model.required}
+        seconds = min(_timed(model, first, names) for _ in range(3))
+        if seconds < _LEAST_SECONDS:
+            return f"computing a row takes {seconds * 1e6:.0f} us; row caching pays from {_LEAST_SECONDS * 1e6:.0f} us"
+        if seconds > _MOST_SECONDS:
+            return f"a probe of its rows would take long: one is computed in {seconds:.1f} s"
+        sizes = [size for size in _SIZES if size <= 8 or size * seconds <= _MOST_BATCH_SECONDS]
+        sizes = [size for size in sizes if size <= model.max_batch_rows]
+        count = max(sizes, default=1)
+        rows = [{name: _drawn(model.inputs[name], row, count) for name in model.required} for row in range(count)]
+        alone = [model.run(row, names) for row in rows]
+        for size in sizes:
+            # Each row in another place than at the size before.
+            places = [(size + place) % count for place in range(size)]
+            batch = {name: np.concatenate([rows[row][name] for row in places]) for name in model.required}
+            for index, together in enumerate(model.run(batch, names)):
+                apart = np.concatenate([alone[row][index] for row in places])
+                if apart.shape != together.shape or encode(apart) != encode(together):
+                    return f"the last bits of {names[index]!r} depend on the size of a batch"
+    except Exception as error:
+        return f"a probe of its rows failed: {first_line(error)}"
+    return ""
+
+
+def fixed_first_dimension(model: Probed) -> str:
+    """Which input or output has no room for a batch; "" where all have."""
+    inputs = (*(model.inputs[name] for name in model.required), *model.hidden_inputs.values())
+    for spec in (*inputs, *model.outputs.values(), *model.hidden_outputs.values()):
+        if not spec.shape or spec.shape[0] != -1:
+            return f"the first dimension of {spec.name!r} is not free"
+    return ""
+
+
+def _probe(model: Probed, lowest_integer: int) -> str:
+    """In both orders: rows that are sorted or summed up along the batch look independent in one of them.
+
+    Once with values near 1, and once with both signs and with magnitudes far apart.
+    """
+    names = list(model.outputs)
+    for far_apart, tolerance in ((False, 1e-2), (True, 1e-1)):
+        rows = [
+            {name: _values(model.inputs[name], row, lowest_integer, far_apart) for name in model.required}
+            for row in (0, 1)
+        ]
+        alone = [model.run(row, names) for row in rows]
+        for order in ((0, 1), (1, 0)):
+            pair = {name: np.concatenate([rows[row][name] for row in order]) for name in model.required}
+            for index, together in enumerate(model.run(pair, names)):
+                expected = [alone[row][index] for row in order]
+                if len(together) != 2 or any(len(answer) != 1 for answer in expected):
+                    return f"{names[index]!r} does not have one row for each row of the inputs"
+                if not all(_close(one, together[place : place + 1], tolerance) for place, one in enumerate(expected)):
+                    return f"a probe found that {names[index]!r} depends on the other rows"
+    return ""
+
+
+def _values(spec: TensorSpec, row: int, lowest_integer: int, far_apart: bool) -> npt.NDArray[Any]:
+    """Rows 0 and 1 differ in every element. 0 and 1 only where they must: a product by either shows little."""
+    shape = _row_shape(spec, 1)
+    dtype = spec.datatype.dtype
+    if spec.datatype.itemsize == 0:
+        return np.full(shape, b"%d" % row if not far_apart else b"one two three" * row, object)
+    if dtype.kind in "biu":
+        bits = (np.random.default_rng(0).integers(0, 2, shape) + row) % 2
+        return (bits + (lowest_integer if dtype.kind != "b" else 0)).astype(dtype)
+    random = np.random.default_rng(row)
+    values = random.uniform(0.25, 2, shape)
+    if far_apart:
+        values *= random.choice((-1, 1), shape) * 1000.0 ** (2 * row - 1)
+    return values.astype(dtype)
+
+
+def _row_shape(spec: TensorSpec, free: int) -> tuple[int, ...]:
+    """With `free` for each size that is. Raises ValueError where it is too large to be probed."""
+    shape = (1, *(free if size == -1 else size for size in spec.shape[1:]))
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"a row of {spec.name!r} has {math.prod(shape)} elements")
+    return shape
+
+
+def _timed(model: Probed, row: dict[str, npt.NDArray[Any]], names: list[str]) -> float:
+    start = time.perf_counter()
+    model.run(row, names)
+    return time.perf_counter() - start
+
+
+def _drawn(spec: TensorSpec, row: int, count: int) -> npt.NDArray[Any]:
+    """One of `count` rows of both signs, from 1e-6 to 1e6. Whole numbers are 0 or 1, which any embedding has."""
+    random = np.random.default_rng(row)
+    shape = _row_shape(spec, 4)
+    if spec.datatype.itemsize == 0:
+        return np.full(shape, b"%d" % row, object)
+    if spec.datatype.dtype.kind in "biu":
+        return random.integers(0, 2, shape).astype(spec.datatype.dtype)
+    magnitude = 10.0 ** (12 * (row + 0.5) / count - 6)
+    with np.errstate(over="ignore"):
+        drawn: npt.NDArray[Any] = (random.normal(size=shape) * magnitude).astype(spec.datatype.dtype)
+    return drawn
+
+
+def _close(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: float) -> bool:
+    if expected.shape != got.shape:
+        return False
+    if expected.dtype.hasobject or expected.dtype.kind in "biu":
+        return bool((expected == got).all())
+    expected, got = expected.astype(np.float64), got.astype(np.float64)
+    # Relative to the largest: the probabilities of a thousand classes are all below any fixed tolerance.
+    largest = np.abs(expected).max(initial=0, where=np.isfinite(expected))
+    return bool(np.allclose(expected, got, rtol=tolerance, atol=tolerance / 10 * largest, equal_nan=True))

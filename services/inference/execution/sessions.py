@@ -1,0 +1,241 @@
+"""The ONNX Runtime sessions of one model: one on the CPU, or one on each of its GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from services.inference.codec.tensor_spec import datatype_of
+from services.inference.execution import execution
+from services.inference.execution.device_session import DeviceSession, OutputShape, page_locked, run_options
+from services.inference.execution.execution import Execution
+from services.inference.repository.config import ConfigError, ModelConfig
+
+log = logging.getLogger(__name__)
+
+_ONNX_BFLOAT16 = 16
+# A tensor above this size makes ONNX Runtime's arena grow.
+_LARGE_BYTES = 8 << 20
+_MOST_ZEROS = 64 << 20
+_SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
+
+Arrays = list[npt.NDArray[Any]]
+
+
+class Runner(Protocol):
+    """Something that runs a model."""
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
+        """Outputs in the order asked, on the host."""
+
+
+class Sessions:
+    """Runs a model where its configuration wants it, or where this machine can. May be called from several threads.
+
+    `provider` is the first execution provider in use. With several GPUs, a run takes the one with the fewest under way.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        file: Path,
+        config: ModelConfig,
+        available: Sequence[str],
+        threads: int,
+        output_shape: OutputShape,
+    ) -> None:
+        """`model`: its name and version, for the log; `available`: the execution providers of this machine; `threads`
+        of one run. Raises ConfigError, and whatever ONNX Runtime raises."""
+        options = execution.session_options(config, threads)
+        executions = execution.executions(config, available)
+        sessions = [_open(file, options, chosen.providers) for chosen in executions]
+        first = sessions[0]
+        self.inputs = first.get_inputs()
+        self.outputs = first.get_outputs()
+        self.initializers = first.get_overridable_initializers()
+        self.provider: str = first.get_providers()[0]
+        if self.provider == execution.CPU:
+            # Without GPUs, one for each of them would be as many for the same cores.
+            del sessions[1:], executions[1:]
+        if any(session.get_providers()[0] != self.provider for session in sessions):
+            raise ConfigError("names GPUs in instance_group that are not all to be had here")
+        wanted = executions[0].providers[0][0]
+        # A provider whose libraries do not load is left out by ONNX Runtime.
+        if missing := {*executions[0].missing, wanted} - {self.provider}:
+            log.warning("model %s: it runs on %s, without %s", model, self.provider, ", ".join(sorted(missing)))
+        entries = execution.run_entries(config)
+        self._runners: list[Runner] = [
+            _runner(session, chosen, entries, output_shape)
+            for session, chosen in zip(sessions, executions, strict=True)
+        ]
+        self._running = [0] * len(self._runners)
+        self._choosing = threading.Lock()
+        self._arena = _Arena(first) if self.provider == execution.CPU else None
+        # The outputs of large runs since the arena was shrunk; None where there were none.
+        self._large: list[weakref.ref[npt.NDArray[Any]]] | None = None
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
+        """Outputs in the order asked. Runs outside the GIL. Raises whatever ONNX Runtime raises."""
+        if len(self._runners) == 1:
+            arrays = self._runners[0].run(outputs, feeds)
+            for array in (*arrays, *feeds.values()):
+                if array.nbytes > _LARGE_BYTES:
+                    self._watch_large(arrays)
+                    break
+            return arrays
+        with self._choosing:
+            chosen = self._running.index(min(self._running))
+            self._running[chosen] += 1
+        try:
+            return self._runners[chosen].run(outputs, feeds)
+        finally:
+            with self._choosing:
+                self._running[chosen] -= 1
+
+    def _watch_large(self, arrays: Arrays) -> None:
+        with self._choosing:
+            held = [ref for ref in self._large or () if ref() is not None]
+            self._large = held + [weakref.ref(array) for array in arrays]
+
+    def shrink(self) -> None:
+        """Gives back what large runs left in ONNX Runtime's arena, once their outputs are gone. On a thread."""
+        with self._choosing:
+            if self._arena is None or self._large is None or any(ref() is not None for ref in self._large):
+                return
+            self._large = None
+        self._arena.shrink()
+
+
+def _open(
+    file: Path, options: onnxruntime.SessionOptions, providers: Sequence[tuple[str, Mapping[str, str]]]
+) -> onnxruntime.InferenceSession:
+    """With the first of `providers` that this machine can really start, and those behind it.
+
+    ONNX Runtime's own fallback would forget the options of the others, and after a failed run would go on with another
+    provider, whose answers are not those of this digest.
+    """
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=[*providers], enable_fallback=0)
+    except Exception as error:
+        if len(providers) == 1:
+            raise
+        log.warning("%s: cannot start %s: %s", file, providers[0][0], first_line(error))
+        return _open(file, options, providers[1:])
+
+
+def _runner(
+    session: onnxruntime.InferenceSession, chosen: Execution, entries: Mapping[str, str], output_shape: OutputShape
+) -> Runner:
+    nodes = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
+    datatypes = {node.name: datatype_of(node) for node in nodes}
+    names = {datatype.name for datatype in datatypes.values() if datatype is not None}
+    if "BF16" in names:
+        return _Bfloat16Session(session, entries)
+    provider = session.get_providers()[0]
+    if chosen.device is None or provider == execution.CPU or None in datatypes.values() or "BYTES" in names:
+        return _HostSession(session, entries)
+    return DeviceSession(
+        session,
+        chosen.device,
+        {name: datatype.dtype for name, datatype in datatypes.items() if datatype is not None},
+        output_shape,
+        entries,
+        cuda_graphs=chosen.cuda_graphs,
+        allocate=page_locked(provider, chosen.device) if chosen.pinned_outputs else None,
+    )
+
+
+class _Arena:
+    """What ONNX Runtime keeps of the CPU's memory for a session, in regions. It never gives back the first.
+
+    So the first is made by a run on the smallest inputs there can be. Shrinking is asked for with a run as well, which
+    ends before its first node.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+        self._run(run_options({}))
+
+    def shrink(self) -> None:
+        """Gives back the regions that nobody uses."""
+        if (options := run_options(_SHRINK)) is not None:
+            options.terminate = True
+            self._run(options)
+
+    def _run(self, options: onnxruntime.RunOptions | None) -> None:
+        feeds = _smallest(self._session)
+        if feeds is not None:
+            # It fails where it is told to end, or takes no inputs so small.
+            with contextlib.suppress(Exception):
+                self._session.run(self._outputs, feeds, options)
+
+
+def _smallest(session: onnxruntime.InferenceSession) -> dict[str, Any] | None:
+    """Zeros for each input, with 1 for free dimensions; None if an input cannot be made, or would be too large."""
+    feeds: dict[str, Any] = {}
+    size = 0
+    for node in session.get_inputs():
+        datatype = datatype_of(node)
+        if datatype is None or datatype.name == "BF16":
+            return None
+        shape = [dim if isinstance(dim, int) and dim >= 0 else 1 for dim in node.shape]
+        size += math.prod(shape) * datatype.dtype.itemsize
+        if size > _MOST_ZEROS:
+            return None
+        feeds[node.name] = np.full(shape, "", object) if datatype.dtype.hasobject else np.zeros(shape, datatype.dtype)
+    return feeds
+
+
+class _HostSession:
+    """Inputs and outputs in this process's memory."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, entries: Mapping[str, str]) -> None:
+        self._session = session
+        self._options = run_options(entries)
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
+        arrays: Arrays = self._session.run(outputs, feeds, self._options)
+        return arrays
+
+
+class _Bfloat16Session:
+    """NumPy has no bfloat16, and ONNX Runtime's bindings refuse ml_dtypes': its bits go in and out by address."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, entries: Mapping[str, str]) -> None:
+        self._session = session
+        self._options = run_options(entries)
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
+        make = onnxruntime.OrtValue
+        values = {
+            name: make.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _ONNX_BFLOAT16)
+            if array.dtype == ml_dtypes.bfloat16
+            else make.ortvalue_from_numpy(array)
+            for name, array in feeds.items()
+        }
+        arrays = []
+        for value in self._session.run_with_ort_values(outputs, values, self._options):
+            if value.data_type() != "tensor(bfloat16)":
+                arrays.append(value.numpy())
+                continue
+            data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+            arrays.append(np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()))
+        return arrays
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says before it goes into detail."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,170 @@
+"""Ensembles on a worker: steps that are held here run as one model, their tensors never leaving the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import numpy.typing as npt
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.inference.codec.request import Decoded, prepare
+from services.inference.codec.tensor_spec import declared_spec
+from services.inference.execution.model import ModelLoadError, OnnxModel, metadata
+from services.inference.repository.config import (
+    CACHE_STALE,
+    CACHE_TTL,
+    HEDGE,
+    TENANT_SCOPE,
+    ConfigError,
+    ModelConfig,
+    milliseconds,
+    says,
+)
+from services.inference.repository.repository import ModelFiles
+from services.inference.scheduling.batcher import BatchResult, StepResult
+from services.inference.scheduling.statistics import Statistics
+from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError
+from services.runtime.oip import ensemble
+from services.runtime.oip.ensemble import EnsembleError
+
+Array = npt.NDArray[Any]
+
+
+class Step(Protocol):
+    """A held model that is a step; HeldModel is the real one."""
+
+    @property
+    def model(self) -> OnnxModel | Ensemble:
+        """The model version."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """What is counted of it."""
+
+    def submit(self, decoded: Decoded, deadline: float | None) -> Awaitable[BatchResult]:
+        """Runs it."""
+
+
+class Ensemble:
+    """One version of an ensemble, with the interface of a model and of its batcher.
+
+    `not_runnable` says which step is missing or does not fit, "" where all are here.
+    """
+
+    provider = "ensemble"
+    row_cache = False
+    batch_remark = "batched by its steps"
+    semantic_threshold = 0.0
+    semantic_embedding = ""
+    # What waits, waits for its steps.
+    waiting = 0
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Raises ModelLoadError."""
+        self.name = files.name
+        self.version = files.version
+        self._config = files.config
+        where = f"cannot load {files.folder.parent}: its config.pbtxt"
+        self.max_request_rows = self._config.max_batch_size
+        self.max_batch_rows = max(1, self.max_request_rows)
+        self.has_rows = self.max_request_rows > 0
+        try:
+            self.inputs = {t.name: declared_spec(t, self.has_rows) for t in self._config.input}
+            self.outputs = {t.name: declared_spec(t, self.has_rows) for t in self._config.output}
+            self.plan = ensemble.plan(self._config.ensemble_scheduling, self.inputs, self.outputs)
+        except (ConfigError, EnsembleError) as error:
+            raise ModelLoadError(f"{where}: {error}") from None
+        self.required = tuple(self.inputs)
+        self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
+        self.hedged = says(self._config, HEDGE) is True
+        self.ttl_ms = milliseconds(self._config, CACHE_TTL)
+        self.stale_ms = milliseconds(self._config, CACHE_STALE)
+        self.own_digest = self.digest = files.digest("ensemble")
+        self.not_runnable = "its steps are not known yet"
+        self.cacheable, self.cacheable_reason = False, self.not_runnable
+        self._steps: list[Step] = []
+
+    def resolved(self, find: Callable[[str, str], Step]) -> Ensemble:
+        """The same ensemble over the models that `find` gives by name and version; it raises NotFoundError."""
+        made = object.__new__(Ensemble)
+        made.__dict__.update(self.__dict__)
+        try:
+            made._steps = [find(step.model, step.version) for step in self.plan.steps]
+            made.not_runnable = made._misfit()
+        except NotFoundError as error:
+            made._steps, made.not_runnable = [], error.message
+        made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
+        reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
+        made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)
+        made.cacheable = not made.cacheable_reason
+        return made
+
+    def metadata(self) -> v2.ModelMetadataResponse:
+        """Without versions: only who knows all of them can tell."""
+        return metadata(self.name, "ensemble", self.inputs, self.outputs)
+
+    def config(self) -> ModelConfig:
+        """What its config.pbtxt says, completed by what was found of caching."""
+        made = ModelConfig()
+        made.CopyFrom(self._config)
+        made.name, made.platform = self.name, "ensemble"
+        reason = self.cacheable_reason
+        made.parameters["ringmesh_cached"].string_value = f"no: {reason}" if reason else "yes"
+        return made
+
+    async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
+        """Runs the steps, each in the batches of its model. Raises what a step raises, with the step's name."""
+        if self.not_runnable:
+            raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.not_runnable}")
+        start = time.time_ns()
+        steps: list[StepResult] = []
+
+        async def run_step(index: int, inputs: dict[str, Array]) -> Mapping[str, Array]:
+            held, begun = self._steps[index], time.time_ns()
+            outputs = tuple([name for name in held.model.outputs if name in self.plan.steps[index].outputs])
+            try:
+                step = prepare(inputs, held.model, outputs, decoded)
+                batch = await held.submit(step, deadline)
+            except RingmeshError as error:
+                held.statistics.failed(time.time_ns() - begun, error.kind)
+                error.message = f"step {held.model.name!r} of ensemble {self.name!r}: {error.message}"
+                raise
+            now = time.time_ns()
+            held.statistics.succeeded(batch, step.rows, now - begun, now - batch.end_ns)
+            assert isinstance(held.model, OnnxModel)  # else it did not resolve
+            steps.append(StepResult(held.model, begun, now, batch))
+            return dict(zip(outputs, batch.arrays, strict=True))
+
+        tensors = await ensemble.run(self.plan, decoded.arrays, run_step)
+        arrays = [tensors[name] for name in decoded.outputs]
+        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True, steps=steps)
+
+    async def close(self) -> None:
+        """Nothing of its own waits: what its steps have taken is drained with them."""
+
+    def _misfit(self) -> str:
+        """Why these steps cannot be joined so; "" where they can."""
+        types = {name: spec.datatype.name for name, spec in self.inputs.items()}
+        for step, held in zip(self.plan.steps, self._steps, strict=True):
+            if isinstance(held.model, Ensemble):
+                return f"step {step.model!r} is an ensemble; a step must be a model"
+            inputs, outputs = held.model.inputs, held.model.outputs
+            if wrong := [name for name in step.inputs if name not in inputs]:
+                return f"step {step.model!r} has no input {wrong[0]!r}"
+            if missing := [name for name in held.model.required if name not in step.inputs]:
+                return f"step {step.model!r} also needs input {missing[0]!r}"
+            if wrong := [name for name in step.outputs if name not in outputs]:
+                return f"step {step.model!r} has no output {wrong[0]!r}"
+            for name, tensor in step.inputs.items():
+                if types[tensor] != inputs[name].datatype.name:
+                    return (
+                        f"step {step.model!r} takes {name!r} as {inputs[name].datatype.name}, "
+                        f"and tensor {tensor!r} is {types[tensor]}"
+                    )
+            types |= {tensor: outputs[name].datatype.name for name, tensor in step.outputs.items()}
+        for name, spec in self.outputs.items():
+            if types[name] != spec.datatype.name:
+                return f"output {name!r} is {types[name]}, and its config.pbtxt says {spec.datatype.name}"
+        return ""

@@ -1,0 +1,105 @@
+"""The models this worker holds, by name and version, each with what forms its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from services.inference.codec.request import Decoded
+from services.inference.execution.model import OnnxModel
+from services.inference.models.ensemble import Ensemble
+from services.inference.models.memory_budget import MemoryBudget, Resident
+from services.inference.repository.snapshots import Snapshot
+from services.inference.scheduling.batcher import Batcher, BatchResult
+from services.inference.scheduling.sequencer import Sequencer
+from services.inference.scheduling.statistics import Statistics
+from services.runtime.errors import NotFoundError, some
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model version, ready to run. An ensemble is its own batcher.
+
+    Under a memory budget it may have to be loaded first: `submit` sees to that.
+    """
+
+    model: OnnxModel | Ensemble
+    batcher: Batcher | Sequencer | Ensemble
+    statistics: Statistics
+    budget: MemoryBudget | None = None
+    resident: Resident | None = None
+    # The files that it was loaded from; an ensemble has none.
+    snapshot: Snapshot | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it is in memory."""
+        return self.resident is None or self.resident.loaded
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no batch has taken."""
+        return self.batcher.waiting + (0 if self.resident is None else len(self.resident.waiting))
+
+    def submit(self, decoded: Decoded, deadline: float | None) -> Awaitable[BatchResult]:
+        """As Batcher.submit, and as MemoryBudget.enter."""
+        if self.budget is None or self.resident is None:
+            return self.batcher.submit(decoded, deadline)
+        return self._submit(self.budget, self.resident, decoded, deadline)
+
+    async def _submit(
+        self, budget: MemoryBudget, resident: Resident, decoded: Decoded, deadline: float | None
+    ) -> BatchResult:
+        await budget.enter(resident, deadline)
+        try:
+            return await self.batcher.submit(decoded, deadline)
+        finally:
+            budget.leave(resident)
+
+    def over(self, models: HeldModels) -> HeldModel:
+        """Itself; an ensemble with the steps that are in `models`."""
+        if isinstance(self.model, OnnxModel):
+            return self
+        resolved = self.model.resolved(models.find)
+        return replace(self, model=resolved, batcher=resolved)
+
+
+class HeldModels:
+    """An immutable set of loaded models."""
+
+    def __init__(self, models: Iterable[HeldModel]) -> None:
+        self._by_name: dict[str, dict[str, HeldModel]] = {}
+        held_models = sorted(models, key=lambda held: (held.model.name, held.model.version))
+        for held in held_models:
+            self._by_name.setdefault(held.model.name, {})[str(held.model.version)] = held
+        for held in held_models:
+            self._by_name[held.model.name][str(held.model.version)] = held.over(self)
+
+    def __iter__(self) -> Iterator[HeldModel]:
+        return (held for versions in self._by_name.values() for held in versions.values())
+
+    def of(self, name: str) -> list[HeldModel]:
+        """The versions of a model, oldest first; [] where it is not held."""
+        return list(self._by_name.get(name, {}).values())
+
+    def versions(self, name: str) -> list[str]:
+        """Oldest first. Raises NotFoundError."""
+        return list(self._versions(name))
+
+    def find(self, name: str, version: str) -> HeldModel:
+        """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
+        versions = self._versions(name)
+        if not version:
+            return next(reversed(versions.values()))
+        held = versions.get(version)
+        if held is None:
+            known = some(versions)
+            raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
+        return held
+
+    def _versions(self, name: str) -> dict[str, HeldModel]:
+        versions = self._by_name.get(name)
+        if versions is None:
+            known = some(self._by_name) or "none"
+            raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
+        return versions

@@ -1,0 +1,227 @@
+"""`config.pbtxt`: how a model is to be served, as Triton's repositories say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from google.protobuf import json_format, text_format
+from google.protobuf.message import Message
+from ringmesh.oip.v2 import model_config_pb2 as config_pb2
+
+from services.inference.repository import config_rules
+
+ModelConfig = config_pb2.ModelConfig
+
+TENANT_SCOPE = "ringmesh_tenant_scope"
+ROW_CACHE = "ringmesh_row_cache"
+HEDGE = "ringmesh_hedge"
+SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
+SEMANTIC_EMBEDDING = "ringmesh_semantic_embedding"
+CACHE_TTL = "ringmesh_cache_ttl_seconds"
+CACHE_STALE = "ringmesh_cache_stale_seconds"
+# Parameters that are ours; each is "true" or "false".
+_FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
+_OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE}
+# Of a time to live: 30 years.
+_MAX_SECONDS = 10**9
+
+_PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
+_BACKENDS = ("", "onnxruntime")
+
+# Fields that change how a model is served here. What else is set is said once, at load.
+_ACTED_ON = frozenset(
+    {
+        "name",
+        "platform",
+        "backend",
+        "version_policy",
+        "max_batch_size",
+        "input",
+        "output",
+        "dynamic_batching",
+        "dynamic_batching.preferred_batch_size",
+        "dynamic_batching.max_queue_delay_microseconds",
+        "dynamic_batching.default_queue_policy",
+        "dynamic_batching.preserve_ordering",
+        "dynamic_batching.priority_levels",
+        "dynamic_batching.default_priority_level",
+        "dynamic_batching.priority_queue_policy",
+        "sequence_batching",
+        "sequence_batching.max_sequence_idle_microseconds",
+        "sequence_batching.control_input",
+        "sequence_batching.state",
+        "sequence_batching.direct",
+        "sequence_batching.direct.max_queue_delay_microseconds",
+        "sequence_batching.direct.minimum_slot_utilization",
+        "sequence_batching.oldest",
+        "sequence_batching.oldest.max_queue_delay_microseconds",
+        "sequence_batching.oldest.preferred_batch_size",
+        "sequence_batching.oldest.preserve_ordering",
+        "ensemble_scheduling",
+        "instance_group",
+        "default_model_filename",
+        "optimization",
+        "optimization.graph",
+        "optimization.cuda",
+        "optimization.cuda.graphs",
+        "optimization.execution_accelerators",
+        "optimization.output_pinned_memory",
+        # Some are read, see execution.py; the others are the owner's own, and told by ModelConfig.
+        "parameters",
+        "model_warmup",
+        "response_cache",
+    }
+)
+# Looked into where they are set; the others are taken or left whole.
+_NESTED = frozenset(
+    {
+        "dynamic_batching",
+        "optimization",
+        "optimization.cuda",
+        "sequence_batching",
+        "sequence_batching.direct",
+        "sequence_batching.oldest",
+    }
+)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be served; the message names the file or field and what it should be."""
+
+
+NOTHING = ModelConfig()
+
+
+def parse(text: str, source: str, name: str) -> ModelConfig:
+    """Reads protobuf text, or the JSON of a load request. Raises ConfigError with what is wrong and where."""
+    message = ModelConfig()
+    try:
+        if text.lstrip().startswith("{"):
+            json_format.Parse(text, message)
+        else:
+            text_format.Parse(text, message)
+    except (text_format.ParseError, json_format.ParseError) as error:
+        raise ConfigError(f"{source}: {error}") from None
+    _check(message, source, name)
+    return message
+
+
+def read(path: Path, name: str) -> ModelConfig:
+    """The configuration of model `name`; NOTHING where there is no such file. Raises ConfigError."""
+    if not path.is_file():
+        return NOTHING
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    return parse(text, str(path), name)
+
+
+def ignored_fields(config: ModelConfig) -> list[str]:
+    """Paths of the fields that are set and change nothing here."""
+    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in _OURS]
+    return [path for path in _set_fields(config, "") if path not in _ACTED_ON] + parameters
+
+
+def says(config: ModelConfig, flag: str) -> bool | None:
+    """What the parameter `flag` says; None where it is not given."""
+    return config.parameters[flag].string_value == "true" if flag in config.parameters else None
+
+
+def semantic_threshold(config: ModelConfig) -> float:
+    """The cosine from which vectors are taken for the same; 0 where none is set, -1 where it is no number."""
+    if SEMANTIC_THRESHOLD not in config.parameters:
+        return 0.0
+    try:
+        return float(config.parameters[SEMANTIC_THRESHOLD].string_value)
+    except ValueError:
+        return -1.0
+
+
+def milliseconds(config: ModelConfig, parameter: str) -> int:
+    """What the parameter says in seconds; 0 where it is not given, -1 where it is no number from 0 to _MAX_SECONDS."""
+    if parameter not in config.parameters:
+        return 0
+    try:
+        seconds = float(config.parameters[parameter].string_value)
+    except ValueError:
+        return -1
+    return math.ceil(seconds * 1000) if 0 < seconds <= _MAX_SECONDS else -1
+
+
+def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
+    """How requests form batches; those of sequences do it as others do.
+
+    The direct strategy waits only where it has a minimum_slot_utilization, as in Triton; any of them stands for a full
+    batch here.
+    """
+    sequences = config.sequence_batching
+    if sequences.HasField("oldest"):
+        return config_pb2.ModelDynamicBatching(
+            preferred_batch_size=sequences.oldest.preferred_batch_size,
+            max_queue_delay_microseconds=sequences.oldest.max_queue_delay_microseconds,
+        )
+    if sequences.HasField("direct") and sequences.direct.minimum_slot_utilization:
+        return config_pb2.ModelDynamicBatching(
+            max_queue_delay_microseconds=sequences.direct.max_queue_delay_microseconds
+        )
+    return config.dynamic_batching
+
+
+def wanted_versions(config: ModelConfig, versions: Iterable[int]) -> list[int]:
+    """Which of the versions on disk to serve: the latest, where no policy says otherwise."""
+    ordered = sorted(versions)
+    policy = config.version_policy
+    kind = policy.WhichOneof("policy_choice")
+    if kind == "all":
+        return ordered
+    if kind == "specific":
+        return [version for version in ordered if version in policy.specific.versions]
+    return ordered[-(policy.latest.num_versions or 1) :]
+
+
+def _check(config: ModelConfig, path: str, name: str) -> None:
+    if config.name not in ("", name):
+        raise ConfigError(
+            f"{path}: name is {config.name!r}, but the folder is {name!r}; they are the same or name is left out"
+        )
+    if config.platform not in _PLATFORMS:
+        raise ConfigError(f"{path}: platform is {config.platform!r}; Ringmesh serves onnxruntime_onnx and ensemble")
+    if config.backend not in _BACKENDS:
+        raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
+    for flag in sorted(_FLAGS & config.parameters.keys()):
+        if (value := config.parameters[flag].string_value) not in ("true", "false"):
+            raise ConfigError(f'{path}: parameter {flag} is {value!r}; it must be "true" or "false"')
+    if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
+        value = config.parameters[SEMANTIC_THRESHOLD].string_value
+        raise ConfigError(
+            f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it must be a number above 0, 1 at most"
+        )
+    if SEMANTIC_EMBEDDING in config.parameters:
+        embedding = config.parameters[SEMANTIC_EMBEDDING].string_value
+        if embedding in ("", name) or SEMANTIC_THRESHOLD not in config.parameters:
+            raise ConfigError(
+                f"{path}: parameter {SEMANTIC_EMBEDDING} is {embedding!r}; it must be the name of another model, "
+                f"beside {SEMANTIC_THRESHOLD}"
+            )
+    for parameter in (CACHE_TTL, CACHE_STALE):
+        if milliseconds(config, parameter) < 0:
+            value = config.parameters[parameter].string_value
+            raise ConfigError(
+                f"{path}: parameter {parameter} is {value!r}; "
+                f"it must be a number of seconds above 0, {_MAX_SECONDS} at most"
+            )
+    if CACHE_STALE in config.parameters and CACHE_TTL not in config.parameters:
+        raise ConfigError(f"{path}: parameter {CACHE_STALE} needs {CACHE_TTL}: what has no end is never stale")
+    if fault := next(config_rules.faults(config), None):
+        raise ConfigError(f"{path}: {fault}")
+
+
+def _set_fields(message: Message, prefix: str) -> Iterator[str]:
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        yield path
+        if path in _NESTED:
+            yield from _set_fields(value, path + ".")

@@ -1,0 +1,248 @@
+"""A model repository in Triton's layout: `<repository>/<model>/<version>/model.onnx`."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeAlias
+
+from blake3 import blake3
+
+from services.inference.repository import config
+from services.inference.repository.config import ConfigError, ModelConfig
+
+MODEL_FILE = "model.onnx"
+CONFIG_FILE = "config.pbtxt"
+# The version's folder in a snapshot.
+VERSION = "version"
+
+_CHUNK_BYTES = 4 << 20
+# Of a file, in bytes, on the file systems of Linux.
+_LONGEST_NAME = 255
+
+# Every file of a model: its path, its size, and what is another when its content is.
+Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
+
+
+class RepositoryError(Exception):
+    """The repository cannot be served; the message names the folder and what is missing."""
+
+
+class RepositoryUnavailableError(RepositoryError):
+    """It cannot be read now, and may be later."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """One version of a model on disk, with the `warmup` and `initial_state` folders beside it.
+
+    `origin` is its folder in the repository, for messages; `folder` is where it is read from. `content`: 32 bytes over
+    all files, b"" until `hashed`. `private`: nobody but this installation writes the files, and never in place.
+    """
+
+    name: str
+    version: int
+    folder: Path
+    config: ModelConfig
+    origin: Path
+    content: bytes = b""
+    private: bool = False
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file; what it keeps outside lies beside it."""
+        return self.folder / _model_file(self.config)
+
+    def size(self) -> int:
+        """Bytes of all files of the version."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def parts(self) -> Iterator[tuple[str, BinaryIO]]:
+        """The files, each open for reading, under its name in a snapshot; in the order of these names.
+
+        What ONNX Runtime would not read is left out: what is no regular file, and links out of the version's folder,
+        unless it is the model file that is linked. Raises OSError.
+        """
+        for part, folder in (
+            ("initial_state", self.folder.parent / "initial_state"),
+            (VERSION, self.folder),
+            ("warmup", self.folder.parent / "warmup"),
+        ):
+            within = folder.resolve()
+            found = os.walk(folder, onerror=_raise_unless_missing)
+            for path in sorted(Path(at, name) for at, _, names in found for name in names):
+                with _open(path) as file:
+                    # Of the file that was opened: a link may be another a moment later.
+                    if file is not None and (path == self.model or opened_path(file).is_relative_to(within)):
+                        yield f"{part}/{path.relative_to(folder)}", file
+
+    def hashed(self) -> ModelFiles:
+        """With `content`. Raises OSError."""
+        hasher = blake3()
+        for name, file in self.parts():
+            # By reading: a file that is truncated while it is mapped kills the process.
+            content = blake3()
+            while chunk := file.read(_CHUNK_BYTES):
+                content.update(chunk)
+            hasher.update(f"{len(name.encode())}:{name}".encode() + content.digest())
+        return replace(self, content=hasher.digest())
+
+    def digest(self, provider: str) -> bytes:
+        """16 bytes over name, version, content, the config, and the execution provider."""
+        content = self.content or self.hashed().content
+        hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
+        hasher.update(content)
+        hasher.update(self.config.SerializeToString(deterministic=True))
+        return hasher.digest(16)
+
+
+def opened_path(file: BinaryIO) -> Path:
+    """Where the file is that was opened, without links."""
+    return Path(f"/proc/self/fd/{file.fileno()}").readlink()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO | None]:
+    """None where it is no regular file, or a link to nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # the latter for a pipe
+    except FileNotFoundError:
+        yield None
+        return
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        yield file if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+
+
+def data_file(folder: Path, name: str) -> bytes:
+    """The content of a file that the configuration names. Raises ConfigError, also where it is not of that folder."""
+    if not is_file_name(name):
+        raise ConfigError(f"names {name!r}; it should be a file of the folder {folder.name}")
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"names {folder.name}/{name}, which cannot be read: {error.strerror}") from None
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def is_name(name: str) -> bool:
+    """Whether it can be the name of a model, which is that of a folder."""
+    return not name.startswith(".") and is_file_name(name)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it names a file of a folder, and nothing outside."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and len(name.encode()) <= _LONGEST_NAME
+
+
+def is_version(name: str) -> bool:
+    """Whether it can be the name of a version's folder: below 10^18 and, as in Triton, without leading zeros."""
+    return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
+
+
+class ModelSource(Protocol):
+    """Where models come from. Its methods may take long. `private`: what it fetches is never written to again."""
+
+    private: bool
+
+    def names(self) -> list[str]:
+        """The models. Raises RepositoryError where there is none."""
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """What the models are made of; {} where it cannot be read."""
+
+    def fetch(self, name: str, override: ModelConfig | None) -> Path:
+        """A folder that holds the model as it is now; `override` takes the place of its config.pbtxt.
+
+        Raises RepositoryError or ConfigError.
+        """
+
+
+class Directory:
+    """A repository in a folder of this machine, where anybody may change the files in place."""
+
+    private = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def names(self) -> list[str]:
+        """Its folders. Raises RepositoryError where there is none."""
+        folder = self._folder
+        if not folder.is_dir():
+            raise RepositoryError(f"no model repository at {folder}: there is no such folder")
+        try:
+            found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except OSError as error:
+            raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
+        if not found:
+            raise RepositoryError(f"no model in {folder}: it should hold <model>/<version>/{MODEL_FILE}")
+        return found
+
+    def fingerprint(self) -> dict[str, Fingerprint]:
+        """Path, size and time of change of every file, by model; {} where it cannot be read."""
+        try:
+            return {
+                name: frozenset(
+                    (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                    for path in (self._folder / name).rglob("*")
+                    if path.is_file()
+                )
+                for name in self.names()
+            }
+        except (OSError, RepositoryError):
+            return {}
+
+    def fetch(self, name: str, override: ModelConfig | None) -> Path:
+        """The folder itself."""
+        return self._folder
+
+
+def versions(
+    repository: Path, name: str, override: ModelConfig | None = None, *, private: bool = False
+) -> list[ModelFiles]:
+    """The versions of a model that its policy wants, oldest first. Raises RepositoryError where there is none.
+
+    `override` takes the place of its config.pbtxt.
+    """
+    folder = repository / name
+    if not (is_name(name) and folder.is_dir()):
+        raise RepositoryError(f"no model {name!r} in {repository}: there is no such folder")
+    try:
+        found_config = config.read(folder / CONFIG_FILE, name) if override is None else override
+        file = _model_file(found_config)
+        if not is_file_name(file):
+            raise ConfigError(f"{folder}: default_model_filename is {file!r}; it names a file of the version's folder")
+        ensemble = found_config.HasField("ensemble_scheduling")
+        found = {
+            int(path.name): path
+            for path in folder.iterdir()
+            if is_version(path.name) and (path.is_dir() if ensemble else (path / file).is_file())
+        }
+    except ConfigError as error:
+        raise RepositoryError(str(error)) from None
+    except OSError as error:
+        raise RepositoryError(f"cannot read {folder}: {error.strerror}") from None
+    wanted = config.wanted_versions(found_config, found)
+    if not wanted:
+        if found:
+            there = ", ".join(map(str, sorted(found)))
+            raise RepositoryError(f"no version of {name!r} to serve: version_policy selects none of {there}")
+        example = "1/" if ensemble else f"1/{file}"
+        raise RepositoryError(f"no version of {name!r} to serve: {folder} has no version, such as {example}")
+    return [
+        ModelFiles(name, version, found[version], found_config, origin=found[version], private=private)
+        for version in wanted
+    ]
+
+
+def _model_file(configured: ModelConfig) -> str:
+    return configured.default_model_filename or MODEL_FILE

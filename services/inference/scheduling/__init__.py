@@ -1,0 +1,1 @@
+"""Queues, batches and sequences."""

@@ -1,0 +1,59 @@
+"""The ledger, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.ledger.ingest.writer import Writer
+from services.ledger.reports.report_cache import ReportCache
+from services.ledger.storage.database import Database
+from services.runtime.telemetry.metrics import Family, Sample
+
+RECORDS = Family("ringmesh_ledger_records_total", "counter", "usage records written")
+REQUESTS = Family("ringmesh_ledger_requests_total", "counter", "requests that those stand for")
+BATCHES = Family(
+    "ringmesh_ledger_batches_total",
+    "counter",
+    "batches by what became of them: write, duplicate, gap, conflict",
+    ("result",),
+)
+MOVED = Family(
+    "ringmesh_ledger_moved_records_total", "counter", "records of a time that is not kept, counted when they came"
+)
+DROPPED = Family("ringmesh_ledger_dropped_requests_total", "counter", "requests that routers could not account for")
+WAITING = Family("ringmesh_ledger_waiting_records", "gauge", "records received and not yet written")
+TRANSACTIONS = Family(
+    "ringmesh_ledger_transaction_seconds", "histogram", "time to write what waited, in one transaction"
+)
+DATABASE = Family("ringmesh_ledger_database_up", "gauge", "1 once the database was reached and its schema is ours")
+CACHE = Family(
+    "ringmesh_ledger_report_cache_total", "counter", "reports looked up in the cache: hit, miss, failure", ("result",)
+)
+
+
+class LedgerMetrics:
+    """Reads the counters of its parts."""
+
+    def __init__(self, database: Database, writer: Writer, cache: ReportCache) -> None:
+        self._database = database
+        self._writer = writer
+        self._cache = cache
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        counters = self._writer.counters
+        yield Sample(RECORDS, (), counters.records)
+        yield Sample(REQUESTS, (), counters.requests)
+        yield Sample(MOVED, (), counters.moved)
+        yield Sample(DROPPED, (), counters.dropped_requests)
+        for verdict, count in counters.verdicts.items():
+            yield Sample(BATCHES, (verdict,), count)
+        yield Sample(WAITING, (), self._writer.waiting)
+        yield Sample(TRANSACTIONS, (), self._writer.transactions.buckets())
+        yield Sample(DATABASE, (), self._database.is_open)
+        for result, count in (
+            ("hit", self._cache.hits),
+            ("miss", self._cache.misses),
+            ("failure", self._cache.failures),
+        ):
+            yield Sample(CACHE, (result,), count)

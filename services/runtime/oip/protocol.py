@@ -1,0 +1,243 @@
+"""What the router and the workers share in speaking the v2 protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any, TypeAlias, cast
+
+import grpc
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime import wire
+from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.rpc.rpc import (
+    Answer,
+    Context,
+    Failure,
+    Handler,
+    Lane,
+    Metadata,
+    Service,
+    abort,
+    check_metadata,
+    unary,
+)
+from services.runtime.telemetry.spans import Value
+
+ReadyCheck: TypeAlias = Callable[[], bool]
+
+TENANT = "ringmesh-tenant"
+PRIORITY = "ringmesh-priority"
+CACHE_CONTROL = "cache-control"
+# Characters of a tenant's name.
+MAX_TENANT = 256
+
+_NO_LANES: Mapping[str, Lane] = {}
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "model_configuration",
+    "system_shared_memory",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+)
+# A parameter of RepositoryModelLoad and Unload by which a router tells workers when the fleet decided, in ns since the
+# Unix epoch.
+DECIDED_NS = "ringmesh_decided_ns"
+_SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mapping[str, Lane] = _NO_LANES) -> Service:
+    """`inference.GRPCInferenceService` of `handlers`, with what is the same on every server."""
+    metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
+
+    async def live(_: v2.ServerLiveRequest, __: Context) -> v2.ServerLiveResponse:
+        return v2.ServerLiveResponse(live=True)
+
+    async def ready(_: v2.ServerReadyRequest, __: Context) -> v2.ServerReadyResponse:
+        return v2.ServerReadyResponse(ready=is_ready())
+
+    async def server_metadata(_: v2.ServerMetadataRequest, __: Context) -> v2.ServerMetadataResponse:
+        return metadata
+
+    return Service(
+        v2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+        {
+            "ServerLive": unary(v2.ServerLiveRequest, live),
+            "ServerReady": unary(v2.ServerReadyRequest, ready),
+            "ServerMetadata": unary(v2.ServerMetadataRequest, server_metadata),
+            **{method: lane_handler(lane) for method, lane in lanes.items()},
+            **handlers,
+        },
+        lanes,
+    )
+
+
+def lane_handler(lane: Lane) -> Handler:
+    """For engines without lanes."""
+
+    async def call(data: bytes, context: Context) -> bytes:
+        sent = metadata(context)
+        try:
+            check_metadata(sent)
+        except ResourceExhaustedError as error:
+            await abort(context, error)
+        answer = lane.admit(data, sent)
+        if not isinstance(answer, Answer | Failure):
+            answer = await lane.finish(answer, deadline(context))
+        body = await whole(answer) if isinstance(answer, Answer) else b""
+        if answer.afterwards is not None:
+            answer.afterwards()
+        if isinstance(answer, Failure):
+            await context.abort(answer.code, answer.message, tuple(answer.trailing))
+        context.set_trailing_metadata(tuple(answer.trailing))
+        return body
+
+    return grpc.unary_unary_rpc_method_handler(call)
+
+
+async def whole(answer: Answer) -> bytes:
+    """Its message in one piece."""
+    return await asyncio.to_thread(answer.whole) if answer.pieces else answer.body
+
+
+def answered(
+    response: bytes, request_id: str, trailing: Metadata, afterwards: Callable[[], None] | None = None
+) -> Answer:
+    """With a serialized ModelInferResponse that has this id: on the wire, the last value of a field wins."""
+    if not request_id:
+        return Answer(response, trailing, afterwards)
+    end = wire.field(3, request_id.encode())
+    if len(response) > LARGE_BYTES:
+        return Answer(response, trailing, afterwards, (end,))
+    return Answer(response + end, trailing, afterwards)
+
+
+def metadata(context: Context) -> Metadata:
+    """What the caller sent beside the request."""
+    return tuple(context.invocation_metadata() or ())
+
+
+class Told:
+    """What a caller says in metadata; "" for what it does not say. `error` says what is wrong with it.
+
+    `traceparent` is None if it sent none, or several: then none can be trusted.
+    """
+
+    __slots__ = ("control", "error", "priority", "tenant", "traceparent")
+
+    def __init__(self) -> None:
+        self.traceparent: str | None = None
+        self.tenant = ""
+        self.priority = ""
+        self.control = ""
+        self.error: InvalidArgumentError | None = None
+
+
+def told(sent: Metadata) -> Told:
+    """The one place that reads the caller's metadata.
+
+    A tenant or priority that is given twice is an error, and so is a tenant that `check_tenant` refuses. Several
+    cache-control entries are joined by commas, as in HTTP.
+    """
+    said = Told()
+    traces = tenants = priorities = 0
+    for key, value in sent:
+        if key == "traceparent":
+            traces += 1
+            said.traceparent = value if isinstance(value, str) and traces == 1 else None
+        elif key == TENANT:
+            tenants += 1
+            said.tenant = _text(said, key, value, tenants)
+            if said.tenant:
+                try:
+                    check_tenant(said.tenant, TENANT)
+                except InvalidArgumentError as error:
+                    said.error = error
+        elif key == PRIORITY:
+            priorities += 1
+            said.priority = _text(said, key, value, priorities)
+        elif key == CACHE_CONTROL:
+            control = _text(said, key, value, 1)
+            said.control = f"{said.control},{control}" if said.control else control
+    return said
+
+
+def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
+    """The value; what is wrong with it goes to `said`."""
+    if times > 1:
+        said.error = InvalidArgumentError(f"{key} is given twice", field=key)
+    if isinstance(value, str):
+        return value
+    said.error = InvalidArgumentError(f"{key} is text", field=key)
+    return ""
+
+
+def check_tenant(tenant: str, field: str) -> None:
+    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters, or spaces within."""
+    if len(tenant) > MAX_TENANT:
+        raise InvalidArgumentError(f"{field} has {len(tenant)} characters; at most {MAX_TENANT}", field=field)
+    if not (tenant.isascii() and tenant.isprintable()) or tenant != tenant.strip():
+        raise InvalidArgumentError(
+            f"{field} is {tenant!r}; a tenant has visible ASCII characters, and spaces only within", field=field
+        )
+
+
+def state_and_baggage(sent: Metadata) -> tuple[str, str]:
+    """The caller's W3C tracestate and baggage, which may come in several parts; "" where it sent none."""
+    state, baggage = "", ""
+    for key, value in sent:
+        if key == "tracestate" and isinstance(value, str):
+            state = f"{state},{value}" if state else value
+        elif key == "baggage" and isinstance(value, str):
+            baggage = f"{baggage},{value}" if baggage else value
+    return state, baggage
+
+
+def full_name(method: str) -> str:
+    """As spans and OpenTelemetry name it: `package.Service/Method`."""
+    return f"{_SERVICE}/{method}"
+
+
+def span_attributes(method: str, code: int) -> dict[str, Value]:
+    """What the semantic conventions for RPC (1.45) ask of a server's span. `code` is a google.rpc.Code."""
+    name = _CODES.get(code, "UNKNOWN")
+    attributes: dict[str, Value] = {
+        "rpc.system.name": "grpc",
+        "rpc.method": full_name(method),
+        "rpc.response.status_code": name,
+    }
+    if code:
+        attributes["error.type"] = name
+    return attributes
+
+
+def traceparent(sent: Metadata) -> str | None:
+    """As in Told."""
+    return told(sent).traceparent
+
+
+def deadline(context: Context) -> float | None:
+    """When the caller's time is up, in time.monotonic; None where it set no deadline."""
+    # grpcio says None where there is no deadline, whatever its stubs say, and pygrpc-native sys.maxsize.
+    remaining: float | None = cast("Any", context).time_remaining()
+    if remaining is None or remaining >= sys.maxsize:
+        return None
+    return time.monotonic() + remaining
+
+
+def sequence_of(request: v2.ModelInferRequest) -> int | str:
+    """The id of the sequence it belongs to; 0 or "" where it belongs to none, which 0 and "" say too."""
+    if "sequence_id" not in request.parameters:
+        return 0
+    sequence = request.parameters["sequence_id"]
+    return sequence.int64_param or sequence.string_param or sequence.uint64_param

@@ -1,0 +1,103 @@
+"""Whether a request names what its model has: at most a step for each tensor that the model declares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.errors import InvalidArgumentError
+from services.runtime.oip.tensors import DATATYPES
+from services.runtime.request_limits import MAX_STRINGS
+
+# The datatype, and the shape, where -1 is for the request to choose.
+Declared: TypeAlias = tuple[str, tuple[int, ...]]
+
+# Of a request, and of each of its tensors.
+MAX_PARAMETERS = 64
+# Elements beyond which a shape is taken for a mistake before its bytes are counted.
+_MAX_ELEMENTS = 1 << 40
+# Dimensions that a message shows.
+_MOST_SHOWN = 32
+
+
+def check_request(
+    request: v2.ModelInferRequest, model: str, inputs: Mapping[str, Declared], outputs: Collection[str]
+) -> None:
+    """Raises InvalidArgumentError naming the field and what it should be.
+
+    Checked are names, datatypes, shapes and the number of parameters and strings: not the data, nor what is missing.
+    """
+    _check_parameters(request.parameters, "parameters")
+    names: set[str] = set()
+    strings = 0
+    for index, tensor in enumerate(request.inputs):
+        name = tensor.name
+        declared = inputs.get(name)
+        if declared is None:
+            raise InvalidArgumentError(
+                f"model {model!r} has no input {name!r}; it has {shown(inputs)}", field=f"inputs[{index}].name"
+            )
+        if name in names:
+            raise InvalidArgumentError(f"input {name!r} is given twice", field=f"inputs[{index}].name")
+        names.add(name)
+        _check_parameters(tensor.parameters, f"inputs[{index}].parameters")
+        datatype, shape = declared
+        if tensor.datatype != datatype:
+            known = "" if tensor.datatype in DATATYPES else f" (there is no {tensor.datatype!r})"
+            raise InvalidArgumentError(
+                f"input {name!r} has datatype {tensor.datatype}{known}; the model takes {datatype}",
+                field=f"inputs[{index}].datatype",
+            )
+        elements = check_shape(tensor.shape, shape, name, index)
+        if datatype == "BYTES":
+            strings += elements
+            if strings > MAX_STRINGS:
+                raise InvalidArgumentError(
+                    f"input {name!r} has shape {[*tensor.shape]}; the strings of a request are {MAX_STRINGS} at most",
+                    field=f"inputs[{index}].shape",
+                )
+    names.clear()
+    for index, output in enumerate(request.outputs):
+        name = output.name
+        if name not in outputs:
+            raise InvalidArgumentError(
+                f"model {model!r} has no output {name!r}; it has {shown(outputs)}", field=f"outputs[{index}].name"
+            )
+        if name in names:
+            raise InvalidArgumentError(f"output {name!r} is asked for twice", field=f"outputs[{index}].name")
+        names.add(name)
+        _check_parameters(output.parameters, f"outputs[{index}].parameters")
+
+
+def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index: int) -> int:
+    """How many elements it has. Raises InvalidArgumentError."""
+    fits = len(shape) == len(declared) and all(
+        given >= 0 and wanted in (-1, given) for given, wanted in zip(shape, declared, strict=True)
+    )
+    if not fits:
+        more = f" and {len(shape) - _MOST_SHOWN} dimensions more" if len(shape) > _MOST_SHOWN else ""
+        raise InvalidArgumentError(
+            f"input {name!r} has shape {[*shape[:_MOST_SHOWN]]}{more}; the model takes {[*declared]}, "
+            "where -1 stands for any size from 0",
+            field=f"inputs[{index}].shape",
+        )
+    # Without the zeros: NumPy refuses an empty array too where its other dimensions overflow.
+    if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+        raise InvalidArgumentError(
+            f"input {name!r} has shape {[*shape]}; its dimensions may multiply to {_MAX_ELEMENTS} at most",
+            field=f"inputs[{index}].shape",
+        )
+    return math.prod(shape)
+
+
+def shown(names: Collection[str]) -> str:
+    """For a message."""
+    return ", ".join([repr(name) for name in names])
+
+
+def _check_parameters(parameters: Mapping[str, v2.InferParameter], field: str) -> None:
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidArgumentError(f"{field} has {len(parameters)} entries; at most {MAX_PARAMETERS}", field=field)

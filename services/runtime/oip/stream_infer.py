@@ -1,0 +1,142 @@
+"""ModelStreamInfer, as the router and the workers serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime import faults, wire
+from services.runtime.errors import ResourceExhaustedError, RingmeshError
+from services.runtime.oip.infer_request import parse_request
+from services.runtime.oip.protocol import metadata
+from services.runtime.rpc.rpc import Answer, Context, Handler, abort
+
+log = logging.getLogger(__name__)
+
+# Requests of one stream under way at once; the rest is read when an answer has left.
+_DEPTH = 256
+# Answers that wait for a client to read them: of one stream, beyond which no more requests of it are read, and of all,
+# beyond which requests are refused.
+_UNREAD_OF_ONE = 16 << 20
+_UNREAD = 256 << 20
+# A stream that takes longer to take one answer ends.
+_READ_SECONDS = 60.0
+# A serialized parameter of ModelInferResponse: this is the last response to its request.
+_FINAL = v2.ModelInferResponse(
+    parameters={"triton_final_response": v2.InferParameter(bool_param=True)}
+).SerializeToString()
+
+
+def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Handler:
+    """ModelStreamInfer around `infer`: requests run side by side, answers leave in the order of the requests.
+
+    An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. What is still
+    running when the caller leaves is cancelled.
+    """
+
+    unread = _Unread()
+
+    async def answer(data: bytes, context: Context, strict: bool) -> bytes:
+        request = _id_and_flag(data)
+        try:
+            answered = await infer(data, context)
+            if unread.bytes > _UNREAD:
+                raise ResourceExhaustedError("too many streamed answers are not read yet; retry later", kind="unread")
+        except RingmeshError as error:
+            if strict:
+                raise
+            failed = v2.ModelStreamInferResponse(error_message=error.message)
+            failed.infer_response.id = request.id
+            return failed.SerializeToString()
+        except Exception as error:
+            failed = v2.ModelStreamInferResponse(
+                error_message=faults.internal(log, "a streamed request failed", error).message
+            )
+            return failed.SerializeToString()
+        parts = [answered.body, *answered.pieces]
+        if request.parameters["triton_enable_empty_final_response"].bool_param:
+            parts.append(_FINAL)
+        parts.insert(0, wire.head(2, sum([len(part) for part in parts])))
+        return await asyncio.to_thread(b"".join, parts) if answered.is_large else b"".join(parts)
+
+    async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        strict = ("triton_grpc_error", "true") in metadata(context)
+        running: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_DEPTH)
+        tasks: set[asyncio.Task[bytes]] = set()
+        mine = _Unread(unread)
+
+        def ended(task: asyncio.Task[bytes]) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and task.exception() is None:
+                mine.add(len(task.result()))
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    task = asyncio.create_task(answer(data, context, strict))
+                    tasks.add(task)
+                    task.add_done_callback(ended)
+                    await running.put(task)
+                    await mine.below(_UNREAD_OF_ONE)
+            except Exception as error:
+                log.debug("a stream ended: %s", error)
+            await running.put(None)
+
+        reader = asyncio.create_task(read())
+        handler = asyncio.current_task()
+        assert handler is not None
+        try:
+            while (task := await running.get()) is not None:
+                response = await task
+                late = asyncio.get_running_loop().call_later(_READ_SECONDS, handler.cancel)
+                try:
+                    yield response
+                finally:
+                    late.cancel()
+                mine.add(-len(response))
+            await reader
+        except RingmeshError as error:
+            await abort(context, error)
+        finally:
+            for left in (reader, *tasks):
+                left.cancel()
+            mine.close()
+
+    return grpc.stream_stream_rpc_method_handler(stream)
+
+
+class _Unread:
+    """Bytes of answers that wait to be read; those of `whole` as well, until `close`."""
+
+    def __init__(self, whole: _Unread | None = None) -> None:
+        self.bytes = 0
+        self._whole = whole
+        self._less = asyncio.Event()
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        if self._whole is not None:
+            self._whole.add(count)
+        if count < 0:
+            self._less.set()
+
+    async def below(self, limit: int) -> None:
+        while self.bytes > limit:
+            self._less.clear()
+            await self._less.wait()
+
+    def close(self) -> None:
+        self.add(-self.bytes)
+        self._whole = None
+
+
+def _id_and_flag(data: bytes) -> v2.ModelInferRequest:
+    """The request, for its id and stream flag; an empty one where it cannot be read, which `infer` will say."""
+    try:
+        return parse_request(data)
+    except RingmeshError:
+        return v2.ModelInferRequest()

@@ -1,0 +1,1 @@
+"""How a service process starts, is configured and stops."""

@@ -1,0 +1,71 @@
+"""Settings: defaults, then a TOML file (RINGMESH_CONFIG), then RINGMESH_* variables."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
+from services.runtime.rpc.server import Engine, StartError
+from services.runtime.telemetry.logs import LogFormat
+
+
+class ServiceSettings(BaseSettings):
+    """What every service can be told. In the file: the tables `[common]` and the service's own `[section]`."""
+
+    model_config = SettingsConfigDict(env_prefix="RINGMESH_", extra="forbid", frozen=True)
+    section: ClassVar[str]
+
+    address: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 takes a free one")
+    metrics_address: str = Field("127.0.0.1:0", description="host:port to serve /metrics on; port 0 takes a free one")
+    engine: Engine = Field(Engine.NATIVE, description="what does the HTTP/2 work: native (Rust) or grpcio")
+    max_message_bytes: int = Field(128 << 20, gt=0, description="largest request taken")
+    max_unread_bytes: int = Field(
+        MAX_UNREAD_BYTES, gt=0, description="answers that callers have not read, beyond which slow ones are cut"
+    )
+    max_connection_age_seconds: float = Field(
+        300.0, gt=0, description="when the client of a connection is asked to open another, which may find new servers"
+    )
+    drain_seconds: float = Field(15.0, ge=0, description="time for requests under way after SIGTERM")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
+    trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
+    trace_dir: Path | None = Field(None, description="folder that spans are written to, for `ringmesh trace`")
+    otlp_endpoint: str | None = Field(None, description="URL of an OTLP/gRPC collector, such as http://127.0.0.1:4317")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Variables win over the file."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _read_file(cls.section))
+
+
+def _read_file(section: str) -> dict[str, Any]:
+    path = os.environ.get("RINGMESH_CONFIG")
+    if not path:
+        return {}
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StartError(f"RINGMESH_CONFIG: cannot read {path}: {error}") from None
+    return {**tables.get("common", {}), **tables.get(section, {})}
+
+
+def describe(error: ValidationError) -> str:
+    """All that is wrong with the settings, in one line, by the names people set them with."""
+    problems = []
+    for problem in error.errors():
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        problems.append(f"RINGMESH_{name}: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(problems)

@@ -1,0 +1,106 @@
+"""Where Redis is, in one URL.
+
+    redis://[user:password@]host[:6379][/db]                        one server
+    redis+sentinel://[user:password@]host[:26379][,host...]/service[/db]   its primary, as Sentinels say
+    redis+cluster://[user:password@]host[:6379][,host...]           a Redis Cluster, by any of its nodes
+    unix:///path/to/socket[?db=0]
+
+rediss://, rediss+sentinel:// and rediss+cluster:// speak TLS. Options stand behind `?`: db, client_name, ssl_ca_certs,
+ssl_certfile, ssl_keyfile, ssl_cert_reqs (required, optional, none), ssl_check_hostname; for Sentinels of their own
+users sentinel_username and sentinel_password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from redis.asyncio.connection import parse_url
+
+from services.runtime.rpc.server import StartError
+
+_FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+_SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
+_OPTIONS = _FILES | {"db", "client_name", "ssl_cert_reqs", "ssl_check_hostname", *_SENTINEL_OPTIONS}
+_EXAMPLES = "redis://host:6379, redis+sentinel://host:26379,host2/service or redis+cluster://host:6379,host2"
+
+
+class Topology(StrEnum):
+    """How many servers there are, and how they are found."""
+
+    NODE = "node"
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """A URL, read. `options` are arguments of a redis-py connection to the servers, but for host and port."""
+
+    topology: Topology
+    hosts: tuple[tuple[str, int], ...]
+    service: str
+    options: Mapping[str, Any]
+    sentinel_options: Mapping[str, Any]
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether connections speak TLS."""
+        return "connection_class" in self.options and self.topology is not Topology.NODE
+
+
+def parse_redis_url(url: str, variable: str) -> RedisUrl:
+    """Raises StartError, which says what is wrong with the variable's value and never the password."""
+    try:
+        return _parse(url)
+    except (ValueError, TypeError) as error:
+        raise StartError(f"{variable}: {_redacted(url)} is not a Redis URL: {error}") from None
+
+
+def _parse(url: str) -> RedisUrl:
+    split = urlsplit(url)
+    scheme, _, kind = split.scheme.partition("+")
+    topology = Topology(kind) if kind in ("sentinel", "cluster") else Topology.NODE
+    if scheme not in ("redis", "rediss", "unix") or (kind and topology is Topology.NODE):
+        raise ValueError(f"it begins with {split.scheme + '://'!r}; it should look like {_EXAMPLES}")
+    for name, values in parse_qs(split.query, keep_blank_values=True).items():
+        if name not in _OPTIONS:
+            raise ValueError(f"it has no option {name!r}; there are {', '.join(sorted(_OPTIONS))}")
+        if name in _FILES and not Path(values[-1]).is_file():
+            raise ValueError(f"{name}: there is no file {values[-1]!r}")
+    credentials, _, places = split.netloc.rpartition("@")
+    hosts = tuple(_host(place, 26379 if topology is Topology.SENTINEL else 6379) for place in places.split(","))
+    if topology is Topology.NODE and len(hosts) > 1:
+        raise ValueError("it names several hosts; say redis+cluster:// or redis+sentinel://")
+    service, path = "", split.path
+    if topology is Topology.SENTINEL:
+        service, _, db = split.path.strip("/").partition("/")
+        if not service:
+            raise ValueError("it lacks the service that the Sentinels watch: redis+sentinel://host:26379/service")
+        service, path = unquote(service), f"/{db}"
+    if topology is Topology.CLUSTER and path.strip("/"):
+        raise ValueError("a Redis Cluster has no databases and no services, so nothing stands behind its hosts")
+    if path.strip("/") and scheme != "unix" and not path.strip("/").isdecimal():
+        raise ValueError(f"{path!r} is not the number of a database")
+    plain = f"{scheme}://{credentials + '@' if credentials else ''}host{path}?{split.query}"
+    options = dict(parse_url(plain if scheme != "unix" else url))
+    options.pop("host", None)
+    sentinel_options = {ours: options.pop(name) for name, ours in _SENTINEL_OPTIONS.items() if name in options}
+    if sentinel_options and topology is not Topology.SENTINEL:
+        raise ValueError("sentinel_username and sentinel_password are for redis+sentinel://")
+    return RedisUrl(topology, () if scheme == "unix" else hosts, service, options, sentinel_options)
+
+
+def _host(place: str, port: int) -> tuple[str, int]:
+    split = urlsplit(f"//{place}")
+    return split.hostname or "127.0.0.1", split.port if split.port is not None else port
+
+
+def _redacted(url: str) -> str:
+    head, at, rest = url.rpartition("@")
+    scheme, separator, _ = head.partition("://")
+    return repr(f"{scheme}{separator}***@{rest}" if at else url)

@@ -1,0 +1,1 @@
+"""gRPC servers on both engines."""

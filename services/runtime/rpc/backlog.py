@@ -1,0 +1,216 @@
+"""Answers that callers asked for and do not read, bounded in bytes.
+
+HTTP/2 lets a caller take answers as slowly as it likes, and both engines hold whatever it leaves. Neither tells by
+connection how much that is, but each tells when a call has ended, so what all callers together have not read is known
+exactly. Only when that is a lot are connections looked at: what was answered on one, less what the kernel says the
+other end has acknowledged, is what waits there.
+
+A connection that would need more than a minute for what it has waiting is cut. Until it is, its callers are refused
+further answers, and the others are served.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Protocol, TypeAlias
+from urllib.parse import unquote
+
+from services.runtime.errors import ResourceExhaustedError, some
+from services.runtime.telemetry.metrics import Family, Sample
+
+log = logging.getLogger(__name__)
+
+UNREAD = Family("ringmesh_unread_response_bytes", "gauge", "answers that callers have not read yet")
+CUT = Family("ringmesh_connections_cut_total", "counter", "connections ended because their client did not read answers")
+REFUSED = Family("ringmesh_unread_refusals_total", "counter", "answers refused because too many before them are unread")
+MAX_UNREAD_BYTES = 256 << 20
+# Connections are measured once this part of the limit is unread in all, and again after as many further bytes.
+_STEP = 1 / 16
+# What a connection may have waiting before its pace matters: the buffers of a healthy one.
+_FLOOR = 256 << 10
+# A connection is slow if it would need longer for what waits on it.
+_DRAIN_SECONDS = 60.0
+# How long its pace is watched before it is cut; the shorter time where memory is short.
+_PATIENCE_SECONDS, _SHORT_PATIENCE_SECONDS = 10.0, 1.0
+# Looking at connections costs some 20 us each, and no more than this share of the time.
+_PAUSE_SECONDS = 0.02
+_LOOKING_SHARE = 0.1
+
+
+# Host and port.
+Address: TypeAlias = tuple[str, int]
+
+
+class Connections(Protocol):
+    """See services.runtime.connections."""
+
+    def acknowledged(self) -> Iterator[tuple[Address, int]]:
+        """The other end of each connection, and the bytes that it has acknowledged."""
+
+    def cut(self, addresses: Collection[Address]) -> int:
+        """Ends the connections from these; how many there were."""
+
+
+class _Flow:
+    """What was answered on one connection. `unread` is an estimate between two looks, and never too low."""
+
+    __slots__ = ("acked", "address", "handed", "moved", "offset", "since", "unread")
+
+    def __init__(self, address: Address, now: float) -> None:
+        self.address = address
+        self.handed = 0
+        self.unread = 0
+        self.acked = 0
+        # Frames and headers are acknowledged as well, and are no part of `handed`.
+        self.offset = 0
+        # Since when its pace is watched, and what it has read since then.
+        self.since = now
+        self.moved = 0
+
+
+class Backlog:
+    """Unread answers of one server. `sent`: cumulative bytes of admitted answers that left, or whose callers did.
+
+    Answers are handed over on two threads: `+=` on an attribute is not interrupted in CPython.
+    """
+
+    def __init__(self, limit: int, sent: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._step = int(limit * _STEP)
+        self._sent = sent
+        self._clock = clock
+        self._connections: Connections | None = None
+        self._handed = 0
+        self._total = 0
+        self._next_look = self._step
+        # When connections may be looked at again.
+        self._rested = 0.0
+        # By the engine's name for the caller, and by address.
+        self._flows: dict[str, _Flow] = {}
+        self._by_address: dict[Address, _Flow] = {}
+        self._lock = threading.Lock()
+        self._cut = 0
+        self._refused = 0
+
+    def watch(self, connections: Connections) -> None:
+        """Where the server's connections are found, from when it listens."""
+        self._connections = connections
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield Sample(UNREAD, (), max(0, self._handed - self._sent()))
+        yield Sample(CUT, (), self._cut)
+        yield Sample(REFUSED, (), self._refused)
+
+    def admit(self, peer: str, size: int) -> bool:
+        """Counts an answer of `size` bytes to `peer`, about to be handed to the engine; False: it must not be."""
+        flow = self._flows.get(peer)
+        if flow is None:
+            flow = self._open(peer)
+        flow.handed += size
+        flow.unread += size
+        self._handed += size
+        if self._handed < self._next_look and flow.unread - size <= self._share(self._total):
+            return True
+        self.look()
+        if flow.unread - size <= self._share(self._total):
+            return True
+        self._refused += 1
+        self.withdraw(peer, size)
+        return False
+
+    def withdraw(self, peer: str, size: int) -> None:
+        """An answer that was counted is not sent."""
+        self._handed -= size
+        if (flow := self._flows.get(peer)) is not None:
+            flow.handed -= size
+            flow.unread -= size
+
+    def refusal(self) -> ResourceExhaustedError:
+        """What the caller of a refused answer is told."""
+        return ResourceExhaustedError(
+            "too many answers on this connection are not read yet; read them, then retry", kind="unread"
+        )
+
+    def look(self) -> None:
+        """Measures, and cuts connections whose callers do not read. On any thread; once a second at least."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._look()
+        finally:
+            self._lock.release()
+
+    def _look(self) -> None:
+        self._next_look = self._handed + self._step
+        self._total = total = self._handed - self._sent()
+        if total <= self._step:
+            self._flows.clear()
+            self._by_address.clear()
+            return
+        now = self._clock()
+        if self._connections is None or now < self._rested:
+            return
+        slow = []
+        alive = set()
+        for address, acked in self._connections.acknowledged():
+            alive.add(address)
+            flow = self._by_address.get(address)
+            if flow is None:
+                flow = self._by_address[address] = _Flow(address, now)
+                flow.acked, flow.offset = acked, -acked
+            elif self._is_slow(flow, acked, now):
+                slow.append(flow)
+        ended = self._clock()
+        self._rested = ended + max(_PAUSE_SECONDS, (ended - now) / _LOOKING_SHARE)
+        # What cannot be read from the kernel, such as a Unix socket, stays with what it was handed.
+        for peer, flow in list(self._flows.items()):
+            if flow.address not in alive and flow.address[1]:
+                self._flows.pop(peer, None)
+                self._by_address.pop(flow.address, None)
+        if slow:
+            self._cut += self._connections.cut({flow.address for flow in slow})
+            log.warning(
+                "cut the connections of callers who do not read their answers: %s",
+                some(f"{flow.address[0]}:{flow.address[1]} ({flow.unread} bytes)" for flow in slow),
+            )
+
+    def _is_slow(self, flow: _Flow, acked: int, now: float) -> bool:
+        flow.moved += acked - flow.acked
+        flow.acked = acked
+        unread = flow.handed - acked - flow.offset
+        if unread < 0:
+            flow.offset += unread
+        flow.unread = unread = min(self._total, max(0, unread))
+        watched = now - flow.since
+        if unread < _FLOOR:
+            flow.since, flow.moved = now, 0
+            return False
+        if watched < (_SHORT_PATIENCE_SECONDS if self._total > self._limit else _PATIENCE_SECONDS):
+            return False
+        is_slow = flow.moved * _DRAIN_SECONDS < unread * watched
+        flow.since, flow.moved = now, 0
+        return is_slow
+
+    def _share(self, total: int) -> int:
+        """What one connection may have waiting and still get another answer, of any size."""
+        if total <= self._limit:
+            return self._limit // 2
+        return self._limit // 16 if total <= 2 * self._limit else _FLOOR
+
+    def _open(self, peer: str) -> _Flow:
+        address = _address(peer)
+        flow = self._by_address.get(address)
+        if flow is None:
+            flow = self._by_address[address] = _Flow(address, self._clock())
+        self._flows[peer] = flow
+        return flow
+
+
+def _address(peer: str) -> Address:
+    """Of `ipv4:127.0.0.1:80` or `ipv6:%5B::1%5D:80`; port 0 where it has none."""
+    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
+    return host.strip("[]").partition("%")[0].removeprefix("::ffff:"), int(port) if port.isdecimal() else 0

@@ -1,0 +1,141 @@
+"""Which calls a server has answered, and how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from services.runtime.errors import RingmeshError
+from services.runtime.rpc.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, abort, check_metadata
+from services.runtime.telemetry.metrics import Family, Sample
+
+CALLS = Family(
+    "ringmesh_rpc_calls_total",
+    "counter",
+    "calls answered, a stream when it ends; without ModelInfer on a router, which ringmesh_requests_total counts",
+    ("method", "code"),
+)
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+class Calls:
+    """Counts by method and code, at half a microsecond a call; of methods with a lane, those that ask for it."""
+
+    def __init__(self) -> None:
+        # By method and code.
+        self._counts: dict[str, dict[str, int]] = {}
+        self._others: list[Callable[[], Iterator[Sample]]] = []
+        # Lanes count on threads of their own.
+        self._lock = threading.Lock()
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        for method, counts in self._counts.items():
+            for code, count in counts.items():
+                yield Sample(CALLS, (method, code), count)
+        for samples in self._others:
+            yield from samples()
+
+    def add(self, samples: Callable[[], Iterator[Sample]]) -> None:
+        """What else a server counts."""
+        self._others.append(samples)
+
+    def counted(self, service: Service) -> dict[str, Handler]:
+        """The handlers of `service`, whose calls count from now on."""
+        return {
+            method: handler if method in service.lanes else self._counted(f"{service.name}/{method}", handler)
+            for method, handler in service.handlers.items()
+        }
+
+    def counter(self, method: str) -> Callable[[str], None]:
+        """Counts a call by the name of the code it ended with; on any thread."""
+        counts = self._counts.setdefault(method, {})
+
+        def count(code: str) -> None:
+            with self._lock:
+                counts[code] = counts.get(code, 0) + 1
+
+        return count
+
+    def counted_lane(self, method: str, lane: Lane) -> Lane:
+        """`lane`, whose calls count from now on."""
+        count = self.counter(method)
+
+        def admit(request: bytes, metadata: Metadata) -> Any:
+            answer = lane.admit(request, metadata)
+            if isinstance(answer, Answer | Failure):
+                count(_code_of(answer))
+            return answer
+
+        async def finish(call: Any, deadline: float | None) -> Answer | Failure:
+            code = "CANCELLED"
+            try:
+                answer = await lane.finish(call, deadline)
+                code = _code_of(answer)
+                return answer
+            finally:
+                count(code)
+
+        return Lane(admit, finish)
+
+    def _counted(self, method: str, handler: Handler) -> Handler:
+        """Handlers are coroutines of bytes; a stream of requests comes as an iterator, one of answers goes as one."""
+        counts = self._counts.setdefault(method, {})
+        answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+
+        async def unary(request: Any, context: Context) -> bytes:
+            try:
+                await _check(context)
+                response: bytes = await answer(request, context)
+            except BaseException as error:
+                code = _code(context, error)
+                counts[code] = counts.get(code, 0) + 1
+                raise
+            counts["OK"] = counts.get("OK", 0) + 1
+            return response
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
+            try:
+                await _check(context)
+                async with aclosing(answer(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except BaseException as error:
+                code = _code(context, error)
+                counts[code] = counts.get(code, 0) + 1
+                raise
+            counts["OK"] = counts.get("OK", 0) + 1
+
+        if handler.response_streaming:
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return make(stream)
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+
+async def _check(context: Context) -> None:
+    try:
+        check_metadata(tuple(context.invocation_metadata() or ()))
+    except RingmeshError as error:
+        await abort(context, error)
+
+
+def _code_of(answer: Answer | Failure) -> str:
+    return answer.code.name if isinstance(answer, Failure) else "OK"
+
+
+def _code(context: Context, error: BaseException) -> str:
+    """The name of the code that a call ends with, after `error`."""
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return "CANCELLED"
+    # A number on grpcio, and None where nobody set it.
+    code: Any = context.code()
+    return str(code.name) if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")

@@ -1,0 +1,102 @@
+"""Settings that may change while a server runs: TraceSetting and LogSettings, by Triton's names."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.errors import InvalidArgumentError
+from services.runtime.rpc.rpc import Context, Handler, unary
+from services.runtime.telemetry.tracing import Tracer
+
+_TRACE_NAMES = ("trace_level", "trace_rate")
+_LOG_NAMES = ("log_info", "log_warning", "log_error", "log_verbose_level")
+
+
+class LiveSettings:
+    """Reads and changes the tracer's ratio and the level of the log, for this process."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def handlers(self) -> dict[str, Handler]:
+        """For `inference.GRPCInferenceService`."""
+        return {
+            "TraceSetting": unary(v2.TraceSettingRequest, self.trace),
+            "LogSettings": unary(v2.LogSettingsRequest, self.log),
+        }
+
+    async def trace(self, request: v2.TraceSettingRequest, _: Context) -> v2.TraceSettingResponse:
+        """`trace_level` is OFF or TIMESTAMPS; `trace_rate` N traces one request in N where the caller does not say."""
+        if request.model_name:
+            raise InvalidArgumentError("traces are set for a server, not for a model", field="model_name")
+        _check_names(request.settings, _TRACE_NAMES)
+        given = {name: list(setting.value) for name, setting in request.settings.items() if setting.value}
+        ratio = self._tracer.ratio
+        if "trace_rate" in given:
+            (rate, *more) = given["trace_rate"]
+            # So few digits: int() refuses thousands of them.
+            if more or not re.fullmatch(r"[1-9][0-9]{0,8}", rate):
+                raise InvalidArgumentError(
+                    f"trace_rate is one number from 1 to 999999999, not {given['trace_rate']}", field="settings"
+                )
+            ratio = 1 / int(rate)
+        if "trace_level" in given:
+            if not set(given["trace_level"]) <= {"OFF", "TIMESTAMPS"}:
+                raise InvalidArgumentError(
+                    f"trace_level is OFF or TIMESTAMPS, not {given['trace_level']}", field="settings"
+                )
+            if "OFF" in given["trace_level"]:
+                ratio = 0.0
+        self._tracer.ratio = ratio
+        value = v2.TraceSettingResponse.SettingValue
+        return v2.TraceSettingResponse(
+            settings={
+                "trace_level": value(value=["TIMESTAMPS" if ratio else "OFF"]),
+                "trace_rate": value(value=[str(round(1 / ratio)) if ratio else "0"]),
+                "trace_mode": value(value=["opentelemetry"]),
+            }
+        )
+
+    async def log(self, request: v2.LogSettingsRequest, _: Context) -> v2.LogSettingsResponse:
+        """`log_info`, `log_warning` and `log_error` turn levels on or off; `log_verbose_level` above 0 is debug."""
+        _check_names(request.settings, _LOG_NAMES)
+        root = logging.getLogger()
+        for name, setting in request.settings.items():
+            kind = setting.WhichOneof("parameter_choice")
+            if kind != ("uint32_param" if name == "log_verbose_level" else "bool_param"):
+                wanted = "a number" if name == "log_verbose_level" else "true or false"
+                raise InvalidArgumentError(f"{name} is {wanted}", field="settings")
+        chosen = {name: getattr(s, s.WhichOneof("parameter_choice") or "") for name, s in request.settings.items()}
+        now = {name: bool(value) for name, value in (_levels(root.level) | chosen).items()}
+        if chosen:
+            order = (
+                ("log_verbose_level", logging.DEBUG),
+                ("log_info", logging.INFO),
+                ("log_warning", logging.WARNING),
+                ("log_error", logging.ERROR),
+            )
+            root.setLevel(next((level for name, level in order if now[name]), logging.CRITICAL))
+        value = v2.LogSettingsResponse.SettingValue
+        levels = _levels(root.level)
+        settings = {name: value(bool_param=on) for name, on in levels.items() if name != "log_verbose_level"}
+        settings["log_verbose_level"] = value(uint32_param=int(levels["log_verbose_level"]))
+        return v2.LogSettingsResponse(settings=settings)
+
+
+def _levels(level: int) -> dict[str, bool]:
+    return {
+        "log_verbose_level": level <= logging.DEBUG,
+        "log_info": level <= logging.INFO,
+        "log_warning": level <= logging.WARNING,
+        "log_error": level <= logging.ERROR,
+    }
+
+
+def _check_names(given: object, known: tuple[str, ...]) -> None:
+    assert hasattr(given, "__iter__")
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InvalidArgumentError(f"no setting {', '.join(unknown)}; there are {', '.join(known)}", field="settings")

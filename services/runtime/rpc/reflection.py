@@ -1,0 +1,85 @@
+"""Server reflection, v1 and v1alpha, over several descriptor pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import ringmesh
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from services.runtime.request_limits import check_size
+from services.runtime.rpc.rpc import Handler
+
+Found = TypeVar("Found")
+
+
+def _v1_pool() -> descriptor_pool.DescriptorPool:
+    """The v1 file: v1alpha's under another package; grpcio's reflection package has only the latter."""
+    file = descriptor_pb2.FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(file)
+    file.name = "grpc/reflection/v1/reflection.proto"
+    file.package = "grpc.reflection.v1"
+    for message in file.message_type:
+        for field in message.field:
+            if field.HasField("type_name"):
+                field.type_name = field.type_name.replace(".v1alpha.", ".v1.")
+    for method in file.service[0].method:
+        method.input_type = method.input_type.replace(".v1alpha.", ".v1.")
+        method.output_type = method.output_type.replace(".v1alpha.", ".v1.")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return pool
+
+
+class _Pools:
+    """Looks like one DescriptorPool: the first pool that knows a name answers."""
+
+    def __init__(self, pools: Sequence[descriptor_pool.DescriptorPool]) -> None:
+        self._pools = pools
+
+    def _first(self, find: Callable[[descriptor_pool.DescriptorPool], Found], what: str) -> Found:
+        for pool in self._pools:
+            try:
+                return find(pool)
+            except KeyError:
+                continue
+        raise KeyError(what)
+
+    def FindFileByName(self, name: str) -> FileDescriptor:  # noqa: N802
+        return self._first(lambda pool: pool.FindFileByName(name), name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802
+        return self._first(lambda pool: pool.FindFileContainingSymbol(symbol), symbol)
+
+    def FindMessageTypeByName(self, name: str) -> Descriptor:  # noqa: N802
+        return self._first(lambda pool: pool.FindMessageTypeByName(name), name)
+
+    def FindExtensionByNumber(self, message: Descriptor, number: int) -> FieldDescriptor:  # noqa: N802
+        return self._first(lambda pool: pool.FindExtensionByNumber(message, number), message.full_name)
+
+    def FindAllExtensions(self, message: Descriptor) -> list[FieldDescriptor]:  # noqa: N802
+        return [extension for pool in self._pools for extension in pool.FindAllExtensions(message)]
+
+
+def _parse(data: bytes) -> reflection_pb2.ServerReflectionRequest:
+    """Raises ResourceExhaustedError for a request that names more than a name."""
+    check_size(data)
+    return reflection_pb2.ServerReflectionRequest.FromString(data)
+
+
+def handlers(service_names: Iterable[str]) -> dict[str, dict[str, Handler]]:
+    """Method handlers by service name, for `service_names` and reflection itself."""
+    versions = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+    # The private pool first: the default one may hold tritonclient's own `inference.*`.
+    pools = _Pools([ringmesh.POOL, _v1_pool(), descriptor_pool.Default()])
+    servicer: Any = reflection.aio.ReflectionServicer([*service_names, *versions], pool=pools)
+    handler: Handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=_parse,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return {version: {"ServerReflectionInfo": handler} for version in versions}

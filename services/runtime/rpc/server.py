@@ -1,0 +1,207 @@
+"""A gRPC server on either engine, with health, reflection and channelz beside what it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import grpc
+from grpc_channelz.v1 import channelz, channelz_pb2
+
+from services.runtime.rpc import reflection
+from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
+from services.runtime.rpc.calls import Calls
+from services.runtime.rpc.connections import Connections
+from services.runtime.rpc.health import Health
+from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+# Between two pings of an idle connection. grpcio ends those that ping more often; our own channels do so every 10 s.
+_PING_MILLISECONDS = 5_000
+# What the engines read of a request's metadata; above MAX_METADATA_BYTES it is refused in words.
+_METADATA_READ = 4 * MAX_METADATA_BYTES
+_MAX_STREAMS = 1024
+_LOOK_SECONDS = 1.0
+# Bits of grpc_compression_algorithm. pygrpc-native has these two.
+_IDENTITY, _GZIP = 1 << 0, 1 << 2
+# What callers had sent before they heard that they should go elsewhere comes within this.
+_LEAVE_SECONDS = 0.3
+
+
+class Engine(StrEnum):
+    """What does the HTTP/2 work: Rust outside the GIL (pygrpc-native), or grpcio's own C core."""
+
+    NATIVE = "native"
+    GRPCIO = "grpcio"
+
+
+class StartError(Exception):
+    """The process cannot start; the message says why in one line."""
+
+
+class _GrpcioAnswers:
+    """Answers of a grpcio server, where a handler's task ends when its answer or its caller has left."""
+
+    def __init__(self, max_unread_bytes: int) -> None:
+        self.backlog = Backlog(max_unread_bytes, lambda: self._ended_bytes)
+        self._ended_bytes = 0
+
+    def bounded(self, handler: Handler) -> Handler:
+        """`handler`, whose answers count if it has one a call; of a stream, the engine holds one at a time."""
+        if handler.unary_unary is None:
+            return handler
+        answer: Any = handler.unary_unary
+
+        async def call(request: Any, context: Context) -> bytes:
+            response: bytes = await answer(request, context)
+            size = len(response)
+            if not self.backlog.admit(context.peer(), size):
+                await abort(context, self.backlog.refusal())
+            task = asyncio.current_task()
+            assert task is not None
+            task.add_done_callback(lambda _: self._ended(size))
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    def _ended(self, size: int) -> None:
+        self._ended_bytes += size
+
+
+def _create(
+    engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int
+) -> tuple[grpc.aio.Server, Backlog, Callable[[Handler], Handler]]:
+    """The server, its unread answers, and what wraps each handler."""
+    if engine is Engine.NATIVE:
+        try:
+            from services.runtime.rpc.fast_lane import FastLaneServer
+        except ImportError:
+            log.warning("pygrpc-native has no wheel here; serving with grpcio, which is slower")
+        else:
+            lanes = {
+                f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
+            }
+            native = FastLaneServer(options, lanes, max_unread_bytes)
+            return native, native.backlog, lambda handler: handler
+    answers = _GrpcioAnswers(max_unread_bytes)
+    return grpc.aio.server(options=options), answers.backlog, answers.bounded
+
+
+class Server:
+    """Serves `services` on one address, host:port; not ready until `set_serving`, drained by `stop`.
+
+    Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
+    `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
+    processes that say so too may listen on the same port, and the kernel spreads connections over them. `calls` counts
+    what is called, here and on other servers that are given the same. Of answers that callers do not read, some
+    `max_unread_bytes` are held: see Backlog.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        address: str,
+        services: Sequence[Service],
+        *,
+        max_message_bytes: int,
+        max_connection_age: float,
+        share_port: bool = False,
+        calls: Calls | None = None,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+    ) -> None:
+        self._address = address
+        self._services = services
+        self._max_connection_age = max_connection_age
+        self._connections: Connections | None = None
+        self._watching: list[asyncio.Task[None]] = []
+        self.health = Health(service.name for service in services)
+        self.calls = calls or Calls()
+        options = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # Unless told otherwise, grpcio lets a second server take the same port unnoticed.
+            ("grpc.so_reuseport", int(share_port)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", _PING_MILLISECONDS),
+            # Between the two, grpcio would refuse some requests at random.
+            ("grpc.max_metadata_size", _METADATA_READ),
+            ("grpc.absolute_max_metadata_size", _METADATA_READ),
+            ("grpc.max_concurrent_streams", _MAX_STREAMS),
+            ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
+        ]
+        self._server, self._backlog, self._bounded = _create(engine, options, services, max_unread_bytes)
+        self.calls.add(self._backlog.samples)
+
+    async def start(self) -> int:
+        """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError where the address is taken."""
+        server = self._server
+        services = [*self._services, self.health.service()]
+        for service in services:
+            handlers = {name: self._bounded(made) for name, made in self.calls.counted(service).items()}
+            server.add_registered_method_handlers(service.name, handlers)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
+        channelz.add_channelz_servicer(server)
+        channelz_name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+        names = [*(service.name for service in services), channelz_name]
+        for name, handlers in reflection.handlers(names).items():
+            server.add_registered_method_handlers(name, handlers)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+        try:
+            port = server.add_insecure_port(self._address)
+        except RuntimeError:
+            raise StartError(
+                f"cannot listen on {self._address}: the port is taken or the address is not ours"
+            ) from None
+        await server.start()
+        self._connections = Connections(port)
+        self._backlog.watch(self._connections)
+        self._watching = [
+            BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections)),
+            BACKGROUND.start("slow readers", self._look_for_slow_readers),
+        ]
+        return port
+
+    def lane_seconds(self) -> float:
+        """CPU time of the thread that lanes answer on, where the engine has one."""
+        seconds: float = getattr(self._server, "lane_seconds", 0.0)
+        return seconds
+
+    def set_serving(self, serving: bool) -> None:
+        """Whether load balancers and callers should send requests here."""
+        self.health.set_serving(serving)
+
+    async def stop(self, grace: float) -> None:
+        """Asks callers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
+        self.health.set_serving(False)
+        self.health.close()
+        for task in self._watching:
+            task.cancel()
+        if self._connections is not None:
+            await self._release_all(self._connections)
+        await self._server.stop(grace)
+
+    async def _release_all(self, connections: Connections) -> None:
+        await asyncio.to_thread(connections.stop_listening)
+        end = time.monotonic() + _LEAVE_SECONDS
+        all_asked = False
+        while (now := time.monotonic()) < end:
+            if not all_asked:
+                all_asked = await asyncio.to_thread(connections.release, now)
+            await asyncio.sleep(_LEAVE_SECONDS / 10)
+
+    async def _end_old_connections(self, connections: Connections) -> None:
+        while True:
+            await asyncio.sleep(self._max_connection_age / 30)
+            await asyncio.to_thread(connections.release, time.monotonic(), self._max_connection_age)
+
+    async def _look_for_slow_readers(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.to_thread(self._backlog.look)

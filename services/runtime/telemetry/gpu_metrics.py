@@ -1,0 +1,63 @@
+"""The GPUs of a host by NVML, where the package nvidia-ml-py and a driver are; nothing where they are not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from services.runtime.telemetry.metrics import Family, Sample
+
+log = logging.getLogger(__name__)
+
+_GPU = ("gpu", "name")
+USE = Family("ringmesh_gpu_use_ratio", "gauge", "part of the last moments in which the GPU ran a kernel", _GPU)
+MEMORY_USED = Family("ringmesh_gpu_memory_used_bytes", "gauge", "memory of the GPU in use", _GPU)
+MEMORY_TOTAL = Family("ringmesh_gpu_memory_total_bytes", "gauge", "memory of the GPU", _GPU)
+TEMPERATURE = Family("ringmesh_gpu_temperature_celsius", "gauge", "temperature of the GPU", _GPU)
+POWER = Family("ringmesh_gpu_power_watts", "gauge", "power that the GPU draws", _GPU)
+
+
+class GpuMetrics:
+    """Reads every GPU that `nvml` (the module pynvml) sees; None: there are none to read."""
+
+    def __init__(self, nvml: Any | None) -> None:
+        self._nvml = nvml
+
+    @classmethod
+    def of_this_host(cls) -> GpuMetrics:
+        """Without NVML, one that reads nothing."""
+        try:
+            nvml = import_module("pynvml")
+            nvml.nvmlInit()
+        except Exception as error:  # no package, no driver, no device: each with an error of its own
+            log.debug("no GPU metrics: %s", error)
+            return cls(None)
+        return cls(nvml)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add_slow`. What a GPU does not tell is left out."""
+        nvml = self._nvml
+        if nvml is None:
+            return
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with suppress(nvml.NVMLError):
+                device = nvml.nvmlDeviceGetHandleByIndex(index)
+                name = nvml.nvmlDeviceGetName(device)
+                labels = (str(index), name.decode() if isinstance(name, bytes) else name)
+                yield from _device(nvml, device, labels)
+
+
+def _device(nvml: Any, device: Any, labels: tuple[str, ...]) -> Iterator[Sample]:
+    with suppress(nvml.NVMLError):
+        yield Sample(USE, labels, nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
+    with suppress(nvml.NVMLError):
+        memory = nvml.nvmlDeviceGetMemoryInfo(device)
+        yield Sample(MEMORY_USED, labels, memory.used)
+        yield Sample(MEMORY_TOTAL, labels, memory.total)
+    with suppress(nvml.NVMLError):
+        yield Sample(TEMPERATURE, labels, nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU))
+    with suppress(nvml.NVMLError):
+        yield Sample(POWER, labels, nvml.nvmlDeviceGetPowerUsage(device) / 1000)

@@ -1,0 +1,110 @@
+"""Metrics by OTLP/gRPC: the samples of a scrape, sent to a collector every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+
+import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+from opentelemetry.proto.metrics.v1 import metrics_pb2
+
+from services.runtime.telemetry.metrics import Buckets, Family, Metrics, Sample
+from services.runtime.telemetry.otlp import open_channel
+from services.runtime.telemetry.spans import Process, resource
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+PERIOD_SECONDS = 15.0
+_EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+_CUMULATIVE = metrics_pb2.AGGREGATION_TEMPORALITY_CUMULATIVE
+
+
+class MetricsExport:
+    """Sends the samples of `metrics`. What a collector does not take now is in what it gets next: counts are totals."""
+
+    def __init__(
+        self, endpoint: str | None, process: Process, metrics: Metrics, period: float = PERIOD_SECONDS
+    ) -> None:
+        """`endpoint` None: there is nobody to send to."""
+        self._endpoint = endpoint
+        self._process = process
+        self._metrics = metrics
+        self._period = period
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to send."""
+        if self._endpoint is not None:
+            self._task = BACKGROUND.start("metrics export", partial(self._run, self._endpoint))
+
+    async def close(self) -> None:
+        """Stops; what happened since the last time is not sent."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self, endpoint: str) -> None:
+        started_ns = time.time_ns()
+        async with open_channel(endpoint) as channel:
+            export: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_EXPORT)
+            while True:
+                samples = await self._metrics.collect()
+                request = await asyncio.to_thread(to_otlp, samples, self._process, started_ns, time.time_ns())
+                try:
+                    await export(request, timeout=self._period)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        log.info("the OTLP endpoint takes no metrics; they are at /metrics")
+                        return
+                    log.debug("metrics were not taken: %s", error.details())
+                await asyncio.sleep(self._period)
+
+
+def to_otlp(samples: Iterable[Sample], process: Process, started_ns: int, now_ns: int) -> bytes:
+    """A serialized ExportMetricsServiceRequest."""
+    request = metrics_service_pb2.ExportMetricsServiceRequest()
+    group = request.resource_metrics.add()
+    group.resource.MergeFromString(resource(process))
+    scope = group.scope_metrics.add()
+    scope.scope.name = "ringmesh"
+    found: dict[Family, metrics_pb2.Metric] = {}
+    for family, labels, value in samples:
+        metric = found.get(family)
+        if metric is None:
+            metric = found[family] = scope.metrics.add(name=family.name, description=family.meaning)
+            if family.kind == "counter":
+                metric.sum.aggregation_temporality = _CUMULATIVE
+                metric.sum.is_monotonic = True
+            elif family.kind == "histogram":
+                metric.histogram.aggregation_temporality = _CUMULATIVE
+        if isinstance(value, Buckets):
+            point = metric.histogram.data_points.add(
+                start_time_unix_nano=started_ns,
+                time_unix_nano=now_ns,
+                count=sum(value.counts),
+                sum=value.sum,
+                bucket_counts=value.counts,
+                explicit_bounds=value.bounds,
+            )
+            for exemplar in value.exemplars:
+                if exemplar is not None:
+                    point.exemplars.add(
+                        time_unix_nano=int(exemplar.at * 1e9),
+                        as_double=exemplar.value,
+                        trace_id=bytes.fromhex(exemplar.trace_id),
+                    )
+            attributes = point.attributes
+        else:
+            points = metric.sum.data_points if family.kind == "counter" else metric.gauge.data_points
+            number = points.add(start_time_unix_nano=started_ns, time_unix_nano=now_ns, as_double=value)
+            attributes = number.attributes
+        for key, label in zip(family.labels, labels, strict=True):
+            attributes.add(key=key).value.string_value = label
+    return request.SerializeToString()

@@ -1,0 +1,67 @@
+"""A line in the log for each request that failed or was slow, so many a second; of the rest, how many there were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from services.runtime.telemetry.logs import FIELDS
+from services.runtime.telemetry.metrics import Family, Sample
+
+log = logging.getLogger(__name__)
+
+SUPPRESSED = Family(
+    "ringmesh_log_suppressed_total", "counter", "failed and slow requests left out of the log, see RINGMESH_LOG_FORMAT"
+)
+
+_LINES_A_SECOND = 10.0
+_BURST = 20.0
+_LONGEST_ERROR = 500
+# The caller's own doing; the others are ours, or our platform's.
+_CALLERS = frozenset(
+    code.name
+    for code in (
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNIMPLEMENTED,
+    )
+)
+
+
+class RequestLog:
+    """A token bucket before the log. `clock` as time.monotonic."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tokens = _BURST
+        self._filled_at = clock()
+        self._suppressed = 0
+        self._unsaid = 0
+
+    def tell(self, *, code: str, error: str, duration_ns: int, **fields: str) -> None:
+        """Of a request that failed with `code`, or was slow where that is OK. Never of what its tensors hold."""
+        now = self._clock()
+        self._tokens = min(_BURST, self._tokens + (now - self._filled_at) * _LINES_A_SECOND)
+        self._filled_at = now
+        if self._tokens < 1:
+            self._suppressed += 1
+            self._unsaid += 1
+            return
+        self._tokens -= 1
+        level = logging.INFO if code == "OK" or code in _CALLERS else logging.WARNING
+        told: dict[str, object] = {"code": code, "duration_ms": round(duration_ns / 1e6, 3), **fields}
+        if error:
+            told["error"] = error[:_LONGEST_ERROR]
+        if self._unsaid:
+            told["suppressed"] = self._unsaid
+            self._unsaid = 0
+        log.log(level, "a request was slow" if code == "OK" else "a request failed", extra={FIELDS: told})
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield Sample(SUPPRESSED, (), self._suppressed)

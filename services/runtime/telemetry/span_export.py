@@ -1,0 +1,206 @@
+"""Where spans go: an OTLP/gRPC collector, or a folder, behind bounded queues.
+
+A destination that is slow or gone costs spans, never requests or memory; what is dropped is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
+
+import grpc
+
+from services.runtime import wire
+from services.runtime.telemetry.otlp import open_channel
+from services.runtime.telemetry.spans import Process, Span, resource
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+_QUEUE = 16384
+_BATCH = 2048
+_PERIOD_SECONDS = 0.5
+_EXPORT_SECONDS = 5.0
+_CLOSE_SECONDS = 2.0
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 10.0
+_FILE_BYTES = 16 << 20
+_EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+# As the OTLP specification has it: what may be sent again.
+_RETRYABLE = frozenset(
+    {
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+
+Item = TypeVar("Item")
+# Taken; not taken now, but it may be later; never to be taken.
+Fate: TypeAlias = Literal["sent", "again", "lost"]
+
+
+class Destination(Protocol[Item]):
+    """Takes batches, one at a time."""
+
+    name: str
+
+    def pack(self, span: Span) -> Item:
+        """What waits in the queue; called on the path of the request."""
+
+    async def send(self, batch: Sequence[Item]) -> Fate:
+        """What became of it. Raises nothing."""
+
+    async def close(self) -> None:
+        """Disconnects."""
+
+
+class SpanQueue(Generic[Item]):
+    """Spans on their way to `destination`, at most some thousands; what does not fit is dropped and counted."""
+
+    def __init__(self, destination: Destination[Item]) -> None:
+        self.destination = destination
+        self.sent = self.dropped = 0
+        self._waiting: deque[Item] = deque()
+        self._many = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def has_room(self) -> bool:
+        """False while it would drop what it is given."""
+        return len(self._waiting) < _QUEUE
+
+    def put(self, spans: Sequence[Span]) -> None:
+        """At once; in an event loop."""
+        if self._task is None:
+            self._task = BACKGROUND.start("span export", self._run)
+        room = max(0, _QUEUE - len(self._waiting))
+        self.dropped += len(spans[room:])
+        self._waiting.extend([self.destination.pack(span) for span in spans[:room]])
+        if len(self._waiting) >= _BATCH:
+            self._many.set()
+
+    async def close(self) -> None:
+        """Sends what waits, for two seconds at most."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                while self._waiting and await self._send() != "again":
+                    pass
+        self.dropped += len(self._waiting)
+        await self.destination.close()
+
+    async def _run(self) -> None:
+        pause = 0.0
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PERIOD_SECONDS):
+                    await self._many.wait()
+            while self._waiting:
+                if await self._send() == "again":
+                    pause = min(pause * 2 or _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+                    await asyncio.sleep(pause)
+                else:
+                    pause = 0.0
+            self._many.clear()
+
+    async def _send(self) -> Fate:
+        batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+        fate: Fate = "again"
+        try:
+            fate = await self.destination.send(batch)
+        finally:
+            if fate == "sent":
+                self.sent += len(batch)
+            elif fate == "lost":
+                self.dropped += len(batch)
+            else:
+                # In front again, as far as there is room: the oldest are the ones to lose.
+                room = min(len(batch), max(0, _QUEUE - len(self._waiting)))
+                self.dropped += len(batch) - room
+                self._waiting.extendleft(reversed(batch[len(batch) - room :]))
+        return fate
+
+
+class Collector:
+    """An OTLP/gRPC collector at `endpoint`, such as http://127.0.0.1:4317."""
+
+    name = "otlp"
+
+    def __init__(self, endpoint: str) -> None:
+        self._channel = open_channel(endpoint)
+        self._export: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORT)
+        self._resources: dict[Process, bytes] = {}
+
+    def pack(self, span: Span) -> tuple[Process, bytes]:
+        """Serialized, so that the work is spread over the requests and not done in one piece."""
+        return span.process, wire.field(2, span.to_otlp())
+
+    async def send(self, batch: Sequence[tuple[Process, bytes]]) -> Fate:
+        """An ExportTraceServiceRequest; see opentelemetry/proto/collector/trace/v1."""
+        spans: dict[Process, list[bytes]] = {}
+        for process, packed in batch:
+            spans.setdefault(process, []).append(packed)
+        scope = wire.field(1, wire.field(1, b"ringmesh"))
+        request = b"".join(
+            wire.field(1, wire.field(1, self._resource(process)) + wire.field(2, scope + b"".join(packed)))
+            for process, packed in spans.items()
+        )
+        try:
+            await self._export(request, timeout=_EXPORT_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return "again" if error.code() in _RETRYABLE else "lost"
+        return "sent"
+
+    async def close(self) -> None:
+        """Disconnects."""
+        await self._channel.close()
+
+    def _resource(self, process: Process) -> bytes:
+        found = self._resources.get(process)
+        if found is None:
+            if len(self._resources) >= 1024:
+                self._resources.clear()
+            found = self._resources[process] = resource(process)
+        return found
+
+
+class SpanFolder:
+    """JSON lines, one file a process, and the file before it: at most 32 MB."""
+
+    name = "folder"
+
+    def __init__(self, folder: Path, service: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{service}-{os.getpid()}.jsonl"
+
+    def pack(self, span: Span) -> Span:
+        """As it is."""
+        return span
+
+    async def send(self, batch: Sequence[Span]) -> Fate:
+        """A full or missing disk loses these spans and nothing else."""
+        try:
+            await asyncio.to_thread(self._write, batch)
+        except OSError:
+            return "lost"
+        return "sent"
+
+    async def close(self) -> None:
+        """Nothing is held open."""
+
+    def _write(self, batch: Sequence[Span]) -> None:
+        lines = "".join(f"{span.to_json()}\n" for span in batch)
+        if self._path.exists() and self._path.stat().st_size > _FILE_BYTES:
+            self._path.replace(self._path.with_suffix(".1.jsonl"))
+        with self._path.open("a") as file:
+            file.write(lines)

@@ -1,0 +1,220 @@
+"""Traces: times are recorded for every request, and spans are built when it ends, for those that are kept.
+
+Kept are the requests that the caller samples, a share of those where it does not say, every one that failed, and those
+that were slow, of which the router bounds the share. What a worker did comes back with its answer, so that a trace can
+be kept whole after the fact: see docs/decisions/0013.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ringmesh.inference.v1 import inference_pb2
+
+from services.runtime import w3c
+from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
+from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, Span, this_process
+from services.runtime.telemetry.worker_spans import run_spans, worker_spans
+from services.runtime.w3c import new_span_id, new_trace_id
+
+SPANS = Family(
+    "ringmesh_trace_spans_total",
+    "counter",
+    "spans by destination (otlp, folder) and result: sent, or dropped for want of room or by the destination",
+    ("destination", "result"),
+)
+
+
+class Told(Protocol):
+    """What a span says, which costs more to say than to know."""
+
+    def attributes(self) -> Attributes:
+        """Of the span."""
+
+    def events(self) -> tuple[Event, ...]:
+        """In it."""
+
+
+class Stage:
+    """A part of a request; `result` is what a worker answered to it, `worker` that worker's id."""
+
+    __slots__ = ("end_ns", "error", "kind", "name", "parent_id", "result", "span_id", "start_ns", "told", "worker")
+
+    def __init__(
+        self,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        told: Attributes | Told,
+        span_id: str,
+        kind: Kind,
+        error: str,
+        worker: str,
+        result: inference_pb2.WorkResult | None,
+        parent_id: str,
+    ) -> None:
+        self.name = name
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self.told = told
+        self.span_id = span_id
+        self.kind = kind
+        self.error = error
+        self.worker = worker
+        self.result = result
+        # "": under the request's own span.
+        self.parent_id = parent_id
+
+
+class Trace:
+    """One request's place in its trace. `parent_id` is "" at a root; `state` is the caller's tracestate.
+
+    `leader` is the request whose answer this one waited for, where it joined one.
+    """
+
+    __slots__ = ("leader", "parent_id", "sampled", "span_id", "stages", "state", "trace_id")
+
+    def __init__(self, trace_id: str, parent_id: str, sampled: bool) -> None:
+        self.trace_id = trace_id
+        self.parent_id = parent_id
+        self.sampled = sampled
+        self.span_id = ""
+        self.state = ""
+        self.stages: list[Stage] = []
+        self.leader: Trace | None = None
+
+    def child(self) -> Trace:
+        """For a part of the request that has parts itself: what is recorded in it stands under its `span_id`."""
+        child = Trace(self.trace_id, self.span_id, self.sampled)
+        child.span_id = new_span_id()
+        child.stages = self.stages
+        return child
+
+    def context(self) -> tuple[str, str]:
+        """The ids of the trace and of the request's own span, for others to link to."""
+        self.span_id = self.span_id or new_span_id()
+        return self.trace_id, self.span_id
+
+    def span(
+        self,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        told: Attributes | Told,
+        span_id: str = "",
+        *,
+        kind: Kind = Kind.INTERNAL,
+        error: str = "",
+        worker: str = "",
+        result: inference_pb2.WorkResult | None = None,
+    ) -> None:
+        """Records a child span; times in ns since the Unix epoch. `told` is asked only if the trace is kept."""
+        self.stages.append(Stage(name, start_ns, end_ns, told, span_id, kind, error, worker, result, self.span_id))
+
+    def traceparent(self, span_id: str) -> str:
+        """What to send on, so that `span_id` becomes the parent there."""
+        return w3c.traceparent(self.trace_id, span_id, self.sampled)
+
+
+def untraced() -> Trace:
+    """For work that no caller waits for."""
+    return Trace("0" * 31 + "1", "", False)
+
+
+class Tracer:
+    """Starts traces and sends kept ones out. `ratio` is the share sampled where the caller does not say."""
+
+    def __init__(self, process: Process, ratio: float, queues: Sequence[SpanQueue[Any]]) -> None:
+        self.ratio = ratio
+        self.process = process
+        self._queues = queues
+
+    def start(self, traceparent: str | None) -> Trace:
+        """Continues the caller's trace and respects its sampled flag; otherwise begins one."""
+        if traceparent is not None and (parent := w3c.parse_traceparent(traceparent)) is not None:
+            return Trace(*parent)
+        return Trace(new_trace_id(), "", random.random() < self.ratio)
+
+    def finish(
+        self,
+        trace: Trace,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes,
+        error: str = "",
+        timing: inference_pb2.Timing | None = None,
+    ) -> None:
+        """Keeps the trace: the request's own span, with its children. `error` is the failure's message, "" on success.
+
+        `timing` is of what this process itself has run.
+        Where no destination has room, nothing is built, so that a storm of failures costs no more than it must.
+        """
+        ready = []
+        for queue in self._queues:
+            if queue.has_room:
+                ready.append(queue)
+            else:
+                queue.dropped += 1 + len(trace.stages)
+        if ready:
+            spans = list(self._build(trace, name, start_ns, end_ns, attributes, error, timing))
+            for queue in ready:
+                queue.put(spans)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        for queue in self._queues:
+            yield Sample(SPANS, (queue.destination.name, "sent"), queue.sent)
+            yield Sample(SPANS, (queue.destination.name, "dropped"), queue.dropped)
+
+    async def close(self) -> None:
+        """Sends what is queued, for some seconds at most."""
+        for queue in self._queues:
+            await queue.close()
+
+    def _build(
+        self,
+        trace: Trace,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        attributes: Attributes,
+        error: str,
+        timing: inference_pb2.Timing | None,
+    ) -> Iterator[Span]:
+        trace_id, own_id = trace.context()
+        process, state = self.process, trace.state
+        links = (trace.leader.context(),) if trace.leader is not None else ()
+        yield Span(
+            process, trace_id, own_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
+            state, (), links,
+        )  # fmt: skip
+        if timing is not None:
+            yield from run_spans(trace_id, own_id, process, timing)
+        for stage in trace.stages:
+            span_id = stage.span_id or new_span_id()
+            told = stage.told
+            said, events = (told, ()) if isinstance(told, Mapping) else (told.attributes(), told.events())
+            span = Span(
+                process, trace_id, span_id, stage.parent_id or own_id, stage.name, stage.kind, stage.start_ns,
+                stage.end_ns, said, stage.error, state, events,
+            )  # fmt: skip
+            yield span
+            if stage.result is not None:
+                yield from worker_spans(span, Process("worker", stage.worker), stage.result)
+
+
+def create_tracer(
+    service: str, *, ratio: float, folder: Path | None, otlp_endpoint: str | None, instance: str = ""
+) -> Tracer:
+    """A tracer with the destinations that are set; with none, context still passes through."""
+    queues: list[SpanQueue[Any]] = []
+    if folder is not None:
+        queues.append(SpanQueue(SpanFolder(folder, service)))
+    if otlp_endpoint is not None:
+        queues.append(SpanQueue(Collector(otlp_endpoint)))
+    return Tracer(Process(service, instance) if instance else this_process(service), ratio, queues)

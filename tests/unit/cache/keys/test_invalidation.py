@@ -1,0 +1,66 @@
+"""What processes hear of each other's purges, over a Redis in this process."""
+
+import asyncio
+import random
+
+from cache.keys.invalidation import PurgeBoard
+from tests.simulation.redis import Redis
+
+
+class Shared:
+    """A shared tier of which only the board's scripts are used."""
+
+    def __init__(self, redis):
+        self._redis = redis
+
+    async def run(self, name, command, seconds):
+        await asyncio.sleep(0)
+        return command(self)  # what redis-py would await is there at once
+
+    def hdel(self, *arguments):
+        return self._redis.run("hdel", arguments)
+
+    def eval(self, script, keys, *arguments):
+        return self._redis.run("eval", (script, keys, *arguments))
+
+
+def boards():
+    shared = Shared(Redis(None, random.Random(0), None))
+    return PurgeBoard(shared, "a", 30.0), PurgeBoard(shared, "b", 30.0)
+
+
+async def test_a_process_that_purges_hears_what_others_purged_just_before():
+    first, second = boards()
+    first.start()
+    await second.announce("models")  # both are known, and this one does not beat by itself
+    purging = asyncio.create_task(first.purge(["model:x"]))
+    while not first.epochs.scopes.get("model:x"):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(second.purge(["model:y"]), 5)
+    await asyncio.wait_for(purging, 5)
+    assert second.epochs.scopes["model:x"] == first.epochs.scopes["model:x"]
+    await first.close()
+
+
+async def test_a_purge_of_its_own_confirms_no_news_that_a_process_is_still_told():
+    first, second = boards()
+    second.start()
+    await first.announce("models")
+    acted, act = asyncio.Event(), asyncio.Event()
+
+    async def on_news(news):
+        acted.set()
+        await act.wait()
+
+    second.on_news = on_news
+    announcing = asyncio.create_task(first.announce("models"))
+    await acted.wait()
+    purging = asyncio.create_task(second.purge(["model:y"]))
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert not announcing.done()
+    act.set()
+    first.start()
+    await asyncio.wait_for(asyncio.gather(announcing, purging), 5)
+    await first.close()
+    await second.close()

@@ -1,0 +1,30 @@
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from services.inference.execution.model import OnnxModel
+from services.inference.repository.repository import versions
+from tests import models
+
+
+def load(folder):
+    (files,) = versions(folder.parent.parent, folder.parent.name)
+    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+
+
+def dropout(repository, *training_mode):
+    inputs = ["x", "ratio", "training_mode"][: 2 + len(training_mode)]
+    values = [numpy_helper.from_array(np.array(0.5, np.float32), "ratio")]
+    values += [numpy_helper.from_array(np.array(value), "training_mode") for value in training_mode]
+    return models.save(
+        repository,
+        "dropout",
+        [helper.make_node("Dropout", inputs, ["y"])],
+        [models.value("x", TensorProto.FLOAT, "n", 2)],
+        [models.value("y", TensorProto.FLOAT, "n", 2)],
+        values,
+    )
+
+
+def test_dropout_that_may_train_is_not_cacheable_and_one_that_cannot_is(tmp_path):
+    assert load(dropout(tmp_path / "training", True)).cacheable_reason == "its graph holds Dropout with training_mode"
+    assert load(dropout(tmp_path / "inference")).cacheable

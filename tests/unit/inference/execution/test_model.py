@@ -1,0 +1,297 @@
+import ml_dtypes
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from services.inference.execution.batch_proof.verdict import Verdict
+from services.inference.execution.model import ModelLoadError, OnnxModel
+from services.inference.execution.row_independence import why_not
+from services.inference.repository.repository import versions
+from services.runtime.errors import InternalError, InvalidArgumentError
+from tests import models
+
+
+def open_model(files):
+    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+
+
+def load(folder):
+    (files,) = versions(folder.parent.parent, folder.parent.name)
+    return open_model(files)
+
+
+def test_a_model_tells_its_inputs_outputs_and_provider(tmp_path):
+    model = load(models.mlp(tmp_path))
+    assert (model.name, model.version, model.provider) == ("mlp", 1, "CPUExecutionProvider")
+    assert [(spec.datatype.name, spec.shape) for spec in model.inputs.values()] == [("FP32", (-1, 64))]
+    assert (model.batchable, model.max_batch_rows, model.cacheable) == (True, 8, True)
+
+
+@pytest.mark.parametrize("name", models.IDENTITIES)
+def test_every_datatype_goes_in_and_comes_out(tmp_path, name):
+    model = load(models.identity(tmp_path, name))
+    dtype = model.inputs["x"].datatype.dtype
+    array = np.array([[b"a", "\u00fc".encode()]], object) if dtype.hasobject else np.array([[0, 1]]).astype(dtype)
+    (answer,) = model.run({"x": array}, ["y"])
+    if dtype.hasobject:
+        assert answer.tolist() == [["a", "\u00fc"]]
+    else:
+        assert answer.dtype == dtype
+        assert answer.tobytes() == array.tobytes()
+
+
+def test_bfloat16_keeps_its_bits_also_from_a_slice(tmp_path):
+    model = load(models.identity(tmp_path, "bf16"))
+    array = np.array([[1.5, -2.25, 3.0, float("inf")]] * 3, ml_dtypes.bfloat16)[1:, ::2]
+    (answer,) = model.run({"x": array}, ["y"])
+    assert answer.tobytes() == array.tobytes()
+
+
+def test_strings_that_are_not_utf8_are_refused(tmp_path):
+    model = load(models.identity(tmp_path, "bytes"))
+    with pytest.raises(InvalidArgumentError, match="UTF-8"):
+        model.run({"x": np.array([[b"\xff\xfe"]], object)}, ["y"])
+
+
+@pytest.mark.parametrize("make", [models.random, models.hidden_random])
+def test_a_model_that_draws_random_numbers_is_not_cacheable_wherever_it_does(tmp_path, make):
+    model = load(make(tmp_path))
+    assert not model.cacheable
+    assert "Random" in model.cacheable_reason
+
+
+def across_rows(repository, kind, columns, nodes, *constants):
+    """x[n,columns] -> y, by nodes of which the first may look at all rows at once."""
+    x, y = (models.value(name, kind, "n", columns) for name in ("x", "y"))
+    return models.save(repository, "across_rows", nodes, [x], [y], constants)
+
+
+def times_the_largest(repository, kind, columns):
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], axes=[0], keepdims=1),
+        helper.make_node("Mul", ["x", "largest"], ["y"]),
+    ]
+    return across_rows(repository, kind, columns, nodes)
+
+
+def sum_of_later_rows(repository, kind, columns):
+    nodes = [helper.make_node("CumSum", ["x", "axis"], ["y"], reverse=1)]
+    return across_rows(repository, kind, columns, nodes, numpy_helper.from_array(np.array(0), "axis"))
+
+
+def sorted_rows(repository, kind, columns):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"], end=1),
+        helper.make_node("TopK", ["x", "rows"], ["y", "order"], axis=0),
+    ]
+    return across_rows(repository, kind, columns, nodes)
+
+
+def tiny_share_of_the_largest(repository, kind, columns):
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], axes=[0], keepdims=1),
+        helper.make_node("Div", ["x", "largest"], ["share"]),
+        helper.make_node("Mul", ["share", "tiny"], ["y"]),
+    ]
+    tiny = numpy_helper.from_array(helper.tensor_dtype_to_np_dtype(kind).type(1e-4), "tiny")
+    return across_rows(repository, kind, columns, nodes, tiny)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (make, kind)
+        for make in (times_the_largest, sum_of_later_rows, sorted_rows)
+        for kind in (TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64)
+    ]
+    + [(tiny_share_of_the_largest, TensorProto.FLOAT)],
+)
+def test_rows_that_look_at_each_other_are_found_out_whatever_the_order_and_size(tmp_path, make, kind, columns):
+    model = load(make(tmp_path, kind, columns))
+    assert "not proven independent: node" in model.batch_reason
+    assert "other rows" in why_not(model, Verdict(""))
+
+
+def test_an_embedding_of_two_words_is_batched(tmp_path):
+    x, y = models.value("x", TensorProto.INT64, "n", 1), models.value("y", TensorProto.FLOAT, "n", 1)
+    words = numpy_helper.from_array(np.array([1, 2], np.float32), "words")
+    nodes = [helper.make_node("Gather", ["words", "x"], ["y"])]
+    assert load(models.save(tmp_path, "embedding", nodes, [x], [y], [words])).batchable
+
+
+def test_a_model_whose_rows_depend_on_each_other_is_not_batched(tmp_path):
+    model = load(models.mean_over_rows(tmp_path))
+    assert (model.batchable, model.max_batch_rows) == (False, 1)
+    assert "node 'mean' (ReduceMean): it reduces axis 0, along which the rows lie" in model.batch_reason
+
+
+def test_a_fixed_first_dimension_is_not_batched(tmp_path):
+    assert "first dimension" in load(models.hidden_random(tmp_path)).batch_reason
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a model", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_file_is_named_with_the_cause(tmp_path, damage):
+    file = models.mlp(tmp_path) / "model.onnx"
+    file.write_bytes(file.read_bytes()[:1000] if damage is None else damage)
+    with pytest.raises(ModelLoadError) as caught:
+        load(file.parent)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def configured(folder, text):
+    (folder.parent / "config.pbtxt").write_text(text)
+    return load(folder)
+
+
+def test_a_configured_batch_size_holds(tmp_path):
+    assert configured(models.mlp(tmp_path), "max_batch_size: 3").max_batch_rows == 3
+
+
+def test_a_configured_batch_size_of_0_turns_batching_off(tmp_path):
+    model = configured(models.mlp(tmp_path), "max_batch_size: 0")
+    assert (model.batchable, model.max_batch_rows) == (False, 1)
+
+
+def test_a_batch_size_for_a_model_that_cannot_batch_is_a_mistake(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"max_batch_size is 4.*not free"):
+        configured(models.hidden_random(tmp_path), "max_batch_size: 4")
+
+
+def test_the_owner_may_overrule_what_was_found_about_caching(tmp_path):
+    assert configured(models.random(tmp_path / "a"), "response_cache { enable: true }").cacheable
+    model = configured(models.mlp(tmp_path / "b"), "response_cache { enable: false }")
+    assert not model.cacheable
+    assert "config" in model.cacheable_reason
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('input { name: "z" }', ["'z'", "'x'"]),
+        ('input { name: "x" data_type: TYPE_INT8 }', ["TYPE_INT8", "FP32"]),
+        ('max_batch_size: 8 output { name: "y" dims: [11] }', ["[11]", "10"]),
+        ('input { name: "x" dims: [8, 8] reshape { shape: [63] } }', ["'x'", "[63]", "64"]),
+        ('input { name: "x" dims: [8, 7] reshape { shape: [64] } }', ["'x'", "[8, 7]", "[64]"]),
+        ('input { name: "x" dims: [-1, 64] reshape { shape: [64] } }', ["'x'", "[-1, 64]", "[64]"]),
+        ('input { name: "x" dims: [64] optional: true }', ["'x'", "optional"]),
+    ],
+)
+def test_a_configuration_that_the_file_does_not_bear_out_is_a_mistake(tmp_path, text, words):
+    with pytest.raises(ModelLoadError) as caught:
+        configured(models.mlp(tmp_path), text)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_the_configuration_told_is_complete(tmp_path):
+    config = load(models.mlp(tmp_path)).config()
+    assert (config.name, config.platform, config.max_batch_size) == ("mlp", "onnxruntime_onnx", 8)
+    assert [(tensor.name, list(tensor.dims)) for tensor in (*config.input, *config.output)] == [
+        ("x", [64]),
+        ("y", [10]),
+    ]
+    assert config.response_cache.enable
+    assert config.HasField("dynamic_batching")
+    assert config.parameters["ringmesh_cached"].string_value == "yes"
+
+
+@pytest.mark.parametrize("more", ["", "dynamic_batching { }"])
+def test_a_reshaped_model_is_served_in_the_shapes_of_its_configuration(tmp_path, more):
+    plain = load(models.mlp(tmp_path))
+    reshape = """
+        max_batch_size: 4
+        input { name: "x" data_type: TYPE_FP32 dims: [8, 8] reshape { shape: [64] } }
+        output { name: "y" data_type: TYPE_FP32 dims: [2, 5] reshape { shape: [10] } }
+    """
+    model = configured(tmp_path / "mlp/1", reshape + more)
+    assert (model.inputs["x"].shape, model.outputs["y"].shape, model.has_rows) == ((-1, 8, 8), (-1, 2, 5), True)
+    told = model.config()
+    assert ([*told.input[0].dims], [*told.input[0].reshape.shape]) == ([8, 8], [64])
+    x = np.random.default_rng(0).random((3, 8, 8), np.float32)
+    (expected,) = plain.run({"x": x.reshape(3, 64)}, ["y"])
+    (answer,) = model.run({"x": x}, ["y"])
+    assert answer.tobytes() == expected.tobytes()
+    assert answer.shape == (3, 2, 5)
+
+
+def test_free_dimensions_go_through_a_reshape_in_their_order(tmp_path):
+    text = 'max_batch_size: 0 input { name: "x" dims: [-1, 1, -1] reshape { shape: [-1, -1] } }'
+    model = configured(models.identity(tmp_path, "fp32"), text)
+    (answer,) = model.run({"x": np.arange(6, dtype=np.float32).reshape(3, 1, 2)}, ["y"])
+    assert answer.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_an_optional_input_may_be_left_out_or_given(tmp_path):
+    model = configured(models.scaled(tmp_path), 'input { name: "scale" data_type: TYPE_FP32 dims: [1] optional: true }')
+    assert (model.required, model.batchable) == (("x",), True)
+    x = np.ones((1, 2), np.float32)
+    assert model.run({"x": x}, ["y"])[0].tolist() == [[2, 2]]
+    assert model.run({"x": x, "scale": np.array([5], np.float32)}, ["y"])[0].tolist() == [[5, 5]]
+    assert [(tensor.name, tensor.optional) for tensor in model.config().input] == [("x", False), ("scale", True)]
+
+
+def test_a_value_of_the_file_is_not_an_input_unless_it_is_offered(tmp_path):
+    assert set(load(models.scaled(tmp_path)).inputs) == {"x"}
+    with pytest.raises(ModelLoadError, match=r"'scale'.*say optional"):
+        configured(tmp_path / "scaled/1", 'input { name: "scale" dims: [1] }')
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")  # of a build that has none
+def test_a_model_that_wants_a_gpu_answers_from_the_cpu_where_there_is_none(tmp_path, caplog):
+    folder = models.mlp(tmp_path)
+    (folder.parent / "config.pbtxt").write_text("instance_group { gpus: [ 0, 1 ] }")
+    (files,) = versions(folder.parent.parent, folder.parent.name)
+    available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    model = OnnxModel(files, providers=available, intra_op_threads=1, max_batch_rows=8)
+    assert model.provider == "CPUExecutionProvider"
+    assert "model mlp/1: it runs on CPUExecutionProvider, without CUDAExecutionProvider" in caplog.text
+    x = np.ones((1, 64), np.float32)
+    assert (
+        model.run({"x": x}, ["y"])[0].tobytes()
+        == load(models.mlp(tmp_path / "plain")).run({"x": x}, ["y"])[0].tobytes()
+    )
+
+
+@pytest.mark.parametrize("level", [-1, 2])
+def test_parameters_and_levels_reach_the_session(tmp_path, level):
+    folder = models.mlp(tmp_path)
+    (folder.parent / "config.pbtxt").write_text(
+        f"""optimization {{ graph {{ level: {level} }} }}
+        parameters {{ key: "execution_mode" value {{ string_value: "1" }} }}
+        parameters {{ key: "enable_mem_arena" value {{ string_value: "0" }} }}
+        parameters {{ key: "memory.enable_memory_arena_shrinkage" value {{ string_value: "cpu:0" }} }}""",
+    )
+    model = load(folder)
+    with pytest.raises(Exception, match="arena"):
+        # Only a session that was told both refuses: there is no arena to shrink.
+        model.run({"x": np.ones((1, 64), np.float32)}, ["y"])
+
+
+def test_a_run_that_fails_for_no_fault_of_the_request_is_an_execution_error(tmp_path, caplog):
+    # 2 by 3 values into 4 by 4: ONNX Runtime finds out only when it runs.
+    shape = numpy_helper.from_array(np.array([4, 4], np.int64), "shape")
+    x, y = (models.value(name, TensorProto.FLOAT, "n", "m") for name in "xy")
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    model = load(models.save(tmp_path, "breaks", [node], [x], [y], [shape]))
+    with pytest.raises(InternalError, match="'breaks' failed in ONNX Runtime") as caught:
+        model.run({"x": np.ones((2, 3), np.float32)}, ["y"])
+    assert caught.value.kind == "execution"
+    assert "Reshape" in caplog.text
+    assert "Traceback" not in caught.value.message
+
+
+@pytest.mark.parametrize("operator", ["GRU", "LSTM"])
+def test_a_recurrent_model_refuses_a_request_without_rows_which_would_end_the_process(tmp_path, operator):
+    gates = {"GRU": 3, "LSTM": 4}[operator]
+    weights = [
+        numpy_helper.from_array(np.ones((1, gates * 2, size), np.float32), name) for name, size in (("w", 4), ("r", 2))
+    ]
+    node = helper.make_node(operator, ["x", "w", "r"], ["y"], hidden_size=2)
+    x = models.value("x", TensorProto.FLOAT, "s", "n", 4)
+    y = models.value("y", TensorProto.FLOAT, "s", 1, "n", 2)
+    models.save(tmp_path, "recurrent", [node], [x], [y], weights)
+    model = load(tmp_path / "recurrent/1")
+    assert model.run({"x": np.zeros((3, 1, 4), np.float32)}, ["y"])[0].shape == (3, 1, 1, 2)
+    with pytest.raises(InvalidArgumentError, match=f"'x' has no elements.*{operator}"):
+        model.run({"x": np.zeros((3, 0, 4), np.float32)}, ["y"])

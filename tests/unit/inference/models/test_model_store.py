@@ -1,0 +1,220 @@
+import asyncio
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from services.inference.codec.request import decode_request
+from services.inference.codec.shared_memory import SharedMemory
+from services.inference.execution.model import OnnxModel
+from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
+from services.inference.repository.repository import Directory, RepositoryError
+from services.runtime.errors import InvalidArgumentError, NotFoundError
+from tests import models
+from tests.system.test_cache import fresh
+
+EXECUTOR = ThreadPoolExecutor(2)
+
+
+def open_model(files):
+    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+
+
+async def store(folder):
+    made = ModelStore(Directory(folder), open_model, EXECUTOR)
+    await made.load_all()
+    return made
+
+
+async def answer(made, value=1.0):
+    held = made.held.find("mlp", "")
+    request = fresh()
+    request.raw_input_contents[0] = np.full((1, 64), value, np.float32).tobytes()
+    return (await held.batcher.submit(decode_request(request, held.model, SharedMemory()), None)).arrays[0].tolist()
+
+
+async def states(made):
+    return [(line.name, line.version, line.state) for line in await made.index()]
+
+
+async def test_a_reload_serves_the_new_files_under_another_digest(tmp_path):
+    models.mlp(tmp_path, seed=0)
+    made = await store(tmp_path)
+    before, digest = await answer(made), made.held.find("mlp", "").model.digest
+    models.mlp(tmp_path, seed=1)
+    await made.load("mlp")
+    assert await answer(made) != before
+    assert made.held.find("mlp", "").model.digest != digest
+
+
+async def test_a_reload_of_the_same_files_keeps_what_is_loaded(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    held = made.held.find("mlp", "")
+    await made.load("mlp")
+    assert made.held.find("mlp", "") is held
+
+
+async def test_a_broken_new_version_leaves_the_old_one_serving_and_says_why(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    before = await answer(made)
+    (models.mlp(tmp_path, version=2) / "model.onnx").write_bytes(b"broken")
+    with pytest.raises(InvalidArgumentError, match=r"2/model\.onnx"):
+        await made.load("mlp")
+    assert await answer(made) == before
+    index = {line.version: line for line in await made.index()}
+    assert (index["1"].state, index["2"].state) == (READY, UNAVAILABLE)
+    assert "model.onnx" in index["2"].reason
+
+
+async def test_requests_under_way_are_answered_while_a_version_is_replaced(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    stop = False
+    answers = 0
+
+    async def caller():
+        nonlocal answers
+        while not stop:
+            await answer(made)
+            answers += 1
+
+    callers = [asyncio.create_task(caller()) for _ in range(4)]
+    for seed in range(1, 6):
+        models.mlp(tmp_path, seed=seed)
+        await made.load("mlp")
+    stop = True
+    await asyncio.gather(*callers)
+    assert answers > 5
+
+
+async def test_an_unloaded_model_is_not_found_and_can_be_loaded_again(tmp_path):
+    models.mlp(tmp_path)
+    models.add_sub(tmp_path)
+    made = await store(tmp_path)
+    await made.unload("mlp")
+    with pytest.raises(NotFoundError):
+        made.held.find("mlp", "")
+    assert await states(made) == [("add_sub", "1", READY), ("mlp", "1", UNAVAILABLE)]
+    with pytest.raises(NotFoundError):
+        await made.unload("mlp")
+    await made.load("mlp")
+    assert await states(made) == [("add_sub", "1", READY), ("mlp", "1", READY)]
+
+
+async def test_one_broken_model_does_not_keep_the_others_from_serving(tmp_path):
+    models.mlp(tmp_path)
+    (models.add_sub(tmp_path) / "model.onnx").write_bytes(b"broken")
+    assert await states(await store(tmp_path)) == [("add_sub", "1", UNAVAILABLE), ("mlp", "1", READY)]
+
+
+async def test_a_repository_of_which_nothing_loads_is_an_error_with_the_causes(tmp_path):
+    (models.mlp(tmp_path) / "model.onnx").write_bytes(b"broken")
+    with pytest.raises(RepositoryError, match=r"mlp/1/model\.onnx"):
+        await store(tmp_path)
+
+
+async def test_a_model_added_to_the_repository_is_listed_before_it_is_loaded(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    models.add_sub(tmp_path)
+    assert ("add_sub", "", UNAVAILABLE) in await states(made)
+
+
+async def test_a_load_may_bring_its_own_configuration(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    digest = made.held.find("mlp", "").model.digest
+    await made.load("mlp", Overrides(config='{"max_batch_size": 3}'))
+    model = made.held.find("mlp", "").model
+    assert model.max_batch_rows == 3
+    assert model.digest != digest
+    await made.load("mlp")
+    assert made.held.find("mlp", "").model.digest == digest
+
+
+async def test_a_load_may_bring_its_own_files(tmp_path):
+    models.mlp(tmp_path, seed=0)
+    made = await store(tmp_path)
+    before = await answer(made)
+    data = (models.mlp(tmp_path / "elsewhere", seed=1) / "model.onnx").read_bytes()
+    await made.load("mlp", Overrides(config='{"backend": "onnxruntime"}', files={"7/model.onnx": data}))
+    assert made.held.versions("mlp") == ["7"]
+    assert await answer(made) != before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        Overrides(config="{"),
+        Overrides(config='{"backend": "python"}'),
+        Overrides(files={"1/model.onnx": b""}),
+        Overrides(config="{}", files={"1/../../x": b""}),
+        Overrides(config="{}", files={"one/model.onnx": b""}),
+    ],
+)
+async def test_a_load_with_wrong_overrides_changes_nothing(tmp_path, overrides):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    held = made.held.find("mlp", "")
+    with pytest.raises(InvalidArgumentError):
+        await made.load("mlp", overrides)
+    assert made.held.find("mlp", "") is held
+
+
+async def test_polling_follows_the_repository(tmp_path):
+    models.mlp(tmp_path, seed=0)
+    made = await store(tmp_path)
+    before = await answer(made)
+    polling = asyncio.create_task(made.poll(0.02))
+    models.mlp(tmp_path, seed=1)
+    models.add_sub(tmp_path)
+    async with asyncio.timeout(20):
+        while await answer(made) == before or not made.held.of("add_sub"):
+            await asyncio.sleep(0.01)
+    shutil.rmtree(tmp_path / "add_sub")
+    (models.mlp(tmp_path) / "model.onnx").write_bytes(b"broken")
+    async with asyncio.timeout(20):
+        while made.held.of("add_sub") or not any("model.onnx" in line.reason for line in await made.index()):
+            await asyncio.sleep(0.01)
+    assert await answer(made) != before
+    assert not polling.done()
+    polling.cancel()
+
+
+def warm_up(folder, inputs):
+    sample = f'name: "w" batch_size: 2 count: 3 inputs {{ key: "x" value {{ {inputs} }} }}'
+    (folder.parent / "config.pbtxt").write_text(f"max_batch_size: 8 model_warmup {{ {sample} }}")
+
+
+async def test_a_model_is_warmed_up_before_it_takes_traffic(tmp_path, monkeypatch):
+    warm_up(models.mlp(tmp_path), "data_type: TYPE_FP32 dims: [64] random_data: true")
+    runs = []
+    run = OnnxModel.run
+    monkeypatch.setattr(OnnxModel, "run", lambda self, i, o: runs.append(i["x"].shape) or run(self, i, o))
+    await store(tmp_path)
+    assert runs[-3:] == [(2, 64)] * 3  # after those of the probes
+
+
+@pytest.mark.parametrize(
+    "inputs", ["dims: [63] zero_data: true", 'dims: [64] input_data_file: "nowhere"'], ids=["shape", "file"]
+)
+async def test_a_warm_up_that_fails_keeps_the_version_from_serving(tmp_path, inputs):
+    models.add_sub(tmp_path)
+    warm_up(models.mlp(tmp_path), inputs)
+    made = await store(tmp_path)
+    (line,) = [line for line in await made.index() if line.name == "mlp"]
+    assert line.state == UNAVAILABLE
+    assert "model_warmup 'w'" in line.reason
+
+
+async def test_the_index_says_why_a_model_is_not_cached_and_whether_it_is_batched(tmp_path):
+    models.mlp(tmp_path)
+    models.random(tmp_path)
+    reasons = {line.name: line.reason for line in await (await store(tmp_path)).index()}
+    assert reasons["mlp"] == "batched: rows are proven independent"
+    assert reasons["random"].startswith(
+        "not cached: its graph holds RandomNormalLike; not batched: rows are not proven"
+    )

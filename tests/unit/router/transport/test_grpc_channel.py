@@ -1,0 +1,275 @@
+"""Our own gRPC client against real servers on both engines, and against a server that misbehaves."""
+
+import asyncio
+import random
+import struct
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from router.transport.grpc_channel import CallError, GrpcChannel
+from router.transport.http2 import Connection, Frame
+from services.runtime.rpc.rpc import Service
+from services.runtime.rpc.server import Engine, Server
+from tests.system.processes import free_address
+
+SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+
+
+class Echo:
+    """Answers with what came, when the gate is open; `refuse` ends calls with a status."""
+
+    def __init__(self):
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refuse = None
+        self.cancelled = 0
+        self.calls = 0
+
+    async def infer(self, request, context):
+        self.calls += 1
+        if self.refuse is not None:
+            await context.abort(*self.refuse)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        context.set_trailing_metadata((("answered", str(random.random())), ("bytes-bin", b"\0\xff")))
+        return request
+
+
+@pytest.fixture(params=[Engine.NATIVE, Engine.GRPCIO])
+async def echo(request):
+    made = Echo()
+    address = free_address()
+    handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(made.infer)}
+    server = Server(
+        request.param, address, [Service(SERVICE, handlers)], max_message_bytes=64 << 20, max_connection_age=300
+    )
+    await server.start()
+    made.address = address
+    made.channel = GrpcChannel(address)
+    made.server = server
+    yield made
+    made.gate.set()
+    await made.channel.close()
+    await server.stop(1)
+
+
+async def call(echo, body):
+    return await asyncio.wait_for(echo.channel.call(METHOD, body), 20)
+
+
+async def test_a_message_of_any_size_comes_back_as_it_was(echo):
+    for size in (0, 1, 16_378, 16_379, 16_380, 65_530, 65_536, 1 << 20, 20 << 20):
+        body = random.Random(size).randbytes(size)
+        assert await call(echo, body) == body, size
+
+
+async def test_many_calls_at_once_each_get_their_own_answer(echo):
+    bodies = [random.Random(index).randbytes(index * 97 % 40_000) for index in range(300)]
+    assert await asyncio.gather(*(call(echo, body) for body in bodies)) == bodies
+
+
+async def test_a_status_comes_with_its_words(echo):
+    echo.refuse = (grpc.StatusCode.RESOURCE_EXHAUSTED, "zu viel: 100 % \u00fcber dem Rand")
+    with pytest.raises(CallError) as caught:
+        await call(echo, b"x")
+    assert (caught.value.code, caught.value.details) == echo.refuse
+
+
+async def test_a_method_that_is_not_there_is_unimplemented(echo):
+    with pytest.raises(CallError) as caught:
+        await echo.channel.call("/inference.GRPCInferenceService/Nothing", b"")
+    assert caught.value.code == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_cancelled_call_is_cancelled_at_the_server_and_others_go_on(echo):
+    echo.gate.clear()
+    gone, stays = (asyncio.create_task(call(echo, body)) for body in (b"gone", b"stays"))
+    while echo.calls < 2:
+        await asyncio.sleep(0.01)
+    gone.cancel()
+    while not echo.cancelled:
+        await asyncio.sleep(0.01)
+    echo.gate.set()
+    assert await stays == b"stays"
+    assert await call(echo, b"next") == b"next"
+
+
+async def test_a_draining_server_finishes_what_it_has(echo):
+    echo.gate.clear()
+    under_way = asyncio.create_task(call(echo, b"under way"))
+    while not echo.calls:
+        await asyncio.sleep(0.01)
+    stopping = asyncio.create_task(echo.server.stop(5))
+    await asyncio.sleep(0.05)
+    echo.gate.set()
+    assert await under_way == b"under way"
+    await stopping
+    with pytest.raises(CallError) as caught:
+        await call(echo, b"too late")
+    assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_server_is_known_to_be_on_this_host_unless_something_stands_between(echo):
+    port = int(echo.address.rpartition(":")[2])
+    assert not echo.channel.is_local(port)
+    await call(echo, b"x")
+    assert echo.channel.is_local(port)
+    assert not echo.channel.is_local(port + 1)
+
+
+async def test_an_engine_answers_a_ping_while_no_handler_answers(echo):
+    echo.gate.clear()
+    waiting = asyncio.create_task(call(echo, b"x"))
+    while not echo.calls:
+        await asyncio.sleep(0.01)
+    assert await asyncio.gather(*(echo.channel.ping(20) for _ in range(3))) == [True] * 3
+    echo.gate.set()
+    assert await waiting == b"x"
+
+
+async def test_a_server_that_reads_nothing_does_not_answer_a_ping():
+    async def stopped(reader, writer):
+        await asyncio.Event().wait()
+
+    address = free_address()
+    host, _, port = address.partition(":")
+    server = await asyncio.start_server(stopped, host, int(port))
+    channel = GrpcChannel(address)
+    waiting = asyncio.create_task(channel.call(METHOD, b"x"))
+    while channel._connection is None:
+        await asyncio.sleep(0.01)
+    assert not await channel.ping(0.01)
+    assert channel._connection._pings == {}
+    await channel.close()
+    with pytest.raises(CallError):
+        await waiting
+    server.close()
+
+
+async def test_a_server_that_is_not_there_is_unavailable():
+    with pytest.raises(CallError) as caught:
+        await GrpcChannel(free_address()).call(METHOD, b"")
+    assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_server_that_comes_back_is_found_again():
+    address = free_address()
+    channel = GrpcChannel(address)
+    made = Echo()
+    for _ in range(2):
+        with pytest.raises(CallError):
+            await channel.call(METHOD, b"x")
+        handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(made.infer)}
+        server = Server(
+            Engine.NATIVE, address, [Service(SERVICE, handlers)], max_message_bytes=1 << 20, max_connection_age=300
+        )
+        await server.start()
+        assert await channel.call(METHOD, b"x") == b"x"
+        await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\xff" * 64,
+        struct.pack(">BHBBI", 0, 5, Frame.HEADERS, 0x4, 1) + b"\xff\xff\xff\xff\xff",
+        struct.pack(">BHBBI", 0, 2, Frame.WINDOW_UPDATE, 0, 0) + b"\0\0",
+        struct.pack(">BHBBI", 0, 0, Frame.HEADERS, 0, 1) + struct.pack(">BHBBI", 0, 0, Frame.DATA, 0, 1),
+        b"",
+    ],
+)
+async def test_a_server_that_speaks_something_else_fails_the_call_and_nothing_else(said):
+    async def misbehave(reader, writer):
+        await reader.read(100)
+        writer.write(said)
+        writer.close()
+
+    address = free_address()
+    host, _, port = address.partition(":")
+    async with await asyncio.start_server(misbehave, host, int(port)):
+        with pytest.raises(CallError) as caught:
+            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 5)
+    assert (caught.value.code, caught.value.lost) == (grpc.StatusCode.UNAVAILABLE, True)
+
+
+class Transport:
+    def __init__(self):
+        self.written = b""
+        self.closed = False
+
+    def write(self, data):
+        self.written += data
+
+    def close(self):
+        self.closed = True
+
+    abort = close
+
+
+def frame(kind, flags, number, payload=b""):
+    return struct.pack(">BHBBI", 0, len(payload), kind, flags, number) + payload
+
+
+RESPONSE = (
+    frame(4, 0, 0)
+    + frame(Frame.HEADERS, 0x4, 1, b"\x88")  # :status 200
+    + frame(Frame.PING, 0, 0, b"12345678")
+    + frame(Frame.DATA, 0, 1, b"\0\0\0\0\x03a")
+    + frame(Frame.DATA, 0x8, 1, b"\x02bc\0\0")  # padded
+    + frame(Frame.HEADERS, 0x1, 1, b"\x00\x0bgrpc-")
+    + frame(Frame.CONTINUATION, 0x4, 1, b"status\x010")
+)
+
+
+@given(st.lists(st.integers(1, 40)))
+async def test_frames_may_come_in_any_pieces(sizes):
+    connection, transport = Connection(lambda _: None), Transport()
+    connection.connection_made(transport)
+    ended = []
+    connection.request(b"headers", b"body", ended.append)
+    position = 0
+    for size in [*sizes, len(RESPONSE)]:
+        connection.data_received(RESPONSE[position : position + size])
+        position += size
+    (stream,) = ended
+    assert stream.error is None
+    assert stream.headers == {":status": "200", "grpc-status": "0"}
+    assert b"".join(stream.pieces) == b"\0\0\0\0\x03abc"
+
+
+async def test_a_request_waits_for_the_room_that_the_server_gives():
+    connection, transport = Connection(lambda _: None), Transport()
+    connection.connection_made(transport)
+    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 4, 10)))
+    transport.written = b""
+    connection.request(b"", b"x" * 25, print)
+    assert transport.written.count(b"x") == 10
+    connection.data_received(frame(Frame.WINDOW_UPDATE, 0, 1, struct.pack(">I", 10)))
+    assert transport.written.count(b"x") == 20
+    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 4, 15)))
+    assert transport.written.endswith(frame(Frame.DATA, 0x1, 1, b"x" * 5))
+
+
+async def test_a_server_that_leaves_has_what_it_did_not_see_sent_elsewhere():
+    connection, transport = Connection(lambda _: None), Transport()
+    connection.connection_made(transport)
+    seen, unseen = [], []
+    connection.request(b"", b"", seen.append)
+    connection.request(b"", b"", unseen.append)
+    connection.data_received(frame(Frame.GOAWAY, 0, 0, struct.pack(">II", 1, 0)))
+    assert not connection.is_open
+    assert "leaving" in str(unseen[0].error)
+    assert not seen
+    assert not transport.closed
+    connection.data_received(frame(Frame.HEADERS, 0x5, 1, b"\x88"))
+    assert seen[0].error is None
+    assert transport.closed

@@ -1,0 +1,301 @@
+"""Which way envelopes go to a worker: over its socket where it is on this host, else over TCP."""
+
+import asyncio
+
+import grpc
+import pytest
+from ringmesh.inference.v1 import inference_pb2
+
+from router.transport.worker_client import (
+    MAX_ITEMS,
+    LinkClosedError,
+    NotSentError,
+    Work,
+    WorkerBusyError,
+    WorkerLink,
+    WorkerLostError,
+    WorkerUnreachableError,
+)
+from router.transport.worker_load import WorkerLoad
+from services.inference.api.envelope_socket import EnvelopeSocket
+from services.inference.worker import Work as Received
+from services.runtime.oip.protocol import lane_handler
+from services.runtime.rpc.rpc import Answer, Lane, Service, unary
+from services.runtime.rpc.server import Engine, Server
+from tests.system.processes import free_address
+
+DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
+LARGEST = 1 << 20
+
+
+class Worker:
+    """Answers each request with the way it came by, b"tcp" or b"socket"."""
+
+    def __init__(self, folder):
+        self.address = free_address()
+        self.says = inference_pb2.DescribeResponse(port=int(self.address.rpartition(":")[2]), version=1)
+        self.local = EnvelopeSocket(str(folder), self, LARGEST, lambda code: None)
+        handlers = {
+            "Execute": lane_handler(self.lane(b"tcp")),
+            "Describe": unary(inference_pb2.DescribeRequest, self.describe),
+        }
+        self.server = Server(
+            Engine.NATIVE,
+            self.address,
+            [Service(DESCRIPTOR, handlers)],
+            max_message_bytes=LARGEST,
+            max_connection_age=300,
+        )
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.describes = asyncio.Event()
+        self.describes.set()
+
+    def lane(self, way):
+        async def finish(request, deadline):
+            await self.gate.wait()
+            results = [inference_pb2.WorkResult(response=way) for _ in request.items]
+            return Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ())
+
+        return Lane(lambda data, metadata: inference_pb2.ExecuteRequest.FromString(data), finish)
+
+    def admit(self, data):
+        items = inference_pb2.ExecuteRequest.FromString(data).items
+        return [Received(item.request, b"", None, b"") for item in items]
+
+    def begin(self, works, done):
+        async def finish():
+            await self.gate.wait()
+            results = [inference_pb2.WorkResult(response=b"socket") for _ in works]
+            done(Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ()))
+
+        return asyncio.create_task(finish()).cancel
+
+    async def describe(self, request, context):
+        await self.describes.wait()
+        return self.says
+
+
+@pytest.fixture
+async def worker(tmp_path):
+    made = Worker(tmp_path)
+    await made.server.start()
+    made.says.envelope_socket = await made.local.start()
+    yield made
+    await made.local.stop(0)
+    await made.server.stop(0)
+
+
+@pytest.fixture
+async def link(worker):
+    made = WorkerLink(worker.address, WorkerLoad())
+    yield made
+    await made.close()
+
+
+async def outcome(link):
+    ended = asyncio.get_running_loop().create_future()
+    link.send(b"model", Work(b"request", b"", None, ""), ended.set_result)
+    return await asyncio.wait_for(ended, 20)
+
+
+async def way(link):
+    return (await outcome(link)).response
+
+
+async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(worker, link, tmp_path):
+    assert await way(link) == b"tcp"
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+    await worker.local.stop(5)
+    assert await way(link) == b"tcp"
+    await link.describe(5, 0)
+    assert await way(link) == b"tcp"
+    other = EnvelopeSocket(str(tmp_path), worker, LARGEST, lambda code: None)
+    worker.says.envelope_socket = await other.start()
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+    await other.stop(0)
+
+
+@pytest.mark.parametrize("what", ["another port", "no socket there", "no socket"])
+async def test_a_worker_that_may_be_elsewhere_is_asked_over_tcp(worker, link, what):
+    if what == "another port":
+        worker.says.port += 1
+    else:
+        worker.says.envelope_socket = f"{worker.says.envelope_socket}.not" if what == "no socket there" else ""
+    for _ in range(2):
+        await link.describe(5, 0)
+        assert await way(link) == b"tcp"
+
+
+async def test_a_lost_worker_gives_back_at_once_what_it_had_and_what_waited_and_is_sent_nothing_until_it_is_back(
+    worker, link
+):
+    await link.describe(5, 0)
+    worker.gate.clear()
+    lost, waits = [], []
+    for outcomes in (lost, lost, waits):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        await asyncio.sleep(0)
+    # As when it dies: both connections end, one a little later than the other.
+    link._local.connection().close()
+    link._channel._connection._transport.abort()
+    async with asyncio.timeout(20):
+        while not waits:
+            await asyncio.sleep(0)
+    assert [type(outcome) for outcome in (*lost, *waits)] == [WorkerLostError, WorkerLostError, NotSentError]
+    assert type(await outcome(link)) is NotSentError
+    assert link._load.in_flight == 0
+    worker.gate.set()
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+
+
+async def test_a_worker_given_up_is_sent_nothing_until_it_describes_itself_again(worker, link):
+    await link.describe(5, 0)
+    worker.gate.clear()
+    outcomes = []
+    for _ in range(3):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        await asyncio.sleep(0)
+    link.give_up()
+    async with asyncio.timeout(20):
+        while len(outcomes) < 3:
+            await asyncio.sleep(0)
+    assert [type(outcome) for outcome in outcomes] == [LinkClosedError, LinkClosedError, NotSentError]
+    assert type(await outcome(link)) is NotSentError
+    worker.gate.set()
+    await link.describe(5, 0)
+    assert await way(link) == b"socket"
+
+
+async def test_a_worker_that_cannot_be_connected_to_was_sent_nothing():
+    load = WorkerLoad()
+    link = WorkerLink(free_address(), load)
+    outcomes = []
+    for _ in range(3):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+    async with asyncio.timeout(20):
+        while len(outcomes) < 3:
+            await asyncio.sleep(0)
+    assert [type(outcome) for outcome in outcomes] == [NotSentError] * 3
+    assert load.in_flight == 0
+    await link.close()
+
+
+async def test_a_long_queue_of_a_closed_link_is_given_back_in_parts(worker, link):
+    turns = []
+
+    def count():
+        turns.append(None)
+        if len(outcomes) < 1000:
+            asyncio.get_running_loop().call_soon(count)
+
+    worker.gate.clear()
+    outcomes = []
+    for _ in range(1000):
+        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+    await asyncio.sleep(0)
+    link.give_up()
+    count()
+    async with asyncio.timeout(20):
+        while len(outcomes) < 1000:
+            await asyncio.sleep(0)
+    assert len(turns) > 1000 / MAX_ITEMS - 1
+
+
+class Channels:
+    """Of a worker that is sent everything, and answers pings as it is told to."""
+
+    def __init__(self, *pings):
+        self.pings = [*pings]
+        self.cancelled = 0
+
+    def channel(self, address):
+        return self
+
+    def local(self):
+        return self
+
+    def connection(self):
+        return None
+
+    def begin(self, method, request, done):
+        self.answer = done
+        return self.cancel
+
+    def cancel(self):
+        self.cancelled += 1
+
+    def drop(self):
+        pass
+
+    async def ping(self, seconds):
+        return self.pings.pop(0)
+
+
+def silent(*pings):
+    """A link whose envelope has waited for longer than it should, and its channels."""
+    channels = Channels(*pings)
+    link = WorkerLink("w:1", WorkerLoad(), channels)
+    outcomes = []
+    link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+    return link, channels, outcomes
+
+
+async def test_only_a_worker_that_owes_an_answer_is_silent_and_an_answer_to_a_ping_is_heard():
+    link, channels, _ = silent(True)
+    assert not link.is_silent
+    await asyncio.sleep(0)
+    assert not link.is_silent
+    link._heard -= 10
+    assert link.is_silent
+    assert await link.is_alive()
+    assert not link.is_silent
+    link._heard -= 10
+    channels.answer(inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString())
+    assert not link.is_silent
+
+
+@pytest.mark.parametrize(("pings", "alive"), [((False, True), True), ((False, False), False)])
+async def test_a_worker_may_miss_one_ping_and_not_two(pings, alive):
+    link, channels, _ = silent(*pings)
+    assert await link.is_alive() == alive
+    assert channels.pings == []
+
+
+async def test_an_envelope_that_cannot_be_sent_ends_its_requests_with_our_fault():
+    link, channels, outcomes = silent()
+    channels.begin = None
+    await asyncio.sleep(0)
+    (outcome,) = outcomes
+    assert outcome.code is grpc.StatusCode.INTERNAL
+    assert (link._load.in_flight, link._under_way) == (0, 0)
+
+
+async def test_the_engine_of_a_worker_answers_pings(worker, link):
+    assert await link.is_alive()
+    await worker.server.stop(0)
+    assert not await link.is_alive()
+
+
+async def test_a_worker_described_twice_at_once_is_connected_to_once(worker, link):
+    await way(link)
+    await asyncio.gather(*(link.describe(5, 0) for _ in range(4)))
+    async with asyncio.timeout(20):
+        while not worker.local.connections:
+            await asyncio.sleep(0)
+    assert len(worker.local.connections) == 1
+
+
+async def test_a_worker_that_says_nothing_but_is_alive_is_busy_and_one_that_is_gone_is_not(worker, link):
+    await link.describe(5, 0)
+    worker.describes.clear()
+    with pytest.raises(WorkerBusyError):
+        await link.describe(0.2, 0)
+    worker.describes.set()
+    await worker.server.stop(0)
+    with pytest.raises(WorkerUnreachableError) as caught:
+        await link.describe(5, 0)
+    assert not isinstance(caught.value, WorkerBusyError)

@@ -1,0 +1,57 @@
+import pytest
+
+from services.runtime.redis.redis_url import Topology, parse_redis_url
+from services.runtime.rpc.server import StartError
+
+
+@pytest.mark.parametrize(
+    ("url", "topology", "hosts", "service"),
+    [
+        ("redis://one", Topology.NODE, (("one", 6379),), ""),
+        ("redis://:secret@one:7000/2", Topology.NODE, (("one", 7000),), ""),
+        ("rediss://[::1]:7000", Topology.NODE, (("::1", 7000),), ""),
+        ("redis+sentinel://a,b:7/predictions/1", Topology.SENTINEL, (("a", 26379), ("b", 7)), "predictions"),
+        ("rediss+cluster://u:p@a:1,b", Topology.CLUSTER, (("a", 1), ("b", 6379)), ""),
+        ("unix:///run/redis.sock?db=3", Topology.NODE, (), ""),
+    ],
+)
+def test_a_url_names_topology_hosts_and_service(url, topology, hosts, service):
+    found = parse_redis_url(url, "RINGMESH_REDIS_URL")
+    assert (found.topology, found.hosts, found.service) == (topology, hosts, service)
+
+
+def test_credentials_database_and_tls_become_options_of_the_connection():
+    options = parse_redis_url("rediss+sentinel://u%40x:p%25@a/s/4?sentinel_password=q&ssl_cert_reqs=none", "X").options
+    assert (options["username"], options["password"], options["db"]) == ("u@x", "p%", 4)
+    assert options["ssl_cert_reqs"] == "none"
+    assert "sentinel_password" not in options
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://one", "begins with 'http://'"),
+        ("one:6379", "should look like"),
+        ("redis+ring://one", "begins with"),
+        ("redis://a,b", "several hosts"),
+        ("redis+sentinel://a", "lacks the service"),
+        ("redis+cluster://a/1", "no databases"),
+        ("redis://a/one", "number of a database"),
+        ("redis://a:port", "ort"),
+        ("redis://a:99999", "ort"),
+        ("redis://a?colour=red", "no option 'colour'"),
+        ("redis://a?sentinel_password=x", "for redis\\+sentinel"),
+        ("rediss://a?ssl_ca_certs=/nowhere.pem", "no file '/nowhere.pem'"),
+        ("redis://a?db=x", "db"),
+    ],
+)
+def test_what_is_no_redis_url_is_refused_with_what_is_wrong(url, says):
+    with pytest.raises(StartError, match=says):
+        parse_redis_url(url, "RINGMESH_REDIS_URL")
+
+
+def test_a_refusal_does_not_show_the_password():
+    with pytest.raises(StartError) as caught:
+        parse_redis_url("redis+ring://user:hidden@one", "X")
+    assert "hidden" not in str(caught.value)
+    assert "***@one" in str(caught.value)

@@ -1,0 +1,199 @@
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
+from prometheus_client.parser import text_string_to_metric_families as prometheus
+
+import cache
+import router
+import services
+from router.accounting.request_metrics import OK, RequestMetrics
+from services.runtime.rpc.exposition import MetricsServer, expose
+from services.runtime.rpc.server import StartError
+from services.runtime.telemetry.metrics import BOUNDS_NS, OTHER, Buckets, Counter, Family, Histogram, Metrics, Sample
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+
+TABLE = Path(__file__).parents[4] / "docs/metrics.md"
+EVENTS = Family("events_total", "counter", "what happened", ("kind",))
+TIMES = Family("times_seconds", "histogram", "how long")
+
+
+def declared():
+    """Every Family that a module of ours names."""
+    for package in (router, cache, services):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                yield from (value for value in vars(import_module(found.name)).values() if isinstance(value, Family))
+
+
+def documented():
+    for line in TABLE.read_text().splitlines():
+        if line.startswith("| `"):
+            name, kind, labels, meaning, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            yield Family(name.strip("`"), kind, meaning, tuple(labels.replace("`", "").split(", ")) if labels else ())
+
+
+def test_the_table_says_of_every_metric_what_the_code_says():
+    assert sorted(documented(), key=str) == sorted(set(declared()), key=str)
+
+
+def test_names_are_those_that_prometheus_wants():
+    for family in set(declared()):
+        assert family.name.startswith("ringmesh_")
+        assert family.name.endswith("_total") == (family.kind == "counter")
+
+
+@given(st.lists(st.integers(0, 10**12)))
+def test_a_histogram_keeps_every_observation_in_the_bucket_it_belongs_to(durations):
+    histogram = Histogram()
+    for ns in durations:
+        histogram.observe(ns)
+    assert sum(histogram.counts) == len(durations)
+    assert histogram.sum_ns == sum(durations)
+    for upto, bound in enumerate(BOUNDS_NS):
+        assert sum(histogram.counts[: upto + 1]) == sum(ns <= bound for ns in durations)
+
+
+@pytest.mark.parametrize(
+    ("accept", "parse"), [("", prometheus), ("application/openmetrics-text; version=1.0.0", open_metrics)]
+)
+def test_both_formats_are_read_by_their_parsers(accept, parse):
+    histogram = Histogram()
+    histogram.observe(42_000)
+    text, _ = expose([Sample(EVENTS, ('a"b\\c\nd',), 3), Sample(TIMES, (), histogram.buckets())], accept)
+    found = {family.name: family.samples for family in parse(text.decode())}
+    assert [(s.labels, s.value) for s in found["events"]] == [({"kind": 'a"b\\c\nd'}, 3.0)]
+    buckets = {s.labels["le"]: s.value for s in found["times_seconds"] if s.name.endswith("_bucket")}
+    assert (buckets["3e-05"], buckets["5e-05"], buckets["+Inf"]) == (0, 1, 1)
+
+
+def test_series_are_bounded_whatever_callers_send():
+    requests = RequestMetrics()
+    for number in range(2000):
+        requests.count(("ModelInfer", f"m{number}", "1", f"tenant{number}", OK, "miss"), 1, 1)
+    series = [s for s in requests.samples() if s.family.name == "ringmesh_requests_total"]
+    assert len(series) < 500
+    assert sum(s.value for s in series) == 2000
+    assert any(s.labels[1] == OTHER and s.labels[3] == OTHER for s in series)
+
+
+def answered(requests, ns, times=1, model="m"):
+    slow = [requests.count(("ModelInfer", model, "1", "", OK, "miss"), ns, 1) for _ in range(times)]
+    return slow[-1]
+
+
+def test_what_is_above_the_p99_of_its_model_is_slow():
+    requests = RequestMetrics()
+    assert not answered(requests, 10**9)  # nothing is known yet
+    answered(requests, 1_000_000, 1000)
+    requests.mark()
+    assert answered(requests, 2_000_000)
+    assert not answered(requests, 900_000)
+    assert not answered(requests, 10**9, model="another")
+
+
+def test_a_model_that_becomes_slower_is_not_slow_for_ever():
+    requests = RequestMetrics()
+    for _ in range(30):
+        answered(requests, 1_000_000, 200)
+        requests.mark()
+    assert answered(requests, 50_000_000)
+    for _ in range(30):
+        answered(requests, 50_000_000, 200)
+        requests.mark()
+    assert answered(requests, 50_000_001)
+    assert not answered(requests, 50_000_000)
+
+
+def test_when_all_become_slower_some_of_them_are_slow_until_the_next_mark():
+    requests = RequestMetrics()
+    answered(requests, 1_000_000, 10_000)
+    requests.mark()
+    labels = ("ModelInfer", "m", "1", "", OK, "miss")
+    assert sum(requests.count(labels, 2_000_000, 1) for _ in range(10_000)) == 200
+    requests.mark()
+    assert not answered(requests, 2_000_000)
+    assert answered(requests, 2_000_001)
+
+
+def test_a_kept_request_is_an_exemplar_in_its_bucket():
+    requests = RequestMetrics()
+    labels = ("ModelInfer", "m", "1", "", OK, "miss")
+    requests.count(labels, 42_000, 1)
+    requests.exemplify(labels, 42_000, "ab" * 16, 10**18)
+    text, _ = expose(requests.samples(), "application/openmetrics-text; version=1.0.0")
+    (line,) = [line for line in text.decode().splitlines() if "trace_id" in line]
+    assert 'le="5e-05"' in line
+    assert f'{{trace_id="{"ab" * 16}"}} 4.2e-05' in line
+
+
+def test_a_counter_is_bounded_and_loses_nothing():
+    counter = Counter(EVENTS)
+    for number in range(5000):
+        counter.add(str(number))
+    samples = list(counter.samples())
+    assert len(samples) < 600
+    assert sum(sample.value for sample in samples) == 5000
+
+
+def test_unknown_bounds_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        expose([Sample(TIMES, (), Buckets((1.0,), (1,), 1.0))], "")
+
+
+async def get(port, head):
+    import asyncio
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head)
+    writer.write_eof()
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.fixture
+async def served():
+    metrics = Metrics()
+    ProcessMetrics("test", "none", metrics).start()
+    server = MetricsServer("127.0.0.1:0", metrics)
+    yield await server.start()
+    server.close()
+
+
+async def test_metrics_of_the_process_are_served(served):
+    head, _, body = (await get(served, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    names = {family.name for family in prometheus(body.decode())}
+    assert {"ringmesh_process_cpu_seconds", "ringmesh_event_loop_lag_seconds", "ringmesh_host_memory_bytes"} <= names
+
+
+@pytest.mark.parametrize(
+    ("request_head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", b"404"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"405"),
+        (b"\r\n\r\n", b"404"),
+        (b"GET /metrics", b""),
+        (b"x" * 20_000, b""),
+        (b"", b""),
+    ],
+)
+async def test_what_is_not_a_scrape_is_refused_and_harms_nothing(served, request_head, status):
+    assert (await get(served, request_head))[9:12] == status
+    assert b"200 OK" in await get(served, b"GET /metrics HTTP/1.1\r\n\r\n")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:x", "127.0.0.1:99999", "1.2.3.4:80"])
+async def test_an_address_that_cannot_be_had_is_told(address):
+    with pytest.raises(StartError, match="RINGMESH_METRICS_ADDRESS"):
+        await MetricsServer(address, Metrics()).start()
+
+
+async def test_a_taken_port_is_told(served):
+    with pytest.raises(StartError, match=f"127.0.0.1:{served}"):
+        await MetricsServer(f"127.0.0.1:{served}", Metrics()).start()
