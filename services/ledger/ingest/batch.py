@@ -23,9 +23,9 @@ _DIGEST_BYTES = 16
 # Largest values of a record. Roll-ups hold the sum of 900,000 records that are that large.
 _MOST = 10**13
 _MOST_COUNT = 10**9
-_SMALL: Final = {"count": _MOST_COUNT, "batch_requests": _MOST_COUNT, "batch_rows": _MOST_COUNT, "rows": _MOST_COUNT}
+_SMALL: Final = {"requests": _MOST_COUNT, "batch_requests": _MOST_COUNT, "batch_rows": _MOST_COUNT, "rows": _MOST_COUNT}
 COLUMNS: Final = (
-    "count",
+    "requests",
     "total_us",
     "router_us",
     "cache_us",
@@ -160,8 +160,10 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
         raise InvalidArgumentError(
             f"record {wrong}: dimension is {dimension[wrong]} of {len(batch.dimensions)}", field="batch.dimension"
         )
-    for wrong in np.flatnonzero(columns["count"] == 0)[:1]:
-        raise InvalidArgumentError(f"record {wrong}: count is 0; a record stands for a request", field="batch.count")
+    for wrong in np.flatnonzero(columns["requests"] == 0)[:1]:
+        raise InvalidArgumentError(
+            f"record {wrong}: requests is 0; a record stands for a request", field="batch.requests"
+        )
     if len(batch.trace_ids) not in (0, count * _TRACE_BYTES):
         raise InvalidArgumentError(
             f"trace_ids has {len(batch.trace_ids)} bytes for {count} records, and {_TRACE_BYTES} belong to each",

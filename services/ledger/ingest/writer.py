@@ -156,7 +156,7 @@ class Writer:
             self.counters.verdicts[verdict.value] += 1
             if verdict is Verdict.WRITE:
                 self.counters.records += one.batch.records
-                self.counters.requests += int(one.batch.columns["count"].sum())
+                self.counters.requests += int(one.batch.columns["requests"].sum())
                 self.counters.dropped_records += one.batch.dropped_records
                 self.counters.dropped_requests += one.batch.dropped_requests
             if not one.written.done():
@@ -252,12 +252,10 @@ class _Table:
         """What each record adds to a measure of the roll-ups."""
         columns = self.batch.columns
         match name:
-            case "requests":
-                return columns["count"]
             case "hits":
-                return columns["count"] * self._is_hit
+                return columns["requests"] * self._is_hit
             case "errors":
-                return columns["count"] * self._is_error
+                return columns["requests"] * self._is_error
             case "error_us":
                 return columns["compute_us"] * self._is_error
             case _:

@@ -12,9 +12,8 @@ from services.runtime.errors import FailedPreconditionError
 
 _IS_HIT = "(k.status = 'OK' AND (k.outcome LIKE 'hit-%' OR k.outcome = 'joined'))"
 _SUMS = {
-    "requests": "u.count",
-    "hits": f"u.count * {_IS_HIT}::int",
-    "errors": "u.count * (k.status <> 'OK')::int",
+    "hits": f"u.requests * {_IS_HIT}::int",
+    "errors": "u.requests * (k.status <> 'OK')::int",
     "error_us": "u.compute_us * (k.status <> 'OK')::int",
 }
 _NAMES = ", ".join(MEASURES)
@@ -33,7 +32,7 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
     async with database.writing() as connection:
         await partitions.ensure(connection, [day])
         records, requests = await connection.fetchrow(
-            "SELECT count(*), coalesce(sum(count), 0)::bigint FROM usage WHERE at >= $1 AND at < $2", *bounds
+            "SELECT count(*), coalesce(sum(requests), 0)::bigint FROM usage WHERE at >= $1 AND at < $2", *bounds
         )
         counted = await connection.fetchval(
             "SELECT coalesce(sum(requests), 0)::bigint FROM rollup_day WHERE at >= $1 AND at < $2", *bounds

@@ -20,7 +20,7 @@ _LEAST_DIGITS, _DIGITS = 8, 32
 _LONGEST_MS = 3_600_000
 _DETAILS = ("cache_us", "queue_us", "run_us", "batch_requests", "batch_rows", "rows")
 _SELECT = (
-    "SELECT u.at, u.trace_id, u.count, u.total_us, u.router_us, u.cache_us, u.queue_us, u.run_us, u.compute_us, "
+    "SELECT u.at, u.trace_id, u.requests, u.total_us, u.router_us, u.cache_us, u.queue_us, u.run_us, u.compute_us, "
     "u.saved_us, u.request_bytes, u.response_bytes, u.batch_requests, u.batch_rows, u.rows, s.tenant, s.model, "
     "s.version, s.region, s.worker_type, k.outcome, k.status "
     "FROM usage u JOIN series s ON s.id = u.series JOIN kind k ON k.id = u.kind "
@@ -111,9 +111,9 @@ def _row(found: Mapping[str, Any], rating: Rating, boundaries: list[int], denomi
         model=found["model"],
         version=found["version"],
         region=found["region"],
-        requests=found["count"],
-        hits=found["count"] * is_hit,
-        errors=found["count"] * is_error,
+        requests=found["requests"],
+        hits=found["requests"] * is_hit,
+        errors=found["requests"] * is_error,
         compute_us=compute,
         saved_us=saved,
         error_us=compute * is_error,

@@ -26,7 +26,7 @@ INTEGERS: Final = {
     "response_bytes": 8,
     "producer": 4,
     "series": 4,
-    "count": 4,
+    "requests": 4,
     "batch_requests": 4,
     "batch_rows": 4,
     "rows": 4,

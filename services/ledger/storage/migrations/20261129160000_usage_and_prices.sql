@@ -47,7 +47,7 @@ CREATE TABLE usage (
     response_bytes bigint NOT NULL,
     producer integer NOT NULL,
     series integer NOT NULL,
-    count integer NOT NULL,
+    requests integer NOT NULL,
     batch_requests integer NOT NULL,
     batch_rows integer NOT NULL,
     rows integer NOT NULL,
