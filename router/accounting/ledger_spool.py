@@ -1,7 +1,7 @@
 """Batches of usage records on disk, from before they are sent until the ledger has them.
 
-A file a batch: `<epoch>-<sequence>-<records>-<requests>.batch`, 16 bytes of digest and a serialized Batch, written aside
-and renamed, so that a file of that name is whole. The name counts what is in it, for the case that its bytes are damaged.
+A file a batch: `<epoch>-<sequence>-<records>-<requests>.batch`, 16 bytes of digest and a serialized Batch, written
+aside and renamed, so that a file of that name is whole. The name counts what is in it, should its bytes be damaged.
 What is here survives the end of this process, though not that of the host.
 """
 

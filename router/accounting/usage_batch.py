@@ -25,7 +25,7 @@ class Dimension(NamedTuple):
 
 
 class UsageRecord(NamedTuple):
-    """A request, or as many hits as `requests` says, folded; all else is the sum over them. `trace_id` has 16 bytes, or none."""
+    """A request, or several hits that were folded: all else is the sum over them. `trace_id` has 16 bytes, or none."""
 
     dimension: Dimension
     at_ms: int

@@ -199,7 +199,11 @@ class Writer:
         strange = (at_ms < _midnight_ms(first)) | (at_ms >= past_end_ms)
         self.counters.moved += int(strange.sum())
         at_ms[strange] = now_ms
-        rows = np.concatenate([table.rows() for table in tables])
+        rows = usage_rows.empty(len(at_ms))
+        end = 0
+        for table in tables:
+            begin, end = end, end + table.batch.records
+            table.fill(rows[begin:end])
         usage_rows.set_times(rows, at_ms)
         day_numbers = at_ms // _DAY_MS
         days = {day_of(int(number) * _DAY_MS) for number in np.unique(day_numbers)}
@@ -236,9 +240,8 @@ class _Table:
         self._is_hit = np.array([name.is_hit for name in batch.kinds], np.int64)[batch.dimension]
         self._is_error = np.array([name.is_error for name in batch.kinds], np.int64)[batch.dimension]
 
-    def rows(self) -> Rows:
-        """Without their times."""
-        rows = usage_rows.empty(self.batch.records)
+    def fill(self, rows: Rows) -> None:
+        """All but their times."""
         for name in COLUMNS:
             rows[name] = self.batch.columns[name]
         rows["sequence"] = self.batch.sequence
@@ -246,7 +249,6 @@ class _Table:
         rows["series"] = self.series
         rows["kind"] = self._kind
         rows["trace_id"] = np.frombuffer(self.batch.trace_ids, "V16")
-        return rows
 
     def measure(self, name: str) -> Integers:
         """What each record adds to a measure of the roll-ups."""

@@ -75,6 +75,8 @@ def times_ms(rows: Rows) -> Integers:
 
 def as_copy(rows: Rows) -> bytes:
     """What COPY ... FROM STDIN (FORMAT binary) reads."""
+    # numpy's own functions return rows in this machine's order.
+    assert rows.dtype == ROW
     return b"".join((_HEAD, rows.tobytes(), _TAIL))
 
 
