@@ -18,6 +18,7 @@ import pytest
 from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import encode
+from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.migrations import FOLDER
 from tests.system import processes
 from tests.system.conftest import eventually
@@ -111,6 +112,14 @@ async def assert_grains_agree(ledger):
             f"FROM {table} GROUP BY 1 ORDER BY 1"
         )
         sums[table] = [tuple(row) for row in rows]
+    names = "requests", "compute_us", "saved_us", "router_us"
+    wanted = [sum(row[place] for row in sums["usage"]) for place in range(1, 5)]
+    for grain in ("minute", "hour", "day"):
+        rows = await connection.fetch(
+            f"SELECT {', '.join(f'sum({name})' for name in names)} FROM margin_{grain} r "
+            "JOIN margin m ON m.id = r.series GROUP BY m.cube"
+        )
+        assert [list(row) for row in rows] == [wanted] * len(CUBES)
     await connection.close()
     assert sums["usage"] == sums["rollup_minute"] == sums["rollup_hour"] == sums["rollup_day"]
 

@@ -7,9 +7,31 @@ from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 from services.ledger.ingest.batch import Kind, Series
+from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
 
 _MOST_REMEMBERED = 200_000
+
+
+class Margin(NamedTuple):
+    """Some of a series' names: those of a cube, and "" for the others."""
+
+    cube: str
+    tenant: str
+    model: str
+    version: str
+    region: str
+    worker_type: str
+
+
+def margins(series: Series) -> list[Margin]:
+    """One a cube, in their order."""
+    return [
+        Margin(
+            cube, **{name: value if name in (*kept, "worker_type") else "" for name, value in series._asdict().items()}
+        )
+        for cube, kept in CUBES.items()
+    ]
 
 
 class Worker(NamedTuple):
@@ -20,7 +42,7 @@ class Worker(NamedTuple):
     region: str
 
 
-Name = TypeVar("Name", Series, Kind, Worker)
+Name = TypeVar("Name", Series, Margin, Kind, Worker)
 
 
 class Numbers(Generic[Name]):
@@ -54,10 +76,6 @@ class Numbers(Generic[Name]):
         while len(self._known) > _MOST_REMEMBERED:
             self._known.popitem(last=False)
         return numbers
-
-    def forget(self) -> None:
-        """The database may be another one."""
-        self._known.clear()
 
     async def _find(self, connection: Connection, names: list[Name]) -> dict[Name, int]:
         columns = list(zip(*names, strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 
 from services.ledger.ingest import producers, uptime
 from services.ledger.ingest.batch import COLUMNS, Batch, Kind, Series
-from services.ledger.ingest.numbers import Numbers, Worker
+from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, MissingPartitionError
@@ -62,6 +62,7 @@ class Writer:
         self._waiting_records = 0
         self._wake = asyncio.Event()
         self._series = Numbers("series", Series)
+        self._margins = Numbers("margin", Margin)
         self._kinds = Numbers("kind", Kind)
         self._workers = Numbers("worker", Worker)
         self._task: asyncio.Task[None] | None = None
@@ -140,17 +141,20 @@ class Writer:
     async def _write(self, waiting: list[_Waiting]) -> None:
         began = time.perf_counter_ns()
         batches = [one.batch for one in waiting]
-        series = await self._series.of(self._database, {name for batch in batches for name in batch.series})
+        names = {name for batch in batches for name in batch.series}
+        series = await self._series.of(self._database, names)
+        of_margins = await self._margins.of(self._database, {margin for name in names for margin in margins(name)})
+        numbers = _Numbers(series, {name: [of_margins[margin] for margin in margins(name)] for name in names})
         kinds = await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds})
         workers = await self._workers.of(
             self._database, {Worker(*one[:3]) for batch in batches for one in batch.worker_minutes}
         )
         try:
-            verdicts = await self._transact(batches, series, kinds, workers)
+            verdicts = await self._transact(batches, numbers, kinds, workers)
         except MissingPartitionError:
             # Somebody dropped a partition by hand: made again, once.
             self._partitions.forget()
-            verdicts = await self._transact(batches, series, kinds, workers)
+            verdicts = await self._transact(batches, numbers, kinds, workers)
         self.transactions.observe(time.perf_counter_ns() - began)
         for one, (verdict, last) in zip(waiting, verdicts, strict=True):
             self.counters.verdicts[verdict.value] += 1
@@ -165,7 +169,7 @@ class Writer:
     async def _transact(
         self,
         batches: list[Batch],
-        series: dict[Series, int],
+        numbers: _Numbers,
         kinds: dict[Kind, int],
         workers: dict[Worker, int],
     ) -> list[tuple[Verdict, int]]:
@@ -182,7 +186,7 @@ class Writer:
                 if verdict is Verdict.WRITE:
                     accepted.append((batch, mark.id))
             if accepted:
-                tables = [_Table(batch, producer, series, kinds) for batch, producer in accepted if batch.records]
+                tables = [_Table(batch, producer, numbers, kinds) for batch, producer in accepted if batch.records]
                 if tables:
                     days = await self._write_records(connection, tables, now_ms)
                 await self._write_uptime(connection, [batch for batch, _ in accepted], workers, now_ms)
@@ -211,9 +215,13 @@ class Writer:
         for number in np.unique(day_numbers):
             await _copy(connection, usage_partition(day_of(int(number) * _DAY_MS)), rows[day_numbers == number])
         measures = {name: np.concatenate([table.measure(name) for table in tables]) for name in rollups.MEASURES}
-        numbers = np.concatenate([table.series for table in tables])
         minutes_from_ms = _midnight_ms(self._partitions.retention.first_minute_day(today))
-        await Deltas(at_ms, numbers, measures).apply(connection, minutes_from_ms)
+        series = np.concatenate([table.series for table in tables])
+        await Deltas("rollup", at_ms, series, measures).apply(connection, minutes_from_ms)
+        of_margins = np.concatenate([table.margins for table in tables], axis=1)
+        every = {name: np.tile(measure, len(of_margins)) for name, measure in measures.items()}
+        deltas = Deltas("margin", np.tile(at_ms, len(of_margins)), of_margins.ravel(), every)
+        await deltas.apply(connection, minutes_from_ms)
         await rollups.touch(connection, sorted(days))
         return days
 
@@ -229,13 +237,23 @@ class Writer:
         await uptime.add(connection, minutes, workers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """Of series, and of their margins, one a cube."""
+
+    series: dict[Series, int]
+    margins: dict[Series, list[int]]
+
+
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: Batch, producer: int, series: dict[Series, int], kinds: dict[Kind, int]) -> None:
+    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[Kind, int]) -> None:
         self.batch = batch
         self._producer = producer
-        self.series: Integers = np.array([series[name] for name in batch.series], np.int64)[batch.dimension]
+        self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]
+        # A row a cube.
+        self.margins = np.array([numbers.margins[name] for name in batch.series], np.int64).T[:, batch.dimension]
         self._kind = np.array([kinds[name] for name in batch.kinds], np.int64)[batch.dimension]
         self._is_hit = np.array([name.is_hit for name in batch.kinds], np.int64)[batch.dimension]
         self._is_error = np.array([name.is_error for name in batch.kinds], np.int64)[batch.dimension]

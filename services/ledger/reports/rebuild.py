@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime, timedelta
 
 from services.ledger.storage import rollups
+from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.rollups import MEASURES
@@ -50,7 +51,8 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
             *bounds,
         )
         for grain in rollups.GRAINS:
-            await connection.execute(f"DELETE FROM rollup_{grain} WHERE at >= $1 AND at < $2", *bounds)
+            for tables in ("rollup", "margin"):
+                await connection.execute(f"DELETE FROM {tables}_{grain} WHERE at >= $1 AND at < $2", *bounds)
             if grain != "minute" or keeps_minutes:
                 await _fill(connection, grain)
         await rollups.touch(connection, [day])
@@ -59,7 +61,16 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
 
 
 async def _fill(connection: Connection, grain: str) -> None:
+    """From the cells of minutes by series. Margins are there since the day's records were written."""
+    at = f"date_trunc('{grain}', c.at, 'UTC') AS at"
     await connection.execute(
         f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "
-        f"SELECT date_trunc('{grain}', at, 'UTC') AS at, series, {_FROM_CELLS} FROM cells GROUP BY 1, 2 ORDER BY 1, 2"
+        f"SELECT {at}, c.series, {_FROM_CELLS} FROM cells c GROUP BY 1, 2 ORDER BY 1, 2"
     )
+    for cube, names in CUBES.items():
+        same = " AND ".join(f"m.{name} = s.{name}" for name in (*names, "worker_type"))
+        await connection.execute(
+            f"INSERT INTO margin_{grain} (at, series, {_NAMES}) SELECT {at}, m.id, {_FROM_CELLS} "
+            f"FROM cells c JOIN series s ON s.id = c.series JOIN margin m ON m.cube = '{cube}' AND {same} "
+            "GROUP BY 1, 2 ORDER BY 1, 2"
+        )

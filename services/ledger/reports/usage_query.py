@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from services.ledger.reports.periods import Piece
+from services.ledger.storage.cubes import smallest
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
 
@@ -25,32 +26,31 @@ class Sums(NamedTuple):
 
 def statement(pieces: Iterable[Piece], groups: Sequence[str], filters: Mapping[str, str]) -> tuple[str, list[Any]]:
     """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` are values of COLUMNS."""
+    cube = smallest([*(group for group in groups if group != "day"), *filters])
+    tables = "margin" if cube else "rollup"
     arguments: list[Any] = []
     day = ", date_trunc('day', at, 'UTC') AS day" if "day" in groups else ""
-    inner_names = f"segment{', day' if day else ''}, series"
-    sums = ", ".join(f"sum({name})::bigint AS {name}" for name in MEASURES)
+    names = ", ".join(MEASURES)
     parts = []
     for piece in pieces:
         arguments += (_time(piece.from_ms), _time(piece.until_ms))
         end = len(arguments)
-        # Summed by series within each piece, so that few rows meet their names.
         parts.append(
-            f"SELECT {piece.segment} AS segment{day}, series, {sums} FROM rollup_{piece.grain} "
-            f"WHERE at >= ${end - 1} AND at < ${end} GROUP BY {inner_names}"
+            f"SELECT {piece.segment} AS segment{day}, series, {names} FROM {tables}_{piece.grain} "
+            f"WHERE at >= ${end - 1} AND at < ${end}"
         )
-    wanted = []
+    wanted = [f"s.cube = '{cube}'"] if cube else []
     for name, value in filters.items():
         assert name in COLUMNS
         arguments.append(value)
         wanted.append(f"s.{name} = ${len(arguments)}")
-    names = ", ".join(
-        "to_char(day AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day" if group == "day" else f"s.{group}" for group in groups
-    )
-    keys = f"{names}, " if names else ""
+    keys = "".join("day, " if group == "day" else f"s.{group}, " for group in groups)
     numbers = ", ".join(str(place + 1) for place in range(len(groups) + 2))
+    sums = ", ".join(f"sum({name})::bigint" for name in MEASURES)
     return (
         f"SELECT {keys}segment, s.worker_type, {sums} FROM ({' UNION ALL '.join(parts)}) AS u "
-        f"JOIN series s ON s.id = u.series {'WHERE ' + ' AND '.join(wanted) if wanted else ''} GROUP BY {numbers}"
+        f"JOIN {'margin' if cube else 'series'} s ON s.id = u.series "
+        f"{'WHERE ' + ' AND '.join(wanted) if wanted else ''} GROUP BY {numbers}"
     ), arguments
 
 
@@ -63,9 +63,13 @@ async def fetch(
     sql, arguments = statement(pieces, groups, filters)
     width = len(groups)
     return [
-        Sums(tuple(row[:width]), row[width], row[width + 1], tuple(row[width + 2 :]))
+        Sums(tuple(map(_label, row[:width])), row[width], row[width + 1], tuple(row[width + 2 :]))
         for row in map(tuple, await connection.fetch(sql, *arguments))
     ]
+
+
+def _label(value: str | datetime) -> str:
+    return value if isinstance(value, str) else f"{value:%Y-%m-%d}"
 
 
 def _time(at_ms: int) -> datetime:

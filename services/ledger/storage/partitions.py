@@ -12,6 +12,8 @@ from services.ledger.storage.database import Connection, Database
 log = logging.getLogger(__name__)
 
 DAYS_AHEAD = 3
+_OF_DAYS = ("rollup_minute", "margin_minute", "worker_minute")
+_OF_MONTHS = ("rollup_hour", "rollup_day", "margin_hour", "margin_day")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,8 @@ class Partitions:
         today = now.date()
         first = {
             "usage": self.retention.first_usage_day(today),
-            "rollup_minute": self.retention.first_minute_day(today),
-            "worker_minute": self.retention.first_minute_day(today),
-            "rollup_hour": today - timedelta(days=self.retention.rollups - 1),
-            "rollup_day": today - timedelta(days=self.retention.rollups - 1),
+            **dict.fromkeys(_OF_DAYS, self.retention.first_minute_day(today)),
+            **dict.fromkeys(_OF_MONTHS, today - timedelta(days=self.retention.rollups - 1)),
         }
         dropped = []
         async with database.writing() as connection:
@@ -109,8 +109,8 @@ def _parts(day: date) -> list[tuple[str, str, date, date]]:
     next_month = (month + timedelta(days=32)).replace(day=1)
     return [
         (usage_partition(day), "usage", day, tomorrow),
-        *((f"{table}_{day:%Y%m%d}", table, day, tomorrow) for table in ("rollup_minute", "worker_minute")),
-        *((f"{table}_{month:%Y%m}", table, month, next_month) for table in ("rollup_hour", "rollup_day")),
+        *((f"{table}_{day:%Y%m%d}", table, day, tomorrow) for table in _OF_DAYS),
+        *((f"{table}_{month:%Y%m}", table, month, next_month) for table in _OF_MONTHS),
     ]
 
 

@@ -27,24 +27,25 @@ MEASURES: Final = (
 GRAINS: Final = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 
 
-def _upsert(grain: str) -> str:
+def _upsert(table: str) -> str:
     arrays = ", ".join(f"${place}::bigint[]" for place in range(3, 3 + len(MEASURES)))
     names = ", ".join(MEASURES)
     sums = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in MEASURES)
     return (
-        f"INSERT INTO rollup_{grain} AS r (at, series, {names}) "
+        f"INSERT INTO {table} AS r (at, series, {names}) "
         f"SELECT to_timestamp(at / 1000), series, {names} FROM unnest($1::bigint[], $2::integer[], {arrays}) "
         f"AS d(at, series, {names}) ON CONFLICT (at, series) DO UPDATE SET {sums}"
     )
 
 
-_UPSERTS = {grain: _upsert(grain) for grain in GRAINS}
-
-
 class Deltas:
-    """What records add to the cells of each grain. Arrays have an entry a record; times in ms since the Unix epoch."""
+    """What records add to the cells of each grain. Arrays have an entry a record; times in ms since the Unix epoch.
 
-    def __init__(self, at_ms: Integers, series: Integers, measures: Mapping[str, Integers]) -> None:
+    `tables` is "rollup" for numbers of series, "margin" for those of margins.
+    """
+
+    def __init__(self, tables: str, at_ms: Integers, series: Integers, measures: Mapping[str, Integers]) -> None:
+        self._tables = tables
         self._at_ms = at_ms
         self._series = series
         self._measures = measures
@@ -54,7 +55,7 @@ class Deltas:
         for grain in GRAINS:
             kept = self._at_ms >= minutes_from_ms if grain == "minute" else np.ones(len(self._at_ms), bool)
             if kept.any():
-                await connection.execute(_UPSERTS[grain], *self._cells(GRAINS[grain], kept))
+                await connection.execute(_upsert(f"{self._tables}_{grain}"), *self._cells(GRAINS[grain], kept))
 
     def _cells(self, width_ms: int, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[list[int]]:
         """Columns of the cells, in the order of the primary key: locks and pages are taken in one direction."""
