@@ -2,8 +2,10 @@
 
 import itertools
 import time
+from contextlib import suppress
 
 import grpc
+import psutil
 from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
@@ -43,9 +45,12 @@ class Ledger:
         )
 
     def postgres(self):
-        """Its postmaster."""
-        (found,) = (child for child in self.started.info.children() if child.name() == "postgres")
-        return found
+        """Its postmaster; None while there is none."""
+        for child in self.started.info.children():
+            with suppress(psutil.NoSuchProcess):
+                if child.name() == "postgres":
+                    return child
+        return None
 
     def stop(self):
         self.channel.close()

@@ -80,9 +80,10 @@ def test_every_setting_is_in_the_table_of_operations():
     from router.settings import RouterSettings
     from services.console.settings import ConsoleSettings
     from services.inference.settings import WorkerSettings
+    from services.ledger.settings import LedgerSettings
 
     table = set(re.findall(r"`RINGMESH_([A-Z_]+)`", (ROOT / "docs/operations.md").read_text()))
-    kinds = (CacheSettings, ConsoleSettings, RouterSettings, WorkerSettings)
+    kinds = (CacheSettings, ConsoleSettings, LedgerSettings, RouterSettings, WorkerSettings)
     settings = {name.upper() for kind in kinds for name in kind.model_fields}
     assert settings <= table
     assert table - settings == {"CONFIG"}

@@ -28,6 +28,8 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 _MOST_RECORDS = 20_000
 # Waiting; beyond, routers keep them.
 _MOST_WAITING = 200_000
+# Before the database is tried again.
+_PAUSE_SECONDS = 0.1
 _DAY_MS = 86_400_000
 
 
@@ -117,6 +119,7 @@ class Writer:
                 await self._write(taken)
             except UnavailableError as error:
                 self._fail(taken, error)
+                await asyncio.sleep(_PAUSE_SECONDS)
             except BaseException:
                 self._fail(taken, UnavailableError("the ledger could not write the batch; send it again"))
                 raise
