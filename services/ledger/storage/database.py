@@ -54,8 +54,7 @@ class Database:
         """
         pool = await self._create_pool(self._url)
         try:
-            await migrations.migrate(self._url)
-            await _check_schema(pool)
+            await _bring_schema(pool, self._url)
             reports = await self._create_pool(self._replica_url) if self._replica_url else pool
         except BaseException:
             pool.terminate()
@@ -147,10 +146,16 @@ def _told() -> Iterator[None]:
         ) from error
 
 
-async def _check_schema(pool: asyncpg.Pool) -> None:
+async def _bring_schema(pool: asyncpg.Pool, url: str) -> None:
+    """Migrates where that is needed, while no other ledger writes or migrates."""
     async with pool.acquire() as connection, connection.transaction():
-        applied = {row["version"] for row in await connection.fetch("SELECT version FROM schema_migrations")}
-    if newer := sorted(applied - migrations.known()):
-        raise StartError(
-            f"the database belongs to a newer ledger: this one does not know its migrations {', '.join(newer)}"
-        )
+        await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+        applied: set[str] = set()
+        if await connection.fetchval("SELECT to_regclass('schema_migrations')") is not None:
+            applied = {row["version"] for row in await connection.fetch("SELECT version FROM schema_migrations")}
+        if newer := sorted(applied - migrations.known()):
+            raise StartError(
+                f"the database belongs to a newer ledger: this one does not know its migrations {', '.join(newer)}"
+            )
+        if applied != migrations.known():
+            await migrations.migrate(url)

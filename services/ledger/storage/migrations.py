@@ -18,13 +18,13 @@ class MigrationError(Exception):
 
 
 async def migrate(url: str) -> None:
-    """Brings the schema of the database to this ledger's. Raises MigrationError; others that migrate are waited for."""
-    await _run(url, "--migration-lock", "migrate")
+    """Brings the schema of the database to this ledger's. Raises MigrationError; the caller keeps others away."""
+    await _run(url, "migrate")
 
 
 async def roll_back(url: str) -> None:
     """Undoes the newest migration."""
-    await _run(url, "--migration-lock", "rollback")
+    await _run(url, "rollback")
 
 
 def known() -> set[str]:
