@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ pytestmark = [
 
 
 def as_postgres(*command, **options):
-    return subprocess.Popen(command, user="postgres", group="postgres", extra_groups=[], **options)
+    environment = {**os.environ, "HOME": "/nonexistent"}
+    return subprocess.Popen(command, user="postgres", group="postgres", extra_groups=[], env=environment, **options)
 
 
 def run(*command, **options):
@@ -28,12 +31,11 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("database")
-    for parent in [folder, *folder.parents[:2]]:
-        parent.chmod(0o755)
-    shutil.chown(folder, "postgres", "postgres")
-    return folder
+def folder():
+    # Not of pytest, whose folders only root may enter.
+    with tempfile.TemporaryDirectory(prefix="ringmesh-database-", ignore_cleanup_errors=True) as name:
+        shutil.chown(name, "postgres", "postgres")
+        yield Path(name)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def server(folder, certificate):
         data, port, "ssl=on", f"ssl_cert_file={certificate}", f"ssl_key_file={folder / 'key.pem'}", "wal_level=replica"
     )
     yield port
-    server.terminate()
+    server.send_signal(signal.SIGINT)  # fast: sessions are ended
     server.wait()
 
 
@@ -75,15 +77,27 @@ def url(port, certificate):
 
 def assert_counts(ledger):
     sender, tenant = Sender(ledger), unique("tenant")
-    assert sender.append([miss(tenant)]).result == WRITTEN
-    assert sender.append([miss(tenant)], sequence=1).result in (WRITTEN, DUPLICATE)
+    records = [miss(tenant)]
+    assert sender.append(records).result == WRITTEN
+    assert sender.append(records, sequence=1).result == DUPLICATE
     eventually(lambda: ledger.report("tenant", tenant=tenant).total.requests == 1)
 
 
-def test_over_tls_with_a_password(server, certificate):
-    ledger = Ledger(database_url=url(server, certificate))
-    assert_counts(ledger)
-    ledger.stop()
+@pytest.fixture
+def start_ledger():
+    started = []
+
+    def start(**settings):
+        started.append(Ledger(**settings))
+        return started[-1]
+
+    yield start
+    for ledger in started:
+        ledger.stop()
+
+
+def test_over_tls_with_a_password(start_ledger, server, certificate):
+    assert_counts(start_ledger(database_url=url(server, certificate)))
 
 
 def test_without_tls_the_server_refuses_and_the_ledger_says_so(server):
@@ -105,7 +119,7 @@ def test_without_tls_the_server_refuses_and_the_ledger_says_so(server):
 
 
 @pytest.mark.skipif(shutil.which("pgbouncer", path="/usr/sbin:/usr/bin") is None, reason="needs Debian's pgbouncer")
-def test_through_pgbouncer_in_transaction_mode(server, folder, certificate):
+def test_through_pgbouncer_in_transaction_mode(start_ledger, server, folder, certificate):
     port = processes.free_address().split(":")[1]
     settings = folder / "pgbouncer.ini"
     (folder / "users").write_text('"ledger" "secret"\n')
@@ -116,20 +130,21 @@ def test_through_pgbouncer_in_transaction_mode(server, folder, certificate):
         f"unix_socket_dir =\n"
     )
     pooler = as_postgres("/usr/sbin/pgbouncer", "-q", settings)
-    ledger = Ledger(database_url=f"postgresql://ledger:secret@127.0.0.1:{port}/postgres?sslmode=disable")
-    for _ in range(10):
-        assert_counts(ledger)
-    ledger.stop()
-    pooler.terminate()
-    pooler.wait()
+    try:
+        ledger = start_ledger(database_url=f"postgresql://ledger:secret@127.0.0.1:{port}/postgres?sslmode=disable")
+        for _ in range(10):
+            assert_counts(ledger)
+    finally:
+        pooler.kill()
+        pooler.wait()
 
 
-def test_reports_are_read_from_the_replica(server, folder, certificate):
+def test_reports_are_read_from_the_replica(start_ledger, server, folder, certificate):
     data, port = folder / "replica", processes.free_address().split(":")[1]
     run(PROGRAMS / "pg_basebackup", "-D", data, "-R", "-X", "stream", "-d",
         f"host=localhost port={server} user=ledger password=secret sslmode=require")  # fmt: skip
     replica = start_server(data, port, "ssl=on", f"ssl_cert_file={certificate}", f"ssl_key_file={folder / 'key.pem'}")
-    ledger = Ledger(database_url=url(server, certificate), replica_url=url(port, certificate))
+    ledger = start_ledger(database_url=url(server, certificate), replica_url=url(port, certificate))
     sender, tenant = Sender(ledger), unique("tenant")
     sender.append([miss(tenant)])
     eventually(lambda: ledger.report("tenant", tenant=tenant).total.requests == 1)
@@ -145,6 +160,5 @@ def test_reports_are_read_from_the_replica(server, folder, certificate):
          "SELECT pg_wal_replay_resume()"], check=True,
     )  # fmt: skip
     eventually(lambda: ledger.report("tenant", tenant=tenant).total.requests == 2)
-    ledger.stop()
-    replica.terminate()
+    replica.send_signal(signal.SIGINT)
     replica.wait()

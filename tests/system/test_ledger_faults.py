@@ -127,7 +127,8 @@ async def assert_grains_agree(ledger):
 
 def kill_postgres(ledger):
     """The postmaster and, at random, one of its sessions first."""
-    with suppress(psutil.NoSuchProcess):
+    eventually(ledger.postgres)
+    with suppress(psutil.NoSuchProcess, AttributeError):
         postmaster = ledger.postgres()
         for child in postmaster.children() if random.random() < 0.5 else ():
             if "ringmesh" in " ".join(child.cmdline()):

@@ -56,6 +56,9 @@ class Database:
         try:
             await _bring_schema(pool, self._url)
             reports = await self._create_pool(self._replica_url) if self._replica_url else pool
+        except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError, ValueError) as error:
+            pool.terminate()
+            raise StartError(f"cannot use the database: {error}") from None
         except BaseException:
             pool.terminate()
             raise
@@ -99,18 +102,16 @@ class Database:
             yield connection
 
     async def _create_pool(self, url: str) -> asyncpg.Pool:
-        try:
-            return await asyncpg.create_pool(
-                url,
-                min_size=1,
-                max_size=_POOL,
-                timeout=_CONNECT_SECONDS,
-                statement_cache_size=0,
-                reset=_nothing_to_reset,
-                max_inactive_connection_lifetime=60.0,
-            )
-        except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError, ValueError) as error:
-            raise StartError(f"cannot use the database: {error}") from None
+        return await asyncpg.create_pool(
+            url,
+            # Made when they are needed: a pool that keeps some logs each attempt while the server is away.
+            min_size=0,
+            max_size=_POOL,
+            timeout=_CONNECT_SECONDS,
+            statement_cache_size=0,
+            reset=_nothing_to_reset,
+            max_inactive_connection_lifetime=60.0,
+        )
 
 
 async def _nothing_to_reset(_: Connection) -> None:
