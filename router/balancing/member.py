@@ -29,7 +29,7 @@ class Listing:
 
 
 class Link(Protocol):
-    """The way to a worker; WorkerLink is the real one and describes the methods."""
+    """The way to a worker; WorkerClient is the real one and describes the methods."""
 
     def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
         """Runs the request there; `done` hears the outcome."""
@@ -53,7 +53,7 @@ class Link(Protocol):
     def give_up(self) -> None:
         """Ends what is under way."""
 
-    def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
+    def forget_queues(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle queues of models that are not in `model_digests`."""
 
     async def close(self) -> None:

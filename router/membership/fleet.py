@@ -26,7 +26,7 @@ from router.membership.outliers import Outliers
 from router.membership.slow_start import SlowStart
 from router.membership.worker_description import nonsense
 from router.transport.channels import NETWORK, Channels
-from router.transport.worker_client import NotSentError, WorkerBusyError, WorkerLink, WorkerUnreachableError
+from router.transport.worker_client import NotSentError, WorkerBusyError, WorkerClient, WorkerUnreachableError
 from router.transport.worker_load import WorkerLoad
 from services.runtime.telemetry.metrics import Counter
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -239,7 +239,7 @@ class Fleet:
             (model.name, model.version): model.ensemble.not_runnable for model in models if model.ensemble.not_runnable
         }
         member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
-        member.link.forget_lanes(frozenset(model.digest for model in models))
+        member.link.forget_queues(frozenset(model.digest for model in models))
         for name, version in sorted(member.held - before):
             self._tell(_Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
         for name, version in sorted(before - member.held):
@@ -310,7 +310,7 @@ class Fleet:
     def _join(self, listing: Listing) -> None:
         load = WorkerLoad()
         member = self._members[listing.address] = Member(
-            listing, WorkerLink(listing.address, load, self._channels), load
+            listing, WorkerClient(listing.address, load, self._channels), load
         )
         self._tell(_Event.KIND_JOINED, member)
         if self._started:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
 from urllib.parse import unquote
@@ -42,10 +43,16 @@ class CallError(Exception):
 
 
 class GrpcChannel:
-    """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss."""
+    """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss.
 
-    def __init__(self, address: str) -> None:
+    `tls` is None for a plain connection; its server's certificate has to name the host.
+    """
+
+    def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
+        self._tls = tls
+        if tls is not None:
+            tls.set_alpn_protocols(["h2"])
         self._connection: Connection | None = None
         # And those that finish what they have, after the server asked us to go.
         self._connections: set[Connection] = set()
@@ -164,7 +171,9 @@ class GrpcChannel:
             loop = asyncio.get_running_loop()
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    _, made = await loop.create_connection(lambda: Connection(self._lost), host.strip("[]"), int(port))
+                    _, made = await loop.create_connection(
+                        lambda: Connection(self._lost), host.strip("[]"), int(port), ssl=self._tls
+                    )
             except TimeoutError:
                 message = f"no connection to {self._address} within {CONNECT_SECONDS:g} s"
                 raise CallError(grpc.StatusCode.UNAVAILABLE, message, unsent=True) from None
@@ -182,8 +191,9 @@ class GrpcChannel:
 
     def _headers(self, method: str) -> bytes:
         """The block of every request for `method`: with no entry for the server's table, it stands for itself."""
+        scheme = "http" if self._tls is None else "https"
         headers = [
-            (":method", "POST"), (":scheme", "http"), (":path", method), (":authority", self._address),
+            (":method", "POST"), (":scheme", scheme), (":path", method), (":authority", self._address),
             ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "ringmesh-router"),
         ]  # fmt: skip
         return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])

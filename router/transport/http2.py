@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import cast
@@ -43,7 +44,7 @@ _END_STREAM = _ACK = 0x1
 _END_HEADERS = 0x4
 _PADDED = 0x8
 _PRIORITY = 0x20
-_HEADER_TABLE_SIZE, _ENABLE_PUSH, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 2, 4, 5
+_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 2, 3, 4, 5
 _CANCEL = 8
 
 
@@ -62,11 +63,13 @@ class Stream:
     in `headers`.
     """
 
-    __slots__ = ("error", "headers", "on_end", "pieces", "size", "unsent", "window")
+    __slots__ = ("error", "headers", "is_open", "on_end", "pieces", "size", "unsent", "window")
 
     def __init__(self, window: int, on_end: Callable[[Stream], None]) -> None:
         self.window = window
         self.on_end = on_end
+        # Whether its headers were sent.
+        self.is_open = False
         self.error: RequestError | None = None
         self.headers: dict[str, str] = {}
         # They have `size` bytes. A large one is not joined here.
@@ -84,6 +87,10 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._streams: dict[int, Stream] = {}
+        # Streams that the server allows at once, those that are open, and requests that wait for one.
+        self._max_streams = _MAX_WINDOW
+        self._open_streams = 0
+        self._queued: deque[tuple[int, bytes, bytes]] = deque()
         self._next_id = 1
         self._window = _DEFAULT_WINDOW
         self._stream_window = _DEFAULT_WINDOW
@@ -134,7 +141,18 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         number = self._next_id
         self._next_id += 2
-        stream = self._streams[number] = Stream(self._stream_window, on_end)
+        self._streams[number] = Stream(self._stream_window, on_end)
+        if self._open_streams < self._max_streams and not self._queued:
+            self._open(number, headers, body)
+        else:
+            self._queued.append((number, headers, body))
+        return number
+
+    def _open(self, number: int, headers: bytes, body: bytes) -> None:
+        assert self._transport is not None
+        self._open_streams += 1
+        stream = self._streams[number]
+        stream.is_open = True
         head = _frame(Frame.HEADERS, _END_HEADERS, number, headers)
         if len(body) <= min(self._window, stream.window, self._frame_size):
             self._window -= len(body)
@@ -143,12 +161,18 @@ class Connection(asyncio.Protocol):
             self._transport.write(head)
             stream.unsent = memoryview(body)
             self._send(number, stream)
-        return number
+
+    def _open_queued(self) -> None:
+        while self._queued and self._open_streams < self._max_streams and self._transport is not None:
+            number, headers, body = self._queued.popleft()
+            if number in self._streams:  # else it was cancelled
+                self._open(number, headers, body)
 
     def cancel(self, number: int) -> None:
         """Nobody waits for it any more: the server is told, and nobody else."""
-        if self._streams.pop(number, None) is not None and self._transport is not None:
-            self._transport.write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
+        stream = self._remove(number)
+        if stream is not None and stream.is_open:
+            self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
 
     def ping(self, acknowledged: Callable[[], None]) -> Callable[[], object]:
         """Asks the server's engine for a sign of life; what stops waiting for it."""
@@ -267,8 +291,11 @@ class Connection(asyncio.Protocol):
                     stream.window += more
             elif identifier == _MAX_FRAME_SIZE:
                 self._frame_size = value
+            elif identifier == _MAX_CONCURRENT_STREAMS:
+                self._max_streams = value
         self._write(_frame(Frame.SETTINGS, _ACK, 0, b""))
         self._send_all()
+        self._open_queued()
 
     def _take_room(self, number: int, size: int) -> None:
         if number == 0:
@@ -302,18 +329,28 @@ class Connection(asyncio.Protocol):
             self._write(_frame(Frame.DATA, 0 if stream.unsent else _END_STREAM, number, part))
 
     def _end(self, number: int) -> None:
-        stream = self._streams.pop(number)
+        stream = self._remove(number)
+        assert stream is not None
         if stream.unsent:  # the server has answered without reading it all
             self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
         stream.on_end(stream)
         self._close_if_done()
 
     def _fail(self, number: int, error: RequestError) -> None:
-        stream = self._streams.pop(number, None)
+        stream = self._remove(number)
         if stream is not None:
             stream.error = error
             stream.on_end(stream)
         self._close_if_done()
+
+    def _remove(self, number: int) -> Stream | None:
+        """Makes room for a request that waits."""
+        stream = self._streams.pop(number, None)
+        if stream is not None and stream.is_open:
+            self._open_streams -= 1
+            if self._queued:
+                asyncio.get_running_loop().call_soon(self._open_queued)
+        return stream
 
     def _fail_all(self, why: str) -> None:
         for number in list(self._streams):

@@ -1,12 +1,12 @@
-"""The way to one worker: requests for it leave in envelopes.
+"""The client of one worker: it sends requests in envelopes, over gRPC or a local socket, and owns the link's state.
 
-Waiting is batching: while DEPTH envelopes for a model are under way, what arrives for that model gathers
-and leaves as the next one. An idle way adds no wait, and a busy one pays the price of a call once for many
-requests. Models have lanes of their own, so that a slow one holds up
-no other.
+While DEPTH envelopes for a model are under way, the requests that arrive for that model gather and leave as the next
+envelope. So an idle link adds no wait, and a busy one pays for one call per envelope. Each model has a queue of its
+own, so that a slow model holds up no other; at most MAX_ENVELOPES are under way on a link.
 
-A worker that stops answering, or whose connection is lost, closes the link: all that it holds is told so at once and
-may go elsewhere, and nothing more is sent until the worker describes itself again.
+Keepalive: the fleet polls `describe`, and `is_alive` sends an HTTP/2 PING where an answer is due. A worker that stops
+answering, or whose connection is lost, closes the link: all its requests end at once with an error that lets them go
+to another worker, and nothing more is sent until the worker describes itself again.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 # One envelope at work on the worker, one on the way: it never waits for us.
 DEPTH = 2
 MAX_ITEMS = 64
+# gRPC servers and proxies allow at least 100 streams of a connection.
+MAX_ENVELOPES = 96
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
 # A worker that owes an answer and is not heard for _SILENT_SECONDS is pinged, twice at most, for the first may time out
@@ -97,8 +99,8 @@ class Sent:
         self.left = False
 
 
-class WorkerLink:
-    """A channel to the worker at `address`, with a lane of envelopes for each model.
+class WorkerClient:
+    """A link to the worker at `address`, with a queue for each model.
 
     On our own host envelopes go over the worker's Unix socket while there is one.
     """
@@ -110,7 +112,9 @@ class WorkerLink:
         self._under_way = 0
         self._channel = channels.channel(address)
         self._local = channels.local()
-        self._lanes: dict[bytes, _Lane] = {}
+        self._queues: dict[bytes, _ModelQueue] = {}
+        # Queues that wait until fewer than MAX_ENVELOPES are under way.
+        self._blocked: deque[_ModelQueue] = deque()
         # What cancels each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
         self._telling: set[asyncio.Task[None]] = set()
@@ -131,14 +135,14 @@ class WorkerLink:
         if self._closed:
             self._give_back([sent], NotSentError(self._closed))
             return sent
-        lane = self._lanes.get(model_digest)
-        if lane is None:
-            lane = self._lanes[model_digest] = _Lane()
-        lane.waiting.append(sent)
-        if not lane.sending:
+        queue = self._queues.get(model_digest)
+        if queue is None:
+            queue = self._queues[model_digest] = _ModelQueue()
+        queue.waiting.append(sent)
+        if not queue.sending:
             # After all that this turn of the loop brings: what callers sent together leaves together.
-            lane.sending = True
-            asyncio.get_running_loop().call_soon(self._send, lane)
+            queue.sending = True
+            asyncio.get_running_loop().call_soon(self._send, queue)
         return sent
 
     def withdraw(self, sent: Sent) -> None:
@@ -219,11 +223,13 @@ class WorkerLink:
         self._local.drop()
         self._channel.drop()
         for envelope in envelopes:
-            envelope.lane.under_way = 0
+            envelope.queue.under_way = 0
             self._give_back(envelope.items, error)
-        for lane in self._lanes.values():
-            self._give_back(lane.waiting, NotSentError(self._closed))
-            lane.waiting.clear()
+        for queue in self._queues.values():
+            self._give_back(queue.waiting, NotSentError(self._closed))
+            queue.waiting.clear()
+            queue.blocked = False
+        self._blocked.clear()
 
     def _give_back(self, requests: Iterable[Sent], error: WorkerUnreachableError) -> None:
         if not self._leaving:
@@ -237,10 +243,10 @@ class WorkerLink:
         if self._leaving:
             asyncio.get_running_loop().call_soon(self._end_leaving)
 
-    def forget_lanes(self, model_digests: frozenset[bytes]) -> None:
-        """Drops the idle lanes of models that the worker no longer holds."""
-        for digest in [d for d, lane in self._lanes.items() if d not in model_digests and not lane.busy]:
-            del self._lanes[digest]
+    def forget_queues(self, model_digests: frozenset[bytes]) -> None:
+        """Drops the idle queues of models that the worker no longer holds."""
+        for digest in [d for d, queue in self._queues.items() if d not in model_digests and not queue.busy]:
+            del self._queues[digest]
 
     async def close(self) -> None:
         """Ends what is under way and disconnects."""
@@ -259,10 +265,17 @@ class WorkerLink:
         with suppress(CallError):  # then it runs in vain
             await self._timed(_WITHDRAW, withdraw, _WITHDRAW_SECONDS)
 
-    def _send(self, lane: _Lane) -> None:
-        lane.sending = False
-        while lane.under_way < DEPTH and (items := self._next_envelope(lane)):
-            envelope = _Envelope(lane, items)
+    def _send(self, queue: _ModelQueue) -> None:
+        queue.sending = False
+        while queue.under_way < DEPTH and queue.waiting:
+            if len(self._envelopes) >= MAX_ENVELOPES:
+                if not queue.blocked:
+                    queue.blocked = True
+                    self._blocked.append(queue)
+                return
+            if not (items := self._next_envelope(queue)):
+                return
+            envelope = _Envelope(queue, items)
             try:
                 cancel = self._begin(envelope)
             except Exception as error:
@@ -273,7 +286,7 @@ class WorkerLink:
             if not self._envelopes:
                 self._heard = time.monotonic()
             self._envelopes[envelope] = cancel
-            lane.under_way += 1
+            queue.under_way += 1
             self._under_way += len(items)
 
     def _begin(self, envelope: _Envelope) -> Callable[[], object]:
@@ -283,12 +296,12 @@ class WorkerLink:
             return local.begin(request, answered)
         return self._channel.begin(_EXECUTE, request, answered)
 
-    def _next_envelope(self, lane: _Lane) -> list[Sent]:
+    def _next_envelope(self, queue: _ModelQueue) -> list[Sent]:
         """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
         items: list[Sent] = []
         size = 0
         now = time.monotonic()
-        waiting = lane.waiting
+        waiting = queue.waiting
         while waiting and len(items) < MAX_ITEMS:
             sent = waiting[0]
             work = sent.work
@@ -317,12 +330,16 @@ class WorkerLink:
             self._close(NotSentError(str(answer)))
             return
         del self._envelopes[envelope]
-        lane, items = envelope.lane, envelope.items
-        lane.under_way -= 1
+        queue, items = envelope.queue, envelope.items
+        queue.under_way -= 1
         self._under_way -= len(items)
         outcomes = self._outcomes(answer, len(items))
         # Before they are told: the next one is on its way while they are.
-        self._send(lane)
+        self._send(queue)
+        while self._blocked and len(self._envelopes) < MAX_ENVELOPES:
+            blocked = self._blocked.popleft()
+            blocked.blocked = False
+            self._send(blocked)
         for sent, outcome in zip(items, outcomes, strict=True):
             self._end(sent, outcome)
 
@@ -352,15 +369,17 @@ class WorkerLink:
             internal(log, "what became of a request could not be told", error)
 
 
-class _Lane:
+class _ModelQueue:
     """What waits for one model on one worker."""
 
-    __slots__ = ("sending", "under_way", "waiting")
+    __slots__ = ("blocked", "sending", "under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[Sent] = deque()
         self.under_way = 0
         self.sending = False
+        # In `_blocked` of its link.
+        self.blocked = False
 
     @property
     def busy(self) -> bool:
@@ -370,10 +389,10 @@ class _Lane:
 class _Envelope:
     """Requests that leave together."""
 
-    __slots__ = ("items", "lane")
+    __slots__ = ("items", "queue")
 
-    def __init__(self, lane: _Lane, items: Sequence[Sent]) -> None:
-        self.lane = lane
+    def __init__(self, queue: _ModelQueue, items: Sequence[Sent]) -> None:
+        self.queue = queue
         self.items = items
 
     def request(self) -> bytes:

@@ -4,7 +4,7 @@
     python -m tests.bench.echo two-hop --port 9002 --back 9003 --engine native --response-bytes 100
     python -m tests.bench.echo low-level --port 9004 --response-bytes 900
 
-Two hops go through the router's own WorkerLink to a worker that answers each item of an envelope at once, over its
+Two hops go through the router's own WorkerClient to a worker that answers each item of an envelope at once, over its
 Unix socket as wherever both are on one host. Low-level is the native engine by its calls alone, without asyncio:
 recv_batch and respond on one thread.
 """
@@ -19,7 +19,7 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.transport.worker_client import Work, WorkerLink
+from router.transport.worker_client import Work, WorkerClient
 from router.transport.worker_load import WorkerLoad
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.runtime.rpc.rpc import Answer, Service
@@ -28,7 +28,7 @@ from services.runtime.rpc.server import Engine, Server
 
 async def serve(arguments: argparse.Namespace) -> None:
     answer = bytes(arguments.response_bytes)
-    link = WorkerLink(f"127.0.0.1:{arguments.back}", WorkerLoad())
+    link = WorkerClient(f"127.0.0.1:{arguments.back}", WorkerLoad())
 
     async def one_hop(request, context):
         return answer

@@ -2,16 +2,18 @@
 
 import asyncio
 import random
+import ssl
 import struct
 
 import grpc
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.transport.grpc_channel import CallError, GrpcChannel
-from router.transport.http2 import Connection, Frame
+from router.transport.http2 import PREFACE, Connection, Frame
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server
 from tests.system.processes import free_address
@@ -273,3 +275,73 @@ async def test_a_server_that_leaves_has_what_it_did_not_see_sent_elsewhere():
     connection.data_received(frame(Frame.HEADERS, 0x5, 1, b"\x88"))
     assert seen[0].error is None
     assert transport.closed
+
+
+async def serve(handler, tls):
+    """A grpc.aio server of METHOD, and its address."""
+    server = grpc.aio.server()
+    handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(handler)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)])
+    address = free_address()
+    server.add_secure_port(address, tls)
+    await server.start()
+    return server, address
+
+
+class Wire(asyncio.Transport):
+    """Keeps the frames that a client writes, as (kind, stream)."""
+
+    def __init__(self):
+        super().__init__()
+        self.frames = []
+
+    def write(self, data):
+        data = data.removeprefix(PREFACE)
+        while data:
+            length = int.from_bytes(data[:3], "big")
+            self.frames.append((Frame(data[3]), int.from_bytes(data[5:9], "big")))
+            data = data[9 + length :]
+
+    def opened(self):
+        return [stream for kind, stream in self.frames if kind is Frame.HEADERS]
+
+
+async def test_requests_beyond_the_servers_stream_limit_wait_for_a_stream():
+    wire, ended = Wire(), []
+    connection = Connection(lambda _: None)
+    connection.connection_made(wire)
+    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 3, 2)))
+    first, second, third, fourth = (connection.request(b"", b"body", ended.append) for _ in range(4))
+    assert wire.opened() == [first, second]
+    connection.cancel(third)
+    assert (Frame.RST_STREAM, third) not in wire.frames
+    connection.data_received(frame(Frame.HEADERS, 0x5, first))
+    await asyncio.sleep(0)
+    assert wire.opened() == [first, second, fourth]
+    connection.data_received(frame(Frame.SETTINGS, 0, 0, struct.pack(">HI", 3, 4)))
+    assert wire.opened() == [first, second, fourth]
+    connection.connection_lost(None)
+    assert len(ended) == 3
+
+
+async def test_calls_go_over_tls_to_a_server_whose_certificate_names_the_host():
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    pair = (certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())
+
+    async def handler(request, context):
+        return request
+
+    server, address = await serve(handler, grpc.ssl_server_credentials([pair]))
+    trusting, wary = ssl.create_default_context(), ssl.create_default_context()
+    authority.configure_trust(trusting)
+    channel, stranger = GrpcChannel(address, trusting), GrpcChannel(address, wary)
+    try:
+        assert await asyncio.wait_for(channel.call(METHOD, bytes(100_000)), 10) == bytes(100_000)
+        with pytest.raises(CallError, match="certificate verify failed") as caught:
+            await asyncio.wait_for(stranger.call(METHOD, b""), 10)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    finally:
+        await channel.close()
+        await stranger.close()
+        await server.stop(0)

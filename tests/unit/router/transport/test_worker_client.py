@@ -7,12 +7,13 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from router.transport.worker_client import (
+    MAX_ENVELOPES,
     MAX_ITEMS,
     LinkClosedError,
     NotSentError,
     Work,
     WorkerBusyError,
-    WorkerLink,
+    WorkerClient,
     WorkerLostError,
     WorkerUnreachableError,
 )
@@ -88,7 +89,7 @@ async def worker(tmp_path):
 
 @pytest.fixture
 async def link(worker):
-    made = WorkerLink(worker.address, WorkerLoad())
+    made = WorkerClient(worker.address, WorkerLoad())
     yield made
     await made.close()
 
@@ -172,7 +173,7 @@ async def test_a_worker_given_up_is_sent_nothing_until_it_describes_itself_again
 
 async def test_a_worker_that_cannot_be_connected_to_was_sent_nothing():
     load = WorkerLoad()
-    link = WorkerLink(free_address(), load)
+    link = WorkerClient(free_address(), load)
     outcomes = []
     for _ in range(3):
         link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
@@ -211,6 +212,8 @@ class Channels:
     def __init__(self, *pings):
         self.pings = [*pings]
         self.cancelled = 0
+        # What hears of each envelope, in the order they were sent.
+        self.answers = []
 
     def channel(self, address):
         return self
@@ -222,7 +225,7 @@ class Channels:
         return None
 
     def begin(self, method, request, done):
-        self.answer = done
+        self.answers.append(done)
         return self.cancel
 
     def cancel(self):
@@ -238,7 +241,7 @@ class Channels:
 def silent(*pings):
     """A link whose envelope has waited for longer than it should, and its channels."""
     channels = Channels(*pings)
-    link = WorkerLink("w:1", WorkerLoad(), channels)
+    link = WorkerClient("w:1", WorkerLoad(), channels)
     outcomes = []
     link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
     return link, channels, outcomes
@@ -254,7 +257,7 @@ async def test_only_a_worker_that_owes_an_answer_is_silent_and_an_answer_to_a_pi
     assert await link.is_alive()
     assert not link.is_silent
     link._heard -= 10
-    channels.answer(inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString())
+    channels.answers[-1](inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString())
     assert not link.is_silent
 
 
@@ -299,3 +302,31 @@ async def test_a_worker_that_says_nothing_but_is_alive_is_busy_and_one_that_is_g
     with pytest.raises(WorkerUnreachableError) as caught:
         await link.describe(5, 0)
     assert not isinstance(caught.value, WorkerBusyError)
+
+
+async def test_at_most_so_many_envelopes_are_under_way_and_the_next_leaves_as_one_is_answered():
+    channels, outcomes = Channels(), []
+    link = WorkerClient("w:1", WorkerLoad(), channels)
+    models = [b"%d" % number for number in range(MAX_ENVELOPES + 20)]
+    for model in models:
+        link.send(model, Work(b"request", b"", None, ""), outcomes.append)
+    await asyncio.sleep(0)
+    assert len(channels.answers) == MAX_ENVELOPES
+    answer = inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString()
+    for number in range(len(models)):
+        assert len(channels.answers) == min(MAX_ENVELOPES + number, len(models))
+        channels.answers[number](answer)
+    assert len(outcomes) == len(models)
+
+
+async def test_what_waits_behind_the_limit_of_envelopes_is_given_back_when_the_link_closes():
+    channels, outcomes = Channels(), []
+    link = WorkerClient("w:1", WorkerLoad(), channels)
+    for number in range(MAX_ENVELOPES + 20):
+        link.send(b"%d" % number, Work(b"request", b"", None, ""), outcomes.append)
+    await asyncio.sleep(0)
+    link.give_up()
+    async with asyncio.timeout(20):
+        while len(outcomes) < MAX_ENVELOPES + 20:
+            await asyncio.sleep(0)
+    assert sum(type(outcome) is NotSentError for outcome in outcomes) == 20
