@@ -21,12 +21,18 @@ from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import Dimension, UsageRecord, encode
+from services.ledger.reports import request_report, usage_query
+from services.ledger.reports.bill import UP_TIME
+from services.ledger.reports.periods import pieces
+from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage import usage_rows
+from services.ledger.storage.database import READING
 from services.ledger.storage.partitions import usage_partition
 from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.ledgers import DAY_MS, HOUR_MS, Ledger, Sender, now_ms
 
+ROOT = Path(__file__).parents[2]
 TENANTS, MODELS = 200, 50
 BATCH = 4000
 console = Console(width=140)
@@ -233,8 +239,54 @@ def month(arguments):
             f"{arguments.calls:,} calls in {arguments.days} days; a day rebuilt in {max(rebuilds):.1f} s at most"
         )
         console.print(table)
+        written = asyncio.run(plans(ledger, arguments.calls, arguments.days))
+        if arguments.write:
+            (ROOT / "docs/ledger-plans.md").write_text(written)
+        else:
+            console.print(written, highlight=False, soft_wrap=True)
         ledger.stop()
         processes.kill(cache)
+
+
+async def plans(ledger, calls, days):
+    """How PostgreSQL goes about each report, as a document."""
+    until = now_ms() // HOUR_MS * HOUR_MS
+    range_ = TimeRange(until - days * DAY_MS, until)
+    cells = pieces([range_.from_ms, range_.until_ms])
+    statements = {
+        f"by {', '.join(groups) or 'nothing'}{' of one ' + name if name else ''}": usage_query.statement(
+            cells, groups, {name: f"{name}-3"} if name else {}
+        )
+        for groups, name in (
+            ((), ""),
+            (("tenant",), ""),
+            (("model",), ""),
+            (("version",), ""),
+            (("region",), ""),
+            (("day",), ""),
+            (("tenant", "model"), ""),
+            (("model",), "tenant"),
+        )
+    }
+    hour = TimeRange(until - 25 * HOUR_MS, until - 24 * HOUR_MS)
+    statements["single requests of an hour"] = request_report.statement(hour, "", {}, 100)
+    statements["one request by trace"] = request_report.statement(range_, "ab" * 16, {}, 100)
+    begins = [datetime.fromtimestamp(at / 1000, UTC) for at in (range_.from_ms, range_.until_ms)]
+    statements["time that workers were up, for the bill"] = (UP_TIME, [[0], begins[:1], begins[1:]])
+    text = [
+        "# How PostgreSQL goes about each report",
+        f"Written by `python -m tests.bench.ledger month --write`, over {calls:,} calls in {days} days. Changes and "
+        "the forecast are the statements of their groups, over other ranges.",
+    ]
+    socket = Path(ledger.settings["state_dir"]) / "postgres"
+    connection = await asyncpg.connect(host=str(socket), user="ringmesh", database="postgres")
+    await connection.execute(READING.format(timeout=0).replace("LOCAL ", ""))
+    for name, (sql, arguments) in statements.items():
+        rows = await connection.fetch(f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, BUFFERS OFF) {sql}", *arguments)
+        lines = [row[0] for row in rows if "Planning Time" not in row[0]]
+        text.append(f"## {name[0].upper()}{name[1:]}\n\n```\n" + "\n".join(lines) + "\n```")
+    await connection.close()
+    return "\n\n".join(text) + "\n"
 
 
 def restart_postgres(ledger):
@@ -270,6 +322,7 @@ def main():
     command = commands.add_parser("month")
     command.add_argument("--calls", type=int, default=50_000_000)
     command.add_argument("--days", type=int, default=30)
+    command.add_argument("--write", action="store_true", help="write docs/ledger-plans.md")
     command.set_defaults(run=month)
     arguments = parser.parse_args()
     arguments.run(arguments)

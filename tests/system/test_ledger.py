@@ -436,3 +436,15 @@ def metrics(ledger):
 
     text = urllib.request.urlopen(f"http://{ledger.settings['metrics_address']}/metrics").read().decode()
     return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+
+def test_an_export_that_nobody_reads_holds_up_no_batch(ledger, sender, tenant):
+    begin = now_ms() - 6 * DAY_MS
+    for _ in range(4):
+        sender.append([miss(tenant, begin, trace_id=bytes(range(16)))] * 50_000)
+    request = ledger_pb2.ExportRequest(from_ms=begin, until_ms=begin + 1, format=ledger_pb2.ExportRequest.FORMAT_CSV)
+    export = ledger.stub.Export(request)
+    assert next(export).part
+    # A day without a partition yet.
+    assert sender.append([miss(tenant, now_ms() - 33 * DAY_MS)]).result == WRITTEN
+    export.cancel()

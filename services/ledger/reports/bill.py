@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from ringmesh.ledger.v1 import ledger_pb2
 
@@ -21,6 +22,11 @@ from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
 
+UP_TIME: Final = (
+    "SELECT g.segment, p.region, p.worker_type, sum(p.up_us)::bigint FROM pool_hour p "
+    "JOIN unnest($1::integer[], $2::timestamptz[], $3::timestamptz[]) AS g(segment, begins, ends) "
+    "ON p.at >= g.begins AND p.at < g.ends GROUP BY 1, 2, 3"
+)
 _COMPUTE, _ROUTER_TIME = MEASURES.index("compute_us"), MEASURES.index("router_us")
 
 
@@ -115,9 +121,7 @@ def _response(
 async def _up_us(connection: Connection, boundaries: list[int]) -> dict[tuple[int, str, str], int]:
     """By segment, region and worker type."""
     rows = await connection.fetch(
-        "SELECT g.segment, p.region, p.worker_type, sum(p.up_us)::bigint FROM pool_hour p "
-        "JOIN unnest($1::integer[], $2::timestamptz[], $3::timestamptz[]) AS g(segment, begins, ends) "
-        "ON p.at >= g.begins AND p.at < g.ends GROUP BY 1, 2, 3",
+        UP_TIME,
         list(range(len(boundaries) - 1)),
         [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[:-1]],
         [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[1:]],

@@ -43,12 +43,16 @@ class Partitions:
     async def ensure(self, connection: Connection, days: Iterable[date]) -> None:
         """Makes what `days` need and is not there."""
         wanted = {name: part for day in days for part in _parts(day) if (name := part[0]) not in self._known}
-        for name, (_, table, first, end) in wanted.items():
-            # A literal, since DDL takes no parameters; these are ours.
+        if not wanted:
+            return
+        rows = await connection.fetch("SELECT n FROM unnest($1::text[]) n WHERE to_regclass(n) IS NOT NULL", [*wanted])
+        for name in wanted.keys() - {row[0] for row in rows}:
+            _, table, first, end = wanted[name]
             options = "" if table in ("usage", "worker_minute") else " WITH (fillfactor = 70)"
+            # Attached and not made as a partition, which would wait for reports and exports that run.
             await connection.execute(
-                f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} "
-                f"FOR VALUES FROM ('{first}+00') TO ('{end}+00'){options}"
+                f"CREATE TABLE {name} (LIKE {table} INCLUDING CONSTRAINTS){options}; "
+                f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{first}+00') TO ('{end}+00')"
             )
 
     def made(self, days: Iterable[date]) -> None:
@@ -76,7 +80,7 @@ class Partitions:
             **dict.fromkeys(_OF_MONTHS, today - timedelta(days=self.retention.rollups - 1)),
         }
         dropped = []
-        async with database.writing() as connection:
+        async with database.changing() as connection:
             found = await connection.fetch(
                 "SELECT c.relname, p.relname AS parent FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
                 "JOIN pg_class p ON p.oid = i.inhparent WHERE p.relname = ANY($1::text[])",
