@@ -30,6 +30,8 @@ cache_app = typer.Typer(no_args_is_help=False)
 app.add_typer(cache_app, name="cache")
 prices_app = typer.Typer(no_args_is_help=False)
 app.add_typer(prices_app, name="prices")
+budgets_app = typer.Typer(no_args_is_help=False)
+app.add_typer(budgets_app, name="budgets")
 
 
 class Engine(StrEnum):
@@ -435,6 +437,74 @@ def delete_price(
         from services.cli.commands import running
 
         tool.delete(ledger or running.find(state).ledger, worker_type, since)
+
+
+class Period(StrEnum):
+    """Of a budget."""
+
+    DAY = "day"
+    MONTH = "month"
+
+
+Tenant = Annotated[str, typer.Option(help="Of this tenant; all without it.")]
+Model = Annotated[str, typer.Option(help="Of this model; all without it.")]
+PeriodOption = Annotated[Period, typer.Option(help="When it begins anew, in UTC.")]
+
+
+@budgets_app.callback(invoke_without_command=True)
+def budgets(
+    context: typer.Context,
+    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ledger: LedgerOption = None,
+    state: State = _STATE,
+) -> None:
+    """Lists how much tenants and models may cost, and how much is spent; `set` and `delete` change it."""
+    if context.invoked_subcommand is not None:
+        return
+    with _one_line_errors():
+        from services.cli.commands import budgets as tool
+        from services.cli.commands import running
+
+        found = tool.states(ledger or running.find(state).ledger)
+        if is_json:
+            print(tool.plain(found))
+        else:
+            _console().print(tool.listing(found))
+
+
+@budgets_app.command("set")
+def set_budget(
+    tenant: Tenant = "",
+    model: Model = "",
+    period: PeriodOption = Period.MONTH,
+    soft: Annotated[str, typer.Option(help="Reached, it is reported; 0: never.")] = "0",
+    hard: Annotated[str, typer.Option(help="Reached, requests are refused; 0: never.")] = "0",
+    currency: Annotated[str, typer.Option(help="By ISO 4217.")] = "USD",
+    ledger: LedgerOption = None,
+    state: State = _STATE,
+) -> None:
+    """Sets how much a tenant, a model, or a tenant's use of a model may cost."""
+    with _one_line_errors():
+        from services.cli.commands import budgets as tool
+        from services.cli.commands import running
+
+        tool.set_budget(ledger or running.find(state).ledger, tenant, model, period.value, soft, hard, currency)
+
+
+@budgets_app.command("delete")
+def delete_budget(
+    tenant: Tenant = "",
+    model: Model = "",
+    period: PeriodOption = Period.MONTH,
+    ledger: LedgerOption = None,
+    state: State = _STATE,
+) -> None:
+    """Removes a budget."""
+    with _one_line_errors():
+        from services.cli.commands import budgets as tool
+        from services.cli.commands import running
+
+        tool.delete(ledger or running.find(state).ledger, tenant, model, period.value)
 
 
 def _console() -> Console:

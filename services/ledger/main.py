@@ -10,6 +10,7 @@ from urllib.parse import quote
 from services.ledger.api.metrics import LedgerMetrics
 from services.ledger.api.service import LedgerService
 from services.ledger.ingest.writer import Writer
+from services.ledger.reports.budgets import Budgets
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.reports.reports import Reports
@@ -49,17 +50,19 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     prices = PriceList(database, settings.currency)
     cache = ReportCache(settings.cache_address)
     reports = Reports(database, prices, cache, settings.retention)
+    budgets = Budgets(database, prices)
     server = Server(
         settings.engine,
         settings.address,
-        [LedgerService(database, partitions, writer, prices, reports).service()],
+        [LedgerService(database, partitions, writer, prices, reports, budgets).service()],
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(LedgerMetrics(database, writer, cache).samples)
+    told = LedgerMetrics(database, writer, cache, budgets)
+    metrics.add(told.samples)
     metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     await server.start()
@@ -77,6 +80,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
             opening.result()
             writer.start()
             BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time))
+            BACKGROUND.start("budgets", told.look)
             server.set_serving(True)
             await stopped
         opening.cancel()

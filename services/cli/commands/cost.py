@@ -204,7 +204,7 @@ def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
     rows = [(row, row.worker_type, row.region, "") for row in answer.rows]
     for row, worker_type, region, style in (*rows, (answer.total, "total", "", "bold")):
         times = (_seconds(us) for us in (row.paid_us, row.used_us, row.idle_us))
-        amounts = (_money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
+        amounts = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
         table.add_row(worker_type, region, *times, *amounts, style=style)
     console.print(f"{_time(answer.from_ms)} to {_time(answer.until_ms)}", highlight=False)
     console.print(table)
@@ -215,9 +215,9 @@ def show_forecast(console: Console, answer: ledger_pb2.ForecastResponse) -> None
     """What the month will cost."""
     currency = answer.currency
     console.print(
-        f"{answer.month}: {_money(answer.spent_nano)} {currency} so far, {_money(answer.expected_nano)} {currency} "
-        f"expected ({_money(answer.low_nano)} to {_money(answer.high_nano)}), from {answer.basis}; "
-        f"the cache saved {_money(answer.saved_nano)} {currency}",
+        f"{answer.month}: {money(answer.spent_nano)} {currency} so far, {money(answer.expected_nano)} {currency} "
+        f"expected ({money(answer.low_nano)} to {money(answer.high_nano)}), from {answer.basis}; "
+        f"the cache saved {money(answer.saved_nano)} {currency}",
         highlight=False,
         soft_wrap=True,
     )
@@ -235,15 +235,15 @@ def _group_columns(by: Sequence[By], currency: str, *, changes: bool) -> list[_C
         ("errors", True, lambda row: f"{row.errors:,}"),
         ("compute s", True, lambda row: _seconds(row.compute_us)),
         ("saved s", True, lambda row: _seconds(row.saved_us)),
-        (f"cost {currency}", True, lambda row: _money(row.cost_nano)),
-        (f"saved {currency}", True, lambda row: _money(row.saved_nano)),
-        (f"errors {currency}", True, lambda row: _money(row.error_nano)),
-        (f"1,000 requests {currency}", True, lambda row: _money(row.cost_per_1000_nano)),
+        (f"cost {currency}", True, lambda row: money(row.cost_nano)),
+        (f"saved {currency}", True, lambda row: money(row.saved_nano)),
+        (f"errors {currency}", True, lambda row: money(row.error_nano)),
+        (f"1,000 requests {currency}", True, lambda row: money(row.cost_per_1000_nano)),
     ]
     if changes:
         columns += [
-            (f"before {currency}", True, lambda row: _money(row.previous_cost_nano)),
-            (f"change {currency}", True, lambda row: _money(row.cost_nano - row.previous_cost_nano)),
+            (f"before {currency}", True, lambda row: money(row.previous_cost_nano)),
+            (f"change {currency}", True, lambda row: money(row.cost_nano - row.previous_cost_nano)),
         ]
     return columns
 
@@ -260,8 +260,8 @@ def _single_columns(currency: str) -> list[_Column]:
         ("total ms", True, lambda row: f"{row.total_us / 1000:,.1f}"),
         ("compute ms", True, lambda row: f"{row.compute_us / 1000:,.1f}"),
         ("saved ms", True, lambda row: f"{row.saved_us / 1000:,.1f}"),
-        (f"cost {currency}", True, lambda row: _money(row.cost_nano)),
-        (f"saved {currency}", True, lambda row: _money(row.saved_nano)),
+        (f"cost {currency}", True, lambda row: money(row.cost_nano)),
+        (f"saved {currency}", True, lambda row: money(row.saved_nano)),
     ]
 
 
@@ -274,7 +274,7 @@ def _warn(console: Console, warnings: Sequence[str]) -> None:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
 
-def _money(nano: int) -> str:
+def money(nano: int) -> str:
     """As much as tells amounts apart: cents for hundreds, all nine digits for fractions of a cent."""
     digits = 2 if abs(nano) >= 100 * _NANO else 4 if abs(nano) >= _NANO else 9
     sign, nano = ("-" if nano < 0 else ""), abs(nano)

@@ -66,12 +66,12 @@ def set_price(
         # By default from this hour on.
         from_ms=moment(since, now) if since is not None else int(now * 1000) // _HOUR_MS * _HOUR_MS,
         until_ms=moment(until, now) if until is not None else 0,
-        hourly_nano=_nano(hourly),
+        hourly_nano=nano(hourly),
         currency=currency,
         device=ledger_pb2.DEVICE_GPU if is_gpu else ledger_pb2.DEVICE_CPU,
         slots=slots,
         power_milliwatts=round(watts * 1000),
-        energy_nano_per_kwh=_nano(kwh),
+        energy_nano_per_kwh=nano(kwh),
     )
 
     async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.SetPriceResponse:
@@ -92,15 +92,15 @@ def delete(address: str, worker_type: str, since: str) -> None:
     running.ask(address, "ledger", call)
 
 
-def _nano(amount: str) -> int:
-    """Nano-units of a decimal number, exactly."""
+def nano(amount: str) -> int:
+    """Nano-units of a decimal number, exactly. Raises CommandError."""
     try:
-        nano = Decimal(amount) * _NANO
-        if nano != nano.to_integral_value() or not -(2**63) < nano < 2**63:
+        exact = Decimal(amount) * _NANO
+        if exact != exact.to_integral_value() or not -(2**63) < exact < 2**63:
             raise ValueError
     except (InvalidOperation, ValueError):
         raise CommandError(f"{amount!r} is no amount with at most nine decimals, such as 0.38") from None
-    return int(nano)
+    return int(exact)
 
 
 def _decimal(nano: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from services.ledger.ingest.writer import Writer
+from services.ledger.reports.budgets import Budgets, BudgetState
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.storage.database import Database
 from services.runtime.telemetry.metrics import Family, Sample
@@ -31,16 +33,37 @@ CACHE = Family(
 )
 
 
-class LedgerMetrics:
-    """Reads the counters of its parts."""
+BUDGET = Family(
+    "ringmesh_ledger_budget_ratio",
+    "gauge",
+    "what is spent of a budget in its period, as part of its bound; bound: soft, hard",
+    ("tenant", "model", "period", "bound"),
+)
+_LOOK_SECONDS = 10.0
 
-    def __init__(self, database: Database, writer: Writer, cache: ReportCache) -> None:
+
+class LedgerMetrics:
+    """Reads the counters of its parts, and now and then the budgets."""
+
+    def __init__(self, database: Database, writer: Writer, cache: ReportCache, budgets: Budgets) -> None:
+        self._budgets = budgets
+        self._states: list[BudgetState] = []
         self._database = database
         self._writer = writer
         self._cache = cache
 
+    async def look(self) -> None:
+        """Until cancelled, keeps what is told of budgets up to date."""
+        while True:
+            self._states, _ = await self._budgets.states()
+            await asyncio.sleep(_LOOK_SECONDS)
+
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
+        for state in self._states:
+            for bound, nano in (("soft", state.budget.soft_nano), ("hard", state.budget.hard_nano)):
+                if nano:
+                    yield Sample(BUDGET, (*state.budget.key, bound), state.spent_nano / nano)
         counters = self._writer.counters
         yield Sample(RECORDS, (), counters.records)
         yield Sample(REQUESTS, (), counters.requests)

@@ -12,15 +12,17 @@ from typing import Literal
 import grpc
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.ledger.ingest.batch import read
+from services.ledger.ingest.batch import check_name, read
 from services.ledger.ingest.producers import Verdict
 from services.ledger.ingest.writer import Writer
 from services.ledger.reports import time_range
+from services.ledger.reports.budgets import RENEW_SECONDS, Budgets
 from services.ledger.reports.export import Format
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.rebuild import rebuild
 from services.ledger.reports.reports import Reports
 from services.ledger.reports.usage_report import UsageQuestion
+from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Database
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.price_table import NO_END_MS, Price
@@ -48,6 +50,7 @@ _RESULTS = {
     Verdict.DUPLICATE: ledger_pb2.AppendResponse.RESULT_DUPLICATE,
     Verdict.GAP: ledger_pb2.AppendResponse.RESULT_GAP,
 }
+_PERIODS = {"day": ledger_pb2.PERIOD_DAY, "month": ledger_pb2.PERIOD_MONTH}
 _DEVICES = {"cpu": ledger_pb2.DEVICE_CPU, "gpu": ledger_pb2.DEVICE_GPU}
 _DEVICE_NAMES = {ledger_pb2.DEVICE_UNSPECIFIED: "", **{number: name for name, number in _DEVICES.items()}}
 
@@ -62,6 +65,7 @@ class LedgerService:
         writer: Writer,
         prices: PriceList,
         reports: Reports,
+        budgets: Budgets,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
@@ -69,6 +73,7 @@ class LedgerService:
         self._writer = writer
         self._prices = prices
         self._reports = reports
+        self._budgets = budgets
         self._clock = clock
 
     def service(self) -> Service:
@@ -85,6 +90,10 @@ class LedgerService:
                 "ListPrices": unary(ledger_pb2.ListPricesRequest, self._list_prices),
                 "SetPrice": unary(ledger_pb2.SetPriceRequest, self._set_price),
                 "DeletePrice": unary(ledger_pb2.DeletePriceRequest, self._delete_price),
+                "ListBudgets": unary(ledger_pb2.ListBudgetsRequest, self._list_budgets),
+                "SetBudget": unary(ledger_pb2.SetBudgetRequest, self._set_budget),
+                "DeleteBudget": unary(ledger_pb2.DeleteBudgetRequest, self._delete_budget),
+                "Lease": unary(ledger_pb2.LeaseRequest, self._lease),
                 "Rebuild": unary(ledger_pb2.RebuildRequest, self._rebuild),
             },
         )
@@ -162,6 +171,66 @@ class LedgerService:
         await self._prices.delete(request.worker_type, request.from_ms)
         return ledger_pb2.DeletePriceResponse()
 
+    async def _list_budgets(self, _: ledger_pb2.ListBudgetsRequest, __: Context) -> ledger_pb2.ListBudgetsResponse:
+        states, warnings = await self._budgets.states()
+        return ledger_pb2.ListBudgetsResponse(
+            budgets=[
+                ledger_pb2.BudgetState(
+                    budget=self._budget(state.budget),
+                    spent_nano=state.spent_nano,
+                    leased_nano=state.leased_nano,
+                    begins_ms=_ms(state.begins),
+                    renews_at_ms=_ms(state.renews_at),
+                    soft_reached=0 < state.budget.soft_nano <= state.spent_nano,
+                    hard_reached=0 < state.budget.hard_nano <= state.spent_nano,
+                )
+                for state in states
+            ],
+            warnings=warnings,
+        )
+
+    async def _set_budget(self, request: ledger_pb2.SetBudgetRequest, _: Context) -> ledger_pb2.SetBudgetResponse:
+        told = request.budget
+        await self._budgets.set(Budget(_budget_key(told), told.soft_nano, told.hard_nano), told.currency)
+        return ledger_pb2.SetBudgetResponse()
+
+    async def _delete_budget(
+        self, request: ledger_pb2.DeleteBudgetRequest, _: Context
+    ) -> ledger_pb2.DeleteBudgetResponse:
+        await self._budgets.delete(_budget_key(request))
+        return ledger_pb2.DeleteBudgetResponse()
+
+    async def _lease(self, request: ledger_pb2.LeaseRequest, _: Context) -> ledger_pb2.LeaseResponse:
+        check_name(request.router_id, "router_id")
+        unsent = {}
+        for use in request.uses:
+            if use.unsent_nano < 0:
+                raise InvalidArgumentError(f"unsent_nano is {use.unsent_nano}; it is 0 or more", field="uses")
+            unsent[_budget_key(use)] = use.unsent_nano
+        leases, rates = await self._budgets.lease(request.router_id, unsent)
+        return ledger_pb2.LeaseResponse(
+            leases=[
+                ledger_pb2.BudgetLease(
+                    budget=self._budget(lease.budget),
+                    amount_nano=lease.amount_nano,
+                    renews_at_ms=_ms(lease.renews_at),
+                )
+                for lease in leases
+            ],
+            nano_per_second=rates,
+            renew_ms=int(RENEW_SECONDS * 1000),
+        )
+
+    def _budget(self, budget: Budget) -> ledger_pb2.Budget:
+        return ledger_pb2.Budget(
+            tenant=budget.key.tenant,
+            model=budget.key.model,
+            period=_PERIODS[budget.key.period],
+            soft_nano=budget.soft_nano,
+            hard_nano=budget.hard_nano,
+            currency=self._prices.currency,
+        )
+
     async def _rebuild(self, request: ledger_pb2.RebuildRequest, _: Context) -> ledger_pb2.RebuildResponse:
         try:
             day = date.fromisoformat(request.day)
@@ -196,6 +265,17 @@ def _groups(request: ledger_pb2.ReportRequest) -> tuple[str, ...]:
     if unknown:
         raise InvalidArgumentError(f"{unknown[0]} is no group", field="by")
     return tuple(_GROUPS[group] for group in request.by)
+
+
+def _budget_key(told: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledger_pb2.BudgetUse) -> BudgetKey:
+    period = next((name for name, number in _PERIODS.items() if number == told.period), "")
+    if not period:
+        raise InvalidArgumentError("period is DAY or MONTH", field="period")
+    return BudgetKey(told.tenant, told.model, period)
+
+
+def _ms(at: datetime) -> int:
+    return int(at.timestamp()) * 1000
 
 
 def _any_size(_: bytes) -> None:

@@ -120,7 +120,7 @@ class Batch:
 
 def read(request: ledger_pb2.AppendRequest) -> Batch:
     """Raises InvalidArgumentError where it is not a batch, FailedPreconditionError where it is of a newer format."""
-    _check_name(request.router_id, "router_id")
+    check_name(request.router_id, "router_id")
     if not request.router_id:
         raise InvalidArgumentError("router_id is empty", field="router_id")
     for field in ("start_epoch", "sequence"):
@@ -171,7 +171,7 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
         )
     for place, one in enumerate(batch.dimensions):
         for field, value in one.ListFields():
-            _check_name(value, f"batch.dimensions[{place}].{field.name}")
+            check_name(value, f"batch.dimensions[{place}].{field.name}")
         if one.status not in _STATUSES:
             raise InvalidArgumentError(
                 f"{one.status!r} is no name of a gRPC status", field=f"batch.dimensions[{place}].status"
@@ -222,7 +222,7 @@ def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
     for place, one in enumerate(batch.worker_times):
         field = f"batch.worker_times[{place}]"
         for name in ("worker_id", "worker_type", "region"):
-            _check_name(getattr(one, name), f"{field}.{name}")
+            check_name(getattr(one, name), f"{field}.{name}")
         if not one.worker_id:
             raise InvalidArgumentError("worker_id is empty", field=f"{field}.worker_id")
         if one.seconds >> 60 or not _FIRST_MS <= one.minute * 60_000 < _LAST_MS:
@@ -238,7 +238,8 @@ def _dropped(batch: ledger_pb2.Batch, name: str) -> int:
     return value
 
 
-def _check_name(name: str, field: str) -> None:
+def check_name(name: str, field: str) -> None:
+    """Raises InvalidArgumentError."""
     if len(name) > _LONGEST_NAME:
         raise InvalidArgumentError(f"{field} has {len(name)} characters; at most {_LONGEST_NAME}", field=field)
     if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
