@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import asyncpg
 import grpc
@@ -20,10 +22,12 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import encode
 from services.ledger.storage.cubes import CUBES
+from services.ledger.storage.database import Database
 from services.ledger.storage.migrations import FOLDER
+from services.ledger.storage.partitions import Partitions, Retention
 from tests.system import processes
 from tests.system.conftest import eventually
-from tests.system.ledgers import HOUR_MS, Ledger, Sender, hits, miss, now_ms, unique
+from tests.system.ledgers import DAY_MS, HOUR_MS, Ledger, Sender, hits, miss, now_ms, unique
 
 RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL}
 
@@ -307,6 +311,57 @@ def test_migrations_go_back_and_forth(start_ledger):
     )
     assert refused.returncode == 2
     assert "belongs to a newer ledger" in refused.stderr
+
+
+def test_what_is_dropped_for_its_age_stays_in_the_sums(start_ledger):
+    ledger, tenant = start_ledger(), unique("tenant")
+    begin = now_ms() - 30 * DAY_MS
+    Sender(ledger).append([miss(tenant, begin), miss(tenant)])
+    before = ledger.report("day", tenant=tenant, from_ms=begin - DAY_MS)
+
+    async def drop():
+        database = Database(url_of(ledger), None)
+        await database.open()
+        partitions = Partitions(Retention(usage=20, minutes=3, rollups=1100))
+        dropped = await partitions.drop_old(database, datetime.now(UTC))
+        await database.close()
+        return dropped
+
+    day = datetime.fromtimestamp(begin / 1000, UTC)
+    dropped = asyncio.run(drop())
+    assert f"usage_{day:%Y%m%d}" in dropped
+    assert f"rollup_minute_{day:%Y%m%d}" in dropped
+    assert f"usage_{datetime.now(UTC):%Y%m%d}" not in dropped
+    assert ledger.report("day", tenant=tenant, from_ms=begin - DAY_MS).rows == before.rows
+    assert len(before.rows) == 2
+
+
+def test_two_ledgers_on_one_database_write_one_after_the_other(start_ledger):
+    one, tenant = start_ledger(), unique("tenant")
+    other = Ledger(database_url=url_of(one))
+    loads = [Load(ledger, tenant) for ledger in (one, other)]
+    for load in loads:
+        load.start()
+    eventually(lambda: all(load.batches > 10 for load in loads), 60)
+    finish(loads)
+    other.stop()
+    assert_counted(one, loads, tenant)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that others may not enter")
+def test_a_folder_that_only_root_may_enter_and_whose_name_is_long_will_do(tmp_path):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o700)
+    ledger = Ledger(state_dir=folder / ("long" * 40))
+    assert Sender(ledger).append([miss("t")]).last_sequence == 1
+    assert ledger.postgres().username() != "root"
+    ledger.stop()
+
+
+def url_of(ledger):
+    socket = Path(ledger.settings["state_dir"]) / "postgres"
+    return f"postgresql://ringmesh@/postgres?host={quote(str(socket), safe='')}"
 
 
 SENDING_ROUTER = """

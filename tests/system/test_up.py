@@ -215,6 +215,13 @@ def test_an_unreachable_redis_is_a_warning(state):
     assert stop_stack(stack) == 0
 
 
+def test_a_ledger_that_cannot_start_is_a_warning(state, monkeypatch):
+    monkeypatch.setenv("RINGMESH_DATABASE_URL", "mysql://nowhere")
+    running = start_stack(state)
+    assert "warning: ledger cannot start: RINGMESH_DATABASE_URL" in running.output
+    assert stop_stack(running) == 0
+
+
 def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("project")
     for name in ("cache", "router"):
