@@ -9,10 +9,15 @@ up: $(READY)
 demo: $(READY)
 	@exec .venv/bin/ringmesh demo
 
+# Most of what tests start waits most of the time. A file stays in one process, with the stack that it shares.
+PARALLEL := -n 2 --dist loadfile
+# Bytecode is kept even where the environment says not to: tests start hundreds of services.
+test proof: export PYTHONDONTWRITEBYTECODE =
+
 # The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
 test: $(READY)
-	@$(PY) -m pytest
-	@! $(PY) -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest tests/unit
+	@$(PY) -m pytest $(PARALLEL)
+	@! $(PY) -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) tests/unit
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)

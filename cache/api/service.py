@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import asdict
+from difflib import get_close_matches
 
 import grpc
 from ringmesh.cache.v1 import cache_pb2
@@ -16,7 +17,7 @@ from cache.keys.keys import KEY_BYTES
 from cache.mesh import Mesh
 from cache.tiers.entry import Entry, Frames
 from cache.tiers.evictions import OTHER, Evictions
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, some
 from services.runtime.oip.protocol import check_tenant
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Service, unary
@@ -179,11 +180,30 @@ class CacheService:
         return response
 
     async def _purge(self, request: cache_pb2.PurgeRequest, _: Context) -> cache_pb2.PurgeResponse:
-        epoch, confirmed = await self._mesh.purges.purge([_scope(request)])
+        scope = _scope(request)
+        if request.model and not request.even_if_unknown:
+            self._check_is_known(request.model)
+        epoch, confirmed = await self._mesh.purges.purge([scope])
         return cache_pb2.PurgeResponse(epoch=epoch, confirmed=confirmed, warning=self._warning(request))
 
+    def _check_is_known(self, name: str) -> None:
+        """Raises NotFoundError where this process knows models, and nothing by that name, not even from before."""
+        served = {*self._models().values()}
+        used = {usage.model for usage in self._usages()} | {namespace for namespace, _ in self._items.usages}
+        if not served or name in served | used:
+            return
+        near = get_close_matches(name, served | used, n=1)
+        told = f"did you mean {near[0]!r}?" if near else f"there are: {some(sorted(served))}"
+        raise NotFoundError(
+            f"no model {name!r} is served, and nothing was cached here under that name; {told} What an unloaded model "
+            "or another service left is purged with even_if_unknown (`ringmesh cache purge --even-if-unknown`)",
+            field="model",
+        )
+
     def _warning(self, request: cache_pb2.PurgeRequest) -> str:
-        """Where a purge of a tenant may have touched less than was meant."""
+        """Where a purge may have touched less than was meant."""
+        if request.model and not request.even_if_unknown and not self._models():
+            return f"no models are known here, so nobody checked that there is {request.model!r}; a router checks it"
         if not request.tenant:
             return ""
         if self._tenant_scoped is None:

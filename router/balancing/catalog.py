@@ -27,7 +27,9 @@ class ModelEntry:
     request of more rows than `max_request_rows` is refused; 0: any number. With `hedged`, a slow attempt is made
     elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the
     cache. From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be
-    answered as a similar one was. `freshness` says how long answers are given; None: without end.
+    answered as a similar one was. `freshness` says how long answers are given; None: without end. With
+    `limits_queue`, requests may fail while others run. `not_runnable` says why nobody can run it, "" where somebody
+    may.
     """
 
     name: str
@@ -47,6 +49,8 @@ class ModelEntry:
     plan: Plan | None = None
     cache_steps: bool = False
     provider: str = ""
+    limits_queue: bool = False
+    not_runnable: str = ""
 
     @property
     def is_plain(self) -> bool:
@@ -59,9 +63,13 @@ class Catalog:
 
     def __init__(self, holdings: Iterable[Iterable[inference_pb2.ModelVersion]]) -> None:
         found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
+        # Ensembles that a worker runs.
+        whole: set[tuple[str, str]] = set()
         for models in holdings:
             for model in models:
                 found.setdefault((model.name, model.version), model)
+                if model.HasField("ensemble") and not model.ensemble.not_runnable:
+                    whole.add((model.name, model.version))
         self._versions: dict[str, list[str]] = {}
         for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
             self._versions.setdefault(name, []).append(version)
@@ -71,7 +79,7 @@ class Catalog:
         # After the models, which are their steps.
         for key, model in found.items():
             if model.HasField("ensemble"):
-                entry = self._ensemble(model.ensemble, self._entries[key], found)
+                entry = self._ensemble(model, self._entries[key], found, is_run=key in whole)
                 self._entries[key] = entry
                 if key[1] == self._versions[key[0]][-1]:
                     self._entries[key[0], ""] = entry
@@ -104,12 +112,14 @@ class Catalog:
 
     def _ensemble(
         self,
-        told: inference_pb2.Ensemble,
+        model: inference_pb2.ModelVersion,
         entry: ModelEntry,
         found: Mapping[tuple[str, str], inference_pb2.ModelVersion],
+        *,
+        is_run: bool,
     ) -> ModelEntry:
-        """The ensemble over the steps of the whole fleet; as it is where a step is an ensemble, which is refused."""
-        config = told.config
+        """The ensemble over the steps of the whole fleet, or why there is none."""
+        told, config = model.ensemble, model.ensemble.config
         plan = ensemble.plan(
             config.ensemble_scheduling, (t.name for t in config.input), (t.name for t in config.output)
         )
@@ -117,11 +127,18 @@ class Catalog:
         cache_steps = parameter is not None and parameter.string_value == "true"
         known = [self._entries.get((step.model, step.version)) for step in plan.steps]
         steps = [step for step in known if step is not None]
-        # First, so that no plan leads back to itself.
-        if any(found[step.name, step.version].HasField("ensemble") for step in steps):
-            return entry
+        signatures = [_signature(found[step.name, step.version]) for step in steps]
         if len(steps) < len(known):
-            return replace(entry, plan=plan, uncacheable="a step of it is nowhere held")
+            lacking = plan.steps[known.index(None)]
+            version = f" in version {lacking.version}" if lacking.version else ""
+            why = f"no worker holds its step {lacking.model!r}{version}"
+        elif is_run and not any(signature.is_ensemble for signature in signatures):
+            why = ""
+        else:
+            itself = _signature(model)
+            why = ensemble.misfit(plan, itself.inputs, itself.outputs, signatures)
+        if why:  # and no plan, which might lead back to itself
+            return replace(entry, uncacheable=why, not_runnable=why)
         freshness = entry.freshness
         for each in steps:
             freshness = tightest(freshness, each.freshness)
@@ -134,6 +151,16 @@ class Catalog:
             digest=ensemble.digest(told.own_digest, (step.digest for step in steps)),
             uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
         )
+
+
+def _signature(model: inference_pb2.ModelVersion) -> ensemble.Signature:
+    inputs = {tensor.name: tensor.datatype for tensor in model.metadata.inputs}
+    return ensemble.Signature(
+        inputs,
+        [name for name in inputs if name not in model.optional_inputs],
+        {tensor.name: tensor.datatype for tensor in model.metadata.outputs},
+        model.HasField("ensemble"),
+    )
 
 
 def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry:
@@ -154,6 +181,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         max_request_rows=model.max_request_rows,
         provider=model.provider,
         hedged=model.hedged,
+        limits_queue=model.limits_queue,
         semantic_threshold=model.semantic_threshold,
         semantic_embedding=model.semantic_embedding,
         freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,

@@ -374,7 +374,8 @@ class _Attempt:
 
     def begin(self) -> None:
         asked = self._asked
-        work = Work(asked.request, asked.request_hash, asked.deadline, asked.trace.traceparent(self._span_id))
+        traceparent = asked.trace.traceparent(self._span_id)
+        work = Work(asked.request, asked.request_hash, asked.deadline, traceparent, is_alone=asked.model.limits_queue)
         self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
 
     def cancel(self) -> None:

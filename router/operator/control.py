@@ -11,7 +11,6 @@ from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.accounting.request_metrics import RequestMetrics
-from router.balancing.catalog import Catalog
 from router.balancing.member import Member
 from router.membership.fleet import Fleet
 from router.operator.agreement import next_ns
@@ -111,8 +110,10 @@ class FleetControl:
         return v2.ModelStatisticsResponse(model_stats=[sums[key] for key in sorted(sums)])
 
     async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:
-        """What is READY on one worker is READY; reasons name the workers, unless all give the same."""
-        answers = await self._ask_all("RepositoryIndex", request, v2.RepositoryIndexResponse, _SECONDS)
+        """What is READY on one worker is READY, and so is an ensemble whose steps are on several; reasons name the
+        workers, unless all give the same."""
+        every = v2.RepositoryIndexRequest(repository_name=request.repository_name)
+        answers = await self._ask_all("RepositoryIndex", every, v2.RepositoryIndexResponse, _SECONDS)
         lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
         reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
         for member, answer in answers:
@@ -128,16 +129,18 @@ class FleetControl:
                 reason if len(workers) == len(answers) else f"{', '.join(sorted(workers))}: {reason}"
                 for reason, workers in reasons.get(key, {}).items()
             ]
-            if line.state == "READY" and (why_not := self._distrusted(catalog, *key)):
+            name, version = key
+            model = catalog.find(name, version) if version in catalog.versions.get(name, ()) else None
+            if model is not None and model.not_runnable:
+                line.state = "UNAVAILABLE"
+                told.append(f"no worker can run it: {model.not_runnable}")
+            elif model is not None and model.plan is not None:
+                line.state = "READY"
+            if model is not None and line.state == "READY" and (why_not := self._audit.why_not(model, catalog)):
                 told.append(f"not cached: {why_not}")
             line.reason = "; ".join(told)
-        return v2.RepositoryIndexResponse(models=[lines[key] for key in sorted(lines)])
-
-    def _distrusted(self, catalog: Catalog, name: str, version: str) -> str:
-        try:
-            return self._audit.why_not(catalog.find(name, version), catalog)
-        except (NotFoundError, UnavailableError):
-            return ""
+        shown = [key for key in sorted(lines) if lines[key].state == "READY" or not request.ready]
+        return v2.RepositoryIndexResponse(models=[lines[key] for key in shown])
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
         """Returns when every worker serves the new files, and every router keys by them."""

@@ -122,6 +122,8 @@ class InferenceService:
             model = self._fleet.view.catalog.find(name, version)
         except (NotFoundError, UnavailableError):
             return False
+        if model.not_runnable:
+            return False
         if any(not member.why_not(model) for member in self._fleet.view.members.values()):
             return True
         steps = model.plan.steps if model.plan is not None else ()
@@ -191,6 +193,8 @@ class InferenceService:
             read = self._reader.read(call.data)
             call.name, call.request_id = read.head.name, read.request_id
             call.model = model = self._fleet.view.catalog.find(call.name, read.head.version)
+            if model.not_runnable:
+                raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
             if read.head.checked is not model:
                 check_request(read.head.message, model.name, model.inputs, model.outputs)
                 read.head.checked = model

@@ -39,6 +39,8 @@ DEPTH = 2
 MAX_ITEMS = 64
 # gRPC servers and proxies allow at least 100 streams of a connection.
 MAX_ENVELOPES = 96
+# Of a model whose requests have an envelope each; the rest is for others.
+DEPTH_ALONE = 48
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
 # A worker that owes an answer and is not heard for _SILENT_SECONDS is pinged, twice at most, for the first may time out
@@ -72,15 +74,28 @@ class NotSentError(LinkClosedError):
 
 
 class Work:
-    """One request on its way. `deadline` is in time.monotonic."""
+    """One request on its way. `deadline` is in time.monotonic.
 
-    __slots__ = ("deadline", "request", "request_hash", "traceparent")
+    An envelope is answered when all in it are. `is_alone`: it leaves in an envelope of its own, since its answer may
+    come before those of others that are sent with it.
+    """
 
-    def __init__(self, request: bytes, request_hash: bytes, deadline: float | None, traceparent: str) -> None:
+    __slots__ = ("deadline", "is_alone", "request", "request_hash", "traceparent")
+
+    def __init__(
+        self,
+        request: bytes,
+        request_hash: bytes,
+        deadline: float | None,
+        traceparent: str,
+        *,
+        is_alone: bool = False,
+    ) -> None:
         self.request = request
         self.request_hash = request_hash
         self.deadline = deadline
         self.traceparent = traceparent
+        self.is_alone = is_alone
 
 
 # A RingmeshError is of our own making: its time was up, or it could not be sent.
@@ -267,7 +282,7 @@ class WorkerClient:
 
     def _send(self, queue: _ModelQueue) -> None:
         queue.sending = False
-        while queue.under_way < DEPTH and queue.waiting:
+        while queue.waiting and queue.under_way < (DEPTH_ALONE if queue.waiting[0].work.is_alone else DEPTH):
             if len(self._envelopes) >= MAX_ENVELOPES:
                 if not queue.blocked:
                     queue.blocked = True
@@ -306,7 +321,7 @@ class WorkerClient:
             sent = waiting[0]
             work = sent.work
             size += len(work.request)
-            if items and size > MAX_BYTES:
+            if items and (size > MAX_BYTES or work.is_alone):
                 break
             waiting.popleft()
             if sent.done is None:

@@ -283,6 +283,9 @@ def purge(
     model: Annotated[str, typer.Option(help="A model, in all its versions.")] = "",
     tenant: Annotated[str, typer.Option(help="What is kept apart for a tenant.")] = "",
     key: Annotated[str, typer.Option(help="One answer, by the key that `ringmesh explain` tells.")] = "",
+    even_if_unknown: Annotated[
+        bool, typer.Option("--even-if-unknown", help="Also what a --model left that was unloaded.")
+    ] = False,
     address: CacheOption = None,
     state: State = _STATE,
 ) -> None:
@@ -290,8 +293,11 @@ def purge(
     with _one_line_errors():
         from services.cli.commands import cache_service, running
 
-        request = cache_service.purge_request(everything=everything, model=model, tenant=tenant, key=key)
-        done = cache_service.purge(address or running.find(state).cache, request)
+        request = cache_service.purge_request(
+            everything=everything, model=model, tenant=tenant, key=key, even_if_unknown=even_if_unknown
+        )
+        # The router knows which models there are.
+        done = cache_service.purge(address or running.find(state).router, request)
         _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
         if done.warning:
             _console().print(done.warning, highlight=False)
@@ -373,6 +379,28 @@ def cost(
                 print(show.as_json(answer, groups))
             else:
                 show.show_report(console, answer, groups, changes=changes)
+
+
+@app.command()
+def advice(
+    worker_type: Annotated[str, typer.Option(help="Of which workers.")] = "cpu",
+    since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
+    until: Until = None,
+    wait: Annotated[float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 requests may wait.")] = 50,
+    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ledger: LedgerOption = None,
+    state: State = _STATE,
+) -> None:
+    """Says how many workers each hour would have needed, from its requests, and what that would have cost."""
+    with _one_line_errors():
+        from services.cli.commands import advice as tool
+        from services.cli.commands import cost, running
+
+        answer = tool.ask(ledger or running.find(state).ledger, worker_type, since, until, wait)
+        if is_json:
+            print(cost.as_json(answer))
+        else:
+            tool.show(_console(), answer)
 
 
 @prices_app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ import grpc
 from tests.system.test_cache import fresh, infer
 
 
-async def eventually(condition, seconds=20.0):
+async def eventually(condition, seconds=60.0):
     async with asyncio.timeout(seconds):
         while not await condition():
             await asyncio.sleep(0.05)

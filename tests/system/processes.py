@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from pathlib import Path
 import grpc
 import psutil
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
+
+from tests.ports import free_port
 
 KEY_SECRET = "of all that tests start"
 _STATE = tempfile.TemporaryDirectory(prefix="ringmesh-tests-", ignore_cleanup_errors=True)
@@ -32,9 +33,7 @@ class Started:
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:

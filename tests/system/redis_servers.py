@@ -8,26 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.processes import free_address
+from tests.ports import free_port
 
 needs_redis_server = pytest.mark.skipif(
     not (shutil.which("redis-server") and shutil.which("redis-cli")), reason="Debian's redis-server is not installed"
 )
 
 
-def _free_port() -> int:
-    """One that leaves room for a cluster's second port, 10,000 above."""
-    while True:
-        port = int(free_address().rpartition(":")[2])
-        if port < 55_000:
-            return port
-
-
 class RedisServer:
     """One process on a free port of 127.0.0.1; `options` as in redis.conf."""
 
     def __init__(self, folder: Path, *options: str, tls: bool = False, sentinel: bool = False) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._folder = folder / str(self.port)
         self._folder.mkdir(parents=True)
         ports = ("--port", "0", "--tls-port", str(self.port)) if tls else ("--port", str(self.port))

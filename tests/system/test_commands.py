@@ -107,6 +107,14 @@ def test_purge_forgets_a_model_and_says_who_confirmed(stack):
     assert "processes confirmed it" in shown("cache", "purge", "--model", "mlp", "--state", stack.state)
 
 
+def test_purge_of_a_model_that_there_is_not_is_refused_with_the_nearest_name(stack):
+    where = ["--state", stack.state]
+    told = refused("cache", "purge", "--model", "mpl", *where)
+    assert "NOT_FOUND" in told
+    assert "did you mean 'mlp'?" in told
+    assert "confirmed it" in shown("cache", "purge", "--model", "mpl", "--even-if-unknown", *where)
+
+
 def test_purge_wants_one_scope(stack):
     where = ["--state", stack.state]
     assert "one of --everything" in refused("cache", "purge", *where)

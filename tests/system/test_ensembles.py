@@ -30,6 +30,10 @@ def hits_and_misses(client, model):
     return stats.cache_hit.count, stats.cache_miss.count
 
 
+def states(client):
+    return {line.name: (line.state, line.reason) for line in client.get_model_repository_index().models}
+
+
 @pytest.fixture(params=["router", "worker"])
 def client(request, stack):
     address = stack.router if request.param == "router" else stack.workers[0]
@@ -92,6 +96,10 @@ def test_steps_on_two_workers_run_through_the_router(split):
         infer(worker, "pipeline", "in", x)
     assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
     assert not worker.is_model_ready("pipeline")
+    # On the worker it cannot run; in the fleet it can, with or without `ready`.
+    assert "no model 'doubled'" in states(worker)["pipeline"][1]
+    assert states(worker)["pipeline"][0] == "UNAVAILABLE"
+    assert states(client)["pipeline"][0] == "READY"
 
 
 def test_steps_on_two_workers_stand_in_one_trace_each_with_its_attempt(split):
@@ -123,6 +131,30 @@ def test_bad_input_is_told_where_steps_are_on_two_workers(split):
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     with pytest.raises(triton.InferenceServerException, match="has no input 'x'"):
         infer(client, "pipeline", "x", X)
+
+
+def test_an_ensemble_that_can_never_run_is_not_ready_and_says_why(tmp_path, start_worker, start_router):
+    make.mlp(tmp_path)
+    config = make.pipeline(tmp_path).parent / "config.pbtxt"
+    for name, step in (("nested", "pipeline"), ("lacking", "nobody")):
+        text = config.read_text().replace(
+            'model_name: "mlp" input_map { key: "x"', f'model_name: "{step}" input_map {{ key: "in"'
+        )
+        (tmp_path / name / "1").mkdir(parents=True)
+        (tmp_path / name / "config.pbtxt").write_text(text)
+    worker = start_worker("one", models=tmp_path)
+    router = start_router([worker.address], None)
+    reasons = {"nested": "step 'pipeline' is an ensemble; a step must be a model", "lacking": "'nobody'"}
+    for address in (worker.address, router.address):
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_model_ready("pipeline")
+            for name, reason in reasons.items():
+                assert not client.is_model_ready(name)
+                assert states(client)[name][0] == "UNAVAILABLE"
+                assert reason in states(client)[name][1]
+                with pytest.raises(triton.InferenceServerException, match=reason) as caught:
+                    infer(client, name, "in", X)
+                assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
 
 
 def test_steps_are_cached_by_themselves_where_the_ensemble_asks_for_it(tmp_path, start_worker, start_router):

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import grpc
 import pytest
@@ -48,12 +49,12 @@ async def test_what_is_not_answered_at_once_is_finished_on_the_event_loop():
 
     async def finish(call, deadline):
         assert asyncio.get_running_loop() is loop
-        return Answer(call + b" %d" % round(deadline - time.monotonic()), (("told", "so"),))
+        return Answer(call + b" %d" % round((deadline - time.monotonic()) / 1000), (("told", "so"),))
 
     server, channel = await serve(lambda data, _: data.upper(), finish)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call").with_call
-        answer, told = await asyncio.to_thread(call, b"x", timeout=20)
+        answer, told = await asyncio.to_thread(call, b"x", timeout=20_000)
         assert answer == b"X 20"
         assert ("told", "so") in told.trailing_metadata()
     await server.stop(0)
@@ -96,24 +97,56 @@ async def test_a_caller_that_leaves_before_anything_is_begun_leaves_nothing_behi
     await server.stop(0)
 
 
-async def test_a_drain_waits_for_what_is_being_finished_and_ends_the_rest():
-    begun = asyncio.Event()
+class Grace:
+    """A drain's, which ends when the test says so."""
+
+    SECONDS = 1000.0
+
+    def __init__(self, monkeypatch):
+        loop = asyncio.get_running_loop()
+        self._call_later = loop.call_later
+        self.end = None
+        monkeypatch.setattr(loop, "call_later", self._caught)
+
+    def _caught(self, seconds, call, *arguments, **options):
+        if seconds == self.SECONDS:
+            self.end = partial(call, *arguments)
+        return self._call_later(seconds, call, *arguments, **options)
+
+    async def begin(self, server):
+        stopping = asyncio.create_task(server.stop(self.SECONDS))
+        while self.end is None:
+            await asyncio.sleep(0)
+        return stopping
+
+
+@pytest.fixture
+async def grace(monkeypatch):
+    return Grace(monkeypatch)
+
+
+async def test_a_drain_waits_for_what_is_being_finished_and_ends_the_rest(grace):
+    begun, is_over = [], asyncio.Event()
 
     async def finish(call, deadline):
-        begun.set()
-        await asyncio.sleep(float(call))
+        begun.append(call)
+        await (is_over.wait() if call == b"quick" else asyncio.sleep(600))
         return Answer(b"finished", ())
 
     server, channel = await serve(lambda data, _: data, finish)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        quick = call.future(b"0.3", timeout=60)
-        slow = call.future(b"60", timeout=60)
-        await asyncio.wait_for(begun.wait(), 10)
-        await asyncio.to_thread(call.future(b"0", timeout=60).result, 10)
-        await server.stop(1)
-        assert await asyncio.to_thread(quick.result, 10) == b"finished"
-        error = await asyncio.to_thread(slow.exception, 10)
+        quick, slow = (call.future(data, timeout=600) for data in (b"quick", b"slow"))
+        async with asyncio.timeout(60):
+            while len(begun) < 2:
+                await asyncio.sleep(0.001)
+        stopping = await grace.begin(server)
+        is_over.set()
+        assert await asyncio.to_thread(quick.result, 60) == b"finished"
+        assert not slow.done()
+        grace.end()
+        await stopping
+        error = await asyncio.to_thread(slow.exception, 60)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
 
 
@@ -154,7 +187,7 @@ async def test_what_is_started_is_answered_later_or_at_once_and_the_rest_is_fini
         if call == b"finish":
             return None
         if call == b"later":
-            loop.call_later(0.05, answer, Answer(b"started %d" % round(deadline - time.monotonic()), ()))
+            loop.call_later(0.05, answer, Answer(b"started %d" % round((deadline - time.monotonic()) / 1000), ()))
         else:
             answer(Answer(b"at once", ()))
         return lambda: None
@@ -165,8 +198,8 @@ async def test_what_is_started_is_answered_later_or_at_once_and_the_rest_is_fini
     server, channel = await serve(lambda data, _: data, finish, start)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        answers = [call.future(data, timeout=20) for data in (b"later", b"now", b"finish")]
-        told = await asyncio.to_thread(lambda: [answer.result(10) for answer in answers])
+        answers = [call.future(data, timeout=20_000) for data in (b"later", b"now", b"finish")]
+        told = await asyncio.to_thread(lambda: [answer.result(60) for answer in answers])
         assert told == [b"started 20", b"at once", b"finished"]
         assert server._under_way == {}
     await server.stop(0)
@@ -188,24 +221,29 @@ async def test_a_caller_that_leaves_cancels_what_was_started():
     await server.stop(0)
 
 
-async def test_a_drain_waits_for_what_was_started_and_ends_the_rest():
-    loop = asyncio.get_running_loop()
-    cancelled = []
+async def test_a_drain_waits_for_what_was_started_and_ends_the_rest(grace):
+    started, cancelled = {}, []
 
     def start(call, deadline, answer):
-        timer = loop.call_later(float(call), answer, Answer(b"done", ()))
-        return lambda: (timer.cancel(), cancelled.append(call))
+        started[call] = answer
+        return lambda: cancelled.append(call)
 
     server, channel = await serve(lambda data, _: data, None, start)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        quick, slow = call.future(b"0.3", timeout=60), call.future(b"60", timeout=60)
-        await asyncio.to_thread(call.future(b"0", timeout=60).result, 10)
-        await server.stop(1)
-        assert await asyncio.to_thread(quick.result, 10) == b"done"
-        error = await asyncio.to_thread(slow.exception, 10)
+        quick, slow = (call.future(data, timeout=600) for data in (b"quick", b"slow"))
+        async with asyncio.timeout(60):
+            while len(started) < 2:
+                await asyncio.sleep(0.001)
+        stopping = await grace.begin(server)
+        started[b"quick"](Answer(b"done", ()))
+        assert await asyncio.to_thread(quick.result, 60) == b"done"
+        assert not slow.done()
+        grace.end()
+        await stopping
+        error = await asyncio.to_thread(slow.exception, 60)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
-        assert cancelled == [b"60"]
+        assert cancelled == [b"slow"]
 
 
 async def test_a_start_that_fails_fails_that_call_alone():

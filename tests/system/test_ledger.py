@@ -448,3 +448,27 @@ def test_an_export_that_nobody_reads_holds_up_no_batch(ledger, sender, tenant):
     # A day without a partition yet.
     assert sender.append([miss(tenant, now_ms() - 33 * DAY_MS)]).result == WRITTEN
     export.cancel()
+
+
+def test_advice_replays_an_hour_and_says_by_how_much_it_is_off(ledger, sender, tenant):
+    kind = unique("type")
+    price(ledger, kind, hourly_nano=1_000_000_000)
+    hour = now_ms() // HOUR_MS * HOUR_MS - 2 * HOUR_MS
+    # Four workers were up; two at a time is what comes: pairs of runs of 100 ms, every 200 ms.
+    records = [
+        miss(tenant, hour + 200 * number + 100, compute_us=100_000, total_us=100_000, worker_type=kind)
+        for number in range(1000)
+        for _ in range(2)
+    ]
+    times = [worker_time(f"w{n}", hour // 60_000 + m, worker_type=kind) for n in range(4) for m in range(60)]
+    sender.append(records, worker_times=times)
+    question = {"worker_type": kind, "from_ms": hour, "until_ms": hour + HOUR_MS}
+    answer = ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(**question))
+    (told,) = answer.hours
+    assert (told.requests, told.workers, told.measured_wait_us, told.replayed_wait_us) == (2000, 4.0, 0, 0)
+    assert (told.advised_workers, told.advised_wait_us) == (2, 0)
+    assert (answer.cost_nano, answer.advised_cost_nano, answer.error_us) == (4 * 10**9, 2 * 10**9, 0)
+    answer = ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(wait_us=100_000, **question))
+    assert (answer.hours[0].advised_workers, answer.hours[0].advised_wait_us) == (1, 100_000)
+    with pytest.raises(grpc.RpcError, match="replays at most 48 hours"):
+        ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(worker_type=kind, from_ms=hour - 60 * HOUR_MS))

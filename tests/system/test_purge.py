@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
@@ -17,6 +18,7 @@ from cache.keys.invalidation import EPOCHS
 from cache.settings import CacheSettings
 from cache.tiers.entry import Frames
 from cache.tiers.evictions import Evictions
+from services.runtime.errors import NotFoundError
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
 
@@ -103,7 +105,8 @@ async def test_a_tenants_purge_says_where_it_may_touch_less_than_was_meant(chann
     tenant = uuid.uuid4().hex
     assert (await purge(channels[0], tenant=tenant)).warning == ""  # `scoped` keeps tenants apart
     assert "ringmesh_tenant_scope" in (await purge(channels[2], tenant=tenant)).warning
-    assert (await purge(channels[2], model=tenant)).warning == ""
+    assert "a router checks it" in (await purge(channels[2], model=tenant)).warning
+    assert (await purge(channels[2], model=tenant, even_if_unknown=True)).warning == ""
 
 
 async def test_a_tenants_purge_says_that_no_model_keeps_tenants_apart(engine):
@@ -111,6 +114,27 @@ async def test_a_tenants_purge_says_that_no_model_keeps_tenants_apart(engine):
     service = CacheService(mesh, Evictions(mesh.local), Frames("secret"), tenant_scoped=list)
     answer = await service._purge(cache_pb2.PurgeRequest(tenant="acme"), None)
     assert "no answer of a model was purged" in answer.warning
+    await mesh.close()
+
+
+async def test_a_purge_of_a_model_that_nobody_knows_names_the_nearest_and_the_way_to_purge_it_all_the_same(engine):
+    mesh = CacheSettings(address="127.0.0.1:0").create_mesh("secret")
+
+    def usages():
+        return [cache_pb2.UsageStats(model="unloaded")]
+
+    service = CacheService(mesh, Evictions(mesh.local), Frames("secret"), usages, lambda: {bytes(16): "resnet"})
+    mesh.purges.purge = AsyncMock(return_value=(1, 1))
+    with pytest.raises(NotFoundError, match=r"no model 'resnet5' is served.*did you mean 'resnet'\?.*even_if_unknown"):
+        await service._purge(cache_pb2.PurgeRequest(model="resnet5"), None)
+    with pytest.raises(NotFoundError, match="there are: resnet"):
+        await service._purge(cache_pb2.PurgeRequest(model="xyz"), None)
+    mesh.purges.purge.assert_not_called()
+    await service._put(cache_pb2.PutRequest(namespace="ours", key=b"key", value=b"value"), None)
+    for request in ({"model": name} for name in ("resnet", "unloaded", "ours")):
+        await service._purge(cache_pb2.PurgeRequest(**request), None)
+    await service._purge(cache_pb2.PurgeRequest(model="xyz", even_if_unknown=True), None)
+    assert mesh.purges.purge.await_count == 4
     await mesh.close()
 
 
@@ -125,7 +149,7 @@ async def test_a_purge_without_a_scope_is_refused(channels, scope):
 
 async def test_who_watches_hears_of_purges_so_far_and_of_each_new_one(channels):
     namespace = uuid.uuid4().hex
-    await purge(channels[0], model=namespace)
+    await purge(channels[2], model=namespace)
     watch = cache_pb2_grpc.CacheServiceStub(channels[2]).Watch(cache_pb2.WatchRequest(), timeout=20)
     first = await watch.read()
     assert f"model:{namespace}" in first.purges
@@ -135,7 +159,7 @@ async def test_who_watches_hears_of_purges_so_far_and_of_each_new_one(channels):
 
 
 async def test_purges_that_redis_lost_are_written_back(channels, stack):
-    epoch = (await purge(channels[0], model=uuid.uuid4().hex)).epoch
+    epoch = (await purge(channels[0], tenant=uuid.uuid4().hex)).epoch
     async with Redis.from_url(stack.redis_url) as redis:
         await redis.delete(EPOCHS)
         async with asyncio.timeout(10):

@@ -13,8 +13,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 
+from tests.ports import free_port
 from tests.system.conftest import eventually
-from tests.system.processes import free_address
 from tests.system.test_cache import infer
 from tests.system.test_rows import batch
 from tests.system.test_semantic import fresh, near
@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture
 def redis(tmp_path):
     """(process, URL)"""
-    port = free_address().rpartition(":")[2]
+    port = str(free_port())
     command = [FOLDER / "redis-server", "--port", port, "--save", "", "--dir", tmp_path]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(FOLDER)}
     with (tmp_path / "log").open("w") as log:

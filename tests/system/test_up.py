@@ -204,7 +204,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path):
 
 @pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
 def test_a_malformed_redis_url_is_refused(state, url):
-    assert "--redis: not a Redis URL" in refused("--state", str(state), "--port", "0", "--redis", url)
+    assert "is not a Redis URL" in refused("--state", str(state), "--port", "0", "--redis", url)
 
 
 def test_an_unreachable_redis_is_a_warning(state):

@@ -42,14 +42,16 @@ def listing(processes: Mapping[str, str]) -> Table:
     return table
 
 
-def purge_request(*, everything: bool, model: str, tenant: str, key: str) -> cache_pb2.PurgeRequest:
+def purge_request(
+    *, everything: bool, model: str, tenant: str, key: str, even_if_unknown: bool
+) -> cache_pb2.PurgeRequest:
     """Of exactly one scope; raises CommandError."""
     if sum(map(bool, (everything, model, tenant, key))) != 1:
         raise CommandError("say what to purge by one of --everything, --model, --tenant and --key")
     if everything:
         return cache_pb2.PurgeRequest(everything=True)
     if model:
-        return cache_pb2.PurgeRequest(model=model)
+        return cache_pb2.PurgeRequest(model=model, even_if_unknown=even_if_unknown)
     if tenant:
         return cache_pb2.PurgeRequest(tenant=tenant)
     try:
@@ -58,10 +60,10 @@ def purge_request(*, everything: bool, model: str, tenant: str, key: str) -> cac
         raise CommandError(f"--key: {key!r} is not hexadecimal; `ringmesh explain` tells keys") from None
 
 
-def purge(cache: str, request: cache_pb2.PurgeRequest) -> cache_pb2.PurgeResponse:
-    """Returns when it is in force everywhere. Raises CommandError."""
+def purge(address: str, request: cache_pb2.PurgeRequest) -> cache_pb2.PurgeResponse:
+    """Asks a router or the cache service; returns when it is in force everywhere. Raises CommandError."""
 
     async def call(channel: grpc.aio.Channel, seconds: float) -> cache_pb2.PurgeResponse:
         return await cache_pb2_grpc.CacheServiceStub(channel).Purge(request, timeout=seconds)
 
-    return running.ask(cache, "cache", call)
+    return running.ask(address, "cache", call)

@@ -12,6 +12,8 @@ from redis.exceptions import RedisError
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
 from services.cli.errors import CommandError
+from services.runtime.redis.redis_url import Topology, parse_redis_url
+from services.runtime.rpc.server import StartError
 
 _SECONDS = 1.0
 # A proxy has no business on the loopback address, and another probe's back-off is not ours.
@@ -48,12 +50,12 @@ def _healthy_workers(metrics: str) -> int:
 
 async def redis_answers(url: str) -> bool:
     """Whether a PING is answered; Sentinels and clusters are left to the services. Raises CommandError."""
-    if url.partition("://")[0].endswith(("+sentinel", "+cluster")):
-        return True
     try:
-        client = Redis.from_url(url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS)
-    except ValueError as error:
-        raise CommandError(f"--redis: not a Redis URL: {error}") from None
+        if parse_redis_url(url, "--redis").topology is not Topology.NODE:
+            return True
+    except StartError as error:
+        raise CommandError(str(error)) from None
+    client = Redis.from_url(url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS)
     try:
         return bool(await client.ping())
     except (RedisError, OSError, TimeoutError):

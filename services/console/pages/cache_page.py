@@ -123,11 +123,14 @@ async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
         given: bool | str | bytes = True if scope == "everything" else bytes.fromhex(value) if scope == "key" else value
     except ValueError:
         return "", f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` tells them."
-    stub = cache_pb2_grpc.CacheServiceStub(sources.fleet.channel(sources.view.cache.address))
+    # A router knows which models there are.
+    answering = (router.address for router in sources.view.routers if not router.problem)
+    address = next(answering, sources.view.cache.address)
+    stub = cache_pb2_grpc.CacheServiceStub(sources.fleet.channel(address))
     purge = cache_pb2.PurgeRequest(**{scope: given})  # type: ignore[arg-type]
     done, problem = await ask(lambda: stub.Purge(purge, timeout=_PURGE_SECONDS))
     if done is None:
-        return "", f"Not purged. The cache service at {sources.view.cache.address}: {problem}."
+        return "", f"Not purged. {address} answers: {problem}."
     what = "Everything" if scope == "everything" else f"The {scope} {value}"
     warning = f" But {done.warning}." if done.warning else ""
     return f"{what} was purged; {done.confirmed} processes confirmed it.{warning}", ""

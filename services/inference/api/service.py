@@ -283,6 +283,8 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         max_batch_rows=model.max_batch_rows,
         max_request_rows=model.max_request_rows,
         batch_remark=model.batch_remark,
+        limits_queue=model.limits_queue,
+        optional_inputs=[name for name in model.inputs if name not in model.required],
         provider=model.provider,
         metadata=model.metadata(),
         tenant_scoped=model.tenant_scoped,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from services.inference.repository.repository import is_file_name
 from services.runtime.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from services.runtime.machine.machine_fault import machine_fault
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies on Linux
 # Each region holds a file descriptor.
@@ -154,13 +155,18 @@ class SharedMemory:
 
 
 def _open(key: str) -> _Object:
-    """Raises NotFoundError, and InvalidArgumentError where `key` names no shared memory object."""
+    """Raises NotFoundError, InvalidArgumentError where `key` names no shared memory object, ResourceExhaustedError
+    where this worker can open none."""
     file = key.removeprefix("/")
     if not is_file_name(file):
         raise InvalidArgumentError(f"{key!r} is no key of a POSIX shared memory object, such as /name", field="key")
     try:
         opened = _Object(os.open(_FOLDER / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
+        if lacks := machine_fault(error):
+            raise ResourceExhaustedError(
+                f"cannot open the shared memory object {key!r}: {lacks}", field="key"
+            ) from None
         raise NotFoundError(f"cannot open the shared memory object {key!r}: {error.strerror}", field="key") from None
     if not stat.S_ISREG(os.fstat(opened.descriptor).st_mode):
         raise InvalidArgumentError(f"{key!r} is not a POSIX shared memory object", field="key")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
 from services.inference.execution import graph, inline_runs, row_independence
 from services.inference.execution.batch_proof.prover import prove
+from services.inference.execution.run_errors import run_error
 from services.inference.execution.sessions import Sessions, first_line
 from services.inference.repository import batching_policy
 from services.inference.repository.config import (
@@ -27,13 +26,14 @@ from services.inference.repository.config import (
     TENANT_SCOPE,
     ConfigError,
     ModelConfig,
+    batching,
+    limits_queue,
     milliseconds,
     says,
     semantic_threshold,
 )
 from services.inference.repository.repository import ModelFiles, data_file
-from services.runtime import faults
-from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.tensors import decode
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class OnnxModel:
         self.cacheable = not self.cacheable_reason
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
+        self.limits_queue = limits_queue(batching(self._config))
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
         self.stale_ms = milliseconds(self._config, CACHE_STALE)
         self.max_request_rows = self._config.max_batch_size
@@ -147,18 +148,21 @@ class OnnxModel:
         return policy.reason or fixed
 
     def _why_no_row_cache(self) -> str:
-        """Raises ModelLoadError where it is asked for and cannot be."""
+        """Raises ModelLoadError where it is asked for and the configuration or the graph rules it out."""
         told = says(self._config, ROW_CACHE)
         if told is False:
             return "its config.pbtxt says so"
-        # The owner may know more of the rows of a request than that other callers' are to be kept out of its run.
+        # The rows of one request share runs also where requests do not.
         reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
         reason = reason or row_independence.not_proven(self.independence)
         if not reason and len(self.inputs) > len(self.required):
             reason = "it has optional inputs, which are for a whole run"
         if told and reason:
             raise ModelLoadError(f"cannot load {self._folder}: {ROW_CACHE} is true in its config.pbtxt, but {reason}")
-        return reason or ("" if told else row_independence.why_not_cached(self))
+        reason = reason or row_independence.why_not_cached(self, asked_for=told is True)
+        if told and reason:
+            log.warning("model %s: %s is true in its config.pbtxt, but %s", self.name, ROW_CACHE, reason)
+        return reason
 
     @property
     def batch_remark(self) -> str:
@@ -281,8 +285,8 @@ class OnnxModel:
         }
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and
-        ResourceExhaustedError where memory is short, and InternalError where the run fails otherwise."""
+        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and what `run_error`
+        makes of other failures."""
         if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
             raise InvalidArgumentError(
                 f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime "
@@ -301,19 +305,8 @@ class OnnxModel:
                     self.outputs[name].to_outer(array) if name in self.outputs else array
                     for name, array in zip(outputs, arrays, strict=True)
                 ]
-        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise InvalidArgumentError(f"model {self.name!r}: {first_line(error)}") from None
         except Exception as error:
-            if wanted := _refused_memory(error):
-                raise ResourceExhaustedError(
-                    f"model {self.name!r} needs more memory for this request than this worker has: {wanted}",
-                    kind="memory",
-                ) from None
-            faults.internal(log, f"model {self.name} failed", error)
-            raise InternalError(
-                f"model {self.name!r} failed in ONNX Runtime ({type(error).__name__}); the worker's log has the cause",
-                kind="execution",
-            ) from None
+            raise run_error(self.name, error) from None
         return arrays
 
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
@@ -334,14 +327,6 @@ def metadata(
     for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
         field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
     return told
-
-
-def _refused_memory(error: Exception) -> str:
-    """What was asked for, where that is why it failed; "" where it is not."""
-    found = re.search(r"(?<=requested buffer of size )\d+", str(error))
-    if found is not None:
-        return f"{found[0]} bytes"
-    return str(error) if isinstance(error, MemoryError) or "bad_alloc" in str(error) else ""
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.request import Decoded, prepare
-from services.inference.codec.tensor_spec import declared_spec
+from services.inference.codec.tensor_spec import TensorSpec, declared_spec
 from services.inference.execution.model import ModelLoadError, OnnxModel, metadata
 from services.inference.repository.config import (
     CACHE_STALE,
@@ -50,10 +50,12 @@ class Step(Protocol):
 class Ensemble:
     """One version of an ensemble, with the interface of a model and of its batcher.
 
-    `not_runnable` says which step is missing or does not fit, "" where all are here.
+    `not_runnable` says which step is missing or does not fit, "" where all are here; with `lacks_steps` it may run
+    where they are.
     """
 
     provider = "ensemble"
+    limits_queue = False
     row_cache = False
     batch_remark = "batched by its steps"
     semantic_threshold = 0.0
@@ -84,6 +86,7 @@ class Ensemble:
         self.own_digest = self.digest = files.digest("ensemble")
         self.not_runnable = "its steps are not known yet"
         self.cacheable, self.cacheable_reason = False, self.not_runnable
+        self.lacks_steps = True
         self._steps: list[Step] = []
 
     def resolved(self, find: Callable[[str, str], Step]) -> Ensemble:
@@ -92,9 +95,10 @@ class Ensemble:
         made.__dict__.update(self.__dict__)
         try:
             made._steps = [find(step.model, step.version) for step in self.plan.steps]
-            made.not_runnable = made._misfit()
+            made.lacks_steps, made.not_runnable = False, made._misfit()
         except NotFoundError as error:
-            made._steps, made.not_runnable = [], error.message
+            made._steps, made.lacks_steps, made.not_runnable = [], True, error.message
+        made.limits_queue = any(step.model.limits_queue for step in made._steps)
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
         reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
         made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)
@@ -146,25 +150,17 @@ class Ensemble:
 
     def _misfit(self) -> str:
         """Why these steps cannot be joined so; "" where they can."""
-        types = {name: spec.datatype.name for name, spec in self.inputs.items()}
-        for step, held in zip(self.plan.steps, self._steps, strict=True):
-            if isinstance(held.model, Ensemble):
-                return f"step {step.model!r} is an ensemble; a step must be a model"
-            inputs, outputs = held.model.inputs, held.model.outputs
-            if wrong := [name for name in step.inputs if name not in inputs]:
-                return f"step {step.model!r} has no input {wrong[0]!r}"
-            if missing := [name for name in held.model.required if name not in step.inputs]:
-                return f"step {step.model!r} also needs input {missing[0]!r}"
-            if wrong := [name for name in step.outputs if name not in outputs]:
-                return f"step {step.model!r} has no output {wrong[0]!r}"
-            for name, tensor in step.inputs.items():
-                if types[tensor] != inputs[name].datatype.name:
-                    return (
-                        f"step {step.model!r} takes {name!r} as {inputs[name].datatype.name}, "
-                        f"and tensor {tensor!r} is {types[tensor]}"
-                    )
-            types |= {tensor: outputs[name].datatype.name for name, tensor in step.outputs.items()}
-        for name, spec in self.outputs.items():
-            if types[name] != spec.datatype.name:
-                return f"output {name!r} is {types[name]}, and its config.pbtxt says {spec.datatype.name}"
-        return ""
+        signatures = [
+            ensemble.Signature(
+                _datatypes(step.model.inputs),
+                step.model.required,
+                _datatypes(step.model.outputs),
+                isinstance(step.model, Ensemble),
+            )
+            for step in self._steps
+        ]
+        return ensemble.misfit(self.plan, _datatypes(self.inputs), _datatypes(self.outputs), signatures)
+
+
+def _datatypes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    return {name: spec.datatype.name for name, spec in specs.items()}

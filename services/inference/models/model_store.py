@@ -38,6 +38,7 @@ from services.runtime.errors import (
     RingmeshError,
     UnavailableError,
 )
+from services.runtime.machine.machine_fault import machine_fault
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ class ModelStore:
                         await self._load(name, decision.overrides if decision is not None else Overrides())
                 except RingmeshError as error:
                     log.error("%s", error.message)
+                    if isinstance(error, UnavailableError):
+                        self._loaded.pop(name, None)  # so that `poll` tries it again
         if not self._quarantined and not unloaded and not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
         # Last: what the process before left may have been of use.
@@ -156,6 +159,7 @@ class ModelStore:
         held = self.held.of(name)
         fresh: list[HeldModel] = []
         failures: dict[str, str] = {}
+        lacking = ""
         given: Entry | None = None
         try:
             if overrides.files:
@@ -165,7 +169,11 @@ class ModelStore:
                 try:
                     fresh.append(await self._open(version, held, pardon))
                 except ModelLoadError as error:
-                    failures[str(version.version)] = str(error)
+                    lacks = machine_fault(error)
+                    failures[str(version.version)] = f"{error} ({lacks})" if lacks not in str(error) else str(error)
+                    lacking = lacking or lacks
+            if lacking:
+                raise RepositoryUnavailableError("; ".join(failures.values()))
             if failures:
                 raise ConfigError("; ".join(failures.values()))
             if decision is not None:
@@ -269,7 +277,7 @@ class ModelStore:
             (held.model.name, str(held.model.version)): VersionState(
                 held.model.name,
                 str(held.model.version),
-                UNAVAILABLE if held.resident is not None and held.resident.failure else READY,
+                UNAVAILABLE if held.model.not_runnable or (held.resident and held.resident.failure) else READY,
                 _remark(held),
             )
             for held in self.held
@@ -410,20 +418,22 @@ def _check_name(name: str) -> None:
 
 
 def _load_error(name: str, error: Exception) -> RingmeshError:
+    """UnavailableError where the model may be loaded elsewhere or later: the fault is not its own."""
     if isinstance(error, OSError):
         return UnavailableError(f"failed to load {name!r}: cannot write its files: {error.strerror}")
     if isinstance(error, RingmeshError):
         return error
-    kind = UnavailableError if isinstance(error, RepositoryUnavailableError) else InvalidArgumentError
-    return kind(f"failed to load {name!r}: {error}", field="model_name")
+    if isinstance(error, RepositoryUnavailableError) or machine_fault(error):
+        return UnavailableError(f"failed to load {name!r}: {error}")
+    return InvalidArgumentError(f"failed to load {name!r}: {error}", field="model_name")
 
 
 def _remark(held: HeldModel) -> str:
     """What is worth knowing of a model that is held."""
     model = held.model
-    if model.not_runnable:
-        routed = "a router runs its steps one by one if the fleet has them"
-        return f"this worker cannot run it whole: {model.not_runnable}; {routed}"
+    if isinstance(model, Ensemble) and model.not_runnable:
+        routed = "; a router runs its steps one by one if the fleet has them" if model.lacks_steps else ""
+        return f"this worker cannot run it whole: {model.not_runnable}{routed}"
     remarks = []
     if held.resident is not None and not held.resident.loaded:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")

@@ -170,6 +170,16 @@ def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
     return config.dynamic_batching
 
 
+def limits_queue(batching: config_pb2.ModelDynamicBatching) -> bool:
+    """Whether a request may fail while others run, because it was queued for too long or the queue is full."""
+    reject = config_pb2.ModelQueuePolicy.REJECT
+    return any(
+        policy.max_queue_size
+        or (policy.timeout_action == reject and (policy.default_timeout_microseconds or policy.allow_timeout_override))
+        for policy in (batching.default_queue_policy, *batching.priority_queue_policy.values())
+    )
+
+
 def wanted_versions(config: ModelConfig, versions: Iterable[int]) -> list[int]:
     """Which of the versions on disk to serve: the latest, where no policy says otherwise."""
     ordered = sorted(versions)

@@ -33,6 +33,7 @@ from services.runtime.rpc.rpc import Context, Service, abort, parse, unary
 log = logging.getLogger(__name__)
 
 _ROWS, _MOST_ROWS = 1000, 10_000
+_WAIT_US = 50_000
 _GROUPS = {
     ledger_pb2.GROUP_TENANT: "tenant",
     ledger_pb2.GROUP_MODEL: "model",
@@ -94,6 +95,7 @@ class LedgerService:
                 "SetBudget": unary(ledger_pb2.SetBudgetRequest, self._set_budget),
                 "DeleteBudget": unary(ledger_pb2.DeleteBudgetRequest, self._delete_budget),
                 "Lease": unary(ledger_pb2.LeaseRequest, self._lease),
+                "AdviseWorkers": unary(ledger_pb2.AdviseWorkersRequest, self._advise_workers),
                 "Rebuild": unary(ledger_pb2.RebuildRequest, self._rebuild),
             },
         )
@@ -170,6 +172,13 @@ class LedgerService:
     async def _delete_price(self, request: ledger_pb2.DeletePriceRequest, _: Context) -> ledger_pb2.DeletePriceResponse:
         await self._prices.delete(request.worker_type, request.from_ms)
         return ledger_pb2.DeletePriceResponse()
+
+    async def _advise_workers(
+        self, request: ledger_pb2.AdviseWorkersRequest, _: Context
+    ) -> ledger_pb2.AdviseWorkersResponse:
+        return await self._reports.advise_workers(
+            request.from_ms, request.until_ms, request.worker_type, request.wait_us or _WAIT_US
+        )
 
     async def _list_budgets(self, _: ledger_pb2.ListBudgetsRequest, __: Context) -> ledger_pb2.ListBudgetsResponse:
         states, warnings = await self._budgets.states()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import TypeVar
@@ -37,6 +37,16 @@ class Plan:
 
     steps: Sequence[Step]
     needs: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What the model of a step takes and gives: datatypes by name. `required`: the inputs that it needs."""
+
+    inputs: Mapping[str, str]
+    required: Collection[str]
+    outputs: Mapping[str, str]
+    is_ensemble: bool
 
 
 def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs: Iterable[str]) -> Plan:
@@ -75,6 +85,31 @@ def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs:
         [steps[index] for index in order],
         [sorted(place[needed] for needed in needs[index]) for index in order],
     )
+
+
+def misfit(whole: Plan, inputs: Mapping[str, str], outputs: Mapping[str, str], models: Sequence[Signature]) -> str:
+    """Why the models of the steps cannot be joined so; "" where they can. `inputs` and `outputs` of the ensemble."""
+    types = dict(inputs)
+    for step, model in zip(whole.steps, models, strict=True):
+        if model.is_ensemble:
+            return f"step {step.model!r} is an ensemble; a step must be a model"
+        if wrong := [name for name in step.inputs if name not in model.inputs]:
+            return f"step {step.model!r} has no input {wrong[0]!r}"
+        if missing := [name for name in model.required if name not in step.inputs]:
+            return f"step {step.model!r} also needs input {missing[0]!r}"
+        if wrong := [name for name in step.outputs if name not in model.outputs]:
+            return f"step {step.model!r} has no output {wrong[0]!r}"
+        for name, tensor in step.inputs.items():
+            if types[tensor] != model.inputs[name]:
+                return (
+                    f"step {step.model!r} takes {name!r} as {model.inputs[name]}, and tensor {tensor!r} is "
+                    f"{types[tensor]}"
+                )
+        types |= {tensor: model.outputs[name] for name, tensor in step.outputs.items()}
+    for name, datatype in outputs.items():
+        if types[name] != datatype:
+            return f"output {name!r} is {types[name]}, and its config.pbtxt says {datatype}"
+    return ""
 
 
 async def run(

@@ -12,7 +12,7 @@ from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.tensors import DATATYPES
 from services.runtime.request_limits import MAX_STRINGS
 
-# The datatype, and the shape, where -1 is for the request to choose.
+# The datatype, and the shape, where -1 stands for any size from 0.
 Declared: TypeAlias = tuple[str, tuple[int, ...]]
 
 # Of a request, and of each of its tensors.
@@ -79,11 +79,14 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
     )
     if not fits:
         more = f" and {len(shape) - _MOST_SHOWN} dimensions more" if len(shape) > _MOST_SHOWN else ""
-        raise InvalidArgumentError(
-            f"input {name!r} has shape {[*shape[:_MOST_SHOWN]]}{more}; the model takes {[*declared]}, "
-            "where -1 stands for any size from 0",
-            field=f"inputs[{index}].shape",
-        )
+        told = f"input {name!r} has shape {[*shape[:_MOST_SHOWN]]}{more}; "
+        if min(shape[:_MOST_SHOWN], default=0) < 0:
+            example = [1 if size < 0 else size for size in declared]
+            told += f"the dimensions of a request are the sizes of its data, 0 or more, as in {example}; "
+        told += f"the model takes {[*declared]}"
+        if -1 in declared:
+            told += ", where -1 stands for any size from 0"
+        raise InvalidArgumentError(told, field=f"inputs[{index}].shape")
     # Without the zeros: NumPy refuses an empty array too where its other dimensions overflow.
     if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise InvalidArgumentError(

@@ -26,7 +26,11 @@ from services.runtime.rpc.server import StartError
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 _SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 _OPTIONS = _FILES | {"db", "client_name", "ssl_cert_reqs", "ssl_check_hostname", *_SENTINEL_OPTIONS}
-_EXAMPLES = "redis://host:6379, redis+sentinel://host:26379,host2/service or redis+cluster://host:6379,host2"
+_SCHEMES = (
+    *("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+    "unix",
+)
+_EXAMPLES = "redis://host:6379, redis+sentinel://host:26379,host2/service or unix:///path/to/socket"
 
 
 class Topology(StrEnum):
@@ -65,8 +69,9 @@ def _parse(url: str) -> RedisUrl:
     split = urlsplit(url)
     scheme, _, kind = split.scheme.partition("+")
     topology = Topology(kind) if kind in ("sentinel", "cluster") else Topology.NODE
-    if scheme not in ("redis", "rediss", "unix") or (kind and topology is Topology.NODE):
-        raise ValueError(f"it begins with {split.scheme + '://'!r}; it should look like {_EXAMPLES}")
+    if split.scheme not in _SCHEMES or "://" not in url:
+        begins = f"it begins with {split.scheme + '://'!r}" if "://" in url else "it has no scheme"
+        raise ValueError(f"{begins}; there are {'://, '.join(_SCHEMES)}://, as in {_EXAMPLES}")
     for name, values in parse_qs(split.query, keep_blank_values=True).items():
         if name not in _OPTIONS:
             raise ValueError(f"it has no option {name!r}; there are {', '.join(sorted(_OPTIONS))}")

@@ -15,6 +15,7 @@ import random
 import socket
 import struct
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 
 from services.runtime.rpc.backlog import Address
 
@@ -23,6 +24,8 @@ _SIOCOUTQNSD = 0x894B
 # In Linux's tcp_info, bytes that the other end has acknowledged: 64 bits at this offset.
 _TCP_INFO_BYTES = 256
 _BYTES_ACKED = 120
+# Of HTTP/2.
+_FRAME_HEAD_BYTES = 9
 # Length 8, type 7, no flags, stream 0; last stream 2^31 - 1, NO_ERROR.
 _GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + struct.pack(">II", 0x7FFFFFFF, 0)
 
@@ -67,8 +70,7 @@ class Connections:
         """The other end of each connection, and how many bytes it has acknowledged since the connection began."""
         for _, _, connection in self._sockets(listening=False):
             try:
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-                found = (_peer(connection), *struct.unpack_from("Q", info, _BYTES_ACKED))
+                found = _peer(connection), _acknowledged(connection)
             except (OSError, struct.error):  # it is gone, or a kernel before 4.1
                 continue
             yield found
@@ -120,8 +122,19 @@ def _peer(connection: socket.socket) -> Address:
     return host.partition("%")[0].removeprefix("::ffff:"), port
 
 
+def _acknowledged(connection: socket.socket) -> int:
+    """Bytes since the connection began. Raises OSError where it is gone, struct.error on a kernel before 4.1."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    acknowledged: int = struct.unpack_from("Q", info, _BYTES_ACKED)[0]
+    return acknowledged
+
+
 def _go_away(connection: socket.socket) -> bool:
     try:
+        # The engine's SETTINGS come first, or the client takes it for a broken connection.
+        with suppress(struct.error):
+            if _acknowledged(connection) < _FRAME_HEAD_BYTES:
+                return False
         # What was sent and is not yet acknowledged counts in TIOCOUTQ, and a fast server's answers often are not.
         (unsent,) = struct.unpack("i", fcntl.ioctl(connection, _SIOCOUTQNSD, bytes(4)))
         return unsent == 0 and connection.send(_GOAWAY, socket.MSG_DONTWAIT) == len(_GOAWAY)

@@ -1,8 +1,10 @@
 """Tensors in shared memory objects whose owners do with them as they like."""
 
+import errno
 import os
 import uuid
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -112,6 +114,12 @@ def test_a_key_that_is_no_shared_memory_object_is_refused(key):
 def test_an_object_that_cannot_be_opened_is_not_found():
     with pytest.raises(NotFoundError, match="cannot open the shared memory object"):
         SharedMemory().register("region", "/nowhere-at-all", 0, 16)
+
+
+def test_a_worker_out_of_descriptors_does_not_say_that_there_is_no_such_object(file, monkeypatch):
+    monkeypatch.setattr(os, "open", Mock(side_effect=OSError(errno.EMFILE, "")))
+    with pytest.raises(ResourceExhaustedError, match="Too many open files"):
+        SharedMemory().register("region", file.name, 0, 16)
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 0), (0, -1), (-1, 16), (0, SIZE + 1), (SIZE, 1), (2**63, 2**63)])

@@ -2,12 +2,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from services.inference.execution.batch_proof.verdict import Verdict
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.execution.row_independence import why_not
+from services.inference.execution.run_errors import run_error
 from services.inference.repository.repository import versions
-from services.runtime.errors import InternalError, InvalidArgumentError
+from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from tests import models
 
 
@@ -268,17 +270,93 @@ def test_parameters_and_levels_reach_the_session(tmp_path, level):
         model.run({"x": np.ones((1, 64), np.float32)}, ["y"])
 
 
-def test_a_run_that_fails_for_no_fault_of_the_request_is_an_execution_error(tmp_path, caplog):
-    # 2 by 3 values into 4 by 4: ONNX Runtime finds out only when it runs.
-    shape = numpy_helper.from_array(np.array([4, 4], np.int64), "shape")
-    x, y = (models.value(name, TensorProto.FLOAT, "n", "m") for name in "xy")
-    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
-    model = load(models.save(tmp_path, "breaks", [node], [x], [y], [shape]))
-    with pytest.raises(InternalError, match="'breaks' failed in ONNX Runtime") as caught:
-        model.run({"x": np.ones((2, 3), np.float32)}, ["y"])
-    assert caught.value.kind == "execution"
-    assert "Reshape" in caplog.text
-    assert "Traceback" not in caught.value.message
+FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+
+
+def failing(repository, case):
+    """A model, and inputs with values or shapes that one of its nodes refuses when it runs."""
+    x, y = models.value("x", FLOAT, "n"), models.value("y", FLOAT, None)
+    sizes = models.value("s", INT, "k")
+    four = numpy_helper.from_array(np.array([4], np.int64), "four")
+    ones = np.ones(3, np.float32)
+    match case:
+        case "negative size":
+            made = [helper.make_node("ConstantOfShape", ["s"], ["y"])], [sizes], [], {"s": np.array([-5])}
+        case "too large a size":
+            made = [helper.make_node("ConstantOfShape", ["s"], ["y"])], [sizes], [], {"s": np.array([1 << 62] * 2)}
+        case "shape of the model":
+            made = [helper.make_node("Reshape", ["x", "four"], ["y"])], [x], [four], {"x": ones}
+        case "shape of the caller":
+            made = [helper.make_node("Reshape", ["x", "s"], ["y"])], [x, sizes], [], {"x": ones, "s": np.array([2, 2])}
+        case "sizes that differ":
+            other = models.value("z", FLOAT, "m")
+            made = [helper.make_node("Add", ["x", "z"], ["y"])], [x, other], [], {"x": ones, "z": ones[:2]}
+        case "an index":
+            table = numpy_helper.from_array(ones, "table")
+            made = [helper.make_node("GatherElements", ["table", "s"], ["y"])], [sizes], [table], {"s": np.array([7])}
+        case "no number":
+            text = models.value("x", TensorProto.STRING, "n")
+            made = [helper.make_node("Cast", ["x"], ["y"], to=FLOAT)], [text], [], {"x": np.array([b"two"], object)}
+        case "in a branch":
+            branches = [
+                helper.make_graph(
+                    [helper.make_node("Reshape", ["x", "four"], [name])], name, [], [models.value(name, FLOAT, None)]
+                )
+                for name in "ab"
+            ]
+            condition = models.value("condition", TensorProto.BOOL)
+            branch = helper.make_node("If", ["condition"], ["y"], then_branch=branches[0], else_branch=branches[1])
+            made = [branch], [x, condition], [four], {"x": ones, "condition": np.array(True)}
+    nodes, inputs, initializers, values = made
+    for node in nodes:
+        node.name = "the node"
+    return load(models.save(repository, "fails", nodes, inputs, [y], initializers)), values
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("negative size", r"'the node' \(ConstantOfShape\) fails: Tensor shape.Size\(\) must be >= 0"),
+        ("too large a size", r"'the node' \(ConstantOfShape\) fails: Integer overflow"),
+        ("shape of the model", r"\(Reshape\) fails: The input tensor cannot be reshaped to the requested shape"),
+        ("shape of the caller", r"\(Reshape\) fails: The input tensor cannot be reshaped to the requested shape"),
+        ("sizes that differ", r"\(Add\) fails: Attempting to broadcast"),
+        ("an index", r"\(GatherElements\) fails: .*Out of range value"),
+        ("no number", r"\(Cast\) fails: stod"),
+        ("in a branch", r"a node \(Reshape\) fails: The input tensor cannot be reshaped"),
+    ],
+)
+def test_a_node_that_refuses_what_the_caller_gave_is_told_with_its_reason_and_not_logged(tmp_path, caplog, case, words):
+    model, values = failing(tmp_path, case)
+    caplog.clear()
+    with pytest.raises(InvalidArgumentError, match=rf"model 'fails' cannot run on these inputs: .*{words}") as caught:
+        model.run(values, ["y"])
+    assert caught.value.field == "inputs"
+    assert "onnxruntime" not in caught.value.message
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (
+            Fail("Non-zero status code returned while running Conv node. Name:'' Status Message: CUDNN failure 4"),
+            "execution",
+        ),
+        (Fail("the session was closed"), "execution"),
+        (RuntimeError("Unable to handle object of type <class 'int'>"), "execution"),
+        (
+            Fail("running Add node. Status Message: Failed to allocate memory for requested buffer of size 99"),
+            "memory",
+        ),
+        (Fail("CUDA error cudaErrorMemoryAllocation:out of memory"), "memory"),
+    ],
+    ids=str,
+)
+def test_a_run_that_fails_for_no_fault_of_the_request_is_none_of_the_callers(error, kind):
+    told = run_error("m", error)
+    assert told.kind == kind
+    assert isinstance(told, ResourceExhaustedError if kind == "memory" else InternalError)
 
 
 @pytest.mark.parametrize("operator", ["GRU", "LSTM"])

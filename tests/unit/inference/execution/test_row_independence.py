@@ -9,7 +9,7 @@ from services.inference.execution.row_independence import why_not_cached
 from services.runtime.oip.tensors import DATATYPES
 
 
-def model(run, *, seconds=0.001, max_batch_rows=64):
+def model(run, *, seconds=0.001, max_batch_rows=64, max_request_rows=0):
     def timed(inputs, _):
         if len(inputs["x"]) == 1:
             end = time.perf_counter() + seconds
@@ -19,7 +19,12 @@ def model(run, *, seconds=0.001, max_batch_rows=64):
 
     spec = TensorSpec("x", DATATYPES["FP32"], (-1, 3))
     return SimpleNamespace(
-        inputs={"x": spec}, required=("x",), outputs={"y": spec}, max_batch_rows=max_batch_rows, run=timed
+        inputs={"x": spec},
+        required=("x",),
+        outputs={"y": spec},
+        max_batch_rows=max_batch_rows,
+        max_request_rows=max_request_rows,
+        run=timed,
     )
 
 
@@ -51,3 +56,15 @@ def beside(x):
 def test_rows_are_cached_by_themselves_where_it_pays_and_their_bits_are_their_own(made, reason):
     assert reason in why_not_cached(made)
     assert bool(reason) == bool(why_not_cached(made))
+
+
+@pytest.mark.parametrize("seconds", [0, 0.11], ids=["quick", "slow"])
+def test_rows_that_are_asked_for_are_probed_whatever_they_take(seconds):
+    assert not why_not_cached(model(doubled, seconds=seconds, max_batch_rows=2), asked_for=True)
+    other = model(lambda x: last_bits_by_size(np.concatenate((x, x)))[: len(x)], seconds=seconds, max_batch_rows=2)
+    assert "the last bits of 'y'" in why_not_cached(other, asked_for=True)
+
+
+def test_rows_of_requests_that_are_never_joined_are_probed_in_batches_as_large_as_a_request():
+    made = model(last_bits_by_size, max_batch_rows=1, max_request_rows=8)
+    assert "the last bits of 'y'" in why_not_cached(made, asked_for=True)

@@ -10,7 +10,7 @@ from ringmesh.oip.v2.model_config_pb2 import ModelEnsembling
 
 from router.balancing.catalog import ModelEntry
 from router.request import ensembles
-from services.inference.models.model_store import ModelStore
+from services.inference.models.model_store import UNAVAILABLE, ModelStore
 from services.inference.repository.repository import Directory
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip import ensemble
@@ -124,8 +124,10 @@ async def test_steps_that_do_not_fit_are_named_in_the_index(tmp_path, old, new, 
     edit(models.pipeline(tmp_path), old, new)
     store = await store_of(tmp_path)
     assert re.search(words, store.held.find("pipeline", "").model.not_runnable)
-    reasons = [line.reason for line in await store.index() if line.name == "pipeline"]
-    assert re.search(words, reasons[0])
+    (line,) = [line for line in await store.index() if line.name == "pipeline"]
+    assert re.search(words, line.reason)
+    assert ("a router runs" in line.reason) == ("no model" in words)
+    assert line.state == UNAVAILABLE
 
 
 async def test_a_graph_that_is_none_is_not_loaded(tmp_path):

@@ -1,16 +1,22 @@
 import asyncio
+import errno
+import os
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.model import OnnxModel
+from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository.repository import Directory, RepositoryError
-from services.runtime.errors import InvalidArgumentError, NotFoundError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.runtime.machine.machine_fault import machine_fault
 from tests import models
 from tests.system.test_cache import fresh
 
@@ -218,3 +224,81 @@ async def test_the_index_says_why_a_model_is_not_cached_and_whether_it_is_batche
     assert reasons["random"].startswith(
         "not cached: its graph holds RandomNormalLike; not batched: rows are not proven"
     )
+
+
+@contextmanager
+def descriptors(free):
+    """With so many left for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + free, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("free", range(4))
+async def test_a_worker_out_of_descriptors_says_so_and_does_not_blame_the_model(tmp_path, free):
+    made = await store(models.mlp(tmp_path).parent.parent)
+    models.mlp(tmp_path, seed=1)
+    with descriptors(free):
+        (error,) = await asyncio.gather(made.load("mlp"), return_exceptions=True)
+    assert (free and error is None) or (isinstance(error, UnavailableError) and "Too many open files" in error.message)
+    assert ("mlp", "1", READY) in await states(made)
+    await made.load("mlp")
+    assert await states(made) == [("mlp", "1", READY)]
+
+
+async def test_a_model_that_met_a_fault_of_the_machine_at_the_start_is_loaded_when_that_is_over(tmp_path):
+    models.mlp(tmp_path)
+    models.mlp(tmp_path, name="other")
+    faulty = True
+
+    def open_one(files):
+        if faulty and files.name == "mlp":
+            try:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise ModelLoadError(f"cannot load: {type(error).__name__}") from None
+        return open_model(files)
+
+    made = ModelStore(Directory(tmp_path), open_one, EXECUTOR)
+    await made.load_all()
+    (line,) = [line for line in await made.index() if line.name == "mlp"]
+    assert line.state == UNAVAILABLE
+    assert "No space left on device" in line.reason
+    polling = asyncio.create_task(made.poll(0.001))
+    faulty = False
+    async with asyncio.timeout(30):
+        while not made.held.of("mlp"):
+            await asyncio.sleep(0)
+    polling.cancel()
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (OSError(errno.EMFILE, "x"), "Too many open files"),
+        (OSError(errno.ENOENT, "x"), ""),
+        (MemoryError(), "Cannot allocate memory"),
+        (RuntimeError("Load model from m failed:system error number 24"), "Too many open files"),
+        (RuntimeError("Load model from m failed:system error number 2"), ""),
+        (RuntimeError("open file w.bin fail, errcode = 12 - Cannot allocate memory"), "Cannot allocate memory"),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 4000"), "Cannot allocate memory"),
+        (RuntimeError("std::bad_alloc"), "Cannot allocate memory"),
+        (RuntimeError("can't start new thread"), "no thread can be started"),
+        (RuntimeError("Node 24 (errno) is not an ONNX operator"), ""),
+    ],
+    ids=str,
+)
+def test_a_fault_of_the_machine_is_told_from_one_of_the_model(error, lacks):
+    assert machine_fault(error) == lacks

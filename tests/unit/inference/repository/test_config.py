@@ -1,6 +1,14 @@
 import pytest
 
-from services.inference.repository.config import NOTHING, ConfigError, ignored_fields, parse, read
+from services.inference.repository.config import (
+    NOTHING,
+    ConfigError,
+    batching,
+    ignored_fields,
+    limits_queue,
+    parse,
+    read,
+)
 
 
 def test_what_is_set_and_not_acted_on_is_listed_by_path():
@@ -73,3 +81,25 @@ def test_a_mistake_is_named_with_the_file(tmp_path, text, words):
 
 def test_no_file_is_no_configuration(tmp_path):
     assert read(tmp_path / "config.pbtxt", "m") is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("policy", "limited"),
+    [
+        ("", False),
+        ("default_timeout_microseconds: 5", True),
+        ("default_timeout_microseconds: 5 timeout_action: DELAY", False),
+        ("allow_timeout_override: true", True),
+        ("max_queue_size: 5 timeout_action: DELAY", True),
+    ],
+)
+@pytest.mark.parametrize(
+    "field",
+    [
+        "default_queue_policy {{ {} }}",
+        "priority_levels: 2 default_priority_level: 1 priority_queue_policy {{ key: 2 value {{ {} }} }}",
+    ],
+)
+def test_a_queue_is_limited_where_a_request_may_fail_while_others_run(field, policy, limited):
+    config = parse(f"dynamic_batching {{ {field.format(policy)} }}", "config.pbtxt", "m")
+    assert limits_queue(batching(config)) is limited

@@ -132,6 +132,22 @@ def test_a_row_cache_that_is_asked_for_needs_the_proof(tmp_path):
         load(folder)
 
 
+def test_a_row_cache_that_is_asked_for_needs_the_same_bits_in_every_batch(tmp_path, monkeypatch):
+    run = OnnxModel.run
+
+    def other_bits_in_a_batch(model, inputs, outputs):
+        arrays = run(model, inputs, outputs)
+        return [np.nextafter(array, np.float32(np.inf)) if len(array) > 4 else array for array in arrays]
+
+    folder = models.row_cached(tmp_path)
+    assert load(folder).row_cache
+    monkeypatch.setattr(OnnxModel, "run", other_bits_in_a_batch)
+    model = load(folder)
+    assert not model.row_cache
+    told = model.config().parameters["ringmesh_row_cache"].string_value
+    assert told == "no: the last bits of 'y' depend on the size of a batch"
+
+
 def test_the_owners_word_is_taken_for_batches_and_the_verdict_is_told(tmp_path):
     folder = share_of_the_largest(tmp_path)
     (folder.parent / "config.pbtxt").write_text("max_batch_size: 8 dynamic_batching { }")

@@ -1,7 +1,7 @@
 import pytest
 from google.protobuf import text_format
 from ringmesh.inference.v1 import inference_pb2
-from ringmesh.oip.v2 import model_config_pb2
+from ringmesh.oip.v2 import grpc_service_pb2, model_config_pb2
 
 from cache.policy.freshness import Freshness
 from router.balancing.catalog import Catalog
@@ -31,16 +31,65 @@ def test_an_ensemble_is_as_fresh_as_its_shortest_lived_step():
     assert Catalog([[*steps, ensemble]]).find("e", "").freshness == Freshness(1000, 100)
 
 
-def test_an_ensemble_of_which_a_step_is_an_ensemble_has_no_plan_that_leads_back_to_it():
+def pipeline(name="e", not_runnable="no model 'two'"):
+    """An ensemble of `one` and `two` on a worker that cannot run it."""
     text = """
         input { name: "a" } output { name: "c" }
         ensemble_scheduling {
-          step { model_name: "e" input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }
-          step { model_name: "missing" input_map { key: "x" value: "b" } output_map { key: "y" value: "c" } }
+          step { model_name: "one" input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }
+          step { model_name: "two" input_map { key: "x" value: "b" } output_map { key: "y" value: "c" } }
         }
     """
-    ensemble = inference_pb2.Ensemble(config=text_format.Parse(text, model_config_pb2.ModelConfig()))
-    assert Catalog([[version("e", ensemble=ensemble)]]).find("e", "").plan is None
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    ensemble = inference_pb2.Ensemble(own_digest=b"w", config=config, not_runnable=not_runnable)
+    return version(name, ensemble=ensemble, metadata=metadata({"a": "FP32"}, {"c": "FP32"}))
+
+
+def metadata(inputs, outputs):
+    tensors = [[{"name": n, "datatype": datatype} for n, datatype in each.items()] for each in (inputs, outputs)]
+    return grpc_service_pb2.ModelMetadataResponse(inputs=tensors[0], outputs=tensors[1])
+
+
+def step(name, inputs, outputs, **fields):
+    return version(name, metadata=metadata(inputs, outputs), **fields)
+
+
+X, Y = {"x": "FP32"}, {"y": "FP32"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ([step("one", X, Y), step("two", X, Y)], ""),
+        ([step("one", X, Y)], "no worker holds its step 'two'"),
+        ([step("one", X, Y), pipeline("two")], "step 'two' is an ensemble; a step must be a model"),
+        ([step("one", X, Y), step("two", X, {"y": "INT8"})], "output 'c' is INT8, and its config.pbtxt says FP32"),
+        ([step("one", X, Y), step("two", {"x": "INT8"}, Y)], "step 'two' takes 'x' as INT8, and tensor 'b' is FP32"),
+        ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y)], "step 'two' also needs input 'z'"),
+        ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y, optional_inputs=["z"])], ""),
+        ([step("one", X, Y), step("two", X, {})], "step 'two' has no output 'y'"),
+    ],
+)
+def test_an_ensemble_that_nobody_can_run_says_why_and_has_no_plan(steps, reason):
+    entry = Catalog([[pipeline()], steps]).find("e", "")
+    assert entry.not_runnable == reason
+    assert bool(entry.plan) != bool(reason)
+    assert entry.uncacheable == reason
+
+
+def test_an_ensemble_that_is_a_step_of_itself_has_no_plan_that_leads_back_to_it():
+    itself = pipeline()
+    itself.ensemble.config.ensemble_scheduling.step[0].model_name = "e"
+    entry = Catalog([[itself, step("two", X, Y)]]).find("e", "")
+    assert (entry.plan, entry.not_runnable) == (None, "step 'e' is an ensemble; a step must be a model")
+
+
+def test_an_ensemble_that_a_worker_runs_is_not_judged_by_what_another_says():
+    assert (
+        not Catalog([[pipeline()], [pipeline(not_runnable=""), version("one"), version("two")]])
+        .find("e", "")
+        .not_runnable
+    )
 
 
 def test_the_models_that_keep_tenants_apart_are_told():

@@ -222,6 +222,19 @@ async def test_rows_in_flight_are_joined_and_outlive_the_caller_that_started_the
     assert not cache._flights._flights
 
 
+async def test_batches_that_overlap_in_flight_compute_each_row_once():
+    cache, worker = RowCache(FakeMesh(), HASHER), FakeWorker()
+    worker.gate = asyncio.Event()
+    windows = [[*range(start, start + 8)] for start in range(33)]
+    finding = [asyncio.create_task(find(cache, values, worker)) for values in windows]
+    while len(worker.computed) < 33:  # each leads the one row that those before it do not have
+        await asyncio.sleep(0)
+    worker.gate.set()
+    for values, found in zip(windows, await asyncio.gather(*finding), strict=True):
+        assert found.entry.value == response(values)
+    assert sorted(value for values in worker.computed for value in values) == [*range(40)]
+
+
 async def test_a_failure_of_another_caller_is_not_ours():
     cache, worker = RowCache(FakeMesh(), HASHER), FakeWorker()
     worker.gate = asyncio.Event()

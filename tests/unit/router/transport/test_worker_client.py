@@ -47,6 +47,7 @@ class Worker:
             max_message_bytes=LARGEST,
             max_connection_age=300,
         )
+        self.envelopes = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.describes = asyncio.Event()
@@ -65,6 +66,8 @@ class Worker:
         return [Received(item.request, b"", None, b"") for item in items]
 
     def begin(self, works, done):
+        self.envelopes.append(len(works))
+
         async def finish():
             await self.gate.wait()
             results = [inference_pb2.WorkResult(response=b"socket") for _ in works]
@@ -117,6 +120,23 @@ async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(w
     await link.describe(5, 0)
     assert await way(link) == b"socket"
     await other.stop(0)
+
+
+@pytest.mark.parametrize(("is_alone", "envelopes"), [(False, [3]), (True, [1, 1, 1])])
+async def test_a_request_that_may_end_before_the_others_leaves_in_an_envelope_of_its_own(
+    worker, link, is_alone, envelopes
+):
+    await link.describe(5, 0)
+    worker.gate.clear()
+    ended = [asyncio.get_running_loop().create_future() for _ in range(3)]
+    for each in ended:
+        link.send(b"model", Work(b"request", b"", None, "", is_alone=is_alone), each.set_result)
+    async with asyncio.timeout(20):
+        while sum(worker.envelopes) < 3:
+            await asyncio.sleep(0)
+    assert worker.envelopes == envelopes
+    worker.gate.set()
+    await asyncio.gather(*ended)
 
 
 @pytest.mark.parametrize("what", ["another port", "no socket there", "no socket"])

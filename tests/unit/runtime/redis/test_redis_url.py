@@ -1,5 +1,9 @@
+import re
+
 import pytest
 
+from services.cli.errors import CommandError
+from services.cli.stack.probes import redis_answers
 from services.runtime.redis.redis_url import Topology, parse_redis_url
 from services.runtime.rpc.server import StartError
 
@@ -31,7 +35,8 @@ def test_credentials_database_and_tls_become_options_of_the_connection():
     ("url", "says"),
     [
         ("http://one", "begins with 'http://'"),
-        ("one:6379", "should look like"),
+        ("one:6379", "it has no scheme; there are redis://, .* as in redis://host:6379"),
+        ("unix+sentinel:///socket", "begins with"),
         ("redis+ring://one", "begins with"),
         ("redis://a,b", "several hosts"),
         ("redis+sentinel://a", "lacks the service"),
@@ -55,3 +60,16 @@ def test_a_refusal_does_not_show_the_password():
         parse_redis_url("redis+ring://user:hidden@one", "X")
     assert "hidden" not in str(caught.value)
     assert "***@one" in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://one", "one:6379"])
+async def test_every_scheme_that_is_accepted_is_listed_to_who_gives_another(url):
+    with pytest.raises(CommandError) as caught:
+        await redis_answers(url)
+    listed = set(re.findall(r"[a-z+]+(?=://)", str(caught.value).partition("as in")[0])) - {"http"}
+    assert listed == {
+        "unix",
+        *(f"{scheme}{kind}" for scheme in ("redis", "rediss") for kind in ("", "+sentinel", "+cluster")),
+    }
+    for scheme in listed:
+        assert parse_redis_url(f"{scheme}://a{'/s' if 'sentinel' in scheme else ''}", "X")

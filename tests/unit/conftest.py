@@ -1,0 +1,36 @@
+"""On compiled modules, only the tests that reach one: for the others that would be the same run again."""
+
+import ast
+import functools
+from pathlib import Path
+
+from services.runtime.machine import compiled
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if compiled.is_used() and collection_path.match("test_*.py") and not reaches_compiled(collection_path):
+        return True
+    return None
+
+
+def reaches_compiled(test: Path) -> bool:
+    """Whether a compiled module is among what the file imports, by itself or by way of others."""
+    found, to_read = set(), [test]
+    while to_read:
+        new = imports(to_read.pop()) - found
+        found |= new
+        sources = (compiled.ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in new)
+        to_read += [source for source in sources if source.is_file()]
+    return not found.isdisjoint(compiled.MODULES)
+
+
+@functools.cache
+def imports(source: Path) -> set[str]:
+    """The dotted names of all modules that it may import."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(node, ast.Import):
+            names.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update((node.module, *(f"{node.module}.{name.name}" for name in node.names)))
+    return names

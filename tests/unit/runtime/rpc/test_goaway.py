@@ -1,0 +1,29 @@
+"""GOAWAY beside the frames of an engine: on connections that are established, and on none before."""
+
+import socket
+
+import pytest
+
+from services.runtime.rpc.connections import Connections
+
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+
+
+@pytest.fixture
+def pair():
+    """Both ends of a connection, the server's first, and the connections at its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with accepted:
+            client.settimeout(20)
+            yield accepted, client, Connections(server.getsockname()[1])
+
+
+def test_a_connection_on_which_the_engine_has_sent_nothing_is_asked_to_go_when_it_has(pair):
+    accepted, client, connections = pair
+    assert not connections.release(0.0)
+    accepted.sendall(SETTINGS)
+    assert client.recv(len(SETTINGS), socket.MSG_WAITALL) == SETTINGS  # so it is acknowledged, or soon
+    while not connections.release(1.0):
+        pass
+    assert client.recv(9, socket.MSG_WAITALL)[3] == 7  # GOAWAY
