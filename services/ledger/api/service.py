@@ -122,8 +122,8 @@ class LedgerService:
                 allow_unpriced=request.allow_unpriced,
             )
         range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), time_range.MINUTE_MS)
-        question = UsageQuestion(range_, _groups(request), filters, limit, request.changes, request.allow_unpriced)
-        return await self._reports.usage(question)
+        question = UsageQuestion(range_, _groups(request), filters, limit, allow_unpriced=request.allow_unpriced)
+        return await self._reports.usage(question, changes=request.changes)
 
     def _range_of_requests(self, request: ledger_pb2.ReportRequest) -> time_range.TimeRange:
         """With a trace id and no start, all that is kept."""

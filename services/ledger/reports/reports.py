@@ -43,11 +43,13 @@ class Reports:
         self._retention = retention
         self._clock = clock
 
-    async def usage(self, question: UsageQuestion) -> ledger_pb2.ReportResponse:
-        """By group; the range of `question` is rounded to what is kept."""
+    async def usage(self, question: UsageQuestion, *, changes: bool = False) -> ledger_pb2.ReportResponse:
+        """By group; the range of `question` is rounded to what is kept. With `changes` beside the time before."""
         began = time.perf_counter_ns()
-        question = replace(question, range=time_range.covered(question.range, self._retention, self._now_ms()))
-        ranges = [question.range, *([question.range.before] if question.changes else [])]
+        range_ = time_range.covered(question.range, self._retention, self._now_ms())
+        before = time_range.covered(range_.before, self._retention, self._now_ms()) if changes else None
+        question = replace(question, range=range_, before=before)
+        ranges = [one for one in (range_, before) if one is not None]
         async with self._database.reading() as connection:
             book = await self._prices.book(connection)
             key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))

@@ -26,11 +26,13 @@ class UsageQuestion:
     groups: tuple[str, ...]
     filters: Mapping[str, str]
     limit: int
-    changes: bool = False
+    # What to compare with; then the largest changes come first.
+    before: TimeRange | None = None
     allow_unpriced: bool = False
 
 
 _NOTHING = Amounts()
+_REQUESTS = MEASURES.index("requests")
 
 
 @dataclass(slots=True)
@@ -50,21 +52,25 @@ async def usage_report(
         row = rows.setdefault(sums.group, _Row())
         row.measures = [a + b for a, b in zip(row.measures, sums.measures, strict=True)]
         row.amounts = row.amounts.plus(amounts)
-    if question.changes:
-        before = question.range.before
-        for sums, amounts in await _rated(connection, book, question, before, warnings):
+    if question.before is not None:
+        for sums, amounts in await _rated(connection, book, question, question.before, warnings):
             row = rows.setdefault(sums.group, _Row())
             row.previous = row.previous.plus(amounts)
-    keys, built, total = _priced(rows, question.groups, book.denominator)
-    if question.changes:
-        order = sorted(built, key=lambda row: (-abs(row.cost_nano - row.previous_cost_nano), -row.requests))
-    elif "day" in question.groups:
-        order = [row for _, row in sorted(zip(keys, built, strict=True), key=lambda pair: (pair[1].day, pair[0]))]
-    else:
-        order = sorted(built, key=lambda row: (-row.cost_nano, -row.saved_nano, -row.requests))
+    money, totals = _money(list(rows.values()), book.denominator)
+    shown = _order(list(rows.items()), money, question)[: question.limit] if question.groups else []
+    keys, all_rows = list(rows), list(rows.values())
+    measures = [sum(column) for column in zip(*(row.measures for row in all_rows), strict=True)] or [0] * len(MEASURES)
     return ledger_pb2.ReportResponse(
-        rows=order[: question.limit] if question.groups else (),
-        total=total,
+        rows=[
+            _row(
+                all_rows[place].measures,
+                {name: parts[place] for name, parts in money.items()},
+                question.groups,
+                keys[place],
+            )
+            for place in shown
+        ],
+        total=_row(measures, totals, (), ()),
         from_ms=question.range.from_ms,
         until_ms=question.range.until_ms,
         currency=currency,
@@ -84,28 +90,36 @@ async def _rated(
     return rated
 
 
-def _priced(
-    rows: Mapping[tuple[str, ...], _Row], groups: Sequence[str], denominator: int
-) -> tuple[list[tuple[str, ...]], list[ledger_pb2.ReportRow], ledger_pb2.ReportRow]:
-    """Keys, their rows, and the total: each kind of money rounded once, and divided among the rows."""
-    keys = list(rows)
+def _money(rows: Sequence[_Row], denominator: int) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Of each row, and in total: each kind rounded once, and divided among the rows."""
     money: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
     for name, weights in (
-        ("cost_nano", [row.amounts.cost for row in rows.values()]),
-        ("saved_nano", [row.amounts.saved for row in rows.values()]),
-        ("error_nano", [row.amounts.error for row in rows.values()]),
-        ("previous_cost_nano", [row.previous.cost for row in rows.values()]),
+        ("cost_nano", [row.amounts.cost for row in rows]),
+        ("saved_nano", [row.amounts.saved for row in rows]),
+        ("error_nano", [row.amounts.error for row in rows]),
+        ("previous_cost_nano", [row.previous.cost for row in rows]),
     ):
         totals[name] = rounded(sum(weights), denominator)
         money[name] = apportioned(weights, totals[name])
-    built = []
-    sums = [0] * len(MEASURES)
-    for place, key in enumerate(keys):
-        measures = rows[key].measures
-        sums = [a + b for a, b in zip(sums, measures, strict=True)]
-        built.append(_row(measures, {name: parts[place] for name, parts in money.items()}, groups, key))
-    return keys, built, _row(sums, totals, (), ())
+    return money, totals
+
+
+def _order(
+    rows: Sequence[tuple[tuple[str, ...], _Row]], money: Mapping[str, Sequence[int]], question: UsageQuestion
+) -> list[int]:
+    """Places of the rows as they are shown."""
+    cost, saved, previous = money["cost_nano"], money["saved_nano"], money["previous_cost_nano"]
+
+    def rank(place: int) -> tuple[str | int, ...]:
+        key, row = rows[place]
+        if question.before is not None:
+            return -abs(cost[place] - previous[place]), -row.measures[_REQUESTS], *key
+        if "day" in question.groups:
+            return key[question.groups.index("day")], -cost[place], *key
+        return -cost[place], -saved[place], -row.measures[_REQUESTS], *key
+
+    return sorted(range(len(rows)), key=rank)
 
 
 def _row(
