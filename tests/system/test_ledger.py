@@ -273,7 +273,8 @@ def test_a_price_that_is_wrong_changes_nothing(ledger, wrong, code, complaint):
         ({"from_ms": now_ms() + DAY_MS}, "is empty"),
         ({"limit": 100_000}, "at most 10000"),
         ({"trace_id": "xyz"}, "is no trace id"),
-        ({"from_ms": 1 << 63, "until_ms": (1 << 64) - 1}, "covers at most 1100"),
+        ({"from_ms": 1 << 62, "until_ms": (1 << 62) + DAY_MS}, "from_ms is 4611686018427387904, which is no time"),
+        ({"until_ms": (1 << 64) - 1}, "until_ms is 18446744073709551615, which is no time"),
     ],
 )
 def test_a_report_that_is_wrong_gets_a_clear_error(ledger, wrong, complaint):
@@ -384,6 +385,13 @@ def test_a_day_that_is_rebuilt_says_the_same(ledger, sender, tenant):
     after = ledger.report("model", **question)
     assert not after.cached
     assert after.rows == before.rows
+
+
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-01-01", "yesterday"])
+def test_a_day_that_is_not_kept_is_not_rebuilt(ledger, day):
+    with pytest.raises(grpc.RpcError) as refused:
+        ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=day))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("form", ["CSV", "PARQUET"])

@@ -27,7 +27,19 @@ from services.ledger.storage.migrations import FOLDER
 from services.ledger.storage.partitions import Partitions, Retention
 from tests.system import processes
 from tests.system.conftest import eventually
-from tests.system.ledgers import DAY_MS, HOUR_MS, Ledger, Sender, hits, miss, now_ms, unique
+from tests.system.ledgers import (
+    DAY_MS,
+    DUPLICATE,
+    HOUR_MS,
+    WRITTEN,
+    Ledger,
+    Sender,
+    hits,
+    miss,
+    now_ms,
+    unique,
+    worker_time,
+)
 
 RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL}
 
@@ -106,10 +118,14 @@ def assert_counted(ledger, loads, tenant):
     asyncio.run(assert_grains_agree(ledger))
 
 
+async def connect(ledger):
+    socket = Path(ledger.settings["state_dir"]) / "postgres"
+    return await asyncpg.connect(host=str(socket), user="ringmesh", database="postgres")
+
+
 async def assert_grains_agree(ledger):
     """Records, minutes, hours and days have the same sums for each series."""
-    socket = Path(ledger.settings["state_dir"]) / "postgres"
-    connection = await asyncpg.connect(host=str(socket), user="ringmesh", database="postgres")
+    connection = await connect(ledger)
     sums = {}
     for table in ("usage", "rollup_minute", "rollup_hour", "rollup_day"):
         rows = await connection.fetch(
@@ -193,6 +209,52 @@ def test_kills_at_random_points_under_load(start_ledger, victim):
 
 
 @pytest.mark.proof
+@pytest.mark.parametrize("victim", ["ledger", "postgres"])
+@pytest.mark.parametrize("table", ["producer", "usage", "rollup_minute", "margin_day", "worker_minute", "day_version"])
+def test_a_kill_in_the_middle_of_a_transaction(start_ledger, table, victim):
+    """That waits at a table which the test holds: before the mark, in COPY, in the roll-ups, before the end."""
+    ledger, tenant = start_ledger(), unique("tenant")
+    sender = Sender(ledger)
+    sender.append([miss(tenant)])
+    batch = encode([miss(tenant), hits(tenant, 5)], [worker_time("w", now_ms() // 60_000)])
+
+    def send():
+        try:
+            return sender.append((), sequence=2, batch=batch).result
+        except grpc.RpcError:
+            return None
+
+    async def kill_while_it_waits():
+        holder = await connect(ledger)
+        waiting = await connect(ledger)
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        sending = asyncio.create_task(asyncio.to_thread(send))
+        async with asyncio.timeout(20):
+            while not await waiting.fetchval(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation IN "
+                "(SELECT $1::regclass UNION SELECT inhrelid FROM pg_inherits WHERE inhparent = $1::regclass)",
+                table,
+            ):
+                await asyncio.sleep(0.01)
+        (kill_postgres if victim == "postgres" else kill_ledger)(ledger)
+        holder.terminate()
+        waiting.terminate()
+        return await sending
+
+    assert asyncio.run(kill_while_it_waits()) is None
+    if victim == "ledger":
+        restart(ledger)
+    eventually(lambda: send() in (WRITTEN, DUPLICATE), 60)
+    assert send() == DUPLICATE
+    assert ledger.report(tenant=tenant).total.requests == 7
+    asyncio.run(assert_grains_agree(ledger))
+    bill = ledger.stub.Bill(ledger_pb2.BillRequest(from_ms=now_ms() - HOUR_MS, allow_unpriced=True))
+    assert next(row.paid_us for row in bill.rows if row.worker_type == "cpu") == 60_000_000
+
+
+@pytest.mark.proof
 def test_an_idle_ledger_that_is_killed_leaves_no_postgres(start_ledger):
     ledger = start_ledger()
     postmaster = ledger.postgres()
@@ -224,8 +286,7 @@ def test_a_partition_that_was_dropped_by_hand_is_made_again(start_ledger):
     sender.append([miss(tenant)])
 
     async def drop():
-        socket = Path(ledger.settings["state_dir"]) / "postgres"
-        connection = await asyncpg.connect(host=str(socket), user="ringmesh", database="postgres")
+        connection = await connect(ledger)
         day = time.strftime("%Y%m%d", time.gmtime())
         await connection.execute(f"DROP TABLE usage_{day}")
         await connection.close()
@@ -292,7 +353,7 @@ def test_migrations_go_back_and_forth(start_ledger):
     from services.ledger.storage import migrations
 
     async def back_and_forth():
-        connection = await asyncpg.connect(host=str(socket), user="ringmesh", database="postgres")
+        connection = await connect(ledger)
         for _ in FOLDER.glob("*.sql"):
             await migrations.roll_back(url)
         left = await connection.fetch("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")

@@ -9,7 +9,7 @@ from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.rollups import MEASURES
-from services.runtime.errors import FailedPreconditionError
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 
 _IS_HIT = "(k.status = 'OK' AND (k.outcome LIKE 'hit-%' OR k.outcome = 'joined'))"
 _SUMS = {
@@ -25,8 +25,11 @@ _FROM_CELLS = ", ".join(f"sum({name})::bigint" for name in MEASURES)
 async def rebuild(database: Database, partitions: Partitions, day: date, now: datetime) -> tuple[int, int]:
     """Records and requests of the day. Writing waits meanwhile.
 
-    Raises FailedPreconditionError where fewer requests are recorded than the roll-ups count: the rest would be lost.
+    Raises InvalidArgumentError where the day is not kept, FailedPreconditionError where fewer requests are recorded than
+    the roll-ups count: the rest would be lost.
     """
+    if not partitions.retention.first_usage_day(now.date()) <= day <= now.date():
+        raise InvalidArgumentError(f"records of {day} are not kept", field="day")
     begin = datetime.combine(day, datetime.min.time(), UTC)
     bounds = (begin, begin + timedelta(days=1))
     keeps_minutes = day >= partitions.retention.first_minute_day(now.date())

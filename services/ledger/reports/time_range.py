@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from services.ledger.storage.partitions import Retention
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.price_table import HOUR_MS, NO_END_MS
 from services.runtime.errors import InvalidArgumentError
 
 MINUTE_MS, DAY_MS = 60_000, 86_400_000
@@ -31,6 +31,9 @@ def asked(from_ms: int, until_ms: int, now_ms: int, grain_ms: int = 1) -> TimeRa
 
     Raises InvalidArgumentError.
     """
+    for field, at_ms in (("from_ms", from_ms), ("until_ms", until_ms)):
+        if at_ms > NO_END_MS:
+            raise InvalidArgumentError(f"{field} is {at_ms}, which is no time", field=field)
     end = until_ms // grain_ms * grain_ms if until_ms else -(-(now_ms + 1) // grain_ms) * grain_ms
     begin = from_ms // grain_ms * grain_ms
     if begin >= end:
