@@ -75,7 +75,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
-        **LiveSettings(tracer).handlers(),
+        **LiveSettings(tracer, lambda model: fleet.view.catalog.find(model, "")).handlers(),
     }
     evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
     cache = CacheService(

@@ -160,7 +160,7 @@ def _describe(
         raise UncacheableError("it belongs to a sequence")
     tensors = []
     for tensor in request.inputs:
-        if not typed and tensor.HasField("contents"):
+        if not typed and tensor.contents.ByteSize():
             raise UncacheableError("raw and typed contents together")
         parameters = _parameters(tensor.parameters)
         tensors.append(

@@ -9,8 +9,9 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.policy.freshness import Freshness, tightest
-from services.runtime.errors import NotFoundError, UnavailableError, some
+from services.runtime.errors import UnavailableError
 from services.runtime.oip import ensemble
+from services.runtime.oip.absent_model import absent
 from services.runtime.oip.ensemble import Plan
 from services.runtime.oip.request_check import Declared
 
@@ -59,9 +60,19 @@ class ModelEntry:
 
 
 class Catalog:
-    """An immutable view of all models that at least one worker of `holdings` holds."""
+    """An immutable view of all models that at least one worker of `holdings` holds.
 
-    def __init__(self, holdings: Iterable[Iterable[inference_pb2.ModelVersion]]) -> None:
+    `failed`: what workers could not load, which matters where no other could.
+    """
+
+    def __init__(
+        self,
+        holdings: Iterable[Iterable[inference_pb2.ModelVersion]],
+        failed: Iterable[inference_pb2.FailedVersion] = (),
+    ) -> None:
+        self._failures: dict[str, dict[str, str]] = {}
+        for failure in failed:
+            self._failures.setdefault(failure.model, {}).setdefault(failure.version, failure.reason)
         found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
         # Ensembles that a worker runs.
         whole: set[tuple[str, str]] = set()
@@ -95,20 +106,13 @@ class Catalog:
         return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
 
     def find(self, name: str, version: str) -> ModelEntry:
-        """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
+        """The version asked for, or the latest where it is "". Raises what `absent` makes."""
         entry = self._entries.get((name, version))
         if entry is not None:
             return entry
-        if not self._versions:
+        if not (self._versions or self._failures):
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
-        if name not in self._versions:
-            raise NotFoundError(
-                f"no model {name!r} (if it failed to load, RepositoryIndex says why); "
-                f"there are: {some(self._versions)}",
-                field="model_name",
-            )
-        known = some(self._versions[name])
-        raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
+        raise absent(name, version, self._versions, self._failures)
 
     def _ensemble(
         self,

@@ -85,6 +85,8 @@ class Member:
         # Of each model that was loaded or unloaded there by request: the last time.
         self.decisions: tuple[inference_pb2.ModelDecision, ...] = ()
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
+        # Versions that it could not load.
+        self.failed: tuple[inference_pb2.FailedVersion, ...] = ()
         self.held: frozenset[tuple[str, str]] = frozenset()
         # Ensembles that it cannot run whole, and why: a step is missing or does not fit.
         self.partly: dict[tuple[str, str], str] = {}

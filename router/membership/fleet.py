@@ -203,8 +203,9 @@ class Fleet:
     def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
         models = member.models if same else tuple(told.models)
         member.version = told.version
+        failed = member.failed
         if not same:
-            member.decisions = tuple(told.decisions)
+            member.decisions, member.failed = tuple(told.decisions), tuple(told.failed)
         reason = "" if told.accepting else "draining"
         weight, region = told.weight or member.weight, told.region or member.region
         moved = (weight, region) != (member.weight, member.region)
@@ -212,7 +213,7 @@ class Fleet:
         member.worker_id = told.worker_id
         if moved:
             self._rebuild()
-        if reason == member.reason and models == member.models:
+        if reason == member.reason and models == member.models and failed == member.failed:
             return
         restored = not reason and not member.healthy
         if reason and reason != member.reason:
@@ -248,7 +249,10 @@ class Fleet:
     def _refresh(self) -> None:
         healthy = [member for member in self._members.values() if member.healthy]
         # With nobody healthy the last catalog stands: callers are told UNAVAILABLE, not that there is no such model.
-        catalog = Catalog(member.models for member in healthy) if healthy else self.view.catalog
+        catalog = self.view.catalog
+        if healthy:
+            failed = [failure for member in healthy for failure in member.failed]
+            catalog = Catalog((member.models for member in healthy), failed)
         self.view = self._view(self.view.ring, self.view.far, catalog)
         self._on_ready(bool(healthy))
 

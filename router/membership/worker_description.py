@@ -49,6 +49,9 @@ def nonsense(told: inference_pb2.DescribeResponse, models: Iterable[inference_pb
             return f"its {name} is {text[:80]!r}"
     if told.weight and not is_weight(told.weight):
         return f"its weight is {told.weight:g}"
+    for failure in told.failed:
+        if not (is_text(failure.model) and is_text(failure.version) and is_text(failure.reason)):
+            return f"model {failure.model[:80]!r}: it failed to load, and why is not told in text"
     seen: set[tuple[str, str]] = set()
     for model in models:
         if why := _nonsense_of(model):

@@ -58,6 +58,8 @@ class Replies:
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        if self._tracer.ratios:
+            self._tracer.sample(call.trace, model.name)
         if (slow or call.trace.sampled) and call.method != STEP:
             return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
         return call.renew

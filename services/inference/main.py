@@ -60,7 +60,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     more = {
         **ModelControl(store).handlers(),
         **SharedMemoryControl(worker.memory).handlers(),
-        **LiveSettings(tracer).handlers(),
+        **LiveSettings(tracer, lambda model: store.held.find(model, "")).handlers(),
     }
     load = worker.load
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)

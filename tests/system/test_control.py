@@ -106,6 +106,25 @@ def test_a_broken_version_leaves_the_old_one_serving_and_the_index_says_why(clie
     assert "model.onnx" in reason
 
 
+def test_a_model_that_failed_to_load_is_unavailable_with_the_reason_until_it_is_deleted(client, repository):
+    folder = repository / "broken/1"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.raises(InferenceServerException, match="failed to load 'broken'"):
+            client.load_model("broken")
+        with pytest.raises(InferenceServerException, match=r"model 'broken' failed to load: .*model\.onnx") as caught:
+            answer(client, model="broken")
+        assert "UNAVAILABLE" in caught.value.status()
+        assert not client.is_model_ready("broken")
+    shutil.rmtree(repository / "broken")
+    assert not any(name == "broken" for name, _ in index(client))
+    with pytest.raises(InferenceServerException, match="failed to load 'broken'"):
+        client.load_model("broken")
+    with pytest.raises(InferenceServerException, match="'broken' is not found"):
+        answer(client, model="broken")
+
+
 def test_an_unloaded_model_is_gone_and_comes_back(client):
     client.unload_model("mlp")
     assert not client.is_model_ready("mlp")
@@ -176,6 +195,15 @@ def test_trace_and_log_settings_are_read_and_changed(client):
     changed = client.update_trace_settings(settings={"trace_rate": "10"}).settings
     assert changed["trace_rate"].value == ["10"]
     assert client.update_trace_settings(settings={"trace_level": ["OFF"]}).settings["trace_level"].value == ["OFF"]
+    own = client.update_trace_settings("mlp", settings={"trace_rate": "7"}).settings
+    assert own["trace_rate"].value == ["7"]
+    assert client.get_trace_settings("mlp").settings["trace_rate"].value == ["7"]
+    assert client.get_trace_settings("add_sub").settings["trace_level"].value == ["OFF"]
+    assert client.get_trace_settings().settings["trace_level"].value == ["OFF"]
+    cleared = client.update_trace_settings("mlp", settings={"trace_rate": None}).settings
+    assert cleared["trace_level"].value == ["OFF"]
+    with pytest.raises(InferenceServerException, match="nobody"):
+        client.get_trace_settings("nobody")
     with pytest.raises(InferenceServerException, match="trace_colour"):
         client.update_trace_settings(settings={"trace_colour": "red"})
     assert client.get_log_settings().settings["log_info"].bool_param

@@ -63,10 +63,12 @@ def change(**changes):
 
 
 CASES = {
-    "unknown model": (change(model_name="nobody"), NOT_FOUND, ["nobody", "mlp"], "model_name"),
-    "empty model name": (change(model_name=""), NOT_FOUND, ["mlp"], "model_name"),
+    "unknown model": (change(model_name="nobody"), NOT_FOUND, ["nobody"], "model_name"),
+    "empty model name": (change(model_name=""), NOT_FOUND, ["''"], "model_name"),
+    "misspelt model name": (change(model_name="add-sub"), NOT_FOUND, ["add-sub", "'add_sub'?"], "model_name"),
+    "endless model name": (change(model_name="m" * 300), NOT_FOUND, ["mmm"], "model_name"),
     "unknown version": (change(model_version="7"), NOT_FOUND, ["7", "1"], "model_version"),
-    "version that is no number": (change(model_version="one"), NOT_FOUND, ["one", "1"], "model_version"),
+    "version that is no number": (change(model_version="one"), INVALID, ["one", "whole number"], "model_version"),
     "unknown input": (change(name="z"), INVALID, ["z", "x"], "inputs[0].name"),
     "wrong datatype": (change(datatype="INT32"), INVALID, ["INT32", "FP32"], "inputs[0].datatype"),
     "no such datatype": (change(datatype="FLOAT"), INVALID, ["FLOAT", "FP32"], "inputs[0].datatype"),

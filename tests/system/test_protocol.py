@@ -65,7 +65,9 @@ def test_tritonclient_finds_server_and_models_live_and_ready(client):
     assert client.is_model_ready("mlp", "1")
     assert not client.is_model_ready("mlp", "9")
     assert not client.is_model_ready("nobody")
-    assert client.get_server_metadata().name == "ringmesh"
+    metadata = client.get_server_metadata()
+    assert metadata.name == "ringmesh"
+    assert {"sequence", "schedule_policy", "classification"} <= set(metadata.extensions)
 
 
 def test_model_metadata_tells_names_datatypes_and_shapes(client):

@@ -20,7 +20,8 @@ from services.runtime import faults, w3c, wire
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.large_result import LargeResult, Result, message_of, pieces_of
 from services.runtime.oip import protocol
-from services.runtime.oip.infer_request import request_id
+from services.runtime.oip.absent_model import Failures
+from services.runtime.oip.infer_request import model_name, request_id
 from services.runtime.oip.protocol import lane_handler
 from services.runtime.oip.stream_infer import stream_handler
 from services.runtime.request_limits import check_list
@@ -43,6 +44,9 @@ from services.runtime.telemetry.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
 
+# Of failed loads, in a description; the index has them all.
+_MOST_FAILURES = 1000
+_LONGEST_REASON = 300
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
@@ -72,7 +76,7 @@ class InferenceService:
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
         try:
             held = self._worker.store.held.find(request.name, request.version)
-        except NotFoundError:
+        except (NotFoundError, UnavailableError):
             return v2.ModelReadyResponse(ready=False)
         return v2.ModelReadyResponse(ready=not held.model.not_runnable)
 
@@ -92,6 +96,8 @@ class InferenceService:
             deadline=deadline,
             trace_context=bytes.fromhex(trace.trace_id + trace.span_id),
         )
+        if self._tracer.ratios:
+            self._tracer.sample(trace, model_name(data))
         if trace.sampled or result.HasField("failure"):
             name, failure = protocol.full_name(method), result.failure
             attributes = protocol.span_attributes(method, failure.code)
@@ -219,6 +225,7 @@ class EnvelopeService:
             envelope_socket=self.socket,
             port=self.port,
             decisions=[self._decided(model) for model in decided],
+            failed=[] if known else _failed(self._held.failures),
         )
 
     def _decided(self, model: str) -> inference_pb2.ModelDecision:
@@ -263,6 +270,16 @@ class EnvelopeService:
         return inference_pb2.LoadReport(
             requests=load.requests, estimated_wait_us=int(load.estimated_wait * 1e6), version=self._version
         )
+
+
+def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
+    """What a router is told of models that failed to load."""
+    told = [
+        inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
+        for name, versions in failures.items()
+        for version, reason in versions.items()
+    ]
+    return told[:_MOST_FAILURES]
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:

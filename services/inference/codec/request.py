@@ -21,6 +21,7 @@ from services.runtime.oip.infer_request import Read
 from services.runtime.oip.protocol import sequence_of
 from services.runtime.oip.request_check import check_request, check_shape, shown
 from services.runtime.oip.tensors import decode, encode, raw_from_contents
+from services.runtime.request_limits import MAX_STRINGS
 
 _REGION = "shared_memory_region"
 _REGION_BYTES = _REGION.encode()
@@ -41,6 +42,7 @@ class Model(Protocol):
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     required: tuple[str, ...]
+    labels: Mapping[str, Sequence[bytes]]
     has_rows: bool
     max_request_rows: int
 
@@ -222,7 +224,7 @@ def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArra
     for name, array in zip(decoded.outputs, arrays, strict=True):
         datatype = model.outputs[name].datatype.name
         if name in decoded.classes:
-            array = _classify(array, decoded.classes[name], model.has_rows)
+            array = _classify(array, decoded.classes[name], model.has_rows, model.labels.get(name, ()))
             datatype = "BYTES"
         told = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         raw = _raw(array)
@@ -245,7 +247,7 @@ def _decode_input(
             )
         _check_count(tensor, spec, shape, index)
         raw = raw_from_contents(tensor, f"inputs[{index}]")
-    elif tensor.HasField("contents"):
+    elif tensor.contents.ByteSize():
         raise InvalidArgumentError(
             f"input {name!r} has contents and raw_input_contents; it takes one", field=f"inputs[{index}].contents"
         )
@@ -256,7 +258,7 @@ def _decode_shared(
     tensor: v2.ModelInferRequest.InferInputTensor, spec: TensorSpec, index: int, memory: SharedMemory
 ) -> npt.NDArray[Any]:
     shape = (*tensor.shape,)
-    if tensor.HasField("contents"):
+    if tensor.contents.ByteSize():
         raise InvalidArgumentError(
             f"input {tensor.name!r} has contents and is in shared memory; it takes one",
             field=f"inputs[{index}].contents",
@@ -414,9 +416,16 @@ def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
     return rows
 
 
-def _classify(array: npt.NDArray[Any], count: int, batched: bool) -> npt.NDArray[Any]:
-    """`value:index` of the `count` highest of each row, highest first, as Triton gives them."""
+def _classify(array: npt.NDArray[Any], count: int, batched: bool, labels: Sequence[bytes]) -> npt.NDArray[Any]:
+    """`value:index:label` of the `count` highest of each row, highest first, as Triton gives them.
+
+    Without `:label` for a class that has none. Raises InvalidArgumentError where they are too many.
+    """
     rows = array.reshape((len(array), math.prod(array.shape[1:])) if batched else (1, array.size))
+    if min(count, rows.shape[1]) * len(rows) > MAX_STRINGS:
+        raise InvalidArgumentError(
+            f"{count} classes of {len(rows)} rows are asked for; an answer has {MAX_STRINGS} at most", field="outputs"
+        )
     whole = rows.dtype.kind in "iu"
     if not whole:
         rows = rows.astype(np.float64)
@@ -424,5 +433,8 @@ def _classify(array: npt.NDArray[Any], count: int, batched: bool) -> npt.NDArray
     top = np.argsort(~rows if whole else -rows, axis=1, kind="stable")[:, :count]
     made = np.empty(top.shape, object)
     for row, indices in enumerate(top):
-        made[row] = [f"{rows[row, index]:{'d' if whole else 'f'}}:{index}" for index in indices]
+        for place, index in enumerate(indices.tolist()):
+            text = f"{rows[row, index]:{'d' if whole else 'f'}}:{index}".encode()
+            label = labels[index] if index < len(labels) else b""
+            made[row, place] = text + b":" + label if label else text
     return made if batched else made[0]

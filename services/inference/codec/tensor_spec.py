@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ _TYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+
+
+class UnservableError(Exception):
+    """The file has a tensor that the protocol cannot carry, or whose rank nobody knows; the message names it."""
+
 
 # BYTES is called TYPE_STRING there.
 CONFIG_TYPES = {
@@ -69,13 +74,19 @@ class TensorSpec:
         return array if self.inner is None else array.reshape(_fill(self.shape, self.inner, array.shape))
 
 
-def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: ModelConfig) -> dict[str, TensorSpec]:
+def input_specs(
+    nodes: Collection[Any], initializers: Iterable[Any], configured: ModelConfig, unranked: Collection[str]
+) -> dict[str, TensorSpec]:
     """Of the file's inputs, and of the `initializers` that requests may override and the configuration offers.
 
-    Nodes are ONNX Runtime's NodeArg. Raises ConfigError where the configuration contradicts the file.
+    Nodes are ONNX Runtime's NodeArg; `unranked` names those for which the file gives no rank. Raises ConfigError where
+    the configuration contradicts the file, and UnservableError.
     """
     declared = {tensor.name: tensor for tensor in configured.input}
-    specs = _specs(nodes, configured.input, configured, ignore={node.name for node in initializers})
+    specs = _specs(nodes, configured.input, configured, {node.name for node in initializers}, unranked)
+    for name in specs.keys() & unranked:
+        if name not in declared or not (declared[name].dims or declared[name].HasField("reshape")):
+            raise UnservableError(f"the file does not say how many dimensions input {name!r} has; config.pbtxt has to")
     for name, tensor in declared.items():
         if tensor.optional and name in specs:
             raise ConfigError(f"says {name!r} is optional; the file gives it no value to stand in, so it is not")
@@ -83,13 +94,13 @@ def input_specs(nodes: Iterable[Any], initializers: Iterable[Any], configured: M
         if node.name in declared:
             if not declared[node.name].optional:
                 raise ConfigError(f"names {node.name!r}, which has a value in the file; say optional to offer it")
-            specs[node.name] = _spec(node, optional=True)
+            specs[node.name] = _spec(node, node.shape, optional=True)
     return specs
 
 
-def output_specs(nodes: Iterable[Any], configured: ModelConfig) -> dict[str, TensorSpec]:
-    """Of the file's outputs. Raises ConfigError where the configuration contradicts the file."""
-    return _specs(nodes, configured.output, configured, ignore=set())
+def output_specs(nodes: Collection[Any], configured: ModelConfig, unranked: Collection[str]) -> dict[str, TensorSpec]:
+    """Of the file's outputs, as `input_specs`; [-1] stands for a shape of which nothing is known."""
+    return _specs(nodes, configured.output, configured, set(), unranked)
 
 
 def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batched: bool) -> TensorSpec:
@@ -100,31 +111,35 @@ def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batche
 
 
 def _specs(
-    nodes: Iterable[Any],
+    nodes: Collection[Any],
     declared: Iterable[config_pb2.ModelInput | config_pb2.ModelOutput],
     configured: ModelConfig,
     ignore: set[str],
+    unranked: Collection[str],
 ) -> dict[str, TensorSpec]:
-    specs = {node.name: _spec(node) for node in nodes}
+    # Of these, ONNX Runtime says that they are scalars.
+    unknown = {node.name for node in nodes if node.name in unranked and not node.shape}
+    specs = {node.name: _spec(node, (-1,) if node.name in unknown else node.shape) for node in nodes}
     for tensor in declared:
         if tensor.name in ignore:
             continue
         if tensor.name not in specs:
             raise ConfigError(f"names {tensor.name!r}; the file has {', '.join(map(repr, specs))}")
-        specs[tensor.name] = _declared(tensor, specs[tensor.name], configured)
+        specs[tensor.name] = _declared(tensor, specs[tensor.name], configured, tensor.name not in unknown)
     return specs
 
 
-def _spec(node: Any, optional: bool = False) -> TensorSpec:
+def _spec(node: Any, shape: Sequence[int | str | None], optional: bool = False) -> TensorSpec:
     datatype = _TYPES.get(node.type)
     if datatype is None:
-        raise ConfigError(f"cannot be served: {node.name!r} is a {node.type}, and v2 has only tensors")
-    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    return TensorSpec(node.name, DATATYPES[datatype], shape, optional=optional)
+        hint = "; convert the model without ZipMap" if "map(" in node.type else ""
+        raise UnservableError(f"{node.name!r} is a {node.type}, for which the v2 protocol has no datatype{hint}")
+    sizes = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in shape)
+    return TensorSpec(node.name, DATATYPES[datatype], sizes, optional=optional)
 
 
 def _declared(
-    declared: config_pb2.ModelInput | config_pb2.ModelOutput, spec: TensorSpec, configured: ModelConfig
+    declared: config_pb2.ModelInput | config_pb2.ModelOutput, spec: TensorSpec, configured: ModelConfig, ranked: bool
 ) -> TensorSpec:
     """What the configuration says of a tensor and the file does not bear out is a mistake in one of them."""
     name, dims = declared.name, (*declared.dims,)
@@ -137,12 +152,17 @@ def _declared(
     left_out = batching_policy.policy(configured).dims_leave_out_batch
     batches: list[tuple[int, ...]] = [(), (-1,)] if left_out is None else [(-1,)] if left_out else [()]
     fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
+    if not ranked and (dims or reshaped):
+        fitting = batches
+        spec = TensorSpec(name, spec.datatype, (*fitting[0], *inner))
     if not fitting and (dims or reshaped):
         kind = "a reshape to" if reshaped else "dims"
-        batch = {None: "", True: ", the batch before them", False: ", all of them: there is no max_batch_size"}[
-            left_out
-        ]
-        raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}{batch}")
+        why = {
+            None: "",
+            True: f": max_batch_size adds a dimension for the batch, so they should be {list(spec.shape[1:])}",
+            False: ", all of which belong there: there is no max_batch_size that would add one for the batch",
+        }[left_out]
+        raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}{why}")
     if not reshaped:
         return spec
     if dims.count(-1) != inner.count(-1) or _elements(dims) != _elements(inner):

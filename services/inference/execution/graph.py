@@ -29,6 +29,15 @@ def read(file: Path) -> onnx.ModelProto:
     return model
 
 
+def unranked(model: onnx.ModelProto) -> frozenset[str]:
+    """The inputs and outputs of which the file does not say how many dimensions they have."""
+    return frozenset(
+        value.name
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    )
+
+
 def operator_types(model: onnx.ModelProto) -> frozenset[str]:
     """As `name_of`, of all nodes, those of graphs within the graph and of functions included."""
     return frozenset(map(name_of, _nodes(model)))

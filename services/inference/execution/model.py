@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, input_specs, output_specs
+from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
 from services.inference.execution import graph, inline_runs, row_independence
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import run_error
@@ -33,7 +33,7 @@ from services.inference.repository.config import (
     semantic_threshold,
 )
 from services.inference.repository.repository import ModelFiles, data_file
-from services.runtime.errors import InvalidArgumentError
+from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.oip.tensors import decode
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class OnnxModel:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
             self._aborts_on_empty = sorted(graph.operator_types(proto) & _ABORT_ON_EMPTY)
+            unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline_reason = inline_runs.why_not(proto)
             del proto  # not beside what the session takes
@@ -97,12 +98,15 @@ class OnnxModel:
             raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
         self.name = files.name
         self.version = files.version
+        self.labels = files.labels
         self._folder = files.folder
         sessions = self._sessions
         try:
-            self.inputs = input_specs(sessions.inputs, sessions.initializers, files.config)
-            self.outputs = output_specs(sessions.outputs, files.config)
+            self.inputs = input_specs(sessions.inputs, sessions.initializers, files.config, unranked)
+            self.outputs = output_specs(sessions.outputs, files.config, unranked)
             self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
+        except UnservableError as error:
+            raise ModelLoadError(f"cannot load {files.model}: {error}") from None
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
@@ -212,26 +216,33 @@ class OnnxModel:
 
     def warm_up(self) -> None:
         """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
+        known = self.inputs | self.hidden_inputs
         for sample in self._config.model_warmup:
             try:
-                inputs = {name: self._warm_up_input(name, sample) for name in sample.inputs}
+                if unknown := sorted(name for name in sample.inputs if name not in known):
+                    raise ConfigError(f"it gives input {unknown[0]!r}; the model has {', '.join(map(repr, known))}")
+                if missing := [n for n in (*self.required, *self.hidden_inputs) if n not in sample.inputs]:
+                    raise ConfigError(f"it gives no input {missing[0]!r}, which the model needs")
+                inputs = {name: self._warm_up_input(known[name], sample) for name in sorted(sample.inputs)}
                 for _ in range(sample.count or 1):
-                    self.run(inputs, list(self.outputs))
+                    self.compute(inputs, list(self.outputs))
             except Exception as error:
                 raise ModelLoadError(
                     f"cannot load {self._folder}: model_warmup {sample.name!r} failed: {first_line(error)}"
                 ) from None
 
-    def _warm_up_input(self, name: str, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
-        wanted = sample.inputs[name]
-        spec = (self.inputs | self.hidden_inputs)[name]
+    def _warm_up_input(self, spec: TensorSpec, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
+        wanted = sample.inputs[spec.name]
+        if wanted.data_type not in (config_pb2.TYPE_INVALID, CONFIG_TYPES[spec.datatype.name]):
+            given = config_pb2.DataType.Name(wanted.data_type)
+            raise ConfigError(f"it gives {spec.name!r} as {given}; the file says {spec.datatype.name}")
         dtype = spec.datatype.dtype
         batched = self.has_rows and len(wanted.dims) < len(spec.shape) and not spec.optional
         shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
         kind = wanted.WhichOneof("input_data_type")
         if kind == "input_data_file":
             raw = data_file(self._folder.parent / "warmup", wanted.input_data_file)
-            return decode(spec.datatype, shape, raw, name)
+            return decode(spec.datatype, shape, raw, spec.name)
         if dtype.hasobject:
             return np.full(shape, b"", object)
         random = np.random.default_rng(0).random(shape) * (kind == "random_data")
@@ -257,11 +268,10 @@ class OnnxModel:
                 else config_pb2.ModelInstanceGroup.KIND_CPU
             )
             made.instance_group.add(name=f"{self.name}_0", kind=kind, count=1)
-        del made.input[:], made.output[:]
-        for spec in self.inputs.values():
-            made.input.add(optional=spec.optional, **self._declaration(spec))
-        for spec in self.outputs.values():
-            made.output.add(**self._declaration(spec))
+        for specs, tensors in ((self.inputs, made.input), (self.outputs, made.output)):
+            declared = {tensor.name: tensor for tensor in tensors}
+            for name, spec in specs.items():
+                self._declare(spec, declared[name] if name in declared else tensors.add(name=name))
         for name, reason in (
             ("batched", self.batch_reason),
             ("cached", self.cacheable_reason),
@@ -273,20 +283,29 @@ class OnnxModel:
         made.parameters["ringmesh_provider"].string_value = self.provider
         return made
 
-    def _declaration(self, spec: TensorSpec) -> dict[str, Any]:
-        """What a configuration says of an input or output: the batch is not in its dims."""
-        first = 1 if self.has_rows and not spec.optional else 0
-        reshape = None if spec.inner is None else config_pb2.ModelTensorReshape(shape=spec.inner[first:])
-        return {
-            "name": spec.name,
-            "data_type": CONFIG_TYPES[spec.datatype.name],
-            "dims": spec.shape[first:],
-            "reshape": reshape,
-        }
+    def _declare(self, spec: TensorSpec, tensor: config_pb2.ModelInput | config_pb2.ModelOutput) -> None:
+        """Completes what a configuration says of an input or output: the batch is not in its dims."""
+        tensor.data_type = CONFIG_TYPES[spec.datatype.name]
+        batched = self.has_rows and not spec.optional
+        if not tensor.dims and not tensor.HasField("reshape"):
+            tensor.dims[:] = spec.shape
+        if batched and len(tensor.dims) == len(spec.shape):
+            del tensor.dims[0]
+            if tensor.HasField("reshape"):
+                del tensor.reshape.shape[0]
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and what `run_error`
         makes of other failures."""
+        try:
+            return self.compute(inputs, outputs)
+        except RingmeshError:
+            raise
+        except Exception as error:
+            raise run_error(self.name, error) from None
+
+    def compute(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """As `run`, for what no caller asked for: it raises whatever ONNX Runtime raises, which is not logged."""
         if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
             raise InvalidArgumentError(
                 f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime "
@@ -298,16 +317,13 @@ class OnnxModel:
         }
         if self._reshapes:
             feeds |= {name: self.inputs[name].to_inner(feeds[name]) for name in self.inputs if name in feeds}
-        try:
-            arrays = self._sessions.run(outputs, feeds)
-            if self._reshapes:
-                return [
-                    self.outputs[name].to_outer(array) if name in self.outputs else array
-                    for name, array in zip(outputs, arrays, strict=True)
-                ]
-        except Exception as error:
-            raise run_error(self.name, error) from None
-        return arrays
+        arrays = self._sessions.run(outputs, feeds)
+        if not self._reshapes:
+            return arrays
+        return [
+            self.outputs[name].to_outer(array) if name in self.outputs else array
+            for name, array in zip(outputs, arrays, strict=True)
+        ]
 
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
         """Which shape the file's output will have; None where only the run can tell."""

@@ -37,7 +37,7 @@ class Probed(Protocol):
     max_batch_rows: int
     max_request_rows: int
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
+    def compute(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
         """The named outputs."""
 
 
@@ -81,12 +81,12 @@ def why_not_cached(model: Probed, *, asked_for: bool = False) -> str:
         sizes = [size for size in sizes if size <= max(model.max_batch_rows, model.max_request_rows)]
         count = max(sizes, default=1)
         rows = [{name: _drawn(model.inputs[name], row, count) for name in model.required} for row in range(count)]
-        alone = [model.run(row, names) for row in rows]
+        alone = [model.compute(row, names) for row in rows]
         for size in sizes:
             # Each row in another place than at the size before.
             places = [(size + place) % count for place in range(size)]
             batch = {name: np.concatenate([rows[row][name] for row in places]) for name in model.required}
-            for index, together in enumerate(model.run(batch, names)):
+            for index, together in enumerate(model.compute(batch, names)):
                 apart = np.concatenate([alone[row][index] for row in places])
                 if apart.shape != together.shape or encode(apart) != encode(together):
                     return f"the last bits of {names[index]!r} depend on the size of a batch"
@@ -115,10 +115,10 @@ def _probe(model: Probed, lowest_integer: int) -> str:
             {name: _values(model.inputs[name], row, lowest_integer, far_apart) for name in model.required}
             for row in (0, 1)
         ]
-        alone = [model.run(row, names) for row in rows]
+        alone = [model.compute(row, names) for row in rows]
         for order in ((0, 1), (1, 0)):
             pair = {name: np.concatenate([rows[row][name] for row in order]) for name in model.required}
-            for index, together in enumerate(model.run(pair, names)):
+            for index, together in enumerate(model.compute(pair, names)):
                 expected = [alone[row][index] for row in order]
                 if len(together) != 2 or any(len(answer) != 1 for answer in expected):
                     return f"{names[index]!r} does not have one row for each row of the inputs"
@@ -153,7 +153,7 @@ def _row_shape(spec: TensorSpec, free: int) -> tuple[int, ...]:
 
 def _timed(model: Probed, row: dict[str, npt.NDArray[Any]], names: list[str]) -> float:
     start = time.perf_counter()
-    model.run(row, names)
+    model.compute(row, names)
     return time.perf_counter() - start
 
 

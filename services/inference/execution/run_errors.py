@@ -39,6 +39,11 @@ def run_error(model: str, error: Exception) -> RingmeshError:
         return ResourceExhaustedError(
             f"model {model!r} needs more memory for this request than this worker has: {wanted}", kind="memory"
         )
+    if isinstance(error, UnicodeDecodeError):
+        return InternalError(
+            f"model {model!r} answers with a string that is not UTF-8, as all strings of ONNX are: {error.reason}",
+            kind="execution",
+        )
     if refused := _refusal(error):
         return InvalidArgumentError(f"model {model!r} cannot run on these inputs: {refused}", field="inputs")
     faults.internal(log, f"model {model} failed", error)

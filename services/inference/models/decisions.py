@@ -86,7 +86,8 @@ def request_of(name: str, overrides: Overrides) -> v2.RepositoryModelLoadRequest
 class Decisions:
     """The last decision on each model. Methods that read or write files take long.
 
-    `decided_ns`: when, by model. `fleet`: the models whose last decision was the fleet's.
+    `decided_ns`: when, by model. `fleet`: the models whose last decision was the fleet's. `brought`: those whose
+    last decision brought files.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -98,6 +99,7 @@ class Decisions:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._sizes: dict[str, int] = {}
         self.fleet: set[str] = set()
+        self.brought: set[str] = set()
         self.decided_ns: dict[str, int] = {}
         for path in folder.iterdir():
             if path.suffix == ".partial":
@@ -151,6 +153,7 @@ class Decisions:
     def _remember(self, name: str, decision: Decision) -> None:
         self.decided_ns[name] = decision.decided_ns
         (self.fleet.add if decision.fleet else self.fleet.discard)(name)
+        (self.brought.add if decision.overrides.files else self.brought.discard)(name)
 
     def _write(self, file: str, header: bytes, request: bytes) -> None:
         partial = self._folder / f"{file}.partial"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from services.inference.repository.config import (
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.batcher import BatchResult, StepResult
 from services.inference.scheduling.statistics import Statistics
-from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError
+from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.oip import ensemble
 from services.runtime.oip.ensemble import EnsembleError
 
@@ -79,6 +79,8 @@ class Ensemble:
         except (ConfigError, EnsembleError) as error:
             raise ModelLoadError(f"{where}: {error}") from None
         self.required = tuple(self.inputs)
+        self._own_labels = dict(files.labels)
+        self.labels: Mapping[str, Sequence[bytes]] = self._own_labels
         self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
         self.hedged = says(self._config, HEDGE) is True
         self.ttl_ms = milliseconds(self._config, CACHE_TTL)
@@ -90,15 +92,22 @@ class Ensemble:
         self._steps: list[Step] = []
 
     def resolved(self, find: Callable[[str, str], Step]) -> Ensemble:
-        """The same ensemble over the models that `find` gives by name and version; it raises NotFoundError."""
+        """The same ensemble over the models that `find` gives by name and version, or not, as HeldModels does."""
         made = object.__new__(Ensemble)
         made.__dict__.update(self.__dict__)
         try:
             made._steps = [find(step.model, step.version) for step in self.plan.steps]
             made.lacks_steps, made.not_runnable = False, made._misfit()
-        except NotFoundError as error:
+        except (NotFoundError, UnavailableError) as error:
             made._steps, made.lacks_steps, made.not_runnable = [], True, error.message
         made.limits_queue = any(step.model.limits_queue for step in made._steps)
+        # Those of its steps, where it has none of its own, as in Triton.
+        made.labels = {
+            tensor: held.model.labels[output]
+            for step, held in zip(made.plan.steps, made._steps, strict=False)
+            for output, tensor in step.outputs.items()
+            if tensor in made.outputs and output in held.model.labels
+        } | self._own_labels
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
         reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
         made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)

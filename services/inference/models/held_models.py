@@ -13,7 +13,7 @@ from services.inference.repository.snapshots import Snapshot
 from services.inference.scheduling.batcher import Batcher, BatchResult
 from services.inference.scheduling.sequencer import Sequencer
 from services.inference.scheduling.statistics import Statistics
-from services.runtime.errors import NotFoundError, some
+from services.runtime.oip.absent_model import Failures, absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,14 @@ class HeldModel:
         return replace(self, model=resolved, batcher=resolved)
 
 
-class HeldModels:
-    """An immutable set of loaded models."""
+_NO_FAILURES: Failures = {}
 
-    def __init__(self, models: Iterable[HeldModel]) -> None:
+
+class HeldModels:
+    """An immutable set of loaded models. `failures`: why others are not."""
+
+    def __init__(self, models: Iterable[HeldModel], failures: Failures = _NO_FAILURES) -> None:
+        self.failures = failures
         self._by_name: dict[str, dict[str, HeldModel]] = {}
         held_models = sorted(models, key=lambda held: (held.model.name, held.model.version))
         for held in held_models:
@@ -83,23 +87,15 @@ class HeldModels:
         return list(self._by_name.get(name, {}).values())
 
     def versions(self, name: str) -> list[str]:
-        """Oldest first. Raises NotFoundError."""
-        return list(self._versions(name))
+        """Oldest first; [] where it is not held."""
+        return list(self._by_name.get(name, ()))
 
     def find(self, name: str, version: str) -> HeldModel:
-        """The version asked for, or the latest where it is "". Raises NotFoundError with what there is."""
-        versions = self._versions(name)
-        if not version:
-            return next(reversed(versions.values()))
-        held = versions.get(version)
-        if held is None:
-            known = some(versions)
-            raise NotFoundError(f"model {name!r} has no version {version!r}; it has: {known}", field="model_version")
-        return held
-
-    def _versions(self, name: str) -> dict[str, HeldModel]:
+        """The version asked for, or the latest where it is "". Raises what `absent` makes."""
         versions = self._by_name.get(name)
-        if versions is None:
-            known = some(self._by_name) or "none"
-            raise NotFoundError(f"no model {name!r}; there are: {known}", field="model_name")
-        return versions
+        if versions is not None and not version:
+            return next(reversed(versions.values()))
+        held = versions.get(version) if versions is not None else None
+        if held is None:
+            raise absent(name, version, self._by_name, self.failures)
+        return held

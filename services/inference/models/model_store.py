@@ -25,6 +25,7 @@ from services.inference.repository.repository import (
     Fingerprint,
     ModelFiles,
     ModelSource,
+    NoSuchModelError,
     RepositoryError,
     RepositoryUnavailableError,
 )
@@ -49,6 +50,8 @@ READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 MAX_FAILURES = 1000
 _MAX_FAILED_VERSIONS = 20
 _LONGEST_REASON = 1000
+# The reason of what was taken out by request; a caller is told that there is no such model.
+_UNLOADED = "unloaded"
 _STATE_BYTES = 1 << 30
 
 
@@ -118,7 +121,7 @@ class ModelStore:
             decision = await asyncio.to_thread(self.decisions.get, name)
             if decision is not None and not decision.loaded:
                 unloaded = True
-                self._failed(name, {"": "unloaded"})
+                self._failed(name, {"": _UNLOADED})
             elif name in names or (decision is not None and decision.overrides.files):
                 try:
                     async with self._changing:
@@ -179,7 +182,9 @@ class ModelStore:
             if decision is not None:
                 await asyncio.to_thread(self.decisions.keep, name, decision)
         except (RepositoryError, ConfigError, OSError, RingmeshError) as error:
-            self._failed(name, failures or {"": str(error)})
+            # A model that is nowhere did not fail, and neither did one that only the request has.
+            is_none = isinstance(error, NoSuchModelError) or (decision is not None and given is not None and not held)
+            self._failed(name, {} if is_none else failures or {"": str(error)})
             await self._drain(model for model in fresh if model not in held)
             raise _load_error(name, error) from None
         finally:
@@ -218,27 +223,29 @@ class ModelStore:
                 await asyncio.to_thread(self.decisions.keep, gone, decision)
                 await self._take_out(gone)
 
-    async def _take_out(self, name: str) -> None:
+    async def _take_out(self, name: str, *, deleted: bool = False) -> None:
         held = self.held.of(name)
         self._switch(name, [])
-        self._failed(name, {str(model.model.version): "unloaded" for model in held} or {"": "unloaded"})
+        unloaded = {str(model.model.version): _UNLOADED for model in held} or {"": _UNLOADED}
+        self._failed(name, {} if deleted else unloaded)
         await self._drain(held)
 
     async def poll(self, seconds: float) -> None:
-        """Follows the repository: loads what changed, once it has stopped changing, and unloads what went."""
+        """Follows the repository: loads what changed, model by model, once it is settled, and unloads what went."""
         before = self._loaded
         served = dict(before)
         while True:
             await asyncio.sleep(seconds)
             now = await asyncio.to_thread(self._source.fingerprint)
-            # A repository that cannot be read for a moment is not an empty one.
-            if now and now == before != served:
-                for name in sorted(now.keys() | served.keys()):
-                    if now.get(name) != served.get(name) and await self._follow(name, name in now):
-                        if name in now:
-                            served[name] = now[name]
-                        else:
-                            del served[name]
+            if not now:  # a repository that cannot be read for a moment is not an empty one
+                continue
+            for name in sorted(now.keys() | served.keys()):
+                settled = now.get(name) == before.get(name) != served.get(name)
+                if settled and await self._follow(name, name in now):
+                    if name in now:
+                        served[name] = now[name]
+                    else:
+                        del served[name]
             before = now
 
     async def _follow(self, name: str, exists: bool) -> bool:
@@ -250,8 +257,8 @@ class ModelStore:
                     pass  # the repository has no say
                 elif exists:
                     await self._load(name, decision.overrides if decision is not None else Overrides())
-                elif self.held.of(name):
-                    await self._take_out(name)
+                else:
+                    await self._take_out(name, deleted=True)
             except RingmeshError as error:
                 log.error("%s", error.message)
                 return not isinstance(error, UnavailableError)
@@ -259,20 +266,24 @@ class ModelStore:
 
     def _failed(self, name: str, reasons: Mapping[str, str]) -> None:
         """Remembers for the index why versions are not served; {}: all are."""
-        self._failures.pop(name, None)
+        before = self._failures.pop(name, {})
         if reasons:
             first = [*reasons.items()][:_MAX_FAILED_VERSIONS]
-            self._failures[name] = {version: reason[:_LONGEST_REASON] for version, reason in first}
+            self._failures[name] = {version: _printable(reason[:_LONGEST_REASON]) for version, reason in first}
             if len(self._failures) > MAX_FAILURES:
                 self._failures.popitem(last=False)
                 self.failures_dropped += 1
+        if before != self._failures.get(name, {}):
+            self._refresh()
 
     async def index(self) -> list[VersionState]:
-        """Every model in the repository, loaded or not, by name and version."""
+        """Every model in the repository, loaded or not, by name and version, and what is held without it."""
         try:
             names = set(await asyncio.to_thread(self._source.names))
+            # Others that failed or were unloaded have been deleted since.
+            failures = {name: self._failures[name] for name in self._failures if name in names | self.decisions.brought}
         except RepositoryError:
-            names = set()
+            names, failures = set(), dict(self._failures)
         states = {
             (held.model.name, str(held.model.version)): VersionState(
                 held.model.name,
@@ -282,8 +293,8 @@ class ModelStore:
             )
             for held in self.held
         }
-        for name, failures in self._failures.items():
-            for version, reason in failures.items():
+        for name, versions in failures.items():
+            for version, reason in versions.items():
                 known = states.get((name, version))
                 if known is not None and known.state == READY:  # the old one serves, the new one does not
                     states[name, version] = VersionState(
@@ -316,10 +327,12 @@ class ModelStore:
             return repository.versions(folder, name, configured, private=self._source.private)
         if configured is None:
             raise ConfigError("files are given without a config parameter, which they need")
+        label_files = {output.label_filename for output in configured.output}
         for path, data in overrides.files.items():
-            version, _, file = path.partition("/")
-            if not repository.is_version(version) or not repository.is_file_name(file):
-                raise ConfigError(f"a file is called {path!r}; it should be <version>/<name>")
+            version, _, file = path.rpartition("/")
+            of_labels = path in label_files and not version
+            if not (repository.is_version(version) or of_labels) or not repository.is_file_name(file):
+                raise ConfigError(f"a file is called {path!r}; it should be <version>/<name>, or a label_filename")
             (scratch / name / version).mkdir(parents=True, exist_ok=True)
             (scratch / name / version / file).write_bytes(data)
         return repository.versions(scratch, name, configured, private=True)
@@ -333,6 +346,8 @@ class ModelStore:
         for kept in held:
             if kept.model.version == files.version and files.digest(kept.model.provider) == kept.model.own_digest:
                 return kept
+        if ignored := config.ignored_fields(files.config):
+            log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         if files.config.HasField("ensemble_scheduling"):
             ensemble = Ensemble(files)
             return HeldModel(ensemble, ensemble, Statistics(ensemble.name, str(ensemble.version)))
@@ -359,8 +374,6 @@ class ModelStore:
             resident = await budget.add(files, [kept.resident for kept in held if kept.resident is not None])
             model = resident.model
         made = files.config
-        if ignored := config.ignored_fields(made):
-            log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         batcher = Batcher(
             model,
             self._executor,
@@ -397,11 +410,18 @@ class ModelStore:
         return UNWATCHED if self._journal is None else self._journal.watch(files.digest(""))
 
     def _refresh(self) -> None:
-        """Another set of the same models: one was loaded or unloaded."""
-        self.held = HeldModels(self.held)
+        """Another set of the same models: one was loaded into memory or unloaded, or failed to."""
+        self._hold(self.held)
 
     def _switch(self, name: str, models: list[HeldModel]) -> None:
-        self.held = HeldModels([*(held for held in self.held if held.model.name != name), *models])
+        self._hold([*(held for held in self.held if held.model.name != name), *models])
+
+    def _hold(self, models: Iterable[HeldModel]) -> None:
+        reasons = {
+            name: {version: reason for version, reason in versions.items() if reason != _UNLOADED}
+            for name, versions in self._failures.items()
+        }
+        self.held = HeldModels(models, {name: versions for name, versions in reasons.items() if versions})
 
     async def _drain(self, models: Iterable[HeldModel]) -> None:
         for held in models:
@@ -410,6 +430,11 @@ class ModelStore:
             await held.batcher.close()
             if held.snapshot is not None:
                 await asyncio.to_thread(held.snapshot.close)
+
+
+def _printable(text: str) -> str:
+    """In one line, whatever a file holds that the text quotes."""
+    return "".join([letter if letter.isprintable() else " " for letter in text])
 
 
 def _check_name(name: str) -> None:

@@ -30,61 +30,53 @@ _MAX_SECONDS = 10**9
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
 
-# Fields that change how a model is served here. What else is set is said once, at load.
+# Of a model's `parameters`, those that execution.py reads.
+_OF_EXECUTION = frozenset(
+    {
+        "intra_op_thread_count",
+        "inter_op_thread_count",
+        "execution_mode",
+        "enable_mem_arena",
+        "enable_mem_pattern",
+        "memory.enable_memory_arena_shrinkage",
+        "session.use_device_allocator_for_initializers",
+        "gpu_mem_limit",
+        "cudnn_conv_algo_search",
+        "arena_extend_strategy",
+        "do_copy_in_default_stream",
+    }
+)
+
+# Fields that change how a model is served here, or what callers are told of it, by path. A message that is listed
+# stands for all of its fields. Any other field that is set is reported at load.
 _ACTED_ON = frozenset(
     {
-        "name",
-        "platform",
-        "backend",
-        "version_policy",
-        "max_batch_size",
-        "input",
-        "output",
-        "dynamic_batching",
-        "dynamic_batching.preferred_batch_size",
-        "dynamic_batching.max_queue_delay_microseconds",
-        "dynamic_batching.default_queue_policy",
-        "dynamic_batching.preserve_ordering",
-        "dynamic_batching.priority_levels",
-        "dynamic_batching.default_priority_level",
-        "dynamic_batching.priority_queue_policy",
-        "sequence_batching",
+        *("name", "platform", "backend", "version_policy", "max_batch_size", "default_model_filename"),
+        *(f"input.{field}" for field in ("name", "data_type", "format", "dims", "reshape", "optional")),
+        *(f"output.{field}" for field in ("name", "data_type", "dims", "reshape", "label_filename")),
+        *(f"dynamic_batching.{field}" for field in config_pb2.ModelDynamicBatching.DESCRIPTOR.fields_by_name),
         "sequence_batching.max_sequence_idle_microseconds",
         "sequence_batching.control_input",
-        "sequence_batching.state",
+        *(
+            f"sequence_batching.state.{field}"
+            for field in ("input_name", "output_name", "data_type", "dims", "initial_state")
+        ),
         "sequence_batching.direct",
-        "sequence_batching.direct.max_queue_delay_microseconds",
-        "sequence_batching.direct.minimum_slot_utilization",
-        "sequence_batching.oldest",
         "sequence_batching.oldest.max_queue_delay_microseconds",
         "sequence_batching.oldest.preferred_batch_size",
         "sequence_batching.oldest.preserve_ordering",
-        "ensemble_scheduling",
-        "instance_group",
-        "default_model_filename",
-        "optimization",
+        *(f"ensemble_scheduling.step.{field}" for field in ("model_name", "model_version", "input_map", "output_map")),
+        *(f"instance_group.{field}" for field in ("name", "kind", "count", "gpus")),
         "optimization.graph",
-        "optimization.cuda",
         "optimization.cuda.graphs",
         "optimization.execution_accelerators",
         "optimization.output_pinned_memory",
-        # Some are read, see execution.py; the others are the owner's own, and told by ModelConfig.
-        "parameters",
         "model_warmup",
         "response_cache",
     }
 )
-# Looked into where they are set; the others are taken or left whole.
-_NESTED = frozenset(
-    {
-        "dynamic_batching",
-        "optimization",
-        "optimization.cuda",
-        "sequence_batching",
-        "sequence_batching.direct",
-        "sequence_batching.oldest",
-    }
-)
+# Messages of which some fields are acted on.
+_NESTED = frozenset(path[:end] for path in _ACTED_ON for end, letter in enumerate(path) if letter == ".")
 
 
 class ConfigError(Exception):
@@ -97,6 +89,7 @@ NOTHING = ModelConfig()
 def parse(text: str, source: str, name: str) -> ModelConfig:
     """Reads protobuf text, or the JSON of a load request. Raises ConfigError with what is wrong and where."""
     message = ModelConfig()
+    text = text.removeprefix("\N{BYTE ORDER MARK}")
     try:
         if text.lstrip().startswith("{"):
             json_format.Parse(text, message)
@@ -120,9 +113,11 @@ def read(path: Path, name: str) -> ModelConfig:
 
 
 def ignored_fields(config: ModelConfig) -> list[str]:
-    """Paths of the fields that are set and change nothing here."""
-    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in _OURS]
-    return [path for path in _set_fields(config, "") if path not in _ACTED_ON] + parameters
+    """Paths of the fields that are set and change nothing here, each once."""
+    # Some parameters are the owner's own, and told by ModelConfig; they may as well be misspelt.
+    known = _OURS | _OF_EXECUTION
+    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in known]
+    return [*dict.fromkeys(_ignored(config, "")), *parameters]
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
@@ -229,9 +224,11 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: {fault}")
 
 
-def _set_fields(message: Message, prefix: str) -> Iterator[str]:
+def _ignored(message: Message, prefix: str) -> Iterator[str]:
     for field, value in message.ListFields():
         path = prefix + field.name
-        yield path
         if path in _NESTED:
-            yield from _set_fields(value, path + ".")
+            for each in value if field.is_repeated else (value,):
+                yield from _ignored(each, path + ".")
+        elif path not in _ACTED_ON and path != "parameters":
+            yield path

@@ -77,6 +77,11 @@ def faults(config: config_pb2.ModelConfig) -> Iterator[str]:
     yield from _of_instances(config)
     yield from _of_warmup(config)
     yield from _of_ensemble(config)
+    if libraries := config.model_operations.op_library_filename:
+        yield (
+            f"model_operations.op_library_filename names {', '.join(libraries)}; libraries of custom operators are not "
+            "loaded, so a model that needs one cannot be served"
+        )
     if config.model_transaction_policy.decoupled:
         yield "decoupled models are not served: ONNX Runtime gives one response a request"
 
@@ -90,6 +95,10 @@ def _of_tensors(config: config_pb2.ModelConfig) -> Iterator[str]:
         for tensor in tensors:
             if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
                 yield f"{kind} {tensor.name!r} is a shape tensor or of a non-linear format, which only TensorRT has"
+    for tensor in config.input:
+        if tensor.format and len(tensor.dims) not in (0, 3):
+            kind = config_pb2.ModelInput.Format.Name(tensor.format)
+            yield f"input {tensor.name!r} is {kind} with dims {[*tensor.dims]}; it has three, without the batch"
     if ragged := [tensor.name for tensor in config.input if tensor.allow_ragged_batch]:
         yield f"{', '.join(ragged)} is ragged, which ONNX Runtime has no form for"
 

@@ -31,6 +31,7 @@ from services.inference.repository.repository import (
     CONFIG_FILE,
     MODEL_FILE,
     Fingerprint,
+    NoSuchModelError,
     RepositoryError,
     RepositoryUnavailableError,
 )
@@ -96,7 +97,7 @@ class RemoteRepository:
         """Downloads what is not in the cache of the versions that the model's policy wants."""
         objects = self._listing(name).get(name, []) if repository.is_name(name) else []
         if not objects:
-            raise RepositoryError(f"no model {name!r} in {self._url}")
+            raise NoSuchModelError(f"no model {name!r} in {self._url}")
         with self._locked():
             wanted = self._wanted(name, objects, override)
             keys = sorted((str(found.path), found.key(self._url)) for found in wanted)

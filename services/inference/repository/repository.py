@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
@@ -16,14 +19,19 @@ from blake3 import blake3
 from services.inference.repository import config
 from services.inference.repository.config import ConfigError, ModelConfig
 
+log = logging.getLogger(__name__)
+
 MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
 # The version's folder in a snapshot.
 VERSION = "version"
+# Folders of a model beside its versions; Triton chooses among several configurations in the last.
+_NO_VERSIONS = ("initial_state", "warmup", "configs")
 
 _CHUNK_BYTES = 4 << 20
 # Of a file, in bytes, on the file systems of Linux.
 _LONGEST_NAME = 255
+_MAX_LABEL_BYTES = 16 << 20
 
 # Every file of a model: its path, its size, and what is another when its content is.
 Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
@@ -31,6 +39,10 @@ Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
 
 class RepositoryError(Exception):
     """The repository cannot be served; the message names the folder and what is missing."""
+
+
+class NoSuchModelError(RepositoryError):
+    """It has no model of that name."""
 
 
 class RepositoryUnavailableError(RepositoryError):
@@ -43,6 +55,7 @@ class ModelFiles:
 
     `origin` is its folder in the repository, for messages; `folder` is where it is read from. `content`: 32 bytes over
     all files, b"" until `hashed`. `private`: nobody but this installation writes the files, and never in place.
+    `labels`: of the classes of each output that has a label_filename, as they were read then.
     """
 
     name: str
@@ -52,6 +65,7 @@ class ModelFiles:
     origin: Path
     content: bytes = b""
     private: bool = False
+    labels: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
 
     @property
     def model(self) -> Path:
@@ -93,10 +107,12 @@ class ModelFiles:
         return replace(self, content=hasher.digest())
 
     def digest(self, provider: str) -> bytes:
-        """16 bytes over name, version, content, the config, and the execution provider."""
+        """16 bytes over name, version, content, labels, the config, and the execution provider."""
         content = self.content or self.hashed().content
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
+        for labels in self.labels.values():
+            hasher.update(blake3(b"\n".join(labels)).digest())
         hasher.update(self.config.SerializeToString(deterministic=True))
         return hasher.digest(16)
 
@@ -135,7 +151,7 @@ def _raise_unless_missing(error: OSError) -> None:
 
 def is_name(name: str) -> bool:
     """Whether it can be the name of a model, which is that of a folder."""
-    return not name.startswith(".") and is_file_name(name)
+    return not name.startswith(".") and name.isprintable() and is_file_name(name)
 
 
 def is_file_name(name: str) -> bool:
@@ -144,8 +160,8 @@ def is_file_name(name: str) -> bool:
 
 
 def is_version(name: str) -> bool:
-    """Whether it can be the name of a version's folder: below 10^18 and, as in Triton, without leading zeros."""
-    return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
+    """Whether it can name a version's folder: from 1, below 10^18 and, as in Triton, without leading zeros."""
+    return re.fullmatch("[1-9][0-9]{0,17}", name) is not None
 
 
 class ModelSource(Protocol):
@@ -180,7 +196,7 @@ class Directory:
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
         try:
-            found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+            found = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_name(path.name))
         except OSError as error:
             raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
         if not found:
@@ -188,22 +204,33 @@ class Directory:
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size and time of change of every file, by model; {} where it cannot be read."""
+        """Path, size, time of change and inode of every file, by model; {} where it cannot be read."""
         try:
-            return {
-                name: frozenset(
-                    (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-                    for path in (self._folder / name).rglob("*")
-                    if path.is_file()
-                )
-                for name in self.names()
-            }
-        except (OSError, RepositoryError):
+            return {name: _fingerprint(self._folder / name) for name in self.names()}
+        except RepositoryError:
             return {}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """The folder itself."""
         return self._folder
+
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    """Of a model's files. Its folders may be links; links within those are not followed, as in `ModelFiles.parts`."""
+    found: set[tuple[str, int, int | str]] = set()
+    try:
+        for top in folder.iterdir():
+            walked = os.walk(top, onerror=_raise_unless_missing) if top.is_dir() else ()
+            for path in (top, *(Path(at, name) for at, _, names in walked for name in names)):
+                # It may be gone by now, as temporary files are.
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        found.add((str(path), status.st_size, f"{status.st_mtime_ns} {status.st_ino}"))
+    except OSError as error:
+        # Never twice the same, so it does not settle until it can be read.
+        return frozenset({(str(error), 0, time.monotonic_ns())})
+    return frozenset(found)
 
 
 def versions(
@@ -215,18 +242,26 @@ def versions(
     """
     folder = repository / name
     if not (is_name(name) and folder.is_dir()):
-        raise RepositoryError(f"no model {name!r} in {repository}: there is no such folder")
+        raise NoSuchModelError(f"no model {name!r} in {repository}: there is no such folder")
     try:
         found_config = config.read(folder / CONFIG_FILE, name) if override is None else override
         file = _model_file(found_config)
         if not is_file_name(file):
             raise ConfigError(f"{folder}: default_model_filename is {file!r}; it names a file of the version's folder")
-        ensemble = found_config.HasField("ensemble_scheduling")
-        found = {
-            int(path.name): path
-            for path in folder.iterdir()
-            if is_version(path.name) and (path.is_dir() if ensemble else (path / file).is_file())
+        labels = {
+            output.name: _labels(folder, output.label_filename)
+            for output in found_config.output
+            if output.label_filename
         }
+        ensemble = found_config.HasField("ensemble_scheduling")
+        found: dict[int, Path] = {}
+        for path in sorted(folder.iterdir()):
+            if not path.is_dir() or path.name.startswith(".") or path.name in _NO_VERSIONS:
+                continue
+            if why_not := _why_no_version(path, "" if ensemble else file):
+                log.warning("model %s: the folder %s is ignored: %s", name, path.name, why_not)
+            else:
+                found[int(path.name)] = path
     except ConfigError as error:
         raise RepositoryError(str(error)) from None
     except OSError as error:
@@ -236,12 +271,40 @@ def versions(
         if found:
             there = ", ".join(map(str, sorted(found)))
             raise RepositoryError(f"no version of {name!r} to serve: version_policy selects none of {there}")
+        if not ensemble and (misplaced := sorted(path.name for path in folder.glob("*.onnx"))):
+            raise RepositoryError(
+                f"no version of {name!r} to serve: {folder / misplaced[0]} should be {name}/1/{file}, in a folder "
+                "named by the version"
+            )
         example = "1/" if ensemble else f"1/{file}"
         raise RepositoryError(f"no version of {name!r} to serve: {folder} has no version, such as {example}")
     return [
-        ModelFiles(name, version, found[version], found_config, origin=found[version], private=private)
+        ModelFiles(name, version, found[version], found_config, origin=found[version], private=private, labels=labels)
         for version in wanted
     ]
+
+
+def _why_no_version(folder: Path, file: str) -> str:
+    """Why a folder of a model is not one of its versions, which hold `file`; "" if it is."""
+    if not is_version(folder.name):
+        return "a version is a whole number from 1 to 18 digits, without leading zeros"
+    return f"it has no {file}" if file and not (folder / file).is_file() else ""
+
+
+def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
+    """The lines of a label file, which lies in the model's folder. Raises ConfigError."""
+    path = folder / name
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{folder}: label_filename is {name!r}; it names a file in the folder of the model")
+        with path.open("rb") as file:
+            data = file.read(_MAX_LABEL_BYTES + 1)
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{folder}: label_filename is {name!r}, which cannot be read: {cause}") from None
+    if len(data) > _MAX_LABEL_BYTES:
+        raise ConfigError(f"{folder}: label_filename is {name!r}, which has more than {_MAX_LABEL_BYTES} bytes")
+    return tuple(data.removeprefix(codecs.BOM_UTF8).splitlines())
 
 
 def _model_file(configured: ModelConfig) -> str:

@@ -92,6 +92,15 @@ def request_id(data: bytes) -> str:
     return v2.ModelInferRequest.FromString(data).id if parts is None else parts.request_id
 
 
+def model_name(data: bytes) -> str:
+    """Of a request that was answered; "" where it is no request."""
+    parts = take_apart(data)
+    try:
+        return v2.ModelInferRequest.FromString(data if parts is None else parts.head).model_name
+    except DecodeError:
+        return ""
+
+
 def parse_request(data: bytes) -> v2.ModelInferRequest:
     """Raises InvalidArgumentError if it is not one, or holds more than request_limits.py allows."""
     check_request(data)

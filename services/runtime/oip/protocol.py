@@ -40,7 +40,10 @@ MAX_TENANT = 256
 _NO_LANES: Mapping[str, Lane] = {}
 EXTENSIONS = (
     "classification",
+    "sequence",
     "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
     "model_configuration",
     "system_shared_memory",
     "binary_tensor_data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -16,10 +17,12 @@ _LOG_NAMES = ("log_info", "log_warning", "log_error", "log_verbose_level")
 
 
 class LiveSettings:
-    """Reads and changes the tracer's ratio and the level of the log, for this process."""
+    """Reads and changes the tracer's ratios and the level of the log, for this process."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, check_model: Callable[[str], object]) -> None:
+        """`check_model` raises a RingmeshError unless the model is served."""
         self._tracer = tracer
+        self._check_model = check_model
 
     def handlers(self) -> dict[str, Handler]:
         """For `inference.GRPCInferenceService`."""
@@ -29,12 +32,18 @@ class LiveSettings:
         }
 
     async def trace(self, request: v2.TraceSettingRequest, _: Context) -> v2.TraceSettingResponse:
-        """`trace_level` is OFF or TIMESTAMPS; `trace_rate` N traces one request in N where the caller does not say."""
-        if request.model_name:
-            raise InvalidArgumentError("traces are set for a server, not for a model", field="model_name")
+        """`trace_level` is OFF or TIMESTAMPS; `trace_rate` N traces one request in N where the caller does not say.
+
+        A model has the server's settings until it is given its own; a setting without values ends those.
+        """
+        model = request.model_name
+        if model:
+            self._check_model(model)
         _check_names(request.settings, _TRACE_NAMES)
         given = {name: list(setting.value) for name, setting in request.settings.items() if setting.value}
-        ratio = self._tracer.ratio
+        if len(given) < len(request.settings):
+            self._tracer.ratios.pop(model, None)
+        ratio = self._tracer.ratios.get(model, self._tracer.ratio)
         if "trace_rate" in given:
             (rate, *more) = given["trace_rate"]
             # So few digits: int() refuses thousands of them.
@@ -50,7 +59,10 @@ class LiveSettings:
                 )
             if "OFF" in given["trace_level"]:
                 ratio = 0.0
-        self._tracer.ratio = ratio
+        if given and model:
+            self._tracer.ratios[model] = ratio
+        elif given:
+            self._tracer.ratio = ratio
         value = v2.TraceSettingResponse.SettingValue
         return v2.TraceSettingResponse(
             settings={

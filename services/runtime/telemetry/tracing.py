@@ -126,10 +126,14 @@ def untraced() -> Trace:
 
 
 class Tracer:
-    """Starts traces and sends kept ones out. `ratio` is the share sampled where the caller does not say."""
+    """Starts traces and sends kept ones out.
+
+    `ratio` is the share sampled where the caller does not say; `ratios` has those of models that have their own.
+    """
 
     def __init__(self, process: Process, ratio: float, queues: Sequence[SpanQueue[Any]]) -> None:
         self.ratio = ratio
+        self.ratios: dict[str, float] = {}
         self.process = process
         self._queues = queues
 
@@ -138,6 +142,12 @@ class Tracer:
         if traceparent is not None and (parent := w3c.parse_traceparent(traceparent)) is not None:
             return Trace(*parent)
         return Trace(new_trace_id(), "", random.random() < self.ratio)
+
+    def sample(self, trace: Trace, model: str) -> None:
+        """Decides by the model's own ratio, once the model is known; what the caller decided stands."""
+        ratio = self.ratios.get(model)
+        if ratio is not None and not trace.parent_id:
+            trace.sampled = int(trace.trace_id[-8:], 16) < ratio * (1 << 32)
 
     def finish(
         self,

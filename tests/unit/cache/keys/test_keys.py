@@ -130,6 +130,12 @@ def test_raw_and_typed_contents_together_are_left_to_the_worker():
         HASHER.hash(made)
 
 
+def test_empty_contents_beside_raw_ones_change_nothing_about_the_key():
+    made = request()
+    made.inputs[0].contents.SetInParent()
+    assert HASHER.hash(made) == HASHER.hash(request())
+
+
 MODEL_OUTPUTS = ("y", "z")
 
 

@@ -110,3 +110,17 @@ def test_the_oldest_files_are_forgotten(tmp_path):
         os.utime(path, (number, number))
     traces.prune(tmp_path)
     assert sorted(int(path.stem.split("-")[1]) for path in tmp_path.iterdir()) == list(range(6, 70))
+
+
+def test_a_model_may_be_sampled_by_a_ratio_of_its_own():
+    tracer = Tracer(Process("router", "0"), 0.0, [])
+    tracer.ratios["all"] = 1.0
+    one, caller = tracer.start(None), tracer.start(CALLER[:-2] + "00")
+    for trace in (one, caller):
+        tracer.sample(trace, "other")
+        assert not trace.sampled
+        tracer.sample(trace, "all")
+    assert (one.sampled, caller.sampled) == (True, False)
+    tracer.ratios["all"] = 0.0
+    tracer.sample(one, "all")
+    assert not one.sampled

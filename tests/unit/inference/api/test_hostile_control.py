@@ -11,8 +11,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.api.control import ModelControl
 from services.inference.api.shared_memory_service import SharedMemoryControl
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.models.model_store import MAX_FAILURES
-from services.runtime.errors import InvalidArgumentError
+from services.inference.models.model_store import MAX_FAILURES, Overrides
+from services.runtime.errors import InvalidArgumentError, NotFoundError
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.telemetry.tracing import create_tracer
 from tests import models
@@ -111,7 +111,7 @@ def served(tmp_path_factory):
             {
                 **ModelControl(made).handlers(),
                 **SharedMemoryControl(SharedMemory()).handlers(),
-                **LiveSettings(tracer).handlers(),
+                **LiveSettings(tracer, lambda model: made.held.find(model, "")).handlers(),
             },
         )
         runner.run(made.close())
@@ -139,6 +139,7 @@ WRONG = {
     "a version of 5,000 digits": ("RepositoryModelLoad", with_file("9" * 5000 + "/model.onnx")),
     "a version of other digits": ("RepositoryModelLoad", with_file("\u0661/model.onnx")),
     "a model with NUL": ("RepositoryModelLoad", load("a\0b", {})),
+    "a model with a line break": ("RepositoryModelLoad", load("a\nb", {})),
     "a model whose name is too long": ("RepositoryModelLoad", load("x" * 300, {})),
     "a configuration nested deeply": ("RepositoryModelLoad", with_config('{"a":' * 5000)),
     "protobuf text nested deeply": ("RepositoryModelLoad", with_config("input {" * 5000)),
@@ -158,13 +159,25 @@ def test_what_is_no_name_or_number_is_an_invalid_argument(served, what):
     assert run(ask(handlers, *WRONG[what])) == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_names_that_cannot_be_loaded_are_remembered_up_to_a_bound(tmp_path):
+async def test_names_of_no_model_are_not_remembered(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    for overrides in (None, Overrides(config="{}", files={"1/model.onnx": b"broken"})):
+        with pytest.raises(InvalidArgumentError, match="failed to load"):
+            await made.load("nobody", overrides)
+        assert [line.name for line in await made.index()] == ["mlp"]
+        with pytest.raises(NotFoundError):
+            made.held.find("nobody", "")
+
+
+async def test_models_that_cannot_be_loaded_are_remembered_up_to_a_bound(tmp_path):
     models.mlp(tmp_path)
     made = await store(tmp_path)
     for number in range(MAX_FAILURES + 10):
+        (tmp_path / f"nobody{number}").mkdir()
         with pytest.raises(InvalidArgumentError):
             await made.load(f"nobody{number}")
-    lines = [line.name for line in await made.index()]
-    assert len(lines) == MAX_FAILURES + 1
-    assert f"nobody{MAX_FAILURES + 9}" in lines
+    failed = [line.name for line in await made.index() if "no version" in line.reason]
+    assert len(failed) == MAX_FAILURES
+    assert f"nobody{MAX_FAILURES + 9}" in failed
     assert made.failures_dropped == 10

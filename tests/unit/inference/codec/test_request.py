@@ -126,6 +126,12 @@ def test_raw_and_typed_contents_together_are_refused(mlp):
     assert refused(made, mlp)[0] == "inputs[0].contents"
 
 
+def test_empty_contents_beside_raw_ones_are_as_none(mlp):
+    made = request(X)
+    made.inputs[0].contents.SetInParent()
+    assert decode_request(made, mlp).arrays["x"].shape == (1, 64)
+
+
 def test_an_input_without_any_data_is_refused(mlp):
     made = v2.ModelInferRequest()
     made.inputs.add(name="x", datatype="FP32", shape=[1, 64])
@@ -286,6 +292,21 @@ def test_each_row_has_its_own_classes_and_no_more_than_there_are(load):
 def test_integers_too_large_for_a_float_are_ranked_exactly(load):
     _, classes = top(load(models.identity, "uint64"), "uint64", [[2**53, 2**53 + 1, 2**64 - 1]], 3)
     assert classes == [f"{2**64 - 1}:2", f"{2**53 + 1}:1", f"{2**53}:0"]
+
+
+def test_classes_have_their_labels_as_triton_writes_them(tmp_path):
+    folder = models.identity(tmp_path, "fp32")
+    (folder.parent / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\nd:o g\n")
+    (folder.parent / "config.pbtxt").write_text('output { name: "y" label_filename: "labels.txt" }')
+    (files,) = versions(tmp_path, "identity_fp32")
+    model = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    classes = ["4.000000:3", "3.000000:2:d:o g", "2.000000:1", "1.000000:0:cat"]
+    assert top(model, "fp32", [[1, 2, 3, 4]], 4) == ([1, 4], classes)
+
+
+def test_more_classes_than_an_answer_may_have_strings_are_refused(load):
+    with pytest.raises(InvalidArgumentError, match="131072 at most"):
+        top(load(models.identity, "int8"), "int8", np.zeros((2, 1 << 17)), 1 << 17)
 
 
 def test_no_rows_have_no_classes(load):

@@ -8,6 +8,7 @@ from services.inference.execution.batch_proof.verdict import Verdict
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.execution.row_independence import why_not
 from services.inference.execution.run_errors import run_error
+from services.inference.repository.config import parse
 from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from tests import models
@@ -198,6 +199,27 @@ def test_the_configuration_told_is_complete(tmp_path):
     assert config.parameters["ringmesh_cached"].string_value == "yes"
 
 
+def test_the_configuration_told_is_the_one_given(tmp_path):
+    folder = models.mlp(tmp_path)
+    (folder.parent / "labels.txt").write_text("cat")
+    given = """
+        max_batch_size: 4
+        input { name: "x" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [1, 8, 8] reshape { shape: [64] } }
+        output { name: "y" data_type: TYPE_FP32 dims: [ -1 ] label_filename: "labels.txt" }
+        optimization { input_pinned_memory { enable: true } }
+        metric_tags { key: "a" value: "b" }
+    """
+    told = configured(folder, given).config()
+    wanted = parse(given, "config.pbtxt", "mlp")
+    for field in ("input", "output", "optimization", "metric_tags", "max_batch_size"):
+        assert getattr(told, field) == getattr(wanted, field)
+
+
+def test_the_batch_is_not_in_the_dims_that_are_told(tmp_path):
+    told = configured(models.mlp(tmp_path), 'input { name: "x" dims: [-1, 64] }').config()
+    assert (told.max_batch_size, [*told.input[0].dims]) == (8, [64])
+
+
 @pytest.mark.parametrize("more", ["", "dynamic_batching { }"])
 def test_a_reshaped_model_is_served_in_the_shapes_of_its_configuration(tmp_path, more):
     plain = load(models.mlp(tmp_path))
@@ -230,7 +252,7 @@ def test_an_optional_input_may_be_left_out_or_given(tmp_path):
     x = np.ones((1, 2), np.float32)
     assert model.run({"x": x}, ["y"])[0].tolist() == [[2, 2]]
     assert model.run({"x": x, "scale": np.array([5], np.float32)}, ["y"])[0].tolist() == [[5, 5]]
-    assert [(tensor.name, tensor.optional) for tensor in model.config().input] == [("x", False), ("scale", True)]
+    assert [(tensor.name, tensor.optional) for tensor in model.config().input] == [("scale", True), ("x", False)]
 
 
 def test_a_value_of_the_file_is_not_an_input_unless_it_is_offered(tmp_path):

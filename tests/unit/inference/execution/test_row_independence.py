@@ -24,7 +24,7 @@ def model(run, *, seconds=0.001, max_batch_rows=64, max_request_rows=0):
         outputs={"y": spec},
         max_batch_rows=max_batch_rows,
         max_request_rows=max_request_rows,
-        run=timed,
+        compute=timed,
     )
 
 

@@ -115,7 +115,7 @@ def edit(folder, old, new):
         ('key: "b"', 'key: "z"', "no output 'z'"),
         ('"in" data_type: TYPE_FP32', '"in" data_type: TYPE_INT8', "takes 'x' as FP32, and tensor 'in' is INT8"),
         ('name: "out" data_type: TYPE_FP32', 'name: "out" data_type: TYPE_INT8', "'out' is FP32.*says INT8"),
-        ('model_name: "doubled"', 'model_name: "nobody"', "no model 'nobody'"),
+        ('model_name: "doubled"', 'model_name: "nobody"', "'nobody' is not found"),
         ('model_name: "doubled"', 'model_name: "pipeline"', "is an ensemble; a step must be a model"),
     ],
 )
@@ -126,7 +126,7 @@ async def test_steps_that_do_not_fit_are_named_in_the_index(tmp_path, old, new, 
     assert re.search(words, store.held.find("pipeline", "").model.not_runnable)
     (line,) = [line for line in await store.index() if line.name == "pipeline"]
     assert re.search(words, line.reason)
-    assert ("a router runs" in line.reason) == ("no model" in words)
+    assert ("a router runs" in line.reason) == ("is not found" in words)
     assert line.state == UNAVAILABLE
 
 
@@ -162,7 +162,23 @@ async def test_a_replaced_step_is_another_digest_of_the_ensemble(tmp_path):
     await store.load("mlp")
     assert store.held.find("pipeline", "").model.digest != before.digest
     await store.unload("mlp")
-    assert "no model 'mlp'" in store.held.find("pipeline", "").model.not_runnable
+    assert "'mlp' is not found" in store.held.find("pipeline", "").model.not_runnable
+
+
+async def test_an_ensemble_has_its_own_labels_or_those_of_the_step_that_makes_the_output(tmp_path):
+    models.mlp(tmp_path)
+    folder = models.pipeline(tmp_path)
+    for labelled in ("doubled", "pipeline"):
+        (tmp_path / labelled / "labels.txt").write_text(labelled)
+    (tmp_path / "doubled/config.pbtxt").write_text('output { name: "b" label_filename: "labels.txt" }')
+    store = await store_of(tmp_path)
+    assert store.held.find("pipeline", "").model.labels == {"out": (b"doubled",)}
+    (tmp_path / "doubled/labels.txt").write_text("new")
+    await store.load("doubled")
+    assert store.held.find("pipeline", "").model.labels == {"out": (b"new",)}
+    edit(folder, 'name: "out"', 'name: "out" label_filename: "labels.txt"')
+    await store.load("pipeline")
+    assert store.held.find("pipeline", "").model.labels == {"out": (b"pipeline",)}
 
 
 async def test_unloading_with_dependents_takes_the_steps_along(tmp_path):

@@ -110,6 +110,52 @@ async def test_an_unloaded_model_is_not_found_and_can_be_loaded_again(tmp_path):
     assert await states(made) == [("add_sub", "1", READY), ("mlp", "1", READY)]
 
 
+async def test_a_model_that_failed_to_load_is_unavailable_with_the_reason(tmp_path):
+    models.add_sub(tmp_path)
+    (models.mlp(tmp_path) / "model.onnx").write_bytes(b"bro\x01ken")
+    made = await store(tmp_path)
+    with pytest.raises(UnavailableError, match=r"version 1 of model 'mlp' failed to load.*model\.onnx"):
+        made.held.find("mlp", "1")
+    models.mlp(tmp_path)
+    await made.load("mlp")
+    assert made.held.find("mlp", "").loaded
+    assert made.held.failures == {}
+    await made.unload("mlp")
+    with pytest.raises(NotFoundError):
+        made.held.find("mlp", "")
+
+
+async def test_a_reason_is_one_line_of_text_whatever_the_file_holds(tmp_path):
+    models.add_sub(tmp_path)
+    (models.mlp(tmp_path).parent / "config.pbtxt").write_text('name: "a\\001\\nb"')
+    made = await store(tmp_path)
+    (reason,) = made.held.failures["mlp"].values()
+    assert reason.isprintable()
+
+
+async def test_a_deleted_model_leaves_the_index(tmp_path):
+    for make in (models.mlp, models.add_sub, models.random):
+        make(tmp_path)
+    (tmp_path / "random/1/model.onnx").write_bytes(b"broken")
+    made = await store(tmp_path)
+    await made.unload("mlp")
+    for name in ("mlp", "random"):
+        shutil.rmtree(tmp_path / name)
+    assert await states(made) == [("add_sub", "1", READY)]
+    polling = asyncio.create_task(made.poll(0.01))
+    models.random(tmp_path)
+    async with asyncio.timeout(20):
+        while not made.held.of("random"):
+            await asyncio.sleep(0.01)
+    shutil.rmtree(tmp_path / "random")
+    async with asyncio.timeout(20):
+        while made.held.of("random"):
+            await asyncio.sleep(0.01)
+    polling.cancel()
+    assert await states(made) == [("add_sub", "1", READY)]
+    assert made.held.failures == {}
+
+
 async def test_one_broken_model_does_not_keep_the_others_from_serving(tmp_path):
     models.mlp(tmp_path)
     (models.add_sub(tmp_path) / "model.onnx").write_bytes(b"broken")
@@ -149,6 +195,9 @@ async def test_a_load_may_bring_its_own_files(tmp_path):
     await made.load("mlp", Overrides(config='{"backend": "onnxruntime"}', files={"7/model.onnx": data}))
     assert made.held.versions("mlp") == ["7"]
     assert await answer(made) != before
+    labelled = '{"output": [{"name": "y", "label_filename": "y.txt"}]}'
+    await made.load("mlp", Overrides(config=labelled, files={"7/model.onnx": data, "y.txt": b"cat"}))
+    assert made.held.find("mlp", "").model.labels == {"y": (b"cat",)}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +208,8 @@ async def test_a_load_may_bring_its_own_files(tmp_path):
         Overrides(files={"1/model.onnx": b""}),
         Overrides(config="{}", files={"1/../../x": b""}),
         Overrides(config="{}", files={"one/model.onnx": b""}),
+        Overrides(config="{}", files={"y.txt": b""}),
+        Overrides(config='{"output": [{"name": "y", "label_filename": "../y"}]}', files={"../y": b""}),
     ],
 )
 async def test_a_load_with_wrong_overrides_changes_nothing(tmp_path, overrides):
@@ -190,6 +241,48 @@ async def test_polling_follows_the_repository(tmp_path):
     polling.cancel()
 
 
+async def test_polling_follows_a_version_that_is_a_link(tmp_path):
+    releases = [models.mlp(tmp_path / f"release-{seed}", seed=seed) for seed in (0, 1)]
+    version = tmp_path / "models/mlp/1"
+    version.parent.mkdir(parents=True)
+    version.symlink_to(releases[0])
+    made = await store(tmp_path / "models")
+    before = await answer(made)
+    polling = asyncio.create_task(made.poll(0.02))
+    version.with_name("new").symlink_to(releases[1])
+    version.with_name("new").replace(version)
+    async with asyncio.timeout(20):
+        while await answer(made) == before:
+            await asyncio.sleep(0.01)
+    polling.cancel()
+
+
+class Noisy(Directory):
+    """`add_sub` has a log that is written to all the time."""
+
+    polls = 0
+
+    def fingerprint(self):
+        self.polls += 1
+        found = super().fingerprint()
+        return found | {"add_sub": found["add_sub"] | {("train.log", self.polls, "")}}
+
+
+async def test_a_model_that_keeps_changing_does_not_keep_others_from_being_followed(tmp_path):
+    models.mlp(tmp_path, seed=0)
+    models.add_sub(tmp_path)
+    made = ModelStore(Noisy(tmp_path), open_model, EXECUTOR)
+    await made.load_all()
+    before, noisy = await answer(made), made.held.find("add_sub", "")
+    polling = asyncio.create_task(made.poll(0.02))
+    models.mlp(tmp_path, seed=1)
+    async with asyncio.timeout(20):
+        while await answer(made) == before:
+            await asyncio.sleep(0.01)
+    assert made.held.find("add_sub", "") is noisy
+    polling.cancel()
+
+
 def warm_up(folder, inputs):
     sample = f'name: "w" batch_size: 2 count: 3 inputs {{ key: "x" value {{ {inputs} }} }}'
     (folder.parent / "config.pbtxt").write_text(f"max_batch_size: 8 model_warmup {{ {sample} }}")
@@ -198,8 +291,8 @@ def warm_up(folder, inputs):
 async def test_a_model_is_warmed_up_before_it_takes_traffic(tmp_path, monkeypatch):
     warm_up(models.mlp(tmp_path), "data_type: TYPE_FP32 dims: [64] random_data: true")
     runs = []
-    run = OnnxModel.run
-    monkeypatch.setattr(OnnxModel, "run", lambda self, i, o: runs.append(i["x"].shape) or run(self, i, o))
+    compute = OnnxModel.compute
+    monkeypatch.setattr(OnnxModel, "compute", lambda self, i, o: runs.append(i["x"].shape) or compute(self, i, o))
     await store(tmp_path)
     assert runs[-3:] == [(2, 64)] * 3  # after those of the probes
 
@@ -214,6 +307,18 @@ async def test_a_warm_up_that_fails_keeps_the_version_from_serving(tmp_path, inp
     (line,) = [line for line in await made.index() if line.name == "mlp"]
     assert line.state == UNAVAILABLE
     assert "model_warmup 'w'" in line.reason
+
+
+async def test_what_is_not_acted_on_is_logged_once_for_models_and_ensembles(tmp_path, caplog):
+    folder = models.mlp(tmp_path)
+    models.pipeline(tmp_path, parameters='metric_tags { key: "a" value: "b" }')
+    (folder.parent / "config.pbtxt").write_text("instance_group { passive: true } instance_group { passive: true }")
+    await store(tmp_path)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "model mlp/1: set but not acted on: instance_group.passive",
+        "model pipeline/1: set but not acted on: metric_tags",
+    ]
 
 
 async def test_the_index_says_why_a_model_is_not_cached_and_whether_it_is_batched(tmp_path):

@@ -1,8 +1,11 @@
 import pytest
+from google.protobuf import message_factory
 
+from services.inference.execution import execution
 from services.inference.repository.config import (
     NOTHING,
     ConfigError,
+    ModelConfig,
     batching,
     ignored_fields,
     limits_queue,
@@ -10,20 +13,89 @@ from services.inference.repository.config import (
     read,
 )
 
+# Of Triton's fields those that are reported, as docs/models.md lists them.
+IGNORED = {
+    *("runtime", "batch_input", "batch_output", "cc_model_filenames", "metric_tags", "model_repository_agents"),
+    *("model_metrics", "model_operations", "model_transaction_policy"),
+    *("input.is_shape_tensor", "input.allow_ragged_batch", "input.is_non_linear_format_io"),
+    *("output.is_shape_tensor", "output.is_non_linear_format_io"),
+    *("optimization.priority", "optimization.input_pinned_memory", "optimization.gather_kernel_buffer_threshold"),
+    *("optimization.eager_batching", "optimization.cuda.busy_wait_events", "optimization.cuda.graph_spec"),
+    "optimization.cuda.output_copy_stream",
+    *("instance_group.rate_limiter", "instance_group.secondary_devices", "instance_group.profile"),
+    *("instance_group.passive", "instance_group.host_policy"),
+    *("sequence_batching.iterative_sequence", "sequence_batching.oldest.max_candidate_sequences"),
+    "sequence_batching.state.use_same_buffer_for_input_output",
+    "sequence_batching.state.use_growable_memory",
+    *("ensemble_scheduling.max_inflight_requests", "ensemble_scheduling.step.model_namespace"),
+}
 
-def test_what_is_set_and_not_acted_on_is_listed_by_path():
+
+def every_field(descriptor):
+    """A message of each field of `descriptor`, and of each field of those, that is set alone."""
+    for field in descriptor.fields:
+        kind = field.message_type
+        made = message_factory.GetMessageClass(descriptor)()
+        value = getattr(made, field.name)
+        if kind is None:
+            number = "1" if field.type in (field.TYPE_STRING, field.TYPE_BYTES) else 1
+            value.append(number) if field.is_repeated else setattr(made, field.name, number)
+        elif kind.GetOptions().map_entry:
+            key = "1" if kind.fields_by_name["key"].type == field.TYPE_STRING else 1
+            if kind.fields_by_name["value"].message_type is not None:
+                value[key].SetInParent()
+            else:
+                value[key] = "1"
+        else:
+            for inner in every_field(kind):
+                whole = type(made)()
+                target = getattr(whole, field.name)
+                target.add().CopyFrom(inner) if field.is_repeated else target.CopyFrom(inner)
+                yield whole
+            value.add() if field.is_repeated else value.SetInParent()
+        yield made
+
+
+def test_every_field_of_triton_is_acted_on_or_reported():
+    found = {path for config in every_field(ModelConfig.DESCRIPTOR) for path in ignored_fields(config)}
+    assert found == IGNORED | {"parameters.1"}
+
+
+def test_what_is_set_and_not_acted_on_is_listed_once_by_path():
     config = parse(
         """
         name: "m"
         dynamic_batching { max_queue_delay_microseconds: 5 preserve_ordering: true }
+        instance_group { passive: true }
+        instance_group { passive: true }
         metric_tags { key: "k" value: "v" }
         parameters { key: "ringmesh_tenant_scope" value { string_value: "true" } }
+        parameters { key: "intra_op_thread_count" value { string_value: "1" } }
         parameters { key: "theirs" value { string_value: "v" } }
         """,
         "config.pbtxt",
         "m",
     )
-    assert ignored_fields(config) == ["metric_tags", "parameters.theirs"]
+    assert ignored_fields(config) == ["instance_group.passive", "metric_tags", "parameters.theirs"]
+
+
+def test_every_parameter_that_execution_reads_is_known(monkeypatch):
+    read = set()
+    monkeypatch.setattr(execution, "_whole", lambda config, name, allowed: read.add(name))
+    execution.session_options(NOTHING, 1)
+    execution.executions(NOTHING, [execution.CUDA])
+    config = ModelConfig()
+    for name in read:
+        config.parameters[name].string_value = "1"
+    assert len(read) > 5
+    assert ignored_fields(config) == []
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "config.pbtxt"
+    path.write_text("max_batch_size: 8", encoding="utf-8-sig")
+    assert read(path, "m").max_batch_size == 8
+    assert parse("\N{BYTE ORDER MARK}{}", "config", "m") == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -69,6 +141,8 @@ def test_what_is_set_and_not_acted_on_is_listed_by_path():
             ["ringmesh_semantic_embedding", "'e'", "beside ringmesh_semantic_threshold"],
         ),
         ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
+        ('input { name: "x" format: FORMAT_NCHW dims: [8] }', ["'x'", "FORMAT_NCHW", "[8]", "three"]),
+        ('model_operations { op_library_filename: "libcustom.so" }', ["op_library_filename", "libcustom.so", "custom"]),
     ],
 )
 def test_a_mistake_is_named_with_the_file(tmp_path, text, words):

@@ -9,11 +9,8 @@ from services.inference.repository.config_rules import MAX_INSTANCES, MAX_MICROS
 
 # Fields below one that is acted on, which nothing here reads.
 NOT_READ = (
-    "instance_group.rate_limiter.",
-    "instance_group.secondary_devices.device_id",
     "sequence_batching.control_input.control.int32_false_true",
     "sequence_batching.control_input.control.fp32_false_true",
-    "ensemble_scheduling.max_inflight_requests",
 )
 # What has to stand beside a field for it to be read.
 BESIDE = {
@@ -30,8 +27,7 @@ def numbers(descriptor, prefix=""):
     """The paths of all numbers that may be set and are acted on."""
     for field in descriptor.fields:
         path = prefix + field.name
-        top = path.split(".")[0]
-        if top not in config._ACTED_ON or (top in config._NESTED and not acted_on(path)):
+        if path not in config._NESTED and not acted_on(path):
             continue
         message = field.message_type
         if message is not None and message.GetOptions().map_entry:
@@ -45,10 +41,9 @@ def numbers(descriptor, prefix=""):
 
 
 def acted_on(path):
-    """Whether the field, or the nearest one above it that is looked into, is."""
-    while path not in config._ACTED_ON and path.rpartition(".")[0] not in config._NESTED:
-        path = path.rpartition(".")[0]
-    return path in config._ACTED_ON
+    """Whether the field, or one that it is part of, is."""
+    names = path.split(".")
+    return any(".".join(names[:end]) in config._ACTED_ON for end in range(1, len(names) + 1))
 
 
 def text_of(path, value):

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from services.inference.repository.repository import Directory, RepositoryError, versions
@@ -24,6 +27,9 @@ def test_models_are_folders(tmp_path):
     write(tmp_path, "a", "1")
     (tmp_path / "README").touch()
     (tmp_path / ".git").mkdir()
+    # No message can name these.
+    (tmp_path / "line\nbreak").mkdir()
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
     assert Directory(tmp_path).names() == ["a", "b"]
 
 
@@ -58,6 +64,70 @@ def test_why_no_version_is_served_is_said(tmp_path, config, said):
     (tmp_path / "a" / "config.pbtxt").write_text(config)
     with pytest.raises(RepositoryError, match=said):
         versions(tmp_path, "a")
+
+
+def test_each_folder_that_is_no_version_is_ignored_with_one_warning(tmp_path, caplog):
+    ignored = ("0", "01", "99999999999999999999", "-1", "1abc", "latest", "\u0663", "3")
+    for version in ("1", "2", *ignored, "warmup", "initial_state", "configs", ".git"):
+        write(tmp_path, "a", version)
+    (tmp_path / "a" / "3" / "model.onnx").unlink()
+    (tmp_path / "a" / "config.pbtxt").write_text("version_policy { all {} }")
+    assert numbers(tmp_path, "a") == [1, 2]
+    told = [record.getMessage() for record in caplog.records]
+    assert sorted(told) == sorted(
+        f"model a: the folder {name} is ignored: "
+        + (
+            "it has no model.onnx"
+            if name == "3"
+            else "a version is a whole number from 1 to 18 digits, without leading zeros"
+        )
+        for name in ignored
+    )
+
+
+def link(path, target):
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def test_a_version_that_is_a_link_is_followed_by_the_fingerprint(tmp_path):
+    for release in ("one", "two"):
+        write(tmp_path / "releases", release, ".", data=release.encode())
+        os.utime(tmp_path / "releases" / release / "model.onnx", (1, 1))
+    models = tmp_path / "models"
+    (models / "a").mkdir(parents=True)
+    link(models / "a" / "1", tmp_path / "releases/one")
+    link(models / "b", models / "a")
+    before = Directory(models).fingerprint()
+    assert len(before["a"]) == len(before["b"]) == 1
+    link(models / "a" / "1", tmp_path / "releases/two")
+    after = Directory(models).fingerprint()
+    assert before["a"] != after["a"]
+    write(tmp_path / "releases", "two", ".", data=b"2nd")
+    assert len({before["a"], after["a"], Directory(models).fingerprint()["a"]}) == 3
+
+
+def test_a_model_that_cannot_be_read_does_not_settle_and_the_others_do(tmp_path, monkeypatch):
+    write(tmp_path, "a", "1")
+    write(tmp_path, "b", "1")
+    iterdir = Path.iterdir
+
+    def refused(self):
+        if self.name == "a":
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    one, other = (Directory(tmp_path).fingerprint() for _ in range(2))
+    assert one["b"] == other["b"]
+    assert one["a"] != other["a"]
+
+
+def test_where_a_model_file_without_a_version_belongs_is_said(tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "net.onnx").touch()
+    with pytest.raises(RepositoryError, match=r"no version of 'flat' to serve.*net\.onnx should be flat/1/model\.onnx"):
+        versions(tmp_path, "flat")
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "a/1", ""])
@@ -118,15 +188,42 @@ def renumber(folder):
     (folder / "m" / "1").rename(folder / "m" / "2")
 
 
+def label(folder):
+    write_labels(folder / "m", 'label_filename: "labels.txt"', "cat")
+
+
 @pytest.mark.parametrize(
     "change",
-    [change_weights, add_external_data, add_config, say_what_is_the_default, rename, renumber],
+    [label, change_weights, add_external_data, add_config, say_what_is_the_default, rename, renumber],
 )
 def test_whatever_can_change_an_answer_changes_the_digest(tmp_path, change):
     write(tmp_path, "m", "1")
     before = digest(tmp_path)
     change(tmp_path)
     assert digest(tmp_path) != before
+
+
+def write_labels(folder, field, labels):
+    (folder / "config.pbtxt").write_text(f'output {{ name: "y" {field} }}')
+    (folder / "labels.txt").write_text(labels)
+
+
+def test_the_labels_are_part_of_the_digest(tmp_path):
+    write(tmp_path, "m", "1")
+    write_labels(tmp_path / "m", 'label_filename: "labels.txt"', "cat")
+    before = digest(tmp_path)
+    write_labels(tmp_path / "m", 'label_filename: "labels.txt"', "dog")
+    assert digest(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["none.txt", "../labels.txt", "/etc/hostname", "link", "1", "a\\000b"])
+def test_labels_that_are_not_of_the_models_folder_are_refused(tmp_path, name):
+    write(tmp_path, "m", "1")
+    write_labels(tmp_path / "m", f'label_filename: "{name}"', "cat")
+    (tmp_path / "labels.txt").touch()
+    (tmp_path / "m" / "link").symlink_to(tmp_path / "labels.txt")
+    with pytest.raises(RepositoryError, match="label_filename"):
+        versions(tmp_path, "m")
 
 
 def test_the_provider_is_part_of_the_digest(tmp_path):

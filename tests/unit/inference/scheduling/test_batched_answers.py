@@ -133,7 +133,7 @@ def test_a_row_cache_that_is_asked_for_needs_the_proof(tmp_path):
 
 
 def test_a_row_cache_that_is_asked_for_needs_the_same_bits_in_every_batch(tmp_path, monkeypatch):
-    run = OnnxModel.run
+    run = OnnxModel.compute
 
     def other_bits_in_a_batch(model, inputs, outputs):
         arrays = run(model, inputs, outputs)
@@ -141,7 +141,7 @@ def test_a_row_cache_that_is_asked_for_needs_the_same_bits_in_every_batch(tmp_pa
 
     folder = models.row_cached(tmp_path)
     assert load(folder).row_cache
-    monkeypatch.setattr(OnnxModel, "run", other_bits_in_a_batch)
+    monkeypatch.setattr(OnnxModel, "compute", other_bits_in_a_batch)
     model = load(folder)
     assert not model.row_cache
     told = model.config().parameters["ringmesh_row_cache"].string_value

@@ -5,12 +5,12 @@ from ringmesh.oip.v2 import grpc_service_pb2, model_config_pb2
 
 from cache.policy.freshness import Freshness
 from router.balancing.catalog import Catalog
-from services.runtime.errors import InvalidArgumentError, NotFoundError
+from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from services.runtime.rpc.rpc import status_details
 
 
-def version(name, **fields):
-    return inference_pb2.ModelVersion(name=name, version="1", digest=name.encode(), cacheable=True, **fields)
+def version(name, number=1, **fields):
+    return inference_pb2.ModelVersion(name=name, version=str(number), digest=name.encode(), cacheable=True, **fields)
 
 
 def test_an_ensemble_is_as_fresh_as_its_shortest_lived_step():
@@ -96,15 +96,23 @@ def test_the_models_that_keep_tenants_apart_are_told():
     assert Catalog([[version("one", tenant_scoped=True), version("two")]]).tenant_scoped == ["one"]
 
 
-def test_what_is_said_of_an_unknown_model_fits_into_metadata_however_many_there_are():
-    catalog = Catalog([[version(f"{'m' * 90}-{number:03}") for number in range(500)]])
-    with pytest.raises(NotFoundError, match=r"^no model 'typo' \(.*RepositoryIndex says why\); there are: m") as caught:
-        catalog.find("typo", "")
+def test_what_is_said_of_an_absent_version_fits_into_metadata_however_many_there_are():
+    catalog = Catalog([[version("m" * 90, number=number) for number in range(1, 500)]])
+    with pytest.raises(NotFoundError, match=r"has no version '500'; it has: 1, 2, .* and 479 more$") as caught:
+        catalog.find("m" * 90, "500")
     # gRPC clients take 8 KB, percent-encoded in grpc-message and twice more in the details.
     details = sum(len(value) for _, value in status_details(caught.value))
     assert len(caught.value.message) + details * 4 / 3 < 5000
-    with pytest.raises(NotFoundError, match=r"m-000, .* and 480 more$"):
-        Catalog([[version(f"m-{number:03}") for number in range(500)]]).find("typo", "")
+
+
+def test_a_model_that_no_worker_could_load_is_unavailable_with_the_reason():
+    failed = [inference_pb2.FailedVersion(model="bad", version="2", reason="it is broken")]
+    with pytest.raises(UnavailableError, match=r"^model 'bad' failed to load: it is broken$"):
+        Catalog([], failed).find("bad", "")
+    assert Catalog([[version("bad")]], failed).find("bad", "").version == "1"
+    with pytest.raises(UnavailableError, match=r"^version 2 of model 'bad' failed to load"):
+        Catalog([[version("bad")]], failed).find("bad", "2")
+    assert Catalog([[version("bad", number=2)]], failed).find("bad", "2").version == "2"
 
 
 def test_a_message_is_clipped_between_two_characters():

@@ -9,6 +9,7 @@ from ringmesh.inference.v1 import inference_pb2
 from router.balancing.member import Listing
 from router.membership.fleet import Fleet
 from router.transport.worker_client import LinkClosedError, Work
+from services.runtime.errors import UnavailableError
 
 
 def model(name="m", version="1", digest=b"d" * 16, **more):
@@ -18,6 +19,10 @@ def model(name="m", version="1", digest=b"d" * 16, **more):
 def description(*models, **more):
     told = {"worker_id": "w", "accepting": True, "version": 1, "weight": 1.0, **more}
     return inference_pb2.DescribeResponse(models=models, **told)
+
+
+def failed(name="bad", version="1", reason="it is broken"):
+    return inference_pb2.FailedVersion(model=name, version=version, reason=reason)
 
 
 class Workers:
@@ -127,6 +132,7 @@ NAN = float("nan")
         (description(model(), worker_id="a\0b"), "id is"),
         (description(model(), zone="\n"), "zone is"),
         (description(model(), envelope_socket="/a\0b"), "envelope socket is"),
+        (description(model(), failed=[failed(reason="a\0b")]), "why is not told in text"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -142,6 +148,21 @@ async def test_a_worker_that_reports_nonsense_is_unhealthy_and_the_others_are_no
     # Once it comes to its senses it is asked.
     workers.says["b:1"] = description(model())
     await until(lambda: bad.healthy)
+
+
+async def test_what_a_worker_could_not_load_is_told_to_callers_until_one_can(fleet_of):
+    fleet, workers = fleet_of({"a:1": description(model(), failed=[failed()]), "b:1": description(model(), version=1)})
+    members = fleet.view.members
+    await until(lambda: all(member.healthy for member in members.values()))
+    with pytest.raises(UnavailableError, match="version 1 of model 'bad' failed to load: it is broken"):
+        fleet.view.catalog.find("bad", "1")
+    workers.says["a:1"] = description(model(), failed=[failed(reason="it is missing")], version=2)
+    await fleet.describe(members["a:1"])
+    with pytest.raises(UnavailableError, match="it is missing"):
+        fleet.view.catalog.find("bad", "")
+    workers.says["b:1"] = description(model(), model("bad"), version=2)
+    await fleet.describe(members["b:1"])
+    assert fleet.view.catalog.find("bad", "").name == "bad"
 
 
 async def test_a_worker_that_comes_to_report_nonsense_is_passed_over(fleet_of):
