@@ -25,8 +25,8 @@ _FROM_CELLS = ", ".join(f"sum({name})::bigint" for name in MEASURES)
 async def rebuild(database: Database, partitions: Partitions, day: date, now: datetime) -> tuple[int, int]:
     """Records and requests of the day. Writing waits meanwhile.
 
-    Raises InvalidArgumentError where the day is not kept, FailedPreconditionError where fewer requests are recorded than
-    the roll-ups count: the rest would be lost.
+    Raises InvalidArgumentError where the day is not kept, FailedPreconditionError where fewer requests are recorded
+    than the roll-ups count: the rest would be lost.
     """
     if not partitions.retention.first_usage_day(now.date()) <= day <= now.date():
         raise InvalidArgumentError(f"records of {day} are not kept", field="day")
