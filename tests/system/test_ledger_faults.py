@@ -397,6 +397,32 @@ def test_what_is_dropped_for_its_age_stays_in_the_sums(start_ledger):
     assert len(before.rows) == 2
 
 
+def test_a_batch_that_the_database_refuses_holds_up_no_other(start_ledger):
+    ledger, full, tenant = start_ledger(), unique("tenant"), unique("tenant")
+    Sender(ledger).append([miss(full)])
+
+    async def fill():
+        connection = await connect(ledger)
+        await connection.execute(
+            "UPDATE rollup_day SET compute_us = 9223372036854775807 "
+            "WHERE series = (SELECT id FROM series WHERE tenant = $1)",
+            full,
+        )
+        await connection.close()
+
+    asyncio.run(fill())
+    loads = [Load(ledger, tenant) for _ in range(2)]
+    for load in loads:
+        load.start()
+    for _ in range(5):
+        with pytest.raises(grpc.RpcError) as refused:
+            Sender(ledger).append([miss(full)])
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "the batch cannot be written: bigint out of range" in refused.value.details()
+    finish(loads)
+    assert ledger.report(tenant=tenant).total.requests == sum(load.requests for load in loads)
+
+
 def test_two_ledgers_on_one_database_write_one_after_the_other(start_ledger):
     one, tenant = start_ledger(), unique("tenant")
     other = Ledger(database_url=url_of(one))

@@ -152,6 +152,10 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
     count = len(at_ms)
     if count > MOST_RECORDS:
         raise InvalidArgumentError(f"the batch has {count} records; at most {MOST_RECORDS}", field="batch.at_ms")
+    if len(batch.dimensions) > MOST_RECORDS:
+        raise InvalidArgumentError(
+            f"the batch has {len(batch.dimensions)} dimensions; at most {MOST_RECORDS}", field="batch.dimensions"
+        )
     columns = {name: _column(batch, name, count) for name in ("dimension", *COLUMNS)}
     dimension = columns.pop("dimension")
     for wrong in np.flatnonzero((at_ms < _FIRST_MS) | (at_ms >= _LAST_MS))[:1]:

@@ -77,6 +77,10 @@ class Numbers(Generic[Name]):
             self._known.popitem(last=False)
         return numbers
 
+    def forget(self) -> None:
+        """Looks each up again."""
+        self._known.clear()
+
     async def _find(self, connection: Connection, names: list[Name]) -> dict[Name, int]:
         columns = list(zip(*names, strict=True))
         # Found first: an insert that conflicts uses up a number of the sequence.

@@ -16,11 +16,16 @@ from services.ledger.ingest.batch import COLUMNS, Batch, Kind, Series
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
 from services.ledger.storage import rollups, usage_rows
-from services.ledger.storage.database import Connection, Database, MissingPartitionError
+from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
 from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, day_of, usage_partition
 from services.ledger.storage.rollups import Deltas
 from services.ledger.storage.usage_rows import Integers, Rows
-from services.runtime.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from services.runtime.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from services.runtime.telemetry.metrics import Histogram
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -116,13 +121,27 @@ class Writer:
                 await self._wake.wait()
             taken = self._take()
             try:
-                await self._write(taken)
+                await self._write_each(taken)
             except UnavailableError as error:
                 self._fail(taken, error)
+                # What is remembered may be of a database that is not there any more.
+                for numbers in (self._series, self._margins, self._kinds, self._workers):
+                    numbers.forget()
                 await asyncio.sleep(_PAUSE_SECONDS)
             except BaseException:
                 self._fail(taken, UnavailableError("the ledger could not write the batch; send it again"))
                 raise
+
+    async def _write_each(self, taken: list[_Waiting]) -> None:
+        """All together, or where the database does not take that, one by one: a bad batch holds up no other."""
+        try:
+            await self._write(taken)
+        except DataRefusedError as error:
+            if len(taken) > 1:
+                for one in taken:
+                    await self._write_each([one])
+            else:
+                self._fail(taken, InvalidArgumentError(f"the batch cannot be written: {error.message}", field="batch"))
 
     def _take(self) -> list[_Waiting]:
         taken: list[_Waiting] = []

@@ -36,6 +36,10 @@ class MissingPartitionError(UnavailableError):
     """A partition that was there is not: somebody dropped it."""
 
 
+class DataRefusedError(UnavailableError):
+    """The database is well, and does not take this: a sum that is too large, for one."""
+
+
 class Database:
     """`url` is a postgresql:// URL; `replica_url` of a server that follows it, for reports."""
 
@@ -138,6 +142,8 @@ def _told() -> Iterator[None]:
         if "no partition" not in str(error):
             raise
         raise MissingPartitionError(f"a partition is missing: {error}", kind="database") from None
+    except asyncpg.DataError as error:
+        raise DataRefusedError(str(error), kind="database") from None
     except asyncpg.QueryCanceledError:
         raise UnavailableError("the database took too long; ask for a shorter range", kind="database") from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
