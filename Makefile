@@ -1,7 +1,7 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
 .PHONY: up demo test proof check bench soak proto simulate clean
 PY := .venv/bin/python
-READY := .venv/.ready .venv/.stubs .venv/.compiled
+READY := .venv/.ready .venv/.stubs .venv/.installed
 
 up: $(READY)
 	@exec .venv/bin/ringmesh up
@@ -17,7 +17,7 @@ test proof: export PYTHONDONTWRITEBYTECODE =
 # The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
 test: $(READY)
 	@$(PY) -m pytest $(PARALLEL)
-	@! $(PY) -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) tests/unit
+	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) tests/unit
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
@@ -33,8 +33,8 @@ check: $(READY)
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@$(PY) scripts/check_compiled.py
-	@.venv/bin/buf lint protos
-	@.venv/bin/buf format --diff --exit-code protos
+	@.venv/bin/buf lint
+	@.venv/bin/buf format --diff --exit-code
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
 
 # Beside Triton, echoes and ONNX Runtime: about 25 minutes. `--quick`, `--only WORKLOAD`, `--against main`: see `--help`.
@@ -66,12 +66,12 @@ clean:
 .venv/.ready: pyproject.toml constraints.txt scripts/install
 	@./scripts/install
 
-# The path of a request as C extensions, again after a change; see services/runtime/machine/compiled.py.
-.venv/.compiled: .venv/.ready scripts/compile $(shell find router cache services/runtime services/inference -name "*.py")
-	@$(PY) scripts/compile
+# Ringmesh itself, built from these sources, again after a change.
+.venv/.installed: .venv/.ready .venv/.stubs setup.py scripts/install-server $(shell find cache router services -type f -not -name '*.pyc')
+	@scripts/install-server
 	@touch $@
 
 # The stubs again, after a change in protos/.
-.venv/.stubs: .venv/.ready $(shell find protos -type f)
+.venv/.stubs: .venv/.ready buf.yaml buf.gen.yaml $(shell find protos -type f)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/pip install --quiet --no-build-isolation --no-deps --force-reinstall ./protos
 	@touch $@

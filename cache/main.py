@@ -10,7 +10,7 @@ from cache.regions.replication import Replication
 from cache.settings import CacheSettings
 from cache.tiers.entry import Frames
 from cache.tiers.evictions import Evictions
-from services.runtime.process.process import run
+from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import Server
 from services.runtime.telemetry.metrics import Metrics
@@ -39,7 +39,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     metrics.add(CacheMetrics(mesh, evictions).samples)
     metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    await server.start()
+    set_title("cache", settings.address, await server.start())
     await exposition.start()
     ProcessMetrics("cache", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, this_process("cache"), metrics)

@@ -1,6 +1,6 @@
 """How the tiers combine: local, then equal requests joined, shared, peer regions, computed, then filled."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import random

@@ -1,8 +1,8 @@
-"""Generates the `ringmesh` package from the .proto files while the wheel is built."""
+"""Generates the `ringmesh` package from the .proto files while the wheel is built, by buf and ../buf.gen.yaml."""
 
-import importlib.resources
 import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,32 +32,28 @@ POOL: DescriptorPool
 class GenerateStubs(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         self._out = tempfile.TemporaryDirectory(prefix="ringmesh-stubs-")
-        generate(Path(self.root), Path(self._out.name))
-        build_data["force_include"][f"{self._out.name}/ringmesh"] = "ringmesh"
+        package = generate(Path(self.root), Path(self._out.name))
+        build_data["force_include"][str(package)] = "ringmesh"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         self._out.cleanup()
 
 
-def generate(protos: Path, out: Path) -> None:
-    from grpc_tools import protoc
-
-    files = sorted(protos.glob("ringmesh/**/*.proto"))
-    well_known = importlib.resources.files("grpc_tools") / "_proto"
-    kinds = ("python", "grpc_python", "mypy", "mypy_grpc")
-    command = ["protoc", f"-I{protos}", f"-I{well_known}", *(f"--{kind}_out={out}" for kind in kinds)]
-    if protoc.main([*command, *map(str, files)]):
-        raise RuntimeError("protoc failed; its message stands above")
-    for module in out.glob("ringmesh/**/*_pb2.py"):
+def generate(project: Path, out: Path) -> Path:
+    """Writes the package below `out` and returns its folder."""
+    # A checkout has buf.gen.yaml one folder up; a source distribution, see pyproject.toml, in its root.
+    root = project if (project / "buf.gen.yaml").exists() else project.parent
+    subprocess.run(["buf", "generate", "--output", out], cwd=root, check=True)
+    package = out / "build" / "stubs" / "ringmesh"
+    for module in package.rglob("*_pb2.py"):
         _use_private_pool(module)
-    for folder in {parent for file in out.glob("ringmesh/**/*.py") for parent in file.parents}:
-        if out in folder.parents:
-            (folder / "__init__.py").touch()
-    package = out / "ringmesh"
+    for folder in [path for path in package.rglob("*") if path.is_dir()]:
+        (folder / "__init__.py").touch()
     (package / "__init__.py").write_text(_INIT)
     (package / "__init__.pyi").write_text(_INIT_PYI)
-    shutil.copy(protos / "channel.py", package)
+    shutil.copy(project / "channel.py", package)
     (package / "py.typed").touch()
+    return package
 
 
 def _use_private_pool(module: Path) -> None:

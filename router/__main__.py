@@ -1,8 +1,8 @@
 """`python -m router`."""
 
-from services.runtime.process import start
+from services.runtime.machine import memory
 
-start.prepare()
+memory.use_tcmalloc()
 
 from router.main import main  # noqa: E402
 

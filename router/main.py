@@ -30,7 +30,7 @@ from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
 from services.runtime.machine import cores, huge_pages, memory
-from services.runtime.process.process import run
+from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server
@@ -116,7 +116,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     for part in (*counted, cost, slo, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    await server.start()
+    set_title("router", settings.address, await server.start())
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
     report.start(server.lane_seconds)

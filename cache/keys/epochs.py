@@ -4,7 +4,7 @@ So a purge is one number, whatever it covers: what was filed before is under key
 goes as its room is needed. Epochs only grow, and the larger wins where two are merged, so views agree in the end.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -9,7 +9,7 @@ and of fields, unknown fields, whether tensors travel raw or typed, and whether 
 Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own key and by the frame's checksum.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple

@@ -4,7 +4,7 @@ A computed answer waits here for a while, and is written when the local tier has
 Looked at now and then, so that a hit costs nothing more.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import time

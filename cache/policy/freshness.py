@@ -4,7 +4,7 @@ Near the end of its freshness one caller renews it, picked at random, the sooner
 Vattani, Chierichetti, Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015).
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from typing import NamedTuple

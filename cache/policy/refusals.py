@@ -1,6 +1,6 @@
 """Requests that were found wrong, kept for a while where that is configured."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import time
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Frames are authenticated with a key derived from the fleet's secret: whoever can
 secret, can delete entries and cannot forge one.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import hmac
 import struct

@@ -1,6 +1,6 @@
 """What the local tier gave up for room, by model."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable, Mapping
 

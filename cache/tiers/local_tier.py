@@ -5,7 +5,7 @@ evicted, and the clock goes on to what that was worth, so that what is no longer
 the heap is put right when the entry comes to its top. docs/decisions/0009 compares it with others.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush

@@ -1,6 +1,6 @@
 """Attempts, retries and refusals, as metrics."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterator
 

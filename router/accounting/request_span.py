@@ -1,6 +1,6 @@
 """What the span of a request says of it."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from cache.mesh import Found
 from services.runtime import w3c

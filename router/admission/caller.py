@@ -1,6 +1,6 @@
 """Who asks, and how much it matters: what admission goes by."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from enum import Enum
 from typing import NamedTuple

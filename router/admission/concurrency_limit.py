@@ -5,7 +5,7 @@ making the next one wait that long. The rate is measured as BBR does (Cardwell e
 a request's begin to its end, over that time. It holds whatever batches look like, and converges in one step.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from collections.abc import Callable

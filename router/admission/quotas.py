@@ -1,6 +1,6 @@
 """What each tenant may have computed: requests a second."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable, Iterator, Mapping
 

@@ -1,6 +1,6 @@
 """A token bucket (Turner 1986): a rate on average, with room for bursts."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable
 

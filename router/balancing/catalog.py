@@ -1,6 +1,6 @@
 """Which models the fleet serves, merged from what its workers say."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

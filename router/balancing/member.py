@@ -1,6 +1,6 @@
 """One worker, as this router knows it."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 from collections.abc import Callable

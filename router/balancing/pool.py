@@ -1,6 +1,6 @@
 """The workers to ask for each model, and how many requests each of them may have outstanding."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -6,7 +6,7 @@ membership changes, and a look-up is one index into an immutable table. The rank
 order of retries, and the order of overflow.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Mapping
 

@@ -1,6 +1,6 @@
 """The fleet as one request sees it."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

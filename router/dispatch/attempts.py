@@ -4,7 +4,7 @@ Without a task or a future: what a worker answers calls on what comes next. An e
 request with it, and gives back what its attempts hold.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

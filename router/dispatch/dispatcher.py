@@ -1,6 +1,6 @@
 """Sends requests to the fleet, within what it can take."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import random

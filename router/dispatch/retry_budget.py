@@ -4,7 +4,7 @@ After Finagle's RetryBudget: 20 % of the requests of the last ten seconds, and 1
 requests can be retried too. Envoy's budget is 20 % of the requests under way, and at least 3.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """How long the slow answers of a model take: when to stop waiting for one worker alone."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections import deque
 

@@ -1,6 +1,6 @@
 """The workers this router knows: who belongs, who answers, who holds what, and the ring over them."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

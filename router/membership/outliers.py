@@ -3,7 +3,7 @@
 After Envoy's outlier detection: consecutive failures of the transport, and latencies far from those of the others.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import statistics
 from collections.abc import Callable, Collection, Mapping

@@ -1,6 +1,6 @@
 """Newcomers take little at first: their caches, threads and kernels are cold."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable
 

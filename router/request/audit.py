@@ -4,7 +4,7 @@ It finds what no look at a graph can: an operator that is random by its inputs, 
 that overruled the analysis. What was found holds for the model's digest, so other files begin anew.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

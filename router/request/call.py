@@ -1,6 +1,6 @@
 """A request on its way through the router."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import time
 from collections.abc import Callable

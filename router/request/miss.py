@@ -4,7 +4,7 @@ Whatever calls a step of it, the caller's deadline, a worker's answer or Redis, 
 the flight that others joined: `_fail` is the one way out, and gives back all that the request holds.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

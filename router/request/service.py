@@ -1,6 +1,6 @@
 """`inference.GRPCInferenceService` on the router: the path of a request."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """How a link reaches its worker: what it needs of a channel, so that a simulation can put its own network beneath."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Callable
 from typing import Final, Protocol

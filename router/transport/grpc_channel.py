@@ -3,7 +3,7 @@
 Source: gRPC over HTTP2 (PROTOCOL-HTTP2.md of grpc/grpc).
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

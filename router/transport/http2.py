@@ -5,7 +5,7 @@ Here a request is written in one piece, its header block is the same bytes each 
 socket and the event loop: docs/decisions/0018 has the measurement.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import struct

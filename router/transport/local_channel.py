@@ -1,6 +1,6 @@
 """Envelopes to a worker of this host, over connections to the Unix socket that it names."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 from contextlib import suppress

@@ -1,6 +1,6 @@
 """The way to a worker of this host, over the Unix socket at which it takes envelopes: services/runtime/frames.py."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

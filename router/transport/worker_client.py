@@ -9,7 +9,7 @@ answering, or whose connection is lost, closes the link: all its requests end at
 to another worker, and nothing more is sent until the worker describes itself again.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

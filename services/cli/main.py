@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,9 +22,7 @@ from services.cli.errors import CommandError
 
 app = typer.Typer(
     name="ringmesh",
-    help="Serves ONNX models, and answers from a cache what was computed before.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 cache_app = typer.Typer(no_args_is_help=False)
@@ -47,6 +46,25 @@ Drain = Annotated[
     float, typer.Option(min=0, envvar="RINGMESH_DRAIN_SECONDS", help="Seconds for requests under way when stopped.")
 ]
 _STATE = Path(".ringmesh")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from services.runtime.machine import compiled
+
+        print(
+            f"ringmesh {installed_version('ringmesh-server')} ({'compiled' if compiled.is_used() else 'not compiled'})"
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def ringmesh(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Serves ONNX models, and answers from a cache what was computed before."""
 
 
 @app.command()
@@ -85,6 +103,7 @@ def up(
         from services.cli.stack.ports import Ports
         from services.cli.stack.stack import Stack, StackOptions
         from services.cli.stack.supervise import supervise
+        from services.runtime.process.process import set_title
 
         console = _console()
         screen = Screen(console)
@@ -114,6 +133,7 @@ def up(
                 screen.say("draining; Ctrl-C again to kill")
             return 0
 
+        set_title("up", options.router)
         with claim(state):
             if models is None:
                 demo_models.fill(Path(options.models), screen.say)
@@ -135,6 +155,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
         from services.cli.stack.ports import Ports
         from services.cli.stack.stack import Stack, StackOptions
         from services.cli.stack.supervise import supervise
+        from services.runtime.process.process import set_title
 
         console = _console()
         screen = Screen(console)
@@ -158,6 +179,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
         async def work() -> int:
             return await show.run(console, options.router, samples, magika, state)
 
+        set_title("demo", options.router)
         code = asyncio.run(supervise(Stack(options, screen), work, interrupted=130))
         shutil.rmtree(scratch)  # not after an error, whose message names a log in it
         sys.exit(code)

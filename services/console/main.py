@@ -15,7 +15,7 @@ from services.console.data.trace_store import TraceStore
 from services.console.http_server import HttpServer
 from services.console.metrics import ConsoleMetrics
 from services.console.settings import ConsoleSettings
-from services.runtime.process.process import run
+from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import Server
 from services.runtime.telemetry.metrics import Metrics
@@ -47,6 +47,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     await exposition.start()
     ProcessMetrics("console", settings.engine, metrics).start()
     pages.start()
+    set_title("console", settings.http_address)
     await receiver.start()
     fleet.start()
     scraper.start()

@@ -25,7 +25,7 @@ from services.inference.repository.snapshots import Snapshots
 from services.inference.settings import WorkerSettings
 from services.inference.worker import Worker
 from services.runtime.machine import cores, memory
-from services.runtime.process.process import run
+from services.runtime.process.process import run, set_title
 from services.runtime.redis.discovery import Announcer
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.exposition import MetricsServer
@@ -87,6 +87,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     exposition = MetricsServer(settings.metrics_address, metrics)
     envelopes.socket = await local.start()
     port = envelopes.port = await server.start()
+    set_title("worker", settings.address, port)
     await exposition.start()
     ProcessMetrics("worker", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)

@@ -1,6 +1,6 @@
 """What a worker does with a request: join, decode, batch, run, encode."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

@@ -5,7 +5,7 @@ then the payload. Numbers are the caller's, and mean nothing after the call. doc
 gRPC.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import struct

@@ -1,6 +1,6 @@
 """Equal work in flight is done once (after groupcache's singleflight)."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import time

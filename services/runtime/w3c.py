@@ -1,6 +1,6 @@
 """What callers send beside a request to say which trace it belongs to: W3C Trace Context and W3C Baggage."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import random
 import re

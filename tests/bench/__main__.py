@@ -63,11 +63,12 @@ def ringmesh_beside_peers(
 def two_trees(
     stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes, *, other: Path
 ) -> list[Peer]:
-    """Ringmesh of this tree and of another."""
-    trees = {results.RINGMESH: ROOT, "the other tree": other}
+    """Ringmesh as `make` installed it, and that of another tree, whose packages are at `other`."""
     return [
-        stack.enter_context(peers.ringmesh(name, loadgen, work / "models", work / f"traces-{tree.name}", tree=tree))
-        for name, tree in trees.items()
+        stack.enter_context(
+            peers.ringmesh(name, loadgen, work / "models", work / f"traces-{number}", packages=packages)
+        )
+        for number, (name, packages) in enumerate({results.RINGMESH: None, "the other tree": other}.items())
     ]
 
 
@@ -104,15 +105,20 @@ def measure(
 
 @contextmanager
 def tree_of(revision: str) -> Iterator[Path]:
-    """A git work tree of `revision`, gone afterwards."""
+    """The packages of `revision`, built from a git work tree, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-tree-") as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=ROOT, check=True)
         try:
-            # A revision from before there was such a script runs as it did.
             if (compiler := tree / "scripts" / "compile").exists():
+                # Before setup.py there was this script, and sources found by themselves what it had compiled.
                 subprocess.run([sys.executable, compiler], check=True)
-            yield tree
+                yield tree
+            else:
+                packages = Path(folder) / "packages"
+                pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+                subprocess.run([*pip, "--target", packages, tree], check=True)
+                yield packages
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 

@@ -1,8 +1,12 @@
 """A router that begins with RINGMESH_ENTRIES answers of RINGMESH_VALUE_BYTES each that nobody will ask for."""
 
-from services.runtime.process import start
+from tests import installation
 
-start.prepare()
+installation.import_compiled()
+
+from services.runtime.machine import memory  # noqa: E402
+
+memory.use_tcmalloc()
 
 import os  # noqa: E402
 

@@ -51,14 +51,13 @@ class Process:
         *command: str,
         port: int,
         environment: dict[str, str] | None = None,
-        folder: Path | None = None,
         patience: float = 30,
     ) -> None:
         self.port = port
         started = time.monotonic()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, env={**os.environ, **(environment or {})}, cwd=folder, stdout=self._said, stderr=self._said
+            command, env={**os.environ, **(environment or {})}, stdout=self._said, stderr=self._said
         )
         self._info = psutil.Process(self._process.pid)
         options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 50)]
@@ -110,13 +109,16 @@ class Process:
 
 @contextmanager
 def running(
-    module: str, *arguments: str, port: int, folder: Path | None = None, patience: float = 60, **settings: str
+    module: str, *arguments: str, port: int, packages: Path | None = None, patience: float = 60, **settings: str
 ) -> Iterator[Process]:
-    """`python -m module` with RINGMESH_* settings, in the tree at `folder`."""
+    """`python -m module` with RINGMESH_* settings; Ringmesh as it is installed in .venv or, if given, in `packages`."""
     environment = {"RINGMESH_METRICS_ADDRESS": "127.0.0.1:0"}
+    if packages is not None:
+        environment["PYTHONPATH"] = str(packages)
     environment |= {f"RINGMESH_{name.upper()}": value for name, value in settings.items()}
-    command = (sys.executable, "-m", module, *arguments)
-    process = Process(*command, port=port, environment=environment, folder=folder, patience=patience)
+    safe = () if module.startswith("tests.") else ("-P",)
+    command = (sys.executable, *safe, "-m", module, *arguments)
+    process = Process(*command, port=port, environment=environment, patience=patience)
     try:
         yield process
     finally:

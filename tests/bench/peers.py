@@ -86,10 +86,10 @@ class Server:
 
 @contextmanager
 def ringmesh(
-    name: str, loadgen: Path, models: Path, traces: Path, *, engine: str = "native", tree: Path | None = None
+    name: str, loadgen: Path, models: Path, traces: Path, *, engine: str = "native", packages: Path | None = None
 ) -> Iterator[Server]:
-    """One router and one worker with their defaults, which trace 1 % of the requests; of the source tree at `tree`."""
-    common = {"engine": engine, "trace_dir": str(traces), "folder": tree}
+    """One router and one worker with their defaults, which trace 1 % of the requests; `packages` as in `running`."""
+    common = {"engine": engine, "trace_dir": str(traces), "packages": packages}
     port = free_port()
     with running(
         "services.inference", port=port, address=f"127.0.0.1:{port}", models=str(models), threads="1", **common

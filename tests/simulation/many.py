@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import random
-import sys
 import time
+
+from tests import installation
 
 _CHUNK = 8
 
@@ -15,12 +16,7 @@ def prepare():
 
     random.seed(0)
     clock.install()
-    if os.environ.get("RINGMESH_TEST_COMPILED"):
-        from services.runtime.machine import compiled
-
-        compiled.use()
-        if not compiled.is_used():
-            sys.exit("nothing is compiled from these sources; run `make .venv/.compiled`")
+    installation.choose()
     if mutant := os.environ.get("RINGMESH_SIMULATION_MUTANT"):
         from tests.simulation import mutants
 

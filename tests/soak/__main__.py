@@ -21,8 +21,7 @@ from urllib.parse import urlsplit
 
 import valkey
 
-from services.runtime.machine import compiled
-from tests import models
+from tests import installation, models
 from tests.soak import faults, report
 from tests.soak.traffic import Callers, Questions
 from tests.soak.watch import Watch
@@ -120,8 +119,7 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="writes docs/soak.md")
     arguments = parser.parse_args()
-    if not compiled.folder().is_dir():
-        sys.exit("soak: nothing is compiled from these sources; run `make .venv/.compiled`")
+    installation.import_compiled()
     page, passed = asyncio.run(soak(arguments.minutes * 60, arguments.seed))
     print(page)
     if arguments.write:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.models import build
 from tests.system import processes
 
 GRPCURL = str(Path(sys.executable).parent / "grpcurl")
-RINGMESH = [sys.executable, "-m", "services.cli"]
+RINGMESH = [sys.executable, "-P", "-m", "services.cli"]
 UP_SECONDS = 180
 MAX_MESSAGE_BYTES = 4 << 20
 
@@ -55,14 +56,16 @@ def output_file(state: Path) -> Path:
     return state / "output.txt"
 
 
-def start_stack(state: Path, *arguments: str, cwd: Path | None = None) -> RunningStack:
+def start_stack(
+    state: Path, *arguments: str, cwd: Path | None = None, ringmesh: Sequence[str | Path] = RINGMESH
+) -> RunningStack:
     """`ringmesh up` on free ports; returns when it is ready."""
     state.mkdir(parents=True, exist_ok=True)
     # As an earlier run would have left it; routers that tests add must have the same.
     (state / "key-secret").write_text(processes.KEY_SECRET)
     environment = {"RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES), **os.environ}
     with output_file(state).open("w") as output:
-        command = [*RINGMESH, "up", "--port", "0", "--state", str(state), *arguments]
+        command = [*ringmesh, "up", "--port", "0", "--state", str(state), *arguments]
         supervisor = subprocess.Popen(command, stdout=output, stderr=output, cwd=cwd, env=environment)
 
     def is_ready():

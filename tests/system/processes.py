@@ -47,7 +47,7 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
     settings.setdefault("key_secret", KEY_SECRET)
     settings.setdefault("metrics_address", "127.0.0.1:0")
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
-    process = subprocess.Popen([*within, sys.executable, "-m", module], env={**os.environ, **environment})
+    process = subprocess.Popen([*within, sys.executable, "-P", "-m", module], env={**os.environ, **environment})
     started = Started(settings["address"], process)
     give_up = time.monotonic() + 60
     with grpc.insecure_channel(started.address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:

@@ -1,7 +1,13 @@
 """`ringmesh top`, `explain`, `models` and `cache` against a running stack, and what they say where none runs."""
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -120,3 +126,42 @@ def test_purge_wants_one_scope(stack):
     assert "one of --everything" in refused("cache", "purge", *where)
     assert "one of --everything" in refused("cache", "purge", "--model", "a", "--tenant", "b", *where)
     assert "not hexadecimal" in refused("cache", "purge", "--key", "xyz", *where)
+
+
+def test_version_says_what_is_installed_and_whether_it_is_compiled():
+    assert shown("--version") in [
+        f"ringmesh {version('ringmesh-server')} ({kind})\n" for kind in ("compiled", "not compiled")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ringmesh tr", "trace"),
+        ("ringmesh cache pu", "purge"),
+        ("ringmesh up --wor", "--workers"),
+        ("ringmesh --vers", "--version"),
+    ],
+)
+def test_the_shell_completes_commands_and_options(line, expected):
+    asked = {"_RINGMESH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    binary = Path(sys.executable).parent / "ringmesh"
+    done = subprocess.run([binary], env=os.environ | asked, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+def test_the_shell_learns_to_complete_from_the_command():
+    assert "--install-completion" in shown("--help")
+
+
+def test_titles_of_processes_show_role_and_address(stack):
+    described = json.loads((Path(stack.state) / "stack.json").read_text())
+    console = described["console"].removeprefix("http://")
+    expected = {"router": f"router {stack.router}", "cache": f"cache {stack.cache}", "console": f"console {console}"}
+    expected |= {f"worker-{number}": f"worker {address}" for number, address in enumerate(stack.workers)}
+    processes = {name: psutil.Process(pid) for name, pid in stack.pids.items() if name != "valkey"}
+    titles = {name: process.cmdline()[0] for name, process in processes.items()}
+    assert titles == {name: f"ringmesh: {title}" for name, title in expected.items()}
+    assert psutil.Process(stack.supervisor.pid).cmdline()[0] == f"ringmesh: up {stack.router}"
+    # What a process was told can still be read.
+    assert processes["router"].environ()["RINGMESH_ADDRESS"] == stack.router

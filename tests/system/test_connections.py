@@ -65,7 +65,7 @@ def test_a_router_that_was_not_told_to_share_its_port_is_refused(start_router, s
     taken = start_router(stack.workers, None, share_port="true").address
     settings = {"ADDRESS": taken, "ENGINE": engine, "WORKERS": stack.workers[0]}
     done = subprocess.run(
-        [sys.executable, "-m", "router"],
+        [sys.executable, "-P", "-m", "router"],
         env={**os.environ, **{f"RINGMESH_{name}": value for name, value in settings.items()}},
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip

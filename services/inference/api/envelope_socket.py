@@ -1,6 +1,6 @@
 """A Unix socket at which routers of this host and user hand their envelopes in, as services/runtime/frames.py says."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """The worker's gRPC services: the v2 protocol for callers, the envelope for routers."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

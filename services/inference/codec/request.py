@@ -1,6 +1,6 @@
 """Between ModelInferRequest and arrays: everything a caller can get wrong is found and named here."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from collections.abc import Hashable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """A model's inputs and outputs: what its file says, and what its configuration makes of it."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from collections.abc import Collection, Iterable, Sequence

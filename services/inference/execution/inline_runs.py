@@ -4,7 +4,7 @@ Two things have to hold. The graph proves that what a run takes depends on the s
 their values: `why_not`. And runs of such shapes were quick: `InlineRuns`.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """The models this worker holds, by name and version, each with what forms its batches."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, replace

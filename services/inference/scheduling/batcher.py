@@ -1,6 +1,6 @@
 """Dynamic batching: what waits while a batch runs is the next batch."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import threading

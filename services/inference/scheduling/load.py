@@ -1,6 +1,6 @@
 """What this worker has to do, as routers and callers are told."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import threading
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """What waits for a model: levels of priority, each a bounded queue with a timeout of its own."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import heapq

@@ -1,6 +1,6 @@
 """How long a batch waits for the callers of the one before it to come back."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 # Of the last run, at most.
 SHARE = 0.25

@@ -1,6 +1,6 @@
 """What one model version has done since it was loaded, as ModelStatistics tells it."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import threading
 

@@ -1,6 +1,6 @@
 """A serialized ModelInferRequest taken apart without a parser: callers send the same one again with other data."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2

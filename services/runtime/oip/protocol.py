@@ -1,6 +1,6 @@
 """What the router and the workers share in speaking the v2 protocol."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import sys

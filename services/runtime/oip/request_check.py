@@ -1,6 +1,6 @@
 """Whether a request names what its model has: at most a step for each tensor that the model declares."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import math
 from collections.abc import Collection, Mapping, Sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -11,6 +12,7 @@ from typing import NoReturn, TypeVar
 
 import uvloop
 from pydantic import ValidationError
+from setproctitle import setproctitle
 
 from services.runtime.machine import memory
 from services.runtime.process.settings import ServiceSettings, describe
@@ -50,6 +52,14 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     except StartError as error:
         sys.exit(_refuse(name, str(error)))
     sys.exit(0)
+
+
+def set_title(role: str, address: str, port: int = 0) -> None:
+    """Sets what `ps` shows of this process; `port` is the one in use if `address`, host:port, leaves it open."""
+    # Keeps what /proc says of the environment.
+    os.environ.setdefault("SPT_NOENV", "1")
+    host, _, configured = address.rpartition(":")
+    setproctitle(f"ringmesh: {role} {host}:{port or configured}")
 
 
 def _refuse(name: str, why: str) -> int:

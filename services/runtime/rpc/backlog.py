@@ -9,7 +9,7 @@ A connection that would need more than a minute for what it has waiting is cut. 
 further answers, and the others are served.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import logging
 import threading

@@ -5,7 +5,7 @@ Here a batch of calls is first offered to a plain function, on the thread that t
 answers is sent there and then, and the rest goes to the event loop in one wake-up. Measured in docs/performance.md.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging

@@ -1,6 +1,6 @@
 """This process's load, in the trailing metadata of its answers: ORCA, which gRPC's weighted_round_robin follows."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import time

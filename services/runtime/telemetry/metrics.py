@@ -4,7 +4,7 @@ What happens is counted in plain ints by whoever sees it happen (a look-up of la
 request would cost more than a cache hit may); a source turns those ints into samples at a scrape.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 from bisect import bisect_left

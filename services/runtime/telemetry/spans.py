@@ -1,6 +1,6 @@
 """A span as a plain record, and as it goes out: OTLP bytes, or a line of JSON."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import json
 import os

@@ -5,7 +5,7 @@ that were slow, of which the router bounds the share. What a worker did comes ba
 be kept whole after the fact: see docs/decisions/0013.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import random
 from collections.abc import Iterator, Mapping, Sequence

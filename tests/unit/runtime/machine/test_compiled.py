@@ -7,46 +7,50 @@ from pathlib import Path
 
 import pytest
 
-from services.runtime.machine import compiled
+from setup import compiled_sources
+from tests import installation
 
-HAS_COMPILER = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()
 TCMALLOC = Path(sys.prefix, "lib", "libtcmalloc_minimal.so.4")
 SAY = """
 import json, sys
-from services.runtime.process import start
-start.prepare()
-from services.runtime.machine import compiled, memory
-import router.request.service
-print(json.dumps([compiled.is_used(), memory.has_tcmalloc(), router.request.service.__file__, sys.argv]))
+from services.runtime.machine import memory
+memory.use_tcmalloc()
+from router.request import service
+from services.runtime.machine import compiled
+print(json.dumps([compiled.is_used(), memory.has_tcmalloc(), service.__file__, sys.argv]))
+"""
+CHOOSE = f"""
+import subprocess, sys
+from tests import installation
+installation.choose()
+subprocess.run([sys.executable, "-P", "-c", {SAY!r}], check=True)
 """
 
 
-def imported(folder, *, code=SAY, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code, "an argument"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def python(folder, code, **environment):
+    command = [sys.executable, "-c", code, "an argument"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def imported(folder, code, **environment):
+    done = python(folder, code, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    for package in ("router", "cache", "services"):
-        shutil.copytree(compiled.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in (*installation.PACKAGES, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "build")
+        shutil.copytree(installation.ROOT / package, tmp_path / package, ignore=ignored)
     return tmp_path
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="nothing was compiled: there is no C compiler, or no Python.h")
-def test_a_service_runs_what_was_compiled_from_the_sources_that_are_there():
-    used, _, file, arguments = imported(compiled.ROOT)
-    assert used
-    assert file == str(compiled.folder() / "router/request" / f"service{sysconfig.get_config_var('EXT_SUFFIX')}")
-    assert arguments == ["-c", "an argument"]
+@pytest.mark.skipif(not installation.is_compiled(), reason="nothing is compiled from these sources")
+def test_what_is_installed_is_compiled_and_runs_in_processes_that_tests_start(tmp_path):
+    compiled = installation.SITE_PACKAGES / "router" / "request" / f"service{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert imported(tmp_path, SAY) == [True, TCMALLOC.exists(), str(compiled), ["-c", "an argument"]]
+    assert imported(installation.ROOT, CHOOSE)[2] == str(compiled)
 
 
 @pytest.mark.parametrize(
@@ -55,19 +59,22 @@ def test_a_service_runs_what_was_compiled_from_the_sources_that_are_there():
 def test_after_a_change_the_sources_run_and_not_what_was_compiled_before(checkout, changed):
     source = checkout / changed
     source.write_text(source.read_text() + "# changed\n")
-    used, _, file, _ = imported(checkout)
-    assert not used
-    assert file == str(checkout / "router/request/service.py")
+    used, _, file, _ = imported(checkout, CHOOSE)
+    assert (used, file) == (False, str(checkout / "router" / "request" / "service.py"))
+    refused = python(checkout, CHOOSE, RINGMESH_TEST_COMPILED="1")
+    assert refused.returncode == 1
+    assert "was not built from these sources" in refused.stderr
 
 
 @pytest.mark.skipif(not TCMALLOC.exists(), reason="tcmalloc could not be had")
 def test_a_process_has_tcmalloc_where_it_is_found_and_nothing_else_is_preloaded():
-    _, has, _, _ = imported(compiled.ROOT)
+    _, has, _, _ = imported(installation.ROOT, SAY)
     assert has
-    _, has, _, _ = imported(compiled.ROOT, LD_PRELOAD="")
+    _, has, _, _ = imported(installation.ROOT, SAY, LD_PRELOAD="")
     assert not has
 
 
-def test_every_module_that_is_to_be_compiled_is_there():
-    assert [source for source in compiled.sources() if not (compiled.ROOT / source).is_file()] == []
-    assert list(compiled.MODULES) == sorted(compiled.MODULES)
+def test_modules_are_compiled_by_their_mark():
+    sources = compiled_sources()
+    assert Path("services/runtime/wire.py") in sources  # by which compiled.is_used() tells
+    assert Path("services/runtime/machine/compiled.py") not in sources

@@ -1,0 +1,100 @@
+"""The two wheels, of the server and of the stubs, serve from an environment that has nothing of the checkout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import urllib.request
+import venv
+from pathlib import Path
+
+import grpc
+import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
+
+from setup import compiled_sources, has_compiler
+from tests.installation import ROOT
+from tests.system.conftest import start_stack, stop_stack
+
+EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
+WHERE = "import cache, ringmesh, router, services as s; print(*(m.__path__ for m in (cache, ringmesh, router, s)))"
+
+
+def run(*command, **environment):
+    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    environment["PATH"] = binaries
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Builds both wheels and installs them; the folder of packages, and what the build printed.
+
+    What they need is taken from the environment of the tests.
+    """
+
+    def install(home, **environment):
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+        wheels = tmp_path / "wheels"
+        built = run(
+            *pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", wheels, ".", "./protos", **environment
+        )
+        venv.create(home, symlinks=True)
+        (packages,) = home.glob("lib/python*/site-packages")
+        (packages / "needed.pth").write_text(sysconfig.get_path("purelib"))
+        installed = (*pip, "--python", home / "bin" / "python", "install", "--no-deps", "--force-reinstall")
+        run(*installed, *wheels.iterdir())
+        return packages, built
+
+    return install
+
+
+def compiled_label(metrics):
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+        (build,) = re.findall("^ringmesh_build_info.*$", response.read().decode(), re.MULTILINE)
+    return re.search('compiled="(.*?)"', build)[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_compiled"),
+    [
+        pytest.param({"CC": "none"}, "false", id="without a C compiler"),
+        pytest.param(
+            {},
+            "true",
+            id="with a C compiler",
+            marks=[pytest.mark.proof, pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")],
+        ),
+    ],
+)
+def test_the_wheels_serve_from_a_clean_environment(install, models, tmp_path, environment, is_compiled):
+    home = tmp_path / "environment"
+    packages, built = install(home, **environment)
+    assert ("building a pure wheel" in built) == (is_compiled == "false")
+    assert {str(source.with_suffix(EXTENSION)) for source in compiled_sources() if is_compiled == "true"} == {
+        str(path.relative_to(packages)) for path in packages.glob("[crs]*/**/*.so")
+    }
+    assert run(home / "bin" / "python", "-P", "-c", WHERE).count(str(packages)) == 4
+    assert run(home / "bin" / "ringmesh", "--version").endswith(
+        "(compiled)\n" if is_compiled == "true" else "(not compiled)\n"
+    )
+
+    elsewhere = tmp_path / "elsewhere"
+    # Where the tests run the sources, PYTHONPATH names them.
+    ringmesh = ["env", "-u", "PYTHONPATH", home / "bin" / "ringmesh"]
+    stack = start_stack(elsewhere, "--models", str(models), cwd=tmp_path, ringmesh=ringmesh)
+    with grpc.insecure_channel(stack.router) as channel:
+        assert v2_grpc.GRPCInferenceServiceStub(channel).ServerReady(v2.ServerReadyRequest()).ready
+    processes = json.loads((elsewhere / "stack.json").read_text())["metrics"]
+    assert {name: compiled_label(metrics) for name, metrics in processes.items()} == dict.fromkeys(
+        processes, is_compiled
+    )
+    assert stop_stack(stack) == 0
