@@ -374,6 +374,7 @@ def test_migrations_go_back_and_forth(start_ledger):
     assert "belongs to a newer ledger" in refused.stderr
 
 
+@pytest.mark.proof
 def test_what_is_dropped_for_its_age_stays_in_the_sums(start_ledger):
     ledger, tenant = start_ledger(), unique("tenant")
     begin = now_ms() - 30 * DAY_MS
@@ -423,6 +424,7 @@ def test_a_batch_that_the_database_refuses_holds_up_no_other(start_ledger):
     assert ledger.report(tenant=tenant).total.requests == sum(load.requests for load in loads)
 
 
+@pytest.mark.proof
 def test_two_ledgers_on_one_database_write_one_after_the_other(start_ledger):
     one, tenant = start_ledger(), unique("tenant")
     other = Ledger(database_url=url_of(one))
