@@ -5,27 +5,28 @@ from __future__ import annotations  # compiled by mypyc
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Literal, TypeAlias
 
 from cache.keys.invalidation import PurgeBoard
-from cache.policy.cache_control import CacheControl
+from cache.keys.keys import MODEL_BYTES
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.freshness import Freshness
 from cache.policy.leases import Leases
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import Renewals, Renewed
-from cache.regions.peer_regions import PeerRegions
+from cache.policy.worth_asking import Decision
+from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.regions.valuable import Valuable
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
 from cache.tiers.shared_tier import SharedTier
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, RingmeshError
+from services.runtime import driver
+from services.runtime.errors import InvalidArgumentError
 from services.runtime.single_flight import SingleFlight
 from services.runtime.telemetry.recent import Recent
 from services.runtime.telemetry.tracing import Trace
 
-_MODEL_BYTES = 16
 # Answers above are not written to Redis: to hash and write one would hold up the event loop.
 _LARGEST_SHARED = 16 << 20
 _MAX_MODELS = 4096
@@ -39,23 +40,23 @@ Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semanti
 class Computed:
     """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept.
 
-    `freshness` is that of its model, None where it has no end.
+    `freshness` is that of its model, None where it has no end. `seconds`: how long it took, with the way there.
     """
 
-    __slots__ = ("entry", "freshness", "key", "worker")
+    __slots__ = ("entry", "freshness", "key", "seconds", "worker")
 
-    def __init__(self, entry: Entry, key: bytes | None, worker: str, freshness: Freshness | None = None) -> None:
+    def __init__(
+        self, entry: Entry, key: bytes | None, worker: str, freshness: Freshness | None = None, seconds: float = 0.0
+    ) -> None:
         self.entry = entry
         self.key = key
         self.worker = worker
         self.freshness = freshness
+        self.seconds = seconds
 
 
-class Renewal(NamedTuple):
-    """How long an answer is given, and what computes it anew."""
-
-    freshness: Freshness
-    compute: Callable[[], Awaitable[Computed]]
+# Computes an answer; to be driven.
+Compute: TypeAlias = "Callable[[], Coroutine[Any, Any, Computed]]"
 
 
 class Found:
@@ -75,17 +76,6 @@ class Found:
         self.worker = worker
         self.rows = rows
         self.similarity = similarity
-
-
-class Flight:
-    """A computation that others may join; `began` of time.monotonic."""
-
-    __slots__ = ("answer", "began", "key")
-
-    def __init__(self, key: bytes, answer: asyncio.Future[Found], began: float) -> None:
-        self.key = key
-        self.answer = answer
-        self.began = began
 
 
 class Mesh:
@@ -148,83 +138,30 @@ class Mesh:
         entry = self.local.peek(key)
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
 
-    def may_lead(self, key: bytes) -> bool:
-        """Whether there is nobody to join, and no other region to ask."""
-        return not self.peers.peers and key not in self.flights
+    def get_or_compute(
+        self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None = None
+    ) -> tuple[Awaitable[Found], bool]:
+        """What the local tier did not have, and whether an equal request in flight was joined.
 
-    def lead(self, key: bytes, trace: Trace) -> Flight:
-        """For who finds it without a task, where he `may_lead`; to be ended by `found`, `land` or `fail`."""
-        self._leaders[key] = trace
-        return Flight(key, self.flights.begin(key), time.monotonic())
-
-    def found(self, flight: Flight, entry: Entry) -> Found:
-        """In the shared tier, for those that joined too."""
-        found = Found(entry, "hit-shared")
-        self._end(flight, found)
-        return found
-
-    def land(self, flight: Flight, computed: Computed) -> Found:
-        """Keeps the answer and gives it to those that joined. If it raises, the flight has not ended."""
-        self._learn(flight.key, time.monotonic() - flight.began)
-        self.fill(computed)
-        found = Found(computed.entry, "miss", computed.worker)
-        self._end(flight, found)
-        return found
-
-    def fail(self, flight: Flight, error: RingmeshError) -> None:
-        """Tells those that joined; does nothing if the flight has ended."""
-        try:
-            if isinstance(error, InvalidArgumentError):
-                self.refusals.keep(flight.key, error)
-        finally:
-            self._end(flight, error)
-
-    def _end(self, flight: Flight, end: Found | RingmeshError) -> None:
-        """The one place where what `lead` began is over."""
-        if not flight.answer.done():
-            self._leaders.pop(flight.key, None)
-        self.flights.end(flight.key, flight.answer, end)
-
-    async def get_or_compute(
-        self,
-        key: bytes,
-        compute: Callable[[], Awaitable[Computed]],
-        deadline: float | None,
-        trace: Trace,
-        renewal: Renewal | None = None,
-    ) -> Found:
-        """What the local tier did not have. Equal keys in flight share one look-up and one computation.
-
-        A cancelled caller leaves the others, and the computation, alone. A failure is not kept.
-        `deadline` is the caller's, in time.monotonic. `renewal` is None where answers have no end.
+        To be awaited by a driven coroutine, which leaves the others, and the computation, alone when it is cancelled. A
+        failure is not kept. `freshness` is None where answers have no end.
         """
-        # Again: between the first look and now, an equal request in flight may have been filed and be gone.
-        entry = self.peek(key)
-        if entry is not None and (renewal is None or self.is_usable(key, entry, renewal, time.time_ns() // 1_000_000)):
-            return Found(entry, "hit-local")
-        freshness = renewal.freshness if renewal is not None else None
+        flight = self.flights.get(key)
+        if flight is None:
+            return self.flights.start(key, self._lead(key, compute, trace, freshness)), False
         trace.leader = self._leaders.get(key)
-        found, joined = await self.flights.run(key, lambda: self._begin(key, compute, trace, freshness), deadline)
-        return Found(found.entry, "joined", found.worker) if joined else found
-
-    def is_usable(self, key: bytes, entry: Entry, renewal: Renewal, now_ms: int) -> bool:
-        """Whether its age lets it be given; where that will soon be over, it is computed anew off the path."""
-        if renewal.freshness.is_over(entry.created_at_ms, now_ms):
-            return False
-        if self.is_due(key, entry, renewal.freshness, now_ms):
-            self.renew(key, entry, renewal)
-        return True
+        return flight, True
 
     def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
         """Whether this look at it is the one to have it computed anew."""
-        took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:_MODEL_BYTES]) or 0.0))
+        took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:MODEL_BYTES]) or 0.0))
         return freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random())
 
-    def renew(self, key: bytes, entry: Entry, renewal: Renewal) -> None:
+    def renew(self, key: bytes, entry: Entry, compute: Compute) -> None:
         """Computes it anew, off the path."""
-        self.renewals.begin(key, lambda: self._renew(key, entry, renewal.compute))
+        self.renewals.begin(key, lambda: self._renew(key, entry, compute))
 
-    async def _renew(self, key: bytes, old: Entry, compute: Callable[[], Awaitable[Computed]]) -> Renewed:
+    async def _renew(self, key: bytes, old: Entry, compute: Compute) -> Renewed:
         """By one process of the fleet. Raises RingmeshError.
 
         All hold the same answer and see its end at the same moment, and an answer is in Redis only milliseconds after
@@ -239,7 +176,8 @@ class Mesh:
             if await self._find_newer(key, old):
                 await self._leases.release(key, lease.token)
                 return "found"
-            computed = await self._compute(key, compute)
+            computed = await driver.run(compute())
+            self._learn(key, computed.seconds)
             kept_ms = self._kept_ms(computed)
             written = (
                 computed.key == key
@@ -266,85 +204,53 @@ class Mesh:
         self.local.put(key, entry)
         return True
 
-    async def get_or_compute_as_told(
-        self,
-        key: bytes,
-        compute: Callable[[], Awaitable[Computed]],
-        control: CacheControl,
-        trace: Trace,
-        freshness: Freshness | None = None,
-    ) -> Found:
-        """As `get_or_compute`, within the caller's `cache-control`. Joins nobody: their answers may be too old for it.
-
-        Nor is it given a stale one.
-
-        Raises FailedPreconditionError where it is only-if-cached and there is nothing it takes.
-        """
-        if not control.no_cache:
-            entry = await self.look_up(key, trace)
-            now_ms = time.time_ns() // 1_000_000
-            if (
-                entry is not None
-                and control.takes(entry.created_at_ms, now_ms)
-                and (freshness is None or not freshness.is_stale(entry.created_at_ms, now_ms))
-            ):
-                return Found(entry, "hit-shared")
-        if control.only_if_cached:
-            raise FailedPreconditionError(
-                "there is no such answer in the cache, and cache-control is only-if-cached", kind="not_cached"
-            )
-        computed = await compute()
-        if not control.no_store:
-            self.fill(computed)
-        return Found(computed.entry, "miss", computed.worker)
-
-    def _begin(
-        self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace, freshness: Freshness | None
-    ) -> Coroutine[Any, Any, Found]:
+    async def _lead(self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None) -> Found:
+        """Shared tier, peers, compute, fill."""
         self._leaders[key] = trace
-        return self._lead(key, compute, trace, freshness)
-
-    async def _lead(
-        self, key: bytes, compute: Callable[[], Awaitable[Computed]], trace: Trace, freshness: Freshness | None
-    ) -> Found:
-        def usable(found: Entry) -> bool:
-            return freshness is None or not freshness.is_over(found.created_at_ms, time.time_ns() // 1_000_000)
-
         try:
-            entry = await self.look_up(key, trace)
-            if entry is not None and usable(entry):
-                return Found(entry, "hit-shared")
-            # Who cannot know what was purged here must not bring it back from there.
-            may_ask = self.purges.is_known and not self.purges.oldest_ms
-            peers = self.peers.worth_asking(self.costs.get(key[:_MODEL_BYTES]) or 0.0) if may_ask else []
-            if peers:
-                start = time.time_ns()
-                answer = await self.peers.race(peers, key, lambda: self._compute(key, compute), usable)
-                trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
-                if isinstance(answer, Entry):
-                    self.fill(Computed(answer, key, "", freshness))
-                    return Found(answer, "hit-peer")
-                computed = answer
-            else:
-                computed = await self._compute(key, compute)
-            self.fill(computed)
-            return Found(computed.entry, "miss", computed.worker)
+            if self.shared is not None:
+                entry = await self.look_up(key, trace)
+                if entry is not None and _is_usable(entry, freshness):
+                    return Found(entry, "hit-shared")
+            peers = self._peers_to_ask(key)
+            answer = await (self._race(peers, key, compute, trace, freshness) if peers else compute())
+            if isinstance(answer, Entry):
+                self.fill(Computed(answer, key, "", freshness))
+                return Found(answer, "hit-peer")
+            self._learn(key, answer.seconds)
+            self.fill(answer)
+            return Found(answer.entry, "miss", answer.worker)
+        except InvalidArgumentError as error:
+            # It is wrong wherever it is computed.
+            self.refusals.keep(key, error)
+            raise
         finally:
             self._leaders.pop(key, None)
 
-    async def _compute(self, key: bytes, compute: Callable[[], Awaitable[Computed]]) -> Computed:
-        """Learns what it costs, and of requests that are wrong wherever they are computed."""
-        start = time.monotonic()
-        try:
-            computed = await compute()
-        except InvalidArgumentError as error:
-            self.refusals.keep(key, error)
-            raise
-        self._learn(key, time.monotonic() - start)
-        return computed
+    def _peers_to_ask(self, key: bytes) -> Mapping[PeerRegion, Decision]:
+        # Who cannot know what was purged here must not bring it back from there.
+        if not self.peers.peers or not self.purges.is_known or self.purges.oldest_ms:
+            return {}
+        return self.peers.worth_asking(key, self.costs.get(key[:MODEL_BYTES]))
+
+    async def _race(
+        self,
+        peers: Mapping[PeerRegion, Decision],
+        key: bytes,
+        compute: Compute,
+        trace: Trace,
+        freshness: Freshness | None,
+    ) -> Entry | Computed:
+        """A peer's answer, or what was computed because none came soon enough."""
+        start = time.time_ns()
+        answer = await self.peers.race(
+            peers, key, lambda: driver.run(compute()), lambda entry: _is_usable(entry, freshness)
+        )
+        trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
+        return answer
 
     def _learn(self, key: bytes, seconds: float) -> None:
-        model = key[:_MODEL_BYTES]
+        model = key[:MODEL_BYTES]
         known = self.costs.get(model)
         self.costs.put(model, seconds if known is None else known + _SMOOTHING * (seconds - known))
 
@@ -392,3 +298,8 @@ class Mesh:
         await self.purges.close()
         if self.shared is not None:
             await self.shared.close()
+
+
+def _is_usable(entry: Entry, freshness: Freshness | None) -> bool:
+    """Whether its age lets it be given."""
+    return freshness is None or not freshness.is_over(entry.created_at_ms, time.time_ns() // 1_000_000)

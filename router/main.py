@@ -26,6 +26,7 @@ from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.operator.service import OperatorService
 from router.request.audit import Audit
+from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
@@ -72,7 +73,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
-    inference = InferenceService(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
+    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit)
+    inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
         **LiveSettings(tracer, lambda model: fleet.view.catalog.find(model, "")).handlers(),
@@ -109,7 +111,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         CacheMetrics(mesh, evictions),
         audit,
         hasher,
-        inference,
+        path,
         tracer,
         request_log,
     )
@@ -119,7 +121,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     set_title("router", settings.address, await server.start())
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
-    report.start(server.lane_seconds)
+    report.start(server.receiver_seconds)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()
     fleet.start()

@@ -15,32 +15,33 @@ FILLS = Family("ringmesh_cache_fills_total", "counter", "entries written", _TIER
 EVICTIONS = Family(
     "ringmesh_cache_evictions_total",
     "counter",
-    "entries given up for room; shared: all keys that Redis evicted, as it says itself, the same from every process",
+    "entries evicted; shared: all keys that Redis evicted, as Redis reports, the same in every process",
     ("tier", "model"),
 )
 FAILURES = Family(
-    "ringmesh_cache_failures_total", "counter", "look-ups and fills given up: down, slow, full or damaged", _TIER
+    "ringmesh_cache_failures_total",
+    "counter",
+    "look-ups and fills that failed: Redis is down, slow or full, or the value is damaged",
+    _TIER,
 )
 ENTRIES = Family("ringmesh_cache_entries", "gauge", "entries held; of the local tier only", _TIER)
 BYTES = Family("ringmesh_cache_bytes", "gauge", "memory held, with keys and overhead; of the local tier only", _TIER)
-SAVED = Family(
-    "ringmesh_cache_saved_compute_seconds_total", "counter", "compute time that hits made unnecessary", _TIER
-)
+SAVED = Family("ringmesh_cache_saved_compute_seconds_total", "counter", "compute time saved by hits", _TIER)
 RENEWALS = Family(
     "ringmesh_cache_renewals_total",
     "counter",
-    "answers to be renewed before their end, by result: computed, found (in Redis), busy (elsewhere), failed",
+    "renewals of answers before they expire, by result: computed, found (in Redis), busy (elsewhere), failed",
     ("result",),
 )
 UNSEALED = Family(
     "ringmesh_peer_unsealed_total",
     "counter",
-    "answers of a peer region that were ignored: not sealed with the same secret, or not an answer",
+    "answers of a peer region that were ignored: authenticated with another secret, or malformed",
     ("region",),
 )
-STALE = Family("ringmesh_cache_stale_answers_total", "counter", "answers given past their time to live")
+STALE = Family("ringmesh_cache_stale_answers_total", "counter", "stale answers: served after their time to live")
 FLIGHTS = Family("ringmesh_flights", "gauge", "keys whose answer is being looked up or computed")
-REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "round trips to Redis", ("operation",))
+REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "look-ups and writes in Redis", ("operation",))
 BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
 
 

@@ -27,6 +27,8 @@ from services.runtime.telemetry.recent import Recent, forgotten
 _CONTEXT = "ringmesh 2026-11 request hash"
 # Of a key: digest and hash.
 KEY_BYTES = 32
+# How many of them, at the beginning, are the model's.
+MODEL_BYTES = 16
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -19,6 +19,8 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.keys.invalidation import PurgeBoard
+from cache.keys.keys import MODEL_BYTES
+from cache.policy.worth_asking import Decision, WorthAsking
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, Frames, is_answer
 from services.runtime import faults
@@ -59,6 +61,7 @@ class PeerRegion:
         self.region = region
         self._frames = frames
         self.trip_seconds = float("inf")
+        self.worth = WorthAsking()
         self.unsealed = 0
         self._breaker = breaker
         self._channel = grpc.aio.insecure_channel(
@@ -202,25 +205,34 @@ class PeerRegions:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))
 
-    def worth_asking(self, compute_seconds: float) -> list[PeerRegion]:
-        """Those up and nearer than the computing would take."""
-        return [peer for peer in self.peers if peer.is_up and peer.trip_seconds < compute_seconds]
+    def worth_asking(self, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, Decision]:
+        """Those up where asking saves more than the trip takes; none where it is not known what computing takes."""
+        if compute_seconds is None:
+            return {}
+        decisions = {
+            peer: peer.worth.decide(key[:MODEL_BYTES], key, compute_seconds, peer.trip_seconds)
+            for peer in self.peers
+            if peer.is_up
+        }
+        return {peer: decision for peer, decision in decisions.items() if decision.asks}
 
     async def race(
         self,
-        peers: Sequence[PeerRegion],
+        peers: Mapping[PeerRegion, Decision],
         key: bytes,
         compute: Callable[[], Awaitable[Result]],
         usable: Callable[[Entry], bool],
     ) -> Entry | Result:
         """The first answer: a peer's entry, where it is `usable`, or what was computed. The rest is cancelled.
 
-        Computing begins when no peer has it, or none has answered within two usual trips. Raises what `compute` raises
-        where no peer has an answer.
+        Computing begins when no peer has it, or none has answered within two usual trips; at once where no peer is
+        worth the wait. Raises what `compute` raises where no peer has an answer.
         """
         loop = asyncio.get_running_loop()
-        asks = {asyncio.ensure_future(peer.get(key)) for peer in peers}
-        begin = loop.time() + _PATIENCE * min(peer.trip_seconds for peer in peers)
+        asks = {asyncio.ensure_future(peer.get(key)): peer for peer in peers}
+        begin = loop.time()
+        if any(decision.waits for decision in peers.values()):
+            begin += _PATIENCE * min(peer.trip_seconds for peer in peers)
         computing: asyncio.Future[Result] | None = None
         try:
             while True:
@@ -231,8 +243,10 @@ class PeerRegions:
                     timeout = None
                 await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for ask in [each for each in asks if each.done()]:
-                    asks.discard(ask)
-                    if (entry := ask.result()) is not None and usable(entry):
+                    peer, entry = asks.pop(ask), ask.result()
+                    if peer.is_up:
+                        peer.worth.learn(key[:MODEL_BYTES], hit=entry is not None)
+                    if entry is not None and usable(entry):
                         return entry
                 if computing is None:
                     if not asks or loop.time() >= begin:

@@ -1,6 +1,6 @@
 """A circuit breaker: what just failed is left alone for a while, a little longer each time."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import random
 from collections.abc import Callable

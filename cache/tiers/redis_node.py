@@ -1,46 +1,41 @@
 """One Redis server: never an error, never a wait beyond the budget.
 
-Look-ups that arrive while a round trip is under way leave together; fills are written behind the answer, in
-pipelines. A failure opens the server's circuit breaker, and it is skipped until a probe succeeds.
+Look-ups and small fills share a connection, and those that come at the same time a write; large fills, which take long,
+have one of their own. A failure opens the server's circuit breaker, and it is skipped until a probe succeeds.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from redis.asyncio import Redis
+from redis.exceptions import AskError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.tiers.breaker import Breaker
+from cache.tiers.redis_connection import GIVEN_UP, Command, NonsenseError, Question, RedisConnection, Reply
+from services.runtime.completion import Completion
 from services.runtime.telemetry.metrics import Counter, Histogram
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
-_MAX_UNWRITTEN_BYTES = 64 << 20
-_MAX_PIPELINE = 256
 _WRITE_SECONDS = 1.0
 _PROBE_SECONDS = 1.0
+_RECONNECT_SECONDS = 1.0
+# Above, a fill would hold up the look-ups behind it.
+_LARGE_FILL = 16 << 10
+# What refuses one key only: somebody has filed something else there.
+_WRONG_TYPE: Final = "WRONGTYPE"
+_PING: Final = b"*1\r\n$4\r\nPING\r\n"
+_ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
 FAILURES: Final = (RedisError, OSError, TimeoutError)
-
-# What a look-up can end with: a frame, None where there is none, or the error that stands for it.
-Reply = bytes | None | Exception
-
-
-class NonsenseError(RedisError):
-    """A reply that is none; the message says how."""
-
-
-class GivenUpError(Exception):
-    """The server is down, or slower than the budget."""
-
-
-_GIVEN_UP = GivenUpError()
 
 
 def kind_of(error: Exception) -> str:
@@ -52,40 +47,42 @@ def kind_of(error: Exception) -> str:
     return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
 
 
-class Fill(NamedTuple):
+class Fill:
     """A frame to be written under `name`. `moved`: another server of the cluster sent it here."""
 
-    name: bytes
-    frame: bytes
-    ttl_ms: int
-    moved: bool = False
+    __slots__ = ("frame", "moved", "name", "ttl_ms")
+
+    def __init__(self, name: bytes, frame: bytes, ttl_ms: int, *, moved: bool = False) -> None:
+        self.name = name
+        self.frame = frame
+        self.ttl_ms = ttl_ms
+        self.moved = moved
 
 
-class _Batch:
-    """Look-ups that leave together; the first of them starts the budget."""
+class _LookUp(Question):
+    def __init__(self, node: RedisNode) -> None:
+        super().__init__(0)
+        self._node = node
 
-    __slots__ = ("asking", "ends", "timer", "waiters")
+    def end(self, reply: Reply) -> None:
+        self.reply.complete(self._node.answered(self, reply))
 
-    def __init__(self, ends: float, timer: asyncio.TimerHandle) -> None:
-        self.waiters: dict[bytes, asyncio.Future[Reply]] = {}
-        self.asking: set[bytes] = set()
-        self.ends = ends
-        self.timer = timer
 
-    def end(self) -> None:
-        """Gives up for all that still wait."""
-        self.timer.cancel()
-        for waiter in self.waiters.values():
-            if not waiter.done():
-                waiter.set_result(_GIVEN_UP)
+class _Write(Command):
+    def __init__(self, node: RedisNode, fill: Fill) -> None:
+        super().__init__(len(fill.frame))
+        self._node = node
+        self._fill = fill
+
+    def end(self, reply: Reply) -> None:
+        self._node.written(self, self._fill, reply)
 
 
 class RedisNode:
     """The server behind `client`. `budget_seconds` bounds what a look-up may wait.
 
-    `one_slot`: whether its keys may share an MGET, which in a cluster they may not. `on_failure` hears when the
-    breaker opens, `on_fill` how each fill ended. `get_times` and `set_times` take the nanoseconds of each round trip,
-    `errors` the kind of each that failed.
+    `on_failure` hears when the breaker opens, `on_fill` how each fill ended. `get_times` and `set_times` take the
+    nanoseconds that each look-up and each fill took, `errors` the kind of each failure.
     """
 
     def __init__(
@@ -95,7 +92,6 @@ class RedisNode:
         *,
         budget_seconds: float,
         breaker: Breaker,
-        one_slot: bool,
         on_failure: Callable[[], None],
         on_fill: Callable[[Fill, Exception | None], None],
         get_times: Histogram,
@@ -106,170 +102,152 @@ class RedisNode:
         self.client = client
         self.breaker = breaker
         self._budget = budget_seconds
-        self._one_slot = one_slot
         self._on_failure = on_failure
         self._on_fill = on_fill
         self._get_times = get_times
         self._set_times = set_times
         self._errors = errors
-        self._pending: _Batch | None = None
-        self._unwritten: dict[bytes, Fill] = {}
-        self._unwritten_bytes = 0
-        self._lookup_task: asyncio.Task[None] | None = None
-        self._write_task: asyncio.Task[None] | None = None
+        self._quick: RedisConnection | None = None
+        self._bulk: RedisConnection | None = None
+        # Those that are open, with what holds them.
+        self._held: dict[RedisConnection, asyncio.Task[None]] = {}
         self._probe_task: asyncio.Task[None] | None = None
+        self._reconnected = 0.0
 
     def may_try(self) -> bool:
         """Whether it is used now; where a probe is due, that leaves, and nobody waits for it."""
         if not self.breaker.is_open:
             return True
-        if self.breaker.allow():
+        if self._probe_task is None and self.breaker.allow():
             self._probe_task = asyncio.create_task(self._probe())
         return False
 
-    async def get(self, name: bytes, *, asking: bool = False) -> Reply:
-        """The frame under `name`. A cancelled look-up goes on. `asking`: a cluster is moving the slot to it."""
+    def get(self, name: bytes, *, asking: bool = False) -> Completion[Reply]:
+        """To be awaited: the frame under `name`. `asking`: a cluster is moving the slot to it."""
+        look_up = _LookUp(self)
         if not self.may_try():
-            return _GIVEN_UP
-        loop = asyncio.get_running_loop()
-        if (batch := self._pending) is None:
-            ends = loop.time() + self._budget
-            self._pending = batch = _Batch(ends, loop.call_at(ends, self._expire))
-        waiter = batch.waiters.get(name)
-        if waiter is None:
-            waiter = batch.waiters[name] = loop.create_future()
+            look_up.reply.complete(GIVEN_UP)
+            return look_up.reply
+        connection = self._for_look_ups()
         if asking:
-            batch.asking.add(name)
-        if self._lookup_task is None:
-            self._lookup_task = asyncio.create_task(self._look_up())
-        # Shielded: another caller may wait for the same key.
-        return await asyncio.shield(waiter)
+            connection.send(Command(0), (_ASKING,))
+        connection.send(look_up, (b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name),))
+        return look_up.reply
 
     def put(self, fill: Fill) -> None:
-        """Writes behind; the newest frame of a name counts. Dropped where the server is down or cannot keep up."""
-        size = len(fill.frame)
-        if self.breaker.is_open or self._unwritten_bytes + size > _MAX_UNWRITTEN_BYTES:
-            self._on_fill(fill, _GIVEN_UP)
+        """Writes behind. Dropped where the server is down or cannot keep up."""
+        if self.breaker.is_open:
+            self._on_fill(fill, GIVEN_UP)
             return
-        if (old := self._unwritten.pop(fill.name, None)) is not None:
-            self._unwritten_bytes -= len(old.frame)
-        self._unwritten_bytes += size
-        self._unwritten[fill.name] = fill
-        if self._write_task is None:
-            self._write_task = asyncio.create_task(self._write())
+        size = len(fill.frame)
+        head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(fill.name), fill.name, size)
+        ttl = b"%d" % fill.ttl_ms
+        parts = (head, fill.frame, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(ttl), ttl))
+        if size <= _LARGE_FILL:
+            self._for_look_ups().send(_Write(self, fill), parts, lazy=True)
+        else:
+            if self._bulk is None or self._bulk.is_over:
+                self._bulk = self._connect(_WRITE_SECONDS)
+            self._bulk.send(_Write(self, fill), parts)
 
     async def close(self) -> None:
         """Writes what is left, for a second at most, and disconnects."""
-        if self._write_task is not None:
-            await asyncio.wait([self._write_task], timeout=_WRITE_SECONDS)
-        for task in (self._lookup_task, self._write_task, self._probe_task):
-            if task is not None:
-                task.cancel()
-        if self._pending is not None:
-            self._pending.end()
+        if self._probe_task is not None:
+            self._probe_task.cancel()
+        await asyncio.gather(*(_finish(connection) for connection in self._held))
+        tasks = set(self._held.values())
+        for connection in list(self._held):
+            connection.close()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            # redis-py may keep a cancellation to itself.
+            await asyncio.wait(tasks, timeout=_WRITE_SECONDS)
         await self.client.aclose()
 
-    async def _look_up(self) -> None:
-        try:
-            while (batch := self._pending) is not None:
-                self._pending = None
-                batch.timer.cancel()
-                names = list(batch.waiters)
-                start = time.monotonic_ns()
-                try:
-                    async with asyncio.timeout_at(batch.ends):
-                        replies = await self._fetch(names, batch.asking)
-                    for name, reply in zip(names, _checked(replies, len(names)), strict=True):
-                        waiter = batch.waiters[name]
-                        if not waiter.done():
-                            waiter.set_result(reply)
-                except Exception as error:
-                    self._failed(error)
-                finally:
-                    # Whatever it was: callers wait.
-                    batch.end()
-                self._get_times.observe(time.monotonic_ns() - start)
-        finally:
-            self._lookup_task = None
+    def answered(self, look_up: Command, reply: Reply) -> Reply:
+        """From a look-up: what is to be told of it."""
+        self._get_times.observe(time.monotonic_ns() - look_up.sent_ns)
+        if isinstance(reply, RedisError) and not isinstance(reply, AskError) and not str(reply).startswith(_WRONG_TYPE):
+            # It refuses all look-ups: it is loading, or this user may not read.
+            self._failed(reply)
+            return GIVEN_UP
+        return reply
 
-    async def _fetch(self, names: list[bytes], asking: set[bytes]) -> list[Any]:
-        if self._one_slot:
-            found: list[Any] = await self.client.mget(names)
-            return found
-        pipeline = self.client.pipeline(transaction=False)
-        gets = []
-        for name in names:
-            if name in asking:
-                pipeline.execute_command("ASKING")
-            gets.append(len(pipeline))
-            pipeline.get(name)
-        replies = await pipeline.execute(raise_on_error=False)
-        return [replies[index] for index in gets]
+    def written(self, write: Command, fill: Fill, reply: Reply) -> None:
+        """From a fill."""
+        self._set_times.observe(time.monotonic_ns() - write.sent_ns)
+        if isinstance(reply, ReadOnlyError):
+            self._reconnect()
+        self._on_fill(fill, reply if isinstance(reply, Exception) else None)
 
-    async def _write(self) -> None:
-        try:
-            while self._unwritten:
-                pipeline = self.client.pipeline(transaction=False)
-                fills = [self._unwritten.pop(name) for name in list(self._unwritten)[:_MAX_PIPELINE]]
-                for fill in fills:
-                    self._unwritten_bytes -= len(fill.frame)
-                    pipeline.set(fill.name, fill.frame, px=fill.ttl_ms)
-                replies: list[Any]
-                start = time.monotonic_ns()
-                try:
-                    async with asyncio.timeout(_WRITE_SECONDS):
-                        replies = await pipeline.execute(raise_on_error=False)
-                except Exception as error:
-                    self._failed(error)
-                    replies = [_GIVEN_UP] * len(fills)
-                self._set_times.observe(time.monotonic_ns() - start)
-                if any(isinstance(reply, ReadOnlyError) for reply in replies):
-                    # A failover behind one address: connect anew, to what is the primary now.
-                    await self.client.connection_pool.disconnect(inuse_connections=False)
-                for fill, reply in zip(fills, replies, strict=True):
-                    self._on_fill(fill, reply if isinstance(reply, Exception) else None)
-        finally:
-            self._write_task = None
+    def _for_look_ups(self) -> RedisConnection:
+        if self._quick is None or self._quick.is_over:
+            self._quick = self._connect(self._budget)
+        return self._quick
+
+    def _connect(self, limit_seconds: float) -> RedisConnection:
+        connection = RedisConnection(limit_seconds, self._lost)
+        task = self._held[connection] = asyncio.create_task(connection.run(self.client))
+        task.add_done_callback(lambda _: self._held.pop(connection))
+        return connection
+
+    def _reconnect(self) -> None:
+        """After a failover behind one address, to what is the primary now. Once a second, as it may stay read-only."""
+        now = time.monotonic()
+        if now >= self._reconnected + _RECONNECT_SECONDS:
+            self._reconnected = now
+            self._disconnect()
+            leaving = self.client.connection_pool.disconnect(inuse_connections=False)
+            BACKGROUND.once("farewell to a Redis server", leaving)
 
     async def _probe(self) -> None:
         """Off the path of any request, so that nobody waits to learn that the server is still down."""
+        connection = self._connect(self._budget)
         try:
-            async with asyncio.timeout(_PROBE_SECONDS):
-                await self.client.ping()  # connects, which may take longer than a look-up may
-            async with asyncio.timeout(self._budget):
-                await self.client.ping()
+            async with asyncio.timeout(_PROBE_SECONDS):  # it may take longer than a look-up may
+                await connection.opened
+            ping = Question(0)
+            connection.send(ping, (_PING,))
+            reply = await ping.reply
+            if isinstance(reply, Exception):
+                raise reply
         except Exception:
+            connection.close()
             self.breaker.failure()
         else:
+            self._quick = connection
             self.breaker.success()
             log.info("Redis %s is used again", self.name)
+        finally:
+            self._probe_task = None
 
-    def _expire(self) -> None:
-        """The budget ends while the batch still waits for the trip before it."""
-        self._failed(TimeoutError(f"no answer within {self._budget * 1000:.0f} ms"))
+    def _lost(self, connection: RedisConnection, error: Exception) -> None:
+        """From a connection; that of a probe, or one on which nothing is under way, is no failure."""
+        if not connection.is_idle and (connection is self._quick or connection is self._bulk):
+            self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        """Nobody waits on, nor those that gathered behind the trip that failed."""
+        """Nobody waits on, nor those of the other connection."""
         self._errors.add(kind_of(error))
         if not self.breaker.is_open:
             log.warning("Redis %s is skipped for now: %r", self.name, error)
             self.breaker.failure()
             self._on_failure()
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.end()
-        unwritten, self._unwritten = self._unwritten, {}
-        self._unwritten_bytes = 0
-        for fill in unwritten.values():
-            self._on_fill(fill, _GIVEN_UP)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """What is under way is given up."""
+        for connection in (self._quick, self._bulk):
+            if connection is not None:
+                connection.close()
 
 
-def _checked(replies: Any, count: int) -> list[Reply]:
-    """Raises NonsenseError unless they are replies to `count` look-ups."""
-    if not isinstance(replies, list) or len(replies) != count:
-        raise NonsenseError(f"{count} look-ups were answered with {str(replies)[:80]!r}")
-    for reply in replies:
-        if reply is not None and not isinstance(reply, (bytes, Exception)):
-            raise NonsenseError(f"a look-up was answered with {str(reply)[:80]!r}")
-    checked: list[Reply] = replies
-    return checked
+async def _finish(connection: RedisConnection) -> None:
+    """Waits for what is under way, for a second at most."""
+    if not connection.is_idle:
+        last = Question(0)
+        connection.send(last, (_PING,))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WRITE_SECONDS):
+                await last.reply

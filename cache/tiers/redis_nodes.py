@@ -46,8 +46,8 @@ class Nodes(Protocol):
         """Writes what is left and disconnects."""
 
 
-# Makes a node of a name and a client; told whether keys may share an MGET, and whom to call when its breaker opens.
-CreateNode = Callable[[str, Redis, bool, Callable[[], None]], RedisNode]
+# Makes a node of a name and a client; told whom to call when its breaker opens.
+CreateNode = Callable[[str, Redis, Callable[[], None]], RedisNode]
 
 
 def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
@@ -57,7 +57,7 @@ def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
     if url.topology is Topology.CLUSTER:
         return ClusterNodes(url, options, create)
     name = f"{url.hosts[0][0]}:{url.hosts[0][1]}" if url.hosts else str(url.options.get("path"))
-    return OneNode(create(url.service or name, redis_client.server(url, options), True, lambda: None))
+    return OneNode(create(url.service or name, redis_client.server(url, options), lambda: None))
 
 
 class OneNode:
@@ -125,7 +125,7 @@ class ClusterNodes:
         node = self._nodes.get((host, port))
         if node is None:
             client = redis_client.one_server({**self._options, "host": host, "port": port})
-            node = self._nodes[host, port] = self._create(f"{host}:{port}", client, False, self._refresh)
+            node = self._nodes[host, port] = self._create(f"{host}:{port}", client, self._refresh)
         return node
 
     def _refresh(self) -> None:

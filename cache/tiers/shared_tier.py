@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
@@ -14,7 +14,8 @@ from redis.exceptions import AskError, MovedError
 
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, Frames, is_answer
-from cache.tiers.redis_node import FAILURES, Fill, GivenUpError, RedisNode, Reply, kind_of
+from cache.tiers.redis_connection import GivenUpError, Reply
+from cache.tiers.redis_node import FAILURES, Fill, RedisNode, kind_of
 from cache.tiers.redis_nodes import Nodes, create_nodes
 from cache.tiers.stats import TierCounters
 from services.runtime.errors import UnavailableError
@@ -82,13 +83,13 @@ class SharedTier:
         self.nodes.owner(_PREFIX)
         self._check_task = BACKGROUND.start("check of Redis", self._check_memory)
 
-    async def get(self, key: bytes) -> Entry | None:
-        """None on a miss, and if Redis is down, slow, or holds a bad frame. A cancelled look-up goes on."""
-        return await self._get(key, answer=False)
+    def get(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
+        """To be awaited: None on a miss, and if Redis is down, slow, or holds a bad frame."""
+        return self._get(key, answer=False)
 
-    async def get_answer(self, key: bytes) -> Entry | None:
+    def get_answer(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
         """As `get`; also None if the value is not a serialized ModelInferResponse."""
-        return await self._get(key, answer=True)
+        return self._get(key, answer=True)
 
     async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
         name = _PREFIX + key
@@ -160,13 +161,12 @@ class SharedTier:
             self._check_task.cancel()
         await self.nodes.close()
 
-    def _create_node(self, name: str, client: Redis, one_slot: bool, on_failure: Callable[[], None]) -> RedisNode:
+    def _create_node(self, name: str, client: Redis, on_failure: Callable[[], None]) -> RedisNode:
         return RedisNode(
             name,
             client,
             budget_seconds=self.budget_seconds,
             breaker=self._create_breaker(),
-            one_slot=one_slot,
             on_failure=on_failure,
             on_fill=self._filled,
             get_times=self.get_times,
@@ -178,7 +178,7 @@ class SharedTier:
         if error is None:
             self.counters.fills += 1
         elif isinstance(error, MovedError) and not fill.moved and (node := self.nodes.redirected(error)) is not None:
-            node.put(fill._replace(moved=True))
+            node.put(Fill(fill.name, fill.frame, fill.ttl_ms, moved=True))
         else:
             if not isinstance(error, GivenUpError):
                 self.errors.add(kind_of(error))

@@ -12,7 +12,7 @@ from services.runtime.telemetry.metrics import Family, Sample
 COST = Family(
     "ringmesh_cost_total",
     "counter",
-    "price in the currency of the settings; kind: compute spent, or saved by hits and joins; memory of the local tier",
+    "cost in the currency of the settings; kind: compute spent, or saved by hits and joins; memory of the local tier",
     ("model", "version", "tenant", "kind"),
 )
 PRICE = Family(

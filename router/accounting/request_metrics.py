@@ -40,7 +40,7 @@ COMPUTE = Family(
     "compute time of answers: spent on misses and bypasses, saved by hits and joined requests",
     ("model", "version", "tenant", "outcome"),
 )
-IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests that the local tier did not answer, under way")
+IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests in progress that the local tier did not answer")
 
 MARK_SECONDS = 5.0
 _RECENT = 2048

@@ -15,19 +15,19 @@ from router.accounting.request_metrics import RequestMetrics
 from services.runtime.telemetry.metrics import Family, Sample
 
 _OBJECTIVE = ("objective",)
-TARGET = Family("ringmesh_slo_target_ratio", "gauge", "part of the requests that are to be good", _OBJECTIVE)
-SECONDS = Family("ringmesh_slo_latency_seconds", "gauge", "what an answer may take; counts as the next bucket's bound")
-REQUESTS = Family("ringmesh_slo_requests_total", "counter", "requests that an objective is about", _OBJECTIVE)
+TARGET = Family("ringmesh_slo_target_ratio", "gauge", "target share of good requests", _OBJECTIVE)
+SECONDS = Family("ringmesh_slo_latency_seconds", "gauge", "latency objective, rounded up to the next bucket's bound")
+REQUESTS = Family("ringmesh_slo_requests_total", "counter", "requests that count for an objective", _OBJECTIVE)
 BAD = Family(
     "ringmesh_slo_bad_total",
     "counter",
-    "of those, availability: failed by our doing; latency: answered later than RINGMESH_SLO_LATENCY_SECONDS",
+    "bad ones of those; availability: the fleet failed; latency: answered later than RINGMESH_SLO_LATENCY_SECONDS",
     _OBJECTIVE,
 )
 BURN = Family(
     "ringmesh_slo_burn_rate",
     "gauge",
-    "bad part of a window's requests over the part that may be bad; windows 5m, 30m, 1h, 2h, 6h, 1d, 3d",
+    "bad share of a window's requests divided by the allowed share; windows 5m, 30m, 1h, 2h, 6h, 1d, 3d",
     ("objective", "window"),
 )
 

@@ -130,6 +130,6 @@ class ConcurrencyLimits:
             if len(self._limits) >= _MANY:
                 # Of models and workers that are no more; one at rest is as good as new.
                 self._limits = {key: kept for key, kept in list(self._limits.items()) if kept.in_flight}
-            # A refusal in the lane may have been here meanwhile.
+            # A refusal on the receiving thread may have been here meanwhile.
             limit = self._limits.setdefault((worker, model), ConcurrencyLimit(self.target, self._clock))
         return limit

@@ -1,8 +1,4 @@
-"""One request on its way through the fleet: to its owner, and on to the next where that one is lost or has enough.
-
-Without a task or a future: what a worker answers calls on what comes next. An exception in any of these steps ends the
-request with it, and gives back what its attempts hold.
-"""
+"""Attempts of one request on the workers: at its owner, and at the next if that one is lost or has no room."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -15,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from ringmesh.inference.v1 import inference_pb2
 
 from router.accounting.dispatch_metrics import DispatchMetrics
-from router.admission.caller import Caller
+from router.admission.caller import ANYBODY, Caller
 from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
 from router.balancing.catalog import ModelEntry
 from router.balancing.member import Member
@@ -34,6 +30,7 @@ from router.transport.worker_client import (
     WorkerLostError,
     WorkerUnreachableError,
 )
+from services.runtime.driver import Promise
 from services.runtime.errors import (
     FailedPreconditionError,
     ResourceExhaustedError,
@@ -79,18 +76,19 @@ class Asked:
         model: ModelEntry,
         request: bytes,
         place: bytes,
-        request_hash: bytes,
-        deadline: float | None,
-        caller: Caller,
         trace: Trace,
+        *,
+        request_hash: bytes = b"",
+        deadline: float | None = None,
+        caller: Caller = ANYBODY,
     ) -> None:
         self.model = model
         self.request = request
         self.place = place
+        self.trace = trace
         self.request_hash = request_hash
         self.deadline = deadline
         self.caller = caller
-        self.trace = trace
 
     @property
     def sticky(self) -> bool:
@@ -127,8 +125,8 @@ class Parts(NamedTuple):
 Answered: TypeAlias = tuple[Result, Member]
 
 
-class Dispatch:
-    """Asks workers in the picker's order until one answers; `done` hears the answer and who gave it, or the error.
+class Attempts:
+    """Asks workers in the picker's order until one answers.
 
     Inference is idempotent, so an attempt whose worker is lost is made again elsewhere, but not where the request
     may be what ends them. Where the model is hedged, one that takes longer than most of its kind is made elsewhere too,
@@ -141,11 +139,12 @@ class Dispatch:
         "_asked",
         "_attempts",
         "_considered",
-        "_done",
         "_ended",
+        "_events",
         "_failure",
         "_full",
         "_is_free",
+        "_next_event",
         "_order",
         "_parts",
         "_put_off",
@@ -154,10 +153,9 @@ class Dispatch:
         "_under_way",
     )
 
-    def __init__(self, parts: Parts, asked: Asked, done: Callable[[Answered | Exception], None]) -> None:
+    def __init__(self, parts: Parts, asked: Asked) -> None:
         self._parts = parts
         self._asked = asked
-        self._done: Callable[[Answered | Exception], None] | None = done
         # Requests that left, less those that a worker refused to take; workers that ended while they had it.
         self._attempts = self._ended = 0
         self._admitted = self._is_free = False
@@ -169,66 +167,78 @@ class Dispatch:
         self._put_off: list[Candidate] = []
         self._under_way: list[_Attempt] = []
         self._timer: asyncio.TimerHandle | None = None
+        # Attempts that ended; None: it is time for a hedge.
+        self._events: list[_Attempt | None] = []
+        self._next_event: Promise[_Attempt | None] | None = None
         self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
 
-    def start(self) -> None:
-        """Asks the first worker."""
+    async def run(self) -> Answered:
+        """The first answer that a worker gives, and who gave it. Cancelled, it is withdrawn.
+
+        Raises the worker's own error, RefusedError where all have enough to do, or UnavailableError where nobody could
+        be reached.
+        """
         try:
-            self._go_on()
-        except Exception as error:
-            self.fail(error)
+            self._ask_next()
+            while True:
+                if self._events:
+                    attempt = self._events.pop(0)
+                else:
+                    self._next_event = Promise()
+                    attempt = await self._next_event
+                if attempt is None:
+                    self._hedge()
+                    continue
+                self._under_way.remove(attempt)
+                if (answered := self._judge(attempt, attempt.end())) is not None:
+                    return answered
+                if not self._under_way:
+                    self._ask_next()
+        finally:
+            self._stop_timer()
+            while self._under_way:
+                self._under_way.pop().cancel()
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more; `done` hears nothing."""
-        self._done = None
-        self._leave_others()
+    def hear(self, attempt: _Attempt | None) -> None:
+        """It has ended; None: it is time for a hedge."""
+        waits, self._next_event = self._next_event, None
+        if waits is not None:
+            waits.settle(attempt)
+        else:
+            self._events.append(attempt)
 
-    def fail(self, error: Exception) -> None:
-        """A step of it raised an unexpected exception."""
-        if self._done is None:
-            # It has been answered, or nobody waits for it.
-            internal(log, "a step after the end of a request failed", error, self._asked.trace.trace_id)
-        self._end(error)
-
-    def attempted(self, attempt: _Attempt, outcome: Outcome) -> None:
-        """The attempt is over."""
-        self._under_way.remove(attempt)
-        lost = isinstance(outcome, WorkerUnreachableError)
+    def _judge(self, attempt: _Attempt, outcome: Outcome) -> Answered | None:
+        """The answer; None if other workers are to be asked, or are under way. Raises an error that is final."""
+        member = attempt.candidate.member
         # Also where another attempt is under way, so that no more than MOST_ENDED have it in all.
         self._ended += isinstance(outcome, WorkerLostError)
         if self._ended == MOST_ENDED:
-            self._skipped.append(f"{attempt.candidate.member.worker_id}: {outcome}")
-            reason = f"not tried further: {self._ended} workers ended while they had it; {told(self._skipped)}"
-            self._end(FatalRequestError(self._unanswered(reason)))
-            return
-        failure = None
-        if isinstance(outcome, inference_pb2.WorkResult) and outcome.HasField("failure"):
-            failure = outcome.failure
-        if self._under_way and (lost or (failure is not None and failure.code in _ELSEWHERE)):
-            return
-        member = attempt.candidate.member
-        if isinstance(outcome, WorkerUnreachableError):
             self._skipped.append(f"{member.worker_id}: {outcome}")
-            self._attempts -= isinstance(outcome, NotSentError) and attempt.kind != HEDGE
-            self._is_free = isinstance(outcome, LinkClosedError)
-            self._leave_others()
-            self._go_on()
-        elif isinstance(outcome, RingmeshError):
-            self._end(outcome)
-        elif failure is None:
-            self._end((outcome, member))
-        elif failure.code not in _ELSEWHERE:
-            self._end(from_failure(failure))
-        else:
+            reason = f"not tried further: {self._ended} workers ended while they had it; {told(self._skipped)}"
+            raise FatalRequestError(self._unanswered(reason))
+        if isinstance(outcome, WorkerUnreachableError):
+            if not self._under_way:
+                self._skipped.append(f"{member.worker_id}: {outcome}")
+                self._attempts -= isinstance(outcome, NotSentError) and attempt.kind != HEDGE
+                self._is_free = isinstance(outcome, LinkClosedError)
+            return None
+        if isinstance(outcome, RingmeshError):
+            raise outcome
+        if not (isinstance(outcome, inference_pb2.WorkResult) and outcome.HasField("failure")):
+            return outcome, member
+        failure = outcome.failure
+        if failure.code not in _ELSEWHERE:
+            raise from_failure(failure)
+        if not self._under_way:
             self._skipped.append(f"{member.worker_id}: {failure.message}")
             # Also for a sequence that began elsewhere, before its place on the ring went to this one.
             if self._failure is None and failure.code != _UNAVAILABLE:
                 self._failure = failure
-            self._leave_others()
-            self._go_on()
+        return None
 
-    def _go_on(self) -> None:
-        """Asks the next that can be asked; where there is none, that is the end."""
+    def _ask_next(self) -> None:
+        """Asks the next worker that can be asked. Raises the error of a request that there is none for."""
+        self._stop_timer()
         asked, parts = self._asked, self._parts
         is_free, self._is_free = self._is_free, False
         while self._attempts < RANKS and (candidate := self._next()) is not None:
@@ -261,10 +271,10 @@ class Dispatch:
                 and not self._ended
                 and (patience := parts.tails.of(asked.model.digest)) is not None
             ):
-                self._timer = asyncio.get_running_loop().call_later(patience, self._hedge)
+                self._timer = asyncio.get_running_loop().call_later(patience, self.hear, None)
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
             return
-        self._end(self._no_answer())
+        raise self._no_answer()
 
     def _next(self) -> Candidate | None:
         """The worker to ask next; None if there is none."""
@@ -274,12 +284,6 @@ class Dispatch:
             return Candidate(full.member, full.rank, full.member.why_not(self._asked.model), full.bound)
         return candidate
 
-    def _end(self, end: Answered | Exception) -> None:
-        done, self._done = self._done, None
-        self._leave_others()
-        if done is not None:
-            done(end)
-
     def _pass_over(self, candidate: Candidate, why: str) -> None:
         self._considered.append(consideration(candidate, why))
         self._skipped.append(f"{candidate.member.worker_id}: {why}")
@@ -287,19 +291,12 @@ class Dispatch:
     def _attempt(
         self, candidate: Candidate, limit: ConcurrencyLimit, considered: tuple[Consideration, ...], kind: str
     ) -> None:
-        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self)
+        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self.hear)
         self._under_way.append(attempt)
         attempt.begin()
 
     def _hedge(self) -> None:
         """Also asks the next that has room, where the budget has."""
-        self._timer = None
-        try:
-            self._ask_another()
-        except Exception as error:
-            self.fail(error)
-
-    def _ask_another(self) -> None:
         if self._ended or not self._under_way:
             return
         asked, parts = self._asked, self._parts
@@ -310,12 +307,10 @@ class Dispatch:
                     self._attempt(candidate, limit, (consideration(candidate, ""),), HEDGE)
                 return
 
-    def _leave_others(self) -> None:
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._under_way:
-            self._under_way.pop().cancel()
 
     def _no_answer(self) -> RingmeshError:
         if self._failure is not None:
@@ -330,16 +325,17 @@ class Dispatch:
 
 
 class _Attempt:
-    """A request at one worker. It holds a place in `limit` until it is answered or cancelled."""
+    """A request at one worker. It holds a place in `limit` until it ends or is cancelled."""
 
     __slots__ = (
         "_asked",
         "_began",
         "_begun",
         "_considered",
-        "_dispatch",
+        "_hear",
         "_is_open",
         "_limit",
+        "_outcome",
         "_parts",
         "_sent",
         "_span_id",
@@ -356,7 +352,7 @@ class _Attempt:
         considered: tuple[Consideration, ...],
         kind: str,
         limit: ConcurrencyLimit,
-        dispatch: Dispatch,
+        hear: Callable[[_Attempt], None],
     ) -> None:
         self.candidate = candidate
         self._parts = parts
@@ -364,8 +360,9 @@ class _Attempt:
         self._considered = considered
         self.kind = kind
         self._limit = limit
-        self._dispatch = dispatch
+        self._hear = hear
         self._sent: Sent | None = None
+        self._outcome: Outcome | None = None
         self._span_id = new_span_id()
         self._start = time.time_ns()
         self._began = time.monotonic()
@@ -373,10 +370,15 @@ class _Attempt:
         self._is_open = True
 
     def begin(self) -> None:
+        """Sends it."""
         asked = self._asked
         traceparent = asked.trace.traceparent(self._span_id)
         work = Work(asked.request, asked.request_hash, asked.deadline, traceparent, is_alone=asked.model.limits_queue)
         self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
+
+    def _answered(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._hear(self)
 
     def cancel(self) -> None:
         """Nobody waits for it any more. Raises nothing: the request has its answer, or needs none."""
@@ -392,26 +394,26 @@ class _Attempt:
         except Exception as error:
             internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
 
-    def _answered(self, outcome: Outcome) -> None:
+    def end(self) -> Outcome:
+        """How it ended, when it has: what it holds is released, and what there is to learn and to record is done."""
+        outcome = self._outcome
+        assert outcome is not None
         try:
-            try:
-                error = self._learn(outcome)
-            finally:
-                self._release()
-            if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
-                self._record(message_of(outcome), error)
-            else:
-                self._record(None, error)
-            self._dispatch.attempted(self, outcome)
-        except Exception as error:
-            self._dispatch.fail(error)
+            error = self._learn(outcome)
+        finally:
+            self._release()
+        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+            self._record(message_of(outcome), error)
+        else:
+            self._record(None, error)
+        return outcome
 
     def _release(self) -> None:
         self._is_open = False
         self._limit.end()
 
     def _learn(self, outcome: Outcome) -> str:
-        """From how it ended; the error in words, "" where there is none."""
+        """The error in words, "" if there is none."""
         took = time.monotonic() - self._began
         parts, model, member = self._parts, self._asked.model, self.candidate.member
         if isinstance(outcome, inference_pb2.WorkResult | LargeResult):

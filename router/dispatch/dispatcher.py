@@ -2,23 +2,20 @@
 
 from __future__ import annotations  # compiled by mypyc
 
-import asyncio
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 from router.accounting.dispatch_metrics import RETRIES_DENIED, SHEDS, DispatchMetrics
-from router.admission.caller import ANYBODY, Caller, RefusedError
+from router.admission.caller import Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.balancing.catalog import ModelEntry
-from router.balancing.member import Member
-from router.dispatch.attempts import TOLD, Answered, Asked, Dispatch, Parts, Workers, no_room, told
+from router.dispatch.attempts import TOLD, Answered, Asked, Attempts, Parts, Workers, no_room, told
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
-from services.runtime.large_result import Result
 from services.runtime.telemetry.metrics import Sample
 from services.runtime.telemetry.recent import forgotten
-from services.runtime.telemetry.tracing import Trace
 
 
 class Dispatcher:
@@ -40,44 +37,9 @@ class Dispatcher:
         yield forgotten("tail latencies", self._parts.tails.models)
         yield Sample(SHEDS, ("overload",), self._sheds)
 
-    def begin(self, asked: Asked, done: Callable[[Answered | Exception], None]) -> Dispatch:
-        """Runs it; `done` hears the first answer that a worker gives and who gave it, or, perhaps at once, the error.
-
-        That is the worker's own, RefusedError where all have enough to do, or UnavailableError where nobody could be
-        reached.
-        """
-        dispatch = Dispatch(self._parts, asked, done)
-        dispatch.start()
-        return dispatch
-
-    async def run(
-        self,
-        model: ModelEntry,
-        request: bytes,
-        place: bytes,
-        trace: Trace,
-        *,
-        request_hash: bytes = b"",
-        deadline: float | None = None,
-        caller: Caller = ANYBODY,
-    ) -> tuple[Result, Member]:
-        """As `begin`. Raises the error; cancelled, it is withdrawn."""
-        ended: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
-
-        def done(end: Answered | Exception) -> None:
-            if ended.done():
-                return
-            if isinstance(end, Exception):
-                ended.set_exception(end)
-            else:
-                ended.set_result(end)
-
-        dispatch = self.begin(Asked(model, request, place, request_hash, deadline, caller, trace), done)
-        try:
-            return await ended
-        except asyncio.CancelledError:
-            dispatch.cancel()
-            raise
+    def run(self, asked: Asked) -> Coroutine[Any, Any, Answered]:
+        """As Attempts.run, to be driven."""
+        return Attempts(self._parts, asked).run()
 
     def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
         """What a request would end with now for want of room, before anything is done for it. Any thread.

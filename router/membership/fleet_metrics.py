@@ -9,10 +9,12 @@ from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.recent import forgotten
 
 _WORKER = ("worker",)
-HEALTHY = Family("ringmesh_ring_member_healthy", "gauge", "1 where the worker is sent requests, 0 otherwise", _WORKER)
-SHARE = Family("ringmesh_ring_member_share_ratio", "gauge", "part of the key space that the worker owns", _WORKER)
+HEALTHY = Family(
+    "ringmesh_ring_member_healthy", "gauge", "1 if the router sends requests to the worker, 0 otherwise", _WORKER
+)
+SHARE = Family("ringmesh_ring_member_share_ratio", "gauge", "share of the key space that the worker owns", _WORKER)
 LOAD = Family(
-    "ringmesh_ring_member_in_flight", "gauge", "requests sent to the worker by this router and not answered", _WORKER
+    "ringmesh_ring_member_in_flight", "gauge", "unanswered requests that this router sent to the worker", _WORKER
 )
 
 

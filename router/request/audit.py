@@ -11,20 +11,20 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Protocol
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.admission.caller import ROUTER, Caller
+from router.admission.caller import ROUTER
 from router.balancing.catalog import Catalog, ModelEntry
-from router.balancing.member import Member
+from router.dispatch.attempts import Answered, Asked
 from router.request.audit_comparison import Verdict, compare
+from services.runtime import driver
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
-from services.runtime.large_result import Result
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
-from services.runtime.telemetry.tracing import Trace, untraced
+from services.runtime.telemetry.tracing import untraced
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ AUDITS = Family(
 LARGEST = Family(
     "ringmesh_cache_audit_largest_difference",
     "gauge",
-    "largest difference of a number in an audited answer from the one computed again",
+    "largest difference between a number of an audited answer and its recomputed value",
     ("model", "version"),
 )
 DISTRUSTED = Family(
     "ringmesh_cache_audit_distrusted",
     "gauge",
-    "1 where the audit took the model off the cache, 0 otherwise",
+    "1 if the audit took the model off the cache, 0 otherwise",
     ("model", "version"),
 )
 
@@ -60,10 +60,8 @@ _MAX_MODELS = 1000
 class Runner(Protocol):
     """Runs a request on the fleet; Dispatcher is the real one."""
 
-    async def run(
-        self, model: ModelEntry, request: bytes, place: bytes, trace: Trace, *, deadline: float | None, caller: Caller
-    ) -> tuple[Result, Member]:
-        """The result and who computed it. Raises RingmeshError."""
+    def run(self, asked: Asked) -> Coroutine[Any, Any, Answered]:
+        """The result and who computed it, to be driven. Raises RingmeshError."""
 
 
 class ModelAudit:
@@ -162,9 +160,9 @@ class Audit:
             audit = self._audits[model.digest] = ModelAudit(model)
         try:
             # Joined to nothing and anywhere on the ring: the one who computed it first may be the one who errs.
-            result, _ = await self._dispatcher.run(
-                model, request, b"", untraced(), deadline=time.monotonic() + _DEADLINE_SECONDS, caller=ROUTER
-            )
+            deadline = time.monotonic() + _DEADLINE_SECONDS
+            asked = Asked(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
+            result, _ = await driver.run(self._dispatcher.run(asked), deadline)
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))
         except RingmeshError as error:

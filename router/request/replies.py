@@ -13,7 +13,7 @@ from router.accounting import request_span
 from router.accounting.cost import Cost
 from router.accounting.request_metrics import OK, STEP, RequestMetrics
 from router.request.audit import Audit
-from router.request.call import Admitted
+from router.request.call import Call
 from services.runtime import w3c
 from services.runtime.errors import RingmeshError
 from services.runtime.oip import protocol
@@ -51,7 +51,7 @@ class Replies:
         self._report = report
         self._hits = 0
 
-    def count(self, call: Admitted, found: Found) -> Callable[[], None] | None:
+    def count(self, call: Call, found: Found) -> Callable[[], None] | None:
         """Counts one that was answered; what is left to be done on the event loop."""
         model = call.model
         assert model is not None
@@ -64,7 +64,7 @@ class Replies:
             return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
         return call.renew
 
-    def answer(self, call: Admitted, found: Found) -> Answer:
+    def answer(self, call: Call, found: Found) -> Answer:
         """Told to the caller; any thread."""
         afterwards = self.count(call, found)
         if found.outcome in _AUDITED and self._audit.takes_hit():
@@ -74,7 +74,12 @@ class Replies:
             ("ringmesh-trace-id", call.trace.trace_id),
             ("ringmesh-compute-us", str(found.entry.compute_us)),
         )
-        if call.stale:
+        model = call.model
+        if (
+            model is not None
+            and model.freshness is not None
+            and model.freshness.is_stale(found.entry.created_at_ms, time.time_ns() // 1_000_000)
+        ):
             self._mesh.stale_answers += 1
             trailing = (*trailing, ("ringmesh-stale", "true"))
         if found.similarity:
@@ -91,12 +96,12 @@ class Replies:
                 trailing = (*trailing, self._report.trailer)
         return protocol.answered(found.entry.value, call.request_id, trailing, afterwards)
 
-    def _begin_audit(self, call: Admitted, found: Found) -> None:
+    def _begin_audit(self, call: Call, found: Found) -> None:
         assert call.model is not None
         self._audit.begin(call.model, call.data, found.entry.value)
 
     def _keep_answered(
-        self, call: Admitted, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
+        self, call: Call, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
     ) -> None:
         assert call.model is not None
         told = request_span.answered(found, end)
@@ -106,27 +111,28 @@ class Replies:
             told["ringmesh.provider"] = call.provider
         self._keep(call, labels, end, told, slow=slow)
 
-    def failure(self, call: Admitted, error: RingmeshError) -> Failure:
-        """Told to the caller, and then counted; any thread."""
-        end = time.time_ns()  # it is counted some time later
-        failed = partial(self._failed, call, end, error.code, error.message, error.kind)
-        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), failed)
+    def failure(self, call: Call, error: RingmeshError) -> Failure:
+        """Told to the caller; any thread."""
+        keep = self._count_failed(call, error.code, error.message, error.kind)
+        return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), keep)
 
-    def left(self, call: Admitted) -> None:
+    def left(self, call: Call) -> None:
         """Counts one whose caller did not wait; on the event loop."""
-        self._failed(call, time.time_ns(), grpc.StatusCode.CANCELLED, "the caller left", "cancelled")
+        self._count_failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")()
 
-    def _failed(self, call: Admitted, end: int, code: grpc.StatusCode, message: str, kind: str) -> None:
+    def _count_failed(self, call: Call, code: grpc.StatusCode, message: str, kind: str) -> Callable[[], None]:
+        """Returns what is left to be done on the event loop."""
+        end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
         self._requests.failed(model, version, kind)
         kept = "sampled" if call.trace.sampled else "failed"
-        self._keep(call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
+        return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 
     def _keep(
         self,
-        call: Admitted,
+        call: Call,
         labels: tuple[str, str, str, str, str, str],
         end: int,
         attributes: Attributes,

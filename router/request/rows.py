@@ -24,6 +24,7 @@ from services.runtime import faults
 from services.runtime.errors import RingmeshError, UnavailableError
 from services.runtime.large_result import Result
 from services.runtime.oip.tensors import DATATYPES, raw_from_contents
+from services.runtime.single_flight import Flight
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import untraced
 
@@ -62,7 +63,10 @@ def raise_fatal(error: Exception) -> None:
 
 
 class RowCache:
-    """Finds the rows of batches in `mesh`. A row in flight, in a batch or as a request of its own, is computed once."""
+    """Finds the rows of batches in `mesh`. A row in flight, in a batch or as a request of its own, is computed once.
+
+    Its callers are driven coroutines.
+    """
 
     def __init__(self, mesh: Mesh, hasher: RequestHasher) -> None:
         self._mesh = mesh
@@ -102,7 +106,7 @@ class RowCache:
             failed = []
             for key, flight in joined.items():
                 try:
-                    row = await asyncio.shield(flight)
+                    row = await flight
                 except (RingmeshError, RowFailedError) as error:
                     raise_fatal(error)
                     failed.append(key)  # their caller's quota or deadline may have ended it, not ours
@@ -142,16 +146,12 @@ class RowCache:
     ) -> dict[bytes, Found]:
         if not keys:
             return {}
-        loop = asyncio.get_running_loop()
-        flights: dict[bytes, asyncio.Future[Found]] = {key: loop.create_future() for key in keys}
-        for key, flight in flights.items():
-            if key not in self._flights:
-                self._flights.lead(key, flight)
+        flights = {key: self._flights.begin(key) for key in keys}
         task = BACKGROUND.once("rows", self._fly(batch, model, flights, wanted, tenant, compute))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            return {key: await asyncio.shield(flight) for key, flight in flights.items()}
+            return {key: await flight for key, flight in flights.items()}
         except RowFailedError as failed:
             raise failed.error from None
 
@@ -159,7 +159,7 @@ class RowCache:
         self,
         batch: Batch,
         model: ModelEntry,
-        flights: dict[bytes, asyncio.Future[Found]],
+        flights: Mapping[bytes, Flight[Found]],
         wanted: Mapping[bytes, int],
         tenant: str | None,
         compute: Compute,
@@ -187,12 +187,7 @@ class RowCache:
             raise
         finally:
             for key, flight in flights.items():
-                if not flight.done():
-                    if key in landed:
-                        flight.set_result(landed[key])
-                    else:
-                        flight.set_exception(RowFailedError(failure))
-                self._flights.landed(key, flight)
+                flight.end(landed[key] if key in landed else RowFailedError(failure))
 
     async def _compute(
         self,

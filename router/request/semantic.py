@@ -1,14 +1,29 @@
-"""What a request asks, as a vector, so that it can be compared with others: for models that say so."""
+"""Semantic matches: for models that say so, a request may get the answer to a similar one, compared as vectors."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from cache.keys.epochs import Epochs
+from cache.keys.keys import RequestHasher
+from cache.mesh import Found, Mesh
+from cache.semantic.semantic_tier import SemanticTier
+from cache.tiers.entry import Entry
+from router.balancing.catalog import ModelEntry
+from router.dispatch.attempts import Workers
+from router.request.call import Call
+from router.request.local_answers import takes
+from services.runtime.driver import in_task
+from services.runtime.errors import RingmeshError
 from services.runtime.oip.tensors import DATATYPES, raw_from_contents
+
+log = logging.getLogger(__name__)
 
 _VECTORS = frozenset({"FP16", "FP32", "FP64"})
 
@@ -20,6 +35,70 @@ class Question(NamedTuple):
 
     vector: Vector
     request: v2.ModelInferRequest
+
+
+class SemanticMatches:
+    """Finds answers to similar requests. `embed` runs a serialized request of an embedding model for a call."""
+
+    def __init__(
+        self, mesh: Mesh, hasher: RequestHasher, fleet: Workers, embed: Callable[[bytes, Call], Awaitable[Entry]]
+    ) -> None:
+        self._mesh = mesh
+        self._hasher = hasher
+        self._fleet = fleet
+        self._embed = embed
+        self._tier = SemanticTier(mesh.shared)
+
+    async def find(
+        self, call: Call, model: ModelEntry, epochs: Epochs, find_exact: Callable[[], Awaitable[Found]]
+    ) -> Found:
+        """The answer to a request near enough, else what `find_exact` finds."""
+        asked = await self._asked(call, model)
+        if asked is None:
+            return await find_exact()
+        query, space = asked
+        tenant = call.tenant if model.tenant_scoped else None
+        (kind,) = self._hasher.hash_rows(query.request, [[b""] * len(query.request.inputs)], model.outputs, tenant)
+        group = model.digest + kind + space + epochs.version.to_bytes(8, "little")
+        found = await self._find_similar(call, model, group, query)
+        if found is None:
+            found = await find_exact()
+            self._tier.add(group, query.vector, call.key)
+        return found
+
+    async def _asked(self, call: Call, model: ModelEntry) -> tuple[Question, bytes] | None:
+        """What it asks, and the digest of the embedding model that says so, b"" without one.
+
+        None where it is no single vector; also where the embedding failed: then it is computed, as it would be anyway.
+        """
+        request = v2.ModelInferRequest.FromString(call.data)
+        if not model.semantic_embedding:
+            asked = question(request)
+            return None if asked is None else (asked, b"")
+        data = to_embed(request, model.semantic_embedding)
+        if data is None:
+            return None
+        try:
+            space = self._fleet.view.catalog.find(model.semantic_embedding, "").digest
+            answer = await self._embed(data, call)
+        except RingmeshError as error:
+            log.info("model %s: what is similar is not known: %s", model.name, error.message)
+            return None
+        asked = embedded(request, answer.value)
+        return None if asked is None else (asked, space)
+
+    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: Question) -> Found | None:
+        """The answer to a request near enough; but the right one where the shared tier has it."""
+        near = await in_task(self._tier.nearest(group, asked.vector, model.semantic_threshold))
+        if near is None or near.key == call.key:
+            return None
+        exact = await self._mesh.look_up(call.key, call.trace)
+        if exact is not None and takes(None, model, exact):
+            return Found(exact, "hit-shared")
+        entry = await self._mesh.find(near.key)
+        if entry is None or not takes(None, model, entry):
+            return None
+        return Found(entry, "hit-semantic", similarity=near.similarity)
 
 
 def question(request: v2.ModelInferRequest) -> Question | None:

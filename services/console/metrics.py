@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from services.console.data.trace_store import TraceStore
 from services.runtime.telemetry.metrics import Family, Sample
 
-TRACES = Family("ringmesh_console_traces", "gauge", "traces held")
-TRACE_BYTES = Family("ringmesh_console_trace_bytes", "gauge", "memory of the traces held")
-SPANS = Family("ringmesh_console_spans_total", "counter", "spans received, and those given up for room", ("result",))
+TRACES = Family("ringmesh_console_traces", "gauge", "traces in memory")
+TRACE_BYTES = Family("ringmesh_console_trace_bytes", "gauge", "memory of these traces")
+SPANS = Family(
+    "ringmesh_console_spans_total", "counter", "spans received, and spans dropped for lack of memory", ("result",)
+)
 
 
 class ConsoleMetrics:

@@ -92,7 +92,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     ProcessMetrics("worker", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
-    report.start(server.lane_seconds)
+    report.start(server.receiver_seconds)
     server.set_serving(True)
     announcer = None
     if redis is not None:

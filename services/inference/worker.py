@@ -22,7 +22,8 @@ from services.inference.scheduling.batcher import Batcher, BatchResult
 from services.inference.scheduling.load import Load
 from services.inference.scheduling.request_queue import Waiting
 from services.inference.work_results import answered, answered_together, encode, failed, is_large
-from services.runtime import faults
+from services.runtime import driver, faults
+from services.runtime.driver import in_task
 from services.runtime.errors import (
     DeadlineExceededError,
     ResourceExhaustedError,
@@ -143,9 +144,10 @@ class Worker:
             if key := self._join_key(held, request_hash, request):
                 if key not in self._flights:
                     self._leaders[key] = request.content
-                result, joined = await self._flights.run(
-                    key, lambda: self._lead(key, held, request, deadline, trace_context, start), deadline
+                flying = self._flights.run(
+                    key, lambda: in_task(self._lead(key, held, request, deadline, trace_context, start)), deadline
                 )
+                result, joined = await driver.run(flying, deadline)
                 if joined:
                     result = copy_of(result)
                     result.timing.joined = True

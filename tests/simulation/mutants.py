@@ -34,16 +34,17 @@ MUTANTS = {
             )
         ]
     },
-    # An exception after a flight had begun left it, and all that joined it, without an end.
+    # An unexpected exception in a flight left it, and all that joined it, without an end.
     "flight": {
-        "router.request.miss": [
+        "services.runtime.single_flight": [
             (
-                "        try:\n            self._start(deadline)\n        except Exception as error:\n"
-                "            self._fail(error)\n",
-                "        self._start(deadline)\n",
+                "Driver(work, flight.end)",
+                "Driver(work, lambda end: isinstance(end, ArithmeticError) or flight.end(end))",
             )
         ]
     },
+    # Requests whose worker said nothing outlasted their deadline.
+    "deadline": {"services.runtime.driver": [("        self._throw(DeadlinePassed())", "        pass")]},
     # Work in the background ended at the first thing that it did not expect.
     "background": {
         "services.runtime.telemetry.supervisor": [

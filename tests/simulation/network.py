@@ -11,7 +11,8 @@ import grpc
 
 from router.transport.grpc_channel import CONNECT_SECONDS, CallError
 from router.transport.local_channel import LocalChannel
-from services.runtime.rpc.rpc import Answer, Failure
+from services.runtime.driver import Driver
+from services.runtime.rpc.rpc import Failure
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY
 
@@ -293,29 +294,24 @@ def _cancel_task(call):
 
 
 class Server:
-    """The engine of a worker: `lane` answers Execute, `handlers` the other methods by path."""
+    """The engine of a worker: `fast_path` answers Execute, `handlers` the other methods by path."""
 
-    def __init__(self, process, port, execute, lane, handlers, lie):
+    def __init__(self, process, port, execute, fast_path, handlers, lie):
         self.process = process
         self.port = port
         self._execute = execute
-        self._lane = lane
+        self._fast_path = fast_path
         self._handlers = handlers
         self._lie = lie
 
     def receive(self, call, answer):
         """A call came; on the process's event loop."""
         if call.method == self._execute:
-            admitted = self._lane.admit(call.request, ())
-            if isinstance(admitted, Answer | Failure):
-                self._reply(call, admitted, answer)
-                return
-            call.task = asyncio.get_running_loop().create_task(self._finish(call, admitted, answer))
+            path = self._fast_path(call.request, (), None)
+            call.task = Driver(path, lambda reply: self._reply(call, reply, answer))
+            call.task.start()
         else:
             call.task = asyncio.get_running_loop().create_task(self._handle(call, answer))
-
-    async def _finish(self, call, admitted, answer):
-        self._reply(call, await self._lane.finish(admitted, None), answer)
 
     async def _handle(self, call, answer):
         handler = self._handlers.get(call.method)
@@ -331,6 +327,10 @@ class Server:
             answer(self._lie(call.method, body))
 
     def _reply(self, call, reply, answer):
+        if isinstance(reply, asyncio.CancelledError):
+            return
+        if isinstance(reply, Exception):
+            raise reply
         if isinstance(reply, Failure):
             answer(CallError(reply.code, reply.message))
         else:

@@ -1,7 +1,11 @@
-"""A Redis of virtual time, at the interface of redis-py's client: its scripts in Python, its faults by the seed."""
+"""A Redis of virtual time, at the interface of redis-py's client: its scripts in Python, its faults by the seed.
+
+A connection that redis-py lends (redis_client.lent_connection) speaks the protocol of Redis.
+"""
 
 from collections import OrderedDict
 
+from hiredis import Reader
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
@@ -85,6 +89,13 @@ class Redis:
 
     def _mget(self, keys):
         return [self._get(key) for key in keys]
+
+    def answer(self, command, *arguments):
+        """As `run`, in the protocol."""
+        if command == b"SET":
+            key, value, _, px = arguments
+            arguments = (key, value, px)
+        return _encoded(self.run(command.decode().lower(), arguments))
 
     def _damaged(self, value):
         random = self.random
@@ -240,22 +251,110 @@ def _value(value):
     return value if isinstance(value, bytes) else str(value).encode()
 
 
+def _encoded(reply):
+    """As Redis tells it."""
+    if reply is None:
+        return b"_\r\n"
+    if reply is True:
+        return b"+OK\r\n"
+    if isinstance(reply, ResponseError):
+        return b"-%b\r\n" % str(reply).encode()
+    if isinstance(reply, list):
+        return b"*%d\r\n" % len(reply) + b"".join(map(_encoded, reply))
+    if isinstance(reply, str):
+        return b"+%b\r\n" % reply.encode()
+    return b"$%d\r\n%b\r\n" % (len(reply), reply)
+
+
+class Connection:
+    """As redis-py's, as far as another protocol takes it over: also its own writer and transport."""
+
+    def __init__(self, client):
+        self._client = client
+        self._writer = self.transport = self
+        self._protocol = None
+        self._commands = Reader()
+        self._is_open = True
+        # Nothing that is sent now overtakes what was sent before.
+        self._arrives_ns = {True: 0, False: 0}
+
+    async def connect(self):
+        await self._client.trip([("ping", ())])
+        self._generation = self._client.server.generation
+
+    async def disconnect(self, *, nowait):
+        self.abort()
+
+    def set_protocol(self, protocol):
+        self._protocol = protocol
+
+    def abort(self):
+        self._is_open = False
+
+    def write(self, data):
+        if self._is_open:
+            self._client.server.loop.call_at_ns(self._arrival_ns(there=True), self._arrived, data, context=NOBODY)
+
+    def writelines(self, parts):
+        self.write(b"".join(parts))
+
+    def _arrival_ns(self, *, there):
+        arrives = max(self._arrives_ns[there] + 1, clock.ns() + self._client.delay_ns())
+        self._arrives_ns[there] = arrives
+        return arrives
+
+    def _arrived(self, data):
+        """At the server."""
+        server, process = self._client.server, self._client.process
+        if not process.alive or self._commands is None:
+            return
+        if server.hangs or process.name in server.cut_off:
+            self._commands = None  # no word ever comes, to nothing that follows either
+            return
+        lost_before = server.loss and server.random.random() < server.loss
+        if not server.up or server.generation != self._generation or (lost_before and server.random.random() < 0.5):
+            self._end()
+            return
+        self._commands.feed(data)
+        replies = []
+        while (command := self._commands.gets()) is not False:
+            replies.append(server.answer(*command))
+        if lost_before:
+            self._end()
+        else:
+            process.call_at(self._arrival_ns(there=False), self._answered, b"".join(replies))
+
+    def _answered(self, data):
+        if self._is_open:
+            self._protocol.data_received(data)
+
+    def _end(self):
+        self._commands = None
+        self._client.process.call_at(self._arrival_ns(there=False), self._ended)
+
+    def _ended(self):
+        if self._is_open:
+            self._is_open = False
+            self._protocol.connection_lost(RedisConnectionError("connection lost"))
+
+
 class Client:
     """As redis.asyncio.Redis, of one process."""
 
     def __init__(self, server, process):
-        self._server = server
-        self._process = process
+        self.server = server
+        self.process = process
         self.connection_pool = self
+
+    def make_connection(self):
+        """As of its connection pool."""
+        return Connection(self)
 
     async def disconnect(self, **_):
         """As of its connection pool."""
 
     async def aclose(self):
         """As redis-py's."""
-
-    def ping(self):
-        return self._run([("ping", ())])
 
     def get(self, key):
         return self._run([("get", (key,))])
@@ -295,15 +394,15 @@ class Client:
 
     async def trip(self, commands):
         """There and back. Raises what redis-py raises."""
-        server = self._server
+        server = self.server
         random, loop = server.random, server.loop
         replies = loop.create_future()
         state = server.generation
 
         def at_the_server():
-            if not self._process.alive:
+            if not self.process.alive:
                 return
-            if server.hangs or self._process.name in server.cut_off:
+            if server.hangs or self.process.name in server.cut_off:
                 return  # no word ever comes
             if not server.up or server.generation != state:
                 back(RedisConnectionError("connection refused"))
@@ -316,16 +415,16 @@ class Client:
             back(RedisConnectionError("connection lost") if lost_before else made)
 
         def back(made):
-            self._process.call_at(clock.ns() + self._delay_ns(), _settle, replies, made)
+            self.process.call_at(clock.ns() + self.delay_ns(), _settle, replies, made)
 
-        loop.call_at_ns(clock.ns() + self._delay_ns(), at_the_server, context=NOBODY)
+        loop.call_at_ns(clock.ns() + self.delay_ns(), at_the_server, context=NOBODY)
         made = await replies
         if isinstance(made, Exception):
             raise made
         return made
 
-    def _delay_ns(self):
-        return int(self._server.random.randint(30_000, 200_000) * self._server.slow)
+    def delay_ns(self):
+        return int(self.server.random.randint(30_000, 200_000) * self.server.slow)
 
 
 class _Pipeline:
@@ -344,9 +443,6 @@ class _Pipeline:
 
     def set(self, key, value, px=None):
         self._commands.append(("set", (key, value, px)))
-
-    def get(self, key):
-        self._commands.append(("get", (key,)))
 
     def sadd(self, key, *members):
         self._commands.append(("sadd", (key, *members)))

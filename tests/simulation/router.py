@@ -20,11 +20,12 @@ from router.membership.fleet import Fleet
 from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.request.audit import Audit
+from router.request.path import RequestPath
 from router.request.replies import Replies
-from router.request.service import InferenceService
 from router.settings import RouterSettings
 from services.runtime import faults
-from services.runtime.rpc.rpc import Answer, Failure, failure
+from services.runtime.driver import Driver
+from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process as TracedProcess
@@ -95,12 +96,9 @@ class SimRouter:
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
         cost = Cost(Prices(0.0, 0.0), requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
         replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
-        self.inference = InferenceService(
-            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit
-        )
+        self.path = RequestPath(fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit)
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()
-        self.lane = self.inference.service(lambda: True, {}).lanes["ModelInfer"]
         self.evictions = Evictions(mesh.local)
         mesh.purges.on_news = self._ask_again
         mesh.start()
@@ -120,39 +118,27 @@ class SimRouter:
             await asyncio.gather(*(fleet.describe(member) for member in healthy))
 
     def receive(self, call):
-        """A call of a caller came, as FastLaneServer takes it: `call.ended` hears the answer."""
+        """A call of a caller came, as FastPathServer takes it: `call.ended` hears the answer."""
         call.cancel_at_router = None
-        lane = self.lane
-        try:
-            admitted = lane.admit(call.data, call.metadata)
-        except Exception as error:
-            admitted = failure(faults.internal(log, "a lane failed", error))
-        if isinstance(admitted, Answer | Failure):
-            self._end(call, admitted)
-            return
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
         try:
-            cancel = lane.start(admitted, deadline, lambda answer: self._end(call, answer))
+            coroutine = self.path.infer(call.data, call.metadata, deadline)
+            coroutine.send(None)
+        except StopIteration as end:
+            self._end(call, end.value)
         except Exception as error:
-            self._end(call, failure(faults.internal(log, "a lane failed", error)))
-            return
-        if cancel is not None:
-            call.cancel_at_router = cancel
-            return
-        task = asyncio.get_running_loop().create_task(self._finish(call, admitted, deadline))
-        call.cancel_at_router = task.cancel
-
-    async def _finish(self, call, admitted, deadline):
-        try:
-            answer = await self.lane.finish(admitted, deadline)
-        except asyncio.CancelledError:
-            return
-        except Exception as error:
-            answer = failure(faults.internal(log, "a lane failed", error))
-        self._end(call, answer)
+            self._end(call, failure(faults.told(log, "a fast path failed", error)))
+        else:
+            driver = Driver(coroutine, lambda outcome: self._end(call, outcome))
+            call.cancel_at_router = driver.cancel
+            driver.start(deadline)
 
     def _end(self, call, answer):
         call.cancel_at_router = None
+        if isinstance(answer, asyncio.CancelledError):
+            return
+        if isinstance(answer, Exception):
+            answer = failure(faults.told(log, "a fast path failed", answer))
         call.answered_by_router(answer)
         if answer.afterwards is not None:
             try:

@@ -82,7 +82,7 @@ class SimWorker:
             world.loop.sockets[self._path] = Socket(world.loop, world.random, process, lambda: _Connection(local))
             envelopes.socket, envelopes.port = self._path, _PORT
         world.network.servers[self.address] = Server(
-            process, _PORT, _WORKER + "Execute", service.lanes["Execute"], handlers, self._lied
+            process, _PORT, _WORKER + "Execute", service.fast_paths["Execute"], handlers, self._lied
         )
         if world.redis is not None and world.announced:
             Announcer(world.redis.client({}), lambda: envelopes.announcement(self.address)).start()

@@ -383,7 +383,7 @@ class World:
             left[f"{router.name} requests"] = router.requests.in_flight
             left[f"{router.name} flights"] = len(mesh.flights._flights)
             left[f"{router.name} leaders"] = len(mesh._leaders)
-            left[f"{router.name} sequences"] = len(router.inference._sequences)
+            left[f"{router.name} sequences"] = len(router.path._sequences)
             left[f"{router.name} limits"] = sum(limit.in_flight for limit in router.limits._limits.values())
             for member in router.fleet.view.members.values():
                 left[f"{router.name}>{member.worker_id} outstanding"] = member.load.in_flight

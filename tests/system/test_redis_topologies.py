@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import random
 import subprocess
 import time
 
 import pytest
+import uvloop
 
 from cache.keys.invalidation import PurgeBoard
 from cache.policy.leases import Leases
@@ -17,24 +19,28 @@ from tests.system.redis_servers import needs_redis_server, redis_cluster, start_
 pytestmark = needs_redis_server
 
 
+def create_tier(url, **settings):
+    tier = SharedTier(
+        url,
+        Frames("secret"),
+        **{
+            "ttl_seconds": 60,
+            "budget_seconds": 0.1,
+            "create_breaker": lambda: Breaker(time.monotonic, first_pause=0.05, longest_pause=0.2),
+            **settings,
+        },
+    )
+    tier.start()
+    return tier
+
+
 @pytest.fixture
 async def open_tier():
     opened = []
 
     def create(url, **settings):
-        tier = SharedTier(
-            url,
-            Frames("secret"),
-            **{
-                "ttl_seconds": 60,
-                "budget_seconds": 0.1,
-                "create_breaker": lambda: Breaker(time.monotonic, first_pause=0.05, longest_pause=0.2),
-                **settings,
-            },
-        )
-        tier.start()
-        opened.append(tier)
-        return tier
+        opened.append(create_tier(url, **settings))
+        return opened[-1]
 
     yield create
     for tier in opened:
@@ -67,16 +73,30 @@ def certificate(tmp_path):
     return key, certificate
 
 
-async def test_tls_with_an_acl_user(start_redis, open_tier, certificate):  # noqa: F811
+@pytest.mark.parametrize("create_loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_tls_with_an_acl_user(start_redis, certificate, create_loop):  # noqa: F811
     key, certificate = certificate
     tls = ("--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", certificate)
     acl = ("--user", "mesh", "on", ">s%cret", "~rm1:*", "~{rm1-mesh}:*", "+@all", "--user", "default", "off")
     server = start_redis(*map(str, tls), "--tls-auth-clients", "no", *acl, tls=True)
     url = f"rediss://mesh:s%25cret@127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}"
-    tier = open_tier(url)
-    await keeps(tier, KEYS)
-    stranger = open_tier(url.replace("s%25cret", "wrong"))
-    assert await stranger.get(KEYS[0]) is None
+
+    async def use():
+        tier = create_tier(url)
+        await keeps(tier, KEYS)
+        large = Entry(random.randbytes(3 << 20), 1)
+        tier.put(b"large", large)
+        async with asyncio.timeout(10):
+            while (found := await tier.get(b"large")) is None:
+                await asyncio.sleep(0.01)
+        assert found.value == large.value
+        stranger = create_tier(url.replace("s%25cret", "wrong"))
+        assert await stranger.get(KEYS[0]) is None
+        await tier.close()
+        await stranger.close()
+
+    with asyncio.Runner(loop_factory=create_loop) as runner:
+        runner.run(use())
 
 
 @pytest.mark.proof

@@ -11,7 +11,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
-from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer, Lane
+from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer
 from services.runtime.rpc.server import Engine, Server
 from tests.system import raw_http2
 from tests.system.conftest import eventually
@@ -50,18 +50,21 @@ def changed(name, value):
 class Serving:
     """A server on an event loop of its own, whose ModelInfer answers with what it is sent."""
 
-    def __init__(self, engine, admit=lambda data, _: Answer(data, ()), **options):
+    def __init__(self, engine, answer=lambda data: Answer(data, ()), **options):
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.server, self.port = self._run(self._start(engine, admit, options))
+        self.server, self.port = self._run(self._start(engine, answer, options))
         self.address = f"127.0.0.1:{self.port}"
 
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
-    async def _start(self, engine, admit, options):
-        service = protocol.service(lambda: True, {}, {"ModelInfer": Lane(admit, None)})
+    async def _start(self, engine, answer, options):
+        async def infer(data, metadata, deadline):
+            return answer(data)
+
+        service = protocol.service(lambda: True, {}, {"ModelInfer": infer})
         limits = {"max_message_bytes": MAX_MESSAGE_BYTES, "max_connection_age": 3600}
         made = Server(engine, "127.0.0.1:0", [service], **limits, **options)
         port = await made.start()
@@ -276,7 +279,7 @@ def test_answers_that_nobody_reads_are_bounded_and_their_connections_cut_while_o
     monkeypatch.setattr(backlog, "_SHORT_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(server, "_LOOK_SECONDS", 0.1)
     limit, size = 32 << 20, 1 << 20
-    serving = Serving(kind, lambda data, _: Answer(bytes(size) if data else b"", ()), max_unread_bytes=limit)
+    serving = Serving(kind, lambda data: Answer(bytes(size) if data else b"", ()), max_unread_bytes=limit)
     window = [(raw_http2.INITIAL_WINDOW_SIZE, 1)]
 
     def unread():

@@ -19,19 +19,19 @@ STAGE = Family(
 )  # fmt: skip
 BATCH_ROWS = Family("ringmesh_worker_batch_rows", "histogram", "rows of the batches that ran", _MODEL)
 QUEUED = Family("ringmesh_worker_queue_depth", "gauge", "requests that wait for a batch", _MODEL)
-MEMORY = Family("ringmesh_worker_model_bytes", "gauge", "memory of a model; 0 while it is unloaded for room", _MODEL)
+MEMORY = Family("ringmesh_worker_model_bytes", "gauge", "memory of a model; 0 while it is not in memory", _MODEL)
 LOADS = Family("ringmesh_worker_model_loads_total", "counter", "times a model was loaded", _MODEL)
 LOADED = Family(
-    "ringmesh_worker_model_info", "gauge", "always 1; a model held, and what runs it",
+    "ringmesh_worker_model_info", "gauge", "always 1; a model that the worker holds, with its execution provider",
     (*_MODEL, "provider", "cacheable"),
 )  # fmt: skip
 DECISIONS = Family(
-    "ringmesh_worker_decisions_bytes", "gauge", "disk of what was loaded and unloaded by request, kept for restarts"
+    "ringmesh_worker_decisions_bytes", "gauge", "disk used by loads and unloads by request, stored for restarts"
 )
 FORGOTTEN = Family(
     "ringmesh_worker_load_failures_forgotten_total",
     "counter",
-    "failed loads that RepositoryIndex no longer lists, for want of room",
+    "failed loads that RepositoryIndex no longer lists, because its list is full",
 )
 
 _ROW_BOUNDS = tuple(float(1 << power) for power in range(11))

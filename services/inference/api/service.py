@@ -17,12 +17,13 @@ from services.inference.models.ensemble import Ensemble
 from services.inference.models.held_models import HeldModel
 from services.inference.worker import Work, Worker
 from services.runtime import faults, w3c, wire
+from services.runtime.driver import ON_LOOP, in_task
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
 from services.runtime.large_result import LargeResult, Result, message_of, pieces_of
 from services.runtime.oip import protocol
 from services.runtime.oip.absent_model import Failures
 from services.runtime.oip.infer_request import model_name, request_id
-from services.runtime.oip.protocol import lane_handler
+from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.oip.stream_infer import stream_handler
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.calls import Calls
@@ -31,7 +32,6 @@ from services.runtime.rpc.rpc import (
     Context,
     Failure,
     Handler,
-    Lane,
     Metadata,
     Service,
     failure,
@@ -61,7 +61,6 @@ class InferenceService:
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler], calls: Calls) -> Service:
         """The handlers, to be served with `more` of the same service; `calls` are counted. `is_ready` answers
         ServerReady."""
-        infer = Lane(lambda data, metadata: (data, metadata), self._model_infer)
         return protocol.service(
             is_ready,
             {
@@ -70,7 +69,7 @@ class InferenceService:
                 "ModelStreamInfer": stream_handler(self._stream_infer),
                 **more,
             },
-            {"ModelInfer": calls.counted_lane(protocol.full_name("ModelInfer"), infer)},
+            {"ModelInfer": calls.counted_path(protocol.full_name("ModelInfer"), self._model_infer)},
         )
 
     async def _model_ready(self, request: v2.ModelReadyRequest, _: Context) -> v2.ModelReadyResponse:
@@ -104,9 +103,9 @@ class InferenceService:
             self._tracer.finish(trace, name, start, time.time_ns(), attributes, failure.message, result.timing)
         return result
 
-    async def _model_infer(self, call: tuple[bytes, Metadata], deadline: float | None) -> Answer | Failure:
-        data, metadata = call
-        result = await self._execute(data, metadata, deadline, "ModelInfer")
+    async def _model_infer(self, data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
+        await ON_LOOP
+        result = await in_task(self._execute(data, metadata, deadline, "ModelInfer"))
         trailing = (
             ("ringmesh-cache", "bypass"),
             ("ringmesh-worker", self._worker.worker_id),
@@ -149,11 +148,11 @@ class EnvelopeService:
 
     def service(self, calls: Calls) -> Service:
         """The handlers, to be served; `calls` are counted."""
-        execute = calls.counted_lane(EXECUTE, Lane(self.admit, self._execute))
+        execute = calls.counted_path(EXECUTE, self._execute)
         return Service(
             _DESCRIPTOR,
             {
-                "Execute": lane_handler(execute),
+                "Execute": fast_path_handler(execute),
                 "Withdraw": unary(inference_pb2.WithdrawRequest, self._withdraw),
                 "Describe": unary(inference_pb2.DescribeRequest, self._describe),
                 "GetDecision": unary(inference_pb2.GetDecisionRequest, self._decision),
@@ -165,7 +164,7 @@ class EnvelopeService:
         """What `admit` did not answer; `done` hears the answer, later than this returns. What cancels it."""
         return self._worker.begin_all(works, lambda results: done(self._answer(results)))
 
-    def admit(self, data: bytes, _: Metadata = ()) -> Answer | Failure | list[Work]:
+    def admit(self, data: bytes) -> Answer | Failure | list[Work]:
         """What is run at once is answered at once."""
         try:
             if not self._worker.accepting:
@@ -190,8 +189,12 @@ class EnvelopeService:
         load = wire.field(2, self._load().SerializeToString())
         return Answer(b"".join([wire.field(1, result) for result in results]) + load, ())
 
-    async def _execute(self, works: list[Work], _: float | None) -> Answer | Failure:
-        return self._answer(await self._worker.execute_all(works))
+    async def _execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
+        admitted = self.admit(data)
+        if isinstance(admitted, Answer | Failure):
+            return admitted
+        await ON_LOOP
+        return self._answer(await self._worker.execute_all(admitted))
 
     def _answer(self, results: list[Result]) -> Answer | Failure:
         try:

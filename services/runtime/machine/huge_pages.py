@@ -1,7 +1,7 @@
 """Memory on huge pages: where a large cache lies, a look-up misses the TLB at each object it touches.
 
 CPython asks for its memory a megabyte at a time, too little for the kernel to give huge pages by itself. What is in
-full use is copied onto them now and then (MADV_COLLAPSE, Linux 6.1), off the event loop: see docs/performance.md.
+full use is copied onto them now and then (MADV_COLLAPSE, Linux 6.1), off the event loop: see docs/decisions/0030.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def use_tcmalloc() -> None:
     """Begins this process anew with tcmalloc, where it is found; whoever preloads something else has that.
 
     Buffers are taken on one of the engine's threads and given back on another, and threads of glibc's malloc then wait
-    for each other's locks: a fifth of a hit (docs/performance.md).
+    for each other's locks: a fifth of a hit (docs/decisions/0030).
     """
     if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
         return
@@ -49,7 +49,7 @@ def keep_large_buffers() -> None:
     """Freed buffers of up to 32 MB stay with the process, at most 128 MB in all, ready for the next request.
 
     Otherwise glibc maps each, has it faulted in page by page and unmaps it again, which takes longer than to serve a
-    request of 600 KB (docs/performance.md). tcmalloc keeps them by itself.
+    request of 600 KB (docs/decisions/0030). tcmalloc keeps them by itself.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -12,15 +12,15 @@ from typing import Any, TypeAlias, cast
 import grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.runtime import wire
-from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
+from services.runtime import driver, wire
+from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
     Failure,
+    FastPath,
     Handler,
-    Lane,
     Metadata,
     Service,
     abort,
@@ -37,7 +37,7 @@ CACHE_CONTROL = "cache-control"
 # Characters of a tenant's name.
 MAX_TENANT = 256
 
-_NO_LANES: Mapping[str, Lane] = {}
+_NO_FAST_PATHS: Mapping[str, FastPath] = {}
 EXTENSIONS = (
     "classification",
     "sequence",
@@ -59,7 +59,9 @@ _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
-def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mapping[str, Lane] = _NO_LANES) -> Service:
+def service(
+    is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath] = _NO_FAST_PATHS
+) -> Service:
     """`inference.GRPCInferenceService` of `handlers`, with what is the same on every server."""
     metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
 
@@ -78,25 +80,23 @@ def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], lanes: Mappin
             "ServerLive": unary(v2.ServerLiveRequest, live),
             "ServerReady": unary(v2.ServerReadyRequest, ready),
             "ServerMetadata": unary(v2.ServerMetadataRequest, server_metadata),
-            **{method: lane_handler(lane) for method, lane in lanes.items()},
+            **{method: fast_path_handler(path) for method, path in fast_paths.items()},
             **handlers,
         },
-        lanes,
+        fast_paths,
     )
 
 
-def lane_handler(lane: Lane) -> Handler:
-    """For engines without lanes."""
+def fast_path_handler(path: FastPath) -> Handler:
+    """For engines without fast paths."""
 
     async def call(data: bytes, context: Context) -> bytes:
-        sent = metadata(context)
+        sent, until = metadata(context), deadline(context)
         try:
             check_metadata(sent)
-        except ResourceExhaustedError as error:
+            answer = await driver.run(path(data, sent, until), until)
+        except RingmeshError as error:
             await abort(context, error)
-        answer = lane.admit(data, sent)
-        if not isinstance(answer, Answer | Failure):
-            answer = await lane.finish(answer, deadline(context))
         body = await whole(answer) if isinstance(answer, Answer) else b""
         if answer.afterwards is not None:
             answer.afterwards()

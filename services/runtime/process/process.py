@@ -40,7 +40,7 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
             await BACKGROUND.close()
 
     name = settings_type.section
-    # A full collection walks every cached entry: at 100,000 of them all requests stood for 80 ms (docs/performance.md).
+    # A full collection walks every cached entry: at 100,000 of them all requests stood for 80 ms (docs/decisions/0030).
     gc.set_threshold(20_000, 50, 10_000)
     memory.keep_large_buffers()
     try:

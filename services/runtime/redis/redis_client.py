@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio import ConnectionPool, Redis
@@ -58,3 +60,20 @@ def cluster(url: RedisUrl, more: Mapping[str, Any]) -> RedisCluster:
     return RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in url.hosts], ssl=url.is_secure, **{**plain, **more}
     )
+
+
+@asynccontextmanager
+async def lent_connection(client: Redis, protocol: asyncio.Protocol) -> AsyncIterator[asyncio.Transport]:
+    """A connection of its own, opened as `client` opens those that it keeps; from then on `protocol` hears of it.
+
+    `connection_made` is not called. Raises what redis-py raises where it cannot connect.
+    """
+    connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.connect()
+        # redis-py has no public name for it; tests/system/test_redis_topologies.py would notice a change.
+        transport: asyncio.Transport = connection._writer.transport
+        transport.set_protocol(protocol)
+        yield transport
+    finally:
+        await connection.disconnect(nowait=True)

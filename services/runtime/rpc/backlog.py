@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 UNREAD = Family("ringmesh_unread_response_bytes", "gauge", "answers that callers have not read yet")
 CUT = Family("ringmesh_connections_cut_total", "counter", "connections ended because their client did not read answers")
-REFUSED = Family("ringmesh_unread_refusals_total", "counter", "answers refused because too many before them are unread")
+REFUSED = Family("ringmesh_unread_refusals_total", "counter", "calls refused because too many answers are unread")
 MAX_UNREAD_BYTES = 256 << 20
 # Connections are measured once this part of the limit is unread in all, and again after as many further bytes.
 _STEP = 1 / 16

@@ -11,26 +11,36 @@ from typing import Any
 import grpc
 
 from services.runtime.errors import RingmeshError
-from services.runtime.rpc.rpc import Answer, Context, Failure, Handler, Lane, Metadata, Service, abort, check_metadata
+from services.runtime.rpc.rpc import (
+    Answer,
+    Context,
+    Failure,
+    FastPath,
+    Handler,
+    Metadata,
+    Service,
+    abort,
+    check_metadata,
+)
 from services.runtime.telemetry.metrics import Family, Sample
 
 CALLS = Family(
     "ringmesh_rpc_calls_total",
     "counter",
-    "calls answered, a stream when it ends; without ModelInfer on a router, which ringmesh_requests_total counts",
+    "calls answered, a stream when it ends; on a router without ModelInfer, which ringmesh_requests_total counts",
     ("method", "code"),
 )
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Calls:
-    """Counts by method and code, at half a microsecond a call; of methods with a lane, those that ask for it."""
+    """Counts by method and code, at half a microsecond a call; of methods with a fast path, those that ask for it."""
 
     def __init__(self) -> None:
         # By method and code.
         self._counts: dict[str, dict[str, int]] = {}
         self._others: list[Callable[[], Iterator[Sample]]] = []
-        # Lanes count on threads of their own.
+        # Fast paths count on a thread of their own.
         self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
@@ -48,7 +58,7 @@ class Calls:
     def counted(self, service: Service) -> dict[str, Handler]:
         """The handlers of `service`, whose calls count from now on."""
         return {
-            method: handler if method in service.lanes else self._counted(f"{service.name}/{method}", handler)
+            method: handler if method in service.fast_paths else self._counted(f"{service.name}/{method}", handler)
             for method, handler in service.handlers.items()
         }
 
@@ -62,26 +72,20 @@ class Calls:
 
         return count
 
-    def counted_lane(self, method: str, lane: Lane) -> Lane:
-        """`lane`, whose calls count from now on."""
+    def counted_path(self, method: str, path: FastPath) -> FastPath:
+        """`path`, whose calls count from now on."""
         count = self.counter(method)
 
-        def admit(request: bytes, metadata: Metadata) -> Any:
-            answer = lane.admit(request, metadata)
-            if isinstance(answer, Answer | Failure):
-                count(_code_of(answer))
-            return answer
-
-        async def finish(call: Any, deadline: float | None) -> Answer | Failure:
+        async def counted(data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
             code = "CANCELLED"
             try:
-                answer = await lane.finish(call, deadline)
+                answer = await path(data, metadata, deadline)
                 code = _code_of(answer)
                 return answer
             finally:
                 count(code)
 
-        return Lane(admit, finish)
+        return counted
 
     def _counted(self, method: str, handler: Handler) -> Handler:
         """Handlers are coroutines of bytes; a stream of requests comes as an iterator, one of answers goes as one."""

@@ -76,30 +76,19 @@ MAX_METADATA_BYTES = 16 << 10
 PUSHBACK = "grpc-retry-pushback-ms"
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """A unary method in two parts, for an engine that can do without a handler.
-
-    `admit` takes a request and its metadata, at once and on a thread beside the event loop's, so it changes nothing but
-    counts. What it returns that is neither an Answer nor a Failure goes to `finish`, with the caller's deadline in
-    time.monotonic. That is cancelled when the caller leaves; neither raises anything else.
-
-    `start` may do what `finish` does without a task, and say so by returning what cancels it: then its last argument is
-    called with the answer, perhaps at once, and not after it was cancelled.
-    """
-
-    admit: Callable[[bytes, Metadata], Any]
-    finish: Callable[[Any, float | None], Coroutine[Any, Any, Answer | Failure]]
-    start: Callable[[Any, float | None, Callable[[Answer | Failure], None]], Callable[[], object] | None] | None = None
+# A unary method without an asyncio task: takes the request, its metadata and the caller's deadline in time.monotonic.
+# It is started on the thread that receives calls and may only read and count there; before anything else it awaits
+# driver.ON_LOOP. It is cancelled when the caller leaves, and at the deadline.
+FastPath: TypeAlias = Callable[[bytes, Metadata, float | None], Coroutine[Any, Any, "Answer | Failure"]]
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A gRPC service to serve: its handlers by method name, and the lanes that an engine may take instead of them."""
+    """A gRPC service to serve: its handlers by method name, and the fast paths that an engine may take instead."""
 
     descriptor: ServiceDescriptor
     handlers: Mapping[str, Handler]
-    lanes: Mapping[str, Lane] = field(default_factory=dict)
+    fast_paths: Mapping[str, FastPath] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -158,7 +147,7 @@ async def abort(context: Context, error: RingmeshError, trailing: Metadata = ())
 
 
 def failure(error: RingmeshError, trailing: Metadata = (), afterwards: Callable[[], None] | None = None) -> Failure:
-    """As `abort`, for a lane."""
+    """As `abort`, for a fast path."""
     return Failure(error.code, error.message, (*trailing, *status_details(error)), afterwards)
 
 

@@ -81,14 +81,14 @@ def _create(
     """The server, its unread answers, and what wraps each handler."""
     if engine is Engine.NATIVE:
         try:
-            from services.runtime.rpc.fast_lane import FastLaneServer
+            from services.runtime.rpc.fast_path import FastPathServer
         except ImportError:
             log.warning("pygrpc-native has no wheel here; serving with grpcio, which is slower")
         else:
-            lanes = {
-                f"/{service.name}/{method}": lane for service in services for method, lane in service.lanes.items()
+            paths = {
+                f"/{service.name}/{method}": path for service in services for method, path in service.fast_paths.items()
             }
-            native = FastLaneServer(options, lanes, max_unread_bytes)
+            native = FastPathServer(options, paths, max_unread_bytes)
             return native, native.backlog, lambda handler: handler
     answers = _GrpcioAnswers(max_unread_bytes)
     return grpc.aio.server(options=options), answers.backlog, answers.bounded
@@ -168,9 +168,9 @@ class Server:
         ]
         return port
 
-    def lane_seconds(self) -> float:
-        """CPU time of the thread that lanes answer on, where the engine has one."""
-        seconds: float = getattr(self._server, "lane_seconds", 0.0)
+    def receiver_seconds(self) -> float:
+        """CPU time of the thread that receives calls, if the engine has one."""
+        seconds: float = getattr(self._server, "receiver_seconds", 0.0)
         return seconds
 
     def set_serving(self, serving: bool) -> None:

@@ -13,7 +13,7 @@ from services.runtime.telemetry.metrics import Family, Sample
 log = logging.getLogger(__name__)
 
 _GPU = ("gpu", "name")
-USE = Family("ringmesh_gpu_use_ratio", "gauge", "part of the last moments in which the GPU ran a kernel", _GPU)
+USE = Family("ringmesh_gpu_use_ratio", "gauge", "share of recent time in which the GPU ran a kernel", _GPU)
 MEMORY_USED = Family("ringmesh_gpu_memory_used_bytes", "gauge", "memory of the GPU in use", _GPU)
 MEMORY_TOTAL = Family("ringmesh_gpu_memory_total_bytes", "gauge", "memory of the GPU", _GPU)
 TEMPERATURE = Family("ringmesh_gpu_temperature_celsius", "gauge", "temperature of the GPU", _GPU)

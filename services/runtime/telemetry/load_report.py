@@ -26,8 +26,8 @@ class Answers(NamedTuple):
 class LoadReport:
     """`trailer` is the last report, serialized: an answer costs no more than to name it.
 
-    Python runs in one thread at a time, that of the event loop or that of the lanes, and `cores` are for the others, so
-    whichever is busier says how busy the process is.
+    Python runs in one thread at a time, that of the event loop or the one that receives calls. `cores` are for the
+    others. So whichever is busier says how busy the process is.
     `named` has metrics by names of our own.
     """
 
@@ -37,18 +37,18 @@ class LoadReport:
         self._answers = answers
         self._cores = cores
         self._named = named
-        self._lane_seconds: Callable[[], float] = float
+        self._receiver_seconds: Callable[[], float] = float
         self._last = (0.0, 0.0, 0.0, Answers(0, 0))
         self.trailer: tuple[str, bytes] = (_NAME, b"")
 
-    def start(self, lane_seconds: Callable[[], float]) -> None:
-        """To be called on the event loop; ends with it. `lane_seconds` is the CPU time of the server's lanes."""
-        self._lane_seconds = lane_seconds
+    def start(self, receiver_seconds: Callable[[], float]) -> None:
+        """To be called on the event loop; ends with it. `receiver_seconds`: CPU time of the receiving thread."""
+        self._receiver_seconds = receiver_seconds
         self._last = self._now()
         BACKGROUND.start("load report", self._measure_on)
 
     def _now(self) -> tuple[float, float, float, Answers]:
-        return time.monotonic(), time.process_time(), time.thread_time() + self._lane_seconds(), self._answers()
+        return time.monotonic(), time.process_time(), time.thread_time() + self._receiver_seconds(), self._answers()
 
     async def _measure_on(self) -> None:
         while True:

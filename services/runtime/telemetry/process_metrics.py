@@ -15,7 +15,7 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 BUILD = Family(
     "ringmesh_build_info",
     "gauge",
-    "always 1; what runs here; compiled, malloc: whether the faster ones were found (tcmalloc or other)",
+    "always 1; version and build; compiled: whether compiled modules run; malloc: tcmalloc or other",
     ("service", "version", "engine", "compiled", "malloc"),
 )
 START = Family("ringmesh_process_start_time_seconds", "gauge", "when the process started, since the Unix epoch")
@@ -26,7 +26,7 @@ THREADS = Family("ringmesh_process_threads", "gauge", "threads of the process")
 HOST_CPU = Family("ringmesh_host_cpu_seconds_total", "counter", "CPU time of the whole host", ("mode",))
 HOST_MEMORY = Family("ringmesh_host_memory_bytes", "gauge", "memory of the host", ("state",))
 TASKS = Family("ringmesh_event_loop_tasks", "gauge", "asyncio tasks of the process that have not ended")
-LOOP_LAG = Family("ringmesh_event_loop_lag_seconds", "histogram", "how late the event loop calls back a timer")
+LOOP_LAG = Family("ringmesh_event_loop_lag_seconds", "histogram", "how late the event loop runs a timer")
 
 _LAG_PERIOD_SECONDS = 0.1
 

@@ -9,7 +9,7 @@ from services.runtime.telemetry.metrics import Family, Sample
 FORGOTTEN = Family(
     "ringmesh_forgotten_total",
     "counter",
-    "entries that a bounded memory of the process gave up for room: computing times of models (costs), refusals, "
+    "entries evicted from bounded tables of the process: compute times of models (costs), refusals, "
     "requests by their bytes (requests), their descriptions, keys of tenants, tail latencies, usual times of models",
     ("what",),
 )

@@ -17,14 +17,12 @@ from services.runtime.telemetry.metrics import Counter, Family, Sample
 
 log = logging.getLogger(__name__)
 
-FAILURES = Family(
-    "ringmesh_background_failures_total", "counter", "times work in the background failed unexpectedly", ("task",)
-)
-RUNNING = Family("ringmesh_background_tasks", "gauge", "work in the background that runs now", ("task",))
+FAILURES = Family("ringmesh_background_failures_total", "counter", "unexpected failures of background tasks", ("task",))
+RUNNING = Family("ringmesh_background_tasks", "gauge", "background tasks that run now", ("task",))
 FAILING = Family(
     "ringmesh_background_failing",
     "gauge",
-    "always 1; work in the background that failed within the last minute, and its last reason",
+    "always 1; background tasks that failed within the last minute, with the last reason",
     ("task", "reason"),
 )
 

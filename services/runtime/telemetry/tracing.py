@@ -24,7 +24,7 @@ from services.runtime.w3c import new_span_id, new_trace_id
 SPANS = Family(
     "ringmesh_trace_spans_total",
     "counter",
-    "spans by destination (otlp, folder) and result: sent, or dropped for want of room or by the destination",
+    "spans by destination (otlp, folder) and result: sent, or dropped by a full queue or by the destination",
     ("destination", "result"),
 )
 

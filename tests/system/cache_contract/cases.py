@@ -77,7 +77,7 @@ def datatype(server):
         second = server.infer(request)
     except grpc.RpcError:  # the model takes one of them only
         return
-    assert first.nonce != second.nonce, "answered with the answer of the other"
+    assert first.nonce != second.nonce, "got the answer of the other"
 
 
 @right("the same bytes as the other input")
@@ -127,7 +127,7 @@ def parameter(server):
         request = question(a, b)
         request.parameters["temperature"].int64_param = value
         nonces.append(server.infer(request).nonce)
-    assert nonces[0] != nonces[1], "answered with the answer of the other"
+    assert nonces[0] != nonces[1], "got the answer of the other"
 
 
 @right("the same inputs to another model")
@@ -184,7 +184,7 @@ def other_trace(server):
     assert one.nonce == other.nonce, "it was computed again"
 
 
-@shared("what every C++ client adds, and a timeout")
+@shared("the parameters that every C++ client adds, and a timeout")
 def reserved(server):
     a, b = values(16), values(16)
     request = question(a, b)
@@ -213,7 +213,7 @@ def all_outputs(server):
     same(server, question(a, b), question(a, b, outputs=named))
 
 
-@shared("fields in another order on the wire, with one that nobody knows")
+@shared("fields in another order on the wire, and an unknown field")
 def wire(server):
     a, b = values(16), values(16)
     request = question(a, b)
@@ -224,7 +224,7 @@ def wire(server):
     same(server, request, body)
 
 
-@shared("ten callers at once")
+@shared("ten concurrent callers")
 def joined(server):
     request = question(values(16), values(16), model="contract_slow")
     calls = [server.start(request) for _ in range(10)]

@@ -3,12 +3,13 @@ import time
 
 import pytest
 
+from services.runtime import driver
 from services.runtime.errors import DeadlineExceededError, InternalError
 from services.runtime.single_flight import SingleFlight
 
 
 class Work:
-    """Work that ends when told to, and counts its runs."""
+    """Work that ends when told to, fails once if told to, and counts its runs."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -18,13 +19,18 @@ class Work:
     async def __call__(self) -> str:
         self.runs += 1
         await self.go.wait()
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
         return "done"
 
 
+async def run(flights, work, deadline=None):
+    return await driver.run(flights.run(b"key", work, deadline), deadline)
+
+
 async def start(flights, work, count, deadline=None):
-    callers = [asyncio.create_task(flights.run(b"key", work, deadline)) for _ in range(count)]
+    callers = [asyncio.create_task(run(flights, work, deadline)) for _ in range(count)]
     await asyncio.sleep(0)
     return callers
 
@@ -42,8 +48,8 @@ async def test_equal_keys_in_flight_run_once_and_all_get_the_result():
 async def test_a_landed_flight_is_not_a_cache():
     flights, work = SingleFlight(), Work()
     work.go.set()
-    await flights.run(b"key", work, None)
-    await flights.run(b"key", work, None)
+    await run(flights, work)
+    await run(flights, work)
     assert work.runs == 2
 
 
@@ -64,8 +70,7 @@ async def test_a_failure_reaches_all_that_joined_and_is_not_kept():
     callers = await start(flights, work, 3)
     work.go.set()
     assert all(isinstance(error, InternalError) for error in await asyncio.gather(*callers, return_exceptions=True))
-    work.error = None
-    assert await flights.run(b"key", work, None) == ("done", False)
+    assert await run(flights, work) == ("done", False)
 
 
 async def test_one_with_time_left_runs_again_when_the_first_ran_out_of_it():
@@ -77,7 +82,6 @@ async def test_one_with_time_left_runs_again_when_the_first_ran_out_of_it():
     work.go.set()
     with pytest.raises(DeadlineExceededError):
         await hasty
-    work.error = None
     assert await patient == ("done", False)
     assert work.runs == 2
 

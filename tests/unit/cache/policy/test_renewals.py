@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from cache.keys.invalidation import PurgeBoard
-from cache.mesh import Mesh, Renewal
+from cache.mesh import Mesh
 from cache.policy.freshness import Freshness, tightest
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import _MOST_AT_ONCE, Renewals
@@ -95,7 +95,7 @@ async def test_a_renewal_that_fails_however_it_may_gives_its_lease_back():
     async def compute():
         raise ValueError("nobody foresaw it")
 
-    mesh.renew(key, Entry(b"old", 1), Renewal(Freshness(1000, 0), compute))
+    mesh.renew(key, Entry(b"old", 1), compute)
     async with asyncio.timeout(5):
         while not mesh.renewals.counts["failed"]:
             await asyncio.sleep(0)

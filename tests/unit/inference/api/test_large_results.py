@@ -12,10 +12,11 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.transport.local_connection import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket
+from services.runtime.driver import ON_LOOP
 from services.runtime.large_bytes import LARGE_BYTES, join_arrays
 from services.runtime.large_result import LargeResult, copy_of, pieces_of, take_apart
-from services.runtime.oip.protocol import lane_handler
-from services.runtime.rpc.rpc import Answer, Lane, Service
+from services.runtime.oip.protocol import fast_path_handler
+from services.runtime.rpc.rpc import Answer, Service
 from services.runtime.rpc.server import Engine, Server
 
 SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -145,18 +146,19 @@ async def test_a_large_answer_that_nobody_waits_for_any_more_is_not_sent_further
 
 @pytest.mark.parametrize("engine", Engine)
 @pytest.mark.parametrize("when", [b"at once", b"later"])
-async def test_a_large_answer_of_a_lane_leaves_whole_on_either_engine(engine, when):
+async def test_a_large_answer_of_a_fast_path_leaves_whole_on_either_engine(engine, when):
     pieces = [bytes([number]) * LARGE_BYTES for number in range(3)]
     after = []
 
     def answer():
         return Answer(b"body", (("told", "so"),), lambda: after.append(when), pieces)
 
-    async def finish(data, deadline):
+    async def path(data, metadata, deadline):
+        if data != b"at once":
+            await ON_LOOP
         return answer()
 
-    lane = Lane(lambda data, metadata: answer() if data == b"at once" else data, finish)
-    service = Service(SERVICE, {"ModelInfer": lane_handler(lane)}, {"ModelInfer": lane})
+    service = Service(SERVICE, {"ModelInfer": fast_path_handler(path)}, {"ModelInfer": path})
     server = Server(engine, "127.0.0.1:0", [service], max_message_bytes=1 << 20, max_connection_age=300)
     port = await server.start()
     options = [("grpc.max_receive_message_length", -1)]

@@ -9,11 +9,12 @@ from ringmesh.inference.v1 import inference_pb2
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.balancing.ring import RANKS
-from router.dispatch.attempts import MOST_ENDED, FatalRequestError
+from router.dispatch.attempts import MOST_ENDED, Asked, FatalRequestError
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from router.transport.worker_client import LinkClosedError, NotSentError, Sent, WorkerLostError, WorkerUnreachableError
+from services.runtime import driver
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.telemetry.tracing import Trace
 from tests.unit.router.fleets import MODEL, member, view
@@ -64,8 +65,8 @@ LOST = WorkerUnreachableError("gone")
 NAMES = [f"w{index}" for index in range(20)]
 
 
-async def run(made):
-    return await made.run(MODEL, b"request", PLACE, NOT_SAMPLED)
+async def run(made, model=MODEL, **more):
+    return await driver.run(made.run(Asked(model, b"request", PLACE, NOT_SAMPLED, **more)))
 
 
 async def test_the_owner_is_asked_first():
@@ -128,7 +129,7 @@ async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
     made, _, asked, lost = dispatcher({name: outcome_of_owner if name == ranked[0] else outcome for name in NAMES})
     for _ in range(seen):
         made._parts.tails.observe(HEDGED.digest, 0.001)
-    result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
+    result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
     done, _ = await asyncio.wait([result], timeout=0.5)
     member = (await result)[1].address if done else None
     result.cancel()
@@ -175,7 +176,7 @@ async def test_a_request_that_ends_its_workers_ends_no_more_of_them_where_it_is_
     made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, NEVER), link=Waits)
     for _ in range(64):
         made._parts.tails.observe(HEDGED.digest, 0.001)
-    result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
+    result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
     # Whoever has it ends, one a turn, but not before the hedge of the first attempt is under way.
     while not result.done():
         await asyncio.sleep(0.002)
@@ -195,7 +196,7 @@ async def test_the_other_attempt_of_a_hedged_request_is_left_when_as_many_worker
     made, _, asked, _ = dispatcher(dict.fromkeys(NAMES, NEVER), link=Waits)
     for _ in range(64):
         made._parts.tails.observe(HEDGED.digest, 0.001)
-    result = asyncio.create_task(made.run(HEDGED, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE))
+    result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
     while len(asked) < 2:
         await asyncio.sleep(0.002)
     asked[0][1].done(WorkerLostError("Socket closed"))
@@ -242,7 +243,7 @@ async def test_where_all_have_enough_to_do_a_request_is_refused_at_once_and_told
         limit.limit = 1
         limit.begin()
     with pytest.raises(RefusedError, match="overloaded") as refused:
-        await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+        await run(made, request_hash=PLACE)
     assert (asked, refused.value.retry_after > 0) == ([], True)
 
 
@@ -271,7 +272,7 @@ async def test_a_worker_that_has_enough_to_do_is_passed_over():
     limit = made._parts.limits.of(ranked[0], MODEL.digest)
     limit.limit = 1
     limit.begin()
-    await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+    await run(made, request_hash=PLACE)
     assert asked == [ranked[1]]
 
 
@@ -281,5 +282,5 @@ async def test_a_request_that_was_admitted_and_lost_is_sent_to_a_worker_that_had
     limit = made._parts.limits.of(ranked[0], MODEL.digest)
     limit.limit = 1
     limit.begin()
-    _, member = await made.run(MODEL, b"request", PLACE, NOT_SAMPLED, request_hash=PLACE)
+    _, member = await run(made, request_hash=PLACE)
     assert (asked, member.address) == ([ranked[1], ranked[0]], ranked[0])

@@ -60,14 +60,14 @@ class FakeDispatcher:
         self.asked = 0
         self.priorities = []
 
-    async def run(self, model, request, place, trace, *, deadline, caller):
+    async def run(self, asked):
         self.asked += 1
-        self.priorities.append(caller.priority.name)
+        self.priorities.append(asked.caller.priority.name)
         await asyncio.sleep(0)
         told = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(told, Exception):
             raise told
-        return inference_pb2.WorkResult(response=told, model_digest=model.digest), WORKER
+        return inference_pb2.WorkResult(response=told, model_digest=asked.model.digest), WORKER
 
 
 MODEL = ModelEntry("m", "1", b"digest", "", v2.ModelMetadataResponse())
@@ -164,8 +164,8 @@ async def test_an_answer_of_files_that_are_gone_is_not_compared():
     clock = Clock()
 
     class Replaced(FakeDispatcher):
-        async def run(self, model, *arguments, **named):
-            result, member = await super().run(model, *arguments, **named)
+        async def run(self, asked):
+            result, member = await super().run(asked)
             result.model_digest = b"other"
             return result, member
 

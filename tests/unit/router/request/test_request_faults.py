@@ -21,10 +21,11 @@ from router.admission.quotas import Quotas
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
-from router.request.call import Admitted
+from router.request.call import Call
+from router.request.path import RequestPath
 from router.request.replies import Replies
-from router.request.service import InferenceService
 from router.transport.worker_client import Sent, WorkerUnreachableError
+from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Answer, Failure, failure
 from services.runtime.telemetry.tracing import Trace
 from tests.conftest import sources_only
@@ -141,14 +142,13 @@ class Router:
             fault.kind = TellsReplies
             replies = fault.of(TellsReplies)()
         quotas = fault.of(Quotas)({}, time.monotonic)
-        self.service = InferenceService(
-            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None
-        )
+        self.path = RequestPath(fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None)
+        self.path._keyer = SimpleNamespace(admit=lambda _: None, remember=lambda _: None)
         self.told = []
 
     def call(self):
         trace = self.fault.of(Trace)("a" * 32, "", sampled=False)
-        call = Admitted(b"request", trace, (), "ModelInfer")
+        call = Call(b"request", trace, (), "ModelInfer", None)
         call.model, call.name, call.request_hash = replace(MODEL, hedged=True), MODEL.name, HASH
         return call
 
@@ -156,23 +156,15 @@ class Router:
         self.told.append(reply)
         self.fault.meets("answer")
 
-    async def by_callbacks(self):
-        """One request as most are answered, and its answer."""
+    async def ask(self):
+        """What two equal requests at once are answered; the first of them."""
         told = len(self.told)
-        assert self.service._misses.begin(self.call(), None, self.answer) is not None
-        joined = asyncio.create_task(self.service._finish(self.call(), None))
+        for _ in range(2):
+            Driver(self.path.answer(self.call()), self.answer).start()
         async with asyncio.timeout(10):
-            await asyncio.wait([joined])
-            while len(self.told) == told:
+            while len(self.told) < told + 2:
                 await asyncio.sleep(0)
-        (reply,) = self.told[told:]
-        return reply
-
-    async def by_coroutine(self):
-        """One that takes the longer way, and its answer."""
-        calls = [asyncio.create_task(self.service._finish(self.call(), None)) for _ in range(2)]
-        async with asyncio.timeout(10):
-            return (await asyncio.gather(*calls, return_exceptions=True))[0]
+        return self.told[told]
 
     def assert_nothing_is_held(self):
         assert self.requests.in_flight == 0
@@ -181,26 +173,25 @@ class Router:
         assert [limit.in_flight for limit in self.limits._limits.values() if limit.in_flight] == []
 
 
-async def through(fault, outcomes, way):
+async def through(fault, outcomes):
     """The answer while a step fails, and that to the next equal request."""
     router = Router(fault, outcomes)
-    first = await getattr(router, way)()
+    first = await router.ask()
     await asyncio.sleep(0)
     assert fault.met
     router.assert_nothing_is_held()
     fault.armed = False
     router.outcomes.clear()
-    second = await getattr(router, way)() if router.mesh.refusals.kept.get(KEY) is None else None
+    second = await router.ask() if router.mesh.refusals.kept.get(KEY) is None else None
     router.assert_nothing_is_held()
     return first, second
 
 
 def is_internal(reply):
-    # The engine answers INTERNAL to what `_finish` raises.
+    # The engine answers INTERNAL to what the path raises.
     return isinstance(reply, FaultError) or (isinstance(reply, Failure) and reply.code is grpc.StatusCode.INTERNAL)
 
 
-@pytest.mark.parametrize("way", ["by_callbacks", "by_coroutine"])
 @pytest.mark.parametrize(
     ("kind", "method", "outcomes"),
     [
@@ -210,8 +201,8 @@ def is_internal(reply):
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
-async def test_a_fault_in_a_step_ends_its_request_and_is_gone_with_the_next(kind, method, outcomes, way):
-    first, second = await through(Fault(kind, method), outcomes, way)
+async def test_a_fault_in_a_step_ends_its_request_and_is_gone_with_the_next(kind, method, outcomes):
+    first, second = await through(Fault(kind, method), outcomes)
     # A request that was wrong may be told so, whatever failed when that was to be remembered.
     assert is_internal(first) or (outcomes == [WRONG] and first.code is grpc.StatusCode.INVALID_ARGUMENT)
     assert second is None or (isinstance(second, Answer) and second.body == b"answer")
@@ -219,12 +210,12 @@ async def test_a_fault_in_a_step_ends_its_request_and_is_gone_with_the_next(kind
 
 async def test_an_answer_that_cannot_be_sent_leaves_nothing_under_way():
     fault = Fault(None, "answer")
-    _, second = await through(fault, [], "by_callbacks")
+    _, second = await through(fault, [])
     assert second.body == b"answer"
 
 
 async def test_a_worker_that_answers_with_nonsense_fails_its_request_alone():
     router = Router(Fault(None, ""), [SimpleNamespace(HasField=lambda _: False)])
-    assert is_internal(await router.by_callbacks())
+    assert is_internal(await router.ask())
     router.assert_nothing_is_held()
-    assert (await router.by_callbacks()).body == b"answer"
+    assert (await router.ask()).body == b"answer"

@@ -16,6 +16,7 @@ from cache.tiers.local_tier import LocalTier
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
 from router.request.rows import MAX_ROWS, RowCache, RowFailedError, UnlikeRowsError, cut_response, join, smaller, split
+from services.runtime import driver
 from services.runtime.errors import InternalError, UnavailableError
 from services.runtime.oip.tensors import DATATYPES, decode, encode
 from services.runtime.single_flight import SingleFlight
@@ -169,7 +170,7 @@ class FakeWorker:
 
 async def find(cache, values, worker):
     whole = MODEL.digest + HASHER.hash(request(values))
-    return await cache.find(split(request(values)), MODEL, None, Epochs({}), whole, worker)
+    return await driver.run(cache.find(split(request(values)), MODEL, None, Epochs({}), whole, worker))
 
 
 async def test_a_batch_of_eight_of_which_six_are_known_costs_two():
@@ -285,7 +286,7 @@ def alone(mesh, value, worker):
         mesh.local.put(result.model_digest + key[16:], entry)
         return Found(entry, "miss", "w")
 
-    return mesh.flights.run(key, work, None)
+    return driver.run(mesh.flights.run(key, work, None))
 
 
 @pytest.mark.parametrize("first", ["batch", "alone"])

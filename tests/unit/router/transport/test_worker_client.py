@@ -20,8 +20,9 @@ from router.transport.worker_client import (
 from router.transport.worker_load import WorkerLoad
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.inference.worker import Work as Received
-from services.runtime.oip.protocol import lane_handler
-from services.runtime.rpc.rpc import Answer, Lane, Service, unary
+from services.runtime.driver import ON_LOOP
+from services.runtime.oip.protocol import fast_path_handler
+from services.runtime.rpc.rpc import Answer, Service, unary
 from services.runtime.rpc.server import Engine, Server
 from tests.system.processes import free_address
 
@@ -37,7 +38,7 @@ class Worker:
         self.says = inference_pb2.DescribeResponse(port=int(self.address.rpartition(":")[2]), version=1)
         self.local = EnvelopeSocket(str(folder), self, LARGEST, lambda code: None)
         handlers = {
-            "Execute": lane_handler(self.lane(b"tcp")),
+            "Execute": fast_path_handler(self.execute(b"tcp")),
             "Describe": unary(inference_pb2.DescribeRequest, self.describe),
         }
         self.server = Server(
@@ -53,13 +54,15 @@ class Worker:
         self.describes = asyncio.Event()
         self.describes.set()
 
-    def lane(self, way):
-        async def finish(request, deadline):
+    def execute(self, way):
+        async def execute(data, metadata, deadline):
+            request = inference_pb2.ExecuteRequest.FromString(data)
+            await ON_LOOP
             await self.gate.wait()
             results = [inference_pb2.WorkResult(response=way) for _ in request.items]
             return Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ())
 
-        return Lane(lambda data, metadata: inference_pb2.ExecuteRequest.FromString(data), finish)
+        return execute
 
     def admit(self, data):
         items = inference_pb2.ExecuteRequest.FromString(data).items

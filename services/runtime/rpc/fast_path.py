@@ -1,8 +1,8 @@
-"""A lane for calls that can be answered at once, on the native engine.
+"""Fast paths on the native engine: calls without asyncio tasks, most of them answered on the thread that receives them.
 
 pygrpc-native's asyncio server makes a task and a context for every call, about as much work as a cache hit itself.
-Here a batch of calls is first offered to a plain function, on the thread that takes them from the engine; what that
-answers is sent there and then, and the rest goes to the event loop in one wake-up. Measured in docs/performance.md.
+Here each call of a batch starts its coroutine on the receiving thread. What ends there is answered there, and the rest
+goes to the event loop in one wake-up. Measured in docs/performance.md.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,11 +21,20 @@ import pygrpc_native.aio as native  # in 0.5.0, `from pygrpc_native import aio` 
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, NativeGrpcFront
 
 from services.runtime import faults
-from services.runtime.errors import RingmeshError
+from services.runtime.driver import Driver
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.machine import cores
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
-from services.runtime.rpc.rpc import PUSHBACK, Answer, Failure, Lane, Metadata, check_metadata, failure, status_details
+from services.runtime.rpc.rpc import (
+    PUSHBACK,
+    Answer,
+    Failure,
+    FastPath,
+    Metadata,
+    check_metadata,
+    failure,
+    status_details,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +45,15 @@ _AFTERWARDS_SECONDS = 0.02
 # How soon, and at least how often, a stream whose client does not read is tried again.
 _RETRY_SECONDS = 0.001
 _LONGEST_RETRY_SECONDS = 0.05
-# The lane, the call's id, what is to be finished, the seconds that the caller has left, and the caller.
-_Admitted: TypeAlias = tuple[Lane, int, Any, float | None, str]
+# A call that waits for the event loop: its coroutine, its id, its deadline in time.monotonic, and the caller's address.
+_Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], int, float | None, str]"
 
 
-class FastLaneServer(native.Server):
-    """`pygrpc_native.aio.server()` with lanes by method path, on some of its private names that our tests hold."""
+class FastPathServer(native.Server):
+    """`pygrpc_native.aio.server()` with fast paths by method, on some of its private names that our tests hold."""
 
     def __init__(
-        self, options: list[tuple[str, Any]], lanes: Mapping[str, Lane], max_unread_bytes: int = MAX_UNREAD_BYTES
+        self, options: list[tuple[str, Any]], paths: Mapping[str, FastPath], max_unread_bytes: int = MAX_UNREAD_BYTES
     ) -> None:
         # On two cores a second one only takes turns with Python.
         super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
@@ -52,24 +61,24 @@ class FastLaneServer(native.Server):
         self._front_args["metrics"] = True
         self.backlog = Backlog(max_unread_bytes, self._sent_bytes)
         self._unary: frozenset[str] = frozenset()
-        self._lanes = lanes
+        self._paths = paths
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
-        self._lane_of: list[Lane | None] = []
+        self._path_of: list[FastPath | None] = []
         self._draining = False
         # What answers leave to be done, until the event loop is told.
         self._afterwards: deque[Callable[[], None]] = deque()
         self._is_told = False
-        # What cancels the calls that `start` or `finish` is at, by id.
+        # What cancels each call of a fast path that is under way, by id.
         self._under_way: dict[int, Callable[[], object]] = {}
         # Of a server that stops: none of them is left.
         self._idle = asyncio.Event()
-        # CPU time of the lanes' thread.
-        self.lane_seconds = 0.0
+        # CPU time of the receiving thread.
+        self.receiver_seconds = 0.0
 
     async def start(self) -> None:
         """Serves."""
         await super().start()
-        self._lane_of = [self._lanes.get(path) for path, _ in self._table]
+        self._path_of = [self._paths.get(path) for path, _ in self._table]
         self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)
 
     async def stop(self, grace: float | None) -> None:
@@ -86,8 +95,6 @@ class FastLaneServer(native.Server):
         for call_id, cancel in list(self._under_way.items()):
             cancel()
             self._end(call_id, "", Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ()))
-        # The tasks among them hear of it.
-        await asyncio.sleep(0)
         await super().stop(0)
 
     async def _be_idle(self) -> None:
@@ -163,52 +170,58 @@ class FastLaneServer(native.Server):
         assert front is not None
         assert loop is not None
         while (events := front.recv_batch_details(_BATCH)) is not None:
-            admitted, rest = self._answer_at_once(events)
-            self.lane_seconds = time.thread_time()
+            suspended, rest = self._start_fast_paths(events)
+            self.receiver_seconds = time.thread_time()
             try:
-                if admitted or rest:
-                    loop.call_soon_threadsafe(self._take, admitted, rest)
+                if suspended or rest:
+                    loop.call_soon_threadsafe(self._take, suspended, rest)
                 if self._afterwards and not self._is_told:
                     self._is_told = True
                     loop.call_soon_threadsafe(loop.call_later, _AFTERWARDS_SECONDS, self._do_afterwards)
             except RuntimeError:
                 # The loop was closed without stop().
+                for coroutine, *_ in suspended:
+                    coroutine.close()
                 front.close()
                 return
 
-    def _answer_at_once(self, events: list[tuple[Any, ...]]) -> tuple[list[_Admitted], list[tuple[Any, ...]]]:
-        """What is left to be finished, and what had no lane."""
-        admitted: list[_Admitted] = []
+    def _start_fast_paths(self, events: list[tuple[Any, ...]]) -> tuple[list[_Suspended], list[tuple[Any, ...]]]:
+        """Answers what it can; returns calls that continue on the event loop, and events that have no fast path."""
+        suspended: list[_Suspended] = []
         rest = []
-        lanes, largest = self._lane_of, self._largest
-        loop = self._loop
-        assert loop is not None
+        paths, largest = self._path_of, self._largest
+        now = time.monotonic()
         for event in events:
             kind, call_id, method_id, payload, _, details = event
-            lane = lanes[method_id] if kind == EVENT_CALL and lanes else None
-            if lane is None or self._draining or len(payload) > largest:
+            path = paths[method_id] if kind == EVENT_CALL and paths else None
+            if path is None or self._draining or len(payload) > largest:
                 rest.append(event)
                 continue
+            metadata, peer, remaining = details
+            answer: Answer | Failure
             try:
-                check_metadata(details[0])
-                answer = lane.admit(payload, details[0])
-            except RingmeshError as error:
-                answer = failure(error)
+                check_metadata(metadata)
+                deadline = None if remaining is None else now + remaining
+                coroutine = path(payload, metadata, deadline)
+                coroutine.send(None)
+            except StopIteration as end:
+                answer = end.value
             except Exception as error:
-                answer = failure(faults.internal(log, "a lane failed", error))
-            if type(answer) is not Answer and type(answer) is not Failure:
-                admitted.append((lane, call_id, answer, details[2], details[1]))
+                answer = failure(faults.told(log, "a fast path failed", error))
+            else:
+                suspended.append((coroutine, call_id, deadline, peer))
                 continue
             if isinstance(answer, Answer) and answer.is_large:
-                loop.call_soon_threadsafe(self._send_large, call_id, details[1], answer)
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._send_large, call_id, peer, answer)
                 continue
-            self._answer(call_id, details[1], answer)
+            self._answer(call_id, peer, answer)
             if answer.afterwards is not None:
                 self._afterwards.append(answer.afterwards)
-        return admitted, rest
+        return suspended, rest
 
     def _do_afterwards(self) -> None:
-        """Some of it at a time, so that it holds up neither the event loop nor, by the GIL, the lanes."""
+        """Some of it at a time, so that it holds up neither the event loop nor, by the GIL, the receiving thread."""
         assert self._loop is not None
         for _ in range(_BATCH):
             if not self._afterwards:
@@ -223,18 +236,22 @@ class FastLaneServer(native.Server):
             self._is_told = True
             self._loop.call_soon(self._do_afterwards)
 
-    def _take(self, admitted: list[_Admitted], events: list[tuple[Any, ...]]) -> None:
+    def _take(self, suspended: list[_Suspended], events: list[tuple[Any, ...]]) -> None:
         """On the event loop."""
-        front, loop = self._front, self._loop
+        front = self._front
         assert front is not None
-        assert loop is not None
         if self._draining:
-            for call_id in [call[1] for call in admitted] + [event[1] for event in events if event[0] == EVENT_CALL]:
+            for coroutine, call_id, _, _ in suspended:
+                coroutine.close()
                 front.fail(call_id, grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
-            admitted, events = [], [event for event in events if event[0] != EVENT_CALL]
-        for lane, call_id, call, remaining, peer in admitted:
-            deadline = None if remaining is None else time.monotonic() + remaining
-            self._begin(lane, call_id, call, deadline, peer)
+            for event in events:
+                if event[0] == EVENT_CALL:
+                    front.fail(event[1], grpc.StatusCode.UNAVAILABLE.value[0], "the server is draining")
+            suspended, events = [], [event for event in events if event[0] != EVENT_CALL]
+        for coroutine, call_id, deadline, peer in suspended:
+            driver = Driver(coroutine, partial(self._end, call_id, peer))
+            self._under_way[call_id] = driver.cancel
+            driver.start(deadline)
         if events:
             for event in events:
                 # It may not have begun, and then would not come to its end either.
@@ -242,39 +259,19 @@ class FastLaneServer(native.Server):
                     cancel()
             self._on_events(events)
 
-    def _begin(self, lane: Lane, call_id: int, call: object, deadline: float | None, peer: str) -> None:
-        self._under_way[call_id] = _nothing
-        if lane.start is not None:
-            try:
-                cancel = lane.start(call, deadline, partial(self._end, call_id, peer))
-            except Exception as error:
-                self._end(call_id, peer, failure(faults.internal(log, "a lane failed", error)))
-                return
-            if cancel is not None:
-                # Unless it has ended by now.
-                if call_id in self._under_way:
-                    self._under_way[call_id] = cancel
-                return
-        assert self._loop is not None
-        task = self._loop.create_task(self._finish(lane, call_id, call, deadline, peer))
-        self._under_way[call_id] = task.cancel
-
-    async def _finish(self, lane: Lane, call_id: int, call: object, deadline: float | None, peer: str) -> None:
-        try:
-            answer = await lane.finish(call, deadline)
-        except asyncio.CancelledError:
-            return
-        except Exception as error:
-            answer = failure(faults.internal(log, "a lane failed", error))
-        self._end(call_id, peer, answer)
-
-    def _end(self, call_id: int, peer: str, answer: Answer | Failure) -> None:
-        if isinstance(answer, Answer) and answer.is_large and call_id in self._under_way:
-            self._send_large(call_id, peer, answer)
+    def _end(self, call_id: int, peer: str, outcome: Answer | Failure | BaseException) -> None:
+        if isinstance(outcome, asyncio.CancelledError):
+            # By `stop`: a caller that left would not be under way any more.
+            outcome = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
+        elif isinstance(outcome, Exception):
+            outcome = failure(faults.told(log, "a fast path failed", outcome))
+        assert isinstance(outcome, Answer | Failure)
+        if isinstance(outcome, Answer) and outcome.is_large and call_id in self._under_way:
+            self._send_large(call_id, peer, outcome)
             return
         if self._ended(call_id) is not None and self._front is not None:
-            self._answer(call_id, peer, answer)
-        _do_afterwards(answer)
+            self._answer(call_id, peer, outcome)
+        _do_afterwards(outcome)
 
     def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
         """From a thread: the engine copies it, which takes long, though without the GIL."""

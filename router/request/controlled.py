@@ -1,0 +1,26 @@
+"""Requests with cache-control: they join nobody, whose answer may be too old for them, and get no stale one."""
+
+from __future__ import annotations  # compiled by mypyc
+
+from cache.mesh import Compute, Found, Mesh
+from cache.policy.cache_control import CacheControl
+from router.balancing.catalog import ModelEntry
+from router.request.call import Call
+from router.request.local_answers import takes
+from services.runtime.errors import FailedPreconditionError
+
+
+async def find(mesh: Mesh, call: Call, model: ModelEntry, control: CacheControl, compute: Compute) -> Found:
+    """What the local tier did not have. Raises FailedPreconditionError if it is only-if-cached and is not cached."""
+    if not control.no_cache:
+        entry = await mesh.look_up(call.key, call.trace)
+        if entry is not None and takes(control, model, entry):
+            return Found(entry, "hit-shared")
+    if control.only_if_cached:
+        raise FailedPreconditionError(
+            "there is no such answer in the cache, and cache-control is only-if-cached", kind="not_cached"
+        )
+    computed = await compute()
+    if not control.no_store:
+        mesh.fill(computed)
+    return Found(computed.entry, "miss", computed.worker)

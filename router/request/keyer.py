@@ -1,0 +1,107 @@
+"""What a request asks for: its model, and the hash by which its answer is found."""
+
+from __future__ import annotations  # compiled by mypyc
+
+from collections.abc import Iterator
+
+from cache.keys.epochs import Epochs
+from cache.keys.invalidation import PurgeBoard
+from cache.keys.keys import RequestHasher, UncacheableError
+from cache.keys.request_memo import LARGEST_BYTES, RequestMemo
+from cache.policy.cache_control import parse_cache_control
+from router.admission.caller import caller_of
+from router.balancing.catalog import Catalog, ModelEntry
+from router.dispatch.attempts import Workers
+from router.request.audit import Audit
+from router.request.call import Call
+from services.runtime.errors import FailedPreconditionError
+from services.runtime.oip import protocol
+from services.runtime.oip.infer_request import RequestReader
+from services.runtime.oip.request_check import check_request
+from services.runtime.telemetry.metrics import Sample
+from services.runtime.telemetry.recent import forgotten
+
+# At about 300 bytes each.
+_REMEMBERED = 32_768
+
+
+class Keyer:
+    """Reads, checks and hashes requests for the models of `fleet`. Recognizes by their bytes those that were hits."""
+
+    def __init__(self, fleet: Workers, purges: PurgeBoard, hasher: RequestHasher, audit: Audit) -> None:
+        self._fleet = fleet
+        self._purges = purges
+        self._hasher = hasher
+        self._audit = audit
+        self._reader = RequestReader()
+        self._memo = RequestMemo[_Meaning](_REMEMBERED)
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield forgotten("requests", self._memo.meanings)
+
+    def admit(self, call: Call) -> None:
+        """Takes over what the caller says in metadata, and keys the request. Raises RingmeshError."""
+        told = call.told
+        assert told is not None
+        call.caller = caller_of(told)
+        call.tenant = told.tenant
+        if told.control:
+            call.control = parse_cache_control(told.control)
+        elif len(call.data) <= LARGEST_BYTES and not self._audit.distrusted:
+            memo_key = self._memo.digest(call.data, call.tenant)
+            meaning = self._memo.get(memo_key)
+            if (
+                meaning is not None
+                and meaning.catalog is self._fleet.view.catalog
+                and meaning.epochs is self._purges.epochs
+            ):
+                call.model, call.name = meaning.model, meaning.model.name
+                call.request_id, call.request_hash = meaning.request_id, meaning.request_hash
+                return
+            call.memo_key = memo_key
+        self.key(call)
+
+    def remember(self, call: Call) -> None:
+        """Recognizes the request next time. For hits: others are rarely sent again."""
+        if call.memo_key and call.model is not None:
+            catalog, epochs = self._fleet.view.catalog, self._purges.epochs
+            self._memo.put(call.memo_key, _Meaning(catalog, epochs, call.model, call.request_id, call.request_hash))
+
+    def key(self, call: Call) -> None:
+        """Parses, finds the model, checks and hashes. Raises RingmeshError."""
+        read = self._reader.read(call.data)
+        call.name, call.request_id = read.head.name, read.request_id
+        catalog = self._fleet.view.catalog
+        call.model = model = catalog.find(call.name, read.head.version)
+        if model.not_runnable:
+            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
+        if read.head.checked is not model:
+            check_request(read.head.message, model.name, model.inputs, model.outputs)
+            read.head.checked = model
+        try:
+            if model.uncacheable or self._audit.distrusted:
+                why_not = model.uncacheable or self._audit.why_not(model, catalog)
+                if why_not:
+                    raise UncacheableError(why_not)
+            tenant = call.tenant if model.tenant_scoped else None
+            call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
+        except UncacheableError as why:
+            if sequence := protocol.sequence_of(read.head.message):
+                call.ring_hash = self._hasher.sequence_place(call.name, sequence)
+            call.reason = str(why)
+
+
+class _Meaning:
+    """What the bytes of a request ask for, by a catalog and the purges."""
+
+    __slots__ = ("catalog", "epochs", "model", "request_hash", "request_id")
+
+    def __init__(
+        self, catalog: Catalog, epochs: Epochs, model: ModelEntry, request_id: str, request_hash: bytes
+    ) -> None:
+        self.catalog = catalog
+        self.epochs = epochs
+        self.model = model
+        self.request_id = request_id
+        self.request_hash = request_hash

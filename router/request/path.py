@@ -1,0 +1,299 @@
+"""The path of a request: admit, key, local tier, join, shared tier, peers, pick, forward, fill, answer."""
+
+from __future__ import annotations  # compiled by mypyc
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from cache.keys.epochs import Epochs
+from cache.keys.keys import RequestHasher
+from cache.mesh import Compute, Computed, Found, Mesh
+from cache.tiers.entry import Entry
+from router.accounting.request_metrics import STEP, RequestMetrics
+from router.admission.caller import ROUTER, RefusedError
+from router.admission.quotas import Quotas
+from router.balancing.catalog import ModelEntry
+from router.dispatch.attempts import Answered, Asked, Workers
+from router.dispatch.dispatcher import Dispatcher
+from router.request import controlled, ensembles, rows
+from router.request.audit import Audit
+from router.request.call import Call
+from router.request.keyer import Keyer
+from router.request.local_answers import LocalAnswers
+from router.request.replies import Replies
+from router.request.rows import RowCache
+from router.request.semantic import SemanticMatches
+from services.runtime import driver, faults
+from services.runtime.driver import ON_LOOP, DeadlinePassed, in_task
+from services.runtime.errors import DeadlineExceededError, FailedPreconditionError, RingmeshError
+from services.runtime.keyed_lock import KeyedLock
+from services.runtime.large_result import Result
+from services.runtime.oip import protocol
+from services.runtime.rpc.rpc import Answer, Failure, Metadata
+from services.runtime.telemetry import worker_spans
+from services.runtime.telemetry.metrics import Sample
+from services.runtime.telemetry.spans import Value
+from services.runtime.telemetry.tracing import Tracer, untraced
+
+log = logging.getLogger(__name__)
+
+_RENEWAL_SECONDS = 30.0
+
+
+class RequestPath:
+    """Answers from the caches what the fleet has computed before, and has the rest computed once.
+
+    Its coroutines are to be driven (services/runtime/driver.py).
+    """
+
+    def __init__(
+        self,
+        fleet: Workers,
+        mesh: Mesh,
+        hasher: RequestHasher,
+        dispatcher: Dispatcher,
+        tracer: Tracer,
+        requests: RequestMetrics,
+        replies: Replies,
+        quotas: Quotas,
+        audit: Audit,
+    ) -> None:
+        self._fleet = fleet
+        self._mesh = mesh
+        self._dispatcher = dispatcher
+        self._tracer = tracer
+        self._requests = requests
+        self._replies = replies
+        self._quotas = quotas
+        self._keyer = Keyer(fleet, mesh.purges, hasher, audit)
+        self._local = LocalAnswers(mesh, self._renewal)
+        self._rows = RowCache(mesh, hasher)
+        self._semantic = SemanticMatches(mesh, hasher, fleet, self._embed)
+        self._sequences = KeyedLock()
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        return self._keyer.samples()
+
+    def infer(self, data: bytes, metadata: Metadata, deadline: float | None) -> Coroutine[Any, Any, Answer | Failure]:
+        """ModelInfer, as a fast path."""
+        return self.answer(self.open(data, metadata, deadline, "ModelInfer"))
+
+    def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
+        """A request that came; `deadline` in time.monotonic."""
+        told = protocol.told(metadata)
+        call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
+        call.told = told
+        return call
+
+    async def answer(self, call: Call) -> Answer | Failure:
+        """The whole path; a failure is in `error` of the call too. Up to the local tier on any thread."""
+        try:
+            self._keyer.admit(call)
+            entry = self._local.get(call)
+            if entry is not None:
+                self._keyer.remember(call)
+                return self._replies.answer(call, Found(entry, "hit-local"))
+            self._refuse(call)
+            await ON_LOOP
+            self._requests.in_flight += 1
+            try:
+                found = await self._find(call)
+            finally:
+                self._requests.in_flight -= 1
+            return self._replies.answer(call, found)
+        except DeadlinePassed:
+            call.error = DeadlineExceededError("the deadline passed before the answer was computed")
+        except asyncio.CancelledError:
+            self._replies.left(call)
+            raise
+        except Exception as error:
+            call.error = faults.told(log, f"{call.name} failed", error, call.trace.trace_id)
+        return self._replies.failure(call, call.error)
+
+    def _refuse(self, call: Call) -> None:
+        """Raises RefusedError if only computing can answer, and no worker has room for it."""
+        model = call.model
+        assert model is not None
+        if call.ring_hash or call.control is not None or model.plan is not None or model.row_cache:
+            return
+        if call.request_hash:
+            key = self._mesh.purges.epochs.key(model.digest, model.name, call.request_hash)
+            if model.semantic_threshold or not self._mesh.must_compute(key):
+                return
+        refused = self._dispatcher.refusal(model, call.caller)
+        if refused is not None:
+            raise refused
+
+    def _find(self, call: Call) -> Coroutine[Any, Any, Found]:
+        """What the local tier did not have."""
+        model, control = call.model, call.control
+        assert model is not None
+        # An answer is filed by the purges from before its computing began.
+        epochs = self._mesh.purges.epochs
+        if not call.request_hash:
+            return self._bypass(call, model, epochs)
+        call.key = key = epochs.key(model.digest, model.name, call.request_hash)
+        if control is not None:
+            return controlled.find(self._mesh, call, model, control, lambda: self._compute(call, model, epochs))
+        # An answer that was itself purged, by its key, would come back with its rows.
+        if model.row_cache and key.endswith(call.request_hash):
+            return self._by_row(call, model, epochs)
+        return self._whole(call, model, epochs)
+
+    async def _bypass(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
+        """Computes what is not cacheable."""
+        if call.control is not None and call.control.only_if_cached:
+            raise FailedPreconditionError(
+                "such an answer is never cached, and cache-control is only-if-cached", kind="not_cached"
+            )
+        if call.ring_hash:
+            # A sequence is in order here too: two envelopes may overtake each other.
+            async with self._sequences.hold(call.ring_hash):
+                computed = await self._compute(call, model, epochs)
+        else:
+            computed = await self._compute(call, model, epochs)
+        return Found(computed.entry, "bypass", computed.worker)
+
+    async def _by_row(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
+        """A batch row by row, if it is one whose rows can be told apart."""
+
+        async def compute(data: bytes, request_hash: bytes) -> tuple[Result, str]:
+            joins = epochs.key(model.digest, model.name, request_hash) if request_hash else b""
+            result, member = await driver.run(self._forward(call, model, data, request_hash, joins))
+            call.provider = result.timing.provider
+            return result, member.worker_id
+
+        batch = rows.split(v2.ModelInferRequest.FromString(call.data), model.max_request_rows)
+        if batch is not None:
+            start = time.time_ns()
+            tenant = call.tenant if model.tenant_scoped else None
+            found = await self._rows.find(batch, model, tenant, epochs, call.key, compute)
+            if found is not None:
+                call.trace.span("cache.rows", start, time.time_ns(), {"ringmesh.rows.known": found.rows})
+                return found
+        return await self._whole(call, model, epochs)
+
+    def _whole(self, call: Call, model: ModelEntry, epochs: Epochs) -> Coroutine[Any, Any, Found]:
+        if model.semantic_threshold:
+            return self._semantic.find(call, model, epochs, lambda: self._join(call, model, epochs))
+        return self._join(call, model, epochs)
+
+    async def _join(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
+        """With all that ask for the same: from the shared tier, a peer or a worker."""
+        while True:
+            entry = self._local.get_again(call, model.freshness)
+            if entry is not None:
+                return Found(entry, "hit-local")
+            flight, joined = self._mesh.get_or_compute(
+                call.key, lambda: self._compute(call, model, epochs), call.trace, model.freshness
+            )
+            # A request that joined another may ask again if that failed for reasons of its own: its caller's quota or
+            # deadline, or another row of its batch.
+            try:
+                found = await flight
+                return Found(found.entry, "joined", found.worker) if joined else found
+            except RefusedError as refused:
+                if refused.caller == call.caller:
+                    raise
+            except DeadlineExceededError:
+                if not joined or call.is_late():
+                    raise
+            except rows.RowFailedError as failed:
+                rows.raise_fatal(failed)
+
+    async def _compute(self, call: Call, model: ModelEntry, epochs: Epochs) -> Computed:
+        """On a worker, or step by step if it is an ensemble that none runs whole."""
+        if model.plan is not None and not self._runs_whole(model):
+            self._take_quota(call)
+            return await self._by_step(call, model)
+        # What is to be computed anew joins nothing on the worker either.
+        joins = b"" if call.control is not None and call.control.no_cache else call.key
+        place = call.ring_hash or call.request_hash
+        start = time.monotonic()
+        result, member = await self._forward(call, model, call.data, place, joins)
+        timing = result.timing
+        call.provider = timing.provider
+        # This request's part of the run that served it.
+        entry = Entry(result.response, int(timing.compute_us // max(1, timing.batch_requests)))
+        key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
+        return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)
+
+    def _forward(
+        self, call: Call, model: ModelEntry, data: bytes, place: bytes, joins: bytes
+    ) -> Coroutine[Any, Any, Answered]:
+        """`place` says where on the ring, b"" that any worker will do; `joins` what it joins on the worker."""
+        self._take_quota(call)
+        return self._dispatcher.run(
+            Asked(model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller)
+        )
+
+    def _take_quota(self, call: Call) -> None:
+        # Steps and renewals are not requests of a caller.
+        if call.method != STEP:
+            self._quotas.take(call.caller)
+
+    def _renewal(self, call: Call) -> Compute:
+        """Computes the answer to `call` anew, on behalf of no caller."""
+        model = call.model
+        assert model is not None
+
+        def compute() -> Coroutine[Any, Any, Computed]:
+            again = Call(call.data, untraced(), call.metadata, STEP, time.monotonic() + _RENEWAL_SECONDS)
+            again.request_hash, again.tenant, again.caller = call.request_hash, call.tenant, ROUTER
+            epochs = self._mesh.purges.epochs
+            again.key = epochs.key(model.digest, model.name, again.request_hash)
+            return self._compute(again, model, epochs)
+
+        return compute
+
+    def _runs_whole(self, model: ModelEntry) -> bool:
+        """Whether an ensemble is run by one worker: one holds all steps, and they are not to be cached each."""
+        members = self._fleet.view.members.values()
+        return not model.cache_steps and any(not member.why_not(model) for member in members)
+
+    async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
+        """An ensemble; it is as old as its oldest step that has a time to live."""
+        assert model.plan is not None
+        ages: list[int] = []
+        start = time.monotonic()
+
+        async def infer(data: bytes) -> Entry:
+            return await driver.run(self._step(data, call, ages))
+
+        entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
+        entry.created_at_ms = min(ages, default=entry.created_at_ms)
+        return Computed(entry, call.key or None, "", model.freshness, time.monotonic() - start)
+
+    async def _embed(self, data: bytes, whole: Call) -> Entry:
+        return await self._step(data, whole, [])
+
+    async def _step(self, data: bytes, whole: Call, ages: list[int]) -> Entry:
+        """A request of our own, as a part of `whole`. Adds to `ages` when the answer was computed, if it has an end."""
+        call = Call(data, whole.trace.child(), whole.metadata, STEP, whole.deadline)
+        call.tenant, call.caller, call.control = whole.tenant, whole.caller, whole.control
+        told: dict[str, Value] = {}
+        message = "it was ended"
+        try:
+            self._keyer.key(call)
+            entry = self._local.get(call)
+            found = Found(entry, "hit-local") if entry is not None else await self._find(call)
+            told["ringmesh.cache.outcome"] = found.outcome
+            message = ""
+        except RingmeshError as error:
+            message = error.message
+            raise
+        finally:
+            told["ringmesh.model.name"] = call.name
+            told["ringmesh.model.version"] = call.model.version if call.model is not None else ""
+            whole.trace.span(worker_spans.STEP, call.start, time.time_ns(), told, call.trace.span_id, error=message)
+        if afterwards := self._replies.count(call, found):
+            afterwards()
+        if call.model is not None and call.model.freshness is not None:
+            ages.append(found.entry.created_at_ms)
+        return found.entry

@@ -1,0 +1,217 @@
+"""Runs coroutines without asyncio tasks: on the thread that starts them, and later from callbacks of the event loop.
+
+A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises,
+completions, asyncio futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through
+`in_task`.
+"""
+
+from __future__ import annotations  # compiled by mypyc
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, Final, Generic, TypeVar
+
+from services.runtime import faults
+from services.runtime.completion import Completion
+from services.runtime.errors import DeadlineExceededError
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class DeadlinePassed(asyncio.CancelledError):
+    """Thrown into a coroutine whose deadline has passed. A cancellation, so that asyncio's locks handle it as one."""
+
+
+class _OnLoop:
+    def __await__(self) -> Generator[object, None, None]:
+        yield self
+
+
+# Awaited, it continues on the event loop, at once if it is there already. Whoever starts a coroutine on another thread
+# hands it over at this point.
+ON_LOOP: Final = _OnLoop()
+
+
+class Promise(Generic[Result]):
+    """A result to come, for any number of driven coroutines, which are resumed by the call that sets it.
+
+    On the event loop only.
+    """
+
+    __slots__ = ("_error", "_first", "_is_done", "_others", "_result")
+
+    def __init__(self) -> None:
+        self._is_done = False
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+        self._first: Driver | None = None
+        self._others: list[Driver] | None = None
+
+    def settle(self, outcome: Result | BaseException) -> None:
+        """Sets the result, or the exception to raise; the first outcome counts."""
+        if self._is_done:
+            return
+        self._is_done = True
+        if isinstance(outcome, BaseException):
+            self._error = outcome
+        else:
+            self._result = outcome
+        first, self._first = self._first, None
+        others, self._others = self._others, None
+        if first is not None:
+            first.resume(self)
+        if others is not None:
+            for driver in others:
+                driver.resume(self)
+
+    def add(self, driver: Driver) -> None:
+        """The driver of a coroutine that awaits this."""
+        if self._first is None:
+            self._first = driver
+        elif self._others is None:
+            self._others = [driver]
+        else:
+            self._others.append(driver)
+
+    def __await__(self) -> Generator[object, None, Result]:
+        if not self._is_done:
+            yield self
+        if self._error is not None:
+            raise self._error
+        result: Any = self._result
+        return result  # type: ignore[no-any-return]
+
+
+class Driver:
+    """Runs `coroutine` to its end; `done` gets its result, or the exception that it raised.
+
+    Cancelled, the coroutine has asyncio.CancelledError raised where it waits, at once: what it waits for is left alone.
+    """
+
+    __slots__ = ("_coroutine", "_done", "_interrupt", "_is_running", "_timer", "_waits_for")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> None:
+        self._coroutine = coroutine
+        self._done: Callable[[Any], None] | None = done
+        self._waits_for: object = None
+        self._is_running = False
+        # What is to be raised in the coroutine when it next waits.
+        self._interrupt: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, deadline: float | None = None) -> None:
+        """Runs it, on the event loop, until it waits for something or ends; `done` may be called before this returns.
+
+        It is new, or was run to its `ON_LOOP` elsewhere. At `deadline` (time.monotonic) DeadlinePassed is raised in it;
+        if it lets that out, `done` gets a DeadlineExceededError.
+        """
+        self._step(None)
+        if deadline is not None and self._done is not None:
+            delay = max(0.0, deadline - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._expire)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._throw(asyncio.CancelledError())
+
+    def resume(self, awaited: object) -> None:
+        """`awaited` is done."""
+        if awaited is self._waits_for:
+            self._step(None)
+
+    def _expire(self) -> None:
+        self._throw(DeadlinePassed())
+
+    def _throw(self, error: BaseException) -> None:
+        if self._is_running:
+            self._interrupt = error
+        elif self._done is not None:
+            self._step(error)
+
+    def _step(self, error: BaseException | None) -> None:
+        self._is_running = True
+        self._waits_for = None
+        coroutine = self._coroutine
+        outcome: Any
+        try:
+            while True:
+                waits_for = coroutine.send(None) if error is None else coroutine.throw(error)
+                error, self._interrupt = self._interrupt, None
+                if error is None and waits_for is not ON_LOOP:
+                    break
+        except StopIteration as end:
+            outcome = end.value
+        except DeadlinePassed:
+            outcome = DeadlineExceededError("the deadline passed before the answer was computed")
+        except (Exception, asyncio.CancelledError) as raised:
+            outcome = raised
+        else:
+            self._is_running = False
+            self._wait(waits_for)
+            return
+        self._end(outcome)
+
+    def _wait(self, awaited: object) -> None:
+        self._waits_for = awaited
+        if isinstance(awaited, Promise):
+            awaited.add(self)
+        elif isinstance(awaited, asyncio.Future):
+            awaited._asyncio_future_blocking = False
+            awaited.add_done_callback(self.resume)
+        elif isinstance(awaited, Completion):
+            awaited.set_callback(self.resume)
+        elif awaited is None:  # asyncio.sleep(0)
+            self._waits_for = turn = object()
+            asyncio.get_running_loop().call_soon(self.resume, turn)
+        else:
+            self._step(RuntimeError(f"a driven coroutine cannot await {awaited!r}"))  # compiled: once
+
+    def _end(self, outcome: Any) -> None:
+        done, self._done = self._done, None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        assert done is not None
+        try:
+            done(outcome)
+        except Exception as error:
+            faults.internal(log, "the result of a coroutine could not be delivered", error)
+
+
+async def run(coroutine: Coroutine[Any, Any, Result], deadline: float | None = None) -> Result:
+    """For an asyncio task: the result of a coroutine that has to be driven, which is cancelled with the task.
+
+    Raises DeadlineExceededError at `deadline`, unless the coroutine ends otherwise then.
+    """
+    ended: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    driver = Driver(coroutine, partial(_settle, ended))
+    driver.start(deadline)
+    try:
+        return await ended
+    finally:
+        driver.cancel()
+
+
+def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, asyncio.CancelledError):
+        future.cancel()
+    elif isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+async def in_task(work: Coroutine[Any, Any, Result]) -> Result:
+    """For a driven coroutine: the result of work that needs an asyncio task, which is cancelled with it."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        return await task
+    finally:
+        task.cancel()

@@ -1,0 +1,246 @@
+"""Fast paths of the native engine: coroutines begun on its receiving thread, beside the event loop."""
+
+import asyncio
+import time
+from functools import partial
+
+import grpc
+import pytest
+
+from services.runtime.driver import ON_LOOP
+from services.runtime.errors import ResourceExhaustedError
+from services.runtime.oip.protocol import fast_path_handler
+from services.runtime.rpc.fast_path import FastPathServer
+from services.runtime.rpc.rpc import Answer
+
+NAME = "test.FastPaths"
+
+
+async def serve(path):
+    """The server of one fast path and a channel to it."""
+    server = FastPathServer([], {f"/{NAME}/Call": path})
+    handlers = {"Call": fast_path_handler(path)}
+    server.add_registered_method_handlers(NAME, handlers)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, grpc.insecure_channel(f"127.0.0.1:{port}")
+
+
+async def echo(data, metadata, deadline):
+    return Answer(data, ())
+
+
+async def test_a_call_is_answered_while_the_event_loop_is_held_up():
+    done = []
+
+    async def path(data, metadata, deadline):
+        return Answer(b"at once " + data, (), lambda: done.append(data))
+
+    server, channel = await serve(path)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        assert await asyncio.to_thread(call, b"warm", timeout=10) == b"at once warm"
+        answer = call.future(b"x", timeout=10)
+        end = time.monotonic() + 10
+        while not answer.done() and time.monotonic() < end:
+            time.sleep(0.001)  # noqa: ASYNC251, holds up the event loop
+        assert answer.result(0) == b"at once x"
+        assert b"x" not in done
+        async with asyncio.timeout(10):
+            while done != [b"warm", b"x"]:  # told to the event loop, which then does it
+                await asyncio.sleep(0.001)
+    await server.stop(0)
+
+
+async def test_what_is_not_answered_at_once_continues_on_the_event_loop():
+    loop = asyncio.get_running_loop()
+
+    async def path(data, metadata, deadline):
+        await ON_LOOP
+        assert asyncio.get_running_loop() is loop
+        if data == b"later":
+            await asyncio.sleep(0)
+        return Answer(data + b" %d" % round((deadline - time.monotonic()) / 1000), (("told", "so"),))
+
+    server, channel = await serve(path)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").with_call
+        for data in (b"later", b"now"):
+            answer, told = await asyncio.to_thread(call, data, timeout=20_000)
+            assert answer == data + b" 20"
+            assert ("told", "so") in told.trailing_metadata()
+        assert server._under_way == {}
+    await server.stop(0)
+
+
+async def test_a_caller_that_leaves_cancels_its_call():
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def path(data, metadata, deadline):
+        await ON_LOOP
+        begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.set()
+
+    server, channel = await serve(path)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
+        await asyncio.wait_for(begun.wait(), 10)
+        call.cancel()
+        await asyncio.wait_for(cancelled.wait(), 10)
+        assert server._under_way == {}
+    await server.stop(0)
+
+
+async def test_at_its_deadline_a_call_is_ended():
+    async def path(data, metadata, deadline):
+        await ON_LOOP
+        await asyncio.get_running_loop().create_future()
+
+    server, channel = await serve(path)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=0.2)
+        error = await asyncio.to_thread(call.exception, 10)
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        async with asyncio.timeout(10):
+            while server._under_way:
+                await asyncio.sleep(0.001)
+    await server.stop(0)
+
+
+async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_nothing_behind():
+    released = []
+
+    async def path(data, metadata, deadline):
+        try:
+            await ON_LOOP
+            await asyncio.get_running_loop().create_future()
+        finally:
+            released.append(data)
+
+    server, channel = await serve(path)
+    with channel:
+        await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
+        call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
+        time.sleep(0.2)  # noqa: ASYNC251, both come in one turn of the event loop
+        call.cancel()
+        time.sleep(0.2)  # noqa: ASYNC251
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        assert (server._under_way, released) == ({}, [b"x"])
+    await server.stop(0)
+
+
+class Grace:
+    """A drain's, which ends when the test says so."""
+
+    SECONDS = 1000.0
+
+    def __init__(self, monkeypatch):
+        loop = asyncio.get_running_loop()
+        self._call_later = loop.call_later
+        self.end = None
+        monkeypatch.setattr(loop, "call_later", self._caught)
+
+    def _caught(self, seconds, call, *arguments, **options):
+        if seconds == self.SECONDS:
+            self.end = partial(call, *arguments)
+        return self._call_later(seconds, call, *arguments, **options)
+
+    async def begin(self, server):
+        stopping = asyncio.create_task(server.stop(self.SECONDS))
+        while self.end is None:
+            await asyncio.sleep(0)
+        return stopping
+
+
+@pytest.fixture
+async def grace(monkeypatch):
+    return Grace(monkeypatch)
+
+
+async def test_a_drain_waits_for_what_is_under_way_and_ends_the_rest(grace):
+    begun, cancelled, is_over = [], [], asyncio.Event()
+
+    async def path(data, metadata, deadline):
+        await ON_LOOP
+        begun.append(data)
+        try:
+            await (is_over.wait() if data == b"quick" else asyncio.get_running_loop().create_future())
+        except asyncio.CancelledError:
+            cancelled.append(data)
+            raise
+        return Answer(b"done", ())
+
+    server, channel = await serve(path)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        quick, slow = (call.future(data, timeout=600) for data in (b"quick", b"slow"))
+        async with asyncio.timeout(60):
+            while len(begun) < 2:
+                await asyncio.sleep(0.001)
+        stopping = await grace.begin(server)
+        is_over.set()
+        assert await asyncio.to_thread(quick.result, 60) == b"done"
+        assert not slow.done()
+        grace.end()
+        await stopping
+        error = await asyncio.to_thread(slow.exception, 60)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert cancelled == [b"slow"]
+
+
+async def test_a_draining_server_closes_calls_that_had_not_reached_the_event_loop():
+    released = []
+
+    async def path(data, metadata, deadline):
+        server._draining = True  # from now on
+        try:
+            await ON_LOOP
+            return Answer(data, ())
+        finally:
+            released.append(data)
+
+    server, channel = await serve(path)
+    with channel:
+        error = await asyncio.to_thread(channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60).exception, 10)
+        await server.stop(0)
+        assert (error.code(), released) == (grpc.StatusCode.UNAVAILABLE, [b"x"])
+
+
+@pytest.mark.parametrize("where", ["received", "event loop"])
+async def test_a_path_that_fails_fails_that_call_alone(where):
+    async def path(data, metadata, deadline):
+        if where == "event loop":
+            await ON_LOOP
+        if data == b"bad":
+            raise ValueError("secret")
+        if data == b"full":
+            raise ResourceExhaustedError("too much")
+        return Answer(data, ())
+
+    server, channel = await serve(path)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        for data, code in ((b"bad", "INTERNAL"), (b"full", "RESOURCE_EXHAUSTED")):
+            error = await asyncio.to_thread(call.future(data, timeout=10).exception, 10)
+            assert error.code().name == code
+            assert "secret" not in error.details()
+        assert await asyncio.to_thread(call, b"good", timeout=10) == b"good"
+    await server.stop(0)
+
+
+async def test_a_draining_server_turns_calls_away_from_its_fast_paths_too():
+    server, channel = await serve(echo)
+    with channel:
+        call = channel.unary_unary(f"/{NAME}/Call")
+        assert await asyncio.to_thread(call, b"x", timeout=10) == b"x"
+        stopping = asyncio.create_task(server.stop(5))
+        await asyncio.sleep(0)
+        with pytest.raises(grpc.RpcError) as failed:
+            await asyncio.to_thread(call, b"x", timeout=10)
+        assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+        await stopping
