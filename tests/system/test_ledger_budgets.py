@@ -9,7 +9,7 @@ import pytest
 from ringmesh.ledger.v1 import ledger_pb2
 
 from tests.system import processes
-from tests.system.conftest import RINGMESH
+from tests.system.conftest import RINGMESH, eventually
 from tests.system.ledgers import DAY_MS, Ledger, Sender, miss, now_ms, unique
 
 # 3600 an hour: a microsecond costs 1000 nano-units.
@@ -167,14 +167,14 @@ def test_while_the_ledger_is_down_no_more_than_leases_is_spent(ledger, tenant):
     ledger.started = processes.start("services.ledger", **ledger.settings)
     # Leases outlive the ledger: another router finds only what they leave.
     newcomer = Router(ledger, tenant)
-    newcomer.ask()
+    eventually(newcomer.ask)
     assert newcomer.left <= hard - outstanding
     for router in [*routers, newcomer]:
-        router.send()
-        router.ask()
+        assert router.send()
+        assert router.ask()
         while router.request(1):
             pass
-        router.send()
+        assert router.send()
     assert sum(router.spent for router in [*routers, newcomer]) <= hard
 
 
