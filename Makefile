@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test proof check bench soak proto simulate clean
+.PHONY: up demo test proof check bench bench-check bench-gpu soak proto simulate clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.installed
 
@@ -37,9 +37,18 @@ check: $(READY)
 	@.venv/bin/buf format --diff --exit-code
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
 
-# Beside Triton, echoes and ONNX Runtime: about 25 minutes. `--quick`, `--only WORKLOAD`, `--against main`: see `--help`.
+# `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 28 minutes; `--quick` about 8.
+# `--only WORKLOAD`, `--seconds`, `--rounds`, `--against REVISION`: see `--help`.
 bench: $(READY)
 	@$(PY) -m tests.bench $(ARGUMENTS)
+
+# `ringmesh up` of this tree and of main in turn, hits and misses: about 8 minutes. Fails if one of them is slower.
+bench-check: $(READY)
+	@$(PY) -m tests.bench --against main $(ARGUMENTS)
+
+# On a machine with CUDA, in at most ten minutes; elsewhere a dry run on the CPU. Without a network: scripts/gpu-wheels.
+bench-gpu: $(READY)
+	@$(PY) -m tests.bench.gpu $(ARGUMENTS)
 
 # Everything at once, with faults, against `ringmesh up`: `make soak MINUTES=20`; `ARGUMENTS=--write` writes docs/soak.md.
 MINUTES ?= 20

@@ -25,7 +25,7 @@ from setuptools.modified import newer_group
 ROOT = Path(__file__).parent
 PACKAGES = ("cache", "router", "services")
 MARK = "from __future__ import annotations  # compiled by mypyc\n"
-# Kept from build to build; setuptools takes no absolute paths.
+# Kept between builds. Relative, because setuptools accepts no absolute paths.
 C_FILES = "build/c"
 
 
@@ -36,7 +36,7 @@ def compiled_sources() -> list[Path]:
 
 
 class FastBuild(build_ext):
-    """Compiles on all cores the files of an extension that changed; setuptools compiles all, one after the other."""
+    """Compiles the changed files of an extension on all cores; setuptools compiles all files, one after the other."""
 
     def build_extensions(self) -> None:
         """Each link waits for the files compiled before it."""
@@ -70,7 +70,7 @@ def has_compiler() -> bool:
 
 
 def _build_requirements() -> list[str]:
-    """mypyc, and the types of all that the sources import, for compiled code relies on them; in tested versions."""
+    """Returns mypyc and all typed imports of the sources, in tested versions: compiled code relies on their types."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     typed = [name for name in project["optional-dependencies"]["dev"] if name.startswith(("mypy>", "types-"))]
     tested = {_name(line): line for line in (ROOT / "constraints.txt").read_text().split()}
@@ -83,7 +83,7 @@ def _name(requirement: str) -> str:
 
 
 def main() -> None:
-    """What pip calls, to ask for requirements and to build."""
+    """Entry point of pip, for the build requirements and for the build."""
     compiles = has_compiler()
     extensions = []
     Path("build").mkdir(exist_ok=True)
@@ -103,14 +103,14 @@ def main() -> None:
                 group_name="ringmesh",
             )
             for extension in extensions:
-                # mypyc makes warnings errors, but other compilers warn of other things.
+                # mypyc turns warnings into errors, but other compilers have other warnings.
                 extension.extra_compile_args = [*extension.extra_compile_args, "-Wno-error"]
         setup(
             setup_requires=_build_requirements() if compiles else [],
             ext_modules=extensions,
             cmdclass={"build_ext": FastBuild},
             options={
-                # A new folder: from one that is kept, setuptools would put modules that are gone into the wheel.
+                # A new folder each time: from a kept one, setuptools would put deleted modules into the wheel.
                 "build": {"build_base": os.path.relpath(folder), "build_temp": "build/objects"},
                 "egg_info": {"egg_base": os.path.relpath(folder)},
             },

@@ -1,1 +1,1 @@
-"""Keys, the local tier, the shared tier and their gRPC service."""
+"""The cache: keys, tiers, policy, peer regions and the gRPC service."""

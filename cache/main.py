@@ -1,4 +1,4 @@
-"""The cache service as a process."""
+"""The cache service process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the tiers combine: local, then equal requests joined, shared, peer regions, computed, then filled."""
+"""Combines the tiers. Order: local tier, join of equal requests, shared tier, peer regions, compute, fill."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -27,20 +27,21 @@ from services.runtime.single_flight import SingleFlight
 from services.runtime.telemetry.recent import Recent
 from services.runtime.telemetry.tracing import Trace
 
-# Answers above are not written to Redis: to hash and write one would hold up the event loop.
+# Larger answers are not written to Redis, because hashing and writing one would block the event loop.
 _LARGEST_SHARED = 16 << 20
 _MAX_MODELS = 4096
 _SMOOTHING = 0.2
-# Longer than a renewal may take.
+# Longer than a renewal takes.
 _LEASE_MS = 60_000
 
 Outcome: TypeAlias = Literal["hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"]
 
 
 class Computed:
-    """An answer that was computed: filed under `key`, which names the model version that ran; None: not kept.
+    """A computed answer. `key` is the cache key with the model version that ran; None if the answer is not cached.
 
-    `freshness` is that of its model, None where it has no end. `seconds`: how long it took, with the way there.
+    `freshness` is the freshness of the model; None if answers do not expire. `seconds` is the time that computing took,
+    including the trip to the worker.
     """
 
     __slots__ = ("entry", "freshness", "key", "seconds", "worker")
@@ -55,15 +56,15 @@ class Computed:
         self.seconds = seconds
 
 
-# Computes an answer; to be driven.
+# Computes an answer. The coroutine runs under `services.runtime.driver`.
 Compute: TypeAlias = "Callable[[], Coroutine[Any, Any, Computed]]"
 
 
 class Found:
-    """An answer, where it came from, and the worker that computed it now ("" where none did).
+    """An answer, its origin, and the worker that computed it for this request ("" if it was not computed now).
 
-    `rows` says how many rows of a batch were known, such as "6/8"; "" where it was not taken row by row.
-    `similarity` is above 0 where it is the answer to a similar request.
+    `rows`: how many rows of a batch were cached, such as "6/8"; "" if the request was not split into rows.
+    `similarity`: above 0 if this is the answer to a similar request.
     """
 
     __slots__ = ("entry", "outcome", "rows", "similarity", "worker")
@@ -79,9 +80,9 @@ class Found:
 
 
 class Mesh:
-    """The caches of one process. `shared` is None where there is no Redis.
+    """The cache tiers of one process. `shared` is None without Redis.
 
-    `doorkeeper` holds back from the shared tier what is asked for only once; None: all is written.
+    `doorkeeper` keeps answers out of the shared tier until they are requested again; None: every answer is written.
     """
 
     def __init__(
@@ -100,18 +101,18 @@ class Mesh:
         self.valuable = Valuable(local, shared) if shared is not None else None
         self.refusals = refusals
         self._doorkeeper = doorkeeper
-        # Work under way, by key: rows of batches join and are joined here too.
+        # Computations in flight, by key. Single rows of batches join and are joined here too.
         self.flights: SingleFlight[Found] = SingleFlight()
-        # Of the flights, so that those that join tell whose work they wait for.
+        # Trace of the request that leads each flight, so that joined requests can link to it.
         self._leaders: dict[bytes, Trace] = {}
-        # What computing took of late, in seconds, by the model's half of the key.
+        # Recent compute time in seconds, by the model's half of the key.
         self.costs: Recent[bytes, float] = Recent(_MAX_MODELS)
         self.renewals = Renewals()
         self._leases = Leases(shared)
         self.stale_answers = 0
 
     def start(self) -> None:
-        """Connects."""
+        """Starts the background tasks of all parts, and connects."""
         if self.shared is not None:
             self.shared.start()
         self.purges.start()
@@ -122,18 +123,18 @@ class Mesh:
             self._doorkeeper.start()
 
     async def find(self, key: bytes) -> Entry | None:
-        """What is filed under `key` in any tier of this region."""
+        """Returns the entry under `key` from any tier of this region."""
         entry = self.local.get(key)
         if entry is not None and entry.created_at_ms >= self.purges.oldest_ms:
             return entry
         return await self.look_up(key)
 
     def must_compute(self, key: bytes) -> bool:
-        """Whether nothing but computing can answer what the local tier did not have: nobody to join or to ask."""
+        """Whether a local miss must be computed: no shared tier, no peers, and no flight to join."""
         return self.shared is None and not self.peers.peers and key not in self.flights
 
     def peek(self, key: bytes) -> Entry | None:
-        """What the local tier has by now, where it did not before. Raises what is known to be the answer."""
+        """Looks again in the local tier after a miss. Raises the stored InvalidArgumentError if the key was refused."""
         self.refusals.check(key)
         entry = self.local.peek(key)
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
@@ -141,10 +142,10 @@ class Mesh:
     def get_or_compute(
         self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None = None
     ) -> tuple[Awaitable[Found], bool]:
-        """What the local tier did not have, and whether an equal request in flight was joined.
+        """Returns an awaitable for the answer after a local miss, and whether it joined an equal request in flight.
 
-        To be awaited by a driven coroutine, which leaves the others, and the computation, alone when it is cancelled. A
-        failure is not kept. `freshness` is None where answers have no end.
+        A driven coroutine awaits it. Cancelling that coroutine affects neither the computation nor the other requests
+        that joined it. Failures are not cached. `freshness` is None if answers do not expire.
         """
         flight = self.flights.get(key)
         if flight is None:
@@ -153,19 +154,20 @@ class Mesh:
         return flight, True
 
     def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
-        """Whether this look at it is the one to have it computed anew."""
+        """Whether this look-up triggers the renewal of the entry."""
         took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:MODEL_BYTES]) or 0.0))
         return freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random())
 
     def renew(self, key: bytes, entry: Entry, compute: Compute) -> None:
-        """Computes it anew, off the path."""
+        """Recomputes the answer in the background."""
         self.renewals.begin(key, lambda: self._renew(key, entry, compute))
 
     async def _renew(self, key: bytes, old: Entry, compute: Compute) -> Renewed:
-        """By one process of the fleet. Raises RingmeshError.
+        """Renews an answer in one process of the fleet. Raises RingmeshError.
 
-        All hold the same answer and see its end at the same moment, and an answer is in Redis only milliseconds after
-        it was computed: the key's owner on the ring would compute a quick one for each of them. So a lease decides.
+        All processes hold the same answer and see it expire at the same moment, and a new answer reaches Redis only
+        milliseconds after it was computed. Without a lease, the key's owner on the ring would compute a quick answer
+        once for each process.
         """
         if await self._find_newer(key, old):
             return "found"
@@ -185,7 +187,7 @@ class Mesh:
                 and await self._leases.fill(key, lease.token, computed.entry, kept_ms)
             )
         except (Exception, asyncio.CancelledError):
-            # However it ended: nobody else could renew it for as long as the lease.
+            # Release after any failure: otherwise no process could renew the answer until the lease expires.
             await self._leases.release(key, lease.token)
             raise
         if written:
@@ -195,7 +197,7 @@ class Mesh:
         return "computed"
 
     async def _find_newer(self, key: bytes, old: Entry) -> bool:
-        """Whether another process has renewed it; then it is here too."""
+        """Whether another process has renewed the answer; if so, copies it into the local tier."""
         if self.shared is None or not self.purges.is_known:
             return False
         entry = await self.shared.get_answer(key)
@@ -205,7 +207,7 @@ class Mesh:
         return True
 
     async def _lead(self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None) -> Found:
-        """Shared tier, peers, compute, fill."""
+        """Leads a flight: shared tier, peers, compute, fill."""
         self._leaders[key] = trace
         try:
             if self.shared is not None:
@@ -221,14 +223,14 @@ class Mesh:
             self.fill(answer)
             return Found(answer.entry, "miss", answer.worker)
         except InvalidArgumentError as error:
-            # It is wrong wherever it is computed.
+            # The request is invalid on every worker.
             self.refusals.keep(key, error)
             raise
         finally:
             self._leaders.pop(key, None)
 
     def _peers_to_ask(self, key: bytes) -> Mapping[PeerRegion, Decision]:
-        # Who cannot know what was purged here must not bring it back from there.
+        # A process that does not know all purges must not fetch purged answers from a peer.
         if not self.peers.peers or not self.purges.is_known or self.purges.oldest_ms:
             return {}
         return self.peers.worth_asking(key, self.costs.get(key[:MODEL_BYTES]))
@@ -241,7 +243,7 @@ class Mesh:
         trace: Trace,
         freshness: Freshness | None,
     ) -> Entry | Computed:
-        """A peer's answer, or what was computed because none came soon enough."""
+        """Returns a peer's answer, or a computed one if no peer answers soon enough."""
         start = time.time_ns()
         answer = await self.peers.race(
             peers, key, lambda: driver.run(compute()), lambda entry: _is_usable(entry, freshness)
@@ -255,7 +257,7 @@ class Mesh:
         self.costs.put(model, seconds if known is None else known + _SMOOTHING * (seconds - known))
 
     async def look_up(self, key: bytes, trace: Trace | None = None) -> Entry | None:
-        """In the shared tier, once it is known what was purged; what is found goes into the local one too."""
+        """Looks in the shared tier, once the purges are known. Copies a hit into the local tier."""
         if self.shared is None or not self.purges.is_known:
             return None
         start = time.time_ns()
@@ -268,7 +270,7 @@ class Mesh:
         return entry
 
     def fill(self, computed: Computed) -> None:
-        """Keeps it in both tiers, if it is to be kept."""
+        """Stores a cacheable answer in both tiers."""
         if computed.key is None:
             return
         self.local.put(computed.key, computed.entry)
@@ -281,13 +283,13 @@ class Mesh:
             self.shared.put(computed.key, computed.entry, kept_ms)
 
     def _kept_ms(self, computed: Computed) -> int | None:
-        """How long Redis is to keep it; None: as long as any."""
+        """TTL of the answer in Redis; None: the default TTL."""
         if self.shared is None or computed.freshness is None or computed.freshness.kept_ms >= self.shared.ttl_ms:
             return None
         return computed.freshness.kept_ms
 
     async def close(self) -> None:
-        """Ends what is in flight and writes what Redis still lacks."""
+        """Cancels everything in flight and completes pending writes to Redis."""
         self.flights.close()
         self.renewals.close()
         await self.peers.close()
@@ -301,5 +303,5 @@ class Mesh:
 
 
 def _is_usable(entry: Entry, freshness: Freshness | None) -> bool:
-    """Whether its age lets it be given."""
+    """Whether the entry is young enough to be returned."""
     return freshness is None or not freshness.is_over(entry.created_at_ms, time.time_ns() // 1_000_000)

@@ -1,4 +1,4 @@
-"""Settings of the caches: shared by routers and by the cache service."""
+"""Settings of the cache tiers, for routers and the cache service."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class MeshSettings(ServiceSettings):
-    """What a process with cache tiers can be told."""
+    """Settings of a process with cache tiers."""
 
     redis_url: str | None = Field(
         None, description="Redis or Valkey, one or many (services/runtime/redis/redis_url.py); none: local only"
@@ -48,7 +48,7 @@ class MeshSettings(ServiceSettings):
     peer_regions: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
         (), description="caches of other regions: region=host:port, separated by commas"
     )
-    # Kept from tenants: with it they could search for colliding inputs, and forge entries in Redis.
+    # Tenants must not know it: with it they could search for colliding inputs, and forge entries in Redis.
     key_secret: str | None = Field(
         None,
         min_length=1,
@@ -75,7 +75,7 @@ class MeshSettings(ServiceSettings):
         return peers
 
     def secret(self) -> str:
-        """The secret that is set, or a random one. Raises StartError if one is needed that others have too."""
+        """Returns the configured secret, or a random one. Raises StartError if processes must share a secret."""
         if self.key_secret is not None:
             return self.key_secret
         if self.redis_url is not None or self.peer_regions:
@@ -87,9 +87,9 @@ class MeshSettings(ServiceSettings):
         return secrets.token_hex(32)
 
     def create_mesh(self, secret: str) -> Mesh:
-        """The tiers as set, with entries authenticated by `secret`.
+        """Creates the configured tiers, with entries authenticated by `secret`.
 
-        Raises StartError where the Redis URL is not one; an unreachable Redis is none.
+        Raises StartError if the Redis URL is invalid, but not if Redis is unreachable.
         """
         shared = None
         frames = Frames(secret)
@@ -115,7 +115,7 @@ class MeshSettings(ServiceSettings):
 
 
 class CacheSettings(MeshSettings):
-    """The cache service."""
+    """Settings of the cache service."""
 
     section: ClassVar[str] = "cache"
     address: str = Field("127.0.0.1:8010", description="host:port to serve gRPC on; port 0 takes a free one")

@@ -1,9 +1,10 @@
-"""The router as a process: ring, fleet, mesh, dispatcher, service; serve; drain."""
+"""The router process: builds the fleet, mesh, dispatcher and services, serves until stopped, then drains."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 from cache.api.metrics import CacheMetrics
 from cache.api.service import CacheService
@@ -43,18 +44,28 @@ from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import create_tracer
 
+# A router that shares its port waits this long for a worker before it listens.
+_FIRST_WORKER_SECONDS = 1.0
+
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
+    """Serves until `stopping` is set, then drains."""
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
+    has_workers = asyncio.Event()
+
+    def set_ready(ready: bool) -> None:
+        server.set_serving(ready and not stopping.is_set())
+        if ready:
+            has_workers.set()
+
     fleet = Fleet(
         settings.listings(),
-        lambda ready: server.set_serving(ready and not stopping.is_set()),
+        set_ready,
         clock=time.monotonic,
         sources=settings.create_sources(),
         locality=Locality(settings.region, settings.zone),
@@ -118,13 +129,17 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     for part in (*counted, cost, slo, server.calls):
         metrics.add(part.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
+    mesh.purges.on_news = lambda news: _ask_again(fleet, news)
+    mesh.start()
+    fleet.start()
+    if settings.share_port:
+        # Once this router listens, the kernel gives it connections that another router could serve.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(has_workers.wait(), _FIRST_WORKER_SECONDS)
     set_title("router", settings.address, await server.start())
     await exposition.start()
     ProcessMetrics("router", settings.engine, metrics).start()
     report.start(server.receiver_seconds)
-    mesh.purges.on_news = lambda news: _ask_again(fleet, news)
-    mesh.start()
-    fleet.start()
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
     BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
@@ -144,13 +159,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
 
 
 async def _ask_again(fleet: Fleet, news: set[str]) -> None:
-    """Another router had models loaded or unloaded: what it says is true here too from now on."""
+    """Describes all healthy workers again if another router has loaded or unloaded models."""
     if MODELS in news:
         await asyncio.gather(*(fleet.describe(member) for member in fleet.view.members.values() if member.healthy))
 
 
 def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:
-    """Which model the first half of a key means."""
+    """Maps key prefixes (the first half of a cache key) to model names."""
     epochs, catalog = mesh.purges.epochs, fleet.view.catalog
     models = [catalog.find(name, version) for name, versions in catalog.versions.items() for version in versions]
     return {epochs.prefix(model.digest, model.name): model.name for model in models}

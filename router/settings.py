@@ -17,7 +17,7 @@ _DNS = "dns://"
 
 
 class RouterSettings(MeshSettings):
-    """What a router can be told."""
+    """The settings of a router."""
 
     section: ClassVar[str] = "router"
     address: str = Field("127.0.0.1:8001", description="host:port to serve gRPC on; port 0 takes a free one")
@@ -78,13 +78,13 @@ class RouterSettings(MeshSettings):
         return workers
 
     def listings(self) -> list[Listing]:
-        """The workers named by their address; without the default one where they announce themselves."""
+        """The workers listed by address. Omits the default worker if workers announce themselves in Redis."""
         if self.discovery_url is not None and "workers" not in self.model_fields_set:
             return []
         return [Listing(worker) for worker in self.workers if not worker.startswith(_DNS)]
 
     def create_sources(self) -> dict[str, Source]:
-        """What else knows workers, by name. Raises StartError where the URL is not one."""
+        """The dynamic sources of workers (DNS, announcements), by name. Raises StartError if the URL is invalid."""
         sources: dict[str, Source] = {}
         for worker in self.workers:
             if worker.startswith(_DNS):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Rejects, in the modules that mypyc compiles, constructs that mean something else there than in CPython.
+"""Rejects constructs that behave differently under mypyc than in CPython, in the modules that mypyc compiles.
 
-By mypy's types, after mypyc's list of differences ("Differences from Python" in its documentation). A line whose
-comment says `compiled: REASON` is let through. Exits with 1 and a line for each finding.
+It uses mypy's types and mypyc's list of differences ("Differences from Python" in its documentation). A line with the
+comment `compiled: REASON` is exempt. Prints a line for each finding and exits with 1.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ sys.path.insert(0, str(ROOT))
 from setup import compiled_sources  # noqa: E402
 
 EXEMPTION = "# compiled: "
-# Unboxed: identity, and the exact type of a subclass, are lost on the way.
+# Unboxed types lose identity, and the exact type of a subclass.
 _UNBOXED = frozenset({"builtins.int", "builtins.float", "builtins.complex"})
 _FIXED_WIDTH = frozenset({"i16", "i32", "i64", "u8"})
 _FRAME_READERS = frozenset({"locals", "globals", "vars", "_getframe"})
-# Instances of compiled classes cannot be pickled, copied, weakly referenced or inspected as Python's can.
+# Unlike Python's, instances of compiled classes cannot be pickled, copied, weakly referenced or inspected.
 _MODULES = frozenset({"inspect", "pickle", "copy", "weakref"})
 _DESCRIPTOR_METHODS = frozenset({"__get__", "__set__", "__delete__", "__set_name__"})
 
 _DEFINITIONS = (nodes.MypyFile, nodes.FuncDef, nodes.OverloadedFuncDef, nodes.Decorator)
-# Attributes of mypy's nodes that lead out of the tree.
+# Attributes of mypy's nodes that point outside the tree.
 _REFERENCES = frozenset({"node", "info", "names", "imports", "original_def"})
-# Line, column, and both of its end.
+# Line, column, end line, end column.
 Place: TypeAlias = "tuple[int, int, int | None, int | None]"
 
 
 class Finder(ast.NodeVisitor):
-    """Collects (line, what is wrong) of one module, whose expressions have `types`."""
+    """Collects (line, message) for the findings of one module, whose expressions have `types`."""
 
     def __init__(self, types: dict[Place, Type]) -> None:
         self._types = types
-        # The names of the functions around what is visited, and of the class that each is a method of.
+        # The enclosing functions of the visited node, each with the class that it is a method of.
         self._functions: list[tuple[str, str]] = []
         self._class = ""
-        # Whether `finally` or `with` stands around what is visited, within its function.
+        # Whether `finally` or `with` encloses the visited node, within its function.
         self._cleans_up = False
         self.found: list[tuple[int, str]] = []
 
@@ -170,7 +170,7 @@ class Finder(ast.NodeVisitor):
         return None if known is None else get_proper_type(known)
 
     def _unboxed(self, expression: ast.expr) -> str:
-        """The unboxed type that it may have, as text; "" where it has none, or mypy knows none."""
+        """Returns the unboxed type that an expression may have, as text; "" if it has none, or mypy knows none."""
         known = self._type(expression)
         return "" if known is None else next(_unboxed_kinds(known), "")
 
@@ -200,7 +200,7 @@ def _is_singleton(expression: ast.expr) -> bool:
 
 
 def _name(node: ast.AST) -> str:
-    """Of a name, an attribute or a definition; "" for others."""
+    """Returns the name of a name, an attribute or a definition; "" for other nodes."""
     for attribute in ("id", "attr", "name"):
         if isinstance(name := getattr(node, attribute, ""), str) and name:
             return name
@@ -212,7 +212,7 @@ def _place(node: ast.expr) -> Place:
 
 
 def _nodes(node: object, seen: set[int]) -> Iterator[nodes.Expression]:
-    """The expressions below `node`. By reflection: mypy's visitors are compiled and cannot be subclassed."""
+    """Yields the expressions below `node`, by reflection: mypy's visitors are compiled and cannot be subclassed."""
     if isinstance(node, list | tuple):
         for item in node:
             yield from _nodes(item, seen)
@@ -234,7 +234,7 @@ def _nodes(node: object, seen: set[int]) -> Iterator[nodes.Expression]:
 
 
 def check(sources: Sequence[tuple[Path, str]]) -> list[str]:
-    """A line for each finding in `sources`, as (path, module). Raises SystemExit where mypy does not accept them."""
+    """Returns a line for each finding in `sources`, as (path, module). Raises SystemExit if mypy rejects them."""
     options = Options()
     options.export_types = options.preserve_asts = options.ignore_missing_imports = True
     options.incremental = False
@@ -254,7 +254,7 @@ def check(sources: Sequence[tuple[Path, str]]) -> list[str]:
 
 
 def main() -> None:
-    """Checks all modules that are compiled."""
+    """Checks all compiled modules."""
     sources = compiled_sources()
     found = check([(source, ".".join(source.with_suffix("").parts)) for source in sources])
     print("\n".join(found) or f"{len(sources)} compiled modules mean the same when interpreted")

@@ -1,8 +1,8 @@
-"""What other services keep in the mesh: items that are fresh for a time, computed by one holder of a lease.
+"""Items that other services store in the mesh, each with a TTL and computed under a lease.
 
-An item may change, so it is read where all processes see the same: in Redis, and in the local tier only where there is
-no Redis. Past its freshness it may be kept a while longer, stale: it still answers while one caller computes it anew
-(stale-while-revalidate), who is picked a little before the end (freshness.py).
+An item can change, so it is read from a store that all processes share: Redis, or the local tier if there is no Redis.
+After its TTL an item can stay stored as stale. A stale item is still returned while one caller recomputes it
+(stale-while-revalidate). freshness.py picks that caller shortly before the TTL ends.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cache.policy.leases import Lease, Leases
 from cache.tiers.entry import Entry
 from services.runtime.errors import DeadlineExceededError
 
-_TIMES = struct.Struct("<QQ")  # fresh until, kept until: ms since the epoch; 0: no end
+_TIMES = struct.Struct("<QQ")  # fresh until, stored until: ms since the epoch; 0: no expiry
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.1
 
 
 class ItemId(NamedTuple):
-    """Services share the mesh by namespaces; within one, tenants are apart."""
+    """Names an item. A namespace isolates a service; within it, `tenant` isolates tenants."""
 
     namespace: str
     tenant: str
@@ -34,7 +34,7 @@ class ItemId(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A value. `fresh_until_ms` is 0 where it has no end."""
+    """A stored value. `fresh_until_ms` is 0 if the item does not expire."""
 
     value: bytes
     compute_us: int
@@ -42,16 +42,16 @@ class Item(NamedTuple):
     fresh_until_ms: int
 
     def is_stale(self, now_ms: float) -> bool:
-        """Whether its freshness is over."""
+        """Whether the item is past its TTL."""
         return bool(self.fresh_until_ms) and now_ms >= self.fresh_until_ms
 
     def is_due(self, now_ms: float, chance: float) -> bool:
-        """Whether the caller with this `chance` is to compute it anew."""
+        """Whether the caller with this `chance` recomputes the item."""
         return bool(self.fresh_until_ms) and freshness.is_due(self.fresh_until_ms, now_ms, self.compute_us, chance)
 
 
 class Usage:
-    """What one tenant of one namespace did here."""
+    """Counters of one tenant in one namespace, in this process."""
 
     __slots__ = ("fills", "hits", "misses", "saved_compute_us")
 
@@ -64,7 +64,7 @@ OTHER = ("other", "")
 
 
 class Items:
-    """Items over the tiers of `mesh`. `clock` is in seconds since the epoch."""
+    """Stores items in the tiers of `mesh`. `clock` returns seconds since the epoch."""
 
     def __init__(self, mesh: Mesh, clock: Callable[[], float] = time.time) -> None:
         self._mesh = mesh
@@ -73,7 +73,7 @@ class Items:
         self.usages: dict[tuple[str, str], Usage] = {}
 
     async def get(self, item: ItemId) -> Item | None:
-        """The item, stale or fresh; None where there is none."""
+        """Returns the item, fresh or stale, or None on a miss."""
         found = await self._read(self._name(item))
         usage = self._usage(item)
         if found is None:
@@ -86,10 +86,10 @@ class Items:
     async def put(
         self, item: ItemId, value: bytes, compute_us: int, *, ttl_ms: int = 0, stale_ms: int = 0, token: int = 0
     ) -> None:
-        """Kept for `ttl_ms` (0: as long as there is room) and stale for `stale_ms` more.
+        """Stores the item as fresh for `ttl_ms` (0: until it is evicted) and as stale for another `stale_ms`.
 
-        `token`: of the lease under which it was computed. Raises FailedPreconditionError where that lease is over, so
-        that a late holder never overwrites what a later one computed.
+        `token` is the token of the lease under which the value was computed. Raises FailedPreconditionError if that
+        lease has expired, so that a late holder never overwrites the value of a later one.
         """
         now_ms = int(self._clock() * 1000)
         fresh_until = now_ms + ttl_ms if ttl_ms else 0
@@ -105,9 +105,9 @@ class Items:
         self._usage(item).fills += 1
 
     async def get_or_lease(self, item: ItemId, lease_ms: int, wait_seconds: float) -> tuple[Item | None, Lease | None]:
-        """The item, a lease to compute it, or both: then the item answers now, and the caller is the one to renew it.
+        """Returns the item, a lease to compute it, or both: a usable item and a lease to recompute it.
 
-        Where another holds the lease, waits for the item. Raises DeadlineExceededError after `wait_seconds`.
+        If another caller holds the lease, waits for the item. Raises DeadlineExceededError after `wait_seconds`.
         """
         name = self._name(item)
         give_up = time.monotonic() + wait_seconds
@@ -123,7 +123,7 @@ class Items:
                 return found, await self._leases.take(name, lease_ms) if due else None
             lease = await self._leases.take(name, lease_ms)
             if lease is not None:
-                # It may have come between the look and the lease.
+                # The item can arrive between the look-up and the lease.
                 found = await self._read(name)
                 if found is None or found.is_stale(now_ms):
                     usage.misses += 1
@@ -136,11 +136,11 @@ class Items:
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def release(self, item: ItemId, token: int) -> None:
-        """Gives a lease back unused: who waits gets it at once."""
+        """Returns a lease unused, so that a waiting caller can take it."""
         await self._leases.release(self._name(item), token)
 
     async def delete(self, item: ItemId) -> None:
-        """Forgets it everywhere. Raises UnavailableError where Redis cannot be reached."""
+        """Deletes the item in every process. Raises UnavailableError if Redis is unreachable."""
         name = self._name(item)
         if self._mesh.shared is None:
             self._mesh.local.put(name, Entry(_TIMES.pack(1, 1), 0))

@@ -1,4 +1,4 @@
-"""The caches of a process, as metrics."""
+"""Metrics of the cache tiers of a process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CacheMetrics:
         self._evictions = evictions
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Yields the samples, for `Metrics.add`."""
         shared = self._mesh.shared
         for tier in (self._mesh.local, shared):
             if tier is None:

@@ -1,4 +1,4 @@
-"""`ringmesh.cache.v1.CacheService`: the mesh for other services and for other regions."""
+"""`ringmesh.cache.v1.CacheService`: gives other services and other regions access to the mesh."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import asdict
-from difflib import get_close_matches
 
 import grpc
 from ringmesh.cache.v1 import cache_pb2
@@ -18,6 +17,7 @@ from cache.mesh import Mesh
 from cache.tiers.entry import Entry, Frames
 from cache.tiers.evictions import OTHER, Evictions
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, some
+from services.runtime.oip.absent_model import nearest
 from services.runtime.oip.protocol import check_tenant
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Service, unary
@@ -30,7 +30,7 @@ _LEASE_MS, _MAX_LEASE_MS = 10_000, 600_000
 _WAIT_MS, _MAX_WAIT_MS = 10_000, 60_000
 _VALUABLE, _MAX_VALUABLE = 1000, 10_000
 
-# What a request on an item has in all its kinds.
+# Every request about one item: each has the fields namespace, tenant and key.
 _ItemRequest = (
     cache_pb2.GetRequest
     | cache_pb2.PutRequest
@@ -41,10 +41,10 @@ _ItemRequest = (
 
 
 class CacheService:
-    """Items, purges and statistics over the tiers of `mesh`. `frames` seals answers for other regions.
+    """Serves items, purges and statistics of the tiers of `mesh`. `frames` seals answers for other regions.
 
-    `usages` tells what else this process uses the tiers for, `models` which model the first 16 bytes of a key mean,
-    `tenant_scoped` which models keep tenants apart; None: this process does not know.
+    `usages` returns the other uses of the tiers in this process. `models` maps the first 16 bytes of a key to a model.
+    `tenant_scoped` returns the models with tenant-scoped answers; None if this process does not know them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CacheService:
         self._closed = asyncio.Event()
 
     def service(self) -> Service:
-        """The handlers, to be served."""
+        """Returns the gRPC handlers."""
         return Service(
             cache_pb2.DESCRIPTOR.services_by_name["CacheService"],
             {
@@ -86,7 +86,7 @@ class CacheService:
         )
 
     def close(self) -> None:
-        """Ends all watches, so that they do not hold up the server's stop."""
+        """Ends all Watch calls, so that they do not delay the stop of the server."""
         self._closed.set()
 
     async def _get(self, request: cache_pb2.GetRequest, _: Context) -> cache_pb2.GetResponse:
@@ -97,7 +97,7 @@ class CacheService:
         _check_names(request.namespace, request.tenant)
         for index, key in enumerate(request.keys):
             _check_key(key, f"keys[{index}]")
-        # Started together, the look-ups leave as one round trip.
+        # Look-ups that start together share one round trip.
         lookups = (self._items.get(ItemId(request.namespace, request.tenant, key)) for key in request.keys)
         return cache_pb2.GetManyResponse(results=map(_found, await asyncio.gather(*lookups)))
 
@@ -187,13 +187,13 @@ class CacheService:
         return cache_pb2.PurgeResponse(epoch=epoch, confirmed=confirmed, warning=self._warning(request))
 
     def _check_is_known(self, name: str) -> None:
-        """Raises NotFoundError where this process knows models, and nothing by that name, not even from before."""
+        """Raises NotFoundError if this process knows models, and no model or past use of the cache has that name."""
         served = {*self._models().values()}
         used = {usage.model for usage in self._usages()} | {namespace for namespace, _ in self._items.usages}
         if not served or name in served | used:
             return
-        near = get_close_matches(name, served | used, n=1)
-        told = f"did you mean {near[0]!r}?" if near else f"there are: {some(sorted(served))}"
+        near = nearest(name, served | used)
+        told = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
         raise NotFoundError(
             f"no model {name!r} is served, and nothing was cached here under that name; {told} What an unloaded model "
             "or another service left is purged with even_if_unknown (`ringmesh cache purge --even-if-unknown`)",
@@ -201,7 +201,7 @@ class CacheService:
         )
 
     def _warning(self, request: cache_pb2.PurgeRequest) -> str:
-        """Where a purge may have touched less than was meant."""
+        """Returns why the purge can have covered less than the caller meant; "" if there is no doubt."""
         if request.model and not request.even_if_unknown and not self._models():
             return f"no models are known here, so nobody checked that there is {request.model!r}; a router checks it"
         if not request.tenant:

@@ -1,7 +1,7 @@
-"""What purges do to keys: each has an epoch, and an epoch is part of the keys in its scope.
+"""Epochs of purges: each purge sets the epoch of its scope, and the epoch is part of every cache key in that scope.
 
-So a purge is one number, whatever it covers: what was filed before is under keys that nobody asks for any more, and
-goes as its room is needed. Epochs only grow, and the larger wins where two are merged, so views agree in the end.
+A purge therefore writes one number, whatever it covers. Older entries stay under keys that are no longer requested,
+until they are evicted. Epochs only grow, and a merge keeps the larger one, so all processes converge.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -12,34 +12,34 @@ from types import MappingProxyType
 from blake3 import blake3
 
 EVERYTHING = "all"
-# Not of any key: raised when models were loaded or unloaded.
+# Part of no key: raised when models are loaded or unloaded.
 MODELS = "models"
 _MAX_PREFIXES = 4096
 
 
 def model_scope(name: str) -> str:
-    """All versions of a model; what other services call their data is a scope of this kind too."""
+    """The scope of all versions of a model, or of a namespace of another service."""
     return f"model:{name}"
 
 
 def tenant_scope(tenant: str) -> str:
-    """What is kept apart for a tenant."""
+    """The scope of all entries that belong to one tenant."""
     return f"tenant:{tenant}"
 
 
 def key_scope(key: bytes) -> str:
-    """One answer, by its key as `ringmesh.router.v1.Explain` tells it."""
+    """The scope of one answer, by its key from `ringmesh.router.v1.Explain`."""
     return f"key:{key.hex()}"
 
 
 class Epochs:
-    """An immutable view of all purges: `scopes` to epochs. `version` is the largest of them, 0 before the first."""
+    """An immutable snapshot of all purges. `scopes` maps scopes to epochs; `version` is the largest epoch or 0."""
 
     __slots__ = ("_everything", "_keys", "_prefixes", "scopes", "version")
 
     def __init__(self, scopes: Mapping[str, int]) -> None:
         self._everything = scopes.get(EVERYTHING, 0)
-        # What came before a purge of everything adds nothing to it.
+        # A purge of everything includes all earlier purges.
         kept = {scope: epoch for scope, epoch in scopes.items() if epoch >= self._everything}
         self.scopes: Mapping[str, int] = MappingProxyType(kept)
         self.version = max(kept.values(), default=0)
@@ -47,7 +47,7 @@ class Epochs:
         self._prefixes: dict[bytes, bytes] = {}
 
     def key(self, model_digest: bytes, model_name: str, request_hash: bytes) -> bytes:
-        """32 bytes: the answer of this model version to this request, since the last purge of it."""
+        """Returns the 32-byte cache key of this model version's answer to this request, since its last purge."""
         if not self.version:
             return model_digest + request_hash
         if self._keys and (epoch := self._keys.get(model_digest + request_hash)):
@@ -56,7 +56,7 @@ class Epochs:
         return (self.prefix(model_digest, model_name) if prefix is None else prefix) + request_hash
 
     def prefix(self, model_digest: bytes, model_name: str) -> bytes:
-        """16 bytes in place of the digest; the digest itself where no purge covers the model."""
+        """Returns the 16 bytes that replace the digest; the digest itself if no purge covers the model."""
         prefix = self._prefixes.get(model_digest)
         if prefix is None:
             epochs = _bytes(self._everything) + _bytes(self.scopes.get(model_scope(model_name), 0))
@@ -67,18 +67,18 @@ class Epochs:
         return prefix
 
     def own_key(self, namespace: str, tenant: str, key: bytes) -> bytes:
-        """64 hexadecimal digits (so without braces): what another service filed under `key` since the last purge."""
+        """Returns the cache key of another service's item since its last purge: 64 hexadecimal digits, no braces."""
         epochs = [self._everything, self.scopes.get(model_scope(namespace), 0), self.tenant(tenant)]
         name, owner = namespace.encode(), tenant.encode()
         text = b"".join((_bytes(len(name)), name, _bytes(len(owner)), owner, *map(_bytes, epochs), key))
         return blake3(text, derive_key_context="ringmesh 2026-11 data of other services").hexdigest().encode()
 
     def tenant(self, tenant: str) -> int:
-        """The epoch of a tenant, 0 where it was never purged."""
+        """The epoch of a tenant; 0 if it was never purged."""
         return self.scopes.get(tenant_scope(tenant), 0)
 
     def merged(self, scopes: Mapping[str, int]) -> Epochs:
-        """With what another view has."""
+        """Returns a snapshot that also has the epochs of `scopes`; the larger epoch wins."""
         return Epochs({**self.scopes, **{s: max(e, self.scopes.get(s, 0)) for s, e in scopes.items()}})
 
 

@@ -1,12 +1,12 @@
-"""Where the processes of a region tell each other of purges: two hashes in Redis.
+"""Invalidation: the processes of a region share purges through two hashes in Redis.
 
-Each process beats ten times a second: it says which version of the epochs it goes by, and hears of newer ones. A purge
-writes its epoch and returns when every process has said that it goes by it. Polled instead of pushed: a process must be
-heard from anyway before a purge may count on it, and publish/subscribe loses messages.
+Each process sends a heartbeat ten times a second. It reports the version of the epochs that it applies and receives
+newer epochs. A purge writes its epoch and returns when every process has confirmed it. Processes poll, because a purge
+needs a confirmation from each process anyway and publish/subscribe loses messages.
 
-A process that cannot be heard from may still answer from its local tier. So one that is cut off for longer than
-the lease answers only with what was computed within the lease, and a purge that misses a process waits for the lease
-to be over. Decision record 0012 has the reasoning.
+A process without a connection to Redis can still answer from its local tier. Therefore, a process that is disconnected
+for longer than the lease returns only answers that were computed within the lease, and a purge that lacks a
+confirmation waits until the lease has expired. Decision record 0012 has the reasoning.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ EPOCHS = b"{rm1-mesh}:epochs"
 _MEMBERS = b"{rm1-mesh}:members"
 _BEAT_SECONDS = 0.1
 _COMMAND_SECONDS = 1.0
-# A process whose last beat is older than this is waited for by the lease, not by its word.
+# If the last heartbeat of a process is older than this, a purge waits for the lease instead of a confirmation.
 _SILENT_MS = 1000
-# How late a process may notice that it is cut off: one hung beat and a pause.
+# The longest time until a process notices that it is disconnected: one hung heartbeat and a pause.
 _NOTICE_SECONDS = 2.0
-# A process not heard from for so long is not waited for; cut off for so long, it answers with nothing kept.
+# A purge ignores a process without a heartbeat for this long. A process disconnected for this long serves no cached
+# answers.
 _FORGET_SECONDS = 3600.0
 _MAX_SCOPES = 10_000
-# Every process that is there is heard from in this time, also where Redis has just lost its list of them.
+# Every running process sends a heartbeat within this time, even if Redis has just lost its list of members.
 _SETTLE_SECONDS = 3 * _BEAT_SECONDS
 
 _NOW = "local t = redis.call('TIME') local now = t[1] * 1000 + math.floor(t[2] / 1000) "
-# KEYS: epochs, members. ARGV: member, version it goes by. Returns the version, and all scopes where it is another.
+# KEYS: epochs, members. ARGV: member, version it applies. Returns the version, and all scopes if the version differs.
 _BEAT = (
     _NOW
     + """
@@ -54,7 +55,7 @@ table.insert(found, 1, version)
 return found
 """
 )
-# ARGV: the least epoch to give, the most scopes to keep, the scopes. Returns the epoch, or "full".
+# ARGV: the smallest epoch to assign, the maximum number of scopes, the scopes. Returns the epoch, or "full".
 _PURGE = (
     _NOW
     + """
@@ -67,7 +68,7 @@ redis.call('HSET', KEYS[1], 'version', text)
 return text
 """
 )
-# ARGV: scopes and epochs by turns. The larger stays.
+# ARGV: alternating scopes and epochs. The larger epoch wins.
 _MERGE = """
 local version = redis.call('HGET', KEYS[1], 'version') or '0'
 for i = 1, #ARGV, 2 do
@@ -79,7 +80,7 @@ end
 redis.call('HSET', KEYS[1], 'version', version)
 return version
 """
-# ARGV: milliseconds after which a member is forgotten. Returns now, then members and what they said by turns.
+# ARGV: milliseconds after which a member is removed. Returns the current time, then alternating members and reports.
 _MEMBERS_NOW = (
     _NOW
     + """
@@ -96,45 +97,46 @@ return found
 
 
 class PurgeBoard:
-    """This process's view of the purges, `epochs`, kept with the other processes at one Redis (None: it is alone).
+    """Keeps `epochs`, this process's snapshot of the purges, in step with all processes on one Redis.
 
-    `member` names the process and outlives its restarts. `is_known` is False until the first word from Redis.
+    `shared` is None if the process runs without Redis. `member` names the process and is stable across restarts.
+    `is_known` is False until the first reply from Redis.
     """
 
     def __init__(self, shared: SharedTier | None, member: str, lease_seconds: float) -> None:
         self.epochs = Epochs({})
         self.is_known = shared is None
-        # Entries that were computed before this are not to be served: 0 but for a process that is cut off.
+        # Entries computed before this time are not served; 0 unless the process is disconnected from Redis.
         self.oldest_ms = 0
         self.changed = asyncio.Event()
-        # Called with the scopes that others have purged or announced, before this process confirms them.
+        # Called with the scopes that other processes purged or announced, before this process confirms them.
         self.on_news: Callable[[set[str]], Awaitable[None]] = _nothing
         self._shared = shared
         self._member = member
         self._lease = lease_seconds
-        # The version of all that was heard from Redis: this process's own purges may be newer than others that it has
-        # yet to hear of. One beat at a time, so that none confirms what another one is still telling.
+        # The version last read from Redis. This process's own purges can be newer than purges that it has not read yet.
+        # Heartbeats run one at a time, so that none confirms a version that another is still applying.
         self._heard = 0
         self._beating = asyncio.Lock()
         self._contact = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to beat."""
+        """Starts the heartbeat."""
         if self._shared is not None:
             self._contact = time.monotonic()
             self._task = BACKGROUND.start("purges", self._beat_on)
 
     async def announce(self, scope: str) -> None:
-        """As a purge of a scope that no key is in: returns when every process has heard it with its `on_news`."""
+        """Purges a scope that contains no keys. Returns when `on_news` has run in every process."""
         if self._shared is not None:
             await self._publish([scope], 0.0)
 
     async def purge(self, scopes: Sequence[str]) -> tuple[int, int]:
-        """The epoch, and how many processes go by it: all there are, so that none serves what was filed before.
+        """Returns the epoch and the number of processes that confirmed it, when no process serves older entries.
 
-        Raises UnavailableError where Redis cannot be reached (the purge may have been written, and is safe to repeat),
-        ResourceExhaustedError where too many single scopes were purged since the last purge of everything.
+        Raises UnavailableError if Redis is unreachable (the purge can have been written, and is safe to repeat), and
+        ResourceExhaustedError if too many single scopes were purged since the last purge of everything.
         """
         if self._shared is None:
             epoch = max(time.time_ns() // 1_000_000, self.epochs.version + 1)
@@ -143,14 +145,14 @@ class PurgeBoard:
         return await self._publish(scopes, _SETTLE_SECONDS)
 
     async def merge(self, scopes: Mapping[str, int]) -> None:
-        """Takes over what another region has purged. Raises UnavailableError."""
+        """Applies the purges of another region. Raises UnavailableError."""
         if any(epoch > self.epochs.scopes.get(scope, 0) for scope, epoch in scopes.items()):
             if self._shared is not None:
                 await self._run(_MERGE, *_flat(scopes))
             self._merge(scopes)
 
     async def close(self) -> None:
-        """Leaves: no purge waits for this process."""
+        """Leaves the list of members, so that no purge waits for this process."""
         if self._task is None:
             return
         self._task.cancel()
@@ -190,7 +192,7 @@ class PurgeBoard:
             except UnavailableError as error:
                 log.debug("no word from Redis: %s", error.message)
             except Exception as error:
-                # After any failure: a process that is cut off must not serve answers older than its lease.
+                # Continue after any failure: a disconnected process must not serve answers older than its lease.
                 BACKGROUND.failed("purges", error)
             self._judge()
             await asyncio.sleep(_BEAT_SECONDS)
@@ -203,7 +205,7 @@ class PurgeBoard:
             news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
             self._merge(scopes)
             if int(version) < self.epochs.version:
-                # Redis lost it, by a restart or a failover.
+                # Redis lost epochs in a restart or a failover.
                 await self._run(_MERGE, *_flat(self.epochs.scopes))
             if flat:
                 await self.on_news(news)

@@ -1,12 +1,12 @@
-"""What makes two requests the same request.
+"""Cache keys: equal requests have equal keys.
 
-A key is the digest of the model version that answers (16 bytes) followed by the hash of the request's
-canonical content (16 bytes). The content is every input's name, datatype, shape, raw bytes and
-parameters, the set of requested outputs with theirs, every request parameter that is not reserved, and
-the tenant where the model is scoped by tenant.
-It leaves out what cannot change the answer: id, trace context, priority, timeout, the order of inputs
-and of fields, unknown fields, whether tensors travel raw or typed, and whether all outputs are named or none.
-Tiers compare all 32 bytes on a hit: a dict does by equality, Redis by its own key and by the frame's checksum.
+A key is the digest of the model version that answers (16 bytes) followed by the hash of the request's canonical
+content (16 bytes). The content is every input's name, datatype, shape, raw bytes and parameters, the set of requested
+outputs with their parameters, every request parameter that is not reserved, and the tenant if the model is
+tenant-scoped.
+The content excludes everything that cannot change the answer: id, trace context, priority, timeout, the order of
+inputs and of fields, unknown fields, whether tensors are raw or typed, and whether all outputs are named or none.
+Tiers compare all 32 bytes on a hit: a dict by equality, Redis by its own key and by the frame's checksum.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -23,11 +23,11 @@ from services.runtime.oip.tensors import raw_from_contents
 from services.runtime.telemetry.metrics import Sample
 from services.runtime.telemetry.recent import Recent, forgotten
 
-# Keyed, so that nobody outside the fleet can search for two inputs with one hash.
+# The hash is keyed, so that nobody outside the fleet can search for two inputs with the same hash.
 _CONTEXT = "ringmesh 2026-11 request hash"
-# Of a key: digest and hash.
+# Length of a key: digest and hash.
 KEY_BYTES = 32
-# How many of them, at the beginning, are the model's.
+# Length of the model digest at the start of a key.
 MODEL_BYTES = 16
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
@@ -35,37 +35,37 @@ _RESERVED_PREFIXES = ("triton_", "sequence_")
 
 
 class UncacheableError(Exception):
-    """The request must be computed; the message says why."""
+    """The answer to the request cannot be cached; the message says why."""
 
 
 class RequestHasher:
-    """Hashes requests under one fleet-wide secret: every router must be given the same.
+    """Hashes requests under one fleet-wide secret, which must be the same on every router.
 
-    `tenant_epoch` tells how often a tenant was purged, in any numbers that grow.
+    `tenant_epoch` returns a number for a tenant that grows with each purge of that tenant.
     """
 
     def __init__(self, secret: str, tenant_epoch: Callable[[str], int] = lambda _: 0) -> None:
         self._tenant_epoch = tenant_epoch
         self._key = blake3(secret.encode(), derive_key_context=_CONTEXT).digest()
-        # Callers send few kinds of requests: what a request is, but for its data and id, is described once.
+        # Callers send few kinds of requests. Everything in a request except its data and id is described once.
         self.described: Recent[bytes, _Description] = Recent(_MAX_DESCRIBED)
         self.tenant_keys: Recent[tuple[str, int], bytes] = Recent(_MAX_DESCRIBED)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Yields the samples, for `Metrics.add`."""
         yield forgotten("descriptions", self.described)
         yield forgotten("tenant keys", self.tenant_keys)
 
     def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
-        """A place on the ring, the same for every request of a sequence."""
+        """Returns a ring hash that is the same for every request of a sequence."""
         return blake3(f"{model_name}/{sequence!r}".encode(), key=self._key).digest(16)
 
     def hash(self, request: v2.ModelInferRequest, outputs: Collection[str] = (), tenant: str | None = None) -> bytes:
-        """16 bytes that equal requests share, whatever the model. Model name and version are not in it.
+        """Returns a 16-byte hash that equal requests share. The hash excludes the model's name and version.
 
-        `outputs` are those of the model: naming all of them is naming none. `tenant` is in the hash unless it is None.
-        Takes the id and the raw contents out of `request`. Raises UncacheableError for sequences, shared memory, and
-        tensors without one plain value, which only the worker can judge.
+        `outputs` are the outputs of the model: a request for all of them equals a request that names none. The hash
+        includes `tenant` unless it is None. Removes the id and the raw contents from `request`. Raises UncacheableError
+        for sequences, shared memory, and tensors without one plain value, which only the worker can validate.
         """
         raws: list[bytes] = [*request.raw_input_contents]
         if raws:
@@ -78,7 +78,7 @@ class RequestHasher:
         return self._digest(raws, description, self._key if tenant is None else self._tenant_key(tenant))
 
     def hash_read(self, read: Read, outputs: Collection[str] = (), tenant: str | None = None) -> bytes:
-        """As `hash`."""
+        """Returns the same as `hash`, for a request that was already parsed."""
         message, parts = read.head.message, read.parts
         if parts is None:
             return self.hash(message, outputs, tenant)
@@ -92,7 +92,7 @@ class RequestHasher:
         outputs: Collection[str],
         tenant: str | None,
     ) -> bytes:
-        """Of `raws` and all the rest, which is `request`, and serialized `head`."""
+        """Hashes `raws` and the rest of the request: `request`, or `head` in serialized form."""
         description = self.described.get(head)
         if description is None or description.outputs is not outputs or description.inputs != len(raws):
             description = _describe(request, len(raws), outputs, typed=False)
@@ -107,9 +107,9 @@ class RequestHasher:
         outputs: Collection[str] = (),
         tenant: str | None = None,
     ) -> list[bytes]:
-        """The hash that each of `rows`, raw contents of all inputs, has as a request of its own.
+        """Returns the hash that each row would have as a request of its own. A row is the raw contents of all inputs.
 
-        `request` is that of one row, without its data. Raises UncacheableError.
+        `request` is a request for one row, without its data. Raises UncacheableError.
         """
         description = _describe(request, len(request.inputs), outputs, typed=False)
         key = self._key if tenant is None else self._tenant_key(tenant)
@@ -118,8 +118,8 @@ class RequestHasher:
     def _digest(self, raws: Sequence[bytes], description: _Description, key: bytes) -> bytes:
         if description.order:
             raws = [raws[index] for index in description.order]
-        # The data first: BLAKE3 is twice as fast where it starts at a chunk boundary. What follows can be read from
-        # its end, so no data can pass for a part of it.
+        # Data comes first, because BLAKE3 is twice as fast if the data starts at a chunk boundary. The rest can be
+        # parsed from its end, so data cannot be mistaken for a part of it.
         hasher = blake3(raws[0], key=key)
         if len(raws) == 1:
             return hasher.update(len(raws[0]).to_bytes(8, "little") + description.trailer).digest(16)
@@ -139,9 +139,11 @@ class RequestHasher:
 
 
 class _Description(NamedTuple):
-    """`order`: the inputs sorted by name, () where they are. `trailer`: all but data and sizes, then its length.
+    """Everything in a request except its data.
 
-    `outputs` are those of the model that it was made for, `inputs` how many have raw contents.
+    `order`: indices of the inputs sorted by name, () if they are sorted already. `trailer`: everything except data and
+    sizes, then its own length. `outputs`: the outputs of the model it was made for. `inputs`: number of inputs with
+    raw contents.
     """
 
     order: tuple[int, ...]
@@ -153,7 +155,7 @@ class _Description(NamedTuple):
 def _describe(
     request: v2.ModelInferRequest, raw_count: int, model_outputs: Collection[str], *, typed: bool
 ) -> _Description:
-    """Lengths stand before names, so that no two requests read the same."""
+    """Describes a request. Lengths precede names, so that different requests have different descriptions."""
     if not request.inputs:
         raise UncacheableError("it has no inputs")
     if raw_count != len(request.inputs):
@@ -180,7 +182,7 @@ def _describe(
 
 
 def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
-    """32 bytes: the answer of this model version to this request. Purges add to it (epochs.py)."""
+    """Returns the 32-byte cache key of this model version's answer, before purges change it (epochs.py)."""
     return model_digest + request_hash
 
 

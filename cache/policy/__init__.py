@@ -1,1 +1,1 @@
-"""What may be kept, for how long, and who computes it."""
+"""Cache policy: admission, freshness, leases and renewals."""

@@ -1,9 +1,9 @@
-"""`cache-control` as callers send it beside a request, with HTTP's meaning (RFC 9111, section 5.2.1).
+"""The `cache-control` metadata of a request, with the semantics of HTTP (RFC 9111, section 5.2.1).
 
-`no-cache`: computed anew, and kept. `no-store`: what is computed for it is not kept; what is kept already may answer.
-`max-age=N`: an answer computed at most N seconds ago. `only-if-cached`: an answer from the cache or none. Directives
-combine, names are matched without case, the smallest max-age counts, and what is not known here is ignored, as HTTP
-says. A value that cannot be read is refused: an answer other than the one asked for would go unnoticed.
+`no-cache`: the answer is computed again and cached. `no-store`: a computed answer is not cached; a cached one can be
+returned. `max-age=N`: the answer was computed at most N seconds ago. `only-if-cached`: the answer comes from the cache
+or the request fails. As in HTTP, directives combine, names are case-insensitive, the smallest max-age wins, and unknown
+directives are ignored. A malformed value is refused, because the caller would not notice that it had no effect.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -14,12 +14,12 @@ from typing import NamedTuple
 from services.runtime.errors import InvalidArgumentError
 
 _FLAGS = {"no-store": "no_store", "no-cache": "no_cache", "only-if-cached": "only_if_cached"}
-_MAX_AGE_SECONDS = 2**31  # RFC 9111, section 1.2.2: what is larger counts as this
+_MAX_AGE_SECONDS = 2**31  # RFC 9111, section 1.2.2: larger values count as this one
 _MAX_BYTES = 256
 
 
 class CacheControl(NamedTuple):
-    """What one caller asks of the cache."""
+    """The cache directives of one request."""
 
     no_store: bool = False
     no_cache: bool = False
@@ -27,7 +27,7 @@ class CacheControl(NamedTuple):
     max_age_ms: int | None = None
 
     def takes(self, created_at_ms: int, now_ms: int) -> bool:
-        """Whether an answer that was computed then will do."""
+        """Whether the directives accept an answer computed at `created_at_ms`."""
         if self.no_cache:
             return False
         return self.max_age_ms is None or now_ms - created_at_ms <= self.max_age_ms
@@ -35,7 +35,7 @@ class CacheControl(NamedTuple):
 
 @lru_cache(256)
 def parse_cache_control(text: str) -> CacheControl:
-    """Several headers stand in one text, separated by commas. Raises InvalidArgumentError."""
+    """Parses one or more headers, joined by commas. Raises InvalidArgumentError."""
     if len(text) > _MAX_BYTES:
         raise InvalidArgumentError(f"cache-control has {len(text)} bytes; at most {_MAX_BYTES} are taken")
     flags: dict[str, bool] = {}
@@ -54,7 +54,7 @@ def parse_cache_control(text: str) -> CacheControl:
                 raise InvalidArgumentError(
                     f"cache-control: max-age is a number of seconds from 0, such as max-age=60; got {part.strip()!r}"
                 )
-            # Of thousands of digits int() makes an error.
+            # int() raises ValueError for thousands of digits.
             seconds = min(int(argument.lstrip("0")[:10] or "0"), _MAX_AGE_SECONDS)
             max_age = seconds if max_age is None else min(max_age, seconds)
     return CacheControl(**flags, max_age_ms=None if max_age is None else max_age * 1000)

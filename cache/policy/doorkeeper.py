@@ -1,7 +1,7 @@
-"""What is asked for only once need not reach Redis.
+"""Admission to Redis: answers that are requested only once are not written.
 
-A computed answer waits here for a while, and is written when the local tier has had a hit on it; else it is forgotten.
-Looked at now and then, so that a hit costs nothing more.
+A computed answer waits here for a while. It is written if the local tier has a hit on it, and discarded otherwise.
+Waiting answers are checked periodically, so that a hit itself costs nothing extra.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -29,7 +29,7 @@ class _Waiting(NamedTuple):
 
 
 class Doorkeeper:
-    """Writes to `shared` what was asked for again within a minute."""
+    """Writes answers to `shared` if they are requested again within a minute."""
 
     def __init__(self, shared: SharedTier) -> None:
         self._shared = shared
@@ -38,18 +38,18 @@ class Doorkeeper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to look."""
+        """Starts the periodic check."""
         self._task = BACKGROUND.start("doorkeeper", self._look_on)
 
     def offer(self, key: bytes, entry: Entry, kept_ms: int | None = None) -> None:
-        """Waits from now on, to be written as by SharedTier.put. The oldest are forgotten where too much waits."""
+        """Queues an answer, with the arguments of SharedTier.put. Discards the oldest if the queue is full."""
         self._waiting.append(_Waiting(time.monotonic() + _WAIT_SECONDS, key, entry, kept_ms))
         self._bytes += len(entry.value)
         while self._bytes > _MAX_WAITING_BYTES or len(self._waiting) > _MAX_WAITING:
             self._bytes -= len(self._waiting.popleft().entry.value)
 
     def look(self) -> None:
-        """Writes what has had a hit, forgets what has waited too long."""
+        """Writes answers that have had a hit, and discards answers that have waited too long."""
         now = time.monotonic()
         still: deque[_Waiting] = deque()
         size = 0
@@ -62,7 +62,7 @@ class Doorkeeper:
         self._waiting, self._bytes = still, size
 
     async def close(self) -> None:
-        """Looks once more."""
+        """Stops the periodic check and checks once more."""
         if self._task is not None:
             self._task.cancel()
         self.look()

@@ -1,8 +1,8 @@
-"""Who computes a value now: one holder at a time, by a lease that ends by itself (after memcache's, NSDI 2013).
+"""Leases: one holder at a time computes a value. A lease expires automatically (after memcache's leases, NSDI 2013).
 
-A lease is a key in Redis, beside the value and in its slot; its token grows from holder to holder, and a value is
-taken only with the token of the lease that stands. Where Redis cannot be reached, this process gives leases of its own:
-then a value may be computed once for each cache process.
+A lease is a key in Redis in the same slot as the value. Its token grows from holder to holder, and a value is accepted
+only with the token of the current lease. If Redis is unreachable, the process grants local leases; then each cache
+process can compute the value once.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS
 
 
 class Lease(NamedTuple):
-    """`token` grows from holder to holder."""
+    """A granted lease. `token` grows from holder to holder."""
 
     token: int
     expires_in_ms: int
 
 
 class Leases:
-    """Leases on names of `shared`; of this process alone where it is None or down."""
+    """Grants leases through `shared`, or within this process if `shared` is None or down."""
 
     def __init__(self, shared: SharedTier | None) -> None:
         self._shared = shared
         self._own: dict[bytes, tuple[int, float]] = {}
 
     async def take(self, name: bytes, milliseconds: int) -> Lease | None:
-        """None where another holds it."""
+        """Returns a lease, or None if another caller holds it."""
         if self._shared is not None:
             try:
                 token = await self._run(name, _TAKE, 1, str(milliseconds))
@@ -66,9 +66,9 @@ class Leases:
         return Lease(token, milliseconds)
 
     async def fill(self, name: bytes, token: int, entry: Entry, ttl_ms: int | None) -> bool:
-        """Ends the lease. True where what was computed under it is written to Redis; else that is left to the caller.
+        """Ends the lease. Returns True if the entry was written to Redis; otherwise the caller must write it.
 
-        Raises FailedPreconditionError where the lease is over. `ttl_ms` None: as long as any entry.
+        Raises FailedPreconditionError if the lease has expired. `ttl_ms` None: the default TTL.
         """
         if self._end_own(name, token):
             return False
@@ -83,7 +83,7 @@ class Leases:
         raise FailedPreconditionError("the lease is over or was never given; ask again and compute under the new one")
 
     async def release(self, name: bytes, token: int) -> None:
-        """Ends it, where it still stands."""
+        """Ends the lease if it has not expired."""
         if not self._end_own(name, token) and self._shared is not None:
             try:
                 await self._run(name, _RELEASE, 1, str(token))

@@ -1,4 +1,4 @@
-"""Requests that were found wrong, kept for a while where that is configured."""
+"""Caches the errors of invalid requests for a while, if configured."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -12,7 +12,7 @@ _MAX_KEPT = 10_000
 
 
 class Refusals:
-    """Errors that are the request's own fault, by key, for `seconds` (0: not kept). Other failures are never kept."""
+    """InvalidArgumentErrors by key, cached for `seconds` (0: not cached). Other failures are never cached."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -20,12 +20,12 @@ class Refusals:
         self.kept: Recent[bytes, tuple[float, InvalidArgumentError]] = Recent(_MAX_KEPT)
 
     def keep(self, key: bytes, error: InvalidArgumentError) -> None:
-        """From now on the same request is refused at once."""
+        """Caches the error, so that an equal request is refused without computing."""
         if self._seconds:
             self.kept.put(key, (self._clock() + self._seconds, error))
 
     def check(self, key: bytes) -> None:
-        """Raises what was kept."""
+        """Raises the cached error of `key`, if there is one."""
         kept = self.kept.get(key) if self._seconds else None
         if kept is None:
             return

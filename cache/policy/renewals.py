@@ -1,4 +1,4 @@
-"""Answers computed anew while the old ones are still given: off the path, and never many at once."""
+"""Recomputes answers in the background while the old ones are still returned, with bounded concurrency."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ log = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 64
 _REST_SECONDS = 1.0
-# Another process has it in hand; its answer is soon in Redis.
+# Another process renews the answer, which is soon in Redis.
 _BUSY_SECONDS = 0.05
 
 Renewed: TypeAlias = Literal["computed", "found", "busy", "failed"]
 
 
 class Renewals:
-    """One at a time for a key; what failed is left alone for a second. `counts` is by how they ended."""
+    """Runs at most one renewal per key. A failed key pauses for a second. `counts` has the number of each result."""
 
     def __init__(self) -> None:
         self._keys: set[bytes] = set()
@@ -29,7 +29,7 @@ class Renewals:
         self.counts: dict[Renewed, int] = {"computed": 0, "found": 0, "busy": 0, "failed": 0}
 
     def begin(self, key: bytes, work: Callable[[], Awaitable[Renewed]]) -> None:
-        """Starts it, unless it runs, has just failed, or too many run. Then a later hit will."""
+        """Starts a renewal, unless the key has one, it has just failed, or too many run. A later hit retries."""
         if key in self._keys or len(self._running) >= _MOST_AT_ONCE:
             return
         self._keys.add(key)
@@ -38,7 +38,7 @@ class Renewals:
         task.add_done_callback(self._running.discard)
 
     def close(self) -> None:
-        """Ends what runs."""
+        """Cancels running renewals."""
         for task in self._running:
             task.cancel()
 

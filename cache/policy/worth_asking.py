@@ -1,12 +1,12 @@
-"""Whether another tier (Redis, a peer region) is worth asking before, or while, an answer is computed.
+"""Cost check: whether to look up an answer in another tier (Redis, a peer region) before or while it is computed.
 
-Asking costs the trip, and on a miss the write of what is computed; it saves the computing where there is a hit. All of
-it is measured: hits by subject (a model and a class of its requests), times by the caller. Where the saving is about
-the cost, the tier is asked while computing goes on, which costs no time.
+A look-up costs a round trip and, on a miss, the write of the computed answer. A hit saves the computation. All of this
+is measured: hits by subject (a model and a class of its requests), times by the caller. If the saving is close to the
+cost, the look-up runs in parallel with the computation, which adds no latency.
 
-A tier that is not asked is not written to either, so that hits could never be seen again. So a small share of the keys
-is asked for and written all the same. It is chosen by the key: the processes of a fleet, without knowing of each other,
-write and ask for the same keys, and the share of hits among them is that of all.
+A tier that is not asked is not written to either, so its hit ratio could never recover. Therefore a small share of the
+keys is always looked up and written. The key decides: all processes of a fleet choose the same keys without
+coordination, and the hit ratio of these keys equals that of all keys.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Final
 from services.runtime.telemetry.recent import Recent
 
 _MAX_SUBJECTS = 4096
-# Below and above these ratios of saving to cost, it is clear what to do.
+# A tier is not asked below the first ratio of saving to cost, and is waited for from the second one on.
 _NOT_WORTH = 1 / 3
 _WORTH = 2.0
-# The share of hits is of about so many of the last look-ups, and of so many before the first, half of them hits.
+# The hit ratio covers about the last _MEMORY look-ups. It starts as if _ASSUMED look-ups had half hits.
 _MEMORY = 256.0
 _ASSUMED = 8.0
-# One key of so many is explored.
+# One key in this many is explored.
 _EXPLORED = 64
 
 
 class Decision:
-    """`asks`: look it up, and write what is computed. `waits`: compute only where it is not found.
+    """Result of a cost check. `asks`: look the key up, and write the computed answer. `waits`: compute only on a miss.
 
-    `reason` says why, for people.
+    `reason` explains the decision to a person.
     """
 
     __slots__ = ("asks", "reason", "waits")
@@ -58,7 +58,7 @@ class _Hits:
 
 
 class WorthAsking:
-    """What one tier is worth, by subject."""
+    """Makes the cost checks of one tier, from its hit ratio by subject."""
 
     def __init__(self) -> None:
         self._known: Recent[bytes, _Hits] = Recent(_MAX_SUBJECTS)
@@ -66,7 +66,7 @@ class WorthAsking:
     def decide(
         self, subject: bytes, key: bytes, compute_seconds: float | None, trip_seconds: float, write_seconds: float = 0.0
     ) -> Decision:
-        """Of one request. `compute_seconds` include the queue; None: not known. `trip_seconds` may be infinite."""
+        """Decides for one request. `compute_seconds` includes queueing; None: unknown. `trip_seconds` may be inf."""
         if compute_seconds is None:
             return UNKNOWN
         share = self.share(subject)
@@ -76,11 +76,11 @@ class WorthAsking:
             return WORTH
         if saving >= _NOT_WORTH * cost:
             return CLOSE
-        # Keys end as hashes do.
+        # The end of a key is uniformly distributed, because it is part of a hash.
         return EXPLORED if int.from_bytes(key[-4:], "big") % _EXPLORED == 0 else NOT_WORTH
 
     def learn(self, subject: bytes, *, hit: bool) -> None:
-        """What came of a look-up; one that failed says nothing."""
+        """Records the result of a look-up. Do not record failed look-ups."""
         known = self._known.get(subject)
         if known is None:
             known = _Hits()
@@ -92,6 +92,6 @@ class WorthAsking:
         known.hits += hit
 
     def share(self, subject: bytes) -> float:
-        """Of hits among look-ups; a half where nothing is known."""
+        """The hit ratio; 0.5 for an unknown subject."""
         known = self._known.get(subject)
         return 0.5 if known is None else known.hits / known.look_ups

@@ -1,1 +1,1 @@
-"""Answers from other regions, and copies for them."""
+"""Look-ups in the caches of other regions, and replication between regions."""

@@ -1,7 +1,8 @@
-"""Other regions' caches: asked on a miss where computing costs more than the trip, and first answer wins.
+"""Caches of peer regions. A miss asks them if computing costs more than the trip; the first answer wins.
 
-An answer is filed under what it was computed from and the purges since, so a peer's answer is right where its key is
-ours. Peers tell each other of purges by `Watch`. A peer that fails or hangs is skipped by its circuit breaker.
+A cache key covers the content that an answer was computed from and the purges since, so a peer's answer under an equal
+key is correct here. Peers report purges to each other through `Watch`. A circuit breaker skips a peer that fails or
+hangs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PROBE_SECONDS = 2.0
 _LONGEST_SECONDS = 2.0
 _CALLS = 8
 _MAX_KEYS = 64
-# A peer's answer is waited for this many usual trips before computing begins beside it.
+# Computing starts in parallel if no peer has answered within this many mean trip times.
 _PATIENCE = 2.0
 _SMOOTHING = 0.2
 
@@ -44,17 +45,17 @@ Result = TypeVar("Result")
 
 
 class PeerError(Exception):
-    """A peer answered with nonsense; the message says how."""
+    """A peer's reply is malformed; the message says how."""
 
 
 FAILURES: Final = (grpc.aio.AioRpcError, DecodeError, asyncio.TimeoutError, OSError, PeerError)
 
 
 class PeerRegion:
-    """The cache service of `region` at `address`, which must seal what it answers by the secret of `frames`.
+    """The cache service of `region` at `address`, which must seal its answers with the secret of `frames`.
 
-    `trip_seconds` is a usual trip; infinite until one was made. `unsealed` counts the answers
-    that were dropped because their seal or their content was wrong.
+    `trip_seconds` is the smoothed trip time; infinite before the first trip. `unsealed` counts the answers that were
+    dropped because their seal or their content was invalid.
     """
 
     def __init__(self, region: str, address: str, breaker: Breaker, frames: Frames) -> None:
@@ -80,11 +81,11 @@ class PeerRegion:
 
     @property
     def is_up(self) -> bool:
-        """Whether it may be asked."""
+        """Whether the circuit breaker is closed."""
         return not self._breaker.is_open
 
     async def get(self, key: bytes) -> Entry | None:
-        """None on a miss and on any failure. Look-ups that wait for others leave together."""
+        """Looks up one key. Returns None on a miss and on any failure. Waiting look-ups are sent in one call."""
         waiter = self._waiting.get(key)
         if waiter is None:
             waiter = self._waiting[key] = asyncio.get_running_loop().create_future()
@@ -92,7 +93,7 @@ class PeerRegion:
         return await asyncio.shield(waiter)
 
     async def get_many(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """In one call. Raises one of FAILURES."""
+        """Looks up `keys` in one call. Raises one of FAILURES."""
         start = time.monotonic()
         timeout = min(_LONGEST_SECONDS, max(0.1, 10 * self.trip_seconds))
         data = await self._fetch(cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout)
@@ -106,7 +107,7 @@ class PeerRegion:
         return found
 
     def _entry(self, key: bytes, result: cache_pb2.GetResponse) -> Entry | None:
-        """None if there is none, or if no process that knows the secret vouches for it."""
+        """Returns the entry; None on a miss, or if the seal or the content is invalid."""
         if not result.HasField("entry"):
             return None
         told = result.entry
@@ -123,12 +124,12 @@ class PeerRegion:
         return None
 
     async def valuable(self) -> list[bytes]:
-        """Keys of what saves it most computing. Raises one of FAILURES."""
+        """Returns the keys that save the peer most compute time. Raises one of FAILURES."""
         data = await self._list(b"", timeout=_LONGEST_SECONDS)
         return list(cache_pb2.ListValuableResponse.FromString(data).keys)
 
     async def probe_on(self) -> None:
-        """Measures the trip, and finds out when it is back."""
+        """Measures the trip time periodically, and probes the peer while its breaker is open."""
         while True:
             if self._breaker.allow():
                 try:
@@ -141,7 +142,7 @@ class PeerRegion:
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def watch_on(self, purges: PurgeBoard) -> None:
-        """Takes over its purges as they come."""
+        """Applies the peer's purges as they arrive."""
         while True:
             with contextlib.suppress(*FAILURES, RingmeshError):
                 async for data in self._watch(b""):
@@ -149,7 +150,7 @@ class PeerRegion:
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def close(self) -> None:
-        """Ends what is under way and disconnects."""
+        """Cancels pending calls and disconnects."""
         for call in self._calls:
             call.cancel()
         await self._channel.close()
@@ -186,7 +187,7 @@ class PeerRegion:
 
 
 class PeerRegions:
-    """The peers that a miss may ask."""
+    """The peer regions of this process."""
 
     def __init__(self, peers: Sequence[PeerRegion], purges: PurgeBoard) -> None:
         self.peers = peers
@@ -194,19 +195,19 @@ class PeerRegions:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begins to measure, and to hear of purges."""
+        """Starts the probes and the Watch call of each peer."""
         for peer in self.peers:
             self._tasks.append(BACKGROUND.start("probe of a peer region", peer.probe_on))
             self._tasks.append(BACKGROUND.start("purges of a peer region", partial(peer.watch_on, self._purges)))
 
     async def close(self) -> None:
-        """Disconnects."""
+        """Stops all tasks and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))
 
     def worth_asking(self, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, Decision]:
-        """Those up where asking saves more than the trip takes; none where it is not known what computing takes."""
+        """Returns the available peers that pass the cost check; none if the compute time is unknown."""
         if compute_seconds is None:
             return {}
         decisions = {
@@ -223,10 +224,10 @@ class PeerRegions:
         compute: Callable[[], Awaitable[Result]],
         usable: Callable[[Entry], bool],
     ) -> Entry | Result:
-        """The first answer: a peer's entry, where it is `usable`, or what was computed. The rest is cancelled.
+        """Returns the first answer: a peer's entry if it is `usable`, or the computed one. Cancels the rest.
 
-        Computing begins when no peer has it, or none has answered within two usual trips; at once where no peer is
-        worth the wait. Raises what `compute` raises where no peer has an answer.
+        Computing starts when all peers have missed, or none has answered within two mean trip times; it starts
+        immediately if no decision waits. If no peer has an answer, raises the error of `compute`.
         """
         loop = asyncio.get_running_loop()
         asks = {asyncio.ensure_future(peer.get(key)): peer for peer in peers}

@@ -1,4 +1,4 @@
-"""Copies what peer regions find valuable into this region's shared tier, within a budget of bytes."""
+"""Copies the most valuable answers of peer regions into this region's shared tier, within a byte budget."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _MAX_KNOWN = 100_000
 
 
 class Replication:
-    """From `peers` to `shared`, at most `bytes_per_second` in the long run from all of them."""
+    """Copies from `peers` to `shared`, at most `bytes_per_second` on average from all peers together."""
 
     def __init__(self, peers: Sequence[PeerRegion], shared: SharedTier, bytes_per_second: int) -> None:
         self._peers = peers
         self._shared = shared
         self._bytes_per_second = bytes_per_second
-        # What was looked at: here already, or gone there.
+        # Keys that were checked: already in this region, copied, or no longer at the peer.
         self._known: set[bytes] = set()
         self._task: asyncio.Task[None] | None = None
         self.bytes = 0
 
     def start(self) -> None:
-        """Begins to copy."""
+        """Starts copying."""
         self._task = BACKGROUND.start("replication", self._copy_on)
 
     def close(self) -> None:
-        """Stops."""
+        """Stops copying."""
         if self._task is not None:
             self._task.cancel()
 

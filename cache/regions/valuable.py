@@ -1,7 +1,7 @@
-"""Which answers save a region most computing: what its processes found valuable, in one sorted set in Redis.
+"""The answers that save a region most compute time, in one sorted set in Redis.
 
-Each process tells the best of its local tier now and then. A new process warms itself from them, and peer regions
-copy them. An answer is worth its hits times its compute time for each byte.
+Each process periodically reports the most valuable entries of its local tier. A new process warms up from the set, and
+peer regions copy it. The value of an entry is its hits times its compute time, per byte.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KEPT_SECONDS = 7 * 86400
 _COMMAND_SECONDS = 2.0
 _GET = 256
 
-# ARGV: how many to keep, seconds, then worths and keys by turns. What was told before fades by a tenth.
+# ARGV: maximum number of keys, TTL in seconds, then alternating values and keys. Earlier values decay by a tenth.
 _TELL = """
 redis.call('ZUNIONSTORE', KEYS[1], 1, KEYS[1], 'WEIGHTS', 0.9)
 for i = 3, #ARGV, 2 do redis.call('ZADD', KEYS[1], 'GT', ARGV[i], ARGV[i + 1]) end
@@ -39,7 +39,7 @@ redis.call('EXPIRE', KEYS[1], ARGV[2])
 
 
 class Valuable:
-    """Tells of the best entries of `local`, and brings the best of the region into it."""
+    """Reports the most valuable entries of `local`, and warms `local` with those of the region."""
 
     def __init__(self, local: LocalTier, shared: SharedTier) -> None:
         self._local = local
@@ -47,17 +47,17 @@ class Valuable:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to tell."""
+        """Starts the periodic report."""
         self._task = BACKGROUND.start("valuable entries", self._tell_on)
 
     async def close(self) -> None:
-        """Tells once more: who comes next begins with what was learned here."""
+        """Reports once more, so that the next process can warm up from this one's entries."""
         if self._task is not None:
             self._task.cancel()
             await self.tell()
 
     async def tell(self) -> None:
-        """Nothing, where Redis cannot be reached."""
+        """Reports the most valuable entries. Does nothing if Redis is unreachable."""
         best: list[tuple[float, bytes]] = []
         for shard in self._local.shards():
             best += [(_worth(entry), key) for key, entry in shard if entry.hits]
@@ -73,13 +73,13 @@ class Valuable:
             log.debug("could not tell what is valuable: %s", error.message)
 
     async def keys(self, limit: int) -> list[bytes]:
-        """The best first. Raises UnavailableError."""
+        """Returns up to `limit` keys, the most valuable first. Raises UnavailableError."""
         found: list[bytes] = await self._run(lambda redis: redis.zrange(_NAME, 0, limit - 1, desc=True))
-        # A peer refuses the whole list if one is not a key, and anybody with access to Redis may have added it.
+        # A peer refuses the whole list if one item is not a key, and anyone with access to Redis can have added one.
         return [key for key in found if len(key) == KEY_BYTES]
 
     async def warm(self, keys: list[bytes], max_bytes: int) -> tuple[int, int]:
-        """Brings entries from the shared tier into the local one. Returns how many, and their bytes."""
+        """Copies entries from the shared tier into the local tier. Returns their number and bytes."""
         count = size = 0
         for start in range(0, len(keys), _GET):
             part = keys[start : start + _GET]

@@ -1,6 +1,6 @@
-"""In this process: which earlier request asked for nearly the same, by the cosine of their vectors.
+"""Finds the most similar earlier request in this process, by the cosine similarity of their vectors.
 
-An exact search over few vectors: a product of a matrix and a vector, a millisecond at the most.
+The search is exact over a small set: one matrix-vector product, a millisecond at most.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ Vector = npt.NDArray[Any]
 
 
 class Near(NamedTuple):
-    """The key of the nearest, and the cosine, 1 where both point the same way."""
+    """The key of the nearest vector, and the cosine similarity (1: same direction)."""
 
     key: bytes
     similarity: float
 
 
 class SemanticIndex:
-    """Vectors with the keys of their answers, in groups that are never compared; the oldest make room.
+    """Vectors with the keys of their answers. Vectors of different groups are never compared; the oldest are evicted.
 
-    At most 16 groups of 8 MiB, and of 4,096 vectors, each.
+    Holds at most 16 groups, each with at most 8 MiB and 4,096 vectors.
     """
 
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[bytes, int], _Group] = OrderedDict()
 
     def nearest(self, group: bytes, vector: Vector) -> Near | None:
-        """None where nothing is known, or the vector has no direction."""
+        """Returns the nearest vector; None if the group is empty or `vector` has no direction."""
         found = self._groups.get((group, vector.size))
         direction = unit(vector)
         if found is None or direction is None:
@@ -44,7 +44,7 @@ class SemanticIndex:
         return found.nearest(direction)
 
     def add(self, group: bytes, vector: Vector, key: bytes) -> None:
-        """Nothing where the vector has no direction, or more than 2,097,152 numbers."""
+        """Adds a vector. Ignores a vector without direction or with more than 2,097,152 numbers."""
         direction = unit(vector)
         if direction is None or direction.size > _MOST_NUMBERS:
             return
@@ -57,7 +57,7 @@ class SemanticIndex:
 
 
 class _Group:
-    """A ring of unit vectors."""
+    """A ring buffer of unit vectors."""
 
     def __init__(self, size: int) -> None:
         self._vectors = np.empty((min(_MOST_VECTORS, _MOST_NUMBERS // size), size), np.float32)
@@ -84,7 +84,7 @@ class _Group:
 
 
 def unit(vector: Vector) -> Vector | None:
-    """The vector with a length of 1; None where it has no direction."""
+    """Returns the vector scaled to length 1; None if it has no direction."""
     flat = vector.astype(np.float32).ravel()
     length = float(np.linalg.norm(flat)) if flat.size else 0.0
     return flat / length if 0 < length < np.inf else None

@@ -1,7 +1,7 @@
-"""The semantic tier of the fleet: vectors of earlier requests in this process, and in Redis where it can search them.
+"""The semantic tier: vectors of earlier requests in this process, and in Redis if Redis supports vector search.
 
-Spoken are the commands of Redis's query engine (Redis Stack, Redis 8) and of valkey-search: FT.CREATE, FT.SEARCH. A
-server that has none, refuses them, is down or slow is left alone for a while, and the process's own index answers.
+Uses FT.CREATE and FT.SEARCH of Redis's query engine (Redis Stack, Redis 8) and of valkey-search. A server that lacks or
+refuses these commands, is down, or is slow is skipped for a while. Meanwhile only the index of the process is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
-# One hash tag, and so one server of a cluster, whose own index then holds all.
+# One hash tag keeps all vectors on one server of a cluster, so that the index of that server is complete.
 _PREFIX = b"{rm1-mesh}:similar:"
 _ABSENT_SECONDS = 60.0
 _DOWN_SECONDS = 1.0
@@ -34,7 +34,7 @@ _MOST_DIMENSIONS = 32_768  # Redis's own bound
 
 
 class Document(NamedTuple):
-    """What Redis holds of an earlier request: the key of its answer, its unit vector, and their MAC."""
+    """An earlier request as stored in Redis: the key of its answer, its unit vector, and the MAC of both."""
 
     key: bytes
     vector: bytes
@@ -42,7 +42,7 @@ class Document(NamedTuple):
 
 
 class SemanticTier:
-    """Vectors with the keys of their answers, in groups that are never compared. `shared` is None without Redis."""
+    """Vectors with the keys of their answers, compared only within a group. `shared` is None without Redis."""
 
     def __init__(self, shared: SharedTier | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._index = SemanticIndex()
@@ -54,19 +54,19 @@ class SemanticTier:
 
     @property
     def searches_redis(self) -> bool:
-        """Whether Redis is asked now."""
+        """Whether Redis is searched at present."""
         shared = self._shared
         return shared is not None and self._clock() >= self._not_before and not shared.is_skipped
 
     async def nearest(self, group: bytes, vector: Vector, threshold: float) -> Near | None:
-        """The nearest that this process knows, else the nearest in Redis; None below the `threshold`."""
+        """Returns the nearest vector in this process, otherwise the nearest in Redis; None below the `threshold`."""
         near = self._index.nearest(group, vector)
         if near is None or near.similarity < threshold:
             near = await self._search(group, vector)
         return near if near is not None and near.similarity >= threshold else None
 
     def add(self, group: bytes, vector: Vector, key: bytes) -> None:
-        """Known here at once, and to the others soon. Nothing where the vector has no direction."""
+        """Adds the vector in this process, and in Redis in the background. Ignores a vector without direction."""
         self._index.add(group, vector, key)
         direction = unit(vector)
         if direction is None or direction.size > _MOST_DIMENSIONS or not self.searches_redis:
@@ -88,7 +88,7 @@ class SemanticTier:
             *("RETURN", "3", "key", "vector", "seal", "DIALECT", "2"),
         )
         if isinstance(reply, Exception):
-            self._made.discard(_index_name(direction))  # lost with a server that was replaced
+            self._made.discard(_index_name(direction))  # a replaced server has lost the index
             return None
         document = document_of(reply)
         if document is None or not self._is_sealed(group, document) or len(document.vector) != direction.nbytes:
@@ -97,7 +97,7 @@ class SemanticTier:
         return Near(document.key, float(found @ direction))
 
     def _is_sealed(self, group: bytes, document: Document) -> bool:
-        """Whether it was written by a process that knows the fleet's secret: Redis alone is not believed."""
+        """Whether a process that knows the fleet's secret wrote the document. Redis itself is not trusted."""
         assert self._shared is not None
         seal = self._shared.frames.seal_vector(group, document.vector, document.key)
         return hmac.compare_digest(seal, document.seal)
@@ -124,7 +124,7 @@ class SemanticTier:
         await self._run(_WRITE_SECONDS, "PEXPIRE", document, str(self._shared.ttl_ms))
 
     async def _run(self, seconds: float, *command: str | bytes) -> Any:
-        """The reply; a ResponseError where the server refuses this one; None where it is left alone from now on."""
+        """Returns the reply; a ResponseError if the server refuses the command; None if Redis is skipped from now."""
 
         async def run(redis: Redis) -> Any:
             try:
@@ -147,7 +147,7 @@ class SemanticTier:
 
 
 def document_of(reply: Any) -> Document | None:
-    """The first result of FT.SEARCH, as a map (RESP3 of Redis) or as a list (valkey-search, RESP2)."""
+    """Parses the first result of FT.SEARCH, a map (RESP3, Redis) or a list (RESP2, valkey-search); None if invalid."""
     try:
         if isinstance(reply, dict):
             fields = reply[b"results"][0][b"extra_attributes"]

@@ -1,1 +1,1 @@
-"""Where answers are kept: this process's memory, and Redis."""
+"""The cache tiers: the memory of this process, and Redis."""

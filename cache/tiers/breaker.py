@@ -1,4 +1,4 @@
-"""A circuit breaker: what just failed is left alone for a while, a little longer each time."""
+"""A circuit breaker: skips a failed server for a while, longer after each failed probe."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """Closed: calls pass. Open after a failure: none pass until a pause is over, then one at a time, as a probe.
+    """Closed: calls pass. Open after a failure: no call passes during a pause, then one at a time as a probe.
 
-    The pause doubles with each failed probe, from `first_pause` to `longest_pause` seconds, and is up to `spread`
-    of itself longer, so that a fleet does not come back all at once.
+    The pause doubles with each failed probe, from `first_pause` to `longest_pause` seconds. A random part of up to
+    `spread` of the pause is added, so that the processes of a fleet do not retry at the same time.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Breaker:
         return self._retry_at is not None
 
     def allow(self) -> bool:
-        """Whether to try now. Where a probe is due, True is said once and the pause starts again."""
+        """Whether to call now. If a probe is due, returns True once and restarts the pause."""
         if self._retry_at is None:
             return True
         if self._clock() < self._retry_at:
@@ -43,12 +43,12 @@ class Breaker:
         return True
 
     def success(self) -> None:
-        """Closes it."""
+        """Closes the breaker."""
         self._retry_at = None
         self._pause = self._first_pause
 
     def failure(self) -> None:
-        """Opens it, or keeps it open for longer."""
+        """Opens the breaker, or keeps it open for longer."""
         if self._retry_at is not None:
             self._pause = min(self._pause * 2, self._longest_pause)
         self._retry_at = self._next()

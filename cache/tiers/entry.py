@@ -1,7 +1,7 @@
-"""A cached prediction, and how it is stored in Redis.
+"""A cached answer, and its frame: the format in which Redis stores it.
 
-Frames are authenticated with a key derived from the fleet's secret: whoever can write to Redis, but does not know the
-secret, can delete entries and cannot forge one.
+Frames are authenticated with a key derived from the fleet's secret. A client that can write to Redis but does not know
+the secret can delete entries, but cannot forge one.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -15,25 +15,25 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-# kind, compute time (µs), created (ms since the epoch), MAC; then the value, as it is or compressed
+# kind, compute time (µs), creation time (ms since the epoch), MAC; then the value, plain or compressed
 _FRAME = struct.Struct("<BIQ16s")
-# What the MAC covers after the value and the key: kind, compute time, created, and the length of the key.
+# The MAC covers the value, the key and these fields: kind, compute time, creation time, and the length of the key.
 _FIELDS = struct.Struct("<BIQI")
 _CONTEXT = "ringmesh 2026-11 cache entry"
 # 1 and 2 were frames with an unkeyed checksum.
 _PLAIN, _COMPRESSED, _SEALED, _VECTOR = 3, 4, 5, 6
 _MAX_COMPUTE_US = 2**32 - 1
 _MAX_CREATED_MS = 2**64 - 1
-# Below, what is saved is less than what Redis itself needs for an entry; above, it would hold up the event loop.
+# Compression of smaller values saves less than Redis's own overhead per entry; of larger ones, blocks the event loop.
 _LEAST_COMPRESSED, _MOST_COMPRESSED = 1024, 4 << 20
-# LZ4, kept where it saves a quarter: docs/decisions/0011.
+# LZ4 is used if it saves at least a quarter: docs/decisions/0011.
 _WORTH = 0.75
 
 
 class Entry:
-    """`value` (a serialized response without id), what it took to compute, and when that was.
+    """A cached value (a serialized response without id), its compute time, and its creation time.
 
-    `hits`, `weighed_hits` and `worth` are the local tier's: how often it was asked for, and its place there.
+    `hits`, `weighed_hits` and `worth` belong to the local tier: the number of hits, and the eviction priority.
     """
 
     __slots__ = ("compute_us", "created_at_ms", "hits", "value", "weighed_hits", "worth")
@@ -47,13 +47,13 @@ class Entry:
 
 
 class Frames:
-    """Writes and reads frames under one fleet-wide secret: every process of a fleet must be given the same."""
+    """Writes and reads frames with the fleet-wide secret, which must be the same in every process."""
 
     def __init__(self, secret: str) -> None:
         self._key = blake3(secret.encode(), derive_key_context=_CONTEXT).digest()
 
     def pack(self, key: bytes, entry: Entry) -> bytes:
-        """The frame that `unpack` reads under the same key. Compressed if that saves a quarter."""
+        """Returns the frame that `unpack` reads under the same key. Compresses the value if that saves a quarter."""
         kind, stored = _PLAIN, entry.value
         if _LEAST_COMPRESSED <= len(stored) <= _MOST_COMPRESSED:
             compressed = lz4.block.compress(stored)
@@ -63,7 +63,7 @@ class Frames:
         return _FRAME.pack(kind, entry.compute_us, entry.created_at_ms, mac) + stored
 
     def unpack(self, key: bytes, frame: bytes) -> Entry | None:
-        """None if the frame is damaged, forged, of another kind, or was written under another key or secret."""
+        """Returns the entry; None if the frame is damaged, forged, of another kind, or has another key or secret."""
         if len(frame) < _FRAME.size:
             return None
         kind, compute_us, created_at_ms, mac = _FRAME.unpack_from(frame)
@@ -76,27 +76,27 @@ class Frames:
         return None if value is None else Entry(value, compute_us, created_at_ms)
 
     def seal(self, key: bytes, entry: Entry) -> bytes:
-        """16 bytes that prove to another region that `entry` is the fleet's answer under `key`."""
+        """Returns 16 bytes that prove to another region that `entry` is the fleet's answer under `key`."""
         return self._mac(key, _SEALED, entry.compute_us, entry.created_at_ms, entry.value)
 
     def is_sealed(self, key: bytes, entry: Entry, seal: bytes) -> bool:
-        """Whether `seal` was made of `entry` under `key` by a process that knows the secret."""
+        """Whether a process that knows the secret made `seal` for `entry` under `key`."""
         if not 0 <= entry.created_at_ms <= _MAX_CREATED_MS:
             return False
         return hmac.compare_digest(seal, self.seal(key, entry))
 
     def seal_vector(self, group: bytes, vector: bytes, key: bytes) -> bytes:
-        """16 bytes that prove that a request with this `vector` of `group` was answered under `key`."""
+        """Returns 16 bytes that prove that a request with this `vector` of `group` was answered under `key`."""
         return self._mac(group + key, _VECTOR, len(group), 0, vector)
 
     def _mac(self, key: bytes, kind: int, compute_us: int, created_at_ms: int, stored: bytes) -> bytes:
-        # The data first, as in keys.py. What follows can be read from its end, so no data can pass for a part of it.
+        # Data comes first, as in keys.py. The rest can be parsed from its end, so data cannot be mistaken for it.
         hasher = blake3(stored, key=self._key)
         return hasher.update(key + _FIELDS.pack(kind, compute_us, created_at_ms, len(key))).digest(16)
 
 
 def is_answer(value: bytes) -> bool:
-    """Whether it is a serialized ModelInferResponse, so that whatever reads it later will not fail."""
+    """Whether `value` is a serialized ModelInferResponse, so that later readers can parse it."""
     try:
         v2.ModelInferResponse.FromString(value)
     except DecodeError:
@@ -105,7 +105,7 @@ def is_answer(value: bytes) -> bool:
 
 
 def _decompress(stored: bytes) -> bytes | None:
-    """None if it is not LZ4 after a size of at most _MOST_COMPRESSED, which is checked before memory is taken."""
+    """Returns None if the data is not LZ4, or its size prefix exceeds _MOST_COMPRESSED (checked before allocation)."""
     if int.from_bytes(stored[:4], "little") > _MOST_COMPRESSED:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What the local tier gave up for room, by model."""
+"""Counts the evictions of the local tier by model."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -8,14 +8,14 @@ from cache.tiers.local_tier import LocalTier
 
 _MAX_KNOWN = 4096
 _MAX_MODELS = 200
-# Data of other services, and models that were not known any more when it was asked.
+# Counts items of other services, and models that are no longer known.
 OTHER = "other"
 
 
 class Evictions:
-    """Counts since the process started. `models` tells which model the first 16 bytes of a key mean now.
+    """Counts since the process started. `models` maps the first 16 bytes of a key to a model.
 
-    A model's keys change with its files and with purges, so what was known before is remembered.
+    A model's keys change with its files and with purges, so earlier mappings are remembered.
     """
 
     def __init__(self, local: LocalTier, models: Callable[[], Mapping[bytes, str]] = dict) -> None:
@@ -25,7 +25,7 @@ class Evictions:
         self._counts: dict[str, int] = {}
 
     def by_model(self) -> Mapping[str, int]:
-        """All models that lost an entry."""
+        """Returns the number of evictions of each model that lost an entry."""
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known.update(self._models())

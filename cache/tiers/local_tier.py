@@ -1,8 +1,8 @@
-"""The tier in this process's memory: byte-bounded; what was expensive to compute, for its size, stays.
+"""The tier in this process's memory: bounded in bytes, keeps entries with a high compute cost per byte.
 
-GreedyDual-Size-Frequency (Cherkasova, 1998): an entry is worth clock + hits * cost / size. The least worth is
-evicted, and the clock goes on to what that was worth, so that what is no longer asked for ages. A hit only counts;
-the heap is put right when the entry comes to its top. docs/decisions/0009 compares it with others.
+GreedyDual-Size-Frequency (Cherkasova, 1998): the worth of an entry is clock + hits * cost / size. The entry with the
+lowest worth is evicted, and the clock advances to that worth, so that unused entries age. A hit only increments a
+counter; the heap is corrected when the entry reaches its top. docs/decisions/0009 compares it with other policies.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -14,27 +14,27 @@ from cache.tiers.entry import Entry
 from cache.tiers.stats import TierCounters
 
 # Measured with tracemalloc on CPython 3.11: dict slot, heap slot and tuple, Entry, its numbers, bytes headers.
-# A compiled Entry holds its numbers unboxed.
+# A compiled Entry stores its numbers unboxed.
 _OVERHEAD_BYTES = 370 if __file__.endswith(".py") else 285
-# A miss costs the fleet this much CPU even where computing is nothing: two calls, parsed and packed.
+# CPU time that a miss costs the fleet even if computing is free: parsing and serializing two calls.
 _TRIP_US = 200
-# No call does more than a little: one dict would be rehashed at once, and a large entry may push out thousands.
+# These bound the work of one call: a single dict would rehash in one step, and a large entry can evict thousands.
 _SHARDS = 256
 _MOST_EVICTED = 16
 _HEADROOM = 16
 _MODEL_BYTES = 16
 _MAX_MODELS = 4096
-# Heap slots of entries that are gone are cleared out once they outnumber the entries, and this many.
+# Heap slots of dropped entries are removed once they outnumber the entries by this many.
 _MIN_STALE_SLOTS = 1024
 
 
 class LocalTier:
-    """Entries by key, at most `capacity_bytes` of them with keys and overhead.
+    """Entries by key, at most `capacity_bytes` including keys and overhead.
 
-    Changed on one thread, the event loop's; `get` and `peek` may be called beside it.
+    Only the event loop's thread changes the tier; other threads can call `get` and `peek`.
 
-    A sixteenth of it is room for what came faster than evictions, of which a call makes a few; so an entry larger than
-    that is not kept.
+    A sixteenth of the capacity is headroom for entries that arrive faster than they are evicted, because each call
+    evicts only a few. An entry larger than the headroom is not stored.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -47,7 +47,7 @@ class LocalTier:
         self.counters = TierCounters("local")
 
     def get(self, key: bytes) -> Entry | None:
-        """The entry, worth more now; None on a miss."""
+        """Returns the entry and counts the hit, or returns None on a miss."""
         entry = self._shards[key[-1]].get(key)
         if entry is None:
             self.counters.misses += 1
@@ -58,26 +58,26 @@ class LocalTier:
         return entry
 
     def peek(self, key: bytes) -> Entry | None:
-        """As `get`, and counts nothing."""
+        """Returns the same as `get`, but counts nothing."""
         return self._shards[key[-1]].get(key)
 
     @property
     def capacity(self) -> int:
-        """Bytes."""
+        """Capacity in bytes."""
         return self._capacity
 
     def shards(self) -> Iterator[list[tuple[bytes, Entry]]]:
-        """All that is held, in parts short enough to walk between two requests."""
+        """Yields all entries, in parts that are short enough to process between two requests."""
         for shard in self._shards:
             yield list(shard.items())
 
     def take_evicted(self) -> dict[bytes, int]:
-        """How many entries made room since this was asked last, by how their keys begin; b"" for very many models."""
+        """Returns and resets the number of evictions by key prefix; b"" collects those beyond _MAX_MODELS prefixes."""
         evicted, self._evicted = self._evicted, {}
         return evicted
 
     def put(self, key: bytes, entry: Entry) -> None:
-        """Keeps the entry, in place of one of the same key, unless it is too large or at once the one worth least."""
+        """Stores the entry, and replaces one with the same key, unless it is too large or the tier has no room left."""
         size = _size(key, entry)
         shard = self._shards[key[-1]]
         counters = self.counters
@@ -107,7 +107,7 @@ class LocalTier:
         heappush(self._heap, (entry.worth, key))
 
     def _evict(self) -> None:
-        """A step towards having the headroom free."""
+        """Evicts up to _MOST_EVICTED entries, until the headroom is free."""
         heap = self._heap
         target = self._capacity - self._largest
         for _ in range(_MOST_EVICTED):
@@ -117,7 +117,7 @@ class LocalTier:
             shard = self._shards[key[-1]]
             entry = shard.get(key)
             if entry is None or entry.worth != worth:
-                continue  # a slot of an entry that was dropped
+                continue  # the slot of a dropped or updated entry
             self._clock = max(self._clock, worth)
             if entry.hits != entry.weighed_hits:
                 self._push(key, entry, _size(key, entry))

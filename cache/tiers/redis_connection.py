@@ -1,6 +1,7 @@
-"""A connection to Redis for the commands of requests: those of one iteration of the event loop leave in one write.
+"""A pipelined connection to Redis: all commands of one event loop iteration are sent in one write.
 
-redis-py opens it and speaks first (TLS, users, databases, Sentinels); for a command it needs three times as much time.
+redis-py opens the connection and does the handshake (TLS, users, databases, Sentinels). Its own commands take three
+times as long as those here.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -22,16 +23,16 @@ from services.runtime.redis import redis_client
 
 log = logging.getLogger(__name__)
 
-# What a command can end with: what is there, None where there is nothing, or the error that stands for it.
+# The result of a command: the stored value, None if there is no value, or the error.
 Reply: TypeAlias = bytes | Exception | None
 
 _MAX_COMMANDS = 10_000
 _MAX_BYTES = 64 << 20
-# Above, parts are not copied to be sent as one.
+# Above this size, parts are not joined into one buffer.
 _MOST_JOINED = 64 << 10
-# What is written behind waits so long for a look-up that it can leave with.
+# A write-behind command waits this long for a look-up that it can share a write with.
 _LAZY_SECONDS = 0.005
-# The replies may have come while this process was busy: it looks for them once more before it gives up.
+# Replies can arrive while this process is busy, so it checks once more after this time before it gives up.
 _GRACE_SECONDS = 0.001
 _MORE: Final = object()
 _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
@@ -42,25 +43,25 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 
 
 class NonsenseError(RedisError):
-    """A reply that is none; the message says how."""
+    """A malformed or unexpected reply; the message says how."""
 
 
 class GivenUpError(Exception):
-    """The server is down, cannot keep up, or is slower than the limit."""
+    """A command was given up: the server is down, cannot keep up, or is slower than the limit."""
 
 
 GIVEN_UP: Final = GivenUpError()
 
 
 class Command:
-    """Under way from `RedisConnection.send` until `end`, which is called once. `size` is in bytes."""
+    """A command in flight from `RedisConnection.send` until `end`, which is called once. `size` is in bytes."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.sent_ns = 0
 
     def end(self, reply: Reply) -> None:
-        """There is a reply, or there will be none."""
+        """Completes the command with a reply, or with GIVEN_UP if there will be none."""
 
 
 class Question(Command):
@@ -71,15 +72,15 @@ class Question(Command):
         self.reply: Completion[Reply] = Completion()
 
     def end(self, reply: Reply) -> None:
-        """From the connection."""
+        """Completes `reply`; called by the connection."""
         self.reply.complete(reply)
 
 
 class RedisConnection(asyncio.Protocol):
-    """Opened and held by `run`. Commands may be sent before it is open, and leave when it is.
+    """A connection that `run` opens and keeps open. Commands sent earlier are queued until it is open.
 
-    Each ends within `limit_seconds`, or the connection does, and all commands under way with it as given up. `lost`
-    hears of that end and its reason first, but not of `close`.
+    Each command ends within `limit_seconds`; otherwise the connection ends, and all commands in flight end as given up.
+    `lost` is called first, with the connection and the reason, but not after `close`.
     """
 
     def __init__(self, limit_seconds: float, lost: Callable[[RedisConnection, Exception], None]) -> None:
@@ -96,18 +97,18 @@ class RedisConnection(asyncio.Protocol):
         self._will_flush_later = False
         self._timer: asyncio.TimerHandle | None = None
         self._overdue: Command | None = None
-        # Whether to use another one.
+        # Whether the connection has ended and callers must use another one.
         self.is_over = False
         self.opened: Completion[Exception | None] = Completion()
         self._closed = asyncio.Event()
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no command is in flight."""
         return not self._under_way
 
     async def run(self, client: Redis) -> None:
-        """Opens it as `client` opens its own, and returns when it is over. Cancelled: closes it."""
+        """Opens the connection with the options of `client`, and returns when it has ended. Cancellation closes it."""
         try:
             async with redis_client.lent_connection(client, self) as transport:
                 self._transport = transport
@@ -120,9 +121,9 @@ class RedisConnection(asyncio.Protocol):
             self.close()
 
     def send(self, command: Command, parts: tuple[bytes, ...], *, lazy: bool = False) -> None:
-        """`parts` are the command, packed. Given up where it is over, or too much is under way.
+        """Sends `parts`, the encoded command. Gives it up if the connection has ended or too much is in flight.
 
-        `lazy`: it may wait a few milliseconds for another one to leave with.
+        `lazy`: the command can wait a few milliseconds to share a write with another one.
         """
         command.sent_ns = time.monotonic_ns()
         if self.is_over or len(self._under_way) >= _MAX_COMMANDS or self._bytes + command.size > _MAX_BYTES:
@@ -143,7 +144,7 @@ class RedisConnection(asyncio.Protocol):
             self._loop.call_later(min(_LAZY_SECONDS, self._limit_ns / 4e9), self._flush_later)
 
     def close(self) -> None:
-        """Ends it; what is under way is given up."""
+        """Ends the connection and gives up all commands in flight."""
         self.is_over = True
         self._closed.set()
         if self._timer is not None:
@@ -160,7 +161,7 @@ class RedisConnection(asyncio.Protocol):
         self.opened.complete(GIVEN_UP)
 
     def data_received(self, data: bytes) -> None:
-        """From asyncio."""
+        """Implements asyncio.Protocol."""
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not _MORE:
@@ -176,15 +177,15 @@ class RedisConnection(asyncio.Protocol):
             self._end(error if isinstance(error, NonsenseError) else NonsenseError(repr(error)))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """From asyncio."""
+        """Implements asyncio.Protocol."""
         self._end(error or ConnectionError("the server has closed the connection"))
 
     def pause_writing(self) -> None:
-        """From asyncio."""
+        """Implements asyncio.Protocol."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """From asyncio."""
+        """Implements asyncio.Protocol."""
         self._is_paused = False
         self._flush()
 
@@ -203,7 +204,7 @@ class RedisConnection(asyncio.Protocol):
         self._flush()
 
     def _check(self) -> None:
-        """Of the time limit of the oldest command; those behind it have theirs later."""
+        """Checks the time limit of the oldest command; later commands expire later."""
         self._timer = None
         if not self._under_way:
             self._overdue = None
@@ -218,7 +219,7 @@ class RedisConnection(asyncio.Protocol):
 
     def _end(self, error: Exception) -> None:
         if not self.is_over:
-            # Before those that wait go on: they shall know that it is not to be used.
+            # Set before waiting callers continue, so that they do not use this connection again.
             self.is_over = True
             self._lost(self, error)
             self.close()
@@ -231,7 +232,7 @@ class RedisConnection(asyncio.Protocol):
 
 
 def _refusal(text: str) -> Exception:
-    """The error that Redis answers with."""
+    """Converts an error reply of Redis to an exception."""
     code, _, rest = text.partition(" ")
     create = _REFUSALS.get(code)
     try:

@@ -1,7 +1,7 @@
-"""One Redis server: never an error, never a wait beyond the budget.
+"""One Redis server. A look-up never raises and never waits longer than the budget.
 
-Look-ups and small fills share a connection, and those that come at the same time a write; large fills, which take long,
-have one of their own. A failure opens the server's circuit breaker, and it is skipped until a probe succeeds.
+Look-ups and small fills share a connection, and simultaneous ones share a write. Large fills take long and use a second
+connection. A failure opens the server's circuit breaker, and the server is skipped until a probe succeeds.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 _WRITE_SECONDS = 1.0
 _PROBE_SECONDS = 1.0
 _RECONNECT_SECONDS = 1.0
-# Above, a fill would hold up the look-ups behind it.
+# A larger fill would delay the look-ups behind it.
 _LARGE_FILL = 16 << 10
-# What refuses one key only: somebody has filed something else there.
+# This error affects one key only: another client has stored a value of a different type there.
 _WRONG_TYPE: Final = "WRONGTYPE"
 _PING: Final = b"*1\r\n$4\r\nPING\r\n"
 _ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
@@ -39,7 +39,7 @@ FAILURES: Final = (RedisError, OSError, TimeoutError)
 
 
 def kind_of(error: Exception) -> str:
-    """What went wrong with a server, in a word."""
+    """Classifies a failure of a server, for metrics."""
     if isinstance(error, (TimeoutError, RedisTimeoutError)):
         return "slow"
     if isinstance(error, NonsenseError):
@@ -48,7 +48,7 @@ def kind_of(error: Exception) -> str:
 
 
 class Fill:
-    """A frame to be written under `name`. `moved`: another server of the cluster sent it here."""
+    """A frame to write under `name`. `moved`: another server of the cluster redirected it to this one."""
 
     __slots__ = ("frame", "moved", "name", "ttl_ms")
 
@@ -79,10 +79,10 @@ class _Write(Command):
 
 
 class RedisNode:
-    """The server behind `client`. `budget_seconds` bounds what a look-up may wait.
+    """The server behind `client`. `budget_seconds` is the maximum wait for a look-up.
 
-    `on_failure` hears when the breaker opens, `on_fill` how each fill ended. `get_times` and `set_times` take the
-    nanoseconds that each look-up and each fill took, `errors` the kind of each failure.
+    `on_failure` is called when the breaker opens, `on_fill` when a fill ends. `get_times` and `set_times` record the
+    duration of each look-up and fill in nanoseconds, `errors` the kind of each failure.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class RedisNode:
         self._errors = errors
         self._quick: RedisConnection | None = None
         self._bulk: RedisConnection | None = None
-        # Those that are open, with what holds them.
+        # Open connections, with the task that runs each.
         self._held: dict[RedisConnection, asyncio.Task[None]] = {}
         self._probe_task: asyncio.Task[None] | None = None
         self._reconnected = 0.0
 
     def may_try(self) -> bool:
-        """Whether it is used now; where a probe is due, that leaves, and nobody waits for it."""
+        """Whether the server is in use. If a probe is due, starts it in the background."""
         if not self.breaker.is_open:
             return True
         if self._probe_task is None and self.breaker.allow():
@@ -123,7 +123,7 @@ class RedisNode:
         return False
 
     def get(self, name: bytes, *, asking: bool = False) -> Completion[Reply]:
-        """To be awaited: the frame under `name`. `asking`: a cluster is moving the slot to it."""
+        """Returns an awaitable for the frame under `name`. `asking`: the cluster is moving the slot to this server."""
         look_up = _LookUp(self)
         if not self.may_try():
             look_up.reply.complete(GIVEN_UP)
@@ -135,7 +135,7 @@ class RedisNode:
         return look_up.reply
 
     def put(self, fill: Fill) -> None:
-        """Writes behind. Dropped where the server is down or cannot keep up."""
+        """Writes in the background (write-behind). Drops the fill if the server is down or cannot keep up."""
         if self.breaker.is_open:
             self._on_fill(fill, GIVEN_UP)
             return
@@ -151,7 +151,7 @@ class RedisNode:
             self._bulk.send(_Write(self, fill), parts)
 
     async def close(self) -> None:
-        """Writes what is left, for a second at most, and disconnects."""
+        """Completes pending writes, for a second at most, and disconnects."""
         if self._probe_task is not None:
             self._probe_task.cancel()
         await asyncio.gather(*(_finish(connection) for connection in self._held))
@@ -161,21 +161,21 @@ class RedisNode:
         for task in tasks:
             task.cancel()
         if tasks:
-            # redis-py may keep a cancellation to itself.
+            # redis-py can swallow a cancellation.
             await asyncio.wait(tasks, timeout=_WRITE_SECONDS)
         await self.client.aclose()
 
     def answered(self, look_up: Command, reply: Reply) -> Reply:
-        """From a look-up: what is to be told of it."""
+        """Called by a look-up. Returns the result to report to its caller."""
         self._get_times.observe(time.monotonic_ns() - look_up.sent_ns)
         if isinstance(reply, RedisError) and not isinstance(reply, AskError) and not str(reply).startswith(_WRONG_TYPE):
-            # It refuses all look-ups: it is loading, or this user may not read.
+            # The server refuses all look-ups: it is loading its data, or this user has no read permission.
             self._failed(reply)
             return GIVEN_UP
         return reply
 
     def written(self, write: Command, fill: Fill, reply: Reply) -> None:
-        """From a fill."""
+        """Called by a fill when it ends."""
         self._set_times.observe(time.monotonic_ns() - write.sent_ns)
         if isinstance(reply, ReadOnlyError):
             self._reconnect()
@@ -193,7 +193,10 @@ class RedisNode:
         return connection
 
     def _reconnect(self) -> None:
-        """After a failover behind one address, to what is the primary now. Once a second, as it may stay read-only."""
+        """Reconnects to the new primary after a failover behind one address.
+
+        Limited to once a second, because the server can stay read-only.
+        """
         now = time.monotonic()
         if now >= self._reconnected + _RECONNECT_SECONDS:
             self._reconnected = now
@@ -202,10 +205,10 @@ class RedisNode:
             BACKGROUND.once("farewell to a Redis server", leaving)
 
     async def _probe(self) -> None:
-        """Off the path of any request, so that nobody waits to learn that the server is still down."""
+        """Probes the server in the background, so that no request waits for a server that is still down."""
         connection = self._connect(self._budget)
         try:
-            async with asyncio.timeout(_PROBE_SECONDS):  # it may take longer than a look-up may
+            async with asyncio.timeout(_PROBE_SECONDS):  # more time than for a look-up
                 await connection.opened
             ping = Question(0)
             connection.send(ping, (_PING,))
@@ -223,12 +226,12 @@ class RedisNode:
             self._probe_task = None
 
     def _lost(self, connection: RedisConnection, error: Exception) -> None:
-        """From a connection; that of a probe, or one on which nothing is under way, is no failure."""
+        """Called by a connection. The loss of an idle or a probe connection is not a server failure."""
         if not connection.is_idle and (connection is self._quick or connection is self._bulk):
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        """Nobody waits on, nor those of the other connection."""
+        """Opens the breaker and gives up all commands in flight, including those of the other connection."""
         self._errors.add(kind_of(error))
         if not self.breaker.is_open:
             log.warning("Redis %s is skipped for now: %r", self.name, error)
@@ -237,14 +240,14 @@ class RedisNode:
         self._disconnect()
 
     def _disconnect(self) -> None:
-        """What is under way is given up."""
+        """Closes both connections and gives up all commands in flight."""
         for connection in (self._quick, self._bulk):
             if connection is not None:
                 connection.close()
 
 
 async def _finish(connection: RedisConnection) -> None:
-    """Waits for what is under way, for a second at most."""
+    """Waits for commands in flight, for a second at most."""
     if not connection.is_idle:
         last = Question(0)
         connection.send(last, (_PING,))

@@ -1,8 +1,8 @@
-"""The Redis servers that hold the shared tier: one, the primary that Sentinels name, or those of a cluster by slot.
+"""The Redis servers of the shared tier: one server, the primary that Sentinels name, or the primaries of a cluster.
 
-In a cluster each server has look-ups, fills and a breaker of its own, so one that is down costs its keys and no others
-(redis-py's RedisCluster sends one pipeline to all, and waits for the slowest). The map of slots is asked for again when
-a server says MOVED or fails, and while one stays down, until a replica has taken its place.
+In a cluster each server has its own connections and breaker, so a server that is down affects only its own keys
+(redis-py's RedisCluster sends one pipeline to all servers and waits for the slowest). The slot map is refreshed when a
+server replies MOVED or fails, and repeatedly while a server is down, until a replica has replaced it.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ _REFRESH_PAUSE = 0.25
 
 
 class Nodes(Protocol):
-    """Which server holds a name."""
+    """Maps names to servers."""
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """None where that is not known (yet)."""
+        """Returns the server that holds `name`, or None if it is not known (yet)."""
 
     def redirected(self, error: AskError) -> RedisNode | None:
-        """The server that a MOVED or ASK names; a MOVED is remembered."""
+        """Returns the server that a MOVED or ASK reply names, and remembers a MOVED."""
 
     @property
     def all(self) -> list[RedisNode]:
-        """Those that are known now."""
+        """The servers known at present."""
 
     async def close(self) -> None:
-        """Writes what is left and disconnects."""
+        """Completes pending writes and disconnects."""
 
 
-# Makes a node of a name and a client; told whom to call when its breaker opens.
+# Creates a node from a name, a client, and a callback for when the breaker opens.
 CreateNode = Callable[[str, Redis, Callable[[], None]], RedisNode]
 
 
 def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
-    """Connects at first use; an unreachable server is no error here."""
-    # What fails is skipped, and retried by probes.
+    """Creates the nodes of `url`. They connect at first use; an unreachable server is not an error here."""
+    # Failed servers are skipped, and retried by probes.
     options = redis_client.options(_CONNECT_SECONDS)
     if url.topology is Topology.CLUSTER:
         return ClusterNodes(url, options, create)
@@ -61,27 +61,27 @@ def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
 
 
 class OneNode:
-    """All names on one server."""
+    """Holds all names on one server."""
 
     def __init__(self, node: RedisNode) -> None:
         self._node = node
         self.all = [node]
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """The server."""
+        """Returns the server."""
         return self._node
 
     def redirected(self, error: AskError) -> RedisNode | None:
-        """Only a cluster redirects; told to one server, its URL should have said redis+cluster://."""
+        """Returns None. Only a cluster redirects, and the URL of a cluster must start with redis+cluster://."""
         return None
 
     async def close(self) -> None:
-        """Writes what is left and disconnects."""
+        """Completes pending writes and disconnects."""
         await self._node.close()
 
 
 class ClusterNodes:
-    """The primaries of a Redis Cluster by slot."""
+    """The primaries of a Redis Cluster, by slot."""
 
     def __init__(self, url: RedisUrl, options: dict[str, Any], create: CreateNode) -> None:
         self._options = {**url.options, **options}
@@ -94,19 +94,19 @@ class ClusterNodes:
 
     @property
     def all(self) -> list[RedisNode]:
-        """The primaries known now."""
+        """The primaries known at present."""
         return list(self._nodes.values())
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """The primary of the name's slot."""
+        """Returns the primary of the name's slot."""
         node = self._slots[key_slot(name)]
         if node is None:
             self._refresh()
         return node
 
     def redirected(self, error: AskError) -> RedisNode | None:
-        """The server named; where the slot has moved for good, it is remembered, and the rest of the map asked for."""
-        if not error.host:  # the cluster does not tell its addresses
+        """Returns the named server. After a permanent move (MOVED), remembers it and refreshes the slot map."""
+        if not error.host:  # the cluster does not report its addresses
             self._refresh()
             return None
         node = self._node(error.host, error.port)
@@ -116,7 +116,7 @@ class ClusterNodes:
         return node
 
     async def close(self) -> None:
-        """Writes what is left and disconnects."""
+        """Completes pending writes and disconnects."""
         if self._refresh_task is not None:
             self._refresh_task.cancel()
         await asyncio.gather(*(node.close() for node in self.all), *self._closing)
@@ -137,12 +137,12 @@ class ClusterNodes:
             while not await self._ask() or any(node.breaker.is_open for node in self.all):
                 await asyncio.sleep(_REFRESH_PAUSE)
                 for node in self.all:
-                    node.may_try()  # probes those that are down, also where their keys are not asked for
+                    node.may_try()  # probes servers that are down, even if no request needs their keys
         finally:
             self._refresh_task = None
 
     async def _ask(self) -> bool:
-        """The map, from the first node that tells it: those that work first."""
+        """Reads the slot map from the first node that answers, healthy nodes first. Returns whether it is complete."""
         known = sorted(self._nodes.items(), key=lambda item: (item[1].breaker.is_open, random.random()))
         for (host, _), node in known:
             if await self._ask_one(node.client, host):
@@ -166,7 +166,7 @@ class ClusterNodes:
             return False
         slots: list[RedisNode | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         for first, last, primary, *_ in ranges:
-            # An empty host stands for the one that was asked.
+            # An empty host means the server that was asked.
             host = (primary[0].decode() if isinstance(primary[0], bytes) else primary[0]) or asked
             slots[first : last + 1] = [self._node(host, primary[1])] * (last - first + 1)
         self._slots = slots

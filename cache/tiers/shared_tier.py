@@ -1,4 +1,4 @@
-"""The tier in Redis, shared by the fleet: never an error, never a wait beyond its budget."""
+"""The tier in Redis, shared by the fleet. A look-up never raises and never waits longer than its budget."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ERRORS = Family(
     ("type",),
 )
 
-# 2: frames with a MAC. Older processes of the fleet keep to their own names.
+# 2: frames with a MAC. Older versions of the processes use other names.
 _PREFIX = b"rm1:2:"
 _REDIRECTS = 2
 _CHECK_SECONDS = 5.0
@@ -42,15 +42,15 @@ Result = TypeVar("Result")
 
 
 def stored_name(key: bytes) -> bytes:
-    """The name in Redis of the entry under `key`."""
+    """Returns the name in Redis of the entry under `key`."""
     return _PREFIX + key
 
 
 class SharedTier:
-    """Entries in Redis under `rm1:2:<key>`, kept for `ttl_seconds` (give or take a tenth, so as not to end together).
+    """Entries in Redis under `rm1:2:<key>`, with a TTL of `ttl_seconds` (± 10 %, so that they do not expire together).
 
-    `url` as in services/runtime/redis/redis_url.py; raises StartError where it is none. `frames` authenticates values.
-    `budget_seconds` bounds what a look-up may wait for one server; past it, it is a miss.
+    `url` has the format of services/runtime/redis/redis_url.py; raises StartError if it is invalid. `frames`
+    authenticates values. `budget_seconds` is the maximum wait of a look-up for one server; then it is a miss.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class SharedTier:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether a server of it failed and is not back."""
+        """Whether the circuit breaker of any server is open."""
         return any(node.breaker.is_open for node in self.nodes.all)
 
     def start(self) -> None:
-        """Connects, learns what is where, and warns of a server that will refuse writes."""
+        """Connects, reads the slot map of a cluster, and starts the check for servers that will refuse writes."""
         self.nodes.owner(_PREFIX)
         self._check_task = BACKGROUND.start("check of Redis", self._check_memory)
 
     def get(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
-        """To be awaited: None on a miss, and if Redis is down, slow, or holds a bad frame."""
+        """Returns an awaitable for the entry: None on a miss, or if Redis is down, slow, or holds an invalid frame."""
         return self._get(key, answer=False)
 
     def get_answer(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
-        """As `get`; also None if the value is not a serialized ModelInferResponse."""
+        """Returns the same as `get`, and None if the value is not a serialized ModelInferResponse."""
         return self._get(key, answer=True)
 
     async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
@@ -119,7 +119,7 @@ class SharedTier:
         return entry
 
     def put(self, key: bytes, entry: Entry, ttl_ms: int | None = None) -> None:
-        """Writes behind. Dropped (and counted) where Redis is down, refuses, or cannot keep up."""
+        """Writes in the background (write-behind). Drops and counts the entry if Redis is down, refuses or is slow."""
         name = _PREFIX + key
         node = self.nodes.owner(name)
         if node is None:
@@ -130,7 +130,7 @@ class SharedTier:
         node.put(Fill(name, self.frames.pack(key, entry), ttl_ms))
 
     async def delete(self, key: bytes) -> None:
-        """Raises UnavailableError where Redis cannot be reached."""
+        """Deletes the entry. Raises UnavailableError if Redis is unreachable."""
         name = _PREFIX + key
 
         def command(redis: Redis) -> Any:
@@ -139,7 +139,7 @@ class SharedTier:
         await self.run(name, command, _COMMAND_SECONDS)
 
     async def run(self, name: bytes, command: Callable[[Redis], Awaitable[Result]], seconds: float) -> Result:
-        """A command of another kind on the server that owns `name`. Raises UnavailableError, also past `seconds`."""
+        """Runs any other command on the server that owns `name`. Raises UnavailableError, also after `seconds`."""
         node = self.nodes.owner(name)
         why: Any = "the map of the cluster's slots is not known yet"
         for _ in range(_REDIRECTS + 1):
@@ -156,7 +156,7 @@ class SharedTier:
         raise UnavailableError(f"Redis cannot be used: {why!r}; retry later", kind="redis")
 
     async def close(self) -> None:
-        """Writes what is left, for a second at most, and disconnects."""
+        """Completes pending writes, for a second at most, and disconnects."""
         if self._check_task is not None:
             self._check_task.cancel()
         await self.nodes.close()
@@ -185,7 +185,7 @@ class SharedTier:
             self.counters.failures += 1
 
     async def _check_memory(self) -> None:
-        """The policy of each server once, as soon as it answers; what it evicted, again and again."""
+        """Checks the eviction policy of each server once it answers, and reads its eviction count periodically."""
         checked: set[str] = set()
         evicted: dict[str, int] = {}
         while True:

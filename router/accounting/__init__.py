@@ -1,1 +1,1 @@
-"""What is counted and priced of requests and attempts."""
+"""Metrics and costs of requests and attempts."""

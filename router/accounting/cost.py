@@ -1,4 +1,4 @@
-"""What answers cost: a price a second of each kind of hardware times the compute time of each model; and memory's."""
+"""The cost of answers (compute time times the price per second of the hardware) and of the local tier's memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CPU = "CPUExecutionProvider"
 
 
 class Prices(NamedTuple):
-    """Of a second of computing, and of holding 10**9 bytes for an hour. `currency` is a name for people."""
+    """Prices of a second of computing, and of holding 10**9 bytes for an hour. `currency` is for display only."""
 
     cpu_second: float
     gpu_second: float
@@ -35,14 +35,15 @@ class Prices(NamedTuple):
     currency: str = ""
 
     def of(self, provider: str) -> float:
-        """Of a second of a model that `provider` runs."""
+        """The price of one second of a model that runs on `provider`."""
         return self.cpu_second if provider in (_CPU, "ensemble", "") else self.gpu_second
 
 
 class Cost:
-    """Prices what `requests` counted, and the bytes that are `held` from one scrape to the next.
+    """Prices the compute time in `requests`, and the bytes that `held` returns, from one scrape to the next.
 
-    `provider` tells what runs a model, by name and version, and raises as Catalog.find; `clock` as time.monotonic.
+    `provider` returns the execution provider of a model by name and version, and raises as Catalog.find. `clock` as
+    time.monotonic.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Cost:
         self._clock = clock
         self._asked_at = clock()
         self._byte_seconds = 0.0
-        # Models that nobody holds any more keep the provider they had.
+        # Models that no worker holds any more keep their last provider.
         self._providers: dict[tuple[str, str], str] = {}
 
     def samples(self) -> Iterator[Sample]:
@@ -79,7 +80,7 @@ class Cost:
             yield Sample(PRICE, (unit, self._prices.currency), getattr(self._prices, unit))
 
     def of(self, provider: str, compute_us: int) -> float:
-        """Of one answer."""
+        """The cost of one answer."""
         return compute_us / 1e6 * self._prices.of(provider)
 
     def _provider(self, model: str, version: str) -> str:

@@ -1,4 +1,4 @@
-"""Attempts, retries and refusals, as metrics."""
+"""Metrics of attempts, retries and refusals."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -24,7 +24,7 @@ _MAX_WORKERS = 200
 
 
 class DispatchMetrics:
-    """Attempts, by worker."""
+    """Counts attempts, by worker."""
 
     def __init__(self) -> None:
         self._attempts = Counter(ATTEMPTS)
@@ -37,11 +37,11 @@ class DispatchMetrics:
             yield Sample(ATTEMPT_SECONDS, (worker,), times.buckets())
 
     def attempted(self, worker: str, kind: str, code: str, ns: int) -> None:
-        """One ended."""
+        """Counts an attempt that ended after `ns`."""
         self._attempts.add(worker, kind, code)
         times = self._times.get(worker)
         if times is None:
-            # Workers come and go under new names.
+            # Bounded, because new workers may have new names.
             worker = worker if len(self._times) < _MAX_WORKERS else OTHER
             times = self._times.setdefault(worker, Histogram())
         times.observe(ns)

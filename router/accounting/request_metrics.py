@@ -1,4 +1,4 @@
-"""What this router has answered: how often, how fast, from where, and what it cost to compute."""
+"""Metrics of the requests that this router answered: counts, durations, outcomes and compute time."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -45,8 +45,8 @@ IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests in progress
 MARK_SECONDS = 5.0
 _RECENT = 2048
 _MIN_REQUESTS = 100
-# Of the requests between two marks so many are told to be slow, and so many at least. When all have become slower,
-# keeping each would make them slower still, until the next mark says what is slow among them.
+# At most _SLOW_SHARE of the requests between two updates of the thresholds count as slow, but _LEAST_SLOW are always
+# allowed. If all requests become slower, retaining every trace would slow them further until the next update.
 _SLOW_SHARE = 0.02
 _LEAST_SLOW = 50
 _NEVER = 1 << 62
@@ -56,7 +56,7 @@ _MAX_TENANTS = 100
 _HITS = frozenset({"hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined"})
 _SERVERS_FAULTS = frozenset({"DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN"})
 OK = "OK"
-# The method of what an ensemble asks for, which is no request of a caller's.
+# The method of internal requests, such as the steps of an ensemble.
 STEP = "step"
 _OUR_DOING = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNIMPLEMENTED"}
@@ -64,7 +64,7 @@ _OUR_DOING = frozenset(
 
 
 class Labels(NamedTuple):
-    """Of one series. `outcome` is "error" where `code` is not OK."""
+    """The labels of one series. `outcome` is "error" if `code` is not OK."""
 
     method: str
     model: str
@@ -75,7 +75,7 @@ class Labels(NamedTuple):
 
 
 class Series(Histogram):
-    """Requests that were answered alike. `recent` durations and the mark `slow_ns` are of their model."""
+    """Counters of requests with equal labels. `recent` durations and the threshold `slow_ns` belong to their model."""
 
     __slots__ = ("compute_us", "count", "exemplars", "recent", "slow_ns")
 
@@ -85,15 +85,15 @@ class Series(Histogram):
         self.compute_us = 0
         self.recent = recent
         self.slow_ns = slow_ns
-        # By place in the buckets.
+        # By index of the bucket.
         self.exemplars: dict[int, Exemplar] = {}
 
 
 class RequestMetrics:
     """Counts requests by their labels; models and tenants beyond a bound count as `other`.
 
-    What is above the 99th percentile of the last requests of its model is slow; `mark` moves that percentile on.
-    Between two marks no more than the first are, as _SLOW_SHARE has it.
+    A request is slow if it takes longer than the 99th percentile of its model's recent requests. `mark` updates that
+    percentile. Between two updates, slow requests beyond the limit that _SLOW_SHARE sets do not count as slow.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class RequestMetrics:
         self._counted = 0
 
     def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> bool:
-        """One request, by what is in Labels; whether it was slow. On the path of every hit: measured at 0.4 us."""
+        """Counts one request; `labels` as in Labels. Returns whether it was slow. Runs on every hit; takes 0.4 us."""
         series = self._series.get(labels)
         if series is None:
             series = self._open(Labels(*labels))
@@ -123,26 +123,26 @@ class RequestMetrics:
         return True
 
     def failed(self, model: str, version: str, kind: str) -> None:
-        """A request that was counted failed for a RingmeshError of `kind`."""
+        """Counts the error `kind` of a request that is already counted."""
         error = (model, version, kind) if (model, version) in self._models else (OTHER, "", kind)
         self._errors[error] = self._errors.get(error, 0) + 1
 
     def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str, end_ns: int) -> None:
-        """The trace of a request that was counted and is kept."""
+        """Adds the retained trace of a counted request as an exemplar."""
         series = self._series.get(labels)
         if series is not None:
             series.exemplars[bisect_left(BOUNDS_NS, ns)] = Exemplar(trace_id, ns / 1e9, end_ns / 1e9)
 
     async def keep_marking(self) -> None:
-        """Until cancelled."""
+        """Calls `mark` every MARK_SECONDS until cancelled."""
         while True:
             self.mark()
             await asyncio.sleep(MARK_SECONDS)
 
     def mark(self) -> None:
-        """To be called every few seconds."""
+        """Updates the thresholds of slow requests. Must be called every few seconds."""
         for model, recent in list(self._recent.items()):
-            # With fewer than that the percentile would be the slowest of a handful.
+            # With fewer requests the percentile would just be the slowest of a handful.
             if len(recent) >= _MIN_REQUESTS:
                 self._marks[model] = sorted(recent)[len(recent) * 99 // 100]
         all_series = self._all()
@@ -153,7 +153,7 @@ class RequestMetrics:
             series.slow_ns = self._marks.get(Labels(*key).model, _NEVER)
 
     def add_to(self, statistics: v2.ModelStatistics) -> None:
-        """As Triton counts: a hit is a success that was queued, and no inference and no execution."""
+        """Adds hits and misses as Triton counts them: a hit is a queued success, but no inference and no execution."""
         stats = statistics.inference_stats
         for key, series in self._all():
             labels = Labels(*key)
@@ -169,14 +169,14 @@ class RequestMetrics:
                 stats.cache_miss.ns += series.sum_ns
 
     def answers(self) -> Answers:
-        """All of them."""
+        """The number of all requests, and of those that failed with a server error."""
         counts = [(key[4], series.count) for key, series in self._all()]
         return Answers(
             sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
         )
 
     def usages(self) -> list[cache_pb2.UsageStats]:
-        """For the cache's own statistics: by model, tenant and where the answer came from."""
+        """Usage for the cache statistics: by model, tenant and the tier of the answer."""
         sums: dict[tuple[str, str, str], cache_pb2.UsageStats] = {}
         for key, series in self._all():
             labels = Labels(*key)
@@ -218,7 +218,7 @@ class RequestMetrics:
         yield Sample(IN_FLIGHT, (), self.in_flight)
 
     def compute_us(self) -> dict[tuple[str, str, str, str], int]:
-        """Of what was answered, by model, version, tenant and outcome."""
+        """Compute time of successful requests, by model, version, tenant and outcome."""
         totals: dict[tuple[str, str, str, str], int] = {}
         for key, series in self._all():
             labels = Labels(*key)
@@ -228,9 +228,9 @@ class RequestMetrics:
         return totals
 
     def totals(self, seconds: float) -> tuple[int, int, int, int]:
-        """Of callers' requests: how many, how many failed by our doing, were answered, and so later than `seconds`.
+        """Counts of callers' requests: all, failed by a server error, answered, and answered later than `seconds`.
 
-        `seconds` counts as the next bound of the buckets.
+        `seconds` is rounded up to the next bucket bound.
         """
         beyond = bisect_left(BOUNDS_NS, int(seconds * 1e9)) + 1
         total = failed = answered = slow = 0
@@ -247,7 +247,7 @@ class RequestMetrics:
         return total, failed, answered, slow
 
     def _all(self) -> list[tuple[tuple[str, ...], Series]]:
-        """A copy: hits are counted beside the event loop."""
+        """A copy, because hits are counted on other threads than the event loop's."""
         return list(self._series.items())
 
     def _open(self, labels: Labels) -> Series:

@@ -1,4 +1,4 @@
-"""What the span of a request says of it."""
+"""Attributes of a request's span."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -10,7 +10,7 @@ _TIERS = {"hit-local": "local", "hit-shared": "shared", "hit-peer": "peer"}
 
 
 def answered(found: Found, now_ns: int) -> dict[str, Value]:
-    """Where the answer came from, and what it took to compute."""
+    """The source of the answer and its compute time."""
     entry = found.entry
     attributes: dict[str, Value] = {
         "ringmesh.cache.outcome": found.outcome,
@@ -26,5 +26,5 @@ def answered(found: Found, now_ns: int) -> dict[str, Value]:
 
 
 def baggage(sent: str) -> dict[str, Value]:
-    """The caller's baggage, so that a trace is found by what the caller says of it."""
+    """The caller's baggage as attributes, so that traces can be searched by it."""
     return {f"baggage.{key}": value for key, value in w3c.parse_baggage(sent).items()}

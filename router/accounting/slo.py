@@ -1,6 +1,6 @@
-"""Service level objectives: which part of the requests may fail or be slow, and how fast that part is used up.
+"""Service level objectives: the share of requests that may fail or be slow, and how fast that error budget is used up.
 
-Burn rates over several windows, as in the SRE Workbook (chapter 5): 1 uses up the budget of a window in that window.
+Burn rates over several windows, as in the SRE Workbook (chapter 5): at rate 1 a window uses up exactly its own budget.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PERIOD_SECONDS = 60.0
 
 
 class Objectives(NamedTuple):
-    """`availability` and `latency` are parts, 0 to 1; `latency` is of the answers that come within `seconds`."""
+    """`availability` and `latency` are shares, 0 to 1; `latency` is the share of answers within `seconds`."""
 
     availability: float
     latency: float
@@ -49,7 +49,7 @@ class _Point(NamedTuple):
 
 
 class Slo:
-    """Compares what `requests` counted with `objectives`. `clock` as time.monotonic."""
+    """Compares the counts of `requests` with `objectives`. `clock` as time.monotonic."""
 
     def __init__(self, objectives: Objectives, requests: RequestMetrics, clock: Callable[[], float]) -> None:
         self._targets = {"availability": objectives.availability, "latency": objectives.latency}
@@ -59,13 +59,13 @@ class Slo:
         self._past: deque[_Point] = deque([self._point()], maxlen=int(_WINDOWS["3d"] / _PERIOD_SECONDS) + 1)
 
     async def keep_sampling(self) -> None:
-        """Until cancelled."""
+        """Calls `sample` every minute until cancelled."""
         while True:
             await asyncio.sleep(_PERIOD_SECONDS)
             self.sample()
 
     def sample(self) -> None:
-        """To be called every minute: windows begin where this was called."""
+        """Stores a sample for the start of later windows. Must be called every minute."""
         self._past.append(self._point())
 
     def samples(self) -> Iterator[Sample]:
@@ -79,7 +79,7 @@ class Slo:
             yield Sample(REQUESTS, (objective,), total)
             yield Sample(BAD, (objective,), bad)
             for window, seconds in _WINDOWS.items():
-                # Where the process is younger than the window, since it started.
+                # If the process is younger than the window, the window begins at its start.
                 place = max(0, bisect_left(times, now.at - seconds + 1e-6) - 1)
                 total_then, bad_then = self._past[place].values[objective]
                 part = (bad - bad_then) / (total - total_then) if total > total_then else 0.0

@@ -1,1 +1,1 @@
-"""Who may have something computed now: quotas of tenants, and a limit on what is under way to each worker."""
+"""Admission control: quotas of tenants, and a concurrency limit for each worker and model."""

@@ -1,4 +1,4 @@
-"""Who asks, and how much it matters: what admission goes by."""
+"""The caller of a request: its tenant and priority, on which admission decides."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -10,7 +10,7 @@ from services.runtime.oip.protocol import PRIORITY, Told
 
 
 class Priority(Enum):
-    """The part of a limit that a request may fill: under overload, the smallest part is refused first."""
+    """The multiple of a limit up to which a request is admitted: under overload, the lowest is refused first."""
 
     SHEDDABLE = 0.5
     NORMAL = 1.0
@@ -18,20 +18,20 @@ class Priority(Enum):
 
 
 class Caller(NamedTuple):
-    """The tenant, "" where it is not told, and the priority of its request."""
+    """The tenant ("" if not given) and the priority of the request."""
 
     tenant: str
     priority: Priority
 
 
 ANYBODY = Caller("", Priority.NORMAL)
-# Work of the router's own: refused first where there is overload, and on no tenant's quota.
+# The router's own work: refused first under overload, and counted against no tenant's quota.
 ROUTER = Caller("", Priority.SHEDDABLE)
 _PRIORITIES = {priority.name.lower(): priority for priority in Priority}
 
 
 class RefusedError(ResourceExhaustedError):
-    """Not admitted. It holds for `caller`, and says nothing of others who ask for the same."""
+    """The request was not admitted. This applies to `caller` only, not to others with the same request."""
 
     def __init__(self, message: str, caller: Caller, *, retry_after: float, kind: str = "") -> None:
         super().__init__(message, kind=kind)
@@ -40,7 +40,7 @@ class RefusedError(ResourceExhaustedError):
 
 
 def caller_of(told: Told) -> Caller:
-    """The caller that `told` names. Raises InvalidArgumentError for an unknown priority, or with `told.error`."""
+    """The caller named in the metadata. Raises InvalidArgumentError for an unknown priority, or raises `told.error`."""
     if told.error is not None:
         raise told.error
     if not told.tenant and not told.priority:

@@ -1,8 +1,8 @@
-"""How many requests may be under way to one worker for one model, found from how long they queue there.
+"""The concurrency limit of one worker for one model, derived from the time that requests queue there.
 
-By Little's law (1961), a worker that answers `rate` requests a second is `rate * seconds` requests away from
-making the next one wait that long. The rate is measured as BBR does (Cardwell et al. 2016): what was answered from
-a request's begin to its end, over that time. It holds whatever batches look like, and converges in one step.
+By Little's law (1961), a worker that answers `rate` requests a second makes the next request wait `seconds` if
+`rate * seconds` requests are under way. The rate is measured as in BBR (Cardwell et al. 2016): the number of answers
+between a request's start and its end, divided by that time. This works for any batch size and converges in one step.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -12,26 +12,26 @@ from collections.abc import Callable
 
 from router.admission.caller import Priority
 
-# So many are never refused: callers who wait for their answers before they ask again are not an overload, however slow
-# the model. Nor is what the worker would run one by one within the target, up to a bound: where so little queues,
-# something else is slow, and refusing cures nothing.
+# Up to _LEAST requests are always admitted: callers that wait for an answer before they send the next request are no
+# overload, however slow the model. Neither are as many requests as the worker runs one by one within the target, up to
+# _FEW: with such a short queue something else is slow, and refusing requests does not help.
 _LEAST = 8
 _FEW = 64
-# What one decision rests on.
+# Minimum duration and number of requests of the window for one decision.
 _WINDOW_SECONDS = 0.1
 _WINDOW_REQUESTS = 4
-# To wait for the run under way to end is not overload, however long it is.
+# The queueing target is at least this many runs: waiting for the current run to end is no overload.
 _RUNS = 2.0
-# In a window without any queueing, so fast it grows.
+# Growth of the limit after a window without queueing.
 _GROWTH = 0.5
 _MANY = 10_000
 
 
 class ConcurrencyLimit:
-    """No limit until requests queue for longer than `target` seconds on average; then as many as keep them at that.
+    """No limit until requests queue longer than `target` seconds on average; then the limit that keeps them at that.
 
-    Queueing is all that a request took beyond the shortest run: a model that does not gain from batches is slower in
-    larger ones, and no busier.
+    Queueing is the time of a request beyond the shortest run: a model that does not benefit from batching takes longer
+    for larger batches without being busier.
     """
 
     __slots__ = (
@@ -59,28 +59,28 @@ class ConcurrencyLimit:
         self._clear(self._idle)
 
     def admits(self, priority: Priority) -> bool:
-        """Whether one more may begin. What is critical may when others may not; what is sheddable is refused first."""
+        """Whether one more request may begin. CRITICAL ones may exceed the limit; SHEDDABLE ones are refused first."""
         if self.limit == math.inf:
             return True
         if not self.in_flight and self._clock() - self._idle > self._target:
-            # Nothing has queued for so long that nothing of the overload is left.
+            # Idle for longer than the target: the overload is over.
             self.limit = self._shortest = math.inf
             return True
         return self.in_flight + 1 <= max(1.0, self.limit * priority.value)
 
     def begin(self) -> int:
-        """One more is under way; returns what `completed` wants to know of it."""
+        """Counts a request as under way. Returns the `begun` argument for `completed`."""
         self.in_flight += 1
         return self._done
 
     def end(self) -> None:
-        """One less is under way, however it ended."""
+        """Counts a request as ended, with or without an answer."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle = self._clock()
 
     def completed(self, begun: int, took: float, run: float) -> None:
-        """A request has an answer: what `begin` returned, seconds it took in all, and seconds of these it ran."""
+        """Records an answer. `begun` is from `begin`; `took` is its total time in seconds, `run` the part it ran."""
         self._done += 1
         self._served += self._done - begun
         self._took += took
@@ -95,7 +95,7 @@ class ConcurrencyLimit:
         rate = max(self._served / self._took, self._count / (now - self._began))
         took = self._took / self._count
         if self.limit == math.inf:
-            # Those answered tell how long the queue was when they came; it may have become far longer.
+            # Answered requests show the queue at their arrival; it may be far longer now.
             took = max(took, self.in_flight / rate)
         queued = took - self._shortest
         target = max(self._target, _RUNS * self._shortest)
@@ -112,7 +112,7 @@ class ConcurrencyLimit:
 
 
 class ConcurrencyLimits:
-    """One for each worker and model, made at first use."""
+    """One limit for each worker and model, made at first use."""
 
     def __init__(self, target: float, clock: Callable[[], float]) -> None:
         self.target = target
@@ -120,16 +120,16 @@ class ConcurrencyLimits:
         self._limits: dict[tuple[str, bytes], ConcurrencyLimit] = {}
 
     def known(self, worker: str, model: bytes) -> ConcurrencyLimit | None:
-        """As `of`, from any thread; None where nothing was sent yet."""
+        """As `of`, but on any thread; None if there is none yet because nothing was sent."""
         return self._limits.get((worker, model))
 
     def of(self, worker: str, model: bytes) -> ConcurrencyLimit:
-        """For the worker at an address and the digest of a model."""
+        """The limit for a worker, by address, and a model, by digest."""
         limit = self._limits.get((worker, model))
         if limit is None:
             if len(self._limits) >= _MANY:
-                # Of models and workers that are no more; one at rest is as good as new.
+                # Drops idle limits, such as those of models and workers that are gone. A new one replaces an idle one.
                 self._limits = {key: kept for key, kept in list(self._limits.items()) if kept.in_flight}
-            # A refusal on the receiving thread may have been here meanwhile.
+            # The receiving thread may have added it in the meantime.
             limit = self._limits.setdefault((worker, model), ConcurrencyLimit(self.target, self._clock))
         return limit

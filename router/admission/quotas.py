@@ -1,4 +1,4 @@
-"""What each tenant may have computed: requests a second."""
+"""Quotas: computed requests a second for each tenant."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -9,15 +9,15 @@ from router.admission.caller import Caller, RefusedError
 from router.admission.token_bucket import TokenBucket
 from services.runtime.telemetry.metrics import Sample
 
-# The quota of each tenant that has none of its own.
+# The key of the quota for tenants without one of their own.
 OTHERS = "*"
 _MANY = 10_000
 
 
 class Quotas:
-    """A bucket for each tenant, by requests a second; a second's worth may come at once.
+    """A token bucket for each tenant, in requests a second, with a burst of one second's worth.
 
-    A tenant that is not in `rates` has a bucket of its own at the rate of OTHERS, and no limit where that is not given.
+    A tenant that is not in `rates` has its own bucket at the rate of OTHERS, or no limit if that is not set.
     """
 
     def __init__(self, rates: Mapping[str, float], clock: Callable[[], float]) -> None:
@@ -32,7 +32,7 @@ class Quotas:
         yield Sample(SHEDS, ("quota",), self.refused)
 
     def take(self, caller: Caller) -> None:
-        """Raises RefusedError where the caller's tenant has used up its quota."""
+        """Takes one request from the quota of the caller's tenant. Raises RefusedError if it is used up."""
         if not self._rates:
             return
         rate = self._rates.get(caller.tenant, self._rates.get(OTHERS))
@@ -41,7 +41,7 @@ class Quotas:
         bucket = self._buckets.get(caller.tenant)
         if bucket is None:
             if len(self._buckets) >= self._sweep_at:
-                # A full bucket is as good as a new one. Rarely, however many tenants stay below theirs.
+                # Drops full buckets, which equal new ones. Runs rarely, however many tenants keep partly used buckets.
                 self._buckets = {tenant: kept for tenant, kept in self._buckets.items() if not kept.full}
                 self._sweep_at = max(_MANY, 2 * len(self._buckets))
             bucket = self._buckets[caller.tenant] = TokenBucket(rate, max(1.0, rate), self._clock)

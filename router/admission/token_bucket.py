@@ -1,4 +1,4 @@
-"""A token bucket (Turner 1986): a rate on average, with room for bursts."""
+"""A token bucket (Turner 1986): limits the average rate and allows bursts."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """Gives `rate` tokens a second, and holds up to `burst` that were not taken. Full at first."""
+    """Gains `rate` tokens a second and holds at most `burst`. Starts full."""
 
     __slots__ = ("_burst", "_clock", "_rate", "_seen", "_tokens")
 
@@ -18,7 +18,7 @@ class TokenBucket:
         self._seen = clock()
 
     def take(self) -> float:
-        """Takes a token and returns 0.0; where there is none, the seconds until there is."""
+        """Takes a token and returns 0.0, or returns the seconds until one is available."""
         self._fill()
         if self._tokens >= 1:
             self._tokens -= 1
@@ -27,7 +27,7 @@ class TokenBucket:
 
     @property
     def full(self) -> bool:
-        """Whether it is as good as new."""
+        """Whether the bucket is full."""
         self._fill()
         return self._tokens >= self._burst
 

@@ -1,1 +1,1 @@
-"""Which worker a request is sent to: the ring, and bounded load."""
+"""Load balancing: selects the worker for a request by the ring, with bounded loads."""

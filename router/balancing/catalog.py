@@ -1,4 +1,4 @@
-"""Which models the fleet serves, merged from what its workers say."""
+"""The models that the fleet serves, merged from the workers' descriptions."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -21,16 +21,20 @@ CACHE_STEPS = "ringmesh_cache_steps"
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One version of a model. `uncacheable` says why its answers are not kept, "" where they are.
-    `inputs` and `outputs` are those of its metadata.
+    """One version of a model.
 
-    With `tenant_scoped`, tenants do not share answers. With `row_cache`, rows of a batch are cached one by one. A
-    request of more rows than `max_request_rows` is refused; 0: any number. With `hedged`, a slow attempt is made
-    elsewhere too. An ensemble has a `plan`; with `cache_steps` the router runs it step by step, each through the
-    cache. From a `semantic_threshold` above 0, a vector, or what `semantic_embedding` makes of the inputs, may be
-    answered as a similar one was. `freshness` says how long answers are given; None: without end. With
-    `limits_queue`, requests may fail while others run. `not_runnable` says why nobody can run it, "" where somebody
-    may.
+    - `uncacheable`: why its answers are not cached; "" if they are.
+    - `inputs`, `outputs`: those of its metadata.
+    - `tenant_scoped`: tenants do not share answers.
+    - `row_cache`: the rows of a batch are cached one by one.
+    - `max_request_rows`: requests with more rows are refused; 0: no limit.
+    - `hedged`: a slow attempt is also made at another worker.
+    - `semantic_threshold`: if above 0, a request may get the answer to a similar one. Input vectors are compared, or
+      the vectors that the model `semantic_embedding` makes of the inputs.
+    - `freshness`: how long answers are valid; None: forever.
+    - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
+    - `limits_queue`: requests may fail while others run.
+    - `not_runnable`: why no worker can run it; "" if one may.
     """
 
     name: str
@@ -55,14 +59,14 @@ class ModelEntry:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a request is answered by one worker in one go, and its answer given as it is, without end."""
+        """Whether one worker answers a request whole, and answers never expire and match exactly."""
         return self.plan is None and self.freshness is None and not self.row_cache and not self.semantic_threshold
 
 
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds.
 
-    `failed`: what workers could not load, which matters where no other could.
+    `failed`: versions that workers could not load; used for errors if no worker holds the model.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Catalog:
         for failure in failed:
             self._failures.setdefault(failure.model, {}).setdefault(failure.version, failure.reason)
         found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
-        # Ensembles that a worker runs.
+        # Ensembles that a worker runs whole.
         whole: set[tuple[str, str]] = set()
         for models in holdings:
             for model in models:
@@ -87,7 +91,7 @@ class Catalog:
         self._entries = {key: _entry(model, self._versions[model.name]) for key, model in found.items()}
         for name, versions in self._versions.items():
             self._entries[name, ""] = self._entries[name, versions[-1]]
-        # After the models, which are their steps.
+        # Ensembles come after the models, which are their steps.
         for key, model in found.items():
             if model.HasField("ensemble"):
                 entry = self._ensemble(model, self._entries[key], found, is_run=key in whole)
@@ -106,7 +110,7 @@ class Catalog:
         return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
 
     def find(self, name: str, version: str) -> ModelEntry:
-        """The version asked for, or the latest where it is "". Raises what `absent` makes."""
+        """The given version, or the latest if `version` is "". Raises UnavailableError, or the error of `absent`."""
         entry = self._entries.get((name, version))
         if entry is not None:
             return entry
@@ -122,7 +126,7 @@ class Catalog:
         *,
         is_run: bool,
     ) -> ModelEntry:
-        """The ensemble over the steps of the whole fleet, or why there is none."""
+        """The ensemble's entry, with steps from the whole fleet, or marked not runnable with the reason."""
         told, config = model.ensemble, model.ensemble.config
         plan = ensemble.plan(
             config.ensemble_scheduling, (t.name for t in config.input), (t.name for t in config.output)
@@ -141,7 +145,7 @@ class Catalog:
         else:
             itself = _signature(model)
             why = ensemble.misfit(plan, itself.inputs, itself.outputs, signatures)
-        if why:  # and no plan, which might lead back to itself
+        if why:  # without a plan, which might contain the ensemble itself
             return replace(entry, uncacheable=why, not_runnable=why)
         freshness = entry.freshness
         for each in steps:

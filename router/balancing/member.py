@@ -1,4 +1,4 @@
-"""One worker, as this router knows it."""
+"""One worker and its state as known to this router."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -16,55 +16,55 @@ from router.transport.worker_load import WorkerLoad
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a source knows of a worker. Beyond the address it may know nothing: the worker says it itself."""
+    """A source's entry for a worker. It may have only the address: the worker's description has the rest."""
 
     address: str
     worker_id: str = ""
     region: str = ""
     zone: str = ""
     weight: float = 1.0
-    # What changes while it runs, where the source tells: a reason to ask the worker.
+    # These change while the worker runs; if a source reports a change, the worker is asked for its description.
     accepting: bool = True
     digests: frozenset[bytes] = frozenset()
 
 
 class Link(Protocol):
-    """The way to a worker; WorkerClient is the real one and describes the methods."""
+    """The link to a worker; WorkerClient is the real one and documents the methods."""
 
     def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
-        """Runs the request there; `done` hears the outcome."""
+        """Runs the request on the worker; calls `done` with the outcome."""
 
     def withdraw(self, sent: Sent) -> None:
-        """Nobody waits for it any more."""
+        """Withdraws a request whose result is no longer needed."""
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
-        """What the worker holds. Raises WorkerUnreachableError."""
+        """The worker's description. Raises WorkerUnreachableError."""
 
     async def call(self, method: str, request: bytes, seconds: float) -> bytes:
-        """One call of another method. Raises WorkerUnreachableError or the worker's own error."""
+        """Calls another method. Raises WorkerUnreachableError or the worker's own error."""
 
     @property
     def is_silent(self) -> bool:
-        """Whether `is_alive` should be asked."""
+        """Whether `is_alive` should be called."""
 
     async def is_alive(self) -> bool:
-        """Whether the worker's engine answers."""
+        """Whether the worker's engine answers a ping."""
 
     def give_up(self) -> None:
-        """Ends what is under way."""
+        """Closes the link and ends the requests under way."""
 
     def forget_queues(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle queues of models that are not in `model_digests`."""
 
     async def close(self) -> None:
-        """Ends what is under way and disconnects."""
+        """Ends the requests under way and disconnects."""
 
 
 class Member:
-    """A worker in the ring, written by the fleet alone.
+    """A worker in the ring. Only the fleet writes to it.
 
-    `reason` says why it cannot be asked, "" where it can. `ejected` says why it should not be while others can: it
-    answers badly. `ramp` is the part of its weight that counts towards its load, below 1 while it starts slowly.
+    `reason`: why it cannot take requests; "" if it can. `ejected`: why it should not take requests while others can,
+    because it answers badly; "" if it should. `ramp`: factor of its weight, below 1 during slow start.
     """
 
     def __init__(self, listing: Listing, link: Link, load: WorkerLoad) -> None:
@@ -76,35 +76,35 @@ class Member:
         self.link = link
         self.load = load
         self.reason = "not yet connected"
-        # Set where it is to be asked soon how it is.
+        # Set to poll the worker soon.
         self.wake = asyncio.Event()
         self.ejected = ""
         self.ramp = 1.0
         # The worker's version of `models`.
         self.version = 0
-        # Of each model that was loaded or unloaded there by request: the last time.
+        # The last decision on each model that was loaded or unloaded there by request.
         self.decisions: tuple[inference_pb2.ModelDecision, ...] = ()
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
-        # Versions that it could not load.
+        # Versions that the worker could not load.
         self.failed: tuple[inference_pb2.FailedVersion, ...] = ()
         self.held: frozenset[tuple[str, str]] = frozenset()
-        # Ensembles that it cannot run whole, and why: a step is missing or does not fit.
+        # Ensembles that the worker cannot run whole, and why: a step is missing or does not fit.
         self.partly: dict[tuple[str, str], str] = {}
-        # What it would have to load first.
+        # Models that the worker holds but would have to load into memory first.
         self.unloaded: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def healthy(self) -> bool:
-        """Whether it can be sent work."""
+        """Whether the worker can take requests."""
         return not self.reason
 
     @property
     def capacity(self) -> float:
-        """Its weight, as far as it has started."""
+        """The worker's weight, reduced during slow start."""
         return self.weight * self.ramp
 
     def why_not(self, model: ModelEntry) -> str:
-        """Why it cannot be asked for `model`; "" where it can."""
+        """Why the worker cannot run `model`; "" if it can."""
         if self.reason:
             return self.reason
         key = (model.name, model.version)

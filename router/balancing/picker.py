@@ -1,6 +1,6 @@
-"""Whom a request is sent to: the workers in the order to ask them, and why some are passed over.
+"""Orders the workers for a request, and gives the reason for each worker that is skipped.
 
-A pure function of what is known of the fleet, so that `Explain` says what the dispatcher would do.
+Depends only on the fleet view, the model and the ring hash, so `Explain` shows what the dispatcher would do.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -16,10 +16,10 @@ from router.balancing.view import FleetView
 
 
 class Candidate:
-    """A worker in the order for one request. `reason` says why it is passed over, "" where it is asked.
+    """A worker in the order for one request. `reason`: why it is skipped; "" if it is not.
 
-    `rank` is its place on the ring, 0 for the owner. `bound` is how much it may have outstanding for this request; 0
-    where load is no matter. Whoever is at its bound is asked after all that are not.
+    `rank`: its rank on the ring, 0 for the owner. `bound`: how many requests it may have outstanding to take this one;
+    0: load does not matter. Workers at their bound come after all others in the pool.
     """
 
     __slots__ = ("bound", "member", "rank", "reason")
@@ -32,7 +32,7 @@ class Candidate:
 
     @property
     def is_full(self) -> bool:
-        """Whether load is why it was put off."""
+        """Whether the worker is at its bound."""
         return 0 < self.bound <= self.member.load.outstanding
 
 
@@ -44,11 +44,11 @@ def candidates(
     sticky: bool = False,
     put_off: list[Candidate] | None = None,
 ) -> Iterator[Candidate]:
-    """Every worker of the fleet once, in the order to ask them for `place` on the ring; b"" for any place.
+    """Every worker of the fleet once, in the order of preference for the ring hash `place` (b"": any worker).
 
-    `sticky`: the request belongs to what its owner remembers, so load is no reason to go elsewhere. The order is made
-    as it is read: the first costs least, and those that follow see the fleet of that moment. `put_off` takes those
-    that are at their bound, as they are found.
+    `sticky`: the request needs the state of its owner, so load does not change the order. The order is generated
+    lazily: the first worker is the cheapest to find, and later ones reflect the state of the fleet at that moment.
+    Workers at their bound are appended to `put_off` as they are found.
     """
     pool = view.pool(model)
     put_off = [] if put_off is None else put_off
@@ -71,7 +71,7 @@ def candidates(
 
 
 def _by_rank(view: FleetView, pool: Pool | None, place: bytes) -> Iterator[Member]:
-    """The ring's order, near before far. Past the ranks, those that can be asked come before those that cannot."""
+    """The ring's order, near before far. Beyond its ranks, workers in the pool come before the others."""
     place = place or random.randbytes(2)
     for ring in (view.ring, view.far):
         ranked = ring.ranked(place)
@@ -89,7 +89,7 @@ def _past_the_ranks(view: FleetView, ring: Ring, pool: Pool | None, place: bytes
 
 
 def _by_wait(view: FleetView, pool: Pool) -> Iterator[Member]:
-    """The better of two at random (Mitzenmacher 2001), from the router's own zone; then the other; then any."""
+    """The better of two random members (Mitzenmacher 2001) of the router's own zone, then the other, then the rest."""
     near = pool.near
     first = second = near[int(random.random() * len(near))]
     if len(near) > 1:
@@ -107,5 +107,5 @@ def _by_wait(view: FleetView, pool: Pool) -> Iterator[Member]:
 
 
 def _wait(member: Member) -> tuple[float, float]:
-    """Estimated, and where that says nothing, by what is outstanding."""
+    """The estimated wait; ties are resolved by the outstanding requests."""
     return member.load.wait_us / member.ramp, (member.load.outstanding + 1) / member.capacity

@@ -1,4 +1,4 @@
-"""The workers to ask for each model, and how many requests each of them may have outstanding."""
+"""The pool of workers for each model, and how many requests each of them may have outstanding."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -9,24 +9,24 @@ from typing import NamedTuple
 from router.balancing.member import Member
 from router.transport.worker_load import LoadSum
 
-# No worker takes more than this times its share of what the fleet has to do (docs/decisions/0005).
+# No worker takes more than this multiple of its share of the pool's load (docs/decisions/0005).
 BALANCE = 1.25
-# So few are never too many: that equal keys meet at their owner is worth more than an even spread of next to nothing.
+# Every bound is at least this: at low load, keeping equal keys at their owner is worth more than an even spread.
 FLOOR = 4
 
 
 class Pool(LoadSum):
-    """The workers to ask for a model, and what they have to do together.
+    """The workers for a model, and their total load.
 
-    Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): whoever is at its bound is passed
-    over. The bounds add up to more than the load, so somebody always is below.
+    Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): a worker at its bound is skipped. The
+    bounds add up to more than the load, so one worker is always below its bound.
     """
 
     __slots__ = ("capacity", "members", "near")
 
     def __init__(self, members: Sequence[Member], zone: str) -> None:
         self.members = {member.address: member for member in members}
-        # Those of the router's zone; all where it has none there.
+        # The workers in the router's zone; all if there are none.
         self.near = [member for member in members if member.zone == zone] or [*members]
         self.capacity = sum(member.capacity for member in members)
         super().__init__(sum(member.load.outstanding for member in members))
@@ -38,15 +38,17 @@ class Pool(LoadSum):
 
 
 class Pools(NamedTuple):
-    """By name and version of a model; and those that each worker is in, by its address."""
+    """The pool of each model, by its name and version, and the pools that each worker is in, by its address."""
 
     by_model: dict[tuple[str, str], Pool]
     by_worker: dict[str, list[Pool]]
 
 
 def pools(members: Iterable[Member], is_far: Callable[[Member], bool], zone: str) -> Pools:
-    """Whom to ask for each model: holders that answer well, else any; of these the near ones, else all; of these those
-    that have it in memory, else all.
+    """The pools for all models.
+
+    A pool has the workers that hold the model and are not ejected, else all holders; of these the near ones, else all;
+    of these the ones with the model in memory, else all.
     """
     holders: dict[tuple[str, str], list[Member]] = {}
     for member in members:

@@ -1,9 +1,9 @@
-"""Who owns a key: a table of slots, each with its members ranked by weighted rendezvous score.
+"""The ring: a table of slots, each with its members ranked by weighted rendezvous score.
 
-Rendezvous hashing (Thaler, Ravishankar 1998; weighted form by Schindelhauer, Schomaker 2005) moves no key
-that does not have to, but costs a pass over the members. So it runs once for each of 65,536 slots when the
-membership changes, and a look-up is one index into an immutable table. The rank is at once the owner, the
-order of retries, and the order of overflow.
+Rendezvous hashing (Thaler, Ravishankar 1998; weighted form by Schindelhauer, Schomaker 2005) moves the minimum number
+of keys, but costs a pass over the members. So it runs once for each of 65,536 slots when the membership changes, and a
+look-up is one index into an immutable table. The ranking gives the owner, the order of retries and the order of
+overflow.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -15,14 +15,14 @@ import numpy.typing as npt
 from blake3 import blake3
 
 SLOTS = 1 << 16
-# Almost every request ends within these; `order` has the rest.
+# Ranks in the table. Almost every request ends within these; `order` ranks all members.
 RANKS = 8
-# Slots ranked at a time: the tables in between stay in the processor's cache and below 1 MB at 300 members.
+# Slots ranked at a time: temporary tables stay in the CPU cache and below 1 MB at 300 members.
 _CHUNK = 256
 
 
 class Ring:
-    """An immutable ring over `members`, weights by name. Every router with the same members has the same ring.
+    """An immutable ring over `members` (weights by name). Every router with the same members has the same ring.
 
     Making one takes up to half a second at 300 members (docs/decisions/0005), most of it outside the GIL.
     """
@@ -39,11 +39,11 @@ class Ring:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Names in the order of the alphabet."""
+        """Names in alphabetical order."""
         return self._members
 
     def ranked(self, request_hash: bytes) -> tuple[str, ...]:
-        """The owner of a hash and those that follow it, at most RANKS; () on an empty ring. A microsecond."""
+        """The owner of a hash and the next in rank, at most RANKS; () if the ring is empty. Takes a microsecond."""
         if self._table is None:
             return ()
         members = self._members
@@ -51,13 +51,13 @@ class Ring:
         return tuple([members[index] for index in row.tolist()])
 
     def order(self, request_hash: bytes) -> tuple[str, ...]:
-        """All members in rank, those of `ranked` first; () on an empty ring. Ranks them anew: 20 to 60 µs."""
+        """All members by rank, as `ranked` begins; () if the ring is empty. Computes the ranks: takes 20 to 60 µs."""
         slot = _mix(np.array([request_hash[0] << 8 | request_hash[1]], np.uint64))
         costs = _costs(slot, self._seeds, self._weights)
         return tuple([self._members[index] for index in np.argsort(costs, kind="stable").tolist()])
 
     def share(self, member: str) -> float:
-        """The part of the key space that `member` owns, 0 to 1."""
+        """The share of the key space that `member` owns, 0 to 1."""
         return float(self._shares[self._members.index(member)])
 
 
@@ -68,7 +68,7 @@ def _rank(seeds: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]) -> np
     slots = _mix(np.arange(SLOTS, dtype=np.uint64))
     for start in range(0, SLOTS, _CHUNK):
         costs = _costs(slots[start : start + _CHUNK, None], seeds, weights)
-        # Cheaper than sorting all members of every slot for the few that are read.
+        # Cheaper than sorting all members of every slot for the first few.
         best = np.argpartition(costs, ranks - 1, axis=1)[:, :ranks]
         order = np.argsort(np.take_along_axis(costs, best, 1), axis=1, kind="stable")
         table[start : start + _CHUNK] = np.take_along_axis(best, order, 1)
@@ -82,7 +82,7 @@ def _seeds(names: tuple[str, ...]) -> npt.NDArray[np.uint64]:
 def _costs(
     slots: npt.NDArray[np.uint64], seeds: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """-log(u) / weight, the inverse of the rendezvous score: the member of least cost owns the slot."""
+    """-log(u) / weight, the inverse of the rendezvous score: the member with the lowest cost owns the slot."""
     hashes = _mix(slots ^ seeds)
     # (0, 1), never 0 or 1: 53 bits and a half
     uniform = ((hashes >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

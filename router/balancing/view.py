@@ -1,4 +1,4 @@
-"""The fleet as one request sees it."""
+"""The snapshot of the fleet that a request uses."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -13,10 +13,10 @@ from router.balancing.ring import Ring
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """What a request sees of the fleet: it never changes, a new one takes its place.
+    """An immutable snapshot of the fleet; a new one replaces it.
 
-    `ring` is over the workers of the router's own region (all, where it has none), `far` over the others. `pools` has
-    those to ask, by name and version of a model.
+    `ring` is over the workers of the router's own region (all if it has none), `far` over the others. `pools` has the
+    pool of each model, by name and version.
     """
 
     ring: Ring
@@ -26,9 +26,9 @@ class FleetView:
     pools: Mapping[tuple[str, str], Pool] = field(default_factory=dict)
 
     def pool(self, model: ModelEntry) -> Pool | None:
-        """Whom to ask for `model`; None where nobody can be."""
+        """The pool for `model`; None if no worker can run it now."""
         return self.pools.get((model.name, model.version))
 
     def share(self, member: Member) -> float:
-        """The part of the key space that the member owns, 0 to 1, among those of its region."""
+        """The share of the key space that the member owns, 0 to 1, among the members of its ring."""
         return (self.ring if member.address in self.ring.members else self.far).share(member.address)

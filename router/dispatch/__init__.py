@@ -1,1 +1,1 @@
-"""Attempts at a request: at which worker, how often, and for how long."""
+"""Dispatch: sends requests to workers, with retries, hedging and a retry budget."""

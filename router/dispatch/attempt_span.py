@@ -1,4 +1,4 @@
-"""What the span of an attempt says: whom it asked, and why that one."""
+"""The span of an attempt: the worker it went to, and why that worker was chosen."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -16,7 +16,10 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Consideration:
-    """A worker that was considered, what it had to do, and why it was passed over ("": it was not). By time.time_ns."""
+    """A worker that was considered for an attempt, its load, and why it was skipped ("": it was chosen).
+
+    `at_ns` in time.time_ns.
+    """
 
     __slots__ = ("at_ns", "candidate", "outstanding", "passed_over")
 
@@ -27,7 +30,7 @@ class Consideration:
         self.at_ns = at_ns
 
     def event(self) -> Event:
-        """Of the attempt's span."""
+        """The event of the attempt's span for this worker."""
         member = self.candidate.member
         return Event(
             "ringmesh.candidate",
@@ -45,19 +48,19 @@ class Consideration:
 
 
 def consideration(candidate: Candidate, passed_over: str) -> Consideration:
-    """As of now."""
+    """Makes a Consideration with the current load and time."""
     return Consideration(candidate, passed_over, candidate.member.load.outstanding, time.time_ns())
 
 
 def at_bound(candidate: Candidate) -> Consideration:
-    """Of one that is put off until all others were asked."""
+    """The Consideration of a worker at its bound, which comes after all others."""
     return consideration(
         candidate, f"it has {candidate.member.load.outstanding} requests, and is bound to {candidate.bound}"
     )
 
 
 class Attempted:
-    """What the span says. It is built when the trace is kept, which few are. `code` is of gRPC, by name."""
+    """The data of an attempt's span; the span is built only if the trace is retained. `code`: name of the gRPC code."""
 
     __slots__ = ("code", "considered", "member", "rank", "result")
 
@@ -76,11 +79,11 @@ class Attempted:
         self.considered = considered
 
     def events(self) -> tuple[Event, ...]:
-        """Who was considered."""
+        """One event for each worker that was considered."""
         return tuple([considered.event() for considered in self.considered])
 
     def attributes(self) -> dict[str, Value]:
-        """As the semantic conventions for RPC have it for a client's span."""
+        """Follows the OpenTelemetry semantic conventions for RPC client spans."""
         member, result = self.member, self.result
         host, _, port = member.address.rpartition(":")
         attributes: dict[str, Value] = {
@@ -101,7 +104,7 @@ class Attempted:
 
 
 def code_name(result: inference_pb2.WorkResult | None) -> str:
-    """UNAVAILABLE where none came."""
+    """The name of the gRPC code of a result; UNAVAILABLE if there is none."""
     if result is None:
         return "UNAVAILABLE"
     return _CODES.get(result.failure.code, "UNKNOWN") if result.HasField("failure") else "OK"

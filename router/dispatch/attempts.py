@@ -1,4 +1,4 @@
-"""Attempts of one request on the workers: at its owner, and at the next if that one is lost or has no room."""
+"""The attempts of one request: first at its owner, then at the next worker if that one is lost or at its limit."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -39,7 +39,7 @@ from services.runtime.errors import (
     from_failure,
 )
 from services.runtime.faults import internal
-from services.runtime.large_result import LargeResult, Result, message_of
+from services.runtime.large_result import Result, SplitResult, message_of
 from services.runtime.telemetry.spans import Kind
 from services.runtime.telemetry.tracing import Trace
 from services.runtime.telemetry.worker_spans import EXECUTE
@@ -48,25 +48,25 @@ from services.runtime.w3c import new_span_id
 log = logging.getLogger(__name__)
 
 _UNAVAILABLE = UnavailableError.code.value[0]
-# Failures of this worker, and perhaps not of another.
+# Failure codes after which another worker may succeed.
 _ELSEWHERE = frozenset((_UNAVAILABLE, FailedPreconditionError.code.value[0], ResourceExhaustedError.code.value[0]))
-# Workers that an error says something of; a fleet may be large.
+# Maximum number of workers named in an error; a fleet may be large.
 TOLD = 8
-# A request that kills who runs it would else go through the whole fleet.
+# Without this limit, a request that crashes its worker would crash the whole fleet.
 MOST_ENDED = 2
 HEDGE = "hedge"
 
 
 class FatalRequestError(UnavailableError):
-    """MOST_ENDED workers ended while they had the request: nobody may send it again."""
+    """MOST_ENDED workers ended while they had the request: it must not be sent again."""
 
     kind = "worker_lost"
 
 
 class Asked:
-    """What is to be run: a serialized request of `model` for `place` on the ring (b"": any will do).
+    """A request to run: serialized, for `model`, at the ring hash `place` (b"": any worker).
 
-    `request_hash` joins equal ones on the worker, b"" none; `deadline` in time.monotonic.
+    `request_hash`: key by which equal requests join on the worker (b"": none do). `deadline` in time.monotonic.
     """
 
     __slots__ = ("caller", "deadline", "model", "place", "request", "request_hash", "trace")
@@ -92,16 +92,16 @@ class Asked:
 
     @property
     def sticky(self) -> bool:
-        """A sequence goes where its state is, one step at a time."""
+        """Whether the request must go to its owner: it is part of a sequence, whose state is there."""
         return bool(self.place) and not self.request_hash
 
 
 class Workers(Protocol):
-    """The fleet as dispatches see it; Fleet is the real one."""
+    """The fleet as needed for dispatch; Fleet is the real one."""
 
     @property
     def view(self) -> FleetView:
-        """Who can be asked."""
+        """The current snapshot of the fleet."""
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """An attempt at `member` was lost."""
@@ -111,14 +111,14 @@ class Workers(Protocol):
 
 
 class Parts(NamedTuple):
-    """What dispatches share."""
+    """The parts that all dispatches share."""
 
     fleet: Workers
     limits: ConcurrencyLimits
     retries: RetryBudget
     tails: TailLatency
     metrics: DispatchMetrics
-    # Of a model, for a caller, with what the workers lack.
+    # Makes the error of a refused request: its model, its caller, and why each worker was skipped.
     shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
 
 
@@ -126,12 +126,13 @@ Answered: TypeAlias = tuple[Result, Member]
 
 
 class Attempts:
-    """Asks workers in the picker's order until one answers.
+    """Sends a request to workers in the picker's order until one answers.
 
-    Inference is idempotent, so an attempt whose worker is lost is made again elsewhere, but not where the request
-    may be what ends them. Where the model is hedged, one that takes longer than most of its kind is made elsewhere too,
-    and the first to answer wins; the other leaves the queue here or at the worker, unless it runs already. A hedge
-    counts as a retry. What a closed link gives back costs no retry: a link closes once for all that it holds.
+    Inference is idempotent, so if a worker is lost the request is retried at another, unless it may be the cause of the
+    losses. If the model is hedged, a request that is slower than the recent p95 is also sent to a second worker, and
+    the first answer wins. The other attempt is removed from its queue, here or at the worker, unless it already runs. A
+    hedge counts as a retry. Requests that a closed link gives back cost no retry, because one closure affects all
+    requests on the link.
     """
 
     __slots__ = (
@@ -156,10 +157,10 @@ class Attempts:
     def __init__(self, parts: Parts, asked: Asked) -> None:
         self._parts = parts
         self._asked = asked
-        # Requests that left, less those that a worker refused to take; workers that ended while they had it.
+        # Attempts, without hedges and those never sent; workers that ended while they had the request.
         self._attempts = self._ended = 0
         self._admitted = self._is_free = False
-        # Workers without room for the request. Asked after all others if it is admitted elsewhere and lost there.
+        # Workers at their limit. They are tried last if the request is admitted at another worker and lost there.
         self._full: list[Candidate] = []
         self._failure: inference_pb2.Failure | None = None
         self._skipped: list[str] = []
@@ -167,15 +168,15 @@ class Attempts:
         self._put_off: list[Candidate] = []
         self._under_way: list[_Attempt] = []
         self._timer: asyncio.TimerHandle | None = None
-        # Attempts that ended; None: it is time for a hedge.
+        # Attempts that ended; None: the hedge timer fired.
         self._events: list[_Attempt | None] = []
         self._next_event: Promise[_Attempt | None] | None = None
         self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
 
     async def run(self) -> Answered:
-        """The first answer that a worker gives, and who gave it. Cancelled, it is withdrawn.
+        """The first answer of a worker, and that worker. Cancelled: the attempts under way are withdrawn.
 
-        Raises the worker's own error, RefusedError where all have enough to do, or UnavailableError where nobody could
+        Raises the worker's own error, RefusedError if all workers are at their limit, or UnavailableError if none could
         be reached.
         """
         try:
@@ -200,7 +201,7 @@ class Attempts:
                 self._under_way.pop().cancel()
 
     def hear(self, attempt: _Attempt | None) -> None:
-        """It has ended; None: it is time for a hedge."""
+        """Called when an attempt has ended, or with None when the hedge timer fires."""
         waits, self._next_event = self._next_event, None
         if waits is not None:
             waits.settle(attempt)
@@ -208,9 +209,9 @@ class Attempts:
             self._events.append(attempt)
 
     def _judge(self, attempt: _Attempt, outcome: Outcome) -> Answered | None:
-        """The answer; None if other workers are to be asked, or are under way. Raises an error that is final."""
+        """The answer, or None if the request needs another attempt or has one under way. Raises a final error."""
         member = attempt.candidate.member
-        # Also where another attempt is under way, so that no more than MOST_ENDED have it in all.
+        # Also counts if another attempt is under way, so that at most MOST_ENDED workers are lost in total.
         self._ended += isinstance(outcome, WorkerLostError)
         if self._ended == MOST_ENDED:
             self._skipped.append(f"{member.worker_id}: {outcome}")
@@ -231,13 +232,13 @@ class Attempts:
             raise from_failure(failure)
         if not self._under_way:
             self._skipped.append(f"{member.worker_id}: {failure.message}")
-            # Also for a sequence that began elsewhere, before its place on the ring went to this one.
+            # Also applies to a sequence that began at another worker, before its ring hash moved to this one.
             if self._failure is None and failure.code != _UNAVAILABLE:
                 self._failure = failure
         return None
 
     def _ask_next(self) -> None:
-        """Asks the next worker that can be asked. Raises the error of a request that there is none for."""
+        """Makes an attempt at the next suitable worker. Raises the error of the request if there is none."""
         self._stop_timer()
         asked, parts = self._asked, self._parts
         is_free, self._is_free = self._is_free, False
@@ -247,7 +248,7 @@ class Attempts:
                 self._pass_over(candidate, candidate.reason)
                 continue
             limit = parts.limits.of(member.address, asked.model.digest)
-            # What was admitted and lost is not refused, nor is the step of a sequence.
+            # A request that was admitted and then lost is not refused, nor is a step of a sequence.
             if not self._admitted:
                 if not asked.sticky and not limit.admits(asked.caller.priority):
                     self._full.append(candidate)
@@ -277,7 +278,7 @@ class Attempts:
         raise self._no_answer()
 
     def _next(self) -> Candidate | None:
-        """The worker to ask next; None if there is none."""
+        """The next candidate; None if there is none."""
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
@@ -296,7 +297,7 @@ class Attempts:
         attempt.begin()
 
     def _hedge(self) -> None:
-        """Also asks the next that has room, where the budget has."""
+        """Makes a second attempt at the next worker below its limit, if the retry budget allows."""
         if self._ended or not self._under_way:
             return
         asked, parts = self._asked, self._parts
@@ -325,7 +326,7 @@ class Attempts:
 
 
 class _Attempt:
-    """A request at one worker. It holds a place in `limit` until it ends or is cancelled."""
+    """One attempt at one worker. It counts against `limit` until it ends or is cancelled."""
 
     __slots__ = (
         "_asked",
@@ -370,7 +371,7 @@ class _Attempt:
         self._is_open = True
 
     def begin(self) -> None:
-        """Sends it."""
+        """Sends the request."""
         asked = self._asked
         traceparent = asked.trace.traceparent(self._span_id)
         work = Work(asked.request, asked.request_hash, asked.deadline, traceparent, is_alone=asked.model.limits_queue)
@@ -381,7 +382,7 @@ class _Attempt:
         self._hear(self)
 
     def cancel(self) -> None:
-        """Nobody waits for it any more. Raises nothing: the request has its answer, or needs none."""
+        """Withdraws the attempt. Raises nothing: the request has its answer, or needs none."""
         if not self._is_open:
             return
         self._release()
@@ -395,14 +396,14 @@ class _Attempt:
             internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
 
     def end(self) -> Outcome:
-        """How it ended, when it has: what it holds is released, and what there is to learn and to record is done."""
+        """The outcome of an attempt that has ended. Releases its limit; records statistics, metrics and the span."""
         outcome = self._outcome
         assert outcome is not None
         try:
             error = self._learn(outcome)
         finally:
             self._release()
-        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+        if isinstance(outcome, inference_pb2.WorkResult | SplitResult):
             self._record(message_of(outcome), error)
         else:
             self._record(None, error)
@@ -413,10 +414,10 @@ class _Attempt:
         self._limit.end()
 
     def _learn(self, outcome: Outcome) -> str:
-        """The error in words, "" if there is none."""
+        """Updates the statistics of the worker. Returns the error message, "" if there is none."""
         took = time.monotonic() - self._began
         parts, model, member = self._parts, self._asked.model, self.candidate.member
-        if isinstance(outcome, inference_pb2.WorkResult | LargeResult):
+        if isinstance(outcome, inference_pb2.WorkResult | SplitResult):
             parts.fleet.answered(member, model.digest, took)
             timing = outcome.timing
             if not timing.joined:
@@ -448,10 +449,10 @@ class _Attempt:
 
 
 def no_room(limit: ConcurrencyLimit) -> str:
-    """Why a worker is asked for no more."""
+    """Why a worker at its limit is skipped."""
     return f"has {limit.in_flight} requests under way, as many as it can answer"
 
 
 def told(skipped: list[str]) -> str:
-    """What an error says of the workers."""
+    """The reasons for skipped workers, as text of an error."""
     return "; ".join(skipped[:TOLD])

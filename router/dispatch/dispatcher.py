@@ -1,4 +1,4 @@
-"""Sends requests to the fleet, within what it can take."""
+"""Sends requests to the fleet, within its concurrency limits."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -19,9 +19,9 @@ from services.runtime.telemetry.recent import forgotten
 
 
 class Dispatcher:
-    """Runs requests on the workers of `fleet`, within `limits` on what is under way to each, and `retries`.
+    """Runs requests on the workers of `fleet`, within the concurrency `limits` and the budget of `retries`.
 
-    Where a model says so, one that takes longer than most of its kind, by `tails`, is asked of a second worker too.
+    If a model is hedged, a request slower than the recent p95 (`tails`) is also sent to a second worker.
     """
 
     def __init__(self, fleet: Workers, limits: ConcurrencyLimits, retries: RetryBudget, tails: TailLatency) -> None:
@@ -38,13 +38,14 @@ class Dispatcher:
         yield Sample(SHEDS, ("overload",), self._sheds)
 
     def run(self, asked: Asked) -> Coroutine[Any, Any, Answered]:
-        """As Attempts.run, to be driven."""
+        """As Attempts.run; to be driven."""
         return Attempts(self._parts, asked).run()
 
     def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
-        """What a request would end with now for want of room, before anything is done for it. Any thread.
+        """The error of a request if all workers are at their limit now, before any work is done for it. Any thread.
 
-        None where somebody has room, or nobody could be asked. Not for the step of a sequence, which is not refused.
+        None if a worker is below its limit, or if no worker can run the model. Not for steps of a sequence, which are
+        never refused.
         """
         skipped: list[str] = []
         for member in self._parts.fleet.view.members.values():
@@ -62,6 +63,6 @@ class Dispatcher:
         return RefusedError(
             f"overloaded: no worker can take more of model {model.name!r} now, retry later; {told(skipped)}",
             caller,
-            # Spread, so that those who are told so at once do not come back at once.
+            # Random, so that callers refused at the same time do not retry at the same time.
             retry_after=self._parts.limits.target * random.uniform(0.5, 1.5),
         )

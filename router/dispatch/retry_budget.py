@@ -1,7 +1,7 @@
-"""How many retries a router may make: a share of its traffic, so that a fleet in trouble is not asked ever more.
+"""The retry budget of a router: a share of its traffic, so that retries do not overload a fleet in trouble.
 
-After Finagle's RetryBudget: 20 % of the requests of the last ten seconds, and 10 a second besides, so that few
-requests can be retried too. Envoy's budget is 20 % of the requests under way, and at least 3.
+After Finagle's RetryBudget: 20 % of the requests of the last ten seconds, plus 10 a second, so that retries work at low
+traffic too. Envoy's budget is 20 % of the requests under way, and at least 3.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -19,17 +19,17 @@ class RetryBudget:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.denied = 0
-        # By second: what requests of that second allow, less the retries made in it.
+        # By second: the retries that its requests allow, minus the retries made in it.
         self._balance = [0.0] * WINDOW_SECONDS
         self._second = int(clock())
 
     def request(self) -> None:
-        """A request was sent for the first time."""
+        """Counts the first attempt of a request."""
         self._slot()
         self._balance[self._second % WINDOW_SECONDS] += SHARE
 
     def take(self) -> bool:
-        """Whether one may be sent again; if so, it counts."""
+        """Whether a retry is allowed; if so, counts it."""
         self._slot()
         if sum(self._balance) + RESERVE_PER_SECOND * WINDOW_SECONDS < 1:
             self.denied += 1

@@ -1,4 +1,4 @@
-"""How long the slow answers of a model take: when to stop waiting for one worker alone."""
+"""Tail latency of each model: the delay after which a request is hedged."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -8,20 +8,20 @@ from services.runtime.telemetry.recent import Recent
 
 QUANTILE = 0.95
 _KEPT = 512
-# Fewer say nothing of a 95th percentile.
+# Minimum number of answers for a 95th percentile.
 _LEAST = 64
 _EVERY = 32
 _MANY = 1000
 
 
 class TailLatency:
-    """The 95th percentile of the last answers' times, by digest of a model, in seconds."""
+    """The 95th percentile of the latest answer times, by digest of a model, in seconds."""
 
     def __init__(self) -> None:
         self.models: Recent[bytes, _Times] = Recent(_MANY)
 
     def observe(self, model: bytes, seconds: float) -> None:
-        """An answer took so long."""
+        """Records the time of an answer."""
         times = self.models.get(model)
         if times is None:
             times = _Times()
@@ -29,7 +29,7 @@ class TailLatency:
         times.add(seconds)
 
     def of(self, model: bytes) -> float | None:
-        """None while too little is known."""
+        """The 95th percentile of a model; None while there are too few answers."""
         times = self.models.get(model)
         return None if times is None else times.quantile
 

@@ -1,1 +1,1 @@
-"""Which workers there are, and how they are."""
+"""The members of the fleet and their health."""

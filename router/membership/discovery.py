@@ -1,4 +1,4 @@
-"""Where a router learns of workers: their announcements in Redis, and the addresses behind a name in DNS."""
+"""Worker discovery: announcements in Redis, and the addresses of a DNS name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
-# Announcements expire without a change of the version.
+# Announcements are also read periodically, because they expire without a change of the version.
 _READ_SECONDS = TTL_SECONDS / 2
 _DNS_SECONDS = 1.0
 
@@ -26,17 +26,17 @@ Told = Callable[[Iterable[Listing]], None]
 
 
 class NonsenseError(Exception):
-    """A member of the fleet is listed that cannot be one, and is skipped."""
+    """An invalid entry in a list of workers; it is skipped."""
 
 
 class AnnouncedWorkers:
-    """What workers say of themselves in Redis. While it is down, nothing is told, and what was told stands."""
+    """The workers' announcements in Redis. While Redis is down nothing is reported, and the last report stays valid."""
 
     def __init__(self, redis: AnyRedis) -> None:
         self._redis = redis
 
     async def watch(self, told: Told) -> None:
-        """Tells all that is announced, again at each change; runs until it is cancelled."""
+        """Reports all announced workers to `told`, and again at each change; runs until it is cancelled."""
         loop = asyncio.get_running_loop()
         seen: bytes | str | None = None
         due = 0.0
@@ -66,21 +66,21 @@ class AnnouncedWorkers:
             return []
         found: Any = await self._redis.mget([key(address) for address in addresses])
         if gone := [address for address, data in zip(addresses, found, strict=True) if data is None]:
-            # One that is just announcing itself does so again within a second.
+            # A worker that is announcing itself just now does so again within a second.
             await self._redis.srem(ADDRESSES, *gone)
         told = [(address, data) for address, data in zip(addresses, found, strict=True) if data is not None]
         return [listing for address, data in told if (listing := _listing(address, data)) is not None]
 
 
 class ResolvedWorkers:
-    """The addresses of a name, such as a headless service of Kubernetes. A name that is not found has not changed."""
+    """The addresses of a DNS name, such as a headless Kubernetes service. If resolution fails, nothing is reported."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
 
     async def watch(self, told: Told) -> None:
-        """Tells all addresses, every second; runs until it is cancelled."""
+        """Reports all addresses to `told` every second; runs until it is cancelled."""
         failing = False
         while True:
             try:
@@ -101,8 +101,8 @@ def _host_port(family: int, host: object, port: int) -> str:
 
 
 def _address(member: object) -> str:
-    """A member of the set of addresses; "" where it is none, which is counted."""
-    # As bytes, for the client does not decode.
+    """The address from a member of the Redis set; "" if it is invalid, which is counted as a failure."""
+    # The client returns bytes.
     try:
         address = bytes(member).decode() if isinstance(member, (bytes, bytearray)) else ""
     except UnicodeDecodeError:
@@ -114,7 +114,7 @@ def _address(member: object) -> str:
 
 
 def _listing(address: str, data: object) -> Listing | None:
-    """What the worker at `address` announces; None where it is nonsense, which is counted."""
+    """The announcement of the worker at `address`; None if it is invalid, which is counted as a failure."""
     try:
         told = inference_pb2.Announcement.FromString(data if isinstance(data, bytes) else b"")
     except DecodeError:

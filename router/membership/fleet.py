@@ -1,4 +1,4 @@
-"""The workers this router knows: who belongs, who answers, who holds what, and the ring over them."""
+"""The workers known to this router: membership, health, the models they hold, and the ring over them."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 POLL_SECONDS = 0.5
-# Beyond so many a second the polls of a large fleet grow rarer; each costs about 200 µs here.
+# Maximum rate of polls: each worker of a large fleet is polled less often. A poll costs about 200 µs on the router.
 MOST_POLLS_A_SECOND = 120
-# Within this a worker says what it holds, or at least shows that it is alive.
+# Time for a worker to describe itself, or at least to answer a ping.
 POLL_TIMEOUT_SECONDS = 2.0
-# A worker that is alive, but says nothing for longer, hangs.
+# A worker that answers pings but reports nothing for longer than this hangs.
 MOST_BUSY_SECONDS = 30.0
 _RETIRE_SECONDS = 30.0
 
@@ -47,29 +47,30 @@ _Event = router_pb2.WatchResponse
 
 
 class Source(Protocol):
-    """Something that knows workers."""
+    """A source of workers."""
 
     async def watch(self, told: Callable[[Iterable[Listing]], None]) -> None:
-        """Tells all that it lists, again at each change; runs until it is cancelled."""
+        """Reports all listed workers to `told`, and again at each change; runs until it is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Where a router stands; "" where that does not matter."""
+    """The region and zone of a router; "" if they do not matter."""
 
     region: str = ""
     zone: str = ""
 
     def is_far(self, member: Member) -> bool:
-        """Whether the member stands in another region. One that does not say stands everywhere."""
+        """Whether the member is in another region. A member without a region is never far."""
         return bool(self.region and member.region and member.region != self.region)
 
 
 class Fleet:
-    """Keeps `view` true; it is swapped here and nowhere else.
+    """Keeps `view` current; only this class replaces it.
 
-    A worker stays in the ring when it stops answering: its keys go to the next in rank, and come back with it. It
-    leaves when the sources no longer list it. `on_ready` hears whether anybody can be asked; `clock` in seconds.
+    A worker that stops answering stays in the ring: its keys go to the next in rank and return when it recovers. It
+    leaves the ring when the sources no longer list it. `on_ready` is called with whether any worker is healthy. `clock`
+    in seconds.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Fleet:
         self.ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._clock = clock
-        # Since when a worker is alive and says nothing, and what had been heard from it before, by address.
+        # By address, for workers that answer pings but report nothing: since when, and their number of reports by then.
         self._busy_since: dict[str, tuple[float, int]] = {}
         self._sources = sources or {}
         self._locality = locality or Locality()
@@ -124,21 +125,21 @@ class Fleet:
         await asyncio.gather(*(member.link.close() for member in self._members.values()))
 
     def provider(self, model: str, version: str) -> str:
-        """What runs a model. Raises as Catalog.find."""
+        """The execution provider of a model. Raises as Catalog.find."""
         return self.view.catalog.find(model, version).provider
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
-        """An attempt was lost: passes the member over until it answers again."""
+        """Records a lost attempt: the member gets no requests until it answers again."""
         if not isinstance(error, NotSentError):
             self.outliers.failed(member.address)
         self._unreachable(member, error)
 
     def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
-        """An attempt took so long, or was given up after so long because another was faster."""
+        """Records the duration of an attempt. It was answered, or given up because another was faster."""
         self.outliers.answered(member.address, model_digest, seconds)
 
     async def describe(self, member: Member) -> None:
-        """Asks the worker now what it holds; the next request sees it."""
+        """Updates the member from a new description of the worker; the next request sees the result."""
         known = member.version
         try:
             description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
@@ -157,7 +158,7 @@ class Fleet:
             self._update(member, description, same=same)
 
     def _may_be_busy(self, member: Member) -> bool:
-        """Whether one that is alive and says nothing keeps what it has: a while it does."""
+        """Whether a worker that answers pings but reports nothing stays healthy, for up to MOST_BUSY_SECONDS."""
         now, heard = self._clock(), member.load.reports
         since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
         if heard != heard_before:
@@ -181,7 +182,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         while True:
             load = member.load
-            # Its answers are as good as a description, as long as they say that nothing has changed.
+            # A load report with the same version replaces a description: nothing has changed.
             if not member.healthy or load.reports == heard or load.version != member.version or not load.version:
                 await self.describe(member)
             heard = load.reports
@@ -189,13 +190,14 @@ class Fleet:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
                     await member.wake.wait()
-                # Not again and again: one that answers this and loses every request would get them all.
+                # At most one such wake-up per POLL_SECONDS: a worker that answers polls but loses every request would
+                # else be restored after each loss.
                 await asyncio.sleep(woken + POLL_SECONDS - loop.time())
                 woken = loop.time()
             member.wake.clear()
 
     async def _check(self, member: Member) -> None:
-        """Of a worker that owes an answer: whether it has stopped."""
+        """Pings a worker whose answer is due, and closes its link if it does not answer."""
         if not await member.link.is_alive():
             self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
             member.link.give_up()
@@ -221,9 +223,9 @@ class Fleet:
         member.reason = reason
         if restored:
             log.info("worker %s takes requests", member.worker_id)
-            if not same:  # another process than the one that was lost
+            if not same:  # a new process, not the one that was lost
                 self._slow_start.begin(member.address)
-            # Before it is asked again: it may have failed too often.
+            # Before it gets requests again: it may have failed often enough to be ejected.
             self._judge()
             if not member.ejected:
                 self._tell(_Event.KIND_RESTORED, member)
@@ -248,7 +250,7 @@ class Fleet:
 
     def _refresh(self) -> None:
         healthy = [member for member in self._members.values() if member.healthy]
-        # With nobody healthy the last catalog stands: callers are told UNAVAILABLE, not that there is no such model.
+        # If no worker is healthy, the last catalog stays: callers get UNAVAILABLE, not that the model does not exist.
         catalog = self.view.catalog
         if healthy:
             failed = [failure for member in healthy for failure in member.failed]
@@ -257,7 +259,7 @@ class Fleet:
         self._on_ready(bool(healthy))
 
     def _view(self, ring: Ring, far: Ring, catalog: Catalog) -> FleetView:
-        # Who left is in the ring until the next one is built.
+        # A member that left is in the ring until the next one is built.
         known = {**self._gone, **self._members}
         members = {address: known[address] for address in (*ring.members, *far.members)}
         assigned = pools(members.values(), self._locality.is_far, self._locality.zone)
@@ -298,7 +300,7 @@ class Fleet:
         self._follow_membership()
 
     def _follow_membership(self) -> None:
-        """Members come and go; the ring follows when it is built."""
+        """Adds and removes members; the ring follows when it is rebuilt."""
         found = self._membership.members(lambda address: self._members[address].healthy)
         for address, listing in found.items():
             if address not in self._members:
@@ -339,7 +341,7 @@ class Fleet:
         return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
 
     def _rebuild(self) -> None:
-        """Ranking takes long in a large fleet, so it is done on a thread, by one task at a time."""
+        """Builds the ring on a thread, because it takes long for a large fleet. One task at a time does this."""
         if self._started and self._building is None:
             self._building = self._once("building of the ring", self._build())
 
@@ -365,13 +367,13 @@ class Fleet:
 
 
 def _rings(members: Mapping[str, tuple[float, bool]]) -> tuple[Ring, Ring]:
-    """Over those that stand near, and over the far ones; (weight, is far) by address."""
+    """The rings over the near and over the far members. `members`: (weight, is far) by address."""
     near = Ring({address: weight for address, (weight, far) in members.items() if not far})
     return near, Ring({address: weight for address, (weight, far) in members.items() if far})
 
 
 async def _retire(member: Member) -> None:
-    """Disconnects when what is under way there is done."""
+    """Disconnects when the member's requests have ended, or after _RETIRE_SECONDS."""
     for _ in range(int(_RETIRE_SECONDS / TICK_SECONDS)):
         if not member.load.in_flight:
             break

@@ -1,4 +1,4 @@
-"""What happens to the fleet, told to whoever watches."""
+"""Events of the fleet, delivered to watchers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ringmesh.router.v1 import router_pb2
 
 from services.runtime.errors import ResourceExhaustedError
 
-# Events that may wait for a slow watcher, enough for a fleet of hundreds to change as a whole.
+# Maximum number of events queued for a slow watcher: enough for a change of every worker in a fleet of hundreds.
 MAX_WAITING = 4096
 
 Event = router_pb2.WatchResponse
 
 
 class FleetEvents:
-    """Hands every event to all watchers, without ever waiting for one."""
+    """Delivers every event to all watchers, and never waits for one."""
 
     def __init__(self) -> None:
         self._watchers: set[asyncio.Queue[Event | None]] = set()
@@ -25,7 +25,7 @@ class FleetEvents:
     def tell(
         self, kind: Event.Kind.ValueType, address: str, worker_id: str, *, model: str = "", reason: str = ""
     ) -> None:
-        """To be called as it happens."""
+        """Publishes an event that happens now."""
         if self._watchers:
             event = make(kind, address, worker_id, model=model, reason=reason)
             for queue in self._watchers:
@@ -33,7 +33,7 @@ class FleetEvents:
                     queue.put_nowait(event)
 
     async def watch(self, first: Iterable[Event]) -> AsyncIterator[Event]:
-        """`first`, then all from now on, until `close`.
+        """Yields `first`, then all events from now on, until `close`.
 
         Raises ResourceExhaustedError for a watcher that falls MAX_WAITING behind.
         """
@@ -52,13 +52,13 @@ class FleetEvents:
             self._watchers.discard(queue)
 
     def close(self) -> None:
-        """Ends all watches, so that they do not hold up the server's stop."""
+        """Ends all watches, so that they do not delay the server's stop."""
         for queue in self._watchers:
             queue.put_nowait(None)
 
 
 def make(kind: Event.Kind.ValueType, address: str, worker_id: str, *, model: str = "", reason: str = "") -> Event:
-    """An event of this moment."""
+    """Makes an event with the current time."""
     return Event(
         at_ms=time.time_ns() // 1_000_000, kind=kind, address=address, worker_id=worker_id, model=model, reason=reason
     )

@@ -1,4 +1,4 @@
-"""The workers as this router sees them, as metrics."""
+"""Metrics of the workers as this router sees them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOAD = Family(
 
 
 class FleetMetrics:
-    """Reads the view that requests see."""
+    """Reads the same fleet view that requests use."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet

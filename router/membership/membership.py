@@ -1,4 +1,4 @@
-"""Who belongs to the fleet: what the sources list, held on to while sources fail."""
+"""Membership of the fleet: the workers that the sources list, retained while sources fail."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 from router.balancing.member import Listing
 
-# A source that forgets a worker that still answers has lost its memory, most likely, and will be told again.
+# A source that drops a worker that still answers has most likely lost its data, and will get it again.
 LINGER_SECONDS = 10.0
 
 
 class Membership:
-    """Merges the sources. A source that is silent has not changed its mind.
+    """Merges the lists of all sources. The last list of a source stays valid until it reports another.
 
-    Whoever is no longer listed leaves at once where it does not answer, and after LINGER_SECONDS where it does.
+    A worker that is no longer listed leaves immediately if it does not answer, and after LINGER_SECONDS if it does.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -23,11 +23,11 @@ class Membership:
         self._missing_since: dict[str, float] = {}
 
     def told(self, source: str, listings: Iterable[Listing]) -> None:
-        """All that a source lists now."""
+        """Replaces the list of a source."""
         self._sources[source] = {listing.address: listing for listing in listings}
 
     def members(self, answers: Callable[[str], bool]) -> Mapping[str, Listing]:
-        """By address, as of now. `answers` says whether the worker at an address does."""
+        """The current members, by address. `answers` returns whether the worker at an address answers."""
         listed: dict[str, Listing] = {}
         for listings in self._sources.values():
             listed |= listings

@@ -1,6 +1,6 @@
-"""Who answers, but badly: ejected for a while, longer each time, and never too many at once.
+"""Outlier detection: ejects workers that answer badly, for longer each time, and never too many at once.
 
-After Envoy's outlier detection: consecutive failures of the transport, and latencies far from those of the others.
+After Envoy's outlier detection: consecutive transport failures, and latencies far above those of other workers.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from services.runtime.telemetry.recent import Recent
 
 CONSECUTIVE_FAILURES = 3
-# Seconds of the first ejection; doubled for each further one.
+# Duration of the first ejection in seconds; doubled for each further one.
 FIRST_EJECTION = 2.0
 LONGEST_EJECTION = 60.0
-# How often latencies are compared, those of so many answers or more, and what makes one an outlier: twice in a row so
-# many times the others', by so much.
+# Latencies are compared every WINDOW_SECONDS, for workers with at least LEAST_ANSWERS answers. A worker is an outlier
+# if in two windows in a row its latency is FACTOR times that of the others and exceeds it by LEAST_EXCESS seconds.
 WINDOW_SECONDS = 1.0
 LEAST_ANSWERS = 10
 FACTOR = 4.0
 LEAST_EXCESS = 0.05
-# At most this part of the fleet, yet one of two.
+# At most this share of the fleet is ejected at once; of two workers one may be.
 LARGEST_SHARE = 1 / 3
-# Weight of an answer in the latency of a model that others are measured by.
+# Weight of one answer in the moving average of a model's latency.
 _SMOOTHING = 0.02
 _MAX_MODELS = 4096
 
@@ -31,7 +31,7 @@ _MAX_MODELS = 4096
 @dataclass(slots=True)
 class _Record:
     failures: int = 0
-    # In this window: seconds taken, and seconds that the model takes on the whole fleet.
+    # In this window: the number of answers, the seconds they took, and the seconds usual for their models.
     answers: int = 0
     taken: float = 0.0
     usual: float = 0.0
@@ -47,12 +47,12 @@ class Outliers:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._records: dict[str, _Record] = {}
-        # What an answer of a model takes on the whole fleet, in seconds, by digest.
+        # Moving average of a model's latency over the whole fleet, in seconds, by digest.
         self.usual = Recent[bytes, float](_MAX_MODELS)
         self._window_ends = clock() + WINDOW_SECONDS
 
     def answered(self, worker: str, model: bytes, seconds: float) -> None:
-        """An attempt came back, or was given up after so long for a faster one."""
+        """Records the duration of an attempt. It was answered, or given up because another was faster."""
         record = self._record(worker)
         record.failures = 0
         usual = self.usual.get(model)
@@ -64,15 +64,15 @@ class Outliers:
         record.usual += usual
 
     def failed(self, worker: str) -> None:
-        """The transport failed under an attempt."""
+        """Records a transport failure of an attempt."""
         self._record(worker).failures += 1
 
     def forget(self, worker: str) -> None:
-        """It has left."""
+        """Drops the record of a worker that left."""
         self._records.pop(worker, None)
 
     def ejected(self, fleet: Mapping[str, bool]) -> dict[str, str]:
-        """Who should not be asked now, and why. `fleet` says of each whether it can be: only those are judged."""
+        """The workers that are ejected now, and why. `fleet`: whether each is healthy; only healthy ones are judged."""
         now = self._clock()
         judged = [worker for worker, can_be_asked in fleet.items() if can_be_asked]
         slow = self._slow(judged) if now >= self._window_ends else {}
@@ -99,7 +99,7 @@ class Outliers:
         return {worker: self._record(worker).reason for worker in out}
 
     def _slow(self, fleet: Collection[str]) -> dict[str, str]:
-        """Closes the window."""
+        """Closes the window. Returns the slow workers, each with a reason."""
         self._window_ends = self._clock() + WINDOW_SECONDS
         judged = {worker: record for worker in fleet if (record := self._record(worker)).answers >= LEAST_ANSWERS}
         ratios = {worker: record.taken / max(record.usual, 1e-9) for worker, record in judged.items()}
@@ -116,9 +116,9 @@ class Outliers:
                     slow[worker] = f"{excess * 1000:.0f} ms slower than the others"
             else:
                 record.slow_windows = 0
-                # One good window takes back one step of the back-off.
+                # One good window reverts one step of the back-off.
                 record.ejections = max(0, record.ejections - 1)
-        # Who is so slow that it gave few answers is judged when there are enough.
+        # The others keep their counts, so that a worker with few answers is judged once it has enough.
         for record in judged.values():
             record.answers, record.taken, record.usual = 0, 0.0, 0.0
         return slow

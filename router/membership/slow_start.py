@@ -1,4 +1,4 @@
-"""Newcomers take little at first: their caches, threads and kernels are cold."""
+"""Slow start: a new worker takes little load at first, because its caches, threads and kernels are cold."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 SECONDS = 10.0
 FIRST = 0.1
-# A router that has just started knows no newcomers, only workers that it has not met.
+# A router that has just started cannot tell new workers from old ones, so it ramps none in this time.
 _ACQUAINTANCE_SECONDS = 5.0
 
 
 class SlowStart:
-    """How far each worker has started. `clock` in seconds."""
+    """The ramp of each worker. `clock` in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -19,16 +19,16 @@ class SlowStart:
         self._since: dict[str, float] = {}
 
     def begin(self, worker: str) -> None:
-        """It takes requests from now on."""
+        """Starts the ramp of a worker that takes requests from now on."""
         if self._clock() >= self._everybody_is_new_until:
             self._since[worker] = self._clock()
 
     def forget(self, worker: str) -> None:
-        """It has left."""
+        """Drops the ramp of a worker that left."""
         self._since.pop(worker, None)
 
     def ramp(self, worker: str) -> float:
-        """The part of its weight to count, FIRST to 1, in steps of a tenth."""
+        """The factor of the worker's weight, from FIRST to 1, in steps of a tenth."""
         since = self._since.get(worker)
         if since is None:
             return 1.0

@@ -1,4 +1,4 @@
-"""Checks a worker's description at the border, so that nonsense from one worker does not affect the others."""
+"""Validates a worker's description, so that an invalid one does not affect other workers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LARGEST_MS = 1 << 53
 
 
 def is_text(text: str) -> bool:
-    """Whether it may be shown, and stand in metadata: no control character, and not endless."""
+    """Whether the text may be displayed and sent as metadata: no control characters, at most _LONGEST_TEXT long."""
     return len(text) <= _LONGEST_TEXT and text.isprintable()
 
 
 def is_address(address: str) -> bool:
-    """Whether it is host:port."""
+    """Whether the address is host:port."""
     host, _, port = address.rpartition(":")
     return (
         bool(host)
@@ -35,12 +35,12 @@ def is_address(address: str) -> bool:
 
 
 def is_weight(weight: float) -> bool:
-    """Whether a ring can be made of it."""
+    """Whether the weight is valid for a ring."""
     return 0 < weight <= _LARGEST_WEIGHT
 
 
 def nonsense(told: inference_pb2.DescribeResponse, models: Iterable[inference_pb2.ModelVersion]) -> str:
-    """What is wrong with a worker's description, where it holds `models`; "" if nothing is."""
+    """Why the description of a worker that holds `models` is invalid; "" if it is valid."""
     for name, text in (
         *(("id", told.worker_id), ("region", told.region), ("zone", told.zone)),
         ("envelope socket", told.envelope_socket),
@@ -71,7 +71,7 @@ def _nonsense_of(model: inference_pb2.ModelVersion) -> str:
         return "that is no name"
     if not (model.version.isascii() and model.version.isdecimal() and len(model.version) <= _MOST_DIGITS):
         return f"its version is {model.version[:80]!r}, not an integer"
-    # That of an ensemble whose steps are elsewhere is made of theirs.
+    # An ensemble whose steps are on other workers may have no digest: the router derives it from those of the steps.
     if len(model.digest) != _DIGEST_BYTES and (model.digest or not model.HasField("ensemble")):
         return f"its digest has {len(model.digest)} bytes, not {_DIGEST_BYTES}"
     if not (math.isfinite(model.semantic_threshold) and 0 <= model.semantic_threshold <= 1):

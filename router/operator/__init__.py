@@ -1,1 +1,1 @@
-"""The operator's RPCs: repository control over the fleet, and what the router knows."""
+"""RPCs for operators: repository control over the fleet, and inspection of the router's state."""

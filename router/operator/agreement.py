@@ -1,8 +1,8 @@
-"""Brings workers to what the fleet decided about models: those that were away then, and new ones.
+"""Passes the fleet's decisions to load or unload models on to workers that missed them, and to new workers.
 
-A router that loads or unloads a model for all workers says when. Each worker keeps the last decision on each model, and
-lists them when it is described. Where one lacks a decision of the fleet that another has, it is told. What was decided
-on one worker alone stays there, until the fleet decides later.
+A router that loads or unloads a model on all workers attaches the time of the decision. Each worker keeps the last
+decision on each model and lists these decisions in its description. If a worker lacks a fleet decision that another
+has, the decision is sent to it. A decision made on one worker alone stays there until a later one of the fleet.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = logging.getLogger(__name__)
 _WORKER = "/ringmesh.inference.v1.InferenceWorkerService/"
 _MODELS = "/inference.GRPCInferenceService/"
 _PERIOD_SECONDS = 1.0
-# After a failure a worker is told again this much later.
+# Delay until a decision is sent again to a worker that failed to apply it.
 _RETRY_SECONDS = 30.0
 _LOAD_SECONDS = 600.0
 
 
 def next_ns(members: Iterable[Member], model: str) -> int:
-    """The time of a decision that is made now: later than all others on this model, whatever the clocks say."""
+    """The time of a decision made now: later than all others on this model, even if clocks disagree."""
     known = (decided.decided_unix_ns for member in members for decided in member.decisions if decided.model == model)
     return max(time.time_ns(), max(known, default=0) + 1)
 
 
 class Agreement:
-    """Compares what the fleet's healthy workers know of each decision; `clock` in seconds."""
+    """Compares the decisions that the healthy workers of `fleet` have. `clock` in seconds."""
 
     def __init__(self, fleet: Fleet, clock: Callable[[], float]) -> None:
         self._fleet = fleet
@@ -56,7 +56,7 @@ class Agreement:
                 task.cancel()
 
     def compare(self) -> None:
-        """Begins to tell each worker what it lacks."""
+        """Starts to send each worker the decisions that it lacks."""
         members = [member for member in self._fleet.view.members.values() if member.healthy]
         newest: dict[str, tuple[int, Member]] = {}
         for member in members:
@@ -81,7 +81,7 @@ class Agreement:
                 try:
                     await _pass_on(model, source, member)
                     log.info("worker %s was told what the fleet decided about model %s", member.worker_id, model)
-                except Exception as error:  # whatever a worker answers, the others are told
+                except Exception as error:  # a worker's error must not keep the other decisions from it
                     self._tried[member.address, model] = self._clock()
                     log.warning("worker %s does not follow the fleet on model %s: %s", member.worker_id, model, error)
             await self._fleet.describe(member)
@@ -90,7 +90,7 @@ class Agreement:
 
 
 async def _pass_on(model: str, source: Member, to: Member) -> None:
-    """Raises RingmeshError, WorkerUnreachableError."""
+    """Applies the decision of worker `source` on `to`. Raises RingmeshError, WorkerUnreachableError."""
     asked = inference_pb2.GetDecisionRequest(model=model).SerializeToString()
     found = await source.link.call(f"{_WORKER}GetDecision", asked, _LOAD_SECONDS)
     answer = inference_pb2.GetDecisionResponse.FromString(found)

@@ -1,4 +1,4 @@
-"""Managing models through the router: one call, every worker."""
+"""Model management through the router: one call applies to every worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from services.runtime.rpc.rpc import Context, Handler, unary
 log = logging.getLogger(__name__)
 
 _SERVICE = "/inference.GRPCInferenceService/"
-# Loading may take minutes; a worker that hangs is noticed by the fleet's polls.
+# Loading may take minutes; the fleet's polls detect a worker that hangs.
 _LOAD_SECONDS = 600.0
 _SECONDS = 10.0
 
@@ -41,9 +41,9 @@ _SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
 
 
 class FleetControl:
-    """Handlers that ask one worker, or all of them and put the answers together.
+    """Handlers that call one worker, or call all workers and merge their answers.
 
-    `announce` returns when the other routers have asked the workers what they hold now.
+    `announce` returns when the other routers have refreshed their descriptions of the workers.
     """
 
     def __init__(
@@ -66,7 +66,11 @@ class FleetControl:
         }
 
     def _to_all(self, method: str, response_type: type[Response]) -> Callable[[Message, Context], Awaitable[Response]]:
-        """All workers of the caller's host must know a region, for any of them may be asked; they answer alike."""
+        """A handler that calls all workers and returns the first answer.
+
+        Every worker on the caller's host must know a region, because a request may go to any of them. The answers are
+        alike.
+        """
 
         async def ask(request: Message, _: Context) -> Response:
             return (await self._ask_all(method, request, response_type, _SECONDS))[0][1]
@@ -86,7 +90,7 @@ class FleetControl:
         )
 
     async def _statistics(self, request: v2.ModelStatisticsRequest, _: Context) -> v2.ModelStatisticsResponse:
-        """Sums over the workers, with this router's hits and misses."""
+        """Sums of the workers' statistics, plus this router's hits and misses."""
         if request.name:
             self._fleet.view.catalog.find(request.name, request.version)
         holders = [
@@ -110,8 +114,10 @@ class FleetControl:
         return v2.ModelStatisticsResponse(model_stats=[sums[key] for key in sorted(sums)])
 
     async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:
-        """What is READY on one worker is READY, and so is an ensemble whose steps are on several; reasons name the
-        workers, unless all give the same."""
+        """A model is READY if it is READY on one worker, or if it is an ensemble whose steps are on several workers.
+
+        A reason names its workers unless all workers give the same one.
+        """
         every = v2.RepositoryIndexRequest(repository_name=request.repository_name)
         answers = await self._ask_all("RepositoryIndex", every, v2.RepositoryIndexResponse, _SECONDS)
         lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
@@ -143,7 +149,7 @@ class FleetControl:
         return v2.RepositoryIndexResponse(models=[lines[key] for key in shown])
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
-        """Returns when every worker serves the new files, and every router keys by them."""
+        """Returns when every worker serves the new files and every router uses their digest in cache keys."""
         await self._change("RepositoryModelLoad", request, v2.RepositoryModelLoadResponse)
         return v2.RepositoryModelLoadResponse()
 
@@ -159,11 +165,11 @@ class FleetControl:
         request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest,
         response_type: type[Response],
     ) -> None:
-        """Tells all workers; one that is away is told by the Agreement when it comes."""
+        """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
         request.parameters[DECIDED_NS].int64_param = next_ns(self._healthy(), request.model_name)
         try:
             await self._ask_all(method, request, response_type, _LOAD_SECONDS)
-        finally:  # also where only some of them did it
+        finally:  # also if only some workers applied it
             await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
             try:
                 await self._announce()

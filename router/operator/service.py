@@ -1,4 +1,4 @@
-"""`ringmesh.router.v1.RouterService`: how operators look into a router."""
+"""`ringmesh.router.v1.RouterService`: lets operators inspect a router."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from services.runtime.oip.request_check import check_request
 from services.runtime.request_limits import check_embedded
 from services.runtime.rpc.rpc import Context, Service, abort, unary
 
-# Of a large fleet, no more are told.
+# Maximum number of candidates in an answer.
 _MOST_CANDIDATES = 32
-# The tag of the field in ExplainRequest.
+# The wire tag of the field `request` in ExplainRequest.
 _REQUEST = 0x0A
 
 
 class OperatorService:
-    """GetRing, Explain and Watch, from the same view that requests see."""
+    """GetRing, Explain and Watch, based on the same fleet view that requests use."""
 
     def __init__(self, fleet: Fleet, hasher: RequestHasher, audit: Audit) -> None:
         self._fleet = fleet
@@ -36,7 +36,7 @@ class OperatorService:
         self._audit = audit
 
     def service(self) -> Service:
-        """The handlers, to be served."""
+        """The handlers."""
         return Service(
             router_pb2.DESCRIPTOR.services_by_name["RouterService"],
             {
@@ -132,7 +132,7 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
 
 
 def _now(view: FleetView) -> Iterator[Event]:
-    """What has happened, for somebody who begins to watch."""
+    """Events that describe the current state, for a new watcher."""
     for member in view.members.values():
         yield fleet_events.make(Event.KIND_JOINED, member.address, member.worker_id)
         if member.reason == "draining":

@@ -1,7 +1,7 @@
-"""The cache audit: a share of hits is computed again; a model whose answers do not come out the same leaves the cache.
+"""The cache audit: recomputes a share of the hits; a model whose recomputed answers differ is no longer cached.
 
-It finds what no look at a graph can: an operator that is random by its inputs, hardware that errs, and a configuration
-that overruled the analysis. What was found holds for the model's digest, so other files begin anew.
+It detects what the analysis of a graph cannot: an operator whose randomness depends on its inputs, faulty hardware,
+and a configuration that overruled the analysis. A finding applies to the model's digest, so new files start clean.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -47,11 +47,12 @@ DISTRUSTED = Family(
     ("model", "version"),
 )
 
-# One at a time, this far apart, and resting so many times as long as one took: a twentieth of one place at a worker.
+# Audits run one at a time, at least _SECONDS_APART apart. Each is followed by a pause of _REST times its duration, so
+# audits use at most a twentieth of one worker slot.
 _SECONDS_APART = 0.05
 _REST = 20.0
 _DEADLINE_SECONDS = 30.0
-# When a model is distrusted: as many different answers, and as large a part of those audited.
+# A model is distrusted after this many different answers, if they are also at least this share of the audited ones.
 _LEAST_DIFFERENT = 3
 _LARGEST_PART = 0.01
 _MAX_MODELS = 1000
@@ -61,11 +62,11 @@ class Runner(Protocol):
     """Runs a request on the fleet; Dispatcher is the real one."""
 
     def run(self, asked: Asked) -> Coroutine[Any, Any, Answered]:
-        """The result and who computed it, to be driven. Raises RingmeshError."""
+        """Returns the result and the worker that computed it; to be driven. Raises RingmeshError."""
 
 
 class ModelAudit:
-    """What the audit has seen of one digest of a model."""
+    """Audit results of one model digest."""
 
     __slots__ = ("largest", "model", "results")
 
@@ -75,7 +76,7 @@ class ModelAudit:
         self.largest = 0.0
 
     def distrusted(self) -> str:
-        """Why the model should not be cached; "" where nothing speaks against it."""
+        """Why the model should not be cached; "" if it may be."""
         different = self.results["different"]
         audited = different + self.results["equal"] + self.results["close"]
         if different < _LEAST_DIFFERENT or different < _LARGEST_PART * audited:
@@ -87,9 +88,9 @@ class ModelAudit:
 
 
 class Audit:
-    """Takes `share` of the hits that it is told of, on average, as far as its bounds allow.
+    """Audits on average `share` of the hits, within the limits above.
 
-    `distrusted` maps the digests of models to why they are not cached any more.
+    `distrusted` maps the digest of each model that is no longer cached to the reason.
     """
 
     def __init__(self, dispatcher: Runner, share: float, clock: Callable[[], float]) -> None:
@@ -103,7 +104,7 @@ class Audit:
         self.distrusted: dict[bytes, str] = {}
 
     def takes_hit(self) -> bool:
-        """To be asked at each hit; whether this one is to be audited."""
+        """Whether to audit this hit. Must be called once for each hit."""
         self._left -= 1
         if self._left >= 0:
             return False
@@ -111,12 +112,15 @@ class Audit:
         return True
 
     def begin(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
-        """Audits an answer that came from the cache, with the request as it was sent, unless it is too soon."""
+        """Starts an audit of a cached answer to the serialized `request`.
+
+        Does nothing if another audit runs or has just ended, or if the request's outputs have parameters.
+        """
         if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
             self._task = BACKGROUND.once("audit", self._run(model, request, answer))
 
     def why_not(self, model: ModelEntry, catalog: Catalog) -> str:
-        """Why the model's answers are not trusted: its own, or those of a step of the ensemble. "" where they are."""
+        """Why the answers of the model, or of a step of this ensemble, are distrusted; "" if they are trusted."""
         if reason := self.distrusted.get(model.digest):
             return reason
         for step in model.plan.steps if model.plan is not None else ():
@@ -129,7 +133,7 @@ class Audit:
         return ""
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`. Digests of one version are counted together."""
+        """For `Metrics.add`. Digests of the same version share one series."""
         results: dict[tuple[str, str, str], int] = {}
         largest: dict[tuple[str, str], float] = {}
         distrusted: dict[tuple[str, str], bool] = {}
@@ -146,7 +150,7 @@ class Audit:
             yield Sample(DISTRUSTED, version, distrusted[version])
 
     def _interval(self) -> float:
-        """Hits to pass over: drawn, so that no pattern of requests escapes."""
+        """How many hits to skip before the next audit: random, so that no regular pattern of requests evades it."""
         if self._share in (0, 1):
             return math.inf if not self._share else 0
         return math.floor(math.log(1 - random.random()) / math.log1p(-self._share))
@@ -159,7 +163,7 @@ class Audit:
                 self._audits.clear()
             audit = self._audits[model.digest] = ModelAudit(model)
         try:
-            # Joined to nothing and anywhere on the ring: the one who computed it first may be the one who errs.
+            # The request joins no other and may go to any worker: the one that computed it first may be the faulty one.
             deadline = time.monotonic() + _DEADLINE_SECONDS
             asked = Asked(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
             result, _ = await driver.run(self._dispatcher.run(asked), deadline)
@@ -185,5 +189,5 @@ class Audit:
 
 
 def _has_output_parameters(request: bytes) -> bool:
-    """Classes are numbers written out, whose last digits say nothing."""
+    """Whether an output has parameters: classification formats numbers as text, whose last digits mean nothing."""
     return any(output.parameters for output in v2.ModelInferRequest.FromString(request).outputs)

@@ -1,4 +1,4 @@
-"""Whether two answers to one request are the same: to the bit, but for last bits, or not."""
+"""Compares two answers to one request: bitwise equal, equal within a tolerance, or different."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.oip.tensors import DATATYPES
 
-# A row's last bits depend on the rows beside it; beyond this part of the largest number it is another answer.
+# The last bits of a row depend on the other rows of its batch. Tolerated difference, relative to the largest magnitude.
 _TOLERANCE = {"FP64": 1e-3, "FP32": 1e-3, "FP16": 1e-2, "BF16": 3e-2}
 
 
 class Verdict(NamedTuple):
-    """How an answer compares with the one computed again. `largest` is the largest difference of two numbers."""
+    """How an answer compares with its recomputed value. `largest` is the largest difference between two numbers."""
 
     result: str
     largest: float
 
 
 def compare(answer: bytes, again: bytes) -> Verdict:
-    """Two serialized ModelInferResponses without ids: equal, close (within the tolerance of their datatypes) or not."""
+    """Compares two serialized ModelInferResponses without ids: equal, close (within the tolerance) or different."""
     if answer == again:
         return Verdict("equal", 0.0)
     one, other = (v2.ModelInferResponse.FromString(data) for data in (answer, again))
@@ -52,7 +52,7 @@ def _numbers(datatype: str, raw: bytes) -> npt.NDArray[Any]:
 
 
 def _difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> tuple[float, float]:
-    """The largest difference, infinite where only one is a number; and the largest finite magnitude."""
+    """The largest difference (infinite if only one of two values is a number) and the largest finite magnitude."""
     alike = (one == other) | (np.isnan(one) & np.isnan(other))
     with np.errstate(invalid="ignore"):
         differences = np.where(alike, 0.0, np.abs(one - other))

@@ -15,11 +15,12 @@ from services.runtime.telemetry.tracing import Trace
 
 
 class Call:
-    """One request: what it says, what it asks for, and what became of it.
+    """One request: its data and metadata, its parsed form, and its outcome.
 
-    `request_hash`: its half of the key; empty if the answer is not cacheable, for `reason`. `ring_hash`: where on the
-    ring its sequence is; set only for sequences. `key`: where the answer is filed, by the purges from before it was
-    computed. `memo_key`: where to remember what the request asks for, if it is a hit. `deadline` in time.monotonic.
+    `request_hash`: the request's half of the cache key; empty if the answer is not cacheable, and `reason` says why.
+    `ring_hash`: position of the sequence on the ring; set only for sequences. `key`: cache key of the answer, made with
+    the epochs from before it was computed. `memo_key`: key under which a hit's parsed form is remembered; empty if it
+    is not. `deadline` in time.monotonic.
     """
 
     tenant = ""
@@ -30,12 +31,12 @@ class Call:
     key = b""
     memo_key = b""
     reason = ""
-    # Computes the answer anew, if it was found and will soon be too old.
+    # Starts to recompute the answer; set if a cached answer is about to expire.
     renew: Callable[[], None] | None = None
-    # The execution provider that ran the model, if it was computed for this call.
+    # The execution provider that ran the model; set if the answer was computed for this call.
     provider = ""
     control: CacheControl | None = None
-    # What the caller says in metadata, until it is admitted.
+    # The caller's parsed metadata, read at admission; None for internal requests.
     told: Told | None = None
     model: ModelEntry | None = None
     error: RingmeshError | None = None

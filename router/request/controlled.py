@@ -1,4 +1,4 @@
-"""Requests with cache-control: they join nobody, whose answer may be too old for them, and get no stale one."""
+"""Requests with cache-control: they never get a stale answer and join no other request, whose answer may be too old."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -11,7 +11,10 @@ from services.runtime.errors import FailedPreconditionError
 
 
 async def find(mesh: Mesh, call: Call, model: ModelEntry, control: CacheControl, compute: Compute) -> Found:
-    """What the local tier did not have. Raises FailedPreconditionError if it is only-if-cached and is not cached."""
+    """Answers a call after a miss in the local tier.
+
+    Raises FailedPreconditionError if `control` is only-if-cached and the answer is not cached.
+    """
     if not control.no_cache:
         entry = await mesh.look_up(call.key, call.trace)
         if entry is not None and takes(control, model, entry):

@@ -1,4 +1,4 @@
-"""Ensembles whose steps no one worker holds together: the router runs them one by one, each through its cache."""
+"""Ensembles that no worker runs whole: the router runs the steps one by one, each through the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.runtime.oip.ensemble import Plan
 from services.runtime.oip.tensors import raw_from_contents
 from services.runtime.rpc.rpc import parse
 
-# What a step's request takes over from the ensemble's.
+# Parameters copied from the ensemble's request to the requests of its steps.
 _PASSED_ON = ("priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 
 
@@ -26,9 +26,9 @@ class _Tensor(NamedTuple):
 
 
 async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes], Awaitable[Entry]]) -> Entry:
-    """The answer to a serialized ModelInferRequest that was checked; `infer` answers those of the steps.
+    """Answers a serialized ModelInferRequest that was checked; `infer` answers the serialized requests of the steps.
 
-    Raises InvalidArgumentError for what only a worker that holds all steps can do, and what `infer` raises.
+    Raises InvalidArgumentError for features that need one worker with all steps, and whatever `infer` raises.
     """
     request = parse(v2.ModelInferRequest, data)
     outputs = [output.name for output in request.outputs] or [output.name for output in model.metadata.outputs]
@@ -42,7 +42,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
     async def run_step(index: int, inputs: dict[str, _Tensor]) -> Mapping[str, _Tensor]:
         nonlocal compute_us
         step = plan.steps[index]
-        # All outputs, as most callers ask a model for: so both find one another's answers.
+        # Requests all outputs, as most callers of a model do, so that steps and callers share cached answers.
         asked = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
         for name, tensor in inputs.items():
             asked.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
@@ -73,7 +73,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
 
 
 def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tensor]:
-    """What the steps check, each for its model."""
+    """The request's inputs by name. The steps check datatypes and shapes, each for its own model."""
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise InvalidArgumentError(

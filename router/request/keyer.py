@@ -1,4 +1,4 @@
-"""What a request asks for: its model, and the hash by which its answer is found."""
+"""Finds the model and the hash of a request; together they make its cache key."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -21,12 +21,15 @@ from services.runtime.oip.request_check import check_request
 from services.runtime.telemetry.metrics import Sample
 from services.runtime.telemetry.recent import forgotten
 
-# At about 300 bytes each.
+# Parsed requests kept in the memo, at about 300 bytes each.
 _REMEMBERED = 32_768
 
 
 class Keyer:
-    """Reads, checks and hashes requests for the models of `fleet`. Recognizes by their bytes those that were hits."""
+    """Parses, checks and hashes requests for the models of `fleet`. Skips this for requests that are in its memo.
+
+    The memo maps the bytes of requests that were hits to their parsed form.
+    """
 
     def __init__(self, fleet: Workers, purges: PurgeBoard, hasher: RequestHasher, audit: Audit) -> None:
         self._fleet = fleet
@@ -41,7 +44,7 @@ class Keyer:
         yield forgotten("requests", self._memo.meanings)
 
     def admit(self, call: Call) -> None:
-        """Takes over what the caller says in metadata, and keys the request. Raises RingmeshError."""
+        """Applies the caller's metadata and keys the request. Raises RingmeshError."""
         told = call.told
         assert told is not None
         call.caller = caller_of(told)
@@ -63,13 +66,13 @@ class Keyer:
         self.key(call)
 
     def remember(self, call: Call) -> None:
-        """Recognizes the request next time. For hits: others are rarely sent again."""
+        """Adds a request to the memo. Only for hits: other requests are rarely sent again."""
         if call.memo_key and call.model is not None:
             catalog, epochs = self._fleet.view.catalog, self._purges.epochs
             self._memo.put(call.memo_key, _Meaning(catalog, epochs, call.model, call.request_id, call.request_hash))
 
     def key(self, call: Call) -> None:
-        """Parses, finds the model, checks and hashes. Raises RingmeshError."""
+        """Parses the request, finds its model, checks it and hashes it. Raises RingmeshError."""
         read = self._reader.read(call.data)
         call.name, call.request_id = read.head.name, read.request_id
         catalog = self._fleet.view.catalog
@@ -93,7 +96,7 @@ class Keyer:
 
 
 class _Meaning:
-    """What the bytes of a request ask for, by a catalog and the purges."""
+    """A parsed request; valid for one catalog and one set of invalidation epochs."""
 
     __slots__ = ("catalog", "epochs", "model", "request_hash", "request_id")
 

@@ -1,4 +1,4 @@
-"""Answers of the local tier, as far as the caller's cache-control and their age allow."""
+"""Looks up answers in the local tier, and applies the caller's cache-control and the model's freshness."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -14,14 +14,14 @@ from router.request.call import Call
 
 
 class LocalAnswers:
-    """Looks calls up in the local tier of `mesh`. `renewal` makes what computes the answer to a call anew."""
+    """Looks up calls in the local tier of `mesh`. `renewal` returns a function that recomputes the answer to a call."""
 
     def __init__(self, mesh: Mesh, renewal: Callable[[Call], Compute]) -> None:
         self._mesh = mesh
         self._renewal = renewal
 
     def get(self, call: Call) -> Entry | None:
-        """What the local tier has; on any thread."""
+        """A usable answer from the local tier, or None. Any thread."""
         model = call.model
         if not call.request_hash or model is None:
             return None
@@ -43,9 +43,9 @@ class LocalAnswers:
         return entry
 
     def get_again(self, call: Call, freshness: Freshness | None) -> Entry | None:
-        """An answer that came since: an equal request may have ended between `get` and now. Counts nothing.
+        """Looks again: an equal request may have ended since `get`. Counts neither a hit nor a miss.
 
-        Raises the error that is known to be the answer.
+        Raises the cached error if the answer is known to be an error.
         """
         entry = self._mesh.peek(call.key)
         if entry is None or freshness is None or self._is_usable(call, freshness, call.key, entry):
@@ -53,7 +53,7 @@ class LocalAnswers:
         return None
 
     def _is_usable(self, call: Call, freshness: Freshness, key: bytes, entry: Entry) -> bool:
-        """Whether its age allows it. If it will soon be too old, it is computed anew once the call is answered."""
+        """Whether the entry is not too old. If it expires soon, schedules its renewal for after the answer."""
         now_ms = time.time_ns() // 1_000_000
         if freshness.is_young(entry.created_at_ms, now_ms):
             return True
@@ -66,7 +66,7 @@ class LocalAnswers:
 
 
 def takes(control: CacheControl | None, model: ModelEntry, entry: Entry) -> bool:
-    """Whether it is fresh, and as `control` demands."""
+    """Whether the entry is fresh and satisfies `control`."""
     now_ms = time.time_ns() // 1_000_000
     if model.freshness is not None and model.freshness.is_stale(entry.created_at_ms, now_ms):
         return False

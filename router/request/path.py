@@ -46,9 +46,9 @@ _RENEWAL_SECONDS = 30.0
 
 
 class RequestPath:
-    """Answers from the caches what the fleet has computed before, and has the rest computed once.
+    """Answers requests from the caches; computes each missing answer once, on the fleet.
 
-    Its coroutines are to be driven (services/runtime/driver.py).
+    Its coroutines must be driven (services/runtime/driver.py).
     """
 
     def __init__(
@@ -81,18 +81,21 @@ class RequestPath:
         return self._keyer.samples()
 
     def infer(self, data: bytes, metadata: Metadata, deadline: float | None) -> Coroutine[Any, Any, Answer | Failure]:
-        """ModelInfer, as a fast path."""
+        """The fast path of ModelInfer."""
         return self.answer(self.open(data, metadata, deadline, "ModelInfer"))
 
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
-        """A request that came; `deadline` in time.monotonic."""
+        """Makes the call of a received request; `deadline` in time.monotonic."""
         told = protocol.told(metadata)
         call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
         call.told = told
         return call
 
     async def answer(self, call: Call) -> Answer | Failure:
-        """The whole path; a failure is in `error` of the call too. Up to the local tier on any thread."""
+        """Runs the whole path; also stores a failure in `call.error`. The part up to the local tier runs on any thread.
+
+        Cancelled: counts the call as cancelled.
+        """
         try:
             self._keyer.admit(call)
             entry = self._local.get(call)
@@ -117,7 +120,7 @@ class RequestPath:
         return self._replies.failure(call, call.error)
 
     def _refuse(self, call: Call) -> None:
-        """Raises RefusedError if only computing can answer, and no worker has room for it."""
+        """Raises RefusedError if the answer must be computed and no worker has capacity for it."""
         model = call.model
         assert model is not None
         if call.ring_hash or call.control is not None or model.plan is not None or model.row_cache:
@@ -131,29 +134,29 @@ class RequestPath:
             raise refused
 
     def _find(self, call: Call) -> Coroutine[Any, Any, Found]:
-        """What the local tier did not have."""
+        """Answers a call after a miss in the local tier."""
         model, control = call.model, call.control
         assert model is not None
-        # An answer is filed by the purges from before its computing began.
+        # The key uses the epochs from before the computation, so an invalidation during it also covers this answer.
         epochs = self._mesh.purges.epochs
         if not call.request_hash:
             return self._bypass(call, model, epochs)
         call.key = key = epochs.key(model.digest, model.name, call.request_hash)
         if control is not None:
             return controlled.find(self._mesh, call, model, control, lambda: self._compute(call, model, epochs))
-        # An answer that was itself purged, by its key, would come back with its rows.
+        # If this key was invalidated on its own, the cached rows would restore the invalidated answer.
         if model.row_cache and key.endswith(call.request_hash):
             return self._by_row(call, model, epochs)
         return self._whole(call, model, epochs)
 
     async def _bypass(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
-        """Computes what is not cacheable."""
+        """Computes an answer that is not cacheable."""
         if call.control is not None and call.control.only_if_cached:
             raise FailedPreconditionError(
                 "such an answer is never cached, and cache-control is only-if-cached", kind="not_cached"
             )
         if call.ring_hash:
-            # A sequence is in order here too: two envelopes may overtake each other.
+            # Keeps the requests of a sequence in order: two envelopes may overtake each other.
             async with self._sequences.hold(call.ring_hash):
                 computed = await self._compute(call, model, epochs)
         else:
@@ -161,7 +164,7 @@ class RequestPath:
         return Found(computed.entry, "bypass", computed.worker)
 
     async def _by_row(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
-        """A batch row by row, if it is one whose rows can be told apart."""
+        """Answers a batch row by row if it can be split into rows, else as a whole."""
 
         async def compute(data: bytes, request_hash: bytes) -> tuple[Result, str]:
             joins = epochs.key(model.digest, model.name, request_hash) if request_hash else b""
@@ -185,7 +188,7 @@ class RequestPath:
         return self._join(call, model, epochs)
 
     async def _join(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
-        """With all that ask for the same: from the shared tier, a peer or a worker."""
+        """Answers the call together with equal calls in flight: from the shared tier, a peer or a worker."""
         while True:
             entry = self._local.get_again(call, model.freshness)
             if entry is not None:
@@ -193,8 +196,8 @@ class RequestPath:
             flight, joined = self._mesh.get_or_compute(
                 call.key, lambda: self._compute(call, model, epochs), call.trace, model.freshness
             )
-            # A request that joined another may ask again if that failed for reasons of its own: its caller's quota or
-            # deadline, or another row of its batch.
+            # A call that joined another retries if the other failed for a reason of its own: the quota or deadline of
+            # its caller, or another row of its batch.
             try:
                 found = await flight
                 return Found(found.entry, "joined", found.worker) if joined else found
@@ -208,18 +211,18 @@ class RequestPath:
                 rows.raise_fatal(failed)
 
     async def _compute(self, call: Call, model: ModelEntry, epochs: Epochs) -> Computed:
-        """On a worker, or step by step if it is an ensemble that none runs whole."""
+        """Computes the answer on a worker, or step by step for an ensemble that no worker runs whole."""
         if model.plan is not None and not self._runs_whole(model):
             self._take_quota(call)
             return await self._by_step(call, model)
-        # What is to be computed anew joins nothing on the worker either.
+        # With no-cache the request must not join another on the worker either.
         joins = b"" if call.control is not None and call.control.no_cache else call.key
         place = call.ring_hash or call.request_hash
         start = time.monotonic()
         result, member = await self._forward(call, model, call.data, place, joins)
         timing = result.timing
         call.provider = timing.provider
-        # This request's part of the run that served it.
+        # This request's share of the run that served it.
         entry = Entry(result.response, int(timing.compute_us // max(1, timing.batch_requests)))
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
         return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)
@@ -227,19 +230,19 @@ class RequestPath:
     def _forward(
         self, call: Call, model: ModelEntry, data: bytes, place: bytes, joins: bytes
     ) -> Coroutine[Any, Any, Answered]:
-        """`place` says where on the ring, b"" that any worker will do; `joins` what it joins on the worker."""
+        """`place`: ring hash (b"": any worker). `joins`: key that equal requests share on the worker (b"": none)."""
         self._take_quota(call)
         return self._dispatcher.run(
             Asked(model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller)
         )
 
     def _take_quota(self, call: Call) -> None:
-        # Steps and renewals are not requests of a caller.
+        # Steps and renewals are internal requests, which no quota limits.
         if call.method != STEP:
             self._quotas.take(call.caller)
 
     def _renewal(self, call: Call) -> Compute:
-        """Computes the answer to `call` anew, on behalf of no caller."""
+        """Returns a function that recomputes the answer to `call` as work of the router's own."""
         model = call.model
         assert model is not None
 
@@ -253,12 +256,12 @@ class RequestPath:
         return compute
 
     def _runs_whole(self, model: ModelEntry) -> bool:
-        """Whether an ensemble is run by one worker: one holds all steps, and they are not to be cached each."""
+        """Whether one worker runs the ensemble: a worker can, and its steps need not be cached one by one."""
         members = self._fleet.view.members.values()
         return not model.cache_steps and any(not member.why_not(model) for member in members)
 
     async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
-        """An ensemble; it is as old as its oldest step that has a time to live."""
+        """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live."""
         assert model.plan is not None
         ages: list[int] = []
         start = time.monotonic()
@@ -274,7 +277,7 @@ class RequestPath:
         return await self._step(data, whole, [])
 
     async def _step(self, data: bytes, whole: Call, ages: list[int]) -> Entry:
-        """A request of our own, as a part of `whole`. Adds to `ages` when the answer was computed, if it has an end."""
+        """Runs an internal request as part of `whole`. If the answer expires, adds its creation time to `ages`."""
         call = Call(data, whole.trace.child(), whole.metadata, STEP, whole.deadline)
         call.tenant, call.caller, call.control = whole.tenant, whole.caller, whole.control
         told: dict[str, Value] = {}

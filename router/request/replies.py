@@ -1,4 +1,4 @@
-"""What callers are told, and what metrics, traces and the log are told of it."""
+"""Builds the replies to callers, and records them in metrics, traces and the log."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -24,13 +24,13 @@ from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Attributes, Value
 from services.runtime.telemetry.tracing import Tracer
 
-# One in so many hits carries the load report: on each of them it cost 5 us more.
+# One in _HITS_A_REPORT hits carries the load report: on every hit it would add 5 us each.
 _HITS_A_REPORT = 16
 _AUDITED = frozenset({"hit-local", "hit-shared"})
 
 
 class Replies:
-    """Makes the answer or failure of each request, and has it counted, and kept where it is sampled, slow or failed."""
+    """Makes the answer or failure of each request and counts it. Retains traces that are sampled, slow or failed."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Replies:
         self._hits = 0
 
     def count(self, call: Call, found: Found) -> Callable[[], None] | None:
-        """Counts one that was answered; what is left to be done on the event loop."""
+        """Counts an answered call. Returns the remaining work, to be called on the event loop, if any."""
         model = call.model
         assert model is not None
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
@@ -65,7 +65,7 @@ class Replies:
         return call.renew
 
     def answer(self, call: Call, found: Found) -> Answer:
-        """Told to the caller; any thread."""
+        """The answer for the caller. Counts the call. Any thread."""
         afterwards = self.count(call, found)
         if found.outcome in _AUDITED and self._audit.takes_hit():
             afterwards = _both(afterwards, lambda: self._begin_audit(call, found))
@@ -112,16 +112,16 @@ class Replies:
         self._keep(call, labels, end, told, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:
-        """Told to the caller; any thread."""
+        """The failure for the caller. Counts the call. Any thread."""
         keep = self._count_failed(call, error.code, error.message, error.kind)
         return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), keep)
 
     def left(self, call: Call) -> None:
-        """Counts one whose caller did not wait; on the event loop."""
+        """Counts a call that its caller cancelled. Event loop only."""
         self._count_failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")()
 
     def _count_failed(self, call: Call, code: grpc.StatusCode, message: str, kind: str) -> Callable[[], None]:
-        """Returns what is left to be done on the event loop."""
+        """Counts a failed call. Returns the remaining work, to be called on the event loop."""
         end = time.time_ns()
         model, version = (call.model.name, call.model.version) if call.model is not None else (OTHER, "")
         labels = (call.method, model, version, call.tenant, code.name, "error")
@@ -141,7 +141,7 @@ class Replies:
         *,
         slow: bool = False,
     ) -> None:
-        """Of a request that is sampled, slow or failed."""
+        """Retains the trace of a call that is sampled, slow or failed; logs it if it is slow or failed."""
         trace = call.trace
         self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
         state, baggage = protocol.state_and_baggage(call.metadata)

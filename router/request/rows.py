@@ -1,7 +1,7 @@
-"""Rows are requests too: a batch for a model whose rows are independent is answered row by row.
+"""Row cache: a batch for a model with independent rows is answered row by row.
 
-Rows that were asked for before, alone or in another batch, come from the cache; the rest leaves as one smaller batch.
-Each row is filed under the key that it would have as a request of its own.
+Rows that were requested before, alone or in another batch, come from the cache. The others are sent as one smaller
+batch. Each row is cached under the key that it would have as a single-row request.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from services.runtime.telemetry.tracing import untraced
 
 log = logging.getLogger(__name__)
 
-# Beyond it a batch is a bulk job, whose rows would only hold up the loop.
+# A larger batch is a bulk job; handling its rows one by one would block the event loop.
 MAX_ROWS = 256
 
 Compute: TypeAlias = Callable[[bytes, bytes], Awaitable[tuple[Result, str]]]
 
 
 class Batch(NamedTuple):
-    """`request` asks for one row, without its data; `rows` hold the raw contents of each input."""
+    """`request` is a request for one row, without data; `rows` holds the raw contents of each input, by row."""
 
     request: v2.ModelInferRequest
     rows: Sequence[Sequence[bytes]]
 
 
 class UnlikeRowsError(Exception):
-    """The rows do not make one answer; the batch must be computed whole."""
+    """The rows cannot be combined into one answer; the batch must be computed whole."""
 
 
 class RowFailedError(Exception):
-    """A batch ended by `error` without this row: who joined it asks for the row by itself."""
+    """A batch failed with `error` before it computed this row: requests that joined it compute the row themselves."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -56,16 +56,16 @@ class RowFailedError(Exception):
 
 
 def raise_fatal(error: Exception) -> None:
-    """Raises errors that must end the requests that joined too: a retry of a fatal request would end more workers."""
+    """Raises errors that must also end the requests that joined: a retry of a fatal request would end more workers."""
     cause = error.error if isinstance(error, RowFailedError) else error
     if isinstance(cause, FatalRequestError):
         raise cause from None
 
 
 class RowCache:
-    """Finds the rows of batches in `mesh`. A row in flight, in a batch or as a request of its own, is computed once.
+    """Finds the rows of batches in `mesh`. Computes a row in flight once, whether it is in a batch or a single request.
 
-    Its callers are driven coroutines.
+    Call it from driven coroutines.
     """
 
     def __init__(self, mesh: Mesh, hasher: RequestHasher) -> None:
@@ -83,11 +83,11 @@ class RowCache:
         whole: bytes,
         compute: Compute,
     ) -> Found | None:
-        """The answer to the whole, and from where; None where it must be computed whole.
+        """The answer to the batch and its source; None if the batch must be computed whole.
 
-        `whole` is the key of the whole, `epochs` the purges as of now. `compute` runs a serialized request, joined by a
-        hash, and says who did. Raises what it raises. Cancelling it leaves the rows under way, for which others may
-        wait.
+        `whole` is the key of the batch, `epochs` the current epochs. `compute` takes a serialized request and the hash
+        that equal requests join by, and returns the result and the worker's id. Raises what `compute` raises.
+        Cancelled: the computation of rows goes on, because others may wait for them.
         """
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
         keys = [epochs.key(model.digest, model.name, row_hash) for row_hash in hashes]
@@ -109,12 +109,12 @@ class RowCache:
                     row = await flight
                 except (RingmeshError, RowFailedError) as error:
                     raise_fatal(error)
-                    failed.append(key)  # their caller's quota or deadline may have ended it, not ours
+                    failed.append(key)  # perhaps because of the other caller's quota or deadline
                     continue
                 if self._mesh.local.peek(key) is row.entry:
                     found[key] = Found(row.entry, "joined", row.worker)
                 else:
-                    failed.append(key)  # computed by what has replaced the model: rows of two models are no answer
+                    failed.append(key)  # computed by a newer model: an answer must not mix rows of two models
             if failed:
                 found |= await self._lead(batch, model, failed, wanted, tenant, compute)
             rows = [found[key] for key in keys]
@@ -124,7 +124,7 @@ class RowCache:
         return self._whole(rows, known, value, whole)
 
     def _whole(self, rows: Sequence[Found], known: int, value: bytes, key: bytes) -> Found:
-        """Kept in this process too, for the next time: Redis has the rows."""
+        """The combined answer, which is also stored in the local tier for the next time; Redis has the rows."""
         created = min(row.entry.created_at_ms for row in rows)
         self._mesh.local.put(key, Entry(value, sum(row.entry.compute_us for row in rows), created))
         outcomes = {row.outcome for row in rows}
@@ -164,11 +164,11 @@ class RowCache:
         tenant: str | None,
         compute: Compute,
     ) -> None:
-        """Lands all flights, in the shared tier or on a worker."""
+        """Ends all flights, with answers from the shared tier or from a worker."""
         landed: dict[bytes, Found] = {}
         failure: Exception = UnlikeRowsError()
         try:
-            # Started together, the look-ups leave as one round trip.
+            # Look-ups that start together share one round trip.
             trace = untraced()
             shared = await asyncio.gather(*(self._mesh.look_up(key, trace) for key in flights))
             landed = {
@@ -202,7 +202,7 @@ class RowCache:
         data = request.SerializeToString()
         result, worker = await compute(data, self._hasher.hash(request, model.outputs, tenant))
         if result.model_digest != model.digest:
-            raise UnlikeRowsError  # replaced meanwhile: rows of two models are no answer
+            raise UnlikeRowsError  # the model was replaced: an answer must not mix rows of two models
         compute_us = result.timing.compute_us // max(1, result.timing.batch_rows)
         rows = {
             key: Found(Entry(value, int(compute_us)), "miss", worker)
@@ -214,15 +214,16 @@ class RowCache:
 
 
 def _is_fresh(model: ModelEntry, entry: Entry) -> bool:
-    """What is stale is computed with the rows that are missing: it costs no call of its own."""
+    """Whether the entry is not stale. A stale row is recomputed with the missing rows, at no additional call."""
     freshness = model.freshness
     return freshness is None or not freshness.is_stale(entry.created_at_ms, time.time_ns() // 1_000_000)
 
 
 def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:
-    """Takes the data out of `request`. None where it has one row or too many, or where only the worker can judge.
+    """Splits a request into rows, and removes the data from `request`.
 
-    The worker refuses more rows than `most`; 0: it takes any number.
+    Returns None if it has one row or too many, or if only the worker can check it. The worker refuses more than `most`
+    rows; 0: no limit.
     """
     tensors = request.inputs
     counts = {tensor.shape[0] if tensor.shape else 0 for tensor in tensors}
@@ -247,7 +248,7 @@ def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:
 
 
 def smaller(batch: Batch, rows: Sequence[int]) -> v2.ModelInferRequest:
-    """The request for these rows of the batch."""
+    """A request for the given rows of the batch."""
     request = v2.ModelInferRequest()
     request.CopyFrom(batch.request)
     for index, tensor in enumerate(request.inputs):
@@ -257,7 +258,7 @@ def smaller(batch: Batch, rows: Sequence[int]) -> v2.ModelInferRequest:
 
 
 def cut_response(response: bytes, count: int) -> list[bytes]:
-    """A response for each row. Raises UnlikeRowsError where an output does not have `count` rows."""
+    """Splits a response into one per row. Raises UnlikeRowsError if an output does not have `count` rows."""
     whole = v2.ModelInferResponse.FromString(response)
     columns = []
     for output, raw in zip(whole.outputs, whole.raw_output_contents, strict=True):
@@ -267,7 +268,7 @@ def cut_response(response: bytes, count: int) -> list[bytes]:
         columns.append(column)
         output.shape[0] = 1
     del whole.raw_output_contents[:]
-    # raw_output_contents come last on the wire, so that a row is written as a worker writes it.
+    # raw_output_contents are last on the wire, so each row has the same bytes as a worker's response.
     head = whole.SerializeToString()
     return [
         head + v2.ModelInferResponse(raw_output_contents=row).SerializeToString() for row in zip(*columns, strict=True)
@@ -275,7 +276,7 @@ def cut_response(response: bytes, count: int) -> list[bytes]:
 
 
 def join(rows: Sequence[bytes]) -> bytes:
-    """One response from those of its rows, in order. Raises UnlikeRowsError where they do not fit together."""
+    """Joins the responses of rows, in order, into one. Raises UnlikeRowsError if they do not match."""
     parsed = [v2.ModelInferResponse.FromString(row) for row in rows]
     whole = parsed[0]
     heads = [[(output.name, output.datatype, output.shape[1:]) for output in row.outputs] for row in parsed]
@@ -289,7 +290,7 @@ def join(rows: Sequence[bytes]) -> bytes:
 
 
 def _cut(raw: bytes, datatype: str, shape: Sequence[int]) -> list[bytes] | None:
-    """The bytes of each row; None where there are more or fewer than the shape says."""
+    """The bytes of each row; None if `raw` does not have the length that the shape requires."""
     kind = DATATYPES.get(datatype)
     if kind is None or not shape or any(size < 0 for size in shape):
         return None

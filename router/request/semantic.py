@@ -1,4 +1,4 @@
-"""Semantic matches: for models that say so, a request may get the answer to a similar one, compared as vectors."""
+"""Semantic matches: if a model allows it, a request may get the answer to a similar one. Vectors are compared."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Vector = npt.NDArray[Any]
 
 
 class Question(NamedTuple):
-    """`vector` is all of the input; `request` is the rest, which must be equal in requests that are compared."""
+    """A request to compare: `vector` represents its inputs; `request` is the rest, which must be equal."""
 
     vector: Vector
     request: v2.ModelInferRequest
 
 
 class SemanticMatches:
-    """Finds answers to similar requests. `embed` runs a serialized request of an embedding model for a call."""
+    """Finds answers to similar requests. `embed` runs a serialized request on an embedding model, as part of a call."""
 
     def __init__(
         self, mesh: Mesh, hasher: RequestHasher, fleet: Workers, embed: Callable[[bytes, Call], Awaitable[Entry]]
@@ -52,7 +52,7 @@ class SemanticMatches:
     async def find(
         self, call: Call, model: ModelEntry, epochs: Epochs, find_exact: Callable[[], Awaitable[Found]]
     ) -> Found:
-        """The answer to a request near enough, else what `find_exact` finds."""
+        """The answer to a sufficiently similar request, else the result of `find_exact`."""
         asked = await self._asked(call, model)
         if asked is None:
             return await find_exact()
@@ -67,9 +67,9 @@ class SemanticMatches:
         return found
 
     async def _asked(self, call: Call, model: ModelEntry) -> tuple[Question, bytes] | None:
-        """What it asks, and the digest of the embedding model that says so, b"" without one.
+        """The question, and the digest of the embedding model (b"" if the model has none).
 
-        None where it is no single vector; also where the embedding failed: then it is computed, as it would be anyway.
+        None if the input is not a single vector, or if the embedding failed; the request then takes the exact path.
         """
         request = v2.ModelInferRequest.FromString(call.data)
         if not model.semantic_embedding:
@@ -88,7 +88,7 @@ class SemanticMatches:
         return None if asked is None else (asked, space)
 
     async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: Question) -> Found | None:
-        """The answer to a request near enough; but the right one where the shared tier has it."""
+        """The answer to a sufficiently similar request; the exact answer if the shared tier has it."""
         near = await in_task(self._tier.nearest(group, asked.vector, model.semantic_threshold))
         if near is None or near.key == call.key:
             return None
@@ -102,7 +102,7 @@ class SemanticMatches:
 
 
 def question(request: v2.ModelInferRequest) -> Question | None:
-    """Takes the data out of `request`. None unless it has one input of floating-point numbers, in one row."""
+    """Removes the data from `request`. None unless it has one input of floating-point numbers, in one row."""
     if len(request.inputs) != 1:
         return None
     tensor = request.inputs[0]
@@ -115,7 +115,7 @@ def question(request: v2.ModelInferRequest) -> Question | None:
 
 
 def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
-    """The same inputs, asked of an embedding model; None unless they are one row."""
+    """A request for the embedding model with the same inputs; None unless they have one row."""
     if not request.inputs or any(tensor.shape and tensor.shape[0] != 1 for tensor in request.inputs):
         return None
     asked = v2.ModelInferRequest(model_name=model, inputs=request.inputs)
@@ -124,9 +124,9 @@ def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
 
 
 def embedded(request: v2.ModelInferRequest, answer: bytes) -> Question | None:
-    """By the embedding model's first output. None unless that is one vector of floating-point numbers.
+    """The question from the embedding model's first output. None unless that is one vector of floating-point numbers.
 
-    Takes the data out of `request`, and the shapes, which differ with the length of a text.
+    Removes the data and the shapes from `request`; shapes depend on the length of a text.
     """
     response = v2.ModelInferResponse.FromString(answer)
     if not response.outputs or not response.raw_output_contents:

@@ -16,14 +16,14 @@ from services.runtime.rpc.rpc import Answer, Context, Failure, Handler, Service,
 
 
 class InferenceService:
-    """Serves `path`, and what the workers of `fleet` say of their models."""
+    """Serves inference from `path`, and model readiness and metadata from `fleet`."""
 
     def __init__(self, fleet: Workers, path: RequestPath) -> None:
         self._fleet = fleet
         self._path = path
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler]) -> Service:
-        """The handlers, to be served with `more` of the same service. `is_ready` answers ServerReady."""
+        """The handlers, including `more` of the same service. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
@@ -42,8 +42,6 @@ class InferenceService:
         try:
             model = self._fleet.view.catalog.find(name, version)
         except (NotFoundError, UnavailableError):
-            return False
-        if model.not_runnable:
             return False
         if any(not member.why_not(model) for member in self._fleet.view.members.values()):
             return True

@@ -1,1 +1,1 @@
-"""The way to a worker: gRPC, or a local socket on the same host."""
+"""Transports to a worker: gRPC, or a local socket on the same host."""

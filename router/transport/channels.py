@@ -1,4 +1,4 @@
-"""How a link reaches its worker: what it needs of a channel, so that a simulation can put its own network beneath."""
+"""Protocols of the channels that a link uses, so that a simulation can supply its own network."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -11,19 +11,19 @@ from services.runtime.large_result import LargeAnswer
 
 
 class Begins(Protocol):
-    """Something that takes envelopes."""
+    """A connection that sends envelopes."""
 
     def begin(self, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]) -> Callable[[], object]:
-        """As `Channel.begin`, of an envelope."""
+        """As `Channel.begin`, for an envelope."""
 
 
 class Channel(Protocol):
-    """Unary gRPC calls to one worker: router/transport/grpc_channel.py says how each method behaves."""
+    """Unary gRPC calls to one worker; router/transport/grpc_channel.py documents the methods."""
 
     def begin(
         self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
     ) -> Callable[[], object]:
-        """A call; returns what cancels it."""
+        """Starts a call; returns a cancel function."""
 
     async def call(self, method: str, request: bytes) -> bytes:
         """The serialized response. Raises CallError."""
@@ -35,47 +35,47 @@ class Channel(Protocol):
         """Whether the server's engine answers within `seconds`."""
 
     def drop(self) -> None:
-        """Disconnects; what is under way fails, and the next call connects again."""
+        """Disconnects; calls under way fail, and the next call connects again."""
 
     async def close(self) -> None:
-        """As `drop`, for good."""
+        """As `drop`, but permanently."""
 
 
 class LocalWay(Protocol):
-    """Envelopes over a Unix socket of this host: router/transport/local_channel.py says how each method behaves."""
+    """Envelopes over a Unix socket on this host; router/transport/local_channel.py documents the methods."""
 
     def connection(self) -> Begins | None:
-        """Where an envelope may be sent now; None: over the channel."""
+        """The connection for envelopes; None if there is none now, and the channel must be used."""
 
     async def use(self, path: str) -> None:
-        """Connects to the socket there."""
+        """Connects to the socket at `path`."""
 
     def drop(self) -> None:
-        """Ends the connection with all that is under way."""
+        """Closes the connection; envelopes under way fail."""
 
     def close(self) -> None:
-        """As `drop`, for good."""
+        """As `drop`, but permanently."""
 
 
 class Channels(Protocol):
     """Makes the channels of links."""
 
     def channel(self, address: str) -> Channel:
-        """To the worker at host:port."""
+        """A channel to the worker at host:port."""
 
     def local(self) -> LocalWay:
-        """To a worker of this host, once it names its socket."""
+        """A local channel to a worker on this host, unconnected until the worker names its socket."""
 
 
 class Network:
     """Real connections."""
 
     def channel(self, address: str) -> Channel:
-        """From Channels."""
+        """A gRPC channel to the worker at host:port."""
         return GrpcChannel(address)
 
     def local(self) -> LocalWay:
-        """From Channels."""
+        """A channel over a Unix socket."""
         return LocalChannel()
 
 

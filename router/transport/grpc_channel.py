@@ -1,4 +1,4 @@
-"""Unary gRPC calls to one server, over connections of our own: see http2.py for why.
+"""Unary gRPC calls to one server, over our own HTTP/2 client; http2.py explains why.
 
 Source: gRPC over HTTP2 (PROTOCOL-HTTP2.md of grpc/grpc).
 """
@@ -10,6 +10,7 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -22,6 +23,8 @@ from services.runtime.large_result import LargeAnswer, take_apart
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 CONNECT_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _PREFIX_BYTES = 5
@@ -29,7 +32,7 @@ _READ_SECONDS = 0.05
 
 
 class CallError(Exception):
-    """The server answered with another status than OK, or could not be reached (UNAVAILABLE).
+    """The server answered with a status other than OK, or could not be reached (UNAVAILABLE).
 
     `lost`: the connection ended while the call was under way. `unsent`: there was no connection to send it over.
     """
@@ -45,7 +48,7 @@ class CallError(Exception):
 class GrpcChannel:
     """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss.
 
-    `tls` is None for a plain connection; its server's certificate has to name the host.
+    `tls` is None for a plain connection. With TLS, the server's certificate must name the host.
     """
 
     def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
@@ -54,7 +57,7 @@ class GrpcChannel:
         if tls is not None:
             tls.set_alpn_protocols(["h2"])
         self._connection: Connection | None = None
-        # And those that finish what they have, after the server asked us to go.
+        # All open connections, including those that only finish their calls after a GOAWAY from the server.
         self._connections: set[Connection] = set()
         self._connecting = asyncio.Lock()
         self._header_blocks: dict[str, bytes] = {}
@@ -62,9 +65,10 @@ class GrpcChannel:
     def begin(
         self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
     ) -> Callable[[], object]:
-        """A call for an ExecuteResponse; `done` hears it serialized, taken apart where it is large, or an error.
+        """Starts a call for an ExecuteResponse and returns a cancel function.
 
-        That is later than this returns. Cancelled by what is returned: the server is told, and `done` hears nothing.
+        Calls `done` after it has returned, with the serialized response (split if it is large) or an error. The cancel
+        function also cancels the call at the server; `done` is then not called.
         """
 
         def ended(answer: Sequence[bytes] | CallError) -> None:
@@ -81,7 +85,7 @@ class GrpcChannel:
     def _begin(
         self, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
     ) -> Callable[[], object]:
-        """`done` hears the serialized response in pieces."""
+        """As `begin`, but `done` gets the serialized response in pieces."""
         connection = self._connection
         if connection is not None and connection.is_open:
             return self._request(connection, method, request, done)
@@ -101,22 +105,8 @@ class GrpcChannel:
         return lambda: begun[-1]()
 
     async def call(self, method: str, request: bytes) -> bytes:
-        """The serialized response. Raises CallError. Cancelled: the server is told."""
-        answered: asyncio.Future[Sequence[bytes] | CallError] = asyncio.get_running_loop().create_future()
-
-        def done(answer: Sequence[bytes] | CallError) -> None:
-            if not answered.done():
-                answered.set_result(answer)
-
-        cancel = self._begin(method, request, done)
-        try:
-            answer = await answered
-        except asyncio.CancelledError:
-            cancel()
-            raise
-        if isinstance(answer, CallError):
-            raise answer
-        return b"".join(answer)
+        """The serialized response. Raises CallError. Cancelled: also cancels the call at the server."""
+        return b"".join(await outcome(lambda done: self._begin(method, request, done)))
 
     def _request(
         self, connection: Connection, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
@@ -129,13 +119,13 @@ class GrpcChannel:
         return partial(connection.cancel, number)
 
     def is_local(self, port: int) -> bool:
-        """Whether the server is on this host, and `port`, which is its own, says that nothing is in between."""
+        """Whether the server is on this host and is reached directly: the connection goes to its own port, `port`."""
         return self._connection is not None and self._connection.is_local(port)
 
     async def ping(self, seconds: float) -> bool:
-        """Whether the server's engine acknowledges an HTTP/2 PING in time; connects where it has to.
+        """Whether the server's engine acknowledges an HTTP/2 PING in time; connects if necessary.
 
-        Engines answer it without Python, so a server that is busy does and one that is stopped does not.
+        Engines answer a PING without Python, so a busy server answers and a stopped one does not.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -148,14 +138,14 @@ class GrpcChannel:
             async with asyncio.timeout(seconds):
                 await acknowledged.wait()
         except TimeoutError:
-            # If this process was blocked itself, the answer may have come and not been read.
+            # If this process itself was blocked, the acknowledgement may have arrived but not been read.
             await asyncio.sleep(_READ_SECONDS)
         finally:
             forget()
         return acknowledged.is_set()
 
     async def close(self) -> None:
-        """Disconnects; what is under way fails."""
+        """Disconnects; calls under way fail."""
         self.drop()
 
     def drop(self) -> None:
@@ -190,7 +180,7 @@ class GrpcChannel:
             self._connection = None
 
     def _headers(self, method: str) -> bytes:
-        """The block of every request for `method`: with no entry for the server's table, it stands for itself."""
+        """The header block of all requests for `method`. It adds nothing to the server's table, so it can be reused."""
         scheme = "http" if self._tls is None else "https"
         headers = [
             (":method", "POST"), (":scheme", scheme), (":path", method), (":authority", self._address),
@@ -199,13 +189,35 @@ class GrpcChannel:
         return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
 
 
+async def outcome(begin: Callable[[Callable[[Result | CallError], None]], Callable[[], object]]) -> Result:
+    """Returns the result of a call. `begin` starts it with the callback for its outcome, and returns what cancels it.
+
+    Raises CallError. Cancelled: also cancels the call.
+    """
+    ended: asyncio.Future[Result | CallError] = asyncio.get_running_loop().create_future()
+
+    def done(outcome: Result | CallError) -> None:
+        if not ended.done():
+            ended.set_result(outcome)
+
+    cancel = begin(done)
+    try:
+        result = await ended
+    except asyncio.CancelledError:
+        cancel()
+        raise
+    if isinstance(result, CallError):
+        raise result
+    return result
+
+
 def code_of(number: int) -> grpc.StatusCode:
-    """UNKNOWN where there is none of this number."""
+    """The status code of a number; UNKNOWN if there is none."""
     return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
 def taken_apart(taking: asyncio.Future[LargeAnswer]) -> LargeAnswer | CallError:
-    """What `take_apart` made of a response, or that it cannot be read."""
+    """The result of `take_apart`, or an error if the response cannot be read."""
     if taking.cancelled():
         return CallError(grpc.StatusCode.UNAVAILABLE, "the router is stopping")
     if error := taking.exception():

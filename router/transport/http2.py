@@ -1,8 +1,8 @@
-"""One HTTP/2 connection, from the client's side: as much of RFC 9113 as unary gRPC calls need.
+"""The client side of one HTTP/2 connection: the part of RFC 9113 that unary gRPC calls need.
 
-A call in grpc.aio costs about 200 us of CPU whatever it carries, and few requests share one where callers are few.
-Here a request is written in one piece, its header block is the same bytes each time, and no thread stands between the
-socket and the event loop: docs/decisions/0018 has the measurement.
+A call in grpc.aio costs about 200 us of CPU regardless of its size, and with few callers few requests share a call.
+Here a request is written in one piece, its header block is the same bytes each time, and no thread is between the
+socket and the event loop. docs/decisions/0018 has the measurement.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -20,15 +20,15 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DEFAULT_WINDOW = 65_535
 _DEFAULT_FRAME = 16_384
 _MAX_WINDOW = 2**31 - 1
-# What a response may hold before we say that there is room again.
+# Bytes received on the connection before a WINDOW_UPDATE is sent.
 _OUR_WINDOW = 1 << 30
 _LARGEST_FRAME_TAKEN = 1 << 20
-# Header blocks that came before; a server has few, and with metadata that differs each time they come to nothing.
+# Maximum number of decoded header blocks kept. A server has few, unless its metadata differs each time.
 _MAX_BLOCKS = 256
 
 
 class Frame(IntEnum):
-    """Types of RFC 9113 6; others are skipped."""
+    """Frame types of RFC 9113, section 6; others are skipped."""
 
     DATA = 0
     HEADERS = 1
@@ -49,18 +49,18 @@ _CANCEL = 8
 
 
 class RequestError(Exception):
-    """A request has no response; the message says why."""
+    """A request got no response; the message gives the reason."""
 
 
 class ConnectionLostError(RequestError):
-    """The connection ended, or the server broke the protocol, with the request under way."""
+    """The connection ended, or the server violated the protocol, while the request was under way."""
 
 
 class Stream:
     """One request and its response: `headers` of the response, trailers included, and `pieces` of the body.
 
-    When it has ended `on_end` is called with it, and `error` says why there is no response; the server's own errors are
-    in `headers`.
+    `on_end` is called with the stream when it has ended. `error` says why there is no response; it is None if there is
+    one. Errors of the server itself are in `headers`.
     """
 
     __slots__ = ("error", "headers", "is_open", "on_end", "pieces", "size", "unsent", "window")
@@ -68,26 +68,26 @@ class Stream:
     def __init__(self, window: int, on_end: Callable[[Stream], None]) -> None:
         self.window = window
         self.on_end = on_end
-        # Whether its headers were sent.
+        # Whether the request's headers were sent.
         self.is_open = False
         self.error: RequestError | None = None
         self.headers: dict[str, str] = {}
-        # They have `size` bytes. A large one is not joined here.
+        # The body, `size` bytes in total. A large body is not joined here.
         self.pieces: list[bytes] = []
         self.size = 0
-        # What the server has no room for yet.
+        # The part of the request's body that flow control does not allow to be sent yet.
         self.unsent = memoryview(b"")
 
 
 class Connection(asyncio.Protocol):
-    """Many requests at once. `on_lost` is called when it is over; `is_open` says whether to begin another request."""
+    """A connection for many concurrent requests. `on_lost` is called when it has ended."""
 
     def __init__(self, on_lost: Callable[[Connection], None]) -> None:
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._streams: dict[int, Stream] = {}
-        # Streams that the server allows at once, those that are open, and requests that wait for one.
+        # Concurrent streams that the server allows, open streams, and requests that wait for a stream.
         self._max_streams = _MAX_WINDOW
         self._open_streams = 0
         self._queued: deque[tuple[int, bytes, bytes]] = deque()
@@ -101,24 +101,24 @@ class Connection(asyncio.Protocol):
         self._block = bytearray()
         self._block_flags = 0
         self._leaving = False
-        # What to call when a ping is acknowledged, by its number.
+        # Callbacks for the acknowledgement of pings, by number.
         self._pings: dict[int, Callable[[], None]] = {}
         self._next_ping = 0
 
     @property
     def is_open(self) -> bool:
-        """Whether a request may be begun here."""
+        """Whether another request may be started on this connection."""
         return self._transport is not None and not self._leaving and self._next_id < _MAX_WINDOW
 
     def is_local(self, port: int) -> bool:
-        """Whether it goes to this port of our own host, and not to a proxy: the other end has the address we have."""
+        """Whether the peer is `port` on this host, not a proxy: both ends of the connection have the same address."""
         if self._transport is None:
             return False
         ours, theirs = (self._transport.get_extra_info(name) for name in ("sockname", "peername"))
         return isinstance(ours, tuple) and isinstance(theirs, tuple) and theirs[:2] == (ours[0], port)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Says hello: no table for headers, so that each block stands for itself; no push; room for any response."""
+        """Sends preface and settings: no header table, so that each block is self-contained; no push; full windows."""
         self._transport = made = cast("asyncio.Transport", transport)
         settings = (
             (_HEADER_TABLE_SIZE, 0),
@@ -131,13 +131,13 @@ class Connection(asyncio.Protocol):
         made.write(PREFACE + _frame(Frame.SETTINGS, 0, 0, payload) + _frame(Frame.WINDOW_UPDATE, 0, 0, room))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """All that is under way fails."""
+        """Fails all requests under way."""
         self._transport = None
         self._fail_all(f"the connection ended: {error}" if error else "the connection ended")
         self._on_lost(self)
 
     def request(self, headers: bytes, body: bytes, on_end: Callable[[Stream], None]) -> int:
-        """Begins a request with an encoded header block; its number, for `cancel`. `on_end` hears what it became."""
+        """Starts a request with an encoded header block. Returns its number, for `cancel`; `on_end` gets the stream."""
         assert self._transport is not None
         number = self._next_id
         self._next_id += 2
@@ -169,13 +169,13 @@ class Connection(asyncio.Protocol):
                 self._open(number, headers, body)
 
     def cancel(self, number: int) -> None:
-        """Nobody waits for it any more: the server is told, and nobody else."""
+        """Cancels a request: resets its stream at the server. `on_end` is not called."""
         stream = self._remove(number)
         if stream is not None and stream.is_open:
             self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
 
     def ping(self, acknowledged: Callable[[], None]) -> Callable[[], object]:
-        """Asks the server's engine for a sign of life; what stops waiting for it."""
+        """Sends a PING and calls `acknowledged` on its acknowledgement. Returns a function that stops the wait."""
         number = self._next_ping
         self._next_ping += 1
         self._pings[number] = acknowledged
@@ -183,13 +183,13 @@ class Connection(asyncio.Protocol):
         return lambda: self._pings.pop(number, None)
 
     def close(self) -> None:
-        """Ends the connection with all that is under way, also where the other end reads no more."""
+        """Aborts the connection and all requests under way, even if the peer no longer reads."""
         self._leaving = True
         if self._transport is not None:
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Takes the frames that are whole."""
+        """Handles all complete frames."""
         received = self._received
         received += data
         position = 0
@@ -276,7 +276,7 @@ class Connection(asyncio.Protocol):
         headers = self._blocks.get(block)
         if headers is None:
             headers = {_text(name): _text(value) for name, value in self._decoder.decode(block, raw=True)}
-            # A block stands for itself only while the server keeps nothing in its table.
+            # A block can be reused only while the server's header table is empty.
             if not self._decoder.header_table.dynamic_entries:
                 if len(self._blocks) >= _MAX_BLOCKS:
                     self._blocks.clear()
@@ -306,7 +306,7 @@ class Connection(asyncio.Protocol):
             self._send(number, stream)
 
     def _take_goaway(self, payload: bytes) -> None:
-        """What the server has taken it finishes; the rest it has not seen, so it may be sent elsewhere."""
+        """Fails the requests that the server has not seen, so they may be sent elsewhere. It finishes the others."""
         self._leaving = True
         last = struct.unpack_from(">I", payload)[0] & _MAX_WINDOW
         for number in [number for number in self._streams if number > last]:
@@ -318,7 +318,7 @@ class Connection(asyncio.Protocol):
             self._send(number, stream)
 
     def _send(self, number: int, stream: Stream) -> None:
-        """As much of the body as the server has room for."""
+        """Sends as much of the body as flow control allows."""
         while stream.unsent:
             size = min(self._window, stream.window, self._frame_size, len(stream.unsent))
             if size <= 0:
@@ -331,7 +331,7 @@ class Connection(asyncio.Protocol):
     def _end(self, number: int) -> None:
         stream = self._remove(number)
         assert stream is not None
-        if stream.unsent:  # the server has answered without reading it all
+        if stream.unsent:  # the server has answered without reading the whole body
             self._write(_frame(Frame.RST_STREAM, 0, number, struct.pack(">I", _CANCEL)))
         stream.on_end(stream)
         self._close_if_done()
@@ -344,7 +344,7 @@ class Connection(asyncio.Protocol):
         self._close_if_done()
 
     def _remove(self, number: int) -> Stream | None:
-        """Makes room for a request that waits."""
+        """Removes a stream; a waiting request may then start."""
         stream = self._streams.pop(number, None)
         if stream is not None and stream.is_open:
             self._open_streams -= 1

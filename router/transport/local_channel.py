@@ -1,4 +1,4 @@
-"""Envelopes to a worker of this host, over connections to the Unix socket that it names."""
+"""Sends envelopes to a worker on this host, over the Unix socket that the worker names."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -10,7 +10,7 @@ from router.transport.local_connection import LocalConnection
 
 
 class LocalChannel:
-    """Has no connection until it is told of a socket, and while it connects again after a loss."""
+    """Keeps a connection to the socket. There is none before `use`, and none while it reconnects after a loss."""
 
     def __init__(self) -> None:
         self._path = ""
@@ -19,25 +19,25 @@ class LocalChannel:
         self._closed = False
 
     def connection(self) -> LocalConnection | None:
-        """Where an envelope may be sent now."""
+        """The open connection, if any. Starts to reconnect if it was lost."""
         if self._connection is not None and not self._connection.is_open:
             self._connection = None
             self._connect(self._path)
         return self._connection
 
     async def use(self, path: str) -> None:
-        """Connects to the socket there, if it can and is not connected."""
+        """Connects to the socket at `path`, if it is not connected. A failure is ignored."""
         if not self._closed and (self._connection is None or not self._connection.is_open):
             await asyncio.wait([self._connect(path)])
 
     def drop(self) -> None:
-        """Ends the connection with all that is under way, until there is word of a socket again."""
+        """Closes the connection; envelopes under way fail. The next `use` connects again."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
     def close(self) -> None:
-        """As `drop`, for good."""
+        """As `drop`, but permanently."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()

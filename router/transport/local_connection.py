@@ -1,4 +1,4 @@
-"""The way to a worker of this host, over the Unix socket at which it takes envelopes: services/runtime/frames.py."""
+"""A connection to the Unix socket at which a local worker takes envelopes. Format: services/runtime/frames.py."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -16,30 +16,31 @@ from services.runtime.large_result import LargeAnswer, take_apart
 
 log = logging.getLogger(__name__)
 
-# A call has a number of 32 bits.
+# Call numbers have 32 bits.
 _MAX_NUMBER = 2**32 - 1
 
 
 class LocalConnection(Frames):
-    """Many envelopes at once; `is_open` says whether to begin another."""
+    """A connection for many concurrent envelopes."""
 
     def __init__(self) -> None:
         super().__init__(_MAX_NUMBER)
         self._under_way: dict[int, Callable[[bytes | LargeAnswer | CallError], None]] = {}
-        # What has come of large answers.
+        # The parts of large answers received so far.
         self._parts: dict[int, list[bytes]] = {}
         self._next = 0
         self._leaving = False
 
     @property
     def is_open(self) -> bool:
-        """Whether an envelope may be sent here."""
+        """Whether another envelope may be sent on this connection."""
         return self.transport is not None and not self._leaving
 
     def begin(self, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]) -> Callable[[], object]:
-        """Sends it; `done` hears the serialized response, taken apart where it is large, or why there is none.
+        """Sends an envelope and returns a cancel function.
 
-        That is later than this returns. Cancelled by what is returned: the worker is told, and `done` hears nothing.
+        Calls `done` after it has returned, with the serialized response (split if it is large) or an error. The cancel
+        function also informs the worker; `done` is then not called.
         """
         number = self._next
         self._next += 1
@@ -50,13 +51,13 @@ class LocalConnection(Frames):
         return partial(self._cancel, number)
 
     def close(self) -> None:
-        """Ends the connection with all that is under way."""
+        """Aborts the connection; envelopes under way fail."""
         self._leaving = True
         if self.transport is not None:
             self.transport.abort()
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
-        """From Frames."""
+        """Handles a frame from the worker."""
         if kind == PART:
             if number in self._under_way:  # else it was cancelled
                 self._parts.setdefault(number, []).append(payload)
@@ -75,7 +76,7 @@ class LocalConnection(Frames):
             raise FrameError(f"the worker broke the protocol with a frame of kind {kind}")
 
     def ended(self, why: str) -> None:
-        """From Frames."""
+        """Fails all envelopes under way: the connection has ended."""
         self._leaving = True
         under_way, self._under_way = self._under_way, {}
         self._parts.clear()

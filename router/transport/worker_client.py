@@ -1,12 +1,12 @@
 """The client of one worker: it sends requests in envelopes, over gRPC or a local socket, and owns the link's state.
 
-While DEPTH envelopes for a model are under way, the requests that arrive for that model gather and leave as the next
-envelope. So an idle link adds no wait, and a busy one pays for one call per envelope. Each model has a queue of its
-own, so that a slow model holds up no other; at most MAX_ENVELOPES are under way on a link.
+While DEPTH envelopes for a model are under way, new requests for that model gather and leave as the next envelope. So
+an idle link adds no wait, and a busy link makes one call per envelope. Each model has its own queue, so a slow model
+does not delay others. At most MAX_ENVELOPES are under way on a link.
 
-Keepalive: the fleet polls `describe`, and `is_alive` sends an HTTP/2 PING where an answer is due. A worker that stops
-answering, or whose connection is lost, closes the link: all its requests end at once with an error that lets them go
-to another worker, and nothing more is sent until the worker describes itself again.
+Keepalive: the fleet polls `describe`, and `is_alive` sends an HTTP/2 PING if an answer is due. The link closes if the
+worker stops answering or the connection is lost. All its requests then end with an error that allows a retry at another
+worker, and nothing is sent until the worker describes itself again.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -34,17 +34,17 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
-# One envelope at work on the worker, one on the way: it never waits for us.
+# Envelopes per model: one that the worker runs and one on its way, so the worker never waits for the router.
 DEPTH = 2
 MAX_ITEMS = 64
-# gRPC servers and proxies allow at least 100 streams of a connection.
+# gRPC servers and proxies allow at least 100 streams per connection.
 MAX_ENVELOPES = 96
-# Of a model whose requests have an envelope each; the rest is for others.
+# Envelopes of a model whose requests each have their own envelope; the others are left for other models.
 DEPTH_ALONE = 48
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
-# A worker that owes an answer and is not heard for _SILENT_SECONDS is pinged, twice at most, for the first may time out
-# where our own loop was held up. With the fleet's tick, a worker that has stopped is given up within 2 s.
+# If an answer is due and nothing was received for _SILENT_SECONDS, the worker is pinged, at most twice: the first ping
+# may time out because the router's loop was blocked. With the fleet's tick, a stopped worker is given up within 2 s.
 _SILENT_SECONDS = 0.5
 _PING_SECONDS = 0.5
 
@@ -54,30 +54,30 @@ _DESCRIBE = "/ringmesh.inference.v1.InferenceWorkerService/Describe"
 
 
 class WorkerUnreachableError(Exception):
-    """The transport to a worker failed, or it is leaving: another may answer. The message says how."""
+    """The transport to a worker failed, or the worker is leaving: another may answer. The message has details."""
 
 
 class WorkerBusyError(WorkerUnreachableError):
-    """It does not answer in time, but its engine does: it is alive and has something else to do."""
+    """The worker does not answer in time, but its engine answers a ping: it is alive but busy."""
 
 
 class LinkClosedError(WorkerUnreachableError):
-    """The link was closed with the request under way: the worker has stopped answering."""
+    """The link was closed while the request was under way: the worker stopped answering."""
 
 
 class WorkerLostError(LinkClosedError):
-    """It was lost with the request under way, which may be what ended it."""
+    """The worker was lost while the request was under way; the request may be the cause."""
 
 
 class NotSentError(LinkClosedError):
-    """The link was closed, and the request had not left."""
+    """The link was closed before the request was sent."""
 
 
 class Work:
-    """One request on its way. `deadline` is in time.monotonic.
+    """One request to send. `deadline` in time.monotonic.
 
-    An envelope is answered when all in it are. `is_alone`: it leaves in an envelope of its own, since its answer may
-    come before those of others that are sent with it.
+    An envelope is answered when all its requests are. `is_alone`: the request gets its own envelope, because its answer
+    may come earlier than those of requests sent with it.
     """
 
     __slots__ = ("deadline", "is_alone", "request", "request_hash", "traceparent")
@@ -98,26 +98,26 @@ class Work:
         self.is_alone = is_alone
 
 
-# A RingmeshError is of our own making: its time was up, or it could not be sent.
+# A RingmeshError comes from the router itself: the deadline passed, or the request could not be sent.
 Outcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
 
 
 class Sent:
-    """A request given to a link, until `done` has heard what became of it."""
+    """A request given to a link. `done` is called with its outcome, and is None after that or after a withdrawal."""
 
     __slots__ = ("done", "left", "work")
 
     def __init__(self, work: Work, done: Callable[[Outcome], None]) -> None:
         self.work = work
         self.done: Callable[[Outcome], None] | None = done
-        # In an envelope.
+        # Whether it left in an envelope.
         self.left = False
 
 
 class WorkerClient:
     """A link to the worker at `address`, with a queue for each model.
 
-    On our own host envelopes go over the worker's Unix socket while there is one.
+    If the worker is on this host, envelopes go over its Unix socket while that is connected.
     """
 
     def __init__(self, address: str, load: WorkerLoad, channels: Channels = NETWORK) -> None:
@@ -130,21 +130,21 @@ class WorkerClient:
         self._queues: dict[bytes, _ModelQueue] = {}
         # Queues that wait until fewer than MAX_ENVELOPES are under way.
         self._blocked: deque[_ModelQueue] = deque()
-        # What cancels each envelope under way.
+        # The cancel function of each envelope under way.
         self._envelopes: dict[_Envelope, Callable[[], object]] = {}
         self._telling: set[asyncio.Task[None]] = set()
-        # Trace contexts of what was sent and nobody waits for any more.
+        # Trace contexts of requests that were sent and then withdrawn, to be reported to the worker.
         self._unwanted: list[str] = []
         # Why nothing is sent; "" while the link is open.
         self._closed = ""
-        # When the worker was last heard, or an envelope left that it may answer.
+        # Time of the last answer or ping, or when an envelope left an idle link.
         self._heard = 0.0
         self._is_pinging = False
-        # Requests that a closed link gives back, and what each is told.
+        # Requests that a closed link gives back, each with its error.
         self._leaving: deque[tuple[Sent, WorkerUnreachableError]] = deque()
 
     def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
-        """Runs it there; `done` hears the worker's result, success or failure, or why there is none."""
+        """Runs a request on the worker. Calls `done` with the worker's result (success or failure) or an error."""
         sent = Sent(work, done)
         self._load.sent()
         if self._closed:
@@ -155,28 +155,27 @@ class WorkerClient:
             queue = self._queues[model_digest] = _ModelQueue()
         queue.waiting.append(sent)
         if not queue.sending:
-            # After all that this turn of the loop brings: what callers sent together leaves together.
+            # Sends at the end of this turn of the loop, so that requests that arrive together leave together.
             queue.sending = True
             asyncio.get_running_loop().call_soon(self._send, queue)
         return sent
 
     def withdraw(self, sent: Sent) -> None:
-        """Nobody waits for it any more: what the worker has not begun by now, it does not run."""
+        """Withdraws a request: `done` is not called, and the worker does not run it if it has not started."""
         if sent.done is None:
             return
         sent.done = None
         self._load.ended()
         if sent.left:
             if not self._unwanted:
-                # Of many that are withdrawn together, one call tells.
+                # One call reports all requests that are withdrawn together.
                 asyncio.get_running_loop().call_soon(self._tell_unwanted)
             self._unwanted.append(sent.work.traceparent)
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
-        """What the worker holds, without models where that is `known_version`; it is known within `seconds`.
+        """The worker's description, without models if they are still `known_version`. Takes at most `seconds`.
 
-        An answer opens the link. Raises WorkerBusyError where the worker only shows that it is alive, else
-        WorkerUnreachableError.
+        An answer opens the link. Raises WorkerBusyError if the worker only answers a ping, else WorkerUnreachableError.
         """
         request = inference_pb2.DescribeRequest(known_version=known_version).SerializeToString()
         try:
@@ -194,7 +193,7 @@ class WorkerClient:
             raise WorkerUnreachableError("it does not answer as a worker does") from None
 
     async def call(self, method: str, request: bytes, seconds: float) -> bytes:
-        """One call of another method. Raises the worker's own error, or WorkerUnreachableError."""
+        """Calls another method. Raises the worker's own error, or WorkerUnreachableError."""
         try:
             return await self._timed(method, request, seconds)
         except CallError as error:
@@ -211,7 +210,7 @@ class WorkerClient:
 
     @property
     def is_silent(self) -> bool:
-        """Whether an answer is due and nothing was heard for so long that `is_alive` should be asked."""
+        """Whether an answer is due and nothing was received for _SILENT_SECONDS; `is_alive` should then be called."""
         return bool(self._envelopes) and not self._is_pinging and time.monotonic() - self._heard > _SILENT_SECONDS
 
     async def is_alive(self) -> bool:
@@ -234,7 +233,7 @@ class WorkerClient:
         self._under_way = 0
         for cancel in envelopes.values():
             cancel()
-        # What the worker has not read so far it would read for nobody.
+        # Disconnects, so that the worker does not read the unread rest.
         self._local.drop()
         self._channel.drop()
         for envelope in envelopes:
@@ -252,7 +251,7 @@ class WorkerClient:
         self._leaving.extend([(sent, error) for sent in requests])
 
     def _end_leaving(self) -> None:
-        """At most MAX_ITEMS in each turn of the loop, so that a long queue does not block it."""
+        """Ends at most MAX_ITEMS requests in each turn of the loop, so that a long queue does not block it."""
         for _ in range(min(MAX_ITEMS, len(self._leaving))):
             self._end(*self._leaving.popleft())
         if self._leaving:
@@ -264,7 +263,7 @@ class WorkerClient:
             del self._queues[digest]
 
     async def close(self) -> None:
-        """Ends what is under way and disconnects."""
+        """Ends the requests under way and disconnects."""
         self._close(LinkClosedError("this router has closed the link"))
         self._local.close()
         await self._channel.close()
@@ -277,7 +276,7 @@ class WorkerClient:
         telling.add_done_callback(self._telling.discard)
 
     async def _tell(self, withdraw: bytes) -> None:
-        with suppress(CallError):  # then it runs in vain
+        with suppress(CallError):  # if this fails, the worker runs the withdrawn requests in vain
             await self._timed(_WITHDRAW, withdraw, _WITHDRAW_SECONDS)
 
     def _send(self, queue: _ModelQueue) -> None:
@@ -312,7 +311,7 @@ class WorkerClient:
         return self._channel.begin(_EXECUTE, request, answered)
 
     def _next_envelope(self, queue: _ModelQueue) -> list[Sent]:
-        """What leaves now: one item, then as many as fit; without those whose caller has gone or is late."""
+        """The items of the next envelope: one, then as many as fit. Drops requests that are withdrawn or late."""
         items: list[Sent] = []
         size = 0
         now = time.monotonic()
@@ -338,7 +337,7 @@ class WorkerClient:
             return
         self._heard = time.monotonic()
         if isinstance(answer, CallError) and answer.lost:
-            # All that is under way may be what ended it.
+            # Any request under way may be the cause.
             self._close(WorkerLostError(str(answer)))
             return
         if isinstance(answer, CallError) and answer.unsent:
@@ -349,7 +348,7 @@ class WorkerClient:
         queue.under_way -= 1
         self._under_way -= len(items)
         outcomes = self._outcomes(answer, len(items))
-        # Before they are told: the next one is on its way while they are.
+        # Sends the next envelope before it reports these outcomes.
         self._send(queue)
         while self._blocked and len(self._envelopes) < MAX_ENVELOPES:
             blocked = self._blocked.popleft()
@@ -380,12 +379,12 @@ class WorkerClient:
         try:
             done(outcome)
         except Exception as error:
-            # The others of its envelope have answers too.
+            # An error in `done` must not affect the other requests of the envelope.
             internal(log, "what became of a request could not be told", error)
 
 
 class _ModelQueue:
-    """What waits for one model on one worker."""
+    """The queue of requests for one model on one worker."""
 
     __slots__ = ("blocked", "sending", "under_way", "waiting")
 
@@ -393,7 +392,7 @@ class _ModelQueue:
         self.waiting: deque[Sent] = deque()
         self.under_way = 0
         self.sending = False
-        # In `_blocked` of its link.
+        # Whether the queue is in `_blocked` of its link.
         self.blocked = False
 
     @property
@@ -402,7 +401,7 @@ class _ModelQueue:
 
 
 class _Envelope:
-    """Requests that leave together."""
+    """Requests that are sent together."""
 
     __slots__ = ("items", "queue")
 

@@ -1,4 +1,4 @@
-"""What one worker has to do, as this router knows: its own requests exactly, those of others as last reported."""
+"""The load of one worker: this router's requests are counted exactly, those of other routers as last reported."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -6,7 +6,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 
 class LoadSum:
-    """Requests outstanding at several workers together."""
+    """The total of requests outstanding at several workers."""
 
     __slots__ = ("load",)
 
@@ -15,39 +15,39 @@ class LoadSum:
 
 
 class WorkerLoad:
-    """Requests outstanding at one worker; counted in the sums that it is part of as well."""
+    """The requests outstanding at one worker. Changes are also added to `sums`."""
 
     __slots__ = ("_others", "in_flight", "interval_us", "outstanding", "reports", "sums", "version")
 
     def __init__(self) -> None:
-        # Sent from here and not answered.
+        # Requests of this router that are not answered yet.
         self.in_flight = 0
         self.outstanding = 0
-        # Mean time between its answers while it has work.
+        # Mean time between the worker's answers while it has work.
         self.interval_us = 0.0
         self.sums: tuple[LoadSum, ...] = ()
-        # How many reports came, and the last one's version of what it holds.
+        # The number of reports received, and the description version in the last one.
         self.reports = 0
         self.version = 0
         self._others = 0
 
     @property
     def wait_us(self) -> float:
-        """What a request sent now would wait."""
+        """The estimated wait of a request sent now."""
         return self.interval_us * self.outstanding
 
     def sent(self) -> None:
-        """A request is on its way."""
+        """Counts a request as sent."""
         self.in_flight += 1
         self._add(1)
 
     def ended(self) -> None:
-        """It was answered, or given up."""
+        """Counts a request as answered or given up."""
         self.in_flight -= 1
         self._add(-1)
 
     def reported(self, report: inference_pb2.LoadReport, own: int) -> None:
-        """The worker's own count, of which `own` were from here."""
+        """Applies a load report of the worker; `own` of its requests are this router's."""
         others = max(0, report.requests - own)
         self._add(others - self._others)
         self._others = others

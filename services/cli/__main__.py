@@ -1,4 +1,4 @@
-"""`python -m services.cli`: the command `ringmesh` where no script is installed."""
+"""`python -m services.cli`: the command `ringmesh` without an installed script."""
 
 from services.cli.main import app
 

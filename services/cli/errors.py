@@ -1,7 +1,7 @@
-"""What the command says when it cannot go on."""
+"""The error with which a command ends."""
 
 from __future__ import annotations
 
 
 class CommandError(Exception):
-    """The command ends with exit code 2; the message is the one line that says why, and what to do."""
+    """Ends the command with exit code 2. The message is one line that gives the reason and the remedy."""

@@ -1,4 +1,4 @@
-"""The command `ringmesh`: reads what it was told, builds the parts, runs them."""
+"""The command `ringmesh`: parses the arguments, and creates and runs the parts of each subcommand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from services.cli.errors import CommandError
 
-# What is imported only inside a command is slow to import: `--help` shall not wait for it.
+# Slow imports are inside the commands, so that `--help` does not wait for them.
 
 app = typer.Typer(
     name="ringmesh",
@@ -34,7 +34,7 @@ app.add_typer(budgets_app, name="budgets")
 
 
 class Engine(StrEnum):
-    """As `services.runtime.server.Engine`, whose import takes long."""
+    """A copy of `services.runtime.server.Engine`, whose import is slow."""
 
     NATIVE = "native"
     GRPCIO = "grpcio"
@@ -181,7 +181,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
 
         set_title("demo", options.router)
         code = asyncio.run(supervise(Stack(options, screen), work, interrupted=130))
-        shutil.rmtree(scratch)  # not after an error, whose message names a log in it
+        shutil.rmtree(scratch)  # kept after an error, because the message refers to a log in it
         sys.exit(code)
 
 
@@ -318,7 +318,7 @@ def purge(
         request = cache_service.purge_request(
             everything=everything, model=model, tenant=tenant, key=key, even_if_unknown=even_if_unknown
         )
-        # The router knows which models there are.
+        # Sent to a router, which knows the models.
         done = cache_service.purge(address or running.find(state).router, request)
         _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
         if done.warning:
@@ -558,7 +558,7 @@ def delete_budget(
 
 
 def _console() -> Console:
-    """Wide where nobody looks at it: a file or a pipe has no edge to wrap at."""
+    """Returns a console. A file or a pipe gets a fixed width of 160, because it has no terminal width to wrap at."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
@@ -578,6 +578,6 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _names(models: str) -> list[str]:
-    """The models of a folder; [] for a URL: only the workers know what is there."""
+    """Returns the models in a folder; [] for a URL, whose contents only the workers know."""
     found = Path(models).iterdir() if "://" not in models else ()
     return sorted(path.name for path in found if not path.name.startswith("."))

@@ -1,1 +1,1 @@
-"""The console: what the fleet does, in a browser."""
+"""The console: shows the state of the fleet in a browser."""

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> Starlette:
-    """`hosts`: the names that it answers to beside addresses and localhost. `stopping` ends what is live."""
+    """Creates the application. `hosts` are accepted besides IP addresses and localhost. `stopping` ends all streams."""
     pages = Pages(stopping, sources.unheard)
 
     async def refused(request: Request, error: Exception) -> Response:

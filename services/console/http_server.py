@@ -1,4 +1,4 @@
-"""The HTTP side of the console, on the process's own event loop."""
+"""The console's HTTP server, on the event loop of the process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from starlette.types import ASGIApp
 
 from services.runtime.rpc.server import StartError
 
-# How long a client may leave what it was sent unread before its connection is closed.
+# A connection is closed if its client leaves data unread for this long.
 _UNREAD_SECONDS = 30
 
 
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the process's business."""
+        """Installs no signal handlers, because the process has its own."""
         yield
 
 
@@ -33,12 +33,12 @@ class HttpServer:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Raises StartError where the address is taken or not ours."""
+        """Starts serving. Raises StartError if the address is in use or not local."""
         host, _, port = self._address.rpartition(":")
         host = host.strip("[]")
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections take it over.
+        # Accepted connections inherit this option.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
         try:
             listener.bind((host, int(port)))
@@ -48,7 +48,7 @@ class HttpServer:
         self._task = asyncio.create_task(self._server.serve([listener]))
 
     async def stop(self, grace: float) -> None:
-        """Turns away new requests and waits up to `grace` seconds for those under way."""
+        """Refuses new requests and waits up to `grace` seconds for requests in progress."""
         if self._task is None:
             return
         self._server.should_exit = True

@@ -1,4 +1,4 @@
-"""The console as a process: receive spans, read metrics, watch the fleet, serve pages; drain."""
+"""The console process: receives spans, scrapes metrics, polls the fleet, serves pages, and drains."""
 
 from __future__ import annotations
 

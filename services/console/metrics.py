@@ -1,4 +1,4 @@
-"""What the console holds, as metrics."""
+"""Metrics of the console's trace store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ConsoleMetrics:
         self._store = store
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Yields the samples, for `Metrics.add`."""
         yield Sample(TRACES, (), len(self._store))
         yield Sample(TRACE_BYTES, (), self._store.bytes)
         yield Sample(SPANS, ("received",), self._store.received_spans)

@@ -1,4 +1,4 @@
-"""What every answer of the console obeys: who may ask by which name, who may change things, what a page may load."""
+"""Security of all console pages: accepted host names, cross-site protection, and content security headers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HEADERS = {
 
 
 class Guard:
-    """Answers to IP addresses, localhost and `hosts` only, and takes POSTs from its own pages only.
+    """Accepts only the host names localhost, IP addresses and `hosts`, and POSTs only from the console's own pages.
 
-    The first defeats DNS rebinding, the second cross-site requests; both matter since there is no login.
+    The first rule prevents DNS rebinding, the second cross-site requests. Both are necessary because there is no login.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class Guard:
         self._hosts = frozenset({"localhost", *(host.lower() for host in hosts)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Implements ASGI."""
         if scope["type"] != "http":
             return
         refusal = self._refusal(scope["method"], Headers(scope=scope))

@@ -13,7 +13,7 @@ Addresses: TypeAlias = str | tuple[str, ...] | dict[str, str]
 
 
 class ConsoleSettings(ServiceSettings):
-    """What the console can be told."""
+    """Settings of the console process."""
 
     section: ClassVar[str] = "console"
     address: str = Field("127.0.0.1:8013", description="host:port to take spans on, by OTLP/gRPC")

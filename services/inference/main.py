@@ -77,7 +77,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         max_unread_bytes=settings.max_unread_bytes,
         calls=calls,
     )
-    local = EnvelopeSocket(settings.socket_dir, envelopes, settings.max_message_bytes, calls.counter(EXECUTE))
+    local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
     metrics.add(WorkerMetrics(worker).samples)
@@ -108,7 +108,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     if polling is not None:
         polling.cancel()
     worker.accepting = False
-    # First it leaves the ring, then it finishes what it has.
+    # The worker leaves the ring first, then finishes the requests that it has accepted.
     if announcer is not None:
         await announcer.close()
     await asyncio.gather(server.stop(settings.drain_seconds), local.stop(settings.drain_seconds))
@@ -122,7 +122,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
 
 
 def _journal(settings: WorkerSettings) -> CrashJournal | None:
-    """By the address: it is the same at the next start, and another worker's is another."""
+    """The journal for this address, which outlasts restarts and is unique to a worker; None if it cannot be opened."""
     path = settings.state_dir / "crashes" / quote(settings.address, safe=":")
     try:
         return CrashJournal(path)
@@ -132,7 +132,7 @@ def _journal(settings: WorkerSettings) -> CrashJournal | None:
 
 
 def _decisions(settings: WorkerSettings) -> Decisions | None:
-    """By the address, as the journal."""
+    """The decisions stored for this address; None if the folder cannot be used."""
     path = settings.state_dir / "decisions" / quote(settings.address, safe=":")
     try:
         return Decisions(path, settings.decisions_bytes)
@@ -144,7 +144,7 @@ def _decisions(settings: WorkerSettings) -> Decisions | None:
 async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
-        # CUDA and cuDNN from pip, where they were installed with the extra `gpu`.
+        # Loads CUDA and cuDNN from pip packages if the extra `gpu` installed them.
         onnxruntime.preload_dlls()
     threads = settings.threads or cores.available()
 

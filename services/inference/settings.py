@@ -17,7 +17,7 @@ from services.runtime.rpc.server import StartError
 
 
 class WorkerSettings(ServiceSettings):
-    """What a worker can be told."""
+    """The settings of a worker."""
 
     section: ClassVar[str] = "worker"
     address: str = Field("127.0.0.1:8100", description="host:port to serve gRPC on; port 0 takes a free one")
@@ -71,13 +71,14 @@ class WorkerSettings(ServiceSettings):
         return models
 
     def model_source(self) -> ModelSource:
-        """Where models come from. Raises RepositoryError."""
+        """The model repository. Raises RepositoryError."""
         if "://" in self.models:
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
 
     def create_discovery(self) -> AnyRedis | None:
-        """Where to announce itself, if anywhere. Raises StartError where that is not a URL, or nobody could come."""
+        """The Redis to announce this worker in, if any. Raises StartError if its URL is invalid or `address` is a
+        wildcard without `advertise`."""
         if self.discovery_url is None:
             return None
         if self.advertise is None and self.address.rpartition(":")[0] in ("0.0.0.0", "[::]", "*"):  # noqa: S104
@@ -87,5 +88,5 @@ class WorkerSettings(ServiceSettings):
         return connect(self.discovery_url)
 
     def advertised(self, port: int) -> str:
-        """Where routers reach it when it serves on `port`."""
+        """The address at which routers reach this worker if it serves on `port`."""
         return self.advertise or f"{self.address.rpartition(':')[0]}:{port}"

@@ -1,1 +1,1 @@
-"""What every service needs to be one: settings, server, errors, telemetry, shutdown."""
+"""Code that every service shares: settings, server, errors, telemetry, shutdown."""

@@ -1,7 +1,7 @@
-"""What a coroutine waits for, completed by a callback: without a future, and where it has a driver, without a task.
+"""An awaitable that a callback completes, without an asyncio future. A driven coroutine needs no task to await it.
 
-A driver of its own gets it from `coroutine.send(None)`, and says with `set_callback` what goes on with the coroutine;
-that is called at once, within `complete`. For asyncio (tasks, gather, shield, wait) it stands in for a future.
+A driver receives the completion from `coroutine.send(None)` and registers with `set_callback` how to resume the
+coroutine; `complete` calls that callback inline. For asyncio (tasks, gather, shield, wait) it stands in for a future.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 
 
 class Completion(Generic[Result]):
-    """Completed once, for one waiter. Where that was cancelled, what comes is dropped."""
+    """Completed once, for one waiter. If the waiter was cancelled, a later result is dropped."""
 
-    # The name by which asyncio knows a future.
+    # asyncio recognizes a future by the attribute `_asyncio_future_blocking`.
     __slots__ = ("_asyncio_future_blocking", "_callback", "_is_cancelled", "_is_done", "_result", "_waiter")
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class Completion(Generic[Result]):
         self._is_cancelled = False
         self._result: Result | None = None
         self._callback: Callable[[object], object] | None = None
-        # Of asyncio, with the context it is to run in.
+        # asyncio's callback, and the context to run it in.
         self._waiter: tuple[Callable[[Any], object], Context | None] | None = None
         self._asyncio_future_blocking = False
 
     def complete(self, result: Result) -> None:
-        """Nothing where it is done."""
+        """Sets the result and wakes the waiter; does nothing if it is done already."""
         if not self._is_done:
             self._is_done = True
             self._result = result
@@ -41,54 +41,54 @@ class Completion(Generic[Result]):
                 self._wake()
 
     def set_callback(self, callback: Callable[[object], object]) -> None:
-        """For a driver without a task: called with this. It must not be done."""
+        """For a driver without a task: `callback` is called with this completion, which must not be done yet."""
         self._callback = callback
 
     def __await__(self) -> Generator[Any, None, Result]:
-        """The result. Raises CancelledError where the task was cancelled."""
+        """Returns the result. Raises CancelledError if the task was cancelled."""
         if not self._is_done:
             self._asyncio_future_blocking = True
             yield self
         return self.result()
 
     def done(self) -> bool:
-        """Whether it is completed or cancelled. This and what follows is as of asyncio.Future."""
+        """Whether it is completed or cancelled. This method and those below behave like asyncio.Future's."""
         return self._is_done
 
     def cancelled(self) -> bool:
-        """Whether its waiter was."""
+        """Whether its waiter was cancelled."""
         return self._is_cancelled
 
     def result(self) -> Result:
-        """Raises CancelledError where it was cancelled. It must be done."""
+        """Returns the result; it must be done. Raises CancelledError if it was cancelled."""
         if self._is_cancelled:
             raise asyncio.CancelledError
         return self._result  # type: ignore[return-value]
 
     def exception(self) -> BaseException | None:
-        """None: failures are results here. Raises CancelledError where it was cancelled."""
+        """Always None: a failure is passed as a result. Raises CancelledError if it was cancelled."""
         self.result()
         return None
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """The one that runs."""
+        """Returns the running event loop."""
         return asyncio.get_running_loop()
 
     def add_done_callback(self, waiter: Callable[[Any], object], *, context: Context | None = None) -> None:
-        """Called soon after it is done. One at a time."""
+        """Registers `waiter`, to be called soon after this is done. There can be one at a time."""
         self._waiter = (waiter, context)
         if self._is_done:
             self._wake()
 
     def remove_done_callback(self, waiter: Callable[[Any], object]) -> int:
-        """How many there were."""
+        """Returns the number of callbacks removed."""
         if self._waiter is None or self._waiter[0] != waiter:
             return 0
         self._waiter = None
         return 1
 
     def cancel(self, msg: object = None) -> bool:
-        """Whether it had not been done."""
+        """Cancels it; returns False if it was done already."""
         if self._is_done:
             return False
         self._is_done = self._is_cancelled = True
@@ -100,5 +100,5 @@ class Completion(Generic[Result]):
         assert self._waiter is not None
         waiter, context = self._waiter
         self._waiter = None
-        # Not at once: another task may be running now.
+        # Not inline: another task may be running now.
         asyncio.get_running_loop().call_soon(waiter, self, context=context)

@@ -1,7 +1,7 @@
 """Runs coroutines without asyncio tasks: on the thread that starts them, and later from callbacks of the event loop.
 
 A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises,
-completions, asyncio futures and `ON_LOOP`; what needs a current task (asyncio.timeout, TaskGroup) goes through
+completions, asyncio futures and `ON_LOOP`. Code that needs a current task (asyncio.timeout, TaskGroup) goes through
 `in_task`.
 """
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class DeadlinePassed(asyncio.CancelledError):
-    """Thrown into a coroutine whose deadline has passed. A cancellation, so that asyncio's locks handle it as one."""
+    """Thrown into a coroutine at its deadline. A CancelledError, so that asyncio's locks treat it as a cancellation."""
 
 
 class _OnLoop:
@@ -32,15 +32,15 @@ class _OnLoop:
         yield self
 
 
-# Awaited, it continues on the event loop, at once if it is there already. Whoever starts a coroutine on another thread
-# hands it over at this point.
+# A coroutine that awaits this continues on the event loop, immediately if it runs there already. If it was started on
+# another thread, that thread hands it over at this point.
 ON_LOOP: Final = _OnLoop()
 
 
 class Promise(Generic[Result]):
-    """A result to come, for any number of driven coroutines, which are resumed by the call that sets it.
+    """A future result for any number of driven coroutines. The call that sets it resumes them.
 
-    On the event loop only.
+    Use it on the event loop only.
     """
 
     __slots__ = ("_error", "_first", "_is_done", "_others", "_result")
@@ -70,7 +70,7 @@ class Promise(Generic[Result]):
                 driver.resume(self)
 
     def add(self, driver: Driver) -> None:
-        """The driver of a coroutine that awaits this."""
+        """Registers the driver of a coroutine that awaits this."""
         if self._first is None:
             self._first = driver
         elif self._others is None:
@@ -90,7 +90,8 @@ class Promise(Generic[Result]):
 class Driver:
     """Runs `coroutine` to its end; `done` gets its result, or the exception that it raised.
 
-    Cancelled, the coroutine has asyncio.CancelledError raised where it waits, at once: what it waits for is left alone.
+    Cancellation raises asyncio.CancelledError in the coroutine immediately, at its await. The awaitable itself is not
+    cancelled.
     """
 
     __slots__ = ("_coroutine", "_done", "_interrupt", "_is_running", "_timer", "_waits_for")
@@ -100,15 +101,15 @@ class Driver:
         self._done: Callable[[Any], None] | None = done
         self._waits_for: object = None
         self._is_running = False
-        # What is to be raised in the coroutine when it next waits.
+        # The exception to raise in the coroutine when it next waits.
         self._interrupt: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, deadline: float | None = None) -> None:
-        """Runs it, on the event loop, until it waits for something or ends; `done` may be called before this returns.
+        """Runs the coroutine on the event loop until it waits or ends; `done` may be called before this returns.
 
-        It is new, or was run to its `ON_LOOP` elsewhere. At `deadline` (time.monotonic) DeadlinePassed is raised in it;
-        if it lets that out, `done` gets a DeadlineExceededError.
+        The coroutine is new, or another thread ran it up to its `ON_LOOP`. At `deadline` (time.monotonic)
+        DeadlinePassed is raised in it; if the coroutine does not handle that, `done` gets a DeadlineExceededError.
         """
         self._step(None)
         if deadline is not None and self._done is not None:
@@ -116,11 +117,11 @@ class Driver:
             self._timer = asyncio.get_running_loop().call_later(delay, self._expire)
 
     def cancel(self) -> None:
-        """Nobody waits for it any more."""
+        """Cancels the coroutine: its result is no longer needed."""
         self._throw(asyncio.CancelledError())
 
     def resume(self, awaited: object) -> None:
-        """`awaited` is done."""
+        """Continues the coroutine if it waits for `awaited`, which is done."""
         if awaited is self._waits_for:
             self._step(None)
 
@@ -184,9 +185,9 @@ class Driver:
 
 
 async def run(coroutine: Coroutine[Any, Any, Result], deadline: float | None = None) -> Result:
-    """For an asyncio task: the result of a coroutine that has to be driven, which is cancelled with the task.
+    """Returns, to an asyncio task, the result of a driven coroutine. If the task is cancelled, so is the coroutine.
 
-    Raises DeadlineExceededError at `deadline`, unless the coroutine ends otherwise then.
+    Raises DeadlineExceededError at `deadline`, unless the coroutine handles the deadline and ends otherwise.
     """
     ended: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
     driver = Driver(coroutine, partial(_settle, ended))
@@ -209,7 +210,10 @@ def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
 
 
 async def in_task(work: Coroutine[Any, Any, Result]) -> Result:
-    """For a driven coroutine: the result of work that needs an asyncio task, which is cancelled with it."""
+    """Returns, to a driven coroutine, the result of work that needs an asyncio task.
+
+    If the coroutine is cancelled, so is the task.
+    """
     task = asyncio.get_running_loop().create_task(work)
     try:
         return await task

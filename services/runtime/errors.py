@@ -1,18 +1,18 @@
-"""What can go wrong, as the caller sees it.
+"""The errors that callers see.
 
 RingmeshError
-├── InvalidArgumentError     the request is wrong, and would be wrong anywhere
+├── InvalidArgumentError     the request is invalid, on any server
 ├── NotFoundError            no such model or version
 ├── AlreadyExistsError       the name is taken
-├── FailedPreconditionError  what the request builds on is not here; it may be elsewhere
-├── ResourceExhaustedError   too much now; may be retried later
-├── UnavailableError         nobody can answer now; may be retried elsewhere
-├── DeadlineExceededError    the caller's time is up
-├── UnimplementedError       understood, but not served here
-└── InternalError            our fault
+├── FailedPreconditionError  this server lacks state that the request needs; another may have it
+├── ResourceExhaustedError   a limit is reached; may be retried later
+├── UnavailableError         no server can answer now; may be retried elsewhere
+├── DeadlineExceededError    the caller's deadline passed
+├── UnimplementedError       valid, but not supported here
+└── InternalError            a fault of the server
 
-The cores raise these; `rpc.py` turns them into gRPC statuses, and an envelope carries them as
-`Failure` between worker and router.
+The cores raise these. `rpc.py` turns them into gRPC statuses. An envelope carries them as `Failure` between worker
+and router.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _MOST_NAMES = 20
 
 
 class RingmeshError(Exception):
-    """An answer that is not the one asked for: a status, a message, and the request field at fault (or "")."""
+    """A failed call: a status, a message, and the request field at fault (or "")."""
 
     code: ClassVar[grpc.StatusCode]
-    # What went wrong, in a word, finer than the code: metrics, spans and logs tell errors apart by it.
+    # The cause in one word, finer than the code: metrics, spans and logs distinguish errors by it.
     kind: str
-    # When a retry may do better, in seconds from now; None: nobody knows.
+    # Seconds after which a retry may succeed; None: unknown.
     retry_after: float | None = None
 
     def __init__(self, message: str, *, field: str = "", kind: str = "") -> None:
@@ -45,12 +45,12 @@ class RingmeshError(Exception):
             self.kind = kind
 
     def to_failure(self) -> inference_pb2.Failure:
-        """The error as an envelope carries it."""
+        """Returns the error as an envelope carries it."""
         return inference_pb2.Failure(code=self.code.value[0], message=self.message, field=self.field, kind=self.kind)
 
 
 def _clipped(message: str) -> str:
-    """It travels in metadata, three times over: clients refuse an answer with more than 8 KB of that."""
+    """Shortens `message`: metadata carries it three times, and clients refuse responses with over 8 KB of metadata."""
     data = message.encode(errors="replace")
     if len(data) <= _LONGEST_BYTES:
         return message
@@ -58,14 +58,14 @@ def _clipped(message: str) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of `names`, for a message, and how many more there are."""
+    """Text for a message: the first of `names`, and how many more there are."""
     known = list(names)
     more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
     return ", ".join(known[:_MOST_NAMES]) + more
 
 
 class InvalidArgumentError(RingmeshError):
-    """The request is wrong, and would be wrong anywhere."""
+    """The request is invalid, on any server."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     kind = "invalid_input"
@@ -86,14 +86,14 @@ class AlreadyExistsError(RingmeshError):
 
 
 class FailedPreconditionError(RingmeshError):
-    """What the request builds on is not here; it may be elsewhere."""
+    """This server lacks state that the request needs; another server may have it."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     kind = "precondition"
 
 
 class ResourceExhaustedError(RingmeshError):
-    """Too much now; the caller may retry after `retry_after` seconds."""
+    """A limit is reached; the caller may retry after `retry_after` seconds."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     kind = "overload"
@@ -101,35 +101,35 @@ class ResourceExhaustedError(RingmeshError):
 
 
 class UnavailableError(RingmeshError):
-    """Nobody can answer now; the caller may retry elsewhere."""
+    """No server can answer now; the caller may retry elsewhere."""
 
     code = grpc.StatusCode.UNAVAILABLE
     kind = "unavailable"
 
 
 class DeadlineExceededError(RingmeshError):
-    """The caller's time is up."""
+    """The caller's deadline passed."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     kind = "deadline"
 
 
 class UnimplementedError(RingmeshError):
-    """Understood, but not served here."""
+    """The request is valid, but this server does not support it."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
     kind = "unimplemented"
 
 
 class InternalError(RingmeshError):
-    """Our fault; the service's log has the cause."""
+    """A fault of the server; the service's log has the cause."""
 
     code = grpc.StatusCode.INTERNAL
     kind = "internal"
 
 
 def kind_of(error: Exception) -> str:
-    """Its kind; that of InternalError where nobody foresaw it."""
+    """Returns the kind of `error`; an exception outside this tree has the kind of InternalError."""
     return error.kind if isinstance(error, RingmeshError) else InternalError.kind
 
 
@@ -137,10 +137,10 @@ _BY_CODE: dict[int, type[RingmeshError]] = {kind.code.value[0]: kind for kind in
 
 
 def from_status(code: grpc.StatusCode, message: str) -> RingmeshError:
-    """The error of a status that another server of ours answered."""
+    """Returns the error for a status that another Ringmesh server answered."""
     return _BY_CODE.get(code.value[0], InternalError)(message)
 
 
 def from_failure(failure: inference_pb2.Failure) -> RingmeshError:
-    """The error that `to_failure` packed; a code unknown here becomes InternalError."""
+    """Returns the error that `to_failure` packed; an unknown code becomes InternalError."""
     return _BY_CODE.get(failure.code, InternalError)(failure.message, field=failure.field, kind=failure.kind)

@@ -1,4 +1,4 @@
-"""Unexpected exceptions: what callers are told, and a log that one fault cannot flood."""
+"""Unexpected exceptions: what callers are told, and rate-limited logging that one fault cannot flood."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 
 from services.runtime.errors import InternalError, RingmeshError
 
-# A fault that meets every request is logged with its stack once in this time.
+# A repeated fault is logged with its stack at most once in this time.
 _SECONDS = 10.0
 _MOST_KINDS = 1000
-# When each kind may be logged again, and how many were not since.
+# For each kind: when it may be logged again, and how many were suppressed since.
 _kinds: dict[tuple[str, str, str], tuple[float, int]] = {}
 
 
 def internal(log: logging.Logger, what: str, error: BaseException, trace_id: str = "") -> InternalError:
-    """What the caller is told: the kind of `error`, never its stack.
+    """Returns the error for the caller: it names the kind of `error`, never its stack.
 
-    `what` happened is logged with the stack, unless the same was a moment ago.
+    `what` happened is logged with the stack, unless the same fault was logged within the last _SECONDS.
     """
     now = time.monotonic()
     kind = (what, type(error).__name__, _place(error))
@@ -34,12 +34,12 @@ def internal(log: logging.Logger, what: str, error: BaseException, trace_id: str
 
 
 def told(log: logging.Logger, what: str, error: Exception, trace_id: str = "") -> RingmeshError:
-    """As `internal`; an error that was meant for the caller stays as it is, and is not logged."""
+    """Like `internal`, but a RingmeshError is returned unchanged and not logged."""
     return error if isinstance(error, RingmeshError) else internal(log, what, error, trace_id)
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised."""
+    """The file and line that raised `error`."""
     at = error.__traceback__
     if at is None:
         return ""

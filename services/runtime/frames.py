@@ -1,8 +1,7 @@
-"""Calls over a stream between two of our own processes on one host: frames, from event loop to event loop.
+"""Framing for calls between two Ringmesh processes on one host, over a stream between their event loops.
 
-A frame is the size of its payload (4 bytes), its kind (1) and the number of the call it belongs to (4), big-endian,
-then the payload. Numbers are the caller's, and mean nothing after the call. docs/decisions/0023 says why this is not
-gRPC.
+A frame is the size of its payload (4 bytes), its kind (1) and its call number (4), all big-endian, then the payload.
+The caller assigns call numbers, which are valid only during the call. docs/decisions/0023 says why this is not gRPC.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -13,16 +12,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, cast
 
-# From who calls: a request, and that nobody waits for its answer any more.
+# From the caller: a request, and its cancellation.
 CALL: Final = 0
 CANCEL: Final = 1
-# From who answers: a response; a gRPC status code (1 byte) and its message; and, as 0, that no more calls are taken.
+# From the server: a response; a gRPC status code (1 byte) and its message; and, as call 0, that it takes no more calls.
 ANSWER: Final = 2
 FAILURE: Final = 3
 LEAVING: Final = 4
-# From who answers: part of a large response, whose last part comes as ANSWER.
+# From the server: part of a large response, whose last part comes as ANSWER.
 PART: Final = 5
-# Between parts of this size others have their turn.
+# Large responses are sent in parts of this size, and other frames are sent between them.
 PART_BYTES: Final = 256 << 10
 
 _HEAD: Final = struct.Struct(">IBI")
@@ -30,50 +29,50 @@ _HEAD_BYTES: Final = 9
 
 
 class FrameError(Exception):
-    """The other side does not speak this; the message says where it does not."""
+    """The other side violates the protocol; the message says how."""
 
 
 class Frames(asyncio.Protocol):
-    """One connection. Those who extend it hear of each frame by `take`, and of the end by `ended`."""
+    """One connection. Subclasses receive each frame by `take`, and the end of the connection by `ended`."""
 
     def __init__(self, largest: int) -> None:
-        """Of a payload of more than `largest` bytes only `too_large` hears; it is not kept."""
+        """A payload of more than `largest` bytes is dropped and only reported to `too_large`."""
         self._largest = largest
         self.transport: asyncio.Transport | None = None
-        # What has come of a frame that is not whole yet, and how many bytes make it whole.
+        # The received pieces of an incomplete frame, their size, and the size of the complete frame.
         self._pieces: list[bytes] = []
         self._held = 0
         self._wanted = 0
         self._skipped = 0
-        # What is sent in parts, in turn, while the other side reads.
+        # Messages sent in parts, round-robin, while the other side reads.
         self._large: deque[_Large] = deque()
         self._is_paused = False
         self._is_sending = False
 
     def take(self, kind: int, number: int, payload: bytes) -> None:
-        """A frame came. May raise FrameError."""
+        """Handles a frame. May raise FrameError."""
         raise NotImplementedError
 
     def too_large(self, kind: int, number: int, size: int) -> None:
-        """A frame came whose payload of `size` bytes is above the limit. May raise FrameError."""
+        """Handles a frame whose payload of `size` bytes is above the limit. May raise FrameError."""
         raise NotImplementedError
 
     def ended(self, why: str) -> None:
-        """The connection is over."""
+        """Handles the end of the connection."""
         raise NotImplementedError
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Nothing happens where the connection is over."""
+        """Sends a frame; does nothing if the connection has ended."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
 
     def send_large(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
-        """As `send`, part by part, and what is sent meanwhile goes between them; `pieces` are not joined."""
+        """Like `send`, in parts that other frames may interleave; `pieces` are not joined."""
         self._large.append(_Large(kind, number, pieces))
         self._send_parts_soon()
 
     def drop_large(self, number: int) -> None:
-        """Nobody waits for it any more."""
+        """Drops the unsent parts of a cancelled call."""
         self._large = deque([large for large in self._large if large.number != number])
 
     @property
@@ -82,11 +81,11 @@ class Frames(asyncio.Protocol):
         return bool(self._large)
 
     def pause_writing(self) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self._is_paused = False
         self._send_parts_soon()
 
@@ -106,17 +105,17 @@ class Frames(asyncio.Protocol):
             self._send_parts_soon()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self.transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         self.transport = None
         self._large.clear()
         self.ended(f"the connection ended: {error}" if error else "the connection ended")
 
     def data_received(self, data: bytes) -> None:
-        """From asyncio."""
+        """Called by asyncio."""
         if self._skipped:
             skipped = min(self._skipped, len(data))
             self._skipped -= skipped
@@ -161,7 +160,7 @@ class Frames(asyncio.Protocol):
 
 
 class _Large:
-    """What is sent part by part; `left` bytes of it."""
+    """A message sent in parts; `left` bytes are still to be sent."""
 
     __slots__ = ("_index", "_offset", "_pieces", "kind", "left", "number")
 
@@ -174,7 +173,7 @@ class _Large:
         self._offset = 0
 
     def part(self) -> bytes:
-        """The next PART_BYTES of it, or what is left."""
+        """Returns the next PART_BYTES, or all that is left."""
         wanted = min(PART_BYTES, self.left)
         self.left -= wanted
         taken: list[bytes] = []

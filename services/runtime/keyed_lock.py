@@ -1,4 +1,4 @@
-"""Locks by key, which come and go with those that hold or wait for them."""
+"""Locks by key. Each exists only while it is held or waited for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 
 class KeyedLock:
-    """For each key one holder at a time, in the order of asking."""
+    """Allows one holder a key at a time, in first-come order."""
 
     def __init__(self) -> None:
         self._locks: dict[Hashable, asyncio.Lock] = {}
@@ -16,7 +16,7 @@ class KeyedLock:
 
     @asynccontextmanager
     async def hold(self, key: Hashable) -> AsyncIterator[None]:
-        """Waits until it is this one's turn."""
+        """Waits for the lock of `key` and holds it."""
         lock = self._locks.setdefault(key, asyncio.Lock())
         self._asked[key] = self._asked.get(key, 0) + 1
         try:
@@ -28,5 +28,5 @@ class KeyedLock:
                 del self._locks[key], self._asked[key]
 
     def __len__(self) -> int:
-        """Keys held or waited for."""
+        """The number of keys held or waited for."""
         return len(self._locks)

@@ -1,7 +1,7 @@
-"""Large messages: copied on threads and without the GIL, so that they hold up nothing else.
+"""Large messages: copied on threads and without the GIL, so that they block nothing else.
 
-bytes.join lets go of the GIL where all its parts are bytes, and numpy.copyto always; numpy.tobytes, slices and protobuf
-do not, and take 0.1 to 0.7 ms a megabyte, by whether the pages are new.
+bytes.join releases the GIL if all its parts are bytes, and numpy.copyto always does. numpy.tobytes, slices and protobuf
+do not release it, and take 0.1 to 0.7 ms a megabyte, depending on whether the pages are new.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# From here on a message is large: below, a copy takes less than handing it to a thread, or not much more.
+# Messages from this size are large: below it, a copy takes no more than a hand-over to a thread, or not much more.
 LARGE_BYTES = 1 << 20
 
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
@@ -21,11 +21,11 @@ _new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_void_p, ct
 
 
 def join_arrays(parts: Sequence[bytes | npt.NDArray[Any]]) -> bytes:
-    """The parts one after the other, arrays row-major and little-endian; none of them holds objects."""
+    """Concatenates `parts`, arrays row-major and little-endian. No array may hold objects."""
     size = sum([len(part) if isinstance(part, bytes) else part.nbytes for part in parts])
-    # Without contents, which are written before anybody else has it: Python's own way to make bytes piece by piece.
+    # Bytes without contents, filled before other code sees them: CPython's own way to build bytes in place.
     made: bytes = _new_bytes(None, size)
-    # The address of its contents; what NumPy itself makes of bytes may not be written.
+    # Write through the address of the contents: NumPy's own view of bytes is read-only.
     address = np.frombuffer(made, np.uint8).ctypes.data if size else 0
     room = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address)) if size else np.empty(0, np.uint8)
     position = 0

@@ -1,6 +1,6 @@
-"""Results whose responses are large: they travel in ExecuteResponse as all do, but protobuf never holds them.
+"""Worker results whose large responses stay outside protobuf; both travel together in an ExecuteResponse.
 
-It would copy each several times, with the GIL held: services/runtime/large_bytes.py.
+Protobuf would copy each response several times, with the GIL held: see services/runtime/large_bytes.py.
 """
 
 from __future__ import annotations
@@ -12,87 +12,91 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.runtime import wire
 
-# An envelope of as many smaller ones as it may have is serialized in a few milliseconds.
+# Responses from this size are split off. A full envelope of smaller ones is serialized in a few milliseconds.
 LARGE_RESPONSE_BYTES = 256 << 10
 _RESULTS, _LOAD = 1, 2
 _RESPONSE = 1
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
-class LargeResult:
-    """A WorkResult without failure, and apart from it its response."""
+class SplitResult:
+    """A WorkResult and, separately, its response; b"" if the work failed.
 
-    __slots__ = ("message", "response")
+    It is built from a message, or from a serialized message that is parsed on first access.
+    """
 
-    def __init__(self, message: inference_pb2.WorkResult, response: bytes) -> None:
-        self.message = message
+    __slots__ = ("_message", "response", "serialized")
+
+    def __init__(self, message: inference_pb2.WorkResult | None, response: bytes, serialized: bytes = b"") -> None:
+        self._message = message
         self.response = response
+        self.serialized = serialized
+
+    @property
+    def message(self) -> inference_pb2.WorkResult:
+        """The result without its response."""
+        if self._message is None:
+            self._message = inference_pb2.WorkResult.FromString(self.serialized)
+        return self._message
 
     @property
     def timing(self) -> inference_pb2.Timing:
-        """As of the message."""
+        """The message's timing."""
         return self.message.timing
 
     @property
     def model_digest(self) -> bytes:
-        """As of the message."""
+        """The message's model digest."""
         return self.message.model_digest
 
     @property
     def failure(self) -> inference_pb2.Failure:
-        """As of the message: an empty one."""
+        """The message's failure."""
         return self.message.failure
 
     def HasField(self, name: str) -> bool:  # noqa: N802, as of the message
-        """As of the message."""
-        return name == "timing" and self.message.HasField("timing")
+        """Whether the message has this field."""
+        return self.message.HasField(name)  # type: ignore[arg-type]
 
 
-Result: TypeAlias = inference_pb2.WorkResult | LargeResult
+Result: TypeAlias = inference_pb2.WorkResult | SplitResult
 
 
 class LargeAnswer(NamedTuple):
-    """A serialized ExecuteResponse without its responses, and these: one for each result, b"" where it has none."""
+    """A serialized ExecuteResponse without its responses, and the responses: one for each result, or b"" for none."""
 
     message: bytes
     responses: list[bytes]
 
     def results(self, parsed: inference_pb2.ExecuteResponse) -> list[Result]:
-        """What `message` says, as `parsed`, with the responses."""
+        """Returns the results of `parsed`, which is the parsed `message`, with their responses."""
         return [
-            LargeResult(result, response) if response else result
+            SplitResult(result, response) if response else result
             for result, response in zip(parsed.results, self.responses, strict=True)
         ]
 
 
 def message_of(result: Result) -> inference_pb2.WorkResult:
-    """All that it says but for its response."""
-    return result.message if isinstance(result, LargeResult) else result
+    """Returns the result as a message, without a response that was split off."""
+    return result.message if isinstance(result, SplitResult) else result
 
 
-def copy_of(result: Result) -> Result:
-    """Another one that says the same."""
-    message = inference_pb2.WorkResult()
-    message.CopyFrom(message_of(result))
-    return LargeResult(message, result.response) if isinstance(result, LargeResult) else message
-
-
-def pieces_of(results: Sequence[Result], load: inference_pb2.LoadReport) -> list[bytes]:
-    """The serialized ExecuteResponse, in pieces of which the large ones are the responses themselves."""
-    pieces = []
+def pieces_of(results: Sequence[SplitResult], load: inference_pb2.LoadReport) -> list[bytes]:
+    """Serializes an ExecuteResponse in pieces; each response is a piece of its own."""
+    pieces: list[bytes] = []
     for result in results:
-        rest = message_of(result).SerializeToString()
-        if isinstance(result, LargeResult):
-            head = wire.head(_RESPONSE, len(result.response))
-            whole = wire.head(_RESULTS, len(head) + len(result.response) + len(rest))
-            pieces += [whole + head, result.response, rest]
+        rest = result.serialized or result.message.SerializeToString()
+        if response := result.response:
+            head = wire.head(_RESPONSE, len(response))
+            pieces += (wire.head(_RESULTS, len(head) + len(response) + len(rest)), head, response, rest)
         else:
             pieces.append(wire.field(_RESULTS, rest))
-    return [*pieces, wire.field(_LOAD, load.SerializeToString())]
+    pieces.append(wire.field(_LOAD, load.SerializeToString()))
+    return pieces
 
 
 def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
-    """Of a serialized ExecuteResponse that came in pieces; on a thread. Raises ValueError where it is none."""
+    """Splits a serialized ExecuteResponse that came in pieces. Call it on a thread. Raises ValueError if malformed."""
     reader = _Reader(pieces)
     message: list[bytes] = []
     responses: list[bytes] = []
@@ -119,7 +123,7 @@ def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
 
 
 class _Reader:
-    """Reads bytes that lie in pieces, front to back."""
+    """Reads bytes that are stored in pieces, front to back."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
@@ -157,7 +161,7 @@ class _Reader:
         raise ValueError("a number without an end")
 
     def value(self, tag: int) -> bytes:
-        """What follows a tag, as it stands there."""
+        """Returns the value after `tag`, as it is encoded."""
         kind = tag & 7
         if kind == _VARINT:
             return wire.varint(self.varint())

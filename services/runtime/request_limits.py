@@ -1,8 +1,8 @@
-"""What a serialized ModelInferRequest may hold, checked on its bytes before a parser builds objects of them.
+"""Limits for a serialized ModelInferRequest, checked on its bytes before a parser builds objects.
 
-A parser needs 15 to 25 ns for each element, whatever its size, and whoever reads its objects needs up to ten times as
-much, all under the GIL. So elements are counted here; the limits keep the GIL held for less than 50 ms a request (see
-docs/models.md). Data in raw_input_contents is only bounded by the size of a message.
+A parser needs 15 to 25 ns for each element, whatever its size, and reading the resulting objects takes up to ten times
+as long, all under the GIL. So elements are counted here; the limits keep the GIL held for less than 50 ms a request
+(see docs/models.md). Data in raw_input_contents is bounded only by the message size.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -11,22 +11,22 @@ import numpy as np
 
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 
-# Inputs, outputs, parameters and raw contents of a request together, or fields of its inputs; items of a list in
-# requests of other kinds.
+# Limit for inputs, outputs, parameters and raw contents of a request together, and for the fields of its inputs. In
+# requests of other methods, limit for the items of a list.
 MAX_FIELDS = 16_384
-# All of a request but the data of its inputs: names, shapes, parameters.
+# A request without the data of its inputs: names, shapes, parameters.
 MAX_HEAD_BYTES = 256 << 10
-# Strings in a request: elements of BYTES.
+# Limit for strings in a request, which are the elements of BYTES.
 MAX_STRINGS = 131_072
-# Integers and booleans in typed contents, which have to be decoded one by one.
+# Integers and booleans in typed contents, which are decoded one by one.
 MAX_INTEGERS = 1 << 19
-# All typed contents of a request, which are copied four times.
+# Bytes of typed contents in a request; they are copied four times.
 MAX_TYPED_BYTES = 16 << 20
-# A request of another kind, unless it is made to carry data.
+# Size of a request of another method that carries no tensor data.
 MAX_PLAIN_BYTES = 2 << 20
 
 _LENGTH_DELIMITED = 2
-# Tags: of fields of the request, of its inputs, and of their contents.
+# Tags of fields of the request, of its inputs, and of their contents.
 _INPUT = 0x2A
 _RAW_INPUT = 0x3A
 _CONTENTS = 0x2A
@@ -49,7 +49,7 @@ def check_request(data: bytes) -> None:
 
 
 def check_embedded(data: bytes, tag: int) -> None:
-    """As `check_request`, for a message with one request in the field of this `tag`."""
+    """Like `check_request`, for a message that holds one request in the field with this `tag`."""
     position = fields = 0
     is_there = False
     try:
@@ -72,7 +72,7 @@ def check_embedded(data: bytes, tag: int) -> None:
 def check_list(data: bytes) -> None:
     """Raises InvalidArgumentError if a serialized message of any kind has more than MAX_FIELDS fields.
 
-    What is malformed is left to the parser.
+    Malformed messages are left to the parser.
     """
     position = fields = 0
     try:
@@ -87,7 +87,7 @@ def check_list(data: bytes) -> None:
 
 
 def check_size(data: bytes) -> None:
-    """Raises ResourceExhaustedError for a request that is larger than any of its kind, which carry no data."""
+    """Raises ResourceExhaustedError if a request without tensor data is larger than MAX_PLAIN_BYTES."""
     if len(data) > MAX_PLAIN_BYTES:
         raise ResourceExhaustedError(
             f"the request has {len(data)} bytes; one of this method has at most {MAX_PLAIN_BYTES}", kind="too_large"
@@ -118,7 +118,10 @@ def _check_request(data: bytes) -> None:
 
 
 def _contents_bytes(data: bytes, inputs: list[int]) -> int:
-    """How many bytes the typed contents of `inputs`, which begin there, take. Raises where they hold too many."""
+    """Returns the bytes of typed contents in the inputs at the positions `inputs`.
+
+    Raises InvalidArgumentError if the contents exceed a limit.
+    """
     size = len(data)
     fields = strings = integers = contents = 0
     for position in inputs:
@@ -150,7 +153,7 @@ def _contents_bytes(data: bytes, inputs: list[int]) -> int:
 
 
 def _count_integers(data: bytes, start: int, end: int) -> int:
-    """In the packed field whose length is at `start`: each ends with a byte below 128."""
+    """Counts the integers of the packed field whose length is at `start`: each ends with a byte below 128."""
     length, start = _varint(data, start, end)
     if length > MAX_INTEGERS * _LONGEST_VARINT:
         return length
@@ -158,7 +161,7 @@ def _count_integers(data: bytes, start: int, end: int) -> int:
 
 
 def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
-    """The number at `position`, and where it ends."""
+    """Returns the number at `position`, and the position after it."""
     number = shift = 0
     while position < end and shift < 7 * _LONGEST_VARINT:
         byte = data[position]
@@ -171,7 +174,7 @@ def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
 
 
 def _skip(data: bytes, position: int, end: int, kind: int) -> int:
-    """Where the value of this wire type at `position` ends. Groups, which no message of ours has, are malformed."""
+    """Returns the end of the value of wire type `kind` at `position`. Groups count as malformed: no message has any."""
     if kind == _LENGTH_DELIMITED:
         length, position = _varint(data, position, end)
         position += length

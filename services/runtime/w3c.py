@@ -1,4 +1,4 @@
-"""What callers send beside a request to say which trace it belongs to: W3C Trace Context and W3C Baggage."""
+"""The trace headers of a request: W3C Trace Context and W3C Baggage."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -10,13 +10,13 @@ from urllib.parse import unquote
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _KEY = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _MAX_STATE = 512
-# As the specification has it.
+# Limits of the W3C Baggage specification.
 _MAX_BAGGAGE_BYTES = 8192
 _MAX_MEMBERS = 64
 
 
 class Parent(NamedTuple):
-    """The caller's span, and whether it records it. Ids in hexadecimal."""
+    """The caller's span, and whether the caller samples it. Ids in hexadecimal."""
 
     trace_id: str
     span_id: str
@@ -34,7 +34,7 @@ def new_span_id() -> str:
 
 
 def parse_traceparent(value: str) -> Parent | None:
-    """None where it is not one: then a new trace begins."""
+    """Returns None if `value` is malformed; a new trace begins then."""
     match = _TRACEPARENT.fullmatch(value)
     if match is None:
         return None
@@ -45,7 +45,7 @@ def parse_traceparent(value: str) -> Parent | None:
 
 
 def packed(traceparent: str) -> bytes:
-    """The trace id (16 bytes) and the span id (8) of one that was written here; b"" where it is none."""
+    """Returns the trace id (16 bytes) and span id (8) of a traceparent made by `traceparent`; b"" if malformed."""
     try:
         return bytes.fromhex(traceparent[3:35] + traceparent[36:52])
     except ValueError:
@@ -53,17 +53,17 @@ def packed(traceparent: str) -> bytes:
 
 
 def traceparent(trace_id: str, span_id: str, sampled: bool) -> str:
-    """What to send on, so that `span_id` becomes the parent there."""
+    """Returns the header to send on, so that `span_id` becomes the parent at the receiver."""
     return f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"
 
 
 def usable_state(value: str) -> str:
-    """A tracestate is passed on as it came, and left out where it is longer than anybody must take."""
+    """Returns the tracestate unchanged, or "" if it is longer than receivers are required to accept."""
     return value if len(value) <= _MAX_STATE else ""
 
 
 def parse_baggage(value: str) -> dict[str, str]:
-    """Members by key, without their properties; what is not well-formed is left out."""
+    """Returns the members by key, without their properties; malformed members are left out."""
     members: dict[str, str] = {}
     if len(value) > _MAX_BAGGAGE_BYTES:
         return members

@@ -1,4 +1,4 @@
-"""Protobuf's wire format, where a message is put together from parts that are serialized already."""
+"""Protobuf's wire format, for messages that are assembled from serialized parts."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -6,7 +6,7 @@ _BYTES = [bytes((value,)) for value in range(256)]
 
 
 def varint(number: int) -> bytes:
-    """`number`, 0 or more."""
+    """Encodes `number`, which is 0 or more."""
     if number < 0x80:
         return _BYTES[number]
     if number < 0x4000:
@@ -20,10 +20,10 @@ def varint(number: int) -> bytes:
 
 
 def field(number: int, payload: bytes) -> bytes:
-    """A length-delimited field: a submessage, bytes or text. `number` is below 16."""
+    """Encodes a length-delimited field: a submessage, bytes or text. `number` is below 16."""
     return _BYTES[number << 3 | 2] + varint(len(payload)) + payload
 
 
 def head(number: int, size: int) -> bytes:
-    """What stands before the `size` bytes of a length-delimited field."""
+    """Encodes the tag and length that precede the `size` bytes of a length-delimited field."""
     return _BYTES[number << 3 | 2] + varint(size)

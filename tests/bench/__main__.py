@@ -1,17 +1,17 @@
-"""`make bench`: Ringmesh beside Triton and the floors beneath it, in turn, in one run, as medians.
+"""`make bench`: what `ringmesh up` starts, beside its router and worker alone, Triton and floors, in turn, in one run.
 
 Needs g++, pkg-config and libnghttp2-dev for the load generator, and fetches Triton from PyPI once. Everything runs on
-this machine, the generator too. `--against main` compares this working tree with a branch instead.
+this machine, the generator too. `--against main` compares this working tree with a branch instead, and exits with 1
+where it is worse.
 """
 
 import argparse
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,68 +20,63 @@ import numpy as np
 import onnxruntime
 from rich.console import Console
 
+from tests import installation
 from tests.bench import models, peers, report, results, triton
-from tests.bench.harness import build_loadgen
-from tests.bench.peers import Peer, Server
-from tests.bench.results import Results, figures
-from tests.bench.workloads import QUICK, WORKLOADS, Workload
+from tests.bench.harness import WARM_UP_SECONDS, build_loadgen
+from tests.bench.peers import InProcess, Peer, Server
+from tests.bench.results import Results, differences, figures
+from tests.bench.workloads import GUARDED, QUICK, WORKLOADS, Workload
+from tests.installation import ROOT
 
-ROOT = Path(__file__).parents[2]
+# Two processes of the same code differ slightly for their whole life, so each tree is started several times.
+STARTS = 4
+START_SECONDS = 20
 console = Console(width=150)
+StartPeers = Callable[[ExitStack, Workload, Path, Path, bytes], list[Peer]]
 
 
-def ringmesh_beside_peers(
-    stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes, *, quick: bool
-) -> list[Peer]:
-    """Ringmesh and everything it is compared with under this workload, serving."""
+def beside_peers(stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes) -> list[Peer]:
+    """Starts Ringmesh and all peers that it is compared with under this workload."""
     start = stack.enter_context
     repository = work / "models"
-    ringmesh = start(peers.ringmesh(results.RINGMESH, loadgen, repository, work / "traces"))
-    answer = ringmesh.response_bytes(body)
-    found: list[Peer] = [ringmesh]
+    up = start(peers.ringmesh_up(results.UP, loadgen, repository, work / "state"))
+    found: list[Peer] = [up, start(peers.router_and_worker(results.BARE, loadgen, repository, work / "traces"))]
     if not triton.why_not():
         server = start(triton.serving([workload.model], repository, work / "triton"))
         found.append(Server(results.TRITON, loadgen, server))
-    if workload.kind == "hit":
-        found.append(start(peers.echo(results.LOW_LEVEL, loadgen, answer)))
-    if workload.name == "hit" and not quick:
-        found.append(start(peers.echo("echo, asyncio", loadgen, answer, "native")))
-        found.append(start(peers.echo("echo, grpc.aio", loadgen, answer, "grpcio")))
-        found.append(start(peers.ringmesh("Ringmesh, grpcio", loadgen, repository, work / "traces", engine="grpcio")))
-        if shutil.which("redis-benchmark"):
-            found.append(start(peers.redis_get("Redis GET", answer)))
-    if workload.kind == "miss":
-        path = repository / workload.model.name / "1" / "model.onnx"
-        found.append(peers.InProcess(results.IN_PROCESS, workload.model, path, batches=False))
-        if not quick:
-            found.append(peers.InProcess(results.BATCHES, workload.model, path, batches=True))
+    if workload.name == "hit":
+        found.append(start(peers.echo(results.ECHO, loadgen, up.response_bytes(body))))
     if workload.name == "miss":
-        found.append(start(peers.echo_behind_envelopes("echo behind envelopes", loadgen, answer)))
+        found.append(start(peers.echo_behind_envelopes(results.ECHO, loadgen, up.response_bytes(body))))
+    batches = {"miss-magika": (results.IN_PROCESS, False), "miss-dense": (results.BATCHES, True)}
+    if workload.name in batches:
+        name, batched = batches[workload.name]
+        found.append(InProcess(name, workload.model, repository / workload.model.name / "1" / "model.onnx", batched))
     return found
 
 
 def two_trees(
     stack: ExitStack, workload: Workload, loadgen: Path, work: Path, body: bytes, *, other: Path
 ) -> list[Peer]:
-    """Ringmesh as `make` installed it, and that of another tree, whose packages are at `other`."""
+    """Starts `ringmesh up` twice: as installed by `make`, and from another tree, whose packages are at `other`."""
     return [
         stack.enter_context(
-            peers.ringmesh(name, loadgen, work / "models", work / f"traces-{number}", packages=packages)
+            peers.ringmesh_up(name, loadgen, work / "models", work / f"state-{number}", packages=packages)
         )
-        for number, (name, packages) in enumerate({results.RINGMESH: None, "the other tree": other}.items())
+        for number, (name, packages) in enumerate({results.THIS: None, results.OTHER: other}.items())
     ]
 
 
 def measure(
     workload: Workload,
-    outstanding: tuple[int, ...],
-    start_peers,
+    outstanding: Sequence[int],
+    start_peers: StartPeers,
     loadgen: Path,
     seconds: float,
-    rounds: int,
+    rounds: range,
     found: Results,
 ) -> None:
-    """All peers in turn, `rounds` times, each round from another peer on."""
+    """Measures all peers in turn in each of `rounds`; each round begins with a different peer."""
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder, ExitStack() as stack:
         work = Path(folder)
@@ -90,7 +85,7 @@ def measure(
         with bodies.open("rb") as file:
             body = file.read(int.from_bytes(file.read(4), "little"))
         serving = start_peers(stack, workload, loadgen, work, body)
-        for turn in range(rounds):
+        for turn in rounds:
             if workload.kind == "zipf":
                 workload.write_bodies(bodies, rng)
             for level in outstanding:
@@ -104,27 +99,28 @@ def measure(
 
 
 @contextmanager
-def tree_of(revision: str) -> Iterator[Path]:
-    """The packages of `revision`, built from a git work tree, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-tree-") as folder:
-        tree = Path(folder) / "tree"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=ROOT, check=True)
-        try:
-            if (compiler := tree / "scripts" / "compile").exists():
-                # Before setup.py there was this script, and sources found by themselves what it had compiled.
-                subprocess.run([sys.executable, compiler], check=True)
-                yield tree
-            else:
-                packages = Path(folder) / "packages"
-                pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
-                subprocess.run([*pip, "--target", packages, tree], check=True)
-                yield packages
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+def packages_of(revision: str) -> Iterator[Path]:
+    """Builds the packages of the folder or git revision `revision`; they are removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-tree-") as folder, ExitStack() as stack:
+        tree = Path(revision).absolute()
+        if not tree.is_dir():
+            tree = Path(folder) / "tree"
+            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=ROOT, check=True)
+            remove = ["git", "worktree", "remove", "--force", tree]
+            stack.callback(subprocess.run, remove, cwd=ROOT, check=True)
+        if (compiler := tree / "scripts" / "compile").exists():
+            # Trees from before setup.py have this script; their sources find the compiled modules automatically.
+            subprocess.run([sys.executable, compiler], check=True)
+            yield tree
+        else:
+            packages = Path(folder) / "packages"
+            pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+            subprocess.run([*pip, "--target", packages, tree], check=True)
+            yield packages
 
 
 def machine() -> str:
-    """What all this ran on."""
+    """Describes the machine and the versions in use."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), platform.machine())
     revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
@@ -134,33 +130,48 @@ def machine() -> str:
     )
 
 
+def minutes(plan: Mapping[str, Sequence[int]], each: int, starts: int, seconds: float, rounds: int) -> float:
+    """Estimates the duration, with `each` peers under each load."""
+    loads = sum(len(levels) for levels in plan.values()) * each * rounds
+    return (loads * (seconds + WARM_UP_SECONDS) + len(plan) * starts * each * START_SECONDS / 2) / 60
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is taken")
-    parser.add_argument("--quick", action="store_true", help="only what the goals need")
+    parser.add_argument("--seconds", type=float, help="of each measurement; 3, against a revision 1")
+    parser.add_argument("--rounds", type=int, help="how often each is taken; 3, against a revision 16")
+    parser.add_argument("--quick", action="store_true", help="only the main figures")
     parser.add_argument("--only", action="append", metavar="WORKLOAD", choices=[w.name for w in WORKLOADS])
-    parser.add_argument("--against", metavar="REVISION", help="compare with the tree of this revision, and no peers")
+    parser.add_argument("--against", metavar="REVISION", help="compare with this revision or folder, and no peers")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and its plots")
     arguments = parser.parse_args()
-    quick = arguments.quick or arguments.against is not None
+    against = arguments.against is not None
+    seconds, rounds = arguments.seconds or (1 if against else 3), arguments.rounds or (16 if against else 3)
+    levels = {workload.name: workload.outstanding for workload in WORKLOADS}
+    chosen = GUARDED if against else QUICK if arguments.quick else levels
+    plan = {name: chosen.get(name, levels[name]) for name in levels if name in (arguments.only or chosen)}
+    starts = min(STARTS, rounds) if against else 1
 
+    installation.import_compiled()
     loadgen = build_loadgen()
-    how = f"{arguments.rounds} rounds of {arguments.seconds:g} s"
-    console.print(f"{machine()}. {how}.")
+    how = f"{rounds} rounds of {seconds:g} s"
+    about = minutes(plan, 2 if against else 4, starts, seconds, rounds)
+    console.print(f"{machine()}. {how}, about {about:.0f} minutes.")
     found = Results()
     with ExitStack() as stack:
-        if arguments.against:
-            start_peers = partial(two_trees, other=stack.enter_context(tree_of(arguments.against)))
-        else:
-            start_peers = partial(ringmesh_beside_peers, quick=quick)
-            if why := triton.why_not():
-                console.print(f"no Triton: {why}")
+        start_peers: StartPeers = beside_peers
+        if against:
+            start_peers = partial(two_trees, other=stack.enter_context(packages_of(arguments.against)))
+        elif why := triton.why_not():
+            console.print(f"no Triton: {why}")
         for workload in WORKLOADS:
-            if workload.name in (arguments.only or (QUICK if quick else [w.name for w in WORKLOADS])):
+            for start in range(starts) if workload.name in plan else ():
                 console.print(f"{workload.name} ...")
-                levels = QUICK.get(workload.name, workload.outstanding) if quick else workload.outstanding
-                measure(workload, tuple(levels), start_peers, loadgen, arguments.seconds, arguments.rounds, found)
+                turns = range(rounds * start // starts, rounds * (start + 1) // starts)
+                measure(workload, plan[workload.name], start_peers, loadgen, seconds, turns, found)
+    if against:
+        report.show_differences(console, arguments.against, found)
+        sys.exit(any(difference.verdict == "worse" for difference in differences(found)))
     report.show(console, found, figures(found))
     if arguments.write:
         report.write(ROOT / "docs", machine(), how, found, figures(found))

@@ -1,4 +1,4 @@
-"""Request bodies in files, as the load generator reads them."""
+"""Files of request bodies for the load generator."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ DATATYPES = {"int32": "INT32", "float32": "FP32", "uint8": "UINT8"}
 
 
 def write_bodies(path: Path, model: str, name: str, arrays: Iterable[np.ndarray]) -> Path:
-    """One request an array, each with its length (uint32, little-endian) in front."""
+    """Writes one request for each array, preceded by its length (uint32, little-endian)."""
     with path.open("wb") as file:
         for array in arrays:
             request = v2.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()])

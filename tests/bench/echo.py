@@ -1,12 +1,11 @@
-"""Floors: servers that do nothing but answer, on either engine, in one hop or two.
+"""Floors: servers that do nothing but answer, in one hop or two.
 
-    python -m tests.bench.echo one-hop --port 9001 --engine native --response-bytes 900
-    python -m tests.bench.echo two-hop --port 9002 --back 9003 --engine native --response-bytes 100
-    python -m tests.bench.echo low-level --port 9004 --response-bytes 900
+    python -m tests.bench.echo one-hop --port 9001 --response-bytes 900
+    python -m tests.bench.echo two-hop --port 9002 --back 9003 --response-bytes 100
 
-Two hops go through the router's own WorkerClient to a worker that answers each item of an envelope at once, over its
-Unix socket as wherever both are on one host. Low-level is the native engine by its calls alone, without asyncio:
-recv_batch and respond on one thread.
+One hop is the native engine by its calls alone, without asyncio: recv_batch and respond on one thread. Two hops go
+through the router's own WorkerClient to a worker that answers each item of an envelope at once, over its Unix socket as
+wherever both are on one host.
 """
 
 import argparse
@@ -30,19 +29,15 @@ async def serve(arguments: argparse.Namespace) -> None:
     answer = bytes(arguments.response_bytes)
     link = WorkerClient(f"127.0.0.1:{arguments.back}", WorkerLoad())
 
-    async def one_hop(request, context):
-        return answer
-
     async def two_hop(request, context):
         answered = asyncio.get_running_loop().create_future()
         link.send(b"", Work(request, b"", None, ""), answered.set_result)
         return (await answered).response
 
-    class Envelopes:
-        def admit(self, data):
-            items = inference_pb2.ExecuteRequest.FromString(data).items
-            result = inference_pb2.WorkResult(response=answer)
-            return Answer(inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString(), ())
+    async def execute(data, metadata, deadline):
+        items = inference_pb2.ExecuteRequest.FromString(data).items
+        result = inference_pb2.WorkResult(response=answer)
+        return Answer(inference_pb2.ExecuteResponse(results=[result] * len(items)).SerializeToString(), ())
 
     async def describe(request, context):
         described = inference_pb2.DescribeResponse(port=arguments.port, envelope_socket=path)
@@ -51,20 +46,19 @@ async def serve(arguments: argparse.Namespace) -> None:
     inference = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     worker = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
     method, service = {
-        "one-hop": ({"ModelInfer": one_hop}, inference),
         "two-hop": ({"ModelInfer": two_hop}, inference),
         "back": ({"Describe": describe}, worker),
     }[arguments.kind]
     handlers = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in method.items()}
     server = Server(
-        arguments.engine,
+        Engine.NATIVE,
         f"127.0.0.1:{arguments.port}",
         [Service(service, handlers)],
         max_message_bytes=128 << 20,
         max_connection_age=3600,
     )
     if arguments.kind == "back":
-        socket = EnvelopeSocket(tempfile.gettempdir(), Envelopes(), 128 << 20, lambda code: None)
+        socket = EnvelopeSocket(tempfile.gettempdir(), execute, 128 << 20, lambda code: None)
         path = await socket.start()
     elif arguments.kind == "two-hop":
         await link.describe(5, 0)
@@ -73,7 +67,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     await asyncio.Event().wait()
 
 
-def serve_low_level(port: int, response_bytes: int) -> None:
+def serve_one_hop(port: int, response_bytes: int) -> None:
     infer = f"/{v2.DESCRIPTOR.services_by_name['GRPCInferenceService'].full_name}/ModelInfer"
     front = NativeGrpcFront(f"127.0.0.1:{port}", [(infer, False), ("/grpc.health.v1.Health/Check", False)])
     front.start()
@@ -86,14 +80,13 @@ def serve_low_level(port: int, response_bytes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["one-hop", "two-hop", "back", "low-level"])
+    parser.add_argument("kind", choices=["one-hop", "two-hop", "back"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--back", type=int, default=0)
-    parser.add_argument("--engine", type=Engine, default=Engine.NATIVE)
     parser.add_argument("--response-bytes", type=int, required=True)
     arguments = parser.parse_args()
-    if arguments.kind == "low-level":
-        serve_low_level(arguments.port, arguments.response_bytes)
+    if arguments.kind == "one-hop":
+        serve_one_hop(arguments.port, arguments.response_bytes)
     else:
         uvloop.run(serve(arguments))
 

@@ -1,10 +1,6 @@
-"""A router that begins with RINGMESH_ENTRIES answers of RINGMESH_VALUE_BYTES each that nobody will ask for."""
+"""A router that starts with RINGMESH_ENTRIES cached answers of RINGMESH_VALUE_BYTES each; none is ever requested."""
 
-from tests import installation
-
-installation.import_compiled()
-
-from services.runtime.machine import memory  # noqa: E402
+from services.runtime.machine import memory
 
 memory.use_tcmalloc()
 

@@ -1,17 +1,16 @@
-"""Servers as processes, load on them, and what it cost: throughput, latency, CPU, memory.
+"""Starts servers as processes, loads them, and measures throughput, latency, CPU and memory.
 
-The load generator runs on the same machine and takes its share of the cores. It needs g++, pkg-config and
-libnghttp2-dev.
+The load generator runs on the same machine and shares its cores. It needs g++, pkg-config and libnghttp2-dev.
 """
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,14 +20,17 @@ import grpc
 import psutil
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
+from tests.installation import ROOT
+
 HERE = Path(__file__).parent
 WARM_UP_SECONDS = 0.5
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# Arguments: a folder with `tests`, last on the path so that Ringmesh is not imported from it; a module; the module's
+# own arguments.
+RUN_MODULE_OF_TESTS = """
+import runpy, sys
+sys.path.append(sys.argv.pop(1))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
 def build_loadgen() -> Path:
@@ -43,36 +45,43 @@ def build_loadgen() -> Path:
     return binary
 
 
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _serves(port: int) -> bool:
+    # A separate subchannel pool: the shared one would apply backoff after the last failed attempt.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel, suppress(grpc.RpcError):
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(health_pb2.HealthCheckRequest(), timeout=1).status == 1
+    return False
+
+
 class Process:
-    """A gRPC server with the health service, started and SERVING. Its children count as its own."""
+    """A gRPC server with the health service, started and SERVING. Measurements include its child processes.
+
+    `port` is a number, or the `stack.json` of a `ringmesh up`, which is written when everything is ready.
+    """
 
     def __init__(
-        self,
-        *command: str,
-        port: int,
-        environment: dict[str, str] | None = None,
-        patience: float = 30,
+        self, *command: str, port: int | Path, environment: dict[str, str] | None = None, patience: float = 30
     ) -> None:
-        self.port = port
         started = time.monotonic()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             command, env={**os.environ, **(environment or {})}, stdout=self._said, stderr=self._said
         )
         self._info = psutil.Process(self._process.pid)
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 50)]
-        with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while True:
-                with suppress(grpc.RpcError):
-                    if stub.Check(health_pb2.HealthCheckRequest(), timeout=1).status == 1:
-                        break
-                if time.monotonic() > started + patience or self._process.poll() is not None:
-                    self._process.kill()
-                    self._said.seek(0)
-                    raise RuntimeError(f"{' '.join(command)} does not come up: {self._said.read()[-9000:].decode()}")
-                time.sleep(0.01)
+        while not (port.exists() if isinstance(port, Path) else _serves(port)):
+            if time.monotonic() > started + patience or self._process.poll() is not None:
+                self.stop()
+                self._said.seek(0)
+                raise RuntimeError(f"{' '.join(command)} does not come up: {self._said.read()[-9000:].decode()}")
+            time.sleep(0.01)
         self.ready_seconds = time.monotonic() - started
+        self.stack = json.loads(port.read_text()) if isinstance(port, Path) else {}
+        self.port = port_of(self.stack["router"]) if isinstance(port, Path) else port
 
     def _all(self) -> list[psutil.Process]:
         return [self._info, *self._info.children(recursive=True)]
@@ -81,13 +90,13 @@ class Process:
         return sum(times.user + times.system for times in (process.cpu_times() for process in self._all()))
 
     def forget_peak(self) -> None:
-        """Peak memory is measured from here on."""
+        """Restarts the measurement of peak memory."""
         for process in self._all():
             with suppress(OSError):
                 Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
     def peak_bytes(self) -> int:
-        """Largest resident size, shared pages counted in each process that has them."""
+        """Returns the peak resident size; shared pages count in each process that maps them."""
         total = 0
         for process in self._all():
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -98,26 +107,22 @@ class Process:
         return sum(process.memory_info().rss for process in self._all())
 
     def stop(self) -> None:
+        processes = self._all() if self._process.poll() is None else []
         self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            for process in reversed(self._all()):
+        psutil.wait_procs(processes, timeout=30)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            self._process.wait()
+        self._process.wait()
 
 
 @contextmanager
-def running(
-    module: str, *arguments: str, port: int, packages: Path | None = None, patience: float = 60, **settings: str
-) -> Iterator[Process]:
-    """`python -m module` with RINGMESH_* settings; Ringmesh as it is installed in .venv or, if given, in `packages`."""
+def running(module: str, *arguments: str, port: int, patience: float = 60, **settings: str) -> Iterator[Process]:
+    """Runs `python -m module` with RINGMESH_* settings and the installed Ringmesh."""
     environment = {"RINGMESH_METRICS_ADDRESS": "127.0.0.1:0"}
-    if packages is not None:
-        environment["PYTHONPATH"] = str(packages)
     environment |= {f"RINGMESH_{name.upper()}": value for name, value in settings.items()}
-    safe = () if module.startswith("tests.") else ("-P",)
-    command = (sys.executable, *safe, "-m", module, *arguments)
+    how = ("-c", RUN_MODULE_OF_TESTS, str(ROOT)) if module.startswith("tests.") else ("-m",)
+    command = (sys.executable, "-P", *how, module, *arguments)
     process = Process(*command, port=port, environment=environment, patience=patience)
     try:
         yield process
@@ -127,9 +132,9 @@ def running(
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One load run. `ok` ended well within the time measured, `calls` are all.
+    """One load run. `ok` counts calls that succeeded within the measured time, `calls` counts all.
 
-    Latencies in ms, CPU of the servers in µs a call, memory of the servers in bytes.
+    Latencies are in ms, of the slowest generator; CPU is of the servers, in µs a call, memory of the servers, in bytes.
     """
 
     ok: int
@@ -143,7 +148,6 @@ class Measured:
     peak_bytes: int
     response_bytes: float
     distinct: int
-    loadgen_cpu_share: float
 
 
 def load(
@@ -158,37 +162,55 @@ def load(
     stamp: int = 0,
     warm_up: float = WARM_UP_SECONDS,
     also: Sequence[Process] = (),
+    generators: int = 1,
 ) -> Measured:
-    """Closed-loop load on `target`; `also` are the servers behind it whose CPU and memory count.
+    """Runs a closed-loop load on `target`; `also` are servers behind it whose CPU and memory count.
 
-    `order` is one (the body at `offset`, again and again), seq (each once, from `offset`), uniform or zipf:S. Where
-    `stamp` is not 0 each call sends a body of its own, whatever the order: those from `stamp` to `stamp` + `calls`.
+    `order` is one (always the body at `offset`), seq (each once, from `offset`), uniform or zipf:S. If `stamp` is not
+    0, each call sends a unique body, whatever the order: those from `stamp` to `stamp` + `calls`. The `outstanding`
+    calls are divided among `generators`, each a process, and sent over 4 connections, or over 200 from 1,024 calls.
     """
     processes = [target, *also]
     for process in processes:
         process.forget_peak()
     before = [process.cpu_seconds() for process in processes]
+    each = outstanding // generators
     command = [
         loadgen, "--target", f"127.0.0.1:{target.port}", "--bodies", bodies, "--order", order, "--offset", offset,
-        "--stamp", stamp, "--concurrency", outstanding, "--connections", min(4, outstanding),
+        "--concurrency", each, "--connections", 200 if each >= 1024 else min(4, each),
         "--seconds", seconds, "--warmup", warm_up,
     ]  # fmt: skip
-    ran = subprocess.run(list(map(str, command)), capture_output=True, timeout=seconds + warm_up + 90)
-    if not ran.stdout:
-        raise RuntimeError(f"load generator: {ran.stderr.decode()}")
-    result = json.loads(ran.stdout)
+    running = [
+        subprocess.Popen(
+            # A stamp has 42 bits.
+            [*map(str, command), "--seed", str(number + 1), "--stamp", str(stamp and stamp + (number << 36))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number in range(generators)
+    ]
+    results = []
+    for generator in running:
+        try:
+            said, complaint = generator.communicate(timeout=seconds + warm_up + 90)
+        finally:
+            generator.kill()
+        if not said:
+            raise RuntimeError(f"load generator: {complaint.decode()}")
+        results.append(json.loads(said))
     used = sum(process.cpu_seconds() - start for process, start in zip(processes, before, strict=True))
+    calls = sum(result["total"] for result in results)
+    errors = sum((Counter(result["errors"]) for result in results), Counter())
     return Measured(
-        ok=result["ok"],
-        calls=result["total"],
-        errors=result["errors"],
-        rps=result["rps"],
-        p50=result["p50_ms"],
-        p99=result["p99_ms"],
-        p999=result["p999_ms"],
-        cpu_us=used / max(result["total"], 1) * 1e6,
+        ok=sum(result["ok"] for result in results),
+        calls=calls,
+        errors=dict(errors),
+        rps=sum(result["rps"] for result in results),
+        p50=max(result["p50_ms"] for result in results),
+        p99=max(result["p99_ms"] for result in results),
+        p999=max(result["p999_ms"] for result in results),
+        cpu_us=used / max(calls, 1) * 1e6,
         peak_bytes=sum(process.peak_bytes() for process in processes),
-        response_bytes=result["response_bytes"],
-        distinct=result["distinct"],
-        loadgen_cpu_share=result["loadgen_cpu_s"] / seconds,
+        response_bytes=results[0]["response_bytes"],
+        distinct=max(result["distinct"] for result in results),
     )

@@ -1,4 +1,4 @@
-"""The models that are measured, each for one thing it shows."""
+"""The models of the benchmarks; each shows one aspect of performance."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from onnx import TensorProto, helper, numpy_helper
 from services.cli.commands import demo_models, magika_features
 from tests import models as small
 
-# Of a row of what `write_layers` makes.
+# Length of an input row of the models of `write_layers`.
 FEATURES = 256
 
 
 @dataclass(frozen=True)
 class Model:
-    """One input, one output. Dims are those of a row, -1 where free."""
+    """A model with one input and one output. Dims are those of a row; -1 means any size."""
 
     name: str
     datatype: str
@@ -28,14 +28,14 @@ class Model:
     write: Callable[[Path], object]
 
     def row(self, rng: np.random.Generator, width: int = 1) -> np.ndarray:
-        """A request of one row; `width` stands for what is free."""
+        """Returns a request of one row; `width` replaces free dimensions."""
         shape = (1, *(width if dim < 0 else dim for dim in self.input_dims))
-        if self.datatype == "INT32":
-            return rng.integers(0, 256, shape, dtype=np.int32)
+        if integers := {"INT32": np.int32, "UINT8": np.uint8}.get(self.datatype):
+            return rng.integers(0, 256, shape, dtype=integers)
         return rng.random(shape, dtype=np.float32)
 
 
-# The same for Ringmesh and Triton.
+# Used for Ringmesh and Triton alike.
 CONFIG = """
 max_batch_size: 64
 instance_group { count: 2 kind: KIND_CPU }
@@ -44,11 +44,11 @@ response_cache { enable: true }
 """
 
 
-def write(model: Model, repository: Path) -> None:
-    """As Ringmesh has it: `<repository>/<name>/1/model.onnx` and `config.pbtxt`."""
+def write(model: Model, repository: Path, config: str = CONFIG) -> None:
+    """Writes `<repository>/<name>/1/model.onnx` and `config.pbtxt`."""
     (repository / model.name / "1").mkdir(parents=True)
     model.write(repository)
-    (repository / model.name / "config.pbtxt").write_text(CONFIG)
+    (repository / model.name / "config.pbtxt").write_text(config)
 
 
 def _mlp(repository: Path) -> None:
@@ -66,7 +66,10 @@ def _dense(repository: Path) -> None:
 
 
 def write_layers(repository: Path, name: str, width: int) -> Path:
-    """A model of four layers, two of them [width, width]: from rows of FEATURES to rows of 16. Its file."""
+    """Writes a model of four layers, two of them [width, width], from rows of FEATURES to rows of 16.
+
+    Returns its file.
+    """
     rng = np.random.default_rng(0)
     shapes = {"w1": (FEATURES, width), "w2": (width, width), "w3": (width, width), "w4": (width, 16)}
     weights = [
@@ -83,10 +86,13 @@ def write_layers(repository: Path, name: str, width: int) -> Path:
     return small.save(repository, name, nodes, [x], [y], weights) / "model.onnx"
 
 
-def _image(repository: Path) -> None:
-    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
-    x, y = small.value("x", TensorProto.FLOAT, "n", 3, 224, 224), small.value("y", TensorProto.FLOAT, "n", 3)
-    small.save(repository, "image", [node], [x], [y])
+def _image(name: str, side: int) -> Model:
+    def write(repository: Path) -> None:
+        node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
+        x, y = small.value("x", TensorProto.FLOAT, "n", 3, side, side), small.value("y", TensorProto.FLOAT, "n", 3)
+        small.save(repository, name, [node], [x], [y])
+
+    return Model(name, "FP32", "x", [3, side, side], "y", [3], write)
 
 
 def _identity(repository: Path) -> None:
@@ -95,13 +101,14 @@ def _identity(repository: Path) -> None:
     small.save(repository, "identity", [node], [x], [y])
 
 
-# So cheap that the path around it is what shows.
+# So cheap that the request path dominates.
 MLP = Model("mlp", "FP32", "x", [64], "y", [10], _mlp)
 # 9 MB of weights, read once a batch: a batch of 16 takes little more than one row.
 DENSE = Model("dense", "FP32", "x", [256], "y", [16], _dense)
-# A real one: 12 ms a row, and no gain from batches on a CPU. Its requests are 8 KB, its answers 0.9 KB.
+# A real model: 6 ms of a core a row, and no gain from batches on a CPU. Requests are 8 KB, answers 0.9 KB.
 MAGIKA = Model("magika", "INT32", "bytes", [2048], "target_label", [214], _magika)
-# 600 KB in, 12 bytes out.
-IMAGE = Model("image", "FP32", "x", [3, 224, 224], "y", [3], _image)
-# As large out as in.
+# 600 KB and 300 KB in, 12 bytes out.
+IMAGE = _image("image", 224)
+SMALL_IMAGE = _image("small-image", 160)
+# The output is as large as the input.
 IDENTITY = Model("identity", "FP32", "x", [-1], "y", [-1], _identity)

@@ -1,7 +1,6 @@
 """Results as a table on the screen, as docs/benchmarks.md, and as plots."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -9,44 +8,77 @@ from xml.sax.saxutils import escape
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.results import RINGMESH, Figure, Results, Row
+from tests.bench.results import (
+    BARE,
+    BATCHES,
+    CONFIDENCE,
+    ECHO,
+    IN_PROCESS,
+    TRITON,
+    UP,
+    Figure,
+    Results,
+    Row,
+    Spread,
+    differences,
+)
 
-COLUMNS = ("", "outstanding", "req/s", "spread", "p50 ms", "p99 ms", "p99.9 ms", "CPU µs", "peak MB", "Ringmesh by it")
-_COLOURS = ("#1f6feb", "#d29922", "#8b949e", "#57ab5a", "#986ee2", "#e5534b", "#39c5cf")
+COLUMNS = ("", "outstanding", "req/s", "spread", "by Triton's", "p50 ms", "p99 ms", "p99.9 ms", "CPU µs", "peak MB")
+GOALS = ("figure", "ratio", "required", "goal", "")
+_COLOURS = ("#1f6feb", "#57ab5a", "#d29922", "#8b949e", "#986ee2")
 
-_INTRODUCTION = """# Benchmarks
+_INTRODUCTION = f"""# Benchmarks
 
-Written by `python -m tests.bench --write`; do not edit. Closed loop, peers in turn, medians; spread is the lowest and
-the highest run. The load generator runs on the same cores and is not counted in CPU, which is that of the servers a
-call. Ringmesh is a router and a worker with their defaults (1 % traced and written to a folder, metrics on, no Redis)
-but for `RINGMESH_QUEUE_SECONDS`, so that nothing is turned away, and one thread in each of a model's two instances.
-Triton is the C++ server with its python backend, which calls ONNX Runtime in two processes with one thread each,
-dynamic batching, and its local response cache of the same size as ours. Models, `config.pbtxt` and bodies are the
-same. Floors: `echo` answers as many bytes and does nothing else, low-level without asyncio; ONNX Runtime is called in
-process, by a thread a core, and pays for no network. Peak memory counts pages that processes share in each of them.
-Each runs as its installation has it: Ringmesh compiled and with tcmalloc, the others with the malloc of the C library;
-[performance](performance.md) says what tcmalloc would give them.
+Written by `python -m tests.bench --write`; do not edit. Closed loop, all peers in turn in each round, medians over the
+rounds. Ratios are taken within each round; in brackets the lowest and the highest. The load generator runs on the same
+cores and is not counted in CPU, which is that of all processes of a peer, for each call. Models, `config.pbtxt` (two
+instances, dynamic batching, a response cache) and bodies are the same for all.
+
+- {UP}: what people start: one router, two workers, Valkey, the cache service and the console that scrapes all of them,
+  1 % of the requests traced and written; defaults throughout, compiled, with tcmalloc.
+- {BARE}: one router and one worker without Redis and console, 1 % traced and written, one thread in each of a model's
+  two instances; compiled, with tcmalloc.
+- {TRITON}: the C++ server with its python backend, which calls ONNX Runtime in two processes with one thread each, and
+  its local response cache of the same size as ours; with the malloc of the C library
+  ([performance](performance.md) says what tcmalloc would give it).
+- {ECHO}: a floor, the same gRPC engine, which answers as many bytes and does nothing else; for misses two of them, with
+  the router's way to a worker between.
+- {IN_PROCESS}: a floor, called in this process by a thread for each core, without a network; {BATCHES}: the same, with
+  what is outstanding as batches of up to 64.
+
+Ringmesh runs with `RINGMESH_QUEUE_SECONDS=30`, so that nothing is turned away. 1,024 calls are outstanding on 200
+connections, fewer on four. Peers stay up while others are measured; the idle `ringmesh up` takes about 5 % of a core
+then. Peak memory counts pages that processes share in each of them. A GPU was not used: see
+[models](models.md#execution). `make bench-check` compares two revisions, see [CONTRIBUTING](../CONTRIBUTING.md).
 """
 
 
 def cells(results: Results, row: Row) -> tuple[str, ...]:
-    """As in COLUMNS; what a peer cannot say is left out."""
-    ratio = results.ratio("rps", row.workload.name, row.outstanding, row.peer)
+    """Returns the cells of COLUMNS; values that a peer lacks are empty."""
     rates = [run.rps for run in row.runs]
+    ratios = results.ratios("rps", row.workload.name, row.outstanding, row.peer, TRITON)
 
     def number(what: str, form: str, by: float = 1) -> str:
         value = row.median(what) / by
-        return "" if math.isnan(value) or not value else f"{value:{form}}"
+        return f"{value:{form}}" if value else ""
 
     return (
-        row.peer, str(row.outstanding), f"{row.median('rps'):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}",
+        row.peer, f"{row.outstanding:,}", f"{row.median('rps'):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}",
+        str(Spread.of(ratios)) if ratios and row.peer != TRITON else "",
         number("p50", ".2f"), number("p99", ".2f"), number("p999", ".2f"), number("cpu_us", ".0f"),
-        number("peak_bytes", ".0f", 2**20), f"{ratio:.2f}" if ratio and row.peer != RINGMESH else "",
+        number("peak_bytes", ".0f", 2**20),
     )  # fmt: skip
 
 
+def goal_cells(figure: Figure) -> tuple[str, ...]:
+    """Returns the cells of GOALS."""
+    bound = "at most" if figure.at_most else "at least"
+    goal = "" if figure.goal is None else f"{figure.goal:g}"
+    return figure.name, str(figure.ratio), f"{bound} {figure.required:g}", goal, figure.verdict
+
+
 def show(console: Console, results: Results, figures: Iterable[Figure]) -> None:
-    """On the screen."""
+    """Prints the results."""
     for workload, rows in groupby(results, key=lambda row: row.workload):
         table = Table(*COLUMNS, title=workload.title, title_justify="left", title_style="bold")
         for _, level in groupby(rows, key=lambda row: row.outstanding):
@@ -54,52 +86,59 @@ def show(console: Console, results: Results, figures: Iterable[Figure]) -> None:
                 table.add_row(*cells(results, row))
             table.add_section()
         console.print(table)
-    table = Table("figure", "ratio", "goal", "")
+    table = Table(*GOALS, title=f"goals of {UP}")
     for figure in figures:
-        goal = f"{'at most' if figure.at_most else 'at least'} {figure.bound:g}"
-        table.add_row(figure.name, f"{figure.ratio:.2f}", goal, "reached" if figure.reached else "[red]missed")
+        table.add_row(*goal_cells(figure), style="red" if figure.verdict == "missed" else "")
     if table.row_count:
         console.print(table)
 
 
+def show_differences(console: Console, revision: str, results: Results) -> None:
+    """Prints the differences between this tree and `revision`."""
+    table = Table("", "outstanding", "rounds", "req/s", "CPU", "", title=f"{UP}: this tree by {revision}")
+    for found in differences(results):
+        table.add_row(
+            found.workload, str(found.outstanding), str(found.rounds), str(found.rps), str(found.cpu), found.verdict
+        )
+    console.print(table)
+    console.print(f"Median of the ratios of each round; in brackets the interval of {CONFIDENCE:.0%} (bootstrap).")
+
+
 def write(docs: Path, machine: str, how: str, results: Results, figures: Iterable[Figure]) -> None:
-    """docs/benchmarks.md and its plots."""
+    """Writes docs/benchmarks.md and its plots; the plots of an earlier run are removed."""
     images = docs / "images"
     images.mkdir(exist_ok=True)
+    for old in images.glob("bench-*.svg"):
+        old.unlink()
     lines = [
         _INTRODUCTION,
         f"{machine}. {how}.",
         "",
-        "## Goals",
+        f"## Goals of {UP}",
         "",
-        "| figure | ratio | goal | |",
-        "| --- | --- | --- | --- |",
+        *_markdown(GOALS, map(goal_cells, figures)),
     ]
-    for figure in figures:
-        goal = f"{'at most' if figure.at_most else 'at least'} {figure.bound:g}"
-        lines.append(f"| {figure.name} | {figure.ratio:.2f} | {goal} | {'reached' if figure.reached else 'missed'} |")
     for workload, rows in groupby(results, key=lambda row: row.workload):
         rows = list(rows)
         image = f"bench-{workload.name}.svg"
         (images / image).write_text(plot(workload.title, rows))
-        lines += [
-            "",
-            f"## {workload.title[0].upper()}{workload.title[1:]}",
-            "",
-            f"![{workload.title}](images/{image})",
-            "",
-        ]
-        lines.append(f"| {' | '.join(COLUMNS)} |")
-        lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
-        lines += [f"| {' | '.join(cells(results, row))} |" for row in rows]
+        title = f"{workload.title[0].upper()}{workload.title[1:]}"
+        lines += ["", f"## {title}", "", f"![{workload.title}](images/{image})", ""]
+        lines += _markdown(COLUMNS, (cells(results, row) for row in rows))
         if executions := [row for row in rows if row.executions]:
             said = ", ".join(f"{row.peer} {max(row.executions):.3f}" for row in executions)
             lines += ["", f"Executions for each distinct key, the worst run: {said}."]
     (docs / "benchmarks.md").write_text("\n".join(lines) + "\n")
 
 
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Returns a table whose first column is text and whose other columns are numbers."""
+    form = "| --- |" + " ---: |" * (len(columns) - 1)
+    return [f"| {' | '.join(columns)} |", form, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def plot(title: str, rows: list[Row]) -> str:
-    """SVG: for each number of outstanding calls a bar for each peer; requests a second, then p99 latency."""
+    """Returns an SVG: for each number of outstanding calls a bar for each peer; requests a second, then p99 latency."""
     peers = list(dict.fromkeys(row.peer for row in rows))
     colours = dict(zip(peers, _COLOURS, strict=False))
     bar, gap, left, panel = 15, 14, 190, 330
@@ -112,12 +151,12 @@ def plot(title: str, rows: list[Row]) -> str:
     for at, what, name in ((left, "rps", "requests/s"), (left + panel, "p99", "p99, ms")):
         parts.append(f'<text x="{at}" y="16" font-weight="bold">{escape(title)}: {name}</text>' if what == "rps"
                      else f'<text x="{at}" y="16" font-weight="bold">{name}</text>')  # fmt: skip
-        most = max(value for row in rows if not math.isnan(value := row.median(what)))
+        most = max(row.median(what) for row in rows)
         y = 28
         for _, level in groupby(rows, key=lambda row: row.outstanding):
             for row in level:
                 value = row.median(what)
-                width = 0 if math.isnan(value) else value / most * (panel - 70)
+                width = value / most * (panel - 70)
                 if what == "rps":
                     label = escape(f"{row.peer}, {row.outstanding}")
                     parts.append(f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{label}</text>')

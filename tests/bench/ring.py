@@ -1,8 +1,8 @@
-"""Who owns a key: the slot table against a classic ring and Maglev, and what bounded loads cost with each.
+"""Compares key ownership by the slot table, a classic ring and Maglev, and the cost of bounded loads with each.
 
     python -m tests.bench.ring
 
-Balance and disruption are exact for the keys drawn. Times are of the processor, the least of five.
+Balance and disruption are exact for the keys drawn. Times are CPU times, the lowest of five.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SlotTable:
 
 
 class ClassicRing:
-    """Karger et al. 1997, VNODES points a member, the member of the next point owns."""
+    """Karger et al. 1997, with VNODES points a member; the member of the next point owns a key."""
 
     name = f"ring, {VNODES} points each"
 
@@ -78,7 +78,7 @@ class ClassicRing:
 
 
 class Maglev:
-    """Eisenbud et al. 2016, table of MAGLEV entries."""
+    """Eisenbud et al. 2016, with a table of MAGLEV entries."""
 
     name = f"Maglev {MAGLEV:,}"
 
@@ -158,7 +158,7 @@ def ownership(keys):
 
 
 def overflow():
-    """A fleet of 30 with 16 requests outstanding each on the mean: keys arrive, random ones end."""
+    """Simulates a fleet of 30 with a mean of 16 outstanding requests each: keys arrive, random requests end."""
     table = Table(
         "overflow goes to", "bound", "max / mean", "not at its owner", "workers asked, p99", "busiest successor"
     )

@@ -27,8 +27,9 @@ from services.cli.stack.probes import healthy_workers
 from services.console.data.scraper import fetch
 from tests.bench import models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import build_loadgen, free_port, running
+from tests.bench.harness import build_loadgen, running
 from tests.bench.models import MLP
+from tests.ports import free_port
 
 BODIES = 10_000
 console = Console(width=140)
@@ -36,7 +37,7 @@ console = Console(width=140)
 
 @contextmanager
 def sharing(repository: Path, count: int, redis: str | None, age: float) -> Iterator[tuple[int, list[str]]]:
-    """The port of so many routers, and their /metrics; a worker behind them."""
+    """Starts `count` routers on one port, and a worker behind them. Yields the port and their /metrics addresses."""
     with ExitStack() as stack:
         worker, port = free_port(), free_port()
         serving = {"port": worker, "address": f"127.0.0.1:{worker}", "models": str(repository), "threads": "1"}
@@ -49,14 +50,14 @@ def sharing(repository: Path, count: int, redis: str | None, age: float) -> Iter
             if redis:
                 settings |= {"redis_url": redis, "key_secret": "bench"}
             stack.enter_context(running("router", port=port, address=f"127.0.0.1:{port}", **settings))
-        for target in metrics:  # on the shared port, another may have answered
+        for target in metrics:  # on the shared port, another router may have answered
             while not asyncio.run(healthy_workers(target)):
                 time.sleep(0.02)
         yield port, metrics
 
 
 def outcomes(metrics: str) -> Counter[str]:
-    """Answers of a router by outcome."""
+    """Returns the number of a router's answers by outcome."""
     counts: Counter[str] = Counter()
     for labels, value in re.findall(r"^ringmesh_requests_total\{(.*)\} (\S+)$", fetch(metrics), re.MULTILINE):
         counts[re.search(r'outcome="([^"]*)"', labels)[1]] += int(float(value))
@@ -64,7 +65,7 @@ def outcomes(metrics: str) -> Counter[str]:
 
 
 def run(loadgen: Path, bodies: Path, port: int, connections: int, seconds: float) -> dict[str, int]:
-    """What the load generator counted."""
+    """Runs the load generator and returns its counts."""
     command = [
         loadgen, "--target", f"127.0.0.1:{port}", "--bodies", bodies, "--order", "zipf:1.0", "--concurrency", 64,
         "--connections", connections, "--seconds", seconds, "--warmup", 0,

@@ -22,19 +22,20 @@ from rich.table import Table
 from router.balancing.ring import Ring
 from tests.bench import models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import Measured, Process, build_loadgen, free_port, load, running
+from tests.bench.harness import Measured, Process, build_loadgen, load, running
 from tests.bench.models import IDENTITY, MLP
+from tests.ports import free_port
 
-# Bodies that are asked for; the other entries lie beside them.
+# Number of bodies that are requested; the other entries are never requested.
 ASKED = 10_000
-# Of an answer.
+# Size of an answer.
 VALUE_BYTES = 64
 console = Console(width=120)
 
 
 @contextmanager
 def serving(repository: Path, entries: int = 0) -> Iterator[tuple[Process, Process]]:
-    """A router with that many entries, and its worker."""
+    """Starts a router with `entries` entries, and its worker."""
     port = free_port()
     with running(
         "services.inference", port=port, address=f"127.0.0.1:{port}", models=str(repository), threads="1", patience=180
@@ -51,7 +52,7 @@ def serving(repository: Path, entries: int = 0) -> Iterator[tuple[Process, Proce
 
 
 def row(table: Table, what: str, runs: Sequence[Measured], *more: str) -> None:
-    """Medians and the spread of the rate."""
+    """Adds a row with medians and the spread of the rate."""
     rates = [run.rps for run in runs]
     p50, p99, cpu = (statistics.median(getattr(run, name) for run in runs) for name in ("p50", "p99", "cpu_us"))
     rate, spread = f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}"
@@ -59,7 +60,7 @@ def row(table: Table, what: str, runs: Sequence[Measured], *more: str) -> None:
 
 
 def entries(loadgen: Path, work: Path, seconds: float, rounds: int) -> Table:
-    """1 entry, 10,000, a million."""
+    """Measures 1 entry, 10,000 and a million."""
     models.write(IDENTITY, work / "one")
     rng = np.random.default_rng(1)
     bodies = write_bodies(work / "small", "identity", "x", (IDENTITY.row(rng, 8) for _ in range(ASKED)))
@@ -83,7 +84,7 @@ def entries(loadgen: Path, work: Path, seconds: float, rounds: int) -> Table:
 
 
 def held_models(loadgen: Path, work: Path, seconds: float, rounds: int) -> Table:
-    """1 model, 100, a thousand: hits, and misses of a tiny MLP."""
+    """Measures 1 model, 100 and a thousand: hits, and misses of a tiny MLP."""
     sizes = (1, 100, 1000)
     models.write(MLP, work / "mlp-1")
     for size in sizes[1:]:
@@ -116,7 +117,7 @@ def held_models(loadgen: Path, work: Path, seconds: float, rounds: int) -> Table
 
 
 def ring_members() -> Table:
-    """1 member, 30, 300: a look-up, and a change of membership."""
+    """Measures 1 ring member, 30 and 300: a look-up, and a change of membership."""
     table = Table("members", "look-up µs", "new ring ms", "table KB")
     hashes = [os.urandom(16) for _ in range(10_000)]
     for size in (1, 30, 300):
@@ -138,7 +139,7 @@ def ring_members() -> Table:
 
 
 def starts(work: Path, rounds: int) -> Table:
-    """From exec to SERVING: of a worker with a tiny model, and of a router whose worker is up."""
+    """Measures the time from exec to SERVING, of a worker with a tiny model and of a router whose worker is up."""
     models.write(MLP, work / "start")
     router, worker = [], []
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The peer: the real Triton, with its python backend and its local response cache, on the same ONNX files."""
+"""Triton as a peer: the real server, with its python backend and its local response cache, on the same ONNX files."""
 
 import os
 import subprocess
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.harness import Process, free_port
+from tests.bench.harness import Process
 from tests.bench.models import CONFIG, Model
+from tests.installation import ROOT
+from tests.ports import free_port
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv" / "triton"
 SERVER = FOLDER / "pytriton" / "tritonserver"
 VERSION = "2.51.0 (nvidia-pytriton 0.7.0)"
-CACHE_BYTES = 256 << 20  # what a router's local tier has
+CACHE_BYTES = 256 << 20  # as large as a router's local tier
 
-# One run for all requests of a batch, one thread in each: two instances then use two cores.
+# One run for all requests of a batch, with one thread, so that two instances use two cores.
 _MODEL = """
 import numpy as np
 import onnxruntime
@@ -49,7 +50,7 @@ output {{ name: "{output}" data_type: TYPE_FP32 dims: {output_dims} }}
 
 
 def why_not() -> str:
-    """Why there is no Triton here; "" where there is one, which is fetched if need be."""
+    """Returns why Triton cannot run here; "" if it can. Fetches it if needed."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "its wheel is for Linux on x86-64"
     if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
@@ -63,7 +64,7 @@ def why_not() -> str:
 
 @contextmanager
 def serving(models: list[Model], onnx_files: Path, repository: Path) -> Iterator[Process]:
-    """Triton with `models`, whose files are in `onnx_files`; its own repository is written to `repository`."""
+    """Starts Triton with `models`, whose files are in `onnx_files`; writes Triton's own repository to `repository`."""
     for model in models:
         folder = repository / model.name / "1"
         folder.mkdir(parents=True)
@@ -95,7 +96,7 @@ def serving(models: list[Model], onnx_files: Path, repository: Path) -> Iterator
         port=port,
         environment={
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{FOLDER / 'nvidia_pytriton.libs'}",
-            # Its Python finds its packages by the first python3 on the path.
+            # Triton's Python finds its packages by the first python3 on the path.
             "PATH": f"{FOLDER / 'venv' / 'bin'}:{os.environ['PATH']}",
         },
         patience=60,

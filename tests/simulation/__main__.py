@@ -8,7 +8,7 @@ from tests.simulation import many
 
 
 def main():
-    """Ends with 1 where a seed fails."""
+    """Exits with 1 if a seed fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="run this one")
     parser.add_argument("--trace", action="store_true", help="print every event of it")
@@ -20,7 +20,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: one for each core")
     options = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":
-        # Sets of text are in an order of their own in every process.
+        # Without a fixed hash seed, the order of a set of strings differs by process.
         os.execve(
             sys.executable,
             [sys.executable, "-m", "tests.simulation", *sys.argv[1:]],

@@ -1,4 +1,4 @@
-"""What callers send, and what is known of each request until its end."""
+"""Requests of simulated callers, and the state of each until it ends."""
 
 import numpy as np
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -7,14 +7,14 @@ from services.runtime.rpc.rpc import Answer
 from tests.simulation.clock import clock
 from tests.simulation.model import COLUMNS, VARIANTS, answer
 
-# A router answers so long after the deadline at the latest.
+# A router answers at most this long after the deadline.
 EPSILON_NS = 5_000_000
 
 
 class Call:
     """One request at one router. Times in ns of the clock; `timeout` in seconds, None without a deadline.
 
-    `invalid` is the code that it must end with; "" for one that is right.
+    `invalid` is the status code that it must end with; "" for a valid request.
     """
 
     def __init__(self, world, number, router, kind, rows, *, tenant="", control="", timeout=None, invalid=""):
@@ -69,11 +69,11 @@ class Call:
 
     @property
     def is_open(self):
-        """Whether an answer is due."""
+        """Whether the caller still waits for an answer."""
         return not (self.code or self.cancelled or self.lost)
 
     def send(self):
-        """From the caller."""
+        """Sends the request from the caller to the router."""
         world = self.world
         self.sent_ns = clock.now_ns
         world.trace("send", self, self.control, self.timeout)
@@ -92,12 +92,12 @@ class Call:
             self.router.receive(self)
 
     def lose(self):
-        """Its router has died."""
+        """Marks the request as lost: its router died."""
         if self.is_open:
             self.lost = True
 
     def leave(self):
-        """The caller waits no longer."""
+        """Cancels the request: the caller leaves."""
         if self.is_open:
             self.world.left(self)
             self.cancelled = True
@@ -106,7 +106,7 @@ class Call:
             self.router.process.call(self.router.cancel, self)
 
     def answered_by_router(self, answered):
-        """On the router."""
+        """Records and judges the router's answer; runs in the router's process."""
         world = self.world
         if self.cancelled:
             return

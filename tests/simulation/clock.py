@@ -1,6 +1,6 @@
-"""Time that passes only where the simulation says so, in place of the functions of `time` and of all randomness.
+"""Virtual time that only the simulation advances. It replaces the functions of `time`, and os.urandom.
 
-To be installed before any module of ours is imported: compiled modules look `time.monotonic` up at each call.
+Install it before any module of Ringmesh is imported: compiled modules look `time.monotonic` up at each call.
 """
 
 import os
@@ -12,7 +12,7 @@ _START_NS = 1_000_000_000_000
 
 
 class Clock:
-    """`now_ns` of the event loop; `within_ns` is what the callback that runs has spent of it so far."""
+    """`now_ns` is the event loop's time; `within_ns` is the time that the running callback has spent so far."""
 
     def __init__(self):
         self.now_ns = _START_NS
@@ -34,7 +34,7 @@ real_cpu_seconds = time.process_time
 
 
 def install():
-    """For the whole process; there is no way back."""
+    """Replaces the clocks of the whole process; it cannot be undone."""
     time.time_ns = lambda: _EPOCH_NS + clock.now_ns + clock.within_ns
     time.time = lambda: (_EPOCH_NS + clock.now_ns + clock.within_ns) / 1e9
     time.monotonic = time.perf_counter = clock.seconds

@@ -1,7 +1,7 @@
-"""An event loop without sockets, for many simulated processes at once, whose waiting costs nothing.
+"""An event loop without sockets, shared by many simulated processes; waiting takes no real time.
 
-Each callback belongs to the process in whose context it was scheduled. Those of one that is stopped or held up wait,
-those of one that was killed never run.
+Each callback belongs to the process in whose context it was scheduled. Callbacks of a stopped or busy process wait.
+Callbacks of a killed process never run.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ from tests.simulation.clock import clock
 
 PROCESS = contextvars.ContextVar("process", default=None)
 NOBODY = contextvars.Context()
-# A thread's work takes at least so long: hand-over and wake-up.
+# Minimum duration of work on a thread: hand-over and wake-up.
 _THREAD_NS = 30_000
 
 
 class Process:
-    """A simulated process. `died` hears of its end."""
+    """A simulated process. The callbacks in `died` are called when it is killed."""
 
     def __init__(self, loop, name):
         self.loop = loop
@@ -30,7 +30,7 @@ class Process:
         self.alive = True
         self.stopped = False
         self.busy_until_ns = 0
-        # What could not run because it was stopped or busy, in order.
+        # Callbacks that could not run because the process was stopped or busy, in order.
         self.frozen = []
         self.died = []
         self.context = contextvars.Context()
@@ -38,18 +38,18 @@ class Process:
 
     @property
     def runs(self):
-        """Whether its event loop takes callbacks now."""
+        """Whether its event loop runs callbacks now."""
         return self.alive and not self.stopped and self.busy_until_ns <= clock.now_ns
 
     def call(self, function, *args):
-        """On its event loop, as soon as it can."""
+        """Runs `function` on its event loop, as soon as possible."""
         self.loop.call_soon(function, *args, context=self.context)
 
     def call_at(self, at_ns, function, *args):
         self.loop.call_at_ns(at_ns, function, *args, context=self.context)
 
     def spawn(self, coroutine):
-        """As a task of the process."""
+        """Starts a task in the process."""
         return self.context.run(self.loop.create_task, coroutine)
 
     def kill(self):
@@ -66,7 +66,7 @@ class Process:
         self._thaw()
 
     def held(self, until_ns):
-        """Its event loop has run something that takes until then."""
+        """Marks its event loop as busy until `until_ns`, because a callback took that long."""
         self.busy_until_ns = until_ns
         self.loop.call_at_ns(until_ns, self._thaw, context=NOBODY)
 
@@ -77,7 +77,7 @@ class Process:
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """`held` hears of each process whose loop was held up, and for how many ns."""
+    """The event loop. `held` is called with each process whose loop was blocked, and for how many ns."""
 
     def __init__(self, held):
         super().__init__()
@@ -121,7 +121,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return task
 
     def run_in_executor(self, executor, function, *args):
-        """On a thread of the process, of those that `executor` has (None: enough of them)."""
+        """Runs `function` on a thread of the process, from those of `executor` (None: unlimited)."""
         future = self.create_future()
         pool = executor if executor is not None else _ENDLESS
         process = PROCESS.get()
@@ -149,10 +149,10 @@ class SimLoop(asyncio.BaseEventLoop):
         process.call_at(at_ns, _settle, future, result, error)
 
     def _call(self, process, function, args):
-        # asyncio.to_thread wraps it.
+        # asyncio.to_thread wraps the function.
         inner = getattr(function, "args", (None,))[0]
         if getattr(inner, "__name__", "") == "_rings":
-            # Ranking takes 15 ms, and is a function of its argument.
+            # Cached: ranking takes 15 ms, and its result depends only on its argument.
             key = tuple(sorted(function.args[1].items()))
             found = _RINGS.get(key)
             if found is None:
@@ -175,7 +175,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.errors.append(f"{context.get('message')}: {error!r}")
 
     def run(self, until_ns, done=lambda: False):
-        """Until then, until `done`, or until there is nothing left to happen."""
+        """Runs until `until_ns`, until `done()`, or until no events are left."""
         ready, timers = self.ready, self._timers
         events._set_running_loop(self)
         try:
@@ -226,7 +226,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return await self.sockets[path].connect(factory)
 
     def abandon(self):
-        """Ends all that is left, without a word."""
+        """Discards all remaining tasks and callbacks without warnings."""
         self.ready.clear()
         self._timers.clear()
         sys.unraisablehook, hook = _ignore, sys.unraisablehook
@@ -248,7 +248,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 class Threads:
-    """Stands for an executor: so many threads."""
+    """Replaces an executor that has this number of threads."""
 
     def __init__(self, threads):
         self.free = threads

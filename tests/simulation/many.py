@@ -1,4 +1,4 @@
-"""Many seeds, on processes of their own."""
+"""Runs many seeds on a pool of processes."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ _CHUNK = 8
 
 
 def prepare():
-    """Virtual time for this process, before anything of ours is loaded."""
+    """Installs virtual time in this process, before any module of Ringmesh is loaded."""
     from tests.simulation import clock
 
     random.seed(0)
@@ -31,7 +31,7 @@ def _chunk(job):
 
 
 def run(options, tell):
-    """On all cores; `tell` hears of each seed that fails. 1 where one did."""
+    """Runs the seeds on all cores and calls `tell` with each failed result. Returns 1 if one failed."""
     began = time.perf_counter()
     last = options.first + options.seeds
     jobs = [(first, min(_CHUNK, last - first), options.plan) for first in range(options.first, last, _CHUNK)]

@@ -1,8 +1,8 @@
-"""The models of a simulated fleet: real files, configurations and analyses, whose runs take virtual time.
+"""The models of a simulated fleet: files, configurations and analyses are real, and runs take virtual time.
 
-Each is loaded once by ONNX Runtime, so that all that is known of a model is what its graph says. A run computes the
-same in NumPy. A row is [id, seconds, poison, 0]; y is the row times a plus b, the weights of the model's variant, and
-`at` is when the run began, in microseconds, so that each answer tells how old it is.
+ONNX Runtime loads each model once, so that its graph is analysed as in production. A run computes the same in NumPy. A
+row is [id, seconds, poison, 0]. `y` is row * a + b, with the weights of the model's variant. `at` is the start time of
+the run in microseconds, so each answer carries its age.
 """
 
 import tempfile
@@ -49,18 +49,18 @@ CONFIGS = {
     "uncached": _NO_ROWS + "response_cache { enable: false }",
 }
 KINDS = tuple(CONFIGS)
-# Their graphs say that a run may take as long as its values tell.
+# Models whose graphs have a loop, so that the run time may depend on the input values.
 _LOOPS = ("loop", "queued", "hedged")
 
 
 def weights(kind, variant):
-    """(a, b) of a model: no two have the same."""
+    """Returns (a, b), which are unique for each model and variant."""
     number = KINDS.index(kind) * VARIANTS + variant
     return np.float32(3 + number), np.float32(1000 * (number + 1))
 
 
 def answer(kind, variant, rows):
-    """What the model says to these rows."""
+    """Returns the model's answer to these rows."""
     a, b = weights(kind, variant)
     return rows * a + b
 
@@ -114,7 +114,7 @@ for _variant, _repository in enumerate(_REPOSITORIES):
 
 
 class Repository:
-    """What the workers of a fleet have on disk: a ModelSource. `variants` by model change as somebody writes to it."""
+    """A ModelSource: the workers' model repository on disk. A test writes a new model by changing `variants`."""
 
     private = True
 
@@ -132,7 +132,7 @@ class Repository:
 
 
 class SimModel(OnnxModel):
-    """A model of one worker: `runs` hears of each run, as (model, rows, seconds)."""
+    """A model on one worker; `runs` is notified of each run and decides how long it takes."""
 
     def run(self, inputs, outputs):
         rows = inputs["x"]
@@ -148,7 +148,7 @@ _LOADED = {}
 
 
 def open_model(files: ModelFiles, runs):
-    """As a worker does that has `runs`."""
+    """Opens a model as a worker does, and connects it to `runs`."""
     variant = int(files.origin.parents[1].name)
     loaded = _LOADED.get((files.name, variant))
     if loaded is None:

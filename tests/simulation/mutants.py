@@ -1,7 +1,7 @@
-"""Faults that Ringmesh once had, put back one at a time, to show that the simulation finds them.
+"""Mutants: former faults of Ringmesh, reintroduced one at a time to prove that the simulation finds them.
 
-Each is an edit of sources as they are imported. An edit that does not find its text fails: then the code has changed,
-and the mutant is to be written anew.
+Each mutant edits sources at import. An edit fails if its text is not found: the code has changed then, and the mutant
+must be rewritten.
 """
 
 import importlib.machinery
@@ -10,7 +10,7 @@ import sys
 _NO_BORDER = ("    for name, text in (\n", '    return ""\n    for name, text in (\n')
 
 MUTANTS = {
-    # A full tier drained its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.
+    # A full tier emptied its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.
     "eviction": {
         "cache.tiers.local_tier": [
             (
@@ -20,9 +20,9 @@ MUTANTS = {
             ("<= target or not heap:", "<= target:"),
         ]
     },
-    # Whatever shapes were quick before is run on the event loop, also where values decide how long it takes.
+    # Shapes that ran fast before were run on the event loop, even if the run time depends on the values.
     "blocking run": {"services.inference.execution.inline_runs": [("    if unknown:\n", "    if False:\n")]},
-    # What waited for a stopped worker was sent to it again.
+    # Requests that waited for a stopped worker were sent to it again.
     "resend": {
         "router.transport.worker_client": [
             (
@@ -34,7 +34,7 @@ MUTANTS = {
             )
         ]
     },
-    # An unexpected exception in a flight left it, and all that joined it, without an end.
+    # After an unexpected exception in a flight, its callers never got an answer.
     "flight": {
         "services.runtime.single_flight": [
             (
@@ -43,16 +43,16 @@ MUTANTS = {
             )
         ]
     },
-    # Requests whose worker said nothing outlasted their deadline.
+    # Requests whose worker did not answer outlived their deadline.
     "deadline": {"services.runtime.driver": [("        self._throw(DeadlinePassed())", "        pass")]},
-    # Work in the background ended at the first thing that it did not expect.
+    # Background work ended at its first unexpected exception.
     "background": {
         "services.runtime.telemetry.supervisor": [
             ("if await self._run_once(name, work()) or _is_cancelled():", "await work()\n            if True:")
         ],
         "router.membership.worker_description": [_NO_BORDER],
     },
-    # A worker that died while a hedge was under way did not count.
+    # The death of a worker was not counted while a hedge was in flight.
     "hedged poison": {
         "router.dispatch.attempts": [
             (
@@ -61,11 +61,11 @@ MUTANTS = {
             )
         ]
     },
-    # What had waited too long was only noticed when an instance became free.
+    # Queue timeouts were only noticed when an instance became free.
     "queue timeout": {
         "services.inference.scheduling.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]
     },
-    # A process that purged took its own purge for word of all that others had purged before it.
+    # A process that purged assumed that it already knew all earlier purges of others.
     "purges at once": {
         "cache.keys.invalidation": [
             (
@@ -78,7 +78,7 @@ MUTANTS = {
 
 
 def apply(name):
-    """From now on, modules are imported with this fault."""
+    """Makes later imports load their modules with this fault."""
     sys.meta_path.insert(0, _Finder(MUTANTS[name]))
 
 

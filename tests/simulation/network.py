@@ -1,7 +1,8 @@
-"""The network beneath the links of routers: connections between simulated processes.
+"""The network between routers and workers: connections between simulated processes.
 
-What is sent over a connection arrives, in order, after a delay; where the way is dark it arrives when it is light
-again, or never, as TCP has it. Whoever ends with a connection open is noticed at the other end, unless the way is dark.
+Data sent over a connection arrives in order, after a delay. While the way is dark (partitioned), data is held back. It
+arrives when the way is light again, or never, as with TCP. If a process dies, the other end of its connections notices,
+unless the way is dark.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ from asyncio import events
 
 import grpc
 
-from router.transport.grpc_channel import CONNECT_SECONDS, CallError
+from router.transport.grpc_channel import CONNECT_SECONDS, CallError, outcome
 from router.transport.local_channel import LocalChannel
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Failure
@@ -20,7 +21,7 @@ _MS = 1_000_000
 
 
 class Way:
-    """From one router to one worker. `slow` multiplies its delays; while it is `dark`, nothing comes through."""
+    """The path between one router and one worker. `slow` multiplies its delays; `dark` means partitioned."""
 
     def __init__(self, network, name):
         self.network = network
@@ -38,7 +39,7 @@ class Way:
         return int(ns * self.slow)
 
     def deliver(self, connection, function, *args):
-        """At the other end of `connection`, in order."""
+        """Calls `function` at the other end of `connection`, after a delay and in order."""
         at_ns = max(clock.ns() + self.delay_ns(), connection.last_ns)
         connection.last_ns = at_ns
         self.network.loop.call_at_ns(at_ns, self._arrive, connection, function, args, context=NOBODY)
@@ -56,13 +57,13 @@ class Way:
             self._arrive(connection, function, args)
 
     def cut(self):
-        """Ends all connections over it."""
+        """Ends all connections on this path."""
         for connection in list(self.connections):
             connection.reset()
 
 
 class Network:
-    """`servers` by address."""
+    """The network; `servers` are by address."""
 
     def __init__(self, loop, random, trace):
         self.loop = loop
@@ -72,14 +73,14 @@ class Network:
         self.ways = {}
 
     def way(self, router, address):
-        """Between a router and a worker."""
+        """Returns the path between a router and a worker."""
         found = self.ways.get((router, address))
         if found is None:
             found = self.ways[router, address] = Way(self, f"{router}>{address}")
         return found
 
     def channels(self, process):
-        """For the router that is `process`."""
+        """Returns the channels of the router in `process`."""
         return _Channels(self, process)
 
 
@@ -96,7 +97,7 @@ class _Channels:
 
 
 class _Connection:
-    """Both ends of one: `client` and `server` are processes, `calls` are under way."""
+    """Both ends of a connection: `client` is a process, `server` a Server, and `calls` are in flight."""
 
     def __init__(self, way, client, server):
         self.way = way
@@ -118,7 +119,7 @@ class _Connection:
                 loop.call_at_ns(clock.ns() + self.way.delay_ns(), self.reset, context=NOBODY)
 
     def reset(self):
-        """It is over at both ends."""
+        """Ends the connection at both ends."""
         if not self.open:
             return
         self.open = False
@@ -144,7 +145,7 @@ class _Call:
 
 
 class SimChannel:
-    """As GrpcChannel."""
+    """Replaces GrpcChannel."""
 
     def __init__(self, network, process, address):
         self._network = network
@@ -166,27 +167,13 @@ class SimChannel:
         return lambda: self._cancel(call)
 
     async def call(self, method, request):
-        answered = asyncio.get_running_loop().create_future()
-
-        def done(answer):
-            if not answered.done():
-                answered.set_result(answer)
-
-        cancel = self.begin(method, request, done)
-        try:
-            answer = await answered
-        except asyncio.CancelledError:
-            cancel()
-            raise
-        if isinstance(answer, CallError):
-            raise answer
-        return answer
+        return await outcome(lambda done: self.begin(method, request, done))
 
     def is_local(self, port):
         return self._connection is not None and self._network.servers[self._address].port == port
 
     async def ping(self, seconds):
-        """The engine answers, unless the whole process is stopped."""
+        """Pings the engine, which answers unless the whole process is stopped."""
         try:
             async with asyncio.timeout(seconds):
                 connection = await self._connect() if self._connection is None else self._connection
@@ -260,7 +247,7 @@ class SimChannel:
         connection.server.process.call(connection.server.receive, call, lambda answer: self._answer(call, answer))
 
     def _answer(self, call, answer):
-        """On the server, which has answered."""
+        """Sends the server's answer back; runs on the server."""
         call.task = None
         self._way.deliver(call.connection, self._return, call, answer)
 
@@ -294,7 +281,7 @@ def _cancel_task(call):
 
 
 class Server:
-    """The engine of a worker: `fast_path` answers Execute, `handlers` the other methods by path."""
+    """A worker's engine: `fast_path` answers Execute, `handlers` the other methods by path. `lie` may alter answers."""
 
     def __init__(self, process, port, execute, fast_path, handlers, lie):
         self.process = process
@@ -305,7 +292,7 @@ class Server:
         self._lie = lie
 
     def receive(self, call, answer):
-        """A call came; on the process's event loop."""
+        """Handles a call, on the process's event loop."""
         if call.method == self._execute:
             path = self._fast_path(call.request, (), None)
             call.task = Driver(path, lambda reply: self._reply(call, reply, answer))
@@ -344,7 +331,7 @@ class AbortError(Exception):
 
 
 class Context:
-    """Of a call without metadata or deadline."""
+    """The context of a call without metadata or deadline."""
 
     async def abort(self, code, message="", trailing=()):
         raise AbortError(code, message)

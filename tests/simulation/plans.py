@@ -1,4 +1,4 @@
-"""What happens in a simulation: each plan is one kind of trouble, or none, and the seed says how much of it."""
+"""Plans of a simulation: each has one kind of fault, or none, and the seed decides how much of it."""
 
 from tests.simulation.clock import clock
 from tests.simulation.worker import Liar
@@ -8,7 +8,7 @@ _COORDINATED = ("plain", "scoped", "uncached", "rows", "fresh")
 
 
 def choose(world):
-    """The plan of a seed."""
+    """Chooses the plan of a seed."""
     names = list(PLANS)
     return world.random.choices(names, [PLANS[name][1] for name in names])[0]
 
@@ -30,7 +30,7 @@ def _fleet(world, *, kinds, workers=None, routers=None, redis=None, **more):
 def _traffic(
     world, count, span, *, seconds=(0.0, 0.0), timeouts=0.1, cancels=0.05, wrong=0.05, controls=0.1, pool=None
 ):
-    """So many requests over so many seconds, for keys of a small pool."""
+    """Schedules `count` requests over `span` seconds, for keys from a small pool."""
     random = world.random
     pool = pool or max(2, count // 4)
     kinds = list(world.repository.variants)
@@ -65,7 +65,7 @@ def _call(world, router, kind, rows, more, leaves):
 
 
 def _operate(world, span):
-    """Purges and new models, now and then."""
+    """Schedules some purges and new models."""
     random = world.random
     for _ in range(random.choice((0, 1, 2))):
         kind, value = random.choice(
@@ -78,7 +78,7 @@ def _operate(world, span):
 
 
 def calm(world):
-    """Nothing is wrong, and little is asked for: equal work is done once."""
+    """No faults and little load: equal work must run once."""
     random = world.random
     _fleet(world, kinds=_kinds(world, random.choice((1, 2, 3))))
     world.light = True
@@ -88,7 +88,7 @@ def calm(world):
 
 
 def busy(world):
-    """Nothing is wrong, and much is asked for."""
+    """No faults and high load."""
     random = world.random
     _fleet(world, kinds=_kinds(world, random.choice((1, 2, 3))))
     count = random.choice((40, 80, 160))
@@ -99,7 +99,7 @@ def busy(world):
 
 
 def slow_request(world):
-    """Nothing is wrong; but one request takes far longer than those before it, which look the same."""
+    """No faults, but one request takes far longer than earlier requests of the same shape."""
     random = world.random
     kind = random.choice(("loop", "plain"))
     _fleet(world, kinds=[kind], workers=2, routers=1)
@@ -113,7 +113,7 @@ def slow_request(world):
 
 
 def queue(world):
-    """A model with a queue that is short in time and in room."""
+    """A model whose queue has a short timeout and a small size."""
     random = world.random
     _fleet(world, kinds=["queued"], workers=random.choice((1, 2)), routers=1)
     for number in range(random.choice((10, 30))):
@@ -125,7 +125,7 @@ def queue(world):
 
 
 def tight(world):
-    """Little room in the caches, the queues and the quotas."""
+    """Caches and quotas are small."""
     random = world.random
     redis = random.random() < 0.5
     quotas = {"acme": 50.0, "*": 20.0} if random.random() < 0.3 else {}
@@ -147,13 +147,13 @@ def tight(world):
 
 
 def stopped_worker(world):
-    """One worker of several is stopped for a while, as by SIGSTOP: all is answered by the others, and soon."""
+    """One of several workers is stopped for a while, as by SIGSTOP: the others must answer all requests soon."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2, ("plain", "scoped", "uncached")), workers=random.choice((2, 3)), threads=1)
     world.faulty = True
     count = random.choice((40, 80, 150))
     _traffic(world, count, 0.6, seconds=(0, 0.002), timeouts=0, cancels=0, wrong=0, controls=0, pool=4 * count)
-    # Noticed by two pings of half a second, half a second after it fell silent.
+    # Half a second of silence, then two pings of half a second each, detect the stopped worker.
     world.slowest_ns = 2_200_000_000
     worker = random.choice(world.workers)
     world.at(random.uniform(0, 0.5), _stop, world, worker)
@@ -167,7 +167,7 @@ def _stop(world, worker):
 
 
 def dying_workers(world):
-    """Workers are killed and started again."""
+    """Workers are killed and restarted."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2), workers=random.choice((2, 3)))
     world.faulty = True
@@ -186,7 +186,7 @@ def _restart(worker):
 
 
 def network(world):
-    """Ways between routers and workers are cut, dark and slow."""
+    """Paths between routers and workers are cut, dark or slow."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2), workers=random.choice((2, 3)), local=False)
     world.faulty = True
@@ -217,7 +217,7 @@ def _heal(world, way):
 
 
 def lies(world):
-    """A worker answers nonsense for a while."""
+    """A worker gives wrong answers for a while."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2), workers=random.choice((2, 3)), local=False)
     world.faulty = world.lied = True
@@ -225,7 +225,7 @@ def lies(world):
     worker.lie = Liar(random, random.choice((0.2, 1.0)))
     world.trace("lie", worker.worker_id, worker.lie)
     if random.random() < 0.5:
-        # What it holds is told once, when it starts.
+        # It reports its models once, when it starts.
         worker.kill("fault")
         worker.start()
     _traffic(world, random.choice((30, 60)), 1.0, seconds=(0, 0.01))
@@ -238,7 +238,7 @@ def lies(world):
 
 
 def redis_faults(world):
-    """Redis is down, slow, silent, forgetful, full, or damages what it holds."""
+    """Redis is down, hangs, is slow, loses or damages data, is full, restarts, or is cut off from a router."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2), routers=2, redis=True, purge_lease_seconds=5.0)
     world.faulty = True
@@ -284,10 +284,10 @@ def _heal_redis(world, redis):
 
 
 def poison(world):
-    """A request kills whoever runs it; of a hedged model, whose slow requests are made twice."""
+    """A request kills the worker that runs it. Its model is hedged: a slow request is sent to a second worker."""
     random = world.random
     _fleet(world, kinds=["hedged"], workers=random.choice((4, 5)), routers=1, threads=2)
-    # Enough to know what a slow answer is.
+    # Enough requests for the router to learn which answers are slow.
     for number in range(70):
         seconds = random.uniform(0.001, 0.003)
         world.at(number * 0.003, _call, world, world.routers[0], "hedged", [[number, seconds, 0, 0]], {}, None)
@@ -304,7 +304,7 @@ def poison(world):
 
 
 def exceptions(world):
-    """What nobody foresaw is raised in the middle of requests."""
+    """Unexpected exceptions are raised in the middle of requests."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2, ("plain", "scoped", "fresh", "rows")))
     world.raising = True
@@ -317,7 +317,7 @@ def exceptions(world):
 
 
 def routers(world):
-    """Routers die and come back, while models change and answers are purged."""
+    """Routers die and restart, while models change and answers are purged."""
     random = world.random
     _fleet(world, kinds=_kinds(world, 2), routers=2, redis=True, purge_lease_seconds=5.0)
     world.faulty = True
@@ -330,7 +330,7 @@ def routers(world):
 
 
 def chaos(world):
-    """All of it at once."""
+    """Many kinds of faults together."""
     random = world.random
     _fleet(
         world,
@@ -372,7 +372,7 @@ def _go_on(world, worker):
     worker.process.go_on()
 
 
-# By name: the plan, and how often it is chosen.
+# By name: the plan and its weight in the random choice.
 PLANS = {
     "calm": (calm, 22),
     "busy": (busy, 14),

@@ -1,6 +1,6 @@
-"""A Redis of virtual time, at the interface of redis-py's client: its scripts in Python, its faults by the seed.
+"""A simulated Redis in virtual time, with redis-py's client interface: its scripts are in Python, its faults seeded.
 
-A connection that redis-py lends (redis_client.lent_connection) speaks the protocol of Redis.
+A connection from redis_client.lent_connection speaks the Redis protocol.
 """
 
 from collections import OrderedDict
@@ -19,7 +19,7 @@ _EPOCH_MS = 1_800_000_000_000
 
 
 class Redis:
-    """The server. `up`, `hangs`, `slow`, `loss`, `damage` and `full` are what is wrong with it now."""
+    """The server. `up`, `hangs`, `slow`, `loss`, `damage`, `lies`, `limit` and `cut_off` are its current faults."""
 
     def __init__(self, loop, random, trace):
         self.loop = loop
@@ -27,25 +27,25 @@ class Redis:
         self.trace = trace
         self.data = OrderedDict()
         self.expires = {}
-        # Whether anything has been wrong with it, and when it last lost all that it knew.
+        # Whether it ever had a fault, and when it last lost all data.
         self.harmed = False
         self.emptied_ns = 0
         self.up = True
         self.hangs = False
         self.slow = 1.0
-        # Shares of the round trips that fail, and of the frames that come back damaged.
+        # Share of round trips that fail, and share of values that are returned damaged.
         self.loss = self.damage = 0.0
         self.lies = 0.0
-        # Bytes that it holds at most; "noeviction" refuses, else what is oldest goes.
+        # Capacity in bytes (0: unlimited). When full, it evicts the oldest value, or refuses the write ("noeviction").
         self.limit = 0
         self.evicts = True
         self.evicted = 0
-        # Names of processes that do not reach it.
+        # Names of processes that cannot reach it.
         self.cut_off = set()
         self.generation = 0
 
     def client(self, settings):
-        """For the process that asks; in place of redis_client.one_server."""
+        """Returns a client for the current process; replaces redis_client.one_server."""
         return Client(self, PROCESS.get())
 
     def restart(self, *, empty):
@@ -59,7 +59,7 @@ class Redis:
         return _EPOCH_MS + clock.ns() // 1_000_000
 
     def run(self, command, arguments):
-        """One command, as the server does."""
+        """Runs one command on the server."""
         return getattr(self, f"_{command}")(*arguments)
 
     def _find(self, key):
@@ -91,7 +91,7 @@ class Redis:
         return [self._get(key) for key in keys]
 
     def answer(self, command, *arguments):
-        """As `run`, in the protocol."""
+        """Like `run`, with the arguments and the reply in the Redis protocol."""
         if command == b"SET":
             key, value, _, px = arguments
             arguments = (key, value, px)
@@ -252,7 +252,7 @@ def _value(value):
 
 
 def _encoded(reply):
-    """As Redis tells it."""
+    """Encodes a reply in the Redis protocol."""
     if reply is None:
         return b"_\r\n"
     if reply is True:
@@ -267,7 +267,7 @@ def _encoded(reply):
 
 
 class Connection:
-    """As redis-py's, as far as another protocol takes it over: also its own writer and transport."""
+    """Replaces redis-py's connection, as far as lent_connection needs it; it is also its own writer and transport."""
 
     def __init__(self, client):
         self._client = client
@@ -275,7 +275,7 @@ class Connection:
         self._protocol = None
         self._commands = Reader()
         self._is_open = True
-        # Nothing that is sent now overtakes what was sent before.
+        # Last arrival time in each direction, which keeps the data in order.
         self._arrives_ns = {True: 0, False: 0}
 
     async def connect(self):
@@ -304,12 +304,12 @@ class Connection:
         return arrives
 
     def _arrived(self, data):
-        """At the server."""
+        """Handles data that arrived at the server."""
         server, process = self._client.server, self._client.process
         if not process.alive or self._commands is None:
             return
         if server.hangs or process.name in server.cut_off:
-            self._commands = None  # no word ever comes, to nothing that follows either
+            self._commands = None  # no reply ever comes, neither to this nor to later commands
             return
         lost_before = server.loss and server.random.random() < server.loss
         if not server.up or server.generation != self._generation or (lost_before and server.random.random() < 0.5):
@@ -339,7 +339,7 @@ class Connection:
 
 
 class Client:
-    """As redis.asyncio.Redis, of one process."""
+    """Replaces redis.asyncio.Redis in one process; it is also its own connection pool."""
 
     def __init__(self, server, process):
         self.server = server
@@ -347,14 +347,14 @@ class Client:
         self.connection_pool = self
 
     def make_connection(self):
-        """As of its connection pool."""
+        """Like ConnectionPool.make_connection."""
         return Connection(self)
 
     async def disconnect(self, **_):
-        """As of its connection pool."""
+        """Like ConnectionPool.disconnect; does nothing."""
 
     async def aclose(self):
-        """As redis-py's."""
+        """Does nothing."""
 
     def get(self, key):
         return self._run([("get", (key,))])
@@ -393,7 +393,7 @@ class Client:
         return reply
 
     async def trip(self, commands):
-        """There and back. Raises what redis-py raises."""
+        """Makes a round trip to the server. Raises redis-py's errors."""
         server = self.server
         random, loop = server.random, server.loop
         replies = loop.create_future()
@@ -403,7 +403,7 @@ class Client:
             if not self.process.alive:
                 return
             if server.hangs or self.process.name in server.cut_off:
-                return  # no word ever comes
+                return  # no reply ever comes
             if not server.up or server.generation != state:
                 back(RedisConnectionError("connection refused"))
                 return

@@ -1,4 +1,4 @@
-"""A router as a simulated process: what router/main.py puts together, but the engine and what only watches."""
+"""A router as a simulated process, wired as in router/main.py, without the engine and parts that only observe."""
 
 import asyncio
 import logging
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class _Listed:
-    """A source that names all workers: the ring is built as for any other, off the event loop."""
+    """A source that lists all workers; as with any source, the ring is built off the event loop."""
 
     def __init__(self, addresses):
         self._addresses = addresses
@@ -48,27 +48,27 @@ class _Listed:
 
 
 class SimRouter:
-    """The router `name`; each start of it is a new process."""
+    """The router `name`; each start is a new process."""
 
     def __init__(self, world, number, **settings):
         self.world = world
         self.name = f"router-{number}"
         self._settings = {"address": f"10.0.1.{number + 1}:8001", "key_secret": "simulation", **settings}
-        # How often the clock of its quotas raises.
+        # Probability that the clock of its quotas raises.
         self.clock_fails = 0.0
         self.process = None
         self.fleet = self.mesh = None
         self.starts = 0
 
     def start(self):
-        """As a new process, with nothing in memory."""
+        """Starts a new process, with empty memory."""
         self.starts += 1
         self.fleet = self.mesh = None
         self.process = Process(self.world.loop, self.name)
         self.process.call(self._serve)
 
     def kill(self):
-        """All that it had in hand is lost."""
+        """Kills the process; all requests in flight are lost."""
         self.world.trace("kill", self.name)
         self.process.kill()
 
@@ -118,7 +118,7 @@ class SimRouter:
             await asyncio.gather(*(fleet.describe(member) for member in healthy))
 
     def receive(self, call):
-        """A call of a caller came, as FastPathServer takes it: `call.ended` hears the answer."""
+        """Handles a call as FastPathServer does; `call.answered_by_router` gets the answer."""
         call.cancel_at_router = None
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
         try:
@@ -147,7 +147,7 @@ class SimRouter:
                 self.world.crashed(f"what an answer left to be done failed: {error!r}")
 
     def cancel(self, call):
-        """The caller has left."""
+        """Cancels a call whose caller has left."""
         cancel, call.cancel_at_router = call.cancel_at_router, None
         if cancel is not None:
             cancel()

@@ -1,4 +1,4 @@
-"""One seed, from its fleet to its verdict."""
+"""Runs one seed."""
 
 import gc
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from tests.simulation.world import World
 
 
 class Result(NamedTuple):
-    """What came of a seed; `digest` is of all events in it."""
+    """The result of a seed; `digest` is over all its events."""
 
     seed: int
     plan: str
@@ -20,13 +20,13 @@ class Result(NamedTuple):
     seconds: float
 
 
-# Seeds until garbage is collected, which takes as long as a small one.
+# Seeds between garbage collections; a collection takes as long as a small seed.
 _COLLECTED_EVERY = 16
 _seeds = 0
 
 
 def run(seed, plan="", show=None):
-    """The same in each process and at each time."""
+    """Runs a seed. The result does not depend on the process or on earlier seeds."""
     global _seeds
     began = real_cpu_seconds()
     world = World(seed, show=show)
@@ -40,6 +40,6 @@ def run(seed, plan="", show=None):
     if _seeds % _COLLECTED_EVERY == 1:
         gc.collect()
         if _seeds == 1:
-            # What was loaded for all seeds is not garbage of any.
+            # Objects loaded for all seeds are excluded from later collections.
             gc.freeze()
     return result

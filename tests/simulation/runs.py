@@ -1,4 +1,4 @@
-"""What the models of a fleet run: how long it takes, whom it kills, and whether equal work is done twice at once."""
+"""The model runs of a fleet: their duration, the workers they kill, and whether equal work overlaps."""
 
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY
@@ -15,15 +15,15 @@ class Runs:
         self.count = 0
         # When each request, by model and id, began to run.
         self.began = {}
-        # How many processes each poison has killed.
+        # Number of processes killed by each poison request, by id.
         self.killed = {}
 
     def seconds(self, rows):
-        """What a run of these takes."""
+        """Returns the duration of a run of `rows`."""
         return 0.000_1 + 0.000_02 * len(rows) + float(rows[:, SECONDS].max(initial=0))
 
     def ran(self, model, rows, process):
-        """It begins now, in this process."""
+        """Records a run that begins now in `process`."""
         self.count += 1
         world = self._world
         world.trace("run", process.name, model.name, len(rows), float(rows[0, ID]) if len(rows) else 0)

@@ -1,4 +1,4 @@
-"""Unix sockets between simulated processes of one host: bytes in order, in pieces of any size."""
+"""Unix sockets between simulated processes of one host: bytes arrive in order, in pieces of any size."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from tests.simulation.loop import NOBODY, PROCESS
 
 
 class Socket:
-    """One that a worker listens on; `factory` makes the protocol of each connection."""
+    """A socket that a worker listens on; `factory` makes the protocol of each connection."""
 
     def __init__(self, loop, random, process, factory):
         self.loop = loop
@@ -17,7 +17,7 @@ class Socket:
         self.connections = []
 
     async def connect(self, factory):
-        """From asyncio's create_unix_connection."""
+        """Opens a connection, for asyncio's create_unix_connection."""
         await asyncio.sleep(self.random.randint(20, 100) / 1e6)
         if not self.process.alive:
             raise ConnectionRefusedError("nobody listens")

@@ -1,6 +1,6 @@
-"""What a worker has on its disk, in memory: the files of models, snapshots of them, and what was decided about them.
+"""In-memory replacements of a worker's disk state: model files, their snapshots, and decisions about models.
 
-Disks are not what is simulated here, and reading the same small files again would be most of the time of a seed.
+Disks are not simulated, and reading the same small files again would take most of the time of a seed.
 """
 
 import time
@@ -34,22 +34,22 @@ class _Files(ModelFiles):
 
 
 class Snapshots:
-    """As Snapshots, of files that never change."""
+    """Replaces Snapshots, for files that never change."""
 
     def take(self, files):
         return _Snapshot(files.folder, -1, files)
 
     def sweep(self):
-        """There is nothing to remove."""
+        """Does nothing: there is nothing to remove."""
 
 
 class _Snapshot(Snapshot):
     def close(self):
-        """The folder is shared by all."""
+        """Does nothing: all workers share the folder."""
 
 
 class Decisions:
-    """As Decisions; they outlive the processes of a worker."""
+    """Replaces Decisions; they outlive the processes of a worker."""
 
     size = 0
 
@@ -70,4 +70,4 @@ class Decisions:
         (self.fleet.add if decision.fleet else self.fleet.discard)(name)
 
     def close(self):
-        """Nobody else uses them."""
+        """Does nothing."""

@@ -1,5 +1,7 @@
-"""The simulated fleet keeps its promises, and finds what it is to find. Each run has processes of its own: time stands
-still in them."""
+"""The simulated fleet keeps its invariants, and the simulation finds known faults.
+
+Each run has processes of its own, because virtual time replaces the clocks of a whole process.
+"""
 
 import os
 import re

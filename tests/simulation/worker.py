@@ -1,4 +1,4 @@
-"""A worker as a simulated process: all of services/inference but the engine and ONNX Runtime."""
+"""A worker as a simulated process: all of services/inference except the engine and ONNX Runtime."""
 
 from ringmesh.inference.v1 import inference_pb2
 
@@ -22,7 +22,7 @@ _LARGEST = 1 << 26
 
 
 class SimWorker:
-    """The worker at `address`; each start of it is a new process. `lie` may change what it answers."""
+    """The worker at `address`; each start is a new process. `lie` may change its answers."""
 
     def __init__(self, world, number, *, weight=1.0, threads=2, local=False):
         self.world = world
@@ -40,18 +40,18 @@ class SimWorker:
 
     @property
     def is_up(self):
-        """Whether it serves, as far as it is not stopped."""
+        """Whether its process is alive and ready; it may still be stopped."""
         return self.worker is not None and self.process.alive
 
     def start(self):
-        """As a new process."""
+        """Starts a new process."""
         self.starts += 1
         self.worker = self.store = None
         self.process = Process(self.world.loop, self.worker_id)
         self.process.spawn(self._serve(self.process))
 
     def kill(self, why):
-        """All that it had in hand is lost."""
+        """Kills the process; all requests in flight are lost."""
         if self.process.alive:
             self.world.trace("kill", self.worker_id, why)
             self.process.kill()
@@ -78,7 +78,7 @@ class SimWorker:
         handlers = {f"/{service.name}/{method}": handler for method, handler in service.handlers.items()}
         handlers |= {_INFERENCE + method: handler for method, handler in ModelControl(store).handlers().items()}
         if self.local:
-            local = EnvelopeSocket("", envelopes, _LARGEST, calls.counter(EXECUTE))
+            local = EnvelopeSocket("", envelopes.execute, _LARGEST, calls.counter(EXECUTE))
             world.loop.sockets[self._path] = Socket(world.loop, world.random, process, lambda: _Connection(local))
             envelopes.socket, envelopes.port = self._path, _PORT
         world.network.servers[self.address] = Server(
@@ -94,7 +94,7 @@ class SimWorker:
 
 
 class Liar:
-    """Changes what a worker answers, now and then, in one way."""
+    """Changes a share of a worker's answers, in one randomly chosen way."""
 
     def __init__(self, random, share):
         self._random = random

@@ -1,4 +1,4 @@
-"""A fleet, its callers and what goes wrong, all by one seed; and what must hold whatever happens."""
+"""A fleet, its callers and its faults, all determined by one seed; and the invariants that must always hold."""
 
 import gc
 import hashlib
@@ -23,22 +23,22 @@ from tests.simulation.router import SimRouter
 from tests.simulation.runs import Runs
 from tests.simulation.worker import SimWorker
 
-# Nothing may hold an event loop for longer.
+# No callback may block an event loop for longer.
 HELD_NS = 50_000_000
-# A caller without a deadline is answered within this, once everything that was broken works again.
+# After all faults are repaired, a caller without a deadline is answered within this time.
 PATIENCE_NS = 60_000_000_000
 _SECOND = 1_000_000_000
 
 
 class World:
-    """What a seed makes. `plan` (plans.py) says what happens in it."""
+    """The simulated world of a seed; a plan (plans.py) decides the events in it."""
 
     def __init__(self, seed, plan_name="", show=None):
         self.seed = seed
         self.random = random.Random(seed)
         random.seed(seed)
         clock.reset()
-        # There is one for a process, and both remember what they have logged.
+        # Both are global to the process and remember what they have logged, so reset them.
         BACKGROUND.__init__()
         faults._kinds.clear()
         self._show = show
@@ -53,30 +53,30 @@ class World:
         self.workers, self.routers = [], []
         self.repository = None
         self.calls = []
-        # By router and scope: (when a purge began, when it was acknowledged), of all that were.
+        # By router and scope: start and acknowledgement times of all acknowledged purges.
         self.purged = {}
         # By router and model: (when its switch was acknowledged, the variant).
         self.switched = {}
         self.switching = {}
-        # Faults that may make a right request fail, and lies that may make anything fail.
+        # Whether there are faults that may make a valid request fail, and lies that may make any request fail.
         self.faulty = self.lied = False
-        # Redis answers nonsense, of which the log may tell.
+        # Redis returns wrong data; the log may report it.
         self.tampered = False
-        # What nobody foresaw is raised: its request ends with INTERNAL.
+        # Unexpected exceptions are raised; their requests end with INTERNAL.
         self.raising = False
-        # Equal requests are never run at once, for nothing but their owner is ever asked.
+        # Equal requests must never run concurrently, because only their owner receives them.
         self.light = False
-        # A request is answered within so long.
+        # Longest time for an answer, beyond the run time of the model; 0: no limit.
         self.slowest_ns = 0
         self.quotas = False
         self.first_of_tenant = {}
         self.uncoordinated = set()
         self._log = _Log(self)
 
-    # What is seen.
+    # Observation.
 
     def trace(self, what, *details):
-        """An event; the hash of all of them says whether two runs were the same."""
+        """Records an event; the hash of all events shows whether two runs were identical."""
         self.events += 1
         line = f"{clock.ns() - 1_000_000_000_000:>14,} {what} {' '.join(map(str, details))}"
         self._hash.update(line.encode())
@@ -85,16 +85,16 @@ class World:
 
     @property
     def digest(self):
-        """Of all that happened."""
+        """The hash of all events."""
         return self._hash.hexdigest()
 
     def violated(self, what):
-        """Something that must never be."""
+        """Records a violated invariant."""
         self.trace("VIOLATION", what)
         self.violations.append(f"{(clock.ns() - 1_000_000_000_000) / 1e9:.6f} s: {what}")
 
     def crashed(self, what):
-        """An exception that nobody foresaw."""
+        """Records an unexpected exception; it is a violation unless the faults explain it."""
         if self.lied or self.tampered or self.raising:
             self.trace("crash", what)
         else:
@@ -104,12 +104,12 @@ class World:
         if took_ns > HELD_NS:
             self.violated(f"the event loop of {process.name} was held for {took_ns / 1e6:.0f} ms")
 
-    # What fleets are made of.
+    # The fleet and its operations.
 
     def build(
         self, *, kinds, workers, routers, redis=False, announced=False, local=False, weights=None, threads=2, **settings
     ):
-        """The processes, started at once."""
+        """Creates and starts all processes."""
         self.repository = Repository(kinds)
         if redis:
             self.redis = Redis(self.loop, self.random, self.trace)
@@ -124,17 +124,17 @@ class World:
         self.trace("build", kinds, workers, routers, redis, announced, local, sorted(settings))
         for worker in self.workers:
             worker.start()
-        # What a router does not find it asks again half a second later.
+        # A router retries a worker that it does not find after half a second.
         self.play(0.0 if self.random.random() < 0.1 else 0.01)
         for router in self.routers:
             router.start()
 
     def at(self, seconds, function, *args):
-        """From now."""
+        """Schedules `function` in `seconds` from now."""
         self.loop.call_at_ns(clock.now_ns + int(seconds * 1e9), function, *args, context=NOBODY)
 
     def call(self, router, kind, rows, **more):
-        """A request from now on."""
+        """Sends a request now."""
         made = Call(self, len(self.calls), router, kind, rows, **more)
         self.calls.append(made)
         if more.get("tenant"):
@@ -146,7 +146,7 @@ class World:
         return made
 
     def purge(self, router, scope_kind, value=""):
-        """As an operator: acknowledged, nothing of before may be seen."""
+        """Purges as an operator does: after the acknowledgement, no earlier answer may be returned."""
         scope = {"all": EVERYTHING, "model": model_scope(value), "tenant": tenant_scope(value)}[scope_kind]
         if router.fleet is None or not router.process.alive:
             return
@@ -162,9 +162,9 @@ class World:
                 return
             self.trace("purged", scope, began)
             if self.redis is not None and clock.ns() - self.redis.emptied_ns < 3 * _SECOND:
-                # It has lost who is there, and who was cut off at that moment is missed: docs/decisions/0026.
+                # Redis has lost the list of routers, so one that was cut off then is missed: docs/decisions/0026.
                 return
-            # Without Redis it reaches no other router.
+            # Without Redis, the purge reaches no other router.
             for hears in [router] if self.redis is None else self.routers:
                 self.purged.setdefault((hears, scope_kind, value), []).append((began, clock.ns()))
 
@@ -172,7 +172,7 @@ class World:
         router.process.spawn(purge())
 
     def switch(self, router, kind):
-        """New files for a model, and a load of it through a router."""
+        """Writes new files for a model and loads it through a router."""
         variant = (self.repository.variants[kind] + 1) % 3
         if variant == 0 or router.fleet is None or not router.process.alive or kind in self.switching:
             return
@@ -190,7 +190,7 @@ class World:
             else:
                 self.trace("loaded", kind, variant)
                 if all(self._holds(worker, kind, variant) for worker in self.workers):
-                    # Where Redis fails, other routers learn of it by their polls.
+                    # If Redis fails, other routers learn of the load by polling.
                     told = self.redis is not None and not self.redis.harmed
                     for hears in self.routers if told else [router]:
                         self.switched[hears, kind] = (clock.ns(), variant)
@@ -202,10 +202,10 @@ class World:
     def _holds(self, worker, kind, variant):
         return worker.is_up and [held.model.variant for held in worker.store.held.of(kind)] == [variant]
 
-    # What must hold.
+    # Invariants.
 
     def left(self, call):
-        """The caller gave up by itself; where that is because its time was up, it should have been told before."""
+        """Checks a call whose caller left: if its deadline had passed, the router should have answered before."""
         router = call.router.process
         if call.timeout is not None and call.received_ns and router.runs and not router.frozen:
             late_ns = clock.now_ns - call.received_ns - int(call.timeout * 1e9)
@@ -213,7 +213,7 @@ class World:
                 self.violated(f"{call} had no answer {late_ns / 1e6:.1f} ms after its deadline")
 
     def judge(self, call):
-        """An answer."""
+        """Checks an answer."""
         took_ns = call.ended_ns - call.received_ns
         if call.timeout is not None and not call.router.process.frozen:
             late_ns = took_ns - int(call.timeout * 1e9)
@@ -277,7 +277,7 @@ class World:
             self.violated(f"{call} ended with {call.code}: {call.message}")
 
     def watch_queues(self, until_ns):
-        """What has waited too long in a queue leaves it when its time is up, and not when somebody looks."""
+        """Checks that requests leave a queue when their timeout expires, and not only when the queue is next read."""
         for worker in self.workers:
             for held in worker.store.held if worker.is_up else ():
                 if held.model.name != "queued":
@@ -292,18 +292,18 @@ class World:
             self.at(0.02, self.watch_queues, until_ns)
 
     def overlapped(self, model, row, one, other):
-        """Equal work began while it was under way."""
+        """Checks equal work that began while it was already running."""
         name = (model.name, float(row[0]))
-        # Rows of batches have no worker of their own, and tenants do not share what they ask for.
+        # Excluded: uncacheable models, rows of batches, which have no owner, and tenants, which do not share work.
         apart = not model.cacheable or model.row_cache or model.tenant_scoped
         if not self.light or self.faulty or apart or name in self.uncoordinated:
             return
         self.violated(f"{name} runs on {one} and on {other} at once")
 
-    # The course of it.
+    # Execution.
 
     def run(self, plan):
-        """All of it."""
+        """Runs the plan, and the checks after it."""
         self._log.begin()
         gc.disable()
         try:
@@ -316,18 +316,18 @@ class World:
         return self
 
     def play(self, seconds):
-        """Goes on for so long."""
+        """Continues the simulation for `seconds`."""
         self.loop.run(clock.now_ns + int(seconds * 1e9))
 
     def until_ready(self):
-        """All routers know all workers, and what they hold."""
+        """Runs until all routers know all workers and their models."""
         self.loop.run(clock.now_ns + 5 * _SECOND, self.is_ready)
         if not self.is_ready():
             died = [task.exception() for task in self.loop.tasks if task.done() and not task.cancelled()]
             raise AssertionError(f"the fleet does not become ready: {self.loop.errors} {[e for e in died if e]}")
 
     def is_ready(self):
-        """Whether every router would ask every worker for every model."""
+        """Whether every router sees all workers as healthy."""
         for router in self.routers:
             if router.fleet is None:
                 return False
@@ -337,7 +337,7 @@ class World:
         return True
 
     def _settle(self):
-        """Everything works again, and everyone has an answer: what must be so then."""
+        """Waits until all calls are answered, repairs the fleet, and checks the state at rest."""
         limit = clock.now_ns + PATIENCE_NS
         self.loop.run(limit, lambda: not any(call.is_open for call in self.calls))
         for call in self.calls:
@@ -350,7 +350,7 @@ class World:
         self._at_rest()
 
     def _recover(self):
-        """A fleet that was in trouble serves as before."""
+        """Checks that the fleet serves again after faults."""
         if not self.faulty:
             return
         self.loop.run(clock.now_ns + 15 * _SECOND, self.is_ready)
@@ -376,7 +376,7 @@ class World:
                 self.violated(f"{probe} was never answered, after all faults")
 
     def _at_rest(self):
-        """Nothing is left of what was under way."""
+        """Checks that no state of ended requests is left."""
         left = {}
         for router in self.routers:
             mesh = router.mesh
@@ -393,7 +393,7 @@ class World:
             if worker.is_up:
                 left[f"{worker.worker_id} requests"] = worker.worker.load.requests
                 left[f"{worker.worker_id} flights"] = len(worker.worker._flights._flights)
-                left[f"{worker.worker_id} plain"] = len(worker.worker._plain)
+                left[f"{worker.worker_id} queued"] = len(worker.worker._queued)
                 for held in worker.store.held:
                     left[f"{worker.worker_id} {held.model.name} waiting"] = held.waiting
         for what, count in left.items():
@@ -410,7 +410,7 @@ class World:
 
 
 class _Log(logging.Handler):
-    """Errors in the log are what nobody foresaw."""
+    """Reports errors in the log as unexpected exceptions."""
 
     def __init__(self, world):
         super().__init__(logging.ERROR)

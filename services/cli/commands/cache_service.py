@@ -1,4 +1,4 @@
-"""`ringmesh cache`: what the caches of router and cache service hold and saved, and making them forget."""
+"""`ringmesh cache`: shows the contents and savings of the caches of router and cache service, and purges them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from services.cli.errors import CommandError
 
 
 def listing(processes: Mapping[str, str]) -> Table:
-    """A line a tier of each process, by its name and host:port. Raises CommandError."""
+    """Returns a table with one row per tier of each process. `processes` maps names to host:port.
+
+    Raises CommandError.
+    """
 
     async def call(channel: grpc.aio.Channel, seconds: float) -> cache_pb2.StatsResponse:
         return await cache_pb2_grpc.CacheServiceStub(channel).Stats(cache_pb2.StatsRequest(), timeout=seconds)
@@ -45,7 +48,7 @@ def listing(processes: Mapping[str, str]) -> Table:
 def purge_request(
     *, everything: bool, model: str, tenant: str, key: str, even_if_unknown: bool
 ) -> cache_pb2.PurgeRequest:
-    """Of exactly one scope; raises CommandError."""
+    """Returns a purge of one scope. Raises CommandError unless exactly one scope is given."""
     if sum(map(bool, (everything, model, tenant, key))) != 1:
         raise CommandError("say what to purge by one of --everything, --model, --tenant and --key")
     if everything:
@@ -61,7 +64,7 @@ def purge_request(
 
 
 def purge(address: str, request: cache_pb2.PurgeRequest) -> cache_pb2.PurgeResponse:
-    """Asks a router or the cache service; returns when it is in force everywhere. Raises CommandError."""
+    """Sends a purge to a router or the cache service. Returns when all processes apply it. Raises CommandError."""
 
     async def call(channel: grpc.aio.Channel, seconds: float) -> cache_pb2.PurgeResponse:
         return await cache_pb2_grpc.CacheServiceStub(channel).Purge(request, timeout=seconds)

@@ -1,4 +1,4 @@
-"""`ringmesh demo`: magika's model over real files, twice; the second time nothing is computed."""
+"""`ringmesh demo`: runs magika's model on real files twice. The second pass is answered from the cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HITS = ("hit-local", "hit-shared", "hit-peer")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A file and what the model reads of it: int32 [1, 2048]."""
+    """A file and the model's input for it: int32 [1, 2048]."""
 
     path: str
     features: NDArray[np.int32]
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. `body` is the serialized response without its id; `compute_us` is what it cost to compute."""
+    """A response. `body` is the serialized response without its id; `compute_us` is its compute time."""
 
     label: str
     score: float
@@ -49,14 +49,14 @@ class Answer:
 
     @property
     def is_hit(self) -> bool:
-        """Whether it came out of a cache."""
+        """Whether the answer came from a cache."""
         return self.source in _HITS
 
 
 def collect(folder: Path, magika: MagikaFeatures) -> list[Sample]:
-    """Up to 60 of the files under `folder` that git knows, or of all files outside git, spread over the tree.
+    """Returns up to 60 files under `folder`, spread over the tree: tracked by git, or all files outside git.
 
-    Raises CommandError where none is large enough.
+    Raises CommandError if none is large enough.
     """
     names = [name for name in _list_files(folder) if _size(folder / name) >= magika.smallest]
     samples = []
@@ -74,9 +74,9 @@ def collect(folder: Path, magika: MagikaFeatures) -> list[Sample]:
 
 
 async def run(console: Console, router: str, samples: Sequence[Sample], magika: MagikaFeatures, state: Path) -> int:
-    """Both passes and their totals; 1 unless the second pass was all hits with the same answers.
+    """Runs both passes and prints their totals. Returns 1 unless the second pass had only hits with equal answers.
 
-    Traces are said to be found under `state`.
+    Prints `state` as the location of the traces.
     """
     passes: list[list[Answer]] = []
     async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
@@ -134,7 +134,7 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _size(path: Path) -> int:
-    """In bytes; -1 where it is no regular file of ours to read."""
+    """Returns the size in bytes; -1 if `path` is not a regular file or cannot be read."""
     try:
         return path.stat().st_size if path.is_file() else -1
     except OSError:
@@ -181,7 +181,7 @@ def _mean_ms(answers: Sequence[Answer]) -> float:
 
 
 def _complaint(samples: Sequence[Sample], first: Sequence[Answer], second: Sequence[Answer]) -> str:
-    """What is wrong with the second pass; "" where nothing is."""
+    """Returns the first error of the second pass; "" if there is none."""
     for sample, before, after in zip(samples, first, second, strict=True):
         if not after.is_hit:
             return f"the second answer for {sample.path} came from {after.source!r}, not from a cache"

@@ -1,4 +1,4 @@
-"""The models that are served where nobody names a repository: magika, and a tiny MLP."""
+"""The models that are served if no repository is named: magika and a tiny MLP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MISSING = "is not installed, so the demo model {} is not served; pip install 'r
 
 
 def fill(models: Path, say: Callable[[str], None]) -> None:
-    """Writes the models that are not there yet. Raises CommandError where there is none to serve in the end."""
+    """Writes the missing models. Raises CommandError if there is still no model to serve."""
     if not (models / "magika").is_dir():
         folder = magika_features.model_folder()
         if folder is None:
@@ -35,7 +35,7 @@ def fill(models: Path, say: Callable[[str], None]) -> None:
 
 
 def write_mlp(path: Path) -> None:
-    """FP32 x[n,64] -> y[n,10], the same weights every time: cheap enough that the path around it is what shows."""
+    """Writes an MLP, FP32 x[n,64] -> y[n,10], with fixed weights: so cheap that overhead dominates its latency."""
     import numpy as np
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -57,7 +57,7 @@ def write_mlp(path: Path) -> None:
 
 
 def _add(models: Path, name: str, write: Callable[[Path], object]) -> None:
-    """Appears whole or not at all: another stack may be filling the same repository."""
+    """Adds a model atomically, because another stack can fill the same repository at the same time."""
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models.parent, prefix=f".{name}-") as scratch:
         version = Path(scratch) / name / "1"

@@ -1,4 +1,4 @@
-"""`ringmesh explain`: where a request would go, and why."""
+"""`ringmesh explain`: shows which worker a request would go to, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from services.runtime.oip.sample_tensor import fill
 
 
 def read_request(source: str) -> v2.ModelInferRequest:
-    """A request in protobuf's JSON, as grpcurl takes it, from a file or `-`. Raises CommandError."""
+    """Reads a request in protobuf's JSON format, as grpcurl accepts it, from a file or `-`. Raises CommandError."""
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text()
         return json_format.Parse(text, v2.ModelInferRequest())
@@ -35,7 +35,7 @@ def read_request(source: str) -> v2.ModelInferRequest:
 
 
 def random_request(router: str, model: str) -> v2.ModelInferRequest:
-    """One that the model takes, with random values; sizes that are free are 1. Raises CommandError."""
+    """Returns a valid request for the model, with random values; dynamic dimensions are 1. Raises CommandError."""
 
     async def describe(channel: grpc.aio.Channel, seconds: float) -> v2.ModelMetadataResponse:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -50,7 +50,7 @@ def random_request(router: str, model: str) -> v2.ModelInferRequest:
 
 
 def explain(router: str, request: v2.ModelInferRequest, tenant: str) -> router_pb2.ExplainResponse:
-    """What the router says of it. Raises CommandError."""
+    """Asks the router to explain the request. Raises CommandError."""
 
     async def call(channel: grpc.aio.Channel, seconds: float) -> router_pb2.ExplainResponse:
         stub = router_pb2_grpc.RouterServiceStub(channel)
@@ -60,7 +60,7 @@ def explain(router: str, request: v2.ModelInferRequest, tenant: str) -> router_p
 
 
 def show(console: Console, answer: router_pb2.ExplainResponse) -> None:
-    """Key, owner, and every candidate in the order in which it would be asked."""
+    """Prints the key, the owner, and every candidate in the order in which the router would try them."""
     if answer.uncached_reason:
         console.print(f"not cached  {escape(answer.uncached_reason)}", soft_wrap=True, highlight=False)
     else:

@@ -15,7 +15,7 @@ _SERVICE = "inference.GRPCInferenceService"
 
 @dataclass(frozen=True, slots=True)
 class FirstCalls:
-    """Shell commands. `trace` shows what `grpcurl` went through; "" where it is no inference."""
+    """Shell commands. `trace` shows the trace of the `grpcurl` call; "" if that call is not an inference."""
 
     grpcurl: str
     tritonclient: str
@@ -23,7 +23,7 @@ class FirstCalls:
 
 
 def of_mlp(router: str, state: Path) -> FirstCalls:
-    """An inference on the demo MLP, traced."""
+    """Returns calls that run a traced inference on the demo MLP."""
     trace_id = f"{random.getrandbits(128) or 1:032x}"
     parent = f"{random.getrandbits(64) or 1:016x}"
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 64], "contents": {"fp32_contents": [1] * 64}}
@@ -38,13 +38,13 @@ def of_mlp(router: str, state: Path) -> FirstCalls:
 
 
 def of_model(router: str, model: str) -> FirstCalls:
-    """What the model's inputs and outputs are."""
+    """Returns calls that read the model's inputs and outputs."""
     grpcurl = _grpcurl(router, {"name": model}, "ModelMetadata", "")
     return FirstCalls(grpcurl, _triton(router, [f"print(client.get_model_metadata({model!r}))"]))
 
 
 def show_trace(trace_id: str, state: Path) -> str:
-    """How to see a trace that was written under `state`."""
+    """Returns the command that shows a trace written under `state`."""
     where = "" if state == Path(".ringmesh") else f" --state {shlex.quote(str(state))}"
     return f"{_script('ringmesh')} trace {trace_id}{where}"
 
@@ -61,7 +61,7 @@ def _triton(router: str, lines: list[str]) -> str:
 
 
 def _script(name: str) -> str:
-    """The one installed beside our Python, since `make up` activates no environment; else the one on the path."""
+    """Returns the script next to the running Python, as `make up` activates no environment; else the one on PATH."""
     beside = Path(sys.executable).parent / name
     return _shown(beside) if beside.exists() else shlex.quote(shutil.which(name) or name)
 

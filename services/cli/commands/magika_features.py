@@ -1,8 +1,8 @@
-"""What magika's model reads of a file: its first and last bytes, as the package `magika` 1.0 prepares them.
+"""Features of magika's model: the first and last bytes of a file, prepared as the package `magika` 1.0 does.
 
-After `Magika._extract_features_from_seekable`: up to a block from each end, stripped of whitespace on the
-outer side, cut to the model's size, and padded on the inner side. Only the model and its configuration are
-taken from that package, never its code.
+Follows `Magika._extract_features_from_seekable`: reads up to a block from each end, strips whitespace on the outer
+side, cuts to the model's size, and pads on the inner side. Uses only the model and the configuration of that package,
+not its code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from services.cli.errors import CommandError
 
 @dataclass(frozen=True, slots=True)
 class MagikaFeatures:
-    """The model's configuration. Sizes in bytes; `padding` stands where a file has no byte."""
+    """The model's configuration. Sizes are in bytes; `padding` is the token for positions without a byte."""
 
     begin: int
     end: int
@@ -33,7 +33,7 @@ class MagikaFeatures:
 
     @classmethod
     def load(cls, folder: Path) -> MagikaFeatures:
-        """From the folder that holds the model's `config.min.json`."""
+        """Loads the configuration from the folder that contains the model's `config.min.json`."""
         config = json.loads((folder / "config.min.json").read_text())
         return cls(
             begin=config["beg_size"],
@@ -45,7 +45,7 @@ class MagikaFeatures:
         )
 
     def extract(self, file: BinaryIO) -> NDArray[np.int32] | None:
-        """int32 [1, begin + end]; None where the file holds too little to tell its type by the model."""
+        """Returns int32 [1, begin + end], or None if the file is too small for the model."""
         size = file.seek(0, io.SEEK_END)
         if size < self.smallest:
             return None
@@ -63,7 +63,7 @@ class MagikaFeatures:
 
 
 def model_folder() -> Path | None:
-    """Where the installed package `magika` keeps its model; None where it is not installed."""
+    """Returns the model's folder in the installed package `magika`; None if it is not installed."""
     spec = importlib.util.find_spec("magika")
     if spec is None or spec.origin is None:
         return None
@@ -72,7 +72,7 @@ def model_folder() -> Path | None:
 
 
 def require_model_folder() -> Path:
-    """Like `model_folder`. Raises CommandError where there is none."""
+    """Returns the same as `model_folder`. Raises CommandError if it is None."""
     folder = model_folder()
     if folder is None:
         raise CommandError("magika is not installed: pip install 'ringmesh-server[demo]'")

@@ -1,4 +1,4 @@
-"""`ringmesh models`: what the fleet serves."""
+"""`ringmesh models`: lists the models of the fleet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.cli.commands import running
 
 
 def listing(router: str) -> Table:
-    """A line a model version, with its counts since the workers started. Raises CommandError."""
+    """Returns a table with one row per model version, with counts since the workers started. Raises CommandError."""
 
     async def call(
         channel: grpc.aio.Channel, seconds: float

@@ -1,4 +1,4 @@
-"""Where the parts of a running Ringmesh are, and calls to them that fail in one line."""
+"""Finds the processes of a running Ringmesh, and calls them with one-line error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """host:port of router, cache and ledger, and the URL of the console."""
+    """Endpoints of a running stack: host:port of router, cache and ledger, and the URL of the console."""
 
     router: str
     cache: str
@@ -29,7 +29,7 @@ class Running:
 
 
 def find(state: Path) -> Running:
-    """The stack whose state folder that is. Raises CommandError where none runs there."""
+    """Finds the stack with the state folder `state`. Raises CommandError if none is running."""
     try:
         found = json.loads((state / "stack.json").read_text())
         return Running(found["router"], found["cache"], found["ledger"], found["console"])
@@ -43,7 +43,7 @@ def find(state: Path) -> Running:
 
 
 def ask(address: str, what: str, call: Callable[[grpc.aio.Channel, float], Awaitable[Answer]]) -> Answer:
-    """The answer to a call. `what` names who is asked. Raises CommandError with the status in words."""
+    """Makes a call and returns its answer. `what` names the process. Raises CommandError with a readable status."""
 
     async def connected() -> Answer:
         async with grpc.aio.insecure_channel(

@@ -1,4 +1,4 @@
-"""What `ringmesh up` shows: progress, endpoints, first calls."""
+"""Output of `ringmesh up`: progress, endpoints, first calls."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from services.cli.stack.stack import StackOptions
 
 
 class Screen:
-    """Lines for an operator. Implements the stack's Reporter."""
+    """Prints messages for an operator. Implements the stack's Reporter."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def started(self, name: str, endpoint: str, seconds: float) -> None:
-        """A process is ready."""
+        """Prints that a process is ready."""
         self._console.print(f"  [green]✓[/] {name:<10} {endpoint:<21} {seconds:5.1f} s", highlight=False)
 
     def say(self, line: str) -> None:
-        """One line, never wrapped."""
+        """Prints one line without wrapping."""
         self._console.print(Text(line), soft_wrap=True)
 
     def endpoints(self, options: StackOptions) -> None:
-        """Who listens where, for whom."""
+        """Prints the endpoint and the protocol of each process."""
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for column in ("process", "endpoint", "speaks"):
             table.add_column(column, no_wrap=True)
@@ -51,7 +51,7 @@ class Screen:
         self._console.print(table)
 
     def first_calls(self, calls: FirstCalls) -> None:
-        """Verbatim, so that they can be copied."""
+        """Prints the first calls verbatim, so that they can be copied."""
         parts = [("grpcurl", calls.grpcurl), ("its trace", calls.trace), ("tritonclient", calls.tritonclient)]
         for title, command in parts:
             if command:

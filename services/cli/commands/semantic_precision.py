@@ -1,4 +1,4 @@
-"""What a semantic cache would get right and wrong, on the owner's own vectors."""
+"""Measures the precision of a semantic cache on the user's own vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.runtime.oip.tensors import DATATYPES, decode
 
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _METADATA = "/inference.GRPCInferenceService/ModelMetadata"
-# Exact answers: computed, or of equal requests; never what a similar one was answered.
+# Requests exact answers: computed, or cached for an equal request, but never the answer to a similar request.
 _EXACT = (("cache-control", "max-age=31536000"),)
 _SECONDS = 60.0
 
@@ -28,10 +28,10 @@ Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 async def measure(address: str, model: str, data: Path, thresholds: Sequence[float], console: Console) -> None:
-    """Asks for the answer of each vector and prints, by threshold, the share answered and the share answered right.
+    """Computes the answer to each vector and prints the share answered by similarity and its precision, by threshold.
 
-    `data` is a .npy file of shape [vectors, ...]. Right is an answer with the same largest number in each output.
-    Raises CommandError.
+    `data` is a .npy file of shape [vectors, ...]. An answer is right if the position of the largest number is the same
+    in each output. Raises CommandError.
     """
     try:
         vectors: Array = np.load(data, allow_pickle=False)
@@ -61,7 +61,7 @@ async def measure(address: str, model: str, data: Path, thresholds: Sequence[flo
 
 
 def replay(vectors: Array, answers: Sequence[Sequence[int]], threshold: float) -> tuple[int, int]:
-    """How many a cache would have answered by a similar earlier one, in this order, and how many of them right."""
+    """Replays the vectors in order. Returns how many a semantic cache would answer, and how many of those correctly."""
     flat = vectors.reshape(len(vectors), -1).astype(np.float32)
     lengths = np.linalg.norm(flat, axis=1, keepdims=True)
     units = np.divide(flat, lengths, out=np.zeros_like(flat), where=lengths > 0)
@@ -82,7 +82,7 @@ def replay(vectors: Array, answers: Sequence[Sequence[int]], threshold: float) -
 async def _answer(
     call: Call, model: str, tensor: v2.ModelMetadataResponse.TensorMetadata, vector: Array
 ) -> Sequence[int]:
-    """Of each output, where its largest number is; of text, its hash."""
+    """Returns the position of the largest number of each output; for text, the hash."""
     array = vector.astype(DATATYPES[tensor.datatype].dtype)
     shape = (1, *array.shape) if len(tensor.shape) > array.ndim else array.shape
     request = v2.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()])

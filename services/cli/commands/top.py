@@ -1,4 +1,4 @@
-"""`ringmesh top`: what the console's first page says, in a terminal."""
+"""`ringmesh top`: shows the content of the console's first page in a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.cli.errors import CommandError
 
 _PERIOD_SECONDS = 2.0
 _TIMEOUT = 5.0
-# Of each table, so that the next one is on the screen too.
+# Maximum rows per table, so that the next table is visible too.
 _MOST_ROWS = 15
 _LONGEST_FINDING = 320
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -27,7 +27,7 @@ _STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def read(url: str) -> dict[str, Any]:
-    """The summary of the console at `url`. Raises CommandError where it does not answer."""
+    """Reads the summary from the console at `url`. Raises CommandError if the console does not answer."""
     try:
         with _OPENER.open(f"{url.rstrip('/')}/api/summary", timeout=_TIMEOUT) as answer:
             summary: dict[str, Any] = json.load(answer)
@@ -41,12 +41,12 @@ def read(url: str) -> dict[str, Any]:
 
 
 def once(console: Console, url: str) -> None:
-    """One frame."""
+    """Prints one frame."""
     console.print(frame(read(url)))
 
 
 def watch(console: Console, url: str) -> None:
-    """A frame each two seconds, until Ctrl-C. A console that goes away is told, and waited for."""
+    """Shows a new frame every two seconds, until Ctrl-C. If the console stops answering, says so and retries."""
     shown: RenderableType = frame(read(url))
     with Live(shown, console=console, screen=True, auto_refresh=False) as live:
         try:
@@ -62,7 +62,7 @@ def watch(console: Console, url: str) -> None:
 
 
 def frame(summary: dict[str, Any]) -> RenderableType:
-    """All of it, one below the other."""
+    """Renders the headline, the findings, the vitals and the tables."""
     parts: list[RenderableType] = [Text(summary["headline"], style="bold"), ""]
     for finding in summary["findings"]:
         style = _STYLES.get(finding["severity"], "")
@@ -92,7 +92,7 @@ def frame(summary: dict[str, Any]) -> RenderableType:
 
 
 def _heading(name: str) -> str:
-    """`requests_s` is a rate."""
+    """Returns the column heading of a field; the suffix `_s`, as in `requests_s`, marks a rate."""
     return name.removesuffix("_s").replace("_", " ") + ("/s" if name.endswith("_s") else "")
 
 

@@ -1,4 +1,4 @@
-"""`ringmesh trace`: the spans that services wrote to a folder, as trees."""
+"""`ringmesh trace`: shows the spans that services wrote to a folder, as trees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEPT_FILES = 64
 
 
 def find(folder: Path, prefix: str) -> SpanTree:
-    """The trace whose id begins with `prefix`. Raises CommandError where there is none, or more than one."""
+    """Returns the trace whose id starts with `prefix`. Raises CommandError if there is none, or more than one."""
     prefix = prefix.lower()
     found = trees(_read(folder, prefix))
     if not found:
@@ -31,19 +31,19 @@ def find(folder: Path, prefix: str) -> SpanTree:
 
 
 def latest(folder: Path) -> list[SpanTree]:
-    """The newest first."""
+    """Returns the latest traces, the newest first."""
     return sorted(trees(_read(folder, "")), key=lambda trace: trace.start_ns, reverse=True)[:_LATEST]
 
 
 def prune(folder: Path) -> None:
-    """Every process leaves a file behind: forgets the oldest."""
+    """Deletes the oldest span files, because every process leaves one behind."""
     files = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in files[_KEPT_FILES:]:
         path.unlink(missing_ok=True)
 
 
 def tree(trace: SpanTree) -> Table:
-    """A line a span: where it is in the tree, when it ran and for how long."""
+    """Returns a table with one row per span: its place in the tree, its start and its duration."""
     table = Table(title=f"trace {trace.trace_id}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("span", no_wrap=True)
     table.add_column("service", no_wrap=True)
@@ -65,10 +65,10 @@ def tree(trace: SpanTree) -> Table:
 
 
 def listing(traces: Iterable[SpanTree]) -> Table:
-    """A line a trace."""
-    # The error has what the others leave; else a long one would leave them nothing.
+    """Returns a table with one row per trace."""
+    # The error column gets the remaining width; otherwise a long error would take the space of the others.
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
-    # Whole, however narrow the terminal: it is there to be copied.
+    # The trace id is never shortened, so that it can be copied.
     table.add_column("trace id", no_wrap=True, min_width=32)
     table.add_column("began", no_wrap=True)
     for column in ("took ms", "spans"):
@@ -105,13 +105,13 @@ def _read(folder: Path, prefix: str) -> Iterator[Span]:
     for path in folder.glob("*.jsonl"):
         with path.open(errors="replace") as file:
             for line in file:
-                # Most lines are not of this trace, and parsing is what takes the time.
+                # Parsing dominates the time, and most lines belong to other traces.
                 if mark in line and (span := _parse(line)) is not None:
                     yield span
 
 
 def _parse(line: str) -> Span | None:
-    """None where the line is torn, as the last one of a killed process may be."""
+    """Parses a span; returns None if the line is incomplete, as the last line of a killed process can be."""
     try:
         return Span(**json.loads(line))
     except (ValueError, TypeError):
@@ -119,7 +119,7 @@ def _parse(line: str) -> Span | None:
 
 
 def _guides(depths: list[int]) -> list[str]:
-    """The lines drawn before each name: a row is linked down where a later sibling follows."""
+    """Returns the tree lines in front of each name. A row has a line downwards if a later sibling follows."""
     guides: list[str] = []
     open_levels: set[int] = set()
     for depth in reversed(depths):
@@ -142,6 +142,6 @@ def _ms(duration_ns: int) -> str:
 
 
 def _details(span: Span) -> str:
-    """The error first, then attributes that say something."""
+    """Returns the error, followed by the non-empty attributes."""
     attributes = (f"{key.removeprefix('ringmesh.')}={value}" for key, value in span.attributes.items() if value != "")
     return " ".join(part for part in (span.error, *attributes) if part)

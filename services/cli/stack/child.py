@@ -1,4 +1,4 @@
-"""One process of a stack: started, watched, started again, stopped."""
+"""One process of a stack: starts, monitors, restarts and stops it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOG_TAIL_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What to run. `is_ready` asks the running process, true or not; `environment` is added to ours."""
+    """How to run a process. `is_ready` asks the process if it is ready; `environment` extends the inherited one."""
 
     name: str
     command: Sequence[str]
@@ -34,7 +34,7 @@ class ChildSpec:
 
 
 class Child:
-    """The process of a spec. `say` gets a line when it dies and when it is back; `changed` is called after it."""
+    """The process of a spec. When it dies and when it is back, `say` gets a message, and then `changed` is called."""
 
     def __init__(self, spec: ChildSpec, say: Callable[[str], None], changed: Callable[[], None]) -> None:
         self.spec = spec
@@ -46,7 +46,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process id, 0 while there is none."""
+        """The process id; 0 if the process is not running."""
         running = self._process is not None and self._process.returncode is None
         return self._process.pid if self._process is not None and running else 0
 
@@ -59,13 +59,13 @@ class Child:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self.spec.environment},
-                # Ctrl-C in a terminal goes to the whole group; we stop children one after the other.
+                # Ctrl-C in a terminal signals the whole process group, but the stack stops its children in order.
                 start_new_session=True,
                 preexec_fn=end_with_parent(),
             )
 
     async def ready(self, seconds: float) -> None:
-        """Waits until the process answers. Raises CommandError with its own words where it ends or takes longer."""
+        """Waits until the process is ready. Raises CommandError with the reason if it exits or takes too long."""
         try:
             async with asyncio.timeout(seconds):
                 is_up = await self._comes_up()
@@ -75,11 +75,11 @@ class Child:
             raise CommandError(f"{self.spec.name} cannot start: {self._why_not()}; its log is {self.spec.log}")
 
     def keep(self) -> None:
-        """From now on, starts the process again whenever it dies, with growing pauses."""
+        """Restarts the process whenever it dies from now on, with growing pauses."""
         self._keeper = BACKGROUND.start("keeper of a process", self._keep)
 
     async def stop(self, seconds: float) -> None:
-        """SIGTERM, then SIGKILL after `seconds`. Cancelled: the process is left as it is."""
+        """Sends SIGTERM, then SIGKILL after `seconds`. If cancelled, leaves the process as it is."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
@@ -97,7 +97,7 @@ class Child:
             await process.wait()
 
     def kill(self) -> None:
-        """SIGKILL at once."""
+        """Sends SIGKILL without waiting."""
         if self._keeper is not None:
             self._keeper.cancel()
         if self.pid:
@@ -111,7 +111,7 @@ class Child:
             began = loop.time()
             process = self._running()
             code = await process.wait()
-            # It ran for long: this is a new misfortune, not the last one again.
+            # After a long run the failure is a new one, so the pause starts again at its minimum.
             if loop.time() - began > _LONGEST_PAUSE_SECONDS:
                 pause = _FIRST_PAUSE_SECONDS
             self._say(f"{self.spec.name} (pid {process.pid}) {self._ending(code)}; starting it again in {pause:.0f} s")
@@ -124,7 +124,7 @@ class Child:
                 self._changed()
 
     async def _comes_up(self) -> bool:
-        """Waits until the process answers; False where it ends first."""
+        """Waits until the process is ready; returns False if it exits first."""
         process = self._running()
         while not await self.spec.is_ready():
             if process.returncode is not None:
@@ -144,7 +144,7 @@ class Child:
 
     def _why_not(self) -> str:
         code = self._running().returncode or 0
-        # Services that refuse to start say `<service>: <why>` and exit with 2.
+        # Services that refuse to start print `<service>: <reason>` and exit with code 2.
         _, _, why = self._last_line().partition(": ")
         return why if code == 2 and why else f"it {self._ending(code)}"
 
@@ -155,11 +155,11 @@ class Child:
         return f"ended with exit code {code}" + (f" ({last})" if last and code else "")
 
     def _last_line(self) -> str:
-        """Of what it wrote in this life; "" where that is nothing."""
+        """Returns the last line of the log since the last start; "" if there is none."""
         try:
             with self.spec.log.open("rb") as log:
                 log.seek(max(self._log_start, self.spec.log.stat().st_size - _LOG_TAIL_BYTES))
                 lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        except OSError:  # somebody cleaned up
+        except OSError:  # the log was deleted
             return ""
         return lines[-1] if lines else ""

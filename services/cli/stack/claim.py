@@ -1,4 +1,4 @@
-"""One stack to a state folder."""
+"""Ensures that at most one stack runs in a state folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.cli.errors import CommandError
 
 @contextmanager
 def claim(state: Path) -> Iterator[None]:
-    """Holds the state folder for this process. Raises CommandError where another stack runs in it."""
+    """Locks the state folder for this process. Raises CommandError if another stack runs in it."""
     try:
         state.mkdir(parents=True, exist_ok=True)
         file = (state / "supervisor.pid").open("a+")
@@ -21,7 +21,7 @@ def claim(state: Path) -> Iterator[None]:
         raise CommandError(f"cannot write to {state}: {error.strerror}; choose another folder with --state") from None
     with file:
         try:
-            # The kernel lets go of it with the process, however that ends: a file alone would stay behind.
+            # The kernel releases the lock when the process ends for any reason; a plain file would remain.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)

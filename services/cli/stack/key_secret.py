@@ -13,16 +13,16 @@ _FILE = "key-secret"
 
 
 def key_secret(state: Path) -> str:
-    """RINGMESH_KEY_SECRET if it is set, else what `state` holds, which is generated once. Raises CommandError.
+    """Returns RINGMESH_KEY_SECRET if it is set, else the secret in `state`, which is generated once.
 
-    Only its owner may read the file.
+    Only the owner of the file can read it. Raises CommandError.
     """
     if secret := os.environ.get(_VARIABLE):
         return secret
     path = state / _FILE
     try:
         state.mkdir(parents=True, exist_ok=True)
-        # Written aside and linked: a file that is there is whole, whoever of two was first.
+        # Write a temporary file and link it, so that the file is complete even if two processes create it at once.
         aside = path.with_name(f"{_FILE}.{os.getpid()}")
         aside.touch(mode=0o600)
         aside.write_text(secrets.token_hex(32) + "\n")

@@ -1,4 +1,4 @@
-"""Which ports a stack takes, and whether they are free."""
+"""The ports of a stack, and whether they are free."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from services.cli.errors import CommandError
 HOST = "127.0.0.1"
 # Offsets from the router's port, so that one option moves a whole stack: 8001, 8010, 8011, 8100, 8101, ...
 _CACHE, _VALKEY, _WORKERS = 9, 10, 99
-# Of metrics: 8002 (and up to 8009 where routers share a port), 8012, 8200, 8201, ...
+# Offsets of metrics ports: 8002 (up to 8009 if routers share a port), 8012, 8200, 8201, ...
 _ROUTER_METRICS, _CACHE_METRICS, _WORKER_METRICS = 1, 11, 199
-# Of the console: 8080 for browsers, 8013 for spans, 8014 for metrics. Of the ledger: 8015, 8016 for metrics.
+# Offsets of the console's ports: 8080 for browsers, 8013 for spans, 8014 for metrics.
 _PAGES, _SPANS, _CONSOLE_METRICS = 79, 12, 13
+# Offsets of the ledger's ports: 8015, and 8016 for metrics.
 _LEDGER, _LEDGER_METRICS = 14, 15
-# Below what systems hand out for outgoing connections, which could take a port between our look and its use.
+# Below the ephemeral range, from which an outgoing connection could take a port between the check and its use.
 _FREE_RANGE = range(15000, 32000)
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The ports of one stack, all on the loopback address. Routers share theirs; `router_metrics` has one of each."""
+    """The ports of one stack, all on the loopback address. Routers share a port, but each has its own metrics port."""
 
     router: int
     cache: int
@@ -41,7 +42,7 @@ class Ports:
 
     @classmethod
     def from_base(cls, port: int, workers: int, routers: int = 1) -> Ports:
-        """The router on `port` and the rest behind it. Raises CommandError where they do not fit."""
+        """Returns the router on `port` and the others at fixed offsets. Raises CommandError if they exceed 65535."""
         if port + _WORKER_METRICS + workers - 1 > 65535:
             raise CommandError(f"port {port} leaves no room for the ports behind it; choose a lower one with --port")
         return cls(
@@ -61,7 +62,7 @@ class Ports:
 
     @classmethod
     def free(cls, workers: int, routers: int = 1) -> Ports:
-        """Ports that nobody listens on now."""
+        """Returns random ports that are free at present. Raises CommandError if there are too few."""
         candidates = random.sample(_FREE_RANGE, len(_FREE_RANGE))
         found: list[int] = []
         while len(found) < 2 * workers + routers + 9:
@@ -76,28 +77,22 @@ class Ports:
         return cls(router, cache, valkey, of_workers, *metrics, pages, spans, console_metrics, ledger, ledger_metrics)
 
     def check_free(self, *, valkey: bool) -> None:
-        """Raises CommandError that names the first port taken, and by whom. `valkey`: whether its port is needed."""
-        metrics = (
-            *self.router_metrics,
-            self.cache_metrics,
-            *self.worker_metrics,
-            self.console_metrics,
-            self.ledger_metrics,
-        )
-        others = (*self.workers, *metrics, self.pages, self.spans, self.ledger)
+        """Raises CommandError with the first port in use and its process. `valkey`: whether Valkey's port is needed."""
+        metrics = (*self.router_metrics, self.cache_metrics, *self.worker_metrics, self.console_metrics)
+        others = (*self.workers, *metrics, self.pages, self.spans, self.ledger, self.ledger_metrics)
         for port in (self.router, self.cache, *((self.valkey,) if valkey else ()), *others):
             if _is_taken(port):
                 raise CommandError(f"port {port} is taken{_owner(port)}; choose another with --port")
 
 
 def address(port: int) -> str:
-    """host:port on the loopback address."""
+    """Returns host:port on the loopback address."""
     return f"{HOST}:{port}"
 
 
 def _is_taken(port: int) -> bool:
     with socket.socket() as probe:
-        # As servers do: what is left of closed connections does not take the port.
+        # With SO_REUSEADDR, as servers use it, closed connections in TIME_WAIT do not occupy the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -108,7 +103,7 @@ def _is_taken(port: int) -> bool:
 
 
 def _owner(port: int) -> str:
-    """Told where the system lets us see it; other users' processes may be hidden."""
+    """Returns the process on the port, if the system shows it; other users' processes can be hidden."""
     try:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port

@@ -1,4 +1,4 @@
-"""Questions to running processes: does it serve, who is in the ring, is Redis there."""
+"""Probes of running processes: whether a server serves, which workers are healthy, whether Redis answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.runtime.redis.redis_url import Topology, parse_redis_url
 from services.runtime.rpc.server import StartError
 
 _SECONDS = 1.0
-# A proxy has no business on the loopback address, and another probe's back-off is not ours.
+# No proxy for the loopback address, and no reconnect back-off shared with other probes.
 LOCAL = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -32,9 +32,9 @@ async def serves(address: str) -> bool:
 
 
 async def healthy_workers(metrics: str) -> int:
-    """How many workers the router whose /metrics that is sends requests to; 0 where it does not answer.
+    """Returns how many workers a router considers healthy, from its /metrics; 0 if it does not answer.
 
-    Of routers that share a port, a call there would ask any.
+    Uses /metrics because a call to a port that routers share reaches any one of them.
     """
     return await asyncio.to_thread(_healthy_workers, metrics)
 
@@ -49,7 +49,7 @@ def _healthy_workers(metrics: str) -> int:
 
 
 async def redis_answers(url: str) -> bool:
-    """Whether a PING is answered; Sentinels and clusters are left to the services. Raises CommandError."""
+    """Whether Redis answers a PING. Sentinels and clusters are not checked. Raises CommandError if `url` is invalid."""
     try:
         if parse_redis_url(url, "--redis").topology is not Topology.NODE:
             return True

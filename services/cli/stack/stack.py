@@ -1,4 +1,4 @@
-"""A whole Ringmesh on this machine: Valkey, cache, workers, router, console, ledger, and their supervisor."""
+"""A complete Ringmesh on one machine. Starts and stops Valkey, cache, workers, routers, console and ledger."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 _START_SECONDS = 300.0
 _POLL_SECONDS = 0.05
-# How long the rest waits for the ledger.
+# Longest time that `start` waits for the ledger.
 _LEDGER_SECONDS = 3.0
-# What a process may need beyond its drain: the last spans and cache entries are written.
+# Time that a process needs after its drain, to write the last spans and cache entries.
 _STOP_MARGIN_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class StackOptions:
-    """What to bring up, and where. `models` is a folder or URL; `redis` an existing server instead of the embedded.
+    """Options of a stack. `models` is a folder or URL; `redis` is an existing server that replaces the embedded Valkey.
 
-    `key_secret` is shared by routers and cache.
+    Routers and cache share `key_secret`.
     """
 
     ports: Ports
@@ -48,34 +48,34 @@ class StackOptions:
 
     @property
     def redis_url(self) -> str:
-        """Of the server that the stack uses."""
+        """The URL of the Redis server that the stack uses."""
         return self.redis or f"redis://{address(self.ports.valkey)}"
 
     @property
     def router(self) -> str:
-        """host:port, of all routers."""
+        """host:port that all routers share."""
         return address(self.ports.router)
 
     @property
     def routers(self) -> dict[str, str]:
-        """host:port of /metrics by name: `router`, or `router-0`, `router-1` and so on where there are several."""
+        """host:port of /metrics by name: `router`, or `router-0`, `router-1` and so on if there are several."""
         ports = self.ports.router_metrics
         names = ["router"] if len(ports) == 1 else [f"router-{number}" for number in range(len(ports))]
         return {name: address(port) for name, port in zip(names, ports, strict=True)}
 
     @property
     def cache(self) -> str:
-        """host:port."""
+        """host:port of the cache service."""
         return address(self.ports.cache)
 
     @property
     def ledger(self) -> str:
-        """host:port."""
+        """host:port of the ledger."""
         return address(self.ports.ledger)
 
     @property
     def workers(self) -> list[str]:
-        """host:port of each."""
+        """host:port of each worker."""
         return [address(port) for port in self.ports.workers]
 
     @property
@@ -93,27 +93,27 @@ class StackOptions:
 
     @property
     def console(self) -> str:
-        """The URL of its pages."""
+        """The URL of the console's pages."""
         return f"http://{address(self.ports.pages)}"
 
     @property
     def spans(self) -> str:
-        """Where processes send their spans: the console, unless another collector is named."""
+        """The URL to which processes export spans: another collector if configured, else the console."""
         return self.otlp or f"http://{address(self.ports.spans)}"
 
 
 class Reporter(Protocol):
-    """Where the stack tells how it fares."""
+    """Receives the progress of a stack."""
 
     def started(self, name: str, endpoint: str, seconds: float) -> None:
-        """A process is ready."""
+        """Reports that a process is ready."""
 
     def say(self, line: str) -> None:
-        """Something an operator wants to know."""
+        """Reports a message for the operator."""
 
 
 class Stack:
-    """Starts the processes of `options`, keeps them running, and stops them in the order that loses nothing."""
+    """Starts the processes of `options`, restarts them if they die, and stops them in an order that loses no data."""
 
     def __init__(self, options: StackOptions, reporter: Reporter) -> None:
         self._options = options
@@ -123,9 +123,9 @@ class Stack:
         self._ledger_start: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when all but perhaps the ledger is ready and the router sees all workers. Raises CommandError.
+        """Returns when every router sees all workers and every process is ready; the ledger can follow later.
 
-        Whatever came up before an error or a cancellation stays, to be ended by `stop`.
+        Raises CommandError. After an error or a cancellation, the started processes keep running until `stop`.
         """
         options = self._options
         await self._check()
@@ -147,7 +147,7 @@ class Stack:
             if child is not ledger:
                 await self._ready(child, began)
         await self._rings_are_complete()
-        # Predictions do not need it: where its database takes longer, it follows.
+        # Predictions do not need the ledger, so a slow database does not delay the stack further.
         await asyncio.wait((self._ledger_start,), timeout=_LEDGER_SECONDS)
         self._is_up = True
         self._describe()
@@ -166,7 +166,7 @@ class Stack:
             ledger.keep()
 
     async def stop(self) -> None:
-        """Drains: router first, so that nothing new arrives; then workers, cache and ledger, and the console."""
+        """Drains routers first, so that no new requests arrive; then stops the other processes."""
         self._is_up = False
         if self._ledger_start is not None:
             await BACKGROUND.end(self._ledger_start)
@@ -177,12 +177,12 @@ class Stack:
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
-        """SIGKILL for all that runs."""
+        """Sends SIGKILL to all running processes."""
         for child in self._children.values():
             child.kill()
 
     async def _check(self) -> None:
-        """Everything that would go wrong for sure, before anything runs."""
+        """Checks all conditions that would certainly make the start fail, before any process starts."""
         options = self._options
         if importlib.util.find_spec("onnxruntime") is None:
             raise CommandError(
@@ -260,7 +260,7 @@ class Stack:
     ) -> ChildSpec:
         return self._spec(
             name,
-            # -P: a folder `cache` or `router` where the command runs is not ours.
+            # -P: do not import a folder `cache` or `router` from the current directory.
             [sys.executable, "-P", "-m", module],
             endpoint,
             is_ready or partial(probes.serves, endpoint),
@@ -271,7 +271,7 @@ class Stack:
         endpoint = address(self._options.ports.valkey)
         host, _, port = endpoint.partition(":")
         command = [str(_valkey_binary()), "--bind", host, "--port", port]
-        # A cache: nothing is kept on disk, and the least used goes when memory is full.
+        # Used as a cache: no persistence, and LRU eviction when memory is full.
         command += ["--save", "", "--appendonly", "no", "--maxmemory", "512mb", "--maxmemory-policy", "allkeys-lru"]
         command += ["--dir", str(self._options.state.absolute())]
         return self._spec("valkey", command, endpoint, partial(probes.redis_answers, self._options.redis_url))
@@ -288,14 +288,14 @@ class Stack:
         return ChildSpec(name, command, endpoint, log, is_ready, environment or {})
 
     def _describe_again(self) -> None:
-        """As `_describe`, for a process that is to be started again in any case, as where the disk is full."""
+        """Calls `_describe` but only reports OSError, so that a restart succeeds even if the disk is full."""
         try:
             self._describe()
         except OSError as error:
             self._reporter.say(f"cannot write {self._options.state / 'stack.json'}: {error.strerror}")
 
     def _describe(self) -> None:
-        """Writes `stack.json`, from which programs learn where everything is while the stack is up."""
+        """Writes `stack.json`, which has the endpoints of all processes while the stack is up."""
         if not self._is_up:
             return
         options = self._options
@@ -316,7 +316,7 @@ class Stack:
         path = options.state / "stack.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")
-        partial_file.touch(mode=0o600)  # a Redis URL may hold a password
+        partial_file.touch(mode=0o600)  # a Redis URL can contain a password
         partial_file.write_text(json.dumps(description, indent=2) + "\n")
         partial_file.replace(path)
 

@@ -1,4 +1,4 @@
-"""Brings a stack up for as long as some work takes, and down again whatever happens."""
+"""Runs a stack for the duration of some work, and stops it in any case."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _KILLED = 130
 
 
 async def supervise(stack: Stack, work: Callable[[], Awaitable[int]], *, interrupted: int) -> int:
-    """The exit code of `work`, which runs while the stack is up.
+    """Starts the stack, runs `work`, stops the stack, and returns the exit code of `work`.
 
-    SIGINT or SIGTERM ends it early: the stack drains, and `interrupted` is the code. A second one kills.
-    Raises CommandError where the stack cannot start.
+    SIGINT or SIGTERM ends the work early: the stack drains, and the exit code is `interrupted`. A second signal kills
+    the stack. Raises CommandError if the stack cannot start.
     """
 
     async def start_and_work() -> int:

@@ -1,1 +1,1 @@
-"""What the console's pages show: metrics, traces and events."""
+"""The data of the console's pages: metrics, traces and events."""

@@ -1,4 +1,4 @@
-"""Prometheus text, read again and again from one process: what a series is called is understood once."""
+"""Reads repeated scrapes of one process in Prometheus text format. The labels of each series are parsed only once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _ESCAPED = re.compile(r"\\(.)")
 _MAX_KNOWN = 60_000
 _OURS = "ringmesh_"
 _BUCKET = "_bucket"
-# Pages show quantiles of these alone; of other histograms their sums and counts.
+# Pages show quantiles of these histograms only; of others they show sums and counts.
 _BUCKETS_OF = frozenset({DURATION, LOOP_LAG, REDIS})
-# Of each answer's duration no page asks where it came from, and with it there would be several times as many series.
+# No page uses the outcome label of request durations, and the label would multiply the number of series.
 _FOLDED = {DURATION: "outcome"}
 
 
 class _Series:
-    """What one or several lines are summed into."""
+    """A series: the sum of one or more lines."""
 
     __slots__ = ("labels", "name", "read", "value")
 
@@ -32,16 +32,16 @@ class _Series:
 
 
 class ExpositionReader:
-    """Reads the scrapes of one target, at about a twentieth of what prometheus_client's own parser takes."""
+    """Reads the scrapes of one target, in about a twentieth of the time of prometheus_client's own parser."""
 
     def __init__(self) -> None:
-        # By what stands before the value; None: no page asks for it.
+        # By the text in front of the value; None: no page uses the series.
         self._known: dict[str, _Series | None] = {}
         self._series: dict[tuple[str, frozenset[tuple[str, str]]], _Series] = {}
         self._reads = 0
 
     def read(self, text: str) -> list[Sample]:
-        """Samples of our metrics, as far as pages ask for them. Raises ValueError where a line is no sample."""
+        """Returns the samples of Ringmesh metrics that pages use. Raises ValueError if a line is not a sample."""
         if len(self._known) > _MAX_KNOWN:
             self._known.clear()
             self._series.clear()
@@ -50,7 +50,7 @@ class ExpositionReader:
         for line in text.split("\n"):
             if not line.startswith(_OURS):
                 continue
-            # The value stands behind the last brace, or behind the name; a timestamp may follow it.
+            # The value follows the last brace, or the name; a timestamp can follow the value.
             end = line.rfind("}") + 1 or line.find(" ")
             said = line[:end]
             try:

@@ -1,4 +1,4 @@
-"""What needs attention: each fault found in what the fleet says of itself, named, and where it is."""
+"""Findings: faults that the console detects in the fleet's metrics, traces and state, with their location."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from services.runtime.telemetry.metrics import OTHER
 Severity: TypeAlias = Literal["critical", "warning", "note"]
 
 _WINDOW = 120.0
-# A worker is slow where it takes that much longer than its peers for the same model, over that many runs.
+# A worker is slow if it takes this many times as long as its peers for the same model, over at least this many runs.
 _SLOW_FACTOR = 2.5
 _SLOW_RUNS = 5
-# A process that gets no CPU for a while computes as fast as ever, between two requests; its answers come late.
+# A process that is starved of CPU between requests has normal compute times, but its answers are late.
 _STALLED_SECONDS = 3e-3
 _STALLED_ATTEMPTS = 50
 _ERROR_SHARE = 0.01
 _LAG_SECONDS = 0.2
 _FAILING_A_MINUTE = 3.0
 _MOST_NAMED = 5
-# What is alike is told one by one up to so many, and together beyond.
+# Up to this many similar findings are reported one by one; more are combined into one.
 _MOST_ALIKE = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault. `where` names the part; `link` is the page that shows more."""
+    """One fault. `where` names the part of the fleet; `link` is the page with details."""
 
     severity: Severity
     title: str
@@ -46,7 +46,7 @@ class Finding:
 
 
 def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str, str]) -> list[Finding]:
-    """The worst first. `silent`: why there are no metrics, by process."""
+    """Returns all findings, the most severe first. `silent`: why there are no metrics, by process."""
     found = [
         *_routers(view),
         *_workers(view),
@@ -130,7 +130,7 @@ def _redis(history: History) -> Iterator[Finding]:
 
 
 def _slow_workers(history: History) -> Iterator[Finding]:
-    """Against the median of the others: by mean compute time of a model, or by what answers take beside all work."""
+    """Compares each worker with the median of the others, by compute time of a model or by time beyond its work."""
     total = history.increase(f"{STAGE}_sum", _WINDOW, ("model", "version", "target"), stage="compute")
     count = history.increase(f"{STAGE}_count", _WINDOW, ("model", "version", "target"), stage="compute")
     means: dict[tuple[str, str], dict[str, float]] = {}
@@ -164,7 +164,7 @@ def _slow_workers(history: History) -> Iterator[Finding]:
 
 
 def _beside_work(history: History) -> dict[str, float]:
-    """Seconds of an answer that passed on the way to a worker, or while it did not run, by worker."""
+    """Returns, by worker, the mean seconds of an attempt that were spent in transit or while the worker did not run."""
     total, count = (history.increase(f"{ATTEMPT}_{part}", _WINDOW, ("worker",)) for part in ("sum", "count"))
     worked = history.increase(f"{STAGE}_sum", _WINDOW, ("target",))
     return {
@@ -175,7 +175,7 @@ def _beside_work(history: History) -> dict[str, float]:
 
 
 def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
-    """Of each code and model once, of many models that meet one code once for all, with the tenants, the most first."""
+    """Yields one finding per code and model, or one for all models if many have the same code. Most frequent first."""
     asked = history.increase(REQUESTS, _WINDOW, ("model", "tenant"))
     by_code = history.increase(REQUESTS, _WINDOW, ("model", "tenant", "code"))
     groups: dict[str, dict[str, dict[str, float]]] = {}
@@ -186,7 +186,7 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
     for code, models in groups.items():
         for names in _alike([*models]):
             failed = {(model, tenant): count for model in names for tenant, count in models[model].items()}
-            # Who asks for what nobody serves is counted under no model's name.
+            # Requests for unknown models are counted under OTHER.
             known = [model for model in names if model != OTHER]
             told = [one for (model, of), one in last.items() if of == code and (model in known or OTHER in names)]
             newest = max(told, key=lambda one: one.start_ns, default=None)
@@ -206,13 +206,13 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
 
 
 def _of(tenants: Iterable[str]) -> str:
-    """Which tenants, in words; "" where nobody says who it is."""
+    """Returns the tenants as text; "" if no request names a tenant."""
     named = _named("tenant", [tenant for tenant in tenants if tenant])
     return f", {named}" if named else ""
 
 
 def _alike(names: Sequence[str]) -> list[list[str]]:
-    """Those to be told of together: one each, or all at once where they are many."""
+    """Groups names for findings: one group per name, or a single group if there are many."""
     return [[*names]] if len(names) > _MOST_ALIKE else [[name] for name in names]
 
 

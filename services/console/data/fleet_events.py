@@ -1,4 +1,4 @@
-"""What has changed in the fleet of late, as its routers tell it."""
+"""Recent changes in the fleet, as its routers report them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class FleetEvent:
-    """One change. `at_ms` in milliseconds since the Unix epoch."""
+    """One change. `at_ms` is in milliseconds since the Unix epoch."""
 
     at_ms: int
     router: str
@@ -33,7 +33,7 @@ class FleetEvent:
 
 
 class FleetEvents:
-    """The newest events of one router's Watch; after a break it is watched again."""
+    """Keeps the newest events of one router's Watch stream, and reopens the stream when it ends."""
 
     def __init__(self, router: str, channel: grpc.aio.Channel) -> None:
         self._router = router
@@ -41,11 +41,11 @@ class FleetEvents:
         self._events: deque[FleetEvent] = deque(maxlen=_KEPT)
 
     def newest(self, count: int) -> list[FleetEvent]:
-        """The newest first."""
+        """Returns up to `count` events, the newest first."""
         return sorted(self._events, key=lambda event: event.at_ms, reverse=True)[:count]
 
     async def follow(self) -> None:
-        """Until it is cancelled."""
+        """Reads the stream until cancelled. Returns if the router does not implement Watch."""
         while True:
             try:
                 async for told in self._stub.Watch(router_pb2.WatchRequest()):
@@ -57,9 +57,9 @@ class FleetEvents:
 
     def _add(self, told: router_pb2.WatchResponse) -> None:
         if told.kind not in _WORDS:
-            # A worker that joins tells of each of its models, which the page of models shows.
+            # A joining worker reports each of its models; the models page shows these.
             return
         event = FleetEvent(told.at_ms, self._router, told.worker_id or told.address, _WORDS[told.kind], told.reason)
-        # A watch begins with what is so already, which after a break is known.
+        # A stream starts with the current state, which is known already after a reconnect.
         if event not in self._events:
             self._events.append(event)

@@ -1,4 +1,4 @@
-"""What the console knows of the fleet: asks routers and cache again and again, keeps the last answers."""
+"""The console's view of the fleet: polls routers and cache, and keeps the last answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class RouterView:
-    """One router, as it answered last. `problem` says why it did not answer now; "" where it did."""
+    """The last answer of one router. `problem`: why it does not answer at present; "" if it does."""
 
     address: str
     problem: str = "not asked yet"
@@ -42,7 +42,7 @@ class RouterView:
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """The cache service, as it answered last."""
+    """The last answer of the cache service."""
 
     address: str
     problem: str = "not asked yet"
@@ -51,10 +51,10 @@ class CacheView:
 
 @dataclass(frozen=True, slots=True)
 class ModelCopy:
-    """A model version as one worker holds it.
+    """A model version on one worker.
 
-    `uncacheable`: why its answers are not kept; "" where they are. `batching`: whether requests share its runs, and
-    what the proof that rows are independent says.
+    `uncacheable`: why its answers are not cached; "" if they are. `batching`: whether its requests are batched, and the
+    result of the proof that rows are independent.
     """
 
     worker: str
@@ -67,7 +67,7 @@ class ModelCopy:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model version of the fleet. `state` and `reason` are those of the repository index."""
+    """One model version of the fleet. `state` and `reason` come from the repository index."""
 
     name: str
     version: str
@@ -77,24 +77,24 @@ class ModelView:
 
     @property
     def uncacheable(self) -> str:
-        """Why no worker's answers are kept; "" where those of any are."""
+        """Why no worker's answers are cached; "" if those of any worker are."""
         reasons = [copy.uncacheable for copy in self.copies]
         return reasons[0] if reasons and all(reasons) else ""
 
     @property
     def batching(self) -> str:
-        """Whether requests share runs, in the words of a worker."""
+        """Whether requests are batched, as reported by a worker."""
         return next((copy.batching for copy in self.copies if copy.batching), "")
 
     @property
     def providers(self) -> str:
-        """What computes it, by ONNX Runtime's names without the ending they share."""
+        """The execution providers of ONNX Runtime, without the suffix ExecutionProvider."""
         return ", ".join(sorted({copy.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
 
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """All of it, at one moment."""
+    """An immutable snapshot of the fleet."""
 
     routers: tuple[RouterView, ...]
     cache: CacheView
@@ -102,18 +102,18 @@ class FleetView:
 
     @property
     def router(self) -> RouterView | None:
-        """One that answers; None where none does."""
+        """The first router that answers; None if none does."""
         return next((router for router in self.routers if not router.problem), None)
 
     @property
     def workers(self) -> Mapping[str, router_pb2.Worker]:
-        """By address, as the first router that answers sees them; else as they were seen last."""
+        """Workers by address, from the first router that answers, else from the last router that answered."""
         seen = self.router or max(self.routers, key=lambda router: router.answered_at)
         return {worker.address: worker for worker in seen.workers}
 
 
 class FleetWatch:
-    """Asks each second; `view` is what is known now."""
+    """Polls the fleet every second. `view` is the current snapshot."""
 
     def __init__(self, routers: tuple[str, ...], cache: str) -> None:
         self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
@@ -123,21 +123,21 @@ class FleetWatch:
         self._tasks: list[asyncio.Task[None]] = []
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """To a router or the cache."""
+        """Returns the channel to a router or the cache service."""
         return self._channels[address]
 
     def start(self) -> None:
-        """Until `close`."""
+        """Starts polling, until `close`."""
         self._tasks = [BACKGROUND.start("watch of the fleet", self._run)]
         self._tasks += [BACKGROUND.start("events of a router", one.follow) for one in self._events]
 
     def events(self, count: int) -> list[FleetEvent]:
-        """The newest of all routers, the newest first."""
+        """Returns up to `count` events of all routers, the newest first."""
         newest = [event for one in self._events for event in one.newest(count)]
         return sorted(newest, key=lambda event: event.at_ms, reverse=True)[:count]
 
     async def close(self) -> None:
-        """Stops asking and disconnects."""
+        """Stops polling and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))
@@ -168,7 +168,7 @@ class FleetWatch:
         return CacheView(last.address, problem, stats or last.stats)
 
     async def _ask_models(self) -> tuple[ModelView, ...]:
-        """From the first router that answers; those known before where none does."""
+        """Asks the first router that answers for its models; returns the models known before if none does."""
         router = self.view.router
         if router is None:
             return self.view.models
@@ -189,7 +189,7 @@ class FleetWatch:
         )
 
     async def _ask_workers(self, addresses: list[str]) -> dict[tuple[str, str], list[ModelCopy]]:
-        """What each says it holds; a worker that does not answer is left out."""
+        """Asks each worker for its models. Omits workers that do not answer."""
         for gone in self._workers.keys() - set(addresses):
             await self._workers.pop(gone).close()
         for address in addresses:
@@ -215,7 +215,7 @@ async def _describe(channel: grpc.aio.Channel) -> inference_pb2.DescribeResponse
 
 
 async def ask(call: Callable[[], Awaitable[Answer]]) -> tuple[Answer | None, str]:
-    """The answer, or why there is none in words."""
+    """Makes a call. Returns the answer and "", or None and a readable reason."""
     try:
         return await call(), ""
     except grpc.aio.AioRpcError as error:
@@ -223,7 +223,7 @@ async def ask(call: Callable[[], Awaitable[Answer]]) -> tuple[Answer | None, str
 
 
 def in_words(error: grpc.aio.AioRpcError) -> str:
-    """What a person can make use of."""
+    """Describes a failed call for a person."""
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return "it does not answer: nothing listens there, or it is stopping"
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -1,7 +1,7 @@
-"""A bounded history of metrics in memory, and the few questions that the pages ask of it.
+"""A bounded history of metrics in memory, with the queries that the pages need.
 
-A scrape is a row of a table for each metric of a process, so that a question is a few operations on arrays, however
-many series it is about.
+Each metric of a process has a table with one row per scrape. A query therefore takes a few array operations, regardless
+of the number of series.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Labels: TypeAlias = tuple[str, ...]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Places: TypeAlias = npt.NDArray[np.intp]
 
-# Every scrape of the last two minutes is kept, then one in ten seconds, for half an hour.
+# All scrapes of the last two minutes are kept, and one per ten seconds of the last half hour.
 KEPT_SECONDS = 1810.0
 MAX_SCRAPES = 384
-# Of one process, and of all.
+# Maximum number of series of one process, and of all.
 MAX_SERIES = 12_000
 MAX_ALL_SERIES = 60_000
 _WHOLE_SECONDS = 130.0
@@ -29,9 +29,9 @@ _THINNED_SECONDS = 10.0
 
 
 class Sample(NamedTuple):
-    """The value of one series at one scrape; a histogram's buckets are series of their own, with the label `le`.
+    """The value of one series at one scrape. Each bucket of a histogram is a series with the label `le`.
 
-    It is quickest where `labels` is the same object at each scrape.
+    Adding is fastest if `labels` is the same object at each scrape.
     """
 
     name: str
@@ -40,21 +40,21 @@ class Sample(NamedTuple):
 
 
 class _Table:
-    """The series of one metric of one process, a column each; NaN where a scrape did not have it."""
+    """One metric of one process, with one column per series; NaN if a scrape did not have the series."""
 
     def __init__(self, target: str) -> None:
         self.labels: list[Mapping[str, str]] = []
         self.columns: dict[tuple[tuple[str, str], ...], int] = {}
-        # When each came, where that was after the first scrape: it began at 0 then. Else NaN.
+        # Time of each series' first sample if it is not in the first scrape (the series starts at 0 then); else NaN.
         self.born: list[float] = []
-        # Only rows that a scrape has filled are touched, and so take memory.
+        # Rows take physical memory only once a scrape fills them.
         self.values: Floats = np.empty((MAX_SCRAPES, 4))
         self._target = target
         self._selected: dict[tuple[tuple[str, str], ...], Places] = {}
         self._groups: dict[Labels, tuple[list[Labels], Places]] = {}
 
     def add(self, key: tuple[tuple[str, str], ...], labels: Mapping[str, str], row: int, now: float) -> int:
-        """A series that is new in this row; its column."""
+        """Adds a series that first appears in this row. Returns its column."""
         column = self.columns[key] = len(self.labels)
         self.labels.append({**labels, "target": self._target})
         self.born.append(now if row else math.nan)
@@ -67,7 +67,7 @@ class _Table:
         return column
 
     def thin(self, kept: Places) -> int:
-        """Keeps these scrapes, and the series that are in one of them; how many series went."""
+        """Keeps only these scrapes and the series in them. Returns the number of removed series."""
         before = len(self.labels)
         rows = self.values[kept]
         columns = np.flatnonzero(~np.isnan(rows[:, :before]).all(axis=0))
@@ -82,7 +82,7 @@ class _Table:
         return before - len(columns)
 
     def select(self, where: Mapping[str, str]) -> Places:
-        """The columns with these labels."""
+        """Returns the columns with these labels."""
         key = tuple(sorted(where.items()))
         found = self._selected.get(key)
         if found is None:
@@ -95,7 +95,7 @@ class _Table:
         return found
 
     def groups(self, by: Sequence[str]) -> tuple[list[Labels], Places]:
-        """The values of the labels `by`, and of which of them each column is."""
+        """Groups columns by the labels `by`. Returns the groups' label values, and the group index of each column."""
         by = tuple(by)
         found = self._groups.get(by)
         if found is None:
@@ -120,11 +120,11 @@ class _Target:
         self.series = 0
         self.refused = 0
         self.tables: dict[str, _Table] = {}
-        # By the identity of a sample's labels, which are held so that it stays theirs.
+        # By the id() of a sample's labels. The labels are referenced here, so that the id stays valid.
         self.known: dict[int, tuple[Mapping[str, str], str, _Table, int]] = {}
 
     def thin(self, now: float) -> None:
-        """Makes room for more scrapes."""
+        """Removes scrapes to make room for new ones."""
         times = self.times[: self.count]
         bins = np.ceil(times / _THINNED_SECONDS)
         last_of_bin = np.append(bins[1:] != bins[:-1], True)
@@ -139,7 +139,7 @@ class _Target:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A value over time; NaN where nothing is known. `times` are the ends of the steps, in seconds since the epoch."""
+    """A value over time; NaN: unknown. `times` are the ends of the steps, in seconds since the epoch."""
 
     times: Sequence[float]
     values: Sequence[float]
@@ -147,26 +147,26 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve of a chart. The first of a chart is drawn full, those after it dashed."""
+    """One curve of a chart. The first curve of a chart is drawn solid, the others dashed."""
 
     label: str
     curve: Curve
 
     @property
     def now(self) -> float:
-        """The last value that is known; NaN where none is."""
+        """The last known value; NaN if there is none."""
         return next((value for value in reversed(self.curve.values) if not math.isnan(value)), math.nan)
 
 
 class History:
-    """The last scrapes of every target. `clock` gives seconds since the epoch."""
+    """The recent scrapes of every target. `clock` returns seconds since the epoch."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._targets: dict[str, _Target] = {}
 
     def add(self, target: str, samples: Sequence[Sample]) -> None:
-        """One scrape. Series beyond MAX_SERIES of a target, and MAX_ALL_SERIES, are not kept; `refused` counts them."""
+        """Adds a scrape. Drops series beyond MAX_SERIES per target or MAX_ALL_SERIES; `refused` counts them."""
         kept = self._targets.setdefault(target, _Target())
         now = self._clock()
         if kept.count == MAX_SCRAPES:
@@ -207,7 +207,7 @@ class History:
         kept.count = row + 1
 
     def refused(self) -> int:
-        """Series of the last scrapes that there was no room for."""
+        """Returns the number of series in the last scrapes that were dropped for lack of room."""
         return sum(target.refused for target in self._targets.values())
 
     def knows(self, name: str) -> bool:
@@ -215,7 +215,7 @@ class History:
         return any(name in target.tables for target in self._targets.values())
 
     def last(self, name: str, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
-        """The newest values, summed by the labels `by`; what was not in the target's last scrape is left out."""
+        """Returns the newest values, summed by the labels `by`. Omits series missing from the target's last scrape."""
         out: dict[Labels, float] = {}
         for target, table, columns in self._matching(name, where):
             values = table.values[target.count - 1, columns]
@@ -224,26 +224,26 @@ class History:
         return out
 
     def increase(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
-        """By how much counters grew within the last `seconds`; a restarted process counts from 0."""
+        """Returns the growth of counters within the last `seconds`; the counters of a restarted process start at 0."""
         out: dict[Labels, float] = {}
         for _, table, columns, grown in self._grown(name, where, self._clock() - seconds):
             _sum_into(out, table, by, columns, grown.sum(axis=0))
         return out
 
     def rate(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
-        """As `increase`, a second; over the time that was really watched where that is less."""
+        """Returns `increase` per second, over `seconds` or the observed time if that is shorter."""
         watched = self.watched(seconds)
         return {key: grown / watched for key, grown in self.increase(name, seconds, by, **where).items()}
 
     def watched(self, seconds: float) -> float:
-        """How much of the last `seconds` is known."""
+        """Returns how many of the last `seconds` were observed."""
         first = min((target.times[0] for target in self._targets.values() if target.count), default=self._clock())
         return min(seconds, max(1.0, float(self._clock() - first)))
 
     def quantile(
         self, q: float, name: str, seconds: float, by: Sequence[str] = (), **where: str
     ) -> dict[Labels, float]:
-        """Of a histogram over the last `seconds`, interpolated within a bucket; without what saw nothing."""
+        """Returns a quantile of a histogram over the last `seconds`, interpolated in a bucket. Omits empty groups."""
         counts: dict[Labels, dict[float, float]] = {}
         for key, grown in self.increase(f"{name}_bucket", seconds, (*by, "le"), **where).items():
             counts.setdefault(key[:-1], {})[float(key[-1])] = grown
@@ -251,7 +251,7 @@ class History:
         return {key: value for key, value in found.items() if not math.isnan(value)}
 
     def rates(self, name: str, seconds: float, step: float, **where: str) -> Curve:
-        """The growth a second of all matching counters together, step by step."""
+        """Returns the total rate per second of all matching counters, by step."""
         edges = self._edges(seconds, step)
         total = np.zeros(len(edges) - 1)
         seen = np.zeros(len(edges) - 1, bool)
@@ -261,7 +261,7 @@ class History:
         return Curve(edges[1:].tolist(), np.where(seen, total / step, math.nan).tolist())
 
     def quantiles(self, qs: Sequence[float], name: str, seconds: float, step: float, **where: str) -> list[Curve]:
-        """Quantiles of a histogram step by step, a curve for each of `qs`; NaN where nothing was observed."""
+        """Returns quantiles of a histogram by step, one curve for each of `qs`; NaN: nothing was observed."""
         edges = self._edges(seconds, step)
         buckets: dict[float, Floats] = {}
         for times, table, columns, grown in self._grown(f"{name}_bucket", where, edges[0]):
@@ -274,7 +274,7 @@ class History:
         return [Curve(edges[1:].tolist(), [_quantile(q, counts) for counts in steps]) for q in qs]
 
     def gauge(self, name: str, seconds: float, step: float, **where: str) -> Curve:
-        """The sum of all matching gauges, the mean of each step."""
+        """Returns the sum of all matching gauges, averaged over each step."""
         edges = self._edges(seconds, step)
         total = np.zeros(len(edges) - 1)
         seen = np.zeros(len(edges) - 1, bool)
@@ -288,12 +288,12 @@ class History:
         return Curve(edges[1:].tolist(), np.where(seen, total, math.nan).tolist())
 
     def _edges(self, seconds: float, step: float) -> Floats:
-        # On whole steps, so that a curve moves and does not shimmer.
+        # Align to whole steps, so that a curve shifts over time but does not change shape.
         end = math.floor(self._clock() / step) * step
         return end - step * np.arange(round(seconds / step), -1, -1, dtype=np.float64)
 
     def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[_Target, _Table, Places]]:
-        """Target by target: its table of this metric, and the columns with the labels `where`."""
+        """Yields each target, its table of this metric, and the columns with the labels `where`."""
         for target in self._targets.values():
             table = target.tables.get(name)
             if table is not None and target.count and len(columns := table.select(where)):
@@ -302,13 +302,13 @@ class History:
     def _grown(
         self, name: str, where: Mapping[str, str], since: float
     ) -> Iterator[tuple[Floats, _Table, Places, Floats]]:
-        """As `_matching`: the scrapes after `since`, and what each column grew by at each of them."""
+        """Yields for each matching table the scrapes after `since`, and the growth of each column at each of them."""
         for target, table, columns in self._matching(name, where):
             times = target.times[: target.count]
             first = int(np.searchsorted(times, since, "right"))
             if first == len(times):
                 continue
-            # The scrape before them too, for the first to be compared with; before the first of all, nothing grew.
+            # Include the scrape before, to compare the first one with. The very first scrape counts as no growth.
             block = table.values[max(0, first - 1) : len(times), columns]
             if not first:
                 block = np.vstack((block[:1], block))
@@ -329,21 +329,21 @@ def _sum_into(out: dict[Labels, float], table: _Table, by: Sequence[str], column
 
 
 def _bridged(times: Floats, table: _Table, columns: Places) -> Floats:
-    """What series with gaps grew by at each scrape; one that came after the first scrape began at 0."""
+    """Returns the growth of series with gaps at each scrape. A series that first appears later starts at 0."""
     values = table.values[: len(times), columns]
     known = ~np.isnan(values)
-    # By row, the last one before it that is known; -1: none.
+    # For each row, the last earlier row with a known value; -1: none.
     at = np.where(known, np.arange(len(times))[:, None], -1)
     before = np.vstack((np.full((1, len(columns)), -1), np.maximum.accumulate(at, axis=0)[:-1]))
     previous = np.where(before >= 0, np.take_along_axis(values, np.maximum(before, 0), axis=0), 0.0)
     grown = np.where(values < previous, values, values - previous)
-    # What was there before the first scrape that is kept is not of now.
+    # Growth from before the first kept scrape does not count.
     began = times[:, None] == np.array(table.born)[columns]
     return np.where(known & ((before >= 0) | began), grown, 0.0)
 
 
 def _binned(times: Floats, grown: Floats, edges: Floats) -> Floats:
-    """Sums of `grown` between the edges, column by column."""
+    """Returns the sums of `grown` between the edges, by column."""
     sums = np.vstack((np.zeros((1, grown.shape[1])), np.cumsum(grown, axis=0)))
     places = np.searchsorted(times, edges, "right")
     binned: Floats = sums[places[1:]] - sums[places[:-1]]
@@ -351,7 +351,7 @@ def _binned(times: Floats, grown: Floats, edges: Floats) -> Floats:
 
 
 def _quantile(q: float, cumulative: Mapping[float, float]) -> float:
-    """As Prometheus's histogram_quantile: linear within a bucket, the last finite bound beyond it; NaN of nothing."""
+    """Computes Prometheus's histogram_quantile: linear in a bucket, at most the last finite bound, NaN if empty."""
     bounds = sorted(cumulative)
     if not bounds or cumulative[bounds[-1]] <= 0:
         return math.nan

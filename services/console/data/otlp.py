@@ -1,4 +1,4 @@
-"""The OTLP/gRPC receiver: spans of every process into the trace store."""
+"""The OTLP/gRPC receiver: stores the spans of every process in the trace store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TraceReceiver:
         self._store = store
 
     def service(self) -> Service:
-        """The handlers, to be served."""
+        """Returns the gRPC handlers."""
         descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
         return Service(descriptor, {"Export": unary(_Request, self._export, check_list)})
 

@@ -1,4 +1,4 @@
-"""The fleet's vital signs, from the history of its metrics."""
+"""Key metrics of the fleet, from the history of its metrics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from services.console.data.history import Curve, History, Labels, Line
 
 NOW_SECONDS = 60.0
 SPAN_SECONDS = 900.0
-# Of a table that has its own order, so that hundreds of models stay a page.
+# Maximum rows of a sorted table, so that hundreds of models fit on a page.
 MOST_ROWS = 60
 STEP_SECONDS = 10.0
-# A console that was started just now shows what there is, larger.
+# Time span and step of charts while the console is young, so that the little data there is fills the chart.
 _YOUNG = (180.0, 5.0)
 
 REQUESTS = "ringmesh_requests_total"
@@ -24,7 +24,7 @@ ATTEMPT = "ringmesh_attempt_duration_seconds"
 REDIS = "ringmesh_redis_duration_seconds"
 LOOP_LAG = "ringmesh_event_loop_lag_seconds"
 HITS = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined")
-# Codes by which the service failed its caller; the rest are the caller's own doing.
+# Status codes of server errors; all others are errors of the caller.
 SERVER_FAULTS = frozenset(
     {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "DATA_LOSS"}
 )
@@ -32,7 +32,7 @@ SERVER_FAULTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """Over the last minute; times in seconds, rates a second, NaN where nothing is known."""
+    """Key metrics over the last minute: times in seconds, rates per second, NaN if unknown."""
 
     requests: float
     errors: float
@@ -44,12 +44,12 @@ class Vitals:
 
 
 def vitals(history: History) -> Vitals:
-    """Of all requests."""
+    """Returns the key metrics of all requests."""
     return vitals_by(history, ()).get((), unasked(history))
 
 
 def vitals_by(history: History, by: Sequence[str]) -> dict[Labels, Vitals]:
-    """Of the requests with each value of the labels `by`, as far as there were any since their process started."""
+    """Returns the key metrics by the labels `by`, for the values that have had requests since the process started."""
     answers: dict[Labels, dict[Labels, float]] = {}
     for (*key, outcome, code), rate in history.rate(REQUESTS, NOW_SECONDS, (*by, "outcome", "code")).items():
         answers.setdefault(tuple(key), {})[outcome, code] = rate
@@ -75,29 +75,29 @@ def vitals_by(history: History, by: Sequence[str]) -> dict[Labels, Vitals]:
 
 
 def unasked(history: History) -> Vitals:
-    """Of what nobody has asked for; where no router was read yet, nobody knows."""
+    """Returns the key metrics of a group without requests: zero rates, or NaN if no router was scraped yet."""
     none = 0.0 if history.knows(REQUESTS) else math.nan
     return Vitals(none, none, math.nan, math.nan, math.nan, 0.0, 0.0)
 
 
 def span(history: History) -> tuple[float, float]:
-    """How far curves reach back, and their step; in seconds."""
+    """Returns the time span and the step of charts, in seconds."""
     return _YOUNG if history.watched(SPAN_SECONDS) < _YOUNG[0] else (SPAN_SECONDS, STEP_SECONDS)
 
 
 def requests(history: History, **where: str) -> Curve:
-    """Requests a second."""
+    """Returns requests per second."""
     seconds, step = span(history)
     return history.rates(REQUESTS, seconds, step, **where)
 
 
 def errors(history: History, **where: str) -> Curve:
-    """Failed requests a second."""
+    """Returns failed requests per second."""
     return _minus(requests(history, **where), requests(history, code="OK", **where))
 
 
 def hit_ratio(history: History, **where: str) -> Curve:
-    """Share of good answers that came from a cache or another's computation; NaN where there were none."""
+    """Returns the share of successful answers from a cache or a joined computation; NaN if there were none."""
     seconds, step = span(history)
     ok = history.rates(REQUESTS, seconds, step, code="OK", **where)
     curves = [history.rates(REQUESTS, seconds, step, code="OK", outcome=hit, **where) for hit in HITS]
@@ -106,14 +106,14 @@ def hit_ratio(history: History, **where: str) -> Curve:
 
 
 def latency(history: History, **where: str) -> list[Line]:
-    """The time to answer, in seconds: its 99th percentile and its median."""
+    """Returns the 99th percentile and the median of the request duration, in seconds."""
     seconds, step = span(history)
     p99, p50 = history.quantiles((0.99, 0.5), DURATION, seconds, step, **where)
     return [Line("p99", p99), Line("p50", p50)]
 
 
 def saved(history: History, **where: str) -> Curve:
-    """Seconds of compute that a second saved."""
+    """Returns the seconds of compute time saved per second."""
     seconds, step = span(history)
     curves = [history.rates(COMPUTE, seconds, step, outcome=hit, **where) for hit in HITS]
     steps = zip(*(curve.values for curve in curves), strict=True)

@@ -1,4 +1,4 @@
-"""Reads /metrics of every process into the history."""
+"""Scrapes /metrics of every process into the history."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 PERIOD_SECONDS = 2.0
 _TIMEOUT = 2.0
 _MAX_BYTES = 8 << 20
-# The environment's proxy has no business between processes of one fleet.
+# Calls between processes of one fleet must not use a proxy from the environment.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Scraper:
-    """`targets`: host:port by the name of the process. `problems` says in words who does not answer, and why."""
+    """Scrapes `targets`: host:port by process name. `problems` has the reason for each process that does not answer."""
 
     def __init__(self, targets: Mapping[str, str], history: History) -> None:
         self.problems: dict[str, str] = {}
         self.targets = targets
         self._history = history
-        # Each waits on a socket most of the time; a process that hangs holds up itself alone.
+        # One thread per process, mostly waiting on a socket, so that a hanging process does not delay the others.
         self._threads = ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="scrape")
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Until `close`."""
+        """Starts scraping, until `close`."""
         self._tasks = [BACKGROUND.start("scrape", partial(self._run, name)) for name in self.targets]
 
     def close(self) -> None:
-        """Stops; a scrape under way is not waited for."""
+        """Stops without waiting for scrapes in progress."""
         for task in self._tasks:
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -61,7 +61,7 @@ def _scrape(address: str, reader: ExpositionReader) -> list[Sample]:
 
 
 def fetch(address: str) -> str:
-    """One scrape. Raises OSError where nobody answers, ValueError where the answer is not text, or too long."""
+    """Reads one scrape. Raises OSError if the process does not answer, ValueError if it is not text or too large."""
     with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT) as response:
         text: bytes = response.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:

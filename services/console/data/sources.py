@@ -1,4 +1,4 @@
-"""All that the pages are made of."""
+"""The data sources of the pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.console.data.trace_store import TraceStore
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """`trace_ui` is the URL of a trace in Jaeger or Tempo, with `{trace_id}` in it; "" where there is none."""
+    """All data sources. `trace_ui` is the URL of a trace in Jaeger or Tempo, with `{trace_id}`; "" if there is none."""
 
     fleet: FleetWatch
     history: History
@@ -24,11 +24,11 @@ class Sources:
 
     @property
     def view(self) -> FleetView:
-        """The fleet as it was seen last."""
+        """The latest snapshot of the fleet."""
         return self.fleet.view
 
     def unheard(self) -> list[str]:
-        """The routers that do not answer, in words."""
+        """Returns a message for each router that does not answer."""
         return [
             f"The router at {router.address} does not answer ({router.problem}): what it said last stands here."
             for router in self.view.routers
@@ -36,5 +36,5 @@ class Sources:
         ]
 
     def findings(self) -> list[Finding]:
-        """What needs attention now, the worst first."""
+        """Returns the current findings, the most severe first."""
         return findings.find(self.view, self.history, self.traces, self.scraper.problems)

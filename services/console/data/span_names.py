@@ -1,4 +1,4 @@
-"""The names of spans and attributes that Ringmesh's own processes use, as far as the console tells of them."""
+"""The names of Ringmesh's spans and attributes that the console uses."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ _SUMMARY = {
 
 
 def is_entry(service: str, span: trace_pb2.Span) -> bool:
-    """Whether the span is the router's own of a request: what it says is what the caller saw."""
+    """Whether this is the router's server span, whose attributes match what the caller saw."""
     return service == "ringmesh-router" and span.kind == trace_pb2.Span.SPAN_KIND_SERVER
 
 
 def summary(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """What `attributes` say about the trace as a whole, by the fields of a trace's summary."""
+    """Returns the attributes that describe the trace as a whole, by field of `Summary`."""
     return {part: str(attributes[name]) for part, name in _SUMMARY.items() if attributes.get(name)}

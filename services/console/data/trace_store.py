@@ -1,4 +1,4 @@
-"""The traces of late, in memory: bounded in bytes and in number, the failed kept longest."""
+"""Recent traces in memory, bounded in bytes and number. Failed traces are retained longest."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from services.console.data import span_names
 from services.runtime.telemetry.span_tree import Span, SpanTree, trees
 
-# What a span costs in memory beside its own bytes, measured with tracemalloc.
+# Memory overhead of a span and of a trace in bytes, measured with tracemalloc.
 _SPAN_OVERHEAD = 160
 _TRACE_OVERHEAD = 900
 MAX_SPANS = 2000
-# The largest part of the room that one trace may take.
+# The largest share of the store that one trace can take.
 MAX_SHARE = 1 / 16
-# Characters of each text that a search sees of a trace, and of a service's name.
+# Maximum length of each searchable text of a trace, and of a service name, in characters.
 LONGEST_TEXT = 512
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a search sees of one trace. Times in ns; `error` is the first failure's message, "" where all went well."""
+    """The searchable fields of a trace. Times in ns; `error` is the router's message, else the first; "" if none."""
 
     trace_id: str
     start_ns: int = 0
@@ -43,7 +43,7 @@ class Summary:
 
     @property
     def duration_ns(self) -> int:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return self.end_ns - self.start_ns
 
 
@@ -51,15 +51,15 @@ class Summary:
 class _Kept:
     summary: Summary
     size: int = _TRACE_OVERHEAD
-    # Of `size`, what the texts of the summary take.
+    # The part of `size` that the texts of the summary take.
     text: int = 0
-    # (service, serialized span) by span id: an exporter that tries again sends a span twice.
+    # (service, serialized span) by span id, because an exporter can send a span twice when it retries.
     spans: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to look for; "" and 0 match everything. `status` is "ok" or "error"; times in ms."""
+    """A search. "" and 0 match everything. `status` is "ok" or "error"; times are in ms."""
 
     model: str = ""
     tenant: str = ""
@@ -72,7 +72,7 @@ class Query:
     max_ms: float = 0
 
     def matches(self, found: Summary) -> bool:
-        """Whether a trace is among what is looked for."""
+        """Whether a trace matches the search."""
         took = found.duration_ns / 1e6
         return (
             (not self.model or self.model == found.model)
@@ -93,10 +93,10 @@ class Query:
 
 
 class TraceStore:
-    """Takes spans as OTLP brings them. At most `max_bytes` and `max_traces`: the oldest go first.
+    """Stores OTLP spans as traces. Holds at most `max_bytes` and `max_traces`, and evicts the oldest traces first.
 
-    Of failed ones, up to half of the room outlives newer ones that went well. A trace takes MAX_SPANS spans and
-    MAX_SHARE of the room at most; further spans of it are dropped.
+    Failed traces outlive newer successful ones, in up to half of the store. A trace takes at most MAX_SPANS spans and
+    MAX_SHARE of the store; further spans of it are dropped.
     """
 
     def __init__(self, *, max_bytes: int, max_traces: int) -> None:
@@ -114,7 +114,7 @@ class TraceStore:
         return len(self._plain) + len(self._failed)
 
     def add(self, service: str, span: trace_pb2.Span) -> bool:
-        """False if its trace is full and it was dropped. Raises ValueError where its ids are not those of a span."""
+        """Adds a span. Returns False if it was dropped because its trace is full. Raises ValueError for invalid ids."""
         if len(span.trace_id) != 16 or len(span.span_id) != 8 or not any(span.trace_id):
             raise ValueError("a span has a trace id of 16 bytes and a span id of 8")
         self.received_spans += 1
@@ -146,7 +146,7 @@ class TraceStore:
         return True
 
     def find(self, trace_id: str) -> tuple[Summary, SpanTree] | None:
-        """The trace, whole as far as its spans have come; None where it is not here."""
+        """Returns the trace with all spans received so far; None if it is not stored."""
         kept = self._failed.get(trace_id) or self._plain.get(trace_id)
         if kept is None:
             return None
@@ -154,12 +154,12 @@ class TraceStore:
         return kept.summary, trees(spans)[0]
 
     def search(self, query: Query, limit: int) -> list[Summary]:
-        """The newest first."""
+        """Returns up to `limit` matching traces, the newest first."""
         found = [summary for summary in self.summaries() if query.matches(summary)]
         return sorted(found, key=lambda summary: summary.start_ns, reverse=True)[:limit]
 
     def last_failures(self) -> dict[tuple[str, str], Summary]:
-        """The newest by model and code."""
+        """Returns the newest failed trace of each model and code."""
         newest: dict[tuple[str, str], Summary] = {}
         for kept in self._failed.values():
             found = kept.summary
@@ -169,7 +169,7 @@ class TraceStore:
         return newest
 
     def summaries(self) -> Iterator[Summary]:
-        """All, in no order."""
+        """Yields the summaries of all traces, in no particular order."""
         for part in (self._plain, self._failed):
             for kept in part.values():
                 yield kept.summary
@@ -190,7 +190,7 @@ class TraceStore:
 
 
 def as_span(service: str, span: trace_pb2.Span) -> Span:
-    """As `ringmesh trace` knows it."""
+    """Converts an OTLP span to the format of `ringmesh trace`."""
     return Span(
         span.trace_id.hex(),
         span.span_id.hex(),
@@ -233,7 +233,7 @@ def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
     attributes = _attributes(span)
     is_entry = span_names.is_entry(service, span)
     if error := _error(span):
-        # The router's words are those that the caller got.
+        # The router's message is the one that the caller received.
         summary.error = error[:LONGEST_TEXT] if is_entry or not summary.error else summary.error
     for part, value in span_names.summary(attributes).items():
         if is_entry or not getattr(summary, part):
@@ -241,7 +241,7 @@ def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
 
 
 def _text_bytes(summary: Summary) -> int:
-    """Memory of its texts; the trace id and empty ones are part of _TRACE_OVERHEAD."""
+    """Returns the memory of the summary's texts. _TRACE_OVERHEAD includes the trace id and empty texts."""
     return sum(sys.getsizeof(text) for part in _TEXTS if (text := getattr(summary, part)))
 
 

@@ -1,4 +1,4 @@
-"""A real inference, built from what a person typed and sent through the router."""
+"""A real inference, built from the fields of a form and sent through the router."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from services.runtime.oip.sample_tensor import WORDS, fill
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 _SECONDS = 30.0
 _SHOWN = 64
-# Written out in a form up to here; beyond, a word stands for them.
+# A form lists the values of a tensor up to this count; larger tensors get the word `random`.
 _TYPED = 256
 _MAX_ELEMENTS = 1 << 20
-# NumPy goes no further.
+# NumPy's own limit.
 _MAX_DIMENSIONS = 64
 _LONGEST_HEADER = 256
 _LONGEST_VALUE = 200
@@ -33,12 +33,12 @@ _Infer: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 class TrialError(Exception):
-    """What was typed is not a request; the message says what would be."""
+    """The form is not a valid request. The message says what is valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One input of the form: its shape as `1, 64`, its values as JSON or one of WORDS."""
+    """One input tensor in the form: its shape as in `1, 64`, its values as JSON or one of WORDS."""
 
     name: str
     datatype: str
@@ -49,7 +49,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output: its first values, in words."""
+    """One output tensor, with its first values as text."""
 
     name: str
     datatype: str
@@ -59,7 +59,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. `error` is the status in words, "" on success."""
+    """The response. `error` is the status as text; "" on success."""
 
     seconds: float
     trace_id: str
@@ -71,7 +71,7 @@ class Answer:
 
 
 def blank(metadata: v2.ModelMetadataResponse) -> list[Field]:
-    """The form of a model, filled with values that it takes."""
+    """Returns the form of a model, filled with valid values."""
     fields = []
     for tensor in metadata.inputs:
         shape = [1 if size < 0 else size for size in tensor.shape]
@@ -83,7 +83,7 @@ def blank(metadata: v2.ModelMetadataResponse) -> list[Field]:
 
 
 def typed(metadata: v2.ModelMetadataResponse, form: Mapping[str, str]) -> list[Field]:
-    """The form again, as it was sent."""
+    """Returns the form of a model, filled with the submitted values."""
     return [
         Field(
             field.name,
@@ -97,7 +97,7 @@ def typed(metadata: v2.ModelMetadataResponse, form: Mapping[str, str]) -> list[F
 
 
 def headers(cache_control: str, tenant: str) -> dict[str, str]:
-    """As metadata. Raises TrialError where they cannot be sent as such."""
+    """Returns the metadata of the request. Raises TrialError if a value is not valid metadata."""
     made = {"cache-control": cache_control, "ringmesh-tenant": tenant}
     for name, value in made.items():
         if not (value.isascii() and value.isprintable() and len(value) <= _LONGEST_HEADER):
@@ -106,7 +106,7 @@ def headers(cache_control: str, tenant: str) -> dict[str, str]:
 
 
 def build(model: str, fields: Sequence[Field]) -> v2.ModelInferRequest:
-    """Raises TrialError."""
+    """Builds the request from the form. Raises TrialError."""
     request = v2.ModelInferRequest(model_name=model)
     for field in fields:
         array = _read(field)
@@ -116,7 +116,7 @@ def build(model: str, fields: Sequence[Field]) -> v2.ModelInferRequest:
 
 
 async def send(channel: grpc.aio.Channel, request: v2.ModelInferRequest, headers: Mapping[str, str]) -> Answer:
-    """Sends it, traced in any case. `headers` go as metadata where they are not empty."""
+    """Sends the request with a sampled trace. Non-empty `headers` are sent as metadata."""
     trace_id = f"{random.getrandbits(128) or 1:032x}"
     context = ("traceparent", f"00-{trace_id}-{random.getrandbits(64) or 1:016x}-01")
     metadata = [context, *((name, value) for name, value in headers.items() if value)]
@@ -159,7 +159,7 @@ def _read(field: Field) -> npt.NDArray[Any]:
         raise TrialError(f"{field.name}: the shape is whole numbers with commas between, such as 1, 64") from None
     if len(shape) > _MAX_DIMENSIONS:
         raise TrialError(f"{field.name}: a shape has up to {_MAX_DIMENSIONS} dimensions, not {len(shape):,}")
-    # NumPy counts an empty array's other dimensions too.
+    # NumPy limits the product of the non-zero dimensions, even for an empty array.
     if any(size < 0 for size in shape) or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise TrialError(f"{field.name}: a shape has no negative sizes, and up to {_MAX_ELEMENTS:,} elements here")
     text = field.values.strip()

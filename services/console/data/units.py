@@ -1,4 +1,4 @@
-"""Numbers as people read them: three digits, the unit that fits, and a dash for what is not known."""
+"""Formats numbers for people: about three digits, a suitable unit, and a dash for unknown values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ UNKNOWN = "–"  # noqa: RUF001
 
 
 def number(value: float | None) -> str:
-    """1,234; 12.3; 0.12; 1.2 M."""
+    """Formats a number: 1,234; 12.3; 0.12; 1.2 M."""
     if value is None or math.isnan(value):
         return UNKNOWN
     for limit, unit in ((1e9, " G"), (1e6, " M")):
@@ -21,7 +21,7 @@ def number(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """420 µs; 1.23 ms; 4.5 s; 12 min."""
+    """Formats a duration: 420 µs; 1.23 ms; 4.5 s; 12 min."""
     if value is None or math.isnan(value):
         return UNKNOWN
     if value >= 120:
@@ -34,24 +34,24 @@ def seconds(value: float | None) -> str:
 
 
 def nanoseconds(value: float) -> str:
-    """As `seconds`."""
+    """Formats a duration in nanoseconds, as `seconds` does."""
     return seconds(value / 1e9)
 
 
 def money(value: float | None) -> str:
-    """1,234; 12.35; 0.0042; 0.0000031; in any currency."""
+    """Formats an amount in any currency: 1,234; 12.35; 0.0042; 0.0000031."""
     if value is None or math.isnan(value):
         return UNKNOWN
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
-    # Two digits behind the point at least, and of what is small two that are not 0, down to a billionth.
+    # At least two decimals; for small amounts two significant digits, down to a billionth.
     digits = max(2, min(9, 1 - math.floor(math.log10(abs(value)))))
     whole, _, rest = f"{value:,.{digits}f}".partition(".")
     return f"{whole}.{rest.rstrip('0').ljust(2, '0')}"
 
 
 def size(value: float | None) -> str:
-    """1.5 MiB."""
+    """Formats a size in bytes: 1.5 MiB."""
     if value is None or math.isnan(value):
         return UNKNOWN
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -68,7 +68,7 @@ def size(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """41 %; 0.3 %; 99.95 %."""
+    """Formats a share: 41 %; 0.3 %; 99.95 %."""
     if value is None or math.isnan(value):
         return UNKNOWN
     shown = value * 100
@@ -84,7 +84,7 @@ def percent(value: float | None) -> str:
 
 
 def clock(ns: int) -> str:
-    """The time of day of a moment in ns since the Unix epoch, where the console runs."""
+    """Formats a time in ns since the Unix epoch as the time of day in the console's time zone."""
     return datetime.fromtimestamp(ns / 1e9).strftime("%H:%M:%S")
 
 

@@ -1,4 +1,4 @@
-"""The caches: tier by tier, model by model, key by key."""
+"""The cache page: caches by tier, by model and by key, and purges."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCOPES = ("model", "tenant", "key", "everything")
 
 @dataclass(frozen=True, slots=True)
 class TierRow:
-    """One tier of one process. Rates a second; bytes and entries are known of local tiers only."""
+    """One tier of one process. Rates are per second; bytes and entries are known for local tiers only."""
 
     process: str
     tier: str
@@ -39,14 +39,14 @@ class TierRow:
 
     @property
     def ratio(self) -> float:
-        """Of look-ups that were hits."""
+        """The share of look-ups that were hits."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class UseRow:
-    """What caching did for a model and tenant within the charts' span. `saved` and `spent` in seconds of compute."""
+    """Cache use of a model and tenant within the charts' time span. `saved` and `spent` are seconds of compute time."""
 
     model: str
     tenant: str
@@ -57,13 +57,13 @@ class UseRow:
 
     @property
     def ratio(self) -> float:
-        """Of answers that came from a cache."""
+        """The share of answers that came from a cache."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """A key, by how often it was in the traces that are here."""
+    """A cache key, and how often it occurs in the stored traces."""
 
     key: str
     model: str
@@ -72,7 +72,7 @@ class KeyRow:
 
 
 async def contents(sources: Sources, request: Request) -> Context:
-    """What `cache.html` shows; with a POST, after the purge."""
+    """Returns the context of `cache.html`. A POST purges first."""
     history = sources.history
     notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
     uses = _uses(history)
@@ -114,7 +114,7 @@ async def contents(sources: Sources, request: Request) -> Context:
 
 
 async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
-    """(what was done, what went wrong), one of them in words."""
+    """Returns (success message, error message), one of which is ""."""
     sent = await form.read(request)
     scope, value = sent.get("scope", ""), sent.get("value", "").strip()
     if scope not in SCOPES or (scope != "everything" and not value):
@@ -123,7 +123,7 @@ async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
         given: bool | str | bytes = True if scope == "everything" else bytes.fromhex(value) if scope == "key" else value
     except ValueError:
         return "", f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` tells them."
-    # A router knows which models there are.
+    # Prefer a router, which knows the models.
     answering = (router.address for router in sources.view.routers if not router.problem)
     address = next(answering, sources.view.cache.address)
     stub = cache_pb2_grpc.CacheServiceStub(sources.fleet.channel(address))
@@ -172,7 +172,7 @@ def _uses(history: History) -> list[UseRow]:
 
 
 def _keys(sources: Sources) -> list[KeyRow]:
-    """Among traced requests: a sample, and the same one for every key."""
+    """Returns the most frequent keys in traces. Traces are a sample of the requests, at the same rate for every key."""
     seen: Counter[tuple[str, str]] = Counter()
     hits: Counter[tuple[str, str]] = Counter()
     for summary in sources.traces.summaries():

@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn here: no script, no inline style, and a sentence for those who do not see them."""
+"""Renders charts as SVG without scripts or inline styles, with a text alternative for screen readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDTH, _HEIGHT = 600.0, 120.0
 
 
 def plot(title: str, lines: Sequence[Line], unit: Callable[[float], str], *, least: float = 0.0) -> Markup:
-    """A figure of `lines` over one scale from 0; `least` is the smallest top of that scale."""
+    """Returns a figure of `lines` on one scale that starts at 0. `least` is the minimum top of the scale."""
     known = [value for line in lines for value in line.curve.values if not math.isnan(value)]
     top = _nice(max([least, *known]) or 1.0)
     legend = Markup("").join(
@@ -52,7 +52,7 @@ def plot(title: str, lines: Sequence[Line], unit: Callable[[float], str], *, lea
 
 
 def bar(share: float, kind: str = "") -> Markup:
-    """A bar filled to `share`, 0 to 1."""
+    """Returns a bar filled to `share`, 0 to 1."""
     return Markup(
         '<svg class="bar {}" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="back" width="100" height="6"/><rect class="fill" width="{:.2f}" height="6"/></svg>'
@@ -61,7 +61,7 @@ def bar(share: float, kind: str = "") -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One owner on the ring. `share` of the whole, `load` 0 to 1."""
+    """One owner on the ring: its `share` of the keys and its `load`, 0 to 1."""
 
     label: str
     share: float
@@ -70,7 +70,7 @@ class Slice:
 
 
 def ring(slices: Sequence[Slice], middle: str, below: str) -> Markup:
-    """Ownership as arcs; within each, a band as wide as its load. Owners are numbered as in the table beside it."""
+    """Returns a ring of arcs, one per owner, each with a band as wide as its load, numbered as in the table."""
     whole = sum(one.share for one in slices) or 1.0
     parts = []
     at = 0.0
@@ -135,7 +135,7 @@ def _paths(lines: Sequence[Line], top: float) -> Iterator[Markup]:
 
 
 def _runs(curve: Curve) -> Iterator[list[tuple[float, float]]]:
-    """The stretches without a gap; a lone value is a short line."""
+    """Yields the parts of a curve between gaps. A single value becomes a short line."""
     last = max(1, len(curve.values) - 1)
     run: list[tuple[float, float]] = []
     for index, value in enumerate([*curve.values, math.nan]):
@@ -147,6 +147,6 @@ def _runs(curve: Curve) -> Iterator[list[tuple[float, float]]]:
 
 
 def _nice(value: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10."""
+    """Rounds up to the next of 1, 2, 2.5, 5 and 10, times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * 0.999)

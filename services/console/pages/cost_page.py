@@ -1,4 +1,4 @@
-"""Cost: what the compute of each model and tenant costs, and what the cache made unnecessary."""
+"""The cost page: the compute cost of each model and tenant, and the cost that the cache saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Within the span: requests answered, seconds of compute spent on them and saved, and their prices."""
+    """Requests answered within the time span, seconds of compute time spent and saved, and their prices."""
 
     name: str
     requests: float
@@ -37,22 +37,22 @@ class Cost:
 
     @property
     def share(self) -> float:
-        """Of all compute spent."""
+        """The share of all compute time spent."""
         return self.spent / self.whole if self.whole else 0.0
 
     @property
     def each(self) -> float:
-        """Seconds of compute a request."""
+        """Seconds of compute time per request."""
         return self.spent / self.requests if self.requests else math.nan
 
     @property
     def million(self) -> float:
-        """Price of a million such requests."""
+        """The price of a million such requests."""
         return 1e6 * self.spent_price / self.requests if self.requests else math.nan
 
 
 async def contents(sources: Sources, _: Request) -> Context:
-    """What `cost.html` shows."""
+    """Returns the context of `cost.html`."""
     history = sources.history
     models = _costs(history, "model")
     watched = history.watched(SPAN_SECONDS)

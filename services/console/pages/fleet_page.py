@@ -1,4 +1,4 @@
-"""The first page: does it work, who is in the ring, and how each process does."""
+"""The first page: findings, the ring and its workers, and the state of each process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EVENTS = 12
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A worker as the ring sees it, with what its own metrics say. Rates a second, times in seconds."""
+    """A worker in the ring, with values from its own metrics. Rates are per second, times in seconds."""
 
     worker: router_pb2.Worker
     rate: float
@@ -34,7 +34,7 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True)
 class ProcessRow:
-    """A process and its use of the machine. `problem`: why it says nothing; "" where it does."""
+    """A process and its resource use. `problem`: why it has no metrics; "" if it has."""
 
     name: str
     address: str
@@ -47,7 +47,7 @@ class ProcessRow:
 
 
 async def contents(sources: Sources, _: Request) -> Context:
-    """What `fleet.html` shows."""
+    """Returns the context of `fleet.html`."""
     view, history = sources.view, sources.history
     found = sources.findings()
     vitals = overview.vitals(history)
@@ -73,7 +73,7 @@ async def contents(sources: Sources, _: Request) -> Context:
 
 
 def headline(sources: Sources, vitals: Vitals) -> str:
-    """The state of the fleet in a sentence."""
+    """Returns the state of the fleet in one or two sentences."""
     view = sources.view
     if all(router.problem == "not asked yet" for router in view.routers):
         return "Asking the routers…"
@@ -89,7 +89,7 @@ def headline(sources: Sources, vitals: Vitals) -> str:
 
 
 def charts(history: History, **where: str) -> list[Any]:
-    """The four curves that every page about requests begins with."""
+    """Returns the four charts at the top of every page about requests."""
     return [
         plot(
             "Requests a second",
@@ -107,7 +107,7 @@ def charts(history: History, **where: str) -> list[Any]:
 
 
 def worker_rows(sources: Sources) -> list[WorkerRow]:
-    """In the order of their names."""
+    """Returns the workers, sorted by name."""
     history = sources.history
     rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, ("target",))
     total = history.increase(f"{STAGE}_sum", NOW_SECONDS, ("target",), stage="compute")
@@ -129,13 +129,13 @@ def worker_rows(sources: Sources) -> list[WorkerRow]:
 
 
 def _by_name(worker: router_pb2.Worker) -> tuple[list[str | int], str]:
-    """worker-2 before worker-10."""
+    """Returns a natural sort key: worker-2 comes before worker-10."""
     parts = re.split(r"(\d+)", worker.id)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], worker.address
 
 
 def regions(rows: list[WorkerRow]) -> Mapping[str, list[WorkerRow]]:
-    """Workers by region; empty where no worker says where it is."""
+    """Returns workers by region; empty if no worker reports a region."""
     by_region: dict[str, list[WorkerRow]] = {}
     for row in rows:
         by_region.setdefault(row.worker.region, []).append(row)
@@ -143,7 +143,7 @@ def regions(rows: list[WorkerRow]) -> Mapping[str, list[WorkerRow]]:
 
 
 def process_rows(sources: Sources) -> list[ProcessRow]:
-    """In the order in which they are set."""
+    """Returns the processes in the order of the settings."""
     history = sources.history
     by = ("target",)
     cpu = history.rate("ringmesh_process_cpu_seconds_total", NOW_SECONDS, by)

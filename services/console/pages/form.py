@@ -1,4 +1,4 @@
-"""Forms that the console's own pages send."""
+"""Reads the forms that the console's pages submit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_FIELDS = 200
 
 
 async def read(request: Request) -> dict[str, str]:
-    """The fields of an urlencoded form. Raises HTTPException where it is too large or none."""
+    """Returns the fields of a URL-encoded form. Raises HTTPException if it is too large or invalid."""
     body = bytearray()
     async for part in request.stream():
         body += part

@@ -1,4 +1,4 @@
-"""Pages, each at one URL: HTML for a browser that comes, and a stream of its live part for one that stays."""
+"""Pages: each URL serves HTML, or server-sent events with updates of the page's live part."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Context: TypeAlias = Mapping[str, Any]
 Contents: TypeAlias = Callable[[Request], Awaitable[Context]]
 
 _PERIOD_SECONDS = 2.0
-# Of one client, by its address, and of all. A page that is refused, or ended for another client's, stays as it was
-# loaded and tries again.
+# Maximum streams of one client address, and of all clients. A page whose stream is refused, or ended to make room for
+# another client, keeps its content and tries again.
 MAX_STREAMS_OF_ONE = 32
 MAX_STREAMS = 200
 
 
 class Pages:
-    """Renders templates; `stopping` ends all streams, `unheard` says who does not answer now."""
+    """Renders templates. `stopping` ends all streams; `unheard` returns messages on routers that do not answer."""
 
     def __init__(self, stopping: asyncio.Event, unheard: Callable[[], Sequence[str]]) -> None:
         self._stopping = stopping
-        # By client, the oldest first; each is ended by its event.
+        # Streams by client, the oldest first. Setting its event ends a stream.
         self._streams: dict[str, list[asyncio.Event]] = {}
-        # What was sent of late, by path and query: all who watch one page share its rendering.
+        # Recent renderings by path and query, which all viewers of a page share.
         self._rendered: dict[str, tuple[float, str]] = {}
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
@@ -49,7 +49,7 @@ class Pages:
         self._templates.globals["parts"] = self._templates.get_template("parts.html").module
 
     def page(self, template: str, contents: Contents) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint. A template with a block `live` is streamed to who accepts `text/event-stream`."""
+        """Returns an endpoint. Clients that accept `text/event-stream` get a stream of the template's block `live`."""
 
         async def answer(request: Request) -> Response:
             if "text/event-stream" in request.headers.get("accept", ""):
@@ -60,19 +60,19 @@ class Pages:
         return answer
 
     def render(self, template: str, request: Request, context: Context, status: int = 200) -> Response:
-        """The whole page."""
+        """Renders the whole page."""
         text = self._templates.get_template(template).render(path=request.url.path, **context)
         return HTMLResponse(text, status, headers={"Vary": "Accept"})
 
     async def _stream(self, template: str, contents: Contents, request: Request) -> Response:
-        # What is wrong with the request is said before the stream begins.
+        # Render once now, so that an invalid request fails before the stream starts.
         await self._live(template, contents, request)
         client = request.client.host if request.client else ""
         mine = self._streams.get(client, [])
         if len(mine) >= MAX_STREAMS_OF_ONE:
             return _refused(f"{MAX_STREAMS_OF_ONE} pages are live at {client} already")
         if sum(map(len, self._streams.values())) >= MAX_STREAMS:
-            # Whoever has the most gives one up for a client with fewer.
+            # The client with the most streams loses its oldest one to a client with fewer.
             most = max(self._streams.values(), key=len)
             if len(most) <= len(mine) + 1:
                 return _refused(f"{MAX_STREAMS} pages are live already")
@@ -94,7 +94,7 @@ class Pages:
         last = ""
         while not (self._stopping.is_set() or ended.is_set()):
             html = await self._live(template, contents, request)
-            # An empty comment finds out who has left.
+            # An empty comment detects clients that have disconnected.
             yield ":\n\n" if html == last else "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
             last = html
             try:
@@ -104,7 +104,7 @@ class Pages:
                 continue
 
     async def _live(self, template: str, contents: Contents, request: Request) -> str:
-        """The page's block `live`, at most a period old."""
+        """Returns the page's block `live`, at most one period old."""
         page = f"{request.url.path}?{request.url.query}"
         now = time.monotonic()
         at, html = self._rendered.get(page, (-math.inf, ""))
@@ -120,14 +120,14 @@ class Pages:
 
 
 class _Stream(StreamingResponse):
-    """Events until the client leaves; `on_end` is called then, also if it left before the first."""
+    """A stream of events until the client disconnects. Always calls `on_end`, even if no event was sent."""
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Implements ASGI."""
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -1,4 +1,4 @@
-"""Models: which versions are served by whom, how they do, and what their inputs are."""
+"""The model pages: versions, the workers that serve them, their key metrics, and their inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """A model version and how it did in the last minute. `rows`: mean rows of a batch."""
+    """A model version with its key metrics of the last minute. `rows`: mean rows per batch."""
 
     model: ModelView
     vitals: Vitals
@@ -33,7 +33,7 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class CopyRow:
-    """A model version on one worker: runs a second, and mean times in seconds."""
+    """A model version on one worker: runs per second, and mean times in seconds."""
 
     worker: str
     version: str
@@ -54,12 +54,12 @@ ORDERS: Mapping[str, Callable[[ModelRow], float]] = {
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """What `models.html` shows."""
+    """Returns the context of `models.html`."""
     rows = _rows(sources, sources.view.models)
     text, order = (request.query_params.get(name, "").strip() for name in ("text", "order"))
     found = [row for row in rows if text.lower() in row.model.name.lower()]
     if order in ORDERS:
-        # What is not known stands last.
+        # Unknown values sort last.
         found.sort(key=lambda row: -value if (value := ORDERS[order](row)) == value else math.inf)
     return {
         "models": found,
@@ -72,7 +72,7 @@ async def listing(sources: Sources, request: Request) -> Context:
 
 
 async def one(sources: Sources, request: Request) -> Context:
-    """What `model.html` shows: all versions of one name."""
+    """Returns the context of `model.html`: all versions of one model."""
     name = request.path_params["name"]
     versions = [model for model in sources.view.models if model.name == name]
     if not versions:
@@ -89,7 +89,7 @@ async def one(sources: Sources, request: Request) -> Context:
 
 
 async def metadata(sources: Sources, name: str) -> v2.ModelMetadataResponse | None:
-    """Inputs and outputs of the version that is served by default; None where no router can say."""
+    """Returns the inputs and outputs of the default version; None if no router answers."""
     if (router := sources.view.router) is None:
         return None
     stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(sources.fleet.channel(router.address))

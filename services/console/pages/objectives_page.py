@@ -1,4 +1,4 @@
-"""Objectives: what was promised, what was kept, and how fast the error budget goes."""
+"""The objectives page: service level objectives, how they were met, and the burn rate of the error budget."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from services.console.data.sources import Sources
 from services.console.pages.chart import plot
 from services.console.pages.live import Context
 
-# The console's memory is short: these are the short windows of the alerts in deploy/prometheus.
+# The console's history is short, so it uses only the short windows of the alerts in deploy/prometheus.
 WINDOWS = ((300.0, "5 min"), (1500.0, "25 min"))
 LONG_WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
-# At which the 30-day budget is gone in two days: the alert that pages.
+# The burn rate that uses up the 30-day budget in two days. The paging alert uses the same threshold.
 FAST_BURN = 14.4
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What the routers say is promised, from their settings; `latency` is of the answers within `seconds`."""
+    """The objectives in the routers' settings. `latency`: the required share of answers within `seconds`."""
 
     availability: float
     latency: float
@@ -33,7 +33,7 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An objective within one window. `good` is NaN where nothing was asked for."""
+    """An objective within one window. `good` is NaN if there were no requests."""
 
     window: str
     good: float
@@ -42,7 +42,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A promise, and how it was kept."""
+    """An objective, and how it was met in each window."""
 
     name: str
     promise: str
@@ -50,7 +50,7 @@ class Objective:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The result as text."""
         burns = [kept.burn for kept in self.kept]
         if all(map(math.isnan, burns)):
             return "nothing was asked for"
@@ -62,11 +62,11 @@ class Objective:
 
 
 async def contents(sources: Sources, _: Request) -> Context:
-    """What `objectives.html` shows."""
+    """Returns the context of `objectives.html`."""
     history = sources.history
     promise = promised(history)
     models = objectives(history, promise, ("model",)) if promise else {}
-    models.pop((), None)  # so it is where nothing was asked
+    models.pop((), None)  # present if there were no requests
     return {
         "objectives": objectives(history, promise)[()] if promise else [],
         "asked": len(models),
@@ -88,7 +88,7 @@ async def contents(sources: Sources, _: Request) -> Context:
 
 
 def promised(history: History) -> Promise | None:
-    """The strictest, where routers differ; None before one has told."""
+    """Returns the objectives, the strictest if routers differ; None before a router has reported any."""
     targets = history.last("ringmesh_slo_target_ratio", ("objective", "target"))
     seconds = history.last("ringmesh_slo_latency_seconds", ("target",))
     if not targets or not seconds:
@@ -101,7 +101,7 @@ def promised(history: History) -> Promise | None:
 
 
 def objectives(history: History, promise: Promise, by: Sequence[str] = ()) -> dict[Labels, list[Objective]]:
-    """Availability and latency, of all requests or of those with each value of the labels `by`."""
+    """Returns availability and latency of all requests, or by the values of the labels `by`."""
     answered = [_available(history, seconds, by) for seconds, _ in WINDOWS]
     quick = [_quick(history, seconds, promise.seconds, by) for seconds, _ in WINDOWS]
     groups = sorted({group for shares in answered for group in shares}) or [()]
@@ -123,7 +123,7 @@ def objectives(history: History, promise: Promise, by: Sequence[str] = ()) -> di
 
 
 def _burning(models: Mapping[Labels, list[Objective]]) -> list[tuple[str, Objective]]:
-    """Models' objectives that lost anything of their budget, those that burn fastest first."""
+    """Returns the models' objectives that used part of their error budget, the highest burn rate first."""
     burns = {
         (model, objective.name): (max(kept.burn for kept in objective.kept if kept.burn > 0), model, objective)
         for (model,), each in models.items()
@@ -134,7 +134,7 @@ def _burning(models: Mapping[Labels, list[Objective]]) -> list[tuple[str, Object
 
 
 def _burns(history: History) -> dict[str, dict[str, float]]:
-    """Burn rates by objective and window, of the router that burns fastest; empty where none tells."""
+    """Returns burn rates by objective and window, the highest of all routers; empty if no router reports any."""
     burns: dict[str, dict[str, float]] = {}
     for (objective, window, _), burn in history.last(
         "ringmesh_slo_burn_rate", ("objective", "window", "target")
@@ -145,13 +145,13 @@ def _burns(history: History) -> dict[str, dict[str, float]]:
 
 
 def _kept(shares: Sequence[Mapping[Labels, float]], group: Labels, objective: float) -> list[Kept]:
-    """Window by window, from the shares that were good."""
+    """Returns the result in each window, from the shares of good requests."""
     goods = [(name, good.get(group, math.nan)) for (_, name), good in zip(WINDOWS, shares, strict=True)]
     return [Kept(name, good, (1 - good) / (1 - objective)) for name, good in goods]
 
 
 def _available(history: History, seconds: float, by: Sequence[str]) -> dict[Labels, float]:
-    """The share that did not fail by our doing, of what was asked for at all."""
+    """Returns the share of requests without a server error, for groups that have requests."""
     total: dict[Labels, float] = {}
     failed: dict[Labels, float] = {}
     for (*group, code), count in history.increase(REQUESTS, seconds, (*by, "code")).items():
@@ -162,7 +162,7 @@ def _available(history: History, seconds: float, by: Sequence[str]) -> dict[Labe
 
 
 def _quick(history: History, seconds: float, limit: float, by: Sequence[str]) -> dict[Labels, float]:
-    """The share within the limit, which counts as the next bound of the buckets, as on the router."""
+    """Returns the share of answers within `limit`, rounded up to the next bucket bound, as on the router."""
     buckets: dict[Labels, dict[float, float]] = {}
     for (*group, le), count in history.increase(f"{DURATION}_bucket", seconds, (*by, "le")).items():
         buckets.setdefault(tuple(group), {})[float(le)] = count

@@ -1,4 +1,4 @@
-"""A trace in words: what was decided on the way, why, and where the time went."""
+"""A plain-language account of a trace: the decisions, their reasons, and where the time went."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUTCOMES = {
 
 
 def tell(summary: Summary, tree: SpanTree) -> list[str]:
-    """One sentence for each thing that happened."""
+    """Returns one sentence for each step of the request."""
     return [*_opening(summary), *(line for _, span in tree.rows for line in _line(span)), *_closing(summary, tree)]
 
 
@@ -62,7 +62,7 @@ def _line(span: Span) -> Iterator[str]:
 
 
 def _attempt(span: Span, took: str) -> Iterator[str]:
-    """Whom the ring offered, and how the one that was asked did."""
+    """Yields the candidates that were skipped, and the result of the attempt."""
     said = span.attributes
     for event in span.events:
         told = event["attributes"]
@@ -80,7 +80,7 @@ def _attempt(span: Span, took: str) -> Iterator[str]:
 
 
 def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
-    """Where most of the time went, where one part took most of it."""
+    """Yields the span that took most of the time, if one did."""
     own = {id(span): span.end_ns - span.start_ns for _, span in tree.rows}
     by_id = {span.span_id: span for _, span in tree.rows}
     for _, span in tree.rows:
@@ -88,7 +88,7 @@ def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
             own[id(parent)] -= span.end_ns - span.start_ns
     longest = max((span for _, span in tree.rows), key=lambda span: own[id(span)])
     share = own[id(longest)] / max(1, summary.duration_ns)
-    # That one which joined another waited is said already.
+    # For a joined request, the account has mentioned the wait already.
     if share > 0.5 and len(tree.rows) > 1 and summary.cache != "joined":
         took = nanoseconds(own[id(longest)])
         if longest.short_name == names.EXECUTE and longest.service == "ringmesh-router":

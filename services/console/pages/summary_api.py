@@ -1,4 +1,4 @@
-"""The first page as JSON, for `ringmesh top`: numbers are words already, so that both say the same."""
+"""The first page as JSON, for `ringmesh top`. Numbers are formatted already, so that both show the same text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from services.console.pages import fleet_page, models_page
 
 
 async def summary(sources: Sources, request: Request) -> Response:
-    """headline, findings, vitals, and tables of workers, models and processes; each row in the order to show."""
+    """Returns headline, findings, vitals, and tables of workers, models and processes, in display order."""
     vitals = overview.vitals(sources.history)
     models = (await models_page.listing(sources, request))["models"]
-    # The busiest first: a terminal shows some of them.
+    # The busiest first, because a terminal shows only some of them.
     models.sort(key=lambda row: -row.vitals.requests if row.vitals.requests > 0 else 0.0)
     return JSONResponse(
         {

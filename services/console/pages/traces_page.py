@@ -1,4 +1,4 @@
-"""Traces: a search over those of late, and one as a waterfall with its story."""
+"""The trace pages: a search over recent traces, and one trace as a waterfall with a plain-language account."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUTCOMES = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "m
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A row of the waterfall. `start` and `width` are shares of the whole, 0 to 1."""
+    """A row of the waterfall. `start` and `width` are shares of the trace's duration, 0 to 1."""
 
     span: Span
     depth: int
@@ -32,12 +32,12 @@ class Bar:
 
     @property
     def step(self) -> str:
-        """Which model, of a step of an ensemble; "" of other spans."""
+        """The model of an ensemble step; "" for other spans."""
         return str(self.span.attributes.get(span_names.MODEL, "")) if self.span.name == span_names.STEP else ""
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """What `traces.html` shows."""
+    """Returns the context of `traces.html`."""
     query, problem = _query(request)
     sort = request.query_params.get("sort", "")
     store = sources.traces
@@ -65,7 +65,7 @@ async def listing(sources: Sources, request: Request) -> Context:
 
 
 async def one(sources: Sources, request: Request) -> Context:
-    """What `trace.html` shows. 404 in words where the trace is not here."""
+    """Returns the context of `trace.html`. Raises HTTPException 404 if the trace is not stored."""
     trace_id = request.path_params["trace_id"].lower()
     found = sources.traces.find(trace_id)
     if found is None:
@@ -91,7 +91,7 @@ async def one(sources: Sources, request: Request) -> Context:
 
 
 def _linked(sources: Sources, trace_id: str, bars: Sequence[Bar]) -> list[tuple[str, str, bool]]:
-    """Other traces that spans of this one link to: the span, the trace, and whether it is here."""
+    """Returns the traces that spans of this one link to: the span, the trace id, and whether the trace is stored."""
     seen: dict[str, str] = {}
     for bar in bars:
         for other, _ in bar.span.links:
@@ -101,7 +101,7 @@ def _linked(sources: Sources, trace_id: str, bars: Sequence[Bar]) -> list[tuple[
 
 
 def _query(request: Request) -> tuple[Query, str]:
-    """What is asked for, or what is wrong with it in words."""
+    """Parses the search. Returns the query and "", or an empty query and an error message."""
     asked: dict[str, str | float] = {}
     for field in fields(Query):
         value = request.query_params.get(field.name, "").strip()

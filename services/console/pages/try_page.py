@@ -1,4 +1,4 @@
-"""The request builder: a form for any model, and a real inference from it."""
+"""The request builder: a form for any model that sends a real inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CACHE_CONTROL = ("", "no-cache", "no-store", "max-age=60", "only-if-cached")
 
 
 async def contents(sources: Sources, request: Request) -> Context:
-    """What `try.html` shows; with a POST, after the inference was sent."""
+    """Returns the context of `try.html`. A POST sends the inference first."""
     sent = await form.read(request) if request.method == "POST" else dict(request.query_params)
     models = sorted({model.name for model in sources.view.models if model.state != "UNAVAILABLE"})
     chosen = sent.get("model") or next(iter(models), "")

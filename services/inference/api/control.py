@@ -20,14 +20,14 @@ _MOST_AHEAD_NS = 24 * 3600 * 1_000_000_000
 
 
 class ModelControl:
-    """Handlers over a ModelStore."""
+    """Handlers that manage the models of a ModelStore."""
 
     def __init__(self, store: ModelStore) -> None:
         self._store = store
         self._changes: set[asyncio.Task[None]] = set()
 
     def handlers(self) -> dict[str, Handler]:
-        """For `inference.GRPCInferenceService`."""
+        """The handlers for `inference.GRPCInferenceService`."""
         return {
             "ModelConfig": unary(v2.ModelConfigRequest, self._config),
             "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),
@@ -84,7 +84,7 @@ class ModelControl:
         return v2.RepositoryModelUnloadResponse()
 
     async def _to_the_end(self, change: Coroutine[Any, Any, None]) -> None:
-        """A caller that leaves does not leave a change half made."""
+        """Waits for a change. If cancelled, the change still runs to its end."""
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
@@ -97,7 +97,7 @@ def _decided_ns(parameters: MutableMapping[str, v2.ModelRepositoryParameter]) ->
         return 0
     decided_ns = parameters[DECIDED_NS].int64_param
     del parameters[DECIDED_NS]
-    # A time far ahead would stand against all that is decided until then.
+    # A decision dated far ahead would override all decisions made until then.
     if not 0 < decided_ns < time.time_ns() + _MOST_AHEAD_NS:
         raise InvalidArgumentError(f"{DECIDED_NS} is no time of today", field=f"parameters[{DECIDED_NS}]")
     return decided_ns

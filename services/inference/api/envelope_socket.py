@@ -1,4 +1,4 @@
-"""A Unix socket at which routers of this host and user hand their envelopes in, as services/runtime/frames.py says."""
+"""A Unix socket for envelopes from routers of this host and user; services/runtime/frames.py defines the frames."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -14,48 +14,37 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import grpc
 
-from services.inference.worker import Work
 from services.runtime import faults
+from services.runtime.driver import Driver
 from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
-from services.runtime.rpc.rpc import Answer, Failure, failure
+from services.runtime.rpc.rpc import Answer, Failure, FastPath, failure
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "ringmesh-"
 _NAME = "envelopes.sock"
-# And that of before.
+# Includes the name that earlier versions used.
 _NAMES = (_NAME, "grpc.sock")
 _PROBE_SECONDS = 0.5
-# What routers had sent before they heard that they should go elsewhere comes within this.
+# Envelopes that routers sent before they received LEAVING arrive within this time.
 _LEAVE_SECONDS = 0.5
 
 
-class Envelopes(Protocol):
-    """Answers them: EnvelopeService does."""
-
-    def admit(self, data: bytes) -> Answer | Failure | list[Work]:
-        """What cannot be answered at once is for `begin`."""
-
-    def begin(self, works: list[Work], done: Callable[[Answer | Failure], None]) -> Callable[[], None]:
-        """What cancels it; `done` hears the answer, later than this returns."""
-
-
 class EnvelopeSocket:
-    """Serves `envelopes`, all on the event loop, in a folder of its own below `folder` that only the owner may enter.
+    """Serves envelopes on the event loop. The socket has its own folder below `folder`, which only the owner may enter.
 
-    The name is random: whoever finds a socket there has found this process, and not one of another container that has
-    the same folders. Where there is no folder, or none can be made there, nothing is served. Requests above
-    `max_message_bytes` are answered RESOURCE_EXHAUSTED.
+    The folder's name is random, so its socket always belongs to this process and not to another container with the same
+    folders. Nothing is served if `folder` is "" or the socket cannot be created. Envelopes above `max_message_bytes`
+    are answered RESOURCE_EXHAUSTED.
     """
 
-    def __init__(self, folder: str, envelopes: Envelopes, max_message_bytes: int, count: Callable[[str], None]) -> None:
-        """`count` hears the gRPC code that each ended with."""
+    def __init__(self, folder: str, path: FastPath, max_message_bytes: int, count: Callable[[str], None]) -> None:
+        """`path` answers an envelope; `count` is called with the gRPC code of each answer."""
         self._parent = folder
-        self.envelopes = envelopes
+        self.path = path
         self.count = count
         self.largest = max_message_bytes
         self.connections: set[_Connection] = set()
@@ -64,7 +53,7 @@ class EnvelopeSocket:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> str:
-        """The path; "" where there is none."""
+        """Starts to serve. Returns the path of the socket; "" if there is none."""
         if not self._parent:
             return ""
         try:
@@ -82,19 +71,19 @@ class EnvelopeSocket:
         return str(path)
 
     async def stop(self, grace: float) -> None:
-        """Asks routers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
+        """Tells routers to leave, waits up to `grace` seconds for the envelopes they sent, then fails the rest."""
         self._remove()
         if self._server is None:
             return
         self._server.close()
-        # One that is accepted only now is told when it is.
+        # A connection accepted after this point sends LEAVING when it is made.
         self.is_leaving = True
         for connection in self.connections:
             connection.send(LEAVING, 0)
         start = time.monotonic()
         while self.connections and (waited := time.monotonic() - start) < grace:
             if waited > _LEAVE_SECONDS and not any(connection.is_busy for connection in self.connections):
-                break  # a router that does not hear
+                break  # the routers that remain do not react
             await asyncio.sleep(_LEAVE_SECONDS / 50)
         for connection in list(self.connections):
             connection.close()
@@ -108,14 +97,14 @@ class _Connection(Frames):
     def __init__(self, server: EnvelopeSocket) -> None:
         super().__init__(server.largest)
         self._server = server
-        self._envelopes = server.envelopes
+        self._path = server.path
         self._count = server.count
-        # What cancels each.
+        # Cancel functions, by the number of the call.
         self._under_way: dict[int, Callable[[], None]] = {}
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is under way."""
+        """Whether a call is in flight or data is being sent."""
         return bool(self._under_way) or self.is_sending
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -128,18 +117,25 @@ class _Connection(Frames):
         if kind == CALL:
             if number in self._under_way:
                 raise FrameError(f"call {number} twice")
-            try:
-                admitted = self._envelopes.admit(payload)
-                if not isinstance(admitted, Answer | Failure):
-                    self._under_way[number] = self._envelopes.begin(admitted, partial(self._done, number))
-                    return
-            except Exception as error:
-                admitted = failure(faults.internal(log, "an envelope failed", error))
-            self._answer(number, admitted)
+            self._start(number, payload)
         elif kind == CANCEL:
             self._cancel(number)
         else:
             raise FrameError(f"a frame of kind {kind}, which no caller sends")
+
+    def _start(self, number: int, payload: bytes) -> None:
+        coroutine = self._path(payload, (), None)
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            self._answer(number, end.value)
+        except Exception as error:
+            self._answer(number, failure(faults.internal(log, "an envelope failed", error)))
+        else:
+            # Only calls that suspend need a driver, which costs a tenth of a quick run.
+            driver = Driver(coroutine, partial(self._done, number))
+            self._under_way[number] = driver.cancel
+            driver.start()
 
     def too_large(self, kind: int, number: int, size: int) -> None:
         if kind != CALL:
@@ -153,7 +149,7 @@ class _Connection(Frames):
         self._server.connections.discard(self)
 
     def close(self) -> None:
-        """Fails what is under way."""
+        """Fails the calls in flight and closes the connection."""
         stopping = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
         for number, cancel in list(self._under_way.items()):
             del self._under_way[number]
@@ -170,9 +166,12 @@ class _Connection(Frames):
         else:
             self.drop_large(number)
 
-    def _done(self, number: int, answer: Answer | Failure) -> None:
-        if self._under_way.pop(number, None) is not None:
-            self._answer(number, answer)
+    def _done(self, number: int, outcome: Answer | Failure | BaseException) -> None:
+        if self._under_way.pop(number, None) is None:
+            return  # cancelled
+        if isinstance(outcome, BaseException):
+            outcome = failure(faults.internal(log, "an envelope failed", outcome))
+        self._answer(number, outcome)
 
     def _answer(self, number: int, answer: Answer | Failure) -> None:
         if isinstance(answer, Answer):
@@ -188,7 +187,7 @@ class _Connection(Frames):
 
 
 def _remove_stale(folder: Path) -> None:
-    """What processes of this user left behind when they were killed: nobody listens there."""
+    """Removes the sockets of killed processes of this user, on which no process listens."""
     for path in [path for name in _NAMES for path in folder.glob(f"{_PREFIX}*/{name}")]:
         with suppress(OSError):
             status = path.stat()

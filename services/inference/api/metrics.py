@@ -1,4 +1,4 @@
-"""The models of a worker, as metrics; the counts are those of ModelStatistics."""
+"""The metrics of a worker's models. The counts are those of ModelStatistics."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _ROW_BOUNDS = tuple(float(1 << power) for power in range(11))
 
 
 class WorkerMetrics:
-    """Reads the models that `worker` holds."""
+    """Makes samples of the models that `worker` holds."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """The samples, for `Metrics.add`."""
         store = self._worker.store
         yield Sample(DECISIONS, (), store.decisions.size)
         yield Sample(FORGOTTEN, (), store.failures_dropped)
@@ -63,7 +63,7 @@ class WorkerMetrics:
             if held.resident is not None:
                 yield Sample(MEMORY, model, held.resident.bytes if held.loaded else 0)
                 yield Sample(LOADS, model, held.resident.loads)
-            # Of most of hundreds of models nobody asks anything, and a histogram is 43 series.
+            # Most of hundreds of models get no requests, and a histogram has 43 series.
             if not message.execution_count and not stats.fail.count:
                 continue
             for stage, times in held.statistics.stages.items():

@@ -1,25 +1,25 @@
-"""The worker's gRPC services: the v2 protocol for callers, the envelope for routers."""
+"""The worker's gRPC services: the v2 protocol for callers, envelopes for routers."""
 
 from __future__ import annotations  # compiled by mypyc
 
 import asyncio
-import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.inference.envelope import Work
 from services.inference.models.decisions import request_of
 from services.inference.models.ensemble import Ensemble
 from services.inference.models.held_models import HeldModel
-from services.inference.worker import Work, Worker
-from services.runtime import faults, w3c, wire
-from services.runtime.driver import ON_LOOP, in_task
+from services.inference.worker import Worker
+from services.runtime import driver, w3c
+from services.runtime.driver import ON_LOOP
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError, from_failure
-from services.runtime.large_result import LargeResult, Result, message_of, pieces_of
+from services.runtime.large_result import LARGE_RESPONSE_BYTES, SplitResult, pieces_of
 from services.runtime.oip import protocol
 from services.runtime.oip.absent_model import Failures
 from services.runtime.oip.infer_request import model_name, request_id
@@ -42,16 +42,14 @@ from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.tracing import Tracer
 from services.runtime.telemetry.worker_spans import EXECUTE
 
-log = logging.getLogger(__name__)
-
-# Of failed loads, in a description; the index has them all.
+# Limits for the failed loads in a description; the index lists all of them.
 _MOST_FAILURES = 1000
 _LONGEST_REASON = 300
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
 class InferenceService:
-    """`inference.GRPCInferenceService`, straight at this worker: nothing is cached here."""
+    """`inference.GRPCInferenceService`, called at this worker directly. It does not cache."""
 
     def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport) -> None:
         self._worker = worker
@@ -59,8 +57,7 @@ class InferenceService:
         self._report = report
 
     def service(self, is_ready: protocol.ReadyCheck, more: Mapping[str, Handler], calls: Calls) -> Service:
-        """The handlers, to be served with `more` of the same service; `calls` are counted. `is_ready` answers
-        ServerReady."""
+        """The handlers, and `more` of the same service. `calls` counts the calls. `is_ready` answers ServerReady."""
         return protocol.service(
             is_ready,
             {
@@ -85,16 +82,12 @@ class InferenceService:
         metadata.versions[:] = self._worker.store.held.versions(request.name)
         return metadata
 
-    async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Result:
+    async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
         trace = self._tracer.start(protocol.traceparent(metadata))
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
-        result = await self._worker.execute(
-            data,
-            request_hash=b"",
-            deadline=deadline,
-            trace_context=bytes.fromhex(trace.trace_id + trace.span_id),
-        )
+        work = Work(data, b"", deadline, bytes.fromhex(trace.trace_id + trace.span_id))
+        (result,) = await self._worker.execute([work])
         if self._tracer.ratios:
             self._tracer.sample(trace, model_name(data))
         if trace.sampled or result.HasField("failure"):
@@ -105,7 +98,7 @@ class InferenceService:
 
     async def _model_infer(self, data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
         await ON_LOOP
-        result = await in_task(self._execute(data, metadata, deadline, "ModelInfer"))
+        result = await self._execute(data, metadata, deadline, "ModelInfer")
         trailing = (
             ("ringmesh-cache", "bypass"),
             ("ringmesh-worker", self._worker.worker_id),
@@ -118,7 +111,7 @@ class InferenceService:
 
     async def _stream_infer(self, data: bytes, context: Context) -> Answer:
         metadata, deadline = protocol.metadata(context), protocol.deadline(context)
-        result = await self._execute(data, metadata, deadline, "ModelStreamInfer")
+        result = await driver.run(self._execute(data, metadata, deadline, "ModelStreamInfer"))
         if result.HasField("failure"):
             raise from_failure(result.failure)
         return protocol.answered(result.response, request_id(data), ())
@@ -126,7 +119,7 @@ class InferenceService:
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Where a worker stands, and its part of the keys against others'."""
+    """The region and zone of a worker, and its share of the keys relative to other workers (`weight`)."""
 
     region: str
     zone: str
@@ -134,21 +127,21 @@ class Locality:
 
 
 class EnvelopeService:
-    """`ringmesh.inference.v1.InferenceWorkerService`: many requests a call, and what is held here."""
+    """`ringmesh.inference.v1.InferenceWorkerService`: runs envelopes, and describes this worker and its models."""
 
     def __init__(self, worker: Worker, locality: Locality) -> None:
         self._worker = worker
         self._locality = locality
-        # Where routers of this host hand envelopes in, "" while there is none, and the port that it serves on.
+        # The Unix socket for routers of this host, "" while there is none, and the gRPC port.
         self.socket = ""
         self.port = 0
         self._held = worker.store.held
-        # Of two runs of a worker no version is the same.
+        # Versions differ between two runs of a worker.
         self._version = random.getrandbits(62) + 1
 
     def service(self, calls: Calls) -> Service:
-        """The handlers, to be served; `calls` are counted."""
-        execute = calls.counted_path(EXECUTE, self._execute)
+        """The handlers. `calls` counts the calls."""
+        execute = calls.counted_path(EXECUTE, self.execute)
         return Service(
             _DESCRIPTOR,
             {
@@ -160,21 +153,21 @@ class EnvelopeService:
             {"Execute": execute},
         )
 
-    def begin(self, works: list[Work], done: Callable[[Answer | Failure], None]) -> Callable[[], None]:
-        """What `admit` did not answer; `done` hears the answer, later than this returns. What cancels it."""
-        return self._worker.begin_all(works, lambda results: done(self._answer(results)))
-
-    def admit(self, data: bytes) -> Answer | Failure | list[Work]:
-        """What is run at once is answered at once."""
+    async def execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
+        """Answers an ExecuteRequest. Must be run by a driver, on any thread."""
         try:
-            if not self._worker.accepting:
-                raise UnavailableError("the worker is draining")
-            check_list(data)
-            request = parse(inference_pb2.ExecuteRequest, data)
+            works = self._works(data)
         except RingmeshError as error:
             return failure(error)
+        return self._answer(await self._worker.execute(works))
+
+    def _works(self, data: bytes) -> list[Work]:
+        if not self._worker.accepting:
+            raise UnavailableError("the worker is draining")
+        check_list(data)
+        request = parse(inference_pb2.ExecuteRequest, data)
         now = time.monotonic()
-        works = [
+        return [
             Work(
                 item.request,
                 item.request_hash,
@@ -183,28 +176,12 @@ class EnvelopeService:
             )
             for item in request.items
         ]
-        results = self._worker.execute_at_once(works)
-        if results is None:
-            return works
-        load = wire.field(2, self._load().SerializeToString())
-        return Answer(b"".join([wire.field(1, result) for result in results]) + load, ())
 
-    async def _execute(self, data: bytes, _: Metadata, __: float | None) -> Answer | Failure:
-        admitted = self.admit(data)
-        if isinstance(admitted, Answer | Failure):
-            return admitted
-        await ON_LOOP
-        return self._answer(await self._worker.execute_all(admitted))
-
-    def _answer(self, results: list[Result]) -> Answer | Failure:
-        try:
-            if any(isinstance(result, LargeResult) for result in results):
-                return Answer(b"", (), None, pieces_of(results, self._load()))
-            messages = [message_of(result) for result in results]
-            response = inference_pb2.ExecuteResponse(results=messages, load=self._load())
-            return Answer(response.SerializeToString(), ())
-        except Exception as error:
-            return failure(faults.internal(log, "an envelope failed", error))
+    def _answer(self, results: list[SplitResult]) -> Answer:
+        pieces = pieces_of(results, self._load())
+        if max([len(result.response) for result in results], default=0) > LARGE_RESPONSE_BYTES:
+            return Answer(b"", (), None, pieces)
+        return Answer(b"".join(pieces), ())
 
     async def _withdraw(self, request: inference_pb2.WithdrawRequest, _: Context) -> inference_pb2.WithdrawResponse:
         return inference_pb2.WithdrawResponse(
@@ -214,7 +191,7 @@ class EnvelopeService:
     async def _describe(self, request: inference_pb2.DescribeRequest, _: Context) -> inference_pb2.DescribeResponse:
         load = self._load()
         known = request.known_version == load.version
-        # A copy: a thread may be keeping another one.
+        # A copy, because a thread may be adding a decision.
         decided = () if known else [*self._worker.store.decisions.decided_ns]
         return inference_pb2.DescribeResponse(
             worker_id=self._worker.worker_id,
@@ -251,7 +228,7 @@ class EnvelopeService:
         )
 
     def announcement(self, address: str) -> inference_pb2.Announcement:
-        """For routers that do not know of this worker yet, which they would reach at `address`."""
+        """Announces this worker to routers that do not know it yet. They reach it at `address`."""
         return inference_pb2.Announcement(
             address=address,
             worker_id=self._worker.worker_id,
@@ -276,7 +253,7 @@ class EnvelopeService:
 
 
 def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
-    """What a router is told of models that failed to load."""
+    """Describes to routers the models that failed to load."""
     told = [
         inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
         for name, versions in failures.items()
@@ -286,7 +263,7 @@ def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
-    """What a router is told of a model."""
+    """Describes a model to routers."""
     model = held.model
     ensemble = None
     if isinstance(model, Ensemble):

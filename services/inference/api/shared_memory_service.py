@@ -10,13 +10,13 @@ from services.runtime.rpc.rpc import Context, Handler, unary
 
 
 class SharedMemoryControl:
-    """Handlers over the regions of this worker."""
+    """Handlers that manage the shared memory regions of this worker."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
 
     def handlers(self) -> dict[str, Handler]:
-        """For `inference.GRPCInferenceService`."""
+        """The handlers for `inference.GRPCInferenceService`."""
         return {
             "SystemSharedMemoryStatus": unary(v2.SystemSharedMemoryStatusRequest, self._status),
             "SystemSharedMemoryRegister": unary(v2.SystemSharedMemoryRegisterRequest, self._register),
@@ -64,7 +64,7 @@ class SharedMemoryControl:
     async def _cuda_unregister(
         self, request: v2.CudaSharedMemoryUnregisterRequest, _: Context
     ) -> v2.CudaSharedMemoryUnregisterResponse:
-        """Of all of none: perf_analyzer begins with that, whatever memory it will use."""
+        """Succeeds if no region is named: perf_analyzer starts with this call, whatever memory it uses."""
         if request.name:
             raise _NO_CUDA
         return v2.CudaSharedMemoryUnregisterResponse()

@@ -1,4 +1,4 @@
-"""Between ModelInferRequest and arrays: everything a caller can get wrong is found and named here."""
+"""Converts between ModelInferRequest and arrays. Detects every error of a caller and names the field."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -34,7 +34,7 @@ _Raw: TypeAlias = bytes | npt.NDArray[np.uint8]
 
 
 class Model(Protocol):
-    """What a request needs to know of a model or an ensemble: see OnnxModel."""
+    """The attributes of a model or ensemble that decoding and encoding need; see OnnxModel."""
 
     name: str
     version: int
@@ -49,7 +49,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
-    """Which sequence a request belongs to, and whether it begins or ends it."""
+    """The sequence of a request, and whether the request begins or ends it."""
 
     sequence_id: int | str
     start: bool
@@ -57,10 +57,10 @@ class SequenceStep:
 
 
 class Decoded:
-    """A request ready to run. `rows` is the size of the first dimension; `outputs` stand in the model's order.
+    """A request ready to run. `rows`: size of the first dimension. `outputs`: names, in the model's order.
 
-    Requests of one `signature` may share a batch. `classes` holds the top-k asked for, by output. `priority`: 1 goes
-    first, 0 is the model's default. `timeout_us`: how long it may be queued, 0 where it does not say.
+    Requests with equal `signature` may share a batch. `classes`: requested top-k, by output. `priority`: 1 is the
+    highest, 0 the model's default. `timeout_us`: maximum time in the queue; 0 if the request sets none.
     """
 
     __slots__ = (
@@ -98,21 +98,22 @@ class Decoded:
         self.priority = priority
         self.timeout_us = timeout_us
         self.sequence = sequence
-        # Whose request it is: a trace id (16 bytes) and a span id (8).
+        # The span of the request: a trace id (16 bytes) and a span id (8 bytes).
         self.trace_context = trace_context
 
 
 def names_shared_memory(read: Read) -> bool:
-    """Whether some of it may be in shared memory, so that a few bytes of it stand for many."""
+    """Whether the request may refer to shared memory; its tensors may then be larger than the request."""
     return _REGION_BYTES in (read.data if read.parts is None else read.parts.head)
 
 
 def decode_request(
     request: v2.ModelInferRequest, model: Model, memory: SharedMemory, trace_context: bytes = b""
 ) -> Decoded:
-    """Raises InvalidArgumentError naming the field and what it should be, NotFoundError for an unknown region.
+    """Decodes and checks a request.
 
-    ResourceExhaustedError where more than MAX_REQUEST_BYTES are in shared memory.
+    Raises InvalidArgumentError with the field and its valid values, NotFoundError for an unknown region, and
+    ResourceExhaustedError if more than MAX_REQUEST_BYTES are in shared memory.
     """
     raws = request.raw_input_contents
     tensors = request.inputs
@@ -153,7 +154,7 @@ def decode_request(
 
 
 def prepare(arrays: dict[str, npt.NDArray[Any]], model: Model, outputs: tuple[str, ...], request: Decoded) -> Decoded:
-    """A request of `model` on behalf of another: arrays in its datatypes. Raises InvalidArgumentError."""
+    """A request to `model` on behalf of `request`. `arrays` have the model's datatypes. Raises InvalidArgumentError."""
     for index, (name, array) in enumerate(arrays.items()):
         check_shape(array.shape, model.inputs[name].shape, name, index)
     decoded = _decoded(arrays, model, outputs, request.trace_context)
@@ -168,13 +169,13 @@ def _decoded(
         raise InvalidArgumentError(f"model {model.name!r} also needs input {shown(missing)}", field="inputs")
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
     if len(arrays) > len(model.required):
-        # An optional input is for the whole run, so the request that gives one has a run of its own.
+        # An optional input applies to the whole run, so a request with one does not share its run.
         signature = object()
     return Decoded(arrays, _rows(arrays, model), outputs, {}, {}, signature, trace_context=trace_context)
 
 
 def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
-    """A serialized ModelInferResponse without an id; always raw_output_contents, one an output."""
+    """A serialized ModelInferResponse without an id. Every output has one entry in raw_output_contents."""
     if decoded.classes or decoded.regions:
         return _encode_as_asked(model, decoded, arrays)
     outputs = tuple(
@@ -194,7 +195,7 @@ def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray
 
 
 def _joined(head: bytes, raws: Sequence[_Raw]) -> bytes:
-    """`head` and raw_output_contents. What is large is copied once, and without the GIL."""
+    """Joins `head` and raw_output_contents. Large outputs are copied once, without the GIL."""
     parts: list[bytes | npt.NDArray[Any]] = [head]
     for raw in raws:
         parts += (_RAW_OUTPUT, wire.varint(len(raw)), raw)
@@ -202,7 +203,7 @@ def _joined(head: bytes, raws: Sequence[_Raw]) -> bytes:
 
 
 def _raw(array: npt.NDArray[Any]) -> _Raw:
-    """Strings, which have objects, are put together; of what is large nothing is copied yet."""
+    """The bytes of an output. Strings and small arrays are encoded; a large array is returned as a view."""
     if array.dtype.hasobject or array.nbytes <= LARGE_BYTES:
         return encode(array)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -210,7 +211,7 @@ def _raw(array: npt.NDArray[Any]) -> _Raw:
 
 @lru_cache(maxsize=4096)
 def _response_head(name: str, version: int, outputs: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
-    """All fields before raw_output_contents, which comes last on the wire: the same for many responses."""
+    """Serializes all fields before raw_output_contents, the last field on the wire. Many responses share them."""
     response = v2.ModelInferResponse(model_name=name, model_version=str(version))
     for output, datatype, shape in outputs:
         response.outputs.add(name=output, datatype=datatype, shape=shape)
@@ -218,7 +219,7 @@ def _response_head(name: str, version: int, outputs: tuple[tuple[str, str, tuple
 
 
 def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
-    """With classes in place of values, and with outputs left in shared memory."""
+    """As `encode_response`, for requests that want classes in place of values, or outputs in shared memory."""
     response = v2.ModelInferResponse(model_name=model.name, model_version=str(model.version))
     raws: list[_Raw] = []
     for name, array in zip(decoded.outputs, arrays, strict=True):
@@ -313,7 +314,7 @@ def _decode_outputs(
     regions: dict[str, _OutputRegion],
     memory: SharedMemory,
 ) -> tuple[str, ...]:
-    """The outputs asked for, in the model's order; fills `classes` and `regions`."""
+    """The requested outputs, in the model's order; fills `classes` and `regions`."""
     asked: set[str] = set()
     for index, output in enumerate(requested):
         name = output.name
@@ -343,7 +344,7 @@ def _sequence(request: v2.ModelInferRequest) -> SequenceStep | None:
 
 
 def _flag(request: v2.ModelInferRequest, name: str) -> bool:
-    """False where it is not given."""
+    """A boolean parameter; False if it is not given."""
     if name not in request.parameters:
         return False
     if request.parameters[name].WhichOneof("parameter_choice") != "bool_param":
@@ -352,7 +353,7 @@ def _flag(request: v2.ModelInferRequest, name: str) -> bool:
 
 
 def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
-    """0 where it is not given."""
+    """A parameter that is a whole number; 0 if it is not given."""
     if name not in request.parameters:
         return 0
     given = request.parameters[name]
@@ -376,7 +377,7 @@ def _place(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str
 
 
 class _OutputRegion:
-    """Where an output is to be left."""
+    """The part of a shared memory region that receives an output."""
 
     __slots__ = ("offset", "region", "size")
 
@@ -386,7 +387,7 @@ class _OutputRegion:
         self.size = size
 
     def write(self, raw: _Raw, told: v2.ModelInferResponse.InferOutputTensor) -> None:
-        """Leaves the output there and says so. Raises InvalidArgumentError where it does not fit (any more)."""
+        """Writes the output and describes it in `told`. Raises InvalidArgumentError if it does not fit (any more)."""
         if len(raw) > self.size:
             raise InvalidArgumentError(
                 f"output {told.name!r} has {len(raw)} bytes, and {self.size} are given to it in shared memory "
@@ -417,9 +418,9 @@ def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
 
 
 def _classify(array: npt.NDArray[Any], count: int, batched: bool, labels: Sequence[bytes]) -> npt.NDArray[Any]:
-    """`value:index:label` of the `count` highest of each row, highest first, as Triton gives them.
+    """The `count` highest values of each row as `value:index:label`, highest first, as in Triton.
 
-    Without `:label` for a class that has none. Raises InvalidArgumentError where they are too many.
+    `:label` is omitted for a class without a label. Raises InvalidArgumentError if there are too many.
     """
     rows = array.reshape((len(array), math.prod(array.shape[1:])) if batched else (1, array.size))
     if min(count, rows.shape[1]) * len(rows) > MAX_STRINGS:
@@ -429,7 +430,7 @@ def _classify(array: npt.NDArray[Any], count: int, batched: bool, labels: Sequen
     whole = rows.dtype.kind in "iu"
     if not whole:
         rows = rows.astype(np.float64)
-    # Integers in reverse order by their complement: it is exact, and the negative of an unsigned one is not.
+    # The complement reverses the order of integers exactly; the negative of an unsigned integer does not.
     top = np.argsort(~rows if whole else -rows, axis=1, kind="stable")[:, :count]
     made = np.empty(top.shape, object)
     for row, indices in enumerate(top):

@@ -1,7 +1,7 @@
-"""Decodes requests, those of a kind that was seen before without looking at more than their data.
+"""Decodes requests. For a kind of request seen before, it reads only the tensor data.
 
-Callers send few kinds of requests: what one says besides its data and its id is checked once, and remembered under
-its bytes.
+Callers send few kinds of requests. The fields besides data and id are checked once per kind, and the outcome is
+remembered under their bytes.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -38,14 +38,14 @@ class _Kind(NamedTuple):
 
 
 class RequestDecoder:
-    """As `decode_request`, for models of any number; two with one digest are the same."""
+    """Decodes as `decode_request` does, for any number of models. Models with equal digests are the same."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
         self._kinds: dict[bytes, _Kind] = {}
 
     def decode(self, read: Read, model: Model, trace_context: bytes = b"") -> Decoded:
-        """Raises what `decode_request` raises."""
+        """Decodes a request. Raises the errors of `decode_request`."""
         parts = read.parts
         if parts is None:
             return decode_request(read.head.message, model, self._memory, trace_context)
@@ -73,10 +73,10 @@ class RequestDecoder:
 
 
 def _kind(request: v2.ModelInferRequest, model: Model, decoded: Decoded) -> _Kind | None:
-    """What another request of these bytes has too; None where it is not only data that tells them apart."""
+    """The decoded fields that requests with equal bytes share; None if such requests differ in more than data."""
     if decoded.classes or decoded.regions or decoded.sequence is not None:
         return None
-    # An input in shared memory has no raw contents, and a request with an optional one shares its run with no other.
+    # An input in shared memory has no raw contents. A request with an optional input does not share its run.
     if len(request.raw_input_contents) != len(request.inputs) or len(request.inputs) != len(model.required):
         return None
     tensors = []

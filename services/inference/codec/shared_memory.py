@@ -1,7 +1,8 @@
-"""System shared memory: tensors that callers on this host leave and find in POSIX shared memory objects.
+"""System shared memory: callers on this host pass tensors in POSIX shared memory objects.
 
-Objects are read and written as files and never mapped: their owner may truncate one at any time, which ends a process
-that touches the mapping with SIGBUS, whatever it checked before. The copy costs what a request body costs as well.
+Objects are read and written as files and never mapped. Their owner may truncate one at any time, and a process that
+then touches the mapping is killed by SIGBUS, even if it checked the size before. The copy costs as much as the copy of
+a request body.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from services.runtime.machine.machine_fault import machine_fault
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies on Linux
 # Each region holds a file descriptor.
 MAX_REGIONS = 1024
-# Inputs of one request in shared memory, which are copied.
+# Limit for the inputs of one request in shared memory, which are copied.
 MAX_REQUEST_BYTES = 1 << 30
 _LONGEST_NAME = 255
-# The kernel copies without the GIL, and a signal is answered between two slices.
+# The kernel copies without the GIL. Signals are handled between two slices.
 _SLICE = 16 << 20
 
 
@@ -43,7 +44,7 @@ class _Object:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """`byte_size` bytes from `offset` on of the object `key`, as registered."""
+    """A registered region: `byte_size` bytes of the object `key`, from `offset` on."""
 
     name: str
     key: str
@@ -52,7 +53,7 @@ class Region:
     object: _Object
 
     def read(self, offset: int, byte_size: int, field: str) -> npt.NDArray[np.uint8]:
-        """A copy of a part of the region. Raises InvalidArgumentError where it is not there (any more)."""
+        """A copy of a part of the region. Raises InvalidArgumentError if the part does not exist (any more)."""
         self.check(offset, byte_size, field)
         data = np.empty(byte_size, np.uint8)
         done = 0
@@ -65,7 +66,8 @@ class Region:
         return data
 
     def write(self, offset: int, data: bytes | npt.NDArray[np.uint8], field: str) -> None:
-        """Raises InvalidArgumentError where that part is not there (any more), ResourceExhaustedError without room."""
+        """Writes a part of the region. Raises InvalidArgumentError if the part does not exist (any more), and
+        ResourceExhaustedError if there is no room."""
         self.check(offset, len(data), field)
         view: Any = memoryview(data)  # type: ignore[arg-type]
         start = self.offset + offset
@@ -82,7 +84,7 @@ class Region:
                 ) from None
 
     def check(self, offset: int, byte_size: int, field: str) -> None:
-        """Raises InvalidArgumentError where a part lies beyond the region."""
+        """Raises InvalidArgumentError if a part lies beyond the region."""
         if offset < 0 or byte_size < 0 or offset + byte_size > self.byte_size:
             raise InvalidArgumentError(
                 f"bytes {offset} to {offset + byte_size} are not in shared memory region {self.name!r}, "
@@ -106,9 +108,10 @@ class SharedMemory:
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Raises AlreadyExistsError, NotFoundError, InvalidArgumentError where the object is smaller.
+        """Registers a region.
 
-        ResourceExhaustedError where there are MAX_REGIONS.
+        Raises AlreadyExistsError, NotFoundError, InvalidArgumentError if the object is smaller, and
+        ResourceExhaustedError if MAX_REGIONS are registered.
         """
         if not 0 < len(name) <= _LONGEST_NAME or "\0" in name:
             raise InvalidArgumentError(
@@ -135,18 +138,18 @@ class SharedMemory:
         self._regions[name] = Region(name, key, offset, byte_size, opened)
 
     def unregister(self, name: str) -> None:
-        """Forgets a region, or all where the name is ""; requests under way keep theirs. Unknown names pass."""
+        """Removes a region, or all if the name is "". Requests in flight keep theirs. Unknown names are ignored."""
         if name:
             self._regions.pop(name, None)
         else:
             self._regions.clear()
 
     def status(self, name: str) -> list[Region]:
-        """The region of that name, or all where it is "". Raises NotFoundError."""
+        """The region of that name, or all if it is "". Raises NotFoundError."""
         return list(self._regions.values()) if not name else [self.find(name, "name")]
 
     def find(self, name: str, field: str) -> Region:
-        """Raises NotFoundError."""
+        """The region of that name. Raises NotFoundError."""
         region = self._regions.get(name)
         if region is None:
             known = ", ".join(self._regions) or "none"
@@ -155,8 +158,8 @@ class SharedMemory:
 
 
 def _open(key: str) -> _Object:
-    """Raises NotFoundError, InvalidArgumentError where `key` names no shared memory object, ResourceExhaustedError
-    where this worker can open none."""
+    """Opens an object. Raises NotFoundError, InvalidArgumentError if `key` names no shared memory object, and
+    ResourceExhaustedError if this worker cannot open any more."""
     file = key.removeprefix("/")
     if not is_file_name(file):
         raise InvalidArgumentError(f"{key!r} is no key of a POSIX shared memory object, such as /name", field="key")

@@ -1,4 +1,4 @@
-"""A model's inputs and outputs: what its file says, and what its configuration makes of it."""
+"""The inputs and outputs of a model, as its file and its configuration define them."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -33,17 +33,17 @@ _TYPES = {
 
 
 class UnservableError(Exception):
-    """The file has a tensor that the protocol cannot carry, or whose rank nobody knows; the message names it."""
+    """The file has a tensor that the protocol cannot carry, or whose rank is unknown; the message names it."""
 
 
-# BYTES is called TYPE_STRING there.
+# The configuration calls BYTES TYPE_STRING.
 CONFIG_TYPES = {
     name: config_pb2.DataType.Value("TYPE_STRING" if name == "BYTES" else f"TYPE_{name}") for name in DATATYPES
 }
 
 
 def datatype_of(node: Any) -> Datatype | None:
-    """Of an ONNX Runtime NodeArg; None where it is no tensor, or of a type that the protocol lacks."""
+    """The datatype of an ONNX Runtime NodeArg; None if it is not a tensor, or the protocol lacks its type."""
     name = _TYPES.get(node.type)
     return None if name is None else DATATYPES[name]
 
@@ -53,10 +53,10 @@ _DATATYPES = {number: DATATYPES[name] for name, number in CONFIG_TYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output as callers see it: -1 in `shape` stands for a dimension that the request decides.
+    """An input or output as callers see it. -1 in `shape` is a dimension that the request decides.
 
-    `inner` is the shape that the file has, where the configuration reshapes it. An `optional` input may be left out,
-    and has no batch dimension.
+    `inner`: the shape in the file, if the configuration reshapes the tensor. An `optional` input may be left out and
+    has no batch dimension.
     """
 
     name: str
@@ -66,20 +66,20 @@ class TensorSpec:
     optional: bool = False
 
     def to_inner(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """From the callers' shape to the file's."""
+        """Reshapes from the callers' shape to the file's."""
         return array if self.inner is None else array.reshape(_fill(self.inner, self.shape, array.shape))
 
     def to_outer(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """From the file's shape to the callers'."""
+        """Reshapes from the file's shape to the callers'."""
         return array if self.inner is None else array.reshape(_fill(self.shape, self.inner, array.shape))
 
 
 def input_specs(
     nodes: Collection[Any], initializers: Iterable[Any], configured: ModelConfig, unranked: Collection[str]
 ) -> dict[str, TensorSpec]:
-    """Of the file's inputs, and of the `initializers` that requests may override and the configuration offers.
+    """The specs of the file's inputs, and of the overridable `initializers` that the configuration offers.
 
-    Nodes are ONNX Runtime's NodeArg; `unranked` names those for which the file gives no rank. Raises ConfigError where
+    Nodes are ONNX Runtime's NodeArg. `unranked`: names of the tensors without a rank in the file. Raises ConfigError if
     the configuration contradicts the file, and UnservableError.
     """
     declared = {tensor.name: tensor for tensor in configured.input}
@@ -99,12 +99,12 @@ def input_specs(
 
 
 def output_specs(nodes: Collection[Any], configured: ModelConfig, unranked: Collection[str]) -> dict[str, TensorSpec]:
-    """Of the file's outputs, as `input_specs`; [-1] stands for a shape of which nothing is known."""
+    """The specs of the file's outputs, as `input_specs`. An unknown shape is [-1]."""
     return _specs(nodes, configured.output, configured, set(), unranked)
 
 
 def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batched: bool) -> TensorSpec:
-    """Of a tensor that only the configuration knows, as those of an ensemble. Raises ConfigError."""
+    """The spec of a tensor that only the configuration declares, such as an ensemble's. Raises ConfigError."""
     if tensor.data_type not in _DATATYPES:
         raise ConfigError(f"gives {tensor.name!r} no data_type")
     return TensorSpec(tensor.name, _DATATYPES[tensor.data_type], (*((-1,) if batched else ()), *tensor.dims))
@@ -117,7 +117,7 @@ def _specs(
     ignore: set[str],
     unranked: Collection[str],
 ) -> dict[str, TensorSpec]:
-    # Of these, ONNX Runtime says that they are scalars.
+    # ONNX Runtime reports tensors without a rank as scalars.
     unknown = {node.name for node in nodes if node.name in unranked and not node.shape}
     specs = {node.name: _spec(node, (-1,) if node.name in unknown else node.shape) for node in nodes}
     for tensor in declared:
@@ -141,14 +141,14 @@ def _spec(node: Any, shape: Sequence[int | str | None], optional: bool = False) 
 def _declared(
     declared: config_pb2.ModelInput | config_pb2.ModelOutput, spec: TensorSpec, configured: ModelConfig, ranked: bool
 ) -> TensorSpec:
-    """What the configuration says of a tensor and the file does not bear out is a mistake in one of them."""
+    """Applies a declaration to the file's `spec`. Raises ConfigError if the two contradict each other."""
     name, dims = declared.name, (*declared.dims,)
     if declared.data_type not in (config_pb2.TYPE_INVALID, CONFIG_TYPES[spec.datatype.name]):
         given = config_pb2.DataType.Name(declared.data_type)
         raise ConfigError(f"says {name!r} is {given}; the file says {spec.datatype.name}")
     reshaped = declared.HasField("reshape")
     inner = (*declared.reshape.shape,) if reshaped else dims
-    # The batch stands before the dims where there is one.
+    # The batch dimension, if there is one, precedes the dims.
     left_out = batching_policy.policy(configured).dims_leave_out_batch
     batches: list[tuple[int, ...]] = [(), (-1,)] if left_out is None else [(-1,)] if left_out else [()]
     fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
@@ -171,7 +171,7 @@ def _declared(
 
 
 def _fill(wanted: Sequence[int], given: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """`wanted` with its -1 replaced, in order, by the `sizes` at those of `given`."""
+    """`wanted` with each -1 replaced, in order, by the size in `sizes` at the matching -1 of `given`."""
     free = (size for place, size in zip(given, sizes, strict=True) if place == -1)
     return [next(free) if size == -1 else size for size in wanted]
 
@@ -181,5 +181,5 @@ def _elements(dims: Iterable[int]) -> int:
 
 
 def agree(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether an array can have both shapes; -1 goes with any size."""
+    """Whether an array can have both shapes; -1 matches any size."""
     return len(one) == len(other) and all(-1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))

@@ -1,8 +1,8 @@
-"""A session whose model lies on a GPU: what the host gives and gets is bound to memory that the GPU reaches fast.
+"""A session on a GPU, with inputs and outputs bound to memory that the GPU accesses fast.
 
-Inputs and outputs are bound (ONNX Runtime, "I/O Binding"). Outputs leave through page-locked buffers that are
-used again. With CUDA graphs the kernels of a shape are recorded once and replayed, which needs every tensor at the
-address it had (ONNX Runtime, CUDA execution provider, "Using CUDA Graphs"); so each shape keeps tensors of its own.
+Inputs and outputs are bound (ONNX Runtime, "I/O Binding"). Outputs are copied through page-locked buffers, which are
+reused. With CUDA graphs the kernels of a shape are recorded once and replayed. A replay needs every tensor at its
+recorded address (ONNX Runtime, CUDA execution provider, "Using CUDA Graphs"), so each shape keeps its own tensors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy.typing as npt
 import onnxruntime
 
 Array = npt.NDArray[Any]
-# Which shape an output will have for these inputs; None where only the run can tell.
+# The shape that an output will have for these inputs; None if it is only known after the run.
 OutputShape = Callable[[str, Mapping[str, Array]], tuple[int, ...] | None]
 Allocate = Callable[[tuple[int, ...], Any], onnxruntime.OrtValue]
 
-# Each keeps its tensors on the device; what comes in more shapes than this runs the usual way.
+# Each graph keeps its tensors on the device. Further shapes run without a graph.
 MAX_GRAPHS = 16
-# Page-locked memory that waits for the next run, of one session.
+# Page-locked memory that one session keeps for later runs.
 MAX_FREE_BYTES = 256 << 20
 _MAX_SHAPES = 1024
 _GRAPH_ID = "gpu_graph_id"
@@ -46,8 +46,8 @@ class DeviceSession:
         allocate: Allocate | None,
         device_type: str = "cuda",
     ) -> None:
-        """`dtypes` of all inputs and outputs; `entries` go into the options of every run. `allocate` gives memory for
-        outputs that the host and the device both reach; None: ONNX Runtime's own."""
+        """`dtypes`: of all inputs and outputs. `entries`: options of every run. `allocate`: returns memory for outputs
+        that both the host and the device can access; None: ONNX Runtime allocates."""
         self._session = session
         self._device = device
         self._device_type = device_type
@@ -56,11 +56,11 @@ class DeviceSession:
         self._entries = entries
         self._buffers = _PageLockedBuffers(allocate) if allocate is not None else None
         self._graphs: dict[tuple[Any, ...], _Graph] | None = {} if cuda_graphs else None
-        # A graph replays on one stream, and its tensors are shared by all who come with its shape.
+        # A graph replays on one stream, and all requests with its shape share its tensors.
         self._replaying = threading.Lock()
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        """Outputs in the order asked, on the host."""
+        """Runs the model. Returns the outputs in the requested order, on the host."""
         if self._graphs is None:
             return self._run_bound(outputs, feeds, self._entries)
         with self._replaying:
@@ -83,7 +83,7 @@ class DeviceSession:
                 binding.bind_ortvalue_output(name, buffers[name])
         try:
             self._session.run_with_iobinding(binding, run_options(entries))
-            # Copies, so that the buffers can serve the next run at once.
+            # Copies, so that the next run can use the buffers immediately.
             return list(binding.copy_outputs_to_cpu())
         finally:
             if self._buffers is not None:
@@ -112,7 +112,7 @@ class DeviceSession:
 
 
 class _Graph:
-    """The tensors of one shape, at the addresses that its recorded kernels know."""
+    """The tensors of one shape, at the addresses that its recorded kernels use."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Graph:
         self._options = options
 
     def run(self, session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> list[Array]:
-        """The first runs record, the later replay."""
+        """The first runs record the kernels, later runs replay them."""
         for name, array in feeds.items():
             self._inputs[name].update_inplace(np.ascontiguousarray(array))
         session.run_with_iobinding(self._binding, self._options)
@@ -138,17 +138,17 @@ class _Graph:
 
 
 class _PageLockedBuffers:
-    """Memory for outputs, by name and shape: at most MAX_FREE_BYTES wait to be used again, of the last shapes."""
+    """Memory for outputs, by name and shape. Keeps up to MAX_FREE_BYTES free, for the most recently used shapes."""
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
         self._lock = threading.Lock()
-        # The shape that was given back longest ago comes first.
+        # The least recently returned shape comes first.
         self._free: OrderedDict[tuple[str, tuple[int, ...]], list[onnxruntime.OrtValue]] = OrderedDict()
         self.free_bytes = 0
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> onnxruntime.OrtValue:
-        """One that nobody uses now."""
+        """A buffer that is not in use."""
         with self._lock:
             free = self._free.get((name, shape))
             if free:
@@ -158,7 +158,7 @@ class _PageLockedBuffers:
         return self._allocate(shape, dtype)
 
     def give_back(self, buffers: Mapping[str, onnxruntime.OrtValue]) -> None:
-        """For the next run of their shape."""
+        """Returns buffers, for later runs of their shapes."""
         with self._lock:
             for name, buffer in buffers.items():
                 key = (name, tuple(buffer.shape()))
@@ -171,7 +171,7 @@ class _PageLockedBuffers:
 
 
 def run_options(entries: Mapping[str, str]) -> onnxruntime.RunOptions | None:
-    """None where there is nothing to say."""
+    """Run options with these entries; None if there are no entries."""
     if not entries:
         return None
     options = onnxruntime.RunOptions()
@@ -181,7 +181,7 @@ def run_options(entries: Mapping[str, str]) -> onnxruntime.RunOptions | None:
 
 
 def page_locked(provider: str, device: int) -> Allocate | None:
-    """How to get memory that the host and the GPU both reach; None where this machine or build has no way."""
+    """Allocates memory that both the host and the GPU can access; None if this machine or build cannot."""
     for found in onnxruntime.get_ep_devices():
         if found.ep_name != provider or found.device.device_id != device:
             continue

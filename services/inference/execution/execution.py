@@ -1,7 +1,7 @@
-"""How a model is run: execution providers and session options, by what this machine has and its configuration says.
+"""Chooses execution providers and session options from a model's configuration and the providers of this machine.
 
-The names in config.pbtxt are those of Triton's onnxruntime backend; what they mean is in ONNX Runtime's pages on its
-CUDA and TensorRT execution providers.
+The names in config.pbtxt are those of Triton's onnxruntime backend. ONNX Runtime's pages on its CUDA and TensorRT
+execution providers explain them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GRAPH_LEVELS = {
     1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-# Triton's names of TensorRT options; others carry ONNX Runtime's own names.
+# Triton's names of TensorRT options. All other options have ONNX Runtime's names.
 _TENSORRT_NAMES = {
     "max_workspace_size_bytes": "trt_max_workspace_size",
     "int8_calibration_table_name": "trt_int8_calibration_table_name",
@@ -37,23 +37,23 @@ _TENSORRT_PRECISIONS = {
     "BF16": {"trt_bf16_enable": "1"},
     "INT8": {"trt_int8_enable": "1"},
 }
-# Options of the CUDA provider that Triton also takes from the model's `parameters`, there as numbers.
+# Options of the CUDA provider that Triton also accepts in the model's `parameters`, as indices of these values.
 _CUDA_PARAMETERS = {
     "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
     "do_copy_in_default_stream": ("0", "1"),
 }
-# Of one run; more are a mistake, and would be started.
+# The allowed numbers of threads of one run. ONNX Runtime would start any number, even one given by mistake.
 _THREADS = range(1025)
 _SHRINK_ARENA = "memory.enable_memory_arena_shrinkage"
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Where to run: `providers` in order of preference, with their options; `device` is the number of a GPU, or None.
+    """Where to run. `providers`: in order of preference, with their options. `device`: the number of a GPU, or None.
 
-    `missing` names what the configuration asks for and this machine lacks. `cuda_graphs`: record the kernels of a shape
-    once and replay them. `pinned_outputs`: outputs leave the GPU through page-locked memory.
+    `missing`: providers that the configuration asks for and this machine lacks. `cuda_graphs`: record the kernels of a
+    shape once and replay them. `pinned_outputs`: copy outputs from the GPU through page-locked memory.
     """
 
     providers: tuple[tuple[str, Mapping[str, str]], ...]
@@ -64,9 +64,9 @@ class Execution:
 
 
 def executions(config: ModelConfig, available: Sequence[str]) -> list[Execution]:
-    """One for each device that the configuration names; at least one. Raises ConfigError.
+    """One execution for each device that the configuration names; at least one. Raises ConfigError.
 
-    `available` are the execution providers of this machine. What is missing is left out: at last there is the CPU.
+    `available`: the execution providers of this machine. Missing providers are left out; the CPU is the last resort.
     """
     groups = config.instance_group
     on_gpu = any(group.kind == config_pb2.ModelInstanceGroup.KIND_GPU or group.gpus for group in groups)
@@ -110,7 +110,7 @@ def _on_gpu(config: ModelConfig, available: Sequence[str], device: int) -> Execu
             cuda |= accelerator.parameters
         else:
             raise ConfigError(f"names {accelerator.name!r} as gpu_execution_accelerator; there are tensorrt and cuda")
-    # On unless the configuration turns it off, as in Triton.
+    # As in Triton, on unless the configuration turns it off.
     pinned = not optimization.HasField("output_pinned_memory") or optimization.output_pinned_memory.enable
     return Execution(
         (*providers, (CUDA, cuda), (CPU, {})),
@@ -150,7 +150,7 @@ def _cuda_parameters(config: ModelConfig) -> dict[str, str]:
 
 
 def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOptions:
-    """`threads` of one run hold where the configuration does not say. Raises ConfigError."""
+    """The session options. `threads`: of one run, unless the configuration sets them. Raises ConfigError."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _whole(config, "intra_op_thread_count", _THREADS) or threads
     options.inter_op_num_threads = _whole(config, "inter_op_thread_count", _THREADS) or 0
@@ -163,7 +163,7 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
         options.enable_mem_pattern = bool(pattern)
     if (device := _whole(config, "session.use_device_allocator_for_initializers", range(2))) is not None:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", str(device))
-    # What fails is told to the caller; logged as well, callers could flood the log.
+    # Failures are reported to the caller. If they were logged too, callers could flood the log.
     options.log_severity_level = 4
     # A thread that spins takes a core from the event loop and from the other workers of this machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -172,13 +172,13 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
 
 
 def run_entries(config: ModelConfig) -> dict[str, str]:
-    """Entries of the run options of every run."""
+    """The entries for the run options of every run."""
     shrinks = _SHRINK_ARENA in config.parameters
     return {_SHRINK_ARENA: config.parameters[_SHRINK_ARENA].string_value} if shrinks else {}
 
 
 def _whole(config: ModelConfig, name: str, allowed: range) -> int | None:
-    """A parameter as one of the `allowed` numbers; None where it is not set."""
+    """A parameter as one of the `allowed` numbers; None if it is not set."""
     if name not in config.parameters:
         return None
     text = config.parameters[name].string_value

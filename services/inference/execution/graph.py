@@ -1,4 +1,4 @@
-"""Reads an ONNX file without its weights in other files, and tells which operators it holds."""
+"""Reads an ONNX file, without weights in other files, and lists its operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRAINING_MODE = 2  # the position of that input of Dropout
 
 
 def read(file: Path) -> onnx.ModelProto:
-    """The model, with one copy of the weights in the file itself. Raises ValueError if it is no ONNX model."""
+    """Reads a model; makes one copy of the weights in the file itself. Raises ValueError if it is not an ONNX model."""
     model = onnx.ModelProto()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         view = memoryview(data)
@@ -30,7 +30,7 @@ def read(file: Path) -> onnx.ModelProto:
 
 
 def unranked(model: onnx.ModelProto) -> frozenset[str]:
-    """The inputs and outputs of which the file does not say how many dimensions they have."""
+    """The inputs and outputs whose rank the file does not give."""
     return frozenset(
         value.name
         for value in (*model.graph.input, *model.graph.output)
@@ -39,19 +39,19 @@ def unranked(model: onnx.ModelProto) -> frozenset[str]:
 
 
 def operator_types(model: onnx.ModelProto) -> frozenset[str]:
-    """As `name_of`, of all nodes, those of graphs within the graph and of functions included."""
+    """The names (`name_of`) of the operators of all nodes, including those in subgraphs and functions."""
     return frozenset(map(name_of, _nodes(model)))
 
 
 def name_of(node: onnx.NodeProto) -> str:
-    """The operator, its domain in front unless that is ONNX's own: `com.microsoft.Gelu`."""
+    """The operator, prefixed by its domain unless that is ONNX's own: `com.microsoft.Gelu`."""
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
 def random_operators(model: onnx.ModelProto) -> list[str]:
-    """The operators that draw random numbers, by name."""
+    """The names of the operators that draw random numbers."""
     found = {node.op_type for node in _nodes(model) if node.op_type in RANDOM_OPERATORS}
-    # Its value may be computed, so that it is given at all counts: a model not cached for nothing answers right.
+    # The value of training_mode may be computed, so any given value counts. Needlessly not caching a model is safe.
     if any(node.op_type == "Dropout" and any(node.input[_TRAINING_MODE:]) for node in _nodes(model)):
         found.add("Dropout with training_mode")
     return sorted(found)

@@ -1,7 +1,7 @@
-"""Which runs are made on the thread that received the request, the event loop's included: see docs/decisions/0025.
+"""Decides which runs are made on the thread that received the request, even the event loop's: docs/decisions/0025.
 
-Two things have to hold. The graph proves that what a run takes depends on the shapes of its inputs alone, and never on
-their values: `why_not`. And runs of such shapes were quick: `InlineRuns`.
+Two conditions must hold. The graph proves that the time of a run depends only on the shapes of its inputs, never on
+their values (`why_not`). And earlier runs with such shapes were quick (`InlineRuns`).
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -16,11 +16,11 @@ import onnx
 from services.inference.codec.request import Decoded
 from services.inference.execution.graph import name_of, operator_types
 
-# What a run that is made inline takes at most; another thread would cost more than it saves.
+# The longest run that is made inline. For such runs another thread would cost more than it saves.
 QUICK_NS = 500_000
-# Encoding takes 0.1 to 0.6 ms a megabyte, by whether its pages are new; inputs are not copied one by one.
+# Encoding takes 0.1 to 0.6 ms per megabyte, depending on whether its pages are new. Inputs are not copied one by one.
 MOST_BYTES_IN, MOST_BYTES_OUT = 4 << 20, 1 << 20
-# The slowest of this many runs counts, and of as many before them.
+# The slowest run counts, of up to this many current runs and the same number before them.
 _WINDOW = 32
 _MAX_KINDS = 1024
 
@@ -57,7 +57,7 @@ _BY_SHAPE = _names(
     com.microsoft.SkipLayerNormalization
     """
 )
-# So do these, if the inputs from this position on (sizes, axes, lengths) are known before the request.
+# The same holds for these if the inputs from this position on (sizes, axes, lengths) are known before the request.
 _BY_SIZE = {
     **dict.fromkeys(("ConstantOfShape", "Range"), 0),
     **dict.fromkeys(
@@ -75,17 +75,17 @@ _SHAPES_OF = frozenset({"Shape", "Size"})
 
 
 def why_not(model: onnx.ModelProto) -> str:
-    """Why what a run of the model takes is not known from the shapes of its inputs; "" where it is."""
+    """Why the time of a run does not follow from the shapes of its inputs; "" if it does."""
     unknown = operator_types(model).difference(_BY_SHAPE, _BY_SIZE)
     if unknown:
         return f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}"
     inputs = {value.name for value in model.graph.input}
-    # Others may be given by a request.
+    # A request may override initializers that are also inputs.
     known = {tensor.name for tensor in model.graph.initializer if tensor.name not in inputs}
     for node in model.graph.node:
         operator = name_of(node)
         first = _BY_SIZE.get(operator)
-        # The fifth input of a recurrent layer; what stands behind it are states.
+        # For a recurrent layer only the fifth input counts. The inputs after it are states.
         sizes = () if first is None else node.input[first : first + 1 if operator in _RNNS else None]
         if computed := [name for name in sizes if name and name not in known]:
             return f"sizes depend on values: {computed[0]!r} of {operator} is computed from them"
@@ -99,21 +99,21 @@ def _is_known(operator: str, inputs: Iterable[str], known: set[str]) -> bool:
 
 
 class InlineRuns:
-    """What the slowest of the recent runs of one model took, by the shapes of their inputs. For any thread.
+    """The times of the slowest recent runs of one model, by the shapes of their inputs. May be used from any thread.
 
-    `batchable`: rows are independent, so that more of them take no more than their part. `by_cpu`: where another
-    process had the core while a run was under way, that says nothing of the run.
+    `batchable`: rows are independent, so the time of a run grows at most in proportion to its rows. `by_cpu`: CPU time
+    bounds the time of a run, to ignore time in which another process had the core.
     """
 
     def __init__(self, *, batchable: bool, by_cpu: bool) -> None:
         self._batchable = batchable
         self._by_cpu = by_cpu
         self._kinds: dict[Hashable, _Slowest] = {}
-        # Whether the last run was quick: most requests of a slow model need not be looked at any closer.
+        # Whether the last run was quick. For a slow model this avoids a closer look at most requests.
         self.is_quick = False
 
     def allows(self, first: Decoded, rows: int) -> bool:
-        """Whether a run of so many rows may be made inline; `first` is one of its requests."""
+        """Whether a run of `rows` rows may be made inline. `first` is one of its requests."""
         for bits in range(rows.bit_length(), -1, -1):
             slowest = self._kinds.get(self._kind(first, bits))
             if slowest is not None:
@@ -121,8 +121,8 @@ class InlineRuns:
         return False
 
     def ran(self, first: Decoded, rows: int, wall_ns: int, cpu_ns: int, outputs: Sequence[npt.NDArray[Any]]) -> None:
-        """A run took so long, of which the thread had the core for `cpu_ns`."""
-        if not isinstance(first.signature, tuple):  # that of a request that is alone
+        """Records a run that took `wall_ns`, of which the thread had the core for `cpu_ns`."""
+        if not isinstance(first.signature, tuple):  # a request that cannot share a run has another kind of signature
             return
         ns = min(wall_ns, 2 * cpu_ns) if self._by_cpu else wall_ns
         kind = self._kind(first, rows.bit_length())
@@ -135,12 +135,13 @@ class InlineRuns:
         self.is_quick = ns <= QUICK_NS
 
     def _kind(self, first: Decoded, bits: int) -> Hashable:
-        # Without rows the first dimension is not a batch, so the signature leaves it out and the shapes have it.
+        # The signature omits the first dimension. If rows are not independent, the time may depend on it, so whole
+        # shapes are the key.
         return (first.signature, bits if self._batchable else _shapes(first.arrays))
 
 
 class _Slowest:
-    """Of a row, in two windows of runs."""
+    """The largest time and output bytes of a row, over two windows of runs."""
 
     __slots__ = ("_before", "_now", "_runs", "bytes", "ns")
 

@@ -50,29 +50,29 @@ class ModelLoadError(Exception):
 
 
 class OnnxModel:
-    """A loaded model; `run` may be called from several threads.
+    """A loaded model. `run` may be called from several threads.
 
-    `required` names the inputs that every request has; `hidden_inputs` and `hidden_outputs` are those of a sequence.
+    `required`: the inputs that every request has. `hidden_inputs`, `hidden_outputs`: controls and states of sequences.
     `independence`: whether the graph proves that rows do not depend on each other.
-    `has_rows`: the first dimension is the batch; a request has `max_request_rows` of them at most, 0: any number.
-    `batchable`: requests may share a run along it; `batch_reason` says why not. `cacheable`: equal requests have equal
-    answers; `cacheable_reason` says why not. `tenant_scoped`: tenants do not share answers. `inline_reason` says why
-    runs are not made on the thread that has the requests; "" where they may be. `row_cache`: rows of a batch may be
-    cached one by one; `row_cache_reason` says why not.
-    `provider` is the execution provider in use.
+    `has_rows`: the first dimension is the batch. A request has at most `max_request_rows` rows; 0: any number.
+    `batchable`: requests may share a run along the batch; `batch_reason`: why not. `cacheable`: equal requests have
+    equal answers; `cacheable_reason`: why not. `tenant_scoped`: tenants do not share answers. `inline_reason`: why runs
+    are not made on the thread that received the requests; "" if they may be. `row_cache`: rows of a batch may be cached
+    one by one; `row_cache_reason`: why not.
+    `provider`: the execution provider in use.
     """
 
-    # Of an ensemble, whose steps may be elsewhere.
+    # Only an ensemble may be not runnable, if it lacks steps.
     not_runnable = ""
 
     def __init__(
         self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
     ) -> None:
-        """`files` must not change while the model lives: its weights may be mapped. `providers` are those of this
-        machine. `intra_op_threads` and `max_batch_rows` hold where the model's configuration does not say. Raises
+        """`files` must not change while the model lives, because its weights may be mapped. `providers`: those of this
+        machine. `intra_op_threads` and `max_batch_rows` are defaults for the model's configuration. Raises
         ModelLoadError."""
         self._config = files.config
-        # Until the probe of its rows says more.
+        # Preliminary values, until the probe of the rows.
         self.batchable = self.has_rows = False
         try:
             proto = graph.read(files.model)
@@ -81,7 +81,7 @@ class OnnxModel:
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline_reason = inline_runs.why_not(proto)
-            del proto  # not beside what the session takes
+            del proto  # frees memory before the session is made
             self._sessions = Sessions(
                 f"{files.name}/{files.version}",
                 files.model,
@@ -140,7 +140,8 @@ class OnnxModel:
         )
 
     def _why_not_batched(self) -> str:
-        """Raises ModelLoadError where its configuration wants a batch that its file has no room for."""
+        """Why requests do not share runs; "" if they do. Raises ModelLoadError if the configuration sets a batch size
+        but the file has a fixed first dimension."""
         policy = batching_policy.policy(self._config)
         if policy.merges is None:
             return row_independence.why_not(self, self.independence)
@@ -152,11 +153,12 @@ class OnnxModel:
         return policy.reason or fixed
 
     def _why_no_row_cache(self) -> str:
-        """Raises ModelLoadError where it is asked for and the configuration or the graph rules it out."""
+        """Why rows are not cached one by one; "" if they are. Raises ModelLoadError if the configuration asks for it
+        but the configuration or the graph rules it out."""
         told = says(self._config, ROW_CACHE)
         if told is False:
             return "its config.pbtxt says so"
-        # The rows of one request share runs also where requests do not.
+        # The rows of one request share a run even if requests do not.
         reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
         reason = reason or row_independence.not_proven(self.independence)
         if not reason and len(self.inputs) > len(self.required):
@@ -170,7 +172,7 @@ class OnnxModel:
 
     @property
     def batch_remark(self) -> str:
-        """Whether requests share runs, and what of the proof decides it."""
+        """Whether requests share runs, and why."""
         if self.batch_reason:
             return f"not batched: {self.batch_reason}"
         unproven = row_independence.not_proven(self.independence)
@@ -182,11 +184,11 @@ class OnnxModel:
 
     @property
     def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
-        """What its configuration says of sequences; empty where it serves none."""
+        """The sequence_batching of its configuration; empty if it does not serve sequences."""
         return self._config.sequence_batching
 
     def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-        """Takes what callers neither give nor get out of `inputs` and `outputs`. Raises ConfigError."""
+        """Removes controls and states from `inputs` and `outputs`, and returns them. Raises ConfigError."""
         batching = self._config.sequence_batching
         wanted = [tensor.name for tensor in batching.control_input] + [state.input_name for state in batching.state]
         if missing := [name for name in wanted if name not in self.inputs]:
@@ -201,21 +203,21 @@ class OnnxModel:
         )
 
     def release(self) -> None:
-        """Gives its memory back. It still describes itself, and runs again after `restore`."""
+        """Frees its sessions. The model keeps its description, and can run again after `restore`."""
         del self._sessions
 
     def restore(self, fresh: OnnxModel) -> None:
-        """Takes over the sessions of a model of the same files."""
+        """Takes over the sessions of `fresh`, a model of the same files."""
         self._sessions = fresh._sessions
 
     def shrink(self) -> None:
-        """Gives back what large runs left behind in ONNX Runtime; on a thread."""
+        """On a thread: frees memory that large runs left allocated in ONNX Runtime."""
         sessions: Sessions | None = getattr(self, "_sessions", None)
         if sessions is not None:
             sessions.shrink()
 
     def warm_up(self) -> None:
-        """Runs what its configuration asks for before it takes traffic. Raises ModelLoadError."""
+        """Runs the warm-up requests of its configuration. Raises ModelLoadError."""
         known = self.inputs | self.hidden_inputs
         for sample in self._config.model_warmup:
             try:
@@ -249,11 +251,11 @@ class OnnxModel:
         return random.astype(dtype)
 
     def metadata(self) -> v2.ModelMetadataResponse:
-        """Without versions: only who knows all of them can tell."""
+        """The metadata without versions. The caller adds them."""
         return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
-        """What its config.pbtxt says, completed by what the file says and by what was decided at load."""
+        """Its config.pbtxt, completed from the file and with the decisions made at load."""
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
@@ -284,7 +286,7 @@ class OnnxModel:
         return made
 
     def _declare(self, spec: TensorSpec, tensor: config_pb2.ModelInput | config_pb2.ModelOutput) -> None:
-        """Completes what a configuration says of an input or output: the batch is not in its dims."""
+        """Completes the declaration of an input or output. Its dims omit the batch."""
         tensor.data_type = CONFIG_TYPES[spec.datatype.name]
         batched = self.has_rows and not spec.optional
         if not tensor.dims and not tensor.HasField("reshape"):
@@ -295,8 +297,8 @@ class OnnxModel:
                 del tensor.reshape.shape[0]
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Runs outside the GIL. Raises InvalidArgumentError where ONNX Runtime refuses the inputs, and what `run_error`
-        makes of other failures."""
+        """Runs the model without the GIL. Raises InvalidArgumentError if ONNX Runtime refuses the inputs, and the
+        errors of `run_error` for other failures."""
         try:
             return self.compute(inputs, outputs)
         except RingmeshError:
@@ -305,7 +307,7 @@ class OnnxModel:
             raise run_error(self.name, error) from None
 
     def compute(self, inputs: Arrays, outputs: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """As `run`, for what no caller asked for: it raises whatever ONNX Runtime raises, which is not logged."""
+        """As `run`, for runs without a caller. Raises the errors of ONNX Runtime unchanged, and does not log them."""
         if self._aborts_on_empty and (empty := [name for name, array in inputs.items() if not array.size]):
             raise InvalidArgumentError(
                 f"input {empty[0]!r} has no elements; model {self.name!r} needs at least one, since ONNX Runtime "
@@ -326,7 +328,7 @@ class OnnxModel:
         ]
 
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
-        """Which shape the file's output will have; None where only the run can tell."""
+        """The shape that an output of the file will have; None if it is only known after the run."""
         spec = self.outputs.get(name) or self.hidden_outputs[name]
         first, *rest = (spec.inner or spec.shape) or (1,)
         if -1 in rest or (first == -1 and not self.has_rows):
@@ -337,7 +339,7 @@ class OnnxModel:
 def metadata(
     name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> v2.ModelMetadataResponse:
-    """What ModelMetadata tells, without versions."""
+    """A ModelMetadataResponse without versions."""
     tensor = v2.ModelMetadataResponse.TensorMetadata
     told = v2.ModelMetadataResponse(name=name, platform=platform)
     for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
@@ -346,9 +348,9 @@ def metadata(
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """ONNX Runtime's strings are text: it would take bytes by their repr."""
+    """Decodes bytes to text, as ONNX Runtime expects; it would take the repr of bytes."""
     try:
-        # From another step of an ensemble, or the state of a sequence, it is text already.
+        # Outputs of another step of an ensemble, and states of a sequence, are already text.
         text = [value if isinstance(value, str) else value.decode() for value in array.ravel()]
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Whether requests may share a run: whether each row is answered as it would be alone."""
+"""Decides whether requests may share a run, that is, whether each row has the same answer in a batch as alone."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from services.inference.execution.batch_proof.verdict import Verdict
 from services.inference.execution.sessions import first_line
 from services.runtime.oip.tensors import encode
 
-# Batch sizes in which a row is compared with the row alone; sizes above 8 only if that is quick.
+# The batch sizes in which rows are compared with rows alone. Sizes above 8 are used only if the runs are quick.
 _SIZES = (2, 3, 5, 8, 16, 32)
 _MOST_BATCH_SECONDS = 0.2
-# Caching a row that is computed faster than this does not pay; probing slower ones would hold up the load of the model.
+# Caching rows that are computed faster than _LEAST_SECONDS does not pay. Probing rows that take longer than
+# _MOST_SECONDS would delay the load of the model.
 _LEAST_SECONDS = 0.0002
 _MOST_SECONDS = 0.1
 
-# A probe is not worth more; what a file declares may be terabytes.
+# The largest row that is probed. A file may declare terabytes.
 _MOST_ELEMENTS = 1 << 26
 
 
 class Probed(Protocol):
-    """What a probe needs of a model; OnnxModel is the real one."""
+    """The part of a model that a probe needs; OnnxModel implements it."""
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
@@ -38,7 +39,7 @@ class Probed(Protocol):
     max_request_rows: int
 
     def compute(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
-        """The named outputs."""
+        """Runs the model and returns the named outputs."""
 
 
 def not_proven(verdict: Verdict) -> str:
@@ -49,15 +50,15 @@ def not_proven(verdict: Verdict) -> str:
 def why_not(model: Probed, verdict: Verdict) -> str:
     """Why requests may not share a run.
 
-    "" if the graph proves that rows are independent, and rows in batches were answered as they were alone: the probe
-    can only revoke the proof.
+    "" if the graph proves that rows are independent, and a probe of batches agrees with rows alone. The probe can only
+    revoke the proof.
     """
     if reason := fixed_first_dimension(model) or not_proven(verdict):
         return reason
     try:
         try:
             return _probe(model, lowest_integer=1)
-        except Exception:  # 2 may be beyond what the model takes, such as the rows of an embedding
+        except Exception:  # the value 2 may be invalid, for example as an index of an embedding
             return _probe(model, lowest_integer=0)
     except Exception as error:
         return f"a probe of two rows failed: {first_line(error)}"
@@ -66,8 +67,8 @@ def why_not(model: Probed, verdict: Verdict) -> str:
 def why_not_cached(model: Probed, *, asked_for: bool = False) -> str:
     """Why rows are not cached one by one.
 
-    "" if rows have the same bits alone and in batches of several sizes, and caching pays. `asked_for`: the owner
-    asks for it, so what it costs is not judged.
+    "" if rows have the same bits alone and in batches of several sizes, and caching pays. `asked_for`: the
+    configuration asks for it, so its cost is not checked.
     """
     names = list(model.outputs)
     try:
@@ -83,7 +84,7 @@ def why_not_cached(model: Probed, *, asked_for: bool = False) -> str:
         rows = [{name: _drawn(model.inputs[name], row, count) for name in model.required} for row in range(count)]
         alone = [model.compute(row, names) for row in rows]
         for size in sizes:
-            # Each row in another place than at the size before.
+            # Each row has another place than in the previous size.
             places = [(size + place) % count for place in range(size)]
             batch = {name: np.concatenate([rows[row][name] for row in places]) for name in model.required}
             for index, together in enumerate(model.compute(batch, names)):
@@ -96,7 +97,7 @@ def why_not_cached(model: Probed, *, asked_for: bool = False) -> str:
 
 
 def fixed_first_dimension(model: Probed) -> str:
-    """Which input or output has no room for a batch; "" where all have."""
+    """Says which input or output has a fixed first dimension; "" if none has."""
     inputs = (*(model.inputs[name] for name in model.required), *model.hidden_inputs.values())
     for spec in (*inputs, *model.outputs.values(), *model.hidden_outputs.values()):
         if not spec.shape or spec.shape[0] != -1:
@@ -105,9 +106,10 @@ def fixed_first_dimension(model: Probed) -> str:
 
 
 def _probe(model: Probed, lowest_integer: int) -> str:
-    """In both orders: rows that are sorted or summed up along the batch look independent in one of them.
+    """Why two rows in a batch differ from the rows alone; "" if they do not.
 
-    Once with values near 1, and once with both signs and with magnitudes far apart.
+    Both orders are tried: a model that sorts or sums along the batch looks independent in one of them. Values are
+    near 1 at first, and then have both signs and magnitudes that are far apart.
     """
     names = list(model.outputs)
     for far_apart, tolerance in ((False, 1e-2), (True, 1e-1)):
@@ -128,7 +130,8 @@ def _probe(model: Probed, lowest_integer: int) -> str:
 
 
 def _values(spec: TensorSpec, row: int, lowest_integer: int, far_apart: bool) -> npt.NDArray[Any]:
-    """Rows 0 and 1 differ in every element. 0 and 1 only where they must: a product by either shows little."""
+    """A row for the probe. Rows 0 and 1 differ in every element. The values 0 and 1 are avoided if possible, because
+    products with them hide differences."""
     shape = _row_shape(spec, 1)
     dtype = spec.datatype.dtype
     if spec.datatype.itemsize == 0:
@@ -144,7 +147,7 @@ def _values(spec: TensorSpec, row: int, lowest_integer: int, far_apart: bool) ->
 
 
 def _row_shape(spec: TensorSpec, free: int) -> tuple[int, ...]:
-    """With `free` for each size that is. Raises ValueError where it is too large to be probed."""
+    """The shape of one row, with `free` for each free size. Raises ValueError if it is too large to be probed."""
     shape = (1, *(free if size == -1 else size for size in spec.shape[1:]))
     if math.prod(shape) > _MOST_ELEMENTS:
         raise ValueError(f"a row of {spec.name!r} has {math.prod(shape)} elements")
@@ -158,7 +161,8 @@ def _timed(model: Probed, row: dict[str, npt.NDArray[Any]], names: list[str]) ->
 
 
 def _drawn(spec: TensorSpec, row: int, count: int) -> npt.NDArray[Any]:
-    """One of `count` rows of both signs, from 1e-6 to 1e6. Whole numbers are 0 or 1, which any embedding has."""
+    """One of `count` random rows with both signs and magnitudes from 1e-6 to 1e6. Integers are 0 or 1, valid indices of
+    any embedding."""
     random = np.random.default_rng(row)
     shape = _row_shape(spec, 4)
     if spec.datatype.itemsize == 0:
@@ -177,6 +181,6 @@ def _close(expected: npt.NDArray[Any], got: npt.NDArray[Any], tolerance: float) 
     if expected.dtype.hasobject or expected.dtype.kind in "biu":
         return bool((expected == got).all())
     expected, got = expected.astype(np.float64), got.astype(np.float64)
-    # Relative to the largest: the probabilities of a thousand classes are all below any fixed tolerance.
+    # The tolerance is relative to the largest value. The probabilities of 1000 classes may all be below a fixed one.
     largest = np.abs(expected).max(initial=0, where=np.isfinite(expected))
     return bool(np.allclose(expected, got, rtol=tolerance, atol=tolerance / 10 * largest, equal_nan=True))

@@ -1,8 +1,8 @@
-"""What a caller is told of a run that failed: whose fault it was, by what ONNX Runtime says.
+"""Maps errors of ONNX Runtime to the errors that callers get, by whose fault they are.
 
 ONNX Runtime 1.32 raises InvalidArgument for some checks of a node's inputs, and Fail or RuntimeException for most. A
-node that fails on the host fails for the values or shapes that it got, unless memory is short; a device has faults of
-its own.
+node that fails on the host fails because of the values or shapes of its inputs, unless memory is short. A device may
+also fail by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STATE = onnxruntime.capi.onnxruntime_pybind11_state
 _NODE = re.compile(r"while running (?P<operator>\S+) node\. Name:'(?P<name>[^']*)' Status Message:")
 _MEMORY = re.compile(r"requested buffer of size (\d+)")
 _DEVICE = re.compile(r"\b(cuda|cudnn|cublas|cufft|nccl|tensorrt|trt|openvino|hip|miopen|rocblas)", re.IGNORECASE)
-# Where it happened in the source of ONNX Runtime, in front of what happened.
+# The location in the source of ONNX Runtime, which precedes the message.
 _SOURCE = re.compile(
     r"^(?:/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? |\[ONNXRuntimeError\] : \d+ : \w+ : "
     r"|[\w./]+\.(?:cc|h|cu):\d+ \w+ |.* was false\. )"
@@ -31,8 +31,8 @@ _SOURCE = re.compile(
 
 
 def run_error(model: str, error: Exception) -> RingmeshError:
-    """InvalidArgumentError where the inputs were refused, ResourceExhaustedError where memory was short, else
-    InternalError, which is logged."""
+    """InvalidArgumentError if the inputs were refused, ResourceExhaustedError if memory was short, else InternalError.
+    Logs unexpected failures."""
     if lacks := machine_fault(error):
         found = _MEMORY.search(str(error))
         wanted = f"{found[1]} bytes" if found is not None else lacks
@@ -56,7 +56,7 @@ def run_error(model: str, error: Exception) -> RingmeshError:
 def _refusal(error: Exception) -> str:
     """Why the inputs were refused, in ONNX Runtime's words; "" if it does not say so."""
     text = str(error)
-    # The last is the innermost, in a graph of If, Loop or Scan.
+    # The last node is the innermost if graphs of If, Loop or Scan are nested.
     nodes = list(_NODE.finditer(text))
     if not nodes:
         return first_line(error) if isinstance(error, _STATE.InvalidArgument) else ""

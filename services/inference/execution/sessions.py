@@ -35,16 +35,17 @@ Arrays = list[npt.NDArray[Any]]
 
 
 class Runner(Protocol):
-    """Something that runs a model."""
+    """A session that runs a model."""
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
-        """Outputs in the order asked, on the host."""
+        """Runs the model. Returns the outputs in the requested order, on the host."""
 
 
 class Sessions:
-    """Runs a model where its configuration wants it, or where this machine can. May be called from several threads.
+    """Runs a model on the devices of its configuration, as far as this machine has them. Safe for several threads.
 
-    `provider` is the first execution provider in use. With several GPUs, a run takes the one with the fewest under way.
+    `provider`: the first execution provider in use. With several GPUs, a run takes the one with the fewest runs in
+    flight.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class Sessions:
         threads: int,
         output_shape: OutputShape,
     ) -> None:
-        """`model`: its name and version, for the log; `available`: the execution providers of this machine; `threads`
-        of one run. Raises ConfigError, and whatever ONNX Runtime raises."""
+        """`model`: name and version, for the log. `available`: the execution providers of this machine. `threads`: of
+        one run. Raises ConfigError, and the errors of ONNX Runtime."""
         options = execution.session_options(config, threads)
         executions = execution.executions(config, available)
         sessions = [_open(file, options, chosen.providers) for chosen in executions]
@@ -67,12 +68,12 @@ class Sessions:
         self.initializers = first.get_overridable_initializers()
         self.provider: str = first.get_providers()[0]
         if self.provider == execution.CPU:
-            # Without GPUs, one for each of them would be as many for the same cores.
+            # Without GPUs, the sessions for the GPUs would all use the same cores. One is enough.
             del sessions[1:], executions[1:]
         if any(session.get_providers()[0] != self.provider for session in sessions):
             raise ConfigError("names GPUs in instance_group that are not all to be had here")
         wanted = executions[0].providers[0][0]
-        # A provider whose libraries do not load is left out by ONNX Runtime.
+        # ONNX Runtime leaves out a provider whose libraries do not load.
         if missing := {*executions[0].missing, wanted} - {self.provider}:
             log.warning("model %s: it runs on %s, without %s", model, self.provider, ", ".join(sorted(missing)))
         entries = execution.run_entries(config)
@@ -83,11 +84,12 @@ class Sessions:
         self._running = [0] * len(self._runners)
         self._choosing = threading.Lock()
         self._arena = _Arena(first) if self.provider == execution.CPU else None
-        # The outputs of large runs since the arena was shrunk; None where there were none.
+        # The outputs of large runs since the arena was last shrunk; None if there were no large runs.
         self._large: list[weakref.ref[npt.NDArray[Any]]] | None = None
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
-        """Outputs in the order asked. Runs outside the GIL. Raises whatever ONNX Runtime raises."""
+        """Runs the model without the GIL. Returns the outputs in the requested order. Raises the errors of ONNX
+        Runtime."""
         if len(self._runners) == 1:
             arrays = self._runners[0].run(outputs, feeds)
             for array in (*arrays, *feeds.values()):
@@ -110,7 +112,7 @@ class Sessions:
             self._large = held + [weakref.ref(array) for array in arrays]
 
     def shrink(self) -> None:
-        """Gives back what large runs left in ONNX Runtime's arena, once their outputs are gone. On a thread."""
+        """On a thread: frees memory that large runs left in ONNX Runtime's arena, once their outputs are freed."""
         with self._choosing:
             if self._arena is None or self._large is None or any(ref() is not None for ref in self._large):
                 return
@@ -121,10 +123,10 @@ class Sessions:
 def _open(
     file: Path, options: onnxruntime.SessionOptions, providers: Sequence[tuple[str, Mapping[str, str]]]
 ) -> onnxruntime.InferenceSession:
-    """With the first of `providers` that this machine can really start, and those behind it.
+    """Opens a session with the first of `providers` that this machine can start, and the providers after it.
 
-    ONNX Runtime's own fallback would forget the options of the others, and after a failed run would go on with another
-    provider, whose answers are not those of this digest.
+    ONNX Runtime's own fallback is off. It would lose the options of the other providers. After a failed run it would
+    also switch to another provider, whose answers do not belong to this digest.
     """
     try:
         return onnxruntime.InferenceSession(file, options, providers=[*providers], enable_fallback=0)
@@ -158,10 +160,10 @@ def _runner(
 
 
 class _Arena:
-    """What ONNX Runtime keeps of the CPU's memory for a session, in regions. It never gives back the first.
+    """The CPU memory that ONNX Runtime keeps for a session, in regions. ONNX Runtime never frees the first region.
 
-    So the first is made by a run on the smallest inputs there can be. Shrinking is asked for with a run as well, which
-    ends before its first node.
+    A run on the smallest possible inputs therefore makes the first region. Shrinking needs a run too, which is
+    terminated before its first node.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
@@ -170,7 +172,7 @@ class _Arena:
         self._run(run_options({}))
 
     def shrink(self) -> None:
-        """Gives back the regions that nobody uses."""
+        """Frees unused regions."""
         if (options := run_options(_SHRINK)) is not None:
             options.terminate = True
             self._run(options)
@@ -178,13 +180,13 @@ class _Arena:
     def _run(self, options: onnxruntime.RunOptions | None) -> None:
         feeds = _smallest(self._session)
         if feeds is not None:
-            # It fails where it is told to end, or takes no inputs so small.
+            # The run fails if it is terminated, or if the model does not accept such small inputs.
             with contextlib.suppress(Exception):
                 self._session.run(self._outputs, feeds, options)
 
 
 def _smallest(session: onnxruntime.InferenceSession) -> dict[str, Any] | None:
-    """Zeros for each input, with 1 for free dimensions; None if an input cannot be made, or would be too large."""
+    """Zeros for each input, with size 1 for free dimensions; None if an input cannot be made or is too large."""
     feeds: dict[str, Any] = {}
     size = 0
     for node in session.get_inputs():
@@ -200,7 +202,7 @@ def _smallest(session: onnxruntime.InferenceSession) -> dict[str, Any] | None:
 
 
 class _HostSession:
-    """Inputs and outputs in this process's memory."""
+    """A session with inputs and outputs in the memory of this process."""
 
     def __init__(self, session: onnxruntime.InferenceSession, entries: Mapping[str, str]) -> None:
         self._session = session
@@ -212,7 +214,8 @@ class _HostSession:
 
 
 class _Bfloat16Session:
-    """NumPy has no bfloat16, and ONNX Runtime's bindings refuse ml_dtypes': its bits go in and out by address."""
+    """A session with bfloat16 tensors. NumPy lacks bfloat16 and ONNX Runtime's bindings refuse the one of ml_dtypes, so
+    the bits are passed as uint16 and read by address."""
 
     def __init__(self, session: onnxruntime.InferenceSession, entries: Mapping[str, str]) -> None:
         self._session = session
@@ -237,5 +240,5 @@ class _Bfloat16Session:
 
 
 def first_line(error: Exception) -> str:
-    """What ONNX Runtime says before it goes into detail."""
+    """The first line of ONNX Runtime's message; details follow it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

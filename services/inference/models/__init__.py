@@ -1,1 +1,1 @@
-"""The models that a worker holds."""
+"""The models that a worker serves."""

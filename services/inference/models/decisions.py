@@ -1,7 +1,7 @@
-"""What operators decided about models by RepositoryModelLoad and RepositoryModelUnload, until they decide anew.
+"""Stores operators' decisions about models: the last RepositoryModelLoad or RepositoryModelUnload of each.
 
-One file a model, named by the hash of its name, written whole and renamed into place: a header with a checksum, then a
-serialized RepositoryModelLoadRequest. One worker at a time uses the folder.
+Each model has one file, named by the hash of its name, written to a temporary name and renamed. It has a header with a
+checksum, followed by a serialized RepositoryModelLoadRequest. Only one worker at a time uses the folder.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 
 log = logging.getLogger(__name__)
 
-# What it is, whether the model is to be served, whether the fleet decided it, when, and a hash of all this.
+# Magic number, whether to serve the model, whether the fleet decided, the time, and a hash of the rest and the request.
 _HEADER = struct.Struct("<4s??xxQ32s")
 _HASHED = struct.Struct("<??Q")
 _MAGIC = b"RMD1"
-# What a small file takes on a disk.
+# The size of a small file on disk.
 _BLOCK_BYTES = 4096
 
 CONFIG = "config"
@@ -36,7 +36,7 @@ FILE = "file:"
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What a load request brings along: a configuration as JSON, and files by `<version>/<name>`."""
+    """The parameters of a load request: a configuration as JSON, and files by `<version>/<name>`."""
 
     config: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """To serve a model, with what the request brought, or not to.
+    """A decision to serve a model, with the request's overrides, or not to serve it.
 
-    `decided_ns`: when, since the Unix epoch. `fleet`: by a router, for all workers.
+    `decided_ns`: time since the Unix epoch. `fleet`: whether a router decided, for all workers.
     """
 
     loaded: bool
@@ -56,7 +56,7 @@ class Decision:
 
 
 def overrides_of(request: v2.RepositoryModelLoadRequest) -> Overrides:
-    """Raises InvalidArgumentError at a parameter that is neither of the two."""
+    """The overrides of a request. Raises InvalidArgumentError for any other parameter."""
     config = ""
     files = {}
     for name, parameter in request.parameters.items():
@@ -74,7 +74,7 @@ def overrides_of(request: v2.RepositoryModelLoadRequest) -> Overrides:
 
 
 def request_of(name: str, overrides: Overrides) -> v2.RepositoryModelLoadRequest:
-    """The request that brings these."""
+    """A load request with these overrides."""
     request = v2.RepositoryModelLoadRequest(model_name=name)
     if overrides.config:
         request.parameters[CONFIG].string_param = overrides.config
@@ -84,14 +84,14 @@ def request_of(name: str, overrides: Overrides) -> v2.RepositoryModelLoadRequest
 
 
 class Decisions:
-    """The last decision on each model. Methods that read or write files take long.
+    """The last decision on each model. Methods that read or write files may block for long.
 
-    `decided_ns`: when, by model. `fleet`: the models whose last decision was the fleet's. `brought`: those whose
-    last decision brought files.
+    `decided_ns`: time of the decision, by model. `fleet`: models whose last decision was the fleet's. `brought`: models
+    whose last decision includes files.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """`limit`: bytes of all files together. Raises OSError where the folder cannot be used, or is another's."""
+        """`limit`: total bytes of all files. Raises OSError if the folder cannot be used or another worker uses it."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._limit = limit
@@ -111,20 +111,20 @@ class Decisions:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total bytes of all files."""
         return sum(self._sizes.values())
 
     def get(self, name: str) -> Decision | None:
-        """None where there is none, or its file is damaged."""
+        """The decision on a model; None if there is none, or its file is damaged."""
         read = _read(self._folder / _file(name)) if name in self.decided_ns else None
         return read[1] if read is not None and read[0] == name else None
 
     def next_ns(self, name: str) -> int:
-        """The time of a decision that is made now: later than that of the last one, whatever the clock says."""
+        """The time for a decision made now. It is later than the last decision's, whatever the clock says."""
         return max(time.time_ns(), self.decided_ns.get(name, 0) + 1)
 
     def keep(self, name: str, decision: Decision) -> None:
-        """It is there at the next start. Raises ResourceExhaustedError, and then the one before holds."""
+        """Stores a decision durably. Raises ResourceExhaustedError; the previous decision then remains."""
         request = request_of(name, decision.overrides).SerializeToString()
         fields = (decision.loaded, decision.fleet, decision.decided_ns)
         header = _HEADER.pack(_MAGIC, *fields, blake3(_HASHED.pack(*fields)).update(request).digest())
@@ -147,7 +147,7 @@ class Decisions:
         self._remember(name, decision)
 
     def close(self) -> None:
-        """Lets another process use the folder."""
+        """Releases the folder for other processes."""
         self._lock.close()
 
     def _remember(self, name: str, decision: Decision) -> None:
@@ -174,7 +174,7 @@ class Decisions:
 
 
 def _read(path: Path) -> tuple[str, Decision] | None:
-    """The model and the decision; None where the file is damaged."""
+    """The model and the decision; None if the file is damaged."""
     try:
         data = path.read_bytes()
         magic, *fields, hashed = _HEADER.unpack_from(data)

@@ -1,4 +1,4 @@
-"""Ensembles on a worker: steps that are held here run as one model, their tensors never leaving the process."""
+"""Ensembles on a worker: if it holds all steps, they run as one model, and their tensors stay in the process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 
 
 class Step(Protocol):
-    """A held model that is a step; HeldModel is the real one."""
+    """A step of an ensemble; HeldModel implements it."""
 
     @property
     def model(self) -> OnnxModel | Ensemble:
@@ -41,17 +41,17 @@ class Step(Protocol):
 
     @property
     def statistics(self) -> Statistics:
-        """What is counted of it."""
+        """The statistics of the model version."""
 
     def submit(self, decoded: Decoded, deadline: float | None) -> Awaitable[BatchResult]:
-        """Runs it."""
+        """Runs a request."""
 
 
 class Ensemble:
-    """One version of an ensemble, with the interface of a model and of its batcher.
+    """One version of an ensemble, with the interfaces of a model and of a batcher.
 
-    `not_runnable` says which step is missing or does not fit, "" where all are here; with `lacks_steps` it may run
-    where they are.
+    `not_runnable`: which step is missing or does not fit; "" if the ensemble can run. `lacks_steps`: steps are missing
+    here, so the ensemble may run on workers that have them.
     """
 
     provider = "ensemble"
@@ -60,7 +60,7 @@ class Ensemble:
     batch_remark = "batched by its steps"
     semantic_threshold = 0.0
     semantic_embedding = ""
-    # What waits, waits for its steps.
+    # Requests wait in the queues of the steps.
     waiting = 0
 
     def __init__(self, files: ModelFiles) -> None:
@@ -92,7 +92,7 @@ class Ensemble:
         self._steps: list[Step] = []
 
     def resolved(self, find: Callable[[str, str], Step]) -> Ensemble:
-        """The same ensemble over the models that `find` gives by name and version, or not, as HeldModels does."""
+        """This ensemble with its steps looked up by `find(name, version)`, which behaves as HeldModels.find."""
         made = object.__new__(Ensemble)
         made.__dict__.update(self.__dict__)
         try:
@@ -101,7 +101,7 @@ class Ensemble:
         except (NotFoundError, UnavailableError) as error:
             made._steps, made.lacks_steps, made.not_runnable = [], True, error.message
         made.limits_queue = any(step.model.limits_queue for step in made._steps)
-        # Those of its steps, where it has none of its own, as in Triton.
+        # As in Triton, an output without labels of its own has those of the step that makes it.
         made.labels = {
             tensor: held.model.labels[output]
             for step, held in zip(made.plan.steps, made._steps, strict=False)
@@ -115,11 +115,11 @@ class Ensemble:
         return made
 
     def metadata(self) -> v2.ModelMetadataResponse:
-        """Without versions: only who knows all of them can tell."""
+        """The metadata without versions. The caller adds them."""
         return metadata(self.name, "ensemble", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
-        """What its config.pbtxt says, completed by what was found of caching."""
+        """Its config.pbtxt, completed with whether it is cached."""
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform = self.name, "ensemble"
@@ -128,7 +128,7 @@ class Ensemble:
         return made
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
-        """Runs the steps, each in the batches of its model. Raises what a step raises, with the step's name."""
+        """Runs the steps, each in batches of its model. Raises the errors of the steps, with the step's name."""
         if self.not_runnable:
             raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.not_runnable}")
         start = time.time_ns()
@@ -146,7 +146,7 @@ class Ensemble:
                 raise
             now = time.time_ns()
             held.statistics.succeeded(batch, step.rows, now - begun, now - batch.end_ns)
-            assert isinstance(held.model, OnnxModel)  # else it did not resolve
+            assert isinstance(held.model, OnnxModel)  # checked by `resolved`
             steps.append(StepResult(held.model, begun, now, batch))
             return dict(zip(outputs, batch.arrays, strict=True))
 
@@ -155,10 +155,10 @@ class Ensemble:
         return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True, steps=steps)
 
     async def close(self) -> None:
-        """Nothing of its own waits: what its steps have taken is drained with them."""
+        """Does nothing: the ensemble has no queue. Requests of its steps are drained with the steps."""
 
     def _misfit(self) -> str:
-        """Why these steps cannot be joined so; "" where they can."""
+        """Why the steps do not fit together; "" if they do."""
         signatures = [
             ensemble.Signature(
                 _datatypes(step.model.inputs),

@@ -1,9 +1,10 @@
-"""The models this worker holds, by name and version, each with what forms its batches."""
+"""The models that this worker holds, by name and version, each with its batcher."""
 
 from __future__ import annotations  # compiled by mypyc
 
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from services.inference.codec.request import Decoded
 from services.inference.execution.model import OnnxModel
@@ -20,7 +21,7 @@ from services.runtime.oip.absent_model import Failures, absent
 class HeldModel:
     """A model version, ready to run. An ensemble is its own batcher.
 
-    Under a memory budget it may have to be loaded first: `submit` sees to that.
+    Under a memory budget it may not be in memory; `submit` then loads it first.
     """
 
     model: OnnxModel | Ensemble
@@ -28,7 +29,7 @@ class HeldModel:
     statistics: Statistics
     budget: MemoryBudget | None = None
     resident: Resident | None = None
-    # The files that it was loaded from; an ensemble has none.
+    # The files of the model; an ensemble has none.
     snapshot: Snapshot | None = None
 
     @property
@@ -38,11 +39,11 @@ class HeldModel:
 
     @property
     def waiting(self) -> int:
-        """Requests that no batch has taken."""
+        """The number of requests that no batch has taken."""
         return self.batcher.waiting + (0 if self.resident is None else len(self.resident.waiting))
 
-    def submit(self, decoded: Decoded, deadline: float | None) -> Awaitable[BatchResult]:
-        """As Batcher.submit, and as MemoryBudget.enter."""
+    def submit(self, decoded: Decoded, deadline: float | None) -> Coroutine[Any, Any, BatchResult]:
+        """Runs a request, as Batcher.submit. Also raises the errors of MemoryBudget.enter."""
         if self.budget is None or self.resident is None:
             return self.batcher.submit(decoded, deadline)
         return self._submit(self.budget, self.resident, decoded, deadline)
@@ -57,7 +58,7 @@ class HeldModel:
             budget.leave(resident)
 
     def over(self, models: HeldModels) -> HeldModel:
-        """Itself; an ensemble with the steps that are in `models`."""
+        """This model; for an ensemble, a copy with its steps looked up in `models`."""
         if isinstance(self.model, OnnxModel):
             return self
         resolved = self.model.resolved(models.find)
@@ -68,7 +69,7 @@ _NO_FAILURES: Failures = {}
 
 
 class HeldModels:
-    """An immutable set of loaded models. `failures`: why others are not."""
+    """An immutable set of loaded models. `failures`: why other versions are not loaded."""
 
     def __init__(self, models: Iterable[HeldModel], failures: Failures = _NO_FAILURES) -> None:
         self.failures = failures
@@ -83,15 +84,15 @@ class HeldModels:
         return (held for versions in self._by_name.values() for held in versions.values())
 
     def of(self, name: str) -> list[HeldModel]:
-        """The versions of a model, oldest first; [] where it is not held."""
+        """The versions of a model, oldest first; [] if it is not held."""
         return list(self._by_name.get(name, {}).values())
 
     def versions(self, name: str) -> list[str]:
-        """Oldest first; [] where it is not held."""
+        """The version names of a model, oldest first; [] if it is not held."""
         return list(self._by_name.get(name, ()))
 
     def find(self, name: str, version: str) -> HeldModel:
-        """The version asked for, or the latest where it is "". Raises what `absent` makes."""
+        """A version of a model, or the latest if `version` is "". Raises the errors of `absent`."""
         versions = self._by_name.get(name)
         if versions is not None and not version:
             return next(reversed(versions.values()))

@@ -1,8 +1,8 @@
-"""Which models are in memory, where not all fit: the least recently used makes room for the one that is asked for.
+"""Limits the memory of models: the least recently used model is unloaded to make room for a requested one.
 
-The mechanism is ModelMesh's (kserve/modelmesh), for one worker. One model is loaded at a time, in the order they are
-asked for. What waits for a model is taken as it is loaded, before another may take its place; so with more models in
-use than fit, each answers all that gathered for it in its turn.
+The mechanism is ModelMesh's (kserve/modelmesh), for one worker. Models are loaded one at a time, in the order of the
+requests for them. When a model is loaded, it accepts all requests that wait for it before it can be unloaded again. If
+more models are in use than fit, each therefore answers all its waiting requests in its turn.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from services.runtime.errors import DeadlineExceededError, ResourceExhaustedErro
 
 
 class ModelReplacedError(UnavailableError):
-    """The model was taken out, or another version of its files took its place, before the request was let in."""
+    """The model was removed, or replaced by another version of its files, before the request could use it."""
 
 
 class Resident:
-    """A model under the budget, which alone writes here. `bytes` is what it takes while `loaded`."""
+    """A model under the budget. Only MemoryBudget writes to it. `bytes`: its memory while `loaded`."""
 
     def __init__(self, model: OnnxModel, files: ModelFiles, size: int) -> None:
         self.model = model
@@ -35,10 +35,10 @@ class Resident:
         self.bytes = size
         self.loaded = True
         self.loads = 1
-        # Why it could not be loaded again, "" where it could.
+        # Why the last attempt to load it again failed; "" if it succeeded.
         self.failure = ""
         self.waiting: list[asyncio.Future[None]] = []
-        # Its turn to go has come: what comes now waits.
+        # It is being unloaded: new requests wait.
         self.leaving = False
         self.removed = False
         self.using = 0
@@ -50,8 +50,8 @@ class Resident:
 class MemoryBudget:
     """Keeps models within `limit` bytes. A model in use is never unloaded.
 
-    While a version is replaced, the old one stays beside the new, over the limit if it must. What a model takes is what
-    the process grew by when it was loaded first, and its files at least.
+    While a version is replaced, the old and the new one are both in memory, even if that exceeds the limit. The size of
+    a model is the growth of the process at its first load, and at least the size of its files.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class MemoryBudget:
         process_memory: Callable[[], int],
         on_change: Callable[[], None],
     ) -> None:
-        """`open_model` and `process_memory` (in bytes) run on a thread; `on_change` follows each load and unload."""
+        """`open_model` and `process_memory` (in bytes) run on a thread. `on_change` is called after each load and
+        unload."""
         self._limit = limit
         self._process_memory = process_memory
         self._open_model = open_model
@@ -71,7 +72,7 @@ class MemoryBudget:
         self._uses = count(1)
 
     async def add(self, files: ModelFiles, beside: list[Resident]) -> Resident:
-        """Loads a model for the first time; `beside` stay. Raises ModelLoadError, also where it can never fit."""
+        """Loads a model for the first time. `beside` stay loaded. Raises ModelLoadError, also if it can never fit."""
         async with self._changing:
             least = files.size()
             self._check(files, least)
@@ -89,10 +90,10 @@ class MemoryBudget:
             return resident
 
     async def enter(self, resident: Resident, deadline: float | None) -> None:
-        """Takes the model into use, loading it first where it must be. `leave` follows.
+        """Marks the model as in use, and loads it first if needed. The caller must call `leave` afterwards.
 
-        Raises DeadlineExceededError, ResourceExhaustedError where too many wait, ModelReplacedError, and
-        UnavailableError where it cannot be loaded.
+        Raises DeadlineExceededError, ResourceExhaustedError if too many requests wait, ModelReplacedError, and
+        UnavailableError if the model cannot be loaded.
         """
         if resident.loaded and not resident.leaving:
             resident.using += 1
@@ -110,7 +111,7 @@ class MemoryBudget:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self.leave(resident)  # it was let in just then
+                self.leave(resident)  # it was marked as in use just before
             raise
         finally:
             if timer is not None:
@@ -119,19 +120,19 @@ class MemoryBudget:
                 resident.waiting.remove(waiter)
 
     def leave(self, resident: Resident) -> None:
-        """The model is no longer in this use."""
+        """Ends one use of the model."""
         resident.using -= 1
         resident.used = next(self._uses)
         if not resident.using and resident.drained is not None and not resident.drained.done():
             resident.drained.set_result(None)
 
     async def load(self, resident: Resident) -> None:
-        """Loads it now, where it is not. Raises UnavailableError."""
+        """Loads the model now if it is not loaded. Raises UnavailableError."""
         await self.enter(resident, None)
         self.leave(resident)
 
     async def remove(self, resident: Resident) -> None:
-        """Takes it out for good, after those that use it or wait for it."""
+        """Removes a model for good, after the requests that use it or wait for it."""
         while resident.waiting or resident.loading:
             await asyncio.wait([*resident.waiting, *([resident.loading] if resident.loading else [])])
         resident.removed = True
@@ -151,7 +152,7 @@ class MemoryBudget:
                     await asyncio.to_thread(self._open_again, resident)
                     resident.loaded, resident.failure = True, ""
                     resident.loads += 1
-                # Before the lock goes to one that would unload it.
+                # Under the lock, so that no other model can unload this one first.
                 for waiter in resident.waiting:
                     if not waiter.done():
                         resident.using += 1
@@ -183,7 +184,7 @@ class MemoryBudget:
             self._on_change()
 
     async def _unload(self, resident: Resident) -> None:
-        """From now on what comes for it waits; it goes when what was there before is answered."""
+        """Unloads a model once the requests that use it are answered. New requests for it wait."""
         resident.leaving = True
         try:
             if resident.using:
@@ -203,7 +204,7 @@ class MemoryBudget:
             )
 
     def _open(self, files: ModelFiles) -> tuple[OnnxModel, int]:
-        """On a thread. With what the process grew by."""
+        """On a thread. Returns the model and the growth of the process in bytes."""
         _give_back()
         before = self._process_memory()
         model = self._open_model(files)
@@ -211,7 +212,7 @@ class MemoryBudget:
         return model, self._process_memory() - before
 
     def _open_again(self, resident: Resident) -> None:
-        """On a thread."""
+        """On a thread: loads an unloaded model again. Raises ModelLoadError."""
         fresh = self._open_model(resident.files)
         if fresh.digest != resident.model.digest:
             raise ModelLoadError(f"it ran on {resident.model.provider}, and now would on {fresh.provider}")
@@ -220,7 +221,7 @@ class MemoryBudget:
 
 
 def resident_memory() -> int:
-    """Of this process, in bytes."""
+    """The resident memory of this process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -235,6 +236,6 @@ def _release(model: OnnxModel) -> None:
 
 
 def _give_back() -> None:
-    """glibc keeps what is freed, up to hundreds of MB a model."""
+    """Returns freed memory to the system. glibc would keep it, up to hundreds of MB per model."""
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

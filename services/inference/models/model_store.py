@@ -1,4 +1,4 @@
-"""The life cycle of models: load, warm up, switch, drain; what is broken leaves what works alone."""
+"""The life cycle of models: load, warm up, switch, drain. A model that fails to load does not affect others."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ log = logging.getLogger(__name__)
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 
 
-# Names whose loads failed, and versions of each, that the index tells of; callers choose the names.
+# Limits on the names with failed loads, and on the versions of each, in the index, because callers choose the names.
 MAX_FAILURES = 1000
 _MAX_FAILED_VERSIONS = 20
 _LONGEST_REASON = 1000
-# The reason of what was taken out by request; a caller is told that there is no such model.
+# The reason of models unloaded by request. Callers are told that there is no such model.
 _UNLOADED = "unloaded"
 _STATE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class VersionState:
-    """A line of the repository index: READY (and why it is not cached) or UNAVAILABLE (and why)."""
+    """An entry of the repository index: READY (and why it is not cached, if so) or UNAVAILABLE (and why)."""
 
     name: str
     version: str
@@ -66,9 +66,9 @@ class VersionState:
 
 
 class ModelStore:
-    """The models of a repository and which of them are held. `held` is swapped here and nowhere else.
+    """The models of a repository, and those that are held. Only this class replaces `held`.
 
-    `open_model` makes an OnnxModel of files; it runs on a thread, for it takes long.
+    `open_model` makes an OnnxModel from files. It takes long, so it runs on a thread.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class ModelStore:
         snapshots: Snapshots | None = None,
         decisions: Decisions | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: all that are held. `journal`: of crashes.
+        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal.
 
-        Without `snapshots` or `decisions` they lie in a temporary folder and end with the process.
+        If `snapshots` or `decisions` are None, they are kept in a temporary folder and lost with the process.
         """
         self.held = HeldModels([])
         self._source = source
@@ -94,7 +94,7 @@ class ModelStore:
         self._journal = journal
         self._quarantined = False
         self._loaded: dict[str, Fingerprint] = {}
-        # Of failures that were forgotten for newer ones.
+        # The number of failures dropped to make room for newer ones.
         self.failures_dropped = 0
         self._failures: OrderedDict[str, dict[str, str]] = OrderedDict()
         self._changing = asyncio.Lock()
@@ -109,11 +109,11 @@ class ModelStore:
         )
 
     async def load_all(self) -> None:
-        """Loads every model, as it was last decided; what failed is in the index.
+        """Loads every model according to the last decision on it. The index lists those that failed.
 
-        Raises RepositoryError where not one could be, but for those in quarantine and those that were unloaded.
+        Raises RepositoryError if no model could be loaded, unless some are in quarantine or were unloaded by request.
         """
-        # Before anything is read: what changes while it loads is seen by the first look.
+        # Taken before anything is read, so that the first poll sees changes made during the load.
         self._loaded = await asyncio.to_thread(self._source.fingerprint)
         names = set(await asyncio.to_thread(self._source.names))
         unloaded = False
@@ -132,20 +132,19 @@ class ModelStore:
                         self._loaded.pop(name, None)  # so that `poll` tries it again
         if not self._quarantined and not unloaded and not any(True for _ in self.held):
             raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
-        # Last: what the process before left may have been of use.
+        # Swept last: the load may have used snapshots that the previous process left.
         await asyncio.to_thread(self._snapshots.sweep)
 
     async def load(
         self, name: str, overrides: Overrides | None = None, *, pardon: bool = False, decided_ns: int = 0
     ) -> None:
-        """Loads a model, or loads it again: what answered goes on until the new one does, and then drains.
+        """Loads or reloads a model. The old versions answer until the new ones are ready, and then drain.
 
-        This decides how the model is served, also after a restart, until the next `load` or `unload` of it: with
-        `overrides` in place of what the repository has, or without. `decided_ns` tells when the fleet decided it; 0:
-        now, for this worker. What was decided later stands. `pardon` ends its quarantine.
-        Versions whose files and configuration did not change are kept as they are. Raises InvalidArgumentError with the
-        cause, UnavailableError where the files cannot be read or copied, or ResourceExhaustedError where the decision
-        cannot be kept; then nothing has changed.
+        The decision applies until the next `load` or `unload` of the model, also after a restart. `overrides` replace
+        the repository's files. `decided_ns`: time at which the fleet decided; 0: decided now, for this worker only. A
+        later decision takes precedence. `pardon` ends the quarantine of the model. Versions with unchanged files and
+        configuration stay loaded. Raises InvalidArgumentError with the cause, UnavailableError if the files cannot be
+        read or copied, and ResourceExhaustedError if the decision cannot be stored; nothing has changed then.
         """
         _check_name(name)
         async with self._changing:
@@ -158,7 +157,7 @@ class ModelStore:
     async def _load(
         self, name: str, overrides: Overrides, *, decision: Decision | None = None, pardon: bool = False
     ) -> None:
-        """As `load`; what was decided stays where `decision` is None. `_changing` is held."""
+        """As `load`. If `decision` is None, the stored decision stays. The caller holds `_changing`."""
         held = self.held.of(name)
         fresh: list[HeldModel] = []
         failures: dict[str, str] = {}
@@ -182,7 +181,7 @@ class ModelStore:
             if decision is not None:
                 await asyncio.to_thread(self.decisions.keep, name, decision)
         except (RepositoryError, ConfigError, OSError, RingmeshError) as error:
-            # A model that is nowhere did not fail, and neither did one that only the request has.
+            # Models that do not exist, and models that only this request provides, are not listed as failed.
             is_none = isinstance(error, NoSuchModelError) or (decision is not None and given is not None and not held)
             self._failed(name, {} if is_none else failures or {"": str(error)})
             await self._drain(model for model in fresh if model not in held)
@@ -198,10 +197,10 @@ class ModelStore:
                 await model.budget.load(model.resident)
 
     async def unload(self, name: str, *, dependents: bool = False, decided_ns: int = 0) -> None:
-        """Takes a model out at once, and returns when what it had taken is answered. It stays out until it is loaded.
+        """Removes a model immediately, and returns when its requests are answered. It stays unloaded until `load`.
 
-        `dependents`: the steps of an ensemble go with it. `decided_ns` as in `load`; with it a model that is not held
-        may be named. Raises NotFoundError, ResourceExhaustedError where the decision cannot be kept.
+        `dependents`: also unloads the steps of an ensemble. `decided_ns`: as in `load`; if it is set, the model need
+        not be held. Raises NotFoundError, and ResourceExhaustedError if the decision cannot be stored.
         """
         _check_name(name)
         async with self._changing:
@@ -231,13 +230,13 @@ class ModelStore:
         await self._drain(held)
 
     async def poll(self, seconds: float) -> None:
-        """Follows the repository: loads what changed, model by model, once it is settled, and unloads what went."""
+        """Follows the repository. Loads each model that changed, once two polls agree, and unloads deleted models."""
         before = self._loaded
         served = dict(before)
         while True:
             await asyncio.sleep(seconds)
             now = await asyncio.to_thread(self._source.fingerprint)
-            if not now:  # a repository that cannot be read for a moment is not an empty one
+            if not now:  # the repository cannot be read at the moment
                 continue
             for name in sorted(now.keys() | served.keys()):
                 settled = now.get(name) == before.get(name) != served.get(name)
@@ -249,12 +248,12 @@ class ModelStore:
             before = now
 
     async def _follow(self, name: str, exists: bool) -> bool:
-        """Whether it is done with: a model that is broken is, one that could not be read is tried again."""
+        """Applies a change of the repository. Returns False if the model could not be read and is to be tried again."""
         async with self._changing:
             decision = await asyncio.to_thread(self.decisions.get, name)
             try:
                 if decision is not None and (not decision.loaded or decision.overrides.files):
-                    pass  # the repository has no say
+                    pass  # the decision overrides the repository
                 elif exists:
                     await self._load(name, decision.overrides if decision is not None else Overrides())
                 else:
@@ -265,7 +264,7 @@ class ModelStore:
         return True
 
     def _failed(self, name: str, reasons: Mapping[str, str]) -> None:
-        """Remembers for the index why versions are not served; {}: all are."""
+        """Records for the index why versions are not served; {}: all are served."""
         before = self._failures.pop(name, {})
         if reasons:
             first = [*reasons.items()][:_MAX_FAILED_VERSIONS]
@@ -277,10 +276,10 @@ class ModelStore:
             self._refresh()
 
     async def index(self) -> list[VersionState]:
-        """Every model in the repository, loaded or not, by name and version, and what is held without it."""
+        """All models of the repository, loaded or not, and the held models that it lacks, by name and version."""
         try:
             names = set(await asyncio.to_thread(self._source.names))
-            # Others that failed or were unloaded have been deleted since.
+            # Other models that failed or were unloaded have been deleted from the repository.
             failures = {name: self._failures[name] for name in self._failures if name in names | self.decisions.brought}
         except RepositoryError:
             names, failures = set(), dict(self._failures)
@@ -307,20 +306,20 @@ class ModelStore:
         return [states[key] for key in sorted(states)]
 
     def shrink(self) -> None:
-        """Gives back what large runs left behind; on a thread."""
+        """On a thread: frees memory that large runs left allocated."""
         for held in self.held:
             if isinstance(held.model, OnnxModel):
                 held.model.shrink()
 
     async def close(self) -> None:
-        """Waits for the batches under way."""
+        """Waits until the requests of all models are answered."""
         await self._drain(self.held)
         self.decisions.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 
     def _find(self, name: str, overrides: Overrides, scratch: Path | None) -> list[ModelFiles]:
-        """On a thread. Raises RepositoryError, ConfigError, OSError where `scratch` cannot be written."""
+        """On a thread. Raises RepositoryError, ConfigError, and OSError if `scratch` cannot be written."""
         configured = config.parse(overrides.config, "the config parameter", name) if overrides.config else None
         if scratch is None:
             folder = self._source.fetch(name, configured)
@@ -338,7 +337,7 @@ class ModelStore:
         return repository.versions(scratch, name, configured, private=True)
 
     async def _open(self, files: ModelFiles, held: list[HeldModel], pardon: bool) -> HeldModel:
-        """Raises ModelLoadError, RepositoryError."""
+        """Opens a version, or returns the held one if it is unchanged. Raises ModelLoadError, RepositoryError."""
         try:
             files = await asyncio.to_thread(files.hashed)
         except OSError as error:
@@ -396,13 +395,13 @@ class ModelStore:
             raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
 
     def _open_warm(self, files: ModelFiles) -> OnnxModel:
-        """On a thread. Raises ModelLoadError."""
+        """On a thread: opens a model and runs its warm-up. Raises ModelLoadError."""
         try:
             with self._watch(files):
                 model = self._open_model(files)
                 model.warm_up()
         except ModelLoadError as error:
-            # Where the owner of the model finds the file.
+            # Names the path where the owner of the model finds the file.
             raise ModelLoadError(str(error).replace(str(files.folder), str(files.origin))) from None
         return model
 
@@ -410,7 +409,7 @@ class ModelStore:
         return UNWATCHED if self._journal is None else self._journal.watch(files.digest(""))
 
     def _refresh(self) -> None:
-        """Another set of the same models: one was loaded into memory or unloaded, or failed to."""
+        """Replaces `held` by a new set of the same models, after a model's state or failures changed."""
         self._hold(self.held)
 
     def _switch(self, name: str, models: list[HeldModel]) -> None:
@@ -433,7 +432,7 @@ class ModelStore:
 
 
 def _printable(text: str) -> str:
-    """In one line, whatever a file holds that the text quotes."""
+    """The text without control characters, which a quoted file may contain."""
     return "".join([letter if letter.isprintable() else " " for letter in text])
 
 
@@ -443,7 +442,8 @@ def _check_name(name: str) -> None:
 
 
 def _load_error(name: str, error: Exception) -> RingmeshError:
-    """UnavailableError where the model may be loaded elsewhere or later: the fault is not its own."""
+    """The error for a failed load. UnavailableError if the fault is not the model's, so a load may succeed elsewhere or
+    later."""
     if isinstance(error, OSError):
         return UnavailableError(f"failed to load {name!r}: cannot write its files: {error.strerror}")
     if isinstance(error, RingmeshError):
@@ -454,7 +454,7 @@ def _load_error(name: str, error: Exception) -> RingmeshError:
 
 
 def _remark(held: HeldModel) -> str:
-    """What is worth knowing of a model that is held."""
+    """The remarks on a held model for the index."""
     model = held.model
     if isinstance(model, Ensemble) and model.not_runnable:
         routed = "; a router runs its steps one by one if the fleet has them" if model.lacks_steps else ""

@@ -1,8 +1,8 @@
-"""Whether requests share a run, as far as the model's configuration decides it, read as Triton reads it.
+"""Decides from a model's configuration whether requests share a run, by Triton's rules.
 
 Triton's ONNX Runtime backend completes a configuration that lacks inputs or outputs (AutoCompleteConfig in
 src/onnxruntime.cc of triton-inference-server/onnxruntime_backend): with a max_batch_size above 1 and no scheduler it
-adds dynamic_batching. A complete configuration is taken as it is: without a scheduler each request runs alone, and
+adds dynamic_batching. It does not change a complete configuration: without a scheduler each request runs alone, and
 without max_batch_size there is no batch dimension.
 """
 
@@ -15,10 +15,10 @@ from services.inference.repository.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class BatchingPolicy:
-    """`merges`: whether requests of several callers share a run; None: the configuration leaves that open. `reason`
-    says why they do not.
+    """`merges`: whether requests of several callers share a run; None: the configuration does not decide. `reason`: why
+    they do not share one.
 
-    `dims_leave_out_batch`: whether the configuration's dims go without the batch dimension; None: they may be either.
+    `dims_leave_out_batch`: whether the configuration's dims omit the batch dimension; None: both forms are allowed.
     """
 
     merges: bool | None
@@ -27,7 +27,7 @@ class BatchingPolicy:
 
 
 def policy(config: ModelConfig) -> BatchingPolicy:
-    """What the configuration of a single model, not an ensemble, decides."""
+    """The policy in the configuration of a model that is not an ensemble."""
     complete = bool((config.input or config.batch_input) and config.output)
     rows = config.max_batch_size
     if config.HasField("max_batch_size"):
@@ -40,6 +40,6 @@ def policy(config: ModelConfig) -> BatchingPolicy:
         reason = "its config.pbtxt has inputs and outputs but no max_batch_size, which stands for 0"
         return BatchingPolicy(False, reason, False)
     if config.HasField("sequence_batching"):
-        # Nobody knows which of its inputs have a row for each sequence.
+        # The configuration does not say which inputs have a row for each sequence.
         return BatchingPolicy(False, "it serves sequences, and its config.pbtxt does not say max_batch_size", None)
     return BatchingPolicy(True if config.HasField("dynamic_batching") else None, "", None)

@@ -1,4 +1,4 @@
-"""`config.pbtxt`: how a model is to be served, as Triton's repositories say it."""
+"""Reads `config.pbtxt`, the configuration of a model in Triton's format."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
 SEMANTIC_EMBEDDING = "ringmesh_semantic_embedding"
 CACHE_TTL = "ringmesh_cache_ttl_seconds"
 CACHE_STALE = "ringmesh_cache_stale_seconds"
-# Parameters that are ours; each is "true" or "false".
+# Ringmesh's own parameters with the value "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
 _OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE}
-# Of a time to live: 30 years.
+# The longest time to live: about 30 years.
 _MAX_SECONDS = 10**9
 
 _PLATFORMS = ("", "onnxruntime_onnx", "ensemble")
 _BACKENDS = ("", "onnxruntime")
 
-# Of a model's `parameters`, those that execution.py reads.
+# The entries of a model's `parameters` that execution.py reads.
 _OF_EXECUTION = frozenset(
     {
         "intra_op_thread_count",
@@ -47,8 +47,8 @@ _OF_EXECUTION = frozenset(
     }
 )
 
-# Fields that change how a model is served here, or what callers are told of it, by path. A message that is listed
-# stands for all of its fields. Any other field that is set is reported at load.
+# Paths of the fields that change how a model is served here, or what is reported to callers. A message that is listed
+# stands for all of its fields. Any other field that is set is logged at load.
 _ACTED_ON = frozenset(
     {
         *("name", "platform", "backend", "version_policy", "max_batch_size", "default_model_filename"),
@@ -75,7 +75,7 @@ _ACTED_ON = frozenset(
         "response_cache",
     }
 )
-# Messages of which some fields are acted on.
+# Messages with at least one field in _ACTED_ON.
 _NESTED = frozenset(path[:end] for path in _ACTED_ON for end, letter in enumerate(path) if letter == ".")
 
 
@@ -87,7 +87,7 @@ NOTHING = ModelConfig()
 
 
 def parse(text: str, source: str, name: str) -> ModelConfig:
-    """Reads protobuf text, or the JSON of a load request. Raises ConfigError with what is wrong and where."""
+    """Reads protobuf text, or the JSON of a load request. Raises ConfigError with the fault and its place."""
     message = ModelConfig()
     text = text.removeprefix("\N{BYTE ORDER MARK}")
     try:
@@ -102,7 +102,7 @@ def parse(text: str, source: str, name: str) -> ModelConfig:
 
 
 def read(path: Path, name: str) -> ModelConfig:
-    """The configuration of model `name`; NOTHING where there is no such file. Raises ConfigError."""
+    """The configuration of model `name`; NOTHING if there is no such file. Raises ConfigError."""
     if not path.is_file():
         return NOTHING
     try:
@@ -113,20 +113,20 @@ def read(path: Path, name: str) -> ModelConfig:
 
 
 def ignored_fields(config: ModelConfig) -> list[str]:
-    """Paths of the fields that are set and change nothing here, each once."""
-    # Some parameters are the owner's own, and told by ModelConfig; they may as well be misspelt.
+    """The paths of the fields that are set but have no effect here, each once."""
+    # An unknown parameter may be the owner's own, which ModelConfig reports, or it may be misspelt.
     known = _OURS | _OF_EXECUTION
     parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in known]
     return [*dict.fromkeys(_ignored(config, "")), *parameters]
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
-    """What the parameter `flag` says; None where it is not given."""
+    """The value of the parameter `flag`; None if it is not given."""
     return config.parameters[flag].string_value == "true" if flag in config.parameters else None
 
 
 def semantic_threshold(config: ModelConfig) -> float:
-    """The cosine from which vectors are taken for the same; 0 where none is set, -1 where it is no number."""
+    """The cosine from which vectors count as equal; 0 if none is set, -1 if the value is not a number."""
     if SEMANTIC_THRESHOLD not in config.parameters:
         return 0.0
     try:
@@ -136,7 +136,7 @@ def semantic_threshold(config: ModelConfig) -> float:
 
 
 def milliseconds(config: ModelConfig, parameter: str) -> int:
-    """What the parameter says in seconds; 0 where it is not given, -1 where it is no number from 0 to _MAX_SECONDS."""
+    """A parameter in seconds, as milliseconds; 0 if it is not given, -1 if it is not above 0 and up to _MAX_SECONDS."""
     if parameter not in config.parameters:
         return 0
     try:
@@ -147,10 +147,10 @@ def milliseconds(config: ModelConfig, parameter: str) -> int:
 
 
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
-    """How requests form batches; those of sequences do it as others do.
+    """How requests form batches, whether they belong to sequences or not.
 
-    The direct strategy waits only where it has a minimum_slot_utilization, as in Triton; any of them stands for a full
-    batch here.
+    As in Triton, the direct strategy waits only if minimum_slot_utilization is set. Here every such value stands for a
+    full batch.
     """
     sequences = config.sequence_batching
     if sequences.HasField("oldest"):
@@ -166,7 +166,7 @@ def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
 
 
 def limits_queue(batching: config_pb2.ModelDynamicBatching) -> bool:
-    """Whether a request may fail while others run, because it was queued for too long or the queue is full."""
+    """Whether a request may fail because the queue is full or the request was queued for too long."""
     reject = config_pb2.ModelQueuePolicy.REJECT
     return any(
         policy.max_queue_size
@@ -176,7 +176,7 @@ def limits_queue(batching: config_pb2.ModelDynamicBatching) -> bool:
 
 
 def wanted_versions(config: ModelConfig, versions: Iterable[int]) -> list[int]:
-    """Which of the versions on disk to serve: the latest, where no policy says otherwise."""
+    """The versions on disk that the policy selects; the latest if there is no policy."""
     ordered = sorted(versions)
     policy = config.version_policy
     kind = policy.WhichOneof("policy_choice")

@@ -1,4 +1,4 @@
-"""What a configuration may say: the rules of Triton's ValidateModelConfig, and a range for every number acted on."""
+"""Validates configurations: the rules of Triton's ValidateModelConfig, and a range for every number in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 MAX_INSTANCES = 1024
 # 7 days.
 MAX_MICROSECONDS = 7 * 24 * 3600 * 10**6
-# Of one input of a warm-up.
+# Limit for one input of a warm-up.
 MAX_WARMUP_ELEMENTS = 1 << 28
 
 _TIME = (0, MAX_MICROSECONDS)
@@ -59,7 +59,7 @@ SIZES = frozenset(
 
 
 def faults(config: config_pb2.ModelConfig) -> Iterator[str]:
-    """What is wrong, each as a sentence that names the field, its value and what it may be."""
+    """The faults of a configuration. Each is a sentence that names the field, its value and the allowed values."""
     for path, field, value in _scalars(config, ""):
         if field.enum_type is not None:
             if value not in field.enum_type.values_by_number:
@@ -171,12 +171,12 @@ def _of_ensemble(config: config_pb2.ModelConfig) -> Iterator[str]:
 
 
 def instances(config: config_pb2.ModelConfig) -> int:
-    """Runs side by side, over all groups."""
+    """The number of instances, that is, of concurrent runs, over all groups."""
     return sum((group.count or 1) * (len(group.gpus) or 1) for group in config.instance_group) or 1
 
 
 def _scalars(message: Message, prefix: str) -> Iterator[tuple[str, FieldDescriptor, Any]]:
-    """Every number, text and flag that is set, with its path; keys of maps, and indices, are not in the path."""
+    """Every scalar field that is set, with its path. Paths contain no map keys and no indices."""
     for field, value in message.ListFields():
         path = prefix + field.name
         if field.message_type is None:

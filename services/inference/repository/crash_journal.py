@@ -1,8 +1,8 @@
-"""Which models were at work when this worker last died, so that one that kills it again and again is left out.
+"""Records the models that are running when this worker crashes, to quarantine a model that crashes it repeatedly.
 
-A model at work has a mark in a mapped file, which outlives the process however it ends. At the next start the marks
-tell who may have done it. Where several were at work, all are suspects, and suspects run one at a time; so the next
-crash has one culprit.
+A running model has a mark in a mapped file, which outlives the process however it ends. At the next start the marks
+show the possible causes. If several models were running, all are suspects. Suspects run one at a time, so the next
+crash has a single culprit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# So many crashes, none further than this from the next, and a model is quarantined.
+# A model is quarantined after CRASHES crashes with at most WINDOW_SECONDS between consecutive ones.
 CRASHES = 3
 WINDOW_SECONDS = 600.0
 
 _RECORDS = 1024
-# Digest of the files, at work, suspect, crashes, a CRC of all but the mark, time of the last crash; without a digest it
-# is free.
+# Digest of the files, running (the mark), suspect, crashes, CRC of all but the mark, time of the last crash. A record
+# without a digest is free.
 _RECORD = struct.Struct("<16sBBHId")
 _AT_WORK = 16
 
@@ -43,7 +43,7 @@ class _Record:
 
 
 class Watch:
-    """Marks a model as at work, from any thread: `with watch: run()`. A suspect should run under `turn`."""
+    """Marks a model as running, from any thread: `with watch: run()`. Suspects should run under `turn`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Watch:
 
     @property
     def suspect(self) -> bool:
-        """Whether it may have killed this worker."""
+        """Whether the model may have crashed this worker."""
         return self._suspect_until > 0 and self._clock() < self._suspect_until
 
     def __enter__(self) -> None:
@@ -84,10 +84,10 @@ UNWATCHED = Watch()
 
 
 class CrashJournal:
-    """The journal of one worker at `path`. Digests are of a model's files, so that changed files are another model."""
+    """The journal of one worker at `path`. A digest covers a model's files, so changed files count as another model."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """Raises OSError where the file cannot be made, or is another worker's."""
+        """Raises OSError if the file cannot be created, or another worker uses it."""
         self._path = path
         self._clock = clock
         self._lock = threading.Lock()
@@ -97,13 +97,13 @@ class CrashJournal:
         self._file = path.open("a+b")
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._file.truncate(_RECORDS * _RECORD.size)
-        # A write to a page that the disk has no room for would kill the process.
+        # Allocates all blocks: a write to a mapped page without disk space would kill the process.
         os.posix_fallocate(self._file.fileno(), 0, _RECORDS * _RECORD.size)
         self._map = mmap.mmap(self._file.fileno(), _RECORDS * _RECORD.size)
         self._blame()
 
     def watch(self, digest: bytes) -> Watch:
-        """Of a model that is about to be loaded; the same for as long as this worker lives."""
+        """The watch of a model that is about to be loaded. It stays the same while this worker lives."""
         with self._lock:
             if digest not in self._watches:
                 self._watches[digest] = self._new_watch(digest)
@@ -126,7 +126,7 @@ class CrashJournal:
         return Watch(self._map, place * _RECORD.size + _AT_WORK, suspect_until, self._clock, self._turn)
 
     def quarantine(self, digest: bytes) -> str:
-        """Why the model is not to be loaded; "" where it may be."""
+        """Why the model must not be loaded; "" if it may be."""
         for _, record in self._records():
             if record.digest == digest and record.crashes >= CRASHES:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.last))
@@ -137,20 +137,20 @@ class CrashJournal:
         return ""
 
     def pardon(self, digest: bytes) -> None:
-        """Gives a model another chance."""
+        """Ends the quarantine of a model and clears its crashes."""
         with self._lock:
             for place, record in self._records():
                 if record.digest == digest and record.crashes:
                     self._write(place, _Record(digest, 0, 0, 0, 0.0))
 
     def close(self) -> None:
-        """At the end, with no model at work. What there is to remember stays."""
+        """Closes the journal when no model runs. The file stays if it has suspects."""
         if not any(record.suspect for _, record in self._records()):
             self._path.unlink(missing_ok=True)
         self._file.close()
 
     def _blame(self) -> None:
-        """Reads the marks of the life before. A culprit is a suspect too: it runs alone."""
+        """Evaluates the marks that the previous process left. A culprit is also a suspect, so it runs alone."""
         now = self._clock()
         if damaged := [place for place in range(_RECORDS) if not self._is_whole(place)]:
             log.warning("%d records of the crash journal %s are damaged, and forgotten", len(damaged), self._path)
@@ -173,7 +173,7 @@ class CrashJournal:
             log.warning("the last run of this worker ended with %d models at work", len(at_work))
         if any(self._read(place).crashes >= CRASHES for place in at_work):
             for place, record in self._records():
-                if not record.crashes:  # they were beside it
+                if not record.crashes:  # it ran beside the culprit
                     self._write(place, replace(record, suspect=0, last=0.0))
 
     def _records(self) -> Iterator[tuple[int, _Record]]:

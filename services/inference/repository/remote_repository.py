@@ -1,8 +1,8 @@
 """A model repository in a bucket or behind a web server, cached on disk by content.
 
-    <cache>/objects/<key>     files, each under what names its content
-    <cache>/models/<key>/<model>/...   the files of a model as they were once, as hard links: never changed, only made
-    <cache>/partial/          downloads under way; they become objects when they are whole
+    <cache>/objects/<key>     files, each named by its content
+    <cache>/models/<key>/<model>/...   the files of a model at one time, as hard links; never changed once made
+    <cache>/partial/          downloads in progress; a complete download becomes an object
 
 Workers of one host may share the folder.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 SCHEMES = ("s3", "gs", "https")
-# What `sha256sum` prints of every file: web servers have no listing that all agree on.
+# The output of `sha256sum` for every file, because web servers have no common format for listings.
 INDEX = "SHA256SUMS"
 
 _KEPT_SECONDS = 7 * 24 * 3600
@@ -49,7 +49,7 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """A file of the repository, its content named by `etag` or `sha256`. `size`: -1 where the listing does not tell."""
+    """A file of the repository. `etag` or `sha256` identifies its content. `size`: -1 if the listing does not say."""
 
     path: PurePosixPath
     size: int
@@ -57,17 +57,17 @@ class _Object:
     sha256: str = ""
 
     def key(self, url: str) -> str:
-        """Names the content: an etag says something only together with where it was found."""
+        """Identifies the content. An etag is unique only together with URL and path."""
         return self.sha256 or blake3(f"{url}\n{self.path}\n{self.etag}\n{self.size}".encode()).hexdigest(32)
 
 
 class RemoteRepository:
-    """The models under an `s3://`, `gs://` or `https://` URL. What it returns and raises is as of a Directory."""
+    """The models under an `s3://`, `gs://` or `https://` URL. Implements ModelSource, as Directory does."""
 
     private = True
 
     def __init__(self, url: str, cache: Path) -> None:
-        """Raises RepositoryError where the URL is wrong, the extra is not installed or the cache cannot be written."""
+        """Raises RepositoryError if the URL is invalid, the extra is not installed or the cache cannot be written."""
         self._url = url.rstrip("/")
         self._cache = cache
         self._store = _connect(url)
@@ -77,14 +77,14 @@ class RemoteRepository:
         self._prune()
 
     def names(self) -> list[str]:
-        """The models. Raises RepositoryError where there is none."""
+        """The names of the models. Raises RepositoryError if there are none."""
         found = sorted(self._listing())
         if not found:
             raise RepositoryError(f"no model in {self._url}: it should hold <model>/<version>/{MODEL_FILE}")
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size and content of every file, by model; {} where the repository cannot be read."""
+        """Path, size and content id of every file, by model; {} if the repository cannot be read."""
         try:
             return {
                 name: frozenset((str(found.path), found.size, found.etag or found.sha256) for found in objects)
@@ -94,7 +94,7 @@ class RemoteRepository:
             return {}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
-        """Downloads what is not in the cache of the versions that the model's policy wants."""
+        """Downloads the versions that the model's policy selects, unless they are in the cache."""
         objects = self._listing(name).get(name, []) if repository.is_name(name) else []
         if not objects:
             raise NoSuchModelError(f"no model {name!r} in {self._url}")
@@ -109,7 +109,7 @@ class RemoteRepository:
         return made
 
     def _wanted(self, name: str, objects: list[_Object], override: ModelConfig | None) -> list[_Object]:
-        """Without the versions that are not to be served: they may be many, and large."""
+        """The objects without those of versions that are not served, which may be many and large."""
         path = PurePosixPath(name, CONFIG_FILE)
         configured = override
         if configured is None:
@@ -131,7 +131,7 @@ class RemoteRepository:
             Path(partial, "model").rename(made)
 
     def _download(self, found: _Object) -> Path:
-        """The object in the cache; what is there is whole."""
+        """The path of an object in the cache, downloaded if needed. Cached objects are always complete."""
         target = self._cache / "objects" / found.key(self._url)
         if target.exists():
             os.utime(target)
@@ -157,11 +157,11 @@ class RemoteRepository:
                 yield memoryview(chunk)
 
     def _listing(self, name: str | None = None) -> dict[str, list[_Object]]:
-        """The files of one model, or of every one."""
+        """The files of one model, or of all models, by model."""
         listed = self._indexed() if self._url.startswith("https:") else self._listed(name)
         models: dict[str, list[_Object]] = {}
         for found in listed:
-            # A folder has no entry of its own, and what lies beside the models is not one.
+            # Skips files outside of model folders. Folders have no entries of their own.
             if len(found.path.parts) > 1 and repository.is_name(found.path.parts[0]):
                 models.setdefault(found.path.parts[0], []).append(found)
         return models
@@ -184,7 +184,7 @@ class RemoteRepository:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One worker of the host at a time: the others then find what it fetched."""
+        """Admits one worker of the host at a time. The others then find its downloads in the cache."""
         with self._full_disk(), (self._cache / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -199,7 +199,7 @@ class RemoteRepository:
             ) from None
 
     def _prune(self) -> None:
-        """What no worker used for a week, and what killed ones left."""
+        """Removes files that no worker has used for a week, and the leftovers of killed workers."""
         with self._locked():
             for path in _old((self._cache / "partial").iterdir(), 24 * 3600):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -219,7 +219,7 @@ def _is_of_version(found: _Object) -> bool:
 
 
 def _path(text: str, where: str) -> PurePosixPath:
-    """Raises RepositoryError where it would leave its folder."""
+    """Parses a path. Raises RepositoryError if it would leave the repository."""
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text or not path.parts:
         raise RepositoryError(f"{where} lists {text!r}; a path lies under the repository")
@@ -235,10 +235,10 @@ def _connect(url: str) -> ObjectStore:
         ) from None
     client: ClientConfig = {
         "connect_timeout": "5s",
-        # A large model takes long; what counts is that bytes keep coming.
+        # A large model takes long to download, so only a stall is an error.
         "read_timeout": "30s",
         "timeout": "1day",
-        # Only where AWS_ENDPOINT_URL and the like say http://.
+        # Takes effect only if a variable such as AWS_ENDPOINT_URL has an http:// URL.
         "allow_http": not url.startswith("https:"),
     }
     retry: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
@@ -249,7 +249,7 @@ def _connect(url: str) -> ObjectStore:
 
 @contextmanager
 def _told(where: str) -> Iterator[None]:
-    """Errors of the library as one line."""
+    """Maps errors of the library to RepositoryUnavailableError with a message of one line."""
     import obstore.exceptions
 
     try:
@@ -261,7 +261,10 @@ def _told(where: str) -> Iterator[None]:
 
 
 def _raise(where: str, text: str) -> NoReturn:
-    """The library tells the request, then the cause; what was behind it stands in S3's XML, or in the debug part."""
+    """Raises RepositoryUnavailableError with a short cause.
+
+    The library's text has the request, then the cause. Details are in S3's XML or in the debug part.
+    """
     first, _, debug = text.partition("\n\nDebug source:")
     cause = re.sub(r"(?s)^.* in [0-9.]+\S?s(, after [^-]*)? - (Server returned non-2xx status code: )?", "", first)
     cause = cause.partition("\n")[0].partition(": <")[0]

@@ -25,15 +25,15 @@ MODEL_FILE = "model.onnx"
 CONFIG_FILE = "config.pbtxt"
 # The version's folder in a snapshot.
 VERSION = "version"
-# Folders of a model beside its versions; Triton chooses among several configurations in the last.
+# Folders of a model that are not versions. Triton can select a configuration from the last one.
 _NO_VERSIONS = ("initial_state", "warmup", "configs")
 
 _CHUNK_BYTES = 4 << 20
-# Of a file, in bytes, on the file systems of Linux.
+# The longest file name on Linux file systems, in bytes.
 _LONGEST_NAME = 255
 _MAX_LABEL_BYTES = 16 << 20
 
-# Every file of a model: its path, its size, and what is another when its content is.
+# Path, size and a content id of every file of a model. The id changes if the content changes.
 Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
 
 
@@ -42,20 +42,20 @@ class RepositoryError(Exception):
 
 
 class NoSuchModelError(RepositoryError):
-    """It has no model of that name."""
+    """The repository has no model of that name."""
 
 
 class RepositoryUnavailableError(RepositoryError):
-    """It cannot be read now, and may be later."""
+    """The repository cannot be read now, but may be readable later."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """One version of a model on disk, with the `warmup` and `initial_state` folders beside it.
 
-    `origin` is its folder in the repository, for messages; `folder` is where it is read from. `content`: 32 bytes over
-    all files, b"" until `hashed`. `private`: nobody but this installation writes the files, and never in place.
-    `labels`: of the classes of each output that has a label_filename, as they were read then.
+    `origin`: its folder in the repository, for messages. `folder`: the folder that is read. `content`: a hash of 32
+    bytes over all files, b"" until `hashed`. `private`: only this installation writes the files, and never in place.
+    `labels`: class labels of each output with a label_filename, as read when the model was found.
     """
 
     name: str
@@ -69,18 +69,18 @@ class ModelFiles:
 
     @property
     def model(self) -> Path:
-        """The ONNX file; what it keeps outside lies beside it."""
+        """The ONNX file. Its external data is in the same folder."""
         return self.folder / _model_file(self.config)
 
     def size(self) -> int:
-        """Bytes of all files of the version."""
+        """Total bytes of all files of the version."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def parts(self) -> Iterator[tuple[str, BinaryIO]]:
-        """The files, each open for reading, under its name in a snapshot; in the order of these names.
+        """The files, open for reading, each with its name in a snapshot; in the order of these names.
 
-        What ONNX Runtime would not read is left out: what is no regular file, and links out of the version's folder,
-        unless it is the model file that is linked. Raises OSError.
+        Files that ONNX Runtime would not read are left out: files that are not regular, and links out of the version's
+        folder except for the model file. Raises OSError.
         """
         for part, folder in (
             ("initial_state", self.folder.parent / "initial_state"),
@@ -91,15 +91,15 @@ class ModelFiles:
             found = os.walk(folder, onerror=_raise_unless_missing)
             for path in sorted(Path(at, name) for at, _, names in found for name in names):
                 with _open(path) as file:
-                    # Of the file that was opened: a link may be another a moment later.
+                    # Checks the path of the opened file, because a link may change at any moment.
                     if file is not None and (path == self.model or opened_path(file).is_relative_to(within)):
                         yield f"{part}/{path.relative_to(folder)}", file
 
     def hashed(self) -> ModelFiles:
-        """With `content`. Raises OSError."""
+        """A copy with `content` set. Raises OSError."""
         hasher = blake3()
         for name, file in self.parts():
-            # By reading: a file that is truncated while it is mapped kills the process.
+            # Reads instead of mapping: a mapped file that is truncated kills the process.
             content = blake3()
             while chunk := file.read(_CHUNK_BYTES):
                 content.update(chunk)
@@ -107,7 +107,7 @@ class ModelFiles:
         return replace(self, content=hasher.digest())
 
     def digest(self, provider: str) -> bytes:
-        """16 bytes over name, version, content, labels, the config, and the execution provider."""
+        """A hash of 16 bytes over name, version, content, labels, configuration and execution provider."""
         content = self.content or self.hashed().content
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
@@ -118,15 +118,15 @@ class ModelFiles:
 
 
 def opened_path(file: BinaryIO) -> Path:
-    """Where the file is that was opened, without links."""
+    """The path of an open file, without links."""
     return Path(f"/proc/self/fd/{file.fileno()}").readlink()
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO | None]:
-    """None where it is no regular file, or a link to nothing."""
+    """Opens a file; None if it is not a regular file, or a broken link."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # the latter for a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK in case it is a pipe
     except FileNotFoundError:
         yield None
         return
@@ -135,7 +135,7 @@ def _open(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def data_file(folder: Path, name: str) -> bytes:
-    """The content of a file that the configuration names. Raises ConfigError, also where it is not of that folder."""
+    """The content of a file that the configuration names. Raises ConfigError, also if it is outside of `folder`."""
     if not is_file_name(name):
         raise ConfigError(f"names {name!r}; it should be a file of the folder {folder.name}")
     try:
@@ -150,40 +150,40 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 def is_name(name: str) -> bool:
-    """Whether it can be the name of a model, which is that of a folder."""
+    """Whether `name` can be the name of a model, which is a folder's name."""
     return not name.startswith(".") and name.isprintable() and is_file_name(name)
 
 
 def is_file_name(name: str) -> bool:
-    """Whether it names a file of a folder, and nothing outside."""
+    """Whether `name` is a file name without a path, so that it cannot leave its folder."""
     return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and len(name.encode()) <= _LONGEST_NAME
 
 
 def is_version(name: str) -> bool:
-    """Whether it can name a version's folder: from 1, below 10^18 and, as in Triton, without leading zeros."""
+    """Whether `name` can name a version's folder: from 1, below 10^18 and, as in Triton, without leading zeros."""
     return re.fullmatch("[1-9][0-9]{0,17}", name) is not None
 
 
 class ModelSource(Protocol):
-    """Where models come from. Its methods may take long. `private`: what it fetches is never written to again."""
+    """A source of models. Its methods may block for long. `private`: fetched files are never written to again."""
 
     private: bool
 
     def names(self) -> list[str]:
-        """The models. Raises RepositoryError where there is none."""
+        """The names of the models. Raises RepositoryError if there are none."""
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """What the models are made of; {} where it cannot be read."""
+        """The fingerprint of each model; {} if the source cannot be read."""
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
-        """A folder that holds the model as it is now; `override` takes the place of its config.pbtxt.
+        """A repository folder that holds the current files of the model. `override` replaces its config.pbtxt.
 
         Raises RepositoryError or ConfigError.
         """
 
 
 class Directory:
-    """A repository in a folder of this machine, where anybody may change the files in place."""
+    """A repository in a folder of this machine. Its files may be changed in place."""
 
     private = False
 
@@ -191,7 +191,7 @@ class Directory:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """Its folders. Raises RepositoryError where there is none."""
+        """The names of its folders. Raises RepositoryError if there are none."""
         folder = self._folder
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
@@ -204,31 +204,32 @@ class Directory:
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size, time of change and inode of every file, by model; {} where it cannot be read."""
+        """Path, size, modification time and inode of every file, by model; {} if the folder cannot be read."""
         try:
             return {name: _fingerprint(self._folder / name) for name in self.names()}
         except RepositoryError:
             return {}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
-        """The folder itself."""
+        """The folder of the repository."""
         return self._folder
 
 
 def _fingerprint(folder: Path) -> Fingerprint:
-    """Of a model's files. Its folders may be links; links within those are not followed, as in `ModelFiles.parts`."""
+    """The fingerprint of a model. Its folders may be links. As in `ModelFiles.parts`, links inside them are not
+    followed."""
     found: set[tuple[str, int, int | str]] = set()
     try:
         for top in folder.iterdir():
             walked = os.walk(top, onerror=_raise_unless_missing) if top.is_dir() else ()
             for path in (top, *(Path(at, name) for at, _, names in walked for name in names)):
-                # It may be gone by now, as temporary files are.
+                # The file may be gone by now, for example a temporary file.
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     if stat.S_ISREG(status.st_mode):
                         found.add((str(path), status.st_size, f"{status.st_mtime_ns} {status.st_ino}"))
     except OSError as error:
-        # Never twice the same, so it does not settle until it can be read.
+        # Different at every call, so no two polls agree until the folder can be read.
         return frozenset({(str(error), 0, time.monotonic_ns())})
     return frozenset(found)
 
@@ -236,9 +237,9 @@ def _fingerprint(folder: Path) -> Fingerprint:
 def versions(
     repository: Path, name: str, override: ModelConfig | None = None, *, private: bool = False
 ) -> list[ModelFiles]:
-    """The versions of a model that its policy wants, oldest first. Raises RepositoryError where there is none.
+    """The versions of a model that its policy selects, oldest first. Raises RepositoryError if there are none.
 
-    `override` takes the place of its config.pbtxt.
+    `override` replaces its config.pbtxt.
     """
     folder = repository / name
     if not (is_name(name) and folder.is_dir()):
@@ -285,14 +286,14 @@ def versions(
 
 
 def _why_no_version(folder: Path, file: str) -> str:
-    """Why a folder of a model is not one of its versions, which hold `file`; "" if it is."""
+    """Why a folder of a model is not one of its versions; "" if it is. A version holds `file`."""
     if not is_version(folder.name):
         return "a version is a whole number from 1 to 18 digits, without leading zeros"
     return f"it has no {file}" if file and not (folder / file).is_file() else ""
 
 
 def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
-    """The lines of a label file, which lies in the model's folder. Raises ConfigError."""
+    """The lines of a label file in the model's folder. Raises ConfigError."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):

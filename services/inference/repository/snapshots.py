@@ -1,11 +1,11 @@
-"""Private copies of model versions, which ONNX Runtime maps while the repository's own files may change.
+"""Private copies of model versions. ONNX Runtime maps the copies, while the files in the repository may change.
 
-    <folder>/<content>/files/version, warmup, initial_state    a snapshot, named by what is in it
-    <folder>/<content>/partial                                 one that is being made
+    <folder>/<content>/files/version, warmup, initial_state    a snapshot, named by its content hash
+    <folder>/<content>/partial                                 a snapshot that is being made
     <folder>/request-<random>                                  files of a load request, until a snapshot has them
 
-Workers of one host may share the folder. Whoever uses an entry holds a shared lock on it (flock), which ends with the
-process however that ends; an entry that nobody has locked is removed by whoever comes across it.
+Workers of one host may share the folder. A process that uses an entry holds a shared lock on it (flock), which the
+kernel releases when the process ends. Any worker may remove an entry that is not locked.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 _FICLONE = 0x40049409  # linux/fs.h: the copy shares blocks until one of the two is written
 _COPY_BYTES = 4 << 20
-# How often a worker looks whether another has made the snapshot that it needs too.
+# How often a worker checks whether another has finished the snapshot that both need.
 _COPIED_ELSEWHERE_SECONDS = 0.02
 
 
 class Entry:
-    """A folder that stays there until `close`."""
+    """A folder that is not removed before `close`."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         self.folder = folder
         self._lock = lock
 
     def close(self) -> None:
-        """Releases the folder, and removes it if nobody else uses it. May take long."""
+        """Releases the folder, and removes it if it is unused. May block for long."""
         self._unlock()
         with suppress(OSError):
             _remove_unused(self.folder)
@@ -62,7 +62,7 @@ class Entry:
 
 
 class Snapshot(Entry):
-    """`files` as they are in the snapshot."""
+    """A snapshot of a model version. `files`: the files in the snapshot."""
 
     def __init__(self, folder: Path, lock: int, files: ModelFiles) -> None:
         super().__init__(folder, lock)
@@ -70,18 +70,17 @@ class Snapshot(Entry):
 
 
 class Snapshots:
-    """The snapshots in a folder. Methods read and write files, so they take long."""
+    """The snapshots in a folder. Methods read and write files, so they may block for long."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError where the folder cannot be made."""
+        """Raises OSError if the folder cannot be created."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
 
     def take(self, files: ModelFiles) -> Snapshot:
-        """A snapshot of exactly `files.content`; one that is there already is used.
+        """A snapshot with exactly `files.content`. An existing one is used if there is one.
 
-        Raises RepositoryError where the files are others by now, and RepositoryUnavailableError where they cannot be
-        copied.
+        Raises RepositoryError if the files have changed, and RepositoryUnavailableError if they cannot be copied.
         """
         entry = self._folder / files.content.hex()
         try:
@@ -101,7 +100,7 @@ class Snapshots:
         raise RepositoryError(f"cannot load {files.origin}: its files changed meanwhile; load it again")
 
     def sweep(self) -> None:
-        """Removes what processes left that are gone."""
+        """Removes the entries of processes that have ended."""
         for entry in self._folder.iterdir():
             try:
                 _remove_unused(entry)
@@ -109,19 +108,19 @@ class Snapshots:
                 log.warning("cannot remove %s: %s", entry, error.strerror)
 
     def scratch(self) -> Entry:
-        """A folder for files that are to become a snapshot. Raises OSError."""
+        """A folder for files from which a snapshot will be made. Raises OSError."""
         folder = Path(tempfile.mkdtemp(prefix="request-", dir=self._folder))
         return Entry(folder, _lock(folder, fcntl.LOCK_SH))
 
     def _use(self, entry: Path, files: ModelFiles) -> int:
-        """A shared lock on the entry, with the files in it."""
+        """Takes a shared lock on the entry, and copies the files into it if they are not there."""
         while True:
             lock = _lock(entry, fcntl.LOCK_SH)
             if (entry / "files").is_dir():
                 return lock
             os.close(lock)
             try:
-                # Without waiting for the lock: whoever copies the files keeps a shared one while it serves them.
+                # Does not wait for the lock: the worker that copies the files keeps a shared lock while it serves them.
                 lock = _lock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(random.uniform(0.5, 1.5) * _COPIED_ELSEWHERE_SECONDS)
@@ -147,7 +146,7 @@ def _make(entry: Path, files: ModelFiles) -> None:
 
 
 def _link(file: BinaryIO, target: Path) -> bool:
-    """Whether the file system could: both names are for the same bytes then."""
+    """Makes a hard link to the file; returns whether the file system could."""
     try:
         target.hardlink_to(opened_path(file))
     except OSError:
@@ -166,14 +165,14 @@ def _copy(file: BinaryIO, target: Path) -> None:
 
 
 def _lock(entry: Path, kind: int) -> int:
-    """A descriptor that holds the lock. Waits for it, but for LOCK_NB; makes the entry where there is none."""
+    """A descriptor that holds the lock. Waits for the lock unless LOCK_NB is set. Creates a missing entry."""
     while True:
         entry.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, kind)
-                # It may have been removed, and made again, before the lock was there.
+                # The entry may have been removed and made again before the lock was taken.
                 if os.path.samestat(os.fstat(lock), entry.stat()):
                     return lock
             except BaseException:
@@ -183,7 +182,7 @@ def _lock(entry: Path, kind: int) -> int:
 
 
 def _remove_unused(entry: Path) -> None:
-    """Raises OSError where that fails."""
+    """Removes an entry that no process uses. Raises OSError."""
     lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Dynamic batching: what waits while a batch runs is the next batch."""
+"""Dynamic batching: requests that wait while a batch runs form the next batch."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -23,22 +23,22 @@ from services.inference.scheduling.returning_callers import ReturningCallers
 from services.runtime.errors import DeadlineExceededError, InternalError, UnavailableError
 
 MAX_MEMBERS = 16
-# Where a batch makes rows dearer, requests share a turn of an instance, no longer than this, and not a run.
+# If batches cost more per row than single runs, an instance takes requests for up to this time and runs each alone.
 APART_NS = 25_000_000
-# One turn in so many goes the other way, so that what is known of it stays true.
+# One turn in PROBE uses the slower way, so that its measurement stays current.
 PROBE = 32
-# Where running apart takes so much longer, only one in PROBE times PROBE does.
+# If running apart takes at least this many times as long, only one turn in PROBE times PROBE runs apart.
 _NEAR = 1.5
-# Stands for turns that ran apart where else the bits of a run's rows do.
+# Key of turns that ran apart, in place of the bit length of a run's rows.
 _APART_BITS = -1
 _MAX_KINDS = 1024
-# How much a faster run counts, and a slower one: what holds up one of them, such as another process, says little.
+# Weights of a faster and of a slower run in the average. A slow run says little: another process may have delayed it.
 _FASTER, _SLOWER = 0.3, 0.05
 _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 
 
 class BatchResult:
-    """Outputs in the order asked, with the run that made them. Times are of time.time_ns."""
+    """Outputs in the requested order, and the run that made them. Times are of time.time_ns."""
 
     __slots__ = (
         "arrays",
@@ -73,16 +73,16 @@ class BatchResult:
         self.end_ns = end_ns
         self.batch_requests = batch_requests
         self.batch_rows = batch_rows
-        # The first of its batch: one of them speaks for the run as a whole.
+        # Whether it is the first result of its batch. The run is counted with the first result.
         self.first = first
-        # The trace contexts of the first MAX_MEMBERS of them, one after the other.
+        # The concatenated trace contexts of the first MAX_MEMBERS requests of the batch.
         self.members = members
-        # Of an ensemble.
+        # The steps of an ensemble.
         self.steps = steps
 
 
 class StepResult(NamedTuple):
-    """What a step of an ensemble took; `begun_ns` and `ended_ns` of time.time_ns."""
+    """The run of one step of an ensemble. `begun_ns` and `ended_ns` are of time.time_ns."""
 
     model: OnnxModel
     begun_ns: int
@@ -93,12 +93,13 @@ class StepResult(NamedTuple):
 class Batcher:
     """Runs requests for one model, `instances` batches at a time.
 
-    A free instance takes the first in the queue and what waits of its signature, up to the model's `max_batch_rows`; a
-    larger request goes alone. An idle model answers at once, unless `batching` lets the first wait for a batch of a
-    preferred size, or the largest. After a batch of several, what waits goes on waiting for its callers to come back.
-    Where batches are found to make rows dearer, as on a CPU they may, what an instance takes runs one after the other.
+    A free instance takes the first request in the queue and the waiting requests with its signature, up to the model's
+    `max_batch_rows`; a larger request runs alone. An idle model runs a request immediately, unless `batching` lets the
+    first request wait for a batch of a preferred size, or of the largest. After a batch of several requests, the next
+    batch waits for the callers of that batch to return. If batches prove to cost more per row than single runs, which
+    happens on CPUs, the requests that an instance takes run one after the other.
 
-    All of it is the event loop's, but for `run_at_once`.
+    All methods except `is_quick` and `run_at_once` must be called on the event loop.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Batcher:
         watch: Watch = UNWATCHED,
         inline: InlineRuns | None = None,
     ) -> None:
-        """`inline`: None where no run may be made by whoever has the requests."""
+        """`inline`: None if no run may be made on the thread that received the requests."""
         self._model = model
         self._inline_runs = inline
         self._watch = watch
@@ -124,45 +125,52 @@ class Batcher:
         self._queue = RequestQueue(model.name, batching)
         self._batches: set[asyncio.Task[None]] = set()
         self._dispatching = False
-        # What a row takes in ns, by signature and the bits of the run's rows: usually, of late.
+        # Recent average time of a row in ns, by signature and the bit length of the run's number of rows.
         self._row_ns: dict[tuple[Hashable, int], float] = {}
         self._turns = 0
         self._closed = False
         self._at_once = threading.Lock()
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
-        """Raises DeadlineExceededError where the time is up before it runs, ResourceExhaustedError where too many wait.
+        """Runs a request in a batch. If cancelled while it waits, the request does not run.
 
-        Cancelled while it waits, it does not run.
+        Raises DeadlineExceededError if the deadline passes before it runs, and ResourceExhaustedError if the queue is
+        full.
         """
         waiting = self.enqueue(decoded, deadline)
         try:
             result: BatchResult = await waiting.future
         except asyncio.CancelledError:
-            self._queue.cancelled(waiting)
+            self.leave(waiting)
             raise
         return result
 
     def enqueue(self, decoded: Decoded, deadline: float | None) -> Waiting:
-        """As `submit`, whose result comes to the future of what is returned."""
+        """As `submit`, but does not wait: the future of the returned object gets the result."""
         loop = asyncio.get_running_loop()
         waiting = Waiting(decoded, deadline, loop.create_future())
         self._queue.push(waiting)
         if not self._dispatching:
-            # After all that this turn of the loop brings: the requests of an envelope share a run.
+            # Dispatches after the other callbacks of this turn of the loop, so that the requests of an envelope share a
+            # run.
             self._dispatching = True
             loop.call_soon(self._dispatch)
         return waiting
 
-    def withdraw(self, waiting: Waiting) -> bool:
-        """Nobody waits for it any more: if it has not begun to run, it will not; whether that is so."""
-        if waiting.begun or not waiting.future.cancel():
-            return False
+    def leave(self, waiting: Waiting) -> None:
+        """Cancels a request. If it has not begun to run, it does not run."""
+        waiting.future.cancel()
         self._queue.cancelled(waiting)
+
+    def withdraw(self, waiting: Waiting) -> bool:
+        """Cancels a request and its future if it has not begun to run; returns whether it was cancelled."""
+        if waiting.begun or waiting.future.done():
+            return False
+        self.leave(waiting)
         return True
 
     def run_at_once(self, requests: Sequence[Decoded]) -> list[BatchResult | Exception] | None:
-        """On any thread, in one run: nobody waits, and it is known to be quick. None where that is not so."""
+        """Runs `requests` in one run on this thread, which may be any. None if others wait or the run may be slow."""
         first = requests[0]
         inline = self._inline_runs
         if inline is None or self._queue or not self._free or self._max_delay_ns or self._watch.suspect:
@@ -176,7 +184,7 @@ class Batcher:
             return None
         if len(requests) > 1 and not (self._model.batchable and rows <= self._model.max_batch_rows):
             return None
-        # The event loop, which runs what comes by Unix socket, must not wait for another thread's run.
+        # The event loop, which runs the envelopes of the Unix socket, must not wait for a run on another thread.
         if not self._at_once.acquire(blocking=False):
             return None
         try:
@@ -189,16 +197,16 @@ class Batcher:
 
     @property
     def is_quick(self) -> bool:
-        """Whether `run_at_once` may do anything for anybody."""
+        """Whether `run_at_once` may run anything at all."""
         return self._inline_runs is not None and self._inline_runs.is_quick
 
     @property
     def waiting(self) -> int:
-        """Requests that no batch has taken."""
+        """The number of requests that no batch has taken."""
         return sum(not waiting.future.done() for waiting in self._queue)
 
     async def close(self) -> None:
-        """Waits until everything submitted has its answer."""
+        """Waits until all submitted requests are answered."""
         with self._at_once:
             self._closed = True
         self._dispatch()
@@ -213,7 +221,7 @@ class Batcher:
             self._turns += 1
             row_ns = self._apart_ns(first.decoded, min(rows, limit))
             if row_ns:
-                # Half is left, so that no instance waits while what came before is being answered.
+                # Leaves half of the rows, so that no instance idles while the earlier requests are answered.
                 limit = max(1, min(-(-rows // max(2, self._free)), int(APART_NS / row_ns)))
             elif self._waits_for_more(first, rows):
                 break
@@ -228,17 +236,17 @@ class Batcher:
             task.add_done_callback(self._batches.discard)
 
     def _apart_ns(self, first: Decoded, rows: int) -> float:
-        """What a row takes where so many are to run one after the other; 0 where they are to run together."""
+        """The expected time of a row in ns if `rows` are to run one after the other; 0 if they are to run together."""
         signature, smallest = first.signature, first.rows.bit_length()
         known = [self._row_ns.get((signature, bits)) for bits in range(rows.bit_length(), smallest, -1)]
         together = next((row_ns for row_ns in known if row_ns is not None), 0.0)
         apart = self._row_ns.get((signature, _APART_BITS), 0.0)
-        # Until then, what one takes that is alone says whether to try.
+        # Before the first such turn, the time of a single request says whether to try one.
         expected = apart or self._row_ns.get((signature, smallest), 0.0)
         if not together:
             return 0.0
         if not expected:
-            return APART_NS  # one alone
+            return APART_NS  # one request alone, to measure it
         near = expected < _NEAR * together
         if not apart and near:
             return expected
@@ -248,7 +256,7 @@ class Batcher:
         return expected if runs_apart else 0.0
 
     def _waits_for_more(self, first: Waiting, rows: int) -> bool:
-        """Whether the first of so many rows may still wait; then a timer comes back to it."""
+        """Whether the first request may still wait, with `rows` in the queue. If so, a timer dispatches again."""
         until = self._returning.wait_until(rows)
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             until = max(until, first.queued_ns + self._max_delay_ns)
@@ -262,7 +270,7 @@ class Batcher:
         return True
 
     def _limit(self, rows: int) -> int:
-        """The largest preferred size that so many can fill; without any, an even share for each free instance."""
+        """The largest preferred size that `rows` can fill; without any, an equal share per free instance."""
         if not self._preferred and self._free == 1:
             return self._model.max_batch_rows
         if not self._preferred:
@@ -292,7 +300,7 @@ class Batcher:
 
     async def _serve(self, batch: list[Waiting], *, apart: bool) -> None:
         loop = asyncio.get_running_loop()
-        # What they are told where the run itself is cancelled.
+        # The results if the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
         try:
             async with self._watch.turn if self._watch.suspect else nullcontext():
@@ -326,7 +334,7 @@ class Batcher:
         return sum([waiting.decoded.rows for waiting in self._queue])
 
     def _run_apart(self, batch: Sequence[Waiting]) -> list[BatchResult | Exception]:
-        """On a thread: one after the other, those that are still waited for."""
+        """On a thread: runs one after the other the requests that still have a waiting caller."""
         results: list[BatchResult | Exception] = []
         start, rows = time.time_ns(), 0
         for waiting in batch:
@@ -341,7 +349,7 @@ class Batcher:
         return results
 
     def _run(self, requests: Sequence[Decoded], queued_ns: Sequence[int]) -> list[BatchResult | Exception]:
-        """On a thread: joins, runs and splits. A batch that fails is halved, so that one request fails alone."""
+        """On a thread: concatenates, runs and splits. A failed batch is halved, so that a bad request fails alone."""
         start = time.time_ns()
         first = requests[0]
         try:
@@ -363,12 +371,12 @@ class Batcher:
             first_half = self._run(requests[:half], queued_ns[:half])  # compiled: halved at most 64 times
             return first_half + self._run(requests[half:], queued_ns[half:])  # compiled: likewise
         end = time.time_ns()
-        if isinstance(first.signature, tuple):  # another than that of a request that is alone
+        if isinstance(first.signature, tuple):  # a request that cannot share a run has another kind of signature
             self._learn((first.signature, rows.bit_length()), (end - run) / max(1, rows))
             if self._inline_runs is not None:
                 self._inline_runs.ran(first, rows, end - run, cpu, outputs)
         results: list[BatchResult | Exception] = []
-        # Each result carries them, so their number is bounded: else a batch would cost its size squared.
+        # Every result carries the members. Without a bound, the cost would grow with the square of the batch size.
         members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
         row = 0
         for decoded, queued in zip(requests, queued_ns, strict=True):
@@ -381,7 +389,7 @@ class Batcher:
     def _learn(self, kind: tuple[Hashable, int], row_ns: float) -> None:
         known = self._row_ns.get(kind)
         if known is not None and row_ns < known / 2:
-            known = None  # what there was, was a slow start
+            known = None  # the earlier runs were a slow start
         elif known is None and len(self._row_ns) >= _MAX_KINDS:
             self._row_ns.clear()
         if known is not None:

@@ -1,19 +1,19 @@
-"""What this worker has to do, as routers and callers are told."""
+"""The load of this worker, as reported to routers and callers."""
 
 from __future__ import annotations  # compiled by mypyc
 
 import threading
 from collections.abc import Callable
 
-# The mean runs over about so many answers: enough that those of one batch, which come together, even out.
+# The mean covers about this many answers, enough to even out the answers of one batch, which come together.
 _ANSWERS = 64
 
 
 class Load:
-    """Requests taken and not answered, and the mean time between answers while there is work.
+    """The number of requests in flight, and the mean time between answers while there are any.
 
-    By Little's law their product is what a request that comes now will wait, whatever the models, their batches and
-    the cores at work. `clock` in seconds.
+    By Little's law their product is the time that a new request will wait, whatever the models, their batches and the
+    number of cores. `clock`: in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -26,18 +26,18 @@ class Load:
         self._answering = threading.Lock()
 
     def answered_at_once(self, requests: int) -> None:
-        """So many never waited. Told from any thread."""
+        """Counts `requests` that were answered without waiting. May be called on any thread."""
         with self._answering:
             self.answered += requests
 
     def started(self) -> None:
-        """A request was taken."""
+        """Counts a request that was accepted."""
         if not self.requests:
             self._last = self._clock()
         self.requests += 1
 
     def ended(self) -> None:
-        """One was answered, or given up."""
+        """Counts a request that was answered or given up."""
         now = self._clock()
         self.requests -= 1
         self.answered_at_once(1)
@@ -46,12 +46,12 @@ class Load:
         self._last = now
 
     def metrics(self) -> dict[str, float]:
-        """For callers' load balancers."""
+        """The load, for the load balancers of callers."""
         return {"requests": self.requests, "estimated_wait_seconds": self.estimated_wait}
 
     @property
     def estimated_wait(self) -> float:
-        """Seconds. A worker that has stopped answering waits at least as long as it has been silent."""
+        """In seconds. The wait is at least the time since the last answer, in case the worker has stopped answering."""
         if not self.requests:
             return 0.0
         return max(self._interval * self.requests, self._clock() - self._last)

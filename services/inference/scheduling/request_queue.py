@@ -1,4 +1,4 @@
-"""What waits for a model: levels of priority, each a bounded queue with a timeout of its own."""
+"""The queue of a model: priority levels, each a bounded queue with its own timeout."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -16,14 +16,14 @@ from services.inference.codec.request import Decoded
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError
 
 MAX_QUEUE = 4096
-# uvloop counts in milliseconds, so a timer may fire that much early; it is then set again, for at least this long.
+# uvloop counts in milliseconds, so a timer may fire up to one early. It is then set again, for at least this time.
 _LEAST_SECONDS = 0.001
-# Stale entries that the heap may hold in addition to as many as there are current ones.
+# The heap may hold as many stale entries as current ones, plus this many.
 _LEFT_BEHIND = 64
 
 
 class Waiting:
-    """A request in the queue; `deadline` and `times_out` in time.monotonic, `queued_ns` in time.time_ns."""
+    """A request in the queue. `deadline` and `times_out`: in time.monotonic. `queued_ns`: in time.time_ns."""
 
     __slots__ = ("begun", "deadline", "decoded", "delayed", "future", "level", "queued_ns", "times_out", "watch")
 
@@ -33,22 +33,22 @@ class Waiting:
         self.future = future
         self.queued_ns = time.time_ns()
         self.level: _Level | None = None
-        # Infinite without a queue timeout, and once a level that delays has seen to it.
+        # Infinite without a queue timeout, and after the level has delayed the request.
         self.times_out = math.inf
         self.delayed = False
-        # It runs.
+        # Whether it has begun to run.
         self.begun = False
-        # Its number in the heap of what has a time; 0: none.
+        # Its number in the queue's heap of deadlines and timeouts; 0: it is not there.
         self.watch = 0
 
 
 class RequestQueue:
-    """Hands out the oldest request of the highest priority, level 1, whose time is not up.
+    """Hands out the oldest request of the highest priority level that has not timed out. Level 1 is the highest.
 
-    A request of priority 0 goes to the default level. One that has waited longer than its level's timeout fails, or,
-    where the level delays, comes after all of its level that have not. One whose deadline passes fails. Both happen
-    when the time is up, whatever runs, and free its place. Policies are those of Triton's ModelDynamicBatching; a level
-    without a max_queue_size holds MAX_QUEUE.
+    A request of priority 0 goes to the default level. A request that waits longer than its level's timeout fails; if
+    the level delays, it moves behind the requests of its level that have not timed out. A request whose deadline passes
+    fails. Both happen when the time is reached, whatever runs then; a request that fails frees its place. The policies
+    are those of Triton's ModelDynamicBatching. A level without a max_queue_size holds MAX_QUEUE requests.
     """
 
     def __init__(self, name: str, batching: config_pb2.ModelDynamicBatching) -> None:
@@ -56,33 +56,33 @@ class RequestQueue:
         numbers = range(1, max(1, batching.priority_levels) + 1)
         self._levels = [_Level(name, policies.get(number, batching.default_queue_policy)) for number in numbers]
         self._default = self._levels[max(0, batching.default_priority_level - 1)]
-        # (time, number) of requests: those in `_watched`, and stale ones of requests that have left.
+        # A heap of (time, number): entries of the requests in `_watched`, and stale entries of requests that have left.
         self._times: list[tuple[float, int]] = []
         self._watched: dict[int, Waiting] = {}
         self._last = 0
-        # One for all of them, no later than the earliest; infinite while there is none.
+        # One timer for all entries. `_timer_at` is no later than the earliest time; infinite while there is no timer.
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
 
     def __iter__(self) -> Iterator[Waiting]:
-        """In the order they would be handed out."""
+        """The requests in the order in which they would be handed out."""
         return (waiting for level in self._levels for waiting in level)
 
     def __bool__(self) -> bool:
         return any(level.queue or level.delayed for level in self._levels)
 
     def push(self, waiting: Waiting) -> None:
-        """Raises ResourceExhaustedError where the level is full."""
-        # A priority beyond the last level is the default one too, as it is in Triton.
+        """Adds a request. Raises ResourceExhaustedError if its level is full."""
+        # As in Triton, a priority beyond the last level also selects the default level.
         priority = waiting.decoded.priority
         level = self._levels[priority - 1] if 0 < priority <= len(self._levels) else self._default
         level.push(waiting)
         self._watch(waiting)
 
     def pop(self, now: float) -> Waiting | None:
-        """The next one; fails those whose deadline or timeout has passed. `now` in time.monotonic.
+        """Takes the next request; fails requests whose deadline or timeout has passed. `now`: in time.monotonic.
 
-        It goes on being watched, until `began` or `put_back`.
+        Its deadline and timeout apply until `began`.
         """
         self._end_times(now)
         for level in self._levels:
@@ -91,19 +91,19 @@ class RequestQueue:
         return None
 
     def put_back(self, popped: Iterable[Waiting]) -> None:
-        """Where they were, given in the order they came."""
+        """Returns requests to their places. `popped` is in the order in which they were taken."""
         for waiting in reversed([*popped]):
             assert waiting.level is not None
             waiting.level.put_back(waiting)
 
     def began(self, popped: Iterable[Waiting]) -> None:
-        """They run, or have run: their time in the queue is over."""
+        """Marks requests as running. Their deadlines and timeouts no longer apply."""
         for waiting in popped:
             waiting.begun = True
             self._unwatch(waiting)
 
     def cancelled(self, waiting: Waiting) -> None:
-        """To be told of each that nobody waits for any more, so that they take nobody's place."""
+        """Removes a request that has no waiting caller any more, which frees its place."""
         if waiting.level is not None:
             waiting.level.remove(waiting)
         self._unwatch(waiting)
@@ -153,7 +153,7 @@ class RequestQueue:
     def _end_time(self, waiting: Waiting, now: float) -> None:
         level = waiting.level
         assert level is not None
-        if waiting.begun:  # a thread has just begun to run it
+        if waiting.begun:  # a thread runs it already
             return
         if waiting.deadline is not None and waiting.deadline <= now:
             error = DeadlineExceededError("the deadline passed while the request was queued")
@@ -176,9 +176,9 @@ class _Level:
         self._timeout_us = policy.default_timeout_microseconds
         self._override = policy.allow_timeout_override
         self.delays = policy.timeout_action == config_pb2.ModelQueuePolicy.DELAY
-        # Ordered, and any of them may leave at once.
+        # Keeps the order, and removes any request in constant time.
         self.queue: OrderedDict[Waiting, None] = OrderedDict()
-        # Their time was up; the others go first.
+        # Requests that have timed out. They follow those in `queue`.
         self.delayed: OrderedDict[Waiting, None] = OrderedDict()
 
     def __iter__(self) -> Iterator[Waiting]:
@@ -209,11 +209,11 @@ class _Level:
         waitings.move_to_end(waiting, last=False)
 
     def remove(self, waiting: Waiting) -> None:
-        """If it is there still."""
+        """Removes a request if it is still here."""
         (self.delayed if waiting.delayed else self.queue).pop(waiting, None)
 
     def delay(self, waiting: Waiting) -> None:
-        """If it has not been handed out."""
+        """Moves a request behind the others, unless it has been handed out."""
         if waiting in self.queue:
             del self.queue[waiting]
             waiting.delayed = True
@@ -226,6 +226,6 @@ class _Level:
         )
 
     def _timeout_of(self, waiting: Waiting) -> int:
-        """A request may wait less than its level lets it, where the level allows that, but not more."""
+        """The timeout of a request. If the level allows it, a request may set a shorter one, but not a longer one."""
         own = waiting.decoded.timeout_us if self._override else 0
         return min(own, self._timeout_us) if own and self._timeout_us else own or self._timeout_us

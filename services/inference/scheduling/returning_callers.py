@@ -1,19 +1,20 @@
-"""How long a batch waits for the callers of the one before it to come back."""
+"""How long a batch waits for the callers of the previous batch to return."""
 
 from __future__ import annotations  # compiled by mypyc
 
-# Of the last run, at most.
+# The longest wait, as a share of the duration of the last run.
 SHARE = 0.25
-# After so many waits in vain only each PROBE-th batch tries.
+# After this many consecutive waits in vain, only every PROBE-th batch waits.
 MISSES = 2
 PROBE = 16
 
 
 class ReturningCallers:
-    """Callers in a closed loop ask again as soon as they are answered, a little later than the next batch could begin.
+    """Learns whether callers return, that is, send their next request as soon as they are answered (a closed loop).
 
-    Unless it waits for them they split into two halves that take turns, each in a batch half as large. Whether they
-    come back is learnt from the waits before, so that others do not wait for nobody. Times are of time.time_ns.
+    Their requests arrive a little later than the next batch could begin. A batch that does not wait for them splits the
+    callers into two halves that take turns, each with a batch half as large. Earlier waits show whether callers return;
+    if they do not, batches do not wait. Times are of time.time_ns.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class ReturningCallers:
         self._batches = 0
 
     def answered(self, expected: int, waiting: int, run_ns: int, now: int) -> None:
-        """A batch ended with so many rows waiting; with its own they would be `expected`."""
+        """A batch was answered while `waiting` rows wait. If its callers return, there will be `expected` rows."""
         self._batches += 1
         waits = self._missed < MISSES or self._batches % PROBE == 0
         self._expected = expected if waits else 0
@@ -32,11 +33,11 @@ class ReturningCallers:
         self._until = now + int(run_ns * SHARE)
 
     def wait_until(self, rows: int) -> int:
-        """When to stop waiting, with so many rows there; 0 where all are."""
+        """The time at which to stop waiting, with `rows` in the queue; 0 if all expected rows are there."""
         return self._until if rows < self._expected else 0
 
     def began(self, rows: int) -> None:
-        """A batch begins with so many rows there. That half of them came back is worth the wait."""
+        """A batch begins with `rows` in the queue. The wait was worthwhile if half of the expected rows came."""
         if self._expected > self._waiting:
             came = rows - self._waiting
             self._missed = 0 if 2 * came >= self._expected - self._waiting else self._missed + 1

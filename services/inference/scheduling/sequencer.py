@@ -1,7 +1,7 @@
-"""Sequences: requests that build on one another, in order, with what the model remembers between them.
+"""Sequences: ordered requests that share the state of a model.
 
-What a sequence remembers is kept here and given to the model with each request, so that any instance can run it and
-requests of several sequences share a batch. The mechanism is Triton's implicit state
+The state of a sequence is kept here and passed to the model with each request. Any instance can therefore run it, and
+requests of several sequences can share a batch. The mechanism is Triton's implicit state
 (docs/user_guide/implicit_state_management.md of triton-inference-server/server).
 """
 
@@ -41,7 +41,7 @@ _Control = config_pb2.ModelSequenceBatching.Control
 
 
 class _Sequence:
-    """`states` by the input that they go into; `pending` requests run or wait for `lock`."""
+    """`states`: by the input that takes them. `pending`: number of requests that run or wait for `lock`."""
 
     __slots__ = ("begun", "lock", "pending", "states", "used")
 
@@ -54,14 +54,14 @@ class _Sequence:
 
 
 class Sequencer:
-    """Runs requests of a model with sequence_batching through its batcher, one at a time in each sequence.
+    """Runs requests of a model with sequence_batching through its batcher, one at a time per sequence.
 
-    A sequence begins with sequence_start, ends with sequence_end, and is forgotten when it has been idle for
-    max_sequence_idle_microseconds (1 s where the configuration does not say).
+    A sequence begins with sequence_start and ends with sequence_end. It is dropped after it has been idle for
+    max_sequence_idle_microseconds (default: 1 s).
     """
 
     def __init__(self, model: OnnxModel, batcher: Batcher, folder: Path) -> None:
-        """`folder` is the model's, where initial_state/ holds the files that it names. Raises ConfigError."""
+        """`folder`: the model's; its initial_state/ has the files that the configuration names. Raises ConfigError."""
         batching = model.sequence_batching
         self._model = model
         self._batcher = batcher
@@ -76,11 +76,11 @@ class Sequencer:
             for state in batching.state
         }
         self._state_outputs = tuple([state.output_name for state in batching.state])
-        # The one longest idle comes first.
+        # The sequence that was used least recently comes first.
         self._sequences: OrderedDict[int | str, _Sequence] = OrderedDict()
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
-        """As Batcher.submit. Raises FailedPreconditionError where the sequence did not begin here."""
+        """As Batcher.submit. Also raises FailedPreconditionError if the sequence did not begin here."""
         step = decoded.sequence
         if step is None:
             raise InvalidArgumentError(
@@ -115,11 +115,11 @@ class Sequencer:
 
     @property
     def waiting(self) -> int:
-        """Requests that no batch has taken."""
+        """The number of requests that no batch has taken."""
         return self._batcher.waiting
 
     async def close(self) -> None:
-        """Waits until everything submitted has its answer."""
+        """Waits until all submitted requests are answered."""
         while pending := [sequence for sequence in self._sequences.values() if sequence.pending]:
             async with pending[0].lock:
                 pass
@@ -147,7 +147,7 @@ class Sequencer:
         return found
 
     async def _turn(self, sequence: _Sequence, deadline: float | None) -> None:
-        """Takes its lock. Raises DeadlineExceededError on time, also where the request before it runs for long."""
+        """Acquires the lock of a sequence. Raises DeadlineExceededError when the deadline passes."""
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
                 await sequence.lock.acquire()
@@ -191,7 +191,7 @@ class Sequencer:
 
 
 def _control(control: _Control, spec: TensorSpec) -> Callable[[SequenceStep], Array]:
-    """What a control input holds at a step of a sequence."""
+    """A function that returns the value of a control input for a step of a sequence."""
     if any(size not in (-1, 1) for size in spec.shape):
         raise ConfigError(f"makes {spec.name!r} a control; it has one element, not the shape {list(spec.shape)}")
     shape = (1,) * len(spec.shape)
@@ -231,7 +231,7 @@ def _correlation_id(sequence_id: int | str, spec: TensorSpec, shape: tuple[int, 
 def _initial_state(
     state: config_pb2.ModelSequenceBatching.State, spec: TensorSpec, batched: bool, folder: Path
 ) -> Array:
-    """What a sequence remembers at its start: zeros, unless the configuration names a file."""
+    """The state of a sequence at its start: zeros, unless the configuration names a file."""
     given = state.initial_state[0] if state.initial_state else None
     dims = (*(given.dims if given is not None else state.dims),)
     shape = tuple([1 if size == -1 else size for size in ((1, *dims) if batched else dims)])

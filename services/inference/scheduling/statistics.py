@@ -1,4 +1,4 @@
-"""What one model version has done since it was loaded, as ModelStatistics tells it."""
+"""The statistics of one model version since it was loaded, as ModelStatistics reports them."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -11,7 +11,7 @@ from services.runtime.telemetry.metrics import Histogram
 
 
 class _Duration:
-    """How often something happened, and how long it took in all."""
+    """A count of events and their total duration."""
 
     __slots__ = ("count", "ns")
 
@@ -36,8 +36,10 @@ class _Runs:
 
 
 class Statistics:
-    """Counts and cumulative times of a model version. Plain ints: a message is made when somebody asks. Told from any
-    thread."""
+    """Counts and cumulative times of a model version. May be updated from any thread.
+
+    They are plain ints; `message` builds a message on request.
+    """
 
     def __init__(self, name: str, version: str) -> None:
         self._name, self._version = name, version
@@ -45,18 +47,18 @@ class Statistics:
         self._success, self._fail, self._queue = _Duration(), _Duration(), _Duration()
         self._input, self._infer, self._output = _Duration(), _Duration(), _Duration()
         self._batches: dict[int, _Runs] = {}
-        # By the kind of the error.
+        # Counts, by the kind of the error.
         self.errors: dict[str, int] = {}
-        # Taken back before they ran.
+        # Requests withdrawn before they ran.
         self.withdrawn = 0
         self.stages = {stage: Histogram() for stage in ("queue", "input", "compute", "output")}
         self._lock = threading.Lock()
         self._observe = tuple([histogram.observe for histogram in self.stages.values()])
 
     def succeeded(self, batch: BatchResult, rows: int, total_ns: int, output_ns: int, requests: int = 1) -> None:
-        """Requests of `rows` in all were answered together; `output_ns` from the end of the run to their responses.
+        """Counts `requests` with `rows` in total that one run answered. The times hold for each request.
 
-        The times are those of each of them.
+        `output_ns`: from the end of the run to the response.
         """
         queue_ns = batch.start_ns - batch.queued_ns
         input_ns, infer_ns = batch.run_ns - batch.start_ns, batch.end_ns - batch.run_ns
@@ -81,13 +83,13 @@ class Statistics:
             runs.output.add(output_ns)
 
     def failed(self, total_ns: int, kind: str) -> None:
-        """One request was not answered, for a RingmeshError of `kind`."""
+        """Counts a request that failed with an error of `kind`."""
         with self._lock:
             self._fail.add(total_ns)
             self.errors[kind] = self.errors.get(kind, 0) + 1
 
     def message(self) -> v2.ModelStatistics:
-        """As it is now."""
+        """The current statistics."""
         return v2.ModelStatistics(
             name=self._name,
             version=self._version,

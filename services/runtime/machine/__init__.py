@@ -1,1 +1,1 @@
-"""What the machine and this process offer."""
+"""Resources of the machine and this process: cores, memory, compiled modules."""

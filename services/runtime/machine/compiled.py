@@ -1,6 +1,6 @@
 """Whether this process runs compiled modules, which setup.py puts into the wheel, or their sources.
 
-`python -P -m services.runtime.machine.compiled` exits with 0 if what is installed is compiled.
+`python -P -m services.runtime.machine.compiled` exits with 0 if the installed modules are compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from services.runtime import wire
 
 
 def is_used() -> bool:
-    """All of them are compiled, or none."""
+    """Whether the modules are compiled: either all of them are, or none."""
     return not (wire.__file__ or "").endswith(".py")
 
 

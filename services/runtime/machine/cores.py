@@ -1,4 +1,4 @@
-"""How many cores this process may use: affinity, and the CPU quota of its cgroup (a container's limit)."""
+"""The number of cores this process may use, by affinity and the CPU quota of its cgroup (a container's limit)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def available(root: Path = Path("/")) -> int:
-    """Whole cores, at least 1. A quota of 1.5 counts as 2: threads that are throttled sometimes beat a core unused."""
+    """Returns whole cores, at least 1. A quota of 1.5 counts as 2: occasional throttling is better than idle cores."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(ours, _quota(root))))
 
 
 def _quota(root: Path) -> float:
-    """In cores, the least of the process's cgroup and those above it; inf where there is none.
+    """Returns the lowest quota, in cores, of the process's cgroup and those above it; inf if there is none.
 
     Source: Linux admin-guide/cgroup-v2.rst, "CPU Interface Files"; v1 in scheduler/sched-bwc.rst.
     """
@@ -45,6 +45,6 @@ def _cgroups(root: Path) -> list[Path]:
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         own = mount / path.lstrip("/")
-        # Inside a container the path may be the host's: then the mount itself is its cgroup.
+        # Inside a container the path may be the host's; the cgroup is the mount itself then.
         found += [own, *(parent for parent in own.parents if parent.is_relative_to(mount))]
     return found

@@ -1,7 +1,7 @@
-"""Memory on huge pages: where a large cache lies, a look-up misses the TLB at each object it touches.
+"""Moves memory onto huge pages: in a large cache on small pages, a look-up misses the TLB at each object it touches.
 
-CPython asks for its memory a megabyte at a time, too little for the kernel to give huge pages by itself. What is in
-full use is copied onto them now and then (MADV_COLLAPSE, Linux 6.1), off the event loop: see docs/decisions/0030.
+CPython allocates memory a megabyte at a time, too little for the kernel to use huge pages automatically. So fully used
+regions are copied onto huge pages periodically (MADV_COLLAPSE, Linux 6.1), off the event loop: see docs/decisions/0030.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _HUGE = 2 << 20
 _PAGE = 4096
 _MADV_COLLAPSE = 25
 _ROUND_SECONDS = 10.0
-# Each copy holds up page faults for about as long as this pause.
+# Each copy blocks page faults for about as long as this pause.
 _PAUSE_SECONDS = 0.002
-# Below, it would take memory that nobody uses: thread stacks, for one.
+# Resident pages below which a huge page would waste memory, for example on thread stacks.
 _LEAST_RESIDENT = 500
 
 
 async def keep_collapsing() -> None:
-    """Until cancelled; returns at once where the kernel cannot."""
+    """Collapses memory periodically until cancelled; returns immediately if the kernel does not support it."""
     stopping = threading.Event()
     try:
         while True:
@@ -40,7 +40,7 @@ async def keep_collapsing() -> None:
 
 
 def collapse(stopping: threading.Event) -> int:
-    """How many bytes are on huge pages after it. Raises OSError where the system knows no such thing."""
+    """Collapses memory and returns the bytes on huge pages. Raises OSError if the system does not support it."""
     libc = ctypes.CDLL(None, use_errno=True)
     resident = (ctypes.c_ubyte * (_HUGE // _PAGE))()
     done = 0
@@ -53,14 +53,14 @@ def collapse(stopping: threading.Event) -> int:
         began = time.monotonic()
         if libc.madvise(address, size, _MADV_COLLAPSE) == 0:
             done += _HUGE
-        # What lies on huge pages already takes a microsecond.
+        # A region already on a huge page takes a microsecond, and needs no pause.
         if time.monotonic() - began > _PAUSE_SECONDS / 10:
             stopping.wait(_PAUSE_SECONDS)
     return done
 
 
 def _anonymous() -> Iterator[int]:
-    """Where huge pages could lie in this process's own memory."""
+    """Yields the addresses in this process's anonymous memory that a huge page could start at."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, rights, _, _, inode, *name = line.split(maxsplit=5)
         if rights == "rw-p" and inode == "0" and (not name or name[0] == "[heap]"):

@@ -1,4 +1,4 @@
-"""Failures that say something of the machine and nothing of the model: no descriptors, memory or room left."""
+"""Failures caused by the machine and not by the model: no descriptors, memory or disk space left."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import re
 _ERRORS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.EIO, errno.ESTALE}
 )
-# What ONNX Runtime, CUDA and the C++ library say in their messages, the first with an errno.
+# Texts in messages of ONNX Runtime, CUDA and the C++ library; the first has an errno.
 _NUMBER = re.compile(r"(?:system error number|errcode =|errno:?) ?(\d+)")
 _MEMORY = re.compile(r"bad_alloc|out of memory|failed to allocate memory|cannot allocate memory", re.IGNORECASE)
 _THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 
 def machine_fault(error: BaseException) -> str:
-    """What the machine lacked, in words, where that is why `error` was raised; "" where it is not."""
+    """Returns the resource that the machine lacked, as text, if that caused `error`; otherwise ""."""
     cause: BaseException | None = error
     while cause is not None:
         if told := _told(cause):
             return told
-        # Also where it was raised `from None`, which only hides it in tracebacks.
+        # `__context__` also after `from None`, which only hides it in tracebacks.
         cause = cause.__cause__ or cause.__context__
     return ""
 

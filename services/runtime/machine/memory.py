@@ -1,4 +1,4 @@
-"""Which malloc the process has, how it treats large buffers, and that it gives back what nobody uses."""
+"""The process's malloc: which one is used, how it treats large buffers, and returning unused memory to the system."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-# Unpacked there by scripts/install; otherwise that of the system: libtcmalloc-minimal4 on Debian, gperftools elsewhere.
+# scripts/install unpacks it into sys.prefix; otherwise the system's is used: libtcmalloc-minimal4 on Debian, gperftools
+# elsewhere.
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 _PLACES = (f"{sys.prefix}/lib", *map(str, Path("/usr/lib").glob("*-linux-gnu*")), "/usr/lib64", "/usr/lib")
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
-# What a process keeps of memory that was free all through a round: that much is quickly used again.
+# Memory a process keeps even if it was free for a whole round: this much is soon used again.
 KEPT_BYTES = 64 << 20
 ROUND_SECONDS = 2.0
 _LOOKS = 8
-# malloc blocks other threads while it gives memory back.
+# Memory is returned in steps, because malloc blocks other threads meanwhile.
 _STEP_BYTES = 16 << 20
 _PAUSE_SECONDS = 0.005
 
 
 def use_tcmalloc() -> None:
-    """Begins this process anew with tcmalloc, where it is found; whoever preloads something else has that.
+    """Restarts this process with tcmalloc if it is installed, unless LD_PRELOAD is set already.
 
-    Buffers are taken on one of the engine's threads and given back on another, and threads of glibc's malloc then wait
-    for each other's locks: a fifth of a hit (docs/decisions/0030).
+    One of the engine's threads allocates buffers and another frees them. With glibc's malloc, threads then wait for
+    each other's locks, which takes a fifth of a hit (docs/decisions/0030).
     """
     if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
         return
@@ -41,15 +42,15 @@ def use_tcmalloc() -> None:
 
 
 def has_tcmalloc() -> bool:
-    """Whether this process has it."""
+    """Whether this process uses tcmalloc."""
     return "libtcmalloc" in os.environ.get("LD_PRELOAD", "")
 
 
 def keep_large_buffers() -> None:
-    """Freed buffers of up to 32 MB stay with the process, at most 128 MB in all, ready for the next request.
+    """Makes glibc keep freed buffers of up to 32 MB, at most 128 MB in all, for the next request.
 
-    Otherwise glibc maps each, has it faulted in page by page and unmaps it again, which takes longer than to serve a
-    request of 600 KB (docs/decisions/0030). tcmalloc keeps them by itself.
+    Otherwise glibc maps each buffer, faults it in page by page and unmaps it again. That takes longer than serving a
+    request of 600 KB (docs/decisions/0030). tcmalloc keeps buffers automatically.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -64,10 +65,10 @@ class Malloc(Protocol):
     """The memory that a malloc holds."""
 
     def free_bytes(self) -> int:
-        """What nobody uses and the process has not given back."""
+        """Returns the bytes that are unused and not yet returned to the system."""
 
     def give_back(self, size: int) -> None:
-        """At least `size` bytes of it; later calls give back less if it was more."""
+        """Returns at least `size` bytes to the system; if it returns more, later calls return less."""
 
 
 class _TcMalloc:
@@ -101,7 +102,7 @@ class _Glibc:
         self._info.restype = _Mallinfo2
         self._trim = library.malloc_trim
         self._trim.argtypes = (ctypes.c_size_t,)
-        # glibc counts pages that it has given back as free.
+        # glibc still counts pages that it has returned as free.
         self._given_back = 0
 
     def free_bytes(self) -> int:
@@ -116,7 +117,7 @@ class _Glibc:
 
 
 def malloc() -> Malloc | None:
-    """That of this process; None where it cannot be asked."""
+    """Returns the malloc of this process, or None if it has no statistics."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
@@ -126,9 +127,9 @@ def malloc() -> Malloc | None:
 
 
 async def keep_giving_back(shrink: Callable[[], object] = lambda: None, held: Malloc | None = None) -> None:
-    """Until cancelled: gives back memory that nobody used for a round, but for KEPT_BYTES.
+    """Returns memory that was unused for a whole round to the system, except KEPT_BYTES; runs until cancelled.
 
-    `shrink` is called on a thread before, for what gives memory back to malloc.
+    Before that, `shrink` is called on a thread, to free memory to malloc.
     """
     held = held or malloc()
     if held is None:

@@ -1,4 +1,4 @@
-"""Children that end when their parent does, however it ended."""
+"""Ends child processes when their parent ends for any reason."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
-# Loaded here and not after the fork, where another thread's locks may be held for ever.
+# Loaded here, because after a fork the locks of other threads can stay held forever.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
-    """What a child runs between fork and exec so that the kernel sends it `number` when this process is gone.
+    """Returns a function to run between fork and exec, so that the kernel sends the child `number` if the parent ends.
 
-    The kernel means the thread that forked: call it from one that lives as long as the process. It forgets the wish
-    when the child changes its user, so that comes first. None where the system has nothing like it.
+    The kernel watches the thread that forks, so fork from a thread that lives as long as the process. A child that
+    changes its user must do so before, since that clears the setting. Returns None if the operating system has no such
+    feature.
     """
     if _LIBC is None:
         return None
@@ -25,7 +26,7 @@ def end_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], Non
 
     def ask_kernel() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-        # The parent may have died before the line above took effect.
+        # The parent can have ended before the call took effect.
         if os.getppid() != parent:
             os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What a caller is told that asks for a model, or a version of one, that is not served."""
+"""The error for a request for a model or version that is not served."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Collection, Iterable, Mapping
 
 from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError, some
 
-# Why versions are not served, by model and version; the version is "" where the cause is none of one version.
+# Why versions are not served, by model and version; the version is "" if the cause concerns no single version.
 Failures = Mapping[str, Mapping[str, str]]
 
-# A longer name is no slip of the pen.
+# Longer names get no suggestion.
 _LONGEST_NAME = 64
 _MOST_COMPARED = 100
-_LEAST_SIMILARITY = 0.75
+_LEAST_SIMILARITY = 0.65
 
 
 def absent(name: str, version: str, held: Mapping[str, Collection[str]], failures: Failures) -> RingmeshError:
-    """The error for a version that is not among those `held`, by model; `version` is "" for the latest.
+    """Returns the error for a version that is not in `held`, the versions by model; `version` is "" for the latest.
 
-    The caller learns of one other model at most, whose name is almost the one given.
+    The error names at most one other model, and only if its name is similar.
     """
     if version and re.fullmatch("[0-9]{1,20}", version) is None:
         return InvalidArgumentError(
@@ -41,7 +41,7 @@ def absent(name: str, version: str, held: Mapping[str, Collection[str]], failure
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The one of `known` that is `name` but for a slip; "" if none is."""
+    """Returns the name in `known` of which `name` may be a misspelling; "" if there is none."""
     if len(name) > _LONGEST_NAME:
         return ""
     folded = {each.casefold(): each for each in known if abs(len(each) - len(name)) <= 2}

@@ -1,4 +1,4 @@
-"""Ensembles: models whose tensors flow into one another, called as one. The same on a worker and on a router."""
+"""Ensembles: models whose tensors flow into one another, called as one. Workers and routers share this code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Tensor = TypeVar("Tensor")
 
 
 class EnsembleError(Exception):
-    """The steps do not make a graph; the message says why."""
+    """The steps do not form a valid graph; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A model of the ensemble. `inputs` maps its inputs to the ensemble's tensors, `outputs` its outputs.
+    """A model of the ensemble. `inputs` and `outputs` map the model's tensor names to the ensemble's.
 
     `version` is "" for the latest.
     """
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Steps in an order in which each comes after those it needs; `needs` has their indices."""
+    """Steps in topological order; `needs` has, for each step, the indices of the steps that it depends on."""
 
     steps: Sequence[Step]
     needs: Sequence[Sequence[int]]
@@ -41,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What the model of a step takes and gives: datatypes by name. `required`: the inputs that it needs."""
+    """The datatypes of a model's inputs and outputs, by name; `required` names its mandatory inputs."""
 
     inputs: Mapping[str, str]
     required: Collection[str]
@@ -50,7 +50,7 @@ class Signature:
 
 
 def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs: Iterable[str]) -> Plan:
-    """The plan of a configuration with these inputs and outputs. Raises EnsembleError."""
+    """Plans the steps of a configuration with these inputs and outputs. Raises EnsembleError."""
     steps = [
         Step(
             step.model_name,
@@ -88,7 +88,7 @@ def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs:
 
 
 def misfit(whole: Plan, inputs: Mapping[str, str], outputs: Mapping[str, str], models: Sequence[Signature]) -> str:
-    """Why the models of the steps cannot be joined so; "" where they can. `inputs` and `outputs` of the ensemble."""
+    """Returns why the models do not fit the plan; "" if they do. `inputs` and `outputs` are the ensemble's."""
     types = dict(inputs)
     for step, model in zip(whole.steps, models, strict=True):
         if model.is_ensemble:
@@ -117,9 +117,9 @@ async def run(
     given: Mapping[str, Tensor],
     run_step: Callable[[int, dict[str, Tensor]], Awaitable[Mapping[str, Tensor]]],
 ) -> dict[str, Tensor]:
-    """All tensors of the ensemble. Steps that do not need each other run side by side; a failure ends them all.
+    """Runs the steps and returns all tensors of the ensemble. Independent steps run concurrently; a failure ends all.
 
-    `run_step` takes the index of a step and its model's inputs, and returns its model's outputs, by their names there.
+    `run_step` takes the index of a step and its model's inputs, and returns the outputs, by the model's names.
     """
     tensors = dict(given)
     tasks: list[asyncio.Task[None]] = []
@@ -141,7 +141,7 @@ async def run(
 
 
 def digest(own: bytes, steps: Iterable[bytes]) -> bytes:
-    """16 bytes over the ensemble's own digest and those of its steps, in the order of its plan."""
+    """Returns a digest of 16 bytes over the ensemble's own digest and those of its steps, in the order of its plan."""
     hasher = blake3(own)
     for step in steps:
         hasher.update(step)
@@ -149,7 +149,7 @@ def digest(own: bytes, steps: Iterable[bytes]) -> bytes:
 
 
 def uncacheable_reason(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, str]]) -> str:
-    """Why the answers of an ensemble are not kept, "" where they are. `steps`: names, and why their answers are not."""
+    """Returns why an ensemble's answers are not cached, or "". `steps`: each name, and the same for that model."""
     if config.HasField("response_cache"):
         return "" if config.response_cache.enable else "its config.pbtxt says so"
     return next((f"of its step {name!r}: {reason}" for name, reason in steps if reason), "")

@@ -1,4 +1,4 @@
-"""A serialized ModelInferRequest taken apart without a parser: callers send the same one again with other data."""
+"""Splits a serialized ModelInferRequest without a parser, because callers repeat a request with different data."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -8,21 +8,22 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime.request_limits import check_request
 from services.runtime.rpc.rpc import parse
 
-# Longer heads are not worth remembering: typed contents stand in them.
+# Longer heads are not cached: they hold typed contents.
 MAX_HEAD = 4096
-# Tags of length-delimited fields; all fields of the message are.
+# Tags of length-delimited fields; all fields of the message have this wire type.
 _ID = 0x1A
 _RAW_INPUT = 0x3A
 _LENGTH_DELIMITED = 2
 _MAX_HEADS = 4096
-# Of more, a parser is through sooner.
+# With more fields, a parser is faster.
 _MAX_FIELDS = 256
 
 
 class Parts:
-    """`raws` are the raw_input_contents, `request_id` the id, and `head` is all the rest, as it was sent.
+    """A split request: `raws` are the raw_input_contents, `request_id` the id, and `head` all other bytes as sent.
 
-    Two of the same head differ in nothing else. The head itself may be anything: who parses it once knows of all.
+    Requests with the same head differ only in raws and id. The head is not validated here: it is parsed once, and the
+    result holds for all requests with that head.
     """
 
     __slots__ = ("head", "raws", "request_id")
@@ -34,7 +35,11 @@ class Parts:
 
 
 def take_apart(data: bytes) -> Parts | None:
-    """None where it is better parsed: not well-formed, without raw contents, or with much else or two ids."""
+    """Splits a request.
+
+    Returns None if a parser should read it: malformed, without raw contents, with two ids, or with a large head or many
+    fields.
+    """
     size = len(data)
     raws: list[bytes] = []
     kept: list[bytes] = []
@@ -87,13 +92,13 @@ def take_apart(data: bytes) -> Parts | None:
 
 
 def request_id(data: bytes) -> str:
-    """Of a request that was read before."""
+    """Returns the id of a request that was parsed successfully before."""
     parts = take_apart(data)
     return v2.ModelInferRequest.FromString(data).id if parts is None else parts.request_id
 
 
 def model_name(data: bytes) -> str:
-    """Of a request that was answered; "" where it is no request."""
+    """Returns the model name of a request that was answered; "" if it is malformed."""
     parts = take_apart(data)
     try:
         return v2.ModelInferRequest.FromString(data if parts is None else parts.head).model_name
@@ -102,13 +107,13 @@ def model_name(data: bytes) -> str:
 
 
 def parse_request(data: bytes) -> v2.ModelInferRequest:
-    """Raises InvalidArgumentError if it is not one, or holds more than request_limits.py allows."""
+    """Parses a request. Raises InvalidArgumentError if it is malformed or exceeds the limits of request_limits.py."""
     check_request(data)
     return parse(v2.ModelInferRequest, data)
 
 
 class Head:
-    """What the head of a request says. `checked` is the model that it was last found to fit."""
+    """The parsed head of a request. `checked` is the model that it was last validated against."""
 
     __slots__ = ("checked", "message", "name", "version")
 
@@ -120,10 +125,10 @@ class Head:
 
 
 class Read:
-    """A request that was read.
+    """A parsed request.
 
-    Where it was taken apart into `parts`, others share its head, and the message there is without id and data; else the
-    message is its own and whole.
+    If it was split into `parts`, its head is shared with other requests, and the head's message lacks id and data.
+    Otherwise the head's message is its own and complete.
     """
 
     __slots__ = ("data", "head", "parts")
@@ -135,16 +140,16 @@ class Read:
 
     @property
     def request_id(self) -> str:
-        """What the caller calls it."""
+        """The id that the caller gave it."""
         return self.head.message.id if self.parts is None else self.parts.request_id
 
     @property
     def content(self) -> Parts | bytes:
-        """What `is_equal` compares, without the rest of the memory."""
+        """The content that `is_equal` compares; holding it does not keep the rest of the request in memory."""
         return self.data if self.parts is None else self.parts
 
     def is_equal(self, other: Parts | bytes | None) -> bool:
-        """Whether the `content` of another request has the same bytes; where both were taken apart, ids aside."""
+        """Whether the `content` of another request has the same bytes; ids are ignored if both were split."""
         if self.parts is None:
             return other == self.data
         return isinstance(other, Parts) and other.head == self.parts.head and other.raws == self.parts.raws
@@ -157,14 +162,14 @@ class RequestReader:
         self._heads: dict[bytes, Head] = {}
 
     def read(self, data: bytes) -> Read:
-        """Raises InvalidArgumentError where `data` is not a serialized ModelInferRequest, or holds too much."""
+        """Reads a request. Raises InvalidArgumentError if `data` is malformed or exceeds the limits."""
         parts = take_apart(data)
         if parts is None:
             return Read(data, Head(parse_request(data)), None)
         head = self._heads.get(parts.head)
         if head is None:
             try:
-                # Not of the data: a message holds on to all it was parsed from.
+                # Parse the head only: a message keeps all bytes that it was parsed from in memory.
                 head = Head(v2.ModelInferRequest.FromString(parts.head))
             except DecodeError:
                 parse(v2.ModelInferRequest, data)

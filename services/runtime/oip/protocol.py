@@ -1,4 +1,4 @@
-"""What the router and the workers share in speaking the v2 protocol."""
+"""The parts of the v2 protocol that the router and the workers share."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -34,7 +34,7 @@ ReadyCheck: TypeAlias = Callable[[], bool]
 TENANT = "ringmesh-tenant"
 PRIORITY = "ringmesh-priority"
 CACHE_CONTROL = "cache-control"
-# Characters of a tenant's name.
+# Maximum length of a tenant's name in characters.
 MAX_TENANT = 256
 
 _NO_FAST_PATHS: Mapping[str, FastPath] = {}
@@ -52,8 +52,8 @@ EXTENSIONS = (
     "trace",
     "logging",
 )
-# A parameter of RepositoryModelLoad and Unload by which a router tells workers when the fleet decided, in ns since the
-# Unix epoch.
+# A parameter of RepositoryModelLoad and Unload: the time of the router's decision for the fleet, in ns since the Unix
+# epoch.
 DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -62,7 +62,7 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 def service(
     is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath] = _NO_FAST_PATHS
 ) -> Service:
-    """`inference.GRPCInferenceService` of `handlers`, with what is the same on every server."""
+    """Returns `inference.GRPCInferenceService` with `handlers` and the methods that are the same on every server."""
     metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
 
     async def live(_: v2.ServerLiveRequest, __: Context) -> v2.ServerLiveResponse:
@@ -88,7 +88,7 @@ def service(
 
 
 def fast_path_handler(path: FastPath) -> Handler:
-    """For engines without fast paths."""
+    """Returns a handler that runs `path` on engines without fast paths."""
 
     async def call(data: bytes, context: Context) -> bytes:
         sent, until = metadata(context), deadline(context)
@@ -109,14 +109,14 @@ def fast_path_handler(path: FastPath) -> Handler:
 
 
 async def whole(answer: Answer) -> bytes:
-    """Its message in one piece."""
+    """Returns the answer's message in one piece."""
     return await asyncio.to_thread(answer.whole) if answer.pieces else answer.body
 
 
 def answered(
     response: bytes, request_id: str, trailing: Metadata, afterwards: Callable[[], None] | None = None
 ) -> Answer:
-    """With a serialized ModelInferResponse that has this id: on the wire, the last value of a field wins."""
+    """Returns `response` with this id appended as a field: on the wire, the last value of a field wins."""
     if not request_id:
         return Answer(response, trailing, afterwards)
     end = wire.field(3, request_id.encode())
@@ -126,14 +126,14 @@ def answered(
 
 
 def metadata(context: Context) -> Metadata:
-    """What the caller sent beside the request."""
+    """Returns the metadata of the call."""
     return tuple(context.invocation_metadata() or ())
 
 
 class Told:
-    """What a caller says in metadata; "" for what it does not say. `error` says what is wrong with it.
+    """The values of a caller's metadata; "" for a missing one. `error` says if a value is invalid.
 
-    `traceparent` is None if it sent none, or several: then none can be trusted.
+    `traceparent` is None if the caller sent none or several, because none of several can be trusted.
     """
 
     __slots__ = ("control", "error", "priority", "tenant", "traceparent")
@@ -147,7 +147,7 @@ class Told:
 
 
 def told(sent: Metadata) -> Told:
-    """The one place that reads the caller's metadata.
+    """Reads the caller's metadata. All code that needs its values calls this.
 
     A tenant or priority that is given twice is an error, and so is a tenant that `check_tenant` refuses. Several
     cache-control entries are joined by commas, as in HTTP.
@@ -176,7 +176,7 @@ def told(sent: Metadata) -> Told:
 
 
 def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
-    """The value; what is wrong with it goes to `said`."""
+    """Returns the value; an error goes to `said.error`."""
     if times > 1:
         said.error = InvalidArgumentError(f"{key} is given twice", field=key)
     if isinstance(value, str):
@@ -186,7 +186,7 @@ def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
 
 
 def check_tenant(tenant: str, field: str) -> None:
-    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters, or spaces within."""
+    """Raises InvalidArgumentError unless it has at most MAX_TENANT visible ASCII characters; spaces may be inside."""
     if len(tenant) > MAX_TENANT:
         raise InvalidArgumentError(f"{field} has {len(tenant)} characters; at most {MAX_TENANT}", field=field)
     if not (tenant.isascii() and tenant.isprintable()) or tenant != tenant.strip():
@@ -196,7 +196,7 @@ def check_tenant(tenant: str, field: str) -> None:
 
 
 def state_and_baggage(sent: Metadata) -> tuple[str, str]:
-    """The caller's W3C tracestate and baggage, which may come in several parts; "" where it sent none."""
+    """Returns the caller's W3C tracestate and baggage, which may come in several entries; "" for a missing one."""
     state, baggage = "", ""
     for key, value in sent:
         if key == "tracestate" and isinstance(value, str):
@@ -207,12 +207,12 @@ def state_and_baggage(sent: Metadata) -> tuple[str, str]:
 
 
 def full_name(method: str) -> str:
-    """As spans and OpenTelemetry name it: `package.Service/Method`."""
+    """Returns the method's name as in spans and OpenTelemetry: `package.Service/Method`."""
     return f"{_SERVICE}/{method}"
 
 
 def span_attributes(method: str, code: int) -> dict[str, Value]:
-    """What the semantic conventions for RPC (1.45) ask of a server's span. `code` is a google.rpc.Code."""
+    """Returns a server span's attributes by the semantic conventions for RPC (1.45). `code` is a google.rpc.Code."""
     name = _CODES.get(code, "UNKNOWN")
     attributes: dict[str, Value] = {
         "rpc.system.name": "grpc",
@@ -225,13 +225,13 @@ def span_attributes(method: str, code: int) -> dict[str, Value]:
 
 
 def traceparent(sent: Metadata) -> str | None:
-    """As in Told."""
+    """Returns the caller's traceparent, as in Told."""
     return told(sent).traceparent
 
 
 def deadline(context: Context) -> float | None:
-    """When the caller's time is up, in time.monotonic; None where it set no deadline."""
-    # grpcio says None where there is no deadline, whatever its stubs say, and pygrpc-native sys.maxsize.
+    """Returns the caller's deadline in time.monotonic, or None if there is none."""
+    # Without a deadline, grpcio returns None, contrary to its stubs, and pygrpc-native sys.maxsize.
     remaining: float | None = cast("Any", context).time_remaining()
     if remaining is None or remaining >= sys.maxsize:
         return None
@@ -239,7 +239,7 @@ def deadline(context: Context) -> float | None:
 
 
 def sequence_of(request: v2.ModelInferRequest) -> int | str:
-    """The id of the sequence it belongs to; 0 or "" where it belongs to none, which 0 and "" say too."""
+    """Returns the id of the request's sequence; 0 or "" if it belongs to none, which callers may also send."""
     if "sequence_id" not in request.parameters:
         return 0
     sequence = request.parameters["sequence_id"]

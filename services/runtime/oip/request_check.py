@@ -1,4 +1,4 @@
-"""Whether a request names what its model has: at most a step for each tensor that the model declares."""
+"""Checks a request against its model's declared tensors, in at most one step for each declared tensor."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -12,23 +12,23 @@ from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.tensors import DATATYPES
 from services.runtime.request_limits import MAX_STRINGS
 
-# The datatype, and the shape, where -1 stands for any size from 0.
+# The datatype, and the shape; -1 stands for any size from 0.
 Declared: TypeAlias = tuple[str, tuple[int, ...]]
 
-# Of a request, and of each of its tensors.
+# Parameters of a request, and of each of its tensors.
 MAX_PARAMETERS = 64
-# Elements beyond which a shape is taken for a mistake before its bytes are counted.
+# Shapes with more elements are refused before their bytes are counted.
 _MAX_ELEMENTS = 1 << 40
-# Dimensions that a message shows.
+# Dimensions shown in an error message.
 _MOST_SHOWN = 32
 
 
 def check_request(
     request: v2.ModelInferRequest, model: str, inputs: Mapping[str, Declared], outputs: Collection[str]
 ) -> None:
-    """Raises InvalidArgumentError naming the field and what it should be.
+    """Raises InvalidArgumentError with the wrong field and its expected value.
 
-    Checked are names, datatypes, shapes and the number of parameters and strings: not the data, nor what is missing.
+    It checks names, datatypes, shapes and the numbers of parameters and strings, but neither data nor missing inputs.
     """
     _check_parameters(request.parameters, "parameters")
     names: set[str] = set()
@@ -73,7 +73,7 @@ def check_request(
 
 
 def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index: int) -> int:
-    """How many elements it has. Raises InvalidArgumentError."""
+    """Returns the number of elements. Raises InvalidArgumentError if the shape does not fit `declared`."""
     fits = len(shape) == len(declared) and all(
         given >= 0 and wanted in (-1, given) for given, wanted in zip(shape, declared, strict=True)
     )
@@ -87,7 +87,7 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
         if -1 in declared:
             told += ", where -1 stands for any size from 0"
         raise InvalidArgumentError(told, field=f"inputs[{index}].shape")
-    # Without the zeros: NumPy refuses an empty array too where its other dimensions overflow.
+    # Ignore zeros: NumPy also refuses an empty array if the product of its other dimensions overflows.
     if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise InvalidArgumentError(
             f"input {name!r} has shape {[*shape]}; its dimensions may multiply to {_MAX_ELEMENTS} at most",
@@ -97,7 +97,7 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
 
 
 def shown(names: Collection[str]) -> str:
-    """For a message."""
+    """Returns the names as text for an error message."""
     return ", ".join([repr(name) for name in names])
 
 

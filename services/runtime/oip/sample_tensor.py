@@ -1,4 +1,4 @@
-"""Tensors of a given datatype and shape made up on the spot, for requests that somebody tries out."""
+"""Sample tensors of a given datatype and shape, for trial requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = ("random", "zeros", "ones")
 
 
 def fill(word: str, datatype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
-    """By one of WORDS. BYTES are short texts. Raises InvalidArgumentError where there is no such datatype."""
+    """Fills a tensor by one of WORDS; BYTES get short texts. Raises InvalidArgumentError for an unknown datatype."""
     dtype = tensors.datatype(datatype, "").dtype
     if dtype.kind == "O":
         texts = ["" if word == "zeros" else f"text {random.randrange(1000)}" for _ in range(math.prod(shape))]

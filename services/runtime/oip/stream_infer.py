@@ -17,25 +17,25 @@ from services.runtime.rpc.rpc import Answer, Context, Handler, abort
 
 log = logging.getLogger(__name__)
 
-# Requests of one stream under way at once; the rest is read when an answer has left.
+# Concurrent requests of one stream; further requests are read when an answer has been sent.
 _DEPTH = 256
-# Answers that wait for a client to read them: of one stream, beyond which no more requests of it are read, and of all,
-# beyond which requests are refused.
+# Bytes of answers that clients have not read. Above the first limit, no more requests of that stream are read. Above
+# the second, for all streams together, requests are refused.
 _UNREAD_OF_ONE = 16 << 20
 _UNREAD = 256 << 20
-# A stream that takes longer to take one answer ends.
+# A stream whose client takes longer to read one answer ends.
 _READ_SECONDS = 60.0
-# A serialized parameter of ModelInferResponse: this is the last response to its request.
+# A serialized parameter of ModelInferResponse that marks the last response to a request.
 _FINAL = v2.ModelInferResponse(
     parameters={"triton_final_response": v2.InferParameter(bool_param=True)}
 ).SerializeToString()
 
 
 def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Handler:
-    """ModelStreamInfer around `infer`: requests run side by side, answers leave in the order of the requests.
+    """Returns a handler of ModelStreamInfer around `infer`: requests run concurrently, answers keep their order.
 
-    An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. What is still
-    running when the caller leaves is cancelled.
+    An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. Requests still
+    running when the caller leaves are cancelled.
     """
 
     unread = _Unread()
@@ -110,7 +110,7 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Hand
 
 
 class _Unread:
-    """Bytes of answers that wait to be read; those of `whole` as well, until `close`."""
+    """Counts bytes of unread answers, also in the total `whole`, until `close`."""
 
     def __init__(self, whole: _Unread | None = None) -> None:
         self.bytes = 0
@@ -135,7 +135,7 @@ class _Unread:
 
 
 def _id_and_flag(data: bytes) -> v2.ModelInferRequest:
-    """The request, for its id and stream flag; an empty one where it cannot be read, which `infer` will say."""
+    """Returns the request, for its id and stream flag; an empty one if it is malformed, which `infer` reports."""
     try:
         return parse_request(data)
     except RingmeshError:

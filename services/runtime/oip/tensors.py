@@ -1,4 +1,4 @@
-"""The v2 datatypes, and tensors as they travel: raw bytes, or typed contents that mean the same."""
+"""The v2 datatypes, and the two encodings of tensors: raw bytes, or equivalent typed contents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.runtime.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Datatype:
-    """A v2 datatype. `itemsize` is 0 and `dtype` object for BYTES; `contents` is "" where it travels only raw."""
+    """A v2 datatype. For BYTES, `itemsize` is 0 and `dtype` object; `contents` is "" if only raw bytes can carry it."""
 
     name: str
     dtype: np.dtype[Any]
@@ -52,11 +52,11 @@ def _datatypes() -> dict[str, Datatype]:
 DATATYPES: Mapping[str, Datatype] = _datatypes()
 
 _ELEMENTS_A_TURN = 1 << 16
-# Of an element of BYTES.
+# The length prefix of an element of BYTES.
 _LENGTH = struct.Struct("<I")
-# Contents fields whose packed elements are the raw bytes themselves.
+# Contents fields whose packed elements equal the raw bytes.
 _PLAIN = frozenset({"bool_contents", "fp32_contents", "fp64_contents"})
-# What protobuf holds in the others, before it is cut to the width of the datatype.
+# The other fields' element types in protobuf, before they are narrowed to the width of the datatype.
 _CARRIERS = {
     "int_contents": np.int32,
     "int64_contents": np.int64,
@@ -66,7 +66,7 @@ _CARRIERS = {
 
 
 def datatype(name: str, tensor: str, field: str = "") -> Datatype:
-    """The datatype of that name. Raises InvalidArgumentError naming `tensor`."""
+    """Returns the datatype by its name. Raises InvalidArgumentError naming `tensor` if there is none."""
     found = DATATYPES.get(name)
     if found is None:
         raise InvalidArgumentError(
@@ -76,9 +76,9 @@ def datatype(name: str, tensor: str, field: str = "") -> Datatype:
 
 
 def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str = "") -> bytes:
-    """The raw bytes that say the same as a tensor's typed contents.
+    """Converts a tensor's typed contents to raw bytes.
 
-    Raises InvalidArgumentError where the datatype cannot travel so, or other contents fields are set than its own.
+    Raises InvalidArgumentError if the datatype has no typed encoding, or if other contents fields than its own are set.
     """
     kind = datatype(tensor.datatype, tensor.name, field and f"{field}.datatype")
     given = [descriptor.name for descriptor, _ in tensor.contents.ListFields()]
@@ -95,13 +95,13 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
     if kind.itemsize == 0:
         return b"".join([len(value).to_bytes(4, "little") + value for value in values])
     if kind.contents in _PLAIN:
-        # As protobuf packs them: a tag, their size as a varint, and then what is wanted.
+        # Protobuf's packed format: a tag, the size as a varint, then the raw bytes.
         packed = tensor.contents.SerializeToString()
         size = len(values) * kind.itemsize
         start = 1 + len(wire.varint(size))
         return packed[start : start + size]
     carried: npt.NDArray[Any] = np.empty(len(values), _CARRIERS[kind.contents])
-    # In slices, between which other threads may take the GIL.
+    # In slices, so that other threads can take the GIL in between.
     for start in range(0, len(values), _ELEMENTS_A_TURN):
         carried[start : start + _ELEMENTS_A_TURN] = values[start : start + _ELEMENTS_A_TURN]
     return carried.astype(kind.dtype, copy=False).tobytes()
@@ -110,7 +110,7 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
 def decode(
     kind: Datatype, shape: Sequence[int], raw: bytes | memoryview, tensor: str, field: str = ""
 ) -> npt.NDArray[Any]:
-    """A read-only view of `raw`; for BYTES an object array of bytes. Raises InvalidArgumentError on a mismatch."""
+    """Returns a read-only view of `raw`; for BYTES an object array. Raises InvalidArgumentError on a mismatch."""
     count = math.prod(shape)
     if kind.itemsize == 0:
         return _decode_bytes(bytes(raw), count, shape, tensor, field)
@@ -124,7 +124,7 @@ def decode(
 
 
 def encode(array: npt.NDArray[Any]) -> bytes:
-    """Raw bytes, row-major and little-endian; object arrays (of str or bytes) as BYTES."""
+    """Returns raw bytes, row-major and little-endian; object arrays (of str or bytes) are encoded as BYTES."""
     if array.dtype != object:
         return array.tobytes()
     parts = []
@@ -136,7 +136,7 @@ def encode(array: npt.NDArray[Any]) -> bytes:
 
 
 def _decode_bytes(raw: bytes, count: int, shape: Sequence[int], tensor: str, field: str) -> npt.NDArray[Any]:
-    if count * 4 > len(raw):  # before anything of that size is allocated
+    if count * 4 > len(raw):  # checked before anything of that size is allocated
         raise InvalidArgumentError(
             f"input {tensor!r}: {len(raw)} bytes for BYTES {list(shape)}, whose {count} lengths alone take {count * 4}",
             field=field,

@@ -1,1 +1,1 @@
-"""How a service process starts, is configured and stops."""
+"""Start, configuration and shutdown of a service process."""

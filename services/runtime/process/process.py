@@ -1,4 +1,4 @@
-"""One process: logging, event loop, signals, and errors at start as one line."""
+"""Runs one service process: logging, event loop, signals, and one-line start errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> NoReturn:
     """Reads the settings and runs `serve` until it returns; SIGTERM and SIGINT set its event.
 
-    Exits with 0 after a drain, 2 where it could not start.
+    Exits with 0 after a drain, and with 2 if it could not start.
     """
 
     async def main(settings: Settings) -> None:
@@ -40,7 +40,8 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
             await BACKGROUND.close()
 
     name = settings_type.section
-    # A full collection walks every cached entry: at 100,000 of them all requests stood for 80 ms (docs/decisions/0030).
+    # A full garbage collection visits every cached entry: 100,000 entries stalled requests for 80 ms
+    # (docs/decisions/0030).
     gc.set_threshold(20_000, 50, 10_000)
     memory.keep_large_buffers()
     try:
@@ -55,8 +56,8 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
 
 
 def set_title(role: str, address: str, port: int = 0) -> None:
-    """Sets what `ps` shows of this process; `port` is the one in use if `address`, host:port, leaves it open."""
-    # Keeps what /proc says of the environment.
+    """Sets the title of this process in `ps`; `port` is the port in use if `address`, host:port, leaves it open."""
+    # Keeps /proc's view of the environment intact.
     os.environ.setdefault("SPT_NOENV", "1")
     host, _, configured = address.rpartition(":")
     setproctitle(f"ringmesh: {role} {host}:{port or configured}")

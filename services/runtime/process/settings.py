@@ -16,7 +16,7 @@ from services.runtime.telemetry.logs import LogFormat
 
 
 class ServiceSettings(BaseSettings):
-    """What every service can be told. In the file: the tables `[common]` and the service's own `[section]`."""
+    """The settings common to all services. In the file: the tables `[common]` and the service's own `[section]`."""
 
     model_config = SettingsConfigDict(env_prefix="RINGMESH_", extra="forbid", frozen=True)
     section: ClassVar[str]
@@ -47,7 +47,7 @@ class ServiceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Variables win over the file."""
+        """Orders the sources: variables take precedence over the file."""
         return init_settings, env_settings, InitSettingsSource(settings_cls, _read_file(cls.section))
 
 
@@ -63,7 +63,7 @@ def _read_file(section: str) -> dict[str, Any]:
 
 
 def describe(error: ValidationError) -> str:
-    """All that is wrong with the settings, in one line, by the names people set them with."""
+    """Returns all errors in the settings on one line, by the names of their variables."""
     problems = []
     for problem in error.errors():
         name = "_".join(str(part) for part in problem["loc"]).upper()

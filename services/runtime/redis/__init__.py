@@ -1,1 +1,1 @@
-"""Connections to Redis, and workers announced there."""
+"""Connections to Redis, and worker discovery through it."""

@@ -1,8 +1,8 @@
-"""How workers are found: each announces itself in Redis, and what is not repeated is forgotten.
+"""Worker discovery: each worker announces itself in Redis, and an announcement that is not repeated expires.
 
-`rm:fleet` is the set of addresses, `rm:fleet:<address>` an Announcement that expires, `rm:fleet:version` a number that
-grows with each change, so that routers need only look at one small key to know that nothing did. They share a
-slot, so one server of a Redis Cluster holds them all.
+`rm:fleet` is the set of addresses. `rm:fleet:<address>` is an Announcement that expires. `rm:fleet:version` is a number
+that grows with each change, so routers read one small key to see whether anything changed. The keys share a slot, so
+one server of a Redis Cluster holds them all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADDRESSES = "{rm:fleet}"
 VERSION = "{rm:fleet}:version"
 TTL_SECONDS = 5.0
 HEARTBEAT_SECONDS = 1.0
-# How soon a change is written, and how soon it is read.
+# Period in which workers check for changes to write, and routers for changes to read.
 CHANGE_SECONDS = 0.25
 TIMEOUT_SECONDS = 1.0
 FAILURES: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
@@ -37,12 +37,12 @@ AnyRedis: TypeAlias = "Redis | RedisCluster"
 
 
 def key(address: str) -> str:
-    """Where the announcement of the worker at `address` is."""
+    """Returns the key of the announcement of the worker at `address`."""
     return f"{ADDRESSES}:{address}"
 
 
 def connect(url: str) -> AnyRedis:
-    """A client that neither retries nor waits long by itself. Raises StartError where the URL is not one."""
+    """Returns a client that does not retry and has short timeouts. Raises StartError if the URL is invalid."""
     found = parse_redis_url(url, "RINGMESH_DISCOVERY_URL")
     options = {**redis_client.options(TIMEOUT_SECONDS), "socket_timeout": TIMEOUT_SECONDS}
     if found.topology is Topology.CLUSTER:
@@ -51,7 +51,7 @@ def connect(url: str) -> AnyRedis:
 
 
 class Announcer:
-    """Keeps what `describe` says in Redis. A Redis that is down is told when it is back."""
+    """Keeps the announcement that `describe` returns in Redis; after an outage of Redis, it is written again."""
 
     def __init__(self, redis: AnyRedis, describe: Callable[[], inference_pb2.Announcement]) -> None:
         self._redis = redis
@@ -61,11 +61,11 @@ class Announcer:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Announces, from now until `close`."""
+        """Announces the worker until `close`."""
         self._task = BACKGROUND.start("announcement", self._announce)
 
     async def close(self) -> None:
-        """Takes the announcement back, where Redis answers."""
+        """Removes the announcement if Redis answers, and disconnects."""
         if self._task is not None:
             await BACKGROUND.end(self._task)
             address = self._describe().address
@@ -98,7 +98,7 @@ class Announcer:
                     pipeline.incr(VERSION)
                 await pipeline.execute()
         except FAILURES as error:
-            # It may have lost what it knew: the next one counts as a change.
+            # Redis may have lost its data, so the next write counts as a change.
             self._written = b""
             if not self._failing:
                 log.warning("not announced for now: Redis: %r", error)

@@ -1,4 +1,4 @@
-"""redis-py's client of what a URL names. It does not retry by itself: that takes the time of callers."""
+"""redis-py clients for a Redis URL. They do not retry automatically, because retries would delay callers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SENTINEL_SECONDS = 0.5
 
 
 def options(connect_seconds: float) -> dict[str, Any]:
-    """Of every connection.
+    """Returns the options of every connection.
 
-    With notifications of maintenance, redis-py keeps a connection on which more was said than was asked, and then
-    takes every reply for that of a later command, for good.
+    Maintenance notifications are disabled: with them, redis-py keeps a connection that has received an unrequested
+    message, and from then on matches every reply to the wrong command.
     """
     return {
         "protocol": 3,
@@ -34,12 +34,12 @@ def options(connect_seconds: float) -> dict[str, Any]:
 
 
 def one_server(settings: Mapping[str, Any]) -> Redis:
-    """The server at `host` and `port`, or `path`, of these settings of a connection."""
+    """Returns a client of one server; the connection settings name its `host` and `port`, or its `path`."""
     return Redis.from_pool(ConnectionPool(**settings))
 
 
 def server(url: RedisUrl, more: Mapping[str, Any]) -> Redis:
-    """The one server, or the primary that Sentinels name whenever a connection is made; not of a cluster."""
+    """Returns a client of one server, or of the primary, which Sentinels name for each connection; not of a cluster."""
     if url.topology is Topology.SENTINEL:
         plain = {name: value for name, value in url.options.items() if name != "connection_class"}
         servers = {**plain, **more, **({"ssl": True} if url.is_secure else {})}
@@ -55,7 +55,7 @@ def server(url: RedisUrl, more: Mapping[str, Any]) -> Redis:
 
 
 def cluster(url: RedisUrl, more: Mapping[str, Any]) -> RedisCluster:
-    """All servers of the cluster that the hosts belong to; it is asked again for its slots where one fails."""
+    """Returns a client of the cluster that the hosts belong to; if a server fails, it reads the slots again."""
     plain = {name: value for name, value in url.options.items() if name != "connection_class"}
     return RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in url.hosts], ssl=url.is_secure, **{**plain, **more}
@@ -64,14 +64,14 @@ def cluster(url: RedisUrl, more: Mapping[str, Any]) -> RedisCluster:
 
 @asynccontextmanager
 async def lent_connection(client: Redis, protocol: asyncio.Protocol) -> AsyncIterator[asyncio.Transport]:
-    """A connection of its own, opened as `client` opens those that it keeps; from then on `protocol` hears of it.
+    """Opens a connection with the settings of `client`, outside its pool, and switches it to `protocol`.
 
-    `connection_made` is not called. Raises what redis-py raises where it cannot connect.
+    `connection_made` is not called. Raises redis-py's errors if it cannot connect.
     """
     connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     try:
         await connection.connect()
-        # redis-py has no public name for it; tests/system/test_redis_topologies.py would notice a change.
+        # redis-py has no public name for the transport; tests/system/test_redis_topologies.py would detect a change.
         transport: asyncio.Transport = connection._writer.transport
         transport.set_protocol(protocol)
         yield transport

@@ -1,13 +1,13 @@
-"""Where Redis is, in one URL.
+"""Parses Redis URLs.
 
     redis://[user:password@]host[:6379][/db]                        one server
-    redis+sentinel://[user:password@]host[:26379][,host...]/service[/db]   its primary, as Sentinels say
+    redis+sentinel://[user:password@]host[:26379][,host...]/service[/db]   the primary that Sentinels name
     redis+cluster://[user:password@]host[:6379][,host...]           a Redis Cluster, by any of its nodes
     unix:///path/to/socket[?db=0]
 
-rediss://, rediss+sentinel:// and rediss+cluster:// speak TLS. Options stand behind `?`: db, client_name, ssl_ca_certs,
-ssl_certfile, ssl_keyfile, ssl_cert_reqs (required, optional, none), ssl_check_hostname; for Sentinels of their own
-users sentinel_username and sentinel_password.
+rediss://, rediss+sentinel:// and rediss+cluster:// use TLS. Options follow `?`: db, client_name, ssl_ca_certs,
+ssl_certfile, ssl_keyfile, ssl_cert_reqs (required, optional, none), ssl_check_hostname; and sentinel_username and
+sentinel_password for Sentinels with users of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _EXAMPLES = "redis://host:6379, redis+sentinel://host:26379,host2/service or uni
 
 
 class Topology(StrEnum):
-    """How many servers there are, and how they are found."""
+    """How the servers are arranged and found."""
 
     NODE = "node"
     SENTINEL = "sentinel"
@@ -43,7 +43,7 @@ class Topology(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """A URL, read. `options` are arguments of a redis-py connection to the servers, but for host and port."""
+    """A parsed URL. `options` are redis-py connection arguments for the servers, without host and port."""
 
     topology: Topology
     hosts: tuple[tuple[str, int], ...]
@@ -53,12 +53,12 @@ class RedisUrl:
 
     @property
     def is_secure(self) -> bool:
-        """Whether connections speak TLS."""
+        """Whether connections to a cluster or a Sentinel's primary use TLS; for one server, `options` has it."""
         return "connection_class" in self.options and self.topology is not Topology.NODE
 
 
 def parse_redis_url(url: str, variable: str) -> RedisUrl:
-    """Raises StartError, which says what is wrong with the variable's value and never the password."""
+    """Parses the value of `variable`. Raises StartError, which says what is wrong and never shows the password."""
     try:
         return _parse(url)
     except (ValueError, TypeError) as error:

@@ -1,1 +1,1 @@
-"""gRPC servers on both engines."""
+"""gRPC servers on both engines: pygrpc-native and grpcio."""

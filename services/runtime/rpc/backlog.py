@@ -1,12 +1,12 @@
-"""Answers that callers asked for and do not read, bounded in bytes.
+"""A bound, in bytes, on answers that callers have not read.
 
-HTTP/2 lets a caller take answers as slowly as it likes, and both engines hold whatever it leaves. Neither tells by
-connection how much that is, but each tells when a call has ended, so what all callers together have not read is known
-exactly. Only when that is a lot are connections looked at: what was answered on one, less what the kernel says the
-other end has acknowledged, is what waits there.
+HTTP/2 lets a caller read answers as slowly as it likes, and both engines buffer the unread ones. Neither reports unread
+bytes by connection, but each reports when a call ends, so the total of unread bytes is known exactly. Connections are
+measured only when that total is large: the unread bytes of one are the bytes answered on it, minus the bytes that the
+other end has acknowledged according to the kernel.
 
-A connection that would need more than a minute for what it has waiting is cut. Until it is, its callers are refused
-further answers, and the others are served.
+A connection that would need more than a minute to drain is cut. Until then its callers are refused further answers;
+other callers are served.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -27,15 +27,15 @@ UNREAD = Family("ringmesh_unread_response_bytes", "gauge", "answers that callers
 CUT = Family("ringmesh_connections_cut_total", "counter", "connections ended because their client did not read answers")
 REFUSED = Family("ringmesh_unread_refusals_total", "counter", "calls refused because too many answers are unread")
 MAX_UNREAD_BYTES = 256 << 20
-# Connections are measured once this part of the limit is unread in all, and again after as many further bytes.
+# Connections are measured when this fraction of the limit is unread in total, and again after as many further bytes.
 _STEP = 1 / 16
-# What a connection may have waiting before its pace matters: the buffers of a healthy one.
+# Unread bytes below which a connection's pace is not checked: the buffers of a healthy one.
 _FLOOR = 256 << 10
-# A connection is slow if it would need longer for what waits on it.
+# A connection is slow if it would need longer than this to drain.
 _DRAIN_SECONDS = 60.0
-# How long its pace is watched before it is cut; the shorter time where memory is short.
+# How long its pace is measured before it is cut; the shorter time applies above the limit.
 _PATIENCE_SECONDS, _SHORT_PATIENCE_SECONDS = 10.0, 1.0
-# Looking at connections costs some 20 us each, and no more than this share of the time.
+# Measuring costs about 20 us a connection, and takes at most this share of the time.
 _PAUSE_SECONDS = 0.02
 _LOOKING_SHARE = 0.1
 
@@ -45,17 +45,17 @@ Address: TypeAlias = tuple[str, int]
 
 
 class Connections(Protocol):
-    """See services.runtime.connections."""
+    """See services.runtime.rpc.connections."""
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
-        """The other end of each connection, and the bytes that it has acknowledged."""
+        """Yields the remote address of each connection, and the bytes that it has acknowledged."""
 
     def cut(self, addresses: Collection[Address]) -> int:
-        """Ends the connections from these; how many there were."""
+        """Ends the connections from `addresses` and returns their number."""
 
 
 class _Flow:
-    """What was answered on one connection. `unread` is an estimate between two looks, and never too low."""
+    """Bytes answered on one connection. Between two measurements `unread` is an upper estimate."""
 
     __slots__ = ("acked", "address", "handed", "moved", "offset", "since", "unread")
 
@@ -64,17 +64,17 @@ class _Flow:
         self.handed = 0
         self.unread = 0
         self.acked = 0
-        # Frames and headers are acknowledged as well, and are no part of `handed`.
+        # Corrects for frames and headers, which are acknowledged but not part of `handed`.
         self.offset = 0
-        # Since when its pace is watched, and what it has read since then.
+        # Start of the current measurement of its pace, and the bytes acknowledged since then.
         self.since = now
         self.moved = 0
 
 
 class Backlog:
-    """Unread answers of one server. `sent`: cumulative bytes of admitted answers that left, or whose callers did.
+    """Unread answers of one server. `sent`: cumulative bytes of admitted answers that were sent or whose callers left.
 
-    Answers are handed over on two threads: `+=` on an attribute is not interrupted in CPython.
+    Two threads hand over answers: `+=` on an attribute is not interrupted in CPython.
     """
 
     def __init__(self, limit: int, sent: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
@@ -86,9 +86,9 @@ class Backlog:
         self._handed = 0
         self._total = 0
         self._next_look = self._step
-        # When connections may be looked at again.
+        # The earliest time of the next measurement.
         self._rested = 0.0
-        # By the engine's name for the caller, and by address.
+        # By the engine's peer name, and by address.
         self._flows: dict[str, _Flow] = {}
         self._by_address: dict[Address, _Flow] = {}
         self._lock = threading.Lock()
@@ -96,17 +96,17 @@ class Backlog:
         self._refused = 0
 
     def watch(self, connections: Connections) -> None:
-        """Where the server's connections are found, from when it listens."""
+        """Sets the source of the server's connections, once it listens."""
         self._connections = connections
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         yield Sample(UNREAD, (), max(0, self._handed - self._sent()))
         yield Sample(CUT, (), self._cut)
         yield Sample(REFUSED, (), self._refused)
 
     def admit(self, peer: str, size: int) -> bool:
-        """Counts an answer of `size` bytes to `peer`, about to be handed to the engine; False: it must not be."""
+        """Counts an answer of `size` bytes to `peer` before the engine gets it; False: it must not be sent."""
         flow = self._flows.get(peer)
         if flow is None:
             flow = self._open(peer)
@@ -123,20 +123,20 @@ class Backlog:
         return False
 
     def withdraw(self, peer: str, size: int) -> None:
-        """An answer that was counted is not sent."""
+        """Reverts `admit` for an answer that is not sent."""
         self._handed -= size
         if (flow := self._flows.get(peer)) is not None:
             flow.handed -= size
             flow.unread -= size
 
     def refusal(self) -> ResourceExhaustedError:
-        """What the caller of a refused answer is told."""
+        """Returns the error for a caller whose answer is refused."""
         return ResourceExhaustedError(
             "too many answers on this connection are not read yet; read them, then retry", kind="unread"
         )
 
     def look(self) -> None:
-        """Measures, and cuts connections whose callers do not read. On any thread; once a second at least."""
+        """Measures connections and cuts slow ones. Any thread may call it; call it at least once a second."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -166,7 +166,7 @@ class Backlog:
                 slow.append(flow)
         ended = self._clock()
         self._rested = ended + max(_PAUSE_SECONDS, (ended - now) / _LOOKING_SHARE)
-        # What cannot be read from the kernel, such as a Unix socket, stays with what it was handed.
+        # A peer that the kernel cannot measure, such as a Unix socket, keeps its estimate.
         for peer, flow in list(self._flows.items()):
             if flow.address not in alive and flow.address[1]:
                 self._flows.pop(peer, None)
@@ -196,7 +196,7 @@ class Backlog:
         return is_slow
 
     def _share(self, total: int) -> int:
-        """What one connection may have waiting and still get another answer, of any size."""
+        """Returns the unread bytes up to which one connection gets another answer, of any size."""
         if total <= self._limit:
             return self._limit // 2
         return self._limit // 16 if total <= 2 * self._limit else _FLOOR
@@ -211,6 +211,6 @@ class Backlog:
 
 
 def _address(peer: str) -> Address:
-    """Of `ipv4:127.0.0.1:80` or `ipv6:%5B::1%5D:80`; port 0 where it has none."""
+    """Parses a peer such as `ipv4:127.0.0.1:80` or `ipv6:%5B::1%5D:80`; the port is 0 if there is none."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     return host.strip("[]").partition("%")[0].removeprefix("::ffff:"), int(port) if port.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""Which calls a server has answered, and how they ended."""
+"""Counts of the calls that a server has answered, by method and status code."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Calls:
-    """Counts by method and code, at half a microsecond a call; of methods with a fast path, those that ask for it."""
+    """Counts by method and code, at 0.5 us a call; fast paths are counted only by `counted_path` or `counter`."""
 
     def __init__(self) -> None:
         # By method and code.
         self._counts: dict[str, dict[str, int]] = {}
         self._others: list[Callable[[], Iterator[Sample]]] = []
-        # Fast paths count on a thread of their own.
+        # Fast paths also count on the receiving thread.
         self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         for method, counts in self._counts.items():
             for code, count in counts.items():
                 yield Sample(CALLS, (method, code), count)
@@ -52,18 +52,18 @@ class Calls:
             yield from samples()
 
     def add(self, samples: Callable[[], Iterator[Sample]]) -> None:
-        """What else a server counts."""
+        """Adds samples of other counters of a server."""
         self._others.append(samples)
 
     def counted(self, service: Service) -> dict[str, Handler]:
-        """The handlers of `service`, whose calls count from now on."""
+        """Returns the handlers of `service`, wrapped to count their calls."""
         return {
             method: handler if method in service.fast_paths else self._counted(f"{service.name}/{method}", handler)
             for method, handler in service.handlers.items()
         }
 
     def counter(self, method: str) -> Callable[[str], None]:
-        """Counts a call by the name of the code it ended with; on any thread."""
+        """Returns a function that counts a call by the name of its status code, on any thread."""
         counts = self._counts.setdefault(method, {})
 
         def count(code: str) -> None:
@@ -73,7 +73,7 @@ class Calls:
         return count
 
     def counted_path(self, method: str, path: FastPath) -> FastPath:
-        """`path`, whose calls count from now on."""
+        """Returns `path`, wrapped to count its calls."""
         count = self.counter(method)
 
         async def counted(data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
@@ -88,7 +88,7 @@ class Calls:
         return counted
 
     def _counted(self, method: str, handler: Handler) -> Handler:
-        """Handlers are coroutines of bytes; a stream of requests comes as an iterator, one of answers goes as one."""
+        """Wraps a handler of bytes; it takes and returns streams as async iterators."""
         counts = self._counts.setdefault(method, {})
         answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
 
@@ -137,9 +137,9 @@ def _code_of(answer: Answer | Failure) -> str:
 
 
 def _code(context: Context, error: BaseException) -> str:
-    """The name of the code that a call ends with, after `error`."""
+    """Returns the name of the status code of a call that ends with `error`."""
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "CANCELLED"
-    # A number on grpcio, and None where nobody set it.
+    # grpcio returns a number, or None if no code was set.
     code: Any = context.code()
     return str(code.name) if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")

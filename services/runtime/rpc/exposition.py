@@ -1,4 +1,4 @@
-"""`/metrics` over HTTP, in Prometheus text or OpenMetrics as the scraper asks."""
+"""`/metrics` over HTTP, in the Prometheus text format or in OpenMetrics, as the scraper requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPEN_METRICS = "application/openmetrics-text"
 
 
 class MetricsServer:
-    """Serves the samples of `metrics`. Read on the event loop and written as text on a thread, one scrape at a time."""
+    """Serves the samples of `metrics`: reads them on the event loop, formats them on a thread, one scrape at a time."""
 
     def __init__(self, address: str, metrics: Metrics) -> None:
         self._address = address
@@ -28,7 +28,7 @@ class MetricsServer:
         self._one = asyncio.Lock()
 
     async def start(self) -> int:
-        """Returns the port. Raises StartError where the address is taken or is none."""
+        """Starts listening and returns the port. Raises StartError if the address is taken or invalid."""
         host, _, port = self._address.rpartition(":")
         try:
             self._server = await asyncio.start_server(self._serve, host.strip("[]"), int(port), limit=8192)
@@ -54,7 +54,7 @@ class MetricsServer:
                     writer.write(await self._answer(head))
                     await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # a scraper that left, or was never one
+            pass  # the scraper left, or the client is not one
         finally:
             self._connections -= 1
             writer.close()
@@ -80,9 +80,9 @@ def _response(status: str, content_type: str, body: bytes) -> bytes:
 
 
 def expose(samples: Iterable[Sample], accept: str) -> tuple[bytes, str]:
-    """The text and its content type, by the scraper's Accept header.
+    """Returns the text and its content type, by the scraper's Accept header.
 
-    Written here, as prometheus_client takes 10 us a line, and a process with hundreds of models has tens of thousands.
+    prometheus_client is not used: it takes 10 us a line, and a process with hundreds of models has tens of thousands.
     """
     is_open = _OPEN_METRICS in accept
     families: dict[Family, list[str]] = {}
@@ -105,7 +105,7 @@ def expose(samples: Iterable[Sample], accept: str) -> tuple[bytes, str]:
 
 def _head(family: Family, *, is_open: bool) -> list[str]:
     meaning = family.meaning.replace("\\", r"\\").replace("\n", r"\n")
-    # OpenMetrics names a counter without the ending of its samples.
+    # OpenMetrics names a counter without the suffix of its samples.
     name = family.name.removesuffix("_total") if is_open and family.kind == "counter" else family.name
     if is_open:
         meaning = meaning.replace('"', r"\"")

@@ -1,8 +1,8 @@
-"""Fast paths on the native engine: calls without asyncio tasks, most of them answered on the thread that receives them.
+"""Fast paths on the native engine: calls without asyncio tasks, most of them answered on the receiving thread.
 
 pygrpc-native's asyncio server makes a task and a context for every call, about as much work as a cache hit itself.
-Here each call of a batch starts its coroutine on the receiving thread. What ends there is answered there, and the rest
-goes to the event loop in one wake-up. Measured in docs/performance.md.
+Here each call of a batch starts its coroutine on the receiving thread. If it ends there, it is answered there. The
+suspended calls of a batch go to the event loop in one wake-up. Measured in docs/performance.md.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 _FLUSH_SECONDS = 0.1
-# What answers leave to be done waits so long: a wake-up, and a change of the GIL's holder, costs more than most of it.
+# Delay of `afterwards` callbacks, to batch them: a wake-up and a GIL hand-over cost more than most of these callbacks.
 _AFTERWARDS_SECONDS = 0.02
-# How soon, and at least how often, a stream whose client does not read is tried again.
+# First and longest pause before a retry on a stream whose client does not read.
 _RETRY_SECONDS = 0.001
 _LONGEST_RETRY_SECONDS = 0.05
 # A call that waits for the event loop: its coroutine, its id, its deadline in time.monotonic, and the caller's address.
@@ -50,14 +50,14 @@ _Suspended: TypeAlias = "tuple[Coroutine[Any, Any, Answer | Failure], int, float
 
 
 class FastPathServer(native.Server):
-    """`pygrpc_native.aio.server()` with fast paths by method, on some of its private names that our tests hold."""
+    """`pygrpc_native.aio.server()` with fast paths by method. It uses private names of it, which tests pin."""
 
     def __init__(
         self, options: list[tuple[str, Any]], paths: Mapping[str, FastPath], max_unread_bytes: int = MAX_UNREAD_BYTES
     ) -> None:
-        # On two cores a second one only takes turns with Python.
+        # On two cores, a second I/O thread would only compete with Python.
         super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
-        # They say what was sent of calls that have ended.
+        # The engine's metrics report the bytes sent by calls that have ended.
         self._front_args["metrics"] = True
         self.backlog = Backlog(max_unread_bytes, self._sent_bytes)
         self._unary: frozenset[str] = frozenset()
@@ -65,24 +65,24 @@ class FastPathServer(native.Server):
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._path_of: list[FastPath | None] = []
         self._draining = False
-        # What answers leave to be done, until the event loop is told.
+        # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
         self._is_told = False
-        # What cancels each call of a fast path that is under way, by id.
+        # Cancel functions of the fast-path calls in flight, by call id.
         self._under_way: dict[int, Callable[[], object]] = {}
-        # Of a server that stops: none of them is left.
+        # Set while the server stops, when no such call is left.
         self._idle = asyncio.Event()
         # CPU time of the receiving thread.
         self.receiver_seconds = 0.0
 
     async def start(self) -> None:
-        """Serves."""
+        """Starts serving."""
         await super().start()
         self._path_of = [self._paths.get(path) for path, _ in self._table]
         self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)
 
     async def stop(self, grace: float | None) -> None:
-        """Turns new calls away, waits for those under way, and closes only when their answers have left."""
+        """Refuses new calls, waits for those in flight, and closes after their answers are sent."""
         self._draining = True
         tasks = [call.task for call in self._calls.values() if call.task is not None]
         if self._fallback is not None:
@@ -90,7 +90,7 @@ class FastPathServer(native.Server):
         tasks.append(asyncio.create_task(self._be_idle()))
         await asyncio.wait(tasks, timeout=grace or 0)
         tasks[-1].cancel()
-        # Closing takes with it what the engine has not yet written to its sockets; it has no way to wait for that.
+        # Closing drops data that the engine has not yet written to its sockets; it offers no way to wait for that.
         await asyncio.sleep(_FLUSH_SECONDS)
         for call_id, cancel in list(self._under_way.items()):
             cancel()
@@ -106,7 +106,7 @@ class FastPathServer(native.Server):
         super()._fail(call, context, details)
 
     def _sent_bytes(self) -> int:
-        """Bytes of unary answers that have left, or whose callers left first."""
+        """Returns the bytes of unary answers that were sent, or whose callers left first."""
         front = self._front
         methods = (front.metrics() or {}).get("methods", {}) if front is not None else {}
         return sum(
@@ -145,7 +145,7 @@ class FastPathServer(native.Server):
             front.fail(call_id, answer.code.value[0], answer.message, trailing_metadata=_sendable(answer.trailing))
 
     async def _send(self, call: Any, context: Any, response: Any) -> bool:
-        # The engine would hold one of the process's few threads for each client that does not read.
+        # The engine's own send blocks one of the process's few threads for each client that does not read.
         front = self._front
         assert front is not None
         data = self._encode(call, context, response)
@@ -165,7 +165,7 @@ class FastPathServer(native.Server):
         return front.stream_try_send(call_id, data)
 
     def _dispatch(self) -> None:
-        """On the engine's receiving thread: a hit answered here spares it and the event loop a wake-up each."""
+        """Runs on the engine's receiving thread: a hit answered here saves this thread and the event loop a wake-up."""
         front, loop = self._front, self._loop
         assert front is not None
         assert loop is not None
@@ -179,14 +179,14 @@ class FastPathServer(native.Server):
                     self._is_told = True
                     loop.call_soon_threadsafe(loop.call_later, _AFTERWARDS_SECONDS, self._do_afterwards)
             except RuntimeError:
-                # The loop was closed without stop().
+                # The event loop was closed without a call of stop().
                 for coroutine, *_ in suspended:
                     coroutine.close()
                 front.close()
                 return
 
     def _start_fast_paths(self, events: list[tuple[Any, ...]]) -> tuple[list[_Suspended], list[tuple[Any, ...]]]:
-        """Answers what it can; returns calls that continue on the event loop, and events that have no fast path."""
+        """Answers calls that end here; returns calls that continue on the event loop, and events without fast path."""
         suspended: list[_Suspended] = []
         rest = []
         paths, largest = self._path_of, self._largest
@@ -221,11 +221,11 @@ class FastPathServer(native.Server):
         return suspended, rest
 
     def _do_afterwards(self) -> None:
-        """Some of it at a time, so that it holds up neither the event loop nor, by the GIL, the receiving thread."""
+        """Runs callbacks in batches, to block neither the event loop nor, by the GIL, the receiving thread for long."""
         assert self._loop is not None
         for _ in range(_BATCH):
             if not self._afterwards:
-                # In this order: what comes between the two is told again.
+                # Cleared before the check below, so that a callback added in between is scheduled again.
                 self._is_told = False
                 break
             try:
@@ -237,7 +237,7 @@ class FastPathServer(native.Server):
             self._loop.call_soon(self._do_afterwards)
 
     def _take(self, suspended: list[_Suspended], events: list[tuple[Any, ...]]) -> None:
-        """On the event loop."""
+        """Continues suspended calls and handles other events; runs on the event loop."""
         front = self._front
         assert front is not None
         if self._draining:
@@ -254,14 +254,14 @@ class FastPathServer(native.Server):
             driver.start(deadline)
         if events:
             for event in events:
-                # It may not have begun, and then would not come to its end either.
+                # Remove the call here: a coroutine cancelled before it starts never reaches `_end`.
                 if event[0] == EVENT_CANCEL and (cancel := self._ended(event[1])) is not None:
                     cancel()
             self._on_events(events)
 
     def _end(self, call_id: int, peer: str, outcome: Answer | Failure | BaseException) -> None:
         if isinstance(outcome, asyncio.CancelledError):
-            # By `stop`: a caller that left would not be under way any more.
+            # `stop` cancelled it: if the caller had left, the call would be removed already.
             outcome = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
         elif isinstance(outcome, Exception):
             outcome = failure(faults.told(log, "a fast path failed", outcome))
@@ -274,9 +274,9 @@ class FastPathServer(native.Server):
         _do_afterwards(outcome)
 
     def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
-        """From a thread: the engine copies it, which takes long, though without the GIL."""
+        """Sends on a thread: the engine copies the answer, which takes long, though without the GIL."""
         assert self._loop is not None
-        # Not cancelled when the caller leaves; the engine then drops it.
+        # Not cancelled when the caller leaves; the engine drops the answer then.
         self._under_way[call_id] = _nothing
         sending = self._loop.run_in_executor(None, self._send_whole, call_id, peer, answer)
         sending.add_done_callback(partial(self._sent_large, call_id, answer))
@@ -292,7 +292,7 @@ class FastPathServer(native.Server):
         _do_afterwards(answer)
 
     def _ended(self, call_id: int) -> Callable[[], object] | None:
-        """What would cancel it; None where it has ended before."""
+        """Removes a call and returns its cancel function; None if it has ended before."""
         cancel = self._under_way.pop(call_id, None)
         if self._draining and not self._under_way:
             self._idle.set()
@@ -300,7 +300,7 @@ class FastPathServer(native.Server):
 
 
 def _sendable(trailing: Metadata) -> Metadata:
-    # The engine keeps names that begin with grpc- to itself; RetryInfo in the details says the same.
+    # The engine reserves names that begin with grpc-; RetryInfo in the details carries the same value.
     return [pair for pair in trailing if pair[0] != PUSHBACK]
 
 
@@ -313,4 +313,4 @@ def _do_afterwards(answer: Answer | Failure) -> None:
 
 
 def _nothing() -> None:
-    """Cancels what has not begun."""
+    """The cancel function of a call that cannot be cancelled."""

@@ -18,7 +18,7 @@ _SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
-    """Whether this server takes traffic: one status for it as a whole ("") and for each of its services."""
+    """The serving status of this server as a whole ("") and of each of its services."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._names = frozenset(services) | {""}
@@ -32,17 +32,17 @@ class Health:
         return self._serving
 
     def set_serving(self, serving: bool) -> None:
-        """Tells every watcher at once."""
+        """Sets the status and notifies all watchers."""
         self._serving = serving
         self._notify()
 
     def close(self) -> None:
-        """Ends all watches, so that they do not hold up the server's stop."""
+        """Ends all watches, so that they do not delay the server's stop."""
         self._closed = True
         self._notify()
 
     def service(self) -> Service:
-        """`grpc.health.v1.Health`, to be served beside the others."""
+        """Returns `grpc.health.v1.Health`, to be served with the other services."""
         return Service(
             health_pb2.DESCRIPTOR.services_by_name["Health"],
             {

@@ -1,4 +1,4 @@
-"""Settings that may change while a server runs: TraceSetting and LogSettings, by Triton's names."""
+"""Settings that may change while a server runs: TraceSetting and LogSettings, with Triton's names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOG_NAMES = ("log_info", "log_warning", "log_error", "log_verbose_level")
 
 
 class LiveSettings:
-    """Reads and changes the tracer's ratios and the level of the log, for this process."""
+    """Reads and changes this process's trace ratios and log level."""
 
     def __init__(self, tracer: Tracer, check_model: Callable[[str], object]) -> None:
         """`check_model` raises a RingmeshError unless the model is served."""
@@ -25,16 +25,17 @@ class LiveSettings:
         self._check_model = check_model
 
     def handlers(self) -> dict[str, Handler]:
-        """For `inference.GRPCInferenceService`."""
+        """Returns handlers for `inference.GRPCInferenceService`."""
         return {
             "TraceSetting": unary(v2.TraceSettingRequest, self.trace),
             "LogSettings": unary(v2.LogSettingsRequest, self.log),
         }
 
     async def trace(self, request: v2.TraceSettingRequest, _: Context) -> v2.TraceSettingResponse:
-        """`trace_level` is OFF or TIMESTAMPS; `trace_rate` N traces one request in N where the caller does not say.
+        """Handles TraceSetting.
 
-        A model has the server's settings until it is given its own; a setting without values ends those.
+        `trace_level` is OFF or TIMESTAMPS. `trace_rate` N traces one request in N if the caller does not decide.
+        A model uses the server's settings until it gets its own; a setting without values removes its own.
         """
         model = request.model_name
         if model:
@@ -46,7 +47,7 @@ class LiveSettings:
         ratio = self._tracer.ratios.get(model, self._tracer.ratio)
         if "trace_rate" in given:
             (rate, *more) = given["trace_rate"]
-            # So few digits: int() refuses thousands of them.
+            # Limited to 9 digits: int() raises on thousands of them.
             if more or not re.fullmatch(r"[1-9][0-9]{0,8}", rate):
                 raise InvalidArgumentError(
                     f"trace_rate is one number from 1 to 999999999, not {given['trace_rate']}", field="settings"
@@ -73,7 +74,10 @@ class LiveSettings:
         )
 
     async def log(self, request: v2.LogSettingsRequest, _: Context) -> v2.LogSettingsResponse:
-        """`log_info`, `log_warning` and `log_error` turn levels on or off; `log_verbose_level` above 0 is debug."""
+        """Handles LogSettings.
+
+        `log_info`, `log_warning` and `log_error` turn levels on or off; `log_verbose_level` above 0 means debug.
+        """
         _check_names(request.settings, _LOG_NAMES)
         root = logging.getLogger()
         for name, setting in request.settings.items():

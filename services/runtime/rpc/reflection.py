@@ -18,7 +18,7 @@ Found = TypeVar("Found")
 
 
 def _v1_pool() -> descriptor_pool.DescriptorPool:
-    """The v1 file: v1alpha's under another package; grpcio's reflection package has only the latter."""
+    """Derives the v1 file from v1alpha's by renaming its package; grpcio's reflection package has only v1alpha."""
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     file.name = "grpc/reflection/v1/reflection.proto"
@@ -36,7 +36,7 @@ def _v1_pool() -> descriptor_pool.DescriptorPool:
 
 
 class _Pools:
-    """Looks like one DescriptorPool: the first pool that knows a name answers."""
+    """Behaves like one DescriptorPool: the first pool that knows a name answers."""
 
     def __init__(self, pools: Sequence[descriptor_pool.DescriptorPool]) -> None:
         self._pools = pools
@@ -66,15 +66,15 @@ class _Pools:
 
 
 def _parse(data: bytes) -> reflection_pb2.ServerReflectionRequest:
-    """Raises ResourceExhaustedError for a request that names more than a name."""
+    """Parses a request. Raises ResourceExhaustedError if it is too large for a request that holds one name."""
     check_size(data)
     return reflection_pb2.ServerReflectionRequest.FromString(data)
 
 
 def handlers(service_names: Iterable[str]) -> dict[str, dict[str, Handler]]:
-    """Method handlers by service name, for `service_names` and reflection itself."""
+    """Returns the handlers of both reflection services, by service name; they list `service_names` and themselves."""
     versions = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
-    # The private pool first: the default one may hold tritonclient's own `inference.*`.
+    # Ringmesh's pool first: the default one may hold tritonclient's own `inference.*`.
     pools = _Pools([ringmesh.POOL, _v1_pool(), descriptor_pool.Default()])
     servicer: Any = reflection.aio.ReflectionServicer([*service_names, *versions], pool=pools)
     handler: Handler = grpc.stream_stream_rpc_method_handler(

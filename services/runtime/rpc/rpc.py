@@ -1,4 +1,4 @@
-"""The border between our code and gRPC: bytes to messages, errors to statuses."""
+"""The boundary between Ringmesh and gRPC: converts bytes to messages and errors to statuses."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -27,9 +27,10 @@ Request = TypeVar("Request", bound=Message)
 
 
 class Answer:
-    """A serialized response and its trailing metadata; `afterwards` is to be called on the event loop, sent or not.
+    """A serialized response and its trailing metadata.
 
-    `pieces` follow `body`: a large response is not joined before it is sent, and then on a thread.
+    `afterwards` is called on the event loop, whether the answer was sent or not. `pieces` follow `body`: a large
+    response stays in pieces until it is sent; a thread joins them.
     """
 
     __slots__ = ("afterwards", "body", "pieces", "trailing")
@@ -48,16 +49,16 @@ class Answer:
 
     @property
     def is_large(self) -> bool:
-        """Whether it is to be sent from a thread."""
+        """Whether it must be sent from a thread."""
         return len(self.body) > LARGE_BYTES or len(self.pieces) > 0
 
     def whole(self) -> bytes:
-        """In one piece; on a thread where it is large."""
+        """Returns the response in one piece; call it on a thread if `is_large`."""
         return b"".join((self.body, *self.pieces)) if self.pieces else self.body
 
 
 class Failure:
-    """The error that a call ends with, its trailing metadata with it; `afterwards` as that of an Answer."""
+    """The error status and trailing metadata that a call ends with; `afterwards` is as for Answer."""
 
     __slots__ = ("afterwards", "code", "message", "trailing")
 
@@ -70,21 +71,21 @@ class Failure:
         self.afterwards = afterwards
 
 
-# Of one request: names and values, and as RFC 9113 counts, 32 for each of them.
+# Limit for one request: names and values, and 32 bytes for each entry, as in RFC 9113.
 MAX_METADATA_BYTES = 16 << 10
-# Milliseconds after which a client with a retry policy tries again, by gRFC A6.
+# Trailer with the milliseconds after which a client with a retry policy retries (gRFC A6).
 PUSHBACK = "grpc-retry-pushback-ms"
 
 
-# A unary method without an asyncio task: takes the request, its metadata and the caller's deadline in time.monotonic.
-# It is started on the thread that receives calls and may only read and count there; before anything else it awaits
-# driver.ON_LOOP. It is cancelled when the caller leaves, and at the deadline.
+# A unary method that needs no asyncio task. It takes the request, its metadata and the caller's deadline
+# (time.monotonic). It starts on the receiving thread, where it may only read and count; it must await driver.ON_LOOP
+# before it does anything else. It is cancelled when the caller leaves, and at the deadline.
 FastPath: TypeAlias = Callable[[bytes, Metadata, float | None], Coroutine[Any, Any, "Answer | Failure"]]
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A gRPC service to serve: its handlers by method name, and the fast paths that an engine may take instead."""
+    """A gRPC service: its handlers by method name, and the fast paths that an engine may use instead."""
 
     descriptor: ServiceDescriptor
     handlers: Mapping[str, Handler]
@@ -97,7 +98,7 @@ class Service:
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:
-    """Raises InvalidArgumentError where `data` is not a serialized `request_type`."""
+    """Parses a message. Raises InvalidArgumentError if `data` is not a serialized `request_type`."""
     try:
         return request_type.FromString(data)
     except DecodeError:
@@ -106,7 +107,7 @@ def parse(request_type: type[Request], data: bytes) -> Request:
 
 
 def check_metadata(metadata: Metadata) -> None:
-    """Raises ResourceExhaustedError where it is more than MAX_METADATA_BYTES."""
+    """Raises ResourceExhaustedError if the metadata is larger than MAX_METADATA_BYTES."""
     size = 0
     for name, value in metadata:
         size += len(name) + len(value) + 32
@@ -125,9 +126,9 @@ def unary(
     handle: Callable[[Request, Context], Awaitable[Message]],
     check: Callable[[bytes], None] = check_size,
 ) -> Handler:
-    """A unary-unary handler around `handle`, which takes a message, returns a message and raises RingmeshError.
+    """Returns a unary-unary handler around `handle`, which takes and returns a message and may raise RingmeshError.
 
-    `check` refuses, by a RingmeshError, bytes that would take long to parse.
+    `check` raises RingmeshError for bytes that would take long to parse.
     """
 
     async def call(data: bytes, context: Context) -> bytes:
@@ -142,19 +143,19 @@ def unary(
 
 
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:
-    """Ends the call with the error's status; details stand in `grpc-status-details-bin` as google.rpc messages."""
+    """Ends the call with the error's status; `grpc-status-details-bin` has the details as google.rpc messages."""
     await context.abort(error.code, error.message, (*trailing, *status_details(error)))
 
 
 def failure(error: RingmeshError, trailing: Metadata = (), afterwards: Callable[[], None] | None = None) -> Failure:
-    """As `abort`, for a fast path."""
+    """Like `abort`, for a fast path: returns the failure."""
     return Failure(error.code, error.message, (*trailing, *status_details(error)), afterwards)
 
 
 def status_details(error: RingmeshError) -> Metadata:
-    """Trailing metadata with google.rpc details: BadRequest where a field is at fault, RetryInfo where it says when.
+    """Returns trailing metadata with google.rpc details: BadRequest if a field is at fault, RetryInfo for a retry.
 
-    The latter also as PUSHBACK, which gRPC clients with a retry policy follow.
+    The retry delay is also sent as PUSHBACK, which gRPC clients with a retry policy follow.
     """
     if not error.field and error.retry_after is None:
         return ()

@@ -1,4 +1,4 @@
-"""A gRPC server on either engine, with health, reflection and channelz beside what it serves."""
+"""A gRPC server on either engine, with health, reflection and channelz besides its own services."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
-# Between two pings of an idle connection. grpcio ends those that ping more often; our own channels do so every 10 s.
+# Shortest interval between pings of an idle connection. grpcio ends connections that ping more often; Ringmesh's own
+# channels ping every 10 s.
 _PING_MILLISECONDS = 5_000
-# What the engines read of a request's metadata; above MAX_METADATA_BYTES it is refused in words.
+# Metadata that the engines read of a request; above MAX_METADATA_BYTES, Ringmesh refuses it with a clear message.
 _METADATA_READ = 4 * MAX_METADATA_BYTES
 _MAX_STREAMS = 1024
 _LOOK_SECONDS = 1.0
 # Bits of grpc_compression_algorithm. pygrpc-native has these two.
 _IDENTITY, _GZIP = 1 << 0, 1 << 2
-# What callers had sent before they heard that they should go elsewhere comes within this.
+# Requests that callers sent before they received GOAWAY arrive within this time.
 _LEAVE_SECONDS = 0.3
 
 
 class Engine(StrEnum):
-    """What does the HTTP/2 work: Rust outside the GIL (pygrpc-native), or grpcio's own C core."""
+    """The HTTP/2 implementation: Rust outside the GIL (pygrpc-native), or grpcio's own C core."""
 
     NATIVE = "native"
     GRPCIO = "grpcio"
@@ -47,14 +48,14 @@ class StartError(Exception):
 
 
 class _GrpcioAnswers:
-    """Answers of a grpcio server, where a handler's task ends when its answer or its caller has left."""
+    """Unread answers of a grpcio server, whose handler task ends when the answer is sent or the caller has left."""
 
     def __init__(self, max_unread_bytes: int) -> None:
         self.backlog = Backlog(max_unread_bytes, lambda: self._ended_bytes)
         self._ended_bytes = 0
 
     def bounded(self, handler: Handler) -> Handler:
-        """`handler`, whose answers count if it has one a call; of a stream, the engine holds one at a time."""
+        """Returns a unary `handler` wrapped to count its answers; of a stream, the engine buffers one at a time."""
         if handler.unary_unary is None:
             return handler
         answer: Any = handler.unary_unary
@@ -78,7 +79,7 @@ class _GrpcioAnswers:
 def _create(
     engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int
 ) -> tuple[grpc.aio.Server, Backlog, Callable[[Handler], Handler]]:
-    """The server, its unread answers, and what wraps each handler."""
+    """Returns the server, its backlog of unread answers, and the wrapper for each handler."""
     if engine is Engine.NATIVE:
         try:
             from services.runtime.rpc.fast_path import FastPathServer
@@ -97,11 +98,11 @@ def _create(
 class Server:
     """Serves `services` on one address, host:port; not ready until `set_serving`, drained by `stop`.
 
-    Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A connection is asked to end at
-    `max_connection_age` seconds, for long-lived channels find new servers only when one ends. With `share_port`, other
-    processes that say so too may listen on the same port, and the kernel spreads connections over them. `calls` counts
-    what is called, here and on other servers that are given the same. Of answers that callers do not read, some
-    `max_unread_bytes` are held: see Backlog.
+    Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A client is asked to leave a connection at
+    `max_connection_age` seconds, because long-lived channels find new servers only when a connection ends. With
+    `share_port`, other processes with that option may listen on the same port, and the kernel spreads connections over
+    them. `calls` counts calls; several servers may share it. About `max_unread_bytes` of answers that callers do not
+    read are held: see Backlog.
     """
 
     def __init__(
@@ -126,11 +127,11 @@ class Server:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            # Unless told otherwise, grpcio lets a second server take the same port unnoticed.
+            # By default, grpcio lets a second server take the same port without an error.
             ("grpc.so_reuseport", int(share_port)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", _PING_MILLISECONDS),
-            # Between the two, grpcio would refuse some requests at random.
+            # Equal, because between the two limits grpcio refuses requests at random.
             ("grpc.max_metadata_size", _METADATA_READ),
             ("grpc.absolute_max_metadata_size", _METADATA_READ),
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
@@ -140,7 +141,7 @@ class Server:
         self.calls.add(self._backlog.samples)
 
     async def start(self) -> int:
-        """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError where the address is taken."""
+        """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError if it cannot listen there."""
         server = self._server
         services = [*self._services, self.health.service()]
         for service in services:
@@ -169,16 +170,16 @@ class Server:
         return port
 
     def receiver_seconds(self) -> float:
-        """CPU time of the thread that receives calls, if the engine has one."""
+        """Returns the CPU time of the receiving thread, or 0 if the engine has none."""
         seconds: float = getattr(self._server, "receiver_seconds", 0.0)
         return seconds
 
     def set_serving(self, serving: bool) -> None:
-        """Whether load balancers and callers should send requests here."""
+        """Sets whether load balancers and callers should send requests here."""
         self.health.set_serving(serving)
 
     async def stop(self, grace: float) -> None:
-        """Asks callers to go elsewhere, waits up to `grace` seconds for what they had sent, then ends the rest."""
+        """Asks clients to leave, waits up to `grace` seconds for the calls they had sent, then ends the rest."""
         self.health.set_serving(False)
         self.health.close()
         for task in self._watching:

@@ -1,4 +1,4 @@
-"""The GPUs of a host by NVML, where the package nvidia-ml-py and a driver are; nothing where they are not."""
+"""Metrics of the host's GPUs, read by NVML; none without the package nvidia-ml-py and a driver."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ POWER = Family("ringmesh_gpu_power_watts", "gauge", "power that the GPU draws", 
 
 
 class GpuMetrics:
-    """Reads every GPU that `nvml` (the module pynvml) sees; None: there are none to read."""
+    """Reads every GPU that `nvml` (the module pynvml) lists; reads nothing if `nvml` is None."""
 
     def __init__(self, nvml: Any | None) -> None:
         self._nvml = nvml
 
     @classmethod
     def of_this_host(cls) -> GpuMetrics:
-        """Without NVML, one that reads nothing."""
+        """Returns one for this host; without NVML, it reads nothing."""
         try:
             nvml = import_module("pynvml")
             nvml.nvmlInit()
-        except Exception as error:  # no package, no driver, no device: each with an error of its own
+        except Exception as error:  # no package, driver or device; each raises a different error
             log.debug("no GPU metrics: %s", error)
             return cls(None)
         return cls(nvml)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add_slow`. What a GPU does not tell is left out."""
+        """For `Metrics.add_slow`. Values that a GPU does not report are left out."""
         nvml = self._nvml
         if nvml is None:
             return

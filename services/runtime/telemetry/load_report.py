@@ -1,4 +1,4 @@
-"""This process's load, in the trailing metadata of its answers: ORCA, which gRPC's weighted_round_robin follows."""
+"""Load reports in trailing metadata, in the ORCA format that gRPC's weighted_round_robin policy reads."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -16,19 +16,19 @@ _NAME = "endpoint-load-metrics-bin"
 
 
 class Answers(NamedTuple):
-    """Since the process started."""
+    """Counts of answers since the process started."""
 
     all: int
-    # For which the server is to blame.
+    # Answers that failed by the server's fault.
     failed: int
 
 
 class LoadReport:
-    """`trailer` is the last report, serialized: an answer costs no more than to name it.
+    """Measures the load of this process. `trailer` is the last report, serialized, so sending it costs nothing.
 
-    Python runs in one thread at a time, that of the event loop or the one that receives calls. `cores` are for the
-    others. So whichever is busier says how busy the process is.
-    `named` has metrics by names of our own.
+    Python runs in one thread at a time: the event loop's, or the one that receives calls. The other threads run on
+    `cores`. The reported utilization is the higher of the two.
+    `named` returns Ringmesh's own metrics by name.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LoadReport:
         self.trailer: tuple[str, bytes] = (_NAME, b"")
 
     def start(self, receiver_seconds: Callable[[], float]) -> None:
-        """To be called on the event loop; ends with it. `receiver_seconds`: CPU time of the receiving thread."""
+        """Starts measuring, on and as long as the event loop. `receiver_seconds`: CPU time of the receiving thread."""
         self._receiver_seconds = receiver_seconds
         self._last = self._now()
         BACKGROUND.start("load report", self._measure_on)
@@ -62,7 +62,7 @@ class LoadReport:
         cpu = (process - last_process) / seconds / self._cores
         report = orca_load_report_pb2.OrcaLoadReport(
             cpu_utilization=cpu,
-            # Never 0, which would say that nothing is known.
+            # Never 0, which would mean "unknown".
             application_utilization=max(cpu, (thread - last_thread) / seconds, 1e-3),
             rps_fractional=(answers.all - last.all) / seconds,
             eps=(answers.failed - last.failed) / seconds,

@@ -1,6 +1,6 @@
-"""The log of a process: lines on stderr, for people or as JSON, written on a thread of its own.
+"""The log of a process: lines on stderr, as text or JSON, written by a thread of its own.
 
-A reader that stops reading costs lines, never requests: the event loop does not wait for stderr.
+If the reader of stderr stalls, lines are dropped and requests go on: the event loop never waits for stderr.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from logging.handlers import QueueHandler
 
 _QUEUED_LINES = 10_000
 _CLOSE_SECONDS = 1.0
-# Of a LogRecord: `extra={FIELDS: {...}}` says more of what happened, by name.
+# Attribute of a LogRecord: `extra={FIELDS: {...}}` adds named fields to the line.
 FIELDS = "ringmesh"
 
 
 class LogFormat(StrEnum):
-    """How a line looks."""
+    """The format of a log line."""
 
     TEXT = "text"
     JSON = "json"
@@ -37,20 +37,20 @@ class _Queue(QueueHandler):
             return
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # The rest of the formatting is the thread's.
+        # The writing thread does the rest of the formatting.
         record.msg, record.args = record.getMessage(), None
         return record
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line."""
+    """Formats a record as one JSON object a line."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        """Times in UTC with milliseconds."""
+        """Returns the line; its time is in UTC with milliseconds."""
         second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         told = {
             "time": f"{second}.{int(record.msecs):03d}Z",
@@ -66,13 +66,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; what a caller sent cannot begin a line of its own."""
+    """Formats a record as one line of text; line breaks in it are escaped, so a caller's text cannot start a line."""
 
     def __init__(self, service: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {service} %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the name is logging's
-        """The message, then its fields as name=value."""
+        """Returns the message, then its fields as name=value."""
         fields = getattr(record, FIELDS, {})
         more = "".join(f" {name}={value}" for name, value in fields.items() if value not in ("", None))
         return (super().formatMessage(record) + more).replace("\r", "\\r").replace("\n", "\\n")
@@ -80,7 +80,7 @@ class TextFormatter(logging.Formatter):
 
 @contextmanager
 def to_stderr(service: str, style: LogFormat, level: str) -> Iterator[None]:
-    """While it lasts, what this process logs goes to stderr; at its end what waits is written."""
+    """Sends this process's log to stderr within the context; at its end, queued lines are written."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service) if style is LogFormat.JSON else TextFormatter(service))
     lines: queue.Queue[logging.LogRecord | None] = queue.Queue(_QUEUED_LINES)

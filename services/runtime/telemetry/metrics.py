@@ -1,7 +1,7 @@
-"""Metrics: families with their labels, and sources that are read only when somebody asks.
+"""Metrics: families with their labels, and sources that are read only at a scrape.
 
-What happens is counted in plain ints by whoever sees it happen (a look-up of labels, a lock or an object for each
-request would cost more than a cache hit may); a source turns those ints into samples at a scrape.
+Code counts events in plain ints of its own: a label look-up, a lock or an object for each request would cost too much
+on a cache hit. A source turns those ints into samples at a scrape.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-# What labels fold into, so that nobody outside can make series without end.
+# Further label values are counted under this one, so that callers cannot create unlimited series.
 OTHER = "other"
 _MAX_SERIES = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric: its name as Prometheus knows it, its type, what it means, and its labels."""
+    """One metric: its Prometheus name, its type, its meaning, and its labels."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -28,7 +28,7 @@ class Family:
 
 
 class Exemplar(NamedTuple):
-    """One observation in a bucket, by its trace. `value` in the histogram's unit, `at` in seconds since the epoch."""
+    """The trace of one observation in a bucket; `value` in the histogram's unit, `at` in seconds since the epoch."""
 
     trace_id: str
     value: float
@@ -36,7 +36,7 @@ class Exemplar(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """What a histogram holds: `counts` has one more than `bounds` (upper ends, inclusive), and is not cumulative."""
+    """Contents of a histogram: `counts`, not cumulative, has one more than `bounds` (upper ends, inclusive)."""
 
     bounds: Sequence[float]
     counts: Sequence[int]
@@ -45,7 +45,7 @@ class Buckets(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The value of one series now; `labels` in the order of the family's."""
+    """The current value of one series; `labels` are in the order of the family's."""
 
     family: Family
     labels: tuple[str, ...]
@@ -63,40 +63,40 @@ class Metrics:
         self._slow_sources: list[Source] = []
 
     def add(self, source: Source) -> None:
-        """`source` is read on the event loop, and must be quick."""
+        """Adds a source that is read on the event loop, so it must be fast."""
         self._sources.append(source)
 
     def add_slow(self, source: Source) -> None:
-        """`source` asks the system; it is read on a thread."""
+        """Adds a source that calls the operating system; it is read on a thread."""
         self._slow_sources.append(source)
 
     async def collect(self) -> list[Sample]:
-        """All series as they are now."""
+        """Returns the current samples of all series."""
         samples = [sample for source in self._sources for sample in source()]
         samples += await asyncio.to_thread(lambda: [sample for source in self._slow_sources for sample in source()])
         return samples
 
 
 class Counter:
-    """A counter, or a gauge, by labels: for what happens thousands of times a second at most."""
+    """A counter, or a gauge, by labels, for events that occur at most thousands of times a second."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
         self._values: dict[tuple[str, ...], float] = {}
 
     def add(self, *labels: str, by: float = 1) -> None:
-        """Counts; beyond some hundred series, under `other`."""
+        """Adds `by` to a series; new series beyond _MAX_SERIES are counted under `other`."""
         if labels not in self._values and len(self._values) >= _MAX_SERIES:
             labels = (OTHER,) * len(labels)
         self._values[labels] = self._values.get(labels, 0) + by
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         return (Sample(self._family, labels, value) for labels, value in self._values.items())
 
 
 def _decades(first: int, last: int) -> tuple[int, ...]:
-    """Bounds in nanoseconds, six to a decade, from 10**first to 10**last."""
+    """Returns bounds in nanoseconds, six to a decade, from 10**first to 10**last."""
     steps = (10, 15, 20, 30, 50, 70)
     return (*(step * 10 ** (power - 1) for power in range(first, last) for step in steps), 10**last)
 
@@ -107,7 +107,7 @@ BOUNDS_SECONDS = tuple(bound / 1e9 for bound in BOUNDS_NS)
 
 
 class Histogram:
-    """Durations, in buckets that are at most half as wide again as their lower end."""
+    """Durations, in buckets whose upper end is at most 1.67 times the lower one."""
 
     __slots__ = ("counts", "sum_ns")
 
@@ -116,10 +116,10 @@ class Histogram:
         self.sum_ns = 0
 
     def observe(self, ns: int, times: int = 1) -> None:
-        """`ns` is in nanoseconds; it was seen so often."""
+        """Counts a duration of `ns` nanoseconds, observed `times` times."""
         self.counts[bisect_left(BOUNDS_NS, ns)] += times
         self.sum_ns += ns * times
 
     def buckets(self) -> Buckets:
-        """In seconds."""
+        """Returns the contents in seconds."""
         return Buckets(BOUNDS_SECONDS, tuple(self.counts), self.sum_ns / 1e9)

@@ -1,4 +1,4 @@
-"""Metrics by OTLP/gRPC: the samples of a scrape, sent to a collector every few seconds."""
+"""OTLP/gRPC export of metrics: samples as at a scrape, sent to a collector every PERIOD_SECONDS."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _CUMULATIVE = metrics_pb2.AGGREGATION_TEMPORALITY_CUMULATIVE
 
 
 class MetricsExport:
-    """Sends the samples of `metrics`. What a collector does not take now is in what it gets next: counts are totals."""
+    """Sends the samples of `metrics`. A failed export loses nothing: counts are cumulative, so the next has them."""
 
     def __init__(
         self, endpoint: str | None, process: Process, metrics: Metrics, period: float = PERIOD_SECONDS
     ) -> None:
-        """`endpoint` None: there is nobody to send to."""
+        """Nothing is sent if `endpoint` is None."""
         self._endpoint = endpoint
         self._process = process
         self._metrics = metrics
@@ -39,12 +39,12 @@ class MetricsExport:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to send."""
+        """Starts the export."""
         if self._endpoint is not None:
             self._task = BACKGROUND.start("metrics export", partial(self._run, self._endpoint))
 
     async def close(self) -> None:
-        """Stops; what happened since the last time is not sent."""
+        """Stops the export; changes since the last one are not sent."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -68,7 +68,7 @@ class MetricsExport:
 
 
 def to_otlp(samples: Iterable[Sample], process: Process, started_ns: int, now_ns: int) -> bytes:
-    """A serialized ExportMetricsServiceRequest."""
+    """Returns a serialized ExportMetricsServiceRequest."""
     request = metrics_service_pb2.ExportMetricsServiceRequest()
     group = request.resource_metrics.add()
     group.resource.MergeFromString(resource(process))

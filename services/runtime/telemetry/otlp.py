@@ -1,4 +1,4 @@
-"""The way to an OTLP/gRPC collector."""
+"""Channels to an OTLP/gRPC collector."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import grpc
 
 
 def open_channel(endpoint: str) -> grpc.aio.Channel:
-    """To a URL such as http://127.0.0.1:4317; https is encrypted."""
+    """Opens a channel to a URL such as http://127.0.0.1:4317; https uses TLS."""
     scheme, _, rest = endpoint.rpartition("://")
     options = [("grpc.max_reconnect_backoff_ms", 5000)]
     if scheme == "https":

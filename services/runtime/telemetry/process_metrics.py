@@ -1,4 +1,4 @@
-"""The process and its host: CPU, memory, open files, and how late the event loop is."""
+"""Metrics of the process and its host: CPU, memory, open files, and the lag of the event loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LAG_PERIOD_SECONDS = 0.1
 
 
 class ProcessMetrics:
-    """Of this process; `start` begins to time its event loop."""
+    """Metrics of this process; `start` begins to measure the lag of its event loop."""
 
     def __init__(self, service: str, engine: str, metrics: Metrics) -> None:
         self._labels = (
@@ -49,7 +49,7 @@ class ProcessMetrics:
         metrics.add_slow(self._system)
 
     def start(self) -> None:
-        """Ends with the process."""
+        """Measures the event loop's lag until the process ends."""
         self._loop = asyncio.get_running_loop()
         BACKGROUND.start("event loop lag", self._time)
 
@@ -62,7 +62,7 @@ class ProcessMetrics:
         while True:
             due = loop.time() + _LAG_PERIOD_SECONDS
             await asyncio.sleep(_LAG_PERIOD_SECONDS)
-            # uvloop counts in milliseconds, so a timer may come that much early.
+            # uvloop counts in milliseconds, so a timer may fire up to one early.
             self._lag.observe(max(0, int((loop.time() - due) * 1e9)))
 
     def _system(self) -> Iterator[Sample]:

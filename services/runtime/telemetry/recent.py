@@ -1,4 +1,4 @@
-"""A dict of what was used recently, bounded without a scan and without a moment at which all is forgotten."""
+"""A bounded dict of recently used entries that needs no scan and never drops all entries together."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -18,10 +18,10 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """At most twice `size` entries: the last `size` that were put or got, and perhaps those before them.
+    """Holds at most twice `size` entries: the last `size` that were put or got, and possibly earlier ones.
 
-    Two generations: what is put or got moves to the younger one, and when that is full the older one is dropped.
-    Threads may share it: an entry that two of them move at once may be forgotten, and no other harm is done.
+    There are two generations. An entry that is put or got moves to the younger one; when that is full, the older one
+    is dropped. Threads may share it: the only effect of a race is that an entry moved by two threads may be lost.
     """
 
     __slots__ = ("_old", "_size", "_young", "dropped")
@@ -30,14 +30,14 @@ class Recent(Generic[Key, Value]):
         self._size = size
         self._young: dict[Key, Value] = {}
         self._old: dict[Key, Value] = {}
-        # Entries forgotten for want of room.
+        # Number of entries evicted.
         self.dropped = 0
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
 
     def get(self, key: Key) -> Value | None:
-        """None where it is not known, or no longer."""
+        """Returns the value, or None if it is not held."""
         value = self._young.get(key)
         if value is None:
             value = self._old.get(key)
@@ -46,7 +46,7 @@ class Recent(Generic[Key, Value]):
         return value
 
     def put(self, key: Key, value: Value) -> None:
-        """In place of what is there."""
+        """Sets or replaces the value."""
         self._old.pop(key, None)
         if len(self._young) >= self._size and key not in self._young:
             self.dropped += len(self._old)
@@ -54,11 +54,11 @@ class Recent(Generic[Key, Value]):
         self._young[key] = value
 
     def pop(self, key: Key) -> Value | None:
-        """Forgets it; None where it is not known."""
+        """Removes and returns the value, or None if it is not held."""
         value = self._young.pop(key, None)
         return self._old.pop(key, None) if value is None else value
 
 
 def forgotten(what: str, recent: Recent[Any, Any]) -> Sample:
-    """For `Metrics.add`."""
+    """The number of entries evicted from `recent`, for `Metrics.add`."""
     return Sample(FORGOTTEN, (what,), recent.dropped)

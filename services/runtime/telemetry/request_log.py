@@ -1,4 +1,4 @@
-"""A line in the log for each request that failed or was slow, so many a second; of the rest, how many there were."""
+"""A rate-limited log line for each failed or slow request; lines above the limit are counted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUPPRESSED = Family(
 _LINES_A_SECOND = 10.0
 _BURST = 20.0
 _LONGEST_ERROR = 500
-# The caller's own doing; the others are ours, or our platform's.
+# Codes caused by the caller; the others are faults of the server or its platform.
 _CALLERS = frozenset(
     code.name
     for code in (
@@ -34,7 +34,7 @@ _CALLERS = frozenset(
 
 
 class RequestLog:
-    """A token bucket before the log. `clock` as time.monotonic."""
+    """Limits log lines by a token bucket. `clock` is like time.monotonic."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -44,7 +44,7 @@ class RequestLog:
         self._unsaid = 0
 
     def tell(self, *, code: str, error: str, duration_ns: int, **fields: str) -> None:
-        """Of a request that failed with `code`, or was slow where that is OK. Never of what its tensors hold."""
+        """Logs a request that failed with `code`, or was slow if `code` is OK. Tensor data is never logged."""
         now = self._clock()
         self._tokens = min(_BURST, self._tokens + (now - self._filled_at) * _LINES_A_SECOND)
         self._filled_at = now
@@ -63,5 +63,5 @@ class RequestLog:
         log.log(level, "a request was slow" if code == "OK" else "a request failed", extra={FIELDS: told})
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         yield Sample(SUPPRESSED, (), self._suppressed)

@@ -1,6 +1,6 @@
-"""Where spans go: an OTLP/gRPC collector, or a folder, behind bounded queues.
+"""Span export to an OTLP/gRPC collector or a folder, through bounded queues.
 
-A destination that is slow or gone costs spans, never requests or memory; what is dropped is counted.
+If a destination is slow or gone, spans are dropped and counted; requests and memory are not affected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 _FILE_BYTES = 16 << 20
 _EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-# As the OTLP specification has it: what may be sent again.
+# Codes after which the OTLP specification allows a retry.
 _RETRYABLE = frozenset(
     {
         grpc.StatusCode.CANCELLED,
@@ -42,7 +42,7 @@ _RETRYABLE = frozenset(
 )
 
 Item = TypeVar("Item")
-# Taken; not taken now, but it may be later; never to be taken.
+# Accepted; may be accepted on a retry; rejected for good.
 Fate: TypeAlias = Literal["sent", "again", "lost"]
 
 
@@ -52,17 +52,17 @@ class Destination(Protocol[Item]):
     name: str
 
     def pack(self, span: Span) -> Item:
-        """What waits in the queue; called on the path of the request."""
+        """Returns the item to queue for `span`; called on the request path."""
 
     async def send(self, batch: Sequence[Item]) -> Fate:
-        """What became of it. Raises nothing."""
+        """Sends a batch and returns the result. Raises nothing."""
 
     async def close(self) -> None:
         """Disconnects."""
 
 
 class SpanQueue(Generic[Item]):
-    """Spans on their way to `destination`, at most some thousands; what does not fit is dropped and counted."""
+    """A queue of at most _QUEUE spans for `destination`; further ones are dropped and counted."""
 
     def __init__(self, destination: Destination[Item]) -> None:
         self.destination = destination
@@ -73,11 +73,11 @@ class SpanQueue(Generic[Item]):
 
     @property
     def has_room(self) -> bool:
-        """False while it would drop what it is given."""
+        """False while new spans would be dropped."""
         return len(self._waiting) < _QUEUE
 
     def put(self, spans: Sequence[Span]) -> None:
-        """At once; in an event loop."""
+        """Queues spans without waiting; to be called on the event loop."""
         if self._task is None:
             self._task = BACKGROUND.start("span export", self._run)
         room = max(0, _QUEUE - len(self._waiting))
@@ -87,7 +87,7 @@ class SpanQueue(Generic[Item]):
             self._many.set()
 
     async def close(self) -> None:
-        """Sends what waits, for two seconds at most."""
+        """Sends the queued spans, for at most _CLOSE_SECONDS, and drops the rest."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -124,7 +124,7 @@ class SpanQueue(Generic[Item]):
             elif fate == "lost":
                 self.dropped += len(batch)
             else:
-                # In front again, as far as there is room: the oldest are the ones to lose.
+                # Put back at the front as far as there is room; the oldest spans are dropped.
                 room = min(len(batch), max(0, _QUEUE - len(self._waiting)))
                 self.dropped += len(batch) - room
                 self._waiting.extendleft(reversed(batch[len(batch) - room :]))
@@ -142,11 +142,11 @@ class Collector:
         self._resources: dict[Process, bytes] = {}
 
     def pack(self, span: Span) -> tuple[Process, bytes]:
-        """Serialized, so that the work is spread over the requests and not done in one piece."""
+        """Serializes the span now, so that this work is spread over requests instead of done in one block."""
         return span.process, wire.field(2, span.to_otlp())
 
     async def send(self, batch: Sequence[tuple[Process, bytes]]) -> Fate:
-        """An ExportTraceServiceRequest; see opentelemetry/proto/collector/trace/v1."""
+        """Sends an ExportTraceServiceRequest; see opentelemetry/proto/collector/trace/v1."""
         spans: dict[Process, list[bytes]] = {}
         for process, packed in batch:
             spans.setdefault(process, []).append(packed)
@@ -175,7 +175,7 @@ class Collector:
 
 
 class SpanFolder:
-    """JSON lines, one file a process, and the file before it: at most 32 MB."""
+    """Writes JSON lines to one file a process and keeps one rotated file: 32 MB in all."""
 
     name = "folder"
 
@@ -184,11 +184,11 @@ class SpanFolder:
         self._path = folder / f"{service}-{os.getpid()}.jsonl"
 
     def pack(self, span: Span) -> Span:
-        """As it is."""
+        """Returns the span unchanged."""
         return span
 
     async def send(self, batch: Sequence[Span]) -> Fate:
-        """A full or missing disk loses these spans and nothing else."""
+        """Writes the spans; if the disk is full or missing, only these spans are lost."""
         try:
             await asyncio.to_thread(self._write, batch)
         except OSError:
@@ -196,7 +196,7 @@ class SpanFolder:
         return "sent"
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: no file is held open."""
 
     def _write(self, batch: Sequence[Span]) -> None:
         lines = "".join(f"{span.to_json()}\n" for span in batch)

@@ -1,4 +1,4 @@
-"""Spans as they are read back, and the order in which a trace is told."""
+"""Spans read back from storage, and the tree order in which a trace is shown."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Span:
     attributes: dict[str, Any]
     kind: str = ""
     instance: str = ""
-    # Each with its `name` and `attributes`.
+    # Each event has a `name` and `attributes`.
     events: tuple[Any, ...] = ()
     links: tuple[Any, ...] = ()
 
     @property
     def short_name(self) -> str:
-        """Of an RPC, its method without the service."""
+        """The name without the service: for an RPC, its method."""
         return self.name.rpartition("/")[2]
 
 
@@ -46,12 +46,12 @@ class SpanTree:
 
     @property
     def duration_ns(self) -> int:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return max(span.end_ns for _, span in self.rows) - self.start_ns
 
 
 def trees(spans: Iterable[Span]) -> list[SpanTree]:
-    """One for each trace among `spans`."""
+    """Returns one tree for each trace among `spans`."""
     by_id: dict[str, list[Span]] = {}
     for span in spans:
         by_id.setdefault(span.trace_id, []).append(span)
@@ -65,7 +65,7 @@ def _in_order(spans: list[Span]) -> Iterable[tuple[int, Span]]:
     for span in spans:
         parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else ""
         children.setdefault(parent, []).append(span)
-    # Spans may come from anybody: one that is its own ancestor is a root as well, and is told once.
+    # Spans are untrusted: one that is its own ancestor is treated as a root, and each is yielded once.
     told: set[int] = set()
     for root in [*children.get("", []), *spans]:
         stack = [(0, root)]

@@ -1,4 +1,4 @@
-"""A span as a plain record, and as it goes out: OTLP bytes, or a line of JSON."""
+"""A span as a plain record, and its serialized forms: OTLP bytes, or a line of JSON."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -19,14 +19,14 @@ from services.runtime import wire
 Value: TypeAlias = str | int | float | bool
 Attributes: TypeAlias = Mapping[str, Value]
 
-# The field `flags`: sampled, and whether the parent is in another process is known: 0x100, and so: 0x200.
+# The field `flags`: 0x1 sampled, 0x100 whether the parent is remote is known, 0x200 the parent is remote.
 _LOCAL_PARENT = b"\x85\x01" + (0x101).to_bytes(4, "little")
 _REMOTE_PARENT = b"\x85\x01" + (0x301).to_bytes(4, "little")
 _TIMES = struct.Struct("<BQBQ")
 
 
 class Kind(StrEnum):
-    """What a span is of."""
+    """The kind of a span."""
 
     INTERNAL = "internal"
     SERVER = "server"
@@ -34,19 +34,19 @@ class Kind(StrEnum):
 
 
 class Process(NamedTuple):
-    """Where a span was: `service.name` without its prefix, and `service.instance.id`."""
+    """The process of a span: `service.name` without its prefix, and `service.instance.id`."""
 
     service: str
     instance: str
 
 
 def this_process(service: str) -> Process:
-    """By its host and pid."""
+    """Returns this process, identified by host and pid."""
     return Process(service, f"{socket.gethostname()}:{os.getpid()}")
 
 
 class Event(NamedTuple):
-    """Something at one moment of a span."""
+    """An event at one moment of a span."""
 
     name: str
     at_ns: int
@@ -74,8 +74,8 @@ class Span(NamedTuple):
     links: tuple[tuple[str, str], ...] = ()
 
     def to_otlp(self) -> bytes:
-        """A serialized opentelemetry.proto.trace.v1.Span."""
-        # By hand, as it is done for every request that is traced: through a message it takes twice as long.
+        """Returns a serialized opentelemetry.proto.trace.v1.Span."""
+        # Built by hand because this runs for every traced request: through a message it takes twice as long.
         parts = [
             b"\x0a\x10",  # trace_id
             bytes.fromhex(self.trace_id),
@@ -93,7 +93,7 @@ class Span(NamedTuple):
         return b"".join(parts)
 
     def _rest(self) -> bytes:
-        """What most spans do not have."""
+        """Serializes the fields that most spans lack."""
         span = trace_pb2.Span(trace_state=self.trace_state)
         if self.error:
             span.status.code = trace_pb2.Status.STATUS_CODE_ERROR
@@ -106,7 +106,7 @@ class Span(NamedTuple):
         return span.SerializeToString()
 
     def to_json(self) -> str:
-        """One line, as `ringmesh trace` reads it."""
+        """Returns one line in the format that `ringmesh trace` reads."""
         told = {
             "trace_id": self.trace_id,
             "span_id": self.span_id,
@@ -126,7 +126,7 @@ class Span(NamedTuple):
 
 
 def resource(process: Process) -> bytes:
-    """A serialized opentelemetry.proto.resource.v1.Resource."""
+    """Returns a serialized opentelemetry.proto.resource.v1.Resource."""
     attributes = {"service.name": f"ringmesh-{process.service}", "service.instance.id": process.instance}
     return b"".join(wire.field(1, _key_value(*pair).SerializeToString()) for pair in attributes.items())
 
@@ -149,8 +149,8 @@ def _head(name: str, kind: Kind) -> bytes:
 
 @lru_cache(4096, typed=True)
 def _attribute(key: str, value: Value) -> bytes:
-    """As field 9 of a Span."""
-    # The key of a request is another one each time, and building messages took 6 us.
+    """Serializes an attribute as field 9 of a Span."""
+    # Cache keys differ by request, so the LRU cache does not help, and building messages took 6 us.
     if isinstance(value, str):
         return wire.field(9, _key(key) + wire.field(2, wire.field(1, value.encode())))
     return wire.field(9, _key_value(key, value).SerializeToString())

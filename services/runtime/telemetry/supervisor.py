@@ -1,7 +1,7 @@
-"""Background work of a process: what fails is restarted, counted, and shown on the console.
+"""Background work of a process: failed work is restarted, counted, and shown on the console.
 
-One for the process, as its log is: parts begin their work here and end it themselves where order matters; `close` ends
-what is left.
+There is one supervisor a process, like its log. Components start their work here, and end it themselves if the order
+matters; `close` ends the rest.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = Counter(FAILURES)
         self._running: dict[str, int] = {}
-        # By name, when it failed last and why.
+        # By name: the time and reason of the last failure.
         self._failing: dict[str, tuple[float, str]] = {}
         self._logged: set[tuple[str, str]] = set()
 
     def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        """Runs `work` until it returns or the task is cancelled; where it raises, again after a pause that grows.
+        """Runs `work` until it returns or the task is cancelled; if it raises, restarts it after a growing pause.
 
-        `name` is a label of metrics: one for all work of a kind.
+        `name` is a metric label, shared by all work of one kind.
         """
         return self._keep(self._run(name, work))
 
     def once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs `work` to its end, however it ends: a failure is counted and logged, and not raised."""
+        """Runs `work` once: a failure is counted and logged, not raised."""
         task = self._keep(self._end(name, work))
-        # Where it was cancelled before it began.
+        # In case the task is cancelled before it begins.
         task.add_done_callback(lambda _: work.close())
         return task
 
     async def end(self, *tasks: asyncio.Task[None]) -> None:
-        """Cancels them and waits for their end; again where a library keeps a cancellation to itself, as redis does."""
+        """Cancels tasks and waits for their end; repeats the cancellation, as libraries such as redis swallow it."""
         left: set[asyncio.Task[None]] = {*tasks}
         while left:
             for task in left:
@@ -70,11 +70,11 @@ class Supervisor:
             _, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
 
     async def close(self) -> None:
-        """Ends all that runs."""
+        """Ends all running tasks."""
         await self.end(*(task for task in self._tasks if task is not asyncio.current_task()))
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         yield from self._failures.samples()
         for name, count in self._running.items():
             yield Sample(RUNNING, (name,), count)
@@ -104,7 +104,7 @@ class Supervisor:
         await self._run_once(name, work)
 
     async def _run_once(self, name: str, work: Coroutine[Any, Any, None]) -> bool:
-        """Whether it came to its own end."""
+        """Runs `work`; returns False if it failed."""
         self._running[name] = self._running.get(name, 0) + 1
         try:
             await work
@@ -116,7 +116,7 @@ class Supervisor:
         return True
 
     def failed(self, name: str, error: Exception) -> None:
-        """Part of some work failed and the work goes on; counted, and logged once for each reason."""
+        """Reports a failure of work that goes on: it is counted, and logged once for each reason."""
         reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
         self._failures.add(name)
         self._failing[name] = (time.monotonic(), reason)
@@ -129,7 +129,7 @@ class Supervisor:
 
 
 def _is_cancelled() -> bool:
-    """Whether the task was cancelled and what it cleaned up failed, which hides that."""
+    """Whether the task was cancelled, even if a failure in its cleanup hides that."""
     task = asyncio.current_task()
     return task is not None and bool(task.cancelling())
 

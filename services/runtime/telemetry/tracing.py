@@ -1,8 +1,8 @@
-"""Traces: times are recorded for every request, and spans are built when it ends, for those that are kept.
+"""Traces: times are recorded for every request; when a request ends, spans are built if its trace is retained.
 
-Kept are the requests that the caller samples, a share of those where it does not say, every one that failed, and those
-that were slow, of which the router bounds the share. What a worker did comes back with its answer, so that a trace can
-be kept whole after the fact: see docs/decisions/0013.
+A trace is retained if the caller samples the request, if the caller does not decide and the configured ratio selects
+it, if the request failed, or if it was slow (the router bounds the share of slow ones). A worker returns its timings
+with the answer, so that a complete trace can be retained after the fact: see docs/decisions/0013.
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -30,17 +30,17 @@ SPANS = Family(
 
 
 class Told(Protocol):
-    """What a span says, which costs more to say than to know."""
+    """The contents of a span, built only if the trace is retained."""
 
     def attributes(self) -> Attributes:
-        """Of the span."""
+        """The attributes of the span."""
 
     def events(self) -> tuple[Event, ...]:
-        """In it."""
+        """The events of the span."""
 
 
 class Stage:
-    """A part of a request; `result` is what a worker answered to it, `worker` that worker's id."""
+    """A part of a request; `result` is a worker's answer to it, `worker` that worker's id."""
 
     __slots__ = ("end_ns", "error", "kind", "name", "parent_id", "result", "span_id", "start_ns", "told", "worker")
 
@@ -66,14 +66,14 @@ class Stage:
         self.error = error
         self.worker = worker
         self.result = result
-        # "": under the request's own span.
+        # "": the parent is the request's own span.
         self.parent_id = parent_id
 
 
 class Trace:
-    """One request's place in its trace. `parent_id` is "" at a root; `state` is the caller's tracestate.
+    """The trace context of one request. `parent_id` is "" at a root; `state` is the caller's tracestate.
 
-    `leader` is the request whose answer this one waited for, where it joined one.
+    `leader` is the request that this one joined, if any: it waited for that one's answer.
     """
 
     __slots__ = ("leader", "parent_id", "sampled", "span_id", "stages", "state", "trace_id")
@@ -88,14 +88,14 @@ class Trace:
         self.leader: Trace | None = None
 
     def child(self) -> Trace:
-        """For a part of the request that has parts itself: what is recorded in it stands under its `span_id`."""
+        """Returns a trace for a part of the request that has parts itself: its spans get its `span_id` as parent."""
         child = Trace(self.trace_id, self.span_id, self.sampled)
         child.span_id = new_span_id()
         child.stages = self.stages
         return child
 
     def context(self) -> tuple[str, str]:
-        """The ids of the trace and of the request's own span, for others to link to."""
+        """Returns the ids of the trace and of the request's own span, for links from other spans."""
         self.span_id = self.span_id or new_span_id()
         return self.trace_id, self.span_id
 
@@ -112,23 +112,23 @@ class Trace:
         worker: str = "",
         result: inference_pb2.WorkResult | None = None,
     ) -> None:
-        """Records a child span; times in ns since the Unix epoch. `told` is asked only if the trace is kept."""
+        """Records a child span; times in ns since the Unix epoch. `told` is read only if the trace is retained."""
         self.stages.append(Stage(name, start_ns, end_ns, told, span_id, kind, error, worker, result, self.span_id))
 
     def traceparent(self, span_id: str) -> str:
-        """What to send on, so that `span_id` becomes the parent there."""
+        """Returns the header to send on, so that `span_id` becomes the parent at the receiver."""
         return w3c.traceparent(self.trace_id, span_id, self.sampled)
 
 
 def untraced() -> Trace:
-    """For work that no caller waits for."""
+    """Returns a trace for work that no caller waits for."""
     return Trace("0" * 31 + "1", "", False)
 
 
 class Tracer:
-    """Starts traces and sends kept ones out.
+    """Starts traces and exports retained ones.
 
-    `ratio` is the share sampled where the caller does not say; `ratios` has those of models that have their own.
+    `ratio` is the share sampled if the caller does not decide; `ratios` has the ratios of models with their own.
     """
 
     def __init__(self, process: Process, ratio: float, queues: Sequence[SpanQueue[Any]]) -> None:
@@ -144,7 +144,7 @@ class Tracer:
         return Trace(new_trace_id(), "", random.random() < self.ratio)
 
     def sample(self, trace: Trace, model: str) -> None:
-        """Decides by the model's own ratio, once the model is known; what the caller decided stands."""
+        """Decides sampling by the model's own ratio, once the model is known, unless the caller decided."""
         ratio = self.ratios.get(model)
         if ratio is not None and not trace.parent_id:
             trace.sampled = int(trace.trace_id[-8:], 16) < ratio * (1 << 32)
@@ -159,10 +159,10 @@ class Tracer:
         error: str = "",
         timing: inference_pb2.Timing | None = None,
     ) -> None:
-        """Keeps the trace: the request's own span, with its children. `error` is the failure's message, "" on success.
+        """Exports the request's own span with its children. `error` is the failure's message, "" on success.
 
-        `timing` is of what this process itself has run.
-        Where no destination has room, nothing is built, so that a storm of failures costs no more than it must.
+        `timing` describes work that this process ran itself.
+        If no destination has room, no spans are built, so that a burst of failures stays cheap.
         """
         ready = []
         for queue in self._queues:
@@ -176,13 +176,13 @@ class Tracer:
                 queue.put(spans)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
+        """Samples for `Metrics.add`."""
         for queue in self._queues:
             yield Sample(SPANS, (queue.destination.name, "sent"), queue.sent)
             yield Sample(SPANS, (queue.destination.name, "dropped"), queue.dropped)
 
     async def close(self) -> None:
-        """Sends what is queued, for some seconds at most."""
+        """Sends the queued spans, for at most a few seconds."""
         for queue in self._queues:
             await queue.close()
 
@@ -221,7 +221,7 @@ class Tracer:
 def create_tracer(
     service: str, *, ratio: float, folder: Path | None, otlp_endpoint: str | None, instance: str = ""
 ) -> Tracer:
-    """A tracer with the destinations that are set; with none, context still passes through."""
+    """Returns a tracer with the configured destinations; without any, trace context is still propagated."""
     queues: list[SpanQueue[Any]] = []
     if folder is not None:
         queues.append(SpanQueue(SpanFolder(folder, service)))

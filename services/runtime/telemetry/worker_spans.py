@@ -1,4 +1,4 @@
-"""What a worker did with a request, as spans, built from the times that came back with its answer."""
+"""A worker's spans of a request, built from the timings that its answer carries."""
 
 from __future__ import annotations  # compiled by mypyc
 
@@ -17,14 +17,14 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) -> Iterator[Span]:
-    """The worker's own span under `call`, the router's span of it, and what is within."""
+    """Yields the worker's own span under `call` (the router's span of the call), and the spans below it."""
     timing = result.timing
     if not timing.received_unix_ns:
         return
     took = timing.total_us * 1000
     start = timing.received_unix_ns
     if not call.start_ns <= start <= start + took <= call.end_ns:
-        # Its clock is not ours: between sending and receiving it lies in the middle, for all we know.
+        # The worker's clock differs from ours, so place its span in the middle of the call.
         start = call.start_ns + max(0, call.end_ns - call.start_ns - took) // 2
     span_id = new_span_id()
     failure = result.failure.message
@@ -35,7 +35,7 @@ def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) 
         "ringmesh.worker.id": worker.instance,
         "ringmesh.joined": timing.joined,
     }
-    # What it joined is the run of one of these.
+    # It joined the run of one of these requests.
     links = _links(timing) if timing.joined else ()
     yield Span(
         worker, call.trace_id, span_id, call.span_id, EXECUTE, Kind.SERVER, start, start + took, attributes, failure,
@@ -47,9 +47,9 @@ def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) 
 def run_spans(
     trace_id: str, parent_id: str, worker: Process, timing: inference_pb2.Timing, received_ns: int = 0
 ) -> Iterator[Span]:
-    """Queue, batch and run under the span `parent_id`, or the steps of an ensemble, each with its own.
+    """Yields queue, batch and run under the span `parent_id`, or the steps of an ensemble, each with its own.
 
-    None where it never came to a batch, or joined another's.
+    Yields nothing if the request never reached a batch, or joined another request.
     """
     received_ns = received_ns or timing.received_unix_ns
     if timing.joined or not timing.batch_requests:
@@ -83,7 +83,7 @@ def run_spans(
 
 
 def _links(timing: inference_pb2.Timing) -> tuple[tuple[str, str], ...]:
-    """To the requests of its batch."""
+    """Returns links to the requests of its batch."""
     members = timing.batch_members.hex()
     contexts = [members[at : at + 2 * _CONTEXT_BYTES] for at in range(0, len(members), 2 * _CONTEXT_BYTES)]
     return tuple((context[:32], context[32:]) for context in contexts)

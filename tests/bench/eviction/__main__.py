@@ -14,7 +14,7 @@ SHARES = (0.01, 0.05, 0.2)
 
 
 def replay(policy, keys, sizes, costs):
-    """(hits, µs of computing that they saved, seconds it took)"""
+    """Returns (hits, µs of compute time saved by them, seconds taken)."""
     hits = saved = 0
     start = time.perf_counter()
     for key in keys:

@@ -1,8 +1,8 @@
-"""Eviction policies to compare, over keys, sizes and costs alone: what is kept, not the values.
+"""Eviction policies to compare, over keys, sizes and costs; they store no values.
 
-Each says whether it has a key (`get`), and takes one that was computed (`put`). Sources: SIEVE (Zhang et al., NSDI'24);
-S3-FIFO (Yang et al., SOSP'23); W-TinyLFU (Einziger et al., 2017), with exact counts in place of a sketch; GDSF
-(Cherkasova, 1998), which weighs by cost and size; Hyperbolic (Blankstein et al., ATC'17), the same weight sampled.
+`get` says whether a key is held; `put` adds a computed key. Sources: SIEVE (Zhang et al., NSDI'24); S3-FIFO (Yang et
+al., SOSP'23); W-TinyLFU (Einziger et al., 2017), with exact counts in place of a sketch; GDSF (Cherkasova, 1998), which
+weighs by cost and size; Hyperbolic (Blankstein et al., ATC'17), the same weight sampled.
 """
 
 import heapq
@@ -34,7 +34,7 @@ class Lru:
 
 
 class Sieve:
-    """A queue that new keys enter at the head; a hand moves from the tail and spares what was visited, once."""
+    """A queue that new keys enter at the head; a hand moves from the tail and spares each visited key once."""
 
     def __init__(self, capacity):
         self.capacity, self.used = capacity, 0
@@ -81,7 +81,7 @@ class Sieve:
 
 
 class S3Fifo:
-    """A tenth of the bytes for newcomers; what is asked for again there, or soon after, moves to the main queue."""
+    """A tenth of the bytes holds new keys; a key requested again there, or soon after, moves to the main queue."""
 
     def __init__(self, capacity):
         self.capacity, self.small_capacity = capacity, capacity // 10
@@ -148,7 +148,7 @@ class S3Fifo:
 
 
 class WTinyLfu:
-    """A window of 1 %; what leaves it enters the main segments only where it is asked for more than their victim."""
+    """A window of 1 %; a key that leaves it enters the main segments only if it is more frequent than their victim."""
 
     def __init__(self, capacity):
         self.window_capacity = max(1, capacity // 100)
@@ -213,7 +213,7 @@ class WTinyLfu:
 
 
 class WTinyLfuCost(WTinyLfu):
-    """Compares what a byte saves, not how often it is asked for."""
+    """Compares the cost saved by a byte, not the frequency."""
 
     def __init__(self, capacity):
         super().__init__(capacity)
@@ -228,12 +228,14 @@ class WTinyLfuCost(WTinyLfu):
 
 
 class Gdsf:
-    """The lowest clock + frequency * cost / size leaves, and the clock goes on to it. Hits only count: the heap is put
-    right when an entry comes to its top."""
+    """Evicts the lowest clock + frequency * cost / size, and sets the clock to it.
+
+    A hit only increments the frequency; the heap is corrected when the entry reaches its top.
+    """
 
     def __init__(self, capacity):
         self.capacity, self.used, self.clock = capacity, 0, 0.0
-        self.entries = {}  # key -> [size, cost, frequency, frequency that its priority is of]
+        self.entries = {}  # key -> [size, cost, frequency, frequency used in its priority]
         self.heap = []
 
     def get(self, key):
@@ -267,7 +269,7 @@ class Gdsf:
 
 
 class Production:
-    """The local tier itself, whose overhead is not that of the traces: values are shorter by it."""
+    """The local tier itself. Its overhead differs from the traces', so values are shortened by it."""
 
     def __init__(self, capacity):
         self.tier = LocalTier(capacity)
@@ -281,7 +283,7 @@ class Production:
 
 
 class Hyperbolic:
-    """Of 16 drawn at random, the one that has saved least a byte and second since it came."""
+    """Evicts, among 16 random keys, the one that saved the least cost a byte and time unit since it was added."""
 
     def __init__(self, capacity):
         self.capacity, self.used, self.now = capacity, 0, 0

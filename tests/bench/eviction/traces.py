@@ -1,6 +1,6 @@
-"""Traces to replay: keys in the order in which they are asked for, with the size and the cost of each key's answer.
+"""Traces to replay: keys in request order, with the size and the cost of each key's answer.
 
-There is no public trace of repeated tensor inputs, so three are made and one is of another trade.
+There is no public trace of repeated tensor inputs, so three traces are synthetic and one is from block storage.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Of each kind of answer: share of the keys, median bytes, spread (of the logarithm), median µs of computing, spread.
+# For each kind of answer: share of the keys, median bytes, spread (of the logarithm), median µs of compute, spread.
 KINDS = (
     (0.5, 400, 0.5, 300, 0.5),  # a small classifier
     (0.3, 3_500, 0.5, 12_000, 0.4),  # embeddings
@@ -46,14 +46,14 @@ def ranks(exponent, keys, count, rng):
 
 
 def zipf(count, seed=0):
-    """What stays popular stays popular: exponent 0.9 over as many keys as a third of the requests."""
+    """Constant popularity: exponent 0.9 over a third as many keys as requests."""
     rng = np.random.default_rng(seed)
     keys = count // 3
     return Trace(rng.permutation(keys)[ranks(0.9, keys, count, rng)], *answers(keys, seed))
 
 
 def scans(count, seed=1):
-    """Half of the requests as above; half in long runs over keys that come once a run, and again some runs later."""
+    """Half of the requests as in `zipf`; half in long scans: a key occurs once in a scan and again some scans later."""
     rng = np.random.default_rng(seed)
     popular, scanned = count // 6, count // 4
     drawn = rng.permutation(popular)[ranks(0.9, popular, count, rng)]
@@ -66,7 +66,7 @@ def scans(count, seed=1):
 
 
 def drift(count, seed=2):
-    """Popularity changes: each tenth of the trace has an order of its own, mixed from one to the next."""
+    """Changing popularity: each tenth of the trace has its own order of keys, with a gradual transition."""
     rng = np.random.default_rng(seed)
     keys = count // 6
     drawn = ranks(1.0, keys, count, rng)
@@ -78,7 +78,7 @@ def drift(count, seed=2):
 
 
 def from_csv(path: Path, count):
-    """libCacheSim's CSV of a block trace: its addresses (column 4) and sizes (column 3), costs drawn as above."""
+    """Reads libCacheSim's CSV of a block trace: addresses (column 4) and sizes (column 3); costs are drawn as above."""
     rows = np.genfromtxt(path, delimiter=",", skip_header=1, usecols=(4, 3), max_rows=count, dtype=np.int64)
     _, first, keys = np.unique(rows[:, 0], return_index=True, return_inverse=True)
     _, costs = answers(len(first), 3)

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.telemetry`: what metrics and traces cost a cache hit, in turn in one run."""
+"""`python -m tests.bench.telemetry`: what traces cost a cache hit, in turn in one run."""
 
 import argparse
 import statistics
@@ -15,14 +15,14 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
 from services.cli.commands import demo_models
 from tests.bench.bodies import write_bodies
-from tests.bench.harness import build_loadgen, free_port, load, running
+from tests.bench.harness import build_loadgen, load, running
+from tests.ports import free_port
 
-# Name, module, share of requests traced, whether spans are sent at all.
+# Name, share of requests traced, whether spans are sent.
 CASES = (
-    ("metrics, no traces", "router", "0", False),
-    ("no metrics, no traces", "tests.bench.telemetry.unmeasured", "0", False),
-    ("metrics, slow ones and 1 % traced", "router", "0.01", True),
-    ("metrics, 100 % traced", "router", "1", True),
+    ("no traces", "0", False),
+    ("slow ones and 1 % traced", "0.01", True),
+    ("100 % traced", "1", True),
 )
 
 
@@ -46,12 +46,12 @@ def main() -> None:
         worker = start("services.inference", models=str(work / "models"), threads="1")
         routers = [
             start(
-                module,
+                "router",
                 workers=f"127.0.0.1:{worker.port}",
                 trace_ratio=ratio,
                 **({"otlp_endpoint": f"http://127.0.0.1:{collector.port}"} if sends else {}),
             )
-            for _, module, ratio, sends in CASES
+            for _, ratio, sends in CASES
         ]
         request = v2.ModelInferRequest.FromString(bodies.read_bytes()[4:])
         for router in routers:
@@ -60,7 +60,7 @@ def main() -> None:
         runs = [[] for _ in CASES]
         for turn in range(arguments.rounds):
             pairs = list(zip(runs, routers, strict=True))
-            # There and back, so that what drifts is in all of them.
+            # The order alternates, so that drift affects all cases equally.
             for results, router in pairs[:: 1 - 2 * (turn % 2)]:
                 measured = load(
                     loadgen, router, bodies, order="one", outstanding=64, seconds=arguments.seconds, warm_up=0.2
@@ -75,7 +75,7 @@ def main() -> None:
     first = runs[0]
     for (name, *_), results in zip(CASES, runs, strict=True):
         rps, cpu = median(results, "rps"), median(results, "cpu_us")
-        # By round, so that what else the machine did is in both.
+        # Ratios by round, so that other load on the machine affects both.
         of_rps = statistics.median(a.rps / b.rps for a, b in zip(results, first, strict=True))
         of_cpu = statistics.median(a.cpu_us / b.cpu_us for a, b in zip(results, first, strict=True))
         table.add_row(

@@ -1,4 +1,4 @@
-"""An OTLP collector that takes everything and reads nothing: what is measured is what sending costs."""
+"""An OTLP collector that accepts everything and parses nothing, so that only the cost of sending is measured."""
 
 import asyncio
 import os

@@ -1,6 +1,7 @@
 """The requests of an envelope: each has an answer or a failure of its own, and equal ones run once."""
 
 import asyncio
+import gc
 import threading
 import time
 import uuid
@@ -9,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.shared_memory import Region
+from services.inference.envelope import Work
 from services.inference.execution.model import OnnxModel
 from services.inference.models.model_store import ModelStore
 from services.inference.repository.repository import Directory
-from services.inference.worker import Work, Worker
+from services.inference.worker import Worker
+from services.runtime import driver
+from services.runtime.driver import ON_LOOP
 from services.runtime.large_bytes import LARGE_BYTES
-from services.runtime.large_result import LargeResult
 from tests import models
 
 
@@ -66,6 +68,21 @@ def work(value, request_hash=b"", *, columns=64, deadline=None, trace_context=b"
     return Work(request.SerializeToString(), request_hash, deadline, trace_context)
 
 
+async def execute(worker, works):
+    return await driver.run(worker.execute(works))
+
+
+def run_inline(worker, works):
+    """The results of a run on this thread; None if the event loop has to take over."""
+    executing = worker.execute(works)
+    try:
+        assert executing.send(None) is ON_LOOP
+    except StopIteration as ended:
+        return ended.value
+    executing.close()
+    return None
+
+
 def answer(worker, value):
     (array,) = OnnxModel.run(model_of(worker), {"x": np.full((1, 64), value, np.float32)}, ["y"])
     return array
@@ -77,7 +94,7 @@ def told(result):
 
 async def test_an_envelope_is_one_batch(worker):
     model_of(worker).runs.clear()
-    results = await worker.execute_all([work(value) for value in range(20)])
+    results = await execute(worker, [work(value) for value in range(20)])
     assert model_of(worker).runs == [20]
     for value, result in enumerate(results):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
@@ -85,7 +102,7 @@ async def test_an_envelope_is_one_batch(worker):
 
 
 async def test_a_wrong_request_fails_alone(worker):
-    results = await worker.execute_all([work(1), work(2, columns=63), Work(b"\xff", b"", None, b""), work(3)])
+    results = await execute(worker, [work(1), work(2, columns=63), Work(b"\xff", b"", None, b""), work(3)])
     assert [result.failure.code for result in results] == [0, 3, 3, 0]
     assert "[1, 63]" in results[1].failure.message
     assert worker.load.requests == 0
@@ -94,7 +111,7 @@ async def test_a_wrong_request_fails_alone(worker):
 async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker):
     model_of(worker).gate.clear()
     model_of(worker).runs.clear()
-    envelopes = [asyncio.create_task(worker.execute_all([work(1, b"h" * 16) for _ in range(2)])) for _ in range(2)]
+    envelopes = [asyncio.create_task(execute(worker, [work(1, b"h" * 16) for _ in range(2)])) for _ in range(2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     model_of(worker).gate.set()
@@ -106,27 +123,19 @@ async def test_equal_requests_run_once_in_one_envelope_and_across_two(worker):
 
 
 @pytest.mark.parametrize("forged_first", [True, False], ids=["forged first", "forged second"])
-@pytest.mark.parametrize("through", ["envelope", "task"])
-async def test_a_request_under_the_hash_of_another_changes_nothing(worker, forged_first, through):
+async def test_a_request_under_the_hash_of_another_changes_nothing(worker, forged_first):
     """Anybody who can reach the port may state any hash."""
     model_of(worker).gate.clear()
-
-    def begin(value):
-        one = work(value, b"h" * 16)
-        if through == "envelope":
-            return asyncio.create_task(worker.execute_all([one]))
-        return asyncio.create_task(worker.execute(one.data, request_hash=one.request_hash, deadline=None))
 
     values = [2, 1] if forged_first else [1, 2]
     tasks = []
     for value in (*values, *values):
-        tasks.append(begin(value))
+        tasks.append(asyncio.create_task(execute(worker, [work(value, b"h" * 16)])))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     model_of(worker).gate.set()
     results = await asyncio.gather(*tasks)
-    for value, result in zip((*values, *values), results, strict=True):
-        (result,) = result if through == "envelope" else (result,)
+    for value, (result,) in zip((*values, *values), results, strict=True):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
     assert not worker._leaders
     assert worker.load.requests == 0
@@ -138,7 +147,7 @@ async def test_equal_requests_with_other_ids_run_once(worker):
     one, other = work(1, b"h" * 16), work(1, b"h" * 16)
     one.data += b"\x1a\x01a"
     other.data = b"\x1a\x01b" + other.data
-    envelope = asyncio.create_task(worker.execute_all([one, other]))
+    envelope = asyncio.create_task(execute(worker, [one, other]))
     await asyncio.sleep(0)
     model_of(worker).gate.set()
     results = await envelope
@@ -147,21 +156,21 @@ async def test_equal_requests_with_other_ids_run_once(worker):
 
 
 async def test_what_is_kept_to_compare_with_goes_when_its_flight_ends(worker):
-    await worker.execute_all([work(value, b"%016d" % value) for value in range(20)])
-    await worker.execute(work(1).data, request_hash=b"h" * 16, deadline=None)
-    await worker.execute(work(1, columns=63).data, request_hash=b"w" * 16, deadline=None)
+    await execute(worker, [work(value, b"%016d" % value) for value in range(20)])
+    await execute(worker, [work(1, b"h" * 16)])
+    await execute(worker, [work(1, b"w" * 16, columns=63)])
     await asyncio.sleep(0)
     assert not worker._leaders
 
 
 async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_joined_and_drops_the_rest(worker):
     model_of(worker).gate.clear()
-    busy = asyncio.create_task(worker.execute_all([work(0)]))
+    busy = asyncio.create_task(execute(worker, [work(0)]))
     await asyncio.sleep(0.01)  # it has the only instance
     model_of(worker).runs.clear()
-    leaving = asyncio.create_task(worker.execute_all([work(1, b"h" * 16), *(work(value) for value in range(2, 6))]))
+    leaving = asyncio.create_task(execute(worker, [work(1, b"h" * 16), *(work(value) for value in range(2, 6))]))
     await asyncio.sleep(0)
-    staying = asyncio.create_task(worker.execute_all([work(1, b"h" * 16)]))
+    staying = asyncio.create_task(execute(worker, [work(1, b"h" * 16)]))
     await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.wait([leaving])
@@ -173,13 +182,29 @@ async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_join
     assert worker.load.requests == 0
 
 
+async def test_a_run_that_fails_after_its_router_has_gone_is_no_unhandled_fault(worker, caplog):
+    model_of(worker).gate.clear()
+    leaving = asyncio.create_task(execute(worker, [work(1)]))
+    await asyncio.sleep(0.01)  # it runs
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    model_of(worker).runs = None  # so that the run fails
+    model_of(worker).gate.set()
+    while worker.store.held.find("mlp", "").batcher._batches:
+        await asyncio.sleep(0)
+    del leaving
+    gc.collect()
+    assert not caplog.records
+    assert worker.load.requests == 0
+
+
 async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelope_be(worker):
     model_of(worker).gate.clear()
     model_of(worker).runs.clear()
-    running = asyncio.create_task(worker.execute_all([work(0, trace_context=b"running")]))
+    running = asyncio.create_task(execute(worker, [work(0, trace_context=b"running")]))
     await asyncio.sleep(0.01)  # it has the only instance
     works = [work(1, b"h" * 16, trace_context=b"lost"), work(2, trace_context=b"kept")]
-    envelope = asyncio.create_task(worker.execute_all(works))
+    envelope = asyncio.create_task(execute(worker, works))
     await asyncio.sleep(0)
     assert worker.withdraw([b"lost", b"unknown", b"running"]) == 1
     assert worker.withdraw([b"lost"]) == 0
@@ -196,12 +221,12 @@ async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelo
 
 async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
     model_of(worker).gate.clear()
-    busy = asyncio.create_task(worker.execute_all([work(0)]))
+    busy = asyncio.create_task(execute(worker, [work(0)]))
     await asyncio.sleep(0.01)
     model_of(worker).runs.clear()
-    first = asyncio.create_task(worker.execute_all([work(1, b"h" * 16, trace_context=b"lost")]))
+    first = asyncio.create_task(execute(worker, [work(1, b"h" * 16, trace_context=b"lost")]))
     await asyncio.sleep(0)
-    joined = asyncio.create_task(worker.execute_all([work(1, b"h" * 16)]))
+    joined = asyncio.create_task(execute(worker, [work(1, b"h" * 16)]))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert worker.withdraw([b"lost"]) == 1
@@ -219,11 +244,10 @@ def quick(monkeypatch):
 
 
 async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick):
-    await worker.execute_all([work(0)])  # so that it is known
+    await execute(worker, [work(0)])  # so that it is known
     model_of(worker).runs.clear()
     before = worker.load.answered
-    serialized = await asyncio.to_thread(worker.execute_at_once, [work(value, b"h%d" % value) for value in range(20)])
-    results = [inference_pb2.WorkResult.FromString(result) for result in serialized]
+    results = await asyncio.to_thread(run_inline, worker, [work(value, b"h%d" % value) for value in range(20)])
     assert model_of(worker).runs == [20]
     for value, result in enumerate(results):
         np.testing.assert_allclose(told(result), answer(worker, value)[0], rtol=1e-5)
@@ -235,29 +259,31 @@ async def test_what_is_quick_is_run_by_whoever_has_it_in_one_batch(worker, quick
 
 
 async def test_what_may_be_slow_is_not_run_at_once(worker, monkeypatch):
-    assert worker.execute_at_once([work(0)]) is None  # nothing is known of it
+    assert run_inline(worker, [work(0)]) is None  # nothing is known of it
     monkeypatch.setattr("services.inference.execution.inline_runs.QUICK_NS", 0)
-    await worker.execute_all([work(0)])
-    assert worker.execute_at_once([work(0)]) is None
+    await execute(worker, [work(0)])
+    assert run_inline(worker, [work(0)]) is None
 
 
-async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick):
-    await worker.execute_all([work(0)])
+async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick, monkeypatch):
+    await execute(worker, [work(0)])
     wrong, late = work(1, columns=63), work(1, deadline=time.monotonic() - 1)
     for others in ([wrong], [Work(b"\xff", b"", None, b"")], [late], []):
-        assert worker.execute_at_once([work(0), *others] if others else []) is None
+        assert run_inline(worker, [work(0), *others] if others else []) is None
     model_of(worker).gate.clear()
-    running = asyncio.create_task(worker.execute_all([work(1, b"same")]))
-    await asyncio.sleep(0.01)
-    assert worker.execute_at_once([work(1, b"same")]) is None
+    with monkeypatch.context() as slow:
+        slow.setattr("services.inference.execution.inline_runs.QUICK_NS", 0)
+        running = asyncio.create_task(execute(worker, [work(1, b"same")]))
+        await asyncio.sleep(0.01)
+    assert run_inline(worker, [work(1, b"same")]) is None
     model_of(worker).gate.set()
     await running
 
 
 async def test_what_fails_at_once_fails_alone_and_is_counted(worker, quick, monkeypatch):
-    await worker.execute_all([work(0)])
+    await execute(worker, [work(0)])
     monkeypatch.setattr("services.inference.work_results.MAX_RESPONSE_BYTES", 1)
-    results = [inference_pb2.WorkResult.FromString(data) for data in worker.execute_at_once([work(1), work(2)])]
+    results = run_inline(worker, [work(1), work(2)])
     assert [result.failure.code for result in results] == [8, 8]
     assert worker.store.held.find("mlp", "").statistics.message().inference_stats.fail.count == 2
 
@@ -269,7 +295,7 @@ async def test_a_large_request_is_answered_as_others_are_and_joined_by_its_equal
     request.inputs.add(name="x", datatype="FP32", shape=x.shape)
     large = Work(request.SerializeToString(), b"h" * 16, None, b"")
     model_of(worker).runs.clear()
-    first, small, other = await worker.execute_all([large, work(1), large])
+    first, small, other = await execute(worker, [large, work(1), large])
     (expected,) = OnnxModel.run(model_of(worker), {"x": x}, ["y"])
     for result in (first, other):
         np.testing.assert_allclose(told(result), expected.ravel(), rtol=1e-5)
@@ -284,9 +310,8 @@ async def test_a_large_response_is_the_models_own(worker):
     x = np.random.default_rng(0).random((rows, 64), np.float32)
     request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[x.tobytes()])
     request.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    result, small = await worker.execute_all([Work(request.SerializeToString(), b"", None, b""), work(1)])
-    assert isinstance(result, LargeResult)
-    assert not isinstance(small, LargeResult)
+    result, small = await execute(worker, [Work(request.SerializeToString(), b"", None, b""), work(1)])
+    assert not small.HasField("failure")
     (expected,) = OnnxModel.run(model_of(worker), {"x": x}, ["y"])
     np.testing.assert_allclose(told(result), expected.ravel(), rtol=1e-5)
 
@@ -310,13 +335,11 @@ async def test_shared_memory_is_read_on_a_thread(worker, monkeypatch):
         tensor.parameters["shared_memory_region"].string_param = "region"
         tensor.parameters["shared_memory_byte_size"].int64_param = 256
         data = request.SerializeToString()
-        await worker.execute_all([work(2)])  # runs of such shapes are known to be quick
-        assert worker.execute_at_once([Work(data, b"", None, b"")]) is None
-        (enveloped,) = await worker.execute_all([Work(data, b"", None, b"")])
-        direct = await worker.execute(data, request_hash=b"", deadline=None)
+        await execute(worker, [work(2)])  # runs of such shapes are known to be quick
+        assert run_inline(worker, [Work(data, b"", None, b"")]) is None
+        (enveloped,) = await execute(worker, [Work(data, b"", None, b"")])
     finally:
         path.unlink()
-    for result in (enveloped, direct):
-        np.testing.assert_allclose(told(result), answer(worker, 3)[0], rtol=1e-5)
-    assert len(threads) == 2
+    np.testing.assert_allclose(told(enveloped), answer(worker, 3)[0], rtol=1e-5)
+    assert len(threads) == 1
     assert threading.get_ident() not in threads

@@ -1,4 +1,4 @@
-"""What is known of a tensor in all batches at once."""
+"""Abstract values: the facts about a tensor that hold in all batches. B is the number of rows in a batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy.typing as npt
 from services.inference.execution.batch_proof.sizes import ONE, ROWS, Size
 
 Shape = tuple[Size, ...]
-# Elements are int, float, bool, or Size where they have no one value.
+# Elements are int, float or bool, or a Size if they have no single value.
 Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class RowAxis:
-    """Where the rows lie: index (o * B + b) * inner + i of dimension `axis` belongs to row b, for o < `outer`."""
+    """The place of the rows: index (o * B + b) * inner + i of dimension `axis` belongs to row b, for o < `outer`."""
 
     axis: int
     outer: Size = ONE
@@ -26,7 +26,7 @@ class RowAxis:
 
     @property
     def size(self) -> Size:
-        """Of the dimension."""
+        """The size of the dimension."""
         return self.outer * ROWS * self.inner
 
     def at(self, axis: int) -> RowAxis:
@@ -35,7 +35,7 @@ class RowAxis:
 
 
 class Content(Enum):
-    """What the elements of a tensor with rows are."""
+    """The kind of the elements of a tensor with rows."""
 
     OWN = "computed from their row"
     POSITION = "the number of their row, times `stride`"
@@ -46,13 +46,13 @@ class Content(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor.
+    """The facts about one tensor.
 
-    With `rows`, elements of row b depend on row b of the inputs only, and B is a factor of that dimension only.
-    Without, it is the same in all batches, unless B is a factor of some of its `values`.
-    `shape` is None if not even the rank is known, which it always is with `rows`. `values`: of small tensors of whole
-    numbers, truth values or floats, as far as they are known; only without `rows`. With `below` the values are whole
-    numbers from 0 to it, without it.
+    With `rows`, elements of row b depend only on row b of the inputs, and B is a factor of that dimension only.
+    Without `rows`, the tensor is the same in all batches, unless B is a factor of some of its `values`.
+    `shape`: None if not even the rank is known; always known with `rows`. `values`: the known elements of small tensors
+    of whole numbers, truth values or floats; only without `rows`. `below`: the elements are whole numbers from 0 to
+    below this size.
     """
 
     shape: Shape | None
@@ -64,20 +64,20 @@ class Tensor:
 
     @property
     def counts_rows(self) -> bool:
-        """Whether B is a factor of a value."""
+        """Whether B is a factor of one of the values."""
         return self.values is not None and any(
             isinstance(value, Size) and value.counts_rows for value in self.values.flat
         )
 
     @property
     def independent(self) -> bool:
-        """Whether it is the same in all batches."""
+        """Whether the tensor is the same in all batches."""
         return self.rows is None and not self.counts_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Nothing is known; `reason` names the node that is to blame."""
+    """A value without known facts. `reason` names the node that causes this."""
 
     reason: str
 
@@ -97,5 +97,5 @@ def as_size(value: Any) -> Size:
 
 
 def plain(value: Any) -> Any:
-    """A Size without symbols as the number that it is."""
+    """A Size without symbols as an int; other values unchanged."""
     return value.coefficient if isinstance(value, Size) and not value.symbols else value

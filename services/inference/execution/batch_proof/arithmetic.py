@@ -1,4 +1,4 @@
-"""Elementwise operators on known and symbolic numbers, as exporters compute shapes with them."""
+"""Elementwise operators on known and symbolic numbers. Exporters compute shapes with them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from services.inference.execution.batch_proof.abstract_value import Values, as_s
 from services.inference.execution.batch_proof.operator_call import NotProvenError
 from services.inference.execution.batch_proof.sizes import Size, Symbols
 
-# Longer tensors are not shapes.
+# Longer tensors do not count as shapes.
 MOST_ELEMENTS = 128
-# Beyond these, 32-bit integers and floats are not what Python computes.
+# Beyond these limits, results of 32-bit integers and floats differ from Python's.
 _EXACT_INTEGER = 1 << 31
 _EXACT_FLOAT = 1 << 24
 
@@ -46,7 +46,7 @@ _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE})
 
 
 def number(value: Any, symbols: Symbols) -> Any:
-    """An element of a constant; a symbol for what is not computed with exactly."""
+    """An element of a constant; a symbol for a number that arithmetic here does not represent exactly."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, int | np.integer):
@@ -56,7 +56,7 @@ def number(value: Any, symbols: Symbols) -> Any:
 
 
 def compute(operator: str, operands: Sequence[Values], to: int, symbols: Symbols) -> Values:
-    """Elementwise, with broadcasting; `to`: the type of a Cast. Raises NotProvenError if B would become a value."""
+    """Computes elementwise, with broadcasting. `to`: type of Cast. Raises NotProvenError if B would become a value."""
     arrays = np.broadcast_arrays(*operands)
     result = np.empty(arrays[0].shape, object)
     for index in np.ndindex(result.shape):
@@ -74,7 +74,7 @@ def _one(operator: str, operands: list[Any], to: int, symbols: Symbols) -> Any:
 
 
 def _exact(operator: str, operands: list[Any], to: int, symbols: Symbols) -> Any:
-    """None where the result is not known."""
+    """The result; None if it is not known."""
     if operator == "Where":
         condition, yes, no = operands
         if isinstance(condition, Size):
@@ -108,7 +108,7 @@ def _cast(value: Any, to: int) -> Any:
     if isinstance(value, Size):
         if to == TensorProto.BOOL:
             return True if _bounds(value)[0] > 0 else None
-        # A symbol that may be negative may be a fraction too, which changes in a cast.
+        # A symbol that may be negative may also be a fraction, which a cast changes.
         return value if value.nonnegative and to in _WHOLE | _FLOATS else None
     if to in _WHOLE:
         return int(value) if to == TensorProto.INT64 or abs(value) < _EXACT_INTEGER else None
@@ -118,7 +118,7 @@ def _cast(value: Any, to: int) -> Any:
 
 
 def _symbolic(operator: str, operands: list[Any], symbols: Symbols) -> Any:
-    """Of whole numbers and sizes."""
+    """The result for whole numbers and sizes; None if it is not known."""
     if operator == "Identity":
         return operands[0]
     if any(isinstance(operand, Size) and not operand.nonnegative for operand in operands):

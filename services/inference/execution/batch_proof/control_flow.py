@@ -1,4 +1,4 @@
-"""If, Loop and Scan: their graphs are walked too, and their conditions must be the same in all batches."""
+"""If, Loop and Scan. The prover also walks their graphs. Their conditions must be the same in all batches."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from services.inference.execution.batch_proof.scope import Scope
 from services.inference.execution.batch_proof.sizes import Size, Symbols, made_after
 
 OPERATORS = frozenset({"If", "Loop", "Scan"})
-# Walks over a body until nothing changes; each takes away something that was known of a state.
+# Limit for the walks over a body until nothing changes. Each walk removes a known fact about a state.
 _MOST_TURNS = 16
 
 
 class Walk(Protocol):
-    """What walks a body; prover.Walk is the real one."""
+    """Walks the graph of a body; prover.Walk implements it."""
 
     symbols: Symbols
 
     def run(self, graph: onnx.GraphProto, scope: Scope) -> list[Value]:
-        """The graph's outputs."""
+        """Walks a graph and returns its outputs."""
 
 
 class Node(NamedTuple):
-    """`name`: for messages, and perhaps another's too. `place`: the outputs of the nodes around it, and its own."""
+    """`name`: for messages; not unique. `place`: the output names of the enclosing nodes and its own; unique."""
 
     name: str
     place: tuple[tuple[str, ...], ...]
@@ -42,7 +42,7 @@ def apply(
     walk: Walk,
     name: str,
 ) -> Sequence[Value]:
-    """The outputs; `outputs` are their names, which only this node has in its graph. Raises NotProvenError."""
+    """Returns the outputs. `outputs`: their names, unique to this node in its graph. Raises NotProvenError."""
     node = Node(name, (*scope.place, outputs))
     if operator == "If":
         return _if(inputs, attributes, scope, walk, node)
@@ -76,7 +76,7 @@ def _if(
 def _loop(
     inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, node: Node
 ) -> Sequence[Value]:
-    """Inputs: how often, whether at all, and the states. Of the body: a count, a condition and the states."""
+    """Inputs: trip count, condition and states. Inputs of the body: iteration number, condition and states."""
     count, condition, *initial = inputs
     if any(one is not None and not one.independent for one in (count, condition)):
         raise NotProvenError("how often it runs depends on the rows")
@@ -100,7 +100,7 @@ def _loop(
 def _scan(
     inputs: Sequence[Tensor | None], attributes: Mapping[str, Any], scope: Scope, walk: Walk, node: Node
 ) -> Sequence[Value]:
-    """Inputs: the states, and tensors of which the body gets one slice each time."""
+    """Inputs: states, and tensors that are scanned. The body gets one slice of each per iteration."""
     if scope.opsets.get("", 9) < 9:
         raise NotProvenError("there is no rule for it before opset 9")
     body = attributes["body"]
@@ -122,7 +122,7 @@ def _scan(
 def _settled(
     turn: Any, initial: Sequence[Tensor | None], symbols: Symbols, node: Node
 ) -> tuple[list[Value], list[Value]]:
-    """What holds of the states before and after every turn, and of what the last turn gives beside them."""
+    """The facts that hold for the states before and after every turn, and those of the other outputs of a turn."""
     states: list[Value] = [Unknown(f"{node.name}: a state is missing") if one is None else one for one in initial]
     for _ in range(_MOST_TURNS):
         made = turn(states)
@@ -144,7 +144,7 @@ def _same(one: Value, other: Value) -> bool:
 
 
 def _joined(one: Value, other: Value, symbols: Symbols, node: Node, place: int) -> Value:
-    """What holds of both."""
+    """The facts that hold for both values."""
     if isinstance(one, Unknown):
         return one
     if isinstance(other, Unknown):
@@ -171,7 +171,7 @@ def _joined(one: Value, other: Value, symbols: Symbols, node: Node, place: int) 
 
 
 def _after(value: Value, made: int, symbols: Symbols) -> Value:
-    """What is known after the last turn; sizes that may differ between turns become new symbols."""
+    """The facts after the last turn. Sizes that may differ between turns become new symbols."""
     if isinstance(value, Unknown):
         return value
     if value.rows is not None and any(made_after(size, made) for size in (value.rows.outer, value.rows.inner)):
@@ -198,7 +198,7 @@ def _slice(tensor: Tensor | None, axis: int) -> Tensor:
 
 
 def _stacked(value: Value, axis: int, symbols: Symbols) -> Value:
-    """The values of all turns along a new axis."""
+    """The values of all turns, stacked along a new axis."""
     if isinstance(value, Unknown):
         return value
     if value.counts_rows or value.content is not Content.OWN:

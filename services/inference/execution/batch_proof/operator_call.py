@@ -1,4 +1,4 @@
-"""One use of an operator, as its rule sees it."""
+"""One use of an operator, as passed to its rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NotProvenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OperatorCall:
-    """`inputs` are None where optional ones are left out. `opset`: the version of the operator's domain."""
+    """`inputs`: None for optional inputs that are left out. `opset`: the version of the operator's domain."""
 
     operator: str
     opset: int
@@ -42,11 +42,11 @@ class OperatorCall:
         return [value for value in self.inputs if value is not None]
 
     def shape(self, index: int) -> Shape:
-        """Raises NotProvenError if the rank of the input is not known."""
+        """The shape of an input. Raises NotProvenError if its rank is not known."""
         return shape_of(self.input(index), f"input {index}")
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """Its value, or what the operator's definition says without it."""
+        """The value of an attribute, or the `default` of the operator's definition."""
         return self.attributes.get(name, default)
 
     def axis(self, name: str, default: int, rank: int) -> int:
@@ -63,30 +63,30 @@ class OperatorCall:
         return [int(number) for number in value.values.flat]
 
     def batch_independent(self, *indices: int) -> None:
-        """Raises NotProvenError if one of these inputs, weights as a rule, carries rows."""
+        """Raises NotProvenError if one of these inputs (usually weights) depends on the rows."""
         for index in indices:
             value = self.maybe(index)
             if value is not None and not value.independent:
                 raise NotProvenError(f"input {index} depends on the rows")
 
     def batch_independent_except(self, *indices: int) -> None:
-        """Raises NotProvenError if an input other than these carries rows."""
+        """Raises NotProvenError if an input other than these depends on the rows."""
         self.batch_independent(*[index for index in range(len(self.inputs)) if index not in indices])
 
     def fresh(self) -> Size:
-        """A size of which nothing is known."""
+        """A new unknown size."""
         return self.symbols.size()
 
 
 def shape_of(tensor: Tensor, what: str) -> Shape:
-    """Raises NotProvenError if not even the rank is known."""
+    """The shape of a tensor. Raises NotProvenError if not even the rank is known."""
     if tensor.shape is None:
         raise NotProvenError(f"the shape of {what} is not known")
     return tensor.shape
 
 
 def from_front(axis: int, rank: int) -> int:
-    """Raises NotProvenError if there is no such axis."""
+    """The axis counted from the front. Raises NotProvenError if there is no such axis."""
     if not -rank <= axis < rank:
         raise NotProvenError(f"there is no axis {axis} in a tensor of {rank}")
     return axis % rank if rank else 0
@@ -99,7 +99,7 @@ def not_along(rows: RowAxis | None, axes: Sequence[int] | range, does: str) -> N
 
 
 def broadcast(shapes: Sequence[Shape], symbols: Symbols) -> Shape:
-    """NumPy's rule. Of two sizes that may be 1 the result is a new symbol."""
+    """The shape by NumPy's rule. If two sizes may both be 1, the result is a new symbol."""
     rank = max(map(len, shapes), default=0)
     result = []
     for place in range(-rank, 0):
@@ -116,7 +116,7 @@ def broadcast(shapes: Sequence[Shape], symbols: Symbols) -> Shape:
 
 
 def common_rows(tensors: Sequence[Tensor], rank: int) -> RowAxis | None:
-    """Along which axis of a broadcast result of `rank` the rows lie. Raises NotProvenError if they are not aligned."""
+    """The place of the rows in a broadcast result with `rank` axes. Raises NotProvenError if they are not aligned."""
     found: RowAxis | None = None
     if any(len(shape_of(tensor, "an input")) > rank for tensor in tensors):
         raise NotProvenError("an input has more axes than the result")

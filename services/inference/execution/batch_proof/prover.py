@@ -1,4 +1,4 @@
-"""Walks a graph in its order and follows the rows through every node."""
+"""Walks a graph in its order and tracks the rows through every node."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from services.inference.execution.batch_proof.sizes import ROWS, Size, Symbols
 from services.inference.execution.batch_proof.verdict import Verdict
 from services.inference.execution.graph import RANDOM_OPERATORS
 
-# Nodes visited, each time they are: a bound for functions that call functions, and for loops within loops.
+# Limit for node visits. It bounds functions that call functions, and nested loops.
 _MOST_NODES = 300_000
 _DEEPEST = 32
-# What reading a malformed node or constant raises.
+# The exceptions raised by malformed nodes and constants.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-# ONNX Runtime guarantees nothing for older ones, which broadcast by other rules. Newer ones have no rules yet.
+# ONNX Runtime guarantees nothing for older opsets, which have other broadcast rules. There are no rules for newer ones.
 _OPSETS = range(7, 27)
-# Beside Microsoft's: of an operator that it has in these, ONNX Runtime ignores a function of that name.
+# Domains of built-in operators, besides Microsoft's. ONNX Runtime ignores a function named like a built-in operator.
 _BUILT_IN = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "org.pytorch.aten")
 
 
 def prove(model: onnx.ModelProto) -> Verdict:
-    """Whether each row of each output depends on its own row of the inputs only. Weights may be in other files."""
+    """Tries to prove that each output row depends only on its own row of the inputs. Weights may be in other files."""
     opsets = _opsets(model.opset_import)
     for version in (opsets, *({one.domain: one.version for one in f.opset_import} for f in model.functions)):
         if version.get("", _OPSETS[0]) not in _OPSETS:
@@ -64,7 +64,7 @@ def _why_not(name: str, value: Value) -> str:
 
 
 class _TooLargeError(Exception):
-    """The graph has more nodes than are looked at."""
+    """The graph exceeds the limit for node visits."""
 
 
 class Walk:
@@ -77,7 +77,8 @@ class Walk:
         self._nodes = 0
 
     def graph_input(self, proto: onnx.ValueInfoProto, *, replaceable: bool) -> Value:
-        """Rows along axis 0; the same in all batches if the graph has a value that requests may replace."""
+        """The value of an input. Its rows lie along axis 0. A `replaceable` input, which has a default value in the
+        graph, is the same in all batches."""
         tensor = proto.type.tensor_type
         if not tensor.HasField("shape") or (not replaceable and not tensor.shape.dim):
             return Tensor(None) if replaceable else Unknown(f"input {proto.name!r} has no first axis for the rows")
@@ -88,7 +89,7 @@ class Walk:
         return Tensor(tuple(sizes)) if replaceable else Tensor((ROWS, *sizes[1:]), RowAxis(0))
 
     def run(self, graph: onnx.GraphProto, scope: Scope) -> list[Value]:
-        """The outputs. `scope` has the values of the inputs."""
+        """Walks a graph and returns its outputs. `scope` has the values of the inputs."""
         for proto in graph.initializer:
             if proto.name not in scope.values:
                 scope.values[proto.name] = constant(proto, self.symbols)
@@ -117,7 +118,7 @@ class Walk:
             made = self._apply(node, tensors, scope)
         except NotProvenError as error:
             if all(tensor is None or tensor.independent for tensor in tensors) and not _graphs(node):
-                # Whatever it computes, it is the same in all batches.
+                # All inputs are the same in all batches, so the outputs are too.
                 return [Tensor(None)] * count
             return [Unknown(f"{_name(node, scope)}: {error}")] * count
         except _MALFORMED as error:
@@ -126,7 +127,7 @@ class Walk:
         return [*(mixed if value is None else value for value in made), *([mixed] * (count - len(made)))]
 
     def _apply(self, node: onnx.NodeProto, inputs: list[Tensor | None], scope: Scope) -> Sequence[Value | None]:
-        """Raises NotProvenError, and what a malformed node makes a rule raise."""
+        """The outputs of a node; None for outputs whose rows mix. Raises NotProvenError, and _MALFORMED errors."""
         domain = _domain(node.domain)
         attributes = Attributes(node, scope.attributes)
         function = self._functions.get((node.domain, node.op_type, node.overload))
@@ -148,7 +149,7 @@ class Walk:
         raise NotProvenError("there is no rule for it")
 
     def _check(self, function: onnx.FunctionProto) -> None:
-        """Raises NotProvenError where ONNX Runtime runs something else than the function as it is written."""
+        """Raises NotProvenError if ONNX Runtime does not run the function as it is written."""
         if function.domain in _BUILT_IN or function.domain.startswith("com.microsoft"):
             raise NotProvenError("the model defines a function in a domain of operators")
         # ONNX Runtime runs the nodes of a function as those of the model's opset.
@@ -164,7 +165,7 @@ class Walk:
         scope: Scope,
         node: onnx.NodeProto,
     ) -> Sequence[Value | None]:
-        """A function of the model, or the body of a standard operator. Raises NotProvenError."""
+        """Walks a function of the model, or the body of a standard operator. Raises NotProvenError."""
         if scope.depth >= _DEEPEST:
             raise NotProvenError("functions call each other too deeply")
         defaults = {one.name: helper.get_attribute_value(one) for one in function.attribute_proto}
@@ -180,7 +181,7 @@ class Walk:
 
 
 class Attributes(Mapping[str, Any]):
-    """A node's attributes, read when asked for. `bound`: what a function's call says of those that refer to it."""
+    """The attributes of a node, read on access. `bound`: attributes of the function call, to which some refer."""
 
     def __init__(self, node: onnx.NodeProto, bound: Mapping[str, Any]) -> None:
         self._protos = {one.name: one for one in node.attribute if not one.ref_attr_name or one.ref_attr_name in bound}
@@ -202,7 +203,7 @@ def _domain(name: str) -> str:
 
 
 def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    """Versions by domain; the last counts, as in ONNX Runtime."""
+    """Versions by domain. As in ONNX Runtime, the last import of a domain counts."""
     return {_domain(one.domain): one.version for one in imports}
 
 
@@ -226,7 +227,7 @@ def _without(node: onnx.NodeProto, names: Sequence[str]) -> onnx.NodeProto:
 
 
 def _standard_body(domain: str, operator: str, opset: int) -> onnx.FunctionProto | None:
-    """What the standard says an operator is made of; None if it says nothing, or only for some types."""
+    """The function body of an operator in the standard; None if there is none, or only for some types."""
     try:
         body: onnx.FunctionProto = onnx.defs.get_schema(operator, opset, domain).function_body
     except onnx.defs.SchemaError:

@@ -1,4 +1,4 @@
-"""The rules by operator."""
+"""The rules, by operator."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ONNX, ML, MICROSOFT = "", "ai.onnx.ml", "com.microsoft"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What an operator makes of tensors.
+    """The effect of an operator on tensors.
 
-    `apply` returns the outputs, None for those whose rows mix, and raises NotProvenError if all do. `counts`: it takes
-    inputs whose values count the rows. `positions`: it takes inputs that are numbers of rows.
+    `apply` returns the outputs, with None for outputs whose rows mix, and raises NotProvenError if all mix. `counts`:
+    accepts inputs whose values contain the number of rows. `positions`: accepts inputs that are row numbers.
     """
 
     apply: Callable[[OperatorCall], Outcome]
@@ -25,7 +25,7 @@ class Rule:
     positions: bool
 
     def __call__(self, call: OperatorCall) -> Sequence[Tensor | None]:
-        """Its outputs. Raises NotProvenError."""
+        """The outputs of a call. Raises NotProvenError."""
         for place, tensor in enumerate(call.inputs):
             if tensor is not None and tensor.counts_rows and not self.counts:
                 raise NotProvenError(f"input {place} has the number of rows as a value")
@@ -53,5 +53,5 @@ def rule(
 
 
 def find(domain: str, operator: str) -> Rule | None:
-    """None if there is no rule."""
+    """The rule for an operator; None if there is no rule."""
     return _RULES.get(("" if domain == "ai.onnx" else domain, operator))

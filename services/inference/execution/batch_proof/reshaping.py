@@ -1,4 +1,4 @@
-"""Where the rows lie after the elements of a tensor were given another shape."""
+"""Computes where the rows lie after a tensor is reshaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.inference.execution.batch_proof.sizes import ONE, ROWS, Size, Symb
 
 
 def resolved(target: Sequence[Any], shape: Shape | None, zero_copies: bool) -> list[Size | None]:
-    """The sizes that the operand of Reshape stands for; None where only the run can tell."""
+    """The sizes that the shape operand of Reshape means; None for sizes that are only known in a run."""
     sizes: list[Size | None] = []
     inferred: int | None = None
     for place, element in enumerate(target):
@@ -22,7 +22,7 @@ def resolved(target: Sequence[Any], shape: Shape | None, zero_copies: bool) -> l
         elif size == Size(0) and zero_copies:
             sizes.append(shape[place] if shape is not None and place < len(shape) else None)
         else:
-            # What may be negative may be -1.
+            # A size that may be negative may be -1.
             sizes.append(size if size.nonnegative else None)
     others = [size for place, size in enumerate(sizes) if place != inferred]
     if inferred is not None and shape is not None and None not in others:
@@ -31,7 +31,7 @@ def resolved(target: Sequence[Any], shape: Shape | None, zero_copies: bool) -> l
 
 
 def reshaped(tensor: Tensor, sizes: Sequence[Size | None], symbols: Symbols) -> Tensor:
-    """The tensor in a shape of which some sizes may not be known. Raises NotProvenError if rows merge."""
+    """The tensor in a new shape, whose sizes may be unknown (None). Raises NotProvenError if rows may merge."""
     if tensor.rows is None:
         if any(size is not None and size.counts_rows for size in sizes):
             raise NotProvenError("a tensor without rows takes a shape that counts the rows")

@@ -1,4 +1,4 @@
-"""The names that a graph or function sees."""
+"""The names visible in a graph or function."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from services.inference.execution.batch_proof.abstract_value import Unknown, Val
 
 @dataclass(slots=True)
 class Scope:
-    """The names that a graph or function sees. `attributes`: those of the call, for a function's nodes."""
+    """The names visible in a graph or function. `attributes`: of the function call, for the nodes of a function."""
 
     opsets: Mapping[str, int]
     values: dict[str, Value] = field(default_factory=dict)
     outer: Scope | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     depth: int = 0
-    # "" or the way to here, of nodes' names.
+    # The names of the enclosing nodes, for messages; "" in the main graph.
     path: str = ""
-    # The outputs of the nodes on the way, which tell apart those of one name.
+    # The output names of the enclosing nodes, which identify nodes with equal names.
     place: tuple[tuple[str, ...], ...] = ()
 
     def find(self, name: str) -> Value:
-        """Of this graph, or of the graphs around it."""
+        """The value of a name in this graph or in the enclosing graphs."""
         scope: Scope | None = self
         while scope is not None:
             if (value := scope.values.get(name)) is not None:
@@ -33,5 +33,5 @@ class Scope:
         return Unknown(f"nothing makes {name!r}")
 
     def inner(self, path: str, place: tuple[tuple[str, ...], ...]) -> Scope:
-        """Of a graph within this one."""
+        """The scope of a subgraph."""
         return Scope(self.opsets, {}, self, self.attributes, self.depth + 1, path, place)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-# B's place among the symbols. Other symbols are positive where they cannot be below 0, else negative.
+# The symbol of B. The symbols of sizes that cannot be below 0 are positive, all others negative.
 _B = 0
 _MOST = 1 << 63
-# Of one product; else a short graph that squares a size again and again would fill the memory.
+# Limit for one product. Without it a short graph that squares a size repeatedly would fill the memory.
 _MOST_SYMBOLS = 32
 
 
@@ -35,7 +35,7 @@ class Size:
         return self.coefficient >= 0 and all(symbol >= 0 for symbol in self.symbols)
 
     def __mul__(self, other: Size) -> Size:
-        """Raises OverflowError if the product is no size that a tensor can have."""
+        """The product. Raises OverflowError if no tensor can have this size."""
         coefficient = self.coefficient * other.coefficient
         if coefficient == 0:
             return Size(0)
@@ -44,7 +44,7 @@ class Size:
         return Size(coefficient, tuple(sorted((*self.symbols, *other.symbols))))
 
     def divided_by(self, other: Size) -> Size | None:
-        """The exact quotient; None if it is no product of a whole number and symbols."""
+        """The exact quotient; None if it is not a product of a whole number and symbols."""
         if other.coefficient == 0 or self.coefficient % other.coefficient:
             return None
         left = list(self.symbols)
@@ -60,7 +60,7 @@ ROWS = Size(1, (_B,))
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    """Of none: 1."""
+    """The product of the sizes; 1 if there are none."""
     result = ONE
     for size in sizes:
         result *= size
@@ -68,7 +68,7 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 class Symbols:
-    """Makes symbols. Those asked for by one key are the same: equal computations have equal results."""
+    """Makes symbols. Equal keys give the same symbol, because equal computations have equal results."""
 
     def __init__(self) -> None:
         self._made = 0
@@ -77,29 +77,29 @@ class Symbols:
 
     @property
     def made(self) -> int:
-        """How many there are; symbols made later have a larger number."""
+        """The number of symbols made so far. Symbols made later have larger numbers."""
         return self._made
 
     def size(self, key: Hashable = None) -> Size:
-        """A size that is not known, which is 0 or more."""
+        """An unknown size, 0 or more."""
         return self._symbol(1, key)
 
     def number(self, key: Hashable = None) -> Size:
-        """A whole number or truth value that is not known."""
+        """An unknown number or truth value."""
         return self._symbol(-1, key)
 
     def cut(self, whole: Size, end: Size) -> Size:
-        """How much there is up to `end`, where there is `whole`."""
+        """The size of a slice from 0 to `end` of an axis of size `whole`."""
         made = self.size(("cut", whole, end))
         if whole.known is not None and whole.known > 1:
             self._cut[made] = end
         return made
 
     def broadcast(self, one: Size, other: Size) -> Size:
-        """Of two sizes that are not known, which are equal, or one of them 1."""
+        """The broadcast of two unknown sizes, which are equal or one of them is 1."""
         for size, end in ((one, other), (other, one)):
             if self._cut.get(size) == end:
-                return end  # if the cut mattered, the two would not go together
+                return end  # if the cut were shorter than `end`, the sizes would not match
         return self.size(("broadcast", frozenset((one, other))))
 
     def _symbol(self, sign: int, key: Hashable) -> Size:
@@ -113,5 +113,5 @@ class Symbols:
 
 
 def made_after(size: Size, made: int) -> bool:
-    """Whether a symbol in it was made when there were already `made`."""
+    """Whether `size` has a symbol that was made after the first `made` symbols."""
     return any(abs(symbol) > made for symbol in size.symbols)

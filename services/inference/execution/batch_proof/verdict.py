@@ -1,4 +1,4 @@
-"""The answer of the prover."""
+"""The result of the prover."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from router.transport.grpc_channel import CallError
 from router.transport.local_connection import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket
-from services.inference.worker import Work
 from services.runtime import frames
+from services.runtime.driver import ON_LOOP
 from services.runtime.rpc.rpc import Answer, Failure
 from tests.conftest import sources_only
 
@@ -34,28 +34,22 @@ class Echo:
     def count(self, code):
         self.codes[code] += 1
 
-    def admit(self, data):
+    async def execute(self, data, metadata, deadline):
         if data == b"refuse":
             return Failure(grpc.StatusCode.UNAVAILABLE, "zu viel: über dem Rand", ())
         if data == b"break":
             raise ZeroDivisionError
-        return Answer(data, ()) if data.startswith(b"now") else [Work(data, b"", None, b"")]
-
-    def begin(self, works, done):
-        self.begun += 1
-        data = works[0].data
-        if data == b"break later":
-            raise ZeroDivisionError
-
-        async def finish():
+        if not data.startswith(b"now"):
+            self.begun += 1
+            await ON_LOOP
             try:
                 await self.gate.wait()
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-            done(Answer(data, ()))
-
-        return asyncio.create_task(finish()).cancel
+        if data == b"break later":
+            raise ZeroDivisionError
+        return Answer(data, ())
 
     async def has_begun(self, calls):
         async with asyncio.timeout(20):
@@ -66,7 +60,7 @@ class Echo:
 @pytest.fixture
 async def echo(tmp_path):
     made = Echo()
-    made.server = EnvelopeSocket(str(tmp_path), made, LARGEST, made.count)
+    made.server = EnvelopeSocket(str(tmp_path), made.execute, LARGEST, made.count)
     made.path = await made.server.start()
     made.connection = await connect(made.path)
     yield made
@@ -248,7 +242,7 @@ async def test_frames_may_come_in_any_pieces_and_those_too_large_are_passed_by(s
 
 
 async def test_only_the_owner_may_enter_and_it_is_removed_at_the_end(tmp_path):
-    server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
+    server = EnvelopeSocket(str(tmp_path), Echo().execute, LARGEST, print)
     path = Path(await server.start())
     assert [place.stat().st_mode & 0o777 for place in (path, path.parent)] == [0o600, 0o700]
     await server.stop(0)
@@ -256,7 +250,7 @@ async def test_only_the_owner_may_enter_and_it_is_removed_at_the_end(tmp_path):
 
 
 async def test_one_that_stopped_keeps_no_core_busy(tmp_path):
-    server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
+    server = EnvelopeSocket(str(tmp_path), Echo().execute, LARGEST, print)
     await server.start()
     await server.stop(0)
     before = time.process_time()
@@ -276,7 +270,7 @@ async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_sta
     with socket.socket(socket.AF_UNIX) as alive:
         alive.bind(str(tmp_path / "ringmesh-alive/envelopes.sock"))
         alive.listen()
-        server = EnvelopeSocket(str(tmp_path), Echo(), LARGEST, print)
+        server = EnvelopeSocket(str(tmp_path), Echo().execute, LARGEST, print)
         path = Path(await server.start())
         assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "ringmesh-alive", checkout, path.parent])
         assert len([*checkout.iterdir()]) == 2
@@ -287,7 +281,7 @@ async def test_what_killed_processes_left_is_removed_and_what_is_listened_on_sta
 async def test_where_there_can_be_no_socket_there_is_none(tmp_path, folder):
     if len(folder) == 100:  # too long for the path of a socket
         (tmp_path / folder).mkdir()
-    server = EnvelopeSocket(folder and str(tmp_path / folder), Echo(), LARGEST, print)
+    server = EnvelopeSocket(folder and str(tmp_path / folder), Echo().execute, LARGEST, print)
     assert await server.start() == ""
     await server.stop(0)
     assert [*tmp_path.rglob("ringmesh-*")] == []

@@ -1,6 +1,7 @@
 """Large responses travel in pieces and are never in a protobuf message; what is said is the same."""
 
 import asyncio
+import time
 
 import grpc
 import numpy as np
@@ -12,9 +13,10 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.transport.local_connection import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket
+from services.inference.work_results import joined
 from services.runtime.driver import ON_LOOP
 from services.runtime.large_bytes import LARGE_BYTES, join_arrays
-from services.runtime.large_result import LargeResult, copy_of, pieces_of, take_apart
+from services.runtime.large_result import SplitResult, pieces_of, take_apart
 from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.rpc.rpc import Answer, Service
 from services.runtime.rpc.server import Engine, Server
@@ -23,20 +25,21 @@ SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 LOAD = inference_pb2.LoadReport(requests=3, estimated_wait_us=2**40, version=7)
 
 
+def split(response, **fields):
+    return SplitResult(inference_pb2.WorkResult(**fields), response)
+
+
 def large(response, **timing):
-    message = inference_pb2.WorkResult(model_digest=b"d" * 16, timing=inference_pb2.Timing(**timing))
-    return LargeResult(message, response)
-
-
-def small(**fields):
-    return inference_pb2.WorkResult(**fields)
+    return split(response, model_digest=b"d" * 16, timing=inference_pb2.Timing(**timing))
 
 
 RESULTS = st.lists(
     st.one_of(
-        st.builds(large, st.binary(min_size=1, max_size=300), queue_us=st.integers(0, 2**60)),
-        st.builds(small, response=st.binary(max_size=300), model_digest=st.binary(max_size=20)),
-        st.builds(small, failure=st.builds(inference_pb2.Failure, code=st.integers(1, 16), message=st.text())),
+        st.builds(large, st.binary(max_size=300), queue_us=st.integers(0, 2**60)),
+        st.builds(split, st.binary(max_size=300), model_digest=st.binary(max_size=20)),
+        st.builds(
+            split, st.just(b""), failure=st.builds(inference_pb2.Failure, code=st.integers(1, 16), message=st.text())
+        ),
     ),
     max_size=5,
 )
@@ -65,11 +68,11 @@ def test_what_is_no_envelope_is_refused(said):
         take_apart([said])
 
 
-def test_who_joined_a_large_result_shares_its_response_and_not_its_message():
+def test_who_joined_a_result_shares_its_response_and_not_its_message():
     first = large(b"x" * 10, queue_us=5)
-    other = copy_of(first)
-    other.timing.joined = True
+    other = joined(first, time.time_ns())
     assert (other.response, other.timing.queue_us, first.timing.joined) == (first.response, 5, False)
+    assert other.timing.joined
     assert other.response is first.response
 
 
@@ -87,23 +90,14 @@ def test_arrays_of_any_layout_are_joined_row_by_row():
     )
 
 
-class Worker:
-    """Answers b"large" with pieces, everything else with itself."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def admit(self, data):
-        return Answer(b"", (), None, self.pieces) if data == b"large" else Answer(data, ())
-
-    def begin(self, works, done):
-        raise AssertionError
-
-
 @pytest.fixture
 async def connection(tmp_path):
     results = [large(b"%d" % number * LARGE_BYTES, queue_us=number) for number in range(3)]
-    server = EnvelopeSocket(str(tmp_path), Worker(pieces_of(results, LOAD)), 1 << 20, lambda code: None)
+
+    async def path(data, metadata, deadline):
+        return Answer(b"", (), None, pieces_of(results, LOAD)) if data == b"large" else Answer(data, ())
+
+    server = EnvelopeSocket(str(tmp_path), path, 1 << 20, lambda code: None)
     _, made = await asyncio.get_running_loop().create_unix_connection(LocalConnection, await server.start())
     made.server = server
     yield made

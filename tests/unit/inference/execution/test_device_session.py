@@ -38,7 +38,9 @@ class Memory:
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
 
 
-@pytest.mark.parametrize("options", [{}, {"allocate": Memory()}, {"cuda_graphs": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"allocate": Memory()}, {"cuda_graphs": True}], ids=["plain", "allocated", "cuda graphs"]
+)
 def test_the_answers_are_those_of_a_plain_run(session, options):
     device = on_device(session, **options)
     for count in (1, 3, 1, 3):
@@ -84,7 +86,7 @@ def test_more_shapes_than_graphs_are_kept_for_are_answered_all_the_same(session)
         assert len(device.run(["y"], {"x": rows(count)})[0]) == count
 
 
-@pytest.mark.parametrize("options", [{"allocate": Memory()}, {"cuda_graphs": True}], ids=str)
+@pytest.mark.parametrize("options", [{"allocate": Memory()}, {"cuda_graphs": True}], ids=["allocated", "cuda graphs"])
 def test_threads_that_run_side_by_side_each_get_their_own_answer(session, options):
     device = on_device(session, **options)
     inputs = [rows(1 + seed % 3, seed) for seed in range(64)]

@@ -6,10 +6,11 @@ import pytest
 from onnx import TensorProto, helper
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from services.inference import work_results
-from services.inference import worker as worker_module
+from services.inference import envelope, work_results
+from services.inference.envelope import Work
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository.repository import Directory
+from services.runtime import driver
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from tests import models
 from tests.models import save, value
@@ -141,7 +142,8 @@ def request(rows, columns):
 
 
 async def ask(made, rows, columns):
-    return await worker(made).execute(request(rows, columns), request_hash=b"", deadline=None)
+    (result,) = await driver.run(worker(made).execute([Work(request(rows, columns), b"", None, b"")]))
+    return result
 
 
 async def test_a_request_whose_outputs_explode_fails_alone(tmp_path, monkeypatch):
@@ -158,7 +160,7 @@ async def test_a_request_whose_outputs_explode_fails_alone(tmp_path, monkeypatch
 async def test_answers_that_are_too_many_for_one_envelope_fail_alone(tmp_path, monkeypatch):
     exploding(tmp_path)
     made = worker(await served(tmp_path))
-    monkeypatch.setattr(worker_module, "MAX_ENVELOPE_BYTES", 10_000)
-    works = [worker_module.Work(request(rows, 1), b"", None, b"") for rows in (1000, 2000, 1000)]
-    failed = [result.HasField("failure") for result in await made.execute_all(works)]
+    monkeypatch.setattr(envelope, "MAX_ENVELOPE_BYTES", 10_000)
+    works = [Work(request(rows, 1), b"", None, b"") for rows in (1000, 2000, 1000)]
+    failed = [result.HasField("failure") for result in await driver.run(made.execute(works))]
     assert failed == [False, True, False]

@@ -8,10 +8,12 @@ import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.api.service import describe
+from services.inference.envelope import Work
 from services.inference.execution.model import ModelLoadError
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository.repository import Directory, versions
 from services.inference.worker import Worker
+from services.runtime import driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from tests import models
 from tests.system.test_cache import fresh
@@ -52,7 +54,7 @@ def request(name, value=1.0):
 
 async def ask(made, name, value=1.0, deadline=None):
     data = request(name, value).SerializeToString()
-    result = await made.execute(data, request_hash=b"", deadline=deadline)
+    (result,) = await driver.run(made.execute([Work(data, b"", deadline, b"")]))
     assert not result.HasField("failure"), result.failure.message
     return v2.ModelInferResponse.FromString(result.response).raw_output_contents[0]
 
@@ -177,11 +179,11 @@ async def test_files_that_change_while_their_model_is_unloaded_are_served_when_t
     for name in ("m0", "m1"):
         await ask(asked, name)
     shutil.copy(repository / "m3/1/model.onnx", repository / "m0/1/model.onnx")
-    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
+    (result,) = await driver.run(asked.execute([Work(request("m0").SerializeToString(), b"", None, b"")]))
     assert v2.ModelInferResponse.FromString(result.response).raw_output_contents[0] == before
     assert result.model_digest == digest
     await made.load("m0")
-    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
+    (result,) = await driver.run(asked.execute([Work(request("m0").SerializeToString(), b"", None, b"")]))
     assert v2.ModelInferResponse.FromString(result.response).raw_output_contents[0] != before
     assert result.model_digest == made.held.find("m0", "").model.digest != digest
 
@@ -197,7 +199,7 @@ async def test_a_model_that_cannot_be_loaded_again_is_told_and_tried_again(repos
     made = await store(repository, 1, open_or_not)
     asked = worker(made)
     broken = True
-    result = await asked.execute(request("m0").SerializeToString(), request_hash=b"", deadline=None)
+    (result,) = await driver.run(asked.execute([Work(request("m0").SerializeToString(), b"", None, b"")]))
     assert result.failure.code == UnavailableError.code.value[0]
     assert f"{repository}/m0/1/model.onnx: no memory" in result.failure.message
     assert {line.name: line.state for line in await made.index()} == dict.fromkeys(NAMES, READY) | {"m0": UNAVAILABLE}
@@ -212,8 +214,8 @@ async def test_a_request_whose_model_was_replaced_before_it_was_let_in_is_answer
     shutil.copy(repository / "m3/1/model.onnx", repository / "m0/1/model.onnx")
     await made.load("m0")
     asked = worker(made)
-    read = asked._reader.read(request("m0").SerializeToString())
-    result = await asked._run(old, read, None, b"", 0)
+    work = Work(request("m0").SerializeToString(), b"", None, b"")
+    result = await asked._run(b"", old, asked._reader.read(work.data), work, 0)
     assert result.model_digest == made.held.find("m0", "").model.digest
 
 
@@ -286,6 +288,6 @@ async def test_an_ensemble_runs_though_its_steps_do_not_fit_together(tmp_path):
     message.inputs.add(name="in", datatype="FP32", shape=[1, 64])
     message.raw_input_contents.append(np.ones((1, 64), np.float32).tobytes())
     for _ in range(2):
-        result = await worker(made).execute(message.SerializeToString(), request_hash=b"", deadline=None)
+        (result,) = await driver.run(worker(made).execute([Work(message.SerializeToString(), b"", None, b"")]))
         assert not result.HasField("failure"), result.failure.message
     assert loaded(made) == {"doubled", "pipeline"}

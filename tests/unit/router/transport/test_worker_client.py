@@ -19,7 +19,6 @@ from router.transport.worker_client import (
 )
 from router.transport.worker_load import WorkerLoad
 from services.inference.api.envelope_socket import EnvelopeSocket
-from services.inference.worker import Work as Received
 from services.runtime.driver import ON_LOOP
 from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.rpc.rpc import Answer, Service, unary
@@ -36,7 +35,7 @@ class Worker:
     def __init__(self, folder):
         self.address = free_address()
         self.says = inference_pb2.DescribeResponse(port=int(self.address.rpartition(":")[2]), version=1)
-        self.local = EnvelopeSocket(str(folder), self, LARGEST, lambda code: None)
+        self.local = EnvelopeSocket(str(folder), self.execute(b"socket"), LARGEST, lambda code: None)
         handlers = {
             "Execute": fast_path_handler(self.execute(b"tcp")),
             "Describe": unary(inference_pb2.DescribeRequest, self.describe),
@@ -57,26 +56,14 @@ class Worker:
     def execute(self, way):
         async def execute(data, metadata, deadline):
             request = inference_pb2.ExecuteRequest.FromString(data)
+            if way == b"socket":
+                self.envelopes.append(len(request.items))
             await ON_LOOP
             await self.gate.wait()
             results = [inference_pb2.WorkResult(response=way) for _ in request.items]
             return Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ())
 
         return execute
-
-    def admit(self, data):
-        items = inference_pb2.ExecuteRequest.FromString(data).items
-        return [Received(item.request, b"", None, b"") for item in items]
-
-    def begin(self, works, done):
-        self.envelopes.append(len(works))
-
-        async def finish():
-            await self.gate.wait()
-            results = [inference_pb2.WorkResult(response=b"socket") for _ in works]
-            done(Answer(inference_pb2.ExecuteResponse(results=results).SerializeToString(), ()))
-
-        return asyncio.create_task(finish()).cancel
 
     async def describe(self, request, context):
         await self.describes.wait()
@@ -118,7 +105,7 @@ async def test_a_worker_of_this_host_is_asked_over_its_socket_while_it_has_one(w
     assert await way(link) == b"tcp"
     await link.describe(5, 0)
     assert await way(link) == b"tcp"
-    other = EnvelopeSocket(str(tmp_path), worker, LARGEST, lambda code: None)
+    other = EnvelopeSocket(str(tmp_path), worker.execute(b"socket"), LARGEST, lambda code: None)
     worker.says.envelope_socket = await other.start()
     await link.describe(5, 0)
     assert await way(link) == b"socket"

@@ -1,7 +1,7 @@
-"""What each operator makes of the rows; importing this registers the rules."""
+"""The effect of each operator on the rows. Importing this package registers the rules."""
 
 from services.inference.execution.batch_proof.registry import find
-from services.inference.execution.batch_proof.rules import (
+from services.inference.execution.batch_proof.rules import (  # noqa: F401 - they register their rules
     attention,
     contractions,
     counting,
@@ -16,18 +16,4 @@ from services.inference.execution.batch_proof.rules import (
 )
 from services.inference.execution.batch_proof.rules.counting import constant
 
-MODULES = (
-    attention,
-    contractions,
-    counting,
-    elementwise,
-    indexing,
-    layout,
-    machine_learning,
-    quantized,
-    recurrent,
-    reductions,
-    windows,
-)
-
-__all__ = ["MODULES", "constant", "find"]
+__all__ = ["constant", "find"]

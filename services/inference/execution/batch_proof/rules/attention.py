@@ -1,4 +1,4 @@
-"""Attention as one operator, and what goes with it in exports of transformers."""
+"""Fused attention, and the other fused operators in exports of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIRST = RowAxis(0)
 
 
 def _along(call: OperatorCall, axis: int, *places: int, one: bool = False) -> None:
-    """Raises NotProvenError unless these inputs, if given, have their rows along `axis`; `one`: or size 1 there."""
+    """Raises NotProvenError unless the given inputs have their rows along `axis`, or with `one`, size 1 there."""
     for place in places:
         tensor = call.maybe(place)
         if tensor is None or tensor.rows == RowAxis(axis):
@@ -22,14 +22,14 @@ def _along(call: OperatorCall, axis: int, *places: int, one: bool = False) -> No
 
 
 def _last(call: OperatorCall, place: int) -> Size:
-    """The last size of an optional input."""
+    """The last size of an optional input; a new unknown size if the input is left out."""
     return call.fresh() if call.maybe(place) is None else call.shape(place)[-1]
 
 
 @rule("Attention", domain=MICROSOFT)
 @rule("QAttention", domain=MICROSOFT)
 def packed_attention(call: OperatorCall) -> Outcome:
-    """Of one input, by packed weights; a mask and a past may come with it."""
+    """One input and packed weights, with an optional mask and past."""
     mask, past, bias = (5, 8, 99) if call.operator == "QAttention" else (3, 4, 5)
     _along(call, 0, 0, mask)
     _along(call, 1, past)
@@ -48,7 +48,7 @@ def packed_attention(call: OperatorCall) -> Outcome:
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(call: OperatorCall) -> Outcome:
-    """Of queries, keys and values with rows along axis 0, with a mask and a past of their own."""
+    """Queries, keys and values with rows along axis 0, with an optional mask and past."""
     _along(call, 0, 0, 1, 2, 4, 6, 7)
     _along(call, 0, 5, one=True)
     call.batch_independent_except(0, 1, 2, 4, 5, 6, 7)
@@ -64,7 +64,7 @@ def multi_head_attention(call: OperatorCall) -> Outcome:
 
 @rule("Attention")
 def attention(call: OperatorCall) -> Outcome:
-    """The standard's: a mask is added by broadcasting with [rows, heads, queries, keys]."""
+    """ONNX's own operator. It adds the mask by broadcasting with [rows, heads, queries, keys]."""
     _along(call, 0, 0, 1, 2, 4, 5)
     mask = call.maybe(3)
     shape = call.shape(0)
@@ -92,13 +92,13 @@ def embedding(call: OperatorCall) -> Outcome:
 
 @rule("RotaryEmbedding")
 def rotary_embedding(call: OperatorCall) -> Outcome:
-    """By tables and positions of each row, or by tables of each row."""
+    """Rotates by shared tables and the positions of each row, or by tables of each row."""
     return _rotated(call, 3, (1, 2))
 
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
 def microsofts_rotary_embedding(call: OperatorCall) -> Outcome:
-    """As the standard's, with its inputs in another order; one position may be the first of all rows."""
+    """As ONNX's own operator, with inputs in another order. A single position may be the first one of all rows."""
     if call.attribute("is_packed_batching", 0):
         raise NotProvenError("its rows are packed")
     return _rotated(call, 1, (2, 3))

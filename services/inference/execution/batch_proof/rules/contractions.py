@@ -20,7 +20,7 @@ from services.inference.execution.batch_proof.sizes import ONE, Size
 def contract(
     tensors: Sequence[Tensor], labels: Sequence[Sequence[str]], result: Sequence[str], call: OperatorCall
 ) -> Tensor:
-    """Einstein summation: dimensions with the same label are aligned; labels that are not in `result` are summed."""
+    """Einstein summation. Dimensions with equal labels are aligned; labels that are not in `result` are summed over."""
     found: tuple[str, RowAxis] | None = None
     sizes: dict[str, list[Shape]] = {}
     for tensor, names in zip(tensors, labels, strict=True):
@@ -53,7 +53,7 @@ def contract(
 def product_of_matrices(
     call: OperatorCall, a: Tensor, b: Tensor, *, flip_a: bool = False, flip_b: bool = False
 ) -> Tensor:
-    """NumPy's matmul."""
+    """The product by the rules of NumPy's matmul. `flip_a` and `flip_b` transpose a matrix first."""
     first, second = len(shape_of(a, "the left matrix")), len(shape_of(b, "the right matrix"))
     if not first or not second:
         raise NotProvenError("it multiplies a scalar")
@@ -70,11 +70,11 @@ def product_of_matrices(
 
 @rule("MatMul")
 def matmul(call: OperatorCall) -> Outcome:
-    """Of two matrices, or of stacks of them."""
+    """Two matrices, or two stacks of matrices."""
     return product_of_matrices(call, call.input(0), call.input(1))
 
 
-# Of quantised ones: where the right matrix is, and the scales and zero points of the left and of the right.
+# Quantised products: inputs with the right matrix, and with the scales and zero points of the left and the right one.
 _QUANTISED = {
     "MatMulInteger": (1, (2,), (3,)),
     "MatMulIntegerToFloat": (1, (2, 4), (3, 5)),
@@ -85,7 +85,7 @@ _QUANTISED = {
 @rule("MatMulInteger", "QLinearMatMul")
 @rule("MatMulIntegerToFloat", domain=MICROSOFT)
 def quantised_matmul(call: OperatorCall) -> Outcome:
-    """A scale or zero point may be one for each row or column, unless the rows of the batch lie there."""
+    """A scale or zero point may have a value per row or column of a matrix, unless the rows of the batch lie there."""
     right, of_left, of_right = _QUANTISED[call.operator]
     call.batch_independent_except(0, right)
     for place in (*of_left, *(of_right if call.input(right).rows is not None else ())):
@@ -98,14 +98,14 @@ def quantised_matmul(call: OperatorCall) -> Outcome:
 
 
 def one_value(tensor: Tensor) -> None:
-    """Raises NotProvenError if a scale or zero point has several."""
+    """Raises NotProvenError if a scale or zero point has several values."""
     if any(size != ONE for size in shape_of(tensor, "a scale or zero point")):
         raise NotProvenError("a scale or zero point has several values")
 
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(call: OperatorCall) -> Outcome:
-    """MatMul of transposed matrices."""
+    """MatMul that may transpose the matrices first."""
     if call.attribute("transBatchA", 0) or call.attribute("transBatchB", 0):
         raise NotProvenError("it transposes the stack of matrices")
     flip_a, flip_b = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
@@ -115,7 +115,7 @@ def fused_matmul(call: OperatorCall) -> Outcome:
 @rule("Gemm")
 @rule("FusedGemm", domain=MICROSOFT)
 def gemm(call: OperatorCall) -> Outcome:
-    """The third input is added by broadcasting."""
+    """A product of matrices. The third input is added by broadcasting."""
     flip_a, flip_b = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
     if any(len(call.shape(place)) != 2 for place in (0, 1)):
         raise NotProvenError("it is for matrices")
@@ -128,7 +128,7 @@ def gemm(call: OperatorCall) -> Outcome:
 
 @rule("MatMulNBits", domain=MICROSOFT)
 def matmul_n_bits(call: OperatorCall) -> Outcome:
-    """By packed weights of N columns."""
+    """A product with packed weights of N columns."""
     call.batch_independent_except(0)
     shape, rows = call.shape(0), call.input(0).rows
     if rows is not None and rows.axis == len(shape) - 1:
@@ -138,13 +138,13 @@ def matmul_n_bits(call: OperatorCall) -> Outcome:
 
 @rule("CDist", domain=MICROSOFT)
 def distances(call: OperatorCall) -> Outcome:
-    """Of each row of one table to each of another."""
+    """Distances from each row of one table to each row of another."""
     return contract((call.input(0), call.input(1)), (("m", "k"), ("n", "k")), ("m", "n"), call)
 
 
 @rule("Einsum")
 def einsum(call: OperatorCall) -> Outcome:
-    """By its equation."""
+    """The contraction that the equation describes."""
     equation = call.attribute("equation").decode().replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
@@ -171,7 +171,7 @@ def einsum(call: OperatorCall) -> Outcome:
 
 
 def _labels(term: str, count: int, hidden: int) -> list[str]:
-    """The letters of a term, with `count` names for its ellipsis, the last of `hidden`."""
+    """The letters of a term. Its ellipsis becomes the last `count` of `hidden` names."""
     before, dots, after = term.partition("...")
     names = [f"...{place}" for place in range(hidden - count, hidden)] if dots else []
     return [*before, *names, *after]

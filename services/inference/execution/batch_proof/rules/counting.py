@@ -24,7 +24,7 @@ from services.inference.execution.batch_proof.sizes import ROWS, Size, Symbols, 
 
 
 def constant(proto: Any, symbols: Symbols) -> Tensor:
-    """A TensorProto; large ones, and those in other files, without their values."""
+    """The tensor of a TensorProto. Its values are left out if it is large or in another file."""
     shape = tuple(map(Size, proto.dims))
     count = product(shape).coefficient
     external = proto.data_location == proto.EXTERNAL
@@ -43,7 +43,7 @@ _COMPUTED = frozenset({1, 6, 7, 9, 11})
 
 @rule("Constant")
 def constant_node(call: OperatorCall) -> Outcome:
-    """Of one of its attributes."""
+    """A constant from the attribute that is set."""
     ((name, value),) = call.attributes.items()
     if name == "value":
         return constant(value, call.symbols)
@@ -60,7 +60,7 @@ def constant_node(call: OperatorCall) -> Outcome:
 
 @rule("Shape", counts=True, positions=True)
 def shape_(call: OperatorCall) -> Outcome:
-    """Sizes, of which that of the rows counts them."""
+    """The sizes as values. The size of the row axis contains B."""
     sizes = call.shape(0)
     part = slice(call.attribute("start", 0), call.attribute("end"))
     made = np.empty(len(sizes[part]), object)
@@ -76,7 +76,7 @@ def size_(call: OperatorCall) -> Outcome:
 
 @rule("ConstantOfShape", counts=True)
 def constant_of_shape(call: OperatorCall) -> Outcome:
-    """One value everywhere."""
+    """All elements have one value."""
     sizes = [as_size(one) for one in numbers(call, 0)]
     sizes = [size if size.nonnegative else call.symbols.size(("extent", size)) for size in sizes]
     made = Tensor(tuple(sizes), uniform_rows(tuple(sizes)))
@@ -93,7 +93,7 @@ def constant_of_shape(call: OperatorCall) -> Outcome:
 
 
 def uniform_rows(sizes: Shape) -> RowAxis | None:
-    """Where the rows lie in a tensor of equal elements. Raises NotProvenError if two sizes count them."""
+    """The place of the rows in a tensor of equal elements. Raises NotProvenError if two sizes count the rows."""
     counting = [axis for axis, size in enumerate(sizes) if size.counts_rows]
     if not counting:
         return None
@@ -106,7 +106,7 @@ def uniform_rows(sizes: Shape) -> RowAxis | None:
 
 @rule("Range", counts=True)
 def range_(call: OperatorCall) -> Outcome:
-    """From 0 to the number of rows it is the number of each row."""
+    """A range from 0 to the number of rows holds the number of each row."""
     if any(tensor.rows is not None for tensor in call.given):
         raise NotProvenError("its length depends on the rows")
     start, limit, step = (plain(numbers(call, place).reshape(-1)[0]) for place in range(3))

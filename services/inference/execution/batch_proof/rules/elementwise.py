@@ -1,4 +1,4 @@
-"""Operators that compute each element from the elements at its place, with broadcasting."""
+"""Operators that compute each element from the elements at the same place, with broadcasting."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ _INTEGERS = frozenset({TensorProto.INT32, TensorProto.INT64})
 @rule("Gelu", "FastGelu", "BiasGelu", "QuickGelu", "BiasAdd", domain=MICROSOFT)
 @rule("LabelEncoder", "CategoryMapper", "Binarizer", domain=ML)
 def elementwise(call: OperatorCall) -> Outcome:
-    """The rows of all inputs lie along one axis of the result; inputs without rows have size 1 there, or no axis."""
+    """The rows of all inputs lie along one axis of the result. Inputs without rows have size 1 or no axis there."""
     tensors = call.given
     if (values := _values(call)) is not None:
         return Tensor(broadcast([shape_of(tensor, "an input") for tensor in tensors], call.symbols), values=values)
@@ -116,7 +116,7 @@ def elementwise(call: OperatorCall) -> Outcome:
 
 
 def _position(call: OperatorCall, made: Tensor) -> Tensor:
-    """Of the numbers of rows: their product with a size, and the sum of that with a number below it."""
+    """The result for row numbers. Tracks their product with a size, and its sum with a number below that size."""
     if len(call.given) == 2:
         one, other = call.given
         position, operand = (one, other) if one.content is Content.POSITION else (other, one)
@@ -131,14 +131,14 @@ def _position(call: OperatorCall, made: Tensor) -> Tensor:
 
 
 def _below(tensor: Tensor, limit: Size) -> bool:
-    """Whether all values are from 0 to the limit, without it."""
+    """Whether all values are from 0 to below the limit."""
     if tensor.values is None or limit.known is None:
         return tensor.below == limit
     return all(isinstance(value, int) and 0 <= value < limit.known for value in tensor.values.flat)
 
 
 def _values(call: OperatorCall) -> Values | None:
-    """None if the inputs are no shapes, or the operator is not one to compute shapes with."""
+    """The values of the result; None if the inputs have no known values, or the operator does not compute shapes."""
     operands = [tensor.values for tensor in call.given]
     if (
         call.operator not in arithmetic.OPERATORS
@@ -156,14 +156,14 @@ def _values(call: OperatorCall) -> Values | None:
 
 @rule("CastLike")
 def cast_like(call: OperatorCall) -> Outcome:
-    """Of the second input only the type counts."""
+    """Only the type of the second input matters."""
     tensor = call.input(0)
     return Tensor(tensor.shape, tensor.rows)
 
 
 @rule("Dropout")
 def dropout(call: OperatorCall) -> Outcome:
-    """Passes values on, unless it trains."""
+    """Passes the values on, except in training mode."""
     training = call.integers(2)
     if training is not None and any(training):
         raise NotProvenError("it draws random numbers in training mode")
@@ -173,7 +173,7 @@ def dropout(call: OperatorCall) -> Outcome:
 
 @rule("StringNormalizer")
 def string_normalizer(call: OperatorCall) -> Outcome:
-    """Changes case; stop words would change the number of elements."""
+    """Changes case. Stop words would change the number of elements, so there must be none."""
     if call.attribute("stopwords"):
         raise NotProvenError("it removes elements")
     return Tensor(call.input(0).shape, call.input(0).rows)
@@ -182,7 +182,7 @@ def string_normalizer(call: OperatorCall) -> Outcome:
 @rule("QuantizeLinear", "DequantizeLinear")
 @rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
 def quantize_linear(call: OperatorCall) -> Outcome:
-    """Elementwise, with scales of the whole tensor or along `axis`."""
+    """Elementwise, with one scale for the whole tensor or scales along `axis`."""
     tensor = call.input(0)
     call.batch_independent_except(0)
     if call.attribute("block_size", 0):

@@ -13,7 +13,7 @@ from services.inference.execution.batch_proof.sizes import ONE, Size, product
 
 @rule("Gather", counts=True, positions=True)
 def gather(call: OperatorCall) -> Outcome:
-    """From a table by indices of the rows, or from the rows by indices along another axis."""
+    """Selects from a table by the indices of each row, or from the rows by indices along another axis."""
     data, indices = call.input(0), call.input(1)
     shape, places = call.shape(0), call.shape(1)
     axis = call.axis("axis", 0, len(shape))
@@ -28,7 +28,7 @@ def gather(call: OperatorCall) -> Outcome:
             raise NotProvenError("it selects by the number of the row")
         return Tensor(made, indices.rows)
     if indices.content is not Content.OWN:
-        # The own row of each row.
+        # Each row may select only itself.
         if (
             indices.content is not Content.POSITION
             or indices.stride != ONE
@@ -66,7 +66,7 @@ def _same_rows(tensors: list[Tensor]) -> RowAxis | None:
 
 @rule("GatherElements")
 def gather_elements(call: OperatorCall) -> Outcome:
-    """From each row by its own indices, or from a table."""
+    """Selects from each row by its own indices, or from a table."""
     data, indices = call.input(0), call.input(1)
     shape = call.shape(1)
     axis = call.axis("axis", 0, len(shape))
@@ -79,7 +79,7 @@ def gather_elements(call: OperatorCall) -> Outcome:
 
 @rule("GatherND", positions=True)
 def gather_nd(call: OperatorCall) -> Outcome:
-    """From a table by indices of the rows, or from each row by its own."""
+    """Selects from a table by the indices of each row, or from each row by its own indices."""
     data, indices = call.input(0), call.input(1)
     shape, places = call.shape(0), call.shape(1)
     batch = int(call.attribute("batch_dims", 0))
@@ -113,7 +113,7 @@ def gather_nd(call: OperatorCall) -> Outcome:
 
 @rule("ScatterElements", "Scatter")
 def scatter_elements(call: OperatorCall) -> Outcome:
-    """Into each row by its own indices."""
+    """Writes into each row by its own indices."""
     shape = call.shape(0)
     rows = _same_rows([call.input(place) for place in range(3)])
     not_along(rows, [call.axis("axis", 0, len(shape))], "writes along")
@@ -122,7 +122,7 @@ def scatter_elements(call: OperatorCall) -> Outcome:
 
 @rule("ScatterND")
 def scatter_nd(call: OperatorCall) -> Outcome:
-    """By index along the first axes, where rows may not lie."""
+    """Writes by index along the first axes. The rows must not lie along these."""
     shape, places = call.shape(0), call.shape(1)
     depth = places[-1].known
     call.batch_independent(1)
@@ -134,7 +134,7 @@ def scatter_nd(call: OperatorCall) -> Outcome:
         if data.rows is None:
             call.batch_independent(0)
             return Tensor(shape)
-        # What is written is the same in all rows, at places along other axes.
+        # The same values would be written into all rows, at places along other axes.
         raise NotProvenError("it writes values without rows into rows")
     not_along(data.rows, range(depth), "writes along")
     if updates.rows != data.rows.at(data.rows.axis - depth + len(places) - 1):

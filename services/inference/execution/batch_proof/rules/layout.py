@@ -1,4 +1,4 @@
-"""Operators that move, repeat or leave out elements: reshapes, transposes, slices, joins."""
+"""Operators that move, repeat or drop elements: reshapes, transposes, slices, concatenations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _BEYOND_ANY_AXIS = 10**9
 
 
 def numbers(call: OperatorCall, place: int) -> Values:
-    """The operand that is a shape or part of one. Raises NotProvenError if it is not known, or depends on rows."""
+    """The values of an operand that is a shape or part of one; unknown elements become symbols.
+
+    Raises NotProvenError if its length is not known, or it depends on the rows.
+    """
     tensor = call.input(place)
     if tensor.rows is not None:
         raise NotProvenError(f"input {place} depends on the rows")
@@ -50,18 +53,18 @@ def numbers(call: OperatorCall, place: int) -> Values:
 
 
 def made_of(values: Values) -> Tensor:
-    """A tensor of these elements."""
+    """A tensor with these values."""
     return Tensor(tuple(map(Size, values.shape)), values=values)
 
 
 def moved(tensor: Tensor, shape: Shape, rows: RowAxis | None) -> Tensor:
-    """The same elements in other places."""
+    """A tensor with the same elements in other places."""
     return replace(tensor, shape=shape, rows=rows, values=None)
 
 
 @rule("Reshape", counts=True, positions=True)
 def reshape(call: OperatorCall) -> Outcome:
-    """To a shape that may be computed."""
+    """Reshapes to a shape that may be computed in the graph."""
     data = call.input(0)
     if data.content is Content.POSITION_FIRST:
         raise NotProvenError("it reshapes indices")
@@ -85,7 +88,7 @@ def _values_reshaped(values: Values, shape: Shape) -> Values:
 
 @rule("Flatten")
 def flatten(call: OperatorCall) -> Outcome:
-    """Into two axes."""
+    """Reshapes to two axes."""
     data, shape = call.input(0), call.shape(0)
     axis = int(call.attribute("axis", 1))
     axis = axis + len(shape) if axis < 0 else axis
@@ -94,7 +97,7 @@ def flatten(call: OperatorCall) -> Outcome:
 
 @rule("Squeeze", counts=True, positions=True)
 def squeeze(call: OperatorCall) -> Outcome:
-    """Without axes it leaves out all axes of size 1, which with one row are others."""
+    """Without axes it drops all axes of size 1, which includes the row axis if there is one row."""
     data, shape = call.input(0), call.shape(0)
     axes = call.integers(1) if call.maybe(1) is not None else call.attribute("axes")
     if axes is None:
@@ -134,7 +137,7 @@ def unsqueeze(call: OperatorCall) -> Outcome:
 
 @rule("Transpose", counts=True, positions=True)
 def transpose(call: OperatorCall) -> Outcome:
-    """By default in reverse."""
+    """Permutes the axes; by default it reverses them."""
     data, shape = call.input(0), call.shape(0)
     order = [from_front(axis, len(shape)) for axis in call.attribute("perm", tuple(reversed(range(len(shape)))))]
     if data.values is not None:
@@ -147,7 +150,7 @@ def transpose(call: OperatorCall) -> Outcome:
 
 @rule("Concat", counts=True, positions=True)
 def concat(call: OperatorCall) -> Outcome:
-    """Of tensors without rows, or with their rows along the same axis."""
+    """Joins tensors that have no rows, or all have their rows along the same axis."""
     shapes = [shape_of(tensor, "an input") for tensor in call.given]
     axis = from_front(int(call.attribute("axis")), len(shapes[0]))
     values = [tensor.values for tensor in call.given]
@@ -162,7 +165,7 @@ def concat(call: OperatorCall) -> Outcome:
 
 
 def joined(tensors: Sequence[Tensor], axis: int, call: OperatorCall) -> Tensor:
-    """Raises NotProvenError unless all have their rows along the same axis."""
+    """The concatenation. Raises NotProvenError unless all tensors have their rows along the same axis."""
     first, *others = tensors
     if any(tensor.rows != first.rows for tensor in others):
         raise NotProvenError("its inputs do not have their rows along the same axis")
@@ -176,21 +179,21 @@ def joined(tensors: Sequence[Tensor], axis: int, call: OperatorCall) -> Tensor:
     else:
         total = call.symbols.size(("concat", *along))
     if rows is not None and rows.axis == axis:
-        # All rows of the first, then all of the second.
+        # All rows of the first tensor come before all rows of the second.
         rows = RowAxis(axis, rows.outer * Size(len(tensors)), rows.inner)
         total = rows.size
     return Tensor((*shapes[0][:axis], total, *shapes[0][axis + 1 :]), rows)
 
 
 def _is_shape(tensors: Sequence[Tensor]) -> bool:
-    """Whether they are short vectors without rows."""
+    """Whether the tensors are short vectors without rows, which may form a shape."""
     shapes = [tensor.shape or () for tensor in tensors if tensor.rows is None]
     known = [shape[0].coefficient for shape in shapes if len(shape) == 1 and shape[0].known is not None]
     return len(known) == len(tensors) and sum(known) <= _LONGEST_SHAPE
 
 
 def _joined_content(call: OperatorCall, axis: int) -> Content:
-    """Numbers of rows joined with other indices of the same rows are what GatherND takes."""
+    """The content of a concatenation. Row numbers followed by other indices of the same rows are inputs of GatherND."""
     contents = [tensor.content for tensor in call.given]
     if all(content is Content.OWN for content in contents):
         return Content.OWN
@@ -204,7 +207,7 @@ def _joined_content(call: OperatorCall, axis: int) -> Content:
 
 @rule("Split")
 def split(call: OperatorCall) -> Outcome:
-    """Along one axis, by default the first."""
+    """Splits along one axis, by default the first."""
     call.batch_independent(1)
     data, shape = call.input(0), call.shape(0)
     axis = call.axis("axis", 0, len(shape))
@@ -221,7 +224,7 @@ def split(call: OperatorCall) -> Outcome:
 
 @rule("Slice", counts=True)
 def slice_(call: OperatorCall) -> Outcome:
-    """Along the axis of the rows it may only take all of them."""
+    """Takes a slice. Along the row axis it must take all rows."""
     data, shape = call.input(0), call.shape(0)
     if call.opset < 10:
         starts, ends = (list(call.attribute(name)) for name in ("starts", "ends"))
@@ -255,7 +258,7 @@ def slice_(call: OperatorCall) -> Outcome:
 
 def _at_least(end: Any, size: Size) -> bool:
     number = plain(end)
-    # Exporters write a large number for "to the end"; no axis is as long.
+    # Exporters write a large number, beyond the length of any axis, for "to the end".
     return as_size(end) == size or (isinstance(number, int) and number >= _BEYOND_ANY_AXIS)
 
 
@@ -271,7 +274,7 @@ def _sliced_values(values: Values, axis: int, start: int, end: int | None, step:
     if step < 0:
         if (
             end is not None and end >= -values.shape[axis]
-        ):  # ONNX Runtime takes the largest numbers for "to the front" too
+        ):  # ONNX Runtime also reads the largest numbers as "to the front"
             raise NotProvenError("it takes a part of a shape in reverse")
         end = None
     return values[(slice(None),) * axis + (slice(start, end, step),)]
@@ -279,7 +282,7 @@ def _sliced_values(values: Values, axis: int, start: int, end: int | None, step:
 
 @rule("Pad")
 def pad(call: OperatorCall) -> Outcome:
-    """Along axes other than that of the rows."""
+    """Pads along axes other than the row axis."""
     data, shape = call.input(0), call.shape(0)
     call.batch_independent_except(0)
     amounts = [int(one) for one in call.attribute("pads", ())] if call.opset < 11 else list(numbers(call, 1))
@@ -301,7 +304,7 @@ def pad(call: OperatorCall) -> Outcome:
 
 @rule("Tile", counts=True)
 def tile(call: OperatorCall) -> Outcome:
-    """One repetition along the axis of the rows, or as many as there are rows of what has none."""
+    """Repeats along axes other than the row axis, or repeats a tensor without rows once per row."""
     if call.input(0).counts_rows:
         raise NotProvenError("the number of rows becomes a value")
     data, shape = call.input(0), call.shape(0)
@@ -315,14 +318,14 @@ def tile(call: OperatorCall) -> Outcome:
 
 
 def _repeated(data: Tensor, sizes: list[Size], repeats: list[Size]) -> Tensor:
-    """With rows along the axis that is repeated as many times as there are rows."""
+    """The repeated tensor. An axis that is repeated once per row becomes the row axis."""
     counting = [axis for axis, count in enumerate(repeats) if count.counts_rows]
     if not counting:
         return moved(data, tuple(sizes), data.rows)
     if len(counting) > 1 or data.rows is not None:
         raise NotProvenError("it repeats rows as many times as there are rows")
     (axis,) = counting
-    # What is repeated follows the row number, as index (b * c + i), in each copy.
+    # Copy b belongs to row b: element i of a copy of c elements has the index (b * c + i).
     inner = sizes[axis].divided_by(ROWS)
     if inner is None or inner.counts_rows:
         raise NotProvenError(f"axis {axis} grows with the square of the number of rows")
@@ -331,7 +334,7 @@ def _repeated(data: Tensor, sizes: list[Size], repeats: list[Size]) -> Tensor:
 
 @rule("Expand", counts=True, positions=True)
 def expand(call: OperatorCall) -> Outcome:
-    """By broadcasting with a shape."""
+    """Broadcasts to a shape."""
     data, shape = call.input(0), call.shape(0)
     if data.counts_rows:
         raise NotProvenError("the number of rows becomes a value")
@@ -365,13 +368,13 @@ def expand(call: OperatorCall) -> Outcome:
 
 
 def _hidden(shape: Shape, rows: RowAxis | None) -> Shape:
-    """With 1 where the rows lie."""
+    """The shape with size 1 at the row axis."""
     return tuple(ONE if rows is not None and axis == rows.axis else size for axis, size in enumerate(shape))
 
 
 @rule("DepthToSpace", "SpaceToDepth")
 def depth_to_space(call: OperatorCall) -> Outcome:
-    """Moves channels to places and back."""
+    """Moves elements between channels and spatial positions."""
     data, shape = call.input(0), call.shape(0)
     not_along(data.rows, range(1, len(shape)), "moves elements of")
     side = int(call.attribute("blocksize"))
@@ -385,7 +388,7 @@ def depth_to_space(call: OperatorCall) -> Outcome:
 
 @rule("ReverseSequence")
 def reverse_sequence(call: OperatorCall) -> Outcome:
-    """Along `time_axis`, each by a length of its own along `batch_axis`."""
+    """Reverses along `time_axis`; each element along `batch_axis` has its own length."""
     data, lengths = call.input(0), call.input(1)
     shape = call.shape(0)
     batch, time = call.axis("batch_axis", 1, len(shape)), call.axis("time_axis", 0, len(shape))
@@ -400,7 +403,7 @@ def reverse_sequence(call: OperatorCall) -> Outcome:
 
 @rule("EyeLike", "NonZero", "Unique", "NonMaxSuppression", "StringSplit", "DynamicQuantizeLinear")
 def over_all(call: OperatorCall) -> Outcome:
-    """Operators that look at the whole tensor."""
+    """Operators whose results depend on the whole tensor."""
     reasons = {
         "EyeLike": "its elements depend on the number of their row",
         "NonZero": "how many elements it finds, and their order, depends on all rows",
@@ -414,7 +417,7 @@ def over_all(call: OperatorCall) -> Outcome:
 
 @rule("Compress")
 def compress(call: OperatorCall) -> Outcome:
-    """Along an axis other than that of the rows."""
+    """Selects along an axis other than the row axis."""
     call.batch_independent(1)
     data, shape = call.input(0), call.shape(0)
     if "axis" not in call.attributes:

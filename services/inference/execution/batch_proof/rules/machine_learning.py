@@ -1,4 +1,4 @@
-"""Operators of ai.onnx.ml on a table with a row of features for each row of the batch."""
+"""Operators of ai.onnx.ml on a table that has a row of features for each row of the batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.inference.execution.batch_proof.sizes import Size
 
 
 def _table(call: OperatorCall) -> Tensor:
-    """The first input. Raises NotProvenError if it is no table: of one axis, the rows would be features."""
+    """The first input. Raises NotProvenError if it is not a table. With one axis, the rows would be features."""
     table = call.input(0)
     if len(call.shape(0)) != 2 or (table.rows is not None and table.rows.axis != 0):
         raise NotProvenError("it takes the rows for features, as its input is no table with rows along axis 0")
@@ -20,7 +20,7 @@ def _table(call: OperatorCall) -> Tensor:
 
 @rule("Scaler", "Normalizer", "Imputer", domain=ML)
 def by_feature(call: OperatorCall) -> Outcome:
-    """Scales, fills in, or divides by the norm of a row."""
+    """Scales or fills in features, or divides a row by its norm."""
     table = _table(call)
     return Tensor(table.shape, table.rows)
 
@@ -39,7 +39,7 @@ def classifier(call: OperatorCall) -> Outcome:
     table = _table(call)
     size = call.shape(0)[0]
     labels = _labels(call)
-    # Of two classes some have one score; a support vector machine may have one for each pair.
+    # With two classes there may be one score. A support vector machine may have one score for each pair of classes.
     width = Size(len(labels)) if len(labels) > 2 and call.operator != "SVMClassifier" else call.fresh()
     return (Tensor((size,), table.rows), Tensor((size, width), table.rows))
 
@@ -58,7 +58,7 @@ def one_hot_encoder(call: OperatorCall) -> Outcome:
 
 @rule("FeatureVectorizer", domain=ML)
 def feature_vectorizer(call: OperatorCall) -> Outcome:
-    """Joins tables side by side."""
+    """Concatenates the features of several tables."""
     _table(call)
     for place, tensor in enumerate(call.given):
         if len(call.shape(place)) != 2 or tensor.rows != call.input(0).rows:
@@ -68,14 +68,14 @@ def feature_vectorizer(call: OperatorCall) -> Outcome:
 
 @rule("TfIdfVectorizer", domain=ONNX)
 def tf_idf_vectorizer(call: OperatorCall) -> Outcome:
-    """Counts sequences in each row of a table; of one axis it counts across rows."""
+    """Counts sequences in each row of a table. With one axis it would count across rows."""
     table = _table(call)
     return Tensor((call.shape(0)[0], call.fresh()), table.rows)
 
 
 @rule("ZipMap", "DictVectorizer", "CastMap", domain=ML)
 def maps(call: OperatorCall) -> Outcome:
-    """Maps are no tensors."""
+    """Maps are not tensors."""
     raise NotProvenError("it makes or takes maps, which are no tensors")
 
 

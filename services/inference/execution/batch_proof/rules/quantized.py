@@ -1,4 +1,4 @@
-"""Operators on quantised tensors that are not elementwise, and those that compute a scale when they run."""
+"""Operators of com.microsoft on quantised tensors, and those that compute a scale when they run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.inference.execution.batch_proof.rules.layout import joined
 
 @rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
 def qlinear_elementwise(call: OperatorCall) -> Outcome:
-    """Of two tensors, each with a scale and a zero point."""
+    """Elementwise on two tensors, each with a scale and a zero point."""
     call.batch_independent_except(0, 3)
     shape = broadcast([call.shape(0), call.shape(3)], call.symbols)
     return Tensor(shape, common_rows([call.input(0), call.input(3)], len(shape)))
@@ -26,14 +26,14 @@ def qlinear_elementwise(call: OperatorCall) -> Outcome:
 
 @rule("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
 def qlinear_function(call: OperatorCall) -> Outcome:
-    """Of one tensor."""
+    """Elementwise on one tensor."""
     call.batch_independent_except(0)
     return Tensor(call.input(0).shape, call.input(0).rows)
 
 
 @rule("QLinearSoftmax", domain=MICROSOFT)
 def qlinear_softmax(call: OperatorCall) -> Outcome:
-    """As Softmax of the version that its attribute tells."""
+    """As Softmax of the version in the attribute `opset`."""
     call.batch_independent_except(0)
     shape = call.shape(0)
     axis = call.axis("axis", -1, len(shape))
@@ -44,7 +44,7 @@ def qlinear_softmax(call: OperatorCall) -> Outcome:
 
 @rule("QLinearConcat", domain=MICROSOFT)
 def qlinear_concat(call: OperatorCall) -> Outcome:
-    """Of tensors that are followed by their scales and zero points."""
+    """Joins tensors, each followed by its scale and zero point in the inputs."""
     data = range(2, len(call.inputs), 3)
     call.batch_independent_except(*data)
     tensors = [call.input(place) for place in data]
@@ -53,7 +53,7 @@ def qlinear_concat(call: OperatorCall) -> Outcome:
 
 @rule("QGemm", domain=MICROSOFT)
 def qgemm(call: OperatorCall) -> Outcome:
-    """By weights."""
+    """A product with weights."""
     call.batch_independent_except(0)
     one_value(call.input(1))
     one_value(call.input(2))
@@ -63,5 +63,5 @@ def qgemm(call: OperatorCall) -> Outcome:
 
 @rule("DynamicQuantizeMatMul", "DynamicQuantizeLSTM", domain=MICROSOFT)
 def dynamic(call: OperatorCall) -> Outcome:
-    """Its input is quantised as one."""
+    """The whole input is quantised with one scale."""
     raise NotProvenError("its scale is computed over all rows")

@@ -10,7 +10,7 @@ from services.inference.execution.batch_proof.sizes import Size
 
 @rule("RNN", "GRU", "LSTM")
 def recurrent(call: OperatorCall) -> Outcome:
-    """Steps along one axis of the input; the state of each row is its own."""
+    """Steps along one axis of the input. Each row has its own state."""
     flipped = bool(call.attribute("layout", 0))
     axis = 0 if flipped else 1
     data, shape = call.input(0), call.shape(0)

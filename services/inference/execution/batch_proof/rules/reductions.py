@@ -1,4 +1,4 @@
-"""Operators that look along some axes: reductions, normalisations, sorts and sums of neighbours."""
+"""Operators that combine elements along some axes: reductions, normalisations, sorts and cumulative sums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.inference.execution.batch_proof.sizes import ONE, Size, product
 
 
 def without(shape: Shape, rows: RowAxis | None, axes: Collection[int], keep: bool) -> Tensor:
-    """A tensor whose `axes`, along which no rows lie, are gone, or 1."""
+    """A tensor whose `axes`, along which no rows lie, are removed; with `keep`, they have size 1."""
     if keep:
         return Tensor(tuple(ONE if axis in axes else size for axis, size in enumerate(shape)), rows)
     moved = None if rows is None else rows.at(rows.axis - sum(axis < rows.axis for axis in axes))
@@ -41,7 +41,7 @@ def without(shape: Shape, rows: RowAxis | None, axes: Collection[int], keep: boo
     counts=True,
 )
 def reduction(call: OperatorCall) -> Outcome:
-    """Without axes it is over all of them."""
+    """Reduces along axes; without axes, along all of them."""
     tensor = call.input(0)
     if tensor.counts_rows:
         return _counted(call, tensor)
@@ -61,7 +61,7 @@ def reduction(call: OperatorCall) -> Outcome:
 
 
 def _counted(call: OperatorCall, tensor: Tensor) -> Tensor:
-    """The product of a shape: a number of elements."""
+    """The product of a shape, that is, a number of elements."""
     values = tensor.values
     axes = call.integers(1) if call.maybe(1) is not None else call.attribute("axes")
     if call.operator != "ReduceProd" or values is None or values.ndim != 1 or list(axes or [0]) not in ([0], [-1]):
@@ -75,7 +75,7 @@ def _counted(call: OperatorCall, tensor: Tensor) -> Tensor:
 
 @rule("ArgMax", "ArgMin")
 def arg_max(call: OperatorCall) -> Outcome:
-    """Along one axis, by default the first."""
+    """Searches along one axis, by default the first."""
     shape = call.shape(0)
     axis = call.axis("axis", 0, len(shape))
     not_along(call.input(0).rows, [axis], "searches")
@@ -85,7 +85,7 @@ def arg_max(call: OperatorCall) -> Outcome:
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(call: OperatorCall) -> Outcome:
-    """Before opset 13 over all axes from `axis` on."""
+    """Normalises over `axis`; before opset 13, over all axes from `axis` on."""
     shape, rows = call.shape(0), call.input(0).rows
     if call.opset >= 13:
         axes = range(axis := call.axis("axis", -1, len(shape)), axis + 1)
@@ -99,7 +99,7 @@ def softmax(call: OperatorCall) -> Outcome:
 @rule("SimplifiedLayerNormalization")
 @rule("LayerNormalization", "SimplifiedLayerNormalization", domain=MICROSOFT)
 def layer_normalization(call: OperatorCall) -> Outcome:
-    """Over all axes from `axis` on; scale and bias are multiplied and added by broadcasting."""
+    """Normalises over all axes from `axis` on. Scale and bias are applied by broadcasting."""
     shape = call.shape(0)
     axis = call.axis("axis", -1, len(shape))
     not_along(call.input(0).rows, range(axis, len(shape)), "normalises over")
@@ -110,7 +110,7 @@ def layer_normalization(call: OperatorCall) -> Outcome:
 
 @rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def skip_layer_normalization(call: OperatorCall) -> Outcome:
-    """A sum, and its normalisation over the last axis."""
+    """Adds its inputs, and normalises the sum over the last axis."""
     shape = call.shape(0)
     not_along(call.input(0).rows, [len(shape) - 1], "normalises over")
     made = Tensor(shape, common_rows(call.given, len(shape)))
@@ -119,7 +119,7 @@ def skip_layer_normalization(call: OperatorCall) -> Outcome:
 
 @rule("LpNormalization")
 def lp_normalization(call: OperatorCall) -> Outcome:
-    """Along one axis, by default the last."""
+    """Normalises along one axis, by default the last."""
     shape = call.shape(0)
     not_along(call.input(0).rows, [call.axis("axis", -1, len(shape))], "normalises over")
     return Tensor(shape, call.input(0).rows)
@@ -127,7 +127,7 @@ def lp_normalization(call: OperatorCall) -> Outcome:
 
 @rule("MeanVarianceNormalization")
 def mean_variance_normalization(call: OperatorCall) -> Outcome:
-    """By default over all axes but the second."""
+    """Normalises over axes, by default all except the second."""
     shape = call.shape(0)
     axes = [from_front(axis, len(shape)) for axis in call.attribute("axes", (0, 2, 3))]
     not_along(call.input(0).rows, axes, "normalises over")
@@ -136,7 +136,7 @@ def mean_variance_normalization(call: OperatorCall) -> Outcome:
 
 @rule("BatchNormalization")
 def batch_normalization(call: OperatorCall) -> Outcome:
-    """By statistics of the graph along axis 1, unless it trains."""
+    """Normalises by statistics in the graph along axis 1, except in training mode."""
     if call.attribute("training_mode", 0) or call.outputs > 1:
         raise NotProvenError("in training mode it normalises over axis 0")
     call.batch_independent_except(0)
@@ -147,7 +147,7 @@ def batch_normalization(call: OperatorCall) -> Outcome:
 @rule("InstanceNormalization", "GroupNormalization", "LRN")
 @rule("GroupNorm", domain=MICROSOFT)
 def inner_normalization(call: OperatorCall) -> Outcome:
-    """Over channels or positions of each element of axis 0."""
+    """Normalises over channels or positions, separately for each element of axis 0."""
     call.batch_independent_except(0)
     shape = call.shape(0)
     not_along(call.input(0).rows, range(1, len(shape)), "normalises or scales along")
@@ -156,7 +156,7 @@ def inner_normalization(call: OperatorCall) -> Outcome:
 
 @rule("CumSum", "CumProd")
 def cumulative_sum(call: OperatorCall) -> Outcome:
-    """Along the axis that its second input says."""
+    """Accumulates along the axis that the second input gives."""
     shape = call.shape(0)
     axes = call.integers(1) or [0]
     not_along(call.input(0).rows, [from_front(axes[0], len(shape))], "sums along")
@@ -165,7 +165,7 @@ def cumulative_sum(call: OperatorCall) -> Outcome:
 
 @rule("TopK")
 def top_k(call: OperatorCall) -> Outcome:
-    """Along one axis, by default the last."""
+    """Selects along one axis, by default the last."""
     call.batch_independent(1)
     shape = call.shape(0)
     axis = call.axis("axis", -1, len(shape))
@@ -179,7 +179,7 @@ def top_k(call: OperatorCall) -> Outcome:
 @rule("Trilu")
 @rule("Trilu", domain=MICROSOFT)
 def trilu(call: OperatorCall) -> Outcome:
-    """A triangle of the last two axes."""
+    """Keeps a triangle of the last two axes."""
     call.batch_independent(1)
     shape = call.shape(0)
     not_along(call.input(0).rows, range(len(shape) - 2, len(shape)), "takes a triangle of")
@@ -188,7 +188,7 @@ def trilu(call: OperatorCall) -> Outcome:
 
 @rule("Det")
 def determinant(call: OperatorCall) -> Outcome:
-    """Of the last two axes."""
+    """The determinant over the last two axes."""
     shape = call.shape(0)
     axes = range(len(shape) - 2, len(shape))
     not_along(call.input(0).rows, axes, "reduces")
@@ -209,7 +209,7 @@ def one_hot(call: OperatorCall) -> Outcome:
 
 @rule("DFT")
 def dft(call: OperatorCall) -> Outcome:
-    """Along one axis; the last holds real and imaginary parts."""
+    """Transforms along one axis. The last axis holds real and imaginary parts."""
     call.batch_independent_except(0)
     shape = call.shape(0)
     if call.opset >= 20:
@@ -225,7 +225,7 @@ def dft(call: OperatorCall) -> Outcome:
 
 @rule("STFT")
 def stft(call: OperatorCall) -> Outcome:
-    """Of signals along axis 0."""
+    """Transforms each of the signals, which lie along axis 0."""
     call.batch_independent_except(0)
     shape = call.shape(0)
     not_along(call.input(0).rows, range(1, len(shape)), "transforms")

@@ -1,4 +1,4 @@
-"""Convolutions, pools and other operators on the places of pictures and signals."""
+"""Convolutions, pools and other operators on the spatial axes of images and signals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.inference.execution.batch_proof.sizes import ONE, Size
 @rule("Conv", "ConvInteger", "ConvTranspose", "QLinearConv")
 @rule("FusedConv", "QLinearConv", domain=MICROSOFT)
 def convolution(call: OperatorCall) -> Outcome:
-    """Sums over channels and places."""
+    """Sums over channels and spatial axes."""
     if call.attribute("channels_last", 0):
         raise NotProvenError("there is no rule for it")
     data = call.input(0)
@@ -43,7 +43,7 @@ def convolution(call: OperatorCall) -> Outcome:
 
 
 def _slid(call: OperatorCall, places: Shape, kernel: Sequence[int | None]) -> list[Size]:
-    """How often a window fits into each place."""
+    """The sizes of the spatial axes after a window has slid along them."""
     count = len(places)
     strides = list(call.attribute("strides", [1] * count))
     dilations = list(call.attribute("dilations", [1] * count))
@@ -63,7 +63,7 @@ def _slid(call: OperatorCall, places: Shape, kernel: Sequence[int | None]) -> li
 @rule("MaxPool", "AveragePool", "LpPool")
 @rule("QLinearAveragePool", domain=MICROSOFT)
 def pool(call: OperatorCall) -> Outcome:
-    """Over places. Indices of the largest count through the whole tensor."""
+    """Pools over spatial axes. The second output, indices of the maxima, counts through the whole tensor."""
     call.batch_independent_except(0)
     if call.attribute("channels_last", 0):
         raise NotProvenError("there is no rule for it")
@@ -76,7 +76,7 @@ def pool(call: OperatorCall) -> Outcome:
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 @rule("QLinearGlobalAveragePool", domain=MICROSOFT)
 def global_pool(call: OperatorCall) -> Outcome:
-    """Over all places."""
+    """Pools over all spatial axes."""
     call.batch_independent_except(0)
     if call.attribute("channels_last", 0):
         raise NotProvenError("there is no rule for it")
@@ -90,14 +90,15 @@ _COORDINATES = (b"half_pixel", b"pytorch_half_pixel", b"align_corners", b"asymme
 
 @rule("Resize", "Upsample", counts=True)
 def resize(call: OperatorCall) -> Outcome:
-    """By scales or to sizes that leave the axis of the rows as it is."""
+    """Resizes by scales or to sizes. The row axis must keep its size."""
     data, shape = call.input(0), call.shape(0)
     if data.counts_rows or call.attribute("keep_aspect_ratio_policy", b"stretch") != b"stretch":
         raise NotProvenError("there is no rule for it")
     if call.attribute("coordinate_transformation_mode", b"half_pixel") not in _COORDINATES:
         raise NotProvenError("it may select along the axis of the rows")
     if call.attribute("mode", b"nearest") != b"nearest" and (len(shape) < 4 or (data.rows and data.rows.axis)):
-        # ONNX Runtime interpolates along all of fewer axes: other rows get the weight 0, which still passes on NaN.
+        # With fewer than four axes, ONNX Runtime interpolates along all of them. Other rows get the weight 0, which
+        # still passes on NaN.
         not_along(data.rows, range(len(shape)), "interpolates along")
     axes = [from_front(axis, len(shape)) for axis in call.attribute("axes", range(len(shape)))]
     by_scale, by_size = (1, -1) if call.operator == "Upsample" or call.opset < 11 else (2, 3)
@@ -126,7 +127,7 @@ def resize(call: OperatorCall) -> Outcome:
 
 @rule("GridSample")
 def grid_sample(call: OperatorCall) -> Outcome:
-    """From each picture at its own places."""
+    """Samples each image at its own positions."""
     data, grid = call.input(0), call.input(1)
     shape, places = call.shape(0), call.shape(1)
     if data.rows != grid.rows or (data.rows is not None and data.rows.axis != 0):
@@ -136,7 +137,7 @@ def grid_sample(call: OperatorCall) -> Outcome:
 
 @rule("AffineGrid", counts=True)
 def affine_grid(call: OperatorCall) -> Outcome:
-    """Of each row its own."""
+    """Makes a grid for each row."""
     theta, sizes = call.input(0), [as_size(one) for one in numbers(call, 1)]
     if theta.rows not in (None, RowAxis(0)) or any(size.counts_rows for size in sizes[1:]):
         raise NotProvenError("its rows do not lie along axis 0")
