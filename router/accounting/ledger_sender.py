@@ -25,16 +25,16 @@ FAILURES = Family("ringmesh_usage_send_failures_total", "counter", "attempts to 
 DROPPED = Family("ringmesh_usage_dropped_requests_total", "counter", "requests that the ledger does not account for")
 
 _SECONDS: Final = 10.0
+_LEASE_SECONDS: Final = 5.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 _REJECTED = "rejected"
 
 
 class LedgerSender:
-    """From `spool` to the ledger at `address`, in the name of a router. The spool is used by nobody else."""
+    """From `spool` to the ledger at `address`. The spool is used by nobody else."""
 
-    def __init__(self, spool: LedgerSpool, address: str, router_id: str) -> None:
+    def __init__(self, spool: LedgerSpool, address: str) -> None:
         self._spool = spool
-        self._router_id = router_id
         options = (("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 2000))
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = ledger_pb2_grpc.LedgerServiceStub(self._channel)
@@ -43,6 +43,21 @@ class LedgerSender:
         self._disk = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self.sent = self.failures = 0
+
+    @property
+    def router_id(self) -> str:
+        """The producer's id; "" until the spool is open."""
+        return self._spool.router_id
+
+    @property
+    def epoch(self) -> int:
+        """The producer's start epoch."""
+        return self._spool.epoch
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the ledger has acknowledged all that was submitted."""
+        return not len(self._spool)
 
     def start(self) -> None:
         """Ends with `close`."""
@@ -64,6 +79,15 @@ class LedgerSender:
             await asyncio.to_thread(self._spool.append, batch, records, requests)
         self._all_sent.clear()
         self._wake.set()
+
+    async def lease(self, request: ledger_pb2.LeaseRequest) -> ledger_pb2.LeaseResponse | None:
+        """Asks for leases of budgets. None if the ledger does not answer."""
+        try:
+            answer: ledger_pb2.LeaseResponse = await self._stub.Lease(request, timeout=_LEASE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            log.debug("the ledger gives no leases now: %s: %s", error.code().name, error.details())
+            return None
+        return answer
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
@@ -93,7 +117,7 @@ class LedgerSender:
         async with self._disk:
             batch, digest = await asyncio.to_thread(self._spool.read, one)
         request = ledger_pb2.AppendRequest(
-            router_id=self._router_id, start_epoch=one.epoch, sequence=one.sequence, batch=batch, digest=digest
+            router_id=self._spool.router_id, start_epoch=one.epoch, sequence=one.sequence, batch=batch, digest=digest
         )
         try:
             answer = await self._stub.Append(request, timeout=_SECONDS)

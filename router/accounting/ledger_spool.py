@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class LedgerSpool:
         self._waiting: list[Spooled] = []
         self._epoch = 0
         self._next = 1
+        # The id under which batches are sent: made with the folder, "" until `open`.
+        self.router_id = ""
         # Lost before they had a number; the next batch that can be written says so.
         self._unnumbered = (0, 0)
         self.bytes = 0
@@ -76,9 +79,11 @@ class LedgerSpool:
         """Locks the folder, begins an epoch, and finds what earlier ones left. Raises SpoolError."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / "lock").open("ab")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = (self._folder / "lock").open("ab")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.router_id = self._read_id()
             self._begin_epoch()
+            self._waiting = []
             for one in sorted(self._find()):
                 # Where giving one up was interrupted there are two, and the one that counts comes first.
                 if self._waiting and (one.epoch, one.sequence) == (self._waiting[-1].epoch, self._waiting[-1].sequence):
@@ -90,6 +95,7 @@ class LedgerSpool:
         except OSError as error:
             raise SpoolError(f"cannot keep usage in {self._folder}: {error.strerror}") from None
         self.bytes = sum(one.size for one in self._waiting)
+        self._lock = lock
 
     def close(self) -> None:
         """Leaves the rest to the next epoch."""
@@ -97,14 +103,19 @@ class LedgerSpool:
             self._lock.close()
 
     def append(self, batch: bytes, records: int, requests: int) -> None:
-        """Gives the batch its number. What cannot be written is counted as dropped, and the ledger is told later."""
+        """Gives the batch its number. What cannot be written is counted as dropped, and the ledger is told later.
+
+        Opens the folder if that failed before.
+        """
         try:
+            if self._lock is None:
+                self.open()
             if any(self._unnumbered):
                 self._write(encode((), (), *self._unnumbered), 0, 0)
                 self._unnumbered = (0, 0)
             self._write(batch, records, requests)
-        except OSError as error:
-            log.error("usage of %d requests is lost: cannot write to %s: %s", requests, self._folder, error.strerror)
+        except (OSError, SpoolError) as error:
+            log.error("usage of %d requests is lost: cannot write to %s: %s", requests, self._folder, error)
             self._count_dropped(records, requests)
             self._unnumbered = (self._unnumbered[0] + records, self._unnumbered[1] + requests)
             return
@@ -178,6 +189,14 @@ class LedgerSpool:
         aside = self._folder / "unfinished"
         aside.write_bytes(_digest(batch) + batch)
         aside.rename(self._folder / one.name)
+
+    def _read_id(self) -> str:
+        file = self._folder / "router-id"
+        if not file.exists() or not file.read_text().strip():
+            aside = self._folder / "router-id.unfinished"
+            aside.write_text(f"{uuid.uuid4().hex}\n")
+            aside.rename(file)
+        return file.read_text().strip()
 
     def _begin_epoch(self) -> None:
         """Later than any before, though the clock was set back."""

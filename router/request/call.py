@@ -40,6 +40,8 @@ class Call:
     told: Told | None = None
     model: ModelEntry | None = None
     error: RingmeshError | None = None
+    # Nanoseconds until it began to wait for the caches or a worker; 0: it has not waited.
+    router_ns = 0
 
     def __init__(self, data: bytes, trace: Trace, metadata: Metadata, method: str, deadline: float | None) -> None:
         self.start = time.time_ns()

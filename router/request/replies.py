@@ -11,6 +11,7 @@ import grpc
 from cache.mesh import Found, Mesh
 from router.accounting import request_span
 from router.accounting.cost import Cost
+from router.accounting.meter import Meter
 from router.accounting.request_metrics import OK, STEP, RequestMetrics
 from router.request.audit import Audit
 from router.request.call import Call
@@ -41,7 +42,10 @@ class Replies:
         cost: Cost,
         audit: Audit,
         report: LoadReport,
+        meter: Meter | None,
     ) -> None:
+        # None: no ledger.
+        self._meter = meter
         self._mesh = mesh
         self._tracer = tracer
         self._requests = requests
@@ -58,9 +62,18 @@ class Replies:
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        trace = call.trace
         if self._tracer.ratios:
-            self._tracer.sample(call.trace, model.name)
-        if (slow or call.trace.sampled) and call.method != STEP:
+            self._tracer.sample(trace, model.name)
+        if call.method == STEP:
+            return call.renew
+        retained = slow or trace.sampled
+        if self._meter is not None:
+            self._meter.answered(
+                labels, trace, model.provider, found.entry, call.start, end, call.router_ns, len(call.data),
+                alone=retained,
+            )  # fmt: skip
+        if retained:
             return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
         return call.renew
 
@@ -127,6 +140,9 @@ class Replies:
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
         self._requests.failed(model, version, kind)
+        if self._meter is not None:
+            provider = call.model.provider if call.model is not None else ""
+            self._meter.failed(labels, call.trace, provider, call.start, end, call.router_ns, len(call.data))
         kept = "sampled" if call.trace.sampled else "failed"
         return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 

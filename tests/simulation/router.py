@@ -7,6 +7,7 @@ import time
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.tiers.evictions import Evictions
+from router.accounting.budgets import Budgets
 from router.accounting.cost import Cost, Prices
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
@@ -95,8 +96,10 @@ class SimRouter:
         audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
         cost = Cost(Prices(0.0, 0.0), requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
-        replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
-        self.path = RequestPath(fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit)
+        replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report, None)
+        self.path = RequestPath(
+            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Budgets()
+        )
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()
         self.evictions = Evictions(mesh.local)

@@ -464,7 +464,7 @@ from tests.system.ledgers import miss
 async def main():
     spool = LedgerSpool(Path(sys.argv[1]), 1 << 30, time.time_ns)
     spool.open()
-    sender = LedgerSender(spool, sys.argv[2], "router")
+    sender = LedgerSender(spool, sys.argv[2])
     sender.start()
     for number in itertools.count():
         # What is printed first and then spooled may be missing; what is spooled and then printed may not.
@@ -506,7 +506,7 @@ async def drain(folder, address):
 
     spool = LedgerSpool(folder, 1 << 30, time.time_ns)
     spool.open()
-    sender = LedgerSender(spool, address, "router")
+    sender = LedgerSender(spool, address)
     sender.start()
     await sender.close(60)
     assert len(spool) == 0

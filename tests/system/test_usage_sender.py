@@ -46,7 +46,7 @@ async def ledger():
 async def sender(ledger, tmp_path):
     spool = LedgerSpool(tmp_path / "spool", 1 << 20, lambda: 1000)
     spool.open()
-    sender = LedgerSender(spool, ledger.address, "router")
+    sender = LedgerSender(spool, ledger.address)
     sender.spool = spool
     sender.start()
     yield sender
@@ -131,14 +131,14 @@ async def test_what_cannot_be_sent_in_time_stays_for_the_next_life(ledger, tmp_p
     spool = LedgerSpool(tmp_path / "spool", 1 << 20, time.time_ns)
     spool.open()
     ledger.script = [(grpc.StatusCode.UNAVAILABLE, "down")] * 1000
-    sender = LedgerSender(spool, ledger.address, "router")
+    sender = LedgerSender(spool, ledger.address)
     sender.start()
     await submit(sender, *BATCHES[:2])
     await sender.close(0.1)
     ledger.script = []
     spool = LedgerSpool(tmp_path / "spool", 1 << 20, time.time_ns)
     spool.open()
-    sender = LedgerSender(spool, ledger.address, "router")
+    sender = LedgerSender(spool, ledger.address)
     sender.start()
     await sender.close(20)
     assert [batch for _, _, batch in ledger.written] == BATCHES[:2]

@@ -237,7 +237,12 @@ class Stack:
             "RINGMESH_SHARE_PORT": str(len(options.routers) > 1),
         }
         for name, metrics in options.routers.items():
-            yield self._service(name, "router", options.router, environment, partial(probes.healthy_workers, metrics))
+            usage = {
+                "RINGMESH_LEDGER_ADDRESS": options.ledger,
+                "RINGMESH_USAGE_DIR": str(options.state.absolute() / "usage" / name),
+            }
+            is_ready = partial(probes.healthy_workers, metrics)
+            yield self._service(name, "router", options.router, {**environment, **usage}, is_ready)
 
     def _console(self, common: Mapping[str, str]) -> ChildSpec:
         options = self._options
