@@ -137,10 +137,10 @@ class LedgerSender:
     async def _refused(self, one: Spooled, error: grpc.aio.AioRpcError) -> bool:
         async with self._disk:
             match error.code():
-                case grpc.StatusCode.INVALID_ARGUMENT if one.records:
+                case grpc.StatusCode.INVALID_ARGUMENT:
                     log.error("the ledger refuses usage of %d requests: %s", one.requests, error.details())
                     await asyncio.to_thread(self._spool.give_up, one, _REJECTED)
-                    return True
+                    return bool(one.records)  # an empty batch may be the one that was put in place
                 case grpc.StatusCode.FAILED_PRECONDITION if "start a new epoch" in (error.details() or ""):
                     if one.epoch != self._spool.epoch and not one.records:
                         # It was written before its file was damaged.

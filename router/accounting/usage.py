@@ -116,7 +116,10 @@ class Usage:
         """Marks the seconds since the last call for what is up now."""
         first = self._seen + 1 if 0 <= now - self._seen <= _MOST_GAP_SECONDS else now
         self._seen = now
-        for up in (Up(self._sender.router_id, ROUTER, self._region), *self._workers()):
+        up_now = [*self._workers()]
+        if self._sender.router_id:  # the spool is open
+            up_now.append(Up(self._sender.router_id, ROUTER, self._region))
+        for up in up_now:
             for second in range(first, now + 1):
                 place = (up, second // 60)
                 self._uptime[place] = self._uptime.get(place, 0) | 1 << second % 60
