@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from cache.api.metrics import CacheMetrics
+from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
 from cache.regions.replication import Replication
 from cache.settings import CacheSettings
@@ -36,7 +36,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(CacheMetrics(mesh, evictions).samples)
+    metrics.add(lambda: cache_samples(mesh, evictions))
     metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
     set_title("cache", settings.address, await server.start())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from cache.api.metrics import CacheMetrics
+from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
@@ -27,8 +27,8 @@ from router.admission.quotas import Quotas
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
-from router.membership.fleet import Fleet, Locality
-from router.membership.fleet_metrics import FleetMetrics
+from router.membership.fleet import Fleet
+from router.membership.fleet_metrics import fleet_samples
 from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.operator.service import OperatorService
@@ -74,7 +74,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         set_ready,
         clock=time.monotonic,
         sources=settings.create_sources(),
-        locality=Locality(settings.region, settings.zone),
+        region=settings.region,
+        zone=settings.zone,
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
@@ -86,7 +87,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     prices = Prices(
         settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
     )
-    cost = Cost(prices, requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
+    cost = Cost(
+        prices,
+        requests,
+        lambda model, version: fleet.view.catalog.find(model, version).provider,
+        lambda: mesh.local.counters.bytes,
+        time.monotonic,
+    )
     objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
     slo = Slo(objectives, requests, time.monotonic)
     budgets = Budgets()
@@ -122,19 +129,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    counted = (
-        requests,
-        dispatcher,
-        quotas,
-        FleetMetrics(fleet),
-        CacheMetrics(mesh, evictions),
-        audit,
-        hasher,
-        path,
-        tracer,
-        request_log,
-    )
-    for part in (*counted, cost, slo, server.calls):
+    metrics.add(lambda: fleet_samples(fleet))
+    metrics.add(lambda: cache_samples(mesh, evictions))
+    counted = (requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
+    for part in (*counted, server.calls):
         metrics.add(part.samples)
     usage = None
     if settings.ledger_address is not None and meter is not None:
@@ -170,7 +168,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     if usage is not None:
         await usage.close()
     exposition.close()
-    await fleet.close()
+    fleet.close()
     await mesh.close()
     await tracer.close()
 

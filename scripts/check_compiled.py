@@ -254,7 +254,6 @@ def check(sources: Sequence[tuple[Path, str]]) -> list[str]:
 
 
 def main() -> None:
-    """Checks all compiled modules."""
     sources = compiled_sources()
     found = check([(source, ".".join(source.with_suffix("").parts)) for source in sources])
     print("\n".join(found) or f"{len(sources)} compiled modules mean the same when interpreted")

@@ -45,43 +45,31 @@ REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "look-ups
 BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
 
 
-class CacheMetrics:
-    """Reads the counters that the tiers of `mesh` keep."""
-
-    def __init__(self, mesh: Mesh, evictions: Evictions) -> None:
-        self._mesh = mesh
-        self._evictions = evictions
-
-    def samples(self) -> Iterator[Sample]:
-        """Yields the samples, for `Metrics.add`."""
-        shared = self._mesh.shared
-        for tier in (self._mesh.local, shared):
-            if tier is None:
-                continue
-            counters = tier.counters
-            name = (counters.tier,)
-            yield Sample(LOOKUPS, (counters.tier, "hit"), counters.hits)
-            yield Sample(LOOKUPS, (counters.tier, "miss"), counters.misses)
-            yield Sample(FILLS, name, counters.fills)
-            yield Sample(FAILURES, name, counters.failures)
-            yield Sample(SAVED, name, counters.saved_compute_us / 1e6)
-            if tier is self._mesh.local:
-                yield Sample(ENTRIES, name, counters.entries)
-                yield Sample(BYTES, name, counters.bytes)
-        for model, count in self._evictions.by_model().items():
-            yield Sample(EVICTIONS, ("local", model), count)
-        if shared is not None:
-            yield Sample(EVICTIONS, ("shared", ""), shared.counters.evictions)
-        for result, count in self._mesh.renewals.counts.items():
-            yield Sample(RENEWALS, (result,), count)
-        yield Sample(FLIGHTS, (), len(self._mesh.flights))
-        for peer in self._mesh.peers.peers:
-            yield Sample(UNSEALED, (peer.region,), peer.unsealed)
-        yield forgotten("costs", self._mesh.costs)
-        yield forgotten("refusals", self._mesh.refusals.kept)
-        yield Sample(STALE, (), self._mesh.stale_answers)
-        if shared is not None:
-            yield Sample(BREAKER_OPEN, (), shared.is_skipped)
-            yield from shared.errors.samples()
-            yield Sample(REDIS_SECONDS, ("get",), shared.get_times.buckets())
-            yield Sample(REDIS_SECONDS, ("set",), shared.set_times.buckets())
+def cache_samples(mesh: Mesh, evictions: Evictions) -> Iterator[Sample]:
+    """Samples of the counters that the tiers of `mesh` keep."""
+    local, shared = mesh.local.counters, mesh.shared
+    for counters in (local, shared.counters) if shared is not None else (local,):
+        tier = (counters.tier,)
+        yield Sample(LOOKUPS, (counters.tier, "hit"), counters.hits)
+        yield Sample(LOOKUPS, (counters.tier, "miss"), counters.misses)
+        yield Sample(FILLS, tier, counters.fills)
+        yield Sample(FAILURES, tier, counters.failures)
+        yield Sample(SAVED, tier, counters.saved_compute_us / 1e6)
+    yield Sample(ENTRIES, (local.tier,), local.entries)
+    yield Sample(BYTES, (local.tier,), local.bytes)
+    for model, count in evictions.by_model().items():
+        yield Sample(EVICTIONS, (local.tier, model), count)
+    for result, renewals in mesh.renewals.counts.items():
+        yield Sample(RENEWALS, (result,), renewals)
+    yield Sample(FLIGHTS, (), len(mesh.flights))
+    for peer in mesh.peers.peers:
+        yield Sample(UNSEALED, (peer.region,), peer.unsealed)
+    yield forgotten("costs", mesh.costs)
+    yield forgotten("refusals", mesh.refusals.kept)
+    yield Sample(STALE, (), mesh.stale_answers)
+    if shared is not None:
+        yield Sample(EVICTIONS, ("shared", ""), shared.counters.evictions)
+        yield Sample(BREAKER_OPEN, (), shared.is_skipped)
+        yield from shared.errors.samples()
+        yield Sample(REDIS_SECONDS, ("get",), shared.get_times.buckets())
+        yield Sample(REDIS_SECONDS, ("set",), shared.set_times.buckets())

@@ -35,8 +35,6 @@ def key_scope(key: bytes) -> str:
 class Epochs:
     """An immutable snapshot of all purges. `scopes` maps scopes to epochs; `version` is the largest epoch or 0."""
 
-    __slots__ = ("_everything", "_keys", "_prefixes", "scopes", "version")
-
     def __init__(self, scopes: Mapping[str, int]) -> None:
         self._everything = scopes.get(EVERYTHING, 0)
         # A purge of everything includes all earlier purges.

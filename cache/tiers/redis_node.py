@@ -50,8 +50,6 @@ def kind_of(error: Exception) -> str:
 class Fill:
     """A frame to write under `name`. `moved`: another server of the cluster redirected it to this one."""
 
-    __slots__ = ("frame", "moved", "name", "ttl_ms")
-
     def __init__(self, name: bytes, frame: bytes, ttl_ms: int, *, moved: bool = False) -> None:
         self.name = name
         self.frame = frame

@@ -30,7 +30,7 @@ ERRORS = Family(
     "ringmesh_errors_total",
     "counter",
     "requests that failed; type: invalid_input, unknown_model, not_loaded, precondition, not_cached, overload, quota, "
-    "memory, too_large, no_worker, worker_lost, unavailable, deadline, cancelled, execution, internal, "
+    "budget, memory, too_large, no_worker, worker_lost, unavailable, deadline, cancelled, execution, internal, "
     "redis, unimplemented",
     ("model", "version", "type"),
 )
@@ -76,8 +76,6 @@ class Labels(NamedTuple):
 
 class Series(Histogram):
     """Counters of requests with equal labels. `recent` durations and the threshold `slow_ns` belong to their model."""
-
-    __slots__ = ("compute_us", "count", "exemplars", "recent", "slow_ns")
 
     def __init__(self, recent: deque[int], slow_ns: int) -> None:
         super().__init__()

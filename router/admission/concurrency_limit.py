@@ -34,20 +34,6 @@ class ConcurrencyLimit:
     for larger batches without being busier.
     """
 
-    __slots__ = (
-        "_began",
-        "_clock",
-        "_count",
-        "_done",
-        "_idle",
-        "_served",
-        "_shortest",
-        "_target",
-        "_took",
-        "in_flight",
-        "limit",
-    )
-
     def __init__(self, target: float, clock: Callable[[], float]) -> None:
         self.in_flight = 0
         self.limit = math.inf

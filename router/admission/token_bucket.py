@@ -8,8 +8,6 @@ from collections.abc import Callable
 class TokenBucket:
     """Gains `rate` tokens a second and holds at most `burst`. Starts full."""
 
-    __slots__ = ("_burst", "_clock", "_rate", "_seen", "_tokens")
-
     def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
         self._rate = rate
         self._burst = burst

@@ -57,11 +57,6 @@ class ModelEntry:
     limits_queue: bool = False
     not_runnable: str = ""
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether one worker answers a request whole, and answers never expire and match exactly."""
-        return self.plan is None and self.freshness is None and not self.row_cache and not self.semantic_threshold
-
 
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds.

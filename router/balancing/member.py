@@ -3,14 +3,13 @@
 from __future__ import annotations  # compiled by mypyc
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.catalog import ModelEntry
-from router.transport.worker_client import Outcome, Sent, Work
+from router.transport.worker_client import EnvelopeItem
 from router.transport.worker_load import WorkerLoad
 
 
@@ -31,10 +30,10 @@ class Listing:
 class Link(Protocol):
     """The link to a worker; WorkerClient is the real one and documents the methods."""
 
-    def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
+    def send(self, model_digest: bytes, item: EnvelopeItem) -> None:
         """Runs the request on the worker; calls `done` with the outcome."""
 
-    def withdraw(self, sent: Sent) -> None:
+    def withdraw(self, item: EnvelopeItem) -> None:
         """Withdraws a request whose result is no longer needed."""
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
@@ -56,7 +55,7 @@ class Link(Protocol):
     def forget_queues(self, model_digests: frozenset[bytes]) -> None:
         """Drops the idle queues of models that are not in `model_digests`."""
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the requests under way and disconnects."""
 
 
@@ -102,6 +101,10 @@ class Member:
     def capacity(self) -> float:
         """The worker's weight, reduced during slow start."""
         return self.weight * self.ramp
+
+    def is_far(self, region: str) -> bool:
+        """Whether the worker is outside `region`; never if one of the two has no region."""
+        return bool(region and self.region and self.region != region)
 
     def why_not(self, model: ModelEntry) -> str:
         """Why the worker cannot run `model`; "" if it can."""

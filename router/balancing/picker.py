@@ -22,8 +22,6 @@ class Candidate:
     0: load does not matter. Workers at their bound come after all others in the pool.
     """
 
-    __slots__ = ("bound", "member", "rank", "reason")
-
     def __init__(self, member: Member, rank: int, reason: str, bound: int = 0) -> None:
         self.member = member
         self.rank = rank

@@ -3,7 +3,7 @@
 from __future__ import annotations  # compiled by mypyc
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from router.balancing.member import Member
@@ -21,8 +21,6 @@ class Pool(LoadSum):
     Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): a worker at its bound is skipped. The
     bounds add up to more than the load, so one worker is always below its bound.
     """
-
-    __slots__ = ("capacity", "members", "near")
 
     def __init__(self, members: Sequence[Member], zone: str) -> None:
         self.members = {member.address: member for member in members}
@@ -44,8 +42,8 @@ class Pools(NamedTuple):
     by_worker: dict[str, list[Pool]]
 
 
-def pools(members: Iterable[Member], is_far: Callable[[Member], bool], zone: str) -> Pools:
-    """The pools for all models.
+def pools(members: Iterable[Member], region: str, zone: str) -> Pools:
+    """The pools for all models, for a router in `region` and `zone`.
 
     A pool has the workers that hold the model and are not ejected, else all holders; of these the near ones, else all;
     of these the ones with the model in memory, else all.
@@ -60,7 +58,7 @@ def pools(members: Iterable[Member], is_far: Callable[[Member], bool], zone: str
     assigned = Pools({}, {})
     for model, of_model in holders.items():
         fit = [member for member in of_model if not member.ejected] or of_model
-        near = [member for member in fit if not is_far(member)] or fit
+        near = [member for member in fit if not member.is_far(region)] or fit
         chosen = [member for member in near if model not in member.unloaded] or near
         key = tuple([member.address for member in chosen])
         if key not in made:

@@ -16,18 +16,13 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Consideration:
-    """A worker that was considered for an attempt, its load, and why it was skipped ("": it was chosen).
+    """A worker that is considered for an attempt now, its load, and why it is skipped ("": it is chosen)."""
 
-    `at_ns` in time.time_ns.
-    """
-
-    __slots__ = ("at_ns", "candidate", "outstanding", "passed_over")
-
-    def __init__(self, candidate: Candidate, passed_over: str, outstanding: int, at_ns: int) -> None:
+    def __init__(self, candidate: Candidate, skipped: str) -> None:
         self.candidate = candidate
-        self.passed_over = passed_over
-        self.outstanding = outstanding
-        self.at_ns = at_ns
+        self.skipped = skipped
+        self.outstanding = candidate.member.load.outstanding
+        self.at_ns = time.time_ns()
 
     def event(self) -> Event:
         """The event of the attempt's span for this worker."""
@@ -40,29 +35,20 @@ class Consideration:
                 "ringmesh.rank": self.candidate.rank,
                 "ringmesh.load": self.outstanding,
                 "ringmesh.bound": self.candidate.bound,
-                "ringmesh.taken": not self.passed_over,
-                "ringmesh.reason": self.passed_over
-                or ("next in rank" if self.candidate.rank else "the owner of the key"),
+                "ringmesh.taken": not self.skipped,
+                "ringmesh.reason": self.skipped or ("next in rank" if self.candidate.rank else "the owner of the key"),
             },
         )
 
 
-def consideration(candidate: Candidate, passed_over: str) -> Consideration:
-    """Makes a Consideration with the current load and time."""
-    return Consideration(candidate, passed_over, candidate.member.load.outstanding, time.time_ns())
-
-
 def at_bound(candidate: Candidate) -> Consideration:
     """The Consideration of a worker at its bound, which comes after all others."""
-    return consideration(
-        candidate, f"it has {candidate.member.load.outstanding} requests, and is bound to {candidate.bound}"
-    )
+    outstanding = candidate.member.load.outstanding
+    return Consideration(candidate, f"it has {outstanding} requests, and is bound to {candidate.bound}")
 
 
 class Attempted:
     """The data of an attempt's span; the span is built only if the trace is retained. `code`: name of the gRPC code."""
-
-    __slots__ = ("code", "considered", "member", "rank", "result")
 
     def __init__(
         self,

@@ -18,15 +18,14 @@ from router.balancing.member import Member
 from router.balancing.picker import Candidate, candidates
 from router.balancing.ring import RANKS
 from router.balancing.view import FleetView
-from router.dispatch.attempt_span import Attempted, Consideration, at_bound, code_name, consideration
+from router.dispatch.attempt_span import Attempted, Consideration, at_bound, code_name
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from router.transport.worker_client import (
+    EnvelopeItem,
     LinkClosedError,
     NotSentError,
     Outcome,
-    Sent,
-    Work,
     WorkerLostError,
     WorkerUnreachableError,
 )
@@ -68,8 +67,6 @@ class Asked:
 
     `request_hash`: key by which equal requests join on the worker (b"": none do). `deadline` in time.monotonic.
     """
-
-    __slots__ = ("caller", "deadline", "model", "place", "request", "request_hash", "trace")
 
     def __init__(
         self,
@@ -135,28 +132,9 @@ class Attempts:
     requests on the link.
     """
 
-    __slots__ = (
-        "_admitted",
-        "_asked",
-        "_attempts",
-        "_considered",
-        "_ended",
-        "_events",
-        "_failure",
-        "_full",
-        "_is_free",
-        "_next_event",
-        "_order",
-        "_parts",
-        "_put_off",
-        "_skipped",
-        "_timer",
-        "_under_way",
-    )
-
     def __init__(self, parts: Parts, asked: Asked) -> None:
-        self._parts = parts
-        self._asked = asked
+        self.parts = parts
+        self.asked = asked
         # Attempts, without hedges and those never sent; workers that ended while they had the request.
         self._attempts = self._ended = 0
         self._admitted = self._is_free = False
@@ -200,7 +178,7 @@ class Attempts:
             while self._under_way:
                 self._under_way.pop().cancel()
 
-    def hear(self, attempt: _Attempt | None) -> None:
+    def on_event(self, attempt: _Attempt | None) -> None:
         """Called when an attempt has ended, or with None when the hedge timer fires."""
         waits, self._next_event = self._next_event, None
         if waits is not None:
@@ -240,19 +218,19 @@ class Attempts:
     def _ask_next(self) -> None:
         """Makes an attempt at the next suitable worker. Raises the error of the request if there is none."""
         self._stop_timer()
-        asked, parts = self._asked, self._parts
+        asked, parts = self.asked, self.parts
         is_free, self._is_free = self._is_free, False
         while self._attempts < RANKS and (candidate := self._next()) is not None:
             member = candidate.member
             if candidate.reason:
-                self._pass_over(candidate, candidate.reason)
+                self._skip(candidate, candidate.reason)
                 continue
             limit = parts.limits.of(member.address, asked.model.digest)
             # A request that was admitted and then lost is not refused, nor is a step of a sequence.
             if not self._admitted:
                 if not asked.sticky and not limit.admits(asked.caller.priority):
                     self._full.append(candidate)
-                    self._pass_over(candidate, no_room(limit))
+                    self._skip(candidate, no_room(limit))
                     continue
                 self._admitted = True
                 parts.retries.request()
@@ -263,7 +241,7 @@ class Attempts:
             considered = (
                 *self._considered,
                 *[at_bound(other) for other in self._put_off if other.is_full],
-                consideration(candidate, ""),
+                Consideration(candidate, ""),
             )
             self._considered = []
             if (
@@ -272,7 +250,7 @@ class Attempts:
                 and not self._ended
                 and (patience := parts.tails.of(asked.model.digest)) is not None
             ):
-                self._timer = asyncio.get_running_loop().call_later(patience, self.hear, None)
+                self._timer = asyncio.get_running_loop().call_later(patience, self.on_event, None)
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
             return
         raise self._no_answer()
@@ -282,17 +260,17 @@ class Attempts:
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
-            return Candidate(full.member, full.rank, full.member.why_not(self._asked.model), full.bound)
+            return Candidate(full.member, full.rank, full.member.why_not(self.asked.model), full.bound)
         return candidate
 
-    def _pass_over(self, candidate: Candidate, why: str) -> None:
-        self._considered.append(consideration(candidate, why))
-        self._skipped.append(f"{candidate.member.worker_id}: {why}")
+    def _skip(self, candidate: Candidate, reason: str) -> None:
+        self._considered.append(Consideration(candidate, reason))
+        self._skipped.append(f"{candidate.member.worker_id}: {reason}")
 
     def _attempt(
         self, candidate: Candidate, limit: ConcurrencyLimit, considered: tuple[Consideration, ...], kind: str
     ) -> None:
-        attempt = _Attempt(self._parts, self._asked, candidate, considered, kind, limit, self.hear)
+        attempt = _Attempt(self, candidate, considered, kind, limit)
         self._under_way.append(attempt)
         attempt.begin()
 
@@ -300,12 +278,12 @@ class Attempts:
         """Makes a second attempt at the next worker below its limit, if the retry budget allows."""
         if self._ended or not self._under_way:
             return
-        asked, parts = self._asked, self._parts
+        asked, parts = self.asked, self.parts
         for candidate in self._order:
             limit = parts.limits.of(candidate.member.address, asked.model.digest)
             if not candidate.reason and limit.admits(asked.caller.priority):
                 if parts.retries.take():
-                    self._attempt(candidate, limit, (consideration(candidate, ""),), HEDGE)
+                    self._attempt(candidate, limit, (Consideration(candidate, ""),), HEDGE)
                 return
 
     def _stop_timer(self) -> None:
@@ -317,52 +295,33 @@ class Attempts:
         if self._failure is not None:
             return from_failure(self._failure)
         if self._full and not self._admitted:
-            return self._parts.shed(self._asked.model, self._asked.caller, self._skipped)
+            return self.parts.shed(self.asked.model, self.asked.caller, self._skipped)
         kind = "worker_lost" if self._attempts else "no_worker"
         return UnavailableError(self._unanswered(told(self._skipped)), kind=kind)
 
     def _unanswered(self, why: str) -> str:
-        return f"no worker could answer for model {self._asked.model.name!r}, retry later; {why}"
+        return f"no worker could answer for model {self.asked.model.name!r}, retry later; {why}"
 
 
 class _Attempt:
     """One attempt at one worker. It counts against `limit` until it ends or is cancelled."""
 
-    __slots__ = (
-        "_asked",
-        "_began",
-        "_begun",
-        "_considered",
-        "_hear",
-        "_is_open",
-        "_limit",
-        "_outcome",
-        "_parts",
-        "_sent",
-        "_span_id",
-        "_start",
-        "candidate",
-        "kind",
-    )
-
     def __init__(
         self,
-        parts: Parts,
-        asked: Asked,
+        attempts: Attempts,
         candidate: Candidate,
         considered: tuple[Consideration, ...],
         kind: str,
         limit: ConcurrencyLimit,
-        hear: Callable[[_Attempt], None],
     ) -> None:
+        self._attempts = attempts
+        self._parts = attempts.parts
+        self._asked = attempts.asked
         self.candidate = candidate
-        self._parts = parts
-        self._asked = asked
         self._considered = considered
         self.kind = kind
         self._limit = limit
-        self._hear = hear
-        self._sent: Sent | None = None
+        self._item: EnvelopeItem | None = None
         self._outcome: Outcome | None = None
         self._span_id = new_span_id()
         self._start = time.time_ns()
@@ -373,13 +332,15 @@ class _Attempt:
     def begin(self) -> None:
         """Sends the request."""
         asked = self._asked
-        traceparent = asked.trace.traceparent(self._span_id)
-        work = Work(asked.request, asked.request_hash, asked.deadline, traceparent, is_alone=asked.model.limits_queue)
-        self._sent = self.candidate.member.link.send(asked.model.digest, work, self._answered)
+        traceparent, is_alone = asked.trace.traceparent(self._span_id), asked.model.limits_queue
+        self._item = item = EnvelopeItem(
+            asked.request, asked.request_hash, asked.deadline, traceparent, self._answered, is_alone=is_alone
+        )
+        self.candidate.member.link.send(asked.model.digest, item)
 
     def _answered(self, outcome: Outcome) -> None:
         self._outcome = outcome
-        self._hear(self)
+        self._attempts.on_event(self)
 
     def cancel(self) -> None:
         """Withdraws the attempt. Raises nothing: the request has its answer, or needs none."""
@@ -387,8 +348,8 @@ class _Attempt:
             return
         self._release()
         try:
-            if self._sent is not None:
-                self.candidate.member.link.withdraw(self._sent)
+            if self._item is not None:
+                self.candidate.member.link.withdraw(self._item)
             if self._asked.model.hedged:
                 self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
             self._record(None, "nobody waits for it any more")

@@ -35,8 +35,6 @@ class TailLatency:
 
 
 class _Times:
-    __slots__ = ("_count", "_last", "quantile")
-
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_KEPT)
         self._count = 0

@@ -7,12 +7,10 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
-from ringmesh.router.v1 import router_pb2
 
 from router.accounting.dispatch_metrics import EJECTIONS
 from router.balancing.catalog import Catalog
@@ -20,13 +18,19 @@ from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
-from router.membership.fleet_events import FleetEvents
+from router.membership.events import Event, MembershipEvents
 from router.membership.membership import Membership
 from router.membership.outliers import Outliers
 from router.membership.slow_start import SlowStart
 from router.membership.worker_description import nonsense
-from router.transport.channels import NETWORK, Channels
-from router.transport.worker_client import NotSentError, WorkerBusyError, WorkerClient, WorkerUnreachableError
+from router.transport.grpc_channel import GrpcChannel
+from router.transport.worker_client import (
+    NotSentError,
+    OpenChannel,
+    WorkerBusyError,
+    WorkerClient,
+    WorkerUnreachableError,
+)
 from router.transport.worker_load import WorkerLoad
 from services.runtime.telemetry.metrics import Counter
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -43,8 +47,6 @@ POLL_TIMEOUT_SECONDS = 2.0
 MOST_BUSY_SECONDS = 30.0
 _RETIRE_SECONDS = 30.0
 
-_Event = router_pb2.WatchResponse
-
 
 class Source(Protocol):
     """A source of workers."""
@@ -53,24 +55,12 @@ class Source(Protocol):
         """Reports all listed workers to `told`, and again at each change; runs until it is cancelled."""
 
 
-@dataclass(frozen=True, slots=True)
-class Locality:
-    """The region and zone of a router; "" if they do not matter."""
-
-    region: str = ""
-    zone: str = ""
-
-    def is_far(self, member: Member) -> bool:
-        """Whether the member is in another region. A member without a region is never far."""
-        return bool(self.region and member.region and member.region != self.region)
-
-
 class Fleet:
     """Keeps `view` current; only this class replaces it.
 
     A worker that stops answering stays in the ring: its keys go to the next in rank and return when it recovers. It
-    leaves the ring when the sources no longer list it. `on_ready` is called with whether any worker is healthy. `clock`
-    in seconds.
+    leaves the ring when the sources no longer list it. `on_ready` is called with whether any worker is healthy.
+    `region` and `zone` are the router's, "" if they do not matter. `clock` in seconds.
     """
 
     def __init__(
@@ -80,18 +70,20 @@ class Fleet:
         *,
         clock: Callable[[], float],
         sources: Mapping[str, Source] | None = None,
-        locality: Locality | None = None,
-        channels: Channels = NETWORK,
+        region: str = "",
+        zone: str = "",
+        open_channel: OpenChannel = GrpcChannel,
     ) -> None:
-        self.events = FleetEvents()
+        self.events = MembershipEvents()
         self.ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._clock = clock
         # By address, for workers that answer pings but report nothing: since when, and their number of reports by then.
         self._busy_since: dict[str, tuple[float, int]] = {}
         self._sources = sources or {}
-        self._locality = locality or Locality()
-        self._channels = channels
+        self._region = region
+        self._zone = zone
+        self._open_channel = open_channel
         self._membership = Membership(clock)
         self.outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)
@@ -117,16 +109,13 @@ class Fleet:
             self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(source.watch, partial(self._told, name))))
         self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Stops polling and disconnects."""
         for task in (*self._polls.values(), *self._tasks):
             task.cancel()
         self.events.close()
-        await asyncio.gather(*(member.link.close() for member in self._members.values()))
-
-    def provider(self, model: str, version: str) -> str:
-        """The execution provider of a model. Raises as Catalog.find."""
-        return self.view.catalog.find(model, version).provider
+        for member in self._members.values():
+            member.link.close()
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """Records a lost attempt: the member gets no requests until it answers again."""
@@ -169,7 +158,7 @@ class Fleet:
         reason = str(error) or "unreachable"
         if member.healthy:
             log.warning("worker %s is passed over: %s", member.worker_id, reason)
-            self._tell(_Event.KIND_EJECTED, member, reason=reason)
+            self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             member.reason = reason
             self._refresh()
             member.wake.set()
@@ -219,7 +208,7 @@ class Fleet:
             return
         restored = not reason and not member.healthy
         if reason and reason != member.reason:
-            self._tell(_Event.KIND_DRAINING, member)
+            self.events.publish(Event.KIND_DRAINING, member)
         member.reason = reason
         if restored:
             log.info("worker %s takes requests", member.worker_id)
@@ -228,7 +217,7 @@ class Fleet:
             # Before it gets requests again: it may have failed often enough to be ejected.
             self._judge()
             if not member.ejected:
-                self._tell(_Event.KIND_RESTORED, member)
+                self.events.publish(Event.KIND_RESTORED, member)
         self._holds(member, models)
         self._refresh()
 
@@ -244,9 +233,9 @@ class Fleet:
         member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
         member.link.forget_queues(frozenset(model.digest for model in models))
         for name, version in sorted(member.held - before):
-            self._tell(_Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
+            self.events.publish(Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
         for name, version in sorted(before - member.held):
-            self._tell(_Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
+            self.events.publish(Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
 
     def _refresh(self) -> None:
         healthy = [member for member in self._members.values() if member.healthy]
@@ -262,7 +251,7 @@ class Fleet:
         # A member that left is in the ring until the next one is built.
         known = {**self._gone, **self._members}
         members = {address: known[address] for address in (*ring.members, *far.members)}
-        assigned = pools(members.values(), self._locality.is_far, self._locality.zone)
+        assigned = pools(members.values(), self._region, self._zone)
         for address, member in members.items():
             member.load.sums = tuple(assigned.by_worker.get(address, ()))
         return FleetView(ring, members, catalog, far, assigned.by_model)
@@ -284,11 +273,11 @@ class Fleet:
             if reason and not member.ejected:
                 log.warning("worker %s is %s", member.worker_id, reason)
                 self.ejections.add(member.worker_id)
-                self._tell(_Event.KIND_EJECTED, member, reason=reason)
+                self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             elif member.ejected and not reason:
                 self._slow_start.begin(member.address)
                 if member.healthy:
-                    self._tell(_Event.KIND_RESTORED, member)
+                    self.events.publish(Event.KIND_RESTORED, member)
             ramp = self._slow_start.ramp(member.address)
             changed = changed or (reason, ramp) != (member.ejected, member.ramp)
             member.ejected, member.ramp = reason, ramp
@@ -315,16 +304,15 @@ class Fleet:
 
     def _join(self, listing: Listing) -> None:
         load = WorkerLoad()
-        member = self._members[listing.address] = Member(
-            listing, WorkerClient(listing.address, load, self._channels), load
-        )
-        self._tell(_Event.KIND_JOINED, member)
+        link = WorkerClient(listing.address, load, self._open_channel)
+        member = self._members[listing.address] = Member(listing, link, load)
+        self.events.publish(Event.KIND_JOINED, member)
         if self._started:
             self._start_polling(member)
 
     def _leave(self, member: Member) -> None:
         log.info("worker %s left", member.worker_id)
-        self._tell(_Event.KIND_LEFT, member)
+        self.events.publish(Event.KIND_LEFT, member)
         member.reason = "left the fleet"
         self._gone[member.address] = member
         self._refresh()
@@ -338,7 +326,7 @@ class Fleet:
         self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))
 
     def _ring_members(self) -> Mapping[str, tuple[float, bool]]:
-        return {address: (member.weight, self._locality.is_far(member)) for address, member in self._members.items()}
+        return {address: (member.weight, member.is_far(self._region)) for address, member in self._members.items()}
 
     def _rebuild(self) -> None:
         """Builds the ring on a thread, because it takes long for a large fleet. One task at a time does this."""
@@ -355,9 +343,6 @@ class Fleet:
                     self._gone.clear()
         finally:
             self._building = None
-
-    def _tell(self, kind: _Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
-        self.events.tell(kind, member.address, member.worker_id, model=model, reason=reason)
 
     def _once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = BACKGROUND.once(name, work)
@@ -378,4 +363,4 @@ async def _retire(member: Member) -> None:
         if not member.load.in_flight:
             break
         await asyncio.sleep(TICK_SECONDS)
-    await member.link.close()
+    member.link.close()

@@ -18,19 +18,13 @@ LOAD = Family(
 )
 
 
-class FleetMetrics:
-    """Reads the same fleet view that requests use."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
-        view = self._fleet.view
-        for member in view.members.values():
-            worker = (member.worker_id,)
-            yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
-            yield Sample(SHARE, worker, view.share(member))
-            yield Sample(LOAD, worker, member.load.in_flight)
-        yield forgotten("usual times", self._fleet.outliers.usual)
-        yield from self._fleet.ejections.samples()
+def fleet_samples(fleet: Fleet) -> Iterator[Sample]:
+    """Samples of the fleet view that requests use."""
+    view = fleet.view
+    for member in view.members.values():
+        worker = (member.worker_id,)
+        yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
+        yield Sample(SHARE, worker, view.share(member))
+        yield Sample(LOAD, worker, member.load.in_flight)
+    yield forgotten("usual times", fleet.outliers.usual)
+    yield from fleet.ejections.samples()

@@ -6,8 +6,9 @@ After Envoy's outlier detection: consecutive transport failures, and latencies f
 from __future__ import annotations  # compiled by mypyc
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.runtime.telemetry.recent import Recent
 
@@ -29,7 +30,7 @@ _MAX_MODELS = 4096
 
 
 @dataclass(slots=True)
-class _Record:
+class _WorkerRecord:
     failures: int = 0
     # In this window: the number of answers, the seconds they took, and the seconds usual for their models.
     answers: int = 0
@@ -38,7 +39,7 @@ class _Record:
     slow_windows: int = 0
     ejections: int = 0
     ejected_until: float = 0.0
-    reason: str = field(default="")
+    reason: str = ""
 
 
 class Outliers:
@@ -46,14 +47,14 @@ class Outliers:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._records: dict[str, _Record] = {}
+        self._records: defaultdict[str, _WorkerRecord] = defaultdict(_WorkerRecord)
         # Moving average of a model's latency over the whole fleet, in seconds, by digest.
         self.usual = Recent[bytes, float](_MAX_MODELS)
         self._window_ends = clock() + WINDOW_SECONDS
 
     def answered(self, worker: str, model: bytes, seconds: float) -> None:
         """Records the duration of an attempt. It was answered, or given up because another was faster."""
-        record = self._record(worker)
+        record = self._records[worker]
         record.failures = 0
         usual = self.usual.get(model)
         if usual is None:
@@ -65,7 +66,7 @@ class Outliers:
 
     def failed(self, worker: str) -> None:
         """Records a transport failure of an attempt."""
-        self._record(worker).failures += 1
+        self._records[worker].failures += 1
 
     def forget(self, worker: str) -> None:
         """Drops the record of a worker that left."""
@@ -77,10 +78,10 @@ class Outliers:
         judged = [worker for worker, can_be_asked in fleet.items() if can_be_asked]
         slow = self._slow(judged) if now >= self._window_ends else {}
         allowed = max(1, int(len(judged) * LARGEST_SHARE)) if len(judged) > 1 else 0
-        out = {worker for worker in fleet if self._record(worker).ejected_until > now}
+        out = {worker for worker in fleet if self._records[worker].ejected_until > now}
         allowed += sum(not fleet[worker] for worker in out)
         for worker in judged:
-            record = self._record(worker)
+            record = self._records[worker]
             if worker in out:
                 continue
             if record.reason:
@@ -96,12 +97,12 @@ class Outliers:
                 record.reason = f"ejected for {seconds:g} s: {why}"
                 record.slow_windows = 0
                 out.add(worker)
-        return {worker: self._record(worker).reason for worker in out}
+        return {worker: self._records[worker].reason for worker in out}
 
     def _slow(self, fleet: Collection[str]) -> dict[str, str]:
         """Closes the window. Returns the slow workers, each with a reason."""
         self._window_ends = self._clock() + WINDOW_SECONDS
-        judged = {worker: record for worker in fleet if (record := self._record(worker)).answers >= LEAST_ANSWERS}
+        judged = {worker: record for worker in fleet if (record := self._records[worker]).answers >= LEAST_ANSWERS}
         ratios = {worker: record.taken / max(record.usual, 1e-9) for worker, record in judged.items()}
         slow = {}
         for worker, record in judged.items():
@@ -122,9 +123,3 @@ class Outliers:
         for record in judged.values():
             record.answers, record.taken, record.usual = 0, 0.0, 0.0
         return slow
-
-    def _record(self, worker: str) -> _Record:
-        record = self._records.get(worker)
-        if record is None:
-            record = self._records[worker] = _Record()
-        return record

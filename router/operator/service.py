@@ -11,9 +11,8 @@ from cache.keys.keys import RequestHasher, UncacheableError, cache_key
 from router.balancing.member import Member
 from router.balancing.picker import Candidate, candidates
 from router.balancing.view import FleetView
-from router.membership import fleet_events
+from router.membership.events import Event, make
 from router.membership.fleet import Fleet
-from router.membership.fleet_events import Event
 from router.request.audit import Audit
 from services.runtime.errors import RingmeshError
 from services.runtime.oip import protocol
@@ -134,11 +133,10 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
 def _now(view: FleetView) -> Iterator[Event]:
     """Events that describe the current state, for a new watcher."""
     for member in view.members.values():
-        yield fleet_events.make(Event.KIND_JOINED, member.address, member.worker_id)
+        yield make(Event.KIND_JOINED, member)
         if member.reason == "draining":
-            yield fleet_events.make(Event.KIND_DRAINING, member.address, member.worker_id)
+            yield make(Event.KIND_DRAINING, member)
         elif reason := member.reason or member.ejected:
-            yield fleet_events.make(Event.KIND_EJECTED, member.address, member.worker_id, reason=reason)
+            yield make(Event.KIND_EJECTED, member, reason=reason)
         for name, version in sorted(member.held):
-            model = f"{name}/{version}"
-            yield fleet_events.make(Event.KIND_MODEL_GAINED, member.address, member.worker_id, model=model)
+            yield make(Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")

@@ -68,8 +68,6 @@ class Runner(Protocol):
 class ModelAudit:
     """Audit results of one model digest."""
 
-    __slots__ = ("largest", "model", "results")
-
     def __init__(self, model: ModelEntry) -> None:
         self.model = model
         self.results = {"equal": 0, "close": 0, "different": 0, "failed": 0}

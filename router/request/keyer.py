@@ -98,8 +98,6 @@ class Keyer:
 class _Meaning:
     """A parsed request; valid for one catalog and one set of invalidation epochs."""
 
-    __slots__ = ("catalog", "epochs", "model", "request_hash", "request_id")
-
     def __init__(
         self, catalog: Catalog, epochs: Epochs, model: ModelEntry, request_id: str, request_hash: bytes
     ) -> None:

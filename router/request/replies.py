@@ -9,7 +9,6 @@ from functools import partial
 import grpc
 
 from cache.mesh import Found, Mesh
-from router.accounting import request_span
 from router.accounting.cost import Cost
 from router.accounting.meter import Meter
 from router.accounting.request_metrics import OK, STEP, RequestMetrics
@@ -27,6 +26,7 @@ from services.runtime.telemetry.tracing import Tracer
 
 # One in _HITS_A_REPORT hits carries the load report: on every hit it would add 5 us each.
 _HITS_A_REPORT = 16
+_TIERS = {"hit-local": "local", "hit-shared": "shared", "hit-peer": "peer"}
 _AUDITED = frozenset({"hit-local", "hit-shared"})
 
 
@@ -117,12 +117,22 @@ class Replies:
         self, call: Call, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
     ) -> None:
         assert call.model is not None
-        told = request_span.answered(found, end)
-        told["ringmesh.cost"] = self._cost.of(call.model.provider, found.entry.compute_us)
-        told["ringmesh.kept"] = "sampled" if call.trace.sampled else "slow"
+        entry = found.entry
+        attributes: dict[str, Value] = {
+            "ringmesh.cache.outcome": found.outcome,
+            "ringmesh.response.bytes": len(entry.value),
+            "ringmesh.compute_us": entry.compute_us,
+            "ringmesh.cost": self._cost.of(call.model.provider, entry.compute_us),
+            "ringmesh.kept": "sampled" if call.trace.sampled else "slow",
+        }
+        if found.worker:
+            attributes["ringmesh.worker.id"] = found.worker
         if call.provider:
-            told["ringmesh.provider"] = call.provider
-        self._keep(call, labels, end, told, slow=slow)
+            attributes["ringmesh.provider"] = call.provider
+        if tier := _TIERS.get(found.outcome):
+            attributes["ringmesh.cache.tier"] = tier
+            attributes["ringmesh.cache.age_ms"] = end // 1_000_000 - entry.created_at_ms
+        self._keep(call, labels, end, attributes, slow=slow)
 
     def failure(self, call: Call, error: RingmeshError) -> Failure:
         """The failure for the caller. Counts the call. Any thread."""
@@ -175,8 +185,7 @@ class Replies:
             told["ringmesh.key"] = call.request_hash[:8].hex()
         if call.reason:
             told["ringmesh.cache.reason"] = call.reason
-        if baggage:
-            told |= request_span.baggage(baggage)
+        told |= {f"baggage.{key}": value for key, value in w3c.parse_baggage(baggage).items()}
         self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
         if code is not grpc.StatusCode.OK or slow:
             self._log.tell(

@@ -144,12 +144,8 @@ class GrpcChannel:
             forget()
         return acknowledged.is_set()
 
-    async def close(self) -> None:
-        """Disconnects; calls under way fail."""
-        self.drop()
-
     def drop(self) -> None:
-        """As `close`; the next call connects again."""
+        """Disconnects; calls under way fail. The next call connects again."""
         for connection in list(self._connections):
             connection.close()
 

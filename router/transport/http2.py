@@ -63,8 +63,6 @@ class Stream:
     one. Errors of the server itself are in `headers`.
     """
 
-    __slots__ = ("error", "headers", "is_open", "on_end", "pieces", "size", "unsent", "window")
-
     def __init__(self, window: int, on_end: Callable[[Stream], None]) -> None:
         self.window = window
         self.on_end = on_end

@@ -18,14 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
 
-from router.transport.channels import NETWORK, Channels
-from router.transport.grpc_channel import CallError
+from router.transport.grpc_channel import CallError, GrpcChannel
+from router.transport.local_channel import LocalChannel
 from router.transport.worker_load import WorkerLoad
 from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
 from services.runtime.faults import internal
@@ -73,14 +73,17 @@ class NotSentError(LinkClosedError):
     """The link was closed before the request was sent."""
 
 
-class Work:
+# A RingmeshError comes from the router itself: the deadline passed, or the request could not be sent.
+Outcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
+
+
+class EnvelopeItem:
     """One request to send. `deadline` in time.monotonic.
 
     An envelope is answered when all its requests are. `is_alone`: the request gets its own envelope, because its answer
-    may come earlier than those of requests sent with it.
+    may come earlier than those of requests sent with it. `done` is called with the worker's result (success or failure)
+    or an error, and is None after that or after a withdrawal.
     """
-
-    __slots__ = ("deadline", "is_alone", "request", "request_hash", "traceparent")
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class Work:
         request_hash: bytes,
         deadline: float | None,
         traceparent: str,
+        done: Callable[[Outcome], None],
         *,
         is_alone: bool = False,
     ) -> None:
@@ -95,23 +99,35 @@ class Work:
         self.request_hash = request_hash
         self.deadline = deadline
         self.traceparent = traceparent
-        self.is_alone = is_alone
-
-
-# A RingmeshError comes from the router itself: the deadline passed, or the request could not be sent.
-Outcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
-
-
-class Sent:
-    """A request given to a link. `done` is called with its outcome, and is None after that or after a withdrawal."""
-
-    __slots__ = ("done", "left", "work")
-
-    def __init__(self, work: Work, done: Callable[[Outcome], None]) -> None:
-        self.work = work
         self.done: Callable[[Outcome], None] | None = done
+        self.is_alone = is_alone
         # Whether it left in an envelope.
         self.left = False
+
+
+class Channel(Protocol):
+    """Unary gRPC calls to one worker; GrpcChannel is the real one and documents the methods."""
+
+    def begin(
+        self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
+    ) -> Callable[[], object]:
+        """Starts a call; returns a cancel function."""
+
+    async def call(self, method: str, request: bytes) -> bytes:
+        """The serialized response. Raises CallError."""
+
+    def is_local(self, port: int) -> bool:
+        """Whether the server is on this host, at `port`."""
+
+    async def ping(self, seconds: float) -> bool:
+        """Whether the server's engine answers within `seconds`."""
+
+    def drop(self) -> None:
+        """Disconnects; calls under way fail, and the next call connects again."""
+
+
+# Opens the channel to a worker at host:port; a simulation supplies its own network.
+OpenChannel: TypeAlias = Callable[[str], Channel]
 
 
 class WorkerClient:
@@ -120,57 +136,54 @@ class WorkerClient:
     If the worker is on this host, envelopes go over its Unix socket while that is connected.
     """
 
-    def __init__(self, address: str, load: WorkerLoad, channels: Channels = NETWORK) -> None:
+    def __init__(self, address: str, load: WorkerLoad, open_channel: OpenChannel = GrpcChannel) -> None:
         self.address = address
         self._load = load
         # Requests in the envelopes under way.
         self._under_way = 0
-        self._channel = channels.channel(address)
-        self._local = channels.local()
+        self._channel = open_channel(address)
+        self._local = LocalChannel()
         self._queues: dict[bytes, _ModelQueue] = {}
         # Queues that wait until fewer than MAX_ENVELOPES are under way.
         self._blocked: deque[_ModelQueue] = deque()
         # The cancel function of each envelope under way.
-        self._envelopes: dict[_Envelope, Callable[[], object]] = {}
-        self._telling: set[asyncio.Task[None]] = set()
+        self._envelopes: dict[_SentEnvelope, Callable[[], object]] = {}
         # Trace contexts of requests that were sent and then withdrawn, to be reported to the worker.
-        self._unwanted: list[str] = []
+        self._withdrawn: list[str] = []
         # Why nothing is sent; "" while the link is open.
         self._closed = ""
         # Time of the last answer or ping, or when an envelope left an idle link.
         self._heard = 0.0
         self._is_pinging = False
         # Requests that a closed link gives back, each with its error.
-        self._leaving: deque[tuple[Sent, WorkerUnreachableError]] = deque()
+        self._leaving: deque[tuple[EnvelopeItem, WorkerUnreachableError]] = deque()
 
-    def send(self, model_digest: bytes, work: Work, done: Callable[[Outcome], None]) -> Sent:
-        """Runs a request on the worker. Calls `done` with the worker's result (success or failure) or an error."""
-        sent = Sent(work, done)
+    def send(self, model_digest: bytes, item: EnvelopeItem) -> None:
+        """Runs a request on the worker."""
         self._load.sent()
         if self._closed:
-            self._give_back([sent], NotSentError(self._closed))
-            return sent
+            self._give_back([item], NotSentError(self._closed))
+            return
         queue = self._queues.get(model_digest)
         if queue is None:
             queue = self._queues[model_digest] = _ModelQueue()
-        queue.waiting.append(sent)
+        queue.waiting.append(item)
         if not queue.sending:
             # Sends at the end of this turn of the loop, so that requests that arrive together leave together.
             queue.sending = True
             asyncio.get_running_loop().call_soon(self._send, queue)
-        return sent
 
-    def withdraw(self, sent: Sent) -> None:
+    def withdraw(self, item: EnvelopeItem) -> None:
         """Withdraws a request: `done` is not called, and the worker does not run it if it has not started."""
-        if sent.done is None:
+        if item.done is None:
             return
-        sent.done = None
+        item.done = None
         self._load.ended()
-        if sent.left:
-            if not self._unwanted:
+        if item.left:
+            if not self._withdrawn:
                 # One call reports all requests that are withdrawn together.
-                asyncio.get_running_loop().call_soon(self._tell_unwanted)
-            self._unwanted.append(sent.work.traceparent)
+                asyncio.get_running_loop().call_soon(self._report_withdrawn)
+            self._withdrawn.append(item.traceparent)
 
     async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
         """The worker's description, without models if they are still `known_version`. Takes at most `seconds`.
@@ -245,10 +258,10 @@ class WorkerClient:
             queue.blocked = False
         self._blocked.clear()
 
-    def _give_back(self, requests: Iterable[Sent], error: WorkerUnreachableError) -> None:
+    def _give_back(self, items: Iterable[EnvelopeItem], error: WorkerUnreachableError) -> None:
         if not self._leaving:
             asyncio.get_running_loop().call_soon(self._end_leaving)
-        self._leaving.extend([(sent, error) for sent in requests])
+        self._leaving.extend([(item, error) for item in items])
 
     def _end_leaving(self) -> None:
         """Ends at most MAX_ITEMS requests in each turn of the loop, so that a long queue does not block it."""
@@ -262,26 +275,24 @@ class WorkerClient:
         for digest in [d for d, queue in self._queues.items() if d not in model_digests and not queue.busy]:
             del self._queues[digest]
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the requests under way and disconnects."""
         self._close(LinkClosedError("this router has closed the link"))
         self._local.close()
-        await self._channel.close()
 
-    def _tell_unwanted(self) -> None:
-        request = inference_pb2.WithdrawRequest(traceparents=self._unwanted)
-        self._unwanted = []
-        telling = BACKGROUND.once("withdrawal", self._tell(request.SerializeToString()))
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+    def _report_withdrawn(self) -> None:
+        request = inference_pb2.WithdrawRequest(traceparents=self._withdrawn).SerializeToString()
+        self._withdrawn = []
 
-    async def _tell(self, withdraw: bytes) -> None:
-        with suppress(CallError):  # if this fails, the worker runs the withdrawn requests in vain
-            await self._timed(_WITHDRAW, withdraw, _WITHDRAW_SECONDS)
+        async def report() -> None:
+            with suppress(CallError):  # if this fails, the worker runs the withdrawn requests in vain
+                await self._timed(_WITHDRAW, request, _WITHDRAW_SECONDS)
+
+        BACKGROUND.once("withdrawal", report())
 
     def _send(self, queue: _ModelQueue) -> None:
         queue.sending = False
-        while queue.waiting and queue.under_way < (DEPTH_ALONE if queue.waiting[0].work.is_alone else DEPTH):
+        while queue.waiting and queue.under_way < (DEPTH_ALONE if queue.waiting[0].is_alone else DEPTH):
             if len(self._envelopes) >= MAX_ENVELOPES:
                 if not queue.blocked:
                     queue.blocked = True
@@ -289,13 +300,13 @@ class WorkerClient:
                 return
             if not (items := self._next_envelope(queue)):
                 return
-            envelope = _Envelope(queue, items)
+            envelope = _SentEnvelope(queue, items)
             try:
                 cancel = self._begin(envelope)
             except Exception as error:
                 failed = internal(log, "an envelope could not be sent", error)
-                for sent in items:
-                    self._end(sent, failed)
+                for item in items:
+                    self._end(item, failed)
                 continue
             if not self._envelopes:
                 self._heard = time.monotonic()
@@ -303,36 +314,35 @@ class WorkerClient:
             queue.under_way += 1
             self._under_way += len(items)
 
-    def _begin(self, envelope: _Envelope) -> Callable[[], object]:
+    def _begin(self, envelope: _SentEnvelope) -> Callable[[], object]:
         answered = partial(self._answered, envelope)
         request, local = envelope.request(), self._local.connection()
         if local is not None:
             return local.begin(request, answered)
         return self._channel.begin(_EXECUTE, request, answered)
 
-    def _next_envelope(self, queue: _ModelQueue) -> list[Sent]:
+    def _next_envelope(self, queue: _ModelQueue) -> list[EnvelopeItem]:
         """The items of the next envelope: one, then as many as fit. Drops requests that are withdrawn or late."""
-        items: list[Sent] = []
+        items: list[EnvelopeItem] = []
         size = 0
         now = time.monotonic()
         waiting = queue.waiting
         while waiting and len(items) < MAX_ITEMS:
-            sent = waiting[0]
-            work = sent.work
-            size += len(work.request)
-            if items and (size > MAX_BYTES or work.is_alone):
+            item = waiting[0]
+            size += len(item.request)
+            if items and (size > MAX_BYTES or item.is_alone):
                 break
             waiting.popleft()
-            if sent.done is None:
+            if item.done is None:
                 continue
-            if work.deadline is not None and work.deadline <= now:
-                self._end(sent, DeadlineExceededError("the deadline passed while the request waited to be sent"))
+            if item.deadline is not None and item.deadline <= now:
+                self._end(item, DeadlineExceededError("the deadline passed while the request waited to be sent"))
                 continue
-            sent.left = True
-            items.append(sent)
+            item.left = True
+            items.append(item)
         return items
 
-    def _answered(self, envelope: _Envelope, answer: bytes | LargeAnswer | CallError) -> None:
+    def _answered(self, envelope: _SentEnvelope, answer: bytes | LargeAnswer | CallError) -> None:
         if envelope not in self._envelopes:
             return
         self._heard = time.monotonic()
@@ -354,8 +364,8 @@ class WorkerClient:
             blocked = self._blocked.popleft()
             blocked.blocked = False
             self._send(blocked)
-        for sent, outcome in zip(items, outcomes, strict=True):
-            self._end(sent, outcome)
+        for item, outcome in zip(items, outcomes, strict=True):
+            self._end(item, outcome)
 
     def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[Outcome]:
         if isinstance(answer, CallError):
@@ -366,13 +376,12 @@ class WorkerClient:
         except DecodeError as error:
             return [WorkerUnreachableError(f"it answered with something else than an envelope: {error!r}")] * items
         if len(response.results) != items:
-            told = f"it answered {len(response.results)} of {items} requests"
-            return [WorkerUnreachableError(told)] * items
+            return [WorkerUnreachableError(f"it answered {len(response.results)} of {items} requests")] * items
         self._load.reported(response.load, self._under_way)
         return answer.results(response) if isinstance(answer, LargeAnswer) else response.results
 
-    def _end(self, sent: Sent, outcome: Outcome) -> None:
-        done, sent.done = sent.done, None
+    def _end(self, item: EnvelopeItem, outcome: Outcome) -> None:
+        done, item.done = item.done, None
         if done is None:
             return
         self._load.ended()
@@ -380,16 +389,14 @@ class WorkerClient:
             done(outcome)
         except Exception as error:
             # An error in `done` must not affect the other requests of the envelope.
-            internal(log, "what became of a request could not be told", error)
+            internal(log, "the outcome of a request could not be delivered", error)
 
 
 class _ModelQueue:
     """The queue of requests for one model on one worker."""
 
-    __slots__ = ("blocked", "sending", "under_way", "waiting")
-
     def __init__(self) -> None:
-        self.waiting: deque[Sent] = deque()
+        self.waiting: deque[EnvelopeItem] = deque()
         self.under_way = 0
         self.sending = False
         # Whether the queue is in `_blocked` of its link.
@@ -400,12 +407,10 @@ class _ModelQueue:
         return bool(self.waiting or self.under_way)
 
 
-class _Envelope:
+class _SentEnvelope:
     """Requests that are sent together."""
 
-    __slots__ = ("items", "queue")
-
-    def __init__(self, queue: _ModelQueue, items: Sequence[Sent]) -> None:
+    def __init__(self, queue: _ModelQueue, items: Sequence[EnvelopeItem]) -> None:
         self.queue = queue
         self.items = items
 
@@ -414,11 +419,11 @@ class _Envelope:
         return inference_pb2.ExecuteRequest(
             items=[
                 inference_pb2.WorkItem(
-                    request=work.request,
-                    request_hash=work.request_hash,
-                    timeout_us=0 if work.deadline is None else max(1, int((work.deadline - now) * 1e6)),
-                    traceparent=work.traceparent,
+                    request=item.request,
+                    request_hash=item.request_hash,
+                    timeout_us=0 if item.deadline is None else max(1, int((item.deadline - now) * 1e6)),
+                    traceparent=item.traceparent,
                 )
-                for work in [sent.work for sent in self.items]
+                for item in self.items
             ]
         ).SerializeToString()

@@ -8,16 +8,12 @@ from ringmesh.inference.v1 import inference_pb2
 class LoadSum:
     """The total of requests outstanding at several workers."""
 
-    __slots__ = ("load",)
-
     def __init__(self, load: int) -> None:
         self.load = load
 
 
 class WorkerLoad:
     """The requests outstanding at one worker. Changes are also added to `sums`."""
-
-    __slots__ = ("_others", "in_flight", "interval_us", "outstanding", "reports", "sums", "version")
 
     def __init__(self) -> None:
         # Requests of this router that are not answered yet.

@@ -85,7 +85,11 @@ def up(
         ),
     ] = 8001,
     redis: Annotated[
-        str | None, typer.Option(envvar="RINGMESH_REDIS_URL", help="URL of a Redis, instead of the embedded Valkey.")
+        str | None,
+        typer.Option(
+            envvar="RINGMESH_REDIS_URL",
+            help="URL of a Redis, instead of the embedded Valkey; with a password, give it in the variable.",
+        ),
     ] = None,
     engine: EngineOption = Engine.NATIVE,
     otlp: Annotated[
@@ -96,6 +100,11 @@ def up(
 ) -> None:
     """Brings a whole Ringmesh up on this machine, until Ctrl-C."""
     with _one_line_errors():
+        from services.runtime.process.process import keep_files_private, set_title
+
+        # First, because other users see the arguments in `ps` until then.
+        set_title("up", f"127.0.0.1:{port}")
+        keep_files_private()
         from services.cli.commands import demo_models, first_calls, traces
         from services.cli.commands.screen import Screen
         from services.cli.stack.claim import claim
@@ -103,7 +112,6 @@ def up(
         from services.cli.stack.ports import Ports
         from services.cli.stack.stack import Stack, StackOptions
         from services.cli.stack.supervise import supervise
-        from services.runtime.process.process import set_title
 
         console = _console()
         screen = Screen(console)
@@ -155,8 +163,9 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
         from services.cli.stack.ports import Ports
         from services.cli.stack.stack import Stack, StackOptions
         from services.cli.stack.supervise import supervise
-        from services.runtime.process.process import set_title
+        from services.runtime.process.process import keep_files_private, set_title
 
+        keep_files_private()
         console = _console()
         screen = Screen(console)
         magika = MagikaFeatures.load(require_model_folder())

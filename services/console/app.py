@@ -36,17 +36,17 @@ log = logging.getLogger(__name__)
 
 def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> Starlette:
     """Creates the application. `hosts` are accepted besides IP addresses and localhost. `stopping` ends all streams."""
-    pages = Pages(stopping, sources.unheard)
+    pages = Pages(stopping, sources.outages)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         title = HTTPStatus(error.status_code).phrase
-        detail = error.detail if error.detail != title else f"There is no {request.url.path} here."
+        detail = error.detail if error.detail != title else f"There is no page {request.url.path}."
         return pages.render("error.html", request, {"title": title, "detail": detail}, error.status_code)
 
     async def failed(request: Request, error: Exception) -> Response:
         log.error("%s failed", request.url.path, exc_info=error)
-        detail = f"This page failed ({type(error).__name__}); the console's log has the cause."
+        detail = f"This page failed ({type(error).__name__}); see the console's log."
         return pages.render("error.html", request, {"title": "Internal error", "detail": detail}, 500)
 
     return Starlette(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 from services.console import app
+from services.console import metrics as console_metrics
 from services.console.data.fleet_watch import FleetWatch
 from services.console.data.history import History
 from services.console.data.otlp import TraceReceiver
@@ -13,7 +15,6 @@ from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
 from services.console.http_server import HttpServer
-from services.console.metrics import ConsoleMetrics
 from services.console.settings import ConsoleSettings
 from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
@@ -32,7 +33,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     sources = Sources(fleet, history, scraper, traces, settings.trace_ui)
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(ConsoleMetrics(traces).samples)
+    metrics.add(partial(console_metrics.samples, traces))
     pages = HttpServer(app.create(sources, stopping, settings.console_hosts), settings.http_address)
     receiver = Server(
         settings.engine,

@@ -14,15 +14,9 @@ SPANS = Family(
 )
 
 
-class ConsoleMetrics:
-    """Reads the trace store."""
-
-    def __init__(self, store: TraceStore) -> None:
-        self._store = store
-
-    def samples(self) -> Iterator[Sample]:
-        """Yields the samples, for `Metrics.add`."""
-        yield Sample(TRACES, (), len(self._store))
-        yield Sample(TRACE_BYTES, (), self._store.bytes)
-        yield Sample(SPANS, ("received",), self._store.received_spans)
-        yield Sample(SPANS, ("dropped",), self._store.dropped_spans)
+def samples(store: TraceStore) -> Iterator[Sample]:
+    """Yields the samples, for `Metrics.add`."""
+    yield Sample(TRACES, (), len(store))
+    yield Sample(TRACE_BYTES, (), store.bytes)
+    yield Sample(SPANS, ("received",), store.received_spans)
+    yield Sample(SPANS, ("dropped",), store.dropped_spans)

@@ -52,9 +52,9 @@ class Guard:
         host = headers.get("host", "")
         name = host.rpartition("]")[0].lstrip("[") or host.partition(":")[0]
         if not _is_address(name) and name.lower() not in self._hosts:
-            return f"this console does not go by the name {name!r}; name it in RINGMESH_CONSOLE_HOSTS"
+            return f"unknown host name {name!r}; RINGMESH_CONSOLE_HOSTS lists the names of this console"
         if method not in ("GET", "HEAD") and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
-            return "only this console's own pages may send this"
+            return "this request must come from one of the console's own pages"
         return ""
 
 

@@ -16,11 +16,11 @@ class ConsoleSettings(ServiceSettings):
     """Settings of the console process."""
 
     section: ClassVar[str] = "console"
-    address: str = Field("127.0.0.1:8013", description="host:port to take spans on, by OTLP/gRPC")
-    max_message_bytes: int = Field(16 << 20, gt=0, description="largest request taken")
+    address: str = Field("127.0.0.1:8013", description="host:port for spans by OTLP/gRPC")
+    max_message_bytes: int = Field(16 << 20, gt=0, description="largest request accepted")
     http_address: str = Field("127.0.0.1:8080", description="host:port of the pages")
     console_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="names that browsers reach the pages by, beside IP addresses and localhost"
+        (), description="accepted host names of the pages, besides IP addresses and localhost"
     )
     routers: Annotated[tuple[str, ...], NoDecode] = Field(
         ("127.0.0.1:8001",), description="host:port of each router, separated by commas"
@@ -30,7 +30,8 @@ class ConsoleSettings(ServiceSettings):
         "127.0.0.1:8014", description="host:port to serve /metrics on; port 0 takes a free one"
     )
     metrics_targets: Annotated[dict[str, str], NoDecode] = Field(
-        {}, description="what /metrics to read: name=host:port of each process, separated by commas; a worker by its id"
+        {},
+        description="/metrics to read: name=host:port of each process, separated by commas; name workers by their ids",
     )
     trace_store_bytes: int = Field(64 << 20, gt=0, description="memory for traces")
     trace_store_traces: int = Field(20_000, gt=0, description="number of traces kept")
@@ -55,7 +56,7 @@ class ConsoleSettings(ServiceSettings):
         for address in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
             host, _, port = address.rpartition(":")
             if not host or not port.isdecimal():
-                raise ValueError(f"{address!r} is not host:port")
+                raise ValueError(f"{address!r} must be host:port")
         if value == ():
-            raise ValueError("name at least one router")
+            raise ValueError("must list at least one router")
         return value

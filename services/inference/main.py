@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _journal(settings)
@@ -56,7 +55,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         otlp_endpoint=settings.otlp_endpoint,
         instance=settings.worker_id,
     )
-    worker = Worker(settings.worker_id, store)
+    worker = Worker(settings.worker_id, store, settings.shared_memory_prefix)
     more = {
         **ModelControl(store).handlers(),
         **SharedMemoryControl(worker.memory).handlers(),
@@ -148,8 +147,16 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
         onnxruntime.preload_dlls()
     threads = settings.threads or cores.available()
 
+    caches = str((settings.state_dir / "engines").absolute())
+
     def open_model(files: ModelFiles) -> OnnxModel:
-        return OnnxModel(files, providers=providers, intra_op_threads=threads, max_batch_rows=settings.max_batch_rows)
+        return OnnxModel(
+            files,
+            providers=providers,
+            intra_op_threads=threads,
+            max_batch_rows=settings.max_batch_rows,
+            caches=caches,
+        )
 
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")
@@ -173,5 +180,4 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
 
 
 def main() -> None:
-    """`python -m services.inference`."""
     run(WorkerSettings, serve)

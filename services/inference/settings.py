@@ -44,6 +44,9 @@ class WorkerSettings(ServiceSettings):
         tempfile.gettempdir(),
         description="folder for a Unix socket, on which routers of this host reach it; empty: none",
     )
+    shared_memory_prefix: str = Field(
+        "", pattern="^[^/]*$", description="how the names of callers' shared memory objects begin"
+    )
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
     region: str = Field("", description="where it stands: routers prefer workers of their own region")
     zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")
@@ -71,7 +74,6 @@ class WorkerSettings(ServiceSettings):
         return models
 
     def model_source(self) -> ModelSource:
-        """The model repository. Raises RepositoryError."""
         if "://" in self.models:
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
@@ -88,5 +90,4 @@ class WorkerSettings(ServiceSettings):
         return connect(self.discovery_url)
 
     def advertised(self, port: int) -> str:
-        """The address at which routers reach this worker if it serves on `port`."""
         return self.advertise or f"{self.address.rpartition(':')[0]}:{port}"

@@ -28,7 +28,6 @@ _MANY_STRINGS = 1000
 
 
 def is_large(batch: BatchResult) -> bool:
-    """Whether to encode the response on a thread."""
     size = 0
     for array in batch.arrays:
         if array.dtype.hasobject and array.size > _MANY_STRINGS:

@@ -34,10 +34,10 @@ class _WithdrawnError(DeadlineExceededError):
 class Worker:
     """Runs requests on the held models. Independent of RPCs: results and failures are values."""
 
-    def __init__(self, worker_id: str, store: ModelStore) -> None:
+    def __init__(self, worker_id: str, store: ModelStore, shared_memory_prefix: str = "") -> None:
         self.worker_id = worker_id
         self.store = store
-        self.memory = SharedMemory()
+        self.memory = SharedMemory(shared_memory_prefix)
         self.accepting = True
         self._reader = RequestReader()
         self._decoder = RequestDecoder(self.memory)
@@ -95,7 +95,6 @@ class Worker:
         return build_results(held, requests, batches, start)
 
     async def _request(self, work: Work) -> SplitResult:
-        """One request of an envelope, on the event loop."""
         start = time.time_ns()
         name = ""
         try:

@@ -45,7 +45,6 @@ class Completion(Generic[Result]):
         self._callback = callback
 
     def __await__(self) -> Generator[Any, None, Result]:
-        """Returns the result. Raises CancelledError if the task was cancelled."""
         if not self._is_done:
             self._asyncio_future_blocking = True
             yield self
@@ -56,7 +55,6 @@ class Completion(Generic[Result]):
         return self._is_done
 
     def cancelled(self) -> bool:
-        """Whether its waiter was cancelled."""
         return self._is_cancelled
 
     def result(self) -> Result:
@@ -71,7 +69,6 @@ class Completion(Generic[Result]):
         return None
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """Returns the running event loop."""
         return asyncio.get_running_loop()
 
     def add_done_callback(self, waiter: Callable[[Any], object], *, context: Context | None = None) -> None:
@@ -81,14 +78,12 @@ class Completion(Generic[Result]):
             self._wake()
 
     def remove_done_callback(self, waiter: Callable[[Any], object]) -> int:
-        """Returns the number of callbacks removed."""
         if self._waiter is None or self._waiter[0] != waiter:
             return 0
         self._waiter = None
         return 1
 
     def cancel(self, msg: object = None) -> bool:
-        """Cancels it; returns False if it was done already."""
         if self._is_done:
             return False
         self._is_done = self._is_cancelled = True

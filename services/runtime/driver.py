@@ -70,7 +70,6 @@ class Promise(Generic[Result]):
                 driver.resume(self)
 
     def add(self, driver: Driver) -> None:
-        """Registers the driver of a coroutine that awaits this."""
         if self._first is None:
             self._first = driver
         elif self._others is None:

@@ -45,7 +45,6 @@ class RingmeshError(Exception):
             self.kind = kind
 
     def to_failure(self) -> inference_pb2.Failure:
-        """Returns the error as an envelope carries it."""
         return inference_pb2.Failure(code=self.code.value[0], message=self.message, field=self.field, kind=self.kind)
 
 

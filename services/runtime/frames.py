@@ -62,7 +62,6 @@ class Frames(asyncio.Protocol):
         raise NotImplementedError
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Sends a frame; does nothing if the connection has ended."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
 
@@ -72,20 +71,16 @@ class Frames(asyncio.Protocol):
         self._send_parts_soon()
 
     def drop_large(self, number: int) -> None:
-        """Drops the unsent parts of a cancelled call."""
         self._large = deque([large for large in self._large if large.number != number])
 
     @property
     def is_sending(self) -> bool:
-        """Whether there are parts left to be sent."""
         return bool(self._large)
 
     def pause_writing(self) -> None:
-        """Called by asyncio."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Called by asyncio."""
         self._is_paused = False
         self._send_parts_soon()
 
@@ -105,17 +100,14 @@ class Frames(asyncio.Protocol):
             self._send_parts_soon()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
         self.transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio."""
         self.transport = None
         self._large.clear()
         self.ended(f"the connection ended: {error}" if error else "the connection ended")
 
     def data_received(self, data: bytes) -> None:
-        """Called by asyncio."""
         if self._skipped:
             skipped = min(self._skipped, len(data))
             self._skipped -= skipped
@@ -173,7 +165,6 @@ class _Large:
         self._offset = 0
 
     def part(self) -> bytes:
-        """Returns the next PART_BYTES, or all that is left."""
         wanted = min(PART_BYTES, self.left)
         self.left -= wanted
         taken: list[bytes] = []

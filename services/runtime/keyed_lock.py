@@ -16,7 +16,6 @@ class KeyedLock:
 
     @asynccontextmanager
     async def hold(self, key: Hashable) -> AsyncIterator[None]:
-        """Waits for the lock of `key` and holds it."""
         lock = self._locks.setdefault(key, asyncio.Lock())
         self._asked[key] = self._asked.get(key, 0) + 1
         try:
@@ -28,5 +27,4 @@ class KeyedLock:
                 del self._locks[key], self._asked[key]
 
     def __len__(self) -> int:
-        """The number of keys held or waited for."""
         return len(self._locks)

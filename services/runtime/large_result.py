@@ -34,28 +34,23 @@ class SplitResult:
 
     @property
     def message(self) -> inference_pb2.WorkResult:
-        """The result without its response."""
         if self._message is None:
             self._message = inference_pb2.WorkResult.FromString(self.serialized)
         return self._message
 
     @property
     def timing(self) -> inference_pb2.Timing:
-        """The message's timing."""
         return self.message.timing
 
     @property
     def model_digest(self) -> bytes:
-        """The message's model digest."""
         return self.message.model_digest
 
     @property
     def failure(self) -> inference_pb2.Failure:
-        """The message's failure."""
         return self.message.failure
 
     def HasField(self, name: str) -> bool:  # noqa: N802, as of the message
-        """Whether the message has this field."""
         return self.message.HasField(name)  # type: ignore[arg-type]
 
 
@@ -161,7 +156,6 @@ class _Reader:
         raise ValueError("a number without an end")
 
     def value(self, tag: int) -> bytes:
-        """Returns the value after `tag`, as it is encoded."""
         kind = tag & 7
         if kind == _VARINT:
             return wire.varint(self.varint())

@@ -87,7 +87,6 @@ def check_list(data: bytes) -> None:
 
 
 def check_size(data: bytes) -> None:
-    """Raises ResourceExhaustedError if a request without tensor data is larger than MAX_PLAIN_BYTES."""
     if len(data) > MAX_PLAIN_BYTES:
         raise ResourceExhaustedError(
             f"the request has {len(data)} bytes; one of this method has at most {MAX_PLAIN_BYTES}", kind="too_large"

@@ -25,7 +25,6 @@ class Flight(Promise[Result]):
         self.driver: Driver | None = None
 
     def end(self, outcome: Result | BaseException) -> None:
-        """Passes the result or the error to all waiters."""
         self.driver = None
         if self._flights.get(self._key) is self:
             del self._flights[self._key]
@@ -62,11 +61,9 @@ class SingleFlight(Generic[Result]):
         return len(self._flights)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether work with `key` is in flight."""
         return key in self._flights
 
     def get(self, key: bytes) -> Flight[Result] | None:
-        """Returns the work in flight, to be awaited in a driven coroutine."""
         return self._flights.get(key)
 
     def start(self, key: bytes, work: Coroutine[Any, Any, Result]) -> Promise[Result]:

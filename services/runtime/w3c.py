@@ -53,7 +53,6 @@ def packed(traceparent: str) -> bytes:
 
 
 def traceparent(trace_id: str, span_id: str, sampled: bool) -> str:
-    """Returns the header to send on, so that `span_id` becomes the parent at the receiver."""
     return f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"
 
 

@@ -18,7 +18,7 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.transport.worker_client import Work, WorkerClient
+from router.transport.worker_client import EnvelopeItem, WorkerClient
 from router.transport.worker_load import WorkerLoad
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.runtime.rpc.rpc import Answer, Service
@@ -31,7 +31,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 
     async def two_hop(request, context):
         answered = asyncio.get_running_loop().create_future()
-        link.send(b"", Work(request, b"", None, ""), answered.set_result)
+        link.send(b"", EnvelopeItem(request, b"", None, "", answered.set_result))
         return (await answered).response
 
     async def execute(data, metadata, deadline):

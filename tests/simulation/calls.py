@@ -21,6 +21,8 @@ class Call:
         self.world = world
         self.number = number
         self.router = router
+        # The process of the router that gets the request.
+        self.process = router.process
         self.kind = kind
         self.rows = np.asarray(rows, np.float32).reshape(-1, COLUMNS)
         self.tenant = tenant
@@ -77,7 +79,7 @@ class Call:
         world = self.world
         self.sent_ns = clock.now_ns
         world.trace("send", self, self.control, self.timeout)
-        process = self.router.process
+        process = self.process
         if not process.alive or self.router.fleet is None:
             self.lose()
             return
@@ -103,12 +105,12 @@ class Call:
             self.cancelled = True
             self.ended_ns = clock.now_ns
             self.world.trace("leave", self)
-            self.router.process.call(self.router.cancel, self)
+            self.process.call(self.router.cancel, self)
 
     def answered_by_router(self, answered):
         """Records and judges the router's answer; runs in the router's process."""
         world = self.world
-        if self.cancelled:
+        if self.cancelled or not self.process.alive:
             return
         if self.code:
             world.violated(f"{self} is answered twice")

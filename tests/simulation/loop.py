@@ -1,7 +1,7 @@
 """An event loop without sockets, shared by many simulated processes; waiting takes no real time.
 
 Each callback belongs to the process in whose context it was scheduled. Callbacks of a stopped or busy process wait.
-Callbacks of a killed process never run.
+Callbacks of a killed process wait for ever: freeing them could free coroutines, whose `finally` blocks would run.
 """
 
 import asyncio
@@ -30,11 +30,12 @@ class Process:
         self.alive = True
         self.stopped = False
         self.busy_until_ns = 0
-        # Callbacks that could not run because the process was stopped or busy, in order.
+        # Callbacks that could not run because the process was stopped, busy or dead, in order.
         self.frozen = []
         self.died = []
         self.context = contextvars.Context()
         self.context.run(PROCESS.set, self)
+        loop.processes.append(self)
 
     @property
     def runs(self):
@@ -54,7 +55,6 @@ class Process:
 
     def kill(self):
         self.alive = False
-        self.frozen.clear()
         for died in self.died:
             died()
 
@@ -85,6 +85,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers = []
         self._sequence = 0
         self._held = held
+        self.processes = []
         self.tasks = []
         self.errors = []
         # Unix sockets by path.
@@ -135,9 +136,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _run_on_thread(self, pool, job):
         process, future, function, args = job
-        if not process.alive:
-            return
-        if process.stopped:
+        if process.stopped or not process.alive:
             process.frozen.append(events.Handle(self._run_on_thread, (pool, job), self, NOBODY))
             return
         try:
@@ -204,8 +203,7 @@ class SimLoop(asyncio.BaseEventLoop):
         context = handle._context
         process = context.get(PROCESS)
         if process is not None and not process.runs:
-            if process.alive:
-                process.frozen.append(handle)
+            process.frozen.append(handle)
             return
         try:
             context.run(handle._callback, *handle._args)
@@ -226,9 +224,12 @@ class SimLoop(asyncio.BaseEventLoop):
         return await self.sockets[path].connect(factory)
 
     def abandon(self):
-        """Discards all remaining tasks and callbacks without warnings."""
-        self.ready.clear()
-        self._timers.clear()
+        """Kills all processes and closes what is left of their coroutines, without warnings.
+
+        Closing a coroutine runs its `finally` blocks, outside a running loop: nothing they do or say may be counted.
+        """
+        for process in self.processes:
+            process.kill()
         sys.unraisablehook, hook = _ignore, sys.unraisablehook
         warnings.simplefilter("ignore", RuntimeWarning)
         try:

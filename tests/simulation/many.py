@@ -8,6 +8,7 @@ import time
 from tests import installation
 
 _CHUNK = 8
+_PROGRESS = 5000
 
 
 def prepare():
@@ -51,6 +52,8 @@ def run(options, tell):
                 if result.violations:
                     failed += 1
                     tell(result, options.plan)
+                if seeds % _PROGRESS == 0:
+                    print(f"{seeds} seeds, {failed} failed, {time.perf_counter() - began:.0f} s", flush=True)
             if failed and options.until_found:
                 break
         pool.terminate()

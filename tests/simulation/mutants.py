@@ -65,6 +65,10 @@ MUTANTS = {
     "queue timeout": {
         "services.inference.scheduling.request_queue": [("        if at < self._timer_at:\n", "        if False:\n")]
     },
+    # A Redis that stopped answering stopped discovery for ever.
+    "silent redis": {
+        "services.runtime.redis.discovery": [(', "socket_timeout": TIMEOUT_SECONDS}', "}")],
+    },
     # A process that purged assumed that it already knew all earlier purges of others.
     "purges at once": {
         "cache.keys.invalidation": [

@@ -1,8 +1,8 @@
 """The network between routers and workers: connections between simulated processes.
 
 Data sent over a connection arrives in order, after a delay. While the way is dark (partitioned), data is held back. It
-arrives when the way is light again, or never, as with TCP. If a process dies, the other end of its connections notices,
-unless the way is dark.
+arrives when the way is light again, or never, as with TCP. A dead process sends nothing; the other end of its
+connections notices its death, unless the way is dark.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ from asyncio import events
 import grpc
 
 from router.transport.grpc_channel import CONNECT_SECONDS, CallError, outcome
-from router.transport.local_channel import LocalChannel
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Failure
 from tests.simulation.clock import clock
@@ -38,8 +37,10 @@ class Way:
             ns += random.randint(0, 3 * _MS)
         return int(ns * self.slow)
 
-    def deliver(self, connection, function, *args):
-        """Calls `function` at the other end of `connection`, after a delay and in order."""
+    def deliver(self, sender, connection, function, *args):
+        """Calls `function` at the other end of `connection`, after a delay and in order, unless `sender` is dead."""
+        if not sender.alive:
+            return
         at_ns = max(clock.ns() + self.delay_ns(), connection.last_ns)
         connection.last_ns = at_ns
         self.network.loop.call_at_ns(at_ns, self._arrive, connection, function, args, context=NOBODY)
@@ -78,22 +79,6 @@ class Network:
         if found is None:
             found = self.ways[router, address] = Way(self, f"{router}>{address}")
         return found
-
-    def channels(self, process):
-        """Returns the channels of the router in `process`."""
-        return _Channels(self, process)
-
-
-class _Channels:
-    def __init__(self, network, process):
-        self._network = network
-        self._process = process
-
-    def channel(self, address):
-        return SimChannel(self._network, self._process, address)
-
-    def local(self):
-        return LocalChannel()
 
 
 class _Connection:
@@ -178,7 +163,7 @@ class SimChannel:
             async with asyncio.timeout(seconds):
                 connection = await self._connect() if self._connection is None else self._connection
                 answered = asyncio.get_running_loop().create_future()
-                self._way.deliver(connection, self._pinged, connection, answered)
+                self._way.deliver(self._process, connection, self._pinged, connection, answered)
                 await answered
         except (TimeoutError, CallError):
             return False
@@ -189,14 +174,11 @@ class SimChannel:
         if process.stopped:
             process.frozen.append(events.Handle(self._pinged, (connection, answered), self._network.loop, NOBODY))
         elif process.alive:
-            self._way.deliver(connection, self._process.call, _set, answered)
+            self._way.deliver(process, connection, self._process.call, _set, answered)
 
     def drop(self):
         if self._connection is not None:
             self._connection.reset()
-
-    async def close(self):
-        self.drop()
 
     async def _connect_first(self, call):
         try:
@@ -241,7 +223,7 @@ class SimChannel:
     def _send(self, connection, call):
         call.connection = connection
         connection.calls[call.number] = call
-        self._way.deliver(connection, self._arrive, connection, call)
+        self._way.deliver(self._process, connection, self._arrive, connection, call)
 
     def _arrive(self, connection, call):
         connection.server.process.call(connection.server.receive, call, lambda answer: self._answer(call, answer))
@@ -249,7 +231,8 @@ class SimChannel:
     def _answer(self, call, answer):
         """Sends the server's answer back; runs on the server."""
         call.task = None
-        self._way.deliver(call.connection, self._return, call, answer)
+        connection = call.connection
+        self._way.deliver(connection.server.process, connection, self._return, call, answer)
 
     def _return(self, call, answer):
         self._process.call(self._ended, call, answer)
@@ -264,7 +247,7 @@ class SimChannel:
             if call.task is not None:
                 call.task.cancel()
         elif connection.calls.pop(call.number, None) is not None and connection.open:
-            self._way.deliver(connection, self._cancelled, connection, call)
+            self._way.deliver(self._process, connection, self._cancelled, connection, call)
 
     def _cancelled(self, connection, call):
         connection.server.process.call(_cancel_task, call)

@@ -253,6 +253,9 @@ def redis_faults(world):
     world.play(4)
     _traffic(world, 20, 0.5, pool=10, wrong=0, cancels=0)
     world.play(0.5)
+    if world.announced:
+        # Workers that were cut off must announce themselves again, and routers must read it.
+        random.choice(world.workers).move()
 
 
 def _harm_redis(world, redis, what):

@@ -3,11 +3,13 @@
 A connection from redis_client.lent_connection speaks the Redis protocol.
 """
 
+import asyncio
 from collections import OrderedDict
 
 from hiredis import Reader
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.keys import invalidation as purge_board
 from cache.policy import leases
@@ -15,6 +17,7 @@ from cache.regions import valuable
 from tests.simulation.clock import clock
 from tests.simulation.loop import NOBODY, PROCESS
 
+REDIS_URL = "redis://redis:6379"
 _EPOCH_MS = 1_800_000_000_000
 
 
@@ -46,7 +49,7 @@ class Redis:
 
     def client(self, settings):
         """Returns a client for the current process; replaces redis_client.one_server."""
-        return Client(self, PROCESS.get())
+        return Client(self, PROCESS.get(), settings.get("socket_timeout"))
 
     def restart(self, *, empty):
         self.generation += 1
@@ -339,11 +342,15 @@ class Connection:
 
 
 class Client:
-    """Replaces redis.asyncio.Redis in one process; it is also its own connection pool."""
+    """Replaces redis.asyncio.Redis in one process; it is also its own connection pool.
 
-    def __init__(self, server, process):
+    `seconds` is how long it waits for a reply (redis-py's `socket_timeout`); None: for ever.
+    """
+
+    def __init__(self, server, process, seconds):
         self.server = server
         self.process = process
+        self.seconds = seconds
         self.connection_pool = self
 
     def make_connection(self):
@@ -418,7 +425,11 @@ class Client:
             self.process.call_at(clock.ns() + self.delay_ns(), _settle, replies, made)
 
         loop.call_at_ns(clock.ns() + self.delay_ns(), at_the_server, context=NOBODY)
-        made = await replies
+        try:
+            async with asyncio.timeout(self.seconds):
+                made = await replies
+        except TimeoutError:
+            raise RedisTimeoutError("no reply in time") from None
         if isinstance(made, Exception):
             raise made
         return made

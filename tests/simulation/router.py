@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from functools import partial
 
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
@@ -26,6 +27,7 @@ from router.request.replies import Replies
 from router.settings import RouterSettings
 from services.runtime import faults
 from services.runtime.driver import Driver
+from services.runtime.redis import discovery
 from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
@@ -33,6 +35,8 @@ from services.runtime.telemetry.spans import Process as TracedProcess
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import Tracer
 from tests.simulation.loop import Process
+from tests.simulation.network import SimChannel
+from tests.simulation.redis import REDIS_URL
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +84,13 @@ class SimRouter:
         self.mesh = mesh = settings.create_mesh(secret)
         hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
         addresses = [worker.address for worker in world.workers]
-        source = AnnouncedWorkers(world.redis.client({})) if world.announced else _Listed(addresses)
+        source = AnnouncedWorkers(discovery.connect(REDIS_URL)) if world.announced else _Listed(addresses)
         self.fleet = fleet = Fleet(
             [],
             lambda _: None,
             clock=time.monotonic,
             sources={"simulation": source},
-            channels=world.network.channels(self.process),
+            open_channel=partial(SimChannel, world.network, self.process),
         )
         self.requests = requests = RequestMetrics()
         self.limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
@@ -95,7 +99,13 @@ class SimRouter:
         report = LoadReport(requests.answers, cores=1)
         audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
-        cost = Cost(Prices(0.0, 0.0), requests, fleet.provider, lambda: mesh.local.counters.bytes, time.monotonic)
+        cost = Cost(
+            Prices(0.0, 0.0),
+            requests,
+            lambda model, version: fleet.view.catalog.find(model, version).provider,
+            lambda: mesh.local.counters.bytes,
+            time.monotonic,
+        )
         replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report, None)
         self.path = RequestPath(
             fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Budgets()

@@ -20,7 +20,9 @@ class Result(NamedTuple):
     seconds: float
 
 
-# Seeds between garbage collections; a collection takes as long as a small seed.
+# Seeds between garbage collections; a collection takes as long as a small seed. It frees coroutines, whose `finally`
+# blocks run, so it happens between seeds only.
+gc.disable()
 _COLLECTED_EVERY = 16
 _seeds = 0
 
@@ -31,10 +33,14 @@ def run(seed, plan="", show=None):
     began = real_cpu_seconds()
     world = World(seed, show=show)
     name = plan or plans.choose(world)
-    world.run(plans.PLANS[name][0])
-    result = Result(
-        seed, name, world.violations, world.events, len(world.calls), world.digest, real_cpu_seconds() - began
-    )
+    try:
+        world.run(plans.PLANS[name][0])
+        result = Result(
+            seed, name, [*world.violations], world.events, len(world.calls), world.digest, real_cpu_seconds() - began
+        )
+    finally:
+        # After the result, so that no coroutine that is closed now can change it.
+        world.loop.abandon()
     del world
     _seeds += 1
     if _seeds % _COLLECTED_EVERY == 1:

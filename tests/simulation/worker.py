@@ -6,12 +6,13 @@ from services.inference.api.control import ModelControl
 from services.inference.api.envelope_socket import EnvelopeSocket, _Connection
 from services.inference.api.service import EnvelopeService, Locality
 from services.inference.worker import Worker
-from services.runtime.redis.discovery import Announcer
+from services.runtime.redis import discovery
 from services.runtime.rpc.calls import Calls
 from services.runtime.telemetry.worker_spans import EXECUTE
 from tests.simulation.loop import Process, Threads
 from tests.simulation.model import open_model
 from tests.simulation.network import Server
+from tests.simulation.redis import REDIS_URL
 from tests.simulation.sockets import Socket
 from tests.simulation.state import Decisions, Snapshots, Store
 
@@ -57,6 +58,12 @@ class SimWorker:
             self.process.kill()
             self.world.loop.sockets.pop(self._path, None)
 
+    def move(self):
+        """Kills the process and starts a new one at another address, as a cluster does with a pod."""
+        self.kill("move")
+        self.address = f"10.0.2.{self.starts}:{_PORT}"
+        self.start()
+
     @property
     def _path(self):
         return f"/sockets/{self.worker_id}/{self.starts}"
@@ -85,7 +92,7 @@ class SimWorker:
             process, _PORT, _WORKER + "Execute", service.fast_paths["Execute"], handlers, self._lied
         )
         if world.redis is not None and world.announced:
-            Announcer(world.redis.client({}), lambda: envelopes.announcement(self.address)).start()
+            discovery.Announcer(discovery.connect(REDIS_URL), lambda: envelopes.announcement(self.address)).start()
         self.worker = worker
         world.trace("up", self.worker_id)
 

@@ -52,20 +52,20 @@ def test_the_fleet_page_names_every_part(stack, console):
 def test_a_trace_that_is_not_there_is_said_in_words(console):
     status, _, page = get(f"{console}/traces/{'0' * 32}")
     assert status == 404
-    assert "is not here" in page
+    assert "is not stored" in page
     assert "Traceback" not in page
 
 
 def test_a_search_for_no_number_is_answered_in_words(console):
     status, _, page = get(f"{console}/traces?min_ms=fast")
     assert status == 200
-    assert "“fast” is no number" in page
+    assert "“fast” is not a number" in page
 
 
 def test_a_page_that_does_not_exist_is_said_in_words(console):
     status, headers, page = get(f"{console}/nowhere")
     assert (status, headers.get_content_type()) == (404, "text/html")
-    assert "There is no /nowhere here." in page
+    assert "There is no page /nowhere." in page
 
 
 def test_what_a_span_says_is_shown_and_never_run(stack, console):
@@ -123,9 +123,9 @@ def test_a_console_without_a_router_says_so(engine):
         engine=engine,
     )
     try:
-        texts = ("No router answers", "Router is down", "nothing listens there", "Process is silent")
+        texts = ("No router answers", "Router is down", "nothing listens there", "Process has no metrics")
         eventually(lambda: shows(f"http://{pages}/", *texts))
-        assert shows(f"http://{pages}/traces", "No trace has come yet")
+        assert shows(f"http://{pages}/traces", "No traces yet")
     finally:
         processes.stop(started)
     assert started.process.returncode == 0
@@ -136,7 +136,14 @@ PAGES = {
     "/models/mlp": ("worker-0", "worker-1", "FP32", "[-1, 64]", "answers are cached"),
     "/models/random": ("not cached because",),
     "/cache": ("router", "shared", "By model and tenant"),
-    "/objectives": ("Availability", "Latency", "99.9 %", "within 300 ms", "Burn rates as the routers count them", "3d"),
+    "/objectives": (
+        "Availability",
+        "Latency",
+        "99.9 %",
+        "within 300 ms",
+        "Burn rates as the routers measure them",
+        "3d",
+    ),
     "/cost": ("By model", "By tenant", "USD a month", "A million requests", "0.00001 USD a second of CPU"),
     "/try?model=mlp": ("Send", "FP32, any"),
 }
@@ -171,7 +178,7 @@ def test_a_request_is_built_and_sent(stack, console):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"shape:x": "one"}, "the shape is whole numbers"),
+        ({"shape:x": "one"}, "the shape must be whole numbers"),
         ({"shape:x": "1, -64"}, "no negative sizes"),
         ({"values:x": "[1, 2]"}, "64 in all"),
         ({"values:x": "{"}, "a JSON list"),
@@ -190,7 +197,7 @@ def test_what_is_no_request_is_said_in_words(stack, console, fields, words):
 @pytest.mark.parametrize("origin", [{}, {"Origin": "http://evil.example"}, {"Origin": "null"}])
 def test_what_another_site_sends_is_refused(stack, console, origin):
     status, text = post(f"{console}/try", origin, model="mlp")
-    assert (status, text) == (403, "only this console's own pages may send this\n")
+    assert (status, text) == (403, "this request must come from one of the console's own pages\n")
 
 
 def test_a_form_that_is_too_large_is_refused(stack, console):
@@ -212,8 +219,8 @@ def test_a_purge_is_confirmed_in_words(stack, console):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "Say what to purge"),
-        ({"scope": "model"}, "Say what to purge"),
+        ({}, "Choose what to purge"),
+        ({"scope": "model"}, "Choose what to purge"),
         ({"scope": "key", "value": "z"}, "not a key"),
     ],
 )
@@ -222,4 +229,4 @@ def test_a_purge_of_nothing_is_said_in_words(stack, console, fields, words):
 
 
 def test_the_fleet_page_tells_what_changed(stack, console):
-    eventually(lambda: shows(f"{console}/", "What changed of late", "joined"))
+    eventually(lambda: shows(f"{console}/", "Recent changes", "joined"))

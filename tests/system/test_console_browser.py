@@ -331,7 +331,7 @@ def test_every_page_says_when_its_router_stops_answering_and_when_it_is_back(bro
         browser.wait(lambda: "does not answer" in browser.text("#live .notice"))
         for page in ("/cache", "/traces", "/objectives", "/cost"):
             browser.open(console + page)
-            assert "what it said last stands here" in browser.text("#live .notice")
+            assert "shows its last answer" in browser.text("#live .notice")
         browser.open(f"{console}/")
         assert "Router is down" in browser.text(".findings")
     finally:

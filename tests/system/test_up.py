@@ -207,12 +207,20 @@ def test_a_malformed_redis_url_is_refused(state, url):
     assert "is not a Redis URL" in refused("--state", str(state), "--port", "0", "--redis", url)
 
 
-def test_an_unreachable_redis_is_a_warning(state):
-    stack = start_stack(state, "--workers", "1", "--redis", "redis://:secret@127.0.0.1:1")
+def test_an_unreachable_redis_is_a_warning_and_its_password_is_shown_nowhere(state):
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
     assert "warning: the Redis of --redis does not answer" in stack.output
-    assert "secret" not in stack.output
     assert "valkey" not in stack.pids
+    assert "hunter2" not in "".join(str(process.cmdline()) for process in stack.tree())
     assert stop_stack(stack) == 0
+    assert b"hunter2" not in b"".join(path.read_bytes() for path in state.rglob("*") if path.is_file())
+
+
+def test_what_it_writes_is_for_its_user_only(running):
+    created = [path for path in Path(running.state).rglob("*") if path.parent.name in ("logs", "traces", "worker")]
+    created += [Path(running.state) / name for name in ("logs", "traces", "worker", "stack.json", "supervisor.pid")]
+    assert len(created) > 10
+    assert [path for path in created if path.stat().st_mode & 0o077] == []
 
 
 def test_a_ledger_that_cannot_start_is_a_warning(state, monkeypatch):

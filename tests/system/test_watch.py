@@ -8,10 +8,11 @@ import grpc
 import pytest
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from router.membership.events import MAX_WAITING, Event
 from router.membership.fleet import Fleet
-from router.membership.fleet_events import MAX_WAITING, Event
 from router.operator.service import OperatorService
 from services.runtime.rpc.server import Engine, Server
+from tests.unit.router.fleets import member
 
 pytestmark = [pytest.mark.proof, pytest.mark.both_engines]
 
@@ -60,7 +61,7 @@ async def subscribe(fleet, stub):
     reading = asyncio.ensure_future(call.read())
     async with asyncio.timeout(20):
         while not reading.done():
-            fleet.events.tell(Event.KIND_JOINED, "first", "")
+            fleet.events.publish(Event.KIND_JOINED, member("first"))
             await asyncio.sleep(0.01)
     return call
 
@@ -73,7 +74,7 @@ async def test_a_subscriber_that_does_not_read_is_told_that_it_missed_events_and
     async with asyncio.timeout(60):
         while sorted(waiting())[1] < MAX_WAITING:
             for number in range(told, told + BLOCK):
-                fleet.events.tell(Event.KIND_JOINED, f"worker-{number}", "x" * 200)
+                fleet.events.publish(Event.KIND_JOINED, member(f"worker-{number}", worker_id="x" * 200))
             told += BLOCK
             while (await reads.read()).address != f"worker-{told - 1}":
                 pass

@@ -25,7 +25,7 @@ def in_one_line(printed, words):
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """As `run`, in this process, which has imported the module: for settings that are refused when they are read."""
-    thresholds = gc.get_threshold()
+    thresholds, umask = gc.get_threshold(), os.umask(0o022)
 
     def run(module, **environment):
         for name in [name for name in os.environ if name.startswith("RINGMESH_")]:
@@ -38,6 +38,7 @@ def run_here(monkeypatch, capsys):
 
     yield run
     gc.set_threshold(*thresholds)
+    os.umask(umask)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +99,16 @@ def test_a_variable_wins_over_the_file_and_the_section_over_common(tmp_path, mon
     assert (settings.trace_ratio, settings.log_level, settings.workers) == (0.25, "ERROR", ("a:1",))
 
 
-def test_a_misspelt_name_in_the_file_is_told(run_here, tmp_path):
+def test_a_misspelt_name_in_the_file_is_told_without_its_value(run_here, tmp_path):
     file = tmp_path / "ringmesh.toml"
-    file.write_text("[router]\nworker = 'a:1'\n")
+    file.write_text("[router]\nkey_secrets = 'hunter2'\n")
     code, printed = run_here("router", CONFIG=str(file))
     assert code == 2
-    assert "WORKER" in printed
+    assert "KEY_SECRETS" in printed
+    assert "hunter2" not in printed
+
+
+def test_a_url_with_a_password_is_refused_without_showing_it(run_here):
+    code, printed = run_here("services.inference", MODELS="http://user:hunter2@host/models")
+    assert code == 2
+    assert "hunter2" not in printed

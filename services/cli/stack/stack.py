@@ -19,6 +19,7 @@ from services.cli.stack import probes
 from services.cli.stack.child import Child, ChildSpec
 from services.cli.stack.ports import Ports, address
 from services.runtime.machine import cores
+from services.runtime.redacted import without_credentials
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _START_SECONDS = 300.0
@@ -313,15 +314,14 @@ class Stack:
             "workers": options.workers,
             "metrics": options.metrics,
             "console": options.console,
-            "redis_url": options.redis_url,
-            "models": options.models,
+            "redis_url": without_credentials(options.redis_url),
+            "models": without_credentials(options.models),
             "traces": str(options.traces.absolute()),
             "processes": {name: child.pid for name, child in self._children.items()},
         }
         path = options.state / "stack.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_suffix(".partial")
-        partial_file.touch(mode=0o600)  # a Redis URL can contain a password
         partial_file.write_text(json.dumps(description, indent=2) + "\n")
         partial_file.replace(path)
 

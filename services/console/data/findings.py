@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal, TypeAlias
 from urllib.parse import quote, urlencode
 
-from services.console.data.fleet_watch import FleetView
-from services.console.data.history import History
+from services.console.data import overview
+from services.console.data.fleet_watch import FleetSnapshot
+from services.console.data.history import History, Labels
 from services.console.data.overview import ATTEMPT, LOOP_LAG, REQUESTS, SERVER_FAULTS, STAGE
 from services.console.data.trace_store import TraceStore
 from services.console.data.units import number, percent, seconds
@@ -42,10 +44,14 @@ class Finding:
     where: str
     detail: str
     link: str
-    link_text: str
+
+    @property
+    def link_text(self) -> str:
+        """The text of the link."""
+        return re.split("[/#?]+", self.link)[1]
 
 
-def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str, str]) -> list[Finding]:
+def find(view: FleetSnapshot, history: History, traces: TraceStore, silent: dict[str, str]) -> list[Finding]:
     """Returns all findings, the most severe first. `silent`: why there are no metrics, by process."""
     found = [
         *_routers(view),
@@ -62,43 +68,41 @@ def find(view: FleetView, history: History, traces: TraceStore, silent: dict[str
     return sorted(found, key=lambda finding: ("critical", "warning", "note").index(finding.severity))
 
 
-def _routers(view: FleetView) -> Iterator[Finding]:
+def _routers(view: FleetSnapshot) -> Iterator[Finding]:
     for router in view.routers:
-        if router.problem and router.problem != "not asked yet":
+        if router.is_down:
             yield Finding(
                 "critical",
                 "Router is down",
                 f"router {router.address}",
-                f"{router.address}: {router.problem}. What stands below is what it said last.",
+                f"{router.address}: {router.problem}. The values below are from its last answer.",
                 "/#routers",
-                "routers",
             )
 
 
-def _workers(view: FleetView) -> Iterator[Finding]:
+def _workers(view: FleetSnapshot) -> Iterator[Finding]:
     if view.router is None:
         return
     workers = view.workers.values()
-    out = {worker.id or worker.address: worker for worker in workers if not worker.healthy}
-    last = "" if len(out) < len(workers) else " No other can take its place: requests fail."
-    for names in _alike([*out]):
-        first = out[names[0]]
+    unhealthy = {worker.id or worker.address: worker for worker in workers if not worker.healthy}
+    rest = len(workers) - len(unhealthy)
+    effect = "The next worker on the ring gets its keys." if rest else "No worker is left: requests fail."
+    for names in _alike([*unhealthy]):
+        first = unhealthy[names[0]]
         yield Finding(
             "critical",
             "Worker gets no requests" if len(names) == 1 else "Workers get no requests",
             _named("worker", names),
-            f"{first.address}: {first.reason}. Its keys go to the next in rank.{last}",
+            f"{first.address}: {first.reason}. {effect}",
             "/#workers",
-            "workers",
         )
     if not workers:
         yield Finding(
             "critical",
             "The ring is empty",
             "router",
-            "The router knows no worker: RINGMESH_WORKERS names them.",
+            "The router knows no worker. RINGMESH_WORKERS lists them.",
             "/#workers",
-            "workers",
         )
 
 
@@ -112,58 +116,55 @@ def _redis(history: History) -> Iterator[Finding]:
             "Redis is down",
             f"shared cache tier, seen by {', '.join(skipped)}",
             "Look-ups failed or were too slow, so the breaker is open and the shared tier is skipped. "
-            "Requests are answered, but what another process computed is computed again.",
+            "Requests are answered, but results that another process has computed are computed again.",
             "/cache#shared",
-            "cache",
         )
         return
     for (target,), count in failures.items():
         if count >= _FAILING_A_MINUTE * _WINDOW / 60:
             yield Finding(
                 "warning",
-                "Redis fails at times",
+                "Redis fails sometimes",
                 f"shared cache tier, seen by {target}",
-                f"{number(count)} look-ups or fills were given up in the last {seconds(_WINDOW)}.",
+                f"{number(count)} look-ups or fills failed in the last {seconds(_WINDOW)}.",
                 "/cache#shared",
-                "cache",
             )
 
 
 def _slow_workers(history: History) -> Iterator[Finding]:
     """Compares each worker with the median of the others, by compute time of a model or by time beyond its work."""
-    total = history.increase(f"{STAGE}_sum", _WINDOW, ("model", "version", "target"), stage="compute")
-    count = history.increase(f"{STAGE}_count", _WINDOW, ("model", "version", "target"), stage="compute")
-    means: dict[tuple[str, str], dict[str, float]] = {}
-    for (model, version, target), runs in count.items():
-        if runs >= _SLOW_RUNS:
-            means.setdefault((model, version), {})[target] = total.get((model, version, target), 0.0) / runs
+    by = ("model", "version", "target")
+    runs = history.increase(f"{STAGE}_count", _WINDOW, by, stage="compute")
+    means: dict[Labels, dict[str, float]] = {}
+    for key, mean in overview.means(history, STAGE, _WINDOW, by, stage="compute").items():
+        if runs[key] >= _SLOW_RUNS:
+            means.setdefault(key[:2], {})[key[2]] = mean
     worst: dict[str, tuple[float, str]] = {}
     for (model, _), by_target in means.items():
         for target, mean in by_target.items():
             others = [other for name, other in by_target.items() if name != target]
             if others and mean > _SLOW_FACTOR * median(others) and mean > 1e-3:
                 factor = mean / median(others)
-                said = f"{model} takes {seconds(mean)} there and {seconds(median(others))} on the others"
+                detail = f"{model} takes {seconds(mean)} there and {seconds(median(others))} on the others"
                 if target not in worst or factor > worst[target][0]:
-                    worst[target] = (factor, said)
-    beside = _beside_work(history)
-    for worker, mean in beside.items():
-        usual = median([other for name, other in beside.items() if name != worker] or [math.inf])
+                    worst[target] = (factor, detail)
+    extra = _beyond_work(history)
+    for worker, mean in extra.items():
+        usual = median([other for name, other in extra.items() if name != worker] or [math.inf])
         if worker not in worst and mean > max(_SLOW_FACTOR * usual, _STALLED_SECONDS):
-            said = f"its answers come {seconds(mean)} later than its work explains, {seconds(usual)} on the others"
-            worst[worker] = (mean / max(usual, 1e-6), said)
-    for target, (factor, said) in worst.items():
+            detail = f"its answers take {seconds(mean)} beyond its work, {seconds(usual)} on the others"
+            worst[worker] = (mean / max(usual, 1e-6), detail)
+    for target, (factor, detail) in worst.items():
         yield Finding(
             "warning",
             "Worker is slow",
             f"worker {target}",
-            f"{said}: {factor:.1f} times as long. Another program on its cores, throttling, or swapping would show so.",
+            f"{detail}: {factor:.1f} times as long. Possible causes: other programs on its cores, throttling, swap.",
             f"/traces?{urlencode({'worker': target, 'sort': 'slowest'})}",
-            "its traces",
         )
 
 
-def _beside_work(history: History) -> dict[str, float]:
+def _beyond_work(history: History) -> dict[str, float]:
     """Returns, by worker, the mean seconds of an attempt that were spent in transit or while the worker did not run."""
     total, count = (history.increase(f"{ATTEMPT}_{part}", _WINDOW, ("worker",)) for part in ("sum", "count"))
     worked = history.increase(f"{STAGE}_sum", _WINDOW, ("target",))
@@ -188,20 +189,22 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
             failed = {(model, tenant): count for model in names for tenant, count in models[model].items()}
             # Requests for unknown models are counted under OTHER.
             known = [model for model in names if model != OTHER]
-            told = [one for (model, of), one in last.items() if of == code and (model in known or OTHER in names)]
-            newest = max(told, key=lambda one: one.start_ns, default=None)
-            said = f" The last said: {newest.error}" if newest else ""
+            failures = [
+                one
+                for (model, last_code), one in last.items()
+                if last_code == code and (model in known or OTHER in names)
+            ]
+            newest = max(failures, key=lambda one: one.start_ns, default=None)
+            message = f" The last message: {newest.error}" if newest else ""
             count, all_asked = sum(failed.values()), sum(asked[who] for who in failed)
             text = {"model": known[0]} if len(known) == len(names) == 1 else {"text": code}
             yield Finding(
                 "critical" if code in SERVER_FAULTS else "warning",
                 "Requests fail" if code in SERVER_FAULTS else "Requests are refused",
-                f"{_named('model', known) or 'a model that nobody serves'}"
-                f"{_of(dict.fromkeys(tenant for _, tenant in failed))}",
+                f"{_named('model', known) or 'an unknown model'}{_of(dict.fromkeys(tenant for _, tenant in failed))}",
                 f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(count / all_asked)} of theirs) "
-                f"ended with {code}.{said}",
+                f"ended with {code}.{message}",
                 f"/traces?{urlencode({'status': 'error', **text})}",
-                "failed traces",
             )
 
 
@@ -222,27 +225,27 @@ def _named(kind: str, names: Sequence[str]) -> str:
     return f"{kind}{'' if len(names) == 1 else 's'} {which}" if names else ""
 
 
-def _models(view: FleetView) -> Iterator[Finding]:
-    out = {f"{model.name} {model.version}".rstrip(): model for model in view.models if model.state == "UNAVAILABLE"}
-    for names in _alike([*out]):
-        first = out[names[0]]
+def _models(view: FleetSnapshot) -> Iterator[Finding]:
+    unserved = {
+        f"{model.name} {model.version}".rstrip(): model for model in view.models if model.state == "UNAVAILABLE"
+    }
+    for names in _alike([*unserved]):
+        first = unserved[names[0]]
         yield Finding(
             "warning",
             "Model is not served" if len(names) == 1 else "Models are not served",
             _named("model", names),
             first.reason or "unloaded",
             f"/models/{quote(first.name)}",
-            "model",
         )
     for model in view.models:
-        if len({copy.digest for copy in model.copies}) > 1:
+        if len({copy.held.digest for copy in model.copies}) > 1:
             yield Finding(
                 "note",
                 "Workers differ",
                 f"model {model.name} {model.version}",
-                "Workers hold different content under one version; an answer is filed under what computed it.",
+                "Workers hold different content under one version. Cached answers are kept apart by content.",
                 f"/models/{quote(model.name)}",
-                "model",
             )
 
 
@@ -252,40 +255,37 @@ def _audit(history: History) -> Iterator[Finding]:
         if is_off:
             yield Finding(
                 "warning",
-                "Model does not repeat itself",
+                "Model gives different answers",
                 f"model {model} {version}",
-                "Cached answers were computed again and came out different, so the model left the cache: it is "
-                "right, and slower. A random operator that was not found, or a worker whose hardware computes wrongly.",
+                "Recomputed answers differed from the cached ones, so its answers are not cached any more: they are "
+                "correct, but slower. Possible causes: a random operator, or faulty hardware of a worker.",
                 f"/models/{quote(model)}",
-                "model",
             )
 
 
-def _cache(view: FleetView) -> Iterator[Finding]:
-    if view.cache.problem and view.cache.problem != "not asked yet":
+def _cache(view: FleetSnapshot) -> Iterator[Finding]:
+    if view.cache.is_down:
         yield Finding(
             "warning",
             "Cache service is down",
             f"cache {view.cache.address}",
             f"{view.cache.problem}. Routers use Redis themselves and do not need it; other services do.",
             "/cache",
-            "cache",
         )
 
 
 def _processes(history: History, silent: dict[str, str]) -> Iterator[Finding]:
     for name, problem in silent.items():
-        yield Finding("warning", "Process is silent", name, problem, "/#processes", "processes")
+        yield Finding("warning", "Process has no metrics", name, problem, "/#processes")
     lag = history.quantile(0.99, LOOP_LAG, _WINDOW, ("target",))
     for (target,), p99 in lag.items():
         if not math.isnan(p99) and p99 > _LAG_SECONDS:
             yield Finding(
                 "warning",
-                "Process is late",
+                "Process responds late",
                 target,
-                f"Its event loop calls back {seconds(p99)} late (p99): it is short of CPU or something blocks it.",
+                f"Its event loop calls back {seconds(p99)} late (p99): it lacks CPU time, or something blocks it.",
                 "/#processes",
-                "processes",
             )
 
 
@@ -293,9 +293,8 @@ def _background(history: History) -> Iterator[Finding]:
     for target, task, reason in history.last("ringmesh_background_failing", ("target", "task", "reason")):
         yield Finding(
             "warning",
-            "Work in the background fails",
+            "Background task fails",
             target,
-            f"Background task {task!r} keeps failing, and is begun again: {reason}",
+            f"Background task {task!r} keeps failing and is restarted: {reason}",
             "/#processes",
-            "processes",
         )

@@ -12,12 +12,12 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 _KEPT = 200
 _PAUSE_SECONDS = 2.0
 _Kind = router_pb2.WatchResponse.Kind
-_WORDS = {
+_VERBS = {
     _Kind.KIND_JOINED: "joined",
     _Kind.KIND_LEFT: "left",
-    _Kind.KIND_EJECTED: "is passed over",
-    _Kind.KIND_RESTORED: "is asked again",
-    _Kind.KIND_DRAINING: "is draining",
+    _Kind.KIND_EJECTED: "was ejected",
+    _Kind.KIND_RESTORED: "was restored",
+    _Kind.KIND_DRAINING: "drains",
 }
 
 
@@ -32,7 +32,7 @@ class FleetEvent:
     reason: str
 
 
-class FleetEvents:
+class EventFeed:
     """Keeps the newest events of one router's Watch stream, and reopens the stream when it ends."""
 
     def __init__(self, router: str, channel: grpc.aio.Channel) -> None:
@@ -48,18 +48,20 @@ class FleetEvents:
         """Reads the stream until cancelled. Returns if the router does not implement Watch."""
         while True:
             try:
-                async for told in self._stub.Watch(router_pb2.WatchRequest()):
-                    self._add(told)
+                async for change in self._stub.Watch(router_pb2.WatchRequest()):
+                    self._add(change)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     return
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _add(self, told: router_pb2.WatchResponse) -> None:
-        if told.kind not in _WORDS:
+    def _add(self, change: router_pb2.WatchResponse) -> None:
+        if change.kind not in _VERBS:
             # A joining worker reports each of its models; the models page shows these.
             return
-        event = FleetEvent(told.at_ms, self._router, told.worker_id or told.address, _WORDS[told.kind], told.reason)
+        event = FleetEvent(
+            change.at_ms, self._router, change.worker_id or change.address, _VERBS[change.kind], change.reason
+        )
         # A stream starts with the current state, which is known already after a reconnect.
         if event not in self._events:
             self._events.append(event)

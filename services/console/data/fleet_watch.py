@@ -15,7 +15,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from services.console.data.fleet_events import FleetEvent, FleetEvents
+from services.console.data.fleet_events import EventFeed, FleetEvent
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _ASK_SECONDS = 1.0
@@ -27,42 +27,36 @@ OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
-Answer = TypeVar("Answer")
+PENDING = "no answer yet"
+Response = TypeVar("Response")
 
 
 @dataclass(frozen=True, slots=True)
-class RouterView:
-    """The last answer of one router. `problem`: why it does not answer at present; "" if it does."""
+class ServiceView:
+    """The last answer of a router or the cache service. `problem`: why it does not answer at present; "" if it does."""
 
     address: str
-    problem: str = "not asked yet"
+    problem: str = PENDING
     workers: tuple[router_pb2.Worker, ...] = ()
     answered_at: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class CacheView:
-    """The last answer of the cache service."""
-
-    address: str
-    problem: str = "not asked yet"
-    stats: cache_pb2.StatsResponse | None = None
+    @property
+    def is_down(self) -> bool:
+        """Whether it was asked and does not answer."""
+        return self.problem not in ("", PENDING)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCopy:
-    """A model version on one worker.
-
-    `uncacheable`: why its answers are not cached; "" if they are. `batching`: whether its requests are batched, and the
-    result of the proof that rows are independent.
-    """
+    """A model version on one worker, as the worker describes it."""
 
     worker: str
-    provider: str
-    digest: str
-    uncacheable: str
-    max_batch_rows: int
-    batching: str = ""
+    held: inference_pb2.ModelVersion
+
+    @property
+    def uncacheable(self) -> str:
+        """Why its answers are not cached; "" if they are."""
+        return "" if self.held.cacheable else self.held.cacheable_reason or "not cacheable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +78,24 @@ class ModelView:
     @property
     def batching(self) -> str:
         """Whether requests are batched, as reported by a worker."""
-        return next((copy.batching for copy in self.copies if copy.batching), "")
+        return next((copy.held.batch_remark for copy in self.copies if copy.held.batch_remark), "")
 
     @property
     def providers(self) -> str:
         """The execution providers of ONNX Runtime, without the suffix ExecutionProvider."""
-        return ", ".join(sorted({copy.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
+        return ", ".join(sorted({copy.held.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
 
 
 @dataclass(frozen=True, slots=True)
-class FleetView:
-    """An immutable snapshot of the fleet."""
+class FleetSnapshot:
+    """The state of the fleet at one time."""
 
-    routers: tuple[RouterView, ...]
-    cache: CacheView
+    routers: tuple[ServiceView, ...]
+    cache: ServiceView
     models: tuple[ModelView, ...] = ()
 
     @property
-    def router(self) -> RouterView | None:
+    def router(self) -> ServiceView | None:
         """The first router that answers; None if none does."""
         return next((router for router in self.routers if not router.problem), None)
 
@@ -117,9 +111,9 @@ class FleetWatch:
 
     def __init__(self, routers: tuple[str, ...], cache: str) -> None:
         self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
-        self.view = FleetView(tuple(RouterView(address) for address in routers), CacheView(cache))
+        self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
-        self._events = [FleetEvents(address, self._channels[address]) for address in routers]
+        self._feeds = [EventFeed(address, self._channels[address]) for address in routers]
         self._tasks: list[asyncio.Task[None]] = []
 
     def channel(self, address: str) -> grpc.aio.Channel:
@@ -128,12 +122,12 @@ class FleetWatch:
 
     def start(self) -> None:
         """Starts polling, until `close`."""
-        self._tasks = [BACKGROUND.start("watch of the fleet", self._run)]
-        self._tasks += [BACKGROUND.start("events of a router", one.follow) for one in self._events]
+        self._tasks = [BACKGROUND.start("fleet polling", self._run)]
+        self._tasks += [BACKGROUND.start("events of a router", feed.follow) for feed in self._feeds]
 
     def events(self, count: int) -> list[FleetEvent]:
         """Returns up to `count` events of all routers, the newest first."""
-        newest = [event for one in self._events for event in one.newest(count)]
+        newest = [event for feed in self._feeds for event in feed.newest(count)]
         return sorted(newest, key=lambda event: event.at_ms, reverse=True)[:count]
 
     async def close(self) -> None:
@@ -147,25 +141,25 @@ class FleetWatch:
         while True:
             routers, cache = await asyncio.gather(
                 asyncio.gather(*(self._ask_router(router) for router in self.view.routers)),
-                self._ask_cache(self.view.cache),
+                self._ask_cache(self.view.cache.address),
             )
-            self.view = FleetView(tuple(routers), cache, self.view.models)
+            self.view = FleetSnapshot(tuple(routers), cache, self.view.models)
             if turn % _MODELS_EVERY == 0 or not self.view.models:
-                self.view = FleetView(tuple(routers), cache, await self._ask_models())
+                self.view = FleetSnapshot(tuple(routers), cache, await self._ask_models())
             turn += 1
             await asyncio.sleep(_ASK_SECONDS)
 
-    async def _ask_router(self, last: RouterView) -> RouterView:
+    async def _ask_router(self, last: ServiceView) -> ServiceView:
         stub = router_pb2_grpc.RouterServiceStub(self.channel(last.address))
         ring, problem = await ask(lambda: stub.GetRing(router_pb2.GetRingRequest(), timeout=_TIMEOUT))
         if ring is None:
-            return RouterView(last.address, problem, last.workers, last.answered_at)
-        return RouterView(last.address, "", tuple(ring.workers), time.time())
+            return ServiceView(last.address, problem, last.workers, last.answered_at)
+        return ServiceView(last.address, "", tuple(ring.workers), time.time())
 
-    async def _ask_cache(self, last: CacheView) -> CacheView:
-        stub = cache_pb2_grpc.CacheServiceStub(self.channel(last.address))
-        stats, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
-        return CacheView(last.address, problem, stats or last.stats)
+    async def _ask_cache(self, address: str) -> ServiceView:
+        stub = cache_pb2_grpc.CacheServiceStub(self.channel(address))
+        _, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
+        return ServiceView(address, problem)
 
     async def _ask_models(self) -> tuple[ModelView, ...]:
         """Asks the first router that answers for its models; returns the models known before if none does."""
@@ -179,11 +173,7 @@ class FleetWatch:
         copies = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
         return tuple(
             ModelView(
-                model.name,
-                model.version,
-                model.state,
-                model.reason,
-                tuple(copies.get((model.name, model.version), ())),
+                model.name, model.version, model.state, model.reason, tuple(copies.get((model.name, model.version), ()))
             )
             for model in index.models
         )
@@ -201,11 +191,7 @@ class FleetWatch:
             if answer is None:
                 continue
             for held in answer.models:
-                why_not = "" if held.cacheable else held.cacheable_reason or "not cacheable"
-                copy = ModelCopy(
-                    answer.worker_id, held.provider, held.digest.hex(), why_not, held.max_batch_rows, held.batch_remark
-                )
-                copies.setdefault((held.name, held.version), []).append(copy)
+                copies.setdefault((held.name, held.version), []).append(ModelCopy(answer.worker_id, held))
         return copies
 
 
@@ -214,18 +200,13 @@ async def _describe(channel: grpc.aio.Channel) -> inference_pb2.DescribeResponse
     return (await ask(lambda: stub.Describe(inference_pb2.DescribeRequest(), timeout=_TIMEOUT)))[0]
 
 
-async def ask(call: Callable[[], Awaitable[Answer]]) -> tuple[Answer | None, str]:
-    """Makes a call. Returns the answer and "", or None and a readable reason."""
+async def ask(call: Callable[[], Awaitable[Response]]) -> tuple[Response | None, str]:
+    """Makes a call. Returns the answer and "", or None and the reason as text."""
     try:
         return await call(), ""
     except grpc.aio.AioRpcError as error:
-        return None, in_words(error)
-
-
-def in_words(error: grpc.aio.AioRpcError) -> str:
-    """Describes a failed call for a person."""
-    if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return "it does not answer: nothing listens there, or it is stopping"
-    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"it did not answer within {_TIMEOUT:.0f} s"
-    return f"{error.code().name}: {error.details()}"
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return None, "it does not answer: nothing listens there, or it is stopping"
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return None, "it did not answer in time"
+        return None, f"{error.code().name}: {error.details()}"

@@ -1,22 +1,22 @@
 """A bounded history of metrics in memory, with the queries that the pages need.
 
-Each metric of a process has a table with one row per scrape. A query therefore takes a few array operations, regardless
-of the number of series.
+Each metric of a process has a table with one row per scrape and one column per series. A query therefore takes a few
+array operations, regardless of the number of series. All queries group series by the labels `by`, of which `target` is
+the process, and select them by the labels `where`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Labels: TypeAlias = tuple[str, ...]
 Floats: TypeAlias = npt.NDArray[np.float64]
-Places: TypeAlias = npt.NDArray[np.intp]
+Indices: TypeAlias = npt.NDArray[np.intp]
 
 # All scrapes of the last two minutes are kept, and one per ten seconds of the last half hour.
 KEPT_SECONDS = 1810.0
@@ -28,7 +28,7 @@ _WHOLE_SECONDS = 130.0
 _THINNED_SECONDS = 10.0
 
 
-class Sample(NamedTuple):
+class ScrapedSample(NamedTuple):
     """The value of one series at one scrape. Each bucket of a histogram is a series with the label `le`.
 
     Adding is fastest if `labels` is the same object at each scrape.
@@ -45,19 +45,19 @@ class _Table:
     def __init__(self, target: str) -> None:
         self.labels: list[Mapping[str, str]] = []
         self.columns: dict[tuple[tuple[str, str], ...], int] = {}
-        # Time of each series' first sample if it is not in the first scrape (the series starts at 0 then); else NaN.
-        self.born: list[float] = []
+        # Time of each series' first sample; NaN if it is in the first scrape. A series that appears later started at 0.
+        self.first_seen: list[float] = []
         # Rows take physical memory only once a scrape fills them.
         self.values: Floats = np.empty((MAX_SCRAPES, 4))
         self._target = target
-        self._selected: dict[tuple[tuple[str, str], ...], Places] = {}
-        self._groups: dict[Labels, tuple[list[Labels], Places]] = {}
+        self._selected: dict[tuple[tuple[str, str], ...], Indices] = {}
+        self._groups: dict[Labels, tuple[list[Labels], Indices]] = {}
 
     def add(self, key: tuple[tuple[str, str], ...], labels: Mapping[str, str], row: int, now: float) -> int:
         """Adds a series that first appears in this row. Returns its column."""
         column = self.columns[key] = len(self.labels)
         self.labels.append({**labels, "target": self._target})
-        self.born.append(now if row else math.nan)
+        self.first_seen.append(now if row else math.nan)
         if column == self.values.shape[1]:
             wider = np.empty((MAX_SCRAPES, column * 3 // 2))
             wider[:row, :column] = self.values[:row]
@@ -66,7 +66,7 @@ class _Table:
         self._forget()
         return column
 
-    def thin(self, kept: Places) -> int:
+    def thin(self, kept: Indices) -> int:
         """Keeps only these scrapes and the series in them. Returns the number of removed series."""
         before = len(self.labels)
         rows = self.values[kept]
@@ -76,12 +76,12 @@ class _Table:
         if len(columns) < before:
             moved = {old: new for new, old in enumerate(columns.tolist())}
             self.labels = [self.labels[old] for old in moved]
-            self.born = [self.born[old] for old in moved]
+            self.first_seen = [self.first_seen[old] for old in moved]
             self.columns = {key: moved[old] for key, old in self.columns.items() if old in moved}
             self._forget()
         return before - len(columns)
 
-    def select(self, where: Mapping[str, str]) -> Places:
+    def select(self, where: Mapping[str, str]) -> Indices:
         """Returns the columns with these labels."""
         key = tuple(sorted(where.items()))
         found = self._selected.get(key)
@@ -94,16 +94,16 @@ class _Table:
             found = self._selected[key] = np.array(matching, np.intp)
         return found
 
-    def groups(self, by: Sequence[str]) -> tuple[list[Labels], Places]:
+    def groups(self, by: Sequence[str]) -> tuple[list[Labels], Indices]:
         """Groups columns by the labels `by`. Returns the groups' label values, and the group index of each column."""
         by = tuple(by)
         found = self._groups.get(by)
         if found is None:
             keys: dict[Labels, int] = {}
-            places = [
+            indices = [
                 keys.setdefault(tuple([labels.get(label, "") for label in by]), len(keys)) for labels in self.labels
             ]
-            found = self._groups[by] = (list(keys), np.array(places, np.intp))
+            found = self._groups[by] = (list(keys), np.array(indices, np.intp))
         return found
 
     def _forget(self) -> None:
@@ -137,25 +137,11 @@ class _Target:
         self.known.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A value over time; NaN: unknown. `times` are the ends of the steps, in seconds since the epoch."""
+class Values(dict[Labels, float]):
+    """Values by the labels of their group; NaN for groups without a value."""
 
-    times: Sequence[float]
-    values: Sequence[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One curve of a chart. The first curve of a chart is drawn solid, the others dashed."""
-
-    label: str
-    curve: Curve
-
-    @property
-    def now(self) -> float:
-        """The last known value; NaN if there is none."""
-        return next((value for value in reversed(self.curve.values) if not math.isnan(value)), math.nan)
+    def __missing__(self, _: Labels) -> float:
+        return math.nan
 
 
 class History:
@@ -165,7 +151,7 @@ class History:
         self._clock = clock
         self._targets: dict[str, _Target] = {}
 
-    def add(self, target: str, samples: Sequence[Sample]) -> None:
+    def add(self, target: str, samples: Sequence[ScrapedSample]) -> None:
         """Adds a scrape. Drops series beyond MAX_SERIES per target or MAX_ALL_SERIES; `refused` counts them."""
         kept = self._targets.setdefault(target, _Target())
         now = self._clock()
@@ -214,98 +200,86 @@ class History:
         """Whether any target has this metric."""
         return any(name in target.tables for target in self._targets.values())
 
-    def last(self, name: str, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
-        """Returns the newest values, summed by the labels `by`. Omits series missing from the target's last scrape."""
-        out: dict[Labels, float] = {}
-        for target, table, columns in self._matching(name, where):
-            values = table.values[target.count - 1, columns]
-            there = ~np.isnan(values)
-            _sum_into(out, table, by, columns[there], values[there])
-        return out
-
-    def increase(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
-        """Returns the growth of counters within the last `seconds`; the counters of a restarted process start at 0."""
-        out: dict[Labels, float] = {}
-        for _, table, columns, grown in self._grown(name, where, self._clock() - seconds):
-            _sum_into(out, table, by, columns, grown.sum(axis=0))
-        return out
-
-    def rate(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> dict[Labels, float]:
-        """Returns `increase` per second, over `seconds` or the observed time if that is shorter."""
-        watched = self.watched(seconds)
-        return {key: grown / watched for key, grown in self.increase(name, seconds, by, **where).items()}
-
     def watched(self, seconds: float) -> float:
         """Returns how many of the last `seconds` were observed."""
         first = min((target.times[0] for target in self._targets.values() if target.count), default=self._clock())
         return min(seconds, max(1.0, float(self._clock() - first)))
 
-    def quantile(
-        self, q: float, name: str, seconds: float, by: Sequence[str] = (), **where: str
-    ) -> dict[Labels, float]:
-        """Returns a quantile of a histogram over the last `seconds`, interpolated in a bucket. Omits empty groups."""
-        counts: dict[Labels, dict[float, float]] = {}
-        for key, grown in self.increase(f"{name}_bucket", seconds, (*by, "le"), **where).items():
-            counts.setdefault(key[:-1], {})[float(key[-1])] = grown
-        found = {key: _quantile(q, buckets) for key, buckets in counts.items()}
-        return {key: value for key, value in found.items() if not math.isnan(value)}
+    def edges(self, seconds: float, step: float) -> Floats:
+        """Returns the times between the steps of a chart over the last `seconds`, in seconds since the epoch."""
+        # Align to whole steps, so that a curve shifts over time but does not change shape.
+        end = math.floor(self._clock() / step) * step
+        return end - step * np.arange(round(seconds / step), -1, -1, dtype=np.float64)
 
-    def rates(self, name: str, seconds: float, step: float, **where: str) -> Curve:
-        """Returns the total rate per second of all matching counters, by step."""
-        edges = self._edges(seconds, step)
-        total = np.zeros(len(edges) - 1)
-        seen = np.zeros(len(edges) - 1, bool)
-        for times, _, _, grown in self._grown(name, where, edges[0]):
-            total += _binned(times, grown.sum(axis=1, keepdims=True), edges)[:, 0]
-            seen |= np.diff(np.searchsorted(times, edges, "right")) > 0
-        return Curve(edges[1:].tolist(), np.where(seen, total / step, math.nan).tolist())
+    def last(self, name: str, by: Sequence[str] = (), **where: str) -> Values:
+        """Returns the newest values, summed by group. Omits series missing from the target's last scrape."""
+        out = Values()
+        for target, table, columns in self._matching(name, where):
+            values = table.values[target.count - 1, columns]
+            present = ~np.isnan(values)
+            for key, total in _grouped(table, by, columns[present], values[None, present]):
+                out[key] = out.get(key, 0.0) + float(total[0])
+        return out
 
-    def quantiles(self, qs: Sequence[float], name: str, seconds: float, step: float, **where: str) -> list[Curve]:
-        """Returns quantiles of a histogram by step, one curve for each of `qs`; NaN: nothing was observed."""
-        edges = self._edges(seconds, step)
-        buckets: dict[float, Floats] = {}
-        for times, table, columns, grown in self._grown(f"{name}_bucket", where, edges[0]):
-            bounds, places = table.groups(("le",))
-            binned = _binned(times, grown, edges)
-            for place, (le,) in enumerate(bounds):
-                counts = binned[:, places[columns] == place].sum(axis=1)
-                buckets[float(le)] = buckets[float(le)] + counts if float(le) in buckets else counts
-        steps = [{bound: counts[i] for bound, counts in buckets.items()} for i in range(len(edges) - 1)]
-        return [Curve(edges[1:].tolist(), [_quantile(q, counts) for counts in steps]) for q in qs]
+    def increase(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> Values:
+        """Returns the growth of counters within the last `seconds`; the counters of a restarted process start at 0."""
+        grown = self._grown(name, self._last_seconds(seconds), by, where)
+        return Values({key: float(value[0]) for key, value in grown.items()})
 
-    def gauge(self, name: str, seconds: float, step: float, **where: str) -> Curve:
-        """Returns the sum of all matching gauges, averaged over each step."""
-        edges = self._edges(seconds, step)
-        total = np.zeros(len(edges) - 1)
-        seen = np.zeros(len(edges) - 1, bool)
+    def rate(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> Values:
+        """Returns `increase` per second, over `seconds` or the observed time if that is shorter."""
+        watched = self.watched(seconds)
+        return Values({key: grown / watched for key, grown in self.increase(name, seconds, by, **where).items()})
+
+    def rates(self, name: str, edges: Floats, by: Sequence[str] = (), **where: str) -> dict[Labels, Floats]:
+        """Returns the rate of counters per second in each step; NaN if no process was scraped in it."""
+        return {key: grown / np.diff(edges) for key, grown in self._grown(name, edges, by, where).items()}
+
+    def quantile(self, q: float, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> Values:
+        """Returns a quantile of a histogram over the last `seconds`. Omits groups without observations."""
+        found = self.quantiles((q,), name, self._last_seconds(seconds), by, **where)
+        return Values({key: float(value) for key, ((value,),) in found.items() if not math.isnan(value)})
+
+    def quantiles(
+        self, qs: Sequence[float], name: str, edges: Floats, by: Sequence[str] = (), **where: str
+    ) -> dict[Labels, list[Floats]]:
+        """Returns quantiles of a histogram in each step, one array for each of `qs`; NaN if nothing was observed."""
+        buckets: dict[Labels, dict[float, Floats]] = {}
+        for (*key, bound), counts in self._grown(f"{name}_bucket", edges, (*by, "le"), where).items():
+            buckets.setdefault(tuple(key), {})[float(bound)] = counts
+        return {key: [_quantile(q, counts) for q in qs] for key, counts in buckets.items()}
+
+    def gauges(self, name: str, edges: Floats, by: Sequence[str] = (), **where: str) -> dict[Labels, Floats]:
+        """Returns the mean of gauges in each step, summed by group; NaN if no process was scraped in it."""
+        out: dict[Labels, Floats] = {}
         for target, table, columns in self._matching(name, where):
             times = target.times[: target.count]
             values = table.values[: target.count, columns]
             known = ~np.isnan(values)
             counts = _binned(times, known.astype(np.float64), edges)
-            total += (_binned(times, np.where(known, values, 0.0), edges) / np.maximum(counts, 1)).sum(axis=1)
-            seen |= (counts > 0).any(axis=1)
-        return Curve(edges[1:].tolist(), np.where(seen, total, math.nan).tolist())
+            means = _binned(times, np.where(known, values, 0.0), edges) / np.maximum(counts, 1)
+            for key, total in _grouped(table, by, columns, means):
+                curve = np.where(counts.any(axis=1), total, math.nan)
+                out[key] = add(out[key], curve) if key in out else curve
+        return out
 
-    def _edges(self, seconds: float, step: float) -> Floats:
-        # Align to whole steps, so that a curve shifts over time but does not change shape.
-        end = math.floor(self._clock() / step) * step
-        return end - step * np.arange(round(seconds / step), -1, -1, dtype=np.float64)
+    def _last_seconds(self, seconds: float) -> Floats:
+        now = self._clock()
+        return np.array((now - seconds, now))
 
-    def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[_Target, _Table, Places]]:
+    def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[_Target, _Table, Indices]]:
         """Yields each target, its table of this metric, and the columns with the labels `where`."""
         for target in self._targets.values():
             table = target.tables.get(name)
             if table is not None and target.count and len(columns := table.select(where)):
                 yield target, table, columns
 
-    def _grown(
-        self, name: str, where: Mapping[str, str], since: float
-    ) -> Iterator[tuple[Floats, _Table, Places, Floats]]:
-        """Yields for each matching table the scrapes after `since`, and the growth of each column at each of them."""
+    def _grown(self, name: str, edges: Floats, by: Sequence[str], where: Mapping[str, str]) -> dict[Labels, Floats]:
+        """Returns the growth of counters between the edges by group; NaN between edges without a scrape."""
+        out: dict[Labels, Floats] = {}
         for target, table, columns in self._matching(name, where):
             times = target.times[: target.count]
-            first = int(np.searchsorted(times, since, "right"))
+            first = int(np.searchsorted(times, edges[0], "right"))
             if first == len(times):
                 continue
             # Include the scrape before, to compare the first one with. The very first scrape counts as no growth.
@@ -317,18 +291,28 @@ class History:
             gaps = np.flatnonzero(np.isnan(grown).any(axis=0))
             if len(gaps):
                 grown[:, gaps] = _bridged(times, table, columns[gaps])[first:]
-            yield times[first:], table, columns, grown
+            scraped = np.diff(np.searchsorted(times, edges, "right")) > 0
+            for key, total in _grouped(table, by, columns, _binned(times[first:], grown, edges)):
+                curve = np.where(scraped, total, math.nan)
+                out[key] = add(out[key], curve) if key in out else curve
+        return out
 
 
-def _sum_into(out: dict[Labels, float], table: _Table, by: Sequence[str], columns: Places, values: Floats) -> None:
-    keys, places = table.groups(by)
-    of = places[columns]
-    sums = np.bincount(of, values, len(keys)).tolist()
-    for place in np.unique(of).tolist():
-        out[keys[place]] = out.get(keys[place], 0.0) + sums[place]
+def _grouped(table: _Table, by: Sequence[str], columns: Indices, values: Floats) -> Iterator[tuple[Labels, Floats]]:
+    """Yields the sums of `values`, rows by columns, over the columns of each group."""
+    keys, indices = table.groups(by)
+    group = indices[columns]
+    sums = np.array([np.bincount(group, row, len(keys)) for row in values])
+    for index in np.unique(group).tolist():
+        yield keys[index], sums[:, index]
 
 
-def _bridged(times: Floats, table: _Table, columns: Places) -> Floats:
+def add(one: Any, other: Any) -> Any:
+    """Adds two values or two curves. NaN counts as 0 unless both are NaN."""
+    return np.where(np.isnan(one), other, one + np.nan_to_num(other))[()]
+
+
+def _bridged(times: Floats, table: _Table, columns: Indices) -> Floats:
     """Returns the growth of series with gaps at each scrape. A series that first appears later starts at 0."""
     values = table.values[: len(times), columns]
     known = ~np.isnan(values)
@@ -338,30 +322,28 @@ def _bridged(times: Floats, table: _Table, columns: Places) -> Floats:
     previous = np.where(before >= 0, np.take_along_axis(values, np.maximum(before, 0), axis=0), 0.0)
     grown = np.where(values < previous, values, values - previous)
     # Growth from before the first kept scrape does not count.
-    began = times[:, None] == np.array(table.born)[columns]
-    return np.where(known & ((before >= 0) | began), grown, 0.0)
+    appeared = times[:, None] == np.array(table.first_seen)[columns]
+    return np.where(known & ((before >= 0) | appeared), grown, 0.0)
 
 
-def _binned(times: Floats, grown: Floats, edges: Floats) -> Floats:
-    """Returns the sums of `grown` between the edges, by column."""
-    sums = np.vstack((np.zeros((1, grown.shape[1])), np.cumsum(grown, axis=0)))
-    places = np.searchsorted(times, edges, "right")
-    binned: Floats = sums[places[1:]] - sums[places[:-1]]
+def _binned(times: Floats, values: Floats, edges: Floats) -> Floats:
+    """Returns the sums of `values` between the edges, by column."""
+    sums = np.vstack((np.zeros((1, values.shape[1])), np.cumsum(values, axis=0)))
+    binned: Floats = np.diff(sums[np.searchsorted(times, edges, "right")], axis=0)
     return binned
 
 
-def _quantile(q: float, cumulative: Mapping[float, float]) -> float:
+def _quantile(q: float, buckets: Mapping[float, Floats]) -> Floats:
     """Computes Prometheus's histogram_quantile: linear in a bucket, at most the last finite bound, NaN if empty."""
-    bounds = sorted(cumulative)
-    if not bounds or cumulative[bounds[-1]] <= 0:
-        return math.nan
-    rank = q * cumulative[bounds[-1]]
-    below, lower = 0.0, 0.0
-    for bound in bounds:
-        if cumulative[bound] >= rank:
-            if math.isinf(bound):
-                return lower
-            inside = cumulative[bound] - below
-            return lower + (bound - lower) * ((rank - below) / inside if inside else 1.0)
-        below, lower = cumulative[bound], bound
-    return lower
+    bounds = sorted(buckets)
+    cumulative = np.nan_to_num([buckets[bound] for bound in bounds])
+    rank = q * cumulative[-1]
+    at = (cumulative >= rank).argmax(axis=0)
+    uppers = np.array(bounds)
+    lower = np.array([0.0, *bounds[:-1]])[at]
+    below = np.take_along_axis(np.vstack((np.zeros_like(rank), cumulative)), at[None], axis=0)[0]
+    inside = np.take_along_axis(cumulative, at[None], axis=0)[0] - below
+    share = np.divide(rank - below, inside, out=np.ones_like(rank), where=inside > 0)
+    upper = np.where(np.isinf(uppers[at]), lower, uppers[at])
+    found: Floats = np.where(cumulative[-1] > 0, lower + (upper - lower) * share, math.nan)
+    return found

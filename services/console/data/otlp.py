@@ -12,7 +12,7 @@ from services.runtime.rpc.rpc import Context, Service, unary
 
 _Request = trace_service_pb2.ExportTraceServiceRequest
 _Response = trace_service_pb2.ExportTraceServiceResponse
-# Spans taken between two turns of the event loop, about 5 ms.
+# Spans stored between two turns of the event loop, about 5 ms.
 _TURN = 256
 
 
@@ -30,13 +30,14 @@ class TraceReceiver:
     async def _export(self, request: _Request, _: Context) -> _Response:
         response = _Response()
         rejected = response.partial_success
-        taken = 0
+        received = 0
         for resource in request.resource_spans:
-            service = _service_name(resource.resource.attributes)
+            attributes = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
+            service = attributes.get("service.name", "unknown")
             for scope in resource.scope_spans:
                 for span in scope.spans:
-                    taken += 1
-                    if taken % _TURN == 0:
+                    received += 1
+                    if received % _TURN == 0:
                         await asyncio.sleep(0)
                     try:
                         if not self._store.add(service, span):
@@ -45,10 +46,3 @@ class TraceReceiver:
                         rejected.rejected_spans += 1
                         rejected.error_message = str(error)
         return response
-
-
-def _service_name(attributes: object) -> str:
-    for attribute in attributes:  # type: ignore[attr-defined]
-        if attribute.key == "service.name":
-            return str(attribute.value.string_value)
-    return "unknown"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from services.console.data.history import Curve, History, Labels, Line
+import numpy as np
+
+from services.console.data.history import Floats, History, Labels, Values, add
 
 NOW_SECONDS = 60.0
 SPAN_SECONDS = 900.0
@@ -24,6 +27,8 @@ ATTEMPT = "ringmesh_attempt_duration_seconds"
 REDIS = "ringmesh_redis_duration_seconds"
 LOOP_LAG = "ringmesh_event_loop_lag_seconds"
 HITS = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined")
+COMPUTED = ("miss", "bypass")
+OUTCOMES = (*HITS, *COMPUTED)
 # Status codes of server errors; all others are errors of the caller.
 SERVER_FAULTS = frozenset(
     {"UNAVAILABLE", "INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "DATA_LOSS"}
@@ -45,90 +50,73 @@ class Vitals:
 
 def vitals(history: History) -> Vitals:
     """Returns the key metrics of all requests."""
-    return vitals_by(history, ()).get((), unasked(history))
+    return vitals_by(history, ()).get((), idle(history))
 
 
 def vitals_by(history: History, by: Sequence[str]) -> dict[Labels, Vitals]:
     """Returns the key metrics by the labels `by`, for the values that have had requests since the process started."""
-    answers: dict[Labels, dict[Labels, float]] = {}
-    for (*key, outcome, code), rate in history.rate(REQUESTS, NOW_SECONDS, (*by, "outcome", "code")).items():
-        answers.setdefault(tuple(key), {})[outcome, code] = rate
-    compute: dict[Labels, dict[str, float]] = {}
-    for (*key, outcome), rate in history.rate(COMPUTE, NOW_SECONDS, (*by, "outcome")).items():
-        compute.setdefault(tuple(key), {})[outcome] = rate
+    codes = history.rate(REQUESTS, NOW_SECONDS, (*by, "code"))
+    ok = subtotals(codes, ("OK",))
+    hits = subtotals(history.rate(REQUESTS, NOW_SECONDS, (*by, "outcome"), code="OK"), HITS)
+    compute = history.rate(COMPUTE, NOW_SECONDS, (*by, "outcome"))
+    saved, spent = subtotals(compute, HITS), subtotals(compute, COMPUTED)
     p50, p99 = (history.quantile(q, DURATION, NOW_SECONDS, by) for q in (0.5, 0.99))
-    found = {}
-    for group, rates in answers.items():
-        ok = sum(rate for (_, code), rate in rates.items() if code == "OK")
-        hits = sum(rate for (outcome, code), rate in rates.items() if code == "OK" and outcome in HITS)
-        computed = compute.get(group, {})
-        found[group] = Vitals(
-            requests=sum(rates.values()),
-            errors=sum(rates.values()) - ok,
-            hit_ratio=hits / ok if ok else math.nan,
-            p50=p50.get(group, math.nan),
-            p99=p99.get(group, math.nan),
-            saved=sum(rate for outcome, rate in computed.items() if outcome in HITS),
-            spent=sum(rate for outcome, rate in computed.items() if outcome not in HITS),
+    return {
+        group: Vitals(
+            requests=requests,
+            errors=requests - ok.get(group, 0.0),
+            hit_ratio=hits.get(group, 0.0) / ok[group] if ok.get(group) else math.nan,
+            p50=p50[group],
+            p99=p99[group],
+            saved=saved.get(group, 0.0),
+            spent=spent.get(group, 0.0),
         )
-    return found
+        for group, requests in subtotals(codes).items()
+    }
 
 
-def unasked(history: History) -> Vitals:
+def idle(history: History) -> Vitals:
     """Returns the key metrics of a group without requests: zero rates, or NaN if no router was scraped yet."""
-    none = 0.0 if history.knows(REQUESTS) else math.nan
-    return Vitals(none, none, math.nan, math.nan, math.nan, 0.0, 0.0)
+    rate = 0.0 if history.knows(REQUESTS) else math.nan
+    return Vitals(rate, rate, math.nan, math.nan, math.nan, 0.0, 0.0)
 
 
-def span(history: History) -> tuple[float, float]:
-    """Returns the time span and the step of charts, in seconds."""
-    return _YOUNG if history.watched(SPAN_SECONDS) < _YOUNG[0] else (SPAN_SECONDS, STEP_SECONDS)
+def means(history: History, name: str, seconds: float, by: Sequence[str], **where: str) -> Values:
+    """Returns the mean of a histogram's observations by group. Omits groups without observations."""
+    total, count = (history.increase(f"{name}_{part}", seconds, by, **where) for part in ("sum", "count"))
+    return Values({key: total[key] / observed for key, observed in count.items() if observed})
 
 
-def requests(history: History, **where: str) -> Curve:
-    """Returns requests per second."""
-    seconds, step = span(history)
-    return history.rates(REQUESTS, seconds, step, **where)
+def subtotals(values: Mapping[Labels, Any], included: Container[str] | None = None) -> dict[Labels, Any]:
+    """Sums values or curves that differ only in their last label, which is one of `included`. None: all are."""
+    sums: dict[Labels, Any] = {}
+    for (*group, label), value in values.items():
+        if included is None or label in included:
+            key = tuple(group)
+            sums[key] = add(sums[key], value) if key in sums else value
+    return sums
 
 
-def errors(history: History, **where: str) -> Curve:
-    """Returns failed requests per second."""
-    return _minus(requests(history, **where), requests(history, code="OK", **where))
+def edges(history: History) -> Floats:
+    """Returns the edges of the charts' steps."""
+    young = history.watched(SPAN_SECONDS) < _YOUNG[0]
+    return history.edges(*_YOUNG) if young else history.edges(SPAN_SECONDS, STEP_SECONDS)
 
 
-def hit_ratio(history: History, **where: str) -> Curve:
+def hit_ratio(history: History, times: Floats, by: Sequence[str] = (), **where: str) -> dict[Labels, Floats]:
     """Returns the share of successful answers from a cache or a joined computation; NaN if there were none."""
-    seconds, step = span(history)
-    ok = history.rates(REQUESTS, seconds, step, code="OK", **where)
-    curves = [history.rates(REQUESTS, seconds, step, code="OK", outcome=hit, **where) for hit in HITS]
-    hits = [sum(_zero(curve.values[i]) for curve in curves) for i in range(len(ok.values))]
-    return Curve(ok.times, [hit / all_ if all_ > 0 else math.nan for hit, all_ in zip(hits, ok.values, strict=True)])
+    answers = history.rates(REQUESTS, times, (*by, "outcome"), code="OK", **where)
+    return ratios(subtotals(answers, HITS), subtotals(answers))
 
 
-def latency(history: History, **where: str) -> list[Line]:
-    """Returns the 99th percentile and the median of the request duration, in seconds."""
-    seconds, step = span(history)
-    p99, p50 = history.quantiles((0.99, 0.5), DURATION, seconds, step, **where)
-    return [Line("p99", p99), Line("p50", p50)]
-
-
-def saved(history: History, **where: str) -> Curve:
+def saved(history: History, times: Floats, by: Sequence[str] = (), **where: str) -> dict[Labels, Floats]:
     """Returns the seconds of compute time saved per second."""
-    seconds, step = span(history)
-    curves = [history.rates(COMPUTE, seconds, step, outcome=hit, **where) for hit in HITS]
-    steps = zip(*(curve.values for curve in curves), strict=True)
-    return Curve(
-        curves[0].times,
-        [math.nan if all(map(math.isnan, step)) else math.fsum(map(_zero, step)) for step in steps],
-    )
+    return subtotals(history.rates(COMPUTE, times, (*by, "outcome"), **where), HITS)
 
 
-def _minus(all_: Curve, part: Curve) -> Curve:
-    return Curve(
-        all_.times,
-        [a if math.isnan(a) else max(0.0, a - _zero(b)) for a, b in zip(all_.values, part.values, strict=True)],
-    )
-
-
-def _zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
+def ratios(parts: Mapping[Labels, Floats], wholes: Mapping[Labels, Floats]) -> dict[Labels, Floats]:
+    """Divides curves by group; a missing part is 0, and the ratio is NaN where the whole is 0 or unknown."""
+    return {
+        key: np.divide(np.nan_to_num(parts.get(key, 0.0)), whole, out=np.full_like(whole, math.nan), where=whole > 0)
+        for key, whole in wholes.items()
+    }

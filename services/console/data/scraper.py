@@ -11,7 +11,7 @@ from functools import partial
 from http.client import HTTPException
 
 from services.console.data.exposition_reader import ExpositionReader
-from services.console.data.history import History, Sample
+from services.console.data.history import History
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 PERIOD_SECONDS = 2.0
@@ -46,18 +46,14 @@ class Scraper:
         loop = asyncio.get_running_loop()
         reader = ExpositionReader()
         while True:
-            began = loop.time()
+            start = loop.time()
             try:
-                samples = await loop.run_in_executor(self._threads, _scrape, self.targets[name], reader)
+                samples = await loop.run_in_executor(self._threads, lambda: reader.read(fetch(self.targets[name])))
                 self._history.add(name, samples)
                 self.problems.pop(name, None)
             except (OSError, ValueError, HTTPException) as error:
                 self.problems[name] = f"no metrics from {self.targets[name]}: {_reason(error)}"
-            await asyncio.sleep(max(0.1, began + PERIOD_SECONDS - loop.time()))
-
-
-def _scrape(address: str, reader: ExpositionReader) -> list[Sample]:
-    return reader.read(fetch(address))
+            await asyncio.sleep(max(0.1, start + PERIOD_SECONDS - loop.time()))
 
 
 def fetch(address: str) -> str:

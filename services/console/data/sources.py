@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from services.console.data import findings
 from services.console.data.findings import Finding
-from services.console.data.fleet_watch import FleetView, FleetWatch
+from services.console.data.fleet_watch import FleetSnapshot, FleetWatch
 from services.console.data.history import History
 from services.console.data.scraper import Scraper
 from services.console.data.trace_store import TraceStore
@@ -23,16 +23,16 @@ class Sources:
     trace_ui: str
 
     @property
-    def view(self) -> FleetView:
+    def view(self) -> FleetSnapshot:
         """The latest snapshot of the fleet."""
         return self.fleet.view
 
-    def unheard(self) -> list[str]:
+    def outages(self) -> list[str]:
         """Returns a message for each router that does not answer."""
         return [
-            f"The router at {router.address} does not answer ({router.problem}): what it said last stands here."
+            f"The router at {router.address} does not answer ({router.problem}). This page shows its last answer."
             for router in self.view.routers
-            if router.problem and router.problem != "not asked yet"
+            if router.is_down
         ]
 
     def findings(self) -> list[Finding]:

@@ -22,10 +22,8 @@ OUTCOME = "ringmesh.cache.outcome"
 KEY = "ringmesh.key"
 HIT = "ringmesh.cache.hit"
 REASON = "ringmesh.cache.reason"
-AGE = "ringmesh.cache.age_ms"
 WORKER = "ringmesh.worker.id"
 RANK = "ringmesh.rank"
-LOAD = "ringmesh.load"
 TAKEN = "ringmesh.taken"
 WHY = "ringmesh.reason"
 JOINED = "ringmesh.joined"
@@ -51,5 +49,5 @@ def is_entry(service: str, span: trace_pb2.Span) -> bool:
 
 
 def summary(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the attributes that describe the trace as a whole, by field of `Summary`."""
+    """Returns the attributes that describe the trace as a whole, by field of `TraceSummary`."""
     return {part: str(attributes[name]) for part, name in _SUMMARY.items() if attributes.get(name)}

@@ -21,10 +21,11 @@ MAX_SPANS = 2000
 MAX_SHARE = 1 / 16
 # Maximum length of each searchable text of a trace, and of a service name, in characters.
 LONGEST_TEXT = 512
+_EXACT = ("model", "tenant", "cache", "worker", "key")
 
 
 @dataclass(slots=True)
-class Summary:
+class TraceSummary:
     """The searchable fields of a trace. Times in ns; `error` is the router's message, else the first; "" if none."""
 
     trace_id: str
@@ -48,8 +49,8 @@ class Summary:
 
 
 @dataclass(slots=True)
-class _Kept:
-    summary: Summary
+class _StoredTrace:
+    summary: TraceSummary
     size: int = _TRACE_OVERHEAD
     # The part of `size` that the texts of the summary take.
     text: int = 0
@@ -58,7 +59,7 @@ class _Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class TraceQuery:
     """A search. "" and 0 match everything. `status` is "ok" or "error"; times are in ms."""
 
     model: str = ""
@@ -71,24 +72,16 @@ class Query:
     min_ms: float = 0
     max_ms: float = 0
 
-    def matches(self, found: Summary) -> bool:
+    def matches(self, found: TraceSummary) -> bool:
         """Whether a trace matches the search."""
         took = found.duration_ns / 1e6
+        text = self.text.lower()
         return (
-            (not self.model or self.model == found.model)
-            and (not self.tenant or self.tenant == found.tenant)
-            and (not self.cache or self.cache == found.cache)
-            and (not self.worker or self.worker == found.worker)
-            and (not self.key or self.key == found.key)
-            and (self.status != "ok" or not found.error)
-            and (self.status != "error" or bool(found.error))
+            all(getattr(self, part) in ("", getattr(found, part)) for part in _EXACT)
+            and (not self.status or self.status == ("error" if found.error else "ok"))
             and (not self.min_ms or took >= self.min_ms)
             and (not self.max_ms or took <= self.max_ms)
-            and (
-                not self.text
-                or found.trace_id.startswith(self.text.lower())
-                or self.text.lower() in f"{found.name} {found.code} {found.error}".lower()
-            )
+            and (found.trace_id.startswith(text) or text in f"{found.name} {found.code} {found.error}".lower())
         )
 
 
@@ -106,8 +99,8 @@ class TraceStore:
         self.received_spans = 0
         self._max_bytes = max_bytes
         self._max_traces = max_traces
-        self._plain: OrderedDict[str, _Kept] = OrderedDict()
-        self._failed: OrderedDict[str, _Kept] = OrderedDict()
+        self._plain: OrderedDict[str, _StoredTrace] = OrderedDict()
+        self._failed: OrderedDict[str, _StoredTrace] = OrderedDict()
         self._failed_bytes = 0
 
     def __len__(self) -> int:
@@ -116,10 +109,10 @@ class TraceStore:
     def add(self, service: str, span: trace_pb2.Span) -> bool:
         """Adds a span. Returns False if it was dropped because its trace is full. Raises ValueError for invalid ids."""
         if len(span.trace_id) != 16 or len(span.span_id) != 8 or not any(span.trace_id):
-            raise ValueError("a span has a trace id of 16 bytes and a span id of 8")
+            raise ValueError("a span must have a trace id of 16 bytes and a span id of 8")
         self.received_spans += 1
         trace_id = span.trace_id.hex()
-        kept = self._failed.get(trace_id) or self._plain.get(trace_id) or _Kept(Summary(trace_id))
+        kept = self._failed.get(trace_id) or self._plain.get(trace_id) or _StoredTrace(TraceSummary(trace_id))
         if span.span_id in kept.spans:
             return True
         service = service[:LONGEST_TEXT]
@@ -145,7 +138,7 @@ class TraceStore:
         self._evict()
         return True
 
-    def find(self, trace_id: str) -> tuple[Summary, SpanTree] | None:
+    def find(self, trace_id: str) -> tuple[TraceSummary, SpanTree] | None:
         """Returns the trace with all spans received so far; None if it is not stored."""
         kept = self._failed.get(trace_id) or self._plain.get(trace_id)
         if kept is None:
@@ -153,14 +146,9 @@ class TraceStore:
         spans = [as_span(service, trace_pb2.Span.FromString(data)) for service, data in kept.spans.values()]
         return kept.summary, trees(spans)[0]
 
-    def search(self, query: Query, limit: int) -> list[Summary]:
-        """Returns up to `limit` matching traces, the newest first."""
-        found = [summary for summary in self.summaries() if query.matches(summary)]
-        return sorted(found, key=lambda summary: summary.start_ns, reverse=True)[:limit]
-
-    def last_failures(self) -> dict[tuple[str, str], Summary]:
+    def last_failures(self) -> dict[tuple[str, str], TraceSummary]:
         """Returns the newest failed trace of each model and code."""
-        newest: dict[tuple[str, str], Summary] = {}
+        newest: dict[tuple[str, str], TraceSummary] = {}
         for kept in self._failed.values():
             found = kept.summary
             known = newest.get((found.model, found.code))
@@ -168,7 +156,7 @@ class TraceStore:
                 newest[found.model, found.code] = found
         return newest
 
-    def summaries(self) -> Iterator[Summary]:
+    def summaries(self) -> Iterator[TraceSummary]:
         """Yields the summaries of all traces, in no particular order."""
         for part in (self._plain, self._failed):
             for kept in part.values():
@@ -223,7 +211,7 @@ def _plain(value: object) -> object:
     return getattr(value, kind) if kind in ("string_value", "bool_value", "int_value", "double_value") else ""
 
 
-def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
+def _summarize(summary: TraceSummary, service: str, span: trace_pb2.Span) -> None:
     summary.spans += 1
     start, end = span.start_time_unix_nano, max(span.start_time_unix_nano, span.end_time_unix_nano)
     if not summary.start_ns or start < summary.start_ns:
@@ -240,9 +228,9 @@ def _summarize(summary: Summary, service: str, span: trace_pb2.Span) -> None:
             setattr(summary, part, value[:LONGEST_TEXT])
 
 
-def _text_bytes(summary: Summary) -> int:
+def _text_bytes(summary: TraceSummary) -> int:
     """Returns the memory of the summary's texts. _TRACE_OVERHEAD includes the trace id and empty texts."""
     return sum(sys.getsizeof(text) for part in _TEXTS if (text := getattr(summary, part)))
 
 
-_TEXTS = tuple(part.name for part in fields(Summary) if part.type == "str" and part.name != "trace_id")
+_TEXTS = tuple(part.name for part in fields(TraceSummary) if part.type == "str" and part.name != "trace_id")

@@ -37,7 +37,7 @@ class TrialError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class TensorInput:
     """One input tensor in the form: its shape as in `1, 64`, its values as JSON or one of WORDS."""
 
     name: str
@@ -48,7 +48,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class TensorOutput:
     """One output tensor, with its first values as text."""
 
     name: str
@@ -58,7 +58,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TrialResult:
     """The response. `error` is the status as text; "" on success."""
 
     seconds: float
@@ -67,45 +67,34 @@ class Answer:
     worker: str = ""
     compute_seconds: float = math.nan
     error: str = ""
-    outputs: Sequence[Output] = ()
+    outputs: Sequence[TensorOutput] = ()
 
 
-def blank(metadata: v2.ModelMetadataResponse) -> list[Field]:
-    """Returns the form of a model, filled with valid values."""
-    fields = []
+def inputs(metadata: v2.ModelMetadataResponse, form: Mapping[str, str]) -> list[TensorInput]:
+    """Returns the inputs of a model with the submitted values, or with valid examples where there are none."""
+    found = []
     for tensor in metadata.inputs:
         shape = [1 if size < 0 else size for size in tensor.shape]
         declared = " × ".join("any" if size < 0 else str(size) for size in tensor.shape)  # noqa: RUF001
-        count = math.prod(shape)
-        values = "random" if count > _TYPED else json.dumps(_listed(fill("random", tensor.datatype, shape)))
-        fields.append(Field(tensor.name, tensor.datatype, declared, ", ".join(map(str, shape)), values))
-    return fields
-
-
-def typed(metadata: v2.ModelMetadataResponse, form: Mapping[str, str]) -> list[Field]:
-    """Returns the form of a model, filled with the submitted values."""
-    return [
-        Field(
-            field.name,
-            field.datatype,
-            field.declared,
-            form.get(f"shape:{field.name}", field.shape),
-            form.get(f"values:{field.name}", field.values),
-        )
-        for field in blank(metadata)
-    ]
+        example = "random"
+        if math.prod(shape) <= _TYPED:
+            example = json.dumps(_listed(fill("random", tensor.datatype, shape)))
+        shape_text = form.get(f"shape:{tensor.name}", ", ".join(map(str, shape)))
+        values = form.get(f"values:{tensor.name}", example)
+        found.append(TensorInput(tensor.name, tensor.datatype, declared, shape_text, values))
+    return found
 
 
 def headers(cache_control: str, tenant: str) -> dict[str, str]:
     """Returns the metadata of the request. Raises TrialError if a value is not valid metadata."""
-    made = {"cache-control": cache_control, "ringmesh-tenant": tenant}
-    for name, value in made.items():
+    metadata = {"cache-control": cache_control, "ringmesh-tenant": tenant}
+    for name, value in metadata.items():
         if not (value.isascii() and value.isprintable() and len(value) <= _LONGEST_HEADER):
-            raise TrialError(f"{name} has up to {_LONGEST_HEADER} printable ASCII characters")
-    return made
+            raise TrialError(f"{name} must have up to {_LONGEST_HEADER} printable ASCII characters")
+    return metadata
 
 
-def build(model: str, fields: Sequence[Field]) -> v2.ModelInferRequest:
+def build(model: str, fields: Sequence[TensorInput]) -> v2.ModelInferRequest:
     """Builds the request from the form. Raises TrialError."""
     request = v2.ModelInferRequest(model_name=model)
     for field in fields:
@@ -115,7 +104,7 @@ def build(model: str, fields: Sequence[Field]) -> v2.ModelInferRequest:
     return request
 
 
-async def send(channel: grpc.aio.Channel, request: v2.ModelInferRequest, headers: Mapping[str, str]) -> Answer:
+async def send(channel: grpc.aio.Channel, request: v2.ModelInferRequest, headers: Mapping[str, str]) -> TrialResult:
     """Sends the request with a sampled trace. Non-empty `headers` are sent as metadata."""
     trace_id = f"{random.getrandbits(128) or 1:032x}"
     context = ("traceparent", f"00-{trace_id}-{random.getrandbits(64) or 1:016x}-01")
@@ -126,21 +115,21 @@ async def send(channel: grpc.aio.Channel, request: v2.ModelInferRequest, headers
     try:
         body = await call
     except grpc.aio.AioRpcError as error:
-        return Answer(time.perf_counter() - start, trace_id, error=f"{error.code().name}: {error.details()}")
-    took = time.perf_counter() - start
-    told = dict(await call.trailing_metadata())
-    compute = told.get("ringmesh-compute-us", "")
-    return Answer(
-        took,
+        return TrialResult(time.perf_counter() - start, trace_id, error=f"{error.code().name}: {error.details()}")
+    seconds = time.perf_counter() - start
+    trailers = dict(await call.trailing_metadata())
+    compute = trailers.get("ringmesh-compute-us", "")
+    return TrialResult(
+        seconds,
         trace_id,
-        outcome=str(told.get("ringmesh-cache", "")),
-        worker=str(told.get("ringmesh-worker", "")),
+        outcome=str(trailers.get("ringmesh-cache", "")),
+        worker=str(trailers.get("ringmesh-worker", "")),
         compute_seconds=int(compute) / 1e6 if str(compute).isdecimal() else math.nan,
         outputs=_outputs(v2.ModelInferResponse.FromString(body)),
     )
 
 
-def _outputs(response: v2.ModelInferResponse) -> list[Output]:
+def _outputs(response: v2.ModelInferResponse) -> list[TensorOutput]:
     shown = []
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         kind = tensors.datatype(output.datatype, output.name)
@@ -148,45 +137,42 @@ def _outputs(response: v2.ModelInferResponse) -> list[Output]:
         flat = array.ravel()[:_SHOWN]
         values = json.dumps(_listed(flat), ensure_ascii=False)
         more = f" … {array.size - _SHOWN:,} more" if array.size > _SHOWN else ""
-        shown.append(Output(output.name, output.datatype, " × ".join(map(str, output.shape)), values + more))  # noqa: RUF001
+        shown.append(TensorOutput(output.name, output.datatype, " × ".join(map(str, output.shape)), values + more))  # noqa: RUF001
     return shown
 
 
-def _read(field: Field) -> npt.NDArray[Any]:
+def _read(field: TensorInput) -> npt.NDArray[Any]:
     try:
         shape = [int(part) for part in field.shape.replace("×", ",").split(",") if part.strip()]  # noqa: RUF001
     except ValueError:
-        raise TrialError(f"{field.name}: the shape is whole numbers with commas between, such as 1, 64") from None
+        raise TrialError(f"{field.name}: the shape must be whole numbers separated by commas, such as 1, 64") from None
     if len(shape) > _MAX_DIMENSIONS:
-        raise TrialError(f"{field.name}: a shape has up to {_MAX_DIMENSIONS} dimensions, not {len(shape):,}")
+        raise TrialError(f"{field.name}: a shape must have up to {_MAX_DIMENSIONS} dimensions, not {len(shape):,}")
     # NumPy limits the product of the non-zero dimensions, even for an empty array.
     if any(size < 0 for size in shape) or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
-        raise TrialError(f"{field.name}: a shape has no negative sizes, and up to {_MAX_ELEMENTS:,} elements here")
+        raise TrialError(
+            f"{field.name}: a shape must have no negative sizes, and up to {_MAX_ELEMENTS:,} elements here"
+        )
     text = field.values.strip()
     if text in WORDS:
         return fill(text, field.datatype, shape)
     try:
         values = json.loads(text)
-        dtype = _dtype(field.datatype)
+        dtype = tensors.datatype(field.datatype, "").dtype
         if dtype.kind == "O":
             array = np.array([value.encode() for value in np.array(values, object).ravel()], object)
         else:
             array = np.array(values, dtype).ravel()
         return array.reshape(shape)
+    except InvalidArgumentError as error:
+        raise TrialError(error.message) from None
     except RecursionError:
         raise TrialError(f"{field.name}: the values are nested too deeply") from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise TrialError(
-            f"{field.name}: {field.datatype} values are a JSON list with {math.prod(shape):,} in all for the shape "
+            f"{field.name}: {field.datatype} values must be a JSON list of {math.prod(shape):,} in all for the shape "
             f"{field.shape}, or one of the words {', '.join(WORDS)} ({error})"
         ) from None
-
-
-def _dtype(datatype: str) -> np.dtype[Any]:
-    try:
-        return tensors.datatype(datatype, "").dtype
-    except InvalidArgumentError as error:
-        raise TrialError(error.message) from None
 
 
 def _listed(array: npt.NDArray[Any]) -> list[Any]:

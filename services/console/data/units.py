@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import wraps
 
 UNKNOWN = "–"  # noqa: RUF001
 
 
-def number(value: float | None) -> str:
+def _known(format_value: Callable[[float], str]) -> Callable[[float | None], str]:
+    """Makes `format_value` return UNKNOWN for None and NaN."""
+
+    @wraps(format_value)
+    def formatted(value: float | None) -> str:
+        return UNKNOWN if value is None or math.isnan(value) else format_value(value)
+
+    return formatted
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Formats a value with three digits in the first unit that is not larger than it, or in the last one."""
+    size, unit = next((one for one in units if abs(value) >= one[0]), units[-1])
+    scaled = value / size
+    return f"{scaled:.0f} {unit}" if abs(scaled) >= 100 else f"{scaled:.3g} {unit}"
+
+
+@_known
+def number(value: float) -> str:
     """Formats a number: 1,234; 12.3; 0.12; 1.2 M."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
     for limit, unit in ((1e9, " G"), (1e6, " M")):
         if abs(value) >= limit:
             return f"{value / limit:.1f}{unit}"
@@ -20,17 +38,12 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def seconds(value: float | None) -> str:
+@_known
+def seconds(value: float) -> str:
     """Formats a duration: 420 µs; 1.23 ms; 4.5 s; 12 min."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
     if value >= 120:
         return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= size or unit == "µs":
-            scaled = value / size
-            return f"{scaled:.0f} {unit}" if scaled >= 100 or scaled == 0 else f"{scaled:.3g} {unit}"
-    raise AssertionError
+    return _scaled(value, ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")))
 
 
 def nanoseconds(value: float) -> str:
@@ -38,10 +51,9 @@ def nanoseconds(value: float) -> str:
     return seconds(value / 1e9)
 
 
-def money(value: float | None) -> str:
+@_known
+def money(value: float) -> str:
     """Formats an amount in any currency: 1,234; 12.35; 0.0042; 0.0000031."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     # At least two decimals; for small amounts two significant digits, down to a billionth.
@@ -50,37 +62,21 @@ def money(value: float | None) -> str:
     return f"{whole}.{rest.rstrip('0').ljust(2, '0')}"
 
 
-def size(value: float | None) -> str:
+@_known
+def size(value: float) -> str:
     """Formats a size in bytes: 1.5 MiB."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return (
-                f"{value:.0f} {unit}"
-                if unit == "B"
-                else f"{value:.3g} {unit}"
-                if value < 1000
-                else f"{value:.0f} {unit}"
-            )
-        value /= 1024
-    raise AssertionError
+    return _scaled(value, ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")))
 
 
-def percent(value: float | None) -> str:
+@_known
+def percent(value: float) -> str:
     """Formats a share: 41 %; 0.3 %; 99.95 %."""
-    if value is None or math.isnan(value):
-        return UNKNOWN
     shown = value * 100
     if shown in (0, 100):
         return f"{shown:.0f} %"
-    return (
-        f"{float(f'{shown:.2f}'):g} %"
-        if shown > 99 or shown < 1
-        else f"{shown:.0f} %"
-        if shown >= 10
-        else f"{shown:.1f} %"
-    )
+    if shown < 1 or shown > 99:
+        return f"{float(f'{shown:.2f}'):g} %"
+    return f"{shown:.0f} %" if shown >= 10 else f"{shown:.1f} %"
 
 
 def clock(ns: int) -> str:
@@ -88,12 +84,4 @@ def clock(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9).strftime("%H:%M:%S")
 
 
-FILTERS = {
-    "number": number,
-    "seconds": seconds,
-    "nanoseconds": nanoseconds,
-    "money": money,
-    "size": size,
-    "percent": percent,
-    "clock": clock,
-}
+FILTERS = {one.__name__: one for one in (number, seconds, nanoseconds, money, size, percent, clock)}

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from starlette.requests import Request
 
 from services.console.data import overview, units
 from services.console.data.fleet_watch import ask
-from services.console.data.history import History, Line
-from services.console.data.overview import COMPUTE, HITS, MOST_ROWS, NOW_SECONDS, REDIS, REQUESTS, SPAN_SECONDS, span
+from services.console.data.history import History
+from services.console.data.overview import (
+    COMPUTE,
+    COMPUTED,
+    HITS,
+    MOST_ROWS,
+    NOW_SECONDS,
+    REDIS,
+    REQUESTS,
+    SPAN_SECONDS,
+    subtotals,
+)
 from services.console.data.sources import Sources
 from services.console.pages import form
 from services.console.pages.chart import plot
+from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
 
 _KEYS = 15
@@ -23,61 +33,17 @@ _PURGE_SECONDS = 10.0
 SCOPES = ("model", "tenant", "key", "everything")
 
 
-@dataclass(frozen=True, slots=True)
-class TierRow:
-    """One tier of one process. Rates are per second; bytes and entries are known for local tiers only."""
-
-    process: str
-    tier: str
-    hits: float
-    misses: float
-    fills: float
-    evictions: float
-    failures: float
-    entries: float
-    bytes: float
-
-    @property
-    def ratio(self) -> float:
-        """The share of look-ups that were hits."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class UseRow:
-    """Cache use of a model and tenant within the charts' time span. `saved` and `spent` are seconds of compute time."""
-
-    model: str
-    tenant: str
-    hits: float
-    misses: float
-    saved: float
-    spent: float
-
-    @property
-    def ratio(self) -> float:
-        """The share of answers that came from a cache."""
-        return self.hits / (self.hits + self.misses) if self.hits + self.misses else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRow:
-    """A cache key, and how often it occurs in the stored traces."""
-
-    key: str
-    model: str
-    count: int
-    hits: int
-
-
 async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `cache.html`. A POST purges first."""
     history = sources.history
     notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
     uses = _uses(history)
-    p99, p50 = history.quantiles((0.99, 0.5), REDIS, *span(history), operation="get")
+    edges = overview.edges(history)
     breakers = history.last("ringmesh_redis_breaker_open", ("target",))
+    redis = history.quantile(0.99, REDIS, NOW_SECONDS, ("target", "operation"))
+    p99, p50 = history.quantiles((0.99, 0.5), REDIS, edges, operation="get").get((), (None, None))
+    hit_ratio, saved = overview.hit_ratio(history, edges).get(()), overview.saved(history, edges).get(())
+    memory = history.gauges("ringmesh_cache_bytes", edges).get(())
     return {
         "notice": notice,
         "problem": problem,
@@ -88,27 +54,14 @@ async def contents(sources: Sources, request: Request) -> Context:
         "most": MOST_ROWS,
         "keys": _keys(sources),
         "vitals": overview.vitals(history),
-        "saved": sum(row.saved for row in uses),
-        "breakers": [(target, bool(is_open)) for (target,), is_open in sorted(breakers.items())],
-        "redis": [
-            (target, operation, value)
-            for (target, operation), value in sorted(
-                history.quantile(0.99, REDIS, NOW_SECONDS, ("target", "operation")).items()
-            )
-        ],
+        "saved": sum(row["saved"] for row in uses),
+        "breakers": [(target, is_open) for (target,), is_open in sorted(breakers.items())],
+        "redis": [(*labels, p99) for labels, p99 in sorted(redis.items())],
         "charts": [
-            plot("From the cache", [Line("hit ratio", overview.hit_ratio(history))], units.percent, least=1.0),
-            plot("Compute saved, a second", [Line("saved", overview.saved(history))], units.seconds),
-            plot(
-                "Redis, look-ups",
-                [Line("p99", p99), Line("p50", p50)],
-                units.seconds,
-            ),
-            plot(
-                "Memory of the local tiers",
-                [Line("held", history.gauge("ringmesh_cache_bytes", *span(history)))],
-                units.size,
-            ),
+            plot("From the cache", edges, {"hit ratio": hit_ratio}, units.percent, least=1.0),
+            plot("Compute saved per second", edges, {"saved": saved}, units.seconds),
+            plot("Redis look-ups", edges, {"p99": p99, "p50": p50}, units.seconds),
+            plot("Memory of the local tiers", edges, {"used": memory}, units.size),
         ],
     }
 
@@ -118,16 +71,18 @@ async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
     sent = await form.read(request)
     scope, value = sent.get("scope", ""), sent.get("value", "").strip()
     if scope not in SCOPES or (scope != "everything" and not value):
-        return "", "Say what to purge: a model, a tenant or a key by its name, or everything."
+        return "", "Choose what to purge: a model, a tenant or a key by its name, or everything."
     try:
-        given: bool | str | bytes = True if scope == "everything" else bytes.fromhex(value) if scope == "key" else value
+        purged: bool | str | bytes = (
+            True if scope == "everything" else bytes.fromhex(value) if scope == "key" else value
+        )
     except ValueError:
-        return "", f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` tells them."
+        return "", f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` prints them."
     # Prefer a router, which knows the models.
     answering = (router.address for router in sources.view.routers if not router.problem)
     address = next(answering, sources.view.cache.address)
     stub = cache_pb2_grpc.CacheServiceStub(sources.fleet.channel(address))
-    purge = cache_pb2.PurgeRequest(**{scope: given})  # type: ignore[arg-type]
+    purge = cache_pb2.PurgeRequest(**{scope: purged})  # type: ignore[arg-type]
     done, problem = await ask(lambda: stub.Purge(purge, timeout=_PURGE_SECONDS))
     if done is None:
         return "", f"Not purged. {address} answers: {problem}."
@@ -136,42 +91,52 @@ async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
     return f"{what} was purged; {done.confirmed} processes confirmed it.{warning}", ""
 
 
-def _tiers(history: History) -> list[TierRow]:
+def _tiers(history: History) -> list[Row]:
+    """Returns the tiers of each process. Rates are per second; bytes and entries are known for local tiers only."""
     by = ("target", "tier")
-    looks = history.rate("ringmesh_cache_lookups_total", NOW_SECONDS, (*by, "result"))
+    lookups = history.rate("ringmesh_cache_lookups_total", NOW_SECONDS, (*by, "result"))
+    hits, asked = subtotals(lookups, ("hit",)), subtotals(lookups)
     rates = {
         name: history.rate(f"ringmesh_cache_{name}_total", NOW_SECONDS, by)
         for name in ("fills", "evictions", "failures")
     }
     held = {name: history.last(f"ringmesh_cache_{name}", by) for name in ("entries", "bytes")}
     return [
-        TierRow(
-            process,
-            tier,
-            looks.get((process, tier, "hit"), 0.0),
-            looks.get((process, tier, "miss"), 0.0),
-            *(rates[name].get((process, tier), math.nan) for name in rates),
-            *(held[name].get((process, tier), math.nan) for name in held),
-        )
-        for process, tier in sorted({(process, tier) for process, tier, _ in looks})
+        {
+            "process": key[0],
+            "tier": key[1],
+            "ratio": hits.get(key, 0.0) / asked[key] if asked[key] else math.nan,
+            "hits": hits.get(key, 0.0),
+            "misses": asked[key] - hits.get(key, 0.0),
+            **{name: values[key] for name, values in (rates | held).items()},
+        }
+        for key in sorted(asked)
     ]
 
 
-def _uses(history: History) -> list[UseRow]:
+def _uses(history: History) -> list[Row]:
+    """Returns the answers and the seconds of compute time by model and tenant, the most compute time saved first."""
     by = ("model", "tenant", "outcome")
     answers = history.increase(REQUESTS, SPAN_SECONDS, by, code="OK")
     compute = history.increase(COMPUTE, SPAN_SECONDS, by)
+    hits, saved, spent = subtotals(answers, HITS), subtotals(compute, HITS), subtotals(compute, COMPUTED)
+    rows = [
+        {
+            "model": key[0],
+            "tenant": key[1],
+            "ratio": hits.get(key, 0.0) / answered,
+            "hits": hits.get(key, 0.0),
+            "misses": answered - hits.get(key, 0.0),
+            "saved": saved.get(key, 0.0),
+            "spent": spent.get(key, 0.0),
+        }
+        for key, answered in subtotals(answers).items()
+        if answered
+    ]
+    return sorted(rows, key=lambda row: -row["saved"])
 
-    # Hits, misses, saved, spent.
-    sums: dict[tuple[str, str], list[float]] = {}
-    for place, values in ((0, answers), (2, compute)):
-        for (model, tenant, outcome), value in values.items():
-            sums.setdefault((model, tenant), [0.0] * 4)[place + (outcome not in HITS)] += value
-    rows = [UseRow(*who, *parts) for who, parts in sums.items()]
-    return sorted((row for row in rows if row.hits + row.misses), key=lambda row: -row.saved)
 
-
-def _keys(sources: Sources) -> list[KeyRow]:
+def _keys(sources: Sources) -> list[Row]:
     """Returns the most frequent keys in traces. Traces are a sample of the requests, at the same rate for every key."""
     seen: Counter[tuple[str, str]] = Counter()
     hits: Counter[tuple[str, str]] = Counter()
@@ -179,4 +144,8 @@ def _keys(sources: Sources) -> list[KeyRow]:
         if summary.key:
             seen[summary.key, summary.model] += 1
             hits[summary.key, summary.model] += summary.cache in HITS
-    return [KeyRow(key, model, count, hits[key, model]) for (key, model), count in seen.most_common(_KEYS) if count > 1]
+    return [
+        {"key": key, "model": model, "count": count, "hits": hits[key, model]}
+        for (key, model), count in seen.most_common(_KEYS)
+        if count > 1
+    ]

@@ -3,51 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
-from services.console.data.history import Curve, Line
+from services.console.data.history import Floats
 from services.console.data.units import UNKNOWN
 
 _WIDTH, _HEIGHT = 600.0, 120.0
 
 
-def plot(title: str, lines: Sequence[Line], unit: Callable[[float], str], *, least: float = 0.0) -> Markup:
-    """Returns a figure of `lines` on one scale that starts at 0. `least` is the minimum top of the scale."""
-    known = [value for line in lines for value in line.curve.values if not math.isnan(value)]
-    top = _nice(max([least, *known]) or 1.0)
-    legend = Markup("").join(
+def plot(
+    title: str, edges: Floats, lines: Mapping[str, Floats | None], unit: Callable[[float], str], *, least: float = 0.0
+) -> Markup:
+    """Returns a figure of `lines`, by label, on one scale that starts at 0. None: a line without any values.
+
+    `edges` are the times between the steps, in seconds. `least` is the minimum top of the scale.
+    """
+    known = {label: np.array([]) if line is None else line[~np.isnan(line)] for label, line in lines.items()}
+    empty = not any(map(len, known.values()))
+    top = _nice(max([least, *(values.max(initial=0.0) for values in known.values())]) or 1.0)
+    now = {label: unit(values[-1] if len(values) else math.nan) for label, values in known.items()}
+    peaks = {label: unit(values.max() if len(values) else math.nan) for label, values in known.items()}
+    legend = (
         Markup(
             '<span class="key k{}"><svg viewBox="0 0 16 4" aria-hidden="true"><path d="M0 2H16"/></svg>'
             "{} <b>{}</b></span>"
-        ).format(number, line.label, unit(line.now))
-        for number, line in enumerate(lines)
+        ).format(number, label, now[label])
+        for number, label in enumerate(lines)
     )
-    said = "; ".join(
-        f"{line.label}: now {unit(line.now)}, highest {unit(max(seen, default=math.nan))}"
-        for line in lines
-        for seen in [[value for value in line.curve.values if not math.isnan(value)]]
-    )
-    times = lines[0].curve.times
-    span = (times[-1] - times[0]) / 60 if times else 0
-    body = Markup("").join(_paths(lines, top))
-    empty = "" if known else Markup('<p class="nodata">no data yet</p>')
+    summary = "; ".join(f"{label}: now {now[label]}, highest {peaks[label]}" for label in lines)
     return Markup(
         '<figure class="chart"><figcaption><span class="title">{title}</span>{legend}</figcaption>'
         '<div class="plot"><span class="top">{top}</span>'
-        '<svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img" aria-label="{said}">'
+        '<svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img" aria-label="{title}. {summary}">'
         '<path class="grid" d="M0 1H600M0 60H600M0 119H600"/>{body}</svg>{empty}</div>'
-        '<div class="axis"><span>{span} min ago</span><span>now</span></div></figure>'
+        '<div class="axis"><span>{span:.0f} min ago</span><span>now</span></div></figure>'
     ).format(
         title=title,
-        legend=legend,
-        top=unit(top) if known else UNKNOWN,
-        said=f"{title}. {said}",
-        body=body,
-        empty=empty,
-        span=f"{span:.0f}",
+        legend=Markup("").join(legend),
+        top=UNKNOWN if empty else unit(top),
+        summary=summary,
+        body=Markup("").join(_paths([*lines.values()], top)),
+        empty=Markup('<p class="nodata">no data yet</p>') if empty else "",
+        span=(edges[-1] - edges[0]) / 60,
     )
 
 
@@ -60,7 +61,7 @@ def bar(share: float, kind: str = "") -> Markup:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class RingSlice:
     """One owner on the ring: its `share` of the keys and its `load`, 0 to 1."""
 
     label: str
@@ -69,7 +70,7 @@ class Slice:
     healthy: bool
 
 
-def ring(slices: Sequence[Slice], middle: str, below: str) -> Markup:
+def ring(slices: Sequence[RingSlice], middle: str, below: str) -> Markup:
     """Returns a ring of arcs, one per owner, each with a band as wide as its load, numbered as in the table."""
     whole = sum(one.share for one in slices) or 1.0
     parts = []
@@ -95,12 +96,13 @@ def ring(slices: Sequence[Slice], middle: str, below: str) -> Markup:
         parts.append(Markup("</g>"))
         at += width
     if not slices:
-        parts.append(Markup('<circle class="nobody" r="89"/>'))
+        parts.append(Markup('<circle class="vacant" r="89"/>'))
     return Markup(
         '<svg class="ring" viewBox="-104 -104 208 208" role="img" aria-label="{label}">{parts}'
         '<text class="middle" y="-2">{middle}</text><text class="below" y="20">{below}</text></svg>'
     ).format(
-        label="; ".join(f"{one.label} owns {one.share:.0%} of the keys" for one in slices) or "nobody is in the ring",
+        label="; ".join(f"{one.label} owns {one.share:.0%} of the keys" for one in slices)
+        or "no worker is in the ring",
         parts=Markup("").join(parts),
         middle=middle,
         below=below,
@@ -123,27 +125,20 @@ def _arc(start: float, end: float, inner: float, outer: float) -> str:
     )
 
 
-def _paths(lines: Sequence[Line], top: float) -> Iterator[Markup]:
+def _paths(lines: Sequence[Floats | None], top: float) -> Iterator[Markup]:
     for number, line in reversed(list(enumerate(lines))):
-        for run in _runs(line.curve):
-            points = [(x, _HEIGHT - 1 - (_HEIGHT - 2) * min(1.0, value / top)) for x, value in run]
-            d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        if line is None:
+            continue
+        x = np.linspace(0, _WIDTH, len(line))
+        y = _HEIGHT - 1 - (_HEIGHT - 2) * np.minimum(1.0, line / top)
+        known = np.flatnonzero(~np.isnan(line))
+        # Draw the parts between gaps; a single value becomes a short line.
+        for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else ():
+            d = "M" + "L".join(f"{x[i]:.1f} {y[i]:.1f}" for i in part) + ("h-3" if len(part) == 1 else "")
             if number == 0:
-                area = f"{d}L{points[-1][0]:.1f} {_HEIGHT}L{points[0][0]:.1f} {_HEIGHT}Z"
+                area = f"{d}L{x[part[-1]]:.1f} {_HEIGHT}L{x[part[0]]:.1f} {_HEIGHT}Z"
                 yield Markup('<path class="area" d="{}"/>').format(area)
             yield Markup('<path class="line k{}" d="{}"/>').format(number, d)
-
-
-def _runs(curve: Curve) -> Iterator[list[tuple[float, float]]]:
-    """Yields the parts of a curve between gaps. A single value becomes a short line."""
-    last = max(1, len(curve.values) - 1)
-    run: list[tuple[float, float]] = []
-    for index, value in enumerate([*curve.values, math.nan]):
-        if not math.isnan(value):
-            run.append((_WIDTH * index / last, value))
-        elif run:
-            yield run if len(run) > 1 else [(run[0][0] - 3, run[0][1]), run[0]]
-            run = []
 
 
 def _nice(value: float) -> float:

@@ -24,7 +24,7 @@ _UNITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class CostRow:
     """Requests answered within the time span, seconds of compute time spent and saved, and their prices."""
 
     name: str
@@ -82,7 +82,7 @@ async def contents(sources: Sources, _: Request) -> Context:
     }
 
 
-def _costs(history: History, label: str) -> list[Cost]:
+def _costs(history: History, label: str) -> list[CostRow]:
     requests = history.increase(REQUESTS, SPAN_SECONDS, (label,), code="OK")
     compute = history.increase(COMPUTE, SPAN_SECONDS, (label, "outcome"))
     priced = history.increase(COST, SPAN_SECONDS, (label, "kind"))
@@ -93,7 +93,7 @@ def _costs(history: History, label: str) -> list[Cost]:
         side[key] = side.get(key, 0.0) + seconds
     whole = sum(spent.values())
     costs = [
-        Cost(
+        CostRow(
             key,
             requests[key,],
             spent[key],

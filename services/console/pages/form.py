@@ -17,10 +17,10 @@ async def read(request: Request) -> dict[str, str]:
     async for part in request.stream():
         body += part
         if len(body) > _MAX_BYTES:
-            detail = f"A form here has up to {_MAX_BYTES >> 20} MiB; the words random, zeros and ones are short."
+            detail = f"A form must have up to {_MAX_BYTES >> 20} MiB. For large tensors use random, zeros or ones."
             raise HTTPException(413, detail)
     try:
         text = body.decode()
         return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_FIELDS, strict_parsing=bool(text)))
     except ValueError:
-        raise HTTPException(400, "This is not a form.") from None
+        raise HTTPException(400, "The request must be a URL-encoded form.") from None

@@ -29,9 +29,9 @@ MAX_STREAMS = 200
 
 
 class Pages:
-    """Renders templates. `stopping` ends all streams; `unheard` returns messages on routers that do not answer."""
+    """Renders templates. `stopping` ends all streams; `outages` returns a message per silent router."""
 
-    def __init__(self, stopping: asyncio.Event, unheard: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, stopping: asyncio.Event, outages: Callable[[], Sequence[str]]) -> None:
         self._stopping = stopping
         # Streams by client, the oldest first. Setting its event ends a stream.
         self._streams: dict[str, list[asyncio.Event]] = {}
@@ -45,7 +45,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters.update(units.FILTERS)
-        self._templates.globals |= {"chart": chart, "unheard": unheard}
+        self._templates.globals |= {"chart": chart, "router_outages": outages}
         self._templates.globals["parts"] = self._templates.get_template("parts.html").module
 
     def page(self, template: str, contents: Contents) -> Callable[[Request], Awaitable[Response]]:
@@ -70,7 +70,7 @@ class Pages:
         client = request.client.host if request.client else ""
         mine = self._streams.get(client, [])
         if len(mine) >= MAX_STREAMS_OF_ONE:
-            return _refused(f"{MAX_STREAMS_OF_ONE} pages are live at {client} already")
+            return _refused(f"{MAX_STREAMS_OF_ONE} pages of {client} are live already")
         if sum(map(len, self._streams.values())) >= MAX_STREAMS:
             # The client with the most streams loses its oldest one to a client with fewer.
             most = max(self._streams.values(), key=len)

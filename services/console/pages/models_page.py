@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
@@ -14,53 +13,27 @@ from starlette.requests import Request
 from services.console.data import overview
 from services.console.data.fleet_watch import ModelView, ask
 from services.console.data.history import History
-from services.console.data.overview import NOW_SECONDS, STAGE, Vitals
+from services.console.data.overview import NOW_SECONDS, STAGE
 from services.console.data.sources import Sources
 from services.console.pages import fleet_page
+from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
 
 _SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRow:
-    """A model version with its key metrics of the last minute. `rows`: mean rows per batch."""
-
-    model: ModelView
-    vitals: Vitals
-    rows: float
-
-
-@dataclass(frozen=True, slots=True)
-class CopyRow:
-    """A model version on one worker: runs per second, and mean times in seconds."""
-
-    worker: str
-    version: str
-    provider: str
-    digest: str
-    uncacheable: str
-    rate: float
-    queue: float
-    compute: float
-
-
-ORDERS: Mapping[str, Callable[[ModelRow], float]] = {
-    "busiest": lambda row: row.vitals.requests,
-    "slowest": lambda row: row.vitals.p99,
-    "failing": lambda row: row.vitals.errors,
-    "costliest": lambda row: row.vitals.spent,
-}
+# Orders of the table by the key metric, the highest first.
+ORDERS = {"busiest": "requests", "slowest": "p99", "failing": "errors", "costliest": "spent"}
 
 
 async def listing(sources: Sources, request: Request) -> Context:
     """Returns the context of `models.html`."""
     rows = _rows(sources, sources.view.models)
     text, order = (request.query_params.get(name, "").strip() for name in ("text", "order"))
-    found = [row for row in rows if text.lower() in row.model.name.lower()]
+    found = [row for row in rows if text.lower() in row["model"].name.lower()]
     if order in ORDERS:
         # Unknown values sort last.
-        found.sort(key=lambda row: -value if (value := ORDERS[order](row)) == value else math.inf)
+        values = [getattr(row["vitals"], ORDERS[order]) for row in found]
+        indices = sorted(range(len(found)), key=lambda i: math.inf if math.isnan(values[i]) else -values[i])
+        found = [found[i] for i in indices]
     return {
         "models": found,
         "count": len(rows),
@@ -76,9 +49,7 @@ async def one(sources: Sources, request: Request) -> Context:
     name = request.path_params["name"]
     versions = [model for model in sources.view.models if model.name == name]
     if not versions:
-        raise HTTPException(
-            404, f"No router knows a model {name!r}. A model that was loaded just now shows in some seconds."
-        )
+        raise HTTPException(404, f"No router knows a model {name!r}. A new model appears after some seconds.")
     return {
         "name": name,
         "rows": _rows(sources, versions),
@@ -97,36 +68,31 @@ async def metadata(sources: Sources, name: str) -> v2.ModelMetadataResponse | No
     return answer
 
 
-def _rows(sources: Sources, models: Sequence[ModelView]) -> list[ModelRow]:
+def _rows(sources: Sources, models: Sequence[ModelView]) -> list[Row]:
+    """Returns model versions with their key metrics of the last minute. `rows`: mean rows per batch."""
     history, by = sources.history, ("model", "version")
-    vitals, nobody = overview.vitals_by(history, by), overview.unasked(history)
-    rows = history.increase("ringmesh_worker_batch_rows_sum", NOW_SECONDS, by)
-    runs = history.increase("ringmesh_worker_batch_rows_count", NOW_SECONDS, by)
-    made = []
-    for model in models:
-        key = (model.name, model.version)
-        mean = rows[key] / runs[key] if runs.get(key) else math.nan
-        made.append(ModelRow(model, vitals.get(key, nobody), mean))
-    return made
-
-
-def _copies(history: History, name: str, versions: Sequence[ModelView]) -> list[CopyRow]:
-    by = ("version", "target", "stage")
-    total = history.increase(f"{STAGE}_sum", NOW_SECONDS, by, model=name)
-    count = history.increase(f"{STAGE}_count", NOW_SECONDS, by, model=name)
-    mean = {key: total[key] / runs for key, runs in count.items() if runs}
-    rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, ("version", "target"), model=name)
+    vitals, idle = overview.vitals_by(history, by), overview.idle(history)
+    rows = overview.means(history, "ringmesh_worker_batch_rows", NOW_SECONDS, by)
     return [
-        CopyRow(
-            copy.worker,
-            model.version,
-            copy.provider,
-            copy.digest,
-            copy.uncacheable,
-            rate.get((model.version, copy.worker), math.nan),
-            mean.get((model.version, copy.worker, "queue"), math.nan),
-            mean.get((model.version, copy.worker, "compute"), math.nan),
-        )
+        {"model": model, "vitals": vitals.get(key, idle), "rows": rows[key]}
+        for model in models
+        for key in [(model.name, model.version)]
+    ]
+
+
+def _copies(history: History, name: str, versions: Sequence[ModelView]) -> list[Row]:
+    """Returns the model's versions on each worker, with requests per second and mean times in seconds."""
+    by = ("version", "target")
+    mean = overview.means(history, STAGE, NOW_SECONDS, (*by, "stage"), model=name)
+    rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, by, model=name)
+    return [
+        {
+            "served": copy,
+            "rate": rate[key],
+            "queue": mean[*key, "queue"],
+            "compute": mean[*key, "compute"],
+        }
         for model in versions
         for copy in model.copies
+        for key in [(model.version, copy.worker)]
     ]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from services.console.data import overview, units
-from services.console.data.history import Curve, History, Labels, Line
-from services.console.data.overview import DURATION, MOST_ROWS, REQUESTS, SERVER_FAULTS
+from services.console.data.history import History, Labels, Values
+from services.console.data.overview import DURATION, MOST_ROWS, REQUESTS, SERVER_FAULTS, subtotals
 from services.console.data.sources import Sources
+from services.console.pages import fleet_page
 from services.console.pages.chart import plot
 from services.console.pages.live import Context
 
@@ -23,7 +24,7 @@ FAST_BURN = 14.4
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class Targets:
     """The objectives in the routers' settings. `latency`: the required share of answers within `seconds`."""
 
     availability: float
@@ -32,43 +33,41 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """An objective within one window. `good` is NaN if there were no requests."""
-
-    window: str
-    good: float
-    burn: float
-
-
-@dataclass(frozen=True, slots=True)
 class Objective:
-    """An objective, and how it was met in each window."""
+    """An objective, and how it was met in each window. `good`: the shares of good requests; NaN without requests."""
 
     name: str
     promise: str
-    kept: list[Kept]
+    target: float
+    good: list[float]
+
+    @property
+    def burns(self) -> list[float]:
+        """The burn rates of the error budget."""
+        return [(1 - good) / (1 - self.target) for good in self.good]
 
     @property
     def verdict(self) -> str:
         """The result as text."""
-        burns = [kept.burn for kept in self.kept]
-        if all(map(math.isnan, burns)):
-            return "nothing was asked for"
-        if all(burn > FAST_BURN for burn in burns):
+        if all(map(math.isnan, self.burns)):
+            return "no requests"
+        if all(burn > FAST_BURN for burn in self.burns):
             return "the month's budget would be gone within two days"
-        if burns[0] > 1:
-            return "the budget goes faster than it may"
-        return "kept"
+        if self.burns[0] > 1:
+            return "the budget is used up faster than planned"
+        return "met"
 
 
 async def contents(sources: Sources, _: Request) -> Context:
     """Returns the context of `objectives.html`."""
     history = sources.history
-    promise = promised(history)
-    models = objectives(history, promise, ("model",)) if promise else {}
+    targets, edges = configured(history), overview.edges(history)
+    models = objectives(history, targets, ("model",)) if targets else {}
     models.pop((), None)  # present if there were no requests
+    codes = history.rates(REQUESTS, edges, ("code",))
+    failed = overview.ratios(subtotals(codes, SERVER_FAULTS), subtotals(codes))
     return {
-        "objectives": objectives(history, promise)[()] if promise else [],
+        "objectives": objectives(history, targets)[()] if targets else [],
         "asked": len(models),
         "burning": _burning(models),
         "most": MOST_ROWS,
@@ -77,107 +76,84 @@ async def contents(sources: Sources, _: Request) -> Context:
         "burns": _burns(history),
         "long_windows": LONG_WINDOWS,
         "charts": [
-            plot("Requests that the service failed", [Line("share", _failed(history))], units.percent, least=0.01),
-            plot(
-                "Time to answer",
-                overview.latency(history),
-                units.seconds,
-            ),
+            plot("Requests that the service failed", edges, {"share": failed.get(())}, units.percent, least=0.01),
+            fleet_page.latency(history, edges),
         ],
     }
 
 
-def promised(history: History) -> Promise | None:
+def configured(history: History) -> Targets | None:
     """Returns the objectives, the strictest if routers differ; None before a router has reported any."""
     targets = history.last("ringmesh_slo_target_ratio", ("objective", "target"))
     seconds = history.last("ringmesh_slo_latency_seconds", ("target",))
     if not targets or not seconds:
         return None
-    strictest = {
-        name: max((value for (told, _), value in targets.items() if told == name), default=0.0)
-        for name in ("availability", "latency")
-    }
-    return Promise(strictest["availability"], strictest["latency"], min(seconds.values()))
+    strictest: dict[str, float] = {}
+    for (objective, _), target in targets.items():
+        strictest[objective] = max(target, strictest.get(objective, 0.0))
+    return Targets(strictest.get("availability", 0.0), strictest.get("latency", 0.0), min(seconds.values()))
 
 
-def objectives(history: History, promise: Promise, by: Sequence[str] = ()) -> dict[Labels, list[Objective]]:
+def objectives(history: History, targets: Targets, by: Sequence[str] = ()) -> dict[Labels, list[Objective]]:
     """Returns availability and latency of all requests, or by the values of the labels `by`."""
-    answered = [_available(history, seconds, by) for seconds, _ in WINDOWS]
-    quick = [_quick(history, seconds, promise.seconds, by) for seconds, _ in WINDOWS]
-    groups = sorted({group for shares in answered for group in shares}) or [()]
+    available = [_available(history, seconds, by) for seconds, _ in WINDOWS]
+    quick = [_quick(history, seconds, targets.seconds, by) for seconds, _ in WINDOWS]
     return {
         group: [
             Objective(
                 "Availability",
-                f"{units.percent(promise.availability)} of requests are answered, or refused for what the caller did",
-                _kept(answered, group, promise.availability),
+                f"{units.percent(targets.availability)} of requests are answered, or refused by the caller's fault",
+                targets.availability,
+                [shares[group] for shares in available],
             ),
             Objective(
                 "Latency",
-                f"{units.percent(promise.latency)} of answers within {units.seconds(promise.seconds)}",
-                _kept(quick, group, promise.latency),
+                f"{units.percent(targets.latency)} of answers within {units.seconds(targets.seconds)}",
+                targets.latency,
+                [shares[group] for shares in quick],
             ),
         ]
-        for group in groups
+        for group in sorted({group for shares in available for group in shares}) or [()]
     }
 
 
 def _burning(models: Mapping[Labels, list[Objective]]) -> list[tuple[str, Objective]]:
     """Returns the models' objectives that used part of their error budget, the highest burn rate first."""
-    burns = {
-        (model, objective.name): (max(kept.burn for kept in objective.kept if kept.burn > 0), model, objective)
+    burning = [
+        (model, objective)
         for (model,), each in models.items()
         for objective in each
-        if any(kept.burn > 0 for kept in objective.kept)
-    }
-    return [(model, objective) for _, model, objective in sorted(burns.values(), key=lambda burn: -burn[0])]
+        if any(burn > 0 for burn in objective.burns)
+    ]
+    return sorted(burning, key=lambda one: -max(burn for burn in one[1].burns if burn > 0))
 
 
 def _burns(history: History) -> dict[str, dict[str, float]]:
     """Returns burn rates by objective and window, the highest of all routers; empty if no router reports any."""
     burns: dict[str, dict[str, float]] = {}
-    for (objective, window, _), burn in history.last(
-        "ringmesh_slo_burn_rate", ("objective", "window", "target")
-    ).items():
-        of = burns.setdefault(objective, {})
-        of[window] = max(burn, of.get(window, 0.0))
+    reported = history.last("ringmesh_slo_burn_rate", ("objective", "window", "target"))
+    for (objective, window, _), burn in reported.items():
+        by_window = burns.setdefault(objective, {})
+        by_window[window] = max(burn, by_window.get(window, 0.0))
     return burns
 
 
-def _kept(shares: Sequence[Mapping[Labels, float]], group: Labels, objective: float) -> list[Kept]:
-    """Returns the result in each window, from the shares of good requests."""
-    goods = [(name, good.get(group, math.nan)) for (_, name), good in zip(WINDOWS, shares, strict=True)]
-    return [Kept(name, good, (1 - good) / (1 - objective)) for name, good in goods]
-
-
-def _available(history: History, seconds: float, by: Sequence[str]) -> dict[Labels, float]:
+def _available(history: History, seconds: float, by: Sequence[str]) -> Values:
     """Returns the share of requests without a server error, for groups that have requests."""
-    total: dict[Labels, float] = {}
-    failed: dict[Labels, float] = {}
-    for (*group, code), count in history.increase(REQUESTS, seconds, (*by, "code")).items():
-        key = tuple(group)
-        total[key] = total.get(key, 0.0) + count
-        failed[key] = failed.get(key, 0.0) + count * (code in SERVER_FAULTS)
-    return {key: 1 - failed[key] / asked for key, asked in total.items() if asked}
+    codes = history.increase(REQUESTS, seconds, (*by, "code"))
+    failed = subtotals(codes, SERVER_FAULTS)
+    return Values({key: 1 - failed.get(key, 0.0) / asked for key, asked in subtotals(codes).items() if asked})
 
 
-def _quick(history: History, seconds: float, limit: float, by: Sequence[str]) -> dict[Labels, float]:
+def _quick(history: History, seconds: float, limit: float, by: Sequence[str]) -> Values:
     """Returns the share of answers within `limit`, rounded up to the next bucket bound, as on the router."""
     buckets: dict[Labels, dict[float, float]] = {}
     for (*group, le), count in history.increase(f"{DURATION}_bucket", seconds, (*by, "le")).items():
         buckets.setdefault(tuple(group), {})[float(le)] = count
-    return {
-        key: min(count for le, count in counts.items() if le >= limit) / counts[math.inf]
-        for key, counts in buckets.items()
-        if counts.get(math.inf)
-    }
-
-
-def _failed(history: History) -> Curve:
-    all_ = overview.requests(history)
-    faults = [history.rates(REQUESTS, *overview.span(history), code=code) for code in sorted(SERVER_FAULTS)]
-    shares = [
-        sum(curve.values[i] for curve in faults if not math.isnan(curve.values[i])) / asked if asked > 0 else math.nan
-        for i, asked in enumerate(all_.values)
-    ]
-    return Curve(all_.times, shares)
+    return Values(
+        {
+            key: min(count for le, count in counts.items() if le >= limit) / counts[math.inf]
+            for key, counts in buckets.items()
+            if counts.get(math.inf)
+        }
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from services.console.data import span_names as names
-from services.console.data.trace_store import Summary
+from services.console.data.trace_store import TraceSummary
 from services.console.data.units import clock, nanoseconds
 from services.runtime.telemetry.span_tree import Span, SpanTree
 
@@ -16,70 +16,68 @@ _OUTCOMES = {
     "hit-peer": "The cache of another region had the answer.",
     "joined": "The same request was being computed already: this one waited for that answer.",
     "miss": "No cache had the answer, so it was computed.",
-    "bypass": "It was computed past the caches.",
+    "bypass": "It was computed without the caches.",
 }
 
 
-def tell(summary: Summary, tree: SpanTree) -> list[str]:
+def tell(summary: TraceSummary, tree: SpanTree) -> list[str]:
     """Returns one sentence for each step of the request."""
     return [*_opening(summary), *(line for _, span in tree.rows for line in _line(span)), *_closing(summary, tree)]
 
 
-def _opening(summary: Summary) -> Iterator[str]:
+def _opening(summary: TraceSummary) -> Iterator[str]:
     what = f"A request for {summary.model} {summary.version}".rstrip() if summary.model else "A request"
     whose = f" of tenant {summary.tenant}" if summary.tenant else ""
     at, took = clock(summary.start_ns), nanoseconds(summary.duration_ns)
     if summary.error:
         code = f" with {summary.code}" if summary.code else ""
-        yield f"{what}{whose} came at {at} and failed{code} after {took}: {summary.error}"
+        yield f"{what}{whose} arrived at {at} and failed{code} after {took}: {summary.error}"
     else:
-        yield f"{what}{whose} came at {at} and was answered after {took}."
+        yield f"{what}{whose} arrived at {at} and was answered after {took}."
     if summary.cache in _OUTCOMES:
         yield _OUTCOMES[summary.cache]
 
 
 def _line(span: Span) -> Iterator[str]:
-    said = span.attributes
+    attributes = span.attributes
     took = nanoseconds(span.end_ns - span.start_ns)
-    if reason := said.get(names.REASON):
-        yield f"The caches had no part in it: {reason}."
-    elif span.name == names.SHARED and not said.get(names.HIT):
+    if reason := attributes.get(names.REASON):
+        yield f"The caches were not used: {reason}."
+    elif span.name == names.SHARED and not attributes.get(names.HIT):
         yield f"The shared tier was asked and did not have it, or was skipped ({took})."
     elif span.short_name == names.EXECUTE and span.service == "ringmesh-router":
         yield from _attempt(span, took)
-    elif span.short_name == names.EXECUTE and said.get(names.JOINED):
+    elif span.short_name == names.EXECUTE and attributes.get(names.JOINED):
         yield f"The worker was computing the same request already; this one waited {took} for it."
     elif span.name == names.STEP:
-        yield f"Then the ensemble's step {said.get(names.MODEL, 'without a name')}, which took {took}."
+        yield f"Then the ensemble's step {attributes.get(names.MODEL, '(unnamed)')}, which took {took}."
     elif span.name == names.QUEUE:
         yield f"On the worker it waited {took} for a batch to start."
     elif span.name == names.BATCH:
-        requests, rows = said.get(names.BATCH_REQUESTS, 1), said.get(names.BATCH_ROWS, 1)
+        requests, rows = attributes.get(names.BATCH_REQUESTS, 1), attributes.get(names.BATCH_ROWS, 1)
         of = "alone" if requests == 1 else f"in a batch of {requests} requests"
         yield f"It ran {of}, {rows} {'row' if rows == 1 else 'rows'} in all, for {took}."
     elif span.name == names.RUN:
-        yield f"ONNX Runtime computed on {said.get(names.PROVIDER, 'an unnamed provider')} for {took}."
+        yield f"ONNX Runtime computed on {attributes.get(names.PROVIDER, 'an unknown provider')} for {took}."
 
 
 def _attempt(span: Span, took: str) -> Iterator[str]:
     """Yields the candidates that were skipped, and the result of the attempt."""
-    said = span.attributes
+    attributes = span.attributes
     for event in span.events:
-        told = event["attributes"]
-        if event["name"] == names.CANDIDATE and not told.get(names.TAKEN):
-            yield (
-                f"{told.get(names.WORKER)}, rank {told.get(names.RANK)} on the ring for its key, was passed over: "
-                f"{told.get(names.WHY)}."
-            )
-    worker, rank = said.get(names.WORKER, "a worker"), said.get(names.RANK)
-    place = "the owner of its key" if rank == 0 else f"rank {rank} on the ring for its key"
+        candidate = event["attributes"]
+        if event["name"] == names.CANDIDATE and not candidate.get(names.TAKEN):
+            rank, why = candidate.get(names.RANK), candidate.get(names.WHY)
+            yield f"{candidate.get(names.WORKER)}, rank {rank} on the ring for its key, was skipped: {why}."
+    worker, rank = attributes.get(names.WORKER, "a worker"), attributes.get(names.RANK)
+    position = "the owner of its key" if rank == 0 else f"rank {rank} on the ring for its key"
     if span.error:
-        yield f"It was sent to {worker}, {place}, and failed there after {took}: {span.error}."
+        yield f"It was sent to {worker}, {position}, and failed there after {took}: {span.error}."
     else:
-        yield f"It was sent to {worker}, {place}, and was back after {took}."
+        yield f"It was sent to {worker}, {position}, and was answered after {took}."
 
 
-def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
+def _closing(summary: TraceSummary, tree: SpanTree) -> Iterator[str]:
     """Yields the span that took most of the time, if one did."""
     own = {id(span): span.end_ns - span.start_ns for _, span in tree.rows}
     by_id = {span.span_id: span for _, span in tree.rows}
@@ -88,11 +86,11 @@ def _closing(summary: Summary, tree: SpanTree) -> Iterator[str]:
             own[id(parent)] -= span.end_ns - span.start_ns
     longest = max((span for _, span in tree.rows), key=lambda span: own[id(span)])
     share = own[id(longest)] / max(1, summary.duration_ns)
-    # For a joined request, the account has mentioned the wait already.
+    # For a joined request the wait is mentioned already.
     if share > 0.5 and len(tree.rows) > 1 and summary.cache != "joined":
         took = nanoseconds(own[id(longest)])
         if longest.short_name == names.EXECUTE and longest.service == "ringmesh-router":
             worker = longest.attributes.get(names.WORKER, "the worker")
-            yield f"Most of the time, {took}, went by between the router and {worker}: sending, waiting, receiving."
+            yield f"Most of the time, {took}, passed between the router and {worker}: sending, waiting, receiving."
         else:
-            yield f"Most of the time, {took}, went into “{longest.short_name}” on {longest.service}."
+            yield f"Most of the time, {took}, was spent in “{longest.short_name}” on {longest.service}."

@@ -18,7 +18,7 @@ async def summary(sources: Sources, request: Request) -> Response:
     vitals = overview.vitals(sources.history)
     models = (await models_page.listing(sources, request))["models"]
     # The busiest first, because a terminal shows only some of them.
-    models.sort(key=lambda row: -row.vitals.requests if row.vitals.requests > 0 else 0.0)
+    models.sort(key=lambda row: -max(0.0, row["vitals"].requests))
     return JSONResponse(
         {
             "headline": fleet_page.headline(sources, vitals),
@@ -33,38 +33,40 @@ async def summary(sources: Sources, request: Request) -> Response:
             },
             "workers": [
                 {
-                    "worker": row.worker.id or row.worker.address,
-                    "state": "serves" if row.worker.healthy else f"out: {row.worker.reason}",
-                    "owns": percent(row.worker.share),
-                    "in_flight": number(row.worker.in_flight),
-                    "load": number(row.worker.load),
-                    "queued": number(row.queued),
-                    "runs_s": number(row.rate),
-                    "compute": seconds(row.compute),
+                    "worker": worker.id or worker.address,
+                    "state": "serves" if worker.healthy else f"out: {worker.reason}",
+                    "owns": percent(worker.share),
+                    "in_flight": number(worker.in_flight),
+                    "load": number(worker.load),
+                    "queued": number(row["queued"]),
+                    "runs_s": number(row["rate"]),
+                    "compute": seconds(row["compute"]),
                 }
                 for row in fleet_page.worker_rows(sources)
+                for worker in [row["worker"]]
             ],
             "models": [
                 {
-                    "model": f"{row.model.name} {row.model.version}".rstrip(),
-                    "state": row.model.state.lower() or "not loaded",
-                    "requests_s": number(row.vitals.requests),
-                    "from_cache": percent(row.vitals.hit_ratio),
-                    "p50": seconds(row.vitals.p50),
-                    "p99": seconds(row.vitals.p99),
-                    "failed_s": number(row.vitals.errors),
-                    "batch_rows": number(row.rows),
+                    "model": f"{model.name} {model.version}".rstrip(),
+                    "state": model.state.lower() or "not loaded",
+                    "requests_s": number(vitals.requests),
+                    "from_cache": percent(vitals.hit_ratio),
+                    "p50": seconds(vitals.p50),
+                    "p99": seconds(vitals.p99),
+                    "failed_s": number(vitals.errors),
+                    "batch_rows": number(row["rows"]),
                 }
                 for row in models
+                for model, vitals in [(row["model"], row["vitals"])]
             ],
             "processes": [
                 {
-                    "process": row.name,
-                    "metrics_at": row.problem or row.address,
-                    "cpu": percent(row.cpu),
-                    "memory": size(row.memory),
-                    "open_files": number(row.files),
-                    "loop_lag_p99": seconds(row.lag),
+                    "process": row["name"],
+                    "metrics_at": row["problem"] or row["address"],
+                    "cpu": percent(row["cpu"]),
+                    "memory": size(row["memory"]),
+                    "open_files": number(row["files"]),
+                    "loop_lag_p99": seconds(row["lag"]),
                 }
                 for row in fleet_page.process_rows(sources)
             ],

@@ -11,18 +11,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from services.console.data import span_names
+from services.console.data.overview import OUTCOMES
 from services.console.data.sources import Sources
-from services.console.data.trace_store import Query
+from services.console.data.trace_store import TraceQuery
 from services.console.pages import story
 from services.console.pages.live import Context
 from services.runtime.telemetry.span_tree import Span
 
 _LIMIT = 100
-_OUTCOMES = ("hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass")
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class WaterfallRow:
     """A row of the waterfall. `start` and `width` are shares of the trace's duration, 0 to 1."""
 
     span: Span
@@ -60,7 +60,7 @@ async def listing(sources: Sources, request: Request) -> Context:
         "models": sorted(seen["model"] - {""}),
         "tenants": sorted(seen["tenant"] - {""}),
         "workers": sorted(seen["worker"] - {""}),
-        "outcomes": _OUTCOMES,
+        "outcomes": OUTCOMES,
     }
 
 
@@ -71,13 +71,13 @@ async def one(sources: Sources, request: Request) -> Context:
     if found is None:
         raise HTTPException(
             404,
-            f"Trace {trace_id} is not here. Spans arrive about a second after the request, if it was sampled; "
-            "the oldest are given up when memory is full.",
+            f"Trace {trace_id} is not stored. Spans arrive about a second after a sampled request; "
+            "the oldest are dropped when memory is full.",
         )
     summary, tree = found
     total = max(1, tree.duration_ns)
     bars = [
-        Bar(span, depth, (span.start_ns - tree.start_ns) / total, (span.end_ns - span.start_ns) / total)
+        WaterfallRow(span, depth, (span.start_ns - tree.start_ns) / total, (span.end_ns - span.start_ns) / total)
         for depth, span in tree.rows
     ]
     return {
@@ -90,7 +90,7 @@ async def one(sources: Sources, request: Request) -> Context:
     }
 
 
-def _linked(sources: Sources, trace_id: str, bars: Sequence[Bar]) -> list[tuple[str, str, bool]]:
+def _linked(sources: Sources, trace_id: str, bars: Sequence[WaterfallRow]) -> list[tuple[str, str, bool]]:
     """Returns the traces that spans of this one link to: the span, the trace id, and whether the trace is stored."""
     seen: dict[str, str] = {}
     for bar in bars:
@@ -100,18 +100,14 @@ def _linked(sources: Sources, trace_id: str, bars: Sequence[Bar]) -> list[tuple[
     return [(name, other, sources.traces.find(other) is not None) for other, name in seen.items()]
 
 
-def _query(request: Request) -> tuple[Query, str]:
+def _query(request: Request) -> tuple[TraceQuery, str]:
     """Parses the search. Returns the query and "", or an empty query and an error message."""
-    asked: dict[str, str | float] = {}
-    for field in fields(Query):
-        value = request.query_params.get(field.name, "").strip()
-        if not value:
-            continue
-        if field.name in ("min_ms", "max_ms"):
-            try:
-                asked[field.name] = float(value)
-            except ValueError:
-                return Query(), f"“{value}” is no number of milliseconds."
-        else:
-            asked[field.name] = value
-    return Query(**asked), ""  # type: ignore[arg-type]
+    given = {field.name: request.query_params.get(field.name, "").strip() for field in fields(TraceQuery)}
+    limits = {}
+    for name in ("min_ms", "max_ms"):
+        text = given.pop(name)
+        try:
+            limits[name] = float(text or 0)
+        except ValueError:
+            return TraceQuery(), f"“{text}” is not a number of milliseconds."
+    return TraceQuery(**given, **limits), ""  # type: ignore[arg-type]

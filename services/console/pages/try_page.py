@@ -19,25 +19,26 @@ async def contents(sources: Sources, request: Request) -> Context:
     models = sorted({model.name for model in sources.view.models if model.state != "UNAVAILABLE"})
     chosen = sent.get("model") or next(iter(models), "")
     metadata = await models_page.metadata(sources, chosen) if chosen else None
+    fields = trial.inputs(metadata, sent) if metadata else []
     context = {
         "models": models,
         "chosen": chosen,
         "router": sources.view.router,
         "known": metadata is not None,
-        "fields": trial.typed(metadata, sent) if metadata else [],
+        "fields": fields,
         "cache_control": sent.get("cache-control", ""),
         "choices": CACHE_CONTROL,
         "tenant": sent.get("tenant", ""),
         "words": WORDS,
-        "answer": None,
+        "result": None,
         "problem": "",
     }
     if request.method != "POST" or metadata is None or sources.view.router is None:
         return context
     try:
-        infer = trial.build(chosen, trial.typed(metadata, sent))
+        infer = trial.build(chosen, fields)
         headers = trial.headers(sent.get("cache-control", ""), sent.get("tenant", ""))
     except trial.TrialError as error:
         return {**context, "problem": str(error), "status": 400}
     channel = sources.fleet.channel(sources.view.router.address)
-    return {**context, "answer": await trial.send(channel, infer, headers)}
+    return {**context, "result": await trial.send(channel, infer, headers)}

@@ -27,7 +27,6 @@ class ModelControl:
         self._changes: set[asyncio.Task[None]] = set()
 
     def handlers(self) -> dict[str, Handler]:
-        """The handlers for `inference.GRPCInferenceService`."""
         return {
             "ModelConfig": unary(v2.ModelConfigRequest, self._config),
             "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),

@@ -104,7 +104,6 @@ class _Connection(Frames):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a call is in flight or data is being sent."""
         return bool(self._under_way) or self.is_sending
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -149,7 +148,6 @@ class _Connection(Frames):
         self._server.connections.discard(self)
 
     def close(self) -> None:
-        """Fails the calls in flight and closes the connection."""
         stopping = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
         for number, cancel in list(self._under_way.items()):
             del self._under_way[number]

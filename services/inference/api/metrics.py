@@ -44,7 +44,6 @@ class WorkerMetrics:
         self._worker = worker
 
     def samples(self) -> Iterator[Sample]:
-        """The samples, for `Metrics.add`."""
         store = self._worker.store
         yield Sample(DECISIONS, (), store.decisions.size)
         yield Sample(FORGOTTEN, (), store.failures_dropped)

@@ -140,7 +140,6 @@ class EnvelopeService:
         self._version = random.getrandbits(62) + 1
 
     def service(self, calls: Calls) -> Service:
-        """The handlers. `calls` counts the calls."""
         execute = calls.counted_path(EXECUTE, self.execute)
         return Service(
             _DESCRIPTOR,
@@ -253,7 +252,6 @@ class EnvelopeService:
 
 
 def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
-    """Describes to routers the models that failed to load."""
     told = [
         inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
         for name, versions in failures.items()
@@ -263,7 +261,6 @@ def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
-    """Describes a model to routers."""
     model = held.model
     ensemble = None
     if isinstance(model, Ensemble):

@@ -16,7 +16,6 @@ class SharedMemoryControl:
         self._memory = memory
 
     def handlers(self) -> dict[str, Handler]:
-        """The handlers for `inference.GRPCInferenceService`."""
         return {
             "SystemSharedMemoryStatus": unary(v2.SystemSharedMemoryStatusRequest, self._status),
             "SystemSharedMemoryRegister": unary(v2.SystemSharedMemoryRegisterRequest, self._register),

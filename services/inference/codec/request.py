@@ -344,7 +344,6 @@ def _sequence(request: v2.ModelInferRequest) -> SequenceStep | None:
 
 
 def _flag(request: v2.ModelInferRequest, name: str) -> bool:
-    """A boolean parameter; False if it is not given."""
     if name not in request.parameters:
         return False
     if request.parameters[name].WhichOneof("parameter_choice") != "bool_param":
@@ -353,7 +352,6 @@ def _flag(request: v2.ModelInferRequest, name: str) -> bool:
 
 
 def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
-    """A parameter that is a whole number; 0 if it is not given."""
     if name not in request.parameters:
         return 0
     given = request.parameters[name]
@@ -366,7 +364,6 @@ def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
 
 
 def _place(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str, int, int]:
-    """(region, offset, byte size) of a tensor in shared memory."""
     sizes = []
     for name in ("shared_memory_offset", "shared_memory_byte_size"):
         kind = parameters[name].WhichOneof("parameter_choice") if name in parameters else "int64_param"

@@ -45,7 +45,6 @@ class RequestDecoder:
         self._kinds: dict[bytes, _Kind] = {}
 
     def decode(self, read: Read, model: Model, trace_context: bytes = b"") -> Decoded:
-        """Decodes a request. Raises the errors of `decode_request`."""
         parts = read.parts
         if parts is None:
             return decode_request(read.head.message, model, self._memory, trace_context)

@@ -84,7 +84,6 @@ class Region:
                 ) from None
 
     def check(self, offset: int, byte_size: int, field: str) -> None:
-        """Raises InvalidArgumentError if a part lies beyond the region."""
         if offset < 0 or byte_size < 0 or offset + byte_size > self.byte_size:
             raise InvalidArgumentError(
                 f"bytes {offset} to {offset + byte_size} are not in shared memory region {self.name!r}, "
@@ -102,9 +101,13 @@ class Region:
 
 
 class SharedMemory:
-    """The regions that callers registered, by name; at most MAX_REGIONS."""
+    """The regions that callers registered, by name; at most MAX_REGIONS.
 
-    def __init__(self) -> None:
+    The names of their objects begin with `prefix`, so that callers cannot reach other objects of this worker's user.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
@@ -128,7 +131,7 @@ class SharedMemory:
                 f"region {name!r} has offset {offset} and byte_size {byte_size}; they are 0 or more, and 1 or more",
                 field="byte_size" if offset >= 0 else "offset",
             )
-        opened = _open(key)
+        opened = _open(key, self._prefix)
         size = os.fstat(opened.descriptor).st_size
         if offset + byte_size > size:
             raise InvalidArgumentError(
@@ -145,11 +148,9 @@ class SharedMemory:
             self._regions.clear()
 
     def status(self, name: str) -> list[Region]:
-        """The region of that name, or all if it is "". Raises NotFoundError."""
         return list(self._regions.values()) if not name else [self.find(name, "name")]
 
     def find(self, name: str, field: str) -> Region:
-        """The region of that name. Raises NotFoundError."""
         region = self._regions.get(name)
         if region is None:
             known = ", ".join(self._regions) or "none"
@@ -157,12 +158,17 @@ class SharedMemory:
         return region
 
 
-def _open(key: str) -> _Object:
-    """Opens an object. Raises NotFoundError, InvalidArgumentError if `key` names no shared memory object, and
-    ResourceExhaustedError if this worker cannot open any more."""
+def _open(key: str, prefix: str) -> _Object:
+    """Opens an object. Raises NotFoundError, InvalidArgumentError if `key` names no shared memory object of this
+    worker's user that begins with `prefix`, and ResourceExhaustedError if this worker cannot open any more."""
     file = key.removeprefix("/")
-    if not is_file_name(file):
+    # Semaphores lie in the same folder, and writing to one would let its processes run into one another.
+    if not is_file_name(file) or file.startswith("sem."):
         raise InvalidArgumentError(f"{key!r} is no key of a POSIX shared memory object, such as /name", field="key")
+    if not file.startswith(prefix):
+        raise InvalidArgumentError(
+            f"{key!r} should begin with {'/' + prefix!r} (RINGMESH_SHARED_MEMORY_PREFIX)", field="key"
+        )
     try:
         opened = _Object(os.open(_FOLDER / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
@@ -171,6 +177,12 @@ def _open(key: str) -> _Object:
                 f"cannot open the shared memory object {key!r}: {lacks}", field="key"
             ) from None
         raise NotFoundError(f"cannot open the shared memory object {key!r}: {error.strerror}", field="key") from None
-    if not stat.S_ISREG(os.fstat(opened.descriptor).st_mode):
+    status = os.fstat(opened.descriptor)
+    if not stat.S_ISREG(status.st_mode):
         raise InvalidArgumentError(f"{key!r} is not a POSIX shared memory object", field="key")
+    if status.st_uid != os.geteuid():
+        raise InvalidArgumentError(
+            f"{key!r} belongs to user {status.st_uid}; it should belong to the worker's, {os.geteuid()}",
+            field="key",
+        )
     return opened

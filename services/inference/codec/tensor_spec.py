@@ -66,11 +66,9 @@ class TensorSpec:
     optional: bool = False
 
     def to_inner(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Reshapes from the callers' shape to the file's."""
         return array if self.inner is None else array.reshape(_fill(self.inner, self.shape, array.shape))
 
     def to_outer(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Reshapes from the file's shape to the callers'."""
         return array if self.inner is None else array.reshape(_fill(self.shape, self.inner, array.shape))
 
 

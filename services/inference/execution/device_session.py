@@ -60,7 +60,6 @@ class DeviceSession:
         self._replaying = threading.Lock()
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        """Runs the model. Returns the outputs in the requested order, on the host."""
         if self._graphs is None:
             return self._run_bound(outputs, feeds, self._entries)
         with self._replaying:
@@ -148,7 +147,6 @@ class _PageLockedBuffers:
         self.free_bytes = 0
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> onnxruntime.OrtValue:
-        """A buffer that is not in use."""
         with self._lock:
             free = self._free.get((name, shape))
             if free:
@@ -158,7 +156,6 @@ class _PageLockedBuffers:
         return self._allocate(shape, dtype)
 
     def give_back(self, buffers: Mapping[str, onnxruntime.OrtValue]) -> None:
-        """Returns buffers, for later runs of their shapes."""
         with self._lock:
             for name, buffer in buffers.items():
                 key = (name, tuple(buffer.shape()))
@@ -171,7 +168,6 @@ class _PageLockedBuffers:
 
 
 def run_options(entries: Mapping[str, str]) -> onnxruntime.RunOptions | None:
-    """Run options with these entries; None if there are no entries."""
     if not entries:
         return None
     options = onnxruntime.RunOptions()

@@ -28,7 +28,6 @@ _GRAPH_LEVELS = {
 # Triton's names of TensorRT options. All other options have ONNX Runtime's names.
 _TENSORRT_NAMES = {
     "max_workspace_size_bytes": "trt_max_workspace_size",
-    "int8_calibration_table_name": "trt_int8_calibration_table_name",
     "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
 }
 _TENSORRT_PRECISIONS = {
@@ -37,6 +36,33 @@ _TENSORRT_PRECISIONS = {
     "BF16": {"trt_bf16_enable": "1"},
     "INT8": {"trt_int8_enable": "1"},
 }
+# A configuration may come from a caller, so it may set only options that name no file, library or address in memory.
+_TENSORRT_OPTIONS = frozenset(
+    f"trt_{name}"
+    for name in (
+        *("max_workspace_size", "max_partition_iterations", "min_subgraph_size", "op_types_to_exclude"),
+        *("fp16_enable", "bf16_enable", "int8_enable", "int8_use_native_calibration_table", "layer_norm_fp32_fallback"),
+        *("dla_enable", "dla_core", "sparsity_enable", "tactic_sources", "auxiliary_streams", "preview_features"),
+        *("engine_cache_enable", "engine_hw_compatible", "timing_cache_enable", "force_timing_cache"),
+        *("force_sequential_engine_build", "context_memory_sharing_enable", "cuda_graph_enable"),
+        *("build_heuristics_enable", "builder_optimization_level", "detailed_build_log"),
+        *("profile_min_shapes", "profile_max_shapes", "profile_opt_shapes"),
+    )
+)
+_CUDA_OPTIONS = frozenset(
+    {
+        *("gpu_mem_limit", "arena_extend_strategy", "do_copy_in_default_stream", "use_ep_level_unified_stream"),
+        *("cudnn_conv_algo_search", "cudnn_conv_use_max_workspace", "cudnn_conv1d_pad_to_nc1d", "fuse_conv_bias"),
+        *("tunable_op_enable", "tunable_op_tuning_enable", "tunable_op_max_tuning_duration_ms", "sdpa_kernel"),
+        *("enable_cuda_graph", "enable_skip_layer_norm_strict_mode", "prefer_nhwc", "use_tf32"),
+    }
+)
+_OPENVINO_OPTIONS = frozenset(
+    {
+        *("device_type", "precision", "num_of_threads", "num_streams", "model_priority", "enable_opencl_throttling"),
+        *("enable_qdq_optimizer", "disable_dynamic_shapes", "reshape_input", "layout"),
+    }
+)
 # Options of the CUDA provider that Triton also accepts in the model's `parameters`, as indices of these values.
 _CUDA_PARAMETERS = {
     "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
@@ -63,10 +89,11 @@ class Execution:
     pinned_outputs: bool
 
 
-def executions(config: ModelConfig, available: Sequence[str]) -> list[Execution]:
+def executions(config: ModelConfig, available: Sequence[str], caches: str = "") -> list[Execution]:
     """One execution for each device that the configuration names; at least one. Raises ConfigError.
 
     `available`: the execution providers of this machine. Missing providers are left out; the CPU is the last resort.
+    `caches`: folder for engines that TensorRT builds; "": the current one.
     """
     groups = config.instance_group
     on_gpu = any(group.kind == config_pb2.ModelInstanceGroup.KIND_GPU or group.gpus for group in groups)
@@ -78,7 +105,7 @@ def executions(config: ModelConfig, available: Sequence[str]) -> list[Execution]
         return [_on_cpu(config, available)]
     if CUDA not in available:
         return [_on_cpu(config, available, missing=(CUDA,))]
-    return [_on_gpu(config, available, device) for device in devices or [0]]
+    return [_on_gpu(config, available, device, caches) for device in devices or [0]]
 
 
 def _on_cpu(config: ModelConfig, available: Sequence[str], missing: tuple[str, ...] = ()) -> Execution:
@@ -87,13 +114,14 @@ def _on_cpu(config: ModelConfig, available: Sequence[str], missing: tuple[str, .
         if accelerator.name != "openvino":
             raise ConfigError(f"names {accelerator.name!r} as cpu_execution_accelerator; there is openvino")
         if OPENVINO in available:
-            providers.append((OPENVINO, {"device_type": "CPU", **accelerator.parameters}))
+            options = _allowed("openvino", accelerator.parameters, _OPENVINO_OPTIONS)
+            providers.append((OPENVINO, {"device_type": "CPU", **options}))
         else:
             missing = (*missing, OPENVINO)
     return Execution((*providers, (CPU, {})), None, missing, cuda_graphs=False, pinned_outputs=False)
 
 
-def _on_gpu(config: ModelConfig, available: Sequence[str], device: int) -> Execution:
+def _on_gpu(config: ModelConfig, available: Sequence[str], device: int, caches: str) -> Execution:
     optimization = config.optimization
     providers: list[tuple[str, Mapping[str, str]]] = []
     missing: tuple[str, ...] = ()
@@ -103,11 +131,12 @@ def _on_gpu(config: ModelConfig, available: Sequence[str], device: int) -> Execu
     for accelerator in optimization.execution_accelerators.gpu_execution_accelerator:
         if accelerator.name == "tensorrt":
             if TENSORRT in available:
-                providers.append((TENSORRT, {"device_id": str(device), **_tensorrt_options(accelerator.parameters)}))
+                options = _tensorrt_options(accelerator.parameters, caches)
+                providers.append((TENSORRT, {"device_id": str(device), **options}))
             else:
                 missing = (TENSORRT,)
         elif accelerator.name == "cuda":
-            cuda |= accelerator.parameters
+            cuda |= _allowed("cuda", accelerator.parameters, _CUDA_OPTIONS)
         else:
             raise ConfigError(f"names {accelerator.name!r} as gpu_execution_accelerator; there are tensorrt and cuda")
     # As in Triton, on unless the configuration turns it off.
@@ -121,7 +150,7 @@ def _on_gpu(config: ModelConfig, available: Sequence[str], device: int) -> Execu
     )
 
 
-def _tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
+def _tensorrt_options(parameters: Mapping[str, str], caches: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for name, value in parameters.items():
         if name == "precision_mode":
@@ -129,14 +158,22 @@ def _tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
                 known = ", ".join(_TENSORRT_PRECISIONS)
                 raise ConfigError(f"sets precision_mode of tensorrt to {value!r}; there are {known}")
             options |= _TENSORRT_PRECISIONS[value]
-        elif name in _TENSORRT_NAMES or name.startswith("trt_"):
-            options[_TENSORRT_NAMES.get(name, name)] = {"true": "1", "false": "0"}.get(value.lower(), value)
         else:
-            raise ConfigError(
-                f"sets {name!r} of tensorrt; there are precision_mode, {', '.join(_TENSORRT_NAMES)} and ONNX Runtime's "
-                "own trt_*"
-            )
+            options[_TENSORRT_NAMES.get(name, name)] = {"true": "1", "false": "0"}.get(value.lower(), value)
+    options = _allowed("tensorrt", options, _TENSORRT_OPTIONS)
+    for cache in ("engine", "timing"):
+        if caches and options.get(f"trt_{cache}_cache_enable") == "1":
+            options[f"trt_{cache}_cache_path"] = caches
     return options
+
+
+def _allowed(accelerator: str, options: Mapping[str, str], allowed: frozenset[str]) -> dict[str, str]:
+    if unknown := sorted(options.keys() - allowed):
+        raise ConfigError(
+            f"sets {unknown[0]!r} of {accelerator}; a configuration may set {', '.join(sorted(allowed))}. Options that "
+            "name files, libraries or memory are the worker's"
+        )
+    return dict(options)
 
 
 def _cuda_parameters(config: ModelConfig) -> dict[str, str]:
@@ -163,6 +200,8 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
         options.enable_mem_pattern = bool(pattern)
     if (device := _whole(config, "session.use_device_allocator_for_initializers", range(2))) is not None:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", str(device))
+    # Otherwise ONNX Runtime would read a file *.ort in its own format, which none of the checks here reads.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # Failures are reported to the caller. If they were logged too, callers could flood the log.
     options.log_severity_level = 4
     # A thread that spins takes a core from the event loop and from the other workers of this machine.
@@ -172,13 +211,11 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
 
 
 def run_entries(config: ModelConfig) -> dict[str, str]:
-    """The entries for the run options of every run."""
     shrinks = _SHRINK_ARENA in config.parameters
     return {_SHRINK_ARENA: config.parameters[_SHRINK_ARENA].string_value} if shrinks else {}
 
 
 def _whole(config: ModelConfig, name: str, allowed: range) -> int | None:
-    """A parameter as one of the `allowed` numbers; None if it is not set."""
     if name not in config.parameters:
         return None
     text = config.parameters[name].string_value

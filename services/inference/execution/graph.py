@@ -15,6 +15,21 @@ RANDOM_OPERATORS = frozenset(
 _TRAINING_MODE = 2  # the position of that input of Dropout
 
 
+def names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operators that compute each number from the numbers at the same place, with broadcasting.
+ELEMENTWISE = names(
+    """
+    Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast Ceil Celu Clip
+    Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN
+    LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink
+    Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor
+    """
+)
+
+
 def read(file: Path) -> onnx.ModelProto:
     """Reads a model; makes one copy of the weights in the file itself. Raises ValueError if it is not an ONNX model."""
     model = onnx.ModelProto()
@@ -30,7 +45,6 @@ def read(file: Path) -> onnx.ModelProto:
 
 
 def unranked(model: onnx.ModelProto) -> frozenset[str]:
-    """The inputs and outputs whose rank the file does not give."""
     return frozenset(
         value.name
         for value in (*model.graph.input, *model.graph.output)
@@ -49,7 +63,6 @@ def name_of(node: onnx.NodeProto) -> str:
 
 
 def random_operators(model: onnx.ModelProto) -> list[str]:
-    """The names of the operators that draw random numbers."""
     found = {node.op_type for node in _nodes(model) if node.op_type in RANDOM_OPERATORS}
     # The value of training_mode may be computed, so any given value counts. Needlessly not caching a model is safe.
     if any(node.op_type == "Dropout" and any(node.input[_TRAINING_MODE:]) for node in _nodes(model)):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from services.inference.codec.request import Decoded
-from services.inference.execution.graph import name_of, operator_types
+from services.inference.execution.graph import ELEMENTWISE, name_of, names, operator_types
 
 # The longest run that is made inline. For such runs another thread would cost more than it saves.
 QUICK_NS = 500_000
@@ -27,23 +27,16 @@ _MAX_KINDS = 1024
 _RNNS = frozenset({"GRU", "LSTM", "RNN"})
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # The work of these operators, and the sizes of their outputs, follow from the shapes of their inputs.
-_BY_SHAPE = _names(
+_BY_SHAPE = names(
     """
-    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitCast BitShift
-    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant Conv ConvInteger
-    ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Det Div Dropout DynamicQuantizeLinear Einsum Elu Equal
-    Erf Exp EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool
-    Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN
-    LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max
-    MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg Not Or PRelu Pow QLinearConv QLinearMatMul
-    QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike Reciprocal Relu ReverseSequence RotaryEmbedding
-    Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Softmax Softplus Softsign SpaceToDepth
-    Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Transpose Trilu Where Xor
+    ArgMax ArgMin Attention AveragePool BatchNormalization BitCast CastLike Concat Constant Conv ConvInteger
+    ConvTranspose CumSum DepthToSpace DequantizeLinear Det Dropout DynamicQuantizeLinear Einsum EyeLike Flatten
+    Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization Hardmax
+    InstanceNormalization LRN LayerNormalization LogSoftmax LpNormalization LpPool MatMul MatMulInteger MaxPool
+    MeanVarianceNormalization QLinearConv QLinearMatMul QuantizeLinear RMSNormalization RandomNormalLike
+    RandomUniformLike ReverseSequence RotaryEmbedding ScatterElements ScatterND Shape Size Softmax SpaceToDepth
+    Transpose Trilu
     ai.onnx.ml.ArrayFeatureExtractor ai.onnx.ml.Binarizer ai.onnx.ml.FeatureVectorizer ai.onnx.ml.Imputer
     ai.onnx.ml.LinearClassifier ai.onnx.ml.LinearRegressor ai.onnx.ml.Normalizer ai.onnx.ml.SVMClassifier
     ai.onnx.ml.SVMRegressor ai.onnx.ml.Scaler ai.onnx.ml.TreeEnsemble ai.onnx.ml.TreeEnsembleClassifier
@@ -56,12 +49,12 @@ _BY_SHAPE = _names(
     com.microsoft.QLinearSigmoid com.microsoft.QLinearSoftmax com.microsoft.QuickGelu
     com.microsoft.SkipLayerNormalization
     """
-)
+).union(ELEMENTWISE)
 # The same holds for these if the inputs from this position on (sizes, axes, lengths) are known before the request.
 _BY_SIZE = {
     **dict.fromkeys(("ConstantOfShape", "Range"), 0),
     **dict.fromkeys(
-        _names(
+        names(
             """
         Expand OneHot Pad ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
         ReduceSum ReduceSumSquare Reshape Resize Slice Split Squeeze Tile TopK Unsqueeze Upsample

@@ -43,6 +43,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 # ONNX Runtime 1.32 ends the process when one of these has no rows.
 _ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
+# Machine code for an execution provider, in the node or in a file that the node names.
+_COMPILED = "com.microsoft.EPContext"
 
 
 class ModelLoadError(Exception):
@@ -66,18 +68,27 @@ class OnnxModel:
     not_runnable = ""
 
     def __init__(
-        self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, max_batch_rows: int
+        self,
+        files: ModelFiles,
+        *,
+        providers: Sequence[str],
+        intra_op_threads: int,
+        max_batch_rows: int,
+        caches: str = "",
     ) -> None:
         """`files` must not change while the model lives, because its weights may be mapped. `providers`: those of this
-        machine. `intra_op_threads` and `max_batch_rows` are defaults for the model's configuration. Raises
-        ModelLoadError."""
+        machine. `intra_op_threads` and `max_batch_rows` are defaults for the model's configuration. `caches`: folder
+        for TensorRT's engines. Raises ModelLoadError."""
         self._config = files.config
         # Preliminary values, until the probe of the rows.
         self.batchable = self.has_rows = False
         try:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
-            self._aborts_on_empty = sorted(graph.operator_types(proto) & _ABORT_ON_EMPTY)
+            operators = graph.operator_types(proto)
+            if _COMPILED in operators:
+                raise UnservableError(f"it has {_COMPILED}, a compiled engine; only operators are served")
+            self._aborts_on_empty = sorted(operators & _ABORT_ON_EMPTY)
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline_reason = inline_runs.why_not(proto)
@@ -89,6 +100,7 @@ class OnnxModel:
                 providers,
                 intra_op_threads,
                 self._output_shape,
+                caches,
             )
             self.provider = self._sessions.provider
             self.digest = self.own_digest = files.digest(self.provider)
@@ -172,7 +184,6 @@ class OnnxModel:
 
     @property
     def batch_remark(self) -> str:
-        """Whether requests share runs, and why."""
         if self.batch_reason:
             return f"not batched: {self.batch_reason}"
         unproven = row_independence.not_proven(self.independence)
@@ -184,7 +195,6 @@ class OnnxModel:
 
     @property
     def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
-        """The sequence_batching of its configuration; empty if it does not serve sequences."""
         return self._config.sequence_batching
 
     def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -207,17 +217,14 @@ class OnnxModel:
         del self._sessions
 
     def restore(self, fresh: OnnxModel) -> None:
-        """Takes over the sessions of `fresh`, a model of the same files."""
         self._sessions = fresh._sessions
 
     def shrink(self) -> None:
-        """On a thread: frees memory that large runs left allocated in ONNX Runtime."""
         sessions: Sessions | None = getattr(self, "_sessions", None)
         if sessions is not None:
             sessions.shrink()
 
     def warm_up(self) -> None:
-        """Runs the warm-up requests of its configuration. Raises ModelLoadError."""
         known = self.inputs | self.hidden_inputs
         for sample in self._config.model_warmup:
             try:
@@ -251,7 +258,6 @@ class OnnxModel:
         return random.astype(dtype)
 
     def metadata(self) -> v2.ModelMetadataResponse:
-        """The metadata without versions. The caller adds them."""
         return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
@@ -339,7 +345,6 @@ class OnnxModel:
 def metadata(
     name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> v2.ModelMetadataResponse:
-    """A ModelMetadataResponse without versions."""
     tensor = v2.ModelMetadataResponse.TensorMetadata
     told = v2.ModelMetadataResponse(name=name, platform=platform)
     for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from services.inference.codec.tensor_spec import TensorSpec
-from services.inference.execution.batch_proof.verdict import Verdict
 from services.inference.execution.sessions import first_line
 from services.runtime.oip.tensors import encode
+from services.runtime.verdict import Verdict
 
 # The batch sizes in which rows are compared with rows alone. Sizes above 8 are used only if the runs are quick.
 _SIZES = (2, 3, 5, 8, 16, 32)

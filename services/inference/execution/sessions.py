@@ -56,11 +56,12 @@ class Sessions:
         available: Sequence[str],
         threads: int,
         output_shape: OutputShape,
+        caches: str,
     ) -> None:
         """`model`: name and version, for the log. `available`: the execution providers of this machine. `threads`: of
-        one run. Raises ConfigError, and the errors of ONNX Runtime."""
+        one run. `caches`: folder for TensorRT's engines. Raises ConfigError, and the errors of ONNX Runtime."""
         options = execution.session_options(config, threads)
-        executions = execution.executions(config, available)
+        executions = execution.executions(config, available, caches)
         sessions = [_open(file, options, chosen.providers) for chosen in executions]
         first = sessions[0]
         self.inputs = first.get_inputs()
@@ -172,7 +173,6 @@ class _Arena:
         self._run(run_options({}))
 
     def shrink(self) -> None:
-        """Frees unused regions."""
         if (options := run_options(_SHRINK)) is not None:
             options.terminate = True
             self._run(options)

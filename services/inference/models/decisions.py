@@ -74,7 +74,6 @@ def overrides_of(request: v2.RepositoryModelLoadRequest) -> Overrides:
 
 
 def request_of(name: str, overrides: Overrides) -> v2.RepositoryModelLoadRequest:
-    """A load request with these overrides."""
     request = v2.RepositoryModelLoadRequest(model_name=name)
     if overrides.config:
         request.parameters[CONFIG].string_param = overrides.config
@@ -111,7 +110,6 @@ class Decisions:
 
     @property
     def size(self) -> int:
-        """Total bytes of all files."""
         return sum(self._sizes.values())
 
     def get(self, name: str) -> Decision | None:
@@ -147,7 +145,6 @@ class Decisions:
         self._remember(name, decision)
 
     def close(self) -> None:
-        """Releases the folder for other processes."""
         self._lock.close()
 
     def _remember(self, name: str, decision: Decision) -> None:
@@ -174,7 +171,6 @@ class Decisions:
 
 
 def _read(path: Path) -> tuple[str, Decision] | None:
-    """The model and the decision; None if the file is damaged."""
     try:
         data = path.read_bytes()
         magic, *fields, hashed = _HEADER.unpack_from(data)

@@ -115,11 +115,9 @@ class Ensemble:
         return made
 
     def metadata(self) -> v2.ModelMetadataResponse:
-        """The metadata without versions. The caller adds them."""
         return metadata(self.name, "ensemble", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
-        """Its config.pbtxt, completed with whether it is cached."""
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform = self.name, "ensemble"

@@ -34,12 +34,10 @@ class HeldModel:
 
     @property
     def loaded(self) -> bool:
-        """Whether it is in memory."""
         return self.resident is None or self.resident.loaded
 
     @property
     def waiting(self) -> int:
-        """The number of requests that no batch has taken."""
         return self.batcher.waiting + (0 if self.resident is None else len(self.resident.waiting))
 
     def submit(self, decoded: Decoded, deadline: float | None) -> Coroutine[Any, Any, BatchResult]:
@@ -84,11 +82,9 @@ class HeldModels:
         return (held for versions in self._by_name.values() for held in versions.values())
 
     def of(self, name: str) -> list[HeldModel]:
-        """The versions of a model, oldest first; [] if it is not held."""
         return list(self._by_name.get(name, {}).values())
 
     def versions(self, name: str) -> list[str]:
-        """The version names of a model, oldest first; [] if it is not held."""
         return list(self._by_name.get(name, ()))
 
     def find(self, name: str, version: str) -> HeldModel:

@@ -120,7 +120,6 @@ class MemoryBudget:
                 resident.waiting.remove(waiter)
 
     def leave(self, resident: Resident) -> None:
-        """Ends one use of the model."""
         resident.using -= 1
         resident.used = next(self._uses)
         if not resident.using and resident.drained is not None and not resident.drained.done():
@@ -221,7 +220,6 @@ class MemoryBudget:
 
 
 def resident_memory() -> int:
-    """The resident memory of this process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 

@@ -312,7 +312,6 @@ class ModelStore:
                 held.model.shrink()
 
     async def close(self) -> None:
-        """Waits until the requests of all models are answered."""
         await self._drain(self.held)
         self.decisions.close()
         if self._temporary is not None:
@@ -454,7 +453,6 @@ def _load_error(name: str, error: Exception) -> RingmeshError:
 
 
 def _remark(held: HeldModel) -> str:
-    """The remarks on a held model for the index."""
     model = held.model
     if isinstance(model, Ensemble) and model.not_runnable:
         routed = "; a router runs its steps one by one if the fleet has them" if model.lacks_steps else ""

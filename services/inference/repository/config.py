@@ -121,7 +121,6 @@ def ignored_fields(config: ModelConfig) -> list[str]:
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
-    """The value of the parameter `flag`; None if it is not given."""
     return config.parameters[flag].string_value == "true" if flag in config.parameters else None
 
 

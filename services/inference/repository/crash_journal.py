@@ -63,7 +63,6 @@ class Watch:
 
     @property
     def suspect(self) -> bool:
-        """Whether the model may have crashed this worker."""
         return self._suspect_until > 0 and self._clock() < self._suspect_until
 
     def __enter__(self) -> None:
@@ -137,7 +136,6 @@ class CrashJournal:
         return ""
 
     def pardon(self, digest: bytes) -> None:
-        """Ends the quarantine of a model and clears its crashes."""
         with self._lock:
             for place, record in self._records():
                 if record.digest == digest and record.crashes:

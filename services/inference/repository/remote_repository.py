@@ -35,6 +35,7 @@ from services.inference.repository.repository import (
     RepositoryError,
     RepositoryUnavailableError,
 )
+from services.runtime.redacted import without_credentials
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -68,7 +69,7 @@ class RemoteRepository:
 
     def __init__(self, url: str, cache: Path) -> None:
         """Raises RepositoryError if the URL is invalid, the extra is not installed or the cache cannot be written."""
-        self._url = url.rstrip("/")
+        self._url = without_credentials(url).rstrip("/")
         self._cache = cache
         self._store = _connect(url)
         with self._full_disk():
@@ -77,7 +78,6 @@ class RemoteRepository:
         self._prune()
 
     def names(self) -> list[str]:
-        """The names of the models. Raises RepositoryError if there are none."""
         found = sorted(self._listing())
         if not found:
             raise RepositoryError(f"no model in {self._url}: it should hold <model>/<version>/{MODEL_FILE}")
@@ -157,7 +157,6 @@ class RemoteRepository:
                 yield memoryview(chunk)
 
     def _listing(self, name: str | None = None) -> dict[str, list[_Object]]:
-        """The files of one model, or of all models, by model."""
         listed = self._indexed() if self._url.startswith("https:") else self._listed(name)
         models: dict[str, list[_Object]] = {}
         for found in listed:
@@ -219,7 +218,6 @@ def _is_of_version(found: _Object) -> bool:
 
 
 def _path(text: str, where: str) -> PurePosixPath:
-    """Parses a path. Raises RepositoryError if it would leave the repository."""
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or "\0" in text or not path.parts:
         raise RepositoryError(f"{where} lists {text!r}; a path lies under the repository")
@@ -231,7 +229,8 @@ def _connect(url: str) -> ObjectStore:
         from obstore.store import from_url
     except ImportError:
         raise RepositoryError(
-            f"{url} needs the extra `remote`, which is not installed: pip install 'ringmesh-server[remote]'"
+            f"{without_credentials(url)} needs the extra `remote`, which is not installed: "
+            "pip install 'ringmesh-server[remote]'"
         ) from None
     client: ClientConfig = {
         "connect_timeout": "5s",
@@ -242,7 +241,7 @@ def _connect(url: str) -> ObjectStore:
         "allow_http": not url.startswith("https:"),
     }
     retry: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
-    with _told(url):
+    with _told(without_credentials(url)):
         store: ObjectStore = from_url(url, client_options=client, retry_config=retry)
         return store
 

@@ -73,14 +73,14 @@ class ModelFiles:
         return self.folder / _model_file(self.config)
 
     def size(self) -> int:
-        """Total bytes of all files of the version."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def parts(self) -> Iterator[tuple[str, BinaryIO]]:
         """The files, open for reading, each with its name in a snapshot; in the order of these names.
 
         Files that ONNX Runtime would not read are left out: files that are not regular, and links out of the version's
-        folder except for the model file. Raises OSError.
+        folder. Only MODEL_FILE may be one: a configuration, which a caller may send, cannot choose another file.
+        Raises OSError.
         """
         for part, folder in (
             ("initial_state", self.folder.parent / "initial_state"),
@@ -92,11 +92,11 @@ class ModelFiles:
             for path in sorted(Path(at, name) for at, _, names in found for name in names):
                 with _open(path) as file:
                     # Checks the path of the opened file, because a link may change at any moment.
-                    if file is not None and (path == self.model or opened_path(file).is_relative_to(within)):
+                    is_model = path == self.folder / MODEL_FILE
+                    if file is not None and (is_model or opened_path(file).is_relative_to(within)):
                         yield f"{part}/{path.relative_to(folder)}", file
 
     def hashed(self) -> ModelFiles:
-        """A copy with `content` set. Raises OSError."""
         hasher = blake3()
         for name, file in self.parts():
             # Reads instead of mapping: a mapped file that is truncated kills the process.
@@ -150,7 +150,6 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` can be the name of a model, which is a folder's name."""
     return not name.startswith(".") and name.isprintable() and is_file_name(name)
 
 
@@ -191,7 +190,6 @@ class Directory:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """The names of its folders. Raises RepositoryError if there are none."""
         folder = self._folder
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
@@ -211,7 +209,6 @@ class Directory:
             return {}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
-        """The folder of the repository."""
         return self._folder
 
 
@@ -289,23 +286,28 @@ def _why_no_version(folder: Path, file: str) -> str:
     """Why a folder of a model is not one of its versions; "" if it is. A version holds `file`."""
     if not is_version(folder.name):
         return "a version is a whole number from 1 to 18 digits, without leading zeros"
-    return f"it has no {file}" if file and not (folder / file).is_file() else ""
+    if file and not (folder / file).is_file():
+        return f"it has no {file}"
+    if file not in ("", MODEL_FILE) and not (folder / file).resolve().is_relative_to(folder.resolve()):
+        return f"{file} is a link out of it, which only {MODEL_FILE} may be"
+    return ""
 
 
 def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
     """The lines of a label file in the model's folder. Raises ConfigError."""
-    path = folder / name
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{folder}: label_filename is {name!r}; it names a file in the folder of the model")
-        with path.open("rb") as file:
-            data = file.read(_MAX_LABEL_BYTES + 1)
+        with _open(folder / name) as file:
+            if file is None or not opened_path(file).is_relative_to(folder.resolve()):
+                raise ConfigError(f"{folder}: label_filename is {name!r}; it names a file in the folder of the model")
+            data = bytearray()
+            while len(data) <= _MAX_LABEL_BYTES and (chunk := file.read(_CHUNK_BYTES)):
+                data += chunk
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{folder}: label_filename is {name!r}, which cannot be read: {cause}") from None
     if len(data) > _MAX_LABEL_BYTES:
         raise ConfigError(f"{folder}: label_filename is {name!r}, which has more than {_MAX_LABEL_BYTES} bytes")
-    return tuple(data.removeprefix(codecs.BOM_UTF8).splitlines())
+    return tuple(bytes(data).removeprefix(codecs.BOM_UTF8).splitlines())
 
 
 def _model_file(configured: ModelConfig) -> str:

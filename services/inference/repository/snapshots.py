@@ -73,7 +73,6 @@ class Snapshots:
     """The snapshots in a folder. Methods read and write files, so they may block for long."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError if the folder cannot be created."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
 
@@ -100,7 +99,6 @@ class Snapshots:
         raise RepositoryError(f"cannot load {files.origin}: its files changed meanwhile; load it again")
 
     def sweep(self) -> None:
-        """Removes the entries of processes that have ended."""
         for entry in self._folder.iterdir():
             try:
                 _remove_unused(entry)
@@ -182,7 +180,6 @@ def _lock(entry: Path, kind: int) -> int:
 
 
 def _remove_unused(entry: Path) -> None:
-    """Removes an entry that no process uses. Raises OSError."""
     lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -213,16 +213,13 @@ class Batcher:
 
     @property
     def is_quick(self) -> bool:
-        """Whether `run_at_once` may run anything at all."""
         return self._inline_runs is not None and self._inline_runs.is_quick
 
     @property
     def waiting(self) -> int:
-        """The number of requests that no batch has taken."""
         return sum(not waiting.future.done() for waiting in self._queue)
 
     async def close(self) -> None:
-        """Waits until all submitted requests are answered."""
         with self._at_once:
             self._closed = True
         self._dispatch()

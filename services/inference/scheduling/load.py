@@ -31,13 +31,11 @@ class Load:
             self.answered += requests
 
     def started(self) -> None:
-        """Counts a request that was accepted."""
         if not self.requests:
             self._last = self._clock()
         self.requests += 1
 
     def ended(self) -> None:
-        """Counts a request that was answered or given up."""
         now = self._clock()
         self.requests -= 1
         self.answered_at_once(1)
@@ -46,7 +44,6 @@ class Load:
         self._last = now
 
     def metrics(self) -> dict[str, float]:
-        """The load, for the load balancers of callers."""
         return {"requests": self.requests, "estimated_wait_seconds": self.estimated_wait}
 
     @property

@@ -65,14 +65,12 @@ class RequestQueue:
         self._timer_at = math.inf
 
     def __iter__(self) -> Iterator[Waiting]:
-        """The requests in the order in which they would be handed out."""
         return (waiting for level in self._levels for waiting in level)
 
     def __bool__(self) -> bool:
         return any(level.queue or level.delayed for level in self._levels)
 
     def push(self, waiting: Waiting) -> None:
-        """Adds a request. Raises ResourceExhaustedError if its level is full."""
         # As in Triton, a priority beyond the last level also selects the default level.
         priority = waiting.decoded.priority
         level = self._levels[priority - 1] if 0 < priority <= len(self._levels) else self._default
@@ -209,7 +207,6 @@ class _Level:
         waitings.move_to_end(waiting, last=False)
 
     def remove(self, waiting: Waiting) -> None:
-        """Removes a request if it is still here."""
         (self.delayed if waiting.delayed else self.queue).pop(waiting, None)
 
     def delay(self, waiting: Waiting) -> None:

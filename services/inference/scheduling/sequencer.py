@@ -115,11 +115,9 @@ class Sequencer:
 
     @property
     def waiting(self) -> int:
-        """The number of requests that no batch has taken."""
         return self._batcher.waiting
 
     async def close(self) -> None:
-        """Waits until all submitted requests are answered."""
         while pending := [sequence for sequence in self._sequences.values() if sequence.pending]:
             async with pending[0].lock:
                 pass

@@ -83,13 +83,11 @@ class Statistics:
             runs.output.add(output_ns)
 
     def failed(self, total_ns: int, kind: str) -> None:
-        """Counts a request that failed with an error of `kind`."""
         with self._lock:
             self._fail.add(total_ns)
             self.errors[kind] = self.errors.get(kind, 0) + 1
 
     def message(self) -> v2.ModelStatistics:
-        """The current statistics."""
         return v2.ModelStatistics(
             name=self._name,
             version=self._version,

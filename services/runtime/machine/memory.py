@@ -42,7 +42,6 @@ def use_tcmalloc() -> None:
 
 
 def has_tcmalloc() -> bool:
-    """Whether this process uses tcmalloc."""
     return "libtcmalloc" in os.environ.get("LD_PRELOAD", "")
 
 

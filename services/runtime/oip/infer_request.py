@@ -140,7 +140,6 @@ class Read:
 
     @property
     def request_id(self) -> str:
-        """The id that the caller gave it."""
         return self.head.message.id if self.parts is None else self.parts.request_id
 
     @property

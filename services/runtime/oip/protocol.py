@@ -109,7 +109,6 @@ def fast_path_handler(path: FastPath) -> Handler:
 
 
 async def whole(answer: Answer) -> bytes:
-    """Returns the answer's message in one piece."""
     return await asyncio.to_thread(answer.whole) if answer.pieces else answer.body
 
 
@@ -126,7 +125,6 @@ def answered(
 
 
 def metadata(context: Context) -> Metadata:
-    """Returns the metadata of the call."""
     return tuple(context.invocation_metadata() or ())
 
 

@@ -97,7 +97,6 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
 
 
 def shown(names: Collection[str]) -> str:
-    """Returns the names as text for an error message."""
     return ", ".join([repr(name) for name in names])
 
 

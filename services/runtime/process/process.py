@@ -43,6 +43,7 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     # A full garbage collection visits every cached entry: 100,000 entries stalled requests for 80 ms
     # (docs/decisions/0030).
     gc.set_threshold(20_000, 50, 10_000)
+    keep_files_private()
     memory.keep_large_buffers()
     try:
         settings = settings_type()
@@ -53,6 +54,11 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     except StartError as error:
         sys.exit(_refuse(name, str(error)))
     sys.exit(0)
+
+
+def keep_files_private() -> None:
+    """From now on, this process and its children create files that only their user can read: 0600, folders 0700."""
+    os.umask(0o077)
 
 
 def set_title(role: str, address: str, port: int = 0) -> None:

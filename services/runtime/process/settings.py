@@ -14,6 +14,9 @@ from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
 from services.runtime.telemetry.logs import LogFormat
 
+# Settings whose names contain one of these may hold a password.
+_SECRET = ("SECRET", "URL", "KEY", "MODELS", "ENDPOINT")
+
 
 class ServiceSettings(BaseSettings):
     """The settings common to all services. In the file: the tables `[common]` and the service's own `[section]`."""
@@ -47,7 +50,6 @@ class ServiceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Orders the sources: variables take precedence over the file."""
         return init_settings, env_settings, InitSettingsSource(settings_cls, _read_file(cls.section))
 
 
@@ -63,9 +65,11 @@ def _read_file(section: str) -> dict[str, Any]:
 
 
 def describe(error: ValidationError) -> str:
-    """Returns all errors in the settings on one line, by the names of their variables."""
+    """Returns all errors in the settings on one line, by the names of their variables; without values that may be
+    secret."""
     problems = []
     for problem in error.errors():
         name = "_".join(str(part) for part in problem["loc"]).upper()
-        problems.append(f"RINGMESH_{name}: {problem['msg']}, got {problem['input']!r}")
+        secret = problem["type"] == "extra_forbidden" or any(word in name for word in _SECRET)
+        problems.append(f"RINGMESH_{name}: {problem['msg']}" + ("" if secret else f", got {problem['input']!r}"))
     return "; ".join(problems)

@@ -37,7 +37,6 @@ AnyRedis: TypeAlias = "Redis | RedisCluster"
 
 
 def key(address: str) -> str:
-    """Returns the key of the announcement of the worker at `address`."""
     return f"{ADDRESSES}:{address}"
 
 
@@ -61,7 +60,6 @@ class Announcer:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Announces the worker until `close`."""
         self._task = BACKGROUND.start("announcement", self._announce)
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis.asyncio.connection import parse_url
 
+from services.runtime.redacted import without_credentials
 from services.runtime.rpc.server import StartError
 
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
@@ -62,12 +63,14 @@ def parse_redis_url(url: str, variable: str) -> RedisUrl:
     try:
         return _parse(url)
     except (ValueError, TypeError) as error:
-        raise StartError(f"{variable}: {_redacted(url)} is not a Redis URL: {error}") from None
+        raise StartError(f"{variable}: {without_credentials(url)!r} is not a Redis URL: {error}") from None
 
 
 def _parse(url: str) -> RedisUrl:
     split = urlsplit(url)
     scheme, _, kind = split.scheme.partition("+")
+    if "@" in url and "@" not in split.netloc:
+        raise ValueError("user and password should be percent-encoded")
     topology = Topology(kind) if kind in ("sentinel", "cluster") else Topology.NODE
     if split.scheme not in _SCHEMES or "://" not in url:
         begins = f"it begins with {split.scheme + '://'!r}" if "://" in url else "it has no scheme"
@@ -103,9 +106,3 @@ def _parse(url: str) -> RedisUrl:
 def _host(place: str, port: int) -> tuple[str, int]:
     split = urlsplit(f"//{place}")
     return split.hostname or "127.0.0.1", split.port if split.port is not None else port
-
-
-def _redacted(url: str) -> str:
-    head, at, rest = url.rpartition("@")
-    scheme, separator, _ = head.partition("://")
-    return repr(f"{scheme}{separator}***@{rest}" if at else url)

@@ -96,11 +96,9 @@ class Backlog:
         self._refused = 0
 
     def watch(self, connections: Connections) -> None:
-        """Sets the source of the server's connections, once it listens."""
         self._connections = connections
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         yield Sample(UNREAD, (), max(0, self._handed - self._sent()))
         yield Sample(CUT, (), self._cut)
         yield Sample(REFUSED, (), self._refused)
@@ -123,14 +121,12 @@ class Backlog:
         return False
 
     def withdraw(self, peer: str, size: int) -> None:
-        """Reverts `admit` for an answer that is not sent."""
         self._handed -= size
         if (flow := self._flows.get(peer)) is not None:
             flow.handed -= size
             flow.unread -= size
 
     def refusal(self) -> ResourceExhaustedError:
-        """Returns the error for a caller whose answer is refused."""
         return ResourceExhaustedError(
             "too many answers on this connection are not read yet; read them, then retry", kind="unread"
         )

@@ -44,7 +44,6 @@ class Calls:
         self._lock = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         for method, counts in self._counts.items():
             for code, count in counts.items():
                 yield Sample(CALLS, (method, code), count)
@@ -52,11 +51,9 @@ class Calls:
             yield from samples()
 
     def add(self, samples: Callable[[], Iterator[Sample]]) -> None:
-        """Adds samples of other counters of a server."""
         self._others.append(samples)
 
     def counted(self, service: Service) -> dict[str, Handler]:
-        """Returns the handlers of `service`, wrapped to count their calls."""
         return {
             method: handler if method in service.fast_paths else self._counted(f"{service.name}/{method}", handler)
             for method, handler in service.handlers.items()
@@ -73,7 +70,6 @@ class Calls:
         return count
 
     def counted_path(self, method: str, path: FastPath) -> FastPath:
-        """Returns `path`, wrapped to count its calls."""
         count = self.counter(method)
 
         async def counted(data: bytes, metadata: Metadata, deadline: float | None) -> Answer | Failure:
@@ -137,7 +133,6 @@ def _code_of(answer: Answer | Failure) -> str:
 
 
 def _code(context: Context, error: BaseException) -> str:
-    """Returns the name of the status code of a call that ends with `error`."""
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "CANCELLED"
     # grpcio returns a number, or None if no code was set.

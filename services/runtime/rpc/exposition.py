@@ -41,7 +41,6 @@ class MetricsServer:
         return bound
 
     def close(self) -> None:
-        """Stops listening."""
         if self._server is not None:
             self._server.close()
 

@@ -76,7 +76,6 @@ class FastPathServer(native.Server):
         self.receiver_seconds = 0.0
 
     async def start(self) -> None:
-        """Starts serving."""
         await super().start()
         self._path_of = [self._paths.get(path) for path, _ in self._table]
         self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)

@@ -28,11 +28,9 @@ class Health:
 
     @property
     def serving(self) -> bool:
-        """True between `set_serving(True)` and the start of a drain."""
         return self._serving
 
     def set_serving(self, serving: bool) -> None:
-        """Sets the status and notifies all watchers."""
         self._serving = serving
         self._notify()
 
@@ -42,7 +40,6 @@ class Health:
         self._notify()
 
     def service(self) -> Service:
-        """Returns `grpc.health.v1.Health`, to be served with the other services."""
         return Service(
             health_pb2.DESCRIPTOR.services_by_name["Health"],
             {

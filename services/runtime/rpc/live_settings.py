@@ -25,7 +25,6 @@ class LiveSettings:
         self._check_model = check_model
 
     def handlers(self) -> dict[str, Handler]:
-        """Returns handlers for `inference.GRPCInferenceService`."""
         return {
             "TraceSetting": unary(v2.TraceSettingRequest, self.trace),
             "LogSettings": unary(v2.LogSettingsRequest, self.log),

@@ -93,7 +93,6 @@ class Service:
 
     @property
     def name(self) -> str:
-        """The full name, such as `inference.GRPCInferenceService`."""
         return self.descriptor.full_name
 
 
@@ -107,7 +106,6 @@ def parse(request_type: type[Request], data: bytes) -> Request:
 
 
 def check_metadata(metadata: Metadata) -> None:
-    """Raises ResourceExhaustedError if the metadata is larger than MAX_METADATA_BYTES."""
     size = 0
     for name, value in metadata:
         size += len(name) + len(value) + 32

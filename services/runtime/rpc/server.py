@@ -175,7 +175,6 @@ class Server:
         return seconds
 
     def set_serving(self, serving: bool) -> None:
-        """Sets whether load balancers and callers should send requests here."""
         self.health.set_serving(serving)
 
     async def stop(self, grace: float) -> None:

@@ -72,7 +72,6 @@ class TextFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname)s {service} %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the name is logging's
-        """Returns the message, then its fields as name=value."""
         fields = getattr(record, FIELDS, {})
         more = "".join(f" {name}={value}" for name, value in fields.items() if value not in ("", None))
         return (super().formatMessage(record) + more).replace("\r", "\\r").replace("\n", "\\n")

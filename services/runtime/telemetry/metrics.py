@@ -71,7 +71,6 @@ class Metrics:
         self._slow_sources.append(source)
 
     async def collect(self) -> list[Sample]:
-        """Returns the current samples of all series."""
         samples = [sample for source in self._sources for sample in source()]
         samples += await asyncio.to_thread(lambda: [sample for source in self._slow_sources for sample in source()])
         return samples
@@ -91,7 +90,6 @@ class Counter:
         self._values[labels] = self._values.get(labels, 0) + by
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         return (Sample(self._family, labels, value) for labels, value in self._values.items())
 
 
@@ -116,10 +114,8 @@ class Histogram:
         self.sum_ns = 0
 
     def observe(self, ns: int, times: int = 1) -> None:
-        """Counts a duration of `ns` nanoseconds, observed `times` times."""
         self.counts[bisect_left(BOUNDS_NS, ns)] += times
         self.sum_ns += ns * times
 
     def buckets(self) -> Buckets:
-        """Returns the contents in seconds."""
         return Buckets(BOUNDS_SECONDS, tuple(self.counts), self.sum_ns / 1e9)

@@ -39,12 +39,10 @@ class MetricsExport:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts the export."""
         if self._endpoint is not None:
             self._task = BACKGROUND.start("metrics export", partial(self._run, self._endpoint))
 
     async def close(self) -> None:
-        """Stops the export; changes since the last one are not sent."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -68,7 +66,6 @@ class MetricsExport:
 
 
 def to_otlp(samples: Iterable[Sample], process: Process, started_ns: int, now_ns: int) -> bytes:
-    """Returns a serialized ExportMetricsServiceRequest."""
     request = metrics_service_pb2.ExportMetricsServiceRequest()
     group = request.resource_metrics.add()
     group.resource.MergeFromString(resource(process))

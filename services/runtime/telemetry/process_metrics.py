@@ -49,7 +49,6 @@ class ProcessMetrics:
         metrics.add_slow(self._system)
 
     def start(self) -> None:
-        """Measures the event loop's lag until the process ends."""
         self._loop = asyncio.get_running_loop()
         BACKGROUND.start("event loop lag", self._time)
 

@@ -37,7 +37,6 @@ class Recent(Generic[Key, Value]):
         return len(self._young) + len(self._old)
 
     def get(self, key: Key) -> Value | None:
-        """Returns the value, or None if it is not held."""
         value = self._young.get(key)
         if value is None:
             value = self._old.get(key)
@@ -46,7 +45,6 @@ class Recent(Generic[Key, Value]):
         return value
 
     def put(self, key: Key, value: Value) -> None:
-        """Sets or replaces the value."""
         self._old.pop(key, None)
         if len(self._young) >= self._size and key not in self._young:
             self.dropped += len(self._old)
@@ -54,7 +52,6 @@ class Recent(Generic[Key, Value]):
         self._young[key] = value
 
     def pop(self, key: Key) -> Value | None:
-        """Removes and returns the value, or None if it is not held."""
         value = self._young.pop(key, None)
         return self._old.pop(key, None) if value is None else value
 

@@ -63,5 +63,4 @@ class RequestLog:
         log.log(level, "a request was slow" if code == "OK" else "a request failed", extra={FIELDS: told})
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         yield Sample(SUPPRESSED, (), self._suppressed)

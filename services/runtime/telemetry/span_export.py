@@ -73,7 +73,6 @@ class SpanQueue(Generic[Item]):
 
     @property
     def has_room(self) -> bool:
-        """False while new spans would be dropped."""
         return len(self._waiting) < _QUEUE
 
     def put(self, spans: Sequence[Span]) -> None:
@@ -162,7 +161,6 @@ class Collector:
         return "sent"
 
     async def close(self) -> None:
-        """Disconnects."""
         await self._channel.close()
 
     def _resource(self, process: Process) -> bytes:
@@ -184,7 +182,6 @@ class SpanFolder:
         self._path = folder / f"{service}-{os.getpid()}.jsonl"
 
     def pack(self, span: Span) -> Span:
-        """Returns the span unchanged."""
         return span
 
     async def send(self, batch: Sequence[Span]) -> Fate:

@@ -41,17 +41,14 @@ class SpanTree:
 
     @property
     def start_ns(self) -> int:
-        """When the first span began."""
         return min(span.start_ns for _, span in self.rows)
 
     @property
     def duration_ns(self) -> int:
-        """The time from the first start to the last end."""
         return max(span.end_ns for _, span in self.rows) - self.start_ns
 
 
 def trees(spans: Iterable[Span]) -> list[SpanTree]:
-    """Returns one tree for each trace among `spans`."""
     by_id: dict[str, list[Span]] = {}
     for span in spans:
         by_id.setdefault(span.trace_id, []).append(span)

@@ -41,7 +41,6 @@ class Process(NamedTuple):
 
 
 def this_process(service: str) -> Process:
-    """Returns this process, identified by host and pid."""
     return Process(service, f"{socket.gethostname()}:{os.getpid()}")
 
 
@@ -74,7 +73,6 @@ class Span(NamedTuple):
     links: tuple[tuple[str, str], ...] = ()
 
     def to_otlp(self) -> bytes:
-        """Returns a serialized opentelemetry.proto.trace.v1.Span."""
         # Built by hand because this runs for every traced request: through a message it takes twice as long.
         parts = [
             b"\x0a\x10",  # trace_id
@@ -126,7 +124,6 @@ class Span(NamedTuple):
 
 
 def resource(process: Process) -> bytes:
-    """Returns a serialized opentelemetry.proto.resource.v1.Resource."""
     attributes = {"service.name": f"ringmesh-{process.service}", "service.instance.id": process.instance}
     return b"".join(wire.field(1, _key_value(*pair).SerializeToString()) for pair in attributes.items())
 
@@ -143,13 +140,11 @@ def _key_value(key: str, value: Value) -> common_pb2.KeyValue:
 
 @lru_cache(1024)
 def _head(name: str, kind: Kind) -> bytes:
-    """The fields `name` and `kind`."""
     return wire.field(5, name.encode()) + bytes((0x30, trace_pb2.Span.SpanKind.Value(f"SPAN_KIND_{kind.name}")))
 
 
 @lru_cache(4096, typed=True)
 def _attribute(key: str, value: Value) -> bytes:
-    """Serializes an attribute as field 9 of a Span."""
     # Cache keys differ by request, so the LRU cache does not help, and building messages took 6 us.
     if isinstance(value, str):
         return wire.field(9, _key(key) + wire.field(2, wire.field(1, value.encode())))
@@ -158,5 +153,4 @@ def _attribute(key: str, value: Value) -> bytes:
 
 @lru_cache(1024)
 def _key(key: str) -> bytes:
-    """The field `key` of a KeyValue."""
     return wire.field(1, key.encode())

@@ -70,11 +70,9 @@ class Supervisor:
             _, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
 
     async def close(self) -> None:
-        """Ends all running tasks."""
         await self.end(*(task for task in self._tasks if task is not asyncio.current_task()))
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         yield from self._failures.samples()
         for name, count in self._running.items():
             yield Sample(RUNNING, (name,), count)

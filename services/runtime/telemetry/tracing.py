@@ -116,12 +116,10 @@ class Trace:
         self.stages.append(Stage(name, start_ns, end_ns, told, span_id, kind, error, worker, result, self.span_id))
 
     def traceparent(self, span_id: str) -> str:
-        """Returns the header to send on, so that `span_id` becomes the parent at the receiver."""
         return w3c.traceparent(self.trace_id, span_id, self.sampled)
 
 
 def untraced() -> Trace:
-    """Returns a trace for work that no caller waits for."""
     return Trace("0" * 31 + "1", "", False)
 
 
@@ -176,13 +174,11 @@ class Tracer:
                 queue.put(spans)
 
     def samples(self) -> Iterator[Sample]:
-        """Samples for `Metrics.add`."""
         for queue in self._queues:
             yield Sample(SPANS, (queue.destination.name, "sent"), queue.sent)
             yield Sample(SPANS, (queue.destination.name, "dropped"), queue.dropped)
 
     async def close(self) -> None:
-        """Sends the queued spans, for at most a few seconds."""
         for queue in self._queues:
             await queue.close()
 

@@ -83,7 +83,6 @@ def run_spans(
 
 
 def _links(timing: inference_pb2.Timing) -> tuple[tuple[str, str], ...]:
-    """Returns links to the requests of its batch."""
     members = timing.batch_members.hex()
     contexts = [members[at : at + 2 * _CONTEXT_BYTES] for at in range(0, len(members), 2 * _CONTEXT_BYTES)]
     return tuple((context[:32], context[32:]) for context in contexts)

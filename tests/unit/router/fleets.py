@@ -5,7 +5,6 @@ from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
-from router.membership.fleet import Locality
 from router.transport.worker_load import WorkerLoad
 
 MODEL = ModelEntry("m", "1", b"d" * 16, "", None)
@@ -22,11 +21,10 @@ def member(address, *, link=None, reason="", holds=True, ejected="", loaded=True
 
 def view(members, *, region="", zone=""):
     by_address = {made.address: made for made in members}
-    locality = Locality(region, zone)
     rings = [
-        Ring({made.address: made.weight for made in members if locality.is_far(made) == far}) for far in (False, True)
+        Ring({made.address: made.weight for made in members if made.is_far(region) == far}) for far in (False, True)
     ]
-    assigned = pools(members, locality.is_far, zone)
+    assigned = pools(members, region, zone)
     for made in members:
         made.load.sums = tuple(assigned.by_worker.get(made.address, ()))
     return FleetView(rings[0], by_address, Catalog([]), rings[1], assigned.by_model)

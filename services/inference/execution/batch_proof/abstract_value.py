@@ -26,11 +26,9 @@ class RowAxis:
 
     @property
     def size(self) -> Size:
-        """The size of the dimension."""
         return self.outer * ROWS * self.inner
 
     def at(self, axis: int) -> RowAxis:
-        """The same rows along another dimension."""
         return replace(self, axis=axis)
 
 
@@ -64,14 +62,12 @@ class Tensor:
 
     @property
     def counts_rows(self) -> bool:
-        """Whether B is a factor of one of the values."""
         return self.values is not None and any(
             isinstance(value, Size) and value.counts_rows for value in self.values.flat
         )
 
     @property
     def independent(self) -> bool:
-        """Whether the tensor is the same in all batches."""
         return self.rows is None and not self.counts_rows
 
 
@@ -92,7 +88,6 @@ def known(values: Any) -> Tensor:
 
 
 def as_size(value: Any) -> Size:
-    """A whole number as a Size."""
     return value if isinstance(value, Size) else Size(int(value))
 
 

@@ -74,7 +74,6 @@ def _one(operator: str, operands: list[Any], to: int, symbols: Symbols) -> Any:
 
 
 def _exact(operator: str, operands: list[Any], to: int, symbols: Symbols) -> Any:
-    """The result; None if it is not known."""
     if operator == "Where":
         condition, yes, no = operands
         if isinstance(condition, Size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ class NotProvenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OperatorCall:
-    """`inputs`: None for optional inputs that are left out. `opset`: the version of the operator's domain."""
+    """`inputs`: None for optional inputs that are left out. `opset`: the version of the operator's domain.
+
+    Methods raise NotProvenError where an input is missing, or something is not known.
+    """
 
     operator: str
     opset: int
@@ -30,7 +33,6 @@ class OperatorCall:
         return self.inputs[index] if index < len(self.inputs) else None
 
     def input(self, index: int) -> Tensor:
-        """A required input. Raises NotProvenError if it is missing."""
         value = self.maybe(index)
         if value is None:
             raise NotProvenError(f"input {index} is missing")
@@ -38,23 +40,38 @@ class OperatorCall:
 
     @property
     def given(self) -> list[Tensor]:
-        """The inputs that are not left out."""
         return [value for value in self.inputs if value is not None]
 
     def shape(self, index: int) -> Shape:
-        """The shape of an input. Raises NotProvenError if its rank is not known."""
         return shape_of(self.input(index), f"input {index}")
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape(0))
+
+    @property
+    def rows(self) -> RowAxis | None:
+        return self.input(0).rows
+
+    @property
+    def same(self) -> Tensor:
+        """Input 0 with other elements."""
+        return Tensor(self.input(0).shape, self.rows)
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """The value of an attribute, or the `default` of the operator's definition."""
         return self.attributes.get(name, default)
 
-    def axis(self, name: str, default: int, rank: int) -> int:
-        """An attribute that is an axis, counted from the front."""
-        return from_front(int(self.attribute(name, default)), rank)
+    def axis(self, default: int, name: str = "axis") -> int:
+        """An attribute that is an axis of input 0, counted from the front."""
+        return from_front(int(self.attribute(name, default)), self.rank)
+
+    def axes(self) -> Sequence[int] | None:
+        """The axes from input 1 or, as in older opsets, the attribute; None if neither is given."""
+        return self.integers(1) if self.maybe(1) is not None else self.attribute("axes")
 
     def integers(self, index: int) -> list[int] | None:
-        """An input of whole numbers; None if it is left out. Raises NotProvenError if they are not in the graph."""
+        """An input of whole numbers that the graph holds; None if it is left out."""
         value = self.maybe(index)
         if value is None:
             return None
@@ -73,9 +90,22 @@ class OperatorCall:
         """Raises NotProvenError if an input other than these depends on the rows."""
         self.batch_independent(*[index for index in range(len(self.inputs)) if index not in indices])
 
+    def keeping(self, axes: Collection[int], does: str) -> Tensor:
+        """Input 0 with other elements, whose rows may not lie along the `axes`."""
+        not_along(self.rows, axes, does)
+        return Tensor(self.shape(0), self.rows)
+
     def fresh(self) -> Size:
-        """A new unknown size."""
         return self.symbols.size()
+
+    def size(self, number: Size) -> Size:
+        """A number as a size; a new unknown one if it may be negative."""
+        return number if number.nonnegative else self.fresh()
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The shape and rows of an elementwise result."""
+        shape = broadcast([shape_of(tensor, "an input") for tensor in tensors], self.symbols)
+        return Tensor(shape, common_rows(tensors, len(shape)))
 
 
 def shape_of(tensor: Tensor, what: str) -> Shape:
@@ -92,7 +122,7 @@ def from_front(axis: int, rank: int) -> int:
     return axis % rank if rank else 0
 
 
-def not_along(rows: RowAxis | None, axes: Sequence[int] | range, does: str) -> None:
+def not_along(rows: RowAxis | None, axes: Collection[int], does: str) -> None:
     """Raises NotProvenError if the rows lie along one of the `axes`."""
     if rows is not None and rows.axis in axes:
         raise NotProvenError(f"it {does} axis {rows.axis}, along which the rows lie")
@@ -102,11 +132,11 @@ def broadcast(shapes: Sequence[Shape], symbols: Symbols) -> Shape:
     """The shape by NumPy's rule. If two sizes may both be 1, the result is a new symbol."""
     rank = max(map(len, shapes), default=0)
     result = []
-    for place in range(-rank, 0):
+    for axis in range(-rank, 0):
         size = ONE
         for shape in shapes:
-            if len(shape) >= -place and shape[place] not in (ONE, size):
-                other = shape[place]
+            if len(shape) >= -axis and shape[axis] not in (ONE, size):
+                other = shape[axis]
                 if size == ONE or (size.known is None and other.known is not None):
                     size = other
                 elif other.known is None and size.known is None:
@@ -117,12 +147,12 @@ def broadcast(shapes: Sequence[Shape], symbols: Symbols) -> Shape:
 
 def common_rows(tensors: Sequence[Tensor], rank: int) -> RowAxis | None:
     """The place of the rows in a broadcast result with `rank` axes. Raises NotProvenError if they are not aligned."""
-    found: RowAxis | None = None
-    if any(len(shape_of(tensor, "an input")) > rank for tensor in tensors):
+    shapes = [shape_of(tensor, "an input") for tensor in tensors]
+    if any(len(shape) > rank for shape in shapes):
         raise NotProvenError("an input has more axes than the result")
-    for tensor in tensors:
+    found: RowAxis | None = None
+    for tensor, shape in zip(tensors, shapes, strict=True):
         if tensor.rows is not None:
-            shape = shape_of(tensor, "an input")
             rows = tensor.rows.at(tensor.rows.axis + rank - len(shape))
             if found is not None and found != rows:
                 raise NotProvenError(
@@ -133,12 +163,10 @@ def common_rows(tensors: Sequence[Tensor], rank: int) -> RowAxis | None:
             found = rows
     if found is None:
         return None
-    for tensor in tensors:
-        if tensor.rows is None:
-            shape = shape_of(tensor, "an input without rows")
-            place = found.axis - (rank - len(shape))
-            if place >= 0 and shape[place] != ONE:
-                raise NotProvenError(
-                    f"an input without rows has a size other than 1 at axis {found.axis}, along which the rows lie"
-                )
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        axis = found.axis - (rank - len(shape))
+        if tensor.rows is None and axis >= 0 and shape[axis] != ONE:
+            raise NotProvenError(
+                f"an input without rows has a size other than 1 at axis {found.axis}, along which the rows lie"
+            )
     return found

@@ -8,14 +8,14 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from services.inference.execution.batch_proof import control_flow
 from services.inference.execution.batch_proof.abstract_value import Content, RowAxis, Tensor, Unknown, Value
+from services.inference.execution.batch_proof.control_flow import OPERATORS, ControlFlow
 from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
-from services.inference.execution.batch_proof.rules import constant, find
+from services.inference.execution.batch_proof.rules import apply_rule, constant
 from services.inference.execution.batch_proof.scope import Scope
 from services.inference.execution.batch_proof.sizes import ROWS, Size, Symbols
-from services.inference.execution.batch_proof.verdict import Verdict
-from services.inference.execution.graph import RANDOM_OPERATORS
+from services.inference.execution.graph import RANDOM_OPERATORS, name_of
+from services.runtime.verdict import YES, Verdict
 
 # Limit for node visits. It bounds functions that call functions, and nested loops.
 _MOST_NODES = 300_000
@@ -46,21 +46,16 @@ def prove(model: onnx.ModelProto) -> Verdict:
     except (*_MALFORMED, RecursionError) as error:
         return Verdict(f"its graph is not as ONNX defines it: {error}")
     for proto, value in zip(model.graph.output, outputs, strict=True):
-        if reason := _why_not(proto.name, value):
-            return Verdict(reason)
-    return Verdict("")
-
-
-def _why_not(name: str, value: Value) -> str:
-    if isinstance(value, Unknown):
-        return value.reason
-    if value.rows is None:
-        return f"output {name!r} has no rows of the inputs"
-    if value.content is not Content.OWN:
-        return f"output {name!r} depends on the number of the row"
-    if value.rows != RowAxis(0):
-        return f"output {name!r} has its rows along axis {value.rows.axis}, or several indices for a row"
-    return ""
+        output = f"output {proto.name!r}"
+        if isinstance(value, Unknown):
+            return Verdict(value.reason)
+        if value.rows is None:
+            return Verdict(f"{output} has no rows of the inputs")
+        if value.content is not Content.OWN:
+            return Verdict(f"{output} depends on the number of the row")
+        if value.rows != RowAxis(0):
+            return Verdict(f"{output} has its rows along axis {value.rows.axis}, or several indices for a row")
+    return YES
 
 
 class _TooLargeError(Exception):
@@ -136,14 +131,13 @@ class Walk:
             return self._call(function, inputs, attributes, scope, node)
         if node.op_type in RANDOM_OPERATORS:
             return [Unknown(f"{_name(node, scope)}: it draws random numbers")] * len(node.output)
-        if domain == "" and node.op_type in control_flow.OPERATORS:
-            return control_flow.apply(
-                node.op_type, inputs, attributes, tuple(node.output), scope, self, _name(node, scope)
-            )
         opset = scope.opsets.get(domain, 1)
         call = OperatorCall(node.op_type, opset, inputs, attributes, len(node.output), self.symbols)
-        if (rule := find(domain, node.op_type)) is not None:
-            return rule(call)
+        if domain == "" and node.op_type in OPERATORS:
+            node_id = (*scope.node_id, tuple(node.output))
+            return ControlFlow(call, scope, self.run, _name(node, scope), node_id).outputs()
+        if (made := apply_rule(name_of(node), call)) is not None:
+            return made
         if (body := _standard_body(domain, node.op_type, opset)) is not None:
             return self._call(body, inputs, attributes, scope, node)
         raise NotProvenError("there is no rule for it")
@@ -170,8 +164,8 @@ class Walk:
             raise NotProvenError("functions call each other too deeply")
         defaults = {one.name: helper.get_attribute_value(one) for one in function.attribute_proto}
         opsets = _opsets(function.opset_import)
-        path, place = f"{_name(node, scope)}, ", (*scope.place, tuple(node.output))
-        inner = Scope(opsets, {}, None, {**defaults, **attributes}, scope.depth + 1, path, place)
+        path, node_id = f"{_name(node, scope)}, ", (*scope.node_id, tuple(node.output))
+        inner = Scope(opsets, {}, None, {**defaults, **attributes}, scope.depth + 1, path, node_id)
         for name, value in zip(function.input, inputs, strict=False):
             if value is not None:
                 inner.values[name] = value

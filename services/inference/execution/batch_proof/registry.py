@@ -3,55 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from services.inference.execution.batch_proof.abstract_value import Content, Tensor
 from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
 
-Outcome = Tensor | Sequence[Tensor | None]
-ONNX, ML, MICROSOFT = "", "ai.onnx.ml", "com.microsoft"
+# The outputs, with None for those whose rows mix. A rule raises NotProvenError if all mix.
+Outcome: TypeAlias = Tensor | Sequence[Tensor | None]
+Rule: TypeAlias = Callable[[OperatorCall], Outcome]
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """The effect of an operator on tensors.
-
-    `apply` returns the outputs, with None for outputs whose rows mix, and raises NotProvenError if all mix. `counts`:
-    accepts inputs whose values contain the number of rows. `positions`: accepts inputs that are row numbers.
-    """
-
-    apply: Callable[[OperatorCall], Outcome]
+class _Entry(NamedTuple):
+    apply: Rule
     counts: bool
     positions: bool
 
-    def __call__(self, call: OperatorCall) -> Sequence[Tensor | None]:
-        """The outputs of a call. Raises NotProvenError."""
-        for place, tensor in enumerate(call.inputs):
-            if tensor is not None and tensor.counts_rows and not self.counts:
-                raise NotProvenError(f"input {place} has the number of rows as a value")
-            if tensor is not None and tensor.content is not Content.OWN and not self.positions:
-                raise NotProvenError(f"input {place} has numbers of rows as values")
-        made = self.apply(call)
-        return (made,) if isinstance(made, Tensor) else made
+
+_RULES: dict[str, _Entry] = {}
 
 
-_RULES: dict[tuple[str, str], Rule] = {}
+def rule(*operators: str, counts: bool = False, positions: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the effect of `operators`, named as by graph.name_of, on tensors.
 
+    `counts`: it accepts inputs whose values contain the number of rows. `positions`: it accepts row numbers.
+    """
 
-def rule(
-    *operators: str, domain: str = ONNX, counts: bool = False, positions: bool = False
-) -> Callable[[Callable[[OperatorCall], Outcome]], Callable[[OperatorCall], Outcome]]:
-    """Registers a function for `operators` of `domain`."""
-
-    def register(apply: Callable[[OperatorCall], Outcome]) -> Callable[[OperatorCall], Outcome]:
-        made = Rule(apply, counts, positions)
-        for operator in operators:
-            _RULES[domain, operator] = made
+    def register(apply: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(operators, _Entry(apply, counts, positions)))
         return apply
 
     return register
 
 
-def find(domain: str, operator: str) -> Rule | None:
-    """The rule for an operator; None if there is no rule."""
-    return _RULES.get(("" if domain == "ai.onnx" else domain, operator))
+def apply_rule(name: str, call: OperatorCall) -> Sequence[Tensor | None] | None:
+    """The outputs of a call; None if there is no rule for it. Raises NotProvenError."""
+    if (found := _RULES.get(name)) is None:
+        return None
+    for index, tensor in enumerate(call.inputs):
+        if tensor is not None and tensor.counts_rows and not found.counts:
+            raise NotProvenError(f"input {index} has the number of rows as a value")
+        if tensor is not None and tensor.content is not Content.OWN and not found.positions:
+            raise NotProvenError(f"input {index} has numbers of rows as values")
+    made = found.apply(call)
+    return (made,) if isinstance(made, Tensor) else made

@@ -21,17 +21,12 @@ class Scope:
     # The names of the enclosing nodes, for messages; "" in the main graph.
     path: str = ""
     # The output names of the enclosing nodes, which identify nodes with equal names.
-    place: tuple[tuple[str, ...], ...] = ()
+    node_id: tuple[tuple[str, ...], ...] = ()
 
     def find(self, name: str) -> Value:
-        """The value of a name in this graph or in the enclosing graphs."""
         scope: Scope | None = self
         while scope is not None:
             if (value := scope.values.get(name)) is not None:
                 return value
             scope = scope.outer
         return Unknown(f"nothing makes {name!r}")
-
-    def inner(self, path: str, place: tuple[tuple[str, ...], ...]) -> Scope:
-        """The scope of a subgraph."""
-        return Scope(self.opsets, {}, self, self.attributes, self.depth + 1, path, place)

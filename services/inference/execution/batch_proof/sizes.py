@@ -21,17 +21,14 @@ class Size:
 
     @property
     def counts_rows(self) -> bool:
-        """Whether B is a factor."""
         return _B in self.symbols
 
     @property
     def known(self) -> int | None:
-        """Its value, if it has no symbols."""
         return None if self.symbols else self.coefficient
 
     @property
     def nonnegative(self) -> bool:
-        """Whether it is known to be at least 0."""
         return self.coefficient >= 0 and all(symbol >= 0 for symbol in self.symbols)
 
     def __mul__(self, other: Size) -> Size:
@@ -60,7 +57,6 @@ ROWS = Size(1, (_B,))
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    """The product of the sizes; 1 if there are none."""
     result = ONE
     for size in sizes:
         result *= size
@@ -85,7 +81,6 @@ class Symbols:
         return self._symbol(1, key)
 
     def number(self, key: Hashable = None) -> Size:
-        """An unknown number or truth value."""
         return self._symbol(-1, key)
 
     def cut(self, whole: Size, end: Size) -> Size:

@@ -14,7 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.router.v1 import router_pb2
 
 from services.console import app
-from services.console.data.fleet_watch import CacheView, FleetView, FleetWatch, ModelView, RouterView
+from services.console.data.fleet_watch import FleetSnapshot, FleetWatch, ModelView, ServiceView
 from services.console.data.history import History
 from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
@@ -70,9 +70,9 @@ class Console:
         self.router, address = await serve_router()
         self.fleet = FleetWatch((address,), address)
         worker = router_pb2.Worker(id="w", address="w:1", healthy=True, share=1)
-        self.fleet.view = FleetView(
-            (RouterView(address, "", (worker,)),),
-            CacheView(address, ""),
+        self.fleet.view = FleetSnapshot(
+            (ServiceView(address, "", (worker,)),),
+            ServiceView(address, ""),
             (ModelView("mlp", "1", "READY", ""), ModelView("broken", "1", "UNAVAILABLE", "its file is truncated")),
         )
         self.traces = TraceStore(max_bytes=1 << 20, max_traces=100)

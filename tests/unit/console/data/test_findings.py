@@ -5,14 +5,14 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from ringmesh.router.v1 import router_pb2
 
 from services.console.data import findings
-from services.console.data.fleet_watch import CacheView, FleetView, ModelView, RouterView
-from services.console.data.history import History, Sample
+from services.console.data.fleet_watch import FleetSnapshot, ModelView, ServiceView
+from services.console.data.history import History, ScrapedSample
 from services.console.data.trace_store import TraceStore
 
 
 def view(*, workers=(), models=()):
-    router = RouterView("r:1", workers=tuple(workers) or (router_pb2.Worker(id="w", healthy=True),), problem="")
-    return FleetView((router,), CacheView("c:1", problem=""), tuple(models))
+    router = ServiceView("r:1", workers=tuple(workers) or (router_pb2.Worker(id="w", healthy=True),), problem="")
+    return FleetSnapshot((router,), ServiceView("c:1", problem=""), tuple(models))
 
 
 def refusals(models, code="INVALID_ARGUMENT"):
@@ -21,7 +21,7 @@ def refusals(models, code="INVALID_ARGUMENT"):
     history = History(lambda: now[0])
     for count in (0, 2):
         labels = [{"model": model, "tenant": "acme", "code": code} for model in models]
-        history.add("router", [Sample("ringmesh_requests_total", of, count) for of in labels])
+        history.add("router", [ScrapedSample("ringmesh_requests_total", of, count) for of in labels])
         now[0] += 2
     return history
 
@@ -66,10 +66,10 @@ def test_what_was_said_last_is_of_the_same_failure():
         ("a", "UNAVAILABLE", "no worker"),
     )
     (unknown,) = findings.find(view(), refusals(["other"], "NOT_FOUND"), store, {})
-    assert unknown.where == "a model that nobody serves, tenant acme"
-    assert unknown.detail.endswith("The last said: no model 'typo'")
+    assert unknown.where == "an unknown model, tenant acme"
+    assert unknown.detail.endswith("The last message: no model 'typo'")
     (wrong,) = findings.find(view(), refusals(["a"]), store, {})
-    assert wrong.detail.endswith("The last said: no input 'z'")
+    assert wrong.detail.endswith("The last message: no input 'z'")
 
 
 def test_a_fleet_that_is_down_is_one_finding_and_so_are_its_models():
@@ -80,7 +80,7 @@ def test_a_fleet_that_is_down_is_one_finding_and_so_are_its_models():
         ("Workers get no requests", "workers w0, w1, w2, w3, w4 and 15 more"),
         ("Models are not served", "models m0 1, m1 1, m2 1, m3 1, m4 1 and 195 more"),
     ]
-    assert "No other can take its place" in found[0].detail
+    assert "No worker is left" in found[0].detail
 
 
 def stalls(attempts):
@@ -93,11 +93,11 @@ def stalls(attempts):
             history.add(
                 worker,
                 [
-                    Sample("ringmesh_worker_stage_seconds_sum", stage, count * 1e-3),
-                    Sample("ringmesh_worker_stage_seconds_count", stage, count),
+                    ScrapedSample("ringmesh_worker_stage_seconds_sum", stage, count * 1e-3),
+                    ScrapedSample("ringmesh_worker_stage_seconds_count", stage, count),
                 ],
             )
-            sums = [Sample(f"ringmesh_attempt_duration_seconds_{part}", {"worker": worker}, value)
+            sums = [ScrapedSample(f"ringmesh_attempt_duration_seconds_{part}", {"worker": worker}, value)
                     for part, value in (("sum", took * count / 100), ("count", count))]  # fmt: skip
             history.add(f"router of {worker}", sums)
         now[0] += 2
@@ -107,7 +107,7 @@ def stalls(attempts):
 def test_a_worker_that_gets_no_cpu_between_two_requests_is_found_by_how_late_its_answers_come():
     (found,) = findings.find(view(), stalls({"w0": 0.2, "w1": 2.1, "w2": 0.2}), traces(), {})
     assert (found.title, found.where) == ("Worker is slow", "worker w1")
-    assert "20 ms later than its work explains, 1 ms on the others" in found.detail
+    assert "its answers take 20 ms beyond its work, 1 ms on the others" in found.detail
     assert findings.find(view(), stalls({"w0": 0.2, "w1": 0.3}), traces(), {}) == []
     assert findings.find(view(), stalls({"alone": 9.0}), traces(), {}) == []
 
@@ -115,8 +115,8 @@ def test_a_worker_that_gets_no_cpu_between_two_requests_is_found_by_how_late_its
 def test_work_in_the_background_that_fails_is_told_with_its_reason():
     history = History(lambda: 1000.0)
     labels = {"task": "discovery", "reason": "ValueError: no"}
-    history.add("router", [Sample("ringmesh_background_failing", labels, 1)])
+    history.add("router", [ScrapedSample("ringmesh_background_failing", labels, 1)])
     (found,) = findings.find(view(), history, traces(), {})
-    assert (found.where, found.title) == ("router", "Work in the background fails")
+    assert (found.where, found.title) == ("router", "Background task fails")
     assert "'discovery' keeps failing" in found.detail
     assert "ValueError: no" in found.detail

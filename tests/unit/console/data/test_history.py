@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.console.data.history import KEPT_SECONDS, MAX_SCRAPES, MAX_SERIES, History, Sample
+from services.console.data.history import KEPT_SECONDS, MAX_SCRAPES, MAX_SERIES, History, ScrapedSample
 
 
 class Clock:
@@ -29,7 +29,7 @@ def history(clock):
 def scrape(history, clock, *values, target="router", name="requests_total"):
     """One scrape each 2 s; None: the series is not there."""
     for value in values:
-        history.add(target, [] if value is None else [Sample(name, {"model": "mlp"}, value)])
+        history.add(target, [] if value is None else [ScrapedSample(name, {"model": "mlp"}, value)])
         clock.now += 2
 
 
@@ -66,7 +66,10 @@ def test_only_the_window_counts(history, clock):
 
 def test_labels_select_and_group(history, clock):
     def both(a, b):
-        return [Sample("n", {"code": "OK", "model": "a"}, a), Sample("n", {"code": "BAD", "model": "a"}, b)]
+        return [
+            ScrapedSample("n", {"code": "OK", "model": "a"}, a),
+            ScrapedSample("n", {"code": "BAD", "model": "a"}, b),
+        ]
 
     for target in ("one", "two"):
         history.add(target, both(0, 0))
@@ -84,7 +87,7 @@ def test_a_series_that_is_gone_has_no_last_value(history, clock):
 def test_quantiles_are_those_of_prometheus(history, clock):
     def buckets(*counts):
         bounds = ("0.1", "0.2", "0.4", "+Inf")
-        return [Sample("t_bucket", {"le": le}, count) for le, count in zip(bounds, counts, strict=True)]
+        return [ScrapedSample("t_bucket", {"le": le}, count) for le, count in zip(bounds, counts, strict=True)]
 
     history.add("router", buckets(0, 0, 0, 0))
     history.add("router", buckets(10, 20, 40, 40))
@@ -95,7 +98,7 @@ def test_quantiles_are_those_of_prometheus(history, clock):
 
 
 def test_a_quantile_of_nothing_is_not_there(history, clock):
-    history.add("router", [Sample("t_bucket", {"le": "+Inf"}, 0)])
+    history.add("router", [ScrapedSample("t_bucket", {"le": "+Inf"}, 0)])
     assert history.quantile(0.5, "t", 60) == {}
 
 
@@ -103,10 +106,10 @@ def test_a_curve_has_gaps_where_nobody_looked(history, clock):
     scrape(history, clock, 0, 10)
     clock.now += 56
     scrape(history, clock, 20)
-    curve = history.rates("requests_total", 60, 10)
-    assert len(curve.values) == 6
-    assert sum(math.isnan(value) for value in curve.values) == 4
-    assert sum(value for value in curve.values if not math.isnan(value)) * 10 == pytest.approx(20)
+    curve = history.rates("requests_total", history.edges(60, 10))[()]
+    assert len(curve) == 6
+    assert sum(math.isnan(value) for value in curve) == 4
+    assert sum(value for value in curve if not math.isnan(value)) * 10 == pytest.approx(20)
 
 
 def test_memory_is_bounded_in_time_and_in_series(history, clock):
@@ -115,7 +118,7 @@ def test_memory_is_bounded_in_time_and_in_series(history, clock):
     assert target.count <= MAX_SCRAPES
     assert target.tables["requests_total"].values.shape[0] == MAX_SCRAPES
     assert history.watched(10_000) < KEPT_SECONDS + 2 * MAX_SCRAPES
-    history.add("many", [Sample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES + 7)])
+    history.add("many", [ScrapedSample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES + 7)])
     assert history.refused() == 7
 
 
@@ -123,13 +126,13 @@ def test_what_is_older_than_two_minutes_is_coarser_and_loses_no_count(history, c
     scrape(history, clock, *range(0, 3 * MAX_SCRAPES * 5, 5))
     assert history.increase("requests_total", 20) == {(): 45.0}
     assert history.increase("requests_total", 1500)[()] == pytest.approx(3750, abs=25)
-    curve = history.rates("requests_total", 900, 10)
-    assert curve.values == pytest.approx([2.5] * 90, rel=0.21)  # 4 to 6 scrapes in a step
-    assert sum(curve.values) * 10 == pytest.approx(2250, abs=25)
+    curve = history.rates("requests_total", history.edges(900, 10))[()]
+    assert curve == pytest.approx([2.5] * 90, rel=0.21)  # 4 to 6 scrapes in a step
+    assert sum(curve) * 10 == pytest.approx(2250, abs=25)
 
 
 def test_series_that_are_long_gone_make_room(history, clock):
-    history.add("router", [Sample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES)])
+    history.add("router", [ScrapedSample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES)])
     scrape(history, clock, *[None] * int(KEPT_SECONDS))
     scrape(history, clock, 1)
     assert history.refused() == 0
@@ -150,7 +153,7 @@ def test_what_a_counter_grew_by_is_the_same_as_counted_one_by_one(one, two, seco
     for at in range(length):
         now = {name: values[at] for name, values in (("one", one), ("two", two)) if at < len(values)}
         now = {name: value for name, value in now.items() if value is not None}
-        history.add("t", [Sample("n", {"who": name}, value) for name, value in now.items()])
+        history.add("t", [ScrapedSample("n", {"who": name}, value) for name, value in now.items()])
         for name, value in now.items():
             before = last.get(name, 0 if at else value)  # what was there at first is not of now
             grown.setdefault(name, []).append((clock.now, value - before if value >= before else value))

@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 from services.console.data import span_names
 from services.console.data.otlp import TraceReceiver
-from services.console.data.trace_store import LONGEST_TEXT, MAX_SHARE, MAX_SPANS, Query, TraceStore
+from services.console.data.trace_store import LONGEST_TEXT, MAX_SHARE, MAX_SPANS, TraceQuery, TraceStore
 
 MS = 1_000_000
 NAMES = {
@@ -44,7 +44,8 @@ def store(max_bytes=1 << 20, max_traces=100):
 
 
 def found(store, **query):
-    return [int(summary.trace_id, 16) for summary in store.search(Query(**query), 1000)]
+    matching = [summary for summary in store.summaries() if TraceQuery(**query).matches(summary)]
+    return [int(one.trace_id, 16) for one in sorted(matching, key=lambda one: one.start_ns, reverse=True)]
 
 
 def test_spans_of_one_trace_become_one_tree():

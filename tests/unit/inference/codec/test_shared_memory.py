@@ -142,6 +142,20 @@ def test_a_link_and_a_pipe_are_no_shared_memory_objects(file):
         pipe.unlink()
 
 
+def test_a_region_begins_with_the_prefix_of_the_worker(file):
+    with pytest.raises(InvalidArgumentError, match="should begin with '/ours_'"):
+        SharedMemory("ours_").register("region", file.name, 0, 16)
+    SharedMemory("ringmesh_test_").register("region", f"/{file.name}", 0, 16)
+
+
+def test_an_object_of_another_user_and_a_semaphore_are_refused(file, monkeypatch):
+    with pytest.raises(InvalidArgumentError, match="no key"):
+        SharedMemory().register("region", "sem.of_others", 0, 16)
+    monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1)
+    with pytest.raises(InvalidArgumentError, match=f"belongs to user {file.stat().st_uid}"):
+        SharedMemory().register("region", file.name, 0, 16)
+
+
 def test_regions_and_their_names_are_bounded(memory, file):
     for name in ("", "x" * 256):
         with pytest.raises(InvalidArgumentError, match="name of up to 255"):

@@ -63,7 +63,7 @@ TRAPS = {
     "ScatterND into rows": (f"{X} <int64[1, 1] i = {{0}}, float[1, 4] u> {{ y = ScatterND(x, i, u) }}", 17, "(ScatterND)"),
     "Squeeze without axes": ("(float[N, 4] x) => (float[N, 4] y) { s = Squeeze(x) y = Add(x, s) }", 17, "leaves out axis 0 if there is one row"),
     "Squeeze of the rows": ("(float[N, 4] x) => (float[4] y) <int64[1] a = {0}> { y = Squeeze(x, a) }", 17, "leaves out axis 0"),
-    "Reshape that merges rows": ("(float[N, 3] x) => (float[M, 2] y) <int64[2] s = {-1, 2}> { y = Reshape(x, s) }", 17, "(Reshape): the size of the new axis 0 cannot be told"),
+    "Reshape that merges rows": ("(float[N, 3] x) => (float[M, 2] y) <int64[2] s = {-1, 2}> { y = Reshape(x, s) }", 17, "(Reshape): the size of the new axis 0 is not known"),
     "Reshape to a fixed shape": ("(float[N, 4] x) => (float[1, 4] y) <int64[2] s = {1, 4}> { y = Reshape(x, s) }", 17, "no size of the new shape counts the rows"),
     "Reshape that moves rows without a Transpose": ("(float[N, 4] x) => (float[4, N] y) <int64[2] s = {4, -1}> { y = Reshape(x, s) }", 17, "does not hold whole rows"),
     "Flatten that merges rows": ("(float[N, 4] x) => (float[1, M] y) { y = Flatten<axis=0>(x) }", 17, "output 'y' has its rows along axis 1"),
@@ -143,7 +143,7 @@ TRAPS = {
 @pytest.mark.parametrize(("text", "opset", "reason"), TRAPS.values(), ids=TRAPS)
 def test_what_mixes_rows_is_not_proven_and_the_reason_names_it(text, opset, reason):
     verdict = prove(model(text, opset))
-    assert not verdict.proven
+    assert not verdict
     assert reason in verdict.reason
 
 
@@ -197,7 +197,7 @@ def test_functions_of_the_model_are_walked_with_the_attributes_of_their_call():
         '<domain: "local", opset_import: ["": 17]> Inner <axis> (a) => (b) { b = Softmax<axis: int = @axis>(a) }'
     )
     safe, mixed = (model(f"{X} {{ y = local.Inner<axis={axis}>(x) }}", functions=functions) for axis in (1, 0))
-    assert prove(safe).proven
+    assert prove(safe)
     assert "node 'y' (Inner), node 'b' (Softmax): it normalises over axis 0" in prove(mixed).reason
 
 
@@ -208,9 +208,9 @@ def test_a_node_in_a_branch_is_named_with_the_way_to_it():
 
 def test_a_value_that_requests_may_replace_is_no_constant():
     shape = "(float[N, 4] x, int64[2] s) => (float[N, 4] y) <int64[2] s = {-1, 4}> { y = Reshape(x, s) }"
-    assert not prove(model(shape)).proven
+    assert not prove(model(shape))
     scale = "(float[N, 4] x, float[1] s) => (float[N, 4] y) <float[1] s = {2}> { y = Mul(x, s) }"
-    assert prove(model(scale)).proven
+    assert prove(model(scale))
 
 
 def test_weights_in_other_files_are_not_read():
@@ -218,7 +218,7 @@ def test_weights_in_other_files_are_not_read():
     weight.external_data.add(key="location", value="missing.bin")
     made = model(f"{X} {{ y = MatMul(x, w) }}")
     made.graph.initializer.append(weight)
-    assert prove(made).proven
+    assert prove(made)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_malformed_node_is_not_proven_and_does_no_harm(node):
     graph = helper.make_graph(
         [node], "g", [helper.make_tensor_value_info("x", 1, ["N", 4])], [helper.make_tensor_value_info("y", 1, None)]
     )
-    assert not prove(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])).proven
+    assert not prove(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
 
 
 def test_sizes_of_two_nodes_of_one_name_are_not_taken_for_equal():
@@ -258,7 +258,7 @@ def test_sizes_of_two_nodes_of_one_name_are_not_taken_for_equal():
         " f = Transpose(e) g = Concat<axis=0>(s, m) h = Reshape(f, g) y = Transpose(h) }"
     )
     next(node for node in made.graph.node if node.op_type == "If").name = "b"
-    assert "(Reshape): the size of the new axis 0 cannot be told" in prove(made).reason
+    assert "(Reshape): the size of the new axis 0 is not known" in prove(made).reason
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_what_would_take_for_ever_is_given_up(monkeypatch):
     made = model(f"{X} {{ y = Reshape(x, t60) }}")
     made.graph.node.extend(squares[::-1])
     made.graph.node.reverse()
-    assert not prove(made).proven
+    assert not prove(made)
 
 
 def calls(depth):
@@ -330,4 +330,4 @@ def test_a_large_model_is_walked_in_linear_time_and_its_weights_are_not_copied()
         [helper.make_tensor_value_info("t20000", 1, None)],
         [weight],
     )
-    assert prove(onnx.helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])).proven
+    assert prove(onnx.helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))

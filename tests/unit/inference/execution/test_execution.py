@@ -97,6 +97,19 @@ def test_openvino_stands_before_the_cpu_where_it_is_asked_for_and_present():
     assert (names(chosen), chosen.missing) == ([CPU], (OPENVINO,))
 
 
+@pytest.mark.parametrize("name", ["cache_dir", "load_config", "context"])
+def test_openvino_takes_no_path_and_no_address(name):
+    text = accelerator("cpu", "openvino", f'parameters {{ key: "{name}" value: "/tmp" }}')
+    with pytest.raises(ConfigError, match=f"'{name}' of openvino"):
+        execution.executions(config(text), [OPENVINO, CPU])
+
+
+def test_engines_of_tensorrt_are_cached_in_the_folder_of_the_worker():
+    text = accelerator("gpu", "tensorrt", 'parameters { key: "trt_engine_cache_enable" value: "1" }')
+    (chosen,) = execution.executions(config(text), GPU_BUILD, "/state/engines")
+    assert chosen.providers[0][1]["trt_engine_cache_path"] == "/state/engines"
+
+
 def accelerator(kind, name, parameters=""):
     return f"""optimization {{ execution_accelerators {{ {kind}_execution_accelerator {{
         name: "{name}" {parameters} }} }} }}"""
@@ -109,6 +122,16 @@ def accelerator(kind, name, parameters=""):
         (accelerator("cpu", "mkl") + "instance_group { kind: KIND_CPU }", "'mkl'.*openvino"),
         (accelerator("gpu", "tensorrt", 'parameters { key: "precision_mode" value: "FP8" }'), "'FP8'.*FP16"),
         (accelerator("gpu", "tensorrt", 'parameters { key: "precision" value: "FP16" }'), "'precision'.*trt_"),
+        *(
+            (accelerator("gpu", "tensorrt", f'parameters {{ key: "{name}" value: "x" }}'), f"'{name}'.*worker's")
+            for name in (
+                *("trt_extra_plugin_lib_paths", "trt_engine_decryption_lib_path", "trt_engine_cache_path"),
+                *("trt_engine_cache_prefix", "trt_timing_cache_path", "trt_ep_context_file_path"),
+                *("trt_onnx_model_folder_path", "trt_dump_subgraphs", "trt_int8_calibration_table_name"),
+            )
+        ),
+        (accelerator("gpu", "cuda", 'parameters { key: "gpu_external_alloc" value: "1" }'), "'gpu_external_alloc'"),
+        (accelerator("gpu", "cuda", 'parameters { key: "user_compute_stream" value: "1" }'), "'user_compute_stream'"),
         ("instance_group [ { kind: KIND_GPU }, { kind: KIND_CPU } ]", "one kind"),
         ('parameters { key: "cudnn_conv_algo_search" value { string_value: "3" } }', "'3'; it is 0 or 1 or 2"),
         ('parameters { key: "gpu_mem_limit" value { string_value: "much" } }', "'much'; it is a whole number"),

@@ -4,13 +4,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from services.inference.execution.batch_proof.verdict import Verdict
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.execution.row_independence import why_not
 from services.inference.execution.run_errors import run_error
 from services.inference.repository.config import parse
 from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from services.runtime.verdict import YES
 from tests import models
 
 
@@ -113,7 +113,7 @@ def tiny_share_of_the_largest(repository, kind, columns):
 def test_rows_that_look_at_each_other_are_found_out_whatever_the_order_and_size(tmp_path, make, kind, columns):
     model = load(make(tmp_path, kind, columns))
     assert "not proven independent: node" in model.batch_reason
-    assert "other rows" in why_not(model, Verdict(""))
+    assert "other rows" in why_not(model, YES)
 
 
 def test_an_embedding_of_two_words_is_batched(tmp_path):

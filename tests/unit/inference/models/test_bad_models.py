@@ -47,13 +47,31 @@ def unknown_operator(repository):
     identity(repository).write_bytes(model.SerializeToString())
 
 
-def outside(location):
-    """A weight that is kept in another file."""
+def compiled_engine(repository):
+    node = helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft", ep_cache_context="/tmp/engine")
+    graph = helper.make_graph([node], "bad", [X], [Y])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    identity(repository).write_bytes(model.SerializeToString())
+
+
+def in_another_format(repository):
+    """ONNX Runtime would take it for its own format, by its name."""
+    identity(repository).rename(repository / "bad/1/model.ort")
+    (repository / "bad/1/model.ort").write_bytes(b"    ORTM")
+    (repository / "bad/config.pbtxt").write_text('default_model_filename: "model.ort"')
+
+
+def outside(location, *, constant=False):
+    """A weight, or a constant, that is kept in another file."""
 
     def make(repository):
         weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1, 2], data_location=TensorProto.EXTERNAL)
         weight.external_data.add(key="location", value=location)
-        graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "bad", [X], [Y], [weight])
+        nodes = [helper.make_node("Add", ["x", "w"], ["y"])]
+        if constant:
+            nodes.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+        graph = helper.make_graph(nodes, "bad", [X], [Y], [] if constant else [weight])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
         identity(repository).write_bytes(model.SerializeToString())
         secret = repository / "secret.bin"
@@ -99,6 +117,12 @@ async def served(repository):
         (outside("../../secret.bin"), "secret.bin"),
         (outside("/etc/hostname"), "Absolute path"),
         (outside("link.bin"), "link.bin"),
+        (outside("../../secret.bin", constant=True), "secret.bin"),
+        (outside("/etc/hostname", constant=True), "Absolute path"),
+        (outside("*/_ORT_MEM_ADDR_/*"), "1/model.onnx"),
+        (outside("*/_ORT_MEM_ADDR_/*", constant=True), "1/model.onnx"),
+        (compiled_engine, "EPContext"),
+        (in_another_format, "no ONNX model"),
         (outside("short.bin"), "1/model.onnx"),
         (huge_weight, "8796093022208 bytes"),
         (wrong_config, "'z'"),

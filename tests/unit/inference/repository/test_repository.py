@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from services.inference.repository.config import ModelConfig
 from services.inference.repository.repository import Directory, RepositoryError, versions
 
 
@@ -216,14 +217,23 @@ def test_the_labels_are_part_of_the_digest(tmp_path):
     assert digest(tmp_path) != before
 
 
-@pytest.mark.parametrize("name", ["none.txt", "../labels.txt", "/etc/hostname", "link", "1", "a\\000b"])
+@pytest.mark.parametrize("name", ["none.txt", "../labels.txt", "/etc/hostname", "link", "pipe", "1", "a\\000b"])
 def test_labels_that_are_not_of_the_models_folder_are_refused(tmp_path, name):
     write(tmp_path, "m", "1")
     write_labels(tmp_path / "m", f'label_filename: "{name}"', "cat")
     (tmp_path / "labels.txt").touch()
     (tmp_path / "m" / "link").symlink_to(tmp_path / "labels.txt")
+    os.mkfifo(tmp_path / "m" / "pipe")
     with pytest.raises(RepositoryError, match="label_filename"):
         versions(tmp_path, "m")
+
+
+def test_a_configuration_cannot_choose_a_link_out_of_the_version(tmp_path):
+    write(tmp_path, "m", "1")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "m/1/link").symlink_to(tmp_path / "secret")
+    with pytest.raises(RepositoryError, match="no version"):
+        versions(tmp_path, "m", ModelConfig(default_model_filename="link"))
 
 
 def test_the_provider_is_part_of_the_digest(tmp_path):

@@ -13,7 +13,7 @@ from router.dispatch.attempts import MOST_ENDED, Asked, FatalRequestError
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
 from router.dispatch.tail_latency import TailLatency
-from router.transport.worker_client import LinkClosedError, NotSentError, Sent, WorkerLostError, WorkerUnreachableError
+from router.transport.worker_client import LinkClosedError, NotSentError, WorkerLostError, WorkerUnreachableError
 from services.runtime import driver
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.telemetry.tracing import Trace
@@ -31,11 +31,10 @@ class Link:
         self._asked = asked
         self._outcome = outcome
 
-    def send(self, digest, work, done):
+    def send(self, digest, item):
         self._asked.append(self._address)
         if self._outcome is not NEVER:
-            asyncio.get_running_loop().call_soon(done, self._outcome)
-        return Sent(work, done)
+            asyncio.get_running_loop().call_soon(item.done, self._outcome)
 
     def withdraw(self, sent):
         pass
@@ -163,10 +162,8 @@ class Waits:
         self._address = address
         self._asked = asked
 
-    def send(self, digest, work, done):
-        sent = Sent(work, done)
-        self._asked.append((self._address, sent))
-        return sent
+    def send(self, digest, item):
+        self._asked.append((self._address, item))
 
     def withdraw(self, sent):
         sent.done = None

@@ -48,7 +48,7 @@ async def test_a_worker_that_is_busy_keeps_its_requests_until_it_hangs(worker, m
     monkeypatch.setattr(fleet, "POLL_TIMEOUT_SECONDS", 20.0)
     await made.describe(member)
     assert member.healthy
-    await made.close()
+    made.close()
 
 
 async def test_a_worker_that_is_gone_is_passed_over_at_once(worker):
@@ -59,4 +59,4 @@ async def test_a_worker_that_is_gone_is_passed_over_at_once(worker):
     await worker.server.stop(0)
     await made.describe(member)
     assert not member.healthy
-    await made.close()
+    made.close()

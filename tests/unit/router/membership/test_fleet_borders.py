@@ -8,7 +8,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.member import Listing
 from router.membership.fleet import Fleet
-from router.transport.worker_client import LinkClosedError, Work
+from router.transport.worker_client import EnvelopeItem, LinkClosedError
 from services.runtime.errors import UnavailableError
 
 
@@ -35,23 +35,6 @@ class Workers:
 
     def channel(self, address):
         return Channel(self, address)
-
-    def local(self):
-        return NoSocket()
-
-
-class NoSocket:
-    def connection(self):
-        return None
-
-    async def use(self, path):
-        pass
-
-    def drop(self):
-        pass
-
-    def close(self):
-        pass
 
 
 class Channel:
@@ -98,14 +81,16 @@ async def fleet_of():
 
     def create(says):
         workers = Workers(says)
-        fleet = Fleet([Listing(address) for address in says], lambda _: None, clock=time.monotonic, channels=workers)
+        fleet = Fleet(
+            [Listing(address) for address in says], lambda _: None, clock=time.monotonic, open_channel=workers.channel
+        )
         fleets.append(fleet)
         fleet.start()
         return fleet, workers
 
     yield create
     for fleet in fleets:
-        await fleet.close()
+        fleet.close()
 
 
 NAN = float("nan")
@@ -181,13 +166,13 @@ async def test_a_worker_that_owes_an_answer_and_answers_no_ping_gives_back_what_
     await until(lambda: all(member.healthy for member in members.values()))
     workers.stopped.add("a:1")
     outcomes = []
-    members["a:1"].link.send(b"d" * 16, Work(b"request", b"", None, ""), outcomes.append)
+    members["a:1"].link.send(b"d" * 16, EnvelopeItem(b"request", b"", None, "", outcomes.append))
     await until(lambda: outcomes)
     assert "stopped answering" in str(outcomes[0])
     assert (members["a:1"].healthy, members["b:1"].healthy) == (False, True)
     workers.stopped.clear()
     await until(lambda: members["a:1"].healthy)
-    members["a:1"].link.send(b"d" * 16, Work(b"request", b"", None, ""), outcomes.append)
+    members["a:1"].link.send(b"d" * 16, EnvelopeItem(b"request", b"", None, "", outcomes.append))
     await until(lambda: len(outcomes) == 2)
     assert outcomes[1].response == b"answer"
 

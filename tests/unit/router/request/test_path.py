@@ -32,7 +32,6 @@ from router.dispatch.tail_latency import TailLatency
 from router.request.audit import Audit
 from router.request.path import RequestPath
 from router.request.replies import Replies
-from router.transport.worker_client import Sent
 from services.runtime.driver import Driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from services.runtime.telemetry.load_report import LoadReport
@@ -57,14 +56,11 @@ class Worker:
     """Computes when it is told to; the link to it too."""
 
     def __init__(self):
-        self.works = []
         self.sent = []
         self.withdrawn = 0
 
-    def send(self, digest, work, done):
-        self.works.append(work)
-        self.sent.append(Sent(work, done))
-        return self.sent[-1]
+    def send(self, digest, item):
+        self.sent.append(item)
 
     def withdraw(self, sent):
         sent.done = None
@@ -185,7 +181,7 @@ async def test_who_asks_meanwhile_joins():
     router.send()
     router.worker.end()
     assert sorted(router.answers()) == [(b"answer", "joined"), (b"answer", "miss")]
-    assert (len(router.worker.works), router.under_way()) == (1, (0, 0))
+    assert (len(router.worker.sent), router.under_way()) == (1, (0, 0))
 
 
 async def test_who_joined_one_that_fails_is_told_so():
@@ -253,7 +249,7 @@ async def test_a_request_that_is_wrong_is_not_sent_again():
     router.worker.end(InvalidArgumentError("wrong"))
     router.send()
     assert [error.message for error in router.told] == ["wrong", "wrong"]
-    assert (len(router.worker.works), router.under_way()) == (1, (0, 0))
+    assert (len(router.worker.sent), router.under_way()) == (1, (0, 0))
 
 
 async def test_a_tenant_beyond_its_quota_is_refused_and_nothing_is_left_under_way():
@@ -262,7 +258,7 @@ async def test_a_tenant_beyond_its_quota_is_refused_and_nothing_is_left_under_wa
     router.send(request(2.0))
     (refused,) = router.told
     assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (len(router.worker.works), router.under_way()) == (1, (1, 1))
+    assert (len(router.worker.sent), router.under_way()) == (1, (1, 1))
 
 
 async def test_a_refusal_is_not_for_another_tenant_that_joined():
@@ -270,12 +266,12 @@ async def test_a_refusal_is_not_for_another_tenant_that_joined():
     router.mesh.shared = Redis()
     poor, rich = (("ringmesh-tenant", "poor"),), (("ringmesh-tenant", "rich"),)
     router.send(request(2.0), metadata=poor)
-    await until(lambda: router.worker.works)
+    await until(lambda: router.worker.sent)
     router.send(metadata=poor)
     router.send(metadata=rich)
     await until(lambda: router.told)
     assert router.told[0].code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    await until(lambda: len(router.worker.works) == 2)
+    await until(lambda: len(router.worker.sent) == 2)
     router.worker.end()
     assert router.told[1].body == b"answer"
 
@@ -325,15 +321,15 @@ async def test_what_redis_has_is_not_computed_and_counts_on_no_quota():
         router.send(request(value))
     await until(lambda: len(router.told) == 4)
     assert sorted(router.answers()) == [(b"held", "hit-shared")] * 2 + [(b"held", "joined")] * 2
-    assert (router.worker.works, router.under_way()) == ([], (0, 0))
+    assert (router.worker.sent, router.under_way()) == ([], (0, 0))
 
 
 async def test_what_redis_lacks_is_computed_and_written_there():
     router = Router()
     router.mesh.shared = Redis()
     router.send()
-    assert router.worker.works == []
-    await until(lambda: router.worker.works)
+    assert router.worker.sent == []
+    await until(lambda: router.worker.sent)
     router.worker.end()
     assert router.answers() == [(b"answer", "miss")]
     assert router.mesh.shared.written == [router.key]
@@ -364,7 +360,7 @@ async def test_a_request_after_a_purge_joins_nothing_on_a_worker_that_began_befo
     router.send()
     router.mesh.purges.epochs = Epochs({"model:m": 5})
     router.send()
-    before, after = router.worker.works
+    before, after = router.worker.sent
     assert before.request_hash == router.key != after.request_hash
 
 
@@ -372,7 +368,7 @@ async def test_what_is_to_be_computed_anew_joins_nothing():
     router = Router()
     router.send()
     router.send(metadata=(("cache-control", "no-cache"),))
-    assert [work.request_hash for work in router.worker.works] == [router.key, b""]
+    assert [work.request_hash for work in router.worker.sent] == [router.key, b""]
 
 
 async def test_a_stale_answer_is_given_and_computed_anew_by_one():
@@ -382,12 +378,12 @@ async def test_a_stale_answer_is_given_and_computed_anew_by_one():
     router.send()
     assert router.answers() == [(b"old", "hit-local")] * 2
     assert ("ringmesh-stale", "true") in router.told[0].trailing
-    await until(lambda: router.worker.works)
+    await until(lambda: router.worker.sent)
     router.worker.end()
     await until(lambda: router.mesh.renewals.counts["computed"])
     router.send()
     assert router.answers()[2] == (b"answer", "hit-local")
-    assert len(router.worker.works) == 1
+    assert len(router.worker.sent) == 1
 
 
 async def test_a_sequence_is_computed_in_order():
@@ -396,9 +392,9 @@ async def test_a_sequence_is_computed_in_order():
     made.parameters["sequence_id"].int64_param = 7
     for _ in range(2):
         router.send(made.SerializeToString())
-    assert len(router.worker.works) == 1
+    assert len(router.worker.sent) == 1
     router.worker.end()
-    await until(lambda: len(router.worker.works) == 2)
+    await until(lambda: len(router.worker.sent) == 2)
     router.worker.end()
     assert router.answers() == [(b"answer", "bypass")] * 2
     assert len(router.path._sequences) == 0
@@ -412,4 +408,4 @@ async def test_one_with_time_left_asks_again_when_the_first_ran_out_of_it():
     assert [told.code for told in router.told] == [grpc.StatusCode.DEADLINE_EXCEEDED]
     router.worker.end()
     assert router.told[1].body == b"answer"
-    assert len(router.worker.works) == 2
+    assert len(router.worker.sent) == 2

@@ -25,7 +25,7 @@ from router.dispatch.tail_latency import TailLatency
 from router.request.call import Call
 from router.request.path import RequestPath
 from router.request.replies import Replies
-from router.transport.worker_client import Sent, WorkerUnreachableError
+from router.transport.worker_client import WorkerUnreachableError
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Answer, Failure, failure
 from services.runtime.telemetry.tracing import Trace
@@ -92,15 +92,13 @@ class Link:
         self._router = router
         self._outcomes = outcomes
 
-    def send(self, digest, work, done):
+    def send(self, digest, item):
         self._router.fault.meets("send")
         outcome = self._outcomes.pop(0) if self._outcomes else RESULT
-        sent = Sent(work, done)
-        asyncio.get_running_loop().call_soon(lambda: sent.done and sent.done(outcome))
-        return sent
+        asyncio.get_running_loop().call_soon(lambda: item.done and item.done(outcome))
 
-    def withdraw(self, sent):
-        sent.done = None
+    def withdraw(self, item):
+        item.done = None
 
 
 class TellsReplies(Replies):

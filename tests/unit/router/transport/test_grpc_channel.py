@@ -59,7 +59,7 @@ async def echo(request):
     made.server = server
     yield made
     made.gate.set()
-    await made.channel.close()
+    made.channel.drop()
     await server.stop(1)
 
 
@@ -150,7 +150,7 @@ async def test_a_server_that_reads_nothing_does_not_answer_a_ping():
         await asyncio.sleep(0.01)
     assert not await channel.ping(0.01)
     assert channel._connection._pings == {}
-    await channel.close()
+    channel.drop()
     with pytest.raises(CallError):
         await waiting
     server.close()
@@ -342,6 +342,6 @@ async def test_calls_go_over_tls_to_a_server_whose_certificate_names_the_host():
             await asyncio.wait_for(stranger.call(METHOD, b""), 10)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
     finally:
-        await channel.close()
-        await stranger.close()
+        channel.drop()
+        stranger.drop()
         await server.stop(0)

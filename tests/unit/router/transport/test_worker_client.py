@@ -9,9 +9,9 @@ from ringmesh.inference.v1 import inference_pb2
 from router.transport.worker_client import (
     MAX_ENVELOPES,
     MAX_ITEMS,
+    EnvelopeItem,
     LinkClosedError,
     NotSentError,
-    Work,
     WorkerBusyError,
     WorkerClient,
     WorkerLostError,
@@ -84,12 +84,12 @@ async def worker(tmp_path):
 async def link(worker):
     made = WorkerClient(worker.address, WorkerLoad())
     yield made
-    await made.close()
+    made.close()
 
 
 async def outcome(link):
     ended = asyncio.get_running_loop().create_future()
-    link.send(b"model", Work(b"request", b"", None, ""), ended.set_result)
+    link.send(b"model", EnvelopeItem(b"request", b"", None, "", ended.set_result))
     return await asyncio.wait_for(ended, 20)
 
 
@@ -120,7 +120,7 @@ async def test_a_request_that_may_end_before_the_others_leaves_in_an_envelope_of
     worker.gate.clear()
     ended = [asyncio.get_running_loop().create_future() for _ in range(3)]
     for each in ended:
-        link.send(b"model", Work(b"request", b"", None, "", is_alone=is_alone), each.set_result)
+        link.send(b"model", EnvelopeItem(b"request", b"", None, "", each.set_result, is_alone=is_alone))
     async with asyncio.timeout(20):
         while sum(worker.envelopes) < 3:
             await asyncio.sleep(0)
@@ -147,7 +147,7 @@ async def test_a_lost_worker_gives_back_at_once_what_it_had_and_what_waited_and_
     worker.gate.clear()
     lost, waits = [], []
     for outcomes in (lost, lost, waits):
-        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        link.send(b"model", EnvelopeItem(b"request", b"", None, "", outcomes.append))
         await asyncio.sleep(0)
     # As when it dies: both connections end, one a little later than the other.
     link._local.connection().close()
@@ -168,7 +168,7 @@ async def test_a_worker_given_up_is_sent_nothing_until_it_describes_itself_again
     worker.gate.clear()
     outcomes = []
     for _ in range(3):
-        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        link.send(b"model", EnvelopeItem(b"request", b"", None, "", outcomes.append))
         await asyncio.sleep(0)
     link.give_up()
     async with asyncio.timeout(20):
@@ -186,13 +186,13 @@ async def test_a_worker_that_cannot_be_connected_to_was_sent_nothing():
     link = WorkerClient(free_address(), load)
     outcomes = []
     for _ in range(3):
-        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        link.send(b"model", EnvelopeItem(b"request", b"", None, "", outcomes.append))
     async with asyncio.timeout(20):
         while len(outcomes) < 3:
             await asyncio.sleep(0)
     assert [type(outcome) for outcome in outcomes] == [NotSentError] * 3
     assert load.in_flight == 0
-    await link.close()
+    link.close()
 
 
 async def test_a_long_queue_of_a_closed_link_is_given_back_in_parts(worker, link):
@@ -206,7 +206,7 @@ async def test_a_long_queue_of_a_closed_link_is_given_back_in_parts(worker, link
     worker.gate.clear()
     outcomes = []
     for _ in range(1000):
-        link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
+        link.send(b"model", EnvelopeItem(b"request", b"", None, "", outcomes.append))
     await asyncio.sleep(0)
     link.give_up()
     count()
@@ -216,7 +216,7 @@ async def test_a_long_queue_of_a_closed_link_is_given_back_in_parts(worker, link
     assert len(turns) > 1000 / MAX_ITEMS - 1
 
 
-class Channels:
+class FakeChannel:
     """Of a worker that is sent everything, and answers pings as it is told to."""
 
     def __init__(self, *pings):
@@ -224,15 +224,6 @@ class Channels:
         self.cancelled = 0
         # What hears of each envelope, in the order they were sent.
         self.answers = []
-
-    def channel(self, address):
-        return self
-
-    def local(self):
-        return self
-
-    def connection(self):
-        return None
 
     def begin(self, method, request, done):
         self.answers.append(done)
@@ -249,16 +240,16 @@ class Channels:
 
 
 def silent(*pings):
-    """A link whose envelope has waited for longer than it should, and its channels."""
-    channels = Channels(*pings)
-    link = WorkerClient("w:1", WorkerLoad(), channels)
+    """A link whose envelope has waited for longer than it should, and its channel."""
+    channel = FakeChannel(*pings)
+    link = WorkerClient("w:1", WorkerLoad(), lambda _: channel)
     outcomes = []
-    link.send(b"model", Work(b"request", b"", None, ""), outcomes.append)
-    return link, channels, outcomes
+    link.send(b"model", EnvelopeItem(b"request", b"", None, "", outcomes.append))
+    return link, channel, outcomes
 
 
 async def test_only_a_worker_that_owes_an_answer_is_silent_and_an_answer_to_a_ping_is_heard():
-    link, channels, _ = silent(True)
+    link, channel, _ = silent(True)
     assert not link.is_silent
     await asyncio.sleep(0)
     assert not link.is_silent
@@ -267,20 +258,20 @@ async def test_only_a_worker_that_owes_an_answer_is_silent_and_an_answer_to_a_pi
     assert await link.is_alive()
     assert not link.is_silent
     link._heard -= 10
-    channels.answers[-1](inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString())
+    channel.answers[-1](inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString())
     assert not link.is_silent
 
 
 @pytest.mark.parametrize(("pings", "alive"), [((False, True), True), ((False, False), False)])
 async def test_a_worker_may_miss_one_ping_and_not_two(pings, alive):
-    link, channels, _ = silent(*pings)
+    link, channel, _ = silent(*pings)
     assert await link.is_alive() == alive
-    assert channels.pings == []
+    assert channel.pings == []
 
 
 async def test_an_envelope_that_cannot_be_sent_ends_its_requests_with_our_fault():
-    link, channels, outcomes = silent()
-    channels.begin = None
+    link, channel, outcomes = silent()
+    channel.begin = None
     await asyncio.sleep(0)
     (outcome,) = outcomes
     assert outcome.code is grpc.StatusCode.INTERNAL
@@ -315,25 +306,25 @@ async def test_a_worker_that_says_nothing_but_is_alive_is_busy_and_one_that_is_g
 
 
 async def test_at_most_so_many_envelopes_are_under_way_and_the_next_leaves_as_one_is_answered():
-    channels, outcomes = Channels(), []
-    link = WorkerClient("w:1", WorkerLoad(), channels)
+    channel, outcomes = FakeChannel(), []
+    link = WorkerClient("w:1", WorkerLoad(), lambda _: channel)
     models = [b"%d" % number for number in range(MAX_ENVELOPES + 20)]
     for model in models:
-        link.send(model, Work(b"request", b"", None, ""), outcomes.append)
+        link.send(model, EnvelopeItem(b"request", b"", None, "", outcomes.append))
     await asyncio.sleep(0)
-    assert len(channels.answers) == MAX_ENVELOPES
+    assert len(channel.answers) == MAX_ENVELOPES
     answer = inference_pb2.ExecuteResponse(results=[inference_pb2.WorkResult()]).SerializeToString()
     for number in range(len(models)):
-        assert len(channels.answers) == min(MAX_ENVELOPES + number, len(models))
-        channels.answers[number](answer)
+        assert len(channel.answers) == min(MAX_ENVELOPES + number, len(models))
+        channel.answers[number](answer)
     assert len(outcomes) == len(models)
 
 
 async def test_what_waits_behind_the_limit_of_envelopes_is_given_back_when_the_link_closes():
-    channels, outcomes = Channels(), []
-    link = WorkerClient("w:1", WorkerLoad(), channels)
+    channel, outcomes = FakeChannel(), []
+    link = WorkerClient("w:1", WorkerLoad(), lambda _: channel)
     for number in range(MAX_ENVELOPES + 20):
-        link.send(b"%d" % number, Work(b"request", b"", None, ""), outcomes.append)
+        link.send(b"%d" % number, EnvelopeItem(b"request", b"", None, "", outcomes.append))
     await asyncio.sleep(0)
     link.give_up()
     async with asyncio.timeout(20):

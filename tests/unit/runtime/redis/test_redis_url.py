@@ -55,11 +55,19 @@ def test_what_is_no_redis_url_is_refused_with_what_is_wrong(url, says):
         parse_redis_url(url, "RINGMESH_REDIS_URL")
 
 
-def test_a_refusal_does_not_show_the_password():
-    with pytest.raises(StartError) as caught:
-        parse_redis_url("redis+ring://user:hidden@one", "X")
-    assert "hidden" not in str(caught.value)
-    assert "***@one" in str(caught.value)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+ring://user:hidden@one",
+        *("redis://user:hid/hidden@one", "redis://user:hid?hidden@one", "redis://user:hid#hidden@one"),
+        *("redis://user:hid/hidden@one:1/2", "user:hidden@one", "redis://one?sentinel_password=hidden"),
+        "redis+sentinel://one?sentinel_password=hid@hidden",
+    ],
+)
+def test_a_refusal_does_not_show_the_password(url):
+    with pytest.raises(StartError, match="Redis URL") as caught:
+        parse_redis_url(url, "X")
+    assert "hid" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://one", "one:6379"])

@@ -1,6 +1,6 @@
 """The effect of each operator on the rows. Importing this package registers the rules."""
 
-from services.inference.execution.batch_proof.registry import find
+from services.inference.execution.batch_proof.registry import apply_rule
 from services.inference.execution.batch_proof.rules import (  # noqa: F401 - they register their rules
     attention,
     contractions,
@@ -16,4 +16,4 @@ from services.inference.execution.batch_proof.rules import (  # noqa: F401 - the
 )
 from services.inference.execution.batch_proof.rules.counting import constant
 
-__all__ = ["constant", "find"]
+__all__ = ["apply_rule", "constant"]

@@ -2,84 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from services.inference.execution.batch_proof.abstract_value import Tensor
 from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
-from services.inference.execution.batch_proof.registry import MICROSOFT, ML, ONNX, Outcome, rule
+from services.inference.execution.batch_proof.registry import Outcome, rule
 from services.inference.execution.batch_proof.sizes import Size
 
 
-def _table(call: OperatorCall) -> Tensor:
-    """The first input. Raises NotProvenError if it is not a table. With one axis, the rows would be features."""
-    table = call.input(0)
-    if len(call.shape(0)) != 2 or (table.rows is not None and table.rows.axis != 0):
+def _table(call: OperatorCall, *widths: Size) -> Tensor:
+    """A table of this width with the rows of input 0. Raises NotProvenError if that is no table: with one axis, the
+    rows would be features."""
+    if call.rank != 2 or (call.rows is not None and call.rows.axis != 0):
         raise NotProvenError("it takes the rows for features, as its input is no table with rows along axis 0")
-    return table
+    return Tensor((call.shape(0)[0], *widths), call.rows)
 
 
-@rule("Scaler", "Normalizer", "Imputer", domain=ML)
+@rule("ai.onnx.ml.Scaler", "ai.onnx.ml.Normalizer", "ai.onnx.ml.Imputer")
 def by_feature(call: OperatorCall) -> Outcome:
-    """Scales or fills in features, or divides a row by its norm."""
-    table = _table(call)
-    return Tensor(table.shape, table.rows)
+    return _table(call, *call.shape(0)[1:])
 
 
-@rule("TreeEnsemble", "TreeEnsembleRegressor", "LinearRegressor", "SVMRegressor", domain=ML)
+@rule("ai.onnx.ml.TreeEnsemble", "ai.onnx.ml.TreeEnsembleRegressor")
+@rule("ai.onnx.ml.LinearRegressor", "ai.onnx.ml.SVMRegressor")
 def regressor(call: OperatorCall) -> Outcome:
-    """A row of targets for each row."""
-    table = _table(call)
     name = "targets" if call.operator == "LinearRegressor" else "n_targets"
-    return Tensor((call.shape(0)[0], Size(int(call.attribute(name, 1)))), table.rows)
+    return _table(call, Size(int(call.attribute(name, 1))))
 
 
-@rule("TreeEnsembleClassifier", "LinearClassifier", "SVMClassifier", domain=ML)
+@rule("ai.onnx.ml.TreeEnsembleClassifier", "ai.onnx.ml.LinearClassifier", "ai.onnx.ml.SVMClassifier")
 def classifier(call: OperatorCall) -> Outcome:
     """A label and a row of scores for each row."""
-    table = _table(call)
-    size = call.shape(0)[0]
-    labels = _labels(call)
+    names = ("classlabels_int64s", "classlabels_ints", "classlabels_strings")
+    labels = next((labels for name in names if (labels := call.attribute(name))), ())
     # With two classes there may be one score. A support vector machine may have one score for each pair of classes.
     width = Size(len(labels)) if len(labels) > 2 and call.operator != "SVMClassifier" else call.fresh()
-    return (Tensor((size,), table.rows), Tensor((size, width), table.rows))
+    return (_table(call), _table(call, width))
 
 
-def _labels(call: OperatorCall) -> Sequence[object]:
-    names = ("classlabels_int64s", "classlabels_ints", "classlabels_strings")
-    return next((labels for name in names if (labels := call.attribute(name))), ())
-
-
-@rule("OneHotEncoder", domain=ML)
+@rule("ai.onnx.ml.OneHotEncoder")
 def one_hot_encoder(call: OperatorCall) -> Outcome:
-    """Appends an axis of categories."""
     categories = call.attribute("cats_int64s") or call.attribute("cats_strings") or ()
-    return Tensor((*call.shape(0), Size(len(categories))), call.input(0).rows)
+    return Tensor((*call.shape(0), Size(len(categories))), call.rows)
 
 
-@rule("FeatureVectorizer", domain=ML)
+@rule("ai.onnx.ml.FeatureVectorizer")
 def feature_vectorizer(call: OperatorCall) -> Outcome:
-    """Concatenates the features of several tables."""
-    _table(call)
-    for place, tensor in enumerate(call.given):
-        if len(call.shape(place)) != 2 or tensor.rows != call.input(0).rows:
+    made = _table(call, call.fresh())
+    for index, tensor in enumerate(call.given):
+        if len(call.shape(index)) != 2 or tensor.rows != call.rows:
             raise NotProvenError("its inputs do not have their rows along axis 0")
-    return Tensor((call.shape(0)[0], call.fresh()), call.input(0).rows)
+    return made
 
 
-@rule("TfIdfVectorizer", domain=ONNX)
+@rule("TfIdfVectorizer")
 def tf_idf_vectorizer(call: OperatorCall) -> Outcome:
     """Counts sequences in each row of a table. With one axis it would count across rows."""
-    table = _table(call)
-    return Tensor((call.shape(0)[0], call.fresh()), table.rows)
+    return _table(call, call.fresh())
 
 
-@rule("ZipMap", "DictVectorizer", "CastMap", domain=ML)
+@rule("ai.onnx.ml.ZipMap", "ai.onnx.ml.DictVectorizer", "ai.onnx.ml.CastMap")
 def maps(call: OperatorCall) -> Outcome:
-    """Maps are not tensors."""
     raise NotProvenError("it makes or takes maps, which are no tensors")
-
-
-@rule("Tokenizer", domain=MICROSOFT)
-def tokenizer(call: OperatorCall) -> Outcome:
-    """Its result is as wide as the row with the most tokens."""
-    raise NotProvenError("it pads all rows to the longest")

@@ -1,4 +1,4 @@
-"""Operators of com.microsoft on quantised tensors, and those that compute a scale when they run."""
+"""Operators of com.microsoft on quantised tensors."""
 
 from __future__ import annotations
 
@@ -6,62 +6,90 @@ from services.inference.execution.batch_proof.abstract_value import Tensor
 from services.inference.execution.batch_proof.operator_call import (
     NotProvenError,
     OperatorCall,
-    broadcast,
-    common_rows,
     from_front,
     not_along,
+    shape_of,
 )
-from services.inference.execution.batch_proof.registry import MICROSOFT, Outcome, rule
-from services.inference.execution.batch_proof.rules.contractions import one_value, product_of_matrices
+from services.inference.execution.batch_proof.registry import Outcome, rule
+from services.inference.execution.batch_proof.rules.contractions import product_of_matrices, transposed
 from services.inference.execution.batch_proof.rules.layout import joined
+from services.inference.execution.batch_proof.sizes import ONE, Size
 
 
-@rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
+def _one_value(tensor: Tensor) -> None:
+    if any(size != ONE for size in shape_of(tensor, "a scale or zero point")):
+        raise NotProvenError("a scale or zero point has several values")
+
+
+@rule("QuantizeLinear", "DequantizeLinear", "com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear")
+def quantize_linear(call: OperatorCall) -> Outcome:
+    """Elementwise, with one scale for the whole tensor or scales along `axis`."""
+    call.batch_independent_except(0)
+    if call.attribute("block_size", 0):
+        raise NotProvenError("it scales by blocks")
+    made, scale = call.keeping((), ""), call.shape(1)
+    if any(size.known != 1 for size in scale):
+        if len(scale) != 1:
+            raise NotProvenError("its scale has several axes")
+        not_along(call.rows, [call.axis(1)], "scales")
+    return made
+
+
+@rule("com.microsoft.QLinearAdd", "com.microsoft.QLinearMul")
 def qlinear_elementwise(call: OperatorCall) -> Outcome:
     """Elementwise on two tensors, each with a scale and a zero point."""
     call.batch_independent_except(0, 3)
-    shape = broadcast([call.shape(0), call.shape(3)], call.symbols)
-    return Tensor(shape, common_rows([call.input(0), call.input(3)], len(shape)))
+    return call.broadcast([call.input(0), call.input(3)])
 
 
-@rule("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
+@rule("com.microsoft.QLinearSigmoid", "com.microsoft.QLinearLeakyRelu")
 def qlinear_function(call: OperatorCall) -> Outcome:
-    """Elementwise on one tensor."""
     call.batch_independent_except(0)
-    return Tensor(call.input(0).shape, call.input(0).rows)
+    return call.same
 
 
-@rule("QLinearSoftmax", domain=MICROSOFT)
-def qlinear_softmax(call: OperatorCall) -> Outcome:
-    """As Softmax of the version in the attribute `opset`."""
-    call.batch_independent_except(0)
-    shape = call.shape(0)
-    axis = call.axis("axis", -1, len(shape))
-    last = axis + 1 if call.attribute("opset", 0) >= 13 else len(shape)
-    not_along(call.input(0).rows, range(axis, last), "normalises over")
-    return Tensor(shape, call.input(0).rows)
-
-
-@rule("QLinearConcat", domain=MICROSOFT)
+@rule("com.microsoft.QLinearConcat")
 def qlinear_concat(call: OperatorCall) -> Outcome:
     """Joins tensors, each followed by its scale and zero point in the inputs."""
     data = range(2, len(call.inputs), 3)
     call.batch_independent_except(*data)
-    tensors = [call.input(place) for place in data]
+    tensors = [call.input(index) for index in data]
     return joined(tensors, from_front(int(call.attribute("axis")), len(call.shape(2))), call)
 
 
-@rule("QGemm", domain=MICROSOFT)
+# Quantised products: inputs with the right matrix, and with the scales and zero points of the left and the right one.
+_MATRIX_INPUTS = {
+    "MatMulInteger": (1, (2,), (3,)),
+    "MatMulIntegerToFloat": (1, (2, 4), (3, 5)),
+    "QLinearMatMul": (3, (1, 2, 6, 7), (4, 5)),
+}
+
+
+@rule("MatMulInteger", "QLinearMatMul", "com.microsoft.MatMulIntegerToFloat")
+def quantised_matmul(call: OperatorCall) -> Outcome:
+    """A scale or zero point may have a value per row or column of a matrix, unless the rows of the batch lie there."""
+    right, of_left, of_right = _MATRIX_INPUTS[call.operator]
+    call.batch_independent_except(0, right)
+    for index in (*of_left, *(of_right if call.input(right).rows is not None else ())):
+        if (value := call.maybe(index)) is not None:
+            _one_value(value)
+    made = product_of_matrices(call, call.input(0), call.input(right))
+    if call.maybe(6) is not None and call.operator == "MatMulIntegerToFloat":
+        not_along(made.rows, [len(made.shape or ()) - 1], "adds a bias along")
+    return made
+
+
+@rule("com.microsoft.QGemm")
 def qgemm(call: OperatorCall) -> Outcome:
-    """A product with weights."""
     call.batch_independent_except(0)
-    one_value(call.input(1))
-    one_value(call.input(2))
-    flip_a, flip_b = bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
-    return product_of_matrices(call, call.input(0), call.input(3), flip_a=flip_a, flip_b=flip_b)
+    _one_value(call.input(1))
+    _one_value(call.input(2))
+    return product_of_matrices(call, call.input(0), call.input(3), *transposed(call))
 
 
-@rule("DynamicQuantizeMatMul", "DynamicQuantizeLSTM", domain=MICROSOFT)
-def dynamic(call: OperatorCall) -> Outcome:
-    """The whole input is quantised with one scale."""
-    raise NotProvenError("its scale is computed over all rows")
+@rule("com.microsoft.MatMulNBits")
+def matmul_n_bits(call: OperatorCall) -> Outcome:
+    """A product with packed weights of N columns."""
+    call.batch_independent_except(0)
+    not_along(call.rows, [call.rank - 1], "sums over")
+    return Tensor((*call.shape(0)[:-1], Size(int(call.attribute("N")))), call.rows)

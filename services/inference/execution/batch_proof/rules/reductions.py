@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
 
-from services.inference.execution.batch_proof.abstract_value import RowAxis, Shape, Tensor, as_size, plain
+from services.inference.execution.batch_proof.abstract_value import Tensor, as_size, known, plain
 from services.inference.execution.batch_proof.operator_call import (
     NotProvenError,
     OperatorCall,
@@ -15,123 +14,98 @@ from services.inference.execution.batch_proof.operator_call import (
     from_front,
     not_along,
 )
-from services.inference.execution.batch_proof.registry import MICROSOFT, Outcome, rule
-from services.inference.execution.batch_proof.sizes import ONE, Size, product
+from services.inference.execution.batch_proof.registry import Outcome, rule
+from services.inference.execution.batch_proof.reshaping import inserted, without
+from services.inference.execution.batch_proof.sizes import Size, product
 
 
-def without(shape: Shape, rows: RowAxis | None, axes: Collection[int], keep: bool) -> Tensor:
-    """A tensor whose `axes`, along which no rows lie, are removed; with `keep`, they have size 1."""
-    if keep:
-        return Tensor(tuple(ONE if axis in axes else size for axis, size in enumerate(shape)), rows)
-    moved = None if rows is None else rows.at(rows.axis - sum(axis < rows.axis for axis in axes))
-    return Tensor(tuple(size for axis, size in enumerate(shape) if axis not in axes), moved)
-
-
-@rule(
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "ReduceSumSquare",
-    counts=True,
-)
+@rule("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", counts=True)
+@rule("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", counts=True)
 def reduction(call: OperatorCall) -> Outcome:
-    """Reduces along axes; without axes, along all of them."""
     tensor = call.input(0)
     if tensor.counts_rows:
         return _counted(call, tensor)
     call.batch_independent(1)
-    axes = call.integers(1) if call.maybe(1) is not None else call.attribute("axes")
-    shape = call.shape(0)
+    axes = call.axes()
     if not axes:
         if call.attribute("noop_with_empty_axes", 0):
-            return Tensor(shape, tensor.rows)
-        axes = range(len(shape))
-    places = [from_front(axis, len(shape)) for axis in axes]
-    not_along(tensor.rows, places, "reduces")
-    made = without(shape, tensor.rows, places, bool(call.attribute("keepdims", 1)))
-    if tensor.values is not None and call.operator == "ReduceProd" and len(places) == len(shape) == 1:
+            return call.keeping((), "")
+        axes = range(call.rank)
+    axes = [from_front(axis, call.rank) for axis in axes]
+    not_along(tensor.rows, axes, "reduces")
+    if tensor.values is not None and call.operator == "ReduceProd" and len(axes) == call.rank == 1:
         return _counted(call, tensor)
-    return made
+    return without(call.shape(0), tensor.rows, axes, keep=bool(call.attribute("keepdims", 1)))
 
 
 def _counted(call: OperatorCall, tensor: Tensor) -> Tensor:
     """The product of a shape, that is, a number of elements."""
     values = tensor.values
-    axes = call.integers(1) if call.maybe(1) is not None else call.attribute("axes")
-    if call.operator != "ReduceProd" or values is None or values.ndim != 1 or list(axes or [0]) not in ([0], [-1]):
+    if (
+        call.operator != "ReduceProd"
+        or values is None
+        or values.ndim != 1
+        or list(call.axes() or [0]) not in ([0], [-1])
+    ):
         raise NotProvenError("the number of rows becomes a value")
     if any(isinstance(value, float | bool) for value in values) or call.attribute("noop_with_empty_axes", 0):
         raise NotProvenError("the number of rows becomes a value")
     made = np.empty((1,) if call.attribute("keepdims", 1) else (), object)
-    made.fill(plain(product(as_size(value) for value in values)))
-    return Tensor(tuple(map(Size, made.shape)), values=made)
+    made.fill(plain(product(map(as_size, values))))
+    return known(made)
 
 
 @rule("ArgMax", "ArgMin")
 def arg_max(call: OperatorCall) -> Outcome:
-    """Searches along one axis, by default the first."""
-    shape = call.shape(0)
-    axis = call.axis("axis", 0, len(shape))
-    not_along(call.input(0).rows, [axis], "searches")
-    made = without(shape, call.input(0).rows, [axis], bool(call.attribute("keepdims", 1)))
-    return replace(made, below=shape[axis])
+    axis = call.axis(0)
+    not_along(call.rows, [axis], "searches")
+    made = without(call.shape(0), call.rows, [axis], keep=bool(call.attribute("keepdims", 1)))
+    return replace(made, below=call.shape(0)[axis])
 
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(call: OperatorCall) -> Outcome:
-    """Normalises over `axis`; before opset 13, over all axes from `axis` on."""
-    shape, rows = call.shape(0), call.input(0).rows
     if call.opset >= 13:
-        axes = range(axis := call.axis("axis", -1, len(shape)), axis + 1)
-    else:
-        axes = range(call.axis("axis", 1, len(shape)), len(shape))
-    not_along(rows, axes, "normalises over")
-    return Tensor(shape, rows)
+        return call.keeping([call.axis(-1)], "normalises over")
+    return call.keeping(range(call.axis(1), call.rank), "normalises over")
 
 
-@rule("LayerNormalization", "RMSNormalization")
-@rule("SimplifiedLayerNormalization")
-@rule("LayerNormalization", "SimplifiedLayerNormalization", domain=MICROSOFT)
+@rule("com.microsoft.QLinearSoftmax")
+def qlinear_softmax(call: OperatorCall) -> Outcome:
+    """As Softmax of the version in the attribute `opset`."""
+    call.batch_independent_except(0)
+    axis = call.axis(-1)
+    return call.keeping(range(axis, axis + 1 if call.attribute("opset", 0) >= 13 else call.rank), "normalises over")
+
+
+@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+@rule("com.microsoft.LayerNormalization", "com.microsoft.SimplifiedLayerNormalization")
 def layer_normalization(call: OperatorCall) -> Outcome:
     """Normalises over all axes from `axis` on. Scale and bias are applied by broadcasting."""
-    shape = call.shape(0)
-    axis = call.axis("axis", -1, len(shape))
-    not_along(call.input(0).rows, range(axis, len(shape)), "normalises over")
+    shape, axis = call.shape(0), call.axis(-1)
+    not_along(call.rows, range(axis, len(shape)), "normalises over")
     rows = common_rows(call.given, len(shape))
-    statistics = Tensor(tuple(ONE if place >= axis else size for place, size in enumerate(shape)), rows)
+    statistics = without(shape, rows, range(axis, len(shape)), keep=True)
     return (Tensor(shape, rows), statistics, statistics)
 
 
-@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+@rule("com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization")
 def skip_layer_normalization(call: OperatorCall) -> Outcome:
     """Adds its inputs, and normalises the sum over the last axis."""
-    shape = call.shape(0)
-    not_along(call.input(0).rows, [len(shape) - 1], "normalises over")
-    made = Tensor(shape, common_rows(call.given, len(shape)))
+    not_along(call.rows, [call.rank - 1], "normalises over")
+    made = Tensor(call.shape(0), common_rows(call.given, call.rank))
     return (made, None, None, made)
 
 
 @rule("LpNormalization")
 def lp_normalization(call: OperatorCall) -> Outcome:
-    """Normalises along one axis, by default the last."""
-    shape = call.shape(0)
-    not_along(call.input(0).rows, [call.axis("axis", -1, len(shape))], "normalises over")
-    return Tensor(shape, call.input(0).rows)
+    return call.keeping([call.axis(-1)], "normalises over")
 
 
 @rule("MeanVarianceNormalization")
 def mean_variance_normalization(call: OperatorCall) -> Outcome:
-    """Normalises over axes, by default all except the second."""
-    shape = call.shape(0)
-    axes = [from_front(axis, len(shape)) for axis in call.attribute("axes", (0, 2, 3))]
-    not_along(call.input(0).rows, axes, "normalises over")
-    return Tensor(shape, call.input(0).rows)
+    axes = [from_front(axis, call.rank) for axis in call.attribute("axes", (0, 2, 3))]
+    return call.keeping(axes, "normalises over")
 
 
 @rule("BatchNormalization")
@@ -140,71 +114,54 @@ def batch_normalization(call: OperatorCall) -> Outcome:
     if call.attribute("training_mode", 0) or call.outputs > 1:
         raise NotProvenError("in training mode it normalises over axis 0")
     call.batch_independent_except(0)
-    not_along(call.input(0).rows, [1], "scales")
-    return Tensor(call.shape(0), call.input(0).rows)
+    return call.keeping([1], "scales")
 
 
-@rule("InstanceNormalization", "GroupNormalization", "LRN")
-@rule("GroupNorm", domain=MICROSOFT)
+@rule("InstanceNormalization", "GroupNormalization", "LRN", "com.microsoft.GroupNorm")
 def inner_normalization(call: OperatorCall) -> Outcome:
     """Normalises over channels or positions, separately for each element of axis 0."""
     call.batch_independent_except(0)
-    shape = call.shape(0)
-    not_along(call.input(0).rows, range(1, len(shape)), "normalises or scales along")
-    return Tensor(shape, call.input(0).rows)
+    return call.keeping(range(1, call.rank), "normalises or scales along")
 
 
 @rule("CumSum", "CumProd")
 def cumulative_sum(call: OperatorCall) -> Outcome:
-    """Accumulates along the axis that the second input gives."""
-    shape = call.shape(0)
     axes = call.integers(1) or [0]
-    not_along(call.input(0).rows, [from_front(axes[0], len(shape))], "sums along")
-    return Tensor(shape, call.input(0).rows)
+    return call.keeping([from_front(axes[0], call.rank)], "sums along")
 
 
 @rule("TopK")
 def top_k(call: OperatorCall) -> Outcome:
-    """Selects along one axis, by default the last."""
     call.batch_independent(1)
-    shape = call.shape(0)
-    axis = call.axis("axis", -1, len(shape))
-    not_along(call.input(0).rows, [axis], "sorts")
+    shape, axis = call.shape(0), call.axis(-1)
+    not_along(call.rows, [axis], "sorts")
     values = call.input(1).values
-    count = call.fresh() if values is None else as_size(values.flat[0])
-    made = Tensor((*shape[:axis], count if count.nonnegative else call.fresh(), *shape[axis + 1 :]), call.input(0).rows)
+    count = call.fresh() if values is None else call.size(as_size(values.flat[0]))
+    made = Tensor((*shape[:axis], count, *shape[axis + 1 :]), call.rows)
     return (made, made)
 
 
-@rule("Trilu")
-@rule("Trilu", domain=MICROSOFT)
+@rule("Trilu", "com.microsoft.Trilu")
 def trilu(call: OperatorCall) -> Outcome:
-    """Keeps a triangle of the last two axes."""
     call.batch_independent(1)
-    shape = call.shape(0)
-    not_along(call.input(0).rows, range(len(shape) - 2, len(shape)), "takes a triangle of")
-    return Tensor(shape, call.input(0).rows)
+    return call.keeping(range(call.rank - 2, call.rank), "takes a triangle of")
 
 
 @rule("Det")
 def determinant(call: OperatorCall) -> Outcome:
-    """The determinant over the last two axes."""
-    shape = call.shape(0)
-    axes = range(len(shape) - 2, len(shape))
-    not_along(call.input(0).rows, axes, "reduces")
-    return without(shape, call.input(0).rows, axes, keep=False)
+    axes = range(call.rank - 2, call.rank)
+    not_along(call.rows, axes, "reduces")
+    return without(call.shape(0), call.rows, axes)
 
 
 @rule("OneHot")
 def one_hot(call: OperatorCall) -> Outcome:
-    """Inserts an axis, by default the last."""
     call.batch_independent(1, 2)
-    shape, rows = call.shape(0), call.input(0).rows
-    axis = call.axis("axis", -1, len(shape) + 1)
+    shape = call.shape(0)
+    axis = from_front(int(call.attribute("axis", -1)), len(shape) + 1)
     depth = call.input(1).values
-    size = call.fresh() if depth is None or not as_size(depth.flat[0]).nonnegative else as_size(depth.flat[0])
-    moved = None if rows is None else rows.at(rows.axis + (axis <= rows.axis))
-    return Tensor((*shape[:axis], size, *shape[axis:]), moved)
+    size = call.fresh() if depth is None else call.size(as_size(depth.flat[0]))
+    return inserted(call.input(0), shape, axis, size)
 
 
 @rule("DFT")
@@ -212,21 +169,31 @@ def dft(call: OperatorCall) -> Outcome:
     """Transforms along one axis. The last axis holds real and imaginary parts."""
     call.batch_independent_except(0)
     shape = call.shape(0)
-    if call.opset >= 20:
-        axis = from_front((call.integers(2) or [-2])[0], len(shape))
-    else:
-        axis = call.axis("axis", 1, len(shape))
-    not_along(call.input(0).rows, [axis, len(shape) - 1], "transforms")
-    return Tensor(
-        (*(call.fresh() if place == axis else size for place, size in enumerate(shape[:-1])), Size(2)),
-        call.input(0).rows,
-    )
+    axis = from_front((call.integers(2) or [-2])[0], len(shape)) if call.opset >= 20 else call.axis(1)
+    not_along(call.rows, [axis, len(shape) - 1], "transforms")
+    sizes = [call.fresh() if place == axis else size for place, size in enumerate(shape[:-1])]
+    return Tensor((*sizes, Size(2)), call.rows)
 
 
 @rule("STFT")
 def stft(call: OperatorCall) -> Outcome:
     """Transforms each of the signals, which lie along axis 0."""
     call.batch_independent_except(0)
-    shape = call.shape(0)
-    not_along(call.input(0).rows, range(1, len(shape)), "transforms")
-    return Tensor((shape[0], call.fresh(), call.fresh(), Size(2)), call.input(0).rows)
+    not_along(call.rows, range(1, call.rank), "transforms")
+    return Tensor((call.shape(0)[0], call.fresh(), call.fresh(), Size(2)), call.rows)
+
+
+@rule("EyeLike", "NonZero", "Unique", "NonMaxSuppression", "StringSplit", "DynamicQuantizeLinear")
+@rule("com.microsoft.DynamicQuantizeMatMul", "com.microsoft.DynamicQuantizeLSTM", "com.microsoft.Tokenizer")
+def over_all(call: OperatorCall) -> Outcome:
+    """Operators whose results depend on the whole tensor."""
+    scale, pads = "its scale is computed over all rows", "it pads all rows to the longest"
+    reasons = {
+        "EyeLike": "its elements depend on the number of their row",
+        "NonZero": "how many elements it finds, and their order, depends on all rows",
+        "Unique": "it compares all rows",
+        "NonMaxSuppression": "how many boxes it selects depends on all rows",
+        "StringSplit": pads,
+        "Tokenizer": pads,
+    }
+    raise NotProvenError(reasons.get(call.operator, scale))

@@ -13,76 +13,69 @@ from services.inference.execution.batch_proof.operator_call import (
     not_along,
     shape_of,
 )
-from services.inference.execution.batch_proof.registry import MICROSOFT, Outcome, rule
+from services.inference.execution.batch_proof.registry import Outcome, rule
 from services.inference.execution.batch_proof.rules.layout import numbers
 from services.inference.execution.batch_proof.sizes import ONE, Size
 
 
-@rule("Conv", "ConvInteger", "ConvTranspose", "QLinearConv")
-@rule("FusedConv", "QLinearConv", domain=MICROSOFT)
-def convolution(call: OperatorCall) -> Outcome:
-    """Sums over channels and spatial axes."""
+def _check_channels_first(call: OperatorCall) -> None:
     if call.attribute("channels_last", 0):
         raise NotProvenError("there is no rule for it")
-    data = call.input(0)
+
+
+@rule("Conv", "ConvInteger", "ConvTranspose", "QLinearConv", "com.microsoft.FusedConv", "com.microsoft.QLinearConv")
+def convolution(call: OperatorCall) -> Outcome:
+    _check_channels_first(call)
     summand = 3 if call.operator == "FusedConv" else -1
     call.batch_independent_except(0, summand)
     shape = call.shape(0)
-    not_along(data.rows, range(1, len(shape)), "sums over")
+    not_along(call.rows, range(1, len(shape)), "sums over")
     weights = shape_of(call.input(3 if call.operator == "QLinearConv" else 1), "the weights")
     if call.operator == "ConvTranspose":
         channels = weights[1] * Size(int(call.attribute("group", 1)))
-        places: Sequence[Size] = [call.fresh() for _ in shape[2:]]
+        spatial = [call.fresh() for _ in shape[2:]]
     else:
         channels = weights[0]
-        kernel = [size.known for size in weights[2:]]
-        places = _slid(call, shape[2:], kernel)
-    made = Tensor((shape[0], channels, *places), data.rows)
+        spatial = _slid(call, shape[2:], [size.known for size in weights[2:]])
+    made = Tensor((shape[0], channels, *spatial), call.rows)
     added = call.maybe(summand) if summand > 0 else None
     return made if added is None else Tensor(made.shape, common_rows([made, added], len(shape)))
 
 
-def _slid(call: OperatorCall, places: Shape, kernel: Sequence[int | None]) -> list[Size]:
+def _slid(call: OperatorCall, spatial: Shape, kernel: Sequence[int | None]) -> list[Size]:
     """The sizes of the spatial axes after a window has slid along them."""
-    count = len(places)
+    count = len(spatial)
     strides = list(call.attribute("strides", [1] * count))
     dilations = list(call.attribute("dilations", [1] * count))
     pads = list(call.attribute("pads", [0] * 2 * count))
     auto = call.attribute("auto_pad", b"NOTSET")
     sizes = []
-    for place, size in enumerate(places):
-        whole, width, stride = size.known, kernel[place], strides[place]
+    for index, size in enumerate(spatial):
+        whole, width, stride = size.known, kernel[index], strides[index]
         if whole is None or width is None or auto not in (b"NOTSET", b"VALID") or call.attribute("ceil_mode", 0):
             sizes.append(call.fresh())
             continue
-        padding = 0 if auto == b"VALID" else pads[place] + pads[place + count]
-        sizes.append(Size((whole + padding - dilations[place] * (width - 1) - 1) // stride + 1))
+        padding = 0 if auto == b"VALID" else pads[index] + pads[index + count]
+        sizes.append(Size((whole + padding - dilations[index] * (width - 1) - 1) // stride + 1))
     return sizes
 
 
-@rule("MaxPool", "AveragePool", "LpPool")
-@rule("QLinearAveragePool", domain=MICROSOFT)
+@rule("MaxPool", "AveragePool", "LpPool", "com.microsoft.QLinearAveragePool")
 def pool(call: OperatorCall) -> Outcome:
     """Pools over spatial axes. The second output, indices of the maxima, counts through the whole tensor."""
-    call.batch_independent_except(0)
-    if call.attribute("channels_last", 0):
-        raise NotProvenError("there is no rule for it")
-    shape, rows = call.shape(0), call.input(0).rows
-    not_along(rows, range(2, len(shape)), "pools along")
-    places = _slid(call, shape[2:], list(call.attribute("kernel_shape")))
-    return (Tensor((*shape[:2], *places), rows), None)
+    return (_pooled(call, _slid(call, call.shape(0)[2:], list(call.attribute("kernel_shape")))), None)
 
 
-@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
-@rule("QLinearGlobalAveragePool", domain=MICROSOFT)
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "com.microsoft.QLinearGlobalAveragePool")
 def global_pool(call: OperatorCall) -> Outcome:
-    """Pools over all spatial axes."""
+    return _pooled(call, [ONE] * len(call.shape(0)[2:]))
+
+
+def _pooled(call: OperatorCall, spatial: Sequence[Size]) -> Tensor:
     call.batch_independent_except(0)
-    if call.attribute("channels_last", 0):
-        raise NotProvenError("there is no rule for it")
-    shape, rows = call.shape(0), call.input(0).rows
-    not_along(rows, range(2, len(shape)), "pools along")
-    return Tensor((*shape[:2], *([ONE] * len(shape[2:]))), rows)
+    _check_channels_first(call)
+    not_along(call.rows, range(2, call.rank), "pools along")
+    return Tensor((*call.shape(0)[:2], *spatial), call.rows)
 
 
 _COORDINATES = (b"half_pixel", b"pytorch_half_pixel", b"align_corners", b"asymmetric", b"half_pixel_symmetric")
@@ -128,22 +121,18 @@ def resize(call: OperatorCall) -> Outcome:
 @rule("GridSample")
 def grid_sample(call: OperatorCall) -> Outcome:
     """Samples each image at its own positions."""
-    data, grid = call.input(0), call.input(1)
-    shape, places = call.shape(0), call.shape(1)
-    if data.rows != grid.rows or (data.rows is not None and data.rows.axis != 0):
+    shape, grid = call.shape(0), call.input(1)
+    if call.rows != grid.rows or (call.rows is not None and call.rows.axis != 0):
         raise NotProvenError("its inputs do not have their rows along axis 0")
-    return Tensor((shape[0], shape[1], *places[1:-1]), data.rows)
+    return Tensor((*shape[:2], *call.shape(1)[1:-1]), call.rows)
 
 
 @rule("AffineGrid", counts=True)
 def affine_grid(call: OperatorCall) -> Outcome:
-    """Makes a grid for each row."""
-    theta, sizes = call.input(0), [as_size(one) for one in numbers(call, 1)]
-    if theta.rows not in (None, RowAxis(0)) or any(size.counts_rows for size in sizes[1:]):
+    rows, sizes = call.rows, [as_size(one) for one in numbers(call, 1)]
+    if rows not in (None, RowAxis(0)) or any(size.counts_rows for size in sizes[1:]):
         raise NotProvenError("its rows do not lie along axis 0")
-    if (theta.rows is None) == sizes[0].counts_rows:
+    if sizes[0] != rows.size if rows is not None else sizes[0].counts_rows:
         raise NotProvenError("its size is not that of its rows")
-    if theta.rows is not None and sizes[0] != theta.rows.size:
-        raise NotProvenError("its size is not that of its rows")
-    sizes = [size if size.nonnegative else call.fresh() for size in sizes]
-    return Tensor((sizes[0], *sizes[2:], Size(len(sizes) - 2)), theta.rows)
+    sizes = [call.size(size) for size in sizes]
+    return Tensor((sizes[0], *sizes[2:], Size(len(sizes) - 2)), rows)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 
 from ringmesh.router.v1 import router_pb2
 
+from router.balancing.member import Member
 from services.runtime.errors import ResourceExhaustedError
 
 # Maximum number of events queued for a slow watcher: enough for a change of every worker in a fleet of hundreds.
@@ -16,18 +17,16 @@ MAX_WAITING = 4096
 Event = router_pb2.WatchResponse
 
 
-class FleetEvents:
+class MembershipEvents:
     """Delivers every event to all watchers, and never waits for one."""
 
     def __init__(self) -> None:
         self._watchers: set[asyncio.Queue[Event | None]] = set()
 
-    def tell(
-        self, kind: Event.Kind.ValueType, address: str, worker_id: str, *, model: str = "", reason: str = ""
-    ) -> None:
+    def publish(self, kind: Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
         """Publishes an event that happens now."""
         if self._watchers:
-            event = make(kind, address, worker_id, model=model, reason=reason)
+            event = make(kind, member, model=model, reason=reason)
             for queue in self._watchers:
                 if queue.qsize() <= MAX_WAITING:
                     queue.put_nowait(event)
@@ -57,8 +56,8 @@ class FleetEvents:
             queue.put_nowait(None)
 
 
-def make(kind: Event.Kind.ValueType, address: str, worker_id: str, *, model: str = "", reason: str = "") -> Event:
+def make(kind: Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> Event:
     """Makes an event with the current time."""
-    return Event(
-        at_ms=time.time_ns() // 1_000_000, kind=kind, address=address, worker_id=worker_id, model=model, reason=reason
-    )
+    at_ms = time.time_ns() // 1_000_000
+    address, worker_id = member.address, member.worker_id
+    return Event(at_ms=at_ms, kind=kind, address=address, worker_id=worker_id, model=model, reason=reason)
