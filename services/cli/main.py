@@ -186,7 +186,7 @@ def demo(engine: EngineOption = Engine.NATIVE, state: State = _STATE) -> None:
         )
 
         async def work() -> int:
-            return await show.run(console, options.router, samples, magika, state)
+            return await show.run(console, options.router, options.ledger, samples, magika, state)
 
         set_title("demo", options.router)
         code = asyncio.run(supervise(Stack(options, screen), work, interrupted=130))

@@ -43,6 +43,8 @@ def test_the_second_pass_is_all_hits_and_every_request_has_a_trace(project):
     assert "hit ratio           5 of 10 (50%); second pass 5 of 5" in done.stdout
     assert int(re.search(r"compute time saved +(\d+) ms", done.stdout)[1]) > 0
     assert "the same answers byte for byte" in done.stdout
+    cost = re.search(r"^cost +(\S+) USD for 10 requests; the cache saved (\S+) USD$", done.stdout, re.MULTILINE)
+    assert float(cost[1]) > float(cost[2]) > 0
     for row, last in ((rows[0], "onnxruntime run"), (rows[-1], "hit-local")):
         trace = run(project, "trace", row[5])
         assert trace.returncode == 0, trace.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
+from services.cli.commands.cost import money
 from services.cli.commands.first_calls import show_trace
 from services.cli.commands.magika_features import MagikaFeatures
 from services.cli.errors import CommandError
@@ -24,6 +28,8 @@ from services.runtime.w3c import new_span_id
 
 _MOST_FILES = 60
 _SECONDS = 60.0
+_LEDGER_SECONDS = 20.0
+_POLL_SECONDS = 0.1
 _HITS = ("hit-local", "hit-shared", "hit-peer")
 
 
@@ -73,10 +79,12 @@ def collect(folder: Path, magika: MagikaFeatures) -> list[Sample]:
     return samples
 
 
-async def run(console: Console, router: str, samples: Sequence[Sample], magika: MagikaFeatures, state: Path) -> int:
+async def run(
+    console: Console, router: str, ledger: str, samples: Sequence[Sample], magika: MagikaFeatures, state: Path
+) -> int:
     """Runs both passes and prints their totals. Returns 1 unless the second pass had only hits with equal answers.
 
-    Prints `state` as the location of the traces.
+    `router` and `ledger` are host:port. Prints `state` as the location of the traces.
     """
     passes: list[list[Answer]] = []
     async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
@@ -95,7 +103,31 @@ async def run(console: Console, router: str, samples: Sequence[Sample], magika: 
         console.print(f"[red]failed[/]: {complaint}", soft_wrap=True, highlight=False)
         return 1
     console.print("second pass: all hits, the same answers byte for byte", soft_wrap=True)
+    await _print_cost(console, ledger, 2 * len(samples))
     return 0
+
+
+async def _print_cost(console: Console, address: str, requests: int) -> None:
+    """Prints what the demo cost, once the ledger has counted its `requests`."""
+    question = ledger_pb2.ReportRequest(from_ms=int((time.time() - 3600) * 1000))
+    total, currency = ledger_pb2.ReportRow(), ""
+    give_up = time.monotonic() + _LEDGER_SECONDS
+    async with grpc.aio.insecure_channel(address, options=LOCAL) as channel:
+        stub = ledger_pb2_grpc.LedgerServiceStub(channel)
+        while total.requests < requests:
+            if time.monotonic() > give_up:
+                console.print(f"the ledger has counted {total.requests} of {requests} requests so far", highlight=False)
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+            with suppress(grpc.aio.AioRpcError):  # it may not have started yet
+                answer = await stub.Report(question, timeout=_LEDGER_SECONDS)
+                total, currency = answer.total, answer.currency
+    console.print(
+        f"cost                {money(total.cost_nano)} {currency} for {total.requests} requests; "
+        f"the cache saved {money(total.saved_nano)} {currency}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 async def _ask(
