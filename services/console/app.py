@@ -56,7 +56,7 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
             Route("/models/{name}", pages.page("model.html", partial(models_page.one, sources))),
             Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources)), methods=["GET", "POST"]),
             Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
-            Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources))),
+            Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources.ledger))),
             Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
             Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),

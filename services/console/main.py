@@ -10,6 +10,7 @@ from services.console import app
 from services.console import metrics as console_metrics
 from services.console.data.fleet_watch import FleetWatch
 from services.console.data.history import History
+from services.console.data.ledger import LedgerReports
 from services.console.data.otlp import TraceReceiver
 from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
@@ -30,7 +31,8 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     history = History(time.time)
     scraper = Scraper(settings.metrics_targets, history)
     fleet = FleetWatch(settings.routers, settings.cache_address)
-    sources = Sources(fleet, history, scraper, traces, settings.trace_ui)
+    ledger = LedgerReports(settings.ledger_address)
+    sources = Sources(fleet, history, scraper, traces, settings.trace_ui, ledger)
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
     metrics.add(partial(console_metrics.samples, traces))
@@ -59,6 +61,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     exposition.close()
     scraper.close()
     await fleet.close()
+    await ledger.close()
 
 
 def main() -> None:

@@ -252,6 +252,7 @@ class Stack:
             "RINGMESH_HTTP_ADDRESS": address(options.ports.pages),
             "RINGMESH_ROUTERS": options.router,
             "RINGMESH_CACHE_ADDRESS": options.cache,
+            "RINGMESH_LEDGER_ADDRESS": options.ledger,
             "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={where}" for name, where in options.metrics.items()),
         }
         return self._service("console", "services.console", address(options.ports.spans), environment)
