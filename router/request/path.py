@@ -228,6 +228,8 @@ class RequestPath:
         result, member = await self._forward(call, model, call.data, place, joins)
         timing = result.timing
         call.provider = timing.provider
+        if call.failed is not None:
+            self._replies.computed_late(call)
         entry = Entry(result.response, int(timing.share_us))
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
         return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)

@@ -139,6 +139,12 @@ class Replies:
         keep = self._count_failed(call, error.code, error.message, error.kind)
         return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), keep)
 
+    def computed_late(self, call: Call) -> None:
+        """Counts what was computed for a call that had failed by then: its deadline passed, or its caller left."""
+        if self._meter is not None and call.failed is not None:
+            labels, stages = call.failed
+            self._meter.computed_late(labels, call.trace, stages)
+
     def left(self, call: Call) -> None:
         """Counts a call that its caller cancelled. Event loop only."""
         self._count_failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")()
@@ -150,6 +156,7 @@ class Replies:
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
         self._requests.failed(model, version, kind)
+        call.failed = labels, len(call.trace.stages)
         if self._meter is not None:
             provider = call.model.provider if call.model is not None else ""
             self._meter.failed(labels, call.trace, provider, call.start, end, call.router_ns, len(call.data))

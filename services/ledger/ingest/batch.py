@@ -164,10 +164,6 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
         raise InvalidArgumentError(
             f"record {wrong}: dimension is {dimension[wrong]} of {len(batch.dimensions)}", field="batch.dimension"
         )
-    for wrong in np.flatnonzero(columns["requests"] == 0)[:1]:
-        raise InvalidArgumentError(
-            f"record {wrong}: requests is 0; a record stands for a request", field="batch.requests"
-        )
     if len(batch.trace_ids) not in (0, count * _TRACE_BYTES):
         raise InvalidArgumentError(
             f"trace_ids has {len(batch.trace_ids)} bytes for {count} records, and {_TRACE_BYTES} belong to each",
