@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import grpc
@@ -27,14 +28,25 @@ class Tenant:
 
     def send(self, request, metadata=()):
         """The trailing metadata; empty if it failed."""
-        self.requests += 1
+        return self._observe(self._answer(request, metadata))
+
+    def send_together(self, requests):
+        with ThreadPoolExecutor(16) as threads:
+            for answer in threads.map(self._answer, requests):
+                self._observe(answer)
+
+    def _answer(self, request, metadata=()):
+        metadata = (("ringmesh-tenant", self.name), *metadata)
         try:
-            _, call = self._infer.with_call(
-                request.SerializeToString(), timeout=30, metadata=(("ringmesh-tenant", self.name), *metadata)
-            )
+            return self._infer.with_call(request.SerializeToString(), timeout=30, metadata=metadata)[1]
         except grpc.RpcError as error:
+            return error
+
+    def _observe(self, call):
+        self.requests += 1
+        if call.code() is not grpc.StatusCode.OK:
             self.errors += 1
-            self.error = error
+            self.error = call
             return {}
         told = dict(call.trailing_metadata())
         us = int(told["ringmesh-compute-us"])
@@ -106,6 +118,7 @@ def test_the_ledger_counts_what_callers_observed(stack, channel, ledger):
     tenants = Tenant(channel), Tenant(channel)
     send_some(tenants[0], misses=5, repeats=20)
     send_some(tenants[1], misses=3, repeats=7)
+    tenants[1].send_together([fresh() for _ in range(200)] + [fresh()] * 50)
     assert_counted(ledger, *tenants)
     command = [*RINGMESH, "cost", "--by", "tenant", "--since", "1h", "--json", "--state", stack.state]
     shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
@@ -162,3 +175,20 @@ def test_while_the_ledger_is_killed_requests_are_answered_and_counted(stack, cha
         send_some(tenant, misses=4, repeats=5)
     assert tenant.errors == 12
     assert_counted(ledger, tenant)
+
+
+@pytest.mark.proof
+def test_a_router_that_is_killed_loses_only_what_it_had_not_spooled(stack, channel, ledger):
+    tenant = Tenant(channel)
+    send_some(tenant, misses=5, repeats=20)
+    assert_counted(ledger, tenant)
+    for _ in range(3):
+        before = counted(ledger, tenant)[0]
+        request = fresh()
+        answered = sum(bool(tenant.send(request)) for _ in range(500))
+        os.kill(stack.pids["router"], signal.SIGKILL)
+        # A request of its next life, after which all of its earlier one is sent.
+        later = Tenant(channel)
+        eventually(lambda later=later, request=request: later.send(request))
+        eventually(lambda later=later: counted(ledger, later) is not None)
+        assert before <= counted(ledger, tenant)[0] <= before + answered
