@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
-from cache.regions.replication import Replication
+from cache.regions.replication import replicate
 from cache.settings import CacheSettings
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
 from services.runtime.process.process import run, set_title
 from services.runtime.rpc.exposition import MetricsServer
@@ -21,11 +22,10 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 
 
 async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     evictions = Evictions(mesh.local)
-    service = CacheService(mesh, evictions, Frames(secret))
+    service = CacheService(mesh, evictions, EntryFrames(secret))
     server = Server(
         settings.engine,
         settings.address,
@@ -47,13 +47,13 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     mesh.start()
     replication = None
     if mesh.shared is not None and mesh.peers.peers and settings.peer_bytes_per_second:
-        replication = Replication(mesh.peers.peers, mesh.shared, settings.peer_bytes_per_second)
-        replication.start()
+        copy = partial(replicate, mesh.peers.peers, mesh.shared, settings.peer_bytes_per_second)
+        replication = BACKGROUND.start("replication", copy)
     server.set_serving(True)
     await stopping.wait()
     service.close()
     if replication is not None:
-        replication.close()
+        replication.cancel()
     await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
@@ -61,5 +61,4 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
 
 
 def main() -> None:
-    """`python -m cache`."""
     run(CacheSettings, serve)

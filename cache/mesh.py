@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Literal, TypeAlias
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.keys.keys import MODEL_BYTES
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.freshness import Freshness
@@ -89,7 +89,7 @@ class Mesh:
         self,
         local: LocalTier,
         shared: SharedTier | None,
-        purges: PurgeBoard,
+        purges: InvalidationLog,
         peers: PeerRegions,
         refusals: Refusals,
         doorkeeper: Doorkeeper | None = None,

@@ -12,13 +12,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Mesh
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.local_tier import LocalTier
 from cache.tiers.shared_tier import SharedTier
 from services.runtime.process.settings import ServiceSettings
@@ -39,11 +39,13 @@ class MeshSettings(ServiceSettings):
     purge_lease_seconds: float = Field(
         30.0,
         ge=5,
-        description="how old an answer may be while Redis cannot be reached for as long; bounds what a purge waits",
+        description="maximum age of cached answers while Redis is unreachable; limits the wait of a purge",
     )
-    shared_admission: bool = Field(False, description="whether only what is asked for again is written to Redis")
+    shared_admission: bool = Field(
+        False, description="whether only answers that are requested again are written to Redis"
+    )
     refusal_seconds: float = Field(
-        0.0, ge=0, description="how long a request found wrong is refused without asking a worker"
+        0.0, ge=0, description="how long an invalid request is refused without asking a worker"
     )
     peer_regions: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
         (), description="caches of other regions: region=host:port, separated by commas"
@@ -92,7 +94,7 @@ class MeshSettings(ServiceSettings):
         Raises StartError if the Redis URL is invalid, but not if Redis is unreachable.
         """
         shared = None
-        frames = Frames(secret)
+        frames = EntryFrames(secret)
         if self.redis_url is not None:
             shared = SharedTier(
                 self.redis_url,
@@ -102,7 +104,9 @@ class MeshSettings(ServiceSettings):
                 create_breaker=lambda: Breaker(time.monotonic),
             )
         address = self.address if not self.address.endswith(":0") else str(os.getpid())
-        purges = PurgeBoard(shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds)
+        purges = InvalidationLog(
+            shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds
+        )
         peers = [PeerRegion(region, peer, Breaker(time.monotonic), frames) for region, peer in self.peer_regions]
         return Mesh(
             LocalTier(self.local_tier_bytes),
@@ -120,6 +124,6 @@ class CacheSettings(MeshSettings):
     section: ClassVar[str] = "cache"
     address: str = Field("127.0.0.1:8010", description="host:port to serve gRPC on; port 0 takes a free one")
     peer_bytes_per_second: int = Field(
-        1 << 20, ge=0, description="budget for copying what peer regions find valuable; 0: none is copied"
+        1 << 20, ge=0, description="budget for copying the most valuable answers of peer regions; 0: none"
     )
     metrics_address: str = Field("127.0.0.1:8012", description="host:port to serve /metrics on")

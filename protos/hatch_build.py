@@ -1,6 +1,5 @@
 """Generates the `ringmesh` package from the .proto files while the wheel is built, by buf and ../buf.gen.yaml."""
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -20,13 +19,11 @@ __all__ = ["POOL", "SERVICE_CONFIG", "channel_options"]
 # Not the default pool: tritonclient describes the same `inference.*` names there.
 POOL = DescriptorPool()
 '''
-_INIT_PYI = """from google.protobuf.descriptor_pool import DescriptorPool
-
-from ringmesh.channel import SERVICE_CONFIG as SERVICE_CONFIG
-from ringmesh.channel import channel_options as channel_options
-
-POOL: DescriptorPool
-"""
+# protoc's output, and what it becomes.
+_PRIVATE_POOL = {
+    "from google.protobuf import descriptor_pool as _descriptor_pool\n": "from ringmesh import POOL as _POOL\n",
+    "_descriptor_pool.Default()": "_POOL",
+}
 
 
 class GenerateStubs(BuildHookInterface[Any]):
@@ -50,7 +47,6 @@ def generate(project: Path, out: Path) -> Path:
     for folder in [path for path in package.rglob("*") if path.is_dir()]:
         (folder / "__init__.py").touch()
     (package / "__init__.py").write_text(_INIT)
-    (package / "__init__.pyi").write_text(_INIT_PYI)
     shutil.copy(project / "channel.py", package)
     (package / "py.typed").touch()
     return package
@@ -58,13 +54,8 @@ def generate(project: Path, out: Path) -> Path:
 
 def _use_private_pool(module: Path) -> None:
     source = module.read_text()
-    source, pools = re.subn(r"_descriptor_pool\.Default\(\)", "_POOL", source)
-    source, imports = re.subn(
-        r"^from google\.protobuf import descriptor_pool as _descriptor_pool$",
-        "from ringmesh import POOL as _POOL",
-        source,
-        flags=re.MULTILINE,
-    )
-    if not (pools and imports == 1):
-        raise RuntimeError(f"{module}: protoc's output changed shape; the private descriptor pool was not set")
+    for default, private in _PRIVATE_POOL.items():
+        if default not in source:
+            raise RuntimeError(f"{module}: protoc no longer writes {default!r}, so the descriptor pool is not private")
+        source = source.replace(default, private)
     module.write_text(source)

@@ -12,15 +12,15 @@ from cache.api.service import CacheService
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.mesh import Mesh
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
 from router.accounting.budgets import Budgets
-from router.accounting.cost import Cost, Prices
+from router.accounting.cost import CostMetrics, Prices
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.ledger_spool import LedgerSpool
 from router.accounting.meter import Meter, worker_type
 from router.accounting.request_metrics import RequestMetrics
-from router.accounting.slo import Objectives, Slo
+from router.accounting.slo import Slo
 from router.accounting.usage import Up, Usage
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
@@ -28,11 +28,11 @@ from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from router.membership.fleet import Fleet
-from router.membership.fleet_metrics import fleet_samples
 from router.operator.agreement import Agreement
 from router.operator.control import FleetControl
 from router.operator.service import OperatorService
 from router.request.audit import Audit
+from router.request.keyer import Keyer
 from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
@@ -55,7 +55,6 @@ _FIRST_WORKER_SECONDS = 1.0
 
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping` is set, then drains."""
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
@@ -82,20 +81,20 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
     quotas = Quotas(settings.quotas, time.monotonic)
     report = LoadReport(requests.answers, cores=cores.available())
-    audit = Audit(dispatcher, settings.audit_share, time.monotonic)
+    audit = Audit(dispatcher.run, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
     prices = Prices(
         settings.cpu_second_price, settings.gpu_second_price, settings.memory_gb_hour_price, settings.currency
     )
-    cost = Cost(
+    cost = CostMetrics(
         prices,
         requests,
         lambda model, version: fleet.view.catalog.find(model, version).provider,
         lambda: mesh.local.counters.bytes,
         time.monotonic,
     )
-    objectives = Objectives(settings.slo_availability, settings.slo_latency, settings.slo_latency_seconds)
-    slo = Slo(objectives, requests, time.monotonic)
+    targets = {"availability": settings.slo_availability, "latency": settings.slo_latency}
+    slo = Slo(targets, settings.slo_latency_seconds, requests, time.monotonic)
     budgets = Budgets()
     meter = Meter(budgets) if settings.ledger_address is not None else None
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report, meter)
@@ -109,7 +108,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     cache = CacheService(
         mesh,
         evictions,
-        Frames(secret),
+        EntryFrames(secret),
         requests.usages,
         lambda: _models(fleet, mesh),
         lambda: fleet.view.catalog.tenant_scoped,
@@ -119,7 +118,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, hasher, audit).service(),
+            OperatorService(fleet, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
@@ -129,9 +128,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(lambda: fleet_samples(fleet))
     metrics.add(lambda: cache_samples(mesh, evictions))
-    counted = (requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
+    counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
     usage = None
@@ -155,9 +153,9 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     report.start(server.receiver_seconds)
     export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
     export.start()
-    BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
-    BACKGROUND.start("request metrics", requests.keep_marking)
-    BACKGROUND.start("objectives", slo.keep_sampling)
+    Agreement(fleet, time.monotonic).start()
+    requests.start()
+    slo.start()
     BACKGROUND.start("huge pages", huge_pages.keep_collapsing)
     BACKGROUND.start("free memory", memory.keep_giving_back)
     await stopping.wait()
@@ -195,5 +193,4 @@ def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:
 
 
 def main() -> None:
-    """`python -m router`."""
     run(RouterSettings, serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -10,8 +11,7 @@ from pydantic_settings import NoDecode
 
 from cache.settings import MeshSettings
 from router.balancing.member import Listing
-from router.membership.discovery import AnnouncedWorkers, ResolvedWorkers
-from router.membership.fleet import Source
+from router.membership.discovery import AnnouncedWorkers, Watch, watch_dns
 from services.runtime.redis.discovery import connect
 
 _DNS = "dns://"
@@ -28,17 +28,19 @@ class RouterSettings(MeshSettings):
         description="host:port of each worker, or dns://name:port for all behind a name, separated by commas",
     )
     discovery_url: str | None = Field(None, description="Redis that workers announce themselves in; none: `workers`")
-    region: str = Field("", description="where it stands: workers of its own region are asked first")
-    zone: str = Field("", description="part of the region: its own is asked first for what is not cached")
+    region: str = Field("", description="region of this router; its workers are preferred")
+    zone: str = Field("", description="zone of this router; its workers are preferred for uncached requests")
     audit_share: float = Field(
         0.001,
         ge=0,
         le=1,
-        description="share of the hits that are computed again and compared, if there is time; 0: none",
+        description="share of hits that are recomputed and compared; 0: none",
     )
-    slo_availability: float = Field(0.999, gt=0, lt=1, description="part of the requests that are to be answered")
-    slo_latency: float = Field(0.99, gt=0, lt=1, description="part of the answers that are to come in time")
-    slo_latency_seconds: float = Field(0.3, gt=0, description="what in time is; counts as the next bucket's bound")
+    slo_availability: float = Field(0.999, gt=0, lt=1, description="target share of answered requests")
+    slo_latency: float = Field(0.99, gt=0, lt=1, description="target share of answers in time")
+    slo_latency_seconds: float = Field(
+        0.3, gt=0, description="longest time of such an answer; rounded up to a bucket's bound"
+    )
     cpu_second_price: float = Field(0.00001, ge=0, description="price of a second of computing on CPUs")
     gpu_second_price: float = Field(0.0002, ge=0, description="price of a second of computing on a GPU")
     memory_gb_hour_price: float = Field(0.005, ge=0, description="price of an hour of 1 GB of the local tier's memory")
@@ -50,13 +52,13 @@ class RouterSettings(MeshSettings):
         Path(".ringmesh/usage"), description="folder for usage until the ledger has it; each router has its own"
     )
     usage_spool_bytes: int = Field(1 << 30, ge=1 << 20, description="most bytes there; beyond, the oldest is dropped")
-    share_port: bool = Field(False, description="other routers that say so too may listen on the same port")
+    share_port: bool = Field(False, description="whether other routers with this setting may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"
     )
     quotas: Annotated[dict[str, Annotated[float, Field(gt=0)]], NoDecode] = Field(
         {},
-        description="computed requests a second by tenant, `acme=100,*=10` (* is each other one); none: no limits",
+        description="computed requests a second by tenant, `acme=100,*=10` (*: each other tenant); none: no limits",
     )
 
     @field_validator("quotas", mode="before")
@@ -91,13 +93,13 @@ class RouterSettings(MeshSettings):
             return []
         return [Listing(worker) for worker in self.workers if not worker.startswith(_DNS)]
 
-    def create_sources(self) -> dict[str, Source]:
+    def create_sources(self) -> dict[str, Watch]:
         """The dynamic sources of workers (DNS, announcements), by name. Raises StartError if the URL is invalid."""
-        sources: dict[str, Source] = {}
+        sources: dict[str, Watch] = {}
         for worker in self.workers:
             if worker.startswith(_DNS):
                 host, _, port = worker.removeprefix(_DNS).rpartition(":")
-                sources[worker] = ResolvedWorkers(host, int(port))
+                sources[worker] = partial(watch_dns, host, int(port))
         if self.discovery_url is not None:
-            sources["announcements"] = AnnouncedWorkers(connect(self.discovery_url))
+            sources["announcements"] = AnnouncedWorkers(connect(self.discovery_url)).watch
         return sources

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ringmesh.cache.v1 import cache_pb2
+
 from cache.mesh import Mesh
 from cache.policy import freshness
 from cache.policy.leases import Lease, Leases
@@ -42,21 +44,11 @@ class Item(NamedTuple):
     fresh_until_ms: int
 
     def is_stale(self, now_ms: float) -> bool:
-        """Whether the item is past its TTL."""
         return bool(self.fresh_until_ms) and now_ms >= self.fresh_until_ms
 
     def is_due(self, now_ms: float, chance: float) -> bool:
         """Whether the caller with this `chance` recomputes the item."""
         return bool(self.fresh_until_ms) and freshness.is_due(self.fresh_until_ms, now_ms, self.compute_us, chance)
-
-
-class Usage:
-    """Counters of one tenant in one namespace, in this process."""
-
-    __slots__ = ("fills", "hits", "misses", "saved_compute_us")
-
-    def __init__(self) -> None:
-        self.hits = self.misses = self.fills = self.saved_compute_us = 0
 
 
 _MAX_USAGES = 1000
@@ -70,17 +62,13 @@ class Items:
         self._mesh = mesh
         self._clock = clock
         self._leases = Leases(mesh.shared)
-        self.usages: dict[tuple[str, str], Usage] = {}
+        # By namespace and tenant, in this process.
+        self.usages: dict[tuple[str, str], cache_pb2.UsageStats] = {}
 
     async def get(self, item: ItemId) -> Item | None:
         """Returns the item, fresh or stale, or None on a miss."""
         found = await self._read(self._name(item))
-        usage = self._usage(item)
-        if found is None:
-            usage.misses += 1
-        else:
-            usage.hits += 1
-            usage.saved_compute_us += found.compute_us
+        self._count(item, found)
         return found
 
     async def put(
@@ -115,10 +103,8 @@ class Items:
         while True:
             found = await self._read(name)
             now_ms = self._clock() * 1000
-            usage = self._usage(item)
             if found is not None:
-                usage.hits += 1
-                usage.saved_compute_us += found.compute_us
+                self._count(item, found)
                 due = found.is_stale(now_ms) or found.is_due(now_ms, random.random())
                 return found, await self._leases.take(name, lease_ms) if due else None
             lease = await self._leases.take(name, lease_ms)
@@ -126,7 +112,7 @@ class Items:
                 # The item can arrive between the look-up and the lease.
                 found = await self._read(name)
                 if found is None or found.is_stale(now_ms):
-                    usage.misses += 1
+                    self._count(item, None)
                     return found, lease
                 await self._leases.release(name, lease.token)
                 continue
@@ -162,10 +148,18 @@ class Items:
             return None
         return Item(entry.value[_TIMES.size :], entry.compute_us, entry.created_at_ms, fresh_until)
 
-    def _usage(self, item: ItemId) -> Usage:
-        place = (item.namespace, item.tenant)
-        usage = self.usages.get(place)
-        if usage is None:
-            place = place if len(self.usages) < _MAX_USAGES else OTHER
-            usage = self.usages.setdefault(place, Usage())
-        return usage
+    def _count(self, item: ItemId, found: Item | None) -> None:
+        usage = self._usage(item)
+        if found is None:
+            usage.misses += 1
+        else:
+            usage.hits += 1
+            usage.saved_compute_us += found.compute_us
+
+    def _usage(self, item: ItemId) -> cache_pb2.UsageStats:
+        owner = (item.namespace, item.tenant)
+        if owner not in self.usages:
+            owner = owner if len(self.usages) < _MAX_USAGES else OTHER
+            tier = "local" if self._mesh.shared is None else "shared"
+            self.usages.setdefault(owner, cache_pb2.UsageStats(model=owner[0], tenant=owner[1], tier=tier))
+        return self.usages[owner]

@@ -41,7 +41,6 @@ UNSEALED = Family(
 )
 STALE = Family("ringmesh_cache_stale_answers_total", "counter", "stale answers: served after their time to live")
 FLIGHTS = Family("ringmesh_flights", "gauge", "keys whose answer is being looked up or computed")
-REDIS_SECONDS = Family("ringmesh_redis_duration_seconds", "histogram", "look-ups and writes in Redis", ("operation",))
 BREAKER_OPEN = Family("ringmesh_redis_breaker_open", "gauge", "1 while the shared tier is skipped, 0 otherwise")
 
 
@@ -70,6 +69,4 @@ def cache_samples(mesh: Mesh, evictions: Evictions) -> Iterator[Sample]:
     if shared is not None:
         yield Sample(EVICTIONS, ("shared", ""), shared.counters.evictions)
         yield Sample(BREAKER_OPEN, (), shared.is_skipped)
-        yield from shared.errors.samples()
-        yield Sample(REDIS_SECONDS, ("get",), shared.get_times.buckets())
-        yield Sample(REDIS_SECONDS, ("set",), shared.set_times.buckets())
+        yield from shared.metrics.samples()

@@ -14,7 +14,7 @@ from cache.api.items import Item, ItemId, Items
 from cache.keys.epochs import EVERYTHING, key_scope, model_scope, tenant_scope
 from cache.keys.keys import KEY_BYTES
 from cache.mesh import Mesh
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.evictions import OTHER, Evictions
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, some
 from services.runtime.oip.absent_model import nearest
@@ -51,7 +51,7 @@ class CacheService:
         self,
         mesh: Mesh,
         evictions: Evictions,
-        frames: Frames,
+        frames: EntryFrames,
         usages: Callable[[], Iterable[cache_pb2.UsageStats]] = tuple,
         models: Callable[[], Mapping[bytes, str]] = dict,
         tenant_scoped: Callable[[], Collection[str]] | None = None,
@@ -66,7 +66,6 @@ class CacheService:
         self._closed = asyncio.Event()
 
     def service(self) -> Service:
-        """Returns the gRPC handlers."""
         return Service(
             cache_pb2.DESCRIPTOR.services_by_name["CacheService"],
             {
@@ -103,9 +102,8 @@ class CacheService:
 
     async def _put(self, request: cache_pb2.PutRequest, _: Context) -> cache_pb2.PutResponse:
         item = _item(request)
-        for field, value in (("ttl_ms", request.ttl_ms), ("stale_ms", request.stale_ms)):
-            if value > _MAX_TTL_MS:
-                raise InvalidArgumentError(f"{field} is {value}; at most {_MAX_TTL_MS}, 30 days", field=field)
+        _check_most("ttl_ms", request.ttl_ms, _MAX_TTL_MS)
+        _check_most("stale_ms", request.stale_ms, _MAX_TTL_MS)
         if request.stale_ms and not request.ttl_ms:
             raise InvalidArgumentError("stale_ms needs ttl_ms: what is always fresh is never stale", field="stale_ms")
         await self._items.put(
@@ -122,17 +120,13 @@ class CacheService:
         self, request: cache_pb2.GetOrComputeRequest, _: Context
     ) -> cache_pb2.GetOrComputeResponse:
         item = _item(request)
-        for field, value, most in (
-            ("lease_ms", request.lease_ms, _MAX_LEASE_MS),
-            ("wait_ms", request.wait_ms, _MAX_WAIT_MS),
-        ):
-            if value > most:
-                raise InvalidArgumentError(f"{field} is {value}; at most {most}", field=field)
+        _check_most("lease_ms", request.lease_ms, _MAX_LEASE_MS)
+        _check_most("wait_ms", request.wait_ms, _MAX_WAIT_MS)
         found, lease = await self._items.get_or_lease(
             item, request.lease_ms or _LEASE_MS, (request.wait_ms or _WAIT_MS) / 1000
         )
         return cache_pb2.GetOrComputeResponse(
-            entry=_found(found).entry if found is not None else None,
+            entry=_entry(found) if found is not None else None,
             lease=cache_pb2.Lease(token=lease.token, expires_in_ms=lease.expires_in_ms) if lease is not None else None,
         )
 
@@ -146,24 +140,9 @@ class CacheService:
 
     async def _stats(self, _: cache_pb2.StatsRequest, __: Context) -> cache_pb2.StatsResponse:
         tiers = (self._mesh.local, self._mesh.shared)
-        items = "shared" if self._mesh.shared is not None else "local"
         response = cache_pb2.StatsResponse(
             tiers=[cache_pb2.TierStats(**asdict(tier.counters)) for tier in tiers if tier is not None],
-            usages=[
-                *self._usages(),
-                *(
-                    cache_pb2.UsageStats(
-                        model=namespace,
-                        tenant=tenant,
-                        tier=items,
-                        hits=usage.hits,
-                        misses=usage.misses,
-                        fills=usage.fills,
-                        saved_compute_us=usage.saved_compute_us,
-                    )
-                    for (namespace, tenant), usage in self._items.usages.items()
-                ),
-            ],
+            usages=[*self._usages(), *self._items.usages.values()],
         )
         sizes: dict[str, cache_pb2.ModelBytes] = {}
         prefixes = self._models()
@@ -193,9 +172,9 @@ class CacheService:
         if not served or name in served | used:
             return
         near = nearest(name, served | used)
-        told = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
+        hint = f"did you mean {near!r}?" if near else f"there are: {some(sorted(served))}"
         raise NotFoundError(
-            f"no model {name!r} is served, and nothing was cached here under that name; {told} What an unloaded model "
+            f"no model {name!r} is served, and nothing was cached here under that name; {hint} What an unloaded model "
             "or another service left is purged with even_if_unknown (`ringmesh cache purge --even-if-unknown`)",
             field="model",
         )
@@ -219,15 +198,15 @@ class CacheService:
         return ""
 
     async def _watch(self, data: bytes, _: Context) -> AsyncIterator[bytes]:
-        told: Mapping[str, int] = {}
+        sent: Mapping[str, int] = {}
         first = True
         while not self._closed.is_set():
             changed = self._mesh.purges.changed
             scopes = self._mesh.purges.epochs.scopes
-            news = {scope: epoch for scope, epoch in scopes.items() if told.get(scope) != epoch}
+            news = {scope: epoch for scope, epoch in scopes.items() if sent.get(scope) != epoch}
             if news or first:
                 yield cache_pb2.WatchResponse(purges=news).SerializeToString()
-            told, first = scopes, False
+            sent, first = scopes, False
             waits = [asyncio.ensure_future(changed.wait()), asyncio.ensure_future(self._closed.wait())]
             try:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -248,31 +227,20 @@ class CacheService:
         _check_count(request.keys)
         for index, key in enumerate(request.keys):
             if len(key) != KEY_BYTES:
-                raise InvalidArgumentError(
-                    f"keys[{index}] has {len(key)} bytes; an answer is filed under {KEY_BYTES}",
-                    field="keys",
-                )
+                raise InvalidArgumentError(f"keys[{index}] has {len(key)} bytes, not {KEY_BYTES}", field="keys")
         entries = await asyncio.gather(*map(self._mesh.find, request.keys))
-        results = [self._stored(key, entry) for key, entry in zip(request.keys, entries, strict=True)]
-        return cache_pb2.FetchResponse(results=results)
-
-    def _stored(self, key: bytes, entry: Entry | None) -> cache_pb2.GetResponse:
-        if entry is None:
-            return cache_pb2.GetResponse()
-        return cache_pb2.GetResponse(
-            entry=cache_pb2.Entry(
-                value=entry.value,
-                compute_us=entry.compute_us,
-                created_at_ms=entry.created_at_ms,
-                seal=self._frames.seal(key, entry),
-            )
-        )
+        response = cache_pb2.FetchResponse()
+        for key, found in zip(request.keys, entries, strict=True):
+            result = response.results.add()
+            if found is not None:
+                result.entry.CopyFrom(_entry(found))
+                result.entry.seal = self._frames.seal(key, found)
+        return response
 
     async def _list_valuable(
         self, request: cache_pb2.ListValuableRequest, _: Context
     ) -> cache_pb2.ListValuableResponse:
-        if request.limit > _MAX_VALUABLE:
-            raise InvalidArgumentError(f"limit is {request.limit}; at most {_MAX_VALUABLE}", field="limit")
+        _check_most("limit", request.limit, _MAX_VALUABLE)
         valuable = self._mesh.valuable
         keys = await valuable.keys(request.limit or _VALUABLE) if valuable is not None else []
         return cache_pb2.ListValuableResponse(keys=keys)
@@ -285,15 +253,13 @@ def _item(request: _ItemRequest) -> ItemId:
 
 
 def _found(item: Item | None) -> cache_pb2.GetResponse:
-    if item is None:
-        return cache_pb2.GetResponse()
-    return cache_pb2.GetResponse(
-        entry=cache_pb2.Entry(
-            value=item.value,
-            compute_us=item.compute_us,
-            created_at_ms=item.created_at_ms,
-            stale=item.is_stale(time.time() * 1000),
-        )
+    return cache_pb2.GetResponse(entry=_entry(item) if item is not None else None)
+
+
+def _entry(found: Item | Entry) -> cache_pb2.Entry:
+    stale = isinstance(found, Item) and found.is_stale(time.time() * 1000)
+    return cache_pb2.Entry(
+        value=found.value, compute_us=found.compute_us, created_at_ms=found.created_at_ms, stale=stale
     )
 
 
@@ -308,6 +274,11 @@ def _check_names(namespace: str, tenant: str) -> None:
     check_tenant(tenant, "tenant")
 
 
+def _check_most(field: str, value: int, most: int) -> None:
+    if value > most:
+        raise InvalidArgumentError(f"{field} is {value}; at most {most}", field=field)
+
+
 def _check_count(keys: Sized, most: int = _MAX_KEYS) -> None:
     if len(keys) > most:
         raise InvalidArgumentError(f"there are {len(keys)} keys; at most {most} are looked up at once", field="keys")
@@ -320,8 +291,7 @@ def _scope(request: cache_pb2.PurgeRequest) -> str:
     if kind == "key":
         if len(request.key) != KEY_BYTES:
             raise InvalidArgumentError(
-                f"key has {len(request.key)} bytes; an answer's key has {KEY_BYTES}, as Explain tells it",
-                field="key",
+                f"key has {len(request.key)} bytes; the key that Explain shows has {KEY_BYTES}", field="key"
             )
         return key_scope(request.key)
     name = request.model or request.tenant

@@ -23,7 +23,6 @@ def model_scope(name: str) -> str:
 
 
 def tenant_scope(tenant: str) -> str:
-    """The scope of all entries that belong to one tenant."""
     return f"tenant:{tenant}"
 
 
@@ -72,7 +71,6 @@ class Epochs:
         return blake3(text, derive_key_context="ringmesh 2026-11 data of other services").hexdigest().encode()
 
     def tenant(self, tenant: str) -> int:
-        """The epoch of a tenant; 0 if it was never purged."""
         return self.scopes.get(tenant_scope(tenant), 0)
 
     def merged(self, scopes: Mapping[str, int]) -> Epochs:

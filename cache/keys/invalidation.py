@@ -18,8 +18,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
 from cache.keys.epochs import Epochs
 from cache.tiers.shared_tier import SharedTier
 from services.runtime.errors import ResourceExhaustedError, UnavailableError
@@ -96,7 +94,7 @@ return found
 )
 
 
-class PurgeBoard:
+class InvalidationLog:
     """Keeps `epochs`, this process's snapshot of the purges, in step with all processes on one Redis.
 
     `shared` is None if the process runs without Redis. `member` names the process and is stable across restarts.
@@ -116,16 +114,15 @@ class PurgeBoard:
         self._lease = lease_seconds
         # The version last read from Redis. This process's own purges can be newer than purges that it has not read yet.
         # Heartbeats run one at a time, so that none confirms a version that another is still applying.
-        self._heard = 0
-        self._beating = asyncio.Lock()
+        self._version_read = 0
+        self._heartbeat_lock = asyncio.Lock()
         self._contact = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts the heartbeat."""
         if self._shared is not None:
             self._contact = time.monotonic()
-            self._task = BACKGROUND.start("purges", self._beat_on)
+            self._task = BACKGROUND.start("purges", self._send_heartbeats)
 
     async def announce(self, scope: str) -> None:
         """Purges a scope that contains no keys. Returns when `on_news` has run in every process."""
@@ -158,20 +155,20 @@ class PurgeBoard:
         self._task.cancel()
         assert self._shared is not None
         try:
-            await self._shared.run(EPOCHS, lambda redis: redis.hdel(_MEMBERS, self._member), _COMMAND_SECONDS)
+            await self._shared.run(EPOCHS, _COMMAND_SECONDS, "HDEL", _MEMBERS, self._member)
         except UnavailableError as error:
-            log.debug("left without a word: %s", error.message)
+            log.debug("this process could not be removed from the list of members: %s", error.message)
 
     async def _publish(self, scopes: Sequence[str], settle_seconds: float) -> tuple[int, int]:
         start = time.monotonic()
-        told = await self._run(_PURGE, str(self.epochs.version + 1), str(_MAX_SCOPES), *scopes)
-        if told == b"full":
+        reply = await self._run(_PURGE, str(self.epochs.version + 1), str(_MAX_SCOPES), *scopes)
+        if reply == b"full":
             raise ResourceExhaustedError(
                 f"{_MAX_SCOPES} models, tenants and keys were purged since everything was; purge everything"
             )
-        epoch = int(told)
+        epoch = int(reply)
         self._merge(dict.fromkeys(scopes, epoch))
-        await self._beat()
+        await self._send_heartbeat()
         while True:
             now, *members = await self._run(_MEMBERS_NOW, str(int(_FORGET_SECONDS * 1000)))
             beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
@@ -182,25 +179,25 @@ class PurgeBoard:
             ):
                 return epoch, len(beats) - len(behind)
             if waited >= 1.0 and waited < 1.0 + _BEAT_SECONDS / 4:
-                log.warning("a purge waits for %s, not heard from", ", ".join(map(repr, behind)))
+                log.warning("a purge waits for the confirmation of %s", ", ".join(map(repr, behind)))
             await asyncio.sleep(_BEAT_SECONDS / 4)
 
-    async def _beat_on(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             try:
-                await self._beat()
+                await self._send_heartbeat()
             except UnavailableError as error:
-                log.debug("no word from Redis: %s", error.message)
+                log.debug("no heartbeat was possible: %s", error.message)
             except Exception as error:
                 # Continue after any failure: a disconnected process must not serve answers older than its lease.
                 BACKGROUND.failed("purges", error)
-            self._judge()
+            self._limit_age()
             await asyncio.sleep(_BEAT_SECONDS)
 
-    async def _beat(self) -> None:
-        async with self._beating:
+    async def _send_heartbeat(self) -> None:
+        async with self._heartbeat_lock:
             before = time.monotonic()
-            version, *flat = await self._run(_BEAT, self._member, str(self._heard))
+            version, *flat = await self._run(_BEAT, self._member, str(self._version_read))
             scopes = {k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"}
             news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
             self._merge(scopes)
@@ -210,22 +207,22 @@ class PurgeBoard:
             if flat:
                 await self.on_news(news)
                 await self._run(_BEAT, self._member, version.decode())
-            self._heard = int(version)
+            self._version_read = int(version)
             self.is_known = True
             self._contact = before
 
-    def _judge(self) -> None:
-        cut_off = time.monotonic() - self._contact
-        if cut_off > _FORGET_SECONDS - _NOTICE_SECONDS:
+    def _limit_age(self) -> None:
+        disconnected = time.monotonic() - self._contact
+        if disconnected > _FORGET_SECONDS - _NOTICE_SECONDS:
             oldest = sys.maxsize
-        elif cut_off > self._lease - _NOTICE_SECONDS:
+        elif disconnected > self._lease - _NOTICE_SECONDS:
             oldest = time.time_ns() // 1_000_000 - int((self._lease - _NOTICE_SECONDS) * 1000)
         else:
             oldest = 0
         if bool(oldest) != bool(self.oldest_ms):
             log.warning(
-                "cut off from Redis for %.0f s: only recent answers are served", cut_off
-            ) if oldest else log.info("Redis is heard from again")
+                "disconnected from Redis for %.0f s: only recent answers are served", disconnected
+            ) if oldest else log.info("Redis answers again")
         self.oldest_ms = oldest
 
     def _merge(self, scopes: Mapping[str, int]) -> None:
@@ -236,12 +233,8 @@ class PurgeBoard:
             self.changed = asyncio.Event()
 
     async def _run(self, script: str, *arguments: str) -> Any:
-        def command(redis: Redis) -> Any:
-            return redis.eval(script, 2, EPOCHS, _MEMBERS, *arguments)
-
         assert self._shared is not None
-        run: Callable[..., Any] = self._shared.run
-        return await run(EPOCHS, command, _COMMAND_SECONDS)
+        return await self._shared.run(EPOCHS, _COMMAND_SECONDS, "EVAL", script, 2, EPOCHS, _MEMBERS, *arguments)
 
 
 async def _nothing(_: set[str]) -> None:

@@ -52,7 +52,6 @@ class RequestHasher:
         self.tenant_keys: Recent[tuple[str, int], bytes] = Recent(_MAX_DESCRIBED)
 
     def samples(self) -> Iterator[Sample]:
-        """Yields the samples, for `Metrics.add`."""
         yield forgotten("descriptions", self.described)
         yield forgotten("tenant keys", self.tenant_keys)
 
@@ -179,11 +178,6 @@ def _describe(
     ).encode()
     trailer = text + len(text).to_bytes(4, "little")
     return _Description(order if order != tuple(range(len(order))) else (), trailer, model_outputs, raw_count)
-
-
-def cache_key(model_digest: bytes, request_hash: bytes) -> bytes:
-    """Returns the 32-byte cache key of this model version's answer, before purges change it (epochs.py)."""
-    return model_digest + request_hash
 
 
 def _output(name: str, parameters: str = "") -> str:

@@ -38,8 +38,7 @@ class Doorkeeper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts the periodic check."""
-        self._task = BACKGROUND.start("doorkeeper", self._look_on)
+        self._task = BACKGROUND.every(_LOOK_SECONDS, "doorkeeper", self.look)
 
     def offer(self, key: bytes, entry: Entry, kept_ms: int | None = None) -> None:
         """Queues an answer, with the arguments of SharedTier.put. Discards the oldest if the queue is full."""
@@ -62,12 +61,6 @@ class Doorkeeper:
         self._waiting, self._bytes = still, size
 
     async def close(self) -> None:
-        """Stops the periodic check and checks once more."""
         if self._task is not None:
             self._task.cancel()
         self.look()
-
-    async def _look_on(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            self.look()

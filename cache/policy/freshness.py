@@ -26,7 +26,6 @@ class Freshness(NamedTuple):
         return now_ms - created_at_ms < self.ttl_ms // 2
 
     def is_stale(self, created_at_ms: int, now_ms: float) -> bool:
-        """Whether the answer is past its TTL."""
         return now_ms - created_at_ms >= self.ttl_ms
 
     def is_over(self, created_at_ms: int, now_ms: float) -> bool:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-from redis.asyncio import Redis
-
 from cache.tiers.entry import Entry
 from cache.tiers.shared_tier import SharedTier, stored_name
 from services.runtime.errors import FailedPreconditionError, UnavailableError
@@ -100,9 +98,5 @@ class Leases:
     async def _run(self, name: bytes, script: str, keys: int, *arguments: str | bytes) -> Any:
         stored = stored_name(name)
         lease = b"rm1:lease:{" + stored + b"}"
-
-        def command(redis: Redis) -> Any:
-            return redis.eval(script, keys, *(lease, stored)[:keys], *arguments)
-
         assert self._shared is not None
-        return await self._shared.run(stored, command, _SECONDS)
+        return await self._shared.run(stored, _SECONDS, "EVAL", script, keys, *(lease, stored)[:keys], *arguments)

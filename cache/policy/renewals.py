@@ -38,7 +38,6 @@ class Renewals:
         task.add_done_callback(self._running.discard)
 
     def close(self) -> None:
-        """Cancels running renewals."""
         for task in self._running:
             task.cancel()
 

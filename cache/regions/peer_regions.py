@@ -19,11 +19,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.keys.keys import MODEL_BYTES
 from cache.policy.worth_asking import Decision, WorthAsking
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames, is_answer
+from cache.tiers.entry import Entry, EntryFrames, is_answer
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -58,7 +58,7 @@ class PeerRegion:
     dropped because their seal or their content was invalid.
     """
 
-    def __init__(self, region: str, address: str, breaker: Breaker, frames: Frames) -> None:
+    def __init__(self, region: str, address: str, breaker: Breaker, frames: EntryFrames) -> None:
         self.region = region
         self._frames = frames
         self.trip_seconds = float("inf")
@@ -81,7 +81,6 @@ class PeerRegion:
 
     @property
     def is_up(self) -> bool:
-        """Whether the circuit breaker is closed."""
         return not self._breaker.is_open
 
     async def get(self, key: bytes) -> Entry | None:
@@ -110,9 +109,9 @@ class PeerRegion:
         """Returns the entry; None on a miss, or if the seal or the content is invalid."""
         if not result.HasField("entry"):
             return None
-        told = result.entry
-        entry = Entry(told.value, told.compute_us, told.created_at_ms)
-        if self._frames.is_sealed(key, entry, told.seal) and is_answer(told.value):
+        answer = result.entry
+        entry = Entry(answer.value, answer.compute_us, answer.created_at_ms)
+        if self._frames.is_sealed(key, entry, answer.seal) and is_answer(answer.value):
             return entry
         if not self.unsealed:
             log.warning(
@@ -141,7 +140,7 @@ class PeerRegion:
                     self._failed(error)
             await asyncio.sleep(_PROBE_SECONDS)
 
-    async def watch_on(self, purges: PurgeBoard) -> None:
+    async def watch_on(self, purges: InvalidationLog) -> None:
         """Applies the peer's purges as they arrive."""
         while True:
             with contextlib.suppress(*FAILURES, RingmeshError):
@@ -150,7 +149,6 @@ class PeerRegion:
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def close(self) -> None:
-        """Cancels pending calls and disconnects."""
         for call in self._calls:
             call.cancel()
         await self._channel.close()
@@ -189,19 +187,17 @@ class PeerRegion:
 class PeerRegions:
     """The peer regions of this process."""
 
-    def __init__(self, peers: Sequence[PeerRegion], purges: PurgeBoard) -> None:
+    def __init__(self, peers: Sequence[PeerRegion], purges: InvalidationLog) -> None:
         self.peers = peers
         self._purges = purges
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Starts the probes and the Watch call of each peer."""
         for peer in self.peers:
             self._tasks.append(BACKGROUND.start("probe of a peer region", peer.probe_on))
             self._tasks.append(BACKGROUND.start("purges of a peer region", partial(peer.watch_on, self._purges)))
 
     async def close(self) -> None:
-        """Stops all tasks and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))

@@ -62,24 +62,24 @@ class _Group:
     def __init__(self, size: int) -> None:
         self._vectors = np.empty((min(_MOST_VECTORS, _MOST_NUMBERS // size), size), np.float32)
         self._keys: list[bytes] = []
-        self._places: dict[bytes, int] = {}
+        self._indexes: dict[bytes, int] = {}
         self._next = 0
 
     def nearest(self, direction: Vector) -> Near:
         similarities = self._vectors[: len(self._keys)] @ direction
-        place = int(similarities.argmax())
-        return Near(self._keys[place], float(similarities[place]))
+        index = int(similarities.argmax())
+        return Near(self._keys[index], float(similarities[index]))
 
     def add(self, direction: Vector, key: bytes) -> None:
-        if key in self._places:
+        if key in self._indexes:
             return
         if len(self._keys) < len(self._vectors):
             self._keys.append(key)
         else:
-            del self._places[self._keys[self._next]]
+            del self._indexes[self._keys[self._next]]
             self._keys[self._next] = key
         self._vectors[self._next] = direction
-        self._places[key] = self._next
+        self._indexes[key] = self._next
         self._next = (self._next + 1) % len(self._vectors)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from cache.semantic.semantic_index import Near, SemanticIndex, Vector, unit
@@ -54,7 +53,6 @@ class SemanticTier:
 
     @property
     def searches_redis(self) -> bool:
-        """Whether Redis is searched at present."""
         shared = self._shared
         return shared is not None and self._clock() >= self._not_before and not shared.is_skipped
 
@@ -125,25 +123,20 @@ class SemanticTier:
 
     async def _run(self, seconds: float, *command: str | bytes) -> Any:
         """Returns the reply; a ResponseError if the server refuses the command; None if Redis is skipped from now."""
-
-        async def run(redis: Redis) -> Any:
-            try:
-                return await redis.execute_command(*command)  # type: ignore[no-untyped-call]
-            except ResponseError as error:
-                return error
-
         assert self._shared is not None
         try:
-            reply = await self._shared.run(_PREFIX, run, seconds)
+            return await self._shared.run(_PREFIX, seconds, *command)
         except UnavailableError as error:
-            log.debug("similar vectors are not looked for in Redis now: %s", error.message)
+            cause = error.__cause__
+        if not isinstance(cause, ResponseError):
+            log.debug("similar vectors are not looked for in Redis now: %r", cause)
             self._not_before = self._clock() + _DOWN_SECONDS
             return None
-        if isinstance(reply, NoPermissionError) or "unknown command" in str(reply).lower()[:100]:
-            log.info("similar vectors are looked for in this process only: Redis says %s", str(reply)[:100])
+        if isinstance(cause, NoPermissionError) or "unknown command" in str(cause).lower()[:100]:
+            log.info("similar vectors are looked for in this process only: Redis says %s", str(cause)[:100])
             self._not_before = self._clock() + _ABSENT_SECONDS
             return None
-        return reply
+        return cause
 
 
 def document_of(reply: Any) -> Document | None:

@@ -43,7 +43,6 @@ class Breaker:
         return True
 
     def success(self) -> None:
-        """Closes the breaker."""
         self._retry_at = None
         self._pause = self._first_pause
 

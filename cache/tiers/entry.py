@@ -46,7 +46,7 @@ class Entry:
         self.worth = 0.0
 
 
-class Frames:
+class EntryFrames:
     """Writes and reads frames with the fleet-wide secret, which must be the same in every process."""
 
     def __init__(self, secret: str) -> None:

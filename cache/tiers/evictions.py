@@ -25,7 +25,6 @@ class Evictions:
         self._counts: dict[str, int] = {}
 
     def by_model(self) -> Mapping[str, int]:
-        """Returns the number of evictions of each model that lost an entry."""
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known.update(self._models())

@@ -58,12 +58,10 @@ class LocalTier:
         return entry
 
     def peek(self, key: bytes) -> Entry | None:
-        """Returns the same as `get`, but counts nothing."""
         return self._shards[key[-1]].get(key)
 
     @property
     def capacity(self) -> int:
-        """Capacity in bytes."""
         return self._capacity
 
     def shards(self) -> Iterator[list[tuple[bytes, Entry]]]:

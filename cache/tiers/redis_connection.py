@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AskError, MovedError, ReadOnlyError, RedisError, ResponseError
 
 from services.runtime import faults
-from services.runtime.completion import Completion
+from services.runtime.driver import Promise
 from services.runtime.redis import redis_client
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 }
 
 
-class NonsenseError(RedisError):
+class MalformedReplyError(RedisError):
     """A malformed or unexpected reply; the message says how."""
 
 
@@ -64,16 +64,15 @@ class Command:
         """Completes the command with a reply, or with GIVEN_UP if there will be none."""
 
 
-class Question(Command):
+class AwaitedCommand(Command):
     """A command whose reply is awaited."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.reply: Completion[Reply] = Completion()
+        self.reply: Promise[Reply] = Promise()
 
     def end(self, reply: Reply) -> None:
-        """Completes `reply`; called by the connection."""
-        self.reply.complete(reply)
+        self.reply.settle(reply)
 
 
 class RedisConnection(asyncio.Protocol):
@@ -99,12 +98,11 @@ class RedisConnection(asyncio.Protocol):
         self._overdue: Command | None = None
         # Whether the connection has ended and callers must use another one.
         self.is_over = False
-        self.opened: Completion[Exception | None] = Completion()
+        self.opened: Promise[Exception | None] = Promise()
         self._closed = asyncio.Event()
 
     @property
     def is_idle(self) -> bool:
-        """Whether no command is in flight."""
         return not self._under_way
 
     async def run(self, client: Redis) -> None:
@@ -112,7 +110,7 @@ class RedisConnection(asyncio.Protocol):
         try:
             async with redis_client.lent_connection(client, self) as transport:
                 self._transport = transport
-                self.opened.complete(None)
+                self.opened.settle(None)
                 self._flush()
                 await self._closed.wait()
         except Exception as error:
@@ -158,34 +156,30 @@ class RedisConnection(asyncio.Protocol):
         self._bytes = 0
         for command in under_way:
             self._end_command(command, GIVEN_UP)
-        self.opened.complete(GIVEN_UP)
+        self.opened.settle(GIVEN_UP)
 
     def data_received(self, data: bytes) -> None:
-        """Implements asyncio.Protocol."""
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not _MORE:
                 if reply is None or isinstance(reply, (bytes, Exception)):
                     if not self._under_way:
-                        raise NonsenseError(f"{str(reply)[:80]!r} was an answer to nothing")
+                        raise MalformedReplyError(f"{str(reply)[:80]!r} was an answer to nothing")
                     command = self._under_way.popleft()
                     self._bytes -= command.size
                     self._end_command(command, reply)
                 elif not isinstance(reply, PushNotification):
-                    raise NonsenseError(f"a command was answered with {str(reply)[:80]!r}")
+                    raise MalformedReplyError(f"a command was answered with {str(reply)[:80]!r}")
         except Exception as error:
-            self._end(error if isinstance(error, NonsenseError) else NonsenseError(repr(error)))
+            self._end(error if isinstance(error, MalformedReplyError) else MalformedReplyError(repr(error)))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Implements asyncio.Protocol."""
         self._end(error or ConnectionError("the server has closed the connection"))
 
     def pause_writing(self) -> None:
-        """Implements asyncio.Protocol."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Implements asyncio.Protocol."""
         self._is_paused = False
         self._flush()
 
@@ -232,10 +226,9 @@ class RedisConnection(asyncio.Protocol):
 
 
 def _refusal(text: str) -> Exception:
-    """Converts an error reply of Redis to an exception."""
     code, _, rest = text.partition(" ")
     create = _REFUSALS.get(code)
     try:
         return ResponseError(text) if create is None else create(rest)
     except ValueError:
-        return NonsenseError(text)
+        return MalformedReplyError(text)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from redis.asyncio import Redis
@@ -19,9 +19,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cache.tiers.breaker import Breaker
-from cache.tiers.redis_connection import GIVEN_UP, Command, NonsenseError, Question, RedisConnection, Reply
-from services.runtime.completion import Completion
-from services.runtime.telemetry.metrics import Counter, Histogram
+from cache.tiers.redis_connection import GIVEN_UP, AwaitedCommand, Command, MalformedReplyError, RedisConnection, Reply
+from services.runtime.driver import Promise
+from services.runtime.telemetry.metrics import Counter, Family, Histogram, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,37 @@ _LARGE_FILL = 16 << 10
 _WRONG_TYPE: Final = "WRONGTYPE"
 _PING: Final = b"*1\r\n$4\r\nPING\r\n"
 _ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"
+ERRORS = Family(
+    "ringmesh_redis_errors_total",
+    "counter",
+    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), "
+    "damaged (also forged, or written under another secret)",
+    ("type",),
+)
+DURATION = Family("ringmesh_redis_duration_seconds", "histogram", "look-ups and writes in Redis", ("operation",))
 FAILURES: Final = (RedisError, OSError, TimeoutError)
 
 
 def kind_of(error: Exception) -> str:
-    """Classifies a failure of a server, for metrics."""
     if isinstance(error, (TimeoutError, RedisTimeoutError)):
         return "slow"
-    if isinstance(error, NonsenseError):
+    if isinstance(error, MalformedReplyError):
         return "damaged"
     return "lost" if isinstance(error, (OSError, RedisConnectionError)) else "refused"
+
+
+class RedisMetrics:
+    """Durations of look-ups and fills, and the failures of all servers by kind."""
+
+    def __init__(self) -> None:
+        self.get_times = Histogram()
+        self.set_times = Histogram()
+        self.errors = Counter(ERRORS)
+
+    def samples(self) -> Iterator[Sample]:
+        yield from self.errors.samples()
+        yield Sample(DURATION, ("get",), self.get_times.buckets())
+        yield Sample(DURATION, ("set",), self.set_times.buckets())
 
 
 class Fill:
@@ -57,13 +78,13 @@ class Fill:
         self.moved = moved
 
 
-class _LookUp(Question):
+class _LookUp(AwaitedCommand):
     def __init__(self, node: RedisNode) -> None:
         super().__init__(0)
         self._node = node
 
     def end(self, reply: Reply) -> None:
-        self.reply.complete(self._node.answered(self, reply))
+        self.reply.settle(self._node.answered(self, reply))
 
 
 class _Write(Command):
@@ -79,8 +100,7 @@ class _Write(Command):
 class RedisNode:
     """The server behind `client`. `budget_seconds` is the maximum wait for a look-up.
 
-    `on_failure` is called when the breaker opens, `on_fill` when a fill ends. `get_times` and `set_times` record the
-    duration of each look-up and fill in nanoseconds, `errors` the kind of each failure.
+    `on_failure` is called when the breaker opens, `on_fill` when a fill ends.
     """
 
     def __init__(
@@ -92,9 +112,7 @@ class RedisNode:
         breaker: Breaker,
         on_failure: Callable[[], None],
         on_fill: Callable[[Fill, Exception | None], None],
-        get_times: Histogram,
-        set_times: Histogram,
-        errors: Counter,
+        metrics: RedisMetrics,
     ) -> None:
         self.name = name
         self.client = client
@@ -102,9 +120,7 @@ class RedisNode:
         self._budget = budget_seconds
         self._on_failure = on_failure
         self._on_fill = on_fill
-        self._get_times = get_times
-        self._set_times = set_times
-        self._errors = errors
+        self._metrics = metrics
         self._quick: RedisConnection | None = None
         self._bulk: RedisConnection | None = None
         # Open connections, with the task that runs each.
@@ -120,11 +136,11 @@ class RedisNode:
             self._probe_task = asyncio.create_task(self._probe())
         return False
 
-    def get(self, name: bytes, *, asking: bool = False) -> Completion[Reply]:
+    def get(self, name: bytes, *, asking: bool = False) -> Promise[Reply]:
         """Returns an awaitable for the frame under `name`. `asking`: the cluster is moving the slot to this server."""
         look_up = _LookUp(self)
         if not self.may_try():
-            look_up.reply.complete(GIVEN_UP)
+            look_up.reply.settle(GIVEN_UP)
             return look_up.reply
         connection = self._for_look_ups()
         if asking:
@@ -149,7 +165,6 @@ class RedisNode:
             self._bulk.send(_Write(self, fill), parts)
 
     async def close(self) -> None:
-        """Completes pending writes, for a second at most, and disconnects."""
         if self._probe_task is not None:
             self._probe_task.cancel()
         await asyncio.gather(*(_finish(connection) for connection in self._held))
@@ -165,7 +180,7 @@ class RedisNode:
 
     def answered(self, look_up: Command, reply: Reply) -> Reply:
         """Called by a look-up. Returns the result to report to its caller."""
-        self._get_times.observe(time.monotonic_ns() - look_up.sent_ns)
+        self._metrics.get_times.observe(time.monotonic_ns() - look_up.sent_ns)
         if isinstance(reply, RedisError) and not isinstance(reply, AskError) and not str(reply).startswith(_WRONG_TYPE):
             # The server refuses all look-ups: it is loading its data, or this user has no read permission.
             self._failed(reply)
@@ -173,8 +188,7 @@ class RedisNode:
         return reply
 
     def written(self, write: Command, fill: Fill, reply: Reply) -> None:
-        """Called by a fill when it ends."""
-        self._set_times.observe(time.monotonic_ns() - write.sent_ns)
+        self._metrics.set_times.observe(time.monotonic_ns() - write.sent_ns)
         if isinstance(reply, ReadOnlyError):
             self._reconnect()
         self._on_fill(fill, reply if isinstance(reply, Exception) else None)
@@ -200,7 +214,7 @@ class RedisNode:
             self._reconnected = now
             self._disconnect()
             leaving = self.client.connection_pool.disconnect(inuse_connections=False)
-            BACKGROUND.once("farewell to a Redis server", leaving)
+            BACKGROUND.once("disconnection of a Redis server", leaving)
 
     async def _probe(self) -> None:
         """Probes the server in the background, so that no request waits for a server that is still down."""
@@ -208,7 +222,7 @@ class RedisNode:
         try:
             async with asyncio.timeout(_PROBE_SECONDS):  # more time than for a look-up
                 await connection.opened
-            ping = Question(0)
+            ping = AwaitedCommand(0)
             connection.send(ping, (_PING,))
             reply = await ping.reply
             if isinstance(reply, Exception):
@@ -230,7 +244,7 @@ class RedisNode:
 
     def _failed(self, error: Exception) -> None:
         """Opens the breaker and gives up all commands in flight, including those of the other connection."""
-        self._errors.add(kind_of(error))
+        self._metrics.errors.add(kind_of(error))
         if not self.breaker.is_open:
             log.warning("Redis %s is skipped for now: %r", self.name, error)
             self.breaker.failure()
@@ -247,7 +261,7 @@ class RedisNode:
 async def _finish(connection: RedisConnection) -> None:
     """Waits for commands in flight, for a second at most."""
     if not connection.is_idle:
-        last = Question(0)
+        last = AwaitedCommand(0)
         connection.send(last, (_PING,))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WRITE_SECONDS):

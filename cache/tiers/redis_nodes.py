@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -29,28 +29,11 @@ _REFRESH_SECONDS = 1.0
 _REFRESH_PAUSE = 0.25
 
 
-class Nodes(Protocol):
-    """Maps names to servers."""
-
-    def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the server that holds `name`, or None if it is not known (yet)."""
-
-    def redirected(self, error: AskError) -> RedisNode | None:
-        """Returns the server that a MOVED or ASK reply names, and remembers a MOVED."""
-
-    @property
-    def all(self) -> list[RedisNode]:
-        """The servers known at present."""
-
-    async def close(self) -> None:
-        """Completes pending writes and disconnects."""
-
-
 # Creates a node from a name, a client, and a callback for when the breaker opens.
 CreateNode = Callable[[str, Redis, Callable[[], None]], RedisNode]
 
 
-def create_nodes(url: RedisUrl, create: CreateNode) -> Nodes:
+def create_nodes(url: RedisUrl, create: CreateNode) -> OneNode | ClusterNodes:
     """Creates the nodes of `url`. They connect at first use; an unreachable server is not an error here."""
     # Failed servers are skipped, and retried by probes.
     options = redis_client.options(_CONNECT_SECONDS)
@@ -68,7 +51,6 @@ class OneNode:
         self.all = [node]
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the server."""
         return self._node
 
     def redirected(self, error: AskError) -> RedisNode | None:
@@ -76,7 +58,6 @@ class OneNode:
         return None
 
     async def close(self) -> None:
-        """Completes pending writes and disconnects."""
         await self._node.close()
 
 
@@ -94,11 +75,10 @@ class ClusterNodes:
 
     @property
     def all(self) -> list[RedisNode]:
-        """The primaries known at present."""
         return list(self._nodes.values())
 
     def owner(self, name: bytes) -> RedisNode | None:
-        """Returns the primary of the name's slot."""
+        """Returns the primary of the name's slot; None if it is not known (yet)."""
         node = self._slots[key_slot(name)]
         if node is None:
             self._refresh()
@@ -116,7 +96,6 @@ class ClusterNodes:
         return node
 
     async def close(self) -> None:
-        """Completes pending writes and disconnects."""
         if self._refresh_task is not None:
             self._refresh_task.cancel()
         await asyncio.gather(*(node.close() for node in self.all), *self._closing)
@@ -175,9 +154,9 @@ class ClusterNodes:
 
     def _drop_those_without_slots(self) -> None:
         used = {id(node) for node in self._slots}
-        for place, node in list(self._nodes.items()):
+        for address, node in list(self._nodes.items()):
             if id(node) not in used:
-                del self._nodes[place]
-                closing = BACKGROUND.once("farewell to a Redis server", node.close())
+                del self._nodes[address]
+                closing = BACKGROUND.once("disconnection of a Redis server", node.close())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)

@@ -6,43 +6,32 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import AskError, MovedError
 
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames, is_answer
-from cache.tiers.redis_connection import GivenUpError, Reply
-from cache.tiers.redis_node import FAILURES, Fill, RedisNode, kind_of
-from cache.tiers.redis_nodes import Nodes, create_nodes
+from cache.tiers.entry import Entry, EntryFrames, is_answer
+from cache.tiers.redis_connection import GivenUpError
+from cache.tiers.redis_node import FAILURES, Fill, RedisMetrics, RedisNode, kind_of
+from cache.tiers.redis_nodes import ClusterNodes, OneNode, create_nodes
 from cache.tiers.stats import TierCounters
 from services.runtime.errors import UnavailableError
 from services.runtime.redis.redis_url import parse_redis_url
-from services.runtime.telemetry.metrics import Counter, Family, Histogram
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
-
-ERRORS = Family(
-    "ringmesh_redis_errors_total",
-    "counter",
-    "round trips to Redis and replies that failed; type: slow, lost, refused (full, read-only, not allowed), "
-    "damaged (also forged, or written under another secret)",
-    ("type",),
-)
 
 # 2: frames with a MAC. Older versions of the processes use other names.
 _PREFIX = b"rm1:2:"
 _REDIRECTS = 2
 _CHECK_SECONDS = 5.0
 _COMMAND_SECONDS = 1.0
-Result = TypeVar("Result")
 
 
 def stored_name(key: bytes) -> bytes:
-    """Returns the name in Redis of the entry under `key`."""
     return _PREFIX + key
 
 
@@ -56,7 +45,7 @@ class SharedTier:
     def __init__(
         self,
         url: str,
-        frames: Frames,
+        frames: EntryFrames,
         *,
         ttl_seconds: float,
         budget_seconds: float,
@@ -68,14 +57,11 @@ class SharedTier:
         self._create_breaker = create_breaker
         self._check_task: asyncio.Task[None] | None = None
         self.counters = TierCounters("shared")
-        self.get_times = Histogram()
-        self.set_times = Histogram()
-        self.errors = Counter(ERRORS)
-        self.nodes: Nodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
+        self.metrics = RedisMetrics()
+        self.nodes: OneNode | ClusterNodes = create_nodes(parse_redis_url(url, "RINGMESH_REDIS_URL"), self._create_node)
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the circuit breaker of any server is open."""
         return any(node.breaker.is_open for node in self.nodes.all)
 
     def start(self) -> None:
@@ -92,9 +78,8 @@ class SharedTier:
         return self._get(key, answer=True)
 
     async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
-        name = _PREFIX + key
+        name = stored_name(key)
         node = self.nodes.owner(name)
-        reply: Reply = None
         if node is None:
             self.counters.failures += 1
             return None
@@ -111,7 +96,7 @@ class SharedTier:
             entry = None
         if entry is None:
             if not isinstance(reply, GivenUpError):
-                self.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
+                self.metrics.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
             self.counters.failures += 1
             return None
         self.counters.hits += 1
@@ -120,7 +105,7 @@ class SharedTier:
 
     def put(self, key: bytes, entry: Entry, ttl_ms: int | None = None) -> None:
         """Writes in the background (write-behind). Drops and counts the entry if Redis is down, refuses or is slow."""
-        name = _PREFIX + key
+        name = stored_name(key)
         node = self.nodes.owner(name)
         if node is None:
             self.counters.failures += 1
@@ -131,32 +116,30 @@ class SharedTier:
 
     async def delete(self, key: bytes) -> None:
         """Deletes the entry. Raises UnavailableError if Redis is unreachable."""
-        name = _PREFIX + key
+        name = stored_name(key)
+        await self.run(name, _COMMAND_SECONDS, "UNLINK", name)
 
-        def command(redis: Redis) -> Any:
-            return redis.unlink(name)
+    async def run(self, name: bytes, seconds: float, *command: str | bytes | int) -> Any:
+        """Runs any other command on the server that owns `name`, and returns the reply.
 
-        await self.run(name, command, _COMMAND_SECONDS)
-
-    async def run(self, name: bytes, command: Callable[[Redis], Awaitable[Result]], seconds: float) -> Result:
-        """Runs any other command on the server that owns `name`. Raises UnavailableError, also after `seconds`."""
+        Raises UnavailableError, also after `seconds`; its cause is the error of redis-py.
+        """
         node = self.nodes.owner(name)
-        why: Any = "the map of the cluster's slots is not known yet"
+        cause: Exception = LookupError("the map of the cluster's slots is not known yet")
         for _ in range(_REDIRECTS + 1):
             if node is None:
                 break
             try:
                 async with asyncio.timeout(seconds):
-                    return await command(node.client)
+                    return await node.client.execute_command(*command)  # type: ignore[no-untyped-call]
             except AskError as error:
-                why, node = error, self.nodes.redirected(error)
+                cause, node = error, self.nodes.redirected(error)
             except FAILURES as error:
-                why = error
+                cause = error
                 break
-        raise UnavailableError(f"Redis cannot be used: {why!r}; retry later", kind="redis")
+        raise UnavailableError(f"Redis cannot be used: {cause!r}; retry later", kind="redis") from cause
 
     async def close(self) -> None:
-        """Completes pending writes, for a second at most, and disconnects."""
         if self._check_task is not None:
             self._check_task.cancel()
         await self.nodes.close()
@@ -169,9 +152,7 @@ class SharedTier:
             breaker=self._create_breaker(),
             on_failure=on_failure,
             on_fill=self._filled,
-            get_times=self.get_times,
-            set_times=self.set_times,
-            errors=self.errors,
+            metrics=self.metrics,
         )
 
     def _filled(self, fill: Fill, error: Exception | None) -> None:
@@ -181,7 +162,7 @@ class SharedTier:
             node.put(Fill(fill.name, fill.frame, fill.ttl_ms, moved=True))
         else:
             if not isinstance(error, GivenUpError):
-                self.errors.add(kind_of(error))
+                self.metrics.errors.add(kind_of(error))
             self.counters.failures += 1
 
     async def _check_memory(self) -> None:

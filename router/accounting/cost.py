@@ -39,7 +39,7 @@ class Prices(NamedTuple):
         return self.cpu_second if provider in (_CPU, "ensemble", "") else self.gpu_second
 
 
-class Cost:
+class CostMetrics:
     """Prices the compute time in `requests`, and the bytes that `held` returns, from one scrape to the next.
 
     `provider` returns the execution provider of a model by name and version, and raises as Catalog.find. `clock` as
@@ -65,7 +65,6 @@ class Cost:
         self._providers: dict[tuple[str, str], str] = {}
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         totals: dict[tuple[str, str, str, str], float] = {}
         for (model, version, tenant, outcome), us in self._requests.compute_us().items():
             key = (model, version, tenant, "spent" if outcome in _SPENT else "saved")
@@ -80,7 +79,6 @@ class Cost:
             yield Sample(PRICE, (unit, self._prices.currency), getattr(self._prices, unit))
 
     def of(self, provider: str, compute_us: int) -> float:
-        """The cost of one answer."""
         return compute_us / 1e6 * self._prices.of(provider)
 
     def _provider(self, model: str, version: str) -> str:

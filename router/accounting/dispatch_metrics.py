@@ -17,9 +17,6 @@ ATTEMPT_SECONDS = Family(
 )
 RETRIES_DENIED = Family("ringmesh_retries_denied_total", "counter", "retries that the retry budget denied")
 SHEDS = Family("ringmesh_sheds_total", "counter", "requests refused; reason: overload, quota", ("reason",))
-EJECTIONS = Family(
-    "ringmesh_ejections_total", "counter", "times a worker was ejected for answering worse than others", ("worker",)
-)
 _MAX_WORKERS = 200
 
 
@@ -31,13 +28,11 @@ class DispatchMetrics:
         self._times: dict[str, Histogram] = {}
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield from self._attempts.samples()
         for worker, times in self._times.items():
             yield Sample(ATTEMPT_SECONDS, (worker,), times.buckets())
 
     def attempted(self, worker: str, kind: str, code: str, ns: int) -> None:
-        """Counts an attempt that ended after `ns`."""
         self._attempts.add(worker, kind, code)
         times = self._times.get(worker)
         if times is None:

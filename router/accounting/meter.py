@@ -7,12 +7,11 @@ from typing import Final, TypeAlias
 
 from cache.tiers.entry import Entry
 from router.accounting.budgets import Budgets
+from router.accounting.request_metrics import LabelValues
 from services.runtime.telemetry.tracing import Stage, Trace
 
-# Labels of RequestMetrics: method, model, version, tenant, code and outcome.
-Labels: TypeAlias = tuple[str, str, str, str, str, str]
 # Labels and worker type, then the columns of a UsageRecord.
-Record: TypeAlias = tuple[Labels, str, int, int, int, int, int, int, int, int, int, int, int, int, int, int, bytes]
+Record: TypeAlias = tuple[LabelValues, str, int, int, int, int, int, int, int, int, int, int, int, int, int, int, bytes]
 
 # The worker type of routers, whose time is priced too.
 ROUTER: Final = "router"
@@ -50,11 +49,11 @@ class Meter:
     def __init__(self, budgets: Budgets) -> None:
         self._budgets = budgets
         self._records: list[Record] = []
-        self._folds: dict[Labels, Fold] = {}
+        self._folds: dict[LabelValues, Fold] = {}
 
     def answered(
         self,
-        labels: Labels,
+        labels: LabelValues,
         trace: Trace,
         provider: str,
         entry: Entry,
@@ -98,7 +97,7 @@ class Meter:
 
     def failed(
         self,
-        labels: Labels,
+        labels: LabelValues,
         trace: Trace,
         provider: str,
         start_ns: int,
@@ -109,7 +108,7 @@ class Meter:
         """Counts a request that failed."""
         self._add(labels, trace, provider, start_ns, end_ns, router_ns, 0, request_bytes, 0)
 
-    def computed_late(self, labels: Labels, trace: Trace, known_stages: int) -> None:
+    def computed_late(self, labels: LabelValues, trace: Trace, known_stages: int) -> None:
         """Counts what was computed for a request after it had failed; it was counted with `known_stages` stages."""
         late = Trace(trace.trace_id, "", False)
         late.stages = trace.stages[known_stages:]
@@ -118,7 +117,7 @@ class Meter:
 
     def _add(
         self,
-        labels: Labels,
+        labels: LabelValues,
         trace: Trace,
         provider: str,
         start_ns: int,
@@ -153,7 +152,7 @@ class Meter:
         if self._budgets.limits:
             self._budgets.charge(labels[3], labels[1], kind, compute_us, router_ns)
 
-    def take(self) -> tuple[list[Record], dict[Labels, Fold]]:
+    def take(self) -> tuple[list[Record], dict[LabelValues, Fold]]:
         """What was counted since the last call. A thread that is counting now may still add to it, for an instant."""
         taken = self._records, self._folds
         self._records, self._folds = [], {}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations  # compiled by mypyc
 
-import asyncio
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ringmesh.cache.v1 import cache_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.telemetry.load_report import Answers
 from services.runtime.telemetry.metrics import BOUNDS_NS, OTHER, Exemplar, Family, Histogram, Sample
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 REQUESTS = Family(
     "ringmesh_requests_total",
@@ -42,7 +42,7 @@ COMPUTE = Family(
 )
 IN_FLIGHT = Family("ringmesh_requests_in_flight", "gauge", "requests in progress that the local tier did not answer")
 
-MARK_SECONDS = 5.0
+_MARK_SECONDS = 5.0
 _RECENT = 2048
 _MIN_REQUESTS = 100
 # At most _SLOW_SHARE of the requests between two updates of the thresholds count as slow, but _LEAST_SLOW are always
@@ -58,9 +58,11 @@ _SERVERS_FAULTS = frozenset({"DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTE
 OK = "OK"
 # The method of internal requests, such as the steps of an ensemble.
 STEP = "step"
-_OUR_DOING = frozenset(
-    {"UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNIMPLEMENTED"}
-)
+_BAD_FOR_SLO = _SERVERS_FAULTS | {"DATA_LOSS", "UNIMPLEMENTED"}
+
+
+# The values of Labels.
+LabelValues: TypeAlias = tuple[str, str, str, str, str, str]
 
 
 class Labels(NamedTuple):
@@ -105,7 +107,7 @@ class RequestMetrics:
         self._slow_left = _LEAST_SLOW
         self._counted = 0
 
-    def count(self, labels: tuple[str, str, str, str, str, str], ns: int, compute_us: int) -> bool:
+    def count(self, labels: LabelValues, ns: int, compute_us: int) -> bool:
         """Counts one request; `labels` as in Labels. Returns whether it was slow. Runs on every hit; takes 0.4 us."""
         series = self._series.get(labels)
         if series is None:
@@ -125,20 +127,17 @@ class RequestMetrics:
         error = (model, version, kind) if (model, version) in self._models else (OTHER, "", kind)
         self._errors[error] = self._errors.get(error, 0) + 1
 
-    def exemplify(self, labels: tuple[str, str, str, str, str, str], ns: int, trace_id: str, end_ns: int) -> None:
+    def exemplify(self, labels: LabelValues, ns: int, trace_id: str, end_ns: int) -> None:
         """Adds the retained trace of a counted request as an exemplar."""
         series = self._series.get(labels)
         if series is not None:
             series.exemplars[bisect_left(BOUNDS_NS, ns)] = Exemplar(trace_id, ns / 1e9, end_ns / 1e9)
 
-    async def keep_marking(self) -> None:
-        """Calls `mark` every MARK_SECONDS until cancelled."""
-        while True:
-            self.mark()
-            await asyncio.sleep(MARK_SECONDS)
+    def start(self) -> None:
+        """Updates the thresholds of slow requests every few seconds from now on."""
+        BACKGROUND.every(_MARK_SECONDS, "request metrics", self.mark)
 
     def mark(self) -> None:
-        """Updates the thresholds of slow requests. Must be called every few seconds."""
         for model, recent in list(self._recent.items()):
             # With fewer requests the percentile would just be the slowest of a handful.
             if len(recent) >= _MIN_REQUESTS:
@@ -147,14 +146,13 @@ class RequestMetrics:
         counted = sum(series.count for _, series in all_series)
         self._slow_left = max(_LEAST_SLOW, int(_SLOW_SHARE * (counted - self._counted)))
         self._counted = counted
-        for key, series in all_series:
-            series.slow_ns = self._marks.get(Labels(*key).model, _NEVER)
+        for labels, series in all_series:
+            series.slow_ns = self._marks.get(labels.model, _NEVER)
 
     def add_to(self, statistics: v2.ModelStatistics) -> None:
         """Adds hits and misses as Triton counts them: a hit is a queued success, but no inference and no execution."""
         stats = statistics.inference_stats
-        for key, series in self._all():
-            labels = Labels(*key)
+        for labels, series in self._all():
             if (labels.model, labels.version, labels.code) != (statistics.name, statistics.version, OK):
                 continue
             if labels.outcome in _HITS:
@@ -168,7 +166,7 @@ class RequestMetrics:
 
     def answers(self) -> Answers:
         """The number of all requests, and of those that failed with a server error."""
-        counts = [(key[4], series.count) for key, series in self._all()]
+        counts = [(labels.code, series.count) for labels, series in self._all()]
         return Answers(
             sum(count for _, count in counts), sum(count for code, count in counts if code in _SERVERS_FAULTS)
         )
@@ -176,13 +174,14 @@ class RequestMetrics:
     def usages(self) -> list[cache_pb2.UsageStats]:
         """Usage for the cache statistics: by model, tenant and the tier of the answer."""
         sums: dict[tuple[str, str, str], cache_pb2.UsageStats] = {}
-        for key, series in self._all():
-            labels = Labels(*key)
+        for labels, series in self._all():
             if labels.outcome not in _HITS and labels.outcome != "miss":
                 continue
             tier = labels.outcome.removeprefix("hit-").removeprefix("miss")
-            place = (labels.model, labels.tenant, tier)
-            usage = sums.setdefault(place, cache_pb2.UsageStats(model=place[0], tenant=place[1], tier=tier))
+            usage = sums.setdefault(
+                (labels.model, labels.tenant, tier),
+                cache_pb2.UsageStats(model=labels.model, tenant=labels.tenant, tier=tier),
+            )
             if tier:
                 usage.hits += series.count
                 usage.saved_compute_us += series.compute_us
@@ -191,23 +190,21 @@ class RequestMetrics:
         return list(sums.values())
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         durations: dict[tuple[str, ...], Histogram] = {}
         exemplars: dict[tuple[str, ...], dict[int, Exemplar]] = {}
-        for key, series in self._all():
-            labels = Labels(*key)
-            yield Sample(REQUESTS, key, series.count)
+        for labels, series in self._all():
+            yield Sample(REQUESTS, labels, series.count)
             by_model = (labels.model, labels.version, labels.outcome)
             total = durations.setdefault(by_model, Histogram())
             total.counts = [a + b for a, b in zip(total.counts, series.counts, strict=True)]
             total.sum_ns += series.sum_ns
             shown = exemplars.setdefault(by_model, {})
-            for place, exemplar in series.exemplars.items():
-                if place not in shown or shown[place].at < exemplar.at:
-                    shown[place] = exemplar
+            for bucket, exemplar in series.exemplars.items():
+                if bucket not in shown or shown[bucket].at < exemplar.at:
+                    shown[bucket] = exemplar
         for key, histogram in durations.items():
             shown = exemplars[key]
-            kept = tuple(shown.get(place) for place in range(len(histogram.counts)))
+            kept = tuple(shown.get(bucket) for bucket in range(len(histogram.counts)))
             yield Sample(DURATION, key, histogram.buckets()._replace(exemplars=kept))
         for group, us in self.compute_us().items():
             yield Sample(COMPUTE, group, us / 1e6)
@@ -218,8 +215,7 @@ class RequestMetrics:
     def compute_us(self) -> dict[tuple[str, str, str, str], int]:
         """Compute time of successful requests, by model, version, tenant and outcome."""
         totals: dict[tuple[str, str, str, str], int] = {}
-        for key, series in self._all():
-            labels = Labels(*key)
+        for labels, series in self._all():
             if labels.code == OK:
                 group = (labels.model, labels.version, labels.tenant, labels.outcome)
                 totals[group] = totals.get(group, 0) + series.compute_us
@@ -232,21 +228,20 @@ class RequestMetrics:
         """
         beyond = bisect_left(BOUNDS_NS, int(seconds * 1e9)) + 1
         total = failed = answered = slow = 0
-        for key, series in self._all():
-            labels = Labels(*key)
+        for labels, series in self._all():
             if labels.method == STEP:
                 continue
             total += series.count
             if labels.code == OK:
                 answered += series.count
                 slow += sum(series.counts[beyond:])
-            elif labels.code in _OUR_DOING:
+            elif labels.code in _BAD_FOR_SLO:
                 failed += series.count
         return total, failed, answered, slow
 
-    def _all(self) -> list[tuple[tuple[str, ...], Series]]:
+    def _all(self) -> list[tuple[Labels, Series]]:
         """A copy, because hits are counted on other threads than the event loop's."""
-        return list(self._series.items())
+        return [(Labels(*key), series) for key, series in list(self._series.items())]
 
     def _open(self, labels: Labels) -> Series:
         if labels.model != OTHER and (labels.model, labels.version) not in self._models:

@@ -5,14 +5,14 @@ Burn rates over several windows, as in the SRE Workbook (chapter 5): at rate 1 a
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from router.accounting.request_metrics import RequestMetrics
 from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 _OBJECTIVE = ("objective",)
 TARGET = Family("ringmesh_slo_target_ratio", "gauge", "target share of good requests", _OBJECTIVE)
@@ -35,41 +35,35 @@ _WINDOWS = {"5m": 300, "30m": 1800, "1h": 3600, "2h": 7200, "6h": 21600, "1d": 8
 _PERIOD_SECONDS = 60.0
 
 
-class Objectives(NamedTuple):
-    """`availability` and `latency` are shares, 0 to 1; `latency` is the share of answers within `seconds`."""
-
-    availability: float
-    latency: float
-    seconds: float
-
-
 class _Point(NamedTuple):
     at: float
     values: dict[str, tuple[int, int]]
 
 
 class Slo:
-    """Compares the counts of `requests` with `objectives`. `clock` as time.monotonic."""
+    """Compares the counts of `requests` with the target shares, 0 to 1: of `availability`, and of `latency`.
 
-    def __init__(self, objectives: Objectives, requests: RequestMetrics, clock: Callable[[], float]) -> None:
-        self._targets = {"availability": objectives.availability, "latency": objectives.latency}
-        self._seconds = objectives.seconds
+    The latter is the share of answers within `seconds`. `clock` as time.monotonic.
+    """
+
+    def __init__(
+        self, targets: Mapping[str, float], seconds: float, requests: RequestMetrics, clock: Callable[[], float]
+    ) -> None:
+        self._targets = targets
+        self._seconds = seconds
         self._requests = requests
         self._clock = clock
         self._past: deque[_Point] = deque([self._point()], maxlen=int(_WINDOWS["3d"] / _PERIOD_SECONDS) + 1)
 
-    async def keep_sampling(self) -> None:
-        """Calls `sample` every minute until cancelled."""
-        while True:
-            await asyncio.sleep(_PERIOD_SECONDS)
-            self.sample()
+    def start(self) -> None:
+        """Samples every minute from now on."""
+        BACKGROUND.every(_PERIOD_SECONDS, "objectives", self.sample)
 
     def sample(self) -> None:
-        """Stores a sample for the start of later windows. Must be called every minute."""
+        """Stores a sample for the start of later windows."""
         self._past.append(self._point())
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         now = self._point()
         times = [point.at for point in self._past]
         yield Sample(SECONDS, (), self._seconds)
@@ -80,8 +74,8 @@ class Slo:
             yield Sample(BAD, (objective,), bad)
             for window, seconds in _WINDOWS.items():
                 # If the process is younger than the window, the window begins at its start.
-                place = max(0, bisect_left(times, now.at - seconds + 1e-6) - 1)
-                total_then, bad_then = self._past[place].values[objective]
+                index = max(0, bisect_left(times, now.at - seconds + 1e-6) - 1)
+                total_then, bad_then = self._past[index].values[objective]
                 part = (bad - bad_then) / (total - total_then) if total > total_then else 0.0
                 yield Sample(BURN, (objective, window), part / (1 - target))
 

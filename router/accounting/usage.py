@@ -13,7 +13,8 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.budgets import Budgets, Limit
 from router.accounting.ledger_sender import LedgerSender
-from router.accounting.meter import ROUTER, Fold, Labels, Meter, Record
+from router.accounting.meter import ROUTER, Fold, Meter, Record
+from router.accounting.request_metrics import LabelValues
 from router.accounting.usage_batch import Dimension, UsageRecord, encode
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -125,7 +126,7 @@ class Usage:
                 self._uptime[place] = self._uptime.get(place, 0) | 1 << second % 60
 
     def _encode(
-        self, records: list[Record], folds: dict[Labels, Fold], uptime: dict[tuple[Up, int], int], now_ms: int
+        self, records: list[Record], folds: dict[LabelValues, Fold], uptime: dict[tuple[Up, int], int], now_ms: int
     ) -> list[tuple[bytes, int, int]]:
         """Batches, each with the number of its records and of the requests that they stand for. On a thread."""
         times = [
@@ -142,7 +143,7 @@ class Usage:
             times = []
         return batches
 
-    def _folded(self, folds: dict[Labels, Fold], now_ms: int) -> list[UsageRecord]:
+    def _folded(self, folds: dict[LabelValues, Fold], now_ms: int) -> list[UsageRecord]:
         return [
             UsageRecord(
                 self._dimension(labels, fold.worker_type),
@@ -159,7 +160,7 @@ class Usage:
             for labels, fold in folds.items()
         ]
 
-    def _dimension(self, labels: Labels, worker_type: str) -> Dimension:
+    def _dimension(self, labels: LabelValues, worker_type: str) -> Dimension:
         _, model, version, tenant, code, outcome = labels
         return Dimension(tenant, model, version, self._region, worker_type, "" if outcome == "error" else outcome, code)
 

@@ -101,7 +101,6 @@ class Catalog:
 
     @property
     def tenant_scoped(self) -> list[str]:
-        """Models that keep tenants apart."""
         return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
 
     def find(self, name: str, version: str) -> ModelEntry:
@@ -122,7 +121,7 @@ class Catalog:
         is_run: bool,
     ) -> ModelEntry:
         """The ensemble's entry, with steps from the whole fleet, or marked not runnable with the reason."""
-        told, config = model.ensemble, model.ensemble.config
+        config = model.ensemble.config
         plan = ensemble.plan(
             config.ensemble_scheduling, (t.name for t in config.input), (t.name for t in config.output)
         )
@@ -151,7 +150,7 @@ class Catalog:
             cache_steps=cache_steps,
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
-            digest=ensemble.digest(told.own_digest, (step.digest for step in steps)),
+            digest=ensemble.digest(model.ensemble.own_digest, (step.digest for step in steps)),
             uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
         )
 

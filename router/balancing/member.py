@@ -4,13 +4,16 @@ from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.catalog import ModelEntry
+from router.balancing.eligibility import ELIGIBLE, Eligibility
 from router.transport.worker_client import EnvelopeItem
 from router.transport.worker_load import WorkerLoad
+
+_NOT_HELD: Final = Eligibility("does not hold the model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +30,19 @@ class Listing:
     digests: frozenset[bytes] = frozenset()
 
 
-class Link(Protocol):
-    """The link to a worker; WorkerClient is the real one and documents the methods."""
+class _Link(Protocol):
+    """WorkerClient, or a fake in tests: compiled code accepts another class only through a protocol."""
 
-    def send(self, model_digest: bytes, item: EnvelopeItem) -> None:
-        """Runs the request on the worker; calls `done` with the outcome."""
-
-    def withdraw(self, item: EnvelopeItem) -> None:
-        """Withdraws a request whose result is no longer needed."""
-
-    async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse:
-        """The worker's description. Raises WorkerUnreachableError."""
-
-    async def call(self, method: str, request: bytes, seconds: float) -> bytes:
-        """Calls another method. Raises WorkerUnreachableError or the worker's own error."""
-
+    def send(self, model_digest: bytes, item: EnvelopeItem) -> None: ...
+    def withdraw(self, item: EnvelopeItem) -> None: ...
+    async def describe(self, seconds: float, known_version: int) -> inference_pb2.DescribeResponse: ...
+    async def call(self, method: str, request: bytes, seconds: float) -> bytes: ...
     @property
-    def is_silent(self) -> bool:
-        """Whether `is_alive` should be called."""
-
-    async def is_alive(self) -> bool:
-        """Whether the worker's engine answers a ping."""
-
-    def give_up(self) -> None:
-        """Closes the link and ends the requests under way."""
-
-    def forget_queues(self, model_digests: frozenset[bytes]) -> None:
-        """Drops the idle queues of models that are not in `model_digests`."""
-
-    def close(self) -> None:
-        """Ends the requests under way and disconnects."""
+    def is_silent(self) -> bool: ...
+    async def is_alive(self) -> bool: ...
+    def give_up(self) -> None: ...
+    def forget_queues(self, model_digests: frozenset[bytes]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Member:
@@ -66,7 +52,7 @@ class Member:
     because it answers badly; "" if it should. `ramp`: factor of its weight, below 1 during slow start.
     """
 
-    def __init__(self, listing: Listing, link: Link, load: WorkerLoad) -> None:
+    def __init__(self, listing: Listing, link: _Link, load: WorkerLoad) -> None:
         self.address = listing.address
         self.worker_id = listing.worker_id or listing.address
         self.region = listing.region
@@ -94,7 +80,6 @@ class Member:
 
     @property
     def healthy(self) -> bool:
-        """Whether the worker can take requests."""
         return not self.reason
 
     @property
@@ -106,11 +91,10 @@ class Member:
         """Whether the worker is outside `region`; never if one of the two has no region."""
         return bool(region and self.region and self.region != region)
 
-    def why_not(self, model: ModelEntry) -> str:
-        """Why the worker cannot run `model`; "" if it can."""
+    def can_run(self, model: ModelEntry) -> Eligibility:
         if self.reason:
-            return self.reason
+            return Eligibility(self.reason)
         key = (model.name, model.version)
         if key in self.partly:
-            return f"cannot run the ensemble: {self.partly[key]}"
-        return "" if key in self.held else "does not hold the model"
+            return Eligibility(f"cannot run the ensemble: {self.partly[key]}")
+        return ELIGIBLE if key in self.held else _NOT_HELD

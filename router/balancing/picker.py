@@ -30,19 +30,18 @@ class Candidate:
 
     @property
     def is_full(self) -> bool:
-        """Whether the worker is at its bound."""
         return 0 < self.bound <= self.member.load.outstanding
 
 
 def candidates(
     view: FleetView,
     model: ModelEntry,
-    place: bytes,
+    ring_hash: bytes,
     *,
     sticky: bool = False,
     put_off: list[Candidate] | None = None,
 ) -> Iterator[Candidate]:
-    """Every worker of the fleet once, in the order of preference for the ring hash `place` (b"": any worker).
+    """Every worker of the fleet once, in the order of preference for `ring_hash` (b"": any worker).
 
     `sticky`: the request needs the state of its owner, so load does not change the order. The order is generated
     lazily: the first worker is the cheapest to find, and later ones reflect the state of the fleet at that moment.
@@ -51,9 +50,9 @@ def candidates(
     pool = view.pool(model)
     put_off = [] if put_off is None else put_off
     others = []
-    order = _by_rank(view, pool, place) if place or pool is None else _by_wait(view, pool)
+    order = _by_rank(view, pool, ring_hash) if ring_hash or pool is None else _by_wait(view, pool)
     for rank, member in enumerate(order):
-        reason = member.why_not(model)
+        reason = member.can_run(model).reason
         if reason or sticky or pool is None:
             yield Candidate(member, rank, reason)
         elif member.address not in pool.members:
@@ -68,22 +67,22 @@ def candidates(
     yield from others
 
 
-def _by_rank(view: FleetView, pool: Pool | None, place: bytes) -> Iterator[Member]:
+def _by_rank(view: FleetView, pool: Pool | None, ring_hash: bytes) -> Iterator[Member]:
     """The ring's order, near before far. Beyond its ranks, workers in the pool come before the others."""
-    place = place or random.randbytes(2)
+    ring_hash = ring_hash or random.randbytes(2)
     for ring in (view.ring, view.far):
-        ranked = ring.ranked(place)
+        ranked = ring.ranked(ring_hash)
         for address in ranked:
             yield view.members[address]
         if len(ranked) < len(ring.members):
-            yield from _past_the_ranks(view, ring, pool, place, len(ranked))
+            yield from _past_the_ranks(view, ring, pool, ring_hash, len(ranked))
 
 
-def _past_the_ranks(view: FleetView, ring: Ring, pool: Pool | None, place: bytes, ranks: int) -> Iterator[Member]:
-    rest = [view.members[address] for address in ring.order(place)[ranks:]]
-    asked = pool.members if pool is not None else {}
-    yield from (member for member in rest if member.address in asked)
-    yield from (member for member in rest if member.address not in asked)
+def _past_the_ranks(view: FleetView, ring: Ring, pool: Pool | None, ring_hash: bytes, ranks: int) -> Iterator[Member]:
+    rest = [view.members[address] for address in ring.order(ring_hash)[ranks:]]
+    preferred = pool.members if pool is not None else {}
+    yield from (member for member in rest if member.address in preferred)
+    yield from (member for member in rest if member.address not in preferred)
 
 
 def _by_wait(view: FleetView, pool: Pool) -> Iterator[Member]:

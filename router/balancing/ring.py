@@ -30,23 +30,19 @@ class Ring:
     def __init__(self, members: Mapping[str, float]) -> None:
         if any(weight <= 0 for weight in members.values()):
             raise ValueError("a member's weight is above 0; leave out who shall own nothing")
-        self._members = tuple(sorted(members))
-        self._weights = np.array([members[name] for name in self._members])
-        self._seeds = _seeds(self._members)
-        self._table = _rank(self._seeds, self._weights) if self._members else None
+        # In alphabetical order.
+        self.members = tuple(sorted(members))
+        self._weights = np.array([members[name] for name in self.members])
+        self._seeds = _seeds(self.members)
+        self._table = _rank(self._seeds, self._weights) if self.members else None
         owners = np.zeros(0, np.uint16) if self._table is None else self._table[:, 0]
         self._shares = np.bincount(owners, minlength=len(members)) / SLOTS
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names in alphabetical order."""
-        return self._members
 
     def ranked(self, request_hash: bytes) -> tuple[str, ...]:
         """The owner of a hash and the next in rank, at most RANKS; () if the ring is empty. Takes a microsecond."""
         if self._table is None:
             return ()
-        members = self._members
+        members = self.members
         row = self._table[request_hash[0] << 8 | request_hash[1]]
         return tuple([members[index] for index in row.tolist()])
 
@@ -54,11 +50,11 @@ class Ring:
         """All members by rank, as `ranked` begins; () if the ring is empty. Computes the ranks: takes 20 to 60 µs."""
         slot = _mix(np.array([request_hash[0] << 8 | request_hash[1]], np.uint64))
         costs = _costs(slot, self._seeds, self._weights)
-        return tuple([self._members[index] for index in np.argsort(costs, kind="stable").tolist()])
+        return tuple([self.members[index] for index in np.argsort(costs, kind="stable").tolist()])
 
     def share(self, member: str) -> float:
         """The share of the key space that `member` owns, 0 to 1."""
-        return float(self._shares[self._members.index(member)])
+        return float(self._shares[self.members.index(member)])
 
 
 def _rank(seeds: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:

@@ -25,7 +25,6 @@ class Consideration:
         self.at_ns = time.time_ns()
 
     def event(self) -> Event:
-        """The event of the attempt's span for this worker."""
         member = self.candidate.member
         return Event(
             "ringmesh.candidate",
@@ -65,7 +64,6 @@ class Attempted:
         self.considered = considered
 
     def events(self) -> tuple[Event, ...]:
-        """One event for each worker that was considered."""
         return tuple([considered.event() for considered in self.considered])
 
     def attributes(self) -> dict[str, Value]:

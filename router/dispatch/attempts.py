@@ -23,9 +23,9 @@ from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from router.transport.worker_client import (
     EnvelopeItem,
+    ItemOutcome,
     LinkClosedError,
     NotSentError,
-    Outcome,
     WorkerLostError,
     WorkerUnreachableError,
 )
@@ -50,7 +50,7 @@ _UNAVAILABLE = UnavailableError.code.value[0]
 # Failure codes after which another worker may succeed.
 _ELSEWHERE = frozenset((_UNAVAILABLE, FailedPreconditionError.code.value[0], ResourceExhaustedError.code.value[0]))
 # Maximum number of workers named in an error; a fleet may be large.
-TOLD = 8
+MAX_NAMED = 8
 # Without this limit, a request that crashes its worker would crash the whole fleet.
 MOST_ENDED = 2
 HEDGE = "hedge"
@@ -62,8 +62,8 @@ class FatalRequestError(UnavailableError):
     kind = "worker_lost"
 
 
-class Asked:
-    """A request to run: serialized, for `model`, at the ring hash `place` (b"": any worker).
+class DispatchRequest:
+    """A serialized request to run, for `model`, at `ring_hash` (b"": any worker).
 
     `request_hash`: key by which equal requests join on the worker (b"": none do). `deadline` in time.monotonic.
     """
@@ -71,8 +71,8 @@ class Asked:
     def __init__(
         self,
         model: ModelEntry,
-        request: bytes,
-        place: bytes,
+        data: bytes,
+        ring_hash: bytes,
         trace: Trace,
         *,
         request_hash: bytes = b"",
@@ -80,8 +80,8 @@ class Asked:
         caller: Caller = ANYBODY,
     ) -> None:
         self.model = model
-        self.request = request
-        self.place = place
+        self.data = data
+        self.ring_hash = ring_hash
         self.trace = trace
         self.request_hash = request_hash
         self.deadline = deadline
@@ -90,24 +90,19 @@ class Asked:
     @property
     def sticky(self) -> bool:
         """Whether the request must go to its owner: it is part of a sequence, whose state is there."""
-        return bool(self.place) and not self.request_hash
+        return bool(self.ring_hash) and not self.request_hash
 
 
 class Workers(Protocol):
     """The fleet as needed for dispatch; Fleet is the real one."""
 
     @property
-    def view(self) -> FleetView:
-        """The current snapshot of the fleet."""
-
-    def failed(self, member: Member, error: WorkerUnreachableError) -> None:
-        """An attempt at `member` was lost."""
-
-    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None:
-        """An attempt at `member` took `seconds`."""
+    def view(self) -> FleetView: ...
+    def failed(self, member: Member, error: WorkerUnreachableError) -> None: ...
+    def answered(self, member: Member, model_digest: bytes, seconds: float) -> None: ...
 
 
-class Parts(NamedTuple):
+class DispatchParts(NamedTuple):
     """The parts that all dispatches share."""
 
     fleet: Workers
@@ -119,7 +114,7 @@ class Parts(NamedTuple):
     shed: Callable[[ModelEntry, Caller, list[str]], RingmeshError]
 
 
-Answered: TypeAlias = tuple[Result, Member]
+DispatchResult: TypeAlias = tuple[Result, Member]
 
 
 class Attempts:
@@ -132,9 +127,9 @@ class Attempts:
     requests on the link.
     """
 
-    def __init__(self, parts: Parts, asked: Asked) -> None:
+    def __init__(self, parts: DispatchParts, request: DispatchRequest) -> None:
         self.parts = parts
-        self.asked = asked
+        self.request = request
         # Attempts, without hedges and those never sent; workers that ended while they had the request.
         self._attempts = self._ended = 0
         self._admitted = self._is_free = False
@@ -149,16 +144,18 @@ class Attempts:
         # Attempts that ended; None: the hedge timer fired.
         self._events: list[_Attempt | None] = []
         self._next_event: Promise[_Attempt | None] | None = None
-        self._order = candidates(parts.fleet.view, asked.model, asked.place, sticky=asked.sticky, put_off=self._put_off)
+        self._order = candidates(
+            parts.fleet.view, request.model, request.ring_hash, sticky=request.sticky, put_off=self._put_off
+        )
 
-    async def run(self) -> Answered:
+    async def run(self) -> DispatchResult:
         """The first answer of a worker, and that worker. Cancelled: the attempts under way are withdrawn.
 
         Raises the worker's own error, RefusedError if all workers are at their limit, or UnavailableError if none could
         be reached.
         """
         try:
-            self._ask_next()
+            self._attempt_next()
             while True:
                 if self._events:
                     attempt = self._events.pop(0)
@@ -172,7 +169,7 @@ class Attempts:
                 if (answered := self._judge(attempt, attempt.end())) is not None:
                     return answered
                 if not self._under_way:
-                    self._ask_next()
+                    self._attempt_next()
         finally:
             self._stop_timer()
             while self._under_way:
@@ -186,14 +183,14 @@ class Attempts:
         else:
             self._events.append(attempt)
 
-    def _judge(self, attempt: _Attempt, outcome: Outcome) -> Answered | None:
+    def _judge(self, attempt: _Attempt, outcome: ItemOutcome) -> DispatchResult | None:
         """The answer, or None if the request needs another attempt or has one under way. Raises a final error."""
         member = attempt.candidate.member
         # Also counts if another attempt is under way, so that at most MOST_ENDED workers are lost in total.
         self._ended += isinstance(outcome, WorkerLostError)
         if self._ended == MOST_ENDED:
             self._skipped.append(f"{member.worker_id}: {outcome}")
-            reason = f"not tried further: {self._ended} workers ended while they had it; {told(self._skipped)}"
+            reason = f"not tried further: {self._ended} workers ended while they had it; {join_reasons(self._skipped)}"
             raise FatalRequestError(self._unanswered(reason))
         if isinstance(outcome, WorkerUnreachableError):
             if not self._under_way:
@@ -215,20 +212,20 @@ class Attempts:
                 self._failure = failure
         return None
 
-    def _ask_next(self) -> None:
+    def _attempt_next(self) -> None:
         """Makes an attempt at the next suitable worker. Raises the error of the request if there is none."""
         self._stop_timer()
-        asked, parts = self.asked, self.parts
+        request, parts = self.request, self.parts
         is_free, self._is_free = self._is_free, False
         while self._attempts < RANKS and (candidate := self._next()) is not None:
             member = candidate.member
             if candidate.reason:
                 self._skip(candidate, candidate.reason)
                 continue
-            limit = parts.limits.of(member.address, asked.model.digest)
+            limit = parts.limits.of(member.address, request.model.digest)
             # A request that was admitted and then lost is not refused, nor is a step of a sequence.
             if not self._admitted:
-                if not asked.sticky and not limit.admits(asked.caller.priority):
+                if not request.sticky and not limit.admits(request.caller.priority):
                     self._full.append(candidate)
                     self._skip(candidate, no_room(limit))
                     continue
@@ -245,10 +242,10 @@ class Attempts:
             )
             self._considered = []
             if (
-                asked.model.hedged
-                and not asked.sticky
+                request.model.hedged
+                and not request.sticky
                 and not self._ended
-                and (patience := parts.tails.of(asked.model.digest)) is not None
+                and (patience := parts.tails.of(request.model.digest)) is not None
             ):
                 self._timer = asyncio.get_running_loop().call_later(patience, self.on_event, None)
             self._attempt(candidate, limit, considered, "retry" if self._attempts > 1 else "first")
@@ -256,11 +253,10 @@ class Attempts:
         raise self._no_answer()
 
     def _next(self) -> Candidate | None:
-        """The next candidate; None if there is none."""
         candidate = next(self._order, None)
         if candidate is None and self._admitted and self._full:
             full = self._full.pop(0)
-            return Candidate(full.member, full.rank, full.member.why_not(self.asked.model), full.bound)
+            return Candidate(full.member, full.rank, full.member.can_run(self.request.model).reason, full.bound)
         return candidate
 
     def _skip(self, candidate: Candidate, reason: str) -> None:
@@ -278,10 +274,10 @@ class Attempts:
         """Makes a second attempt at the next worker below its limit, if the retry budget allows."""
         if self._ended or not self._under_way:
             return
-        asked, parts = self.asked, self.parts
+        request, parts = self.request, self.parts
         for candidate in self._order:
-            limit = parts.limits.of(candidate.member.address, asked.model.digest)
-            if not candidate.reason and limit.admits(asked.caller.priority):
+            limit = parts.limits.of(candidate.member.address, request.model.digest)
+            if not candidate.reason and limit.admits(request.caller.priority):
                 if parts.retries.take():
                     self._attempt(candidate, limit, (Consideration(candidate, ""),), HEDGE)
                 return
@@ -295,12 +291,12 @@ class Attempts:
         if self._failure is not None:
             return from_failure(self._failure)
         if self._full and not self._admitted:
-            return self.parts.shed(self.asked.model, self.asked.caller, self._skipped)
+            return self.parts.shed(self.request.model, self.request.caller, self._skipped)
         kind = "worker_lost" if self._attempts else "no_worker"
-        return UnavailableError(self._unanswered(told(self._skipped)), kind=kind)
+        return UnavailableError(self._unanswered(join_reasons(self._skipped)), kind=kind)
 
     def _unanswered(self, why: str) -> str:
-        return f"no worker could answer for model {self.asked.model.name!r}, retry later; {why}"
+        return f"no worker could answer for model {self.request.model.name!r}, retry later; {why}"
 
 
 class _Attempt:
@@ -316,13 +312,13 @@ class _Attempt:
     ) -> None:
         self._attempts = attempts
         self._parts = attempts.parts
-        self._asked = attempts.asked
+        self._request = attempts.request
         self.candidate = candidate
         self._considered = considered
         self.kind = kind
         self._limit = limit
         self._item: EnvelopeItem | None = None
-        self._outcome: Outcome | None = None
+        self._outcome: ItemOutcome | None = None
         self._span_id = new_span_id()
         self._start = time.time_ns()
         self._began = time.monotonic()
@@ -330,15 +326,14 @@ class _Attempt:
         self._is_open = True
 
     def begin(self) -> None:
-        """Sends the request."""
-        asked = self._asked
-        traceparent, is_alone = asked.trace.traceparent(self._span_id), asked.model.limits_queue
+        request = self._request
+        traceparent, is_alone = request.trace.traceparent(self._span_id), request.model.limits_queue
         self._item = item = EnvelopeItem(
-            asked.request, asked.request_hash, asked.deadline, traceparent, self._answered, is_alone=is_alone
+            request.data, request.request_hash, request.deadline, traceparent, self._answered, is_alone=is_alone
         )
-        self.candidate.member.link.send(asked.model.digest, item)
+        self.candidate.member.link.send(request.model.digest, item)
 
-    def _answered(self, outcome: Outcome) -> None:
+    def _answered(self, outcome: ItemOutcome) -> None:
         self._outcome = outcome
         self._attempts.on_event(self)
 
@@ -350,13 +345,13 @@ class _Attempt:
         try:
             if self._item is not None:
                 self.candidate.member.link.withdraw(self._item)
-            if self._asked.model.hedged:
-                self._parts.tails.observe(self._asked.model.digest, time.monotonic() - self._began)
+            if self._request.model.hedged:
+                self._parts.tails.observe(self._request.model.digest, time.monotonic() - self._began)
             self._record(None, "nobody waits for it any more")
         except Exception as error:
-            internal(log, "an attempt could not be cancelled", error, self._asked.trace.trace_id)
+            internal(log, "an attempt could not be cancelled", error, self._request.trace.trace_id)
 
-    def end(self) -> Outcome:
+    def end(self) -> ItemOutcome:
         """The outcome of an attempt that has ended. Releases its limit; records statistics, metrics and the span."""
         outcome = self._outcome
         assert outcome is not None
@@ -374,10 +369,10 @@ class _Attempt:
         self._is_open = False
         self._limit.end()
 
-    def _learn(self, outcome: Outcome) -> str:
+    def _learn(self, outcome: ItemOutcome) -> str:
         """Updates the statistics of the worker. Returns the error message, "" if there is none."""
         took = time.monotonic() - self._began
-        parts, model, member = self._parts, self._asked.model, self.candidate.member
+        parts, model, member = self._parts, self._request.model, self.candidate.member
         if isinstance(outcome, inference_pb2.WorkResult | SplitResult):
             parts.fleet.answered(member, model.digest, took)
             timing = outcome.timing
@@ -396,7 +391,7 @@ class _Attempt:
         candidate = self.candidate
         worker, code, end = candidate.member.worker_id, code_name(result), time.time_ns()
         self._parts.metrics.attempted(worker, self.kind, code, end - self._start)
-        self._asked.trace.span(
+        self._request.trace.span(
             EXECUTE,
             self._start,
             end,
@@ -410,10 +405,8 @@ class _Attempt:
 
 
 def no_room(limit: ConcurrencyLimit) -> str:
-    """Why a worker at its limit is skipped."""
     return f"has {limit.in_flight} requests under way, as many as it can answer"
 
 
-def told(skipped: list[str]) -> str:
-    """The reasons for skipped workers, as text of an error."""
-    return "; ".join(skipped[:TOLD])
+def join_reasons(skipped: list[str]) -> str:
+    return "; ".join(skipped[:MAX_NAMED])

@@ -11,7 +11,16 @@ from router.accounting.dispatch_metrics import RETRIES_DENIED, SHEDS, DispatchMe
 from router.admission.caller import Caller, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.balancing.catalog import ModelEntry
-from router.dispatch.attempts import TOLD, Answered, Asked, Attempts, Parts, Workers, no_room, told
+from router.dispatch.attempts import (
+    MAX_NAMED,
+    Attempts,
+    DispatchParts,
+    DispatchRequest,
+    DispatchResult,
+    Workers,
+    join_reasons,
+    no_room,
+)
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
 from services.runtime.telemetry.metrics import Sample
@@ -26,20 +35,19 @@ class Dispatcher:
 
     def __init__(self, fleet: Workers, limits: ConcurrencyLimits, retries: RetryBudget, tails: TailLatency) -> None:
         self._metrics = DispatchMetrics()
-        self._parts = Parts(fleet, limits, retries, tails, self._metrics, self._shed)
+        self._parts = DispatchParts(fleet, limits, retries, tails, self._metrics, self._shed)
         self._sheds = 0
         self._shedding = threading.Lock()
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         yield from self._metrics.samples()
         yield Sample(RETRIES_DENIED, (), self._parts.retries.denied)
         yield forgotten("tail latencies", self._parts.tails.models)
         yield Sample(SHEDS, ("overload",), self._sheds)
 
-    def run(self, asked: Asked) -> Coroutine[Any, Any, Answered]:
+    def run(self, request: DispatchRequest) -> Coroutine[Any, Any, DispatchResult]:
         """As Attempts.run; to be driven."""
-        return Attempts(self._parts, asked).run()
+        return Attempts(self._parts, request).run()
 
     def refusal(self, model: ModelEntry, caller: Caller) -> RefusedError | None:
         """The error of a request if all workers are at their limit now, before any work is done for it. Any thread.
@@ -49,11 +57,11 @@ class Dispatcher:
         """
         skipped: list[str] = []
         for member in self._parts.fleet.view.members.values():
-            if not member.why_not(model):
+            if member.can_run(model).ok:
                 limit = self._parts.limits.known(member.address, model.digest)
                 if limit is None or limit.admits(caller.priority):
                     return None
-                if len(skipped) < TOLD:
+                if len(skipped) < MAX_NAMED:
                     skipped.append(f"{member.worker_id}: {no_room(limit)}")
         return self._shed(model, caller, skipped) if skipped else None
 
@@ -61,7 +69,7 @@ class Dispatcher:
         with self._shedding:
             self._sheds += 1
         return RefusedError(
-            f"overloaded: no worker can take more of model {model.name!r} now, retry later; {told(skipped)}",
+            f"overloaded: no worker can take more of model {model.name!r} now, retry later; {join_reasons(skipped)}",
             caller,
             # Random, so that callers refused at the same time do not retry at the same time.
             retry_after=self._parts.limits.target * random.uniform(0.5, 1.5),

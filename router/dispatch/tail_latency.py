@@ -21,7 +21,6 @@ class TailLatency:
         self.models: Recent[bytes, _Times] = Recent(_MANY)
 
     def observe(self, model: bytes, seconds: float) -> None:
-        """Records the time of an answer."""
         times = self.models.get(model)
         if times is None:
             times = _Times()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 from ringmesh.inference.v1 import inference_pb2
@@ -22,10 +22,12 @@ log = logging.getLogger(__name__)
 _READ_SECONDS = TTL_SECONDS / 2
 _DNS_SECONDS = 1.0
 
-Told = Callable[[Iterable[Listing]], None]
+Report: TypeAlias = Callable[[Iterable[Listing]], None]
+# A source of workers: reports all that it lists, and again at each change; runs until it is cancelled.
+Watch: TypeAlias = Callable[[Report], Coroutine[Any, Any, None]]
 
 
-class NonsenseError(Exception):
+class InvalidListingError(Exception):
     """An invalid entry in a list of workers; it is skipped."""
 
 
@@ -35,8 +37,8 @@ class AnnouncedWorkers:
     def __init__(self, redis: AnyRedis) -> None:
         self._redis = redis
 
-    async def watch(self, told: Told) -> None:
-        """Reports all announced workers to `told`, and again at each change; runs until it is cancelled."""
+    async def watch(self, report: Report) -> None:
+        """Reports all announced workers, and again at each change; runs until it is cancelled."""
         loop = asyncio.get_running_loop()
         seen: bytes | str | None = None
         due = 0.0
@@ -46,14 +48,16 @@ class AnnouncedWorkers:
                 try:
                     version = await self._redis.get(VERSION)
                     if version != seen or loop.time() >= due:
-                        told(await self._read())
+                        report(await self._read())
                         seen, due = version, loop.time() + _READ_SECONDS
                     if failing:
                         log.info("announcements are read again")
                     failing = False
                 except FAILURES as error:
                     if not failing:
-                        log.warning("the fleet stays as it is known: Redis: %r", error)
+                        log.warning(
+                            "announcements cannot be read, so the last known workers are kept: Redis: %r", error
+                        )
                     failing = True
                 await asyncio.sleep(CHANGE_SECONDS)
         finally:
@@ -68,36 +72,29 @@ class AnnouncedWorkers:
         if gone := [address for address, data in zip(addresses, found, strict=True) if data is None]:
             # A worker that is announcing itself just now does so again within a second.
             await self._redis.srem(ADDRESSES, *gone)
-        told = [(address, data) for address, data in zip(addresses, found, strict=True) if data is not None]
-        return [listing for address, data in told if (listing := _listing(address, data)) is not None]
+        listings = [_listing(address, data) for address, data in zip(addresses, found, strict=True) if data is not None]
+        return [listing for listing in listings if listing is not None]
 
 
-class ResolvedWorkers:
-    """The addresses of a DNS name, such as a headless Kubernetes service. If resolution fails, nothing is reported."""
+async def watch_dns(host: str, port: int, report: Report) -> None:
+    """Reports all addresses of a DNS name, such as a headless Kubernetes service, every second until cancelled.
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host = host
-        self._port = port
-
-    async def watch(self, told: Told) -> None:
-        """Reports all addresses to `told` every second; runs until it is cancelled."""
-        failing = False
-        while True:
-            try:
-                found = await asyncio.get_running_loop().getaddrinfo(
-                    self._host, self._port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-                )
-                told(Listing(_host_port(family, address[0], self._port)) for family, *_, address in found)
-                failing = False
-            except OSError as error:
-                if not failing:
-                    log.warning("the workers of %s stay as they are known: DNS: %s", self._host, error)
-                failing = True
-            await asyncio.sleep(_DNS_SECONDS)
-
-
-def _host_port(family: int, host: object, port: int) -> str:
-    return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    If resolution fails, nothing is reported.
+    """
+    failing = False
+    while True:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+            )
+            hosts = [f"[{address[0]}]" if family == socket.AF_INET6 else address[0] for family, *_, address in found]
+            report(Listing(f"{each}:{port}") for each in hosts)
+            failing = False
+        except OSError as error:
+            if not failing:
+                log.warning("%s cannot be resolved, so the last known workers are kept: %s", host, error)
+            failing = True
+        await asyncio.sleep(_DNS_SECONDS)
 
 
 def _address(member: object) -> str:
@@ -116,25 +113,19 @@ def _address(member: object) -> str:
 def _listing(address: str, data: object) -> Listing | None:
     """The announcement of the worker at `address`; None if it is invalid, which is counted as a failure."""
     try:
-        told = inference_pb2.Announcement.FromString(data if isinstance(data, bytes) else b"")
+        announcement = inference_pb2.Announcement.FromString(data if isinstance(data, bytes) else b"")
     except DecodeError:
-        told = inference_pb2.Announcement()
-    if told.address != address or not is_weight(told.weight):
+        announcement = inference_pb2.Announcement()
+    if announcement.address != address or not is_weight(announcement.weight):
         _skipped(f"what {address} announces is no announcement of it: {data!r:.80}")
         return None
-    if not all(map(is_text, (told.worker_id, told.region, told.zone))):
-        _skipped(f"{address} announces {told.worker_id!r:.80} in {told.region!r:.80}, {told.zone!r:.80}")
+    names = (announcement.worker_id, announcement.region, announcement.zone)
+    if not all(map(is_text, names)):
+        _skipped(f"{address} announces an id, region or zone that is no text: {names!r:.240}")
         return None
-    return Listing(
-        address,
-        told.worker_id,
-        told.region,
-        told.zone,
-        told.weight,
-        told.accepting,
-        frozenset(model.digest for model in told.models),
-    )
+    digests = frozenset(model.digest for model in announcement.models)
+    return Listing(address, *names, announcement.weight, announcement.accepting, digests)
 
 
-def _skipped(why: str) -> None:
-    BACKGROUND.failed("discovery", NonsenseError(why))
+def _skipped(reason: str) -> None:
+    BACKGROUND.failed("discovery", InvalidListingError(reason))

@@ -24,7 +24,6 @@ class MembershipEvents:
         self._watchers: set[asyncio.Queue[Event | None]] = set()
 
     def publish(self, kind: Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> None:
-        """Publishes an event that happens now."""
         if self._watchers:
             event = make(kind, member, model=model, reason=reason)
             for queue in self._watchers:
@@ -57,7 +56,6 @@ class MembershipEvents:
 
 
 def make(kind: Event.Kind.ValueType, member: Member, *, model: str = "", reason: str = "") -> Event:
-    """Makes an event with the current time."""
     at_ms = time.time_ns() // 1_000_000
     address, worker_id = member.address, member.worker_id
     return Event(at_ms=at_ms, kind=kind, address=address, worker_id=worker_id, model=model, reason=reason)

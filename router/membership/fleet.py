@@ -5,24 +5,24 @@ from __future__ import annotations  # compiled by mypyc
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from ringmesh.inference.v1 import inference_pb2
 
-from router.accounting.dispatch_metrics import EJECTIONS
 from router.balancing.catalog import Catalog
 from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
+from router.membership.discovery import Watch
 from router.membership.events import Event, MembershipEvents
 from router.membership.membership import Membership
 from router.membership.outliers import Outliers
 from router.membership.slow_start import SlowStart
-from router.membership.worker_description import nonsense
+from router.membership.worker_description import InvalidDescriptionError, check_description
 from router.transport.grpc_channel import GrpcChannel
 from router.transport.worker_client import (
     NotSentError,
@@ -32,10 +32,23 @@ from router.transport.worker_client import (
     WorkerUnreachableError,
 )
 from router.transport.worker_load import WorkerLoad
-from services.runtime.telemetry.metrics import Counter
+from services.runtime.telemetry.metrics import Counter, Family, Sample
+from services.runtime.telemetry.recent import forgotten
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
+
+_WORKER = ("worker",)
+HEALTHY = Family(
+    "ringmesh_ring_member_healthy", "gauge", "1 if the router sends requests to the worker, 0 otherwise", _WORKER
+)
+SHARE = Family("ringmesh_ring_member_share_ratio", "gauge", "share of the key space that the worker owns", _WORKER)
+LOAD = Family(
+    "ringmesh_ring_member_in_flight", "gauge", "unanswered requests that this router sent to the worker", _WORKER
+)
+EJECTIONS = Family(
+    "ringmesh_ejections_total", "counter", "times a worker was ejected for answering worse than others", _WORKER
+)
 
 TICK_SECONDS = 0.25
 POLL_SECONDS = 0.5
@@ -46,13 +59,6 @@ POLL_TIMEOUT_SECONDS = 2.0
 # A worker that answers pings but reports nothing for longer than this hangs.
 MOST_BUSY_SECONDS = 30.0
 _RETIRE_SECONDS = 30.0
-
-
-class Source(Protocol):
-    """A source of workers."""
-
-    async def watch(self, told: Callable[[Iterable[Listing]], None]) -> None:
-        """Reports all listed workers to `told`, and again at each change; runs until it is cancelled."""
 
 
 class Fleet:
@@ -69,13 +75,13 @@ class Fleet:
         on_ready: Callable[[bool], None],
         *,
         clock: Callable[[], float],
-        sources: Mapping[str, Source] | None = None,
+        sources: Mapping[str, Watch] | None = None,
         region: str = "",
         zone: str = "",
         open_channel: OpenChannel = GrpcChannel,
     ) -> None:
         self.events = MembershipEvents()
-        self.ejections = Counter(EJECTIONS)
+        self._ejections = Counter(EJECTIONS)
         self._on_ready = on_ready
         self._clock = clock
         # By address, for workers that answer pings but report nothing: since when, and their number of reports by then.
@@ -95,27 +101,34 @@ class Fleet:
         self._in_ring: Mapping[str, tuple[float, bool]] = {}
         self._building: asyncio.Task[None] | None = None
         self._started = False
-        self._membership.told("settings", listings)
+        self._membership.report("settings", listings)
         self._follow_membership()
         self._in_ring = self._ring_members()
         self.view = self._view(*_rings(self._in_ring), Catalog([]))
 
     def start(self) -> None:
-        """Begins to poll and to follow the sources."""
         self._started = True
         for member in self._members.values():
             self._start_polling(member)
-        for name, source in self._sources.items():
-            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(source.watch, partial(self._told, name))))
+        for name, watch in self._sources.items():
+            self._tasks.add(BACKGROUND.start(f"discovery by {name}", partial(watch, partial(self._reported, name))))
         self._tasks.add(BACKGROUND.start("fleet tick", self._tick))
 
     def close(self) -> None:
-        """Stops polling and disconnects."""
         for task in (*self._polls.values(), *self._tasks):
             task.cancel()
         self.events.close()
         for member in self._members.values():
             member.link.close()
+
+    def samples(self) -> Iterator[Sample]:
+        for member in self.view.members.values():
+            worker = (member.worker_id,)
+            yield Sample(HEALTHY, worker, member.healthy and not member.ejected)
+            yield Sample(SHARE, worker, self.view.share(member))
+            yield Sample(LOAD, worker, member.load.in_flight)
+        yield forgotten("usual times", self.outliers.usual)
+        yield from self._ejections.samples()
 
     def failed(self, member: Member, error: WorkerUnreachableError) -> None:
         """Records a lost attempt: the member gets no requests until it answers again."""
@@ -140,24 +153,27 @@ class Fleet:
             return
         self._busy_since.pop(member.address, None)
         same = description.version != 0 and description.version == known
-        if reason := nonsense(description, member.models if same else description.models):
-            self._unreachable(member, WorkerUnreachableError(f"worker {member.worker_id} reports nonsense: {reason}"))
-            member.reason = f"worker {member.worker_id} reports nonsense: {reason}"
+        try:
+            check_description(description, member.models if same else description.models)
+        except InvalidDescriptionError as error:
+            reason = f"worker {member.worker_id} sent an invalid description: {error}"
+            self._unreachable(member, WorkerUnreachableError(reason))
+            member.reason = reason
         else:
             self._update(member, description, same=same)
 
     def _may_be_busy(self, member: Member) -> bool:
         """Whether a worker that answers pings but reports nothing stays healthy, for up to MOST_BUSY_SECONDS."""
-        now, heard = self._clock(), member.load.reports
-        since, heard_before = self._busy_since.setdefault(member.address, (now, heard))
-        if heard != heard_before:
-            self._busy_since[member.address] = since, _ = now, heard
+        now, reports = self._clock(), member.load.reports
+        since, reports_before = self._busy_since.setdefault(member.address, (now, reports))
+        if reports != reports_before:
+            self._busy_since[member.address] = since, _ = now, reports
         return now - since < MOST_BUSY_SECONDS
 
     def _unreachable(self, member: Member, error: WorkerUnreachableError) -> None:
         reason = str(error) or "unreachable"
         if member.healthy:
-            log.warning("worker %s is passed over: %s", member.worker_id, reason)
+            log.warning("worker %s gets no requests: %s", member.worker_id, reason)
             self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             member.reason = reason
             self._refresh()
@@ -166,15 +182,15 @@ class Fleet:
             member.reason = reason
 
     async def _poll(self, member: Member) -> None:
-        heard = -1
+        reports = -1
         woken = -POLL_SECONDS
         loop = asyncio.get_running_loop()
         while True:
             load = member.load
             # A load report with the same version replaces a description: nothing has changed.
-            if not member.healthy or load.reports == heard or load.version != member.version or not load.version:
+            if not member.healthy or load.reports == reports or load.version != member.version or not load.version:
                 await self.describe(member)
-            heard = load.reports
+            reports = load.reports
             seconds = max(POLL_SECONDS, len(self._members) / MOST_POLLS_A_SECOND)
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds * random.uniform(0.9, 1.1)):
@@ -191,17 +207,17 @@ class Fleet:
             self._unreachable(member, WorkerUnreachableError("it does not answer a ping"))
             member.link.give_up()
 
-    def _update(self, member: Member, told: inference_pb2.DescribeResponse, *, same: bool) -> None:
-        models = member.models if same else tuple(told.models)
-        member.version = told.version
+    def _update(self, member: Member, description: inference_pb2.DescribeResponse, *, same: bool) -> None:
+        models = member.models if same else tuple(description.models)
+        member.version = description.version
         failed = member.failed
         if not same:
-            member.decisions, member.failed = tuple(told.decisions), tuple(told.failed)
-        reason = "" if told.accepting else "draining"
-        weight, region = told.weight or member.weight, told.region or member.region
+            member.decisions, member.failed = tuple(description.decisions), tuple(description.failed)
+        reason = "" if description.accepting else "draining"
+        weight, region = description.weight or member.weight, description.region or member.region
         moved = (weight, region) != (member.weight, member.region)
-        member.weight, member.region, member.zone = weight, region, told.zone or member.zone
-        member.worker_id = told.worker_id
+        member.weight, member.region, member.zone = weight, region, description.zone or member.zone
+        member.worker_id = description.worker_id
         if moved:
             self._rebuild()
         if reason == member.reason and models == member.models and failed == member.failed:
@@ -272,7 +288,7 @@ class Fleet:
             reason = ejected.get(member.address, "")
             if reason and not member.ejected:
                 log.warning("worker %s is %s", member.worker_id, reason)
-                self.ejections.add(member.worker_id)
+                self._ejections.add(member.worker_id)
                 self.events.publish(Event.KIND_EJECTED, member, reason=reason)
             elif member.ejected and not reason:
                 self._slow_start.begin(member.address)
@@ -284,8 +300,8 @@ class Fleet:
         if changed:
             self.view = self._view(self.view.ring, self.view.far, self.view.catalog)
 
-    def _told(self, source: str, listings: Iterable[Listing]) -> None:
-        self._membership.told(source, listings)
+    def _reported(self, source: str, listings: Iterable[Listing]) -> None:
+        self._membership.report(source, listings)
         self._follow_membership()
 
     def _follow_membership(self) -> None:
@@ -320,7 +336,7 @@ class Fleet:
         self._busy_since.pop(member.address, None)
         self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
-        self._once("farewell to a worker", _retire(member))
+        self._once("disconnection of a worker", _retire(member))
 
     def _start_polling(self, member: Member) -> None:
         self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))

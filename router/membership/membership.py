@@ -22,8 +22,7 @@ class Membership:
         self._members: dict[str, Listing] = {}
         self._missing_since: dict[str, float] = {}
 
-    def told(self, source: str, listings: Iterable[Listing]) -> None:
-        """Replaces the list of a source."""
+    def report(self, source: str, listings: Iterable[Listing]) -> None:
         self._sources[source] = {listing.address: listing for listing in listings}
 
     def members(self, answers: Callable[[str], bool]) -> Mapping[str, Listing]:

@@ -65,11 +65,9 @@ class Outliers:
         record.usual += usual
 
     def failed(self, worker: str) -> None:
-        """Records a transport failure of an attempt."""
         self._records[worker].failures += 1
 
     def forget(self, worker: str) -> None:
-        """Drops the record of a worker that left."""
         self._records.pop(worker, None)
 
     def ejected(self, fleet: Mapping[str, bool]) -> dict[str, str]:

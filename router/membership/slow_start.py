@@ -24,7 +24,6 @@ class SlowStart:
             self._since[worker] = self._clock()
 
     def forget(self, worker: str) -> None:
-        """Drops the ramp of a worker that left."""
         self._since.pop(worker, None)
 
     def ramp(self, worker: str) -> float:

@@ -22,7 +22,6 @@ def is_text(text: str) -> bool:
 
 
 def is_address(address: str) -> bool:
-    """Whether the address is host:port."""
     host, _, port = address.rpartition(":")
     return (
         bool(host)
@@ -35,47 +34,48 @@ def is_address(address: str) -> bool:
 
 
 def is_weight(weight: float) -> bool:
-    """Whether the weight is valid for a ring."""
     return 0 < weight <= _LARGEST_WEIGHT
 
 
-def nonsense(told: inference_pb2.DescribeResponse, models: Iterable[inference_pb2.ModelVersion]) -> str:
-    """Why the description of a worker that holds `models` is invalid; "" if it is valid."""
+class InvalidDescriptionError(Exception):
+    """The message says what is invalid."""
+
+
+def check_description(described: inference_pb2.DescribeResponse, models: Iterable[inference_pb2.ModelVersion]) -> None:
+    """Raises InvalidDescriptionError if the description of a worker that holds `models` is invalid."""
     for name, text in (
-        *(("id", told.worker_id), ("region", told.region), ("zone", told.zone)),
-        ("envelope socket", told.envelope_socket),
+        *(("id", described.worker_id), ("region", described.region), ("zone", described.zone)),
+        ("envelope socket", described.envelope_socket),
     ):
         if not is_text(text):
-            return f"its {name} is {text[:80]!r}"
-    if told.weight and not is_weight(told.weight):
-        return f"its weight is {told.weight:g}"
-    for failure in told.failed:
+            raise InvalidDescriptionError(f"its {name} is {text[:80]!r}")
+    if described.weight and not is_weight(described.weight):
+        raise InvalidDescriptionError(f"its weight is {described.weight:g}")
+    for failure in described.failed:
         if not (is_text(failure.model) and is_text(failure.version) and is_text(failure.reason)):
-            return f"model {failure.model[:80]!r}: it failed to load, and why is not told in text"
+            raise InvalidDescriptionError(f"model {failure.model[:80]!r}: it failed to load, and the reason is no text")
     seen: set[tuple[str, str]] = set()
     for model in models:
-        if why := _nonsense_of(model):
-            return f"model {model.name[:80]!r}: {why}"
+        _check_model(model)
         if (model.name, model.version) in seen:
-            return f"model {model.name!r}: version {model.version} is listed twice"
+            raise InvalidDescriptionError(f"model {model.name!r}: version {model.version} is listed twice")
         seen.add((model.name, model.version))
     try:
         Catalog([models])
     except Exception as error:  # such as the plan of an ensemble
-        return f"its models do not make a catalog: {error!r}"
-    return ""
+        raise InvalidDescriptionError(f"its models do not make a catalog: {error!r}") from None
 
 
-def _nonsense_of(model: inference_pb2.ModelVersion) -> str:
+def _check_model(model: inference_pb2.ModelVersion) -> None:
+    model_name = f"model {model.name[:80]!r}"
     if not model.name or not is_text(model.name):
-        return "that is no name"
+        raise InvalidDescriptionError(f"{model_name}: that is no name")
     if not (model.version.isascii() and model.version.isdecimal() and len(model.version) <= _MOST_DIGITS):
-        return f"its version is {model.version[:80]!r}, not an integer"
+        raise InvalidDescriptionError(f"{model_name}: its version is {model.version[:80]!r}, not an integer")
     # An ensemble whose steps are on other workers may have no digest: the router derives it from those of the steps.
     if len(model.digest) != _DIGEST_BYTES and (model.digest or not model.HasField("ensemble")):
-        return f"its digest has {len(model.digest)} bytes, not {_DIGEST_BYTES}"
+        raise InvalidDescriptionError(f"{model_name}: its digest has {len(model.digest)} bytes, not {_DIGEST_BYTES}")
     if not (math.isfinite(model.semantic_threshold) and 0 <= model.semantic_threshold <= 1):
-        return f"its semantic_threshold is {model.semantic_threshold:g}"
+        raise InvalidDescriptionError(f"{model_name}: its semantic_threshold is {model.semantic_threshold:g}")
     if max(model.ttl_ms, model.stale_ms) > _LARGEST_MS:
-        return f"its answers are fresh for {max(model.ttl_ms, model.stale_ms)} ms"
-    return ""
+        raise InvalidDescriptionError(f"{model_name}: its answers are fresh for {max(model.ttl_ms, model.stale_ms)} ms")

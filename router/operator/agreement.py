@@ -42,18 +42,12 @@ class Agreement:
     def __init__(self, fleet: Fleet, clock: Callable[[], float]) -> None:
         self._fleet = fleet
         self._clock = clock
-        self._telling: dict[str, asyncio.Task[None]] = {}
+        self._sending: dict[str, asyncio.Task[None]] = {}
         self._tried: dict[tuple[str, str], float] = {}
 
-    async def keep(self) -> None:
-        """Runs until it is cancelled."""
-        try:
-            while True:
-                await asyncio.sleep(_PERIOD_SECONDS)
-                self.compare()
-        finally:
-            for task in [*self._telling.values()]:
-                task.cancel()
+    def start(self) -> None:
+        """Compares every second from now on."""
+        BACKGROUND.every(_PERIOD_SECONDS, "agreement on models", self.compare)
 
     def compare(self) -> None:
         """Starts to send each worker the decisions that it lacks."""
@@ -72,27 +66,27 @@ class Agreement:
                 for model, (decided_ns, source) in newest.items()
                 if known.get(model, 0) < decided_ns and (member.address, model) not in self._tried
             }
-            if lacking and member.address not in self._telling:
-                self._telling[member.address] = BACKGROUND.once("worker decisions", self._tell(member, lacking))
+            if lacking and member.address not in self._sending:
+                self._sending[member.address] = BACKGROUND.once("worker decisions", self._send(member, lacking))
 
-    async def _tell(self, member: Member, lacking: dict[str, Member]) -> None:
+    async def _send(self, member: Member, lacking: dict[str, Member]) -> None:
         try:
             for model, source in lacking.items():
                 try:
                     await _pass_on(model, source, member)
-                    log.info("worker %s was told what the fleet decided about model %s", member.worker_id, model)
+                    log.info("worker %s has applied the decision of the fleet on model %s", member.worker_id, model)
                 except Exception as error:  # a worker's error must not keep the other decisions from it
                     self._tried[member.address, model] = self._clock()
                     log.warning("worker %s does not follow the fleet on model %s: %s", member.worker_id, model, error)
             await self._fleet.describe(member)
         finally:
-            del self._telling[member.address]
+            del self._sending[member.address]
 
 
 async def _pass_on(model: str, source: Member, to: Member) -> None:
     """Applies the decision of worker `source` on `to`. Raises RingmeshError, WorkerUnreachableError."""
-    asked = inference_pb2.GetDecisionRequest(model=model).SerializeToString()
-    found = await source.link.call(f"{_WORKER}GetDecision", asked, _LOAD_SECONDS)
+    query = inference_pb2.GetDecisionRequest(model=model).SerializeToString()
+    found = await source.link.call(f"{_WORKER}GetDecision", query, _LOAD_SECONDS)
     answer = inference_pb2.GetDecisionResponse.FromString(found)
     loads = answer.HasField("load")
     request = answer.load if loads else v2.RepositoryModelUnloadRequest(model_name=model)

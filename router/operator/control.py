@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any
 
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -28,16 +28,9 @@ _SERVICE = "/inference.GRPCInferenceService/"
 _LOAD_SECONDS = 600.0
 _SECONDS = 10.0
 
-Response = TypeVar("Response", bound=Message)
-
-_SHARED_MEMORY: tuple[tuple[str, type[Message], type[Message]], ...] = (
-    ("SystemSharedMemoryStatus", v2.SystemSharedMemoryStatusRequest, v2.SystemSharedMemoryStatusResponse),
-    ("SystemSharedMemoryRegister", v2.SystemSharedMemoryRegisterRequest, v2.SystemSharedMemoryRegisterResponse),
-    ("SystemSharedMemoryUnregister", v2.SystemSharedMemoryUnregisterRequest, v2.SystemSharedMemoryUnregisterResponse),
-    ("CudaSharedMemoryStatus", v2.CudaSharedMemoryStatusRequest, v2.CudaSharedMemoryStatusResponse),
-    ("CudaSharedMemoryRegister", v2.CudaSharedMemoryRegisterRequest, v2.CudaSharedMemoryRegisterResponse),
-    ("CudaSharedMemoryUnregister", v2.CudaSharedMemoryUnregisterRequest, v2.CudaSharedMemoryUnregisterResponse),
-)
+_SHARED_MEMORY = [
+    f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")
+]
 
 
 class FleetControl:
@@ -55,25 +48,24 @@ class FleetControl:
         self._audit = audit
 
     def handlers(self) -> dict[str, Handler]:
-        """For `inference.GRPCInferenceService`."""
         return {
             "ModelConfig": unary(v2.ModelConfigRequest, self._config),
             "ModelStatistics": unary(v2.ModelStatisticsRequest, self._statistics),
             "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
             "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load, check_list),
             "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
-            **{method: unary(request, self._to_all(method, response)) for method, request, response in _SHARED_MEMORY},
+            **{method: unary(getattr(v2, f"{method}Request"), self._to_all(method)) for method in _SHARED_MEMORY},
         }
 
-    def _to_all(self, method: str, response_type: type[Response]) -> Callable[[Message, Context], Awaitable[Response]]:
+    def _to_all(self, method: str) -> Callable[[Message, Context], Awaitable[Any]]:
         """A handler that calls all workers and returns the first answer.
 
         Every worker on the caller's host must know a region, because a request may go to any of them. The answers are
         alike.
         """
 
-        async def ask(request: Message, _: Context) -> Response:
-            return (await self._ask_all(method, request, response_type, _SECONDS))[0][1]
+        async def ask(request: Message, _: Context) -> Any:
+            return (await self._ask_all(method, request))[0][1]
 
         return ask
 
@@ -81,9 +73,9 @@ class FleetControl:
         model = self._fleet.view.catalog.find(request.name, request.version)
         for member in self._healthy():
             if (model.name, model.version) in member.held:
-                answer = await self._ask(member, "ModelConfig", request, v2.ModelConfigResponse, _SECONDS)
-                if why_not := self._audit.why_not(model, self._fleet.view.catalog):
-                    answer.config.parameters["ringmesh_cached"].string_value = f"no: {why_not}"
+                answer: v2.ModelConfigResponse = await self._ask(member, "ModelConfig", request)
+                if reason := self._audit.may_cache(model, self._fleet.view.catalog).reason:
+                    answer.config.parameters["ringmesh_cached"].string_value = f"no: {reason}"
                 return answer
         raise UnavailableError(
             f"no worker that holds model {request.name!r} can be reached; retry later", kind="no_worker"
@@ -98,9 +90,7 @@ class FleetControl:
             for member in self._healthy()
             if not request.name or any(name == request.name for name, _version in member.held)
         ]
-        answers = await asyncio.gather(
-            *(self._ask(member, "ModelStatistics", request, v2.ModelStatisticsResponse, _SECONDS) for member in holders)
-        )
+        answers = await asyncio.gather(*(self._ask(member, "ModelStatistics", request) for member in holders))
         sums: dict[tuple[str, str], v2.ModelStatistics] = {}
         for answer in answers:
             for stats in answer.model_stats:
@@ -119,7 +109,7 @@ class FleetControl:
         A reason names its workers unless all workers give the same one.
         """
         every = v2.RepositoryIndexRequest(repository_name=request.repository_name)
-        answers = await self._ask_all("RepositoryIndex", every, v2.RepositoryIndexResponse, _SECONDS)
+        answers = await self._ask_all("RepositoryIndex", every)
         lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
         reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
         for member, answer in answers:
@@ -131,7 +121,7 @@ class FleetControl:
                     reasons.setdefault(key, {}).setdefault(line.reason, []).append(member.worker_id)
         catalog = self._fleet.view.catalog
         for key, line in lines.items():
-            told = [
+            remarks = [
                 reason if len(workers) == len(answers) else f"{', '.join(sorted(workers))}: {reason}"
                 for reason, workers in reasons.get(key, {}).items()
             ]
@@ -139,36 +129,33 @@ class FleetControl:
             model = catalog.find(name, version) if version in catalog.versions.get(name, ()) else None
             if model is not None and model.not_runnable:
                 line.state = "UNAVAILABLE"
-                told.append(f"no worker can run it: {model.not_runnable}")
+                remarks.append(f"no worker can run it: {model.not_runnable}")
             elif model is not None and model.plan is not None:
                 line.state = "READY"
-            if model is not None and line.state == "READY" and (why_not := self._audit.why_not(model, catalog)):
-                told.append(f"not cached: {why_not}")
-            line.reason = "; ".join(told)
+            if model is not None and line.state == "READY" and (why := self._audit.may_cache(model, catalog).reason):
+                remarks.append(f"not cached: {why}")
+            line.reason = "; ".join(remarks)
         shown = [key for key in sorted(lines) if lines[key].state == "READY" or not request.ready]
         return v2.RepositoryIndexResponse(models=[lines[key] for key in shown])
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
         """Returns when every worker serves the new files and every router uses their digest in cache keys."""
-        await self._change("RepositoryModelLoad", request, v2.RepositoryModelLoadResponse)
+        await self._change("RepositoryModelLoad", request)
         return v2.RepositoryModelLoadResponse()
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
         if request.model_name not in self._fleet.view.catalog.versions:
             raise NotFoundError(f"model {request.model_name!r} is not loaded", field="model_name")
-        await self._change("RepositoryModelUnload", request, v2.RepositoryModelUnloadResponse)
+        await self._change("RepositoryModelUnload", request)
         return v2.RepositoryModelUnloadResponse()
 
     async def _change(
-        self,
-        method: str,
-        request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest,
-        response_type: type[Response],
+        self, method: str, request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest
     ) -> None:
         """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
         request.parameters[DECIDED_NS].int64_param = next_ns(self._healthy(), request.model_name)
         try:
-            await self._ask_all(method, request, response_type, _LOAD_SECONDS)
+            await self._ask_all(method, request, _LOAD_SECONDS)
         finally:  # also if only some workers applied it
             await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
             try:
@@ -176,30 +163,22 @@ class FleetControl:
             except UnavailableError as error:
                 log.warning("other routers learn of %s by their polls only: %s", method, error.message)
 
-    async def _ask_all(
-        self, method: str, request: Message, response_type: type[Response], seconds: float
-    ) -> list[tuple[Member, Response]]:
+    async def _ask_all(self, method: str, request: Message, seconds: float = _SECONDS) -> list[tuple[Member, Any]]:
         members = self._healthy()
         if not members:
             raise UnavailableError("no worker is connected; retry later", kind="no_worker")
-        asked: list[Awaitable[Response]] = [
-            self._ask(member, method, request, response_type, seconds) for member in members
-        ]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        done = []
-        for member, answer in zip(members, answers, strict=True):
+        calls = (self._ask(member, method, request, seconds) for member in members)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-            done.append((member, answer))
-        return done
+        return list(zip(members, answers, strict=True))
 
-    async def _ask(
-        self, member: Member, method: str, request: Message, response_type: type[Response], seconds: float
-    ) -> Response:
+    async def _ask(self, member: Member, method: str, request: Message, seconds: float = _SECONDS) -> Any:
+        """The response of one worker, as a message of the method's type."""
         try:
-            return response_type.FromString(
-                await member.link.call(_SERVICE + method, request.SerializeToString(), seconds)
-            )
+            data = await member.link.call(_SERVICE + method, request.SerializeToString(), seconds)
+            return getattr(v2, f"{method}Response").FromString(data)
         except WorkerUnreachableError as lost:
             raise UnavailableError(f"worker {member.worker_id}: {lost}", kind="worker_lost") from None
         except InvalidArgumentError as error:

@@ -7,18 +7,18 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 from ringmesh.router.v1 import router_pb2
 
-from cache.keys.keys import RequestHasher, UncacheableError, cache_key
 from router.balancing.member import Member
 from router.balancing.picker import Candidate, candidates
 from router.balancing.view import FleetView
 from router.membership.events import Event, make
 from router.membership.fleet import Fleet
-from router.request.audit import Audit
+from router.request.call import Call
+from router.request.keyer import Keyer
 from services.runtime.errors import RingmeshError
 from services.runtime.oip import protocol
-from services.runtime.oip.request_check import check_request
 from services.runtime.request_limits import check_embedded
 from services.runtime.rpc.rpc import Context, Service, abort, unary
+from services.runtime.telemetry.tracing import untraced
 
 # Maximum number of candidates in an answer.
 _MOST_CANDIDATES = 32
@@ -29,13 +29,11 @@ _REQUEST = 0x0A
 class OperatorService:
     """GetRing, Explain and Watch, based on the same fleet view that requests use."""
 
-    def __init__(self, fleet: Fleet, hasher: RequestHasher, audit: Audit) -> None:
+    def __init__(self, fleet: Fleet, keyer: Keyer) -> None:
         self._fleet = fleet
-        self._hasher = hasher
-        self._audit = audit
+        self._keyer = keyer
 
     def service(self) -> Service:
-        """The handlers."""
         return Service(
             router_pb2.DESCRIPTOR.services_by_name["RouterService"],
             {
@@ -52,31 +50,26 @@ class OperatorService:
     async def _explain(self, request: router_pb2.ExplainRequest, _: Context) -> router_pb2.ExplainResponse:
         protocol.check_tenant(request.tenant, "tenant")
         view = self._fleet.view
-        model = view.catalog.find(request.request.model_name, request.request.model_version)
-        check_request(request.request, model.name, model.inputs, model.outputs)
+        call = Call(request.request.SerializeToString(), untraced(), (), "Explain", None)
+        call.tenant = request.tenant
+        model = self._keyer.describe(call)
+        ring_hash = call.request_hash or call.ring_hash
         response = router_pb2.ExplainResponse()
-        place, sticky = b"", False
-        try:
-            if why_not := model.uncacheable or self._audit.why_not(model, view.catalog):
-                raise UncacheableError(why_not)
-            tenant = request.tenant if model.tenant_scoped else None
-            place = self._hasher.hash(request.request, model.outputs, tenant)
-            response.key = cache_key(model.digest, place).hex()
-        except UncacheableError as why:
-            if sequence := protocol.sequence_of(request.request):
-                place, sticky = self._hasher.sequence_place(model.name, sequence), True
-                response.uncached_reason = f"{why}; the sequence stays with its owner"
-            else:
-                response.uncached_reason = f"{why}; the one that would answer first of two at random is asked"
-        if place:
+        if call.request_hash:
+            response.key = (model.digest + call.request_hash).hex()
+        elif call.ring_hash:
+            response.uncached_reason = f"{call.reason}; the sequence stays with its owner"
+        else:
+            response.uncached_reason = f"{call.reason}; the one that would answer first of two at random is asked"
+        if ring_hash:
             ring = view.ring if view.ring.members else view.far
-            response.owner = view.members[ring.ranked(place)[0]].worker_id
-        asked: list[Candidate] = []
-        passed_over: list[Candidate] = []
-        for candidate in candidates(view, model, place, sticky=sticky):
-            (passed_over if candidate.reason else asked).append(candidate)
-        for candidate in [*asked, *passed_over][:_MOST_CANDIDATES]:
-            response.candidates.append(_candidate(candidate, chosen=candidate in asked[:1]))
+            response.owner = view.members[ring.ranked(ring_hash)[0]].worker_id
+        eligible: list[Candidate] = []
+        skipped: list[Candidate] = []
+        for candidate in candidates(view, model, ring_hash, sticky=bool(call.ring_hash)):
+            (skipped if candidate.reason else eligible).append(candidate)
+        for candidate in [*eligible, *skipped][:_MOST_CANDIDATES]:
+            response.candidates.append(_candidate(candidate, chosen=candidate in eligible[:1]))
         return response
 
     async def _watch(self, _: bytes, context: Context) -> AsyncIterator[bytes]:
@@ -131,7 +124,6 @@ def _candidate(candidate: Candidate, *, chosen: bool) -> router_pb2.Candidate:
 
 
 def _now(view: FleetView) -> Iterator[Event]:
-    """Events that describe the current state, for a new watcher."""
     for member in view.members.values():
         yield make(Event.KIND_JOINED, member)
         if member.reason == "draining":

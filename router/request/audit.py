@@ -12,14 +12,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.admission.caller import ROUTER
 from router.balancing.catalog import Catalog, ModelEntry
-from router.dispatch.attempts import Answered, Asked
-from router.request.audit_comparison import Verdict, compare
+from router.balancing.eligibility import ELIGIBLE, Eligibility
+from router.dispatch.attempts import DispatchRequest, DispatchResult
+from router.request.audit_comparison import Comparison, compare
 from services.runtime import driver
 from services.runtime.errors import NotFoundError, RingmeshError, UnavailableError
 from services.runtime.telemetry.metrics import Family, Sample
@@ -58,13 +60,6 @@ _LARGEST_PART = 0.01
 _MAX_MODELS = 1000
 
 
-class Runner(Protocol):
-    """Runs a request on the fleet; Dispatcher is the real one."""
-
-    def run(self, asked: Asked) -> Coroutine[Any, Any, Answered]:
-        """Returns the result and the worker that computed it; to be driven. Raises RingmeshError."""
-
-
 class ModelAudit:
     """Audit results of one model digest."""
 
@@ -86,13 +81,18 @@ class ModelAudit:
 
 
 class Audit:
-    """Audits on average `share` of the hits, within the limits above.
+    """Audits on average `share` of the hits, within the limits above. `run` as Dispatcher.run.
 
     `distrusted` maps the digest of each model that is no longer cached to the reason.
     """
 
-    def __init__(self, dispatcher: Runner, share: float, clock: Callable[[], float]) -> None:
-        self._dispatcher = dispatcher
+    def __init__(
+        self,
+        run: Callable[[DispatchRequest], Coroutine[Any, Any, DispatchResult]],
+        share: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._run = run
         self._share = share
         self._clock = clock
         self._left = self._interval()
@@ -115,20 +115,17 @@ class Audit:
         Does nothing if another audit runs or has just ended, or if the request's outputs have parameters.
         """
         if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
-            self._task = BACKGROUND.once("audit", self._run(model, request, answer))
+            self._task = BACKGROUND.once("audit", self._audit(model, request, answer))
 
-    def why_not(self, model: ModelEntry, catalog: Catalog) -> str:
-        """Why the answers of the model, or of a step of this ensemble, are distrusted; "" if they are trusted."""
+    def may_cache(self, model: ModelEntry, catalog: Catalog) -> Eligibility:
+        """Whether the answers of the model, or of the steps of this ensemble, are trusted."""
         if reason := self.distrusted.get(model.digest):
-            return reason
+            return Eligibility(reason)
         for step in model.plan.steps if model.plan is not None else ():
-            try:
-                reason = self.distrusted.get(catalog.find(step.model, step.version).digest, "")
-            except (NotFoundError, UnavailableError):
-                continue
-            if reason:
-                return f"of its step {step.model!r}: {reason}"
-        return ""
+            with suppress(NotFoundError, UnavailableError):
+                if reason := self.distrusted.get(catalog.find(step.model, step.version).digest):
+                    return Eligibility(f"of its step {step.model!r}: {reason}")
+        return ELIGIBLE
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`. Digests of the same version share one series."""
@@ -153,7 +150,7 @@ class Audit:
             return math.inf if not self._share else 0
         return math.floor(math.log(1 - random.random()) / math.log1p(-self._share))
 
-    async def _run(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
+    async def _audit(self, model: ModelEntry, request: bytes, answer: bytes) -> None:
         began = self._clock()
         audit = self._audits.get(model.digest)
         if audit is None:
@@ -163,8 +160,8 @@ class Audit:
         try:
             # The request joins no other and may go to any worker: the one that computed it first may be the faulty one.
             deadline = time.monotonic() + _DEADLINE_SECONDS
-            asked = Asked(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
-            result, _ = await driver.run(self._dispatcher.run(asked), deadline)
+            repeated = DispatchRequest(model, request, b"", untraced(), deadline=deadline, caller=ROUTER)
+            result, _ = await driver.run(self._run(repeated), deadline)
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))
         except RingmeshError as error:
@@ -177,9 +174,9 @@ class Audit:
             self._not_before = self._clock() + max(_SECONDS_APART, _REST * took)
             self._task = None
 
-    def _note(self, audit: ModelAudit, verdict: Verdict) -> None:
-        audit.results[verdict.result] += 1
-        audit.largest = max(audit.largest, verdict.largest)
+    def _note(self, audit: ModelAudit, comparison: Comparison) -> None:
+        audit.results[comparison.result] += 1
+        audit.largest = max(audit.largest, comparison.largest)
         model = audit.model
         if model.digest not in self.distrusted and (reason := audit.distrusted()):
             self.distrusted[model.digest] = reason

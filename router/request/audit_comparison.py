@@ -15,20 +15,20 @@ from services.runtime.oip.tensors import DATATYPES
 _TOLERANCE = {"FP64": 1e-3, "FP32": 1e-3, "FP16": 1e-2, "BF16": 3e-2}
 
 
-class Verdict(NamedTuple):
+class Comparison(NamedTuple):
     """How an answer compares with its recomputed value. `largest` is the largest difference between two numbers."""
 
     result: str
     largest: float
 
 
-def compare(answer: bytes, again: bytes) -> Verdict:
+def compare(answer: bytes, again: bytes) -> Comparison:
     """Compares two serialized ModelInferResponses without ids: equal, close (within the tolerance) or different."""
     if answer == again:
-        return Verdict("equal", 0.0)
+        return Comparison("equal", 0.0)
     one, other = (v2.ModelInferResponse.FromString(data) for data in (answer, again))
     if [_head(output) for output in one.outputs] != [_head(output) for output in other.outputs]:
-        return Verdict("different", 0.0)
+        return Comparison("different", 0.0)
     close, largest = True, 0.0
     for output, first, second in zip(one.outputs, one.raw_output_contents, other.raw_output_contents, strict=True):
         if first == second:
@@ -40,7 +40,7 @@ def compare(answer: bytes, again: bytes) -> Verdict:
         difference, magnitude = _difference(*(_numbers(output.datatype, raw) for raw in (first, second)))
         largest = max(largest, difference)
         close = close and difference <= tolerance * magnitude
-    return Verdict("close" if close else "different", largest)
+    return Comparison("close" if close else "different", largest)
 
 
 def _head(output: v2.ModelInferResponse.InferOutputTensor) -> tuple[str, str, Sequence[int]]:

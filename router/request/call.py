@@ -55,5 +55,4 @@ class Call:
         self.caller = ANYBODY
 
     def is_late(self) -> bool:
-        """Whether its deadline has passed."""
         return self.deadline is not None and self.deadline <= time.monotonic()

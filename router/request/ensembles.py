@@ -19,7 +19,7 @@ from services.runtime.rpc.rpc import parse
 _PASSED_ON = ("priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
 
 
-class _Tensor(NamedTuple):
+class _StepTensor(NamedTuple):
     datatype: str
     shape: tuple[int, ...]
     raw: bytes
@@ -31,55 +31,54 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes
     Raises InvalidArgumentError for features that need one worker with all steps, and whatever `infer` raises.
     """
     request = parse(v2.ModelInferRequest, data)
-    outputs = [output.name for output in request.outputs] or [output.name for output in model.metadata.outputs]
-    known = {output.name: output for output in model.metadata.outputs}
+    wanted = {output.name for output in request.outputs or model.metadata.outputs}
     if any(output.parameters for output in request.outputs):
         raise InvalidArgumentError(
             f"ensemble {model.name!r} runs on several workers, where outputs take no parameters", field="outputs"
         )
     compute_us = 0
 
-    async def run_step(index: int, inputs: dict[str, _Tensor]) -> Mapping[str, _Tensor]:
+    async def run_step(index: int, inputs: dict[str, _StepTensor]) -> Mapping[str, _StepTensor]:
         nonlocal compute_us
         step = plan.steps[index]
         # Requests all outputs, as most callers of a model do, so that steps and callers share cached answers.
-        asked = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
+        step_request = v2.ModelInferRequest(model_name=step.model, model_version=step.version)
         for name, tensor in inputs.items():
-            asked.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
-            asked.raw_input_contents.append(tensor.raw)
+            step_request.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+            step_request.raw_input_contents.append(tensor.raw)
         for name in _PASSED_ON:
             if name in request.parameters:
-                asked.parameters[name].CopyFrom(request.parameters[name])
+                step_request.parameters[name].CopyFrom(request.parameters[name])
         try:
-            entry = await infer(asked.SerializeToString())
+            entry = await infer(step_request.SerializeToString())
         except RingmeshError as error:
             error.message = f"step {step.model!r} of ensemble {model.name!r}: {error.message}"
             raise
         compute_us += entry.compute_us
         answer = v2.ModelInferResponse.FromString(entry.value)
         return {
-            output.name: _Tensor(output.datatype, (*output.shape,), raw)
+            output.name: _StepTensor(output.datatype, (*output.shape,), raw)
             for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
         }
 
     tensors = await ensemble.run(plan, _inputs(request, model), run_step)
     response = v2.ModelInferResponse(model_name=model.name, model_version=model.version)
-    for name in known:
-        if name in outputs:
-            tensor = tensors[name]
-            response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
+    for output in model.metadata.outputs:
+        if output.name in wanted:
+            tensor = tensors[output.name]
+            response.outputs.add(name=output.name, datatype=tensor.datatype, shape=tensor.shape)
             response.raw_output_contents.append(tensor.raw)
     return Entry(response.SerializeToString(), compute_us)
 
 
-def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tensor]:
+def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _StepTensor]:
     """The request's inputs by name. The steps check datatypes and shapes, each for its own model."""
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise InvalidArgumentError(
             f"raw_input_contents has {len(raws)} entries for {len(request.inputs)} inputs", field="raw_input_contents"
         )
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, _StepTensor] = {}
     for index, tensor in enumerate(request.inputs):
         name = tensor.name
         if "shared_memory_region" in tensor.parameters:
@@ -88,7 +87,7 @@ def _inputs(request: v2.ModelInferRequest, model: ModelEntry) -> dict[str, _Tens
                 field=f"inputs[{index}].parameters",
             )
         raw = raws[index] if raws else raw_from_contents(tensor, f"inputs[{index}]")
-        tensors[name] = _Tensor(tensor.datatype, (*tensor.shape,), raw)
+        tensors[name] = _StepTensor(tensor.datatype, (*tensor.shape,), raw)
     if missing := [spec.name for spec in model.metadata.inputs if spec.name not in tensors]:
         raise InvalidArgumentError(f"ensemble {model.name!r} also needs input {missing[0]!r}", field="inputs")
     most = model.max_request_rows

@@ -2,12 +2,14 @@
 
 from __future__ import annotations  # compiled by mypyc
 
+import os
 from collections.abc import Iterator
 
+from blake3 import blake3
+
 from cache.keys.epochs import Epochs
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.keys.keys import RequestHasher, UncacheableError
-from cache.keys.request_memo import LARGEST_BYTES, RequestMemo
 from cache.policy.cache_control import parse_cache_control
 from router.admission.caller import caller_of
 from router.balancing.catalog import Catalog, ModelEntry
@@ -19,10 +21,12 @@ from services.runtime.oip import protocol
 from services.runtime.oip.infer_request import RequestReader
 from services.runtime.oip.request_check import check_request
 from services.runtime.telemetry.metrics import Sample
-from services.runtime.telemetry.recent import forgotten
+from services.runtime.telemetry.recent import Recent, forgotten
 
 # Parsed requests kept in the memo, at about 300 bytes each.
 _REMEMBERED = 32_768
+# Above this size, hashing dominates the cost of a request, and the memo would hash it a second time.
+_LARGEST_BYTES = 32 << 10
 
 
 class Keyer:
@@ -31,17 +35,18 @@ class Keyer:
     The memo maps the bytes of requests that were hits to their parsed form.
     """
 
-    def __init__(self, fleet: Workers, purges: PurgeBoard, hasher: RequestHasher, audit: Audit) -> None:
+    def __init__(self, fleet: Workers, purges: InvalidationLog, hasher: RequestHasher, audit: Audit) -> None:
         self._fleet = fleet
         self._purges = purges
         self._hasher = hasher
         self._audit = audit
         self._reader = RequestReader()
-        self._memo = RequestMemo[_Meaning](_REMEMBERED)
+        # The hash is keyed, so that nobody can search for two requests with the same digest.
+        self._memo_secret = os.urandom(32)
+        self._memo: Recent[bytes, _ParsedRequest] = Recent(_REMEMBERED)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
-        yield forgotten("requests", self._memo.meanings)
+        yield forgotten("requests", self._memo)
 
     def admit(self, call: Call) -> None:
         """Applies the caller's metadata and keys the request. Raises RingmeshError."""
@@ -51,16 +56,18 @@ class Keyer:
         call.tenant = told.tenant
         if told.control:
             call.control = parse_cache_control(told.control)
-        elif len(call.data) <= LARGEST_BYTES and not self._audit.distrusted:
-            memo_key = self._memo.digest(call.data, call.tenant)
-            meaning = self._memo.get(memo_key)
+        elif len(call.data) <= _LARGEST_BYTES and not self._audit.distrusted:
+            memo_key = blake3(call.data, key=self._memo_secret).digest(16)
+            if call.tenant:
+                memo_key += call.tenant.encode()
+            parsed = self._memo.get(memo_key)
             if (
-                meaning is not None
-                and meaning.catalog is self._fleet.view.catalog
-                and meaning.epochs is self._purges.epochs
+                parsed is not None
+                and parsed.catalog is self._fleet.view.catalog
+                and parsed.epochs is self._purges.epochs
             ):
-                call.model, call.name = meaning.model, meaning.model.name
-                call.request_id, call.request_hash = meaning.request_id, meaning.request_hash
+                call.model, call.name = parsed.model, parsed.model.name
+                call.request_id, call.request_hash = parsed.request_id, parsed.request_hash
                 return
             call.memo_key = memo_key
         self.key(call)
@@ -69,33 +76,39 @@ class Keyer:
         """Adds a request to the memo. Only for hits: other requests are rarely sent again."""
         if call.memo_key and call.model is not None:
             catalog, epochs = self._fleet.view.catalog, self._purges.epochs
-            self._memo.put(call.memo_key, _Meaning(catalog, epochs, call.model, call.request_id, call.request_hash))
+            parsed = _ParsedRequest(catalog, epochs, call.model, call.request_id, call.request_hash)
+            self._memo.put(call.memo_key, parsed)
 
     def key(self, call: Call) -> None:
         """Parses the request, finds its model, checks it and hashes it. Raises RingmeshError."""
+        model = self.describe(call)
+        if model.not_runnable:
+            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
+
+    def describe(self, call: Call) -> ModelEntry:
+        """As `key`, also for an ensemble that cannot run. Returns the model."""
         read = self._reader.read(call.data)
         call.name, call.request_id = read.head.name, read.request_id
         catalog = self._fleet.view.catalog
         call.model = model = catalog.find(call.name, read.head.version)
-        if model.not_runnable:
-            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
         if read.head.checked is not model:
             check_request(read.head.message, model.name, model.inputs, model.outputs)
             read.head.checked = model
         try:
             if model.uncacheable or self._audit.distrusted:
-                why_not = model.uncacheable or self._audit.why_not(model, catalog)
-                if why_not:
-                    raise UncacheableError(why_not)
+                reason = model.uncacheable or self._audit.may_cache(model, catalog).reason
+                if reason:
+                    raise UncacheableError(reason)
             tenant = call.tenant if model.tenant_scoped else None
             call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(read.head.message):
                 call.ring_hash = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
+        return model
 
 
-class _Meaning:
+class _ParsedRequest:
     """A parsed request; valid for one catalog and one set of invalidation epochs."""
 
     def __init__(

@@ -19,7 +19,7 @@ from router.accounting.request_metrics import STEP, RequestMetrics
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
 from router.balancing.catalog import ModelEntry
-from router.dispatch.attempts import Answered, Asked, Workers
+from router.dispatch.attempts import DispatchRequest, DispatchResult, Workers
 from router.dispatch.dispatcher import Dispatcher
 from router.request import controlled, ensembles, rows
 from router.request.audit import Audit
@@ -236,11 +236,13 @@ class RequestPath:
 
     def _forward(
         self, call: Call, model: ModelEntry, data: bytes, place: bytes, joins: bytes
-    ) -> Coroutine[Any, Any, Answered]:
+    ) -> Coroutine[Any, Any, DispatchResult]:
         """`place`: ring hash (b"": any worker). `joins`: key that equal requests share on the worker (b"": none)."""
         self._take_quota(call)
         return self._dispatcher.run(
-            Asked(model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller)
+            DispatchRequest(
+                model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller
+            )
         )
 
     def _take_quota(self, call: Call) -> None:
@@ -265,7 +267,7 @@ class RequestPath:
     def _runs_whole(self, model: ModelEntry) -> bool:
         """Whether one worker runs the ensemble: a worker can, and its steps need not be cached one by one."""
         members = self._fleet.view.members.values()
-        return not model.cache_steps and any(not member.why_not(model) for member in members)
+        return not model.cache_steps and any(member.can_run(model).ok for member in members)
 
     async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
         """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live."""

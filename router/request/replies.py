@@ -9,9 +9,9 @@ from functools import partial
 import grpc
 
 from cache.mesh import Found, Mesh
-from router.accounting.cost import Cost
+from router.accounting.cost import CostMetrics
 from router.accounting.meter import Meter
-from router.accounting.request_metrics import OK, STEP, RequestMetrics
+from router.accounting.request_metrics import OK, STEP, LabelValues, RequestMetrics
 from router.request.audit import Audit
 from router.request.call import Call
 from services.runtime import w3c
@@ -39,7 +39,7 @@ class Replies:
         tracer: Tracer,
         requests: RequestMetrics,
         request_log: RequestLog,
-        cost: Cost,
+        cost: CostMetrics,
         audit: Audit,
         report: LoadReport,
         meter: Meter | None,
@@ -67,21 +67,19 @@ class Replies:
             self._tracer.sample(trace, model.name)
         if call.method == STEP:
             return call.renew
-        retained = slow or trace.sampled
+        keeps = slow or trace.sampled
         if self._meter is not None:
             self._meter.answered(
-                labels, trace, model.provider, found.entry, call.start, end, call.router_ns, len(call.data),
-                alone=retained,
-            )  # fmt: skip
-        if retained:
-            return _both(call.renew, lambda: self._keep_answered(call, found, labels, end, slow=slow))
+                labels, trace, model.provider, found.entry, call.start, end, call.router_ns, len(call.data), alone=keeps
+            )
+        audits = found.outcome in _AUDITED and self._audit.takes_hit()
+        if keeps or audits:
+            return partial(self._afterwards, call, found, labels, end, slow=slow, keeps=keeps, audits=audits)
         return call.renew
 
     def answer(self, call: Call, found: Found) -> Answer:
         """The answer for the caller. Counts the call. Any thread."""
         afterwards = self.count(call, found)
-        if found.outcome in _AUDITED and self._audit.takes_hit():
-            afterwards = _both(afterwards, lambda: self._begin_audit(call, found))
         trailing: Metadata = (
             ("ringmesh-cache", found.outcome),
             ("ringmesh-trace-id", call.trace.trace_id),
@@ -109,20 +107,23 @@ class Replies:
                 trailing = (*trailing, self._report.trailer)
         return protocol.answered(found.entry.value, call.request_id, trailing, afterwards)
 
-    def _begin_audit(self, call: Call, found: Found) -> None:
-        assert call.model is not None
-        self._audit.begin(call.model, call.data, found.entry.value)
-
-    def _keep_answered(
-        self, call: Call, found: Found, labels: tuple[str, str, str, str, str, str], end: int, *, slow: bool
+    def _afterwards(
+        self, call: Call, found: Found, labels: LabelValues, end: int, *, slow: bool, keeps: bool, audits: bool
     ) -> None:
-        assert call.model is not None
+        model = call.model
+        assert model is not None
+        if call.renew is not None:
+            call.renew()
+        if audits:
+            self._audit.begin(model, call.data, found.entry.value)
+        if not keeps:
+            return
         entry = found.entry
         attributes: dict[str, Value] = {
             "ringmesh.cache.outcome": found.outcome,
             "ringmesh.response.bytes": len(entry.value),
             "ringmesh.compute_us": entry.compute_us,
-            "ringmesh.cost": self._cost.of(call.model.provider, entry.compute_us),
+            "ringmesh.cost": self._cost.of(model.provider, entry.compute_us),
             "ringmesh.kept": "sampled" if call.trace.sampled else "slow",
         }
         if found.worker:
@@ -166,7 +167,7 @@ class Replies:
     def _keep(
         self,
         call: Call,
-        labels: tuple[str, str, str, str, str, str],
+        labels: LabelValues,
         end: int,
         attributes: Attributes,
         code: grpc.StatusCode = grpc.StatusCode.OK,
@@ -179,7 +180,7 @@ class Replies:
         self._requests.exemplify(labels, end - call.start, trace.trace_id, end)
         state, baggage = protocol.state_and_baggage(call.metadata)
         trace.state = w3c.usable_state(state)
-        told: dict[str, Value] = {
+        kept: dict[str, Value] = {
             **protocol.span_attributes(call.method, code.value[0]),
             "ringmesh.model.name": call.name,
             "ringmesh.model.version": call.model.version if call.model is not None else "",
@@ -187,13 +188,13 @@ class Replies:
             **attributes,
         }
         if call.tenant:
-            told["ringmesh.tenant"] = call.tenant
+            kept["ringmesh.tenant"] = call.tenant
         if call.request_hash:
-            told["ringmesh.key"] = call.request_hash[:8].hex()
+            kept["ringmesh.key"] = call.request_hash[:8].hex()
         if call.reason:
-            told["ringmesh.cache.reason"] = call.reason
-        told |= {f"baggage.{key}": value for key, value in w3c.parse_baggage(baggage).items()}
-        self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, told, message)
+            kept["ringmesh.cache.reason"] = call.reason
+        kept |= {f"baggage.{key}": value for key, value in w3c.parse_baggage(baggage).items()}
+        self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, kept, message)
         if code is not grpc.StatusCode.OK or slow:
             self._log.tell(
                 code=code.name,
@@ -207,14 +208,3 @@ class Replies:
                 outcome=labels[5],
                 type=str(attributes.get("ringmesh.error", "")),
             )
-
-
-def _both(first: Callable[[], None] | None, second: Callable[[], None]) -> Callable[[], None]:
-    if first is None:
-        return second
-
-    def both() -> None:
-        first()
-        second()
-
-    return both

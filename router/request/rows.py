@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +19,7 @@ from cache.mesh import Computed, Found, Mesh, Outcome
 from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
+from router.request.local_answers import takes
 from services.runtime import faults
 from services.runtime.errors import RingmeshError, UnavailableError
 from services.runtime.large_result import Result
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # A larger batch is a bulk job; handling its rows one by one would block the event loop.
 MAX_ROWS = 256
 
-Compute: TypeAlias = Callable[[bytes, bytes], Awaitable[tuple[Result, str]]]
+ComputeRows: TypeAlias = Callable[[bytes, bytes], Awaitable[tuple[Result, str]]]
 
 
 class Batch(NamedTuple):
@@ -41,6 +41,16 @@ class Batch(NamedTuple):
 
     request: v2.ModelInferRequest
     rows: Sequence[Sequence[bytes]]
+
+
+class _Query(NamedTuple):
+    """A batch to look up. `indexes`: the keys of its rows, and one index of each."""
+
+    batch: Batch
+    indexes: Mapping[bytes, int]
+    model: ModelEntry
+    tenant: str | None
+    compute: ComputeRows
 
 
 class UnlikeRowsError(Exception):
@@ -72,7 +82,6 @@ class RowCache:
         self._mesh = mesh
         self._hasher = hasher
         self._flights = mesh.flights
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(
         self,
@@ -81,7 +90,7 @@ class RowCache:
         tenant: str | None,
         epochs: Epochs,
         whole: bytes,
-        compute: Compute,
+        compute: ComputeRows,
     ) -> Found | None:
         """The answer to the batch and its source; None if the batch must be computed whole.
 
@@ -91,18 +100,18 @@ class RowCache:
         """
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
         keys = [epochs.key(model.digest, model.name, row_hash) for row_hash in hashes]
-        wanted = {key: index for index, key in enumerate(keys)}
+        query = _Query(batch, {key: index for index, key in enumerate(keys)}, model, tenant, compute)
         found: dict[bytes, Found] = {}
-        for key in wanted:
+        for key in query.indexes:
             entry = self._mesh.local.get(key)
-            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and _is_fresh(model, entry):
+            if entry is not None and entry.created_at_ms >= self._mesh.purges.oldest_ms and takes(None, model, entry):
                 found[key] = Found(entry, "hit-local")
         known = sum(key in found for key in keys)
-        missing = [key for key in wanted if key not in found]
+        missing = [key for key in query.indexes if key not in found]
         joined = {key: flight for key in missing if (flight := self._flights.get(key)) is not None}
         try:
             mine = [key for key in missing if key not in joined]
-            found |= await self._lead(batch, model, mine, wanted, tenant, compute)
+            found |= await self._lead(query, mine)
             failed = []
             for key, flight in joined.items():
                 try:
@@ -116,7 +125,7 @@ class RowCache:
                 else:
                     failed.append(key)  # computed by a newer model: an answer must not mix rows of two models
             if failed:
-                found |= await self._lead(batch, model, failed, wanted, tenant, compute)
+                found |= await self._lead(query, failed)
             rows = [found[key] for key in keys]
             value = join([row.entry.value for row in rows])
         except UnlikeRowsError:
@@ -135,35 +144,17 @@ class RowCache:
         worker = next((row.worker for row in rows if row.outcome == "miss"), "")
         return Found(Entry(value, spent, created), outcome, worker, f"{known}/{len(rows)}")
 
-    async def _lead(
-        self,
-        batch: Batch,
-        model: ModelEntry,
-        keys: Sequence[bytes],
-        wanted: Mapping[bytes, int],
-        tenant: str | None,
-        compute: Compute,
-    ) -> dict[bytes, Found]:
+    async def _lead(self, query: _Query, keys: Sequence[bytes]) -> dict[bytes, Found]:
         if not keys:
             return {}
         flights = {key: self._flights.begin(key) for key in keys}
-        task = BACKGROUND.once("rows", self._fly(batch, model, flights, wanted, tenant, compute))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        BACKGROUND.once("rows", self._fly(query, flights))
         try:
             return {key: await flight for key, flight in flights.items()}
         except RowFailedError as failed:
             raise failed.error from None
 
-    async def _fly(
-        self,
-        batch: Batch,
-        model: ModelEntry,
-        flights: Mapping[bytes, Flight[Found]],
-        wanted: Mapping[bytes, int],
-        tenant: str | None,
-        compute: Compute,
-    ) -> None:
+    async def _fly(self, query: _Query, flights: Mapping[bytes, Flight[Found]]) -> None:
         """Ends all flights, with answers from the shared tier or from a worker."""
         landed: dict[bytes, Found] = {}
         failure: Exception = UnlikeRowsError()
@@ -174,14 +165,15 @@ class RowCache:
             landed = {
                 key: Found(entry, "hit-shared")
                 for key, entry in zip(flights, shared, strict=True)
-                if entry is not None and _is_fresh(model, entry)
+                # A stale row is recomputed with the missing rows, at no additional call.
+                if entry is not None and takes(None, query.model, entry)
             }
             if missing := [key for key in flights if key not in landed]:
-                landed |= await self._compute(batch, model, missing, wanted, tenant, compute)
+                landed |= await self._compute(query, missing)
         except UnlikeRowsError:
             pass
         except Exception as error:
-            failure = faults.told(log, f"rows of a batch for {model.name}", error)
+            failure = faults.told(log, f"rows of a batch for {query.model.name}", error)
         except asyncio.CancelledError:
             failure = UnavailableError("the router is stopping")
             raise
@@ -189,18 +181,11 @@ class RowCache:
             for key, flight in flights.items():
                 flight.end(landed[key] if key in landed else RowFailedError(failure))
 
-    async def _compute(
-        self,
-        batch: Batch,
-        model: ModelEntry,
-        keys: Sequence[bytes],
-        wanted: Mapping[bytes, int],
-        tenant: str | None,
-        compute: Compute,
-    ) -> dict[bytes, Found]:
-        request = smaller(batch, [wanted[key] for key in keys])
+    async def _compute(self, query: _Query, keys: Sequence[bytes]) -> dict[bytes, Found]:
+        model = query.model
+        request = smaller(query.batch, [query.indexes[key] for key in keys])
         data = request.SerializeToString()
-        result, worker = await compute(data, self._hasher.hash(request, model.outputs, tenant))
+        result, worker = await query.compute(data, self._hasher.hash(request, model.outputs, query.tenant))
         if result.model_digest != model.digest:
             raise UnlikeRowsError  # the model was replaced: an answer must not mix rows of two models
         compute_us = result.timing.compute_us // max(1, result.timing.batch_rows)
@@ -211,12 +196,6 @@ class RowCache:
         for key, row in rows.items():
             self._mesh.fill(Computed(row.entry, key, row.worker, model.freshness))
         return rows
-
-
-def _is_fresh(model: ModelEntry, entry: Entry) -> bool:
-    """Whether the entry is not stale. A stale row is recomputed with the missing rows, at no additional call."""
-    freshness = model.freshness
-    return freshness is None or not freshness.is_stale(entry.created_at_ms, time.time_ns() // 1_000_000)
 
 
 def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:
@@ -248,7 +227,6 @@ def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:
 
 
 def smaller(batch: Batch, rows: Sequence[int]) -> v2.ModelInferRequest:
-    """A request for the given rows of the batch."""
     request = v2.ModelInferRequest()
     request.CopyFrom(batch.request)
     for index, tensor in enumerate(request.inputs):

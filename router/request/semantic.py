@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Found, Mesh
+from cache.semantic.semantic_index import Vector
 from cache.semantic.semantic_tier import SemanticTier
 from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
@@ -27,10 +27,8 @@ log = logging.getLogger(__name__)
 
 _VECTORS = frozenset({"FP16", "FP32", "FP64"})
 
-Vector = npt.NDArray[Any]
 
-
-class Question(NamedTuple):
+class SimilarityQuery(NamedTuple):
     """A request to compare: `vector` represents its inputs; `request` is the rest, which must be equal."""
 
     vector: Vector
@@ -53,10 +51,10 @@ class SemanticMatches:
         self, call: Call, model: ModelEntry, epochs: Epochs, find_exact: Callable[[], Awaitable[Found]]
     ) -> Found:
         """The answer to a sufficiently similar request, else the result of `find_exact`."""
-        asked = await self._asked(call, model)
-        if asked is None:
+        query_and_space = await self._query(call, model)
+        if query_and_space is None:
             return await find_exact()
-        query, space = asked
+        query, space = query_and_space
         tenant = call.tenant if model.tenant_scoped else None
         (kind,) = self._hasher.hash_rows(query.request, [[b""] * len(query.request.inputs)], model.outputs, tenant)
         group = model.digest + kind + space + epochs.version.to_bytes(8, "little")
@@ -66,15 +64,15 @@ class SemanticMatches:
             self._tier.add(group, query.vector, call.key)
         return found
 
-    async def _asked(self, call: Call, model: ModelEntry) -> tuple[Question, bytes] | None:
-        """The question, and the digest of the embedding model (b"" if the model has none).
+    async def _query(self, call: Call, model: ModelEntry) -> tuple[SimilarityQuery, bytes] | None:
+        """The query, and the digest of the embedding model (b"" if the model has none).
 
         None if the input is not a single vector, or if the embedding failed; the request then takes the exact path.
         """
         request = v2.ModelInferRequest.FromString(call.data)
         if not model.semantic_embedding:
-            asked = question(request)
-            return None if asked is None else (asked, b"")
+            query = query_of(request)
+            return None if query is None else (query, b"")
         data = to_embed(request, model.semantic_embedding)
         if data is None:
             return None
@@ -82,14 +80,14 @@ class SemanticMatches:
             space = self._fleet.view.catalog.find(model.semantic_embedding, "").digest
             answer = await self._embed(data, call)
         except RingmeshError as error:
-            log.info("model %s: what is similar is not known: %s", model.name, error.message)
+            log.info("model %s: the request could not be embedded: %s", model.name, error.message)
             return None
-        asked = embedded(request, answer.value)
-        return None if asked is None else (asked, space)
+        query = embedded(request, answer.value)
+        return None if query is None else (query, space)
 
-    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, asked: Question) -> Found | None:
+    async def _find_similar(self, call: Call, model: ModelEntry, group: bytes, query: SimilarityQuery) -> Found | None:
         """The answer to a sufficiently similar request; the exact answer if the shared tier has it."""
-        near = await in_task(self._tier.nearest(group, asked.vector, model.semantic_threshold))
+        near = await in_task(self._tier.nearest(group, query.vector, model.semantic_threshold))
         if near is None or near.key == call.key:
             return None
         exact = await self._mesh.look_up(call.key, call.trace)
@@ -101,57 +99,48 @@ class SemanticMatches:
         return Found(entry, "hit-semantic", similarity=near.similarity)
 
 
-def question(request: v2.ModelInferRequest) -> Question | None:
-    """Removes the data from `request`. None unless it has one input of floating-point numbers, in one row."""
+def query_of(request: v2.ModelInferRequest) -> SimilarityQuery | None:
+    """The query of a model whose input is compared. None unless that is one vector of floating-point numbers."""
     if len(request.inputs) != 1:
         return None
     tensor = request.inputs[0]
     raw = request.raw_input_contents[0] if request.raw_input_contents else raw_from_contents(tensor)
-    vector = _vector(tensor.datatype, tensor.shape, raw)
-    if vector is None:
-        return None
-    _clear(request)
-    return Question(vector, request)
+    return _query(request, tensor.datatype, tensor.shape, raw)
 
 
 def to_embed(request: v2.ModelInferRequest, model: str) -> bytes | None:
     """A request for the embedding model with the same inputs; None unless they have one row."""
     if not request.inputs or any(tensor.shape and tensor.shape[0] != 1 for tensor in request.inputs):
         return None
-    asked = v2.ModelInferRequest(model_name=model, inputs=request.inputs)
-    asked.raw_input_contents.extend(request.raw_input_contents)
-    return asked.SerializeToString()
+    to_model = v2.ModelInferRequest(model_name=model, inputs=request.inputs)
+    to_model.raw_input_contents.extend(request.raw_input_contents)
+    return to_model.SerializeToString()
 
 
-def embedded(request: v2.ModelInferRequest, answer: bytes) -> Question | None:
-    """The question from the embedding model's first output. None unless that is one vector of floating-point numbers.
+def embedded(request: v2.ModelInferRequest, answer: bytes) -> SimilarityQuery | None:
+    """The query from the embedding model's first output. None unless that is one vector of floating-point numbers.
 
-    Removes the data and the shapes from `request`; shapes depend on the length of a text.
+    Removes the shapes from `request`; they depend on the length of a text.
     """
     response = v2.ModelInferResponse.FromString(answer)
     if not response.outputs or not response.raw_output_contents:
         return None
-    output = response.outputs[0]
-    vector = _vector(output.datatype, output.shape, response.raw_output_contents[0])
-    if vector is None:
-        return None
-    _clear(request)
     for tensor in request.inputs:
         del tensor.shape[:]
-    return Question(vector, request)
+    output = response.outputs[0]
+    return _query(request, output.datatype, output.shape, response.raw_output_contents[0])
 
 
-def _vector(datatype: str, shape: Any, raw: bytes) -> Vector | None:
+def _query(request: v2.ModelInferRequest, datatype: str, shape: Sequence[int], raw: bytes) -> SimilarityQuery | None:
+    """Removes the data and the id from `request`."""
     if datatype not in _VECTORS or (len(shape) > 1 and shape[0] != 1):
         return None
     kind = DATATYPES[datatype]
     if len(raw) != kind.itemsize * np.prod(shape, dtype=np.int64):
         return None
-    return np.frombuffer(raw, kind.dtype)
-
-
-def _clear(request: v2.ModelInferRequest) -> None:
+    vector = np.frombuffer(raw, kind.dtype)
     del request.raw_input_contents[:]
     for tensor in request.inputs:
         tensor.ClearField("contents")
     request.ClearField("id")
+    return SimilarityQuery(vector, request)

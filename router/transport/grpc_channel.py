@@ -70,17 +70,7 @@ class GrpcChannel:
         Calls `done` after it has returned, with the serialized response (split if it is large) or an error. The cancel
         function also cancels the call at the server; `done` is then not called.
         """
-
-        def ended(answer: Sequence[bytes] | CallError) -> None:
-            if isinstance(answer, CallError):
-                done(answer)
-            elif sum([len(piece) for piece in answer]) <= LARGE_BYTES:
-                done(b"".join(answer))
-            else:
-                taking = asyncio.get_running_loop().run_in_executor(None, take_apart, answer)
-                taking.add_done_callback(lambda taking: done(taken_apart(taking)))
-
-        return self._begin(method, request, ended)
+        return self._begin(method, request, lambda answer: deliver(answer, done))
 
     def _begin(
         self, method: str, request: bytes, done: Callable[[Sequence[bytes] | CallError], None]
@@ -212,13 +202,23 @@ def code_of(number: int) -> grpc.StatusCode:
     return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
-def taken_apart(taking: asyncio.Future[LargeAnswer]) -> LargeAnswer | CallError:
-    """The result of `take_apart`, or an error if the response cannot be read."""
-    if taking.cancelled():
-        return CallError(grpc.StatusCode.UNAVAILABLE, "the router is stopping")
-    if error := taking.exception():
-        return CallError(grpc.StatusCode.INTERNAL, f"a response that is not an envelope: {error!r}")
-    return taking.result()
+def deliver(answer: Sequence[bytes] | CallError, done: Callable[[bytes | LargeAnswer | CallError], None]) -> None:
+    """Calls `done` with an ExecuteResponse that came in pieces. A large one is split on a thread."""
+
+    def split(taking: asyncio.Future[LargeAnswer]) -> None:
+        if taking.cancelled():
+            done(CallError(grpc.StatusCode.UNAVAILABLE, "the router is stopping"))
+        elif error := taking.exception():
+            done(CallError(grpc.StatusCode.INTERNAL, f"a response that is not an envelope: {error!r}"))
+        else:
+            done(taking.result())
+
+    if isinstance(answer, CallError):
+        done(answer)
+    elif sum([len(piece) for piece in answer]) <= LARGE_BYTES:
+        done(b"".join(answer))
+    else:
+        asyncio.get_running_loop().run_in_executor(None, take_apart, answer).add_done_callback(split)
 
 
 def _answer(stream: Stream) -> Sequence[bytes] | CallError:

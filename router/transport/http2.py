@@ -105,7 +105,6 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether another request may be started on this connection."""
         return self._transport is not None and not self._leaving and self._next_id < _MAX_WINDOW
 
     def is_local(self, port: int) -> bool:
@@ -129,7 +128,6 @@ class Connection(asyncio.Protocol):
         made.write(PREFACE + _frame(Frame.SETTINGS, 0, 0, payload) + _frame(Frame.WINDOW_UPDATE, 0, 0, room))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Fails all requests under way."""
         self._transport = None
         self._fail_all(f"the connection ended: {error}" if error else "the connection ended")
         self._on_lost(self)
@@ -187,7 +185,6 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Handles all complete frames."""
         received = self._received
         received += data
         position = 0
@@ -316,7 +313,6 @@ class Connection(asyncio.Protocol):
             self._send(number, stream)
 
     def _send(self, number: int, stream: Stream) -> None:
-        """Sends as much of the body as flow control allows."""
         while stream.unsent:
             size = min(self._window, stream.window, self._frame_size, len(stream.unsent))
             if size <= 0:

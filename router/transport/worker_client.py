@@ -74,7 +74,7 @@ class NotSentError(LinkClosedError):
 
 
 # A RingmeshError comes from the router itself: the deadline passed, or the request could not be sent.
-Outcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
+ItemOutcome: TypeAlias = "Result | WorkerUnreachableError | RingmeshError"
 
 
 class EnvelopeItem:
@@ -91,7 +91,7 @@ class EnvelopeItem:
         request_hash: bytes,
         deadline: float | None,
         traceparent: str,
-        done: Callable[[Outcome], None],
+        done: Callable[[ItemOutcome], None],
         *,
         is_alone: bool = False,
     ) -> None:
@@ -99,35 +99,26 @@ class EnvelopeItem:
         self.request_hash = request_hash
         self.deadline = deadline
         self.traceparent = traceparent
-        self.done: Callable[[Outcome], None] | None = done
+        self.done: Callable[[ItemOutcome], None] | None = done
         self.is_alone = is_alone
         # Whether it left in an envelope.
         self.left = False
 
 
-class Channel(Protocol):
-    """Unary gRPC calls to one worker; GrpcChannel is the real one and documents the methods."""
+class _Channel(Protocol):
+    """GrpcChannel, or the network of a simulation."""
 
     def begin(
         self, method: str, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]
-    ) -> Callable[[], object]:
-        """Starts a call; returns a cancel function."""
-
-    async def call(self, method: str, request: bytes) -> bytes:
-        """The serialized response. Raises CallError."""
-
-    def is_local(self, port: int) -> bool:
-        """Whether the server is on this host, at `port`."""
-
-    async def ping(self, seconds: float) -> bool:
-        """Whether the server's engine answers within `seconds`."""
-
-    def drop(self) -> None:
-        """Disconnects; calls under way fail, and the next call connects again."""
+    ) -> Callable[[], object]: ...
+    async def call(self, method: str, request: bytes) -> bytes: ...
+    def is_local(self, port: int) -> bool: ...
+    async def ping(self, seconds: float) -> bool: ...
+    def drop(self) -> None: ...
 
 
-# Opens the channel to a worker at host:port; a simulation supplies its own network.
-OpenChannel: TypeAlias = Callable[[str], Channel]
+# Opens the channel to a worker at host:port.
+OpenChannel: TypeAlias = Callable[[str], _Channel]
 
 
 class WorkerClient:
@@ -159,7 +150,6 @@ class WorkerClient:
         self._leaving: deque[tuple[EnvelopeItem, WorkerUnreachableError]] = deque()
 
     def send(self, model_digest: bytes, item: EnvelopeItem) -> None:
-        """Runs a request on the worker."""
         self._load.sent()
         if self._closed:
             self._give_back([item], NotSentError(self._closed))
@@ -236,7 +226,6 @@ class WorkerClient:
             self._heard = time.monotonic()
 
     def give_up(self) -> None:
-        """Closes the link: the worker stopped answering."""
         self._close(LinkClosedError("it stopped answering"))
 
     def _close(self, error: LinkClosedError) -> None:
@@ -271,12 +260,10 @@ class WorkerClient:
             asyncio.get_running_loop().call_soon(self._end_leaving)
 
     def forget_queues(self, model_digests: frozenset[bytes]) -> None:
-        """Drops the idle queues of models that the worker no longer holds."""
         for digest in [d for d, queue in self._queues.items() if d not in model_digests and not queue.busy]:
             del self._queues[digest]
 
     def close(self) -> None:
-        """Ends the requests under way and disconnects."""
         self._close(LinkClosedError("this router has closed the link"))
         self._local.close()
 
@@ -367,7 +354,7 @@ class WorkerClient:
         for item, outcome in zip(items, outcomes, strict=True):
             self._end(item, outcome)
 
-    def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[Outcome]:
+    def _outcomes(self, answer: bytes | LargeAnswer | CallError, items: int) -> Sequence[ItemOutcome]:
         if isinstance(answer, CallError):
             return [WorkerUnreachableError(str(answer))] * items
         try:
@@ -380,7 +367,7 @@ class WorkerClient:
         self._load.reported(response.load, self._under_way)
         return answer.results(response) if isinstance(answer, LargeAnswer) else response.results
 
-    def _end(self, item: EnvelopeItem, outcome: Outcome) -> None:
+    def _end(self, item: EnvelopeItem, outcome: ItemOutcome) -> None:
         done, item.done = item.done, None
         if done is None:
             return

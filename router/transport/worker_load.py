@@ -29,11 +29,9 @@ class WorkerLoad:
 
     @property
     def wait_us(self) -> float:
-        """The estimated wait of a request sent now."""
         return self.interval_us * self.outstanding
 
     def sent(self) -> None:
-        """Counts a request as sent."""
         self.in_flight += 1
         self._add(1)
 

@@ -19,8 +19,6 @@ MAX_ENVELOPE_BYTES = (2 << 30) - (64 << 20)
 class Work:
     """A serialized request. `deadline`: in time.monotonic. `trace_context`: the router's span for it, as w3c.packed."""
 
-    __slots__ = ("data", "deadline", "request_hash", "trace_context")
-
     def __init__(self, data: bytes, request_hash: bytes, deadline: float | None, trace_context: bytes) -> None:
         self.data = data
         self.request_hash = request_hash

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import onnxruntime
@@ -13,9 +16,10 @@ import onnxruntime
 from services.inference.api.control import ModelControl
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.inference.api.metrics import WorkerMetrics
-from services.inference.api.service import EnvelopeService, InferenceService, Locality
+from services.inference.api.service import EnvelopeService, InferenceService
 from services.inference.api.shared_memory_service import SharedMemoryControl
 from services.inference.execution.execution import CUDA
+from services.inference.execution.loading import load_model
 from services.inference.execution.model import OnnxModel
 from services.inference.models.decisions import Decisions
 from services.inference.models.model_store import ModelStore
@@ -31,7 +35,7 @@ from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server, StartError
-from services.runtime.telemetry.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from services.runtime.telemetry.load_report import Answers, LoadReport
 from services.runtime.telemetry.metrics import Metrics
 from services.runtime.telemetry.metrics_export import MetricsExport
@@ -42,11 +46,14 @@ from services.runtime.telemetry.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
 
+Kept = TypeVar("Kept")
+_FORGOTTEN = "what is loaded and unloaded by request ends with this process"
+
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
-    journal = _journal(settings)
+    journal = _kept(settings, "crashes", CrashJournal, "models that kill this worker are not left out")
     store = await _load(settings, executor, journal)
     tracer = create_tracer(
         "worker",
@@ -63,7 +70,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     }
     load = worker.load
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
-    envelopes = EnvelopeService(worker, Locality(settings.region, settings.zone, settings.weight))
+    envelopes = EnvelopeService(worker, settings.region, settings.zone, settings.weight)
     calls = Calls()
     inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
 
@@ -82,7 +89,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     metrics.add(WorkerMetrics(worker).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
-    metrics.add_slow(GpuMetrics.of_this_host().samples)
+    metrics.add_slow(gpu_metrics())
     exposition = MetricsServer(settings.metrics_address, metrics)
     envelopes.socket = await local.start()
     port = envelopes.port = await server.start()
@@ -120,23 +127,13 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     await tracer.close()
 
 
-def _journal(settings: WorkerSettings) -> CrashJournal | None:
-    """The journal for this address, which outlasts restarts and is unique to a worker; None if it cannot be opened."""
-    path = settings.state_dir / "crashes" / quote(settings.address, safe=":")
+def _kept(settings: WorkerSettings, kind: str, open_at: Callable[[Path], Kept], lost: str) -> Kept | None:
+    """What outlasts restarts of the worker at this address, which no other has; None if it cannot be opened."""
+    path = settings.state_dir / kind / quote(settings.address, safe=":")
     try:
-        return CrashJournal(path)
+        return open_at(path)
     except OSError as error:
-        log.warning("no crash journal at %s (%s): models that kill this worker are not left out", path, error.strerror)
-        return None
-
-
-def _decisions(settings: WorkerSettings) -> Decisions | None:
-    """The decisions stored for this address; None if the folder cannot be used."""
-    path = settings.state_dir / "decisions" / quote(settings.address, safe=":")
-    try:
-        return Decisions(path, settings.decisions_bytes)
-    except OSError as error:
-        log.warning("cannot use %s (%s): what is loaded and unloaded by request ends with this process", path, error)
+        log.warning("cannot use %s (%s): %s", path, error.strerror or error, lost)
         return None
 
 
@@ -150,7 +147,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
     caches = str((settings.state_dir / "engines").absolute())
 
     def open_model(files: ModelFiles) -> OnnxModel:
-        return OnnxModel(
+        return load_model(
             files,
             providers=providers,
             intra_op_threads=threads,
@@ -171,7 +168,9 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
             memory_limit=settings.model_memory_bytes,
             journal=journal,
             snapshots=snapshots,
-            decisions=await asyncio.to_thread(_decisions, settings),
+            decisions=await asyncio.to_thread(
+                _kept, settings, "decisions", partial(Decisions, limit=settings.decisions_bytes), _FORGOTTEN
+            ),
         )
         await store.load_all()
     except RepositoryError as error:

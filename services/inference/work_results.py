@@ -77,8 +77,6 @@ def build_results(
 class _Run:
     """The requests that one run answered."""
 
-    __slots__ = ("batch", "requests", "rows", "serialized")
-
     def __init__(self, batch: BatchResult, serialized: bytes) -> None:
         self.batch = batch
         self.serialized = serialized

@@ -1,7 +1,7 @@
 """Runs coroutines without asyncio tasks: on the thread that starts them, and later from callbacks of the event loop.
 
 A task and its future cost three times as much (docs/decisions/0027). A driven coroutine may await promises,
-completions, asyncio futures and `ON_LOOP`. Code that needs a current task (asyncio.timeout, TaskGroup) goes through
+asyncio futures and `ON_LOOP`. Code that needs a current task (asyncio.timeout, TaskGroup) goes through
 `in_task`.
 """
 
@@ -11,11 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from services.runtime import faults
-from services.runtime.completion import Completion
 from services.runtime.errors import DeadlineExceededError
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,14 @@ ON_LOOP: Final = _OnLoop()
 
 
 class Promise(Generic[Result]):
-    """A future result for any number of driven coroutines. The call that sets it resumes them.
+    """A future result, settled once, on the event loop. The call that settles it resumes the driven coroutines.
 
-    Use it on the event loop only.
+    For asyncio (tasks, gather, shield, wait) it stands in for a future with one waiter. If that one is cancelled, so is
+    the promise, and a later result is dropped.
     """
 
-    __slots__ = ("_error", "_first", "_is_done", "_others", "_result")
+    # asyncio recognizes a future by the attribute `_asyncio_future_blocking` of its class.
+    __slots__ = ("_asyncio_future_blocking", "_error", "_first", "_is_done", "_others", "_result", "_waiter")
 
     def __init__(self) -> None:
         self._is_done = False
@@ -51,16 +53,24 @@ class Promise(Generic[Result]):
         self._error: BaseException | None = None
         self._first: Driver | None = None
         self._others: list[Driver] | None = None
+        # asyncio's callback, and the context to run it in.
+        self._waiter: tuple[Callable[[Any], object], Context | None] | None = None
+        self._asyncio_future_blocking = False
 
-    def settle(self, outcome: Result | BaseException) -> None:
-        """Sets the result, or the exception to raise; the first outcome counts."""
-        if self._is_done:
-            return
+    def settle(self, result: Result) -> None:
+        """Sets the result; the first outcome counts."""
+        if not self._is_done:
+            self._result = result
+            self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """Sets the exception to raise; the first outcome counts."""
+        if not self._is_done:
+            self._error = error
+            self._end()
+
+    def _end(self) -> None:
         self._is_done = True
-        if isinstance(outcome, BaseException):
-            self._error = outcome
-        else:
-            self._result = outcome
         first, self._first = self._first, None
         others, self._others = self._others, None
         if first is not None:
@@ -68,6 +78,8 @@ class Promise(Generic[Result]):
         if others is not None:
             for driver in others:
                 driver.resume(self)
+        if self._waiter is not None:
+            self._wake(self._waiter)
 
     def add(self, driver: Driver) -> None:
         if self._first is None:
@@ -79,11 +91,57 @@ class Promise(Generic[Result]):
 
     def __await__(self) -> Generator[object, None, Result]:
         if not self._is_done:
+            self._asyncio_future_blocking = True
             yield self
+        return self.result()
+
+    def result(self) -> Result:
+        """The result; it must be done. This method and those below behave like asyncio.Future's."""
         if self._error is not None:
             raise self._error
-        result: Any = self._result
-        return result  # type: ignore[no-any-return]
+        return self._result  # type: ignore[return-value]
+
+    def done(self) -> bool:
+        """Whether it has an outcome."""
+        return self._is_done
+
+    def cancelled(self) -> bool:
+        """Whether its waiter was cancelled."""
+        return isinstance(self._error, asyncio.CancelledError)
+
+    def exception(self) -> BaseException | None:
+        """The exception, or None. Raises CancelledError if it was cancelled."""
+        if isinstance(self._error, asyncio.CancelledError):
+            raise self._error
+        return self._error
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """The running event loop."""
+        return asyncio.get_running_loop()
+
+    def add_done_callback(self, waiter: Callable[[Any], object], *, context: Context | None = None) -> None:
+        """Registers `waiter`, to be called soon after this is done. There can be one at a time."""
+        self._waiter = (waiter, context)
+        if self._is_done:
+            self._wake(self._waiter)
+
+    def remove_done_callback(self, waiter: Callable[[Any], object]) -> int:
+        """Returns the number of callbacks removed."""
+        if self._waiter is None or self._waiter[0] != waiter:
+            return 0
+        self._waiter = None
+        return 1
+
+    def cancel(self, msg: object = None) -> bool:
+        """Cancels it; returns False if it was done already."""
+        is_open = not self._is_done
+        self.fail(asyncio.CancelledError())
+        return is_open
+
+    def _wake(self, waiter: tuple[Callable[[Any], object], Context | None]) -> None:
+        self._waiter = None
+        # Not inline: another task may be running now.
+        asyncio.get_running_loop().call_soon(waiter[0], self, context=waiter[1])
 
 
 class Driver:
@@ -92,8 +150,6 @@ class Driver:
     Cancellation raises asyncio.CancelledError in the coroutine immediately, at its await. The awaitable itself is not
     cancelled.
     """
-
-    __slots__ = ("_coroutine", "_done", "_interrupt", "_is_running", "_timer", "_waits_for")
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> None:
         self._coroutine = coroutine
@@ -163,8 +219,6 @@ class Driver:
         elif isinstance(awaited, asyncio.Future):
             awaited._asyncio_future_blocking = False
             awaited.add_done_callback(self.resume)
-        elif isinstance(awaited, Completion):
-            awaited.set_callback(self.resume)
         elif awaited is None:  # asyncio.sleep(0)
             self._waits_for = turn = object()
             asyncio.get_running_loop().call_soon(self.resume, turn)

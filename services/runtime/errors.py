@@ -64,65 +64,47 @@ def some(names: Iterable[str]) -> str:
 
 
 class InvalidArgumentError(RingmeshError):
-    """The request is invalid, on any server."""
-
     code = grpc.StatusCode.INVALID_ARGUMENT
     kind = "invalid_input"
 
 
 class NotFoundError(RingmeshError):
-    """There is no such model, or no such version of it."""
-
     code = grpc.StatusCode.NOT_FOUND
     kind = "unknown_model"
 
 
 class AlreadyExistsError(RingmeshError):
-    """The name is taken."""
-
     code = grpc.StatusCode.ALREADY_EXISTS
     kind = "conflict"
 
 
 class FailedPreconditionError(RingmeshError):
-    """This server lacks state that the request needs; another server may have it."""
-
     code = grpc.StatusCode.FAILED_PRECONDITION
     kind = "precondition"
 
 
 class ResourceExhaustedError(RingmeshError):
-    """A limit is reached; the caller may retry after `retry_after` seconds."""
-
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     kind = "overload"
     retry_after: float | None = 0.1
 
 
 class UnavailableError(RingmeshError):
-    """No server can answer now; the caller may retry elsewhere."""
-
     code = grpc.StatusCode.UNAVAILABLE
     kind = "unavailable"
 
 
 class DeadlineExceededError(RingmeshError):
-    """The caller's deadline passed."""
-
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     kind = "deadline"
 
 
 class UnimplementedError(RingmeshError):
-    """The request is valid, but this server does not support it."""
-
     code = grpc.StatusCode.UNIMPLEMENTED
     kind = "unimplemented"
 
 
 class InternalError(RingmeshError):
-    """A fault of the server; the service's log has the cause."""
-
     code = grpc.StatusCode.INTERNAL
     kind = "internal"
 

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, cast
 
+from services.runtime.pieces import Pieces
+
 # From the caller: a request, and its cancellation.
 CALL: Final = 0
 CANCEL: Final = 1
@@ -93,9 +95,10 @@ class Frames(asyncio.Protocol):
         self._is_sending = False
         if self._large and not self._is_paused:
             large = self._large.popleft()
-            part = large.part()
-            self.send(PART if large.left else large.kind, large.number, part)
-            if large.left:
+            pieces = large.pieces
+            part = pieces.take(min(PART_BYTES, pieces.left))
+            self.send(PART if pieces.left else large.kind, large.number, part)
+            if pieces.left:
                 self._large.append(large)
             self._send_parts_soon()
 
@@ -152,28 +155,9 @@ class Frames(asyncio.Protocol):
 
 
 class _Large:
-    """A message sent in parts; `left` bytes are still to be sent."""
-
-    __slots__ = ("_index", "_offset", "_pieces", "kind", "left", "number")
+    """A message sent in parts."""
 
     def __init__(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
         self.kind = kind
         self.number = number
-        self.left = sum([len(piece) for piece in pieces])
-        self._pieces = pieces
-        self._index = 0
-        self._offset = 0
-
-    def part(self) -> bytes:
-        wanted = min(PART_BYTES, self.left)
-        self.left -= wanted
-        taken: list[bytes] = []
-        while wanted:
-            piece = self._pieces[self._index]
-            end = min(self._offset + wanted, len(piece))
-            taken.append(piece[self._offset : end])
-            wanted -= end - self._offset
-            self._offset = end
-            if end == len(piece):
-                self._index, self._offset = self._index + 1, 0
-        return b"".join(taken)
+        self.pieces = Pieces(pieces)

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 from ringmesh.inference.v1 import inference_pb2
 
 from services.runtime import wire
+from services.runtime.pieces import Pieces
 
 # Responses from this size are split off. A full envelope of smaller ones is serialized in a few milliseconds.
 LARGE_RESPONSE_BYTES = 256 << 10
@@ -95,56 +96,29 @@ def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
     reader = _Reader(pieces)
     message: list[bytes] = []
     responses: list[bytes] = []
-    while reader.position < reader.size:
+    while reader.left:
         tag = reader.varint()
         if tag != _RESULTS << 3 | _LENGTH_DELIMITED:
             message += [wire.varint(tag), reader.value(tag)]
             continue
         length = reader.varint()
-        end = reader.position + length
+        end = reader.left - length
         rest: list[bytes] = []
         response = b""
-        while reader.position < end:
+        while reader.left > end:
             tag = reader.varint()
             if tag == _RESPONSE << 3 | _LENGTH_DELIMITED:
                 response = reader.take(reader.varint())
             else:
                 rest += [wire.varint(tag), reader.value(tag)]
-        if reader.position != end:
+        if reader.left != end:
             raise ValueError("a field ends beyond its message")
         message.append(wire.field(_RESULTS, b"".join(rest)))
         responses.append(response)
     return LargeAnswer(b"".join(message), responses)
 
 
-class _Reader:
-    """Reads bytes that are stored in pieces, front to back."""
-
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self._pieces = pieces
-        self._index = 0
-        self._offset = 0
-        self.position = 0
-        self.size = sum([len(piece) for piece in pieces])
-
-    def take(self, count: int) -> bytes:
-        if count > self.size - self.position:
-            raise ValueError("a field ends beyond its message")
-        self.position += count
-        taken: list[bytes] = []
-        while count:
-            piece = self._pieces[self._index]
-            left = len(piece) - self._offset
-            if count >= left:
-                taken.append(piece[self._offset :] if self._offset else piece)
-                count -= left
-                self._index, self._offset = self._index + 1, 0
-            else:
-                taken.append(piece[self._offset : self._offset + count])
-                self._offset += count
-                count = 0
-        return taken[0] if len(taken) == 1 else b"".join(taken)
-
+class _Reader(Pieces):
     def varint(self) -> int:
         number = shift = 0
         while shift < 64:

@@ -16,8 +16,6 @@ Result = TypeVar("Result")
 class Flight(Promise[Result]):
     """Work in flight that others may join until `end`. `driver` runs it; None if the caller of `begin` does."""
 
-    __slots__ = ("_flights", "_key", "driver")
-
     def __init__(self, flights: dict[bytes, Flight[Result]], key: bytes) -> None:
         super().__init__()
         self._flights = flights
@@ -29,7 +27,9 @@ class Flight(Promise[Result]):
         if self._flights.get(self._key) is self:
             del self._flights[self._key]
         if isinstance(outcome, asyncio.CancelledError):
-            self.settle(UnavailableError("the process is stopping"))
+            self.fail(UnavailableError("the process is stopping"))
+        elif isinstance(outcome, BaseException):
+            self.fail(outcome)
         else:
             self.settle(outcome)
 

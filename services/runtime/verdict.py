@@ -1,6 +1,6 @@
 """The answer to whether something may be done."""
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
 from dataclasses import dataclass
 
@@ -13,6 +13,9 @@ class Verdict:
 
     def __bool__(self) -> bool:
         return not self.reason
+
+    def __str__(self) -> str:
+        return f"no: {self.reason}" if self.reason else "yes"
 
 
 YES = Verdict()

@@ -140,12 +140,12 @@ class SimLoop(asyncio.BaseEventLoop):
             process.frozen.append(events.Handle(self._run_on_thread, (pool, job), self, NOBODY))
             return
         try:
-            result, error = self._call(process, function, args), None
-        except Exception as raised:
-            result, error = None, raised
+            outcome = self._call(process, function, args)
+        except Exception as error:
+            outcome = error
         at_ns, clock.within_ns = clock.ns() + _THREAD_NS, 0
         self.call_at_ns(at_ns, self._thread_ended, pool, context=NOBODY)
-        process.call_at(at_ns, _settle, future, result, error)
+        process.call_at(at_ns, settle, future, outcome)
 
     def _call(self, process, function, args):
         # asyncio.to_thread wraps the function.
@@ -260,13 +260,10 @@ _ENDLESS = Threads(1 << 30)
 _RINGS = {}
 
 
-def _settle(future, result, error):
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
+def settle(future, outcome):
+    """Sets the result or the exception of a future that may have ended already."""
+    if not future.done():
+        (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
 
 
 def _ignore(_):

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from services.inference.execution.loading import load_model
 from services.inference.execution.model import OnnxModel
 from services.inference.repository.repository import ModelFiles
 from tests.simulation.clock import clock
@@ -152,7 +153,7 @@ def open_model(files: ModelFiles, runs):
     variant = int(files.origin.parents[1].name)
     loaded = _LOADED.get((files.name, variant))
     if loaded is None:
-        loaded = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=16)
+        loaded = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=16)
         _LOADED[files.name, variant] = loaded
     made = object.__new__(SimModel)
     made.__dict__.update(loaded.__dict__)

@@ -7,7 +7,7 @@ must be rewritten.
 import importlib.machinery
 import sys
 
-_NO_BORDER = ("    for name, text in (\n", '    return ""\n    for name, text in (\n')
+_NO_BORDER = ("    for name, text in (\n", "    return\n    for name, text in (\n")
 
 MUTANTS = {
     # A full tier emptied its heap, and every put raised: compiled code boxes floats anew, so `is` was never true.
@@ -73,7 +73,7 @@ MUTANTS = {
     "purges at once": {
         "cache.keys.invalidation": [
             (
-                "self._run(_BEAT, self._member, str(self._heard))",
+                "self._run(_BEAT, self._member, str(self._version_read))",
                 "self._run(_BEAT, self._member, str(self.epochs.version))",
             )
         ]

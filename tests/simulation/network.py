@@ -14,7 +14,7 @@ from router.transport.grpc_channel import CONNECT_SECONDS, CallError, outcome
 from services.runtime.driver import Driver
 from services.runtime.rpc.rpc import Failure
 from tests.simulation.clock import clock
-from tests.simulation.loop import NOBODY
+from tests.simulation.loop import NOBODY, settle
 
 _MS = 1_000_000
 
@@ -174,7 +174,7 @@ class SimChannel:
         if process.stopped:
             process.frozen.append(events.Handle(self._pinged, (connection, answered), self._network.loop, NOBODY))
         elif process.alive:
-            self._way.deliver(process, connection, self._process.call, _set, answered)
+            self._way.deliver(process, connection, self._process.call, settle, answered, None)
 
     def drop(self):
         if self._connection is not None:
@@ -251,11 +251,6 @@ class SimChannel:
 
     def _cancelled(self, connection, call):
         connection.server.process.call(_cancel_task, call)
-
-
-def _set(answered):
-    if not answered.done():
-        answered.set_result(None)
 
 
 def _cancel_task(call):

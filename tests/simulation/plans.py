@@ -64,6 +64,11 @@ def _call(world, router, kind, rows, more, leaves):
         world.at(leaves, made.leave)
 
 
+def _send(world, at, kind, number, seconds=0, poison=0):
+    """Schedules one request at the first router, `at` seconds from now."""
+    world.at(at, world.call, world.routers[0], kind, [[number, seconds, poison, 0]])
+
+
 def _operate(world, span):
     """Schedules some purges and new models."""
     random = world.random
@@ -104,11 +109,11 @@ def slow_request(world):
     kind = random.choice(("loop", "plain"))
     _fleet(world, kinds=[kind], workers=2, routers=1)
     for number in range(50):
-        world.at(number * 0.004, _call, world, world.routers[0], kind, [[number, 0, 0, 0]], {}, None)
+        _send(world, number * 0.004, kind, number)
     slow = random.uniform(1, 6) if kind == "loop" else random.uniform(0.01, 0.04)
-    world.at(0.25, _call, world, world.routers[0], kind, [[1000, slow, 0, 0]], {}, None)
+    _send(world, 0.25, kind, 1000, slow)
     for number in range(20):
-        world.at(0.3 + number * 0.01, _call, world, world.routers[0], kind, [[2000 + number, 0, 0, 0]], {}, None)
+        _send(world, 0.3 + number * 0.01, kind, 2000 + number)
     world.play(1)
 
 
@@ -118,8 +123,7 @@ def queue(world):
     _fleet(world, kinds=["queued"], workers=random.choice((1, 2)), routers=1)
     for number in range(random.choice((10, 30))):
         seconds = random.choice((0.0, 0.05, 0.3, 1.0))
-        at = random.uniform(0, 0.5)
-        world.at(at, _call, world, world.routers[0], "queued", [[number, seconds, 0, 0]], {}, None)
+        _send(world, random.uniform(0, 0.5), "queued", number, seconds)
     world.watch_queues(clock.now_ns + 2_000_000_000)
     world.play(2)
 
@@ -292,15 +296,14 @@ def poison(world):
     _fleet(world, kinds=["hedged"], workers=random.choice((4, 5)), routers=1, threads=2)
     # Enough requests for the router to learn which answers are slow.
     for number in range(70):
-        seconds = random.uniform(0.001, 0.003)
-        world.at(number * 0.003, _call, world, world.routers[0], "hedged", [[number, seconds, 0, 0]], {}, None)
+        _send(world, number * 0.003, "hedged", number, random.uniform(0.001, 0.003))
     world.play(0.5)
     world.faulty = True
     for number in range(random.choice((1, 2))):
-        rows = [[5000 + number, random.uniform(0.01, 0.2), 1, 0]]
-        world.at(random.uniform(0, 0.1), _call, world, world.routers[0], "hedged", rows, {}, None)
+        seconds = random.uniform(0.01, 0.2)
+        _send(world, random.uniform(0, 0.1), "hedged", 5000 + number, seconds, poison=1)
     for number in range(20):
-        world.at(random.uniform(0, 0.5), _call, world, world.routers[0], "hedged", [[6000 + number, 0, 0, 0]], {}, None)
+        _send(world, random.uniform(0, 0.5), "hedged", 6000 + number)
     world.play(2)
     for worker in world.workers:
         _restart(worker)

@@ -15,7 +15,7 @@ from cache.keys import invalidation as purge_board
 from cache.policy import leases
 from cache.regions import valuable
 from tests.simulation.clock import clock
-from tests.simulation.loop import NOBODY, PROCESS
+from tests.simulation.loop import NOBODY, PROCESS, settle
 
 REDIS_URL = "redis://redis:6379"
 _EPOCH_MS = 1_800_000_000_000
@@ -168,7 +168,7 @@ class Redis:
             found.pop(_value(field), None)
         return 1
 
-    def _zrange(self, key, *_, **__):
+    def _zrevrange(self, key, *_):
         return []
 
     def _eval(self, script, keys, *arguments):
@@ -242,7 +242,7 @@ _SCRIPTS = {
     leases._TAKE: Redis.take,
     leases._FILL: Redis.fill,
     leases._RELEASE: Redis.release,
-    valuable._TELL: Redis.tell,
+    valuable._REPORT: Redis.tell,
 }
 
 
@@ -363,32 +363,12 @@ class Client:
     async def aclose(self):
         """Does nothing."""
 
-    def get(self, key):
-        return self._run([("get", (key,))])
+    def __getattr__(self, command):
+        """Any command, with the arguments that redis-py takes."""
+        return lambda *arguments, **_: self._run([(command, arguments)])
 
-    def mget(self, keys):
-        return self._run([("mget", (keys,))])
-
-    def info(self, section):
-        return self._run([("info", (section,))])
-
-    def eval(self, script, keys, *arguments):
-        return self._run([("eval", (script, keys, *arguments))])
-
-    def unlink(self, *keys):
-        return self._run([("unlink", keys)])
-
-    def hdel(self, key, *fields):
-        return self._run([("hdel", (key, *fields))])
-
-    def smembers(self, key):
-        return self._run([("smembers", (key,))])
-
-    def srem(self, key, *members):
-        return self._run([("srem", (key, *members))])
-
-    def zrange(self, key, start, end, **_):
-        return self._run([("zrange", (key, start, end))])
+    def execute_command(self, command, *arguments):
+        return self._run([(command.lower(), arguments)])
 
     def pipeline(self, transaction=False):
         return _Pipeline(self)
@@ -422,17 +402,14 @@ class Client:
             back(RedisConnectionError("connection lost") if lost_before else made)
 
         def back(made):
-            self.process.call_at(clock.ns() + self.delay_ns(), _settle, replies, made)
+            self.process.call_at(clock.ns() + self.delay_ns(), settle, replies, made)
 
         loop.call_at_ns(clock.ns() + self.delay_ns(), at_the_server, context=NOBODY)
         try:
             async with asyncio.timeout(self.seconds):
-                made = await replies
+                return await replies
         except TimeoutError:
             raise RedisTimeoutError("no reply in time") from None
-        if isinstance(made, Exception):
-            raise made
-        return made
 
     def delay_ns(self):
         return int(self.server.random.randint(30_000, 200_000) * self.server.slow)
@@ -452,20 +429,9 @@ class _Pipeline:
     async def __aexit__(self, *_):
         return None
 
-    def set(self, key, value, px=None):
-        self._commands.append(("set", (key, value, px)))
-
-    def sadd(self, key, *members):
-        self._commands.append(("sadd", (key, *members)))
-
-    def srem(self, key, *members):
-        self._commands.append(("srem", (key, *members)))
-
-    def incr(self, key):
-        self._commands.append(("incr", (key,)))
-
-    def delete(self, key):
-        self._commands.append(("delete", (key,)))
+    def __getattr__(self, command):
+        """Adds any command."""
+        return lambda *arguments, **more: self._commands.append((command, (*arguments, *more.values())))
 
     async def execute(self, raise_on_error=True):
         replies = await self._client.trip(self._commands)
@@ -473,8 +439,3 @@ class _Pipeline:
             if raise_on_error and isinstance(reply, Exception):
                 raise reply
         return replies
-
-
-def _settle(future, made):
-    if not future.done():
-        future.set_result(made)

@@ -9,7 +9,7 @@ from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.tiers.evictions import Evictions
 from router.accounting.budgets import Budgets
-from router.accounting.cost import Cost, Prices
+from router.accounting.cost import CostMetrics, Prices
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
@@ -32,7 +32,6 @@ from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process as TracedProcess
-from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import Tracer
 from tests.simulation.loop import Process
 from tests.simulation.network import SimChannel
@@ -41,15 +40,10 @@ from tests.simulation.redis import REDIS_URL
 log = logging.getLogger(__name__)
 
 
-class _Listed:
+async def _list_all(addresses, report):
     """A source that lists all workers; as with any source, the ring is built off the event loop."""
-
-    def __init__(self, addresses):
-        self._addresses = addresses
-
-    async def watch(self, told):
-        told([Listing(address) for address in self._addresses])
-        await asyncio.Event().wait()
+    report([Listing(address) for address in addresses])
+    await asyncio.Event().wait()
 
 
 class SimRouter:
@@ -84,7 +78,9 @@ class SimRouter:
         self.mesh = mesh = settings.create_mesh(secret)
         hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
         addresses = [worker.address for worker in world.workers]
-        source = AnnouncedWorkers(discovery.connect(REDIS_URL)) if world.announced else _Listed(addresses)
+        source = (
+            AnnouncedWorkers(discovery.connect(REDIS_URL)).watch if world.announced else partial(_list_all, addresses)
+        )
         self.fleet = fleet = Fleet(
             [],
             lambda _: None,
@@ -97,9 +93,9 @@ class SimRouter:
         self.dispatcher = Dispatcher(fleet, self.limits, RetryBudget(time.monotonic), TailLatency())
         self.quotas = Quotas(settings.quotas or {"*": 1e6}, self._clock)
         report = LoadReport(requests.answers, cores=1)
-        audit = Audit(self.dispatcher, settings.audit_share, time.monotonic)
+        audit = Audit(self.dispatcher.run, settings.audit_share, time.monotonic)
         tracer = Tracer(TracedProcess("router", self.name), settings.trace_ratio, [])
-        cost = Cost(
+        cost = CostMetrics(
             Prices(0.0, 0.0),
             requests,
             lambda model, version: fleet.view.catalog.find(model, version).provider,
@@ -116,8 +112,8 @@ class SimRouter:
         mesh.purges.on_news = self._ask_again
         mesh.start()
         fleet.start()
-        BACKGROUND.start("agreement on models", Agreement(fleet, time.monotonic).keep)
-        BACKGROUND.start("request metrics", requests.keep_marking)
+        Agreement(fleet, time.monotonic).start()
+        requests.start()
 
     def _clock(self):
         if self.clock_fails and self.world.random.random() < self.clock_fails:

@@ -4,7 +4,7 @@ from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.api.control import ModelControl
 from services.inference.api.envelope_socket import EnvelopeSocket, _Connection
-from services.inference.api.service import EnvelopeService, Locality
+from services.inference.api.service import EnvelopeService
 from services.inference.worker import Worker
 from services.runtime.redis import discovery
 from services.runtime.rpc.calls import Calls
@@ -79,7 +79,7 @@ class SimWorker:
         )
         await store.load_all()
         worker = Worker(self.worker_id, store)
-        envelopes = EnvelopeService(worker, Locality("", "", self.weight))
+        envelopes = EnvelopeService(worker, weight=self.weight)
         calls = Calls()
         service = envelopes.service(calls)
         handlers = {f"/{service.name}/{method}": handler for method, handler in service.handlers.items()}

@@ -294,7 +294,7 @@ class World:
         """Checks equal work that began while it was already running."""
         name = (model.name, float(row[0]))
         # Excluded: uncacheable models, rows of batches, which have no owner, and tenants, which do not share work.
-        apart = not model.cacheable or model.row_cache or model.tenant_scoped
+        apart = not model.cacheable or model.row_cache or model.rules.tenant_scoped
         if not self.light or self.faulty or apart or name in self.uncoordinated:
             return
         self.violated(f"{name} runs on {one} and on {other} at once")

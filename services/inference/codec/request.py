@@ -63,19 +63,6 @@ class Decoded:
     highest, 0 the model's default. `timeout_us`: maximum time in the queue; 0 if the request sets none.
     """
 
-    __slots__ = (
-        "arrays",
-        "classes",
-        "outputs",
-        "priority",
-        "regions",
-        "rows",
-        "sequence",
-        "signature",
-        "timeout_us",
-        "trace_context",
-    )
-
     def __init__(
         self,
         arrays: dict[str, npt.NDArray[Any]],
@@ -147,8 +134,8 @@ def decode_request(
         return decoded
     decoded.classes = classes
     decoded.regions = regions
-    decoded.priority = _whole_parameter(request, "priority")
-    decoded.timeout_us = _whole_parameter(request, "timeout")
+    decoded.priority = _whole(request.parameters, "priority", "parameters.priority")
+    decoded.timeout_us = _whole(request.parameters, "timeout", "parameters.timeout")
     decoded.sequence = _sequence(request)
     return decoded
 
@@ -227,10 +214,10 @@ def _encode_as_asked(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArra
         if name in decoded.classes:
             array = _classify(array, decoded.classes[name], model.has_rows, model.labels.get(name, ()))
             datatype = "BYTES"
-        told = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        output = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         raw = _raw(array)
         if name in decoded.regions:
-            decoded.regions[name].write(raw, told)
+            decoded.regions[name].write(raw, output)
             raw = b""
         raws.append(raw)
     return _joined(response.SerializeToString(), raws)
@@ -265,7 +252,7 @@ def _decode_shared(
             field=f"inputs[{index}].contents",
         )
     field = f"inputs[{index}].parameters"
-    name, offset, size = _place(tensor.parameters, field)
+    name, offset, size = _region_part(tensor.parameters, field)
     region = memory.find(name, field)
     needed = math.prod(shape) * spec.datatype.itemsize
     if spec.datatype.itemsize and size != needed:
@@ -280,7 +267,7 @@ def _decode_shared(
 def _check_shared_bytes(tensors: Sequence[v2.ModelInferRequest.InferInputTensor]) -> None:
     size = sum(
         [
-            max(0, _place(tensor.parameters, f"inputs[{index}].parameters")[2])
+            _region_part(tensor.parameters, f"inputs[{index}].parameters")[2]
             for index, tensor in enumerate(tensors)
             if _REGION in tensor.parameters
         ]
@@ -329,7 +316,7 @@ def _decode_outputs(
             classes[name] = count
         if _REGION in output.parameters:
             field = f"outputs[{index}].parameters"
-            region_name, offset, size = _place(output.parameters, field)
+            region_name, offset, size = _region_part(output.parameters, field)
             region = memory.find(region_name, field)
             region.check(offset, size, field)
             regions[name] = _OutputRegion(region, offset, size)
@@ -351,50 +338,45 @@ def _flag(request: v2.ModelInferRequest, name: str) -> bool:
     return request.parameters[name].bool_param
 
 
-def _whole_parameter(request: v2.ModelInferRequest, name: str) -> int:
-    if name not in request.parameters:
+def _whole(parameters: Mapping[str, v2.InferParameter], name: str, field: str) -> int:
+    """A parameter that is a whole number; 0 if it is not given."""
+    if name not in parameters:
         return 0
-    given = request.parameters[name]
+    given = parameters[name]
     kind = given.WhichOneof("parameter_choice")
     if kind not in ("int64_param", "uint64_param") or getattr(given, kind) < 0:
         raise InvalidArgumentError(
-            f"{name} must be a whole number, 0 or more, in int64_param or uint64_param", field=f"parameters.{name}"
+            f"{name} must be a whole number, 0 or more, in int64_param or uint64_param", field=field
         )
     return int(getattr(given, kind))
 
 
-def _place(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str, int, int]:
-    sizes = []
-    for name in ("shared_memory_offset", "shared_memory_byte_size"):
-        kind = parameters[name].WhichOneof("parameter_choice") if name in parameters else "int64_param"
-        if kind not in ("int64_param", "uint64_param"):
-            raise InvalidArgumentError(f"{name} is a whole number, in int64_param or uint64_param", field=field)
-        sizes.append(int(getattr(parameters[name], kind)) if name in parameters else 0)
-    return parameters[_REGION].string_param, sizes[0], sizes[1]
+def _region_part(parameters: Mapping[str, v2.InferParameter], field: str) -> tuple[str, int, int]:
+    """(region, offset, byte size) of a tensor in shared memory."""
+    offset = _whole(parameters, "shared_memory_offset", field)
+    return parameters[_REGION].string_param, offset, _whole(parameters, "shared_memory_byte_size", field)
 
 
 class _OutputRegion:
     """The part of a shared memory region that receives an output."""
-
-    __slots__ = ("offset", "region", "size")
 
     def __init__(self, region: Region, offset: int, size: int) -> None:
         self.region = region
         self.offset = offset
         self.size = size
 
-    def write(self, raw: _Raw, told: v2.ModelInferResponse.InferOutputTensor) -> None:
-        """Writes the output and describes it in `told`. Raises InvalidArgumentError if it does not fit (any more)."""
+    def write(self, raw: _Raw, output: v2.ModelInferResponse.InferOutputTensor) -> None:
+        """Writes the output and describes it in `output`. Raises InvalidArgumentError if it does not fit (any more)."""
         if len(raw) > self.size:
             raise InvalidArgumentError(
-                f"output {told.name!r} has {len(raw)} bytes, and {self.size} are given to it in shared memory "
+                f"output {output.name!r} has {len(raw)} bytes, and {self.size} are given to it in shared memory "
                 f"region {self.region.name!r}",
                 field="outputs",
             )
         self.region.write(self.offset, raw, "outputs")
-        told.parameters[_REGION].string_param = self.region.name
-        told.parameters["shared_memory_offset"].int64_param = self.offset
-        told.parameters["shared_memory_byte_size"].int64_param = len(raw)
+        output.parameters[_REGION].string_param = self.region.name
+        output.parameters["shared_memory_offset"].int64_param = self.offset
+        output.parameters["shared_memory_byte_size"].int64_param = len(raw)
 
 
 def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
@@ -431,8 +413,8 @@ def _classify(array: npt.NDArray[Any], count: int, batched: bool, labels: Sequen
     top = np.argsort(~rows if whole else -rows, axis=1, kind="stable")[:, :count]
     made = np.empty(top.shape, object)
     for row, indices in enumerate(top):
-        for place, index in enumerate(indices.tolist()):
+        for rank, index in enumerate(indices.tolist()):
             text = f"{rows[row, index]:{'d' if whole else 'f'}}:{index}".encode()
             label = labels[index] if index < len(labels) else b""
-            made[row, place] = text + b":" + label if label else text
+            made[row, rank] = text + b":" + label if label else text
     return made if batched else made[0]

@@ -21,15 +21,15 @@ from services.runtime.rpc.rpc import parse
 MAX_KINDS = 4096
 
 
-class _Tensor(NamedTuple):
+class _TensorKind(NamedTuple):
     name: str
     dtype: npt.DTypeLike
     shape: tuple[int, ...]
     size: int
 
 
-class _Kind(NamedTuple):
-    tensors: tuple[_Tensor, ...]
+class _RequestKind(NamedTuple):
+    tensors: tuple[_TensorKind, ...]
     rows: int
     outputs: tuple[str, ...]
     signature: Hashable
@@ -42,7 +42,7 @@ class RequestDecoder:
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
-        self._kinds: dict[bytes, _Kind] = {}
+        self._kinds: dict[bytes, _RequestKind] = {}
 
     def decode(self, read: Read, model: Model, trace_context: bytes = b"") -> Decoded:
         parts = read.parts
@@ -71,7 +71,7 @@ class RequestDecoder:
         return decoded
 
 
-def _kind(request: v2.ModelInferRequest, model: Model, decoded: Decoded) -> _Kind | None:
+def _kind(request: v2.ModelInferRequest, model: Model, decoded: Decoded) -> _RequestKind | None:
     """The decoded fields that requests with equal bytes share; None if such requests differ in more than data."""
     if decoded.classes or decoded.regions or decoded.sequence is not None:
         return None
@@ -83,5 +83,7 @@ def _kind(request: v2.ModelInferRequest, model: Model, decoded: Decoded) -> _Kin
         array: npt.NDArray[Any] = decoded.arrays[tensor.name]
         if array.dtype.hasobject:
             return None
-        tensors.append(_Tensor(tensor.name, array.dtype, array.shape, array.nbytes))
-    return _Kind(tuple(tensors), decoded.rows, decoded.outputs, decoded.signature, decoded.priority, decoded.timeout_us)
+        tensors.append(_TensorKind(tensor.name, array.dtype, array.shape, array.nbytes))
+    return _RequestKind(
+        tuple(tensors), decoded.rows, decoded.outputs, decoded.signature, decoded.priority, decoded.timeout_us
+    )

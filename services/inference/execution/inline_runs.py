@@ -1,7 +1,7 @@
 """Decides which runs are made on the thread that received the request, even the event loop's: docs/decisions/0025.
 
 Two conditions must hold. The graph proves that the time of a run depends only on the shapes of its inputs, never on
-their values (`why_not`). And earlier runs with such shapes were quick (`InlineRuns`).
+their values (`verdict`). And earlier runs with such shapes were quick (`InlineRuns`).
 """
 
 from __future__ import annotations  # compiled by mypyc
@@ -15,6 +15,7 @@ import onnx
 
 from services.inference.codec.request import Decoded
 from services.inference.execution.graph import ELEMENTWISE, name_of, names, operator_types
+from services.runtime.verdict import YES, Verdict
 
 # The longest run that is made inline. For such runs another thread would cost more than it saves.
 QUICK_NS = 500_000
@@ -67,11 +68,11 @@ _BY_SIZE = {
 _SHAPES_OF = frozenset({"Shape", "Size"})
 
 
-def why_not(model: onnx.ModelProto) -> str:
-    """Why the time of a run does not follow from the shapes of its inputs; "" if it does."""
+def verdict(model: onnx.ModelProto) -> Verdict:
+    """Whether the time of a run follows from the shapes of its inputs."""
     unknown = operator_types(model).difference(_BY_SHAPE, _BY_SIZE)
     if unknown:
-        return f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}"
+        return Verdict(f"what a run takes may depend on values: its graph holds {', '.join(sorted(unknown))}")
     inputs = {value.name for value in model.graph.input}
     # A request may override initializers that are also inputs.
     known = {tensor.name for tensor in model.graph.initializer if tensor.name not in inputs}
@@ -81,10 +82,10 @@ def why_not(model: onnx.ModelProto) -> str:
         # For a recurrent layer only the fifth input counts. The inputs after it are states.
         sizes = () if first is None else node.input[first : first + 1 if operator in _RNNS else None]
         if computed := [name for name in sizes if name and name not in known]:
-            return f"sizes depend on values: {computed[0]!r} of {operator} is computed from them"
+            return Verdict(f"sizes depend on values: {computed[0]!r} of {operator} is computed from them")
         if operator in _SHAPES_OF or _is_known(operator, node.input, known):
             known.update(node.output)
-    return ""
+    return YES
 
 
 def _is_known(operator: str, inputs: Iterable[str], known: set[str]) -> bool:
@@ -135,8 +136,6 @@ class InlineRuns:
 
 class _Slowest:
     """The largest time and output bytes of a row, over two windows of runs."""
-
-    __slots__ = ("_before", "_now", "_runs", "bytes", "ns")
 
     def __init__(self) -> None:
         self._runs = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,35 +11,19 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
-from services.inference.execution import graph, inline_runs, row_independence
+from services.inference.execution import graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import run_error
 from services.inference.execution.sessions import Sessions, first_line
-from services.inference.repository import batching_policy
-from services.inference.repository.config import (
-    CACHE_STALE,
-    CACHE_TTL,
-    HEDGE,
-    ROW_CACHE,
-    SEMANTIC_EMBEDDING,
-    TENANT_SCOPE,
-    ConfigError,
-    ModelConfig,
-    batching,
-    limits_queue,
-    milliseconds,
-    says,
-    semantic_threshold,
-)
+from services.inference.repository.config import ConfigError, ModelConfig, batching, limits_queue, serving_rules
 from services.inference.repository.repository import ModelFiles, data_file
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.oip.tensors import decode
-
-log = logging.getLogger(__name__)
+from services.runtime.verdict import YES, Verdict
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-
+NOT_PROVEN = "rows are not proven independent"
 # ONNX Runtime 1.32 ends the process when one of these has no rows.
 _ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
 # Machine code for an execution provider, in the node or in a file that the node names.
@@ -52,36 +35,31 @@ class ModelLoadError(Exception):
 
 
 class OnnxModel:
-    """A loaded model. `run` may be called from several threads.
+    """A loaded model. `run` may be called from several threads. `loading.load_model` makes one.
 
     `required`: the inputs that every request has. `hidden_inputs`, `hidden_outputs`: controls and states of sequences.
     `independence`: whether the graph proves that rows do not depend on each other.
     `has_rows`: the first dimension is the batch. A request has at most `max_request_rows` rows; 0: any number.
-    `batchable`: requests may share a run along the batch; `batch_reason`: why not. `cacheable`: equal requests have
-    equal answers; `cacheable_reason`: why not. `tenant_scoped`: tenants do not share answers. `inline_reason`: why runs
-    are not made on the thread that received the requests; "" if they may be. `row_cache`: rows of a batch may be cached
-    one by one; `row_cache_reason`: why not.
-    `provider`: the execution provider in use.
+    `batchable`: requests may share a run along the batch, with at most `max_batch_rows`. `cacheable`: equal requests
+    have equal answers. `inline`: runs may be made on the thread that received the requests. `row_cache`: rows of a
+    batch may be cached one by one. `provider`: the execution provider in use. `rules`: how routers treat its requests.
     """
 
     # Only an ensemble may be not runnable, if it lacks steps.
     not_runnable = ""
+    # Until the rows have been probed.
+    batchable = row_cache = Verdict("its rows have not been probed")
+    has_rows = False
+    max_batch_rows = 1
 
-    def __init__(
-        self,
-        files: ModelFiles,
-        *,
-        providers: Sequence[str],
-        intra_op_threads: int,
-        max_batch_rows: int,
-        caches: str = "",
-    ) -> None:
+    def __init__(self, files: ModelFiles, *, providers: Sequence[str], intra_op_threads: int, caches: str = "") -> None:
         """`files` must not change while the model lives, because its weights may be mapped. `providers`: those of this
-        machine. `intra_op_threads` and `max_batch_rows` are defaults for the model's configuration. `caches`: folder
-        for TensorRT's engines. Raises ModelLoadError."""
-        self._config = files.config
-        # Preliminary values, until the probe of the rows.
-        self.batchable = self.has_rows = False
+        machine. `intra_op_threads`: unless the configuration sets them. `caches`: folder for TensorRT's
+        engines. Raises ModelLoadError."""
+        self.name, self.version, self.labels = files.name, files.version, files.labels
+        self.configured = configured = files.config
+        self.folder = files.folder
+        self.max_request_rows = configured.max_batch_size
         try:
             proto = graph.read(files.model)
             random = graph.random_operators(proto)
@@ -91,122 +69,52 @@ class OnnxModel:
             self._aborts_on_empty = sorted(operators & _ABORT_ON_EMPTY)
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
-            self.inline_reason = inline_runs.why_not(proto)
+            self.inline = inline_runs.verdict(proto)
             del proto  # frees memory before the session is made
-            self._sessions = Sessions(
-                f"{files.name}/{files.version}",
-                files.model,
-                self._config,
-                providers,
-                intra_op_threads,
-                self._output_shape,
-                caches,
+            name = f"{files.name}/{files.version}"
+            self._sessions = sessions = Sessions(
+                name, files.model, configured, providers, intra_op_threads, self._output_shape, caches
             )
-            self.provider = self._sessions.provider
-            self.digest = self.own_digest = files.digest(self.provider)
+            self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
+            self.outputs = output_specs(sessions.outputs, configured, unranked)
+            self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
             raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
-        self.name = files.name
-        self.version = files.version
-        self.labels = files.labels
-        self._folder = files.folder
-        sessions = self._sessions
-        try:
-            self.inputs = input_specs(sessions.inputs, sessions.initializers, files.config, unranked)
-            self.outputs = output_specs(sessions.outputs, files.config, unranked)
-            self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
-        except UnservableError as error:
-            raise ModelLoadError(f"cannot load {files.model}: {error}") from None
-        except ConfigError as error:
-            raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
+        self.provider = sessions.provider
+        self.digest = self.own_digest = files.digest(self.provider)
         every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
         if any(spec.datatype.name == "BYTES" for spec in every):
-            self.inline_reason = "it has strings, which are read one by one"
+            self.inline = Verdict("it has strings, which are read one by one")
         self.required = tuple([name for name, spec in self.inputs.items() if not spec.optional])
         self._reshapes = any(spec.inner is not None for spec in every)
-        self.cacheable_reason = f"its graph holds {', '.join(random)}" if random else ""
-        if self._config.HasField("sequence_batching"):
-            self.cacheable_reason = "it serves sequences, whose answers depend on what came before"
-        elif self._config.HasField("response_cache"):
-            self.cacheable_reason = "" if self._config.response_cache.enable else "its config.pbtxt says so"
-        self.cacheable = not self.cacheable_reason
-        self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
-        self.hedged = says(self._config, HEDGE) is True
-        self.limits_queue = limits_queue(batching(self._config))
-        self.ttl_ms = milliseconds(self._config, CACHE_TTL)
-        self.stale_ms = milliseconds(self._config, CACHE_STALE)
-        self.max_request_rows = self._config.max_batch_size
-        self.batch_reason = self._why_not_batched()
-        self.batchable = not self.batch_reason
-        self.has_rows = self.batchable or self.max_request_rows > 0
-        self.max_batch_rows = (self.max_request_rows or max_batch_rows) if self.batchable else 1
-        self.row_cache_reason = self._why_no_row_cache()
-        self.row_cache = not self.row_cache_reason
-        self.semantic_threshold = semantic_threshold(self._config) if self.cacheable else 0.0
-        self.semantic_embedding = (
-            self._config.parameters[SEMANTIC_EMBEDDING].string_value
-            if SEMANTIC_EMBEDDING in self._config.parameters
-            else ""
-        )
-
-    def _why_not_batched(self) -> str:
-        """Why requests do not share runs; "" if they do. Raises ModelLoadError if the configuration sets a batch size
-        but the file has a fixed first dimension."""
-        policy = batching_policy.policy(self._config)
-        if policy.merges is None:
-            return row_independence.why_not(self, self.independence)
-        if not (policy.merges or self.max_request_rows):
-            return policy.reason
-        fixed = row_independence.fixed_first_dimension(self)
-        if fixed and self.max_request_rows:
-            raise ModelLoadError(f"cannot load {self._folder}: max_batch_size is {self.max_request_rows}, but {fixed}")
-        return policy.reason or fixed
-
-    def _why_no_row_cache(self) -> str:
-        """Why rows are not cached one by one; "" if they are. Raises ModelLoadError if the configuration asks for it
-        but the configuration or the graph rules it out."""
-        told = says(self._config, ROW_CACHE)
-        if told is False:
-            return "its config.pbtxt says so"
-        # The rows of one request share a run even if requests do not.
-        reason = self.cacheable_reason or ("" if told and self.has_rows else self.batch_reason)
-        reason = reason or row_independence.not_proven(self.independence)
-        if not reason and len(self.inputs) > len(self.required):
-            reason = "it has optional inputs, which are for a whole run"
-        if told and reason:
-            raise ModelLoadError(f"cannot load {self._folder}: {ROW_CACHE} is true in its config.pbtxt, but {reason}")
-        reason = reason or row_independence.why_not_cached(self, asked_for=told is True)
-        if told and reason:
-            log.warning("model %s: %s is true in its config.pbtxt, but %s", self.name, ROW_CACHE, reason)
-        return reason
+        self.cacheable = Verdict(f"its graph holds {', '.join(random)}" if random else "")
+        if configured.HasField("sequence_batching"):
+            self.cacheable = Verdict("it serves sequences, whose answers depend on what came before")
+        elif configured.HasField("response_cache"):
+            self.cacheable = YES if configured.response_cache.enable else Verdict("its config.pbtxt says so")
+        self.limits_queue = limits_queue(batching(configured))
+        self.rules = serving_rules(configured, semantic=bool(self.cacheable))
 
     @property
     def batch_remark(self) -> str:
-        if self.batch_reason:
-            return f"not batched: {self.batch_reason}"
-        unproven = row_independence.not_proven(self.independence)
-        return (
-            f"batched because its config.pbtxt says so: {unproven}"
-            if unproven
-            else "batched: rows are proven independent"
-        )
-
-    @property
-    def sequence_batching(self) -> config_pb2.ModelSequenceBatching:
-        return self._config.sequence_batching
+        if not self.batchable:
+            return f"not batched: {self.batchable.reason}"
+        if self.independence:
+            return "batched: rows are proven independent"
+        return f"batched because its config.pbtxt says so: {NOT_PROVEN}: {self.independence.reason}"
 
     def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         """Removes controls and states from `inputs` and `outputs`, and returns them. Raises ConfigError."""
-        batching = self._config.sequence_batching
+        batching = self.configured.sequence_batching
         wanted = [tensor.name for tensor in batching.control_input] + [state.input_name for state in batching.state]
         if missing := [name for name in wanted if name not in self.inputs]:
             raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such input")
         states = [state.output_name for state in batching.state]
         if missing := [name for name in states if name not in self.outputs]:
             raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such output")
-        shown = {tensor.name for tensor in self._config.output}
+        shown = {tensor.name for tensor in self.configured.output}
         return (
             {name: self.inputs.pop(name) for name in wanted},
             {name: self.outputs.pop(name) for name in states if name not in shown},
@@ -226,7 +134,7 @@ class OnnxModel:
 
     def warm_up(self) -> None:
         known = self.inputs | self.hidden_inputs
-        for sample in self._config.model_warmup:
+        for sample in self.configured.model_warmup:
             try:
                 if unknown := sorted(name for name in sample.inputs if name not in known):
                     raise ConfigError(f"it gives input {unknown[0]!r}; the model has {', '.join(map(repr, known))}")
@@ -237,7 +145,7 @@ class OnnxModel:
                     self.compute(inputs, list(self.outputs))
             except Exception as error:
                 raise ModelLoadError(
-                    f"cannot load {self._folder}: model_warmup {sample.name!r} failed: {first_line(error)}"
+                    f"cannot load {self.folder}: model_warmup {sample.name!r} failed: {first_line(error)}"
                 ) from None
 
     def _warm_up_input(self, spec: TensorSpec, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:
@@ -250,7 +158,7 @@ class OnnxModel:
         shape = (*((sample.batch_size or 1,) if batched else ()), *wanted.dims)
         kind = wanted.WhichOneof("input_data_type")
         if kind == "input_data_file":
-            raw = data_file(self._folder.parent / "warmup", wanted.input_data_file)
+            raw = data_file(self.folder.parent / "warmup", wanted.input_data_file)
             return decode(spec.datatype, shape, raw, spec.name)
         if dtype.hasobject:
             return np.full(shape, b"", object)
@@ -263,10 +171,10 @@ class OnnxModel:
     def config(self) -> ModelConfig:
         """Its config.pbtxt, completed from the file and with the decisions made at load."""
         made = ModelConfig()
-        made.CopyFrom(self._config)
+        made.CopyFrom(self.configured)
         made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
         made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
-        made.response_cache.enable = self.cacheable
+        made.response_cache.enable = bool(self.cacheable)
         if self.batchable and made.WhichOneof("scheduling_choice") is None:
             made.dynamic_batching.SetInParent()
         if not made.instance_group:
@@ -280,14 +188,14 @@ class OnnxModel:
             declared = {tensor.name: tensor for tensor in tensors}
             for name, spec in specs.items():
                 self._declare(spec, declared[name] if name in declared else tensors.add(name=name))
-        for name, reason in (
-            ("batched", self.batch_reason),
-            ("cached", self.cacheable_reason),
-            ("row_cache", self.row_cache_reason),
-            ("rows_proven_independent", self.independence.reason),
-            ("inline", self.inline_reason),
+        for name, verdict in (
+            ("batched", self.batchable),
+            ("cached", self.cacheable),
+            ("row_cache", self.row_cache),
+            ("rows_proven_independent", self.independence),
+            ("inline", self.inline),
         ):
-            made.parameters[f"ringmesh_{name}"].string_value = f"no: {reason}" if reason else "yes"
+            made.parameters[f"ringmesh_{name}"].string_value = str(verdict)
         made.parameters["ringmesh_provider"].string_value = self.provider
         return made
 
@@ -346,10 +254,10 @@ def metadata(
     name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> v2.ModelMetadataResponse:
     tensor = v2.ModelMetadataResponse.TensorMetadata
-    told = v2.ModelMetadataResponse(name=name, platform=platform)
-    for specs, field in ((inputs, told.inputs), (outputs, told.outputs)):
+    made = v2.ModelMetadataResponse(name=name, platform=platform)
+    for specs, field in ((inputs, made.inputs), (outputs, made.outputs)):
         field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
-    return told
+    return made
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,19 +1,19 @@
-"""Decides whether requests may share a run, that is, whether each row has the same answer in a batch as alone."""
+"""Probes whether each row of a loaded model has the same answer in a batch as alone."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from services.inference.codec.tensor_spec import TensorSpec
+from services.inference.execution.model import OnnxModel
 from services.inference.execution.sessions import first_line
 from services.runtime.oip.tensors import encode
-from services.runtime.verdict import Verdict
+from services.runtime.verdict import YES, Verdict
 
 # The batch sizes in which rows are compared with rows alone. Sizes above 8 are used only if the runs are quick.
 _SIZES = (2, 3, 5, 8, 16, 32)
@@ -22,62 +22,33 @@ _MOST_BATCH_SECONDS = 0.2
 # _MOST_SECONDS would delay the load of the model.
 _LEAST_SECONDS = 0.0002
 _MOST_SECONDS = 0.1
-
 # The largest row that is probed. A file may declare terabytes.
 _MOST_ELEMENTS = 1 << 26
 
 
-class Probed(Protocol):
-    """The part of a model that a probe needs; OnnxModel implements it."""
-
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
-    hidden_inputs: dict[str, TensorSpec]
-    hidden_outputs: dict[str, TensorSpec]
-    required: tuple[str, ...]
-    max_batch_rows: int
-    max_request_rows: int
-
-    def compute(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Sequence[npt.NDArray[Any]]:
-        """Runs the model and returns the named outputs."""
-
-
-def not_proven(verdict: Verdict) -> str:
-    """Why the graph does not prove that rows are independent; "" if it does."""
-    return f"rows are not proven independent: {verdict.reason}" if verdict.reason else ""
-
-
-def why_not(model: Probed, verdict: Verdict) -> str:
-    """Why requests may not share a run.
-
-    "" if the graph proves that rows are independent, and a probe of batches agrees with rows alone. The probe can only
-    revoke the proof.
-    """
-    if reason := fixed_first_dimension(model) or not_proven(verdict):
-        return reason
+def probed(model: OnnxModel) -> Verdict:
+    """Whether batches of two rows agree with the rows alone. Only revokes what the graph proves."""
     try:
         try:
             return _probe(model, lowest_integer=1)
         except Exception:  # the value 2 may be invalid, for example as an index of an embedding
             return _probe(model, lowest_integer=0)
     except Exception as error:
-        return f"a probe of two rows failed: {first_line(error)}"
+        return Verdict(f"a probe of two rows failed: {first_line(error)}")
 
 
-def why_not_cached(model: Probed, *, asked_for: bool = False) -> str:
-    """Why rows are not cached one by one.
-
-    "" if rows have the same bits alone and in batches of several sizes, and caching pays. `asked_for`: the
-    configuration asks for it, so its cost is not checked.
-    """
+def worth_caching(model: OnnxModel, *, asked_for: bool = False) -> Verdict:
+    """Whether rows have the same bits alone and in batches of several sizes, and caching pays. `asked_for`: the
+    configuration asks for it, so its cost is not checked."""
     names = list(model.outputs)
     try:
         first = {name: _drawn(model.inputs[name], 0, 1) for name in model.required}
         seconds = min(_timed(model, first, names) for _ in range(3))
         if seconds < _LEAST_SECONDS and not asked_for:
-            return f"computing a row takes {seconds * 1e6:.0f} us; row caching pays from {_LEAST_SECONDS * 1e6:.0f} us"
+            least = f"row caching pays from {_LEAST_SECONDS * 1e6:.0f} us"
+            return Verdict(f"computing a row takes {seconds * 1e6:.0f} us; {least}")
         if seconds > _MOST_SECONDS and not asked_for:
-            return f"a probe of its rows would take long: one is computed in {seconds:.1f} s"
+            return Verdict(f"a probe of its rows would take long: one is computed in {seconds:.1f} s")
         sizes = [size for size in _SIZES if size <= 8 or size * seconds <= _MOST_BATCH_SECONDS]
         sizes = [size for size in sizes if size <= max(model.max_batch_rows, model.max_request_rows)]
         count = max(sizes, default=1)
@@ -90,23 +61,23 @@ def why_not_cached(model: Probed, *, asked_for: bool = False) -> str:
             for index, together in enumerate(model.compute(batch, names)):
                 apart = np.concatenate([alone[row][index] for row in places])
                 if apart.shape != together.shape or encode(apart) != encode(together):
-                    return f"the last bits of {names[index]!r} depend on the size of a batch"
+                    return Verdict(f"the last bits of {names[index]!r} depend on the size of a batch")
     except Exception as error:
-        return f"a probe of its rows failed: {first_line(error)}"
-    return ""
+        return Verdict(f"a probe of its rows failed: {first_line(error)}")
+    return YES
 
 
-def fixed_first_dimension(model: Probed) -> str:
-    """Says which input or output has a fixed first dimension; "" if none has."""
+def free_first_dimension(model: OnnxModel) -> Verdict:
+    """Whether no input or output has a fixed first dimension."""
     inputs = (*(model.inputs[name] for name in model.required), *model.hidden_inputs.values())
     for spec in (*inputs, *model.outputs.values(), *model.hidden_outputs.values()):
         if not spec.shape or spec.shape[0] != -1:
-            return f"the first dimension of {spec.name!r} is not free"
-    return ""
+            return Verdict(f"the first dimension of {spec.name!r} is not free")
+    return YES
 
 
-def _probe(model: Probed, lowest_integer: int) -> str:
-    """Why two rows in a batch differ from the rows alone; "" if they do not.
+def _probe(model: OnnxModel, lowest_integer: int) -> Verdict:
+    """Whether two rows in a batch are computed as the rows alone.
 
     Both orders are tried: a model that sorts or sums along the batch looks independent in one of them. Values are
     near 1 at first, and then have both signs and magnitudes that are far apart.
@@ -123,10 +94,10 @@ def _probe(model: Probed, lowest_integer: int) -> str:
             for index, together in enumerate(model.compute(pair, names)):
                 expected = [alone[row][index] for row in order]
                 if len(together) != 2 or any(len(answer) != 1 for answer in expected):
-                    return f"{names[index]!r} does not have one row for each row of the inputs"
+                    return Verdict(f"{names[index]!r} does not have one row for each row of the inputs")
                 if not all(_close(one, together[place : place + 1], tolerance) for place, one in enumerate(expected)):
-                    return f"a probe found that {names[index]!r} depends on the other rows"
-    return ""
+                    return Verdict(f"a probe found that {names[index]!r} depends on the other rows")
+    return YES
 
 
 def _values(spec: TensorSpec, row: int, lowest_integer: int, far_apart: bool) -> npt.NDArray[Any]:
@@ -154,7 +125,7 @@ def _row_shape(spec: TensorSpec, free: int) -> tuple[int, ...]:
     return shape
 
 
-def _timed(model: Probed, row: dict[str, npt.NDArray[Any]], names: list[str]) -> float:
+def _timed(model: OnnxModel, row: dict[str, npt.NDArray[Any]], names: list[str]) -> float:
     start = time.perf_counter()
     model.compute(row, names)
     return time.perf_counter() - start

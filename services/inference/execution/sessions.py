@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,13 +32,6 @@ _MOST_ZEROS = 64 << 20
 _SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
 
 Arrays = list[npt.NDArray[Any]]
-
-
-class Runner(Protocol):
-    """A session that runs a model."""
-
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
-        """Runs the model. Returns the outputs in the requested order, on the host."""
 
 
 class Sessions:
@@ -78,7 +71,7 @@ class Sessions:
         if missing := {*executions[0].missing, wanted} - {self.provider}:
             log.warning("model %s: it runs on %s, without %s", model, self.provider, ", ".join(sorted(missing)))
         entries = execution.run_entries(config)
-        self._runners: list[Runner] = [
+        self._runners = [
             _runner(session, chosen, entries, output_shape)
             for session, chosen in zip(sessions, executions, strict=True)
         ]
@@ -140,7 +133,7 @@ def _open(
 
 def _runner(
     session: onnxruntime.InferenceSession, chosen: Execution, entries: Mapping[str, str], output_shape: OutputShape
-) -> Runner:
+) -> DeviceSession | _HostSession:
     nodes = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
     datatypes = {node.name: datatype_of(node) for node in nodes}
     names = {datatype.name for datatype in datatypes.values() if datatype is not None}
@@ -213,13 +206,9 @@ class _HostSession:
         return arrays
 
 
-class _Bfloat16Session:
+class _Bfloat16Session(_HostSession):
     """A session with bfloat16 tensors. NumPy lacks bfloat16 and ONNX Runtime's bindings refuse the one of ml_dtypes, so
     the bits are passed as uint16 and read by address."""
-
-    def __init__(self, session: onnxruntime.InferenceSession, entries: Mapping[str, str]) -> None:
-        self._session = session
-        self._options = run_options(entries)
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> Arrays:
         make = onnxruntime.OrtValue

@@ -12,22 +12,14 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.codec.request import Decoded, prepare
 from services.inference.codec.tensor_spec import TensorSpec, declared_spec
 from services.inference.execution.model import ModelLoadError, OnnxModel, metadata
-from services.inference.repository.config import (
-    CACHE_STALE,
-    CACHE_TTL,
-    HEDGE,
-    TENANT_SCOPE,
-    ConfigError,
-    ModelConfig,
-    milliseconds,
-    says,
-)
+from services.inference.repository.config import ConfigError, ModelConfig, serving_rules
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.batcher import BatchResult, StepResult
 from services.inference.scheduling.statistics import Statistics
 from services.runtime.errors import FailedPreconditionError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.oip import ensemble
 from services.runtime.oip.ensemble import EnsembleError
+from services.runtime.verdict import Verdict
 
 Array = npt.NDArray[Any]
 
@@ -56,10 +48,8 @@ class Ensemble:
 
     provider = "ensemble"
     limits_queue = False
-    row_cache = False
+    row_cache = Verdict("its steps cache their own")
     batch_remark = "batched by its steps"
-    semantic_threshold = 0.0
-    semantic_embedding = ""
     # Requests wait in the queues of the steps.
     waiting = 0
 
@@ -81,13 +71,10 @@ class Ensemble:
         self.required = tuple(self.inputs)
         self._own_labels = dict(files.labels)
         self.labels: Mapping[str, Sequence[bytes]] = self._own_labels
-        self.tenant_scoped = says(self._config, TENANT_SCOPE) is True
-        self.hedged = says(self._config, HEDGE) is True
-        self.ttl_ms = milliseconds(self._config, CACHE_TTL)
-        self.stale_ms = milliseconds(self._config, CACHE_STALE)
+        self.rules = serving_rules(self._config, semantic=False)
         self.own_digest = self.digest = files.digest("ensemble")
         self.not_runnable = "its steps are not known yet"
-        self.cacheable, self.cacheable_reason = False, self.not_runnable
+        self.cacheable = Verdict(self.not_runnable)
         self.lacks_steps = True
         self._steps: list[Step] = []
 
@@ -109,9 +96,8 @@ class Ensemble:
             if tensor in made.outputs and output in held.model.labels
         } | self._own_labels
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
-        reasons = ((step.model.name, step.model.cacheable_reason) for step in made._steps)
-        made.cacheable_reason = made.not_runnable or ensemble.uncacheable_reason(self._config, reasons)
-        made.cacheable = not made.cacheable_reason
+        reasons = ((step.model.name, step.model.cacheable.reason) for step in made._steps)
+        made.cacheable = Verdict(made.not_runnable or ensemble.uncacheable_reason(self._config, reasons))
         return made
 
     def metadata(self) -> v2.ModelMetadataResponse:
@@ -121,8 +107,7 @@ class Ensemble:
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform = self.name, "ensemble"
-        reason = self.cacheable_reason
-        made.parameters["ringmesh_cached"].string_value = f"no: {reason}" if reason else "yes"
+        made.parameters["ringmesh_cached"].string_value = str(self.cacheable)
         return made
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:

@@ -9,7 +9,7 @@ from typing import Any
 from services.inference.codec.request import Decoded
 from services.inference.execution.model import OnnxModel
 from services.inference.models.ensemble import Ensemble
-from services.inference.models.memory_budget import MemoryBudget, Resident
+from services.inference.models.memory_budget import Resident
 from services.inference.repository.snapshots import Snapshot
 from services.inference.scheduling.batcher import Batcher, BatchResult
 from services.inference.scheduling.sequencer import Sequencer
@@ -27,7 +27,6 @@ class HeldModel:
     model: OnnxModel | Ensemble
     batcher: Batcher | Sequencer | Ensemble
     statistics: Statistics
-    budget: MemoryBudget | None = None
     resident: Resident | None = None
     # The files of the model; an ensemble has none.
     snapshot: Snapshot | None = None
@@ -42,18 +41,16 @@ class HeldModel:
 
     def submit(self, decoded: Decoded, deadline: float | None) -> Coroutine[Any, Any, BatchResult]:
         """Runs a request, as Batcher.submit. Also raises the errors of MemoryBudget.enter."""
-        if self.budget is None or self.resident is None:
+        if self.resident is None:
             return self.batcher.submit(decoded, deadline)
-        return self._submit(self.budget, self.resident, decoded, deadline)
+        return self._submit(self.resident, decoded, deadline)
 
-    async def _submit(
-        self, budget: MemoryBudget, resident: Resident, decoded: Decoded, deadline: float | None
-    ) -> BatchResult:
-        await budget.enter(resident, deadline)
+    async def _submit(self, resident: Resident, decoded: Decoded, deadline: float | None) -> BatchResult:
+        await resident.budget.enter(resident, deadline)
         try:
             return await self.batcher.submit(decoded, deadline)
         finally:
-            budget.leave(resident)
+            resident.budget.leave(resident)
 
     def over(self, models: HeldModels) -> HeldModel:
         """This model; for an ensemble, a copy with its steps looked up in `models`."""

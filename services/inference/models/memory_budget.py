@@ -8,7 +8,7 @@ more models are in use than fit, each therefore answers all its waiting requests
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +20,7 @@ from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from services.runtime.machine import memory
 
 
 class ModelReplacedError(UnavailableError):
@@ -29,7 +30,8 @@ class ModelReplacedError(UnavailableError):
 class Resident:
     """A model under the budget. Only MemoryBudget writes to it. `bytes`: its memory while `loaded`."""
 
-    def __init__(self, model: OnnxModel, files: ModelFiles, size: int) -> None:
+    def __init__(self, budget: MemoryBudget, model: OnnxModel, files: ModelFiles, size: int) -> None:
+        self.budget = budget
         self.model = model
         self.files = files
         self.bytes = size
@@ -78,7 +80,7 @@ class MemoryBudget:
             self._check(files, least)
             await self._make_room(least, beside)
             model, grown = await asyncio.to_thread(self._open, files)
-            resident = Resident(model, files, max(least, grown))
+            resident = Resident(self, model, files, max(least, grown))
             resident.used = next(self._uses)
             self._residents.add(resident)
             try:
@@ -105,7 +107,8 @@ class MemoryBudget:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         resident.waiting.append(waiter)
-        self._start_loading(resident)
+        if resident.loading is None:
+            resident.loading = asyncio.create_task(self._load(resident))
         timer = None if deadline is None else loop.call_later(deadline - time.monotonic(), _expire, waiter)
         try:
             await waiter
@@ -139,10 +142,6 @@ class MemoryBudget:
             await self._unload(resident)
             self._residents.discard(resident)
 
-    def _start_loading(self, resident: Resident) -> None:
-        if resident.loading is None:
-            resident.loading = asyncio.create_task(self._load(resident))
-
     async def _load(self, resident: Resident) -> None:
         try:
             async with self._changing:
@@ -159,14 +158,10 @@ class MemoryBudget:
                 resident.used = next(self._uses)
         except BaseException as error:
             resident.failure = str(error)
+            message = f"model {resident.model.name!r} was unloaded for room, and cannot be loaded again: {error}"
             for waiter in resident.waiting:
                 if not waiter.done():
-                    waiter.set_exception(
-                        UnavailableError(
-                            f"model {resident.model.name!r} was unloaded for room, and cannot be loaded again: "
-                            f"{resident.failure}"
-                        )
-                    )
+                    waiter.set_exception(UnavailableError(message))
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -234,6 +229,6 @@ def _release(model: OnnxModel) -> None:
 
 
 def _give_back() -> None:
-    """Returns freed memory to the system. glibc would keep it, up to hundreds of MB per model."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    """Returns freed memory to the system. Its malloc would keep it, up to hundreds of MB per model."""
+    if (malloc := memory.malloc()) is not None:
+        malloc.give_back(sys.maxsize)

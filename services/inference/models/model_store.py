@@ -8,8 +8,9 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
+
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.execution import execution
 from services.inference.execution.inline_runs import InlineRuns
@@ -33,19 +34,12 @@ from services.inference.repository.snapshots import Entry, Snapshot, Snapshots
 from services.inference.scheduling.batcher import Batcher
 from services.inference.scheduling.sequencer import Sequencer
 from services.inference.scheduling.statistics import Statistics
-from services.runtime.errors import (
-    InvalidArgumentError,
-    NotFoundError,
-    RingmeshError,
-    UnavailableError,
-)
+from services.runtime.errors import InvalidArgumentError, NotFoundError, RingmeshError, UnavailableError
 from services.runtime.machine.machine_fault import machine_fault
 
 log = logging.getLogger(__name__)
 
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
-
-
 # Limits on the names with failed loads, and on the versions of each, in the index, because callers choose the names.
 MAX_FAILURES = 1000
 _MAX_FAILED_VERSIONS = 20
@@ -53,16 +47,6 @@ _LONGEST_REASON = 1000
 # The reason of models unloaded by request. Callers are told that there is no such model.
 _UNLOADED = "unloaded"
 _STATE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class VersionState:
-    """An entry of the repository index: READY (and why it is not cached, if so) or UNAVAILABLE (and why)."""
-
-    name: str
-    version: str
-    state: str
-    reason: str = ""
 
 
 class ModelStore:
@@ -193,8 +177,8 @@ class ModelStore:
         self._switch(name, fresh)
         await self._drain(model for model in held if model not in fresh)
         for model in fresh:
-            if model.budget is not None and model.resident is not None:
-                await model.budget.load(model.resident)
+            if model.resident is not None:
+                await model.resident.budget.load(model.resident)
 
     async def unload(self, name: str, *, dependents: bool = False, decided_ns: int = 0) -> None:
         """Removes a model immediately, and returns when its requests are answered. It stays unloaded until `load`.
@@ -275,35 +259,34 @@ class ModelStore:
         if before != self._failures.get(name, {}):
             self._refresh()
 
-    async def index(self) -> list[VersionState]:
-        """All models of the repository, loaded or not, and the held models that it lacks, by name and version."""
+    async def index(self) -> list[v2.RepositoryIndexResponse.ModelIndex]:
+        """All models of the repository, loaded or not, and the held models that it lacks, by name and version.
+
+        READY has remarks as its reason, UNAVAILABLE the cause.
+        """
+        line = v2.RepositoryIndexResponse.ModelIndex
         try:
             names = set(await asyncio.to_thread(self._source.names))
             # Other models that failed or were unloaded have been deleted from the repository.
             failures = {name: self._failures[name] for name in self._failures if name in names | self.decisions.brought}
         except RepositoryError:
             names, failures = set(), dict(self._failures)
-        states = {
-            (held.model.name, str(held.model.version)): VersionState(
-                held.model.name,
-                str(held.model.version),
-                UNAVAILABLE if held.model.not_runnable or (held.resident and held.resident.failure) else READY,
-                _remark(held),
-            )
-            for held in self.held
-        }
+        lines = {}
+        for held in self.held:
+            name, version = held.model.name, str(held.model.version)
+            failed = held.model.not_runnable or (held.resident and held.resident.failure)
+            state = UNAVAILABLE if failed else READY
+            lines[name, version] = line(name=name, version=version, state=state, reason=_remark(held))
         for name, versions in failures.items():
             for version, reason in versions.items():
-                known = states.get((name, version))
-                if known is not None and known.state == READY:  # the old one serves, the new one does not
-                    states[name, version] = VersionState(
-                        name, version, READY, f"the new files are not served: {reason}"
-                    )
+                known = lines.get((name, version))
+                if known is not None and known.state == READY:
+                    known.reason = f"the new files are not served: {reason}"
                 else:
-                    states[name, version] = VersionState(name, version, UNAVAILABLE, reason)
-        for name in names - {name for name, _ in states}:
-            states[name, ""] = VersionState(name, "", UNAVAILABLE, "not loaded")
-        return [states[key] for key in sorted(states)]
+                    lines[name, version] = line(name=name, version=version, state=UNAVAILABLE, reason=reason)
+        for name in names - {name for name, _ in lines}:
+            lines[name, ""] = line(name=name, state=UNAVAILABLE, reason="not loaded")
+        return [lines[key] for key in sorted(lines)]
 
     def shrink(self) -> None:
         """On a thread: frees memory that large runs left allocated."""
@@ -353,9 +336,9 @@ class ModelStore:
             digest = files.digest("")
             if pardon:
                 self._journal.pardon(digest)
-            if reason := self._journal.quarantine(digest):
+            if not (verdict := self._journal.allows(digest)):
                 self._quarantined = True
-                raise ModelLoadError(f"cannot load {files.model}: {reason}")
+                raise ModelLoadError(f"cannot load {files.model}: {verdict.reason}")
         snapshot = await asyncio.to_thread(self._snapshots.take, files)
         try:
             return await self._open_snapshot(snapshot, held)
@@ -365,33 +348,31 @@ class ModelStore:
 
     async def _open_snapshot(self, snapshot: Snapshot, held: list[HeldModel]) -> HeldModel:
         files = snapshot.files
-        budget, resident = self._budget, None
-        if budget is None:
+        resident = None
+        if self._budget is None:
             model = await asyncio.to_thread(self._open_warm, files)
         else:
-            resident = await budget.add(files, [kept.resident for kept in held if kept.resident is not None])
+            resident = await self._budget.add(files, [kept.resident for kept in held if kept.resident is not None])
             model = resident.model
-        made = files.config
-        batcher = Batcher(
+        plain = Batcher(
             model,
             self._executor,
-            instances=config_rules.instances(made),
-            batching=config.batching(made),
+            instances=config_rules.instances(files.config),
+            batching=config.batching(files.config),
             watch=await asyncio.to_thread(self._watch, files),
-            inline=None
-            if model.inline_reason
-            else InlineRuns(batchable=model.batchable, by_cpu=model.provider == execution.CPU),
+            inline=InlineRuns(batchable=bool(model.batchable), by_cpu=model.provider == execution.CPU)
+            if model.inline
+            else None,
         )
-        statistics = Statistics(model.name, str(model.version))
-        if not made.HasField("sequence_batching"):
-            return HeldModel(model, batcher, statistics, budget, resident, snapshot)
-        try:
-            sequencer = Sequencer(model, batcher, files.folder.parent)
-            return HeldModel(model, sequencer, statistics, budget, resident, snapshot)
-        except ConfigError as error:
-            if budget is not None and resident is not None:
-                await budget.remove(resident)
-            raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
+        batcher: Batcher | Sequencer = plain
+        if files.config.HasField("sequence_batching"):
+            try:
+                batcher = Sequencer(model, plain, files.folder.parent)
+            except ConfigError as error:
+                if resident is not None:
+                    await resident.budget.remove(resident)
+                raise ModelLoadError(f"cannot load {files.origin}: its config.pbtxt {error}") from None
+        return HeldModel(model, batcher, Statistics(model.name, str(model.version)), resident, snapshot)
 
     def _open_warm(self, files: ModelFiles) -> OnnxModel:
         """On a thread: opens a model and runs its warm-up. Raises ModelLoadError."""
@@ -423,8 +404,8 @@ class ModelStore:
 
     async def _drain(self, models: Iterable[HeldModel]) -> None:
         for held in models:
-            if held.budget is not None and held.resident is not None:
-                await held.budget.remove(held.resident)
+            if held.resident is not None:
+                await held.resident.budget.remove(held.resident)
             await held.batcher.close()
             if held.snapshot is not None:
                 await asyncio.to_thread(held.snapshot.close)
@@ -460,8 +441,8 @@ def _remark(held: HeldModel) -> str:
     remarks = []
     if held.resident is not None and not held.resident.loaded:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")
-    if model.cacheable_reason:
-        remarks.append(f"not cached: {model.cacheable_reason}")
+    if not model.cacheable:
+        remarks.append(f"not cached: {model.cacheable.reason}")
     if isinstance(model, OnnxModel):
         remarks.append(model.batch_remark)
     return "; ".join(remarks)

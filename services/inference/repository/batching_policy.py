@@ -11,18 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.inference.repository.config import ModelConfig
+from services.runtime.verdict import YES, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class BatchingPolicy:
-    """`merges`: whether requests of several callers share a run; None: the configuration does not decide. `reason`: why
-    they do not share one.
+    """`merges`: whether requests of several callers share a run; None: the configuration does not decide.
 
     `dims_leave_out_batch`: whether the configuration's dims omit the batch dimension; None: both forms are allowed.
     """
 
     merges: bool | None
-    reason: str
+    verdict: Verdict
     dims_leave_out_batch: bool | None
 
 
@@ -32,14 +32,18 @@ def policy(config: ModelConfig) -> BatchingPolicy:
     rows = config.max_batch_size
     if config.HasField("max_batch_size"):
         if not rows:
-            return BatchingPolicy(False, "max_batch_size is 0 in its config.pbtxt", False)
+            return BatchingPolicy(False, Verdict("max_batch_size is 0 in its config.pbtxt"), False)
         if config.WhichOneof("scheduling_choice") or (rows > 1 and not complete):
-            return BatchingPolicy(True, "", True)
-        return BatchingPolicy(False, f"its config.pbtxt has max_batch_size {rows} and no dynamic_batching", True)
+            return BatchingPolicy(True, YES, True)
+        return BatchingPolicy(
+            False, Verdict(f"its config.pbtxt has max_batch_size {rows} and no dynamic_batching"), True
+        )
     if complete:
         reason = "its config.pbtxt has inputs and outputs but no max_batch_size, which stands for 0"
-        return BatchingPolicy(False, reason, False)
+        return BatchingPolicy(False, Verdict(reason), False)
     if config.HasField("sequence_batching"):
         # The configuration does not say which inputs have a row for each sequence.
-        return BatchingPolicy(False, "it serves sequences, and its config.pbtxt does not say max_batch_size", None)
-    return BatchingPolicy(True if config.HasField("dynamic_batching") else None, "", None)
+        return BatchingPolicy(
+            False, Verdict("it serves sequences, and its config.pbtxt does not say max_batch_size"), None
+        )
+    return BatchingPolicy(True if config.HasField("dynamic_batching") else None, YES, None)

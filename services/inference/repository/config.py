@@ -8,6 +8,7 @@ from pathlib import Path
 
 from google.protobuf import json_format, text_format
 from google.protobuf.message import Message
+from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.repository import config_rules
@@ -124,25 +125,30 @@ def says(config: ModelConfig, flag: str) -> bool | None:
     return config.parameters[flag].string_value == "true" if flag in config.parameters else None
 
 
-def semantic_threshold(config: ModelConfig) -> float:
-    """The cosine from which vectors count as equal; 0 if none is set, -1 if the value is not a number."""
-    if SEMANTIC_THRESHOLD not in config.parameters:
+def _number(config: ModelConfig, parameter: str) -> float:
+    """The value of a parameter; 0 if it is not given, NaN if it is not a number."""
+    if parameter not in config.parameters:
         return 0.0
     try:
-        return float(config.parameters[SEMANTIC_THRESHOLD].string_value)
+        return float(config.parameters[parameter].string_value)
     except ValueError:
-        return -1.0
+        return math.nan
 
 
-def milliseconds(config: ModelConfig, parameter: str) -> int:
-    """A parameter in seconds, as milliseconds; 0 if it is not given, -1 if it is not above 0 and up to _MAX_SECONDS."""
-    if parameter not in config.parameters:
-        return 0
-    try:
-        seconds = float(config.parameters[parameter].string_value)
-    except ValueError:
-        return -1
-    return math.ceil(seconds * 1000) if 0 < seconds <= _MAX_SECONDS else -1
+def serving_rules(config: ModelConfig, *, semantic: bool) -> inference_pb2.ModelVersion:
+    """The fields of a ModelVersion that follow from the parameters. `semantic`: similar requests may share answers."""
+    rules = inference_pb2.ModelVersion(
+        tenant_scoped=says(config, TENANT_SCOPE) is True,
+        hedged=says(config, HEDGE) is True,
+        ttl_ms=math.ceil(_number(config, CACHE_TTL) * 1000),
+        stale_ms=math.ceil(_number(config, CACHE_STALE) * 1000),
+    )
+    if semantic and SEMANTIC_THRESHOLD in config.parameters:
+        rules.semantic_threshold = _number(config, SEMANTIC_THRESHOLD)
+        rules.semantic_embedding = (
+            config.parameters[SEMANTIC_EMBEDDING].string_value if SEMANTIC_EMBEDDING in config.parameters else ""
+        )
+    return rules
 
 
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:
@@ -198,24 +204,20 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     for flag in sorted(_FLAGS & config.parameters.keys()):
         if (value := config.parameters[flag].string_value) not in ("true", "false"):
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it must be "true" or "false"')
-    if SEMANTIC_THRESHOLD in config.parameters and not 0 < semantic_threshold(config) <= 1:
-        value = config.parameters[SEMANTIC_THRESHOLD].string_value
-        raise ConfigError(
-            f"{path}: parameter {SEMANTIC_THRESHOLD} is {value!r}; it must be a number above 0, 1 at most"
-        )
+    for parameter, most, wanted in (
+        (SEMANTIC_THRESHOLD, 1, "a number above 0, 1 at most"),
+        (CACHE_TTL, _MAX_SECONDS, f"a number of seconds above 0, {_MAX_SECONDS} at most"),
+        (CACHE_STALE, _MAX_SECONDS, f"a number of seconds above 0, {_MAX_SECONDS} at most"),
+    ):
+        if parameter in config.parameters and not 0 < _number(config, parameter) <= most:
+            value = config.parameters[parameter].string_value
+            raise ConfigError(f"{path}: parameter {parameter} is {value!r}; it must be {wanted}")
     if SEMANTIC_EMBEDDING in config.parameters:
         embedding = config.parameters[SEMANTIC_EMBEDDING].string_value
         if embedding in ("", name) or SEMANTIC_THRESHOLD not in config.parameters:
             raise ConfigError(
                 f"{path}: parameter {SEMANTIC_EMBEDDING} is {embedding!r}; it must be the name of another model, "
                 f"beside {SEMANTIC_THRESHOLD}"
-            )
-    for parameter in (CACHE_TTL, CACHE_STALE):
-        if milliseconds(config, parameter) < 0:
-            value = config.parameters[parameter].string_value
-            raise ConfigError(
-                f"{path}: parameter {parameter} is {value!r}; "
-                f"it must be a number of seconds above 0, {_MAX_SECONDS} at most"
             )
     if CACHE_STALE in config.parameters and CACHE_TTL not in config.parameters:
         raise ConfigError(f"{path}: parameter {CACHE_STALE} needs {CACHE_TTL}: what has no end is never stale")

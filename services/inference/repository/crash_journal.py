@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from services.runtime.verdict import YES, Verdict
+
 log = logging.getLogger(__name__)
 
 # A model is quarantined after CRASHES crashes with at most WINDOW_SECONDS between consecutive ones.
@@ -34,12 +36,12 @@ _AT_WORK = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class _Crashes:
     digest: bytes
-    at_work: int
-    suspect: int
-    crashes: int
-    last: float
+    at_work: int = 0
+    suspect: int = 0
+    crashes: int = 0
+    last: float = 0.0
 
 
 class Watch:
@@ -110,36 +112,35 @@ class CrashJournal:
 
     def _new_watch(self, digest: bytes) -> Watch:
         free = None
-        for place, record in self._records():
+        for slot, record in self._records():
             if record.digest == digest:
-                until = record.last + WINDOW_SECONDS if record.suspect else 0.0
-                return self._watch_of(place, until)
+                return self._watch_of(slot, record.last + WINDOW_SECONDS if record.suspect else 0.0)
             if free is None and not record.suspect and record.digest not in self._watches:
-                free = place
+                free = slot
         if free is None:
             return UNWATCHED
-        self._write(free, _Record(digest, 0, 0, 0, 0.0))
+        self._write(free, _Crashes(digest))
         return self._watch_of(free, 0.0)
 
-    def _watch_of(self, place: int, suspect_until: float) -> Watch:
-        return Watch(self._map, place * _RECORD.size + _AT_WORK, suspect_until, self._clock, self._turn)
+    def _watch_of(self, slot: int, suspect_until: float) -> Watch:
+        return Watch(self._map, slot * _RECORD.size + _AT_WORK, suspect_until, self._clock, self._turn)
 
-    def quarantine(self, digest: bytes) -> str:
-        """Why the model must not be loaded; "" if it may be."""
+    def allows(self, digest: bytes) -> Verdict:
+        """Whether the model may be loaded: not while it is in quarantine."""
         for _, record in self._records():
             if record.digest == digest and record.crashes >= CRASHES:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.last))
-                return (
+                return Verdict(
                     f"quarantined: this worker died {record.crashes} times while it was loaded or run, last at {when} "
                     "UTC; other files or RepositoryModelLoad give it another chance"
                 )
-        return ""
+        return YES
 
     def pardon(self, digest: bytes) -> None:
         with self._lock:
-            for place, record in self._records():
+            for slot, record in self._records():
                 if record.digest == digest and record.crashes:
-                    self._write(place, _Record(digest, 0, 0, 0, 0.0))
+                    self._write(slot, _Crashes(digest))
 
     def close(self) -> None:
         """Closes the journal when no model runs. The file stays if it has suspects."""
@@ -150,46 +151,46 @@ class CrashJournal:
     def _blame(self) -> None:
         """Evaluates the marks that the previous process left. A culprit is also a suspect, so it runs alone."""
         now = self._clock()
-        if damaged := [place for place in range(_RECORDS) if not self._is_whole(place)]:
+        if damaged := [slot for slot in range(_RECORDS) if not self._is_whole(slot)]:
             log.warning("%d records of the crash journal %s are damaged, and forgotten", len(damaged), self._path)
-            for place in damaged:
-                self._write(place, _Record(bytes(16), 0, 0, 0, 0.0))
-        for place, record in self._records():
+            for slot in damaged:
+                self._write(slot, _Crashes(bytes(16)))
+        for slot, record in self._records():
             if record.crashes < CRASHES and record.last < now - WINDOW_SECONDS:
-                self._write(place, replace(record, suspect=0, crashes=0, last=0.0))
-        at_work = {place: record for place, record in self._records() if record.at_work}
-        suspects = {place: record for place, record in at_work.items() if record.suspect}
+                self._write(slot, replace(record, suspect=0, crashes=0, last=0.0))
+        at_work = {slot: record for slot, record in self._records() if record.at_work}
+        suspects = {slot: record for slot, record in at_work.items() if record.suspect}
         culprits = at_work if len(at_work) == 1 else suspects
-        for place, record in at_work.items():
+        for slot, record in at_work.items():
             left = replace(record, at_work=0)
             if len(culprits) != 1:
                 left = replace(left, suspect=1, last=now)
-            elif place in culprits:
+            elif slot in culprits:
                 left = replace(left, suspect=1, last=now, crashes=min(record.crashes + 1, 255))
-            self._write(place, left)
+            self._write(slot, left)
         if at_work:
             log.warning("the last run of this worker ended with %d models at work", len(at_work))
-        if any(self._read(place).crashes >= CRASHES for place in at_work):
-            for place, record in self._records():
+        if any(self._read(slot).crashes >= CRASHES for slot in at_work):
+            for slot, record in self._records():
                 if not record.crashes:  # it ran beside the culprit
-                    self._write(place, replace(record, suspect=0, last=0.0))
+                    self._write(slot, replace(record, suspect=0, last=0.0))
 
-    def _records(self) -> Iterator[tuple[int, _Record]]:
-        return ((place, self._read(place)) for place in range(_RECORDS))
+    def _records(self) -> Iterator[tuple[int, _Crashes]]:
+        return ((slot, self._read(slot)) for slot in range(_RECORDS))
 
-    def _read(self, place: int) -> _Record:
-        digest, at_work, suspect, crashes, _, last = _RECORD.unpack_from(self._map, place * _RECORD.size)
-        return _Record(digest, at_work, suspect, crashes, last)
+    def _read(self, slot: int) -> _Crashes:
+        digest, at_work, suspect, crashes, _, last = _RECORD.unpack_from(self._map, slot * _RECORD.size)
+        return _Crashes(digest, at_work, suspect, crashes, last)
 
-    def _is_whole(self, place: int) -> bool:
-        data = self._map[place * _RECORD.size : (place + 1) * _RECORD.size]
+    def _is_whole(self, slot: int) -> bool:
+        data = self._map[slot * _RECORD.size : (slot + 1) * _RECORD.size]
         digest, _, suspect, crashes, check, last = _RECORD.unpack(data)
         return not any(data) or bool(check == _check(digest, suspect, crashes, last))
 
-    def _write(self, place: int, record: _Record) -> None:
+    def _write(self, slot: int, record: _Crashes) -> None:
         check = _check(record.digest, record.suspect, record.crashes, record.last)
         fields = (record.digest, record.at_work, record.suspect, record.crashes, check, record.last)
-        _RECORD.pack_into(self._map, place * _RECORD.size, *fields)
+        _RECORD.pack_into(self._map, slot * _RECORD.size, *fields)
 
 
 def _check(digest: bytes, suspect: int, crashes: int, last: float) -> int:

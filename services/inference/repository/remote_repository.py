@@ -49,7 +49,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Object:
+class _RemoteFile:
     """A file of the repository. `etag` or `sha256` identifies its content. `size`: -1 if the listing does not say."""
 
     path: PurePosixPath
@@ -108,7 +108,7 @@ class RemoteRepository:
                 os.utime(made)
         return made
 
-    def _wanted(self, name: str, objects: list[_Object], override: ModelConfig | None) -> list[_Object]:
+    def _wanted(self, name: str, objects: list[_RemoteFile], override: ModelConfig | None) -> list[_RemoteFile]:
         """The objects without those of versions that are not served, which may be many and large."""
         path = PurePosixPath(name, CONFIG_FILE)
         configured = override
@@ -122,7 +122,7 @@ class RemoteRepository:
         wanted = config.wanted_versions(configured, versions)
         return [found for found in objects if not _is_of_version(found) or int(found.path.parts[1]) in wanted]
 
-    def _make(self, made: Path, objects: list[_Object]) -> None:
+    def _make(self, made: Path, objects: list[_RemoteFile]) -> None:
         with tempfile.TemporaryDirectory(dir=self._cache / "partial") as partial:
             for found in objects:
                 target = Path(partial, "model", found.path)
@@ -130,7 +130,7 @@ class RemoteRepository:
                 os.link(self._download(found), target)
             Path(partial, "model").rename(made)
 
-    def _download(self, found: _Object) -> Path:
+    def _download(self, found: _RemoteFile) -> Path:
         """The path of an object in the cache, downloaded if needed. Cached objects are always complete."""
         target = self._cache / "objects" / found.key(self._url)
         if target.exists():
@@ -150,36 +150,36 @@ class RemoteRepository:
             os.link(partial.name, target)
         return target
 
-    def _read(self, found: _Object) -> Iterator[memoryview]:
-        with _told(f"{self._url}/{found.path}"):
+    def _read(self, found: _RemoteFile) -> Iterator[memoryview]:
+        with _reported(f"{self._url}/{found.path}"):
             answer = self._store.get(str(found.path), options={"if_match": found.etag} if found.etag else None)
             for chunk in answer.stream(min_chunk_size=_CHUNK_BYTES):
                 yield memoryview(chunk)
 
-    def _listing(self, name: str | None = None) -> dict[str, list[_Object]]:
+    def _listing(self, name: str | None = None) -> dict[str, list[_RemoteFile]]:
         listed = self._indexed() if self._url.startswith("https:") else self._listed(name)
-        models: dict[str, list[_Object]] = {}
+        models: dict[str, list[_RemoteFile]] = {}
         for found in listed:
             # Skips files outside of model folders. Folders have no entries of their own.
             if len(found.path.parts) > 1 and repository.is_name(found.path.parts[0]):
                 models.setdefault(found.path.parts[0], []).append(found)
         return models
 
-    def _listed(self, name: str | None) -> Iterator[_Object]:
-        with _told(self._url):
+    def _listed(self, name: str | None) -> Iterator[_RemoteFile]:
+        with _reported(self._url):
             for chunk in self._store.list(name):
                 for meta in chunk:
-                    yield _Object(_path(meta["path"], self._url), meta["size"], etag=meta["e_tag"] or "")
+                    yield _RemoteFile(_path(meta["path"], self._url), meta["size"], etag=meta["e_tag"] or "")
 
-    def _indexed(self) -> Iterator[_Object]:
+    def _indexed(self) -> Iterator[_RemoteFile]:
         where = f"{self._url}/{INDEX}"
-        with _told(where):
+        with _reported(where):
             text = bytes(self._store.get(INDEX).bytes()).decode("utf-8", "replace")
         for number, line in enumerate(text.splitlines(), 1):
             match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
             if match is None:
                 raise RepositoryError(f"{where}, line {number}: a line should be a SHA-256 and a path, as of sha256sum")
-            yield _Object(_path(match[2], where), -1, sha256=match[1])
+            yield _RemoteFile(_path(match[2], where), -1, sha256=match[1])
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -213,7 +213,7 @@ def _old(paths: Iterable[Path], seconds: float) -> list[Path]:
     return [path for path in paths if path.stat().st_mtime < time.time() - seconds]
 
 
-def _is_of_version(found: _Object) -> bool:
+def _is_of_version(found: _RemoteFile) -> bool:
     return len(found.path.parts) > 2 and repository.is_version(found.path.parts[1])
 
 
@@ -241,13 +241,13 @@ def _connect(url: str) -> ObjectStore:
         "allow_http": not url.startswith("https:"),
     }
     retry: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
-    with _told(without_credentials(url)):
+    with _reported(without_credentials(url)):
         store: ObjectStore = from_url(url, client_options=client, retry_config=retry)
         return store
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
+def _reported(where: str) -> Iterator[None]:
     """Maps errors of the library to RepositoryUnavailableError with a message of one line."""
     import obstore.exceptions
 

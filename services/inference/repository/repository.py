@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from services.inference.repository import config
 from services.inference.repository.config import ConfigError, ModelConfig
+from services.runtime.verdict import YES, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -256,10 +257,10 @@ def versions(
         for path in sorted(folder.iterdir()):
             if not path.is_dir() or path.name.startswith(".") or path.name in _NO_VERSIONS:
                 continue
-            if why_not := _why_no_version(path, "" if ensemble else file):
-                log.warning("model %s: the folder %s is ignored: %s", name, path.name, why_not)
-            else:
+            if verdict := _is_version_folder(path, "" if ensemble else file):
                 found[int(path.name)] = path
+            else:
+                log.warning("model %s: the folder %s is ignored: %s", name, path.name, verdict.reason)
     except ConfigError as error:
         raise RepositoryError(str(error)) from None
     except OSError as error:
@@ -282,15 +283,14 @@ def versions(
     ]
 
 
-def _why_no_version(folder: Path, file: str) -> str:
-    """Why a folder of a model is not one of its versions; "" if it is. A version holds `file`."""
+def _is_version_folder(folder: Path, file: str) -> Verdict:
     if not is_version(folder.name):
-        return "a version is a whole number from 1 to 18 digits, without leading zeros"
+        return Verdict("a version is a whole number from 1 to 18 digits, without leading zeros")
     if file and not (folder / file).is_file():
-        return f"it has no {file}"
+        return Verdict(f"it has no {file}")
     if file not in ("", MODEL_FILE) and not (folder / file).resolve().is_relative_to(folder.resolve()):
-        return f"{file} is a link out of it, which only {MODEL_FILE} may be"
-    return ""
+        return Verdict(f"{file} is a link out of it, which only {MODEL_FILE} may be")
+    return YES
 
 
 def _labels(folder: Path, name: str) -> tuple[bytes, ...]:

@@ -40,20 +40,6 @@ _AS_THEY_COME = config_pb2.ModelDynamicBatching()
 class BatchResult:
     """Outputs in the requested order, and the run that made them. Times are of time.time_ns."""
 
-    __slots__ = (
-        "arrays",
-        "batch_requests",
-        "batch_rows",
-        "end_ns",
-        "first",
-        "members",
-        "queued_ns",
-        "run_ns",
-        "share_us",
-        "start_ns",
-        "steps",
-    )
-
     def __init__(
         self,
         arrays: Sequence[npt.NDArray[Any]],

@@ -25,8 +25,6 @@ _LEFT_BEHIND = 64
 class Waiting:
     """A request in the queue. `deadline` and `times_out`: in time.monotonic. `queued_ns`: in time.time_ns."""
 
-    __slots__ = ("begun", "deadline", "decoded", "delayed", "future", "level", "queued_ns", "times_out", "watch")
-
     def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[Any]) -> None:
         self.decoded = decoded
         self.deadline = deadline

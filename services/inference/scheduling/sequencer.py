@@ -62,7 +62,7 @@ class Sequencer:
 
     def __init__(self, model: OnnxModel, batcher: Batcher, folder: Path) -> None:
         """`folder`: the model's; its initial_state/ has the files that the configuration names. Raises ConfigError."""
-        batching = model.sequence_batching
+        batching = model.configured.sequence_batching
         self._model = model
         self._batcher = batcher
         self._idle = (batching.max_sequence_idle_microseconds or _DEFAULT_IDLE_US) / 1e6

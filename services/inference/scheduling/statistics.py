@@ -13,8 +13,6 @@ from services.runtime.telemetry.metrics import Histogram
 class _Duration:
     """A count of events and their total duration."""
 
-    __slots__ = ("count", "ns")
-
     def __init__(self) -> None:
         self.count = self.ns = 0
 
@@ -28,8 +26,6 @@ class _Duration:
 
 class _Runs:
     """The batches of one size."""
-
-    __slots__ = ("infer", "input", "output")
 
     def __init__(self) -> None:
         self.input, self.infer, self.output = _Duration(), _Duration(), _Duration()

@@ -26,8 +26,6 @@ class Parts:
     result holds for all requests with that head.
     """
 
-    __slots__ = ("head", "raws", "request_id")
-
     def __init__(self, head: bytes, raws: list[bytes], request_id: str) -> None:
         self.head = head
         self.raws = raws
@@ -115,8 +113,6 @@ def parse_request(data: bytes) -> v2.ModelInferRequest:
 class Head:
     """The parsed head of a request. `checked` is the model that it was last validated against."""
 
-    __slots__ = ("checked", "message", "name", "version")
-
     def __init__(self, message: v2.ModelInferRequest) -> None:
         self.checked: object = None
         self.message = message
@@ -130,8 +126,6 @@ class Read:
     If it was split into `parts`, its head is shared with other requests, and the head's message lacks id and data.
     Otherwise the head's message is its own and complete.
     """
-
-    __slots__ = ("data", "head", "parts")
 
     def __init__(self, data: bytes, head: Head, parts: Parts | None) -> None:
         self.data = data

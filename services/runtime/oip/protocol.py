@@ -134,8 +134,6 @@ class Told:
     `traceparent` is None if the caller sent none or several, because none of several can be trusted.
     """
 
-    __slots__ = ("control", "error", "priority", "tenant", "traceparent")
-
     def __init__(self) -> None:
         self.traceparent: str | None = None
         self.tenant = ""

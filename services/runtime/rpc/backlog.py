@@ -57,8 +57,6 @@ class Connections(Protocol):
 class _Flow:
     """Bytes answered on one connection. Between two measurements `unread` is an upper estimate."""
 
-    __slots__ = ("acked", "address", "handed", "moved", "offset", "since", "unread")
-
     def __init__(self, address: Address, now: float) -> None:
         self.address = address
         self.handed = 0

@@ -76,7 +76,7 @@ class Calls:
             code = "CANCELLED"
             try:
                 answer = await path(data, metadata, deadline)
-                code = _code_of(answer)
+                code = answer.code.name if isinstance(answer, Failure) else "OK"
                 return answer
             finally:
                 count(code)
@@ -85,21 +85,23 @@ class Calls:
 
     def _counted(self, method: str, handler: Handler) -> Handler:
         """Wraps a handler of bytes; it takes and returns streams as async iterators."""
-        counts = self._counts.setdefault(method, {})
+        count = self.counter(method)
         answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
 
         async def unary(request: Any, context: Context) -> bytes:
+            code = "OK"
             try:
                 await _check(context)
                 response: bytes = await answer(request, context)
+                return response
             except BaseException as error:
                 code = _code(context, error)
-                counts[code] = counts.get(code, 0) + 1
                 raise
-            counts["OK"] = counts.get("OK", 0) + 1
-            return response
+            finally:
+                count(code)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
+            code = "OK"
             try:
                 await _check(context)
                 async with aclosing(answer(request, context)) as responses:
@@ -107,18 +109,15 @@ class Calls:
                         yield response
             except BaseException as error:
                 code = _code(context, error)
-                counts[code] = counts.get(code, 0) + 1
                 raise
-            counts["OK"] = counts.get("OK", 0) + 1
+            finally:
+                count(code)
 
-        if handler.response_streaming:
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(stream)
-        return grpc.unary_unary_rpc_method_handler(unary)
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(unary)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream)
+        return grpc.unary_stream_rpc_method_handler(stream)
 
 
 async def _check(context: Context) -> None:
@@ -126,10 +125,6 @@ async def _check(context: Context) -> None:
         check_metadata(tuple(context.invocation_metadata() or ()))
     except RingmeshError as error:
         await abort(context, error)
-
-
-def _code_of(answer: Answer | Failure) -> str:
-    return answer.code.name if isinstance(answer, Failure) else "OK"
 
 
 def _code(context: Context, error: BaseException) -> str:

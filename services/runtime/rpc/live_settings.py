@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -110,8 +110,6 @@ def _levels(level: int) -> dict[str, bool]:
     }
 
 
-def _check_names(given: object, known: tuple[str, ...]) -> None:
-    assert hasattr(given, "__iter__")
-    unknown = sorted(set(given) - set(known))
-    if unknown:
+def _check_names(given: Iterable[str], known: tuple[str, ...]) -> None:
+    if unknown := sorted({*given} - {*known}):
         raise InvalidArgumentError(f"no setting {', '.join(unknown)}; there are {', '.join(known)}", field="settings")

@@ -33,8 +33,6 @@ class Answer:
     response stays in pieces until it is sent; a thread joins them.
     """
 
-    __slots__ = ("afterwards", "body", "pieces", "trailing")
-
     def __init__(
         self,
         body: bytes,
@@ -59,8 +57,6 @@ class Answer:
 
 class Failure:
     """The error status and trailing metadata that a call ends with; `afterwards` is as for Answer."""
-
-    __slots__ = ("afterwards", "code", "message", "trailing")
 
     def __init__(
         self, code: grpc.StatusCode, message: str, trailing: Metadata, afterwards: Callable[[], None] | None = None

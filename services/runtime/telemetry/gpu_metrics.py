@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
-from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.telemetry.metrics import Family, Sample, Source
 
 log = logging.getLogger(__name__)
 
@@ -20,34 +21,24 @@ TEMPERATURE = Family("ringmesh_gpu_temperature_celsius", "gauge", "temperature o
 POWER = Family("ringmesh_gpu_power_watts", "gauge", "power that the GPU draws", _GPU)
 
 
-class GpuMetrics:
-    """Reads every GPU that `nvml` (the module pynvml) lists; reads nothing if `nvml` is None."""
+def gpu_metrics() -> Source:
+    """For `Metrics.add_slow`. Values that a GPU does not report are left out."""
+    try:
+        nvml = import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception as error:  # no package, driver or device; each raises a different error
+        log.debug("no GPU metrics: %s", error)
+        return tuple
+    return partial(_samples, nvml)
 
-    def __init__(self, nvml: Any | None) -> None:
-        self._nvml = nvml
 
-    @classmethod
-    def of_this_host(cls) -> GpuMetrics:
-        """Returns one for this host; without NVML, it reads nothing."""
-        try:
-            nvml = import_module("pynvml")
-            nvml.nvmlInit()
-        except Exception as error:  # no package, driver or device; each raises a different error
-            log.debug("no GPU metrics: %s", error)
-            return cls(None)
-        return cls(nvml)
-
-    def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add_slow`. Values that a GPU does not report are left out."""
-        nvml = self._nvml
-        if nvml is None:
-            return
-        for index in range(nvml.nvmlDeviceGetCount()):
-            with suppress(nvml.NVMLError):
-                device = nvml.nvmlDeviceGetHandleByIndex(index)
-                name = nvml.nvmlDeviceGetName(device)
-                labels = (str(index), name.decode() if isinstance(name, bytes) else name)
-                yield from _device(nvml, device, labels)
+def _samples(nvml: Any) -> Iterator[Sample]:
+    for index in range(nvml.nvmlDeviceGetCount()):
+        with suppress(nvml.NVMLError):
+            device = nvml.nvmlDeviceGetHandleByIndex(index)
+            name = nvml.nvmlDeviceGetName(device)
+            labels = (str(index), name.decode() if isinstance(name, bytes) else name)
+            yield from _device(nvml, device, labels)
 
 
 def _device(nvml: Any, device: Any, labels: tuple[str, ...]) -> Iterator[Sample]:

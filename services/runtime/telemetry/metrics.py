@@ -107,8 +107,6 @@ BOUNDS_SECONDS = tuple(bound / 1e9 for bound in BOUNDS_NS)
 class Histogram:
     """Durations, in buckets whose upper end is at most 1.67 times the lower one."""
 
-    __slots__ = ("counts", "sum_ns")
-
     def __init__(self) -> None:
         self.counts = [0] * (len(BOUNDS_NS) + 1)
         self.sum_ns = 0

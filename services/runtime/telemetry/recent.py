@@ -24,8 +24,6 @@ class Recent(Generic[Key, Value]):
     is dropped. Threads may share it: the only effect of a race is that an entry moved by two threads may be lost.
     """
 
-    __slots__ = ("_old", "_size", "_young", "dropped")
-
     def __init__(self, size: int) -> None:
         self._size = size
         self._young: dict[Key, Value] = {}

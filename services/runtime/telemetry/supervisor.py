@@ -40,7 +40,7 @@ class Supervisor:
 
     def __init__(self, pause: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep) -> None:
         self._pause = pause
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._failures = Counter(FAILURES)
         self._running: dict[str, int] = {}
         # By name: the time and reason of the last failure.
@@ -54,16 +54,26 @@ class Supervisor:
         """
         return self._keep(self._run(name, work))
 
-    def once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def every(self, seconds: float, name: str, work: Callable[[], object]) -> asyncio.Task[None]:
+        """Calls `work` after every `seconds`; failures as in `start`."""
+
+        async def repeat() -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                work()
+
+        return self.start(name, repeat)
+
+    def once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
         """Runs `work` once: a failure is counted and logged, not raised."""
-        task = self._keep(self._end(name, work))
+        task = self._keep(self._run_once(name, work))
         # In case the task is cancelled before it begins.
         task.add_done_callback(lambda _: work.close())
         return task
 
-    async def end(self, *tasks: asyncio.Task[None]) -> None:
+    async def end(self, *tasks: asyncio.Task[Any]) -> None:
         """Cancels tasks and waits for their end; repeats the cancellation, as libraries such as redis swallow it."""
-        left: set[asyncio.Task[None]] = {*tasks}
+        left: set[asyncio.Task[Any]] = {*tasks}
         while left:
             for task in left:
                 task.cancel()
@@ -81,7 +91,7 @@ class Supervisor:
         for name, (_, reason) in self._failing.items():
             yield Sample(FAILING, (name, reason), 1)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _keep(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -97,9 +107,6 @@ class Supervisor:
                 pause = _FIRST_PAUSE_SECONDS
             await self._pause(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-
-    async def _end(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        await self._run_once(name, work)
 
     async def _run_once(self, name: str, work: Coroutine[Any, Any, None]) -> bool:
         """Runs `work`; returns False if it failed."""

@@ -42,8 +42,6 @@ class Told(Protocol):
 class Stage:
     """A part of a request; `result` is a worker's answer to it, `worker` that worker's id."""
 
-    __slots__ = ("end_ns", "error", "kind", "name", "parent_id", "result", "span_id", "start_ns", "told", "worker")
-
     def __init__(
         self,
         name: str,
@@ -75,8 +73,6 @@ class Trace:
 
     `leader` is the request that this one joined, if any: it waited for that one's answer.
     """
-
-    __slots__ = ("leader", "parent_id", "sampled", "span_id", "stages", "state", "trace_id")
 
     def __init__(self, trace_id: str, parent_id: str, sampled: bool) -> None:
         self.trace_id = trace_id

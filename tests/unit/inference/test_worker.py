@@ -14,6 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.shared_memory import Region
 from services.inference.envelope import Work
+from services.inference.execution.loading import decide
 from services.inference.execution.model import OnnxModel
 from services.inference.models.model_store import ModelStore
 from services.inference.repository.repository import Directory
@@ -43,7 +44,9 @@ async def worker(tmp_path):
     executor = ThreadPoolExecutor(2)
 
     def open_model(files):
-        return Gated(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=64)
+        made = Gated(files, providers=["CPUExecutionProvider"], intra_op_threads=1)
+        decide(made, max_batch_rows=64)
+        return made
 
     store = ModelStore(Directory(tmp_path), open_model, executor)
     await store.load_all()

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from services.runtime import driver
-from services.runtime.completion import Completion
 from services.runtime.driver import ON_LOOP, Driver, Promise, in_task
 from services.runtime.errors import DeadlineExceededError
 
@@ -54,16 +53,8 @@ async def test_it_is_resumed_by_the_call_that_settles_its_promise():
 async def test_the_error_of_a_promise_is_raised_where_it_is_awaited():
     promise = Promise()
     one = Driven(awaited(promise))
-    promise.settle(ValueError("wrong"))
+    promise.fail(ValueError("wrong"))
     assert isinstance(one.outcome, ValueError)
-
-
-async def test_it_is_resumed_by_the_call_that_completes_what_it_awaits():
-    completion = Completion()
-    one = Driven(awaited(completion))
-    assert one.outcomes == []
-    completion.complete(7)
-    assert one.outcome == 7
 
 
 async def test_it_awaits_futures_tasks_and_a_turn_of_the_loop():

@@ -3,7 +3,7 @@
 import asyncio
 import random
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from tests.simulation.redis import Redis
 
 
@@ -13,20 +13,14 @@ class Shared:
     def __init__(self, redis):
         self._redis = redis
 
-    async def run(self, name, command, seconds):
+    async def run(self, name, seconds, command, *arguments):
         await asyncio.sleep(0)
-        return command(self)  # what redis-py would await is there at once
-
-    def hdel(self, *arguments):
-        return self._redis.run("hdel", arguments)
-
-    def eval(self, script, keys, *arguments):
-        return self._redis.run("eval", (script, keys, *arguments))
+        return self._redis.run(command.lower(), arguments)
 
 
 def boards():
     shared = Shared(Redis(None, random.Random(0), None))
-    return PurgeBoard(shared, "a", 30.0), PurgeBoard(shared, "b", 30.0)
+    return InvalidationLog(shared, "a", 30.0), InvalidationLog(shared, "b", 30.0)
 
 
 async def test_a_process_that_purges_hears_what_others_purged_just_before():

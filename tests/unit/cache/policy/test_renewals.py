@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Mesh
 from cache.policy.freshness import Freshness, tightest
 from cache.policy.refusals import Refusals
@@ -88,7 +88,7 @@ def test_an_ensemble_is_as_fresh_as_the_shortest_lived_of_its_steps():
 
 
 async def test_a_renewal_that_fails_however_it_may_gives_its_lease_back():
-    purges = PurgeBoard(None, "test", 1.0)
+    purges = InvalidationLog(None, "test", 1.0)
     mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
     key = b"k" * 32
 

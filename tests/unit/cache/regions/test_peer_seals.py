@@ -5,10 +5,10 @@ from ringmesh.cache.v1 import cache_pb2
 
 from cache.regions.peer_regions import PeerError, PeerRegion
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 
 KEYS = [b"a" * 32, b"b" * 32]
-FRAMES = Frames("secret")
+FRAMES = EntryFrames("secret")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def test_a_sealed_answer_is_taken(region):
     "forged",
     [
         result(b""),
-        result(Frames("a guess").seal(KEYS[0], Entry(b"", 7, 8))),
+        result(EntryFrames("a guess").seal(KEYS[0], Entry(b"", 7, 8))),
         result(FRAMES.seal(KEYS[1], Entry(b"", 7, 8))),
         result(FRAMES.seal(KEYS[0], Entry(b"", 7, 9))),
         result(FRAMES.seal(KEYS[0], Entry(b"\xff", 7, 8)), b"\xff"),

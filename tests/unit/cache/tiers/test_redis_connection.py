@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.tiers.redis_connection import GivenUpError, Question, RedisConnection
+from cache.tiers.redis_connection import AwaitedCommand, GivenUpError, RedisConnection
 
 
 class Pool:
@@ -50,7 +50,7 @@ class Opened:
         self.questions = []
 
     def send(self, **how):
-        self.questions.append(Question(1))
+        self.questions.append(AwaitedCommand(1))
         self.connection.send(self.questions[-1], (b"%d " % len(self.questions),), **how)
 
     @property

@@ -9,11 +9,9 @@ from hiredis import Reader
 
 from cache.tiers.breaker import Breaker
 from cache.tiers.redis_connection import GivenUpError
-from cache.tiers.redis_node import Fill, RedisNode
-from cache.tiers.shared_tier import ERRORS
+from cache.tiers.redis_node import Fill, RedisMetrics, RedisNode
 from services.runtime.redis import redis_client
 from services.runtime.redis.redis_url import parse_redis_url
-from services.runtime.telemetry.metrics import Counter, Histogram
 
 FRAME = b"$5\r\nframe\r\n"
 NONE = b"_\r\n"
@@ -81,9 +79,8 @@ class Node:
 
     def __init__(self, client, budget_seconds=10.0):
         self.client = client
-        self.errors = Counter(ERRORS)
+        self.metrics = RedisMetrics()
         self.filled = []
-        self.get_times = Histogram()
         self.breaker = Breaker(time.monotonic, first_pause=0.01)
         self.node = RedisNode(
             "r:1",
@@ -92,16 +89,14 @@ class Node:
             breaker=self.breaker,
             on_failure=lambda: None,
             on_fill=lambda fill, error: self.filled.append((fill, error)),
-            get_times=self.get_times,
-            set_times=Histogram(),
-            errors=self.errors,
+            metrics=self.metrics,
         )
         self.get, self.put, self.close = self.node.get, self.node.put, self.node.close
 
     @property
     def failures(self):
         """How many there were by kind."""
-        return {sample.labels[0]: sample.value for sample in self.errors.samples()}
+        return {sample.labels[0]: sample.value for sample in self.metrics.errors.samples()}
 
 
 async def both(node):
@@ -241,7 +236,7 @@ async def test_look_ups_beyond_what_may_wait_are_given_up(server, node):
     look_ups = [node.get(b"a") for _ in range(20_000)]
     assert not look_ups[0].done()
     assert look_ups[-1].done()
-    assert node.get_times.sum_ns < 10_000_000_000 * len(look_ups)
+    assert node.metrics.get_times.sum_ns < 10_000_000_000 * len(look_ups)
 
 
 async def test_a_read_only_server_is_connected_to_anew(server, node):

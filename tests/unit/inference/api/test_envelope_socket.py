@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.transport.grpc_channel import CallError
-from router.transport.local_connection import LocalConnection
+from router.transport.local_channel import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.runtime import frames
 from services.runtime.driver import ON_LOOP

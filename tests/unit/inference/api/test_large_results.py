@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
-from router.transport.local_connection import LocalConnection
+from router.transport.local_channel import LocalConnection
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.inference.work_results import joined
 from services.runtime.driver import ON_LOOP

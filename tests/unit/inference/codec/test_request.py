@@ -9,7 +9,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.inference.codec.request import decode_request as decode_request_with
 from services.inference.codec.request import encode_response
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.model import OnnxModel
+from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from services.inference.scheduling.batcher import Batcher
 from services.runtime.errors import InvalidArgumentError
@@ -26,7 +26,7 @@ def load(tmp_path_factory):
         if (make, arguments) not in loaded:
             folder = make(tmp_path_factory.mktemp("repository"), *arguments)
             (files,) = versions(folder.parent.parent, folder.parent.name)
-            loaded[make, arguments] = OnnxModel(
+            loaded[make, arguments] = load_model(
                 files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8
             )
         return loaded[make, arguments]
@@ -299,7 +299,7 @@ def test_classes_have_their_labels_as_triton_writes_them(tmp_path):
     (folder.parent / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\nd:o g\n")
     (folder.parent / "config.pbtxt").write_text('output { name: "y" label_filename: "labels.txt" }')
     (files,) = versions(tmp_path, "identity_fp32")
-    model = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    model = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
     classes = ["4.000000:3", "3.000000:2:d:o g", "2.000000:1", "1.000000:0:cat"]
     assert top(model, "fp32", [[1, 2, 3, 4]], 4) == ([1, 4], classes)
 

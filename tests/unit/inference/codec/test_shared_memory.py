@@ -175,7 +175,7 @@ def test_a_part_beyond_its_region_is_refused(memory, offset, size):
 def test_sizes_and_offsets_are_whole_numbers(model, memory):
     made = request()
     made.inputs[0].parameters["shared_memory_offset"].string_param = "8"
-    with pytest.raises(InvalidArgumentError, match="shared_memory_offset is a whole number"):
+    with pytest.raises(InvalidArgumentError, match="shared_memory_offset must be a whole number"):
         decode_request(made, model, memory)
     made.inputs[0].parameters["shared_memory_offset"].uint64_param = 8
     assert (decode_request(made, model, memory).arrays["a"] == decode_request(made, model, memory).arrays["b"]).all()

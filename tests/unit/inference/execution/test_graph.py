@@ -1,14 +1,14 @@
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from services.inference.execution.model import OnnxModel
+from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from tests import models
 
 
 def load(folder):
     (files,) = versions(folder.parent.parent, folder.parent.name)
-    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
 
 
 def dropout(repository, *training_mode):
@@ -26,5 +26,5 @@ def dropout(repository, *training_mode):
 
 
 def test_dropout_that_may_train_is_not_cacheable_and_one_that_cannot_is(tmp_path):
-    assert load(dropout(tmp_path / "training", True)).cacheable_reason == "its graph holds Dropout with training_mode"
+    assert load(dropout(tmp_path / "training", True)).cacheable.reason == "its graph holds Dropout with training_mode"
     assert load(dropout(tmp_path / "inference")).cacheable

@@ -7,8 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from services.inference.codec.request import Decoded
 from services.inference.execution.graph import operator_types, read
-from services.inference.execution.inline_runs import MOST_BYTES_OUT, QUICK_NS, InlineRuns, why_not
-from services.inference.execution.model import OnnxModel
+from services.inference.execution.inline_runs import MOST_BYTES_OUT, QUICK_NS, InlineRuns, verdict
+from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from tests import models
 
@@ -107,7 +107,7 @@ NOT_INLINE = {
 
 @pytest.mark.parametrize("what", INLINE)
 def test_a_graph_whose_work_follows_from_shapes_may_run_inline(tmp_path, what):
-    assert why_not(read(save(tmp_path, INLINE[what]))) == ""
+    assert verdict(read(save(tmp_path, INLINE[what])))
 
 
 @pytest.mark.parametrize("what", NOT_INLINE)
@@ -117,12 +117,12 @@ def test_a_graph_whose_work_may_depend_on_values_may_not(tmp_path, what):
         "ours", "Double", ["a"], ["b"], [NODE("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
     )
     path = save(tmp_path, nodes, functions=[function] if what == "a function" else [])
-    assert reason in why_not(read(path))
+    assert reason in verdict(read(path)).reason
 
 
 def test_a_size_that_a_request_may_override_is_not_known(tmp_path):
     path = save(tmp_path, [NODE("Reshape", ["x", "sizes"], ["y"])], overridable=["sizes"])
-    assert "'sizes' of Reshape" in why_not(read(path))
+    assert "'sizes' of Reshape" in verdict(read(path)).reason
 
 
 def test_strings_are_not_read_on_the_event_loop(tmp_path):
@@ -130,8 +130,8 @@ def test_strings_are_not_read_on_the_event_loop(tmp_path):
     folder.mkdir(parents=True)
     save(folder, [NODE("Identity", ["x"], ["y"])], kind=STRING)
     (files,) = versions(tmp_path, "strings")
-    made = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
-    assert "strings" in made.inline_reason
+    made = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    assert "strings" in made.inline.reason
 
 
 def test_operators_are_found_in_branches_and_functions_too(tmp_path):
@@ -151,7 +151,7 @@ def test_a_model_says_whether_its_runs_are_made_inline_and_why_not(tmp_path):
     told = {}
     for name in ("mlp", "looped"):
         (files,) = versions(tmp_path, name)
-        made = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+        made = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
         told[name] = made.config().parameters["ringmesh_inline"].string_value
     assert told["mlp"] == "yes"
     assert told["looped"].startswith("no: ")

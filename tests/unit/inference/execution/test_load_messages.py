@@ -111,7 +111,7 @@ def test_a_probe_that_fails_is_not_logged_if_the_model_loads(tmp_path, caplog):
     x = value("x", TensorProto.STRING, "n", 2)
     # Some of the probe's strings are no numbers.
     model = load(save(tmp_path, "m", [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)], [x], [Y]))
-    assert "a probe of two rows failed" in model.batch_reason
+    assert "a probe of two rows failed" in model.batchable.reason
     assert not caplog.records
 
 

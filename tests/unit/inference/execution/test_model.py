@@ -4,18 +4,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from services.inference.execution.model import ModelLoadError, OnnxModel
-from services.inference.execution.row_independence import why_not
+from services.inference.execution.loading import load_model
+from services.inference.execution.model import ModelLoadError
+from services.inference.execution.row_independence import probed
 from services.inference.execution.run_errors import run_error
 from services.inference.repository.config import parse
 from services.inference.repository.repository import versions
 from services.runtime.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
-from services.runtime.verdict import YES
 from tests import models
 
 
 def open_model(files):
-    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
 
 
 def load(folder):
@@ -27,7 +27,7 @@ def test_a_model_tells_its_inputs_outputs_and_provider(tmp_path):
     model = load(models.mlp(tmp_path))
     assert (model.name, model.version, model.provider) == ("mlp", 1, "CPUExecutionProvider")
     assert [(spec.datatype.name, spec.shape) for spec in model.inputs.values()] == [("FP32", (-1, 64))]
-    assert (model.batchable, model.max_batch_rows, model.cacheable) == (True, 8, True)
+    assert (bool(model.batchable), model.max_batch_rows, bool(model.cacheable)) == (True, 8, True)
 
 
 @pytest.mark.parametrize("name", models.IDENTITIES)
@@ -60,7 +60,7 @@ def test_strings_that_are_not_utf8_are_refused(tmp_path):
 def test_a_model_that_draws_random_numbers_is_not_cacheable_wherever_it_does(tmp_path, make):
     model = load(make(tmp_path))
     assert not model.cacheable
-    assert "Random" in model.cacheable_reason
+    assert "Random" in model.cacheable.reason
 
 
 def across_rows(repository, kind, columns, nodes, *constants):
@@ -112,8 +112,8 @@ def tiny_share_of_the_largest(repository, kind, columns):
 )
 def test_rows_that_look_at_each_other_are_found_out_whatever_the_order_and_size(tmp_path, make, kind, columns):
     model = load(make(tmp_path, kind, columns))
-    assert "not proven independent: node" in model.batch_reason
-    assert "other rows" in why_not(model, YES)
+    assert "not proven independent: node" in model.batchable.reason
+    assert "other rows" in probed(model).reason
 
 
 def test_an_embedding_of_two_words_is_batched(tmp_path):
@@ -125,12 +125,12 @@ def test_an_embedding_of_two_words_is_batched(tmp_path):
 
 def test_a_model_whose_rows_depend_on_each_other_is_not_batched(tmp_path):
     model = load(models.mean_over_rows(tmp_path))
-    assert (model.batchable, model.max_batch_rows) == (False, 1)
-    assert "node 'mean' (ReduceMean): it reduces axis 0, along which the rows lie" in model.batch_reason
+    assert (bool(model.batchable), model.max_batch_rows) == (False, 1)
+    assert "node 'mean' (ReduceMean): it reduces axis 0, along which the rows lie" in model.batchable.reason
 
 
 def test_a_fixed_first_dimension_is_not_batched(tmp_path):
-    assert "first dimension" in load(models.hidden_random(tmp_path)).batch_reason
+    assert "first dimension" in load(models.hidden_random(tmp_path)).batchable.reason
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a model", None], ids=["empty", "text", "truncated"])
@@ -154,7 +154,7 @@ def test_a_configured_batch_size_holds(tmp_path):
 
 def test_a_configured_batch_size_of_0_turns_batching_off(tmp_path):
     model = configured(models.mlp(tmp_path), "max_batch_size: 0")
-    assert (model.batchable, model.max_batch_rows) == (False, 1)
+    assert (bool(model.batchable), model.max_batch_rows) == (False, 1)
 
 
 def test_a_batch_size_for_a_model_that_cannot_batch_is_a_mistake(tmp_path):
@@ -166,7 +166,7 @@ def test_the_owner_may_overrule_what_was_found_about_caching(tmp_path):
     assert configured(models.random(tmp_path / "a"), "response_cache { enable: true }").cacheable
     model = configured(models.mlp(tmp_path / "b"), "response_cache { enable: false }")
     assert not model.cacheable
-    assert "config" in model.cacheable_reason
+    assert "config" in model.cacheable.reason
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_free_dimensions_go_through_a_reshape_in_their_order(tmp_path):
 
 def test_an_optional_input_may_be_left_out_or_given(tmp_path):
     model = configured(models.scaled(tmp_path), 'input { name: "scale" data_type: TYPE_FP32 dims: [1] optional: true }')
-    assert (model.required, model.batchable) == (("x",), True)
+    assert (model.required, bool(model.batchable)) == (("x",), True)
     x = np.ones((1, 2), np.float32)
     assert model.run({"x": x}, ["y"])[0].tolist() == [[2, 2]]
     assert model.run({"x": x, "scale": np.array([5], np.float32)}, ["y"])[0].tolist() == [[5, 5]]
@@ -267,7 +267,7 @@ def test_a_model_that_wants_a_gpu_answers_from_the_cpu_where_there_is_none(tmp_p
     (folder.parent / "config.pbtxt").write_text("instance_group { gpus: [ 0, 1 ] }")
     (files,) = versions(folder.parent.parent, folder.parent.name)
     available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    model = OnnxModel(files, providers=available, intra_op_threads=1, max_batch_rows=8)
+    model = load_model(files, providers=available, intra_op_threads=1, max_batch_rows=8)
     assert model.provider == "CPUExecutionProvider"
     assert "model mlp/1: it runs on CPUExecutionProvider, without CUDAExecutionProvider" in caplog.text
     x = np.ones((1, 64), np.float32)

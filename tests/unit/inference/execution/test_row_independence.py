@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from services.inference.codec.tensor_spec import TensorSpec
-from services.inference.execution.row_independence import why_not_cached
+from services.inference.execution.row_independence import worth_caching
 from services.runtime.oip.tensors import DATATYPES
 
 
@@ -54,17 +54,18 @@ def beside(x):
     ids=["same bits", "other bits", "never in such a batch", "depends on others", "fast", "slow", "fails"],
 )
 def test_rows_are_cached_by_themselves_where_it_pays_and_their_bits_are_their_own(made, reason):
-    assert reason in why_not_cached(made)
-    assert bool(reason) == bool(why_not_cached(made))
+    verdict = worth_caching(made)
+    assert reason in verdict.reason
+    assert bool(reason) != bool(verdict)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.11], ids=["quick", "slow"])
 def test_rows_that_are_asked_for_are_probed_whatever_they_take(seconds):
-    assert not why_not_cached(model(doubled, seconds=seconds, max_batch_rows=2), asked_for=True)
+    assert worth_caching(model(doubled, seconds=seconds, max_batch_rows=2), asked_for=True)
     other = model(lambda x: last_bits_by_size(np.concatenate((x, x)))[: len(x)], seconds=seconds, max_batch_rows=2)
-    assert "the last bits of 'y'" in why_not_cached(other, asked_for=True)
+    assert "the last bits of 'y'" in worth_caching(other, asked_for=True).reason
 
 
 def test_rows_of_requests_that_are_never_joined_are_probed_in_batches_as_large_as_a_request():
     made = model(last_bits_by_size, max_batch_rows=1, max_request_rows=8)
-    assert "the last bits of 'y'" in why_not_cached(made, asked_for=True)
+    assert "the last bits of 'y'" in worth_caching(made, asked_for=True).reason

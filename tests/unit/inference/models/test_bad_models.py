@@ -148,7 +148,7 @@ async def test_a_file_that_declares_rows_of_terabytes_is_loaded_without_a_probe_
         save(tmp_path, name, [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
     (tmp_path / "configured/config.pbtxt").write_text("max_batch_size: 8")
     made = await served(tmp_path)
-    assert "1099511627776 elements" in made.held.find("wide", "").model.batch_reason
+    assert "1099511627776 elements" in made.held.find("wide", "").model.batchable.reason
     assert made.held.find("configured", "").model.batchable
 
 

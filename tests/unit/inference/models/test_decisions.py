@@ -3,7 +3,7 @@
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 
-from services.inference.api.service import EnvelopeService, Locality
+from services.inference.api.service import EnvelopeService
 from services.inference.models.decisions import Decision, Decisions, Overrides
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore
 from services.inference.repository.repository import Directory
@@ -194,6 +194,6 @@ async def test_a_worker_tells_its_decisions_while_a_thread_keeps_another(worker)
     store = await worker.start()
     await store.unload("mlp")
     store.decisions.fleet = _FleetOfThread(store.decisions)
-    service = EnvelopeService(InferenceWorker("w", store), Locality("", "", 1.0))
+    service = EnvelopeService(InferenceWorker("w", store))
     told = await service.service(Calls()).handlers["Describe"].unary_unary(b"", None)
     assert [decided.model for decided in inference_pb2.DescribeResponse.FromString(told).decisions] == ["mlp"]

@@ -145,7 +145,7 @@ async def test_an_ensemble_of_a_model_that_draws_is_not_cached(tmp_path):
     assert (await store_of(tmp_path)).held.find("pipeline", "").model.cacheable
     (tmp_path / "mlp/config.pbtxt").write_text("response_cache { enable: false }")
     store = await store_of(tmp_path)
-    assert "step 'mlp'" in store.held.find("pipeline", "").model.cacheable_reason
+    assert "step 'mlp'" in store.held.find("pipeline", "").model.cacheable.reason
     with (folder.parent / "config.pbtxt").open("a") as config:
         config.write("response_cache { enable: true }")
     assert (await store_of(tmp_path)).held.find("pipeline", "").model.cacheable

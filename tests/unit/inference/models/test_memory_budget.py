@@ -92,11 +92,11 @@ async def test_the_least_recently_used_makes_room(repository):
 async def test_a_model_in_use_is_not_unloaded(repository):
     made = await store(repository, 1)
     first, second = made.held.find("m0", ""), made.held.find("m1", "")
-    await first.budget.enter(first.resident, None)
-    waits = asyncio.create_task(second.budget.load(second.resident))
+    await first.resident.budget.enter(first.resident, None)
+    waits = asyncio.create_task(second.resident.budget.load(second.resident))
     await asyncio.sleep(0.05)
     assert loaded(made) == {"m0"}
-    first.budget.leave(first.resident)
+    first.resident.budget.leave(first.resident)
     await waits
     assert loaded(made) == {"m1"}
 
@@ -142,7 +142,7 @@ async def test_requests_wait_for_one_load_each_within_its_own_deadline(repositor
     patient = [asyncio.create_task(ask(asked, "m0", value)) for value in range(3)]
     late = made.held.find("m0", "")
     with pytest.raises(DeadlineExceededError, match="loaded"):
-        await late.budget.enter(late.resident, time.monotonic() + 0.05)
+        await late.resident.budget.enter(late.resident, time.monotonic() + 0.05)
     leaver = asyncio.create_task(ask(asked, "m0", 9))
     await asyncio.sleep(0)
     leaver.cancel()

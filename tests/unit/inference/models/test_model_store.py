@@ -12,6 +12,7 @@ import pytest
 
 from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
+from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository.repository import Directory, RepositoryError
@@ -24,7 +25,7 @@ EXECUTOR = ThreadPoolExecutor(2)
 
 
 def open_model(files):
-    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
+    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=8)
 
 
 async def store(folder):

@@ -10,7 +10,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
-from services.inference.execution.model import ModelLoadError, OnnxModel
+from services.inference.execution.loading import load_model
+from services.inference.execution.model import ModelLoadError
 from services.inference.models.ensemble import Ensemble
 from services.inference.models.model_store import ModelStore, Overrides
 from services.inference.repository.repository import Directory, versions
@@ -113,13 +114,13 @@ def test_a_batch_that_the_file_has_no_room_for_is_a_mistake(tmp_path, text):
 
 def test_dynamic_batching_without_a_size_is_nothing_to_a_file_without_a_free_dimension(tmp_path):
     model = opened(models.hidden_random(tmp_path), "dynamic_batching { }")
-    assert (model.batchable, model.config().max_batch_size) == (False, 0)
-    assert "not free" in model.batch_reason
+    assert (bool(model.batchable), model.config().max_batch_size) == (False, 0)
+    assert "not free" in model.batchable.reason
 
 
 def test_rows_that_depend_on_each_other_are_batched_only_if_the_configuration_says_so(tmp_path):
     for text, batched in (("", False), ("# max_batch_size: 8", False), ("max_batch_size: 8", True)):
-        assert opened(models.mean_over_rows(tmp_path), text).batchable is batched
+        assert bool(opened(models.mean_over_rows(tmp_path), text).batchable) is batched
 
 
 def test_dims_of_a_complete_configuration_without_a_size_have_the_batch_in_them(tmp_path):
@@ -129,7 +130,7 @@ def test_dims_of_a_complete_configuration_without_a_size_have_the_batch_in_them(
 
 def test_rows_are_cached_where_requests_run_alone_only_if_the_owner_asks_for_it(tmp_path):
     alone = COMPLETE + "max_batch_size: 8"
-    assert "dynamic_batching" in opened(models.mlp(tmp_path), alone).row_cache_reason
+    assert "dynamic_batching" in opened(models.mlp(tmp_path), alone).row_cache.reason
     asked = 'parameters { key: "ringmesh_row_cache" value { string_value: "true" } }'
     assert opened(models.mlp(tmp_path), f"{alone} {asked}").row_cache
 
@@ -164,7 +165,7 @@ def opened(folder, text):
 
 
 def open_model(files):
-    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=WORKERS_ROWS)
+    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=WORKERS_ROWS)
 
 
 async def started(repository):

@@ -96,10 +96,10 @@ async def test_a_model_unloaded_for_room_comes_back_as_the_one_that_its_digest_n
         tmp_path / "repository", tmp_path / "state", memory_limit=SIZE * 4 + 10_000, process_memory=lambda: 0
     )
     first, second = made.held.find("scaled", ""), made.held.find("mlp", "")
-    await second.budget.load(second.resident)
+    await second.resident.budget.load(second.resident)
     assert not first.loaded
     write_weights(folder, 2)
-    await first.budget.load(first.resident)
+    await first.resident.budget.load(first.resident)
     assert first.loaded
     assert answer(made) == {1.0}
 

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from services.inference.codec.request import Decoded
+from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.repository.config import ROW_CACHE
 from services.inference.repository.repository import versions
@@ -22,7 +23,7 @@ X, Y = (models.value(name, TensorProto.FLOAT, "n", 1) for name in "xy")
 
 def load(folder):
     (files,) = versions(folder.parent.parent, folder.parent.name)
-    return OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=64)
+    return load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=64)
 
 
 def by_sign_of_the_sum(repository):
@@ -93,7 +94,7 @@ async def test_requests_that_come_together_are_answered_as_they_are_alone(tmp_pa
             (answer,) = result.arrays
             assert answer.shape == expected.shape
             assert answer.tolist() == expected.tolist()
-    assert "not proven independent" in model.batch_reason
+    assert "not proven independent" in model.batchable.reason
 
 
 async def test_requests_to_a_proven_model_share_runs(tmp_path):
@@ -121,7 +122,7 @@ def test_rows_are_not_cached_where_they_are_not_proven_independent_however_slow(
     last, nodes, initializers = products(60, 512)
     model = load(share_of_the_largest(tmp_path, last, 512, nodes, initializers))
     assert not model.row_cache
-    assert "(ReduceMax): it reduces axis 0" in model.row_cache_reason
+    assert "(ReduceMax): it reduces axis 0" in model.row_cache.reason
 
 
 def test_a_row_cache_that_is_asked_for_needs_the_proof(tmp_path):

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from router.accounting.cost import Cost, Prices
+from router.accounting.cost import CostMetrics, Prices
 from router.accounting.request_metrics import OK, RequestMetrics
 from services.console.data.units import UNKNOWN, money
 
@@ -17,7 +17,7 @@ def made():
         return "CPUExecutionProvider" if model == "plain" else "CUDAExecutionProvider"
 
     prices = Prices(2.0, 10.0, 0.5, "EUR")
-    return state, requests, Cost(prices, requests, provider, lambda: state.held, lambda: state.now)
+    return state, requests, CostMetrics(prices, requests, provider, lambda: state.held, lambda: state.now)
 
 
 def told(cost, name):

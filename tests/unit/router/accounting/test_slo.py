@@ -1,7 +1,7 @@
 import pytest
 
 from router.accounting.request_metrics import OK, RequestMetrics
-from router.accounting.slo import Objectives, Slo
+from router.accounting.slo import Slo
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
 @pytest.fixture
 def made():
     clock, requests = Clock(), RequestMetrics()
-    return clock, requests, Slo(Objectives(0.999, 0.99, 0.3), requests, clock)
+    return clock, requests, Slo({"availability": 0.999, "latency": 0.99}, 0.3, requests, clock)
 
 
 def answered(requests, times, ns=1_000_000, code=OK, method="ModelInfer"):

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError, caller_of
 from router.admission.concurrency_limit import ConcurrencyLimit
-from router.admission.quotas import Quotas
-from router.admission.token_bucket import TokenBucket
+from router.admission.quotas import Quotas, TokenBucket
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.protocol import told
 

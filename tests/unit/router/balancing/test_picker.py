@@ -39,7 +39,7 @@ def test_the_order_is_the_rings_and_names_every_worker_once():
 def test_a_worker_that_cannot_run_an_ensemble_says_which_step_is_at_fault():
     one = member("w0")
     one.partly = {(MODEL.name, MODEL.version): "step 's' is an ensemble; a step must be a model"}
-    assert one.why_not(MODEL) == "cannot run the ensemble: step 's' is an ensemble; a step must be a model"
+    assert one.can_run(MODEL).reason == "cannot run the ensemble: step 's' is an ensemble; a step must be a model"
     assert view([one]).pools == {}
 
 

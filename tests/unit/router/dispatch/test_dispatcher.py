@@ -9,7 +9,7 @@ from ringmesh.inference.v1 import inference_pb2
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.balancing.ring import RANKS
-from router.dispatch.attempts import MOST_ENDED, Asked, FatalRequestError
+from router.dispatch.attempts import MOST_ENDED, DispatchRequest, FatalRequestError
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RESERVE_PER_SECOND, SHARE, WINDOW_SECONDS, RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -65,7 +65,7 @@ NAMES = [f"w{index}" for index in range(20)]
 
 
 async def run(made, model=MODEL, **more):
-    return await driver.run(made.run(Asked(model, b"request", PLACE, NOT_SAMPLED, **more)))
+    return await driver.run(made.run(DispatchRequest(model, b"request", PLACE, NOT_SAMPLED, **more)))
 
 
 async def test_the_owner_is_asked_first():

@@ -147,4 +147,4 @@ async def test_a_redis_that_answers_with_nonsense_does_not_end_discovery(reply):
 
 def test_what_was_skipped_is_told_with_its_reason():
     reasons = [s.labels[1] for s in BACKGROUND.samples() if s.family is FAILING and s.labels[0] == "discovery"]
-    assert all("NonsenseError" in reason for reason in reasons)
+    assert all("InvalidListingError" in reason for reason in reasons)

@@ -59,8 +59,8 @@ class Fleet:
 
 async def agree(agreement):
     agreement.compare()
-    while agreement._telling:
-        await asyncio.gather(*agreement._telling.values())
+    while agreement._sending:
+        await asyncio.gather(*agreement._sending.values())
 
 
 async def test_a_worker_that_lacks_a_decision_of_the_fleet_is_told_the_latest():

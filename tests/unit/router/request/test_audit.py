@@ -101,12 +101,12 @@ def results(audit):
 
 async def test_a_model_that_does_not_repeat_itself_leaves_the_cache_and_says_why():
     clock = Clock()
-    audit = Audit(FakeDispatcher(answer([1]), answer([1]), answer([3.5])), 1, clock)
+    audit = Audit(FakeDispatcher(answer([1]), answer([1]), answer([3.5])).run, 1, clock)
     await audited(audit, clock, 4)
-    assert audit.why_not(MODEL, NONE) == ""
+    assert audit.may_cache(MODEL, NONE).ok
     await audited(audit, clock, 1)
     assert results(audit) == {"equal": 2, "different": 3}
-    assert audit.why_not(MODEL, NONE) == (
+    assert audit.may_cache(MODEL, NONE).reason == (
         "3 of 5 answers that were computed again for the audit came out different, by up to 2.5"
     )
     assert list(audit.distrusted) == [b"digest"]
@@ -114,7 +114,7 @@ async def test_a_model_that_does_not_repeat_itself_leaves_the_cache_and_says_why
 
 async def test_other_last_bits_are_counted_and_forgiven():
     clock = Clock()
-    audit = Audit(FakeDispatcher(answer([1.0000001])), 1, clock)
+    audit = Audit(FakeDispatcher(answer([1.0000001])).run, 1, clock)
     await audited(audit, clock, 20)
     assert results(audit) == {"close": 20}
     assert not audit.distrusted
@@ -122,7 +122,7 @@ async def test_other_last_bits_are_counted_and_forgiven():
 
 async def test_a_rare_difference_among_many_equal_answers_is_forgiven():
     clock = Clock()
-    audit = Audit(FakeDispatcher(answer([2]), answer([2]), answer([2]), answer([1])), 1, clock)
+    audit = Audit(FakeDispatcher(answer([2]), answer([2]), answer([2]), answer([1])).run, 1, clock)
     audit._audits[MODEL.digest] = ModelAudit(MODEL)
     audit._audits[MODEL.digest].results["equal"] = 500
     await audited(audit, clock, 10)
@@ -133,7 +133,7 @@ async def test_a_rare_difference_among_many_equal_answers_is_forgiven():
 async def test_it_asks_with_the_least_priority_and_takes_no_refusal_for_a_verdict():
     clock = Clock()
     dispatcher = FakeDispatcher(ResourceExhaustedError("overloaded"))
-    audit = Audit(dispatcher, 1, clock)
+    audit = Audit(dispatcher.run, 1, clock)
     await audited(audit, clock, 5)
     assert results(audit) == {"failed": 5}
     assert set(dispatcher.priorities) == {"SHEDDABLE"}
@@ -143,7 +143,7 @@ async def test_it_asks_with_the_least_priority_and_takes_no_refusal_for_a_verdic
 async def test_one_at_a_time_and_with_pauses_however_many_hits_there_are():
     clock = Clock()
     dispatcher = FakeDispatcher(answer([1]))
-    audit = Audit(dispatcher, 1, clock)
+    audit = Audit(dispatcher.run, 1, clock)
     for _ in range(1000):
         hit(audit, MODEL, REQUEST, answer([1]))
     await asyncio.sleep(0.01)
@@ -156,7 +156,7 @@ async def test_one_at_a_time_and_with_pauses_however_many_hits_there_are():
 async def test_it_takes_the_share_that_it_is_told(share, least, most):
     clock = Clock()
     dispatcher = FakeDispatcher(answer([1]))
-    await audited(Audit(dispatcher, share, clock), clock, 1000)
+    await audited(Audit(dispatcher.run, share, clock), clock, 1000)
     assert least <= dispatcher.asked <= most
 
 
@@ -169,7 +169,7 @@ async def test_an_answer_of_files_that_are_gone_is_not_compared():
             result.model_digest = b"other"
             return result, member
 
-    audit = Audit(Replaced(answer([9])), 1, clock)
+    audit = Audit(Replaced(answer([9])).run, 1, clock)
     await audited(audit, clock, 5)
     assert results(audit) == {}
 
@@ -178,7 +178,7 @@ async def test_classes_are_not_audited():
     request = v2.ModelInferRequest(model_name="m")
     request.outputs.add(name="y").parameters["classification"].int64_param = 1
     dispatcher = FakeDispatcher(answer([1]))
-    audit = Audit(dispatcher, 1, Clock())
+    audit = Audit(dispatcher.run, 1, Clock())
     hit(audit, MODEL, request.SerializeToString(), answer([1]))
     await asyncio.sleep(0)
     assert dispatcher.asked == 0

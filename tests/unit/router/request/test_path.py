@@ -12,7 +12,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.keys.epochs import Epochs
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.keys.keys import RequestHasher
 from cache.mesh import Mesh
 from cache.policy.refusals import Refusals
@@ -20,7 +20,7 @@ from cache.regions.peer_regions import PeerRegions
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
 from router.accounting.budgets import Budgets
-from router.accounting.cost import Cost, Prices
+from router.accounting.cost import CostMetrics, Prices
 from router.accounting.meter import Meter
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
@@ -74,7 +74,7 @@ class Router:
     """A path with one worker; `model` is what that says of its model."""
 
     def __init__(self, rates=(), **model):
-        purges = PurgeBoard(None, "test", 1.0)
+        purges = InvalidationLog(None, "test", 1.0)
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
         self.worker, self.requests = Worker(), RequestMetrics()
         self.budgets = Budgets()
@@ -91,9 +91,9 @@ class Router:
         )
         limits = ConcurrencyLimits(0.1, time.monotonic)
         dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
-        audit = Audit(dispatcher, 0.0, time.monotonic)
+        audit = Audit(dispatcher.run, 0.0, time.monotonic)
         tracer = Tracer(Process("router", "test"), 0.0, [])
-        cost = Cost(Prices(0.0, 0.0), self.requests, fleet, lambda: 0, time.monotonic)
+        cost = CostMetrics(Prices(0.0, 0.0), self.requests, fleet, lambda: 0, time.monotonic)
         report = LoadReport(self.requests.answers, cores=1)
         replies = Replies(self.mesh, tracer, self.requests, RequestLog(time.monotonic), cost, audit, report, self.meter)
         quotas = Quotas(dict(rates), time.monotonic)

@@ -10,7 +10,7 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 
 from cache.keys.epochs import Epochs
-from cache.keys.invalidation import PurgeBoard
+from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Mesh
 from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegions
@@ -121,7 +121,7 @@ class Router:
     def __init__(self, fault, outcomes=()):
         self.fault = fault
         self.outcomes = [*outcomes]
-        purges = PurgeBoard(None, "test", 1.0)
+        purges = InvalidationLog(None, "test", 1.0)
         peers = PeerRegions([], purges)
         self.mesh = fault.of(Mesh)(fault.of(LocalTier)(1 << 20), None, purges, peers, fault.of(Refusals)(60))
         seen = view([member(name, link=Link(self, self.outcomes)) for name in ("a", "b", "c")])

@@ -7,7 +7,7 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from services.inference.execution.model import OnnxModel
+from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from services.runtime.machine import memory
 from services.runtime.machine.memory import KEPT_BYTES
@@ -87,7 +87,7 @@ def test_a_large_run_leaves_nothing_behind_once_its_outputs_are_gone(tmp_path):
     models.save(tmp_path, "wide", nodes, [x], [y], [numpy_helper.from_array(v, k) for k, v in constants.items()])
     (tmp_path / "wide" / "config.pbtxt").write_text("max_batch_size: 0")
     (files,) = versions(tmp_path, "wide")
-    model = OnnxModel(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=1)
+    model = load_model(files, providers=["CPUExecutionProvider"], intra_op_threads=1, max_batch_rows=1)
     process = psutil.Process()
     before = process.memory_info().rss
     for megabytes in (256, 128):

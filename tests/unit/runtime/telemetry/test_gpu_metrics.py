@@ -1,7 +1,7 @@
 import sys
 import types
 
-from services.runtime.telemetry.gpu_metrics import GpuMetrics
+from services.runtime.telemetry.gpu_metrics import gpu_metrics
 
 
 class NVMLError(Exception):
@@ -31,13 +31,13 @@ def nvml(power=True):
 
 
 def values(metrics):
-    return {sample.family.name.removeprefix("ringmesh_gpu_"): sample.value for sample in metrics.samples()}
+    return {sample.family.name.removeprefix("ringmesh_gpu_"): sample.value for sample in metrics()}
 
 
 def test_a_gpu_is_read_by_its_number_and_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    metrics = GpuMetrics.of_this_host()
-    assert {sample.labels for sample in metrics.samples()} == {("0", "L4")}
+    metrics = gpu_metrics()
+    assert {sample.labels for sample in metrics()} == {("0", "L4")}
     assert values(metrics) == {
         "use_ratio": 0.37,
         "memory_used_bytes": 3,
@@ -49,14 +49,14 @@ def test_a_gpu_is_read_by_its_number_and_name(monkeypatch):
 
 def test_what_a_gpu_does_not_tell_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml(power=False))
-    found = values(GpuMetrics.of_this_host())
+    found = values(gpu_metrics())
     assert "power_watts" not in found
     assert "use_ratio" in found
 
 
 def test_without_the_package_there_is_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert values(GpuMetrics.of_this_host()) == {}
+    assert values(gpu_metrics()) == {}
 
 
 def test_without_a_driver_there_is_nothing(monkeypatch):
@@ -67,4 +67,4 @@ def test_without_a_driver_there_is_nothing(monkeypatch):
 
     broken.nvmlInit = no_driver
     monkeypatch.setitem(sys.modules, "pynvml", broken)
-    assert values(GpuMetrics.of_this_host()) == {}
+    assert values(gpu_metrics()) == {}
