@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Final
 
 import grpc
+from google.protobuf.message import DecodeError
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from router.accounting.ledger_spool import LedgerSpool, Spooled
@@ -87,7 +88,18 @@ class LedgerSender:
         except grpc.aio.AioRpcError as error:
             log.debug("the ledger gives no leases now: %s: %s", error.code().name, error.details())
             return None
+        with suppress(OSError):  # the disk is full
+            async with self._disk:
+                await asyncio.to_thread(self._spool.save_leases, answer.SerializeToString(deterministic=True))
         return answer
+
+    @property
+    def last_leases(self) -> ledger_pb2.LeaseResponse:
+        """The ledger's last answer to `lease`, also from before a restart; empty if there is none."""
+        try:
+            return ledger_pb2.LeaseResponse.FromString(self._spool.leases)
+        except DecodeError:
+            return ledger_pb2.LeaseResponse()
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""

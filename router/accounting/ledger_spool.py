@@ -62,6 +62,8 @@ class LedgerSpool:
         self._next = 1
         # The id under which batches are sent: made with the folder, "" until `open`.
         self.router_id = ""
+        # The ledger's last answer about leases, also from before a restart; serialized.
+        self.leases = b""
         # Lost before they had a number; the next batch that can be written says so.
         self._unnumbered = (0, 0)
         self.bytes = 0
@@ -82,6 +84,8 @@ class LedgerSpool:
             lock = (self._folder / "lock").open("ab")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.router_id = self._read_id()
+            leases = self._folder / "leases"
+            self.leases = leases.read_bytes() if leases.exists() else b""
             self._begin_epoch()
             self._waiting = []
             for one in sorted(self._find()):
@@ -121,6 +125,14 @@ class LedgerSpool:
             return
         self._give_up_oldest()
 
+    def save_leases(self, leases: bytes) -> None:
+        """Keeps `leases` for the next start, which may come while the ledger is down. Raises OSError."""
+        if leases != self.leases:
+            aside = self._folder / "leases.unfinished"
+            aside.write_bytes(leases)
+            aside.rename(self._folder / "leases")
+            self.leases = leases
+
     def first(self) -> Spooled | None:
         """The one to send next."""
         return self._waiting[0] if self._waiting else None
@@ -153,10 +165,13 @@ class LedgerSpool:
 
     def written(self, one: Spooled) -> None:
         """The ledger has it."""
-        self._waiting = [other for other in self._waiting if (other.epoch, other.sequence) != (one.epoch, one.sequence)]
-        for path in self._folder.glob(f"{one.epoch}-{one.sequence}-*{_SUFFIX}"):
-            self.bytes -= path.stat().st_size
-            path.unlink()
+        waiting, self._waiting = self._waiting, []
+        for other in waiting:
+            if (other.epoch, other.sequence) == (one.epoch, one.sequence):
+                (self._folder / other.name).unlink(missing_ok=True)
+                self.bytes -= other.size
+            else:
+                self._waiting.append(other)
 
     def begin_again(self) -> None:
         """Gives all that waits new numbers in a new epoch: those of its own are used, or not followed by the ledger."""

@@ -33,8 +33,6 @@ _MOST_GAP_SECONDS: Final = 60
 _BATCH_RECORDS: Final = 2000
 _CLOSE_SECONDS: Final = 2.0
 _LEASE_SECONDS: Final = 2.0
-# The spool opens within this time, and has the router's id.
-_FIRST_LEASE_SECONDS: Final = 0.1
 
 
 class Up(NamedTuple):
@@ -64,6 +62,8 @@ class Usage:
         self._workers = workers
         self._clock = clock
         self._stopping = asyncio.Event()
+        # Set once the spool could be opened.
+        self._opened = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._seen = 0
         self._uptime: dict[tuple[Up, int], int] = {}
@@ -112,6 +112,8 @@ class Usage:
         uptime, self._uptime, self._uptime_due = self._uptime, {}, now + _UPTIME_SECONDS
         for batch, count, requests in await asyncio.to_thread(self._encode, records, folds, uptime, int(now * 1000)):
             await self._sender.submit(batch, count, requests)
+        if self._sender.router_id:
+            self._opened.set()
 
     def _add_uptime(self, now: int) -> None:
         """Marks the seconds since the last call for what is up now."""
@@ -165,13 +167,12 @@ class Usage:
         return Dimension(tenant, model, version, self._region, worker_type, "" if outcome == "error" else outcome, code)
 
     async def _keep_renewing(self) -> None:
+        await self._opened.wait()
+        if not self._budgets.limits:
+            self._budgets.renewed(self._sender.last_leases, [])
         while True:
             request, spent = self._budgets.request(self._sender.router_id, self._sender.epoch)
-            pause = _FIRST_LEASE_SECONDS
-            if request.router_id:
-                pause = _LEASE_SECONDS
-                answer = await self._sender.lease(request)
-                if answer is not None:
-                    self._budgets.renewed(answer, spent)
-                    pause = answer.renew_ms / 1000
-            await asyncio.sleep(pause)
+            answer = await self._sender.lease(request)
+            if answer is not None:
+                self._budgets.renewed(answer, spent)
+            await asyncio.sleep(_LEASE_SECONDS if answer is None else answer.renew_ms / 1000)

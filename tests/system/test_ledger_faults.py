@@ -41,6 +41,9 @@ from tests.system.ledgers import (
     worker_time,
 )
 
+# Minutes in all; the default run kills the ledger of a stack, in test_metering.py.
+pytestmark = pytest.mark.proof
+
 RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL}
 
 
@@ -183,7 +186,6 @@ def test_after_a_kill_of_each_what_was_acknowledged_is_counted_once(start_ledger
     assert_counted(ledger, loads, tenant)
 
 
-@pytest.mark.proof
 @pytest.mark.parametrize("victim", ["ledger", "postgres", "both", "twice"])
 def test_kills_at_random_points_under_load(start_ledger, victim):
     random.seed(victim)
@@ -208,7 +210,6 @@ def test_kills_at_random_points_under_load(start_ledger, victim):
     assert_counted(ledger, loads, tenant)
 
 
-@pytest.mark.proof
 @pytest.mark.parametrize("victim", ["ledger", "postgres"])
 @pytest.mark.parametrize("table", ["producer", "usage", "rollup_minute", "margin_day", "worker_minute", "day_version"])
 def test_a_kill_in_the_middle_of_a_transaction(start_ledger, table, victim):
@@ -254,7 +255,6 @@ def test_a_kill_in_the_middle_of_a_transaction(start_ledger, table, victim):
     assert next(row.paid_us for row in bill.rows if row.worker_type == "cpu") == 60_000_000
 
 
-@pytest.mark.proof
 def test_an_idle_ledger_that_is_killed_leaves_no_postgres(start_ledger):
     ledger = start_ledger()
     postmaster = ledger.postgres()
@@ -264,7 +264,6 @@ def test_an_idle_ledger_that_is_killed_leaves_no_postgres(start_ledger):
     assert Sender(ledger).append([miss("t")]).last_sequence == 1
 
 
-@pytest.mark.proof
 def test_a_kill_while_the_database_is_created_or_migrated_is_made_good(tmp_path):
     settings = {"state_dir": tmp_path / "ledger", "address": processes.free_address()}
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items()}
@@ -301,7 +300,6 @@ def test_a_partition_that_was_dropped_by_hand_is_made_again(start_ledger):
     assert ledger.report(tenant=tenant).total.requests == 2
 
 
-@pytest.mark.proof
 def test_a_full_disk_delays_batches_and_loses_none(tmp_path):
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("a small file system needs root")
@@ -374,7 +372,6 @@ def test_migrations_go_back_and_forth(start_ledger):
     assert "belongs to a newer ledger" in refused.stderr
 
 
-@pytest.mark.proof
 def test_what_is_dropped_for_its_age_stays_in_the_sums(start_ledger):
     ledger, tenant = start_ledger(), unique("tenant")
     begin = now_ms() - 30 * DAY_MS
@@ -424,7 +421,6 @@ def test_a_batch_that_the_database_refuses_holds_up_no_other(start_ledger):
     assert ledger.report(tenant=tenant).total.requests == sum(load.requests for load in loads)
 
 
-@pytest.mark.proof
 def test_two_ledgers_on_one_database_write_one_after_the_other(start_ledger):
     one, tenant = start_ledger(), unique("tenant")
     other = Ledger(database_url=url_of(one))
@@ -437,7 +433,6 @@ def test_two_ledgers_on_one_database_write_one_after_the_other(start_ledger):
     assert_counted(one, loads, tenant)
 
 
-@pytest.mark.proof
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that others may not enter")
 def test_a_folder_that_only_root_may_enter_and_whose_name_is_long_will_do(tmp_path):
     folder = tmp_path / "closed"
@@ -477,7 +472,6 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.proof
 def test_after_kills_of_the_router_all_that_it_spooled_is_counted(start_ledger, tmp_path):
     random.seed(4)
     ledger, tenant = start_ledger(), unique("tenant")

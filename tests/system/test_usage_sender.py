@@ -21,6 +21,7 @@ class Ledger(ledger_pb2_grpc.LedgerServiceServicer):
     def __init__(self):
         self.script = []
         self.written = []
+        self.leases = ledger_pb2.LeaseResponse()
 
     async def Append(self, request, context):
         answer = self.script.pop(0) if self.script else WRITTEN
@@ -29,6 +30,9 @@ class Ledger(ledger_pb2_grpc.LedgerServiceServicer):
         if answer == WRITTEN:
             self.written.append((request.start_epoch, request.sequence, request.batch))
         return ledger_pb2.AppendResponse(result=answer, last_sequence=request.sequence)
+
+    async def Lease(self, _, __):
+        return self.leases
 
 
 @pytest.fixture
@@ -142,3 +146,14 @@ async def test_what_cannot_be_sent_in_time_stays_for_the_next_life(ledger, tmp_p
     sender.start()
     await sender.close(20)
     assert [batch for _, _, batch in ledger.written] == BATCHES[:2]
+
+
+async def test_leases_outlive_the_process(ledger, sender, tmp_path):
+    budget = ledger_pb2.Budget(tenant="acme", period=ledger_pb2.PERIOD_DAY, hard_nano=10)
+    ledger.leases = ledger_pb2.LeaseResponse(leases=[ledger_pb2.BudgetLease(budget=budget, amount_nano=5)])
+    assert await sender.lease(ledger_pb2.LeaseRequest(router_id="router")) == ledger.leases
+    sender.spool.close()
+    spool = LedgerSpool(tmp_path / "spool", 1 << 20, time.time_ns)
+    spool.open()
+    assert LedgerSender(spool, ledger.address).last_leases == ledger.leases
+    spool.close()
