@@ -43,7 +43,7 @@ class Fold:
 class Meter:
     """Collects records until `take`. Charges `budgets`. Any thread may count.
 
-    A hit takes 0.3 us, any other request 2 us.
+    A hit takes 0.2 us, any other request 1.3 us (compiled).
     """
 
     def __init__(self, budgets: Budgets) -> None:
