@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
-from services.runtime.oip.protocol import PRIORITY, Told
+from services.runtime.oip.protocol import PRIORITY, CallerMetadata
 
 
 class Priority(Enum):
@@ -39,7 +39,7 @@ class RefusedError(ResourceExhaustedError):
         self.retry_after = retry_after
 
 
-def caller_of(told: Told) -> Caller:
+def caller_of(told: CallerMetadata) -> Caller:
     """The caller named in the metadata. Raises InvalidArgumentError for an unknown priority, or raises `told.error`."""
     if told.error is not None:
         raise told.error

@@ -9,7 +9,7 @@ from cache.policy.cache_control import CacheControl
 from router.admission.caller import ANYBODY
 from router.balancing.catalog import ModelEntry
 from services.runtime.errors import RingmeshError
-from services.runtime.oip.protocol import Told
+from services.runtime.oip.protocol import CallerMetadata
 from services.runtime.rpc.rpc import Metadata
 from services.runtime.telemetry.tracing import Trace
 
@@ -37,7 +37,7 @@ class Call:
     provider = ""
     control: CacheControl | None = None
     # The caller's parsed metadata, read at admission; None for internal requests.
-    told: Told | None = None
+    told: CallerMetadata | None = None
     model: ModelEntry | None = None
     error: RingmeshError | None = None
     # Set once it is counted as failed: its labels in the metrics, and how many stages its trace had.

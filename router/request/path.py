@@ -89,7 +89,7 @@ class RequestPath:
 
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
         """Makes the call of a received request; `deadline` in time.monotonic."""
-        told = protocol.told(metadata)
+        told = protocol.caller_metadata(metadata)
         call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
         call.told = told
         return call
@@ -122,7 +122,7 @@ class RequestPath:
             self._replies.left(call)
             raise
         except Exception as error:
-            call.error = faults.told(log, f"{call.name} failed", error, call.trace.trace_id)
+            call.error = faults.reported(log, f"{call.name} failed", error, call.trace.trace_id)
         return self._replies.failure(call, call.error)
 
     def _refuse(self, call: Call) -> None:

@@ -173,7 +173,7 @@ class RowCache:
         except UnlikeRowsError:
             pass
         except Exception as error:
-            failure = faults.told(log, f"rows of a batch for {query.model.name}", error)
+            failure = faults.reported(log, f"rows of a batch for {query.model.name}", error)
         except asyncio.CancelledError:
             failure = UnavailableError("the router is stopping")
             raise

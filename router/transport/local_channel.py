@@ -12,7 +12,7 @@ import grpc
 
 from router.transport.grpc_channel import CONNECT_SECONDS, CallError, code_of, deliver
 from services.runtime import faults
-from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameError, Frames
+from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, PART, FrameConnection, FrameError
 from services.runtime.large_result import LargeAnswer
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _MAX_NUMBER = 2**32 - 1
 
 
-class LocalConnection(Frames):
+class LocalConnection(FrameConnection):
     """A connection for many concurrent envelopes."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ import onnxruntime
 from services.inference.api.control import ModelControl
 from services.inference.api.envelope_socket import EnvelopeSocket
 from services.inference.api.metrics import WorkerMetrics
-from services.inference.api.service import EnvelopeService, InferenceService
+from services.inference.api.service import DirectService, EnvelopeService
 from services.inference.api.shared_memory_service import SharedMemoryControl
 from services.inference.execution.execution import CUDA
 from services.inference.execution.loading import load_model
@@ -72,7 +72,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, settings.region, settings.zone, settings.weight)
     calls = Calls()
-    inference = InferenceService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
+    inference = DirectService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
 
     server = Server(
         settings.engine,

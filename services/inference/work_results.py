@@ -123,9 +123,9 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
 def failed(error: Exception, start: int, model: str = "", trace_context: bytes = b"") -> SplitResult:
     """The result of a request that failed. Logs errors other than RingmeshError."""
     what = f"a request of model {model} failed" if model else "a request failed"
-    told = faults.told(log, what, error, trace_context[:16].hex())
+    shown = faults.reported(log, what, error, trace_context[:16].hex())
     timing = inference_pb2.Timing(received_unix_ns=start, total_us=(time.time_ns() - start) // 1000)
-    return SplitResult(inference_pb2.WorkResult(failure=told.to_failure(), timing=timing), b"")
+    return SplitResult(inference_pb2.WorkResult(failure=shown.to_failure(), timing=timing), b"")
 
 
 def joined(result: SplitResult, start: int) -> SplitResult:

@@ -16,14 +16,14 @@ from services.inference.models.memory_budget import ModelReplacedError
 from services.inference.models.model_store import ModelStore
 from services.inference.scheduling.batcher import Batcher, BatchResult
 from services.inference.scheduling.load import Load
-from services.inference.scheduling.request_queue import Waiting
+from services.inference.scheduling.request_queue import QueuedRequest
 from services.inference.work_results import build_results, failed, is_large, joined
 from services.runtime import driver
 from services.runtime.driver import ON_LOOP, in_task
 from services.runtime.errors import DeadlineExceededError, kind_of
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import SplitResult
-from services.runtime.oip.infer_request import Parts, Read, RequestReader
+from services.runtime.oip.infer_request import Read, RequestReader, SplitRequest
 from services.runtime.single_flight import SingleFlight
 
 
@@ -44,9 +44,9 @@ class Worker:
         self.load = Load(time.monotonic)
         self._flights: SingleFlight[SplitResult] = SingleFlight()
         # The content of the request that leads each flight. Senders state the hash, so joining also compares content.
-        self._leaders: dict[bytes, Parts | bytes] = {}
+        self._leaders: dict[bytes, SplitRequest | bytes] = {}
         # Requests that wait in the queue of their model, by trace context.
-        self._queued: dict[bytes, tuple[Batcher, Waiting]] = {}
+        self._queued: dict[bytes, tuple[Batcher, QueuedRequest]] = {}
 
     async def execute(self, works: Sequence[Work]) -> list[SplitResult]:
         """Returns the results in the order of `works`. Each is a response without an id, or the request's failure.
@@ -156,7 +156,7 @@ class Worker:
     async def _batch(self, held: HeldModel, decoded: Decoded, deadline: float | None) -> BatchResult:
         """Waits for the run. Plain requests can be withdrawn and need no asyncio task."""
         batcher = held.batcher
-        waiting: Waiting | None = None
+        waiting: QueuedRequest | None = None
         if type(batcher) is Batcher and held.resident is None:
             waiting = batcher.enqueue(decoded, deadline)
             if decoded.trace_context:

@@ -23,6 +23,8 @@ from typing import ClassVar
 import grpc
 from ringmesh.inference.v1 import inference_pb2
 
+# By number, as in a google.rpc.Status.
+CODE_NAMES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 _LONGEST_BYTES = 1000
 _MOST_NAMES = 20
 

@@ -1,4 +1,4 @@
-"""Unexpected exceptions: what callers are told, and rate-limited logging that one fault cannot flood."""
+"""Unexpected exceptions: the error for the caller, and rate-limited logging that one fault cannot flood."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def internal(log: logging.Logger, what: str, error: BaseException, trace_id: str
     `what` happened is logged with the stack, unless the same fault was logged within the last _SECONDS.
     """
     now = time.monotonic()
-    kind = (what, type(error).__name__, _place(error))
-    until, untold = _kinds.get(kind, (0.0, 0))
+    kind = (what, type(error).__name__, _location(error))
+    until, suppressed = _kinds.get(kind, (0.0, 0))
     if now < until:
-        _kinds[kind] = (until, untold + 1)
+        _kinds[kind] = (until, suppressed + 1)
     else:
         if len(_kinds) >= _MOST_KINDS:
             _kinds.clear()
         _kinds[kind] = (now + _SECONDS, 0)
-        more = f" ({untold} more like it since the last line)" if untold else ""
+        more = f" ({suppressed} more like it since the last line)" if suppressed else ""
         log.error("%s%s%s", f"trace {trace_id}: " if trace_id else "", what, more, exc_info=error)
     return InternalError(f"internal error ({type(error).__name__}); the service's log has the cause")
 
 
-def told(log: logging.Logger, what: str, error: Exception, trace_id: str = "") -> RingmeshError:
+def reported(log: logging.Logger, what: str, error: Exception, trace_id: str = "") -> RingmeshError:
     """Like `internal`, but a RingmeshError is returned unchanged and not logged."""
     return error if isinstance(error, RingmeshError) else internal(log, what, error, trace_id)
 
 
-def _place(error: BaseException) -> str:
+def _location(error: BaseException) -> str:
     """The file and line that raised `error`."""
     at = error.__traceback__
     if at is None:

@@ -34,7 +34,7 @@ class FrameError(Exception):
     """The other side violates the protocol; the message says how."""
 
 
-class Frames(asyncio.Protocol):
+class FrameConnection(asyncio.Protocol):
     """One connection. Subclasses receive each frame by `take`, and the end of the connection by `ended`."""
 
     def __init__(self, largest: int) -> None:

@@ -136,7 +136,7 @@ class SimRouter:
         except StopIteration as end:
             self._end(call, end.value)
         except Exception as error:
-            self._end(call, failure(faults.told(log, "a fast path failed", error)))
+            self._end(call, failure(faults.reported(log, "a fast path failed", error)))
         else:
             driver = Driver(coroutine, lambda outcome: self._end(call, outcome))
             call.cancel_at_router = driver.cancel
@@ -147,7 +147,7 @@ class SimRouter:
         if isinstance(answer, asyncio.CancelledError):
             return
         if isinstance(answer, Exception):
-            answer = failure(faults.told(log, "a fast path failed", answer))
+            answer = failure(faults.reported(log, "a fast path failed", answer))
         call.answered_by_router(answer)
         if answer.afterwards is not None:
             try:

@@ -3,7 +3,7 @@
 from ringmesh.inference.v1 import inference_pb2
 
 from services.inference.api.control import ModelControl
-from services.inference.api.envelope_socket import EnvelopeSocket, _Connection
+from services.inference.api.envelope_socket import EnvelopeSocket, _EnvelopeConnection
 from services.inference.api.service import EnvelopeService
 from services.inference.worker import Worker
 from services.runtime.redis import discovery
@@ -86,7 +86,9 @@ class SimWorker:
         handlers |= {_INFERENCE + method: handler for method, handler in ModelControl(store).handlers().items()}
         if self.local:
             local = EnvelopeSocket("", envelopes.execute, _LARGEST, calls.counter(EXECUTE))
-            world.loop.sockets[self._path] = Socket(world.loop, world.random, process, lambda: _Connection(local))
+            world.loop.sockets[self._path] = Socket(
+                world.loop, world.random, process, lambda: _EnvelopeConnection(local)
+            )
             envelopes.socket, envelopes.port = self._path, _PORT
         world.network.servers[self.address] = Server(
             process, _PORT, _WORKER + "Execute", service.fast_paths["Execute"], handlers, self._lied

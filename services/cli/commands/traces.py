@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from services.cli.errors import CommandError
-from services.runtime.telemetry.span_tree import Span, SpanTree, trees
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan, trees
 
 _LATEST = 20
 _BAR_CELLS = 24
@@ -100,7 +100,7 @@ def listing(traces: Iterable[SpanTree]) -> Table:
     return table
 
 
-def _read(folder: Path, prefix: str) -> Iterator[Span]:
+def _read(folder: Path, prefix: str) -> Iterator[StoredSpan]:
     mark = f'"trace_id":"{prefix}'
     for path in folder.glob("*.jsonl"):
         with path.open(errors="replace") as file:
@@ -110,10 +110,10 @@ def _read(folder: Path, prefix: str) -> Iterator[Span]:
                     yield span
 
 
-def _parse(line: str) -> Span | None:
+def _parse(line: str) -> StoredSpan | None:
     """Parses a span; returns None if the line is incomplete, as the last line of a killed process can be."""
     try:
-        return Span(**json.loads(line))
+        return StoredSpan(**json.loads(line))
     except (ValueError, TypeError):
         return None
 
@@ -130,7 +130,7 @@ def _guides(depths: list[int]) -> list[str]:
     return guides[::-1]
 
 
-def _bar(span: Span, trace: SpanTree) -> str:
+def _bar(span: StoredSpan, trace: SpanTree) -> str:
     total = max(1, trace.duration_ns)
     start = min(_BAR_CELLS - 1, (span.start_ns - trace.start_ns) * _BAR_CELLS // total)
     cells = max(1, round((span.end_ns - span.start_ns) * _BAR_CELLS / total))
@@ -141,7 +141,7 @@ def _ms(duration_ns: int) -> str:
     return f"{duration_ns / 1e6:.2f}"
 
 
-def _details(span: Span) -> str:
+def _details(span: StoredSpan) -> str:
     """Returns the error, followed by the non-empty attributes."""
     attributes = (f"{key.removeprefix('ringmesh.')}={value}" for key, value in span.attributes.items() if value != "")
     return " ".join(part for part in (span.error, *attributes) if part)

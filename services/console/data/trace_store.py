@@ -11,7 +11,7 @@ from typing import Any
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from services.console.data import span_names
-from services.runtime.telemetry.span_tree import Span, SpanTree, trees
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan, trees
 
 # Memory overhead of a span and of a trace in bytes, measured with tracemalloc.
 _SPAN_OVERHEAD = 160
@@ -177,9 +177,9 @@ class TraceStore:
             self.evicted += 1
 
 
-def as_span(service: str, span: trace_pb2.Span) -> Span:
+def as_span(service: str, span: trace_pb2.Span) -> StoredSpan:
     """Converts an OTLP span to the format of `ringmesh trace`."""
-    return Span(
+    return StoredSpan(
         span.trace_id.hex(),
         span.span_id.hex(),
         span.parent_span_id.hex(),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from services.console.data import span_names as names
 from services.console.data.trace_store import TraceSummary
 from services.console.data.units import clock, nanoseconds
-from services.runtime.telemetry.span_tree import Span, SpanTree
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
 _OUTCOMES = {
     "hit-local": "The router's own memory had the answer.",
@@ -38,7 +38,7 @@ def _opening(summary: TraceSummary) -> Iterator[str]:
         yield _OUTCOMES[summary.cache]
 
 
-def _line(span: Span) -> Iterator[str]:
+def _line(span: StoredSpan) -> Iterator[str]:
     attributes = span.attributes
     took = nanoseconds(span.end_ns - span.start_ns)
     if reason := attributes.get(names.REASON):
@@ -61,7 +61,7 @@ def _line(span: Span) -> Iterator[str]:
         yield f"ONNX Runtime computed on {attributes.get(names.PROVIDER, 'an unknown provider')} for {took}."
 
 
-def _attempt(span: Span, took: str) -> Iterator[str]:
+def _attempt(span: StoredSpan, took: str) -> Iterator[str]:
     """Yields the candidates that were skipped, and the result of the attempt."""
     attributes = span.attributes
     for event in span.events:

@@ -16,7 +16,7 @@ from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceQuery
 from services.console.pages import story
 from services.console.pages.live import Context
-from services.runtime.telemetry.span_tree import Span
+from services.runtime.telemetry.span_tree import StoredSpan
 
 _LIMIT = 100
 
@@ -25,7 +25,7 @@ _LIMIT = 100
 class WaterfallRow:
     """A row of the waterfall. `start` and `width` are shares of the trace's duration, 0 to 1."""
 
-    span: Span
+    span: StoredSpan
     depth: int
     start: float
     width: float

@@ -19,7 +19,7 @@ import grpc
 
 from services.runtime import faults
 from services.runtime.driver import Driver
-from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameError, Frames
+from services.runtime.frames import ANSWER, CALL, CANCEL, FAILURE, LEAVING, FrameConnection, FrameError
 from services.runtime.rpc.rpc import Answer, Failure, FastPath, failure
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class EnvelopeSocket:
         self.path = path
         self.count = count
         self.largest = max_message_bytes
-        self.connections: set[_Connection] = set()
+        self.connections: set[_EnvelopeConnection] = set()
         self.is_leaving = False
         self._folder: Path | None = None
         self._server: asyncio.Server | None = None
@@ -60,7 +60,7 @@ class EnvelopeSocket:
             _remove_stale(Path(self._parent))
             self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
             path = self._folder / _NAME
-            self._server = await asyncio.get_running_loop().create_unix_server(lambda: _Connection(self), path)
+            self._server = await asyncio.get_running_loop().create_unix_server(lambda: _EnvelopeConnection(self), path)
             path.chmod(0o600)
         except OSError as error:
             log.warning("no Unix socket in %s, routers come over TCP: %s", self._parent, error)
@@ -93,7 +93,7 @@ class EnvelopeSocket:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class _Connection(Frames):
+class _EnvelopeConnection(FrameConnection):
     def __init__(self, server: EnvelopeSocket) -> None:
         super().__init__(server.largest)
         self._server = server

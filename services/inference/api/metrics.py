@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from services.inference.worker import Worker
@@ -67,10 +68,8 @@ class WorkerMetrics:
                 continue
             for stage, times in held.statistics.stages.items():
                 yield Sample(STAGE, (*model, stage), times.buckets())
-            counts = [0] * (len(_ROW_BOUNDS) + 1)
+            counts, rows = [0] * (len(_ROW_BOUNDS) + 1), 0
             for batch in message.batch_stats:
-                runs = batch.compute_infer.count
-                place = next((i for i, bound in enumerate(_ROW_BOUNDS) if batch.batch_size <= bound), len(_ROW_BOUNDS))
-                counts[place] += runs
-            rows = sum(batch.batch_size * batch.compute_infer.count for batch in message.batch_stats)
+                counts[bisect_left(_ROW_BOUNDS, batch.batch_size)] += batch.compute_infer.count
+                rows += batch.batch_size * batch.compute_infer.count
             yield Sample(BATCH_ROWS, model, Buckets(_ROW_BOUNDS, counts, rows))

@@ -47,7 +47,7 @@ _LONGEST_REASON = 300
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
-class InferenceService:
+class DirectService:
     """`inference.GRPCInferenceService`, called at this worker directly. It does not cache."""
 
     def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.shared_memory import SharedMemory
@@ -20,9 +24,15 @@ class SharedMemoryControl:
             "SystemSharedMemoryStatus": unary(v2.SystemSharedMemoryStatusRequest, self._status),
             "SystemSharedMemoryRegister": unary(v2.SystemSharedMemoryRegisterRequest, self._register),
             "SystemSharedMemoryUnregister": unary(v2.SystemSharedMemoryUnregisterRequest, self._unregister),
-            "CudaSharedMemoryStatus": unary(v2.CudaSharedMemoryStatusRequest, self._cuda_status),
-            "CudaSharedMemoryRegister": unary(v2.CudaSharedMemoryRegisterRequest, self._cuda_register),
-            "CudaSharedMemoryUnregister": unary(v2.CudaSharedMemoryUnregisterRequest, self._cuda_unregister),
+            "CudaSharedMemoryStatus": unary(
+                v2.CudaSharedMemoryStatusRequest, _without_cuda(v2.CudaSharedMemoryStatusResponse)
+            ),
+            "CudaSharedMemoryRegister": unary(
+                v2.CudaSharedMemoryRegisterRequest, _without_cuda(v2.CudaSharedMemoryRegisterResponse)
+            ),
+            "CudaSharedMemoryUnregister": unary(
+                v2.CudaSharedMemoryUnregisterRequest, _without_cuda(v2.CudaSharedMemoryUnregisterResponse)
+            ),
         }
 
     async def _status(
@@ -48,25 +58,13 @@ class SharedMemoryControl:
         self._memory.unregister(request.name)
         return v2.SystemSharedMemoryUnregisterResponse()
 
-    async def _cuda_status(
-        self, request: v2.CudaSharedMemoryStatusRequest, _: Context
-    ) -> v2.CudaSharedMemoryStatusResponse:
-        if request.name:
-            raise _NO_CUDA
-        return v2.CudaSharedMemoryStatusResponse()
 
-    async def _cuda_register(
-        self, _: v2.CudaSharedMemoryRegisterRequest, __: Context
-    ) -> v2.CudaSharedMemoryRegisterResponse:
-        raise _NO_CUDA
+def _without_cuda(response_type: type[Message]) -> Callable[[Any, Context], Awaitable[Message]]:
+    """Succeeds if no region is named: perf_analyzer unregisters all regions first, whatever memory it uses."""
 
-    async def _cuda_unregister(
-        self, request: v2.CudaSharedMemoryUnregisterRequest, _: Context
-    ) -> v2.CudaSharedMemoryUnregisterResponse:
-        """Succeeds if no region is named: perf_analyzer starts with this call, whatever memory it uses."""
-        if request.name:
-            raise _NO_CUDA
-        return v2.CudaSharedMemoryUnregisterResponse()
+    async def handle(request: Any, _: Context) -> Message:
+        if request.name or response_type is v2.CudaSharedMemoryRegisterResponse:
+            raise UnimplementedError("CUDA shared memory is not served here; system shared memory is")
+        return response_type()
 
-
-_NO_CUDA = UnimplementedError("CUDA shared memory is not served here; system shared memory is")
+    return handle

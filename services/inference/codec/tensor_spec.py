@@ -14,22 +14,8 @@ from services.inference.repository import batching_policy
 from services.inference.repository.config import ConfigError, ModelConfig
 from services.runtime.oip.tensors import DATATYPES, Datatype
 
-_TYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(float16)": "FP16",
-    "tensor(bfloat16)": "BF16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
+_ONNX_NAMES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float", "FP64": "double", "BYTES": "string"}
+_BY_ONNX_TYPE = {f"tensor({_ONNX_NAMES.get(name, name.lower())})": kind for name, kind in DATATYPES.items()}
 
 
 class UnservableError(Exception):
@@ -44,11 +30,10 @@ CONFIG_TYPES = {
 
 def datatype_of(node: Any) -> Datatype | None:
     """The datatype of an ONNX Runtime NodeArg; None if it is not a tensor, or the protocol lacks its type."""
-    name = _TYPES.get(node.type)
-    return None if name is None else DATATYPES[name]
+    return _BY_ONNX_TYPE.get(node.type)
 
 
-_DATATYPES = {number: DATATYPES[name] for name, number in CONFIG_TYPES.items()}
+_BY_CONFIG_TYPE = {number: DATATYPES[name] for name, number in CONFIG_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +88,9 @@ def output_specs(nodes: Collection[Any], configured: ModelConfig, unranked: Coll
 
 def declared_spec(tensor: config_pb2.ModelInput | config_pb2.ModelOutput, batched: bool) -> TensorSpec:
     """The spec of a tensor that only the configuration declares, such as an ensemble's. Raises ConfigError."""
-    if tensor.data_type not in _DATATYPES:
+    if tensor.data_type not in _BY_CONFIG_TYPE:
         raise ConfigError(f"gives {tensor.name!r} no data_type")
-    return TensorSpec(tensor.name, _DATATYPES[tensor.data_type], (*((-1,) if batched else ()), *tensor.dims))
+    return TensorSpec(tensor.name, _BY_CONFIG_TYPE[tensor.data_type], (*((-1,) if batched else ()), *tensor.dims))
 
 
 def _specs(
@@ -128,12 +113,12 @@ def _specs(
 
 
 def _spec(node: Any, shape: Sequence[int | str | None], optional: bool = False) -> TensorSpec:
-    datatype = _TYPES.get(node.type)
+    datatype = datatype_of(node)
     if datatype is None:
         hint = "; convert the model without ZipMap" if "map(" in node.type else ""
         raise UnservableError(f"{node.name!r} is a {node.type}, for which the v2 protocol has no datatype{hint}")
     sizes = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in shape)
-    return TensorSpec(node.name, DATATYPES[datatype], sizes, optional=optional)
+    return TensorSpec(node.name, datatype, sizes, optional=optional)
 
 
 def _declared(
@@ -170,7 +155,7 @@ def _declared(
 
 def _fill(wanted: Sequence[int], given: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """`wanted` with each -1 replaced, in order, by the size in `sizes` at the matching -1 of `given`."""
-    free = (size for place, size in zip(given, sizes, strict=True) if place == -1)
+    free = (size for known, size in zip(given, sizes, strict=True) if known == -1)
     return [next(free) if size == -1 else size for size in wanted]
 
 

@@ -55,11 +55,11 @@ def worth_caching(model: OnnxModel, *, asked_for: bool = False) -> Verdict:
         rows = [{name: _drawn(model.inputs[name], row, count) for name in model.required} for row in range(count)]
         alone = [model.compute(row, names) for row in rows]
         for size in sizes:
-            # Each row has another place than in the previous size.
-            places = [(size + place) % count for place in range(size)]
-            batch = {name: np.concatenate([rows[row][name] for row in places]) for name in model.required}
+            # Each row is at another index than in the previous size.
+            chosen = [(size + index) % count for index in range(size)]
+            batch = {name: np.concatenate([rows[row][name] for row in chosen]) for name in model.required}
             for index, together in enumerate(model.compute(batch, names)):
-                apart = np.concatenate([alone[row][index] for row in places])
+                apart = np.concatenate([alone[row][index] for row in chosen])
                 if apart.shape != together.shape or encode(apart) != encode(together):
                     return Verdict(f"the last bits of {names[index]!r} depend on the size of a batch")
     except Exception as error:
@@ -95,7 +95,7 @@ def _probe(model: OnnxModel, lowest_integer: int) -> Verdict:
                 expected = [alone[row][index] for row in order]
                 if len(together) != 2 or any(len(answer) != 1 for answer in expected):
                     return Verdict(f"{names[index]!r} does not have one row for each row of the inputs")
-                if not all(_close(one, together[place : place + 1], tolerance) for place, one in enumerate(expected)):
+                if not all(_close(one, together[at : at + 1], tolerance) for at, one in enumerate(expected)):
                     return Verdict(f"a probe found that {names[index]!r} depends on the other rows")
     return YES
 

@@ -24,7 +24,7 @@ from services.runtime.verdict import Verdict
 Array = npt.NDArray[Any]
 
 
-class Step(Protocol):
+class HeldStep(Protocol):
     """A step of an ensemble; HeldModel implements it."""
 
     @property
@@ -76,9 +76,9 @@ class Ensemble:
         self.not_runnable = "its steps are not known yet"
         self.cacheable = Verdict(self.not_runnable)
         self.lacks_steps = True
-        self._steps: list[Step] = []
+        self._steps: list[HeldStep] = []
 
-    def resolved(self, find: Callable[[str, str], Step]) -> Ensemble:
+    def resolved(self, find: Callable[[str, str], HeldStep]) -> Ensemble:
         """This ensemble with its steps looked up by `find(name, version)`, which behaves as HeldModels.find."""
         made = object.__new__(Ensemble)
         made.__dict__.update(self.__dict__)

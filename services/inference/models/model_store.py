@@ -30,7 +30,7 @@ from services.inference.repository.repository import (
     RepositoryError,
     RepositoryUnavailableError,
 )
-from services.inference.repository.snapshots import Entry, Snapshot, Snapshots
+from services.inference.repository.snapshots import LockedFolder, Snapshot, Snapshots
 from services.inference.scheduling.batcher import Batcher
 from services.inference.scheduling.sequencer import Sequencer
 from services.inference.scheduling.statistics import Statistics
@@ -146,7 +146,7 @@ class ModelStore:
         fresh: list[HeldModel] = []
         failures: dict[str, str] = {}
         lacking = ""
-        given: Entry | None = None
+        given: LockedFolder | None = None
         try:
             if overrides.files:
                 given = await asyncio.to_thread(self._snapshots.scratch)

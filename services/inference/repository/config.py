@@ -34,17 +34,9 @@ _BACKENDS = ("", "onnxruntime")
 # The entries of a model's `parameters` that execution.py reads.
 _OF_EXECUTION = frozenset(
     {
-        "intra_op_thread_count",
-        "inter_op_thread_count",
-        "execution_mode",
-        "enable_mem_arena",
-        "enable_mem_pattern",
-        "memory.enable_memory_arena_shrinkage",
-        "session.use_device_allocator_for_initializers",
-        "gpu_mem_limit",
-        "cudnn_conv_algo_search",
-        "arena_extend_strategy",
-        "do_copy_in_default_stream",
+        *("intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena", "enable_mem_pattern"),
+        *("memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers", "gpu_mem_limit"),
+        *("cudnn_conv_algo_search", "arena_extend_strategy", "do_copy_in_default_stream"),
     }
 )
 
@@ -56,24 +48,15 @@ _ACTED_ON = frozenset(
         *(f"input.{field}" for field in ("name", "data_type", "format", "dims", "reshape", "optional")),
         *(f"output.{field}" for field in ("name", "data_type", "dims", "reshape", "label_filename")),
         *(f"dynamic_batching.{field}" for field in config_pb2.ModelDynamicBatching.DESCRIPTOR.fields_by_name),
-        "sequence_batching.max_sequence_idle_microseconds",
-        "sequence_batching.control_input",
-        *(
-            f"sequence_batching.state.{field}"
-            for field in ("input_name", "output_name", "data_type", "dims", "initial_state")
-        ),
-        "sequence_batching.direct",
-        "sequence_batching.oldest.max_queue_delay_microseconds",
-        "sequence_batching.oldest.preferred_batch_size",
+        *(f"sequence_batching.{field}" for field in ("max_sequence_idle_microseconds", "control_input", "direct")),
+        *(f"sequence_batching.state.{field}" for field in ("input_name", "output_name", "data_type", "dims")),
+        "sequence_batching.state.initial_state",
+        *(f"sequence_batching.oldest.{field}" for field in ("max_queue_delay_microseconds", "preferred_batch_size")),
         "sequence_batching.oldest.preserve_ordering",
         *(f"ensemble_scheduling.step.{field}" for field in ("model_name", "model_version", "input_map", "output_map")),
         *(f"instance_group.{field}" for field in ("name", "kind", "count", "gpus")),
-        "optimization.graph",
-        "optimization.cuda.graphs",
-        "optimization.execution_accelerators",
-        "optimization.output_pinned_memory",
-        "model_warmup",
-        "response_cache",
+        *(f"optimization.{field}" for field in ("graph", "cuda.graphs", "execution_accelerators")),
+        *("optimization.output_pinned_memory", "model_warmup", "response_cache"),
     }
 )
 # Messages with at least one field in _ACTED_ON.

@@ -39,7 +39,7 @@ _COPY_BYTES = 4 << 20
 _COPIED_ELSEWHERE_SECONDS = 0.02
 
 
-class Entry:
+class LockedFolder:
     """A folder that is not removed before `close`."""
 
     def __init__(self, folder: Path, lock: int) -> None:
@@ -61,7 +61,7 @@ class Entry:
             os.close(lock)
 
 
-class Snapshot(Entry):
+class Snapshot(LockedFolder):
     """A snapshot of a model version. `files`: the files in the snapshot."""
 
     def __init__(self, folder: Path, lock: int, files: ModelFiles) -> None:
@@ -105,10 +105,10 @@ class Snapshots:
             except OSError as error:
                 log.warning("cannot remove %s: %s", entry, error.strerror)
 
-    def scratch(self) -> Entry:
+    def scratch(self) -> LockedFolder:
         """A folder for files from which a snapshot will be made. Raises OSError."""
         folder = Path(tempfile.mkdtemp(prefix="request-", dir=self._folder))
-        return Entry(folder, _lock(folder, fcntl.LOCK_SH))
+        return LockedFolder(folder, _lock(folder, fcntl.LOCK_SH))
 
     def _use(self, entry: Path, files: ModelFiles) -> int:
         """Takes a shared lock on the entry, and copies the files into it if they are not there."""

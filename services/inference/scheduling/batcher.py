@@ -18,7 +18,7 @@ from services.inference.codec.request import Decoded
 from services.inference.execution.inline_runs import InlineRuns
 from services.inference.execution.model import OnnxModel
 from services.inference.repository.crash_journal import UNWATCHED, Watch
-from services.inference.scheduling.request_queue import RequestQueue, Waiting
+from services.inference.scheduling.request_queue import QueuedRequest, RequestQueue
 from services.inference.scheduling.returning_callers import ReturningCallers
 from services.runtime.errors import DeadlineExceededError, InternalError, UnavailableError
 
@@ -147,10 +147,10 @@ class Batcher:
             raise
         return result
 
-    def enqueue(self, decoded: Decoded, deadline: float | None) -> Waiting:
+    def enqueue(self, decoded: Decoded, deadline: float | None) -> QueuedRequest:
         """As `submit`, but does not wait: the future of the returned object gets the result."""
         loop = asyncio.get_running_loop()
-        waiting = Waiting(decoded, deadline, loop.create_future())
+        waiting = QueuedRequest(decoded, deadline, loop.create_future())
         self._queue.push(waiting)
         if not self._dispatching:
             # Dispatches after the other callbacks of this turn of the loop, so that the requests of an envelope share a
@@ -159,12 +159,12 @@ class Batcher:
             loop.call_soon(self._dispatch)
         return waiting
 
-    def leave(self, waiting: Waiting) -> None:
+    def leave(self, waiting: QueuedRequest) -> None:
         """Cancels a request. If it has not begun to run, it does not run."""
         waiting.future.cancel()
         self._queue.cancelled(waiting)
 
-    def withdraw(self, waiting: Waiting) -> bool:
+    def withdraw(self, waiting: QueuedRequest) -> bool:
         """Cancels a request and its future if it has not begun to run; returns whether it was cancelled."""
         if waiting.begun or waiting.future.done():
             return False
@@ -254,7 +254,7 @@ class Batcher:
             runs_apart = not runs_apart
         return expected if runs_apart else 0.0
 
-    def _waits_for_more(self, first: Waiting, rows: int) -> bool:
+    def _waits_for_more(self, first: QueuedRequest, rows: int) -> bool:
         """Whether the first request may still wait, with `rows` in the queue. If so, a timer dispatches again."""
         until = self._returning.wait_until(rows)
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
@@ -276,10 +276,10 @@ class Batcher:
             return min(self._model.max_batch_rows, -(-rows // self._free))
         return max((size for size in self._preferred if size <= rows), default=self._model.max_batch_rows)
 
-    def _next_batch(self, limit: int) -> list[Waiting]:
+    def _next_batch(self, limit: int) -> list[QueuedRequest]:
         now = time.monotonic()
-        batch: list[Waiting] = []
-        left: list[Waiting] = []
+        batch: list[QueuedRequest] = []
+        left: list[QueuedRequest] = []
         rows = 0
         while waiting := self._queue.pop(now):
             decoded = waiting.decoded
@@ -297,7 +297,7 @@ class Batcher:
         self._queue.put_back(left)
         return batch
 
-    async def _serve(self, batch: list[Waiting], *, apart: bool) -> None:
+    async def _serve(self, batch: list[QueuedRequest], *, apart: bool) -> None:
         loop = asyncio.get_running_loop()
         # The results if the run itself is cancelled.
         results: list[BatchResult | Exception] = [UnavailableError("the worker is stopping")] * len(batch)
@@ -332,7 +332,7 @@ class Batcher:
     def _rows(self) -> int:
         return sum([waiting.decoded.rows for waiting in self._queue])
 
-    def _run_apart(self, batch: Sequence[Waiting]) -> list[BatchResult | Exception]:
+    def _run_apart(self, batch: Sequence[QueuedRequest]) -> list[BatchResult | Exception]:
         """On a thread: runs one after the other the requests that still have a waiting caller."""
         results: list[BatchResult | Exception] = []
         start, rows = time.time_ns(), 0

@@ -22,7 +22,7 @@ _LEAST_SECONDS = 0.001
 _LEFT_BEHIND = 64
 
 
-class Waiting:
+class QueuedRequest:
     """A request in the queue. `deadline` and `times_out`: in time.monotonic. `queued_ns`: in time.time_ns."""
 
     def __init__(self, decoded: Decoded, deadline: float | None, future: asyncio.Future[Any]) -> None:
@@ -56,26 +56,26 @@ class RequestQueue:
         self._default = self._levels[max(0, batching.default_priority_level - 1)]
         # A heap of (time, number): entries of the requests in `_watched`, and stale entries of requests that have left.
         self._times: list[tuple[float, int]] = []
-        self._watched: dict[int, Waiting] = {}
+        self._watched: dict[int, QueuedRequest] = {}
         self._last = 0
         # One timer for all entries. `_timer_at` is no later than the earliest time; infinite while there is no timer.
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
 
-    def __iter__(self) -> Iterator[Waiting]:
+    def __iter__(self) -> Iterator[QueuedRequest]:
         return (waiting for level in self._levels for waiting in level)
 
     def __bool__(self) -> bool:
         return any(level.queue or level.delayed for level in self._levels)
 
-    def push(self, waiting: Waiting) -> None:
+    def push(self, waiting: QueuedRequest) -> None:
         # As in Triton, a priority beyond the last level also selects the default level.
         priority = waiting.decoded.priority
         level = self._levels[priority - 1] if 0 < priority <= len(self._levels) else self._default
         level.push(waiting)
         self._watch(waiting)
 
-    def pop(self, now: float) -> Waiting | None:
+    def pop(self, now: float) -> QueuedRequest | None:
         """Takes the next request; fails requests whose deadline or timeout has passed. `now`: in time.monotonic.
 
         Its deadline and timeout apply until `began`.
@@ -86,25 +86,25 @@ class RequestQueue:
                 return waiting
         return None
 
-    def put_back(self, popped: Iterable[Waiting]) -> None:
+    def put_back(self, popped: Iterable[QueuedRequest]) -> None:
         """Returns requests to their places. `popped` is in the order in which they were taken."""
         for waiting in reversed([*popped]):
             assert waiting.level is not None
             waiting.level.put_back(waiting)
 
-    def began(self, popped: Iterable[Waiting]) -> None:
+    def began(self, popped: Iterable[QueuedRequest]) -> None:
         """Marks requests as running. Their deadlines and timeouts no longer apply."""
         for waiting in popped:
             waiting.begun = True
             self._unwatch(waiting)
 
-    def cancelled(self, waiting: Waiting) -> None:
+    def cancelled(self, waiting: QueuedRequest) -> None:
         """Removes a request that has no waiting caller any more, which frees its place."""
         if waiting.level is not None:
             waiting.level.remove(waiting)
         self._unwatch(waiting)
 
-    def _watch(self, waiting: Waiting) -> None:
+    def _watch(self, waiting: QueuedRequest) -> None:
         at = waiting.times_out if waiting.deadline is None else min(waiting.deadline, waiting.times_out)
         if at == math.inf:
             return
@@ -115,7 +115,7 @@ class RequestQueue:
         if at < self._timer_at:
             self._set_timer(at)
 
-    def _unwatch(self, waiting: Waiting) -> None:
+    def _unwatch(self, waiting: QueuedRequest) -> None:
         if not waiting.watch:
             return
         del self._watched[waiting.watch]
@@ -146,7 +146,7 @@ class RequestQueue:
                 waiting.watch = 0
                 self._end_time(waiting, now)
 
-    def _end_time(self, waiting: Waiting, now: float) -> None:
+    def _end_time(self, waiting: QueuedRequest, now: float) -> None:
         level = waiting.level
         assert level is not None
         if waiting.begun:  # a thread runs it already
@@ -173,15 +173,15 @@ class _Level:
         self._override = policy.allow_timeout_override
         self.delays = policy.timeout_action == config_pb2.ModelQueuePolicy.DELAY
         # Keeps the order, and removes any request in constant time.
-        self.queue: OrderedDict[Waiting, None] = OrderedDict()
+        self.queue: OrderedDict[QueuedRequest, None] = OrderedDict()
         # Requests that have timed out. They follow those in `queue`.
-        self.delayed: OrderedDict[Waiting, None] = OrderedDict()
+        self.delayed: OrderedDict[QueuedRequest, None] = OrderedDict()
 
-    def __iter__(self) -> Iterator[Waiting]:
+    def __iter__(self) -> Iterator[QueuedRequest]:
         yield from self.queue
         yield from self.delayed
 
-    def push(self, waiting: Waiting) -> None:
+    def push(self, waiting: QueuedRequest) -> None:
         if len(self.queue) + len(self.delayed) >= self._max_size:
             raise ResourceExhaustedError(
                 f"model {self._name!r} has {self._max_size} requests waiting, as many as it may; retry later"
@@ -191,7 +191,7 @@ class _Level:
         waiting.level = self
         self.queue[waiting] = None
 
-    def pop(self) -> Waiting | None:
+    def pop(self) -> QueuedRequest | None:
         for waitings in (self.queue, self.delayed):
             while waitings:
                 waiting, _ = waitings.popitem(last=False)
@@ -199,28 +199,28 @@ class _Level:
                     return waiting
         return None
 
-    def put_back(self, waiting: Waiting) -> None:
+    def put_back(self, waiting: QueuedRequest) -> None:
         waitings = self.delayed if waiting.delayed else self.queue
         waitings[waiting] = None
         waitings.move_to_end(waiting, last=False)
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, waiting: QueuedRequest) -> None:
         (self.delayed if waiting.delayed else self.queue).pop(waiting, None)
 
-    def delay(self, waiting: Waiting) -> None:
+    def delay(self, waiting: QueuedRequest) -> None:
         """Moves a request behind the others, unless it has been handed out."""
         if waiting in self.queue:
             del self.queue[waiting]
             waiting.delayed = True
             self.delayed[waiting] = None
 
-    def timeout_error(self, waiting: Waiting) -> DeadlineExceededError:
+    def timeout_error(self, waiting: QueuedRequest) -> DeadlineExceededError:
         return DeadlineExceededError(
             f"the request waited for model {self._name!r} longer than its queue timeout of "
             f"{self._timeout_of(waiting)} us"
         )
 
-    def _timeout_of(self, waiting: Waiting) -> int:
+    def _timeout_of(self, waiting: QueuedRequest) -> int:
         """The timeout of a request. If the level allows it, a request may set a shorter one, but not a longer one."""
         own = waiting.decoded.timeout_us if self._override else 0
         return min(own, self._timeout_us) if own and self._timeout_us else own or self._timeout_us

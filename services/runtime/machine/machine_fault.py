@@ -19,14 +19,14 @@ def machine_fault(error: BaseException) -> str:
     """Returns the resource that the machine lacked, as text, if that caused `error`; otherwise ""."""
     cause: BaseException | None = error
     while cause is not None:
-        if told := _told(cause):
-            return told
+        if lacking := _lacking(cause):
+            return lacking
         # `__context__` also after `from None`, which only hides it in tracebacks.
         cause = cause.__cause__ or cause.__context__
     return ""
 
 
-def _told(error: BaseException) -> str:
+def _lacking(error: BaseException) -> str:
     text = str(error)
     found = _NUMBER.search(text)
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found is not None else None

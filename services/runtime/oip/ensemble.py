@@ -80,10 +80,10 @@ def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs:
     except CycleError as error:
         names = " -> ".join(steps[index].model for index in error.args[1])
         raise EnsembleError(f"the steps wait for one another: {names}") from None
-    place = {index: position for position, index in enumerate(order)}
+    position_of = {index: position for position, index in enumerate(order)}
     return Plan(
         [steps[index] for index in order],
-        [sorted(place[needed] for needed in needs[index]) for index in order],
+        [sorted(position_of[needed] for needed in needs[index]) for index in order],
     )
 
 

@@ -19,7 +19,7 @@ _MAX_HEADS = 4096
 _MAX_FIELDS = 256
 
 
-class Parts:
+class SplitRequest:
     """A split request: `raws` are the raw_input_contents, `request_id` the id, and `head` all other bytes as sent.
 
     Requests with the same head differ only in raws and id. The head is not validated here: it is parsed once, and the
@@ -32,7 +32,7 @@ class Parts:
         self.request_id = request_id
 
 
-def take_apart(data: bytes) -> Parts | None:
+def take_apart(data: bytes) -> SplitRequest | None:
     """Splits a request.
 
     Returns None if a parser should read it: malformed, without raw contents, with two ids, or with a large head or many
@@ -84,7 +84,7 @@ def take_apart(data: bytes) -> Parts | None:
     if len(head) > MAX_HEAD:
         return None
     try:
-        return Parts(head, raws, request_id.decode())
+        return SplitRequest(head, raws, request_id.decode())
     except UnicodeDecodeError:
         return None
 
@@ -127,7 +127,7 @@ class Read:
     Otherwise the head's message is its own and complete.
     """
 
-    def __init__(self, data: bytes, head: Head, parts: Parts | None) -> None:
+    def __init__(self, data: bytes, head: Head, parts: SplitRequest | None) -> None:
         self.data = data
         self.head = head
         self.parts = parts
@@ -137,15 +137,15 @@ class Read:
         return self.head.message.id if self.parts is None else self.parts.request_id
 
     @property
-    def content(self) -> Parts | bytes:
+    def content(self) -> SplitRequest | bytes:
         """The content that `is_equal` compares; holding it does not keep the rest of the request in memory."""
         return self.data if self.parts is None else self.parts
 
-    def is_equal(self, other: Parts | bytes | None) -> bool:
+    def is_equal(self, other: SplitRequest | bytes | None) -> bool:
         """Whether the `content` of another request has the same bytes; ids are ignored if both were split."""
         if self.parts is None:
             return other == self.data
-        return isinstance(other, Parts) and other.head == self.parts.head and other.raws == self.parts.raws
+        return isinstance(other, SplitRequest) and other.head == self.parts.head and other.raws == self.parts.raws
 
 
 class RequestReader:

@@ -27,7 +27,7 @@ from services.runtime.rpc.rpc import (
     check_metadata,
     unary,
 )
-from services.runtime.telemetry.spans import Value
+from services.runtime.telemetry.spans import Value, rpc_attributes
 
 ReadyCheck: TypeAlias = Callable[[], bool]
 
@@ -56,7 +56,6 @@ EXTENSIONS = (
 # epoch.
 DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def service(
@@ -128,7 +127,7 @@ def metadata(context: Context) -> Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
-class Told:
+class CallerMetadata:
     """The values of a caller's metadata; "" for a missing one. `error` says if a value is invalid.
 
     `traceparent` is None if the caller sent none or several, because none of several can be trusted.
@@ -142,42 +141,42 @@ class Told:
         self.error: InvalidArgumentError | None = None
 
 
-def told(sent: Metadata) -> Told:
+def caller_metadata(sent: Metadata) -> CallerMetadata:
     """Reads the caller's metadata. All code that needs its values calls this.
 
     A tenant or priority that is given twice is an error, and so is a tenant that `check_tenant` refuses. Several
     cache-control entries are joined by commas, as in HTTP.
     """
-    said = Told()
+    values = CallerMetadata()
     traces = tenants = priorities = 0
     for key, value in sent:
         if key == "traceparent":
             traces += 1
-            said.traceparent = value if isinstance(value, str) and traces == 1 else None
+            values.traceparent = value if isinstance(value, str) and traces == 1 else None
         elif key == TENANT:
             tenants += 1
-            said.tenant = _text(said, key, value, tenants)
-            if said.tenant:
+            values.tenant = _text(values, key, value, tenants)
+            if values.tenant:
                 try:
-                    check_tenant(said.tenant, TENANT)
+                    check_tenant(values.tenant, TENANT)
                 except InvalidArgumentError as error:
-                    said.error = error
+                    values.error = error
         elif key == PRIORITY:
             priorities += 1
-            said.priority = _text(said, key, value, priorities)
+            values.priority = _text(values, key, value, priorities)
         elif key == CACHE_CONTROL:
-            control = _text(said, key, value, 1)
-            said.control = f"{said.control},{control}" if said.control else control
-    return said
+            control = _text(values, key, value, 1)
+            values.control = f"{values.control},{control}" if values.control else control
+    return values
 
 
-def _text(said: Told, key: str, value: str | bytes, times: int) -> str:
-    """Returns the value; an error goes to `said.error`."""
+def _text(values: CallerMetadata, key: str, value: str | bytes, times: int) -> str:
+    """Returns the value; an error goes to `values.error`."""
     if times > 1:
-        said.error = InvalidArgumentError(f"{key} is given twice", field=key)
+        values.error = InvalidArgumentError(f"{key} is given twice", field=key)
     if isinstance(value, str):
         return value
-    said.error = InvalidArgumentError(f"{key} is text", field=key)
+    values.error = InvalidArgumentError(f"{key} is text", field=key)
     return ""
 
 
@@ -208,21 +207,12 @@ def full_name(method: str) -> str:
 
 
 def span_attributes(method: str, code: int) -> dict[str, Value]:
-    """Returns a server span's attributes by the semantic conventions for RPC (1.45). `code` is a google.rpc.Code."""
-    name = _CODES.get(code, "UNKNOWN")
-    attributes: dict[str, Value] = {
-        "rpc.system.name": "grpc",
-        "rpc.method": full_name(method),
-        "rpc.response.status_code": name,
-    }
-    if code:
-        attributes["error.type"] = name
-    return attributes
+    return rpc_attributes(full_name(method), code)
 
 
 def traceparent(sent: Metadata) -> str | None:
-    """Returns the caller's traceparent, as in Told."""
-    return told(sent).traceparent
+    """Returns the caller's traceparent, as in CallerMetadata."""
+    return caller_metadata(sent).traceparent
 
 
 def deadline(context: Context) -> float | None:

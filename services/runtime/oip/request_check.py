@@ -79,14 +79,14 @@ def check_shape(shape: Sequence[int], declared: Sequence[int], name: str, index:
     )
     if not fits:
         more = f" and {len(shape) - _MOST_SHOWN} dimensions more" if len(shape) > _MOST_SHOWN else ""
-        told = f"input {name!r} has shape {[*shape[:_MOST_SHOWN]]}{more}; "
+        message = f"input {name!r} has shape {[*shape[:_MOST_SHOWN]]}{more}; "
         if min(shape[:_MOST_SHOWN], default=0) < 0:
             example = [1 if size < 0 else size for size in declared]
-            told += f"the dimensions of a request are the sizes of its data, 0 or more, as in {example}; "
-        told += f"the model takes {[*declared]}"
+            message += f"the dimensions of a request are the sizes of its data, 0 or more, as in {example}; "
+        message += f"the model takes {[*declared]}"
         if -1 in declared:
-            told += ", where -1 stands for any size from 0"
-        raise InvalidArgumentError(told, field=f"inputs[{index}].shape")
+            message += ", where -1 stands for any size from 0"
+        raise InvalidArgumentError(message, field=f"inputs[{index}].shape")
     # Ignore zeros: NumPy also refuses an empty array if the product of its other dimensions overflows.
     if math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise InvalidArgumentError(

@@ -145,11 +145,11 @@ def _decode_bytes(raw: bytes, count: int, shape: Sequence[int], tensor: str, fie
     position = 0
     for index in range(count):
         start = position + 4
-        said = _LENGTH.unpack_from(raw, position)[0] if start <= len(raw) else 0
-        position = start + said
+        length = _LENGTH.unpack_from(raw, position)[0] if start <= len(raw) else 0
+        position = start + length
         if position > len(raw):
             raise InvalidArgumentError(
-                f"input {tensor!r}: element {index} of {count} says it has {said} bytes, "
+                f"input {tensor!r}: element {index} of {count} says it has {length} bytes, "
                 f"but {max(0, len(raw) - start)} are left",
                 field=field,
             )

@@ -73,15 +73,15 @@ def _parse(url: str) -> RedisUrl:
         raise ValueError("user and password should be percent-encoded")
     topology = Topology(kind) if kind in ("sentinel", "cluster") else Topology.NODE
     if split.scheme not in _SCHEMES or "://" not in url:
-        begins = f"it begins with {split.scheme + '://'!r}" if "://" in url else "it has no scheme"
-        raise ValueError(f"{begins}; there are {'://, '.join(_SCHEMES)}://, as in {_EXAMPLES}")
+        given = f"it begins with {split.scheme + '://'!r}" if "://" in url else "it has no scheme"
+        raise ValueError(f"{given}; there are {'://, '.join(_SCHEMES)}://, as in {_EXAMPLES}")
     for name, values in parse_qs(split.query, keep_blank_values=True).items():
         if name not in _OPTIONS:
             raise ValueError(f"it has no option {name!r}; there are {', '.join(sorted(_OPTIONS))}")
         if name in _FILES and not Path(values[-1]).is_file():
             raise ValueError(f"{name}: there is no file {values[-1]!r}")
-    credentials, _, places = split.netloc.rpartition("@")
-    hosts = tuple(_host(place, 26379 if topology is Topology.SENTINEL else 6379) for place in places.split(","))
+    credentials, _, addresses = split.netloc.rpartition("@")
+    hosts = tuple(_host(address, 26379 if topology is Topology.SENTINEL else 6379) for address in addresses.split(","))
     if topology is Topology.NODE and len(hosts) > 1:
         raise ValueError("it names several hosts; say redis+cluster:// or redis+sentinel://")
     service, path = "", split.path
@@ -103,6 +103,6 @@ def _parse(url: str) -> RedisUrl:
     return RedisUrl(topology, () if scheme == "unix" else hosts, service, options, sentinel_options)
 
 
-def _host(place: str, port: int) -> tuple[str, int]:
-    split = urlsplit(f"//{place}")
+def _host(address: str, port: int) -> tuple[str, int]:
+    split = urlsplit(f"//{address}")
     return split.hostname or "127.0.0.1", split.port if split.port is not None else port

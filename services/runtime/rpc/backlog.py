@@ -44,7 +44,7 @@ _LOOKING_SHARE = 0.1
 Address: TypeAlias = tuple[str, int]
 
 
-class Connections(Protocol):
+class MeasuredConnections(Protocol):
     """See services.runtime.rpc.connections."""
 
     def acknowledged(self) -> Iterator[tuple[Address, int]]:
@@ -80,7 +80,7 @@ class Backlog:
         self._step = int(limit * _STEP)
         self._sent = sent
         self._clock = clock
-        self._connections: Connections | None = None
+        self._connections: MeasuredConnections | None = None
         self._handed = 0
         self._total = 0
         self._next_look = self._step
@@ -93,7 +93,7 @@ class Backlog:
         self._cut = 0
         self._refused = 0
 
-    def watch(self, connections: Connections) -> None:
+    def watch(self, connections: MeasuredConnections) -> None:
         self._connections = connections
 
     def samples(self) -> Iterator[Sample]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from services.runtime.errors import RingmeshError
+from services.runtime.errors import CODE_NAMES, RingmeshError
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -30,7 +30,6 @@ CALLS = Family(
     "calls answered, a stream when it ends; on a router without ModelInfer, which ringmesh_requests_total counts",
     ("method", "code"),
 )
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Calls:
@@ -132,4 +131,4 @@ def _code(context: Context, error: BaseException) -> str:
         return "CANCELLED"
     # grpcio returns a number, or None if no code was set.
     code: Any = context.code()
-    return str(code.name) if isinstance(code, grpc.StatusCode) else _CODES.get(code, "UNKNOWN")
+    return str(code.name) if isinstance(code, grpc.StatusCode) else CODE_NAMES.get(code, "UNKNOWN")

@@ -89,13 +89,15 @@ def expose(samples: Iterable[Sample], accept: str) -> tuple[bytes, str]:
         lines = families.get(family)
         if lines is None:
             lines = families[family] = _head(family, is_open=is_open)
-        told = ",".join(
+        label_text = ",".join(
             [f'{name}="{_escaped(label)}"' for name, label in zip(family.labels, labels, strict=True)],
         )
         if isinstance(value, Buckets):
-            _histogram(lines, family.name, told, value, is_open=is_open)
+            _histogram(lines, family.name, label_text, value, is_open=is_open)
         else:
-            lines.append(f"{family.name}{{{told}}} {_number(value)}" if told else f"{family.name} {_number(value)}")
+            lines.append(
+                f"{family.name}{{{label_text}}} {_number(value)}" if label_text else f"{family.name} {_number(value)}"
+            )
     text = "".join([f"{line}\n" for lines in families.values() for line in lines])
     if is_open:
         return f"{text}# EOF\n".encode(), f"{_OPEN_METRICS}; version=1.0.0; charset=utf-8"
@@ -115,14 +117,14 @@ def _histogram(lines: list[str], name: str, labels: str, value: Buckets, *, is_o
     head = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
     exemplars = value.exemplars if is_open and value.exemplars else None
     total = 0
-    for place, (bound, count) in enumerate(zip((*map(repr, value.bounds), "+Inf"), value.counts, strict=True)):
+    for index, (bound, count) in enumerate(zip((*map(repr, value.bounds), "+Inf"), value.counts, strict=True)):
         total += count
         line = f'{head}{bound}"}} {total}'
-        if exemplars is not None and (shown := exemplars[place]) is not None:
+        if exemplars is not None and (shown := exemplars[index]) is not None:
             line += f' # {{trace_id="{shown.trace_id}"}} {shown.value!r} {shown.at:.3f}'
         lines.append(line)
-    told = f"{{{labels}}}" if labels else ""
-    lines += f"{name}_count{told} {total}", f"{name}_sum{told} {_number(value.sum)}"
+    label_text = f"{{{labels}}}" if labels else ""
+    lines += f"{name}_count{label_text} {total}", f"{name}_sum{label_text} {_number(value.sum)}"
 
 
 def _number(value: float) -> str:

@@ -67,7 +67,7 @@ class FastPathServer(native.Server):
         self._draining = False
         # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
-        self._is_told = False
+        self._is_scheduled = False
         # Cancel functions of the fast-path calls in flight, by call id.
         self._under_way: dict[int, Callable[[], object]] = {}
         # Set while the server stops, when no such call is left.
@@ -174,8 +174,8 @@ class FastPathServer(native.Server):
             try:
                 if suspended or rest:
                     loop.call_soon_threadsafe(self._take, suspended, rest)
-                if self._afterwards and not self._is_told:
-                    self._is_told = True
+                if self._afterwards and not self._is_scheduled:
+                    self._is_scheduled = True
                     loop.call_soon_threadsafe(loop.call_later, _AFTERWARDS_SECONDS, self._do_afterwards)
             except RuntimeError:
                 # The event loop was closed without a call of stop().
@@ -206,7 +206,7 @@ class FastPathServer(native.Server):
             except StopIteration as end:
                 answer = end.value
             except Exception as error:
-                answer = failure(faults.told(log, "a fast path failed", error))
+                answer = failure(faults.reported(log, "a fast path failed", error))
             else:
                 suspended.append((coroutine, call_id, deadline, peer))
                 continue
@@ -225,14 +225,14 @@ class FastPathServer(native.Server):
         for _ in range(_BATCH):
             if not self._afterwards:
                 # Cleared before the check below, so that a callback added in between is scheduled again.
-                self._is_told = False
+                self._is_scheduled = False
                 break
             try:
                 self._afterwards.popleft()()
             except Exception as error:
                 faults.internal(log, "what an answer left to be done failed", error)
         if self._afterwards:
-            self._is_told = True
+            self._is_scheduled = True
             self._loop.call_soon(self._do_afterwards)
 
     def _take(self, suspended: list[_Suspended], events: list[tuple[Any, ...]]) -> None:
@@ -263,7 +263,7 @@ class FastPathServer(native.Server):
             # `stop` cancelled it: if the caller had left, the call would be removed already.
             outcome = Failure(grpc.StatusCode.UNAVAILABLE, "the server is stopping", ())
         elif isinstance(outcome, Exception):
-            outcome = failure(faults.told(log, "a fast path failed", outcome))
+            outcome = failure(faults.reported(log, "a fast path failed", outcome))
         assert isinstance(outcome, Answer | Failure)
         if isinstance(outcome, Answer) and outcome.is_large and call_id in self._under_way:
             self._send_large(call_id, peer, outcome)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any
 
 import grpc
 import ringmesh
 from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from services.runtime.request_limits import check_size
 from services.runtime.rpc.rpc import Handler
-
-Found = TypeVar("Found")
 
 
 def _v1_pool() -> descriptor_pool.DescriptorPool:
@@ -35,31 +34,20 @@ def _v1_pool() -> descriptor_pool.DescriptorPool:
     return pool
 
 
-class _Pools:
+class _PoolChain:
     """Behaves like one DescriptorPool: the first pool that knows a name answers."""
 
     def __init__(self, pools: Sequence[descriptor_pool.DescriptorPool]) -> None:
         self._pools = pools
 
-    def _first(self, find: Callable[[descriptor_pool.DescriptorPool], Found], what: str) -> Found:
-        for pool in self._pools:
-            try:
-                return find(pool)
-            except KeyError:
-                continue
-        raise KeyError(what)
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def find(*arguments: Any) -> Any:
+            for pool in self._pools:
+                with suppress(KeyError):
+                    return getattr(pool, method)(*arguments)
+            raise KeyError(arguments)
 
-    def FindFileByName(self, name: str) -> FileDescriptor:  # noqa: N802
-        return self._first(lambda pool: pool.FindFileByName(name), name)
-
-    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802
-        return self._first(lambda pool: pool.FindFileContainingSymbol(symbol), symbol)
-
-    def FindMessageTypeByName(self, name: str) -> Descriptor:  # noqa: N802
-        return self._first(lambda pool: pool.FindMessageTypeByName(name), name)
-
-    def FindExtensionByNumber(self, message: Descriptor, number: int) -> FieldDescriptor:  # noqa: N802
-        return self._first(lambda pool: pool.FindExtensionByNumber(message, number), message.full_name)
+        return find
 
     def FindAllExtensions(self, message: Descriptor) -> list[FieldDescriptor]:  # noqa: N802
         return [extension for pool in self._pools for extension in pool.FindAllExtensions(message)]
@@ -75,7 +63,7 @@ def handlers(service_names: Iterable[str]) -> dict[str, dict[str, Handler]]:
     """Returns the handlers of both reflection services, by service name; they list `service_names` and themselves."""
     versions = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
     # Ringmesh's pool first: the default one may hold tritonclient's own `inference.*`.
-    pools = _Pools([ringmesh.POOL, _v1_pool(), descriptor_pool.Default()])
+    pools = _PoolChain([ringmesh.POOL, _v1_pool(), descriptor_pool.Default()])
     servicer: Any = reflection.aio.ReflectionServicer([*service_names, *versions], pool=pools)
     handler: Handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

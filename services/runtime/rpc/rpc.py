@@ -131,7 +131,7 @@ def unary(
             response = await handle(parse(request_type, data), context)
             return response.SerializeToString()
         except Exception as error:
-            await abort(context, faults.told(log, f"{request_type.DESCRIPTOR.full_name} failed", error))
+            await abort(context, faults.reported(log, f"{request_type.DESCRIPTOR.full_name} failed", error))
 
     return grpc.unary_unary_rpc_method_handler(call)
 

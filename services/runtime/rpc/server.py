@@ -144,14 +144,13 @@ class Server:
         """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError if it cannot listen there."""
         server = self._server
         services = [*self._services, self.health.service()]
-        for service in services:
-            handlers = {name: self._bounded(made) for name, made in self.calls.counted(service).items()}
-            server.add_registered_method_handlers(service.name, handlers)
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
         channelz.add_channelz_servicer(server)
         channelz_name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
-        names = [*(service.name for service in services), channelz_name]
-        for name, handlers in reflection.handlers(names).items():
+        served = {
+            service.name: {name: self._bounded(made) for name, made in self.calls.counted(service).items()}
+            for service in services
+        }
+        for name, handlers in (served | reflection.handlers([*served, channelz_name])).items():
             server.add_registered_method_handlers(name, handlers)
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
         try:

@@ -41,7 +41,7 @@ class RequestLog:
         self._tokens = _BURST
         self._filled_at = clock()
         self._suppressed = 0
-        self._unsaid = 0
+        self._unreported = 0
 
     def tell(self, *, code: str, error: str, duration_ns: int, **fields: str) -> None:
         """Logs a request that failed with `code`, or was slow if `code` is OK. Tensor data is never logged."""
@@ -50,17 +50,17 @@ class RequestLog:
         self._filled_at = now
         if self._tokens < 1:
             self._suppressed += 1
-            self._unsaid += 1
+            self._unreported += 1
             return
         self._tokens -= 1
         level = logging.INFO if code == "OK" or code in _CALLERS else logging.WARNING
-        told: dict[str, object] = {"code": code, "duration_ms": round(duration_ns / 1e6, 3), **fields}
+        shown: dict[str, object] = {"code": code, "duration_ms": round(duration_ns / 1e6, 3), **fields}
         if error:
-            told["error"] = error[:_LONGEST_ERROR]
-        if self._unsaid:
-            told["suppressed"] = self._unsaid
-            self._unsaid = 0
-        log.log(level, "a request was slow" if code == "OK" else "a request failed", extra={FIELDS: told})
+            shown["error"] = error[:_LONGEST_ERROR]
+        if self._unreported:
+            shown["suppressed"] = self._unreported
+            self._unreported = 0
+        log.log(level, "a request was slow" if code == "OK" else "a request failed", extra={FIELDS: shown})
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(SUPPRESSED, (), self._suppressed)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class StoredSpan:
     """A finished span. Times in ns since the Unix epoch; `error` is "" on success."""
 
     trace_id: str
@@ -37,7 +37,7 @@ class SpanTree:
     """The spans of one trace, in tree order, each with its depth. A span whose parent is elsewhere is a root."""
 
     trace_id: str
-    rows: tuple[tuple[int, Span], ...]
+    rows: tuple[tuple[int, StoredSpan], ...]
 
     @property
     def start_ns(self) -> int:
@@ -48,27 +48,27 @@ class SpanTree:
         return max(span.end_ns for _, span in self.rows) - self.start_ns
 
 
-def trees(spans: Iterable[Span]) -> list[SpanTree]:
-    by_id: dict[str, list[Span]] = {}
+def trees(spans: Iterable[StoredSpan]) -> list[SpanTree]:
+    by_id: dict[str, list[StoredSpan]] = {}
     for span in spans:
         by_id.setdefault(span.trace_id, []).append(span)
     return [SpanTree(trace_id, tuple(_in_order(members))) for trace_id, members in by_id.items()]
 
 
-def _in_order(spans: list[Span]) -> Iterable[tuple[int, Span]]:
+def _in_order(spans: list[StoredSpan]) -> Iterable[tuple[int, StoredSpan]]:
     spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
     known = {span.span_id for span in spans}
-    children: dict[str, list[Span]] = {}
+    children: dict[str, list[StoredSpan]] = {}
     for span in spans:
         parent = span.parent_id if span.parent_id in known and span.parent_id != span.span_id else ""
         children.setdefault(parent, []).append(span)
     # Spans are untrusted: one that is its own ancestor is treated as a root, and each is yielded once.
-    told: set[int] = set()
+    yielded: set[int] = set()
     for root in [*children.get("", []), *spans]:
         stack = [(0, root)]
         while stack:
             depth, span = stack.pop()
-            if id(span) not in told:
-                told.add(id(span))
+            if id(span) not in yielded:
+                yielded.add(id(span))
                 yield depth, span
                 stack.extend((depth + 1, child) for child in reversed(children.get(span.span_id, [])))

@@ -15,6 +15,7 @@ from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from services.runtime import wire
+from services.runtime.errors import CODE_NAMES
 
 Value: TypeAlias = str | int | float | bool
 Attributes: TypeAlias = Mapping[str, Value]
@@ -97,15 +98,15 @@ class Span(NamedTuple):
             span.status.code = trace_pb2.Status.STATUS_CODE_ERROR
             span.status.message = self.error
         for event in self.events:
-            told = span.events.add(name=event.name, time_unix_nano=event.at_ns)
-            told.attributes.extend(_key_value(key, value) for key, value in event.attributes.items())
+            attributes = span.events.add(name=event.name, time_unix_nano=event.at_ns).attributes
+            attributes.extend(_key_value(key, value) for key, value in event.attributes.items())
         for trace_id, span_id in self.links:
             span.links.add(trace_id=bytes.fromhex(trace_id), span_id=bytes.fromhex(span_id))
         return span.SerializeToString()
 
     def to_json(self) -> str:
         """Returns one line in the format that `ringmesh trace` reads."""
-        told = {
+        fields = {
             "trace_id": self.trace_id,
             "span_id": self.span_id,
             "parent_id": self.parent_id,
@@ -120,7 +121,20 @@ class Span(NamedTuple):
             "events": [event._asdict() for event in self.events],
             "links": self.links,
         }
-        return json.dumps(told, separators=(",", ":"))
+        return json.dumps(fields, separators=(",", ":"))
+
+
+def rpc_attributes(method: str, code: int) -> dict[str, Value]:
+    """Attributes by the semantic conventions for RPC (1.45). `method`: its full name; `code`: a google.rpc.Code."""
+    name = CODE_NAMES.get(code, "UNKNOWN")
+    attributes: dict[str, Value] = {
+        "rpc.system.name": "grpc",
+        "rpc.method": method,
+        "rpc.response.status_code": name,
+    }
+    if code:
+        attributes["error.type"] = name
+    return attributes
 
 
 def resource(process: Process) -> bytes:
@@ -129,13 +143,16 @@ def resource(process: Process) -> bytes:
 
 
 def _key_value(key: str, value: Value) -> common_pb2.KeyValue:
+    made = common_pb2.AnyValue()
     if isinstance(value, str):
-        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(string_value=value))
-    if isinstance(value, bool):
-        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(bool_value=value))
-    if isinstance(value, int):
-        return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(int_value=value))
-    return common_pb2.KeyValue(key=key, value=common_pb2.AnyValue(double_value=value))
+        made.string_value = value
+    elif isinstance(value, bool):
+        made.bool_value = value
+    elif isinstance(value, int):
+        made.int_value = value
+    else:
+        made.double_value = value
+    return common_pb2.KeyValue(key=key, value=made)
 
 
 @lru_cache(1024)

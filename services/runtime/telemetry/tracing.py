@@ -29,7 +29,7 @@ SPANS = Family(
 )
 
 
-class Told(Protocol):
+class SpanContent(Protocol):
     """The contents of a span, built only if the trace is retained."""
 
     def attributes(self) -> Attributes:
@@ -47,7 +47,7 @@ class Stage:
         name: str,
         start_ns: int,
         end_ns: int,
-        told: Attributes | Told,
+        content: Attributes | SpanContent,
         span_id: str,
         kind: Kind,
         error: str,
@@ -58,7 +58,7 @@ class Stage:
         self.name = name
         self.start_ns = start_ns
         self.end_ns = end_ns
-        self.told = told
+        self.content = content
         self.span_id = span_id
         self.kind = kind
         self.error = error
@@ -100,7 +100,7 @@ class Trace:
         name: str,
         start_ns: int,
         end_ns: int,
-        told: Attributes | Told,
+        content: Attributes | SpanContent,
         span_id: str = "",
         *,
         kind: Kind = Kind.INTERNAL,
@@ -108,8 +108,8 @@ class Trace:
         worker: str = "",
         result: inference_pb2.WorkResult | None = None,
     ) -> None:
-        """Records a child span; times in ns since the Unix epoch. `told` is read only if the trace is retained."""
-        self.stages.append(Stage(name, start_ns, end_ns, told, span_id, kind, error, worker, result, self.span_id))
+        """Records a child span; times in ns since the Unix epoch. `content` is read only if the trace is retained."""
+        self.stages.append(Stage(name, start_ns, end_ns, content, span_id, kind, error, worker, result, self.span_id))
 
     def traceparent(self, span_id: str) -> str:
         return w3c.traceparent(self.trace_id, span_id, self.sampled)
@@ -199,11 +199,11 @@ class Tracer:
             yield from run_spans(trace_id, own_id, process, timing)
         for stage in trace.stages:
             span_id = stage.span_id or new_span_id()
-            told = stage.told
-            said, events = (told, ()) if isinstance(told, Mapping) else (told.attributes(), told.events())
+            content = stage.content
+            shown, events = (content, ()) if isinstance(content, Mapping) else (content.attributes(), content.events())
             span = Span(
                 process, trace_id, span_id, stage.parent_id or own_id, stage.name, stage.kind, stage.start_ns,
-                stage.end_ns, said, stage.error, state, events,
+                stage.end_ns, shown, stage.error, state, events,
             )  # fmt: skip
             yield span
             if stage.result is not None:

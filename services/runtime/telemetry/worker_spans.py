@@ -4,16 +4,15 @@ from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterator
 
-import grpc
 from ringmesh.inference.v1 import inference_pb2
 
+from services.runtime.errors import CODE_NAMES
 from services.runtime.telemetry.spans import Attributes, Kind, Process, Span
 from services.runtime.w3c import new_span_id
 
 STEP = "ensemble step"
 EXECUTE = "ringmesh.inference.v1.InferenceWorkerService/Execute"
 _CONTEXT_BYTES = 24
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) -> Iterator[Span]:
@@ -31,7 +30,7 @@ def worker_spans(call: Span, worker: Process, result: inference_pb2.WorkResult) 
     attributes: Attributes = {
         "rpc.system.name": "grpc",
         "rpc.method": EXECUTE,
-        "rpc.response.status_code": _CODES.get(result.failure.code, "UNKNOWN"),
+        "rpc.response.status_code": CODE_NAMES.get(result.failure.code, "UNKNOWN"),
         "ringmesh.worker.id": worker.instance,
         "ringmesh.joined": timing.joined,
     }

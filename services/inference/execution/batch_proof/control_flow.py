@@ -1,9 +1,10 @@
-"""If, Loop and Scan. The prover also walks their graphs. Their conditions must be the same in all batches."""
+"""If, Loop and Scan: the prover also walks their graphs. Their conditions must be the same in all batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 
@@ -16,12 +17,34 @@ from services.inference.execution.batch_proof.operator_call import (
     shape_of,
 )
 from services.inference.execution.batch_proof.reshaping import inserted, without
-from services.inference.execution.batch_proof.scope import Scope
 from services.inference.execution.batch_proof.sizes import Size, Symbols, made_after
 
 OPERATORS = frozenset({"If", "Loop", "Scan"})
 # Limit for the walks over a body until nothing changes. Each walk removes a known fact about a state.
 _MOST_TURNS = 16
+
+
+@dataclass(slots=True)
+class Scope:
+    """The names visible in a graph or function. `attributes`: of the function call, for the nodes of a function."""
+
+    opsets: Mapping[str, int]
+    values: dict[str, Value] = field(default_factory=dict)
+    outer: Scope | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    depth: int = 0
+    # The names of the enclosing nodes, for messages; "" in the main graph.
+    path: str = ""
+    # The output names of the enclosing nodes, which identify nodes with equal names.
+    node_id: tuple[tuple[str, ...], ...] = ()
+
+    def find(self, name: str) -> Value:
+        scope: Scope | None = self
+        while scope is not None:
+            if (value := scope.values.get(name)) is not None:
+                return value
+            scope = scope.outer
+        return Unknown(f"nothing makes {name!r}")
 
 
 @dataclass(frozen=True, slots=True)

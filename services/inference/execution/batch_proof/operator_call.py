@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +90,17 @@ class OperatorCall:
         """Raises NotProvenError if an input other than these depends on the rows."""
         self.batch_independent(*[index for index in range(len(self.inputs)) if index not in indices])
 
+    def not_along(self, axes: Collection[int], does: str) -> None:
+        """Raises NotProvenError if the rows of input 0 lie along one of the `axes`."""
+        not_along(self.rows, axes, does)
+
+    def from_front(self, axes: Iterable[int]) -> list[int]:
+        """Axes of input 0, counted from the front."""
+        return [from_front(axis, self.rank) for axis in axes]
+
     def keeping(self, axes: Collection[int], does: str) -> Tensor:
         """Input 0 with other elements, whose rows may not lie along the `axes`."""
-        not_along(self.rows, axes, does)
+        self.not_along(axes, does)
         return Tensor(self.shape(0), self.rows)
 
     def fresh(self) -> Size:

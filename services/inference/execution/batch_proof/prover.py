@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx
 from onnx import helper
 
 from services.inference.execution.batch_proof.abstract_value import Content, RowAxis, Tensor, Unknown, Value
-from services.inference.execution.batch_proof.control_flow import OPERATORS, ControlFlow
+from services.inference.execution.batch_proof.control_flow import OPERATORS, ControlFlow, Scope
 from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
 from services.inference.execution.batch_proof.rules import apply_rule, constant
-from services.inference.execution.batch_proof.scope import Scope
 from services.inference.execution.batch_proof.sizes import ROWS, Size, Symbols
 from services.inference.execution.graph import RANDOM_OPERATORS, name_of
 from services.runtime.verdict import YES, Verdict
@@ -124,7 +123,7 @@ class Walk:
     def _apply(self, node: onnx.NodeProto, inputs: list[Tensor | None], scope: Scope) -> Sequence[Value | None]:
         """The outputs of a node; None for outputs whose rows mix. Raises NotProvenError, and _MALFORMED errors."""
         domain = _domain(node.domain)
-        attributes = Attributes(node, scope.attributes)
+        attributes = _attributes(node, scope.attributes)
         function = self._functions.get((node.domain, node.op_type, node.overload))
         if function is not None:
             self._check(function)
@@ -174,22 +173,15 @@ class Walk:
         return [inner.find(name) for name in function.output]
 
 
-class Attributes(Mapping[str, Any]):
-    """The attributes of a node, read on access. `bound`: attributes of the function call, to which some refer."""
-
-    def __init__(self, node: onnx.NodeProto, bound: Mapping[str, Any]) -> None:
-        self._protos = {one.name: one for one in node.attribute if not one.ref_attr_name or one.ref_attr_name in bound}
-        self._bound = bound
-
-    def __getitem__(self, name: str) -> Any:
-        proto = self._protos[name]
-        return self._bound[proto.ref_attr_name] if proto.ref_attr_name else helper.get_attribute_value(proto)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._protos)
-
-    def __len__(self) -> int:
-        return len(self._protos)
+def _attributes(node: onnx.NodeProto, bound: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a node. `bound`: attributes of the function call, to which some refer."""
+    made = {}
+    for one in node.attribute:
+        if not one.ref_attr_name:
+            made[one.name] = helper.get_attribute_value(one)
+        elif one.ref_attr_name in bound:
+            made[one.name] = bound[one.ref_attr_name]
+    return made
 
 
 def _domain(name: str) -> str:

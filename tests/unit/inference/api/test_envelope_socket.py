@@ -219,7 +219,7 @@ def frame(kind, number, payload=b""):
 @sources_only("the test's class inherits from a compiled one; Connection and LocalConnection are tested compiled")
 @given(st.lists(st.integers(1, 40)), st.lists(st.binary(max_size=60), max_size=8))
 async def test_frames_may_come_in_any_pieces_and_those_too_large_are_passed_by(sizes, payloads):
-    class Kept(frames.Frames):
+    class Kept(frames.FrameConnection):
         def __init__(self):
             super().__init__(50)
             self.heard = []

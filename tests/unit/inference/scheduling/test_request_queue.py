@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ringmesh.oip.v2.model_config_pb2 import ModelDynamicBatching, ModelQueuePolicy
 
 from services.inference.codec.request import Decoded
-from services.inference.scheduling.request_queue import RequestQueue, Waiting
+from services.inference.scheduling.request_queue import QueuedRequest, RequestQueue
 from services.runtime.errors import DeadlineExceededError, ResourceExhaustedError
 
 ARRAYS = {"x": np.zeros((1, 1), np.float32)}
@@ -37,7 +37,7 @@ def clock(monkeypatch):
 
 def waiting(*, priority=0, timeout_us=0, deadline=None):
     decoded = Decoded(ARRAYS, 1, ("y",), {}, {}, (), priority, timeout_us)
-    return Waiting(decoded, deadline, asyncio.get_running_loop().create_future())
+    return QueuedRequest(decoded, deadline, asyncio.get_running_loop().create_future())
 
 
 def queue_of(**policy):

@@ -9,7 +9,7 @@ from router.admission.caller import ANYBODY, Caller, Priority, RefusedError, cal
 from router.admission.concurrency_limit import ConcurrencyLimit
 from router.admission.quotas import Quotas, TokenBucket
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.oip.protocol import told
+from services.runtime.oip.protocol import caller_metadata
 
 
 class Clock:
@@ -216,13 +216,13 @@ def test_many_tenants_do_not_fill_the_memory():
 
 def test_a_caller_is_read_from_what_it_says():
     tenant, priority = ("ringmesh-tenant", "acme"), ("ringmesh-priority", "critical")
-    assert caller_of(told(())) is ANYBODY
-    assert caller_of(told((tenant,))) == Caller("acme", Priority.NORMAL)
-    assert caller_of(told((tenant, priority))) == Caller("acme", Priority.CRITICAL)
+    assert caller_of(caller_metadata(())) is ANYBODY
+    assert caller_of(caller_metadata((tenant,))) == Caller("acme", Priority.NORMAL)
+    assert caller_of(caller_metadata((tenant, priority))) == Caller("acme", Priority.CRITICAL)
     with pytest.raises(InvalidArgumentError, match="sheddable, normal, critical"):
-        caller_of(told((("ringmesh-priority", "urgent"),)))
+        caller_of(caller_metadata((("ringmesh-priority", "urgent"),)))
     with pytest.raises(InvalidArgumentError, match="twice"):
-        caller_of(told((tenant, tenant)))
+        caller_of(caller_metadata((tenant, tenant)))
 
 
 def test_no_limit_is_known_at_first():

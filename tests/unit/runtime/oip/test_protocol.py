@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.oip.protocol import MAX_TENANT, check_tenant, told, traceparent
+from services.runtime.oip.protocol import MAX_TENANT, caller_metadata, check_tenant, traceparent
 
 
 def test_tenant_priority_and_cache_control_are_read_whatever_is_between_them():
@@ -16,14 +16,14 @@ def test_tenant_priority_and_cache_control_are_read_whatever_is_between_them():
         ("ringmesh-priority", "critical"),
         ("cache-control", "max-age=1"),
     )
-    said = told(sent)
+    said = caller_metadata(sent)
     assert (said.tenant, said.priority, said.control) == ("acme", "critical", "no-store,max-age=1")
     assert said.error is None
 
 
 @pytest.mark.parametrize("sent", [(), (("user-agent", "x"), ("ringmesh-tenant", ""), ("ringmesh-priority", ""))])
 def test_who_says_nothing_says_nothing(sent):
-    said = told(sent)
+    said = caller_metadata(sent)
     assert (said.tenant, said.priority, said.control) == ("", "", "")
     assert said.error is None
 
@@ -32,13 +32,13 @@ def test_who_says_nothing_says_nothing(sent):
 @pytest.mark.parametrize("values", [("", "acme"), ("acme", ""), ("acme", "acme"), ("", "")])
 def test_what_is_given_twice_is_refused(name, values):
     """The memo once took the one and the key the other."""
-    error = told([(name, value) for value in values]).error
+    error = caller_metadata([(name, value) for value in values]).error
     assert (error.message, error.field) == (f"{name} is given twice", name)
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=MAX_TENANT))
 def test_any_visible_ascii_text_is_a_tenant_without_spaces_around_it(name):
-    said = told([("ringmesh-tenant", name)])
+    said = caller_metadata([("ringmesh-tenant", name)])
     assert said.tenant == name
     assert (said.error is None) == (name == name.strip())
 
@@ -62,7 +62,7 @@ def test_a_tenant_is_bounded():
 
 @pytest.mark.parametrize("name", ["ringmesh-tenant", "ringmesh-priority", "cache-control"])
 def test_bytes_are_no_text(name):
-    assert told([(name, b"acme")]).error.message == f"{name} is text"
+    assert caller_metadata([(name, b"acme")]).error.message == f"{name} is text"
 
 
 def test_of_two_traces_none_is_continued():

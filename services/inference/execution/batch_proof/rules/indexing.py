@@ -141,5 +141,5 @@ def array_feature_extractor(call: OperatorCall) -> Outcome:
         inner = rows.inner * product(chosen[rows.axis + 1 :])
         return Tensor((ONE, count), RowAxis(1, outer, inner))
     call.batch_independent(1)
-    not_along(call.rows, [len(shape) - 1], "selects along")
+    call.not_along([len(shape) - 1], "selects along")
     return Tensor((*(shape[:-1] or (ONE,)), count), call.rows)

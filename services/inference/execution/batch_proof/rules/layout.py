@@ -23,7 +23,6 @@ from services.inference.execution.batch_proof.operator_call import (
     OperatorCall,
     broadcast,
     from_front,
-    not_along,
     shape_of,
 )
 from services.inference.execution.batch_proof.registry import Outcome, rule
@@ -98,8 +97,8 @@ def squeeze(call: OperatorCall) -> Outcome:
         if any(size.known is None for size in shape):
             raise NotProvenError("it leaves out axes by sizes that are not known")
         axes = [axis for axis, size in enumerate(shape) if size == ONE]
-    dropped = {from_front(axis, len(shape)) for axis in axes}
-    not_along(data.rows, dropped, "leaves out")
+    dropped = set(call.from_front(axes))
+    call.not_along(dropped, "leaves out")
     if data.values is not None:
         return known(data.values.squeeze(tuple(dropped)))
     _check_moves_whole(data, "reshapes")
@@ -126,7 +125,7 @@ def unsqueeze(call: OperatorCall) -> Outcome:
 @rule("Transpose", counts=True, positions=True)
 def transpose(call: OperatorCall) -> Outcome:
     data, shape, rows = call.input(0), call.shape(0), call.rows
-    order = [from_front(axis, len(shape)) for axis in call.attribute("perm", range(len(shape))[::-1])]
+    order = call.from_front(call.attribute("perm", range(len(shape))[::-1]))
     if data.values is not None:
         return known(data.values.transpose(order))
     _check_moves_whole(data, "moves")
@@ -193,7 +192,7 @@ def _joined_content(call: OperatorCall, axis: int) -> Content:
 def split(call: OperatorCall) -> Outcome:
     call.batch_independent(1)
     shape, axis = call.shape(0), call.axis(0)
-    not_along(call.rows, [axis], "splits")
+    call.not_along([axis], "splits")
     parts = call.input(1).values if call.maybe(1) is not None else call.attribute("split")
     if parts is not None:
         sizes = [call.size(as_size(part)) for part in parts]
@@ -216,7 +215,7 @@ def slice_(call: OperatorCall) -> Outcome:
         starts, ends = list(numbers(call, 1)), list(numbers(call, 2))
         axes = call.integers(3)
         steps = None if call.maybe(4) is None else list(numbers(call, 4))
-    axes = [from_front(axis, len(shape)) for axis in (range(len(starts)) if axes is None else axes)]
+    axes = call.from_front(range(len(starts)) if axes is None else axes)
     steps = [1] * len(starts) if steps is None else steps
     if not len(axes) == len(starts) == len(ends) == len(steps):
         raise NotProvenError(_LENGTHS_DIFFER)
@@ -229,7 +228,7 @@ def slice_(call: OperatorCall) -> Outcome:
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if plain(start) == 0 and plain(step) == 1 and _at_least(end, shape[axis]):
             continue
-        not_along(data.rows, [axis], "takes a part of")
+        call.not_along([axis], "takes a part of")
         if any(as_size(one).counts_rows for one in (start, end, step)):
             raise NotProvenError("it takes a part as long as the number of rows")
         sizes[axis] = _length(call, shape[axis], plain(start), plain(end), plain(step))
@@ -266,14 +265,14 @@ def pad(call: OperatorCall) -> Outcome:
     shape = call.shape(0)
     amounts = [int(one) for one in call.attribute("pads", ())] if call.opset < 11 else list(numbers(call, 1))
     given = call.integers(3)
-    axes = range(len(shape)) if given is None else [from_front(axis, len(shape)) for axis in given]
+    axes = range(len(shape)) if given is None else call.from_front(given)
     if len(amounts) != 2 * len(axes):
         raise NotProvenError(_LENGTHS_DIFFER)
     sizes = list(shape)
     for axis, before, after in zip(axes, map(plain, amounts), map(plain, amounts[len(axes) :]), strict=False):
         if before == after == 0:
             continue
-        not_along(call.rows, [axis], "pads")
+        call.not_along([axis], "pads")
         whole = shape[axis].known
         is_known = whole is not None and isinstance(before, int) and isinstance(after, int)
         sizes[axis] = Size(max(whole + before + after, 0)) if is_known and whole is not None else call.fresh()
@@ -334,7 +333,7 @@ def expand(call: OperatorCall) -> Outcome:
 def _expanded(call: OperatorCall, wide: Shape, goal: Shape, rows: RowAxis | None) -> Shape:
     """The broadcast of two shapes of equal rank, with the size of the rows along their axis."""
     axis = -1 if rows is None else rows.axis
-    hidden = [tuple(ONE if place == axis else size for place, size in enumerate(shape)) for shape in (wide, goal)]
+    hidden = [tuple(ONE if other == axis else size for other, size in enumerate(shape)) for shape in (wide, goal)]
     made = broadcast(hidden, call.symbols)
     return made if rows is None else (*made[:axis], rows.size, *made[axis + 1 :])
 
@@ -342,7 +341,7 @@ def _expanded(call: OperatorCall, wide: Shape, goal: Shape, rows: RowAxis | None
 @rule("DepthToSpace", "SpaceToDepth")
 def depth_to_space(call: OperatorCall) -> Outcome:
     shape = call.shape(0)
-    not_along(call.rows, range(1, len(shape)), "moves elements of")
+    call.not_along(range(1, len(shape)), "moves elements of")
     side = Size(int(call.attribute("blocksize")))
     if call.operator == "DepthToSpace":
         depth, spatial = shape[1].divided_by(side * side), [size * side for size in shape[2:]]
@@ -372,5 +371,5 @@ def compress(call: OperatorCall) -> Outcome:
     if "axis" not in call.attributes:
         raise NotProvenError("without an axis it selects from all rows")
     axis = call.axis(0)
-    not_along(call.rows, [axis], "selects along")
+    call.not_along([axis], "selects along")
     return Tensor((*shape[:axis], call.fresh(), *shape[axis + 1 :]), call.rows)

@@ -31,7 +31,7 @@ def quantize_linear(call: OperatorCall) -> Outcome:
     if any(size.known != 1 for size in scale):
         if len(scale) != 1:
             raise NotProvenError("its scale has several axes")
-        not_along(call.rows, [call.axis(1)], "scales")
+        call.not_along([call.axis(1)], "scales")
     return made
 
 
@@ -91,5 +91,5 @@ def qgemm(call: OperatorCall) -> Outcome:
 def matmul_n_bits(call: OperatorCall) -> Outcome:
     """A product with packed weights of N columns."""
     call.batch_independent_except(0)
-    not_along(call.rows, [call.rank - 1], "sums over")
+    call.not_along([call.rank - 1], "sums over")
     return Tensor((*call.shape(0)[:-1], Size(int(call.attribute("N")))), call.rows)

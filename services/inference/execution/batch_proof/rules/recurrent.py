@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.inference.execution.batch_proof.abstract_value import Tensor
-from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall, shape_of
+from services.inference.execution.batch_proof.operator_call import NotProvenError, OperatorCall
 from services.inference.execution.batch_proof.registry import Outcome, rule
 from services.inference.execution.batch_proof.sizes import Size
 
@@ -23,7 +23,7 @@ def recurrent(call: OperatorCall) -> Outcome:
         state = call.maybe(index)
         if rows is not None and state is not None and state.rows != rows.at(along):
             raise NotProvenError(f"input {index} does not have its rows along axis {along}")
-    directions, hidden = shape_of(call.input(1), "the weights")[0], Size(int(call.attribute("hidden_size")))
+    directions, hidden = call.shape(1)[0], Size(int(call.attribute("hidden_size")))
     batch, steps = shape[axis], shape[1 - axis]
 
     def made(along: int, *sizes: Size) -> Tensor:

@@ -31,7 +31,7 @@ def reduction(call: OperatorCall) -> Outcome:
         if call.attribute("noop_with_empty_axes", 0):
             return call.keeping((), "")
         axes = range(call.rank)
-    axes = [from_front(axis, call.rank) for axis in axes]
+    axes = call.from_front(axes)
     not_along(tensor.rows, axes, "reduces")
     if tensor.values is not None and call.operator == "ReduceProd" and len(axes) == call.rank == 1:
         return _counted(call, tensor)
@@ -58,7 +58,7 @@ def _counted(call: OperatorCall, tensor: Tensor) -> Tensor:
 @rule("ArgMax", "ArgMin")
 def arg_max(call: OperatorCall) -> Outcome:
     axis = call.axis(0)
-    not_along(call.rows, [axis], "searches")
+    call.not_along([axis], "searches")
     made = without(call.shape(0), call.rows, [axis], keep=bool(call.attribute("keepdims", 1)))
     return replace(made, below=call.shape(0)[axis])
 
@@ -83,7 +83,7 @@ def qlinear_softmax(call: OperatorCall) -> Outcome:
 def layer_normalization(call: OperatorCall) -> Outcome:
     """Normalises over all axes from `axis` on. Scale and bias are applied by broadcasting."""
     shape, axis = call.shape(0), call.axis(-1)
-    not_along(call.rows, range(axis, len(shape)), "normalises over")
+    call.not_along(range(axis, len(shape)), "normalises over")
     rows = common_rows(call.given, len(shape))
     statistics = without(shape, rows, range(axis, len(shape)), keep=True)
     return (Tensor(shape, rows), statistics, statistics)
@@ -92,7 +92,7 @@ def layer_normalization(call: OperatorCall) -> Outcome:
 @rule("com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization")
 def skip_layer_normalization(call: OperatorCall) -> Outcome:
     """Adds its inputs, and normalises the sum over the last axis."""
-    not_along(call.rows, [call.rank - 1], "normalises over")
+    call.not_along([call.rank - 1], "normalises over")
     made = Tensor(call.shape(0), common_rows(call.given, call.rank))
     return (made, None, None, made)
 
@@ -104,7 +104,7 @@ def lp_normalization(call: OperatorCall) -> Outcome:
 
 @rule("MeanVarianceNormalization")
 def mean_variance_normalization(call: OperatorCall) -> Outcome:
-    axes = [from_front(axis, call.rank) for axis in call.attribute("axes", (0, 2, 3))]
+    axes = call.from_front(call.attribute("axes", (0, 2, 3)))
     return call.keeping(axes, "normalises over")
 
 
@@ -127,14 +127,14 @@ def inner_normalization(call: OperatorCall) -> Outcome:
 @rule("CumSum", "CumProd")
 def cumulative_sum(call: OperatorCall) -> Outcome:
     axes = call.integers(1) or [0]
-    return call.keeping([from_front(axes[0], call.rank)], "sums along")
+    return call.keeping(call.from_front(axes[:1]), "sums along")
 
 
 @rule("TopK")
 def top_k(call: OperatorCall) -> Outcome:
     call.batch_independent(1)
     shape, axis = call.shape(0), call.axis(-1)
-    not_along(call.rows, [axis], "sorts")
+    call.not_along([axis], "sorts")
     values = call.input(1).values
     count = call.fresh() if values is None else call.size(as_size(values.flat[0]))
     made = Tensor((*shape[:axis], count, *shape[axis + 1 :]), call.rows)
@@ -150,7 +150,7 @@ def trilu(call: OperatorCall) -> Outcome:
 @rule("Det")
 def determinant(call: OperatorCall) -> Outcome:
     axes = range(call.rank - 2, call.rank)
-    not_along(call.rows, axes, "reduces")
+    call.not_along(axes, "reduces")
     return without(call.shape(0), call.rows, axes)
 
 
@@ -169,9 +169,9 @@ def dft(call: OperatorCall) -> Outcome:
     """Transforms along one axis. The last axis holds real and imaginary parts."""
     call.batch_independent_except(0)
     shape = call.shape(0)
-    axis = from_front((call.integers(2) or [-2])[0], len(shape)) if call.opset >= 20 else call.axis(1)
-    not_along(call.rows, [axis, len(shape) - 1], "transforms")
-    sizes = [call.fresh() if place == axis else size for place, size in enumerate(shape[:-1])]
+    axis = call.from_front((call.integers(2) or [-2])[:1])[0] if call.opset >= 20 else call.axis(1)
+    call.not_along([axis, len(shape) - 1], "transforms")
+    sizes = [call.fresh() if other == axis else size for other, size in enumerate(shape[:-1])]
     return Tensor((*sizes, Size(2)), call.rows)
 
 
@@ -179,7 +179,7 @@ def dft(call: OperatorCall) -> Outcome:
 def stft(call: OperatorCall) -> Outcome:
     """Transforms each of the signals, which lie along axis 0."""
     call.batch_independent_except(0)
-    not_along(call.rows, range(1, call.rank), "transforms")
+    call.not_along(range(1, call.rank), "transforms")
     return Tensor((call.shape(0)[0], call.fresh(), call.fresh(), Size(2)), call.rows)
 
 

@@ -9,9 +9,6 @@ from services.inference.execution.batch_proof.operator_call import (
     NotProvenError,
     OperatorCall,
     common_rows,
-    from_front,
-    not_along,
-    shape_of,
 )
 from services.inference.execution.batch_proof.registry import Outcome, rule
 from services.inference.execution.batch_proof.rules.layout import numbers
@@ -29,8 +26,8 @@ def convolution(call: OperatorCall) -> Outcome:
     summand = 3 if call.operator == "FusedConv" else -1
     call.batch_independent_except(0, summand)
     shape = call.shape(0)
-    not_along(call.rows, range(1, len(shape)), "sums over")
-    weights = shape_of(call.input(3 if call.operator == "QLinearConv" else 1), "the weights")
+    call.not_along(range(1, len(shape)), "sums over")
+    weights = call.shape(3 if call.operator == "QLinearConv" else 1)
     if call.operator == "ConvTranspose":
         channels = weights[1] * Size(int(call.attribute("group", 1)))
         spatial = [call.fresh() for _ in shape[2:]]
@@ -74,7 +71,7 @@ def global_pool(call: OperatorCall) -> Outcome:
 def _pooled(call: OperatorCall, spatial: Sequence[Size]) -> Tensor:
     call.batch_independent_except(0)
     _check_channels_first(call)
-    not_along(call.rows, range(2, call.rank), "pools along")
+    call.not_along(range(2, call.rank), "pools along")
     return Tensor((*call.shape(0)[:2], *spatial), call.rows)
 
 
@@ -92,8 +89,8 @@ def resize(call: OperatorCall) -> Outcome:
     if call.attribute("mode", b"nearest") != b"nearest" and (len(shape) < 4 or (data.rows and data.rows.axis)):
         # With fewer than four axes, ONNX Runtime interpolates along all of them. Other rows get the weight 0, which
         # still passes on NaN.
-        not_along(data.rows, range(len(shape)), "interpolates along")
-    axes = [from_front(axis, len(shape)) for axis in call.attribute("axes", range(len(shape)))]
+        call.not_along(range(len(shape)), "interpolates along")
+    axes = call.from_front(call.attribute("axes", range(len(shape))))
     by_scale, by_size = (1, -1) if call.operator == "Upsample" or call.opset < 11 else (2, 3)
     sized = by_size > 0 and (to := call.maybe(by_size)) is not None and to.shape != (Size(0),)
     if call.operator == "Upsample" and call.opset < 9:
@@ -106,7 +103,7 @@ def resize(call: OperatorCall) -> Outcome:
     for axis, one in zip(axes, operand, strict=True):
         if (as_size(one) == shape[axis] if sized else one == 1) if one is not None else False:
             continue
-        not_along(data.rows, [axis], "resizes")
+        call.not_along([axis], "resizes")
         if isinstance(one, Size) and one.counts_rows:
             raise NotProvenError(f"it resizes axis {axis} by the number of rows")
         if sized and one is not None and as_size(one).nonnegative:
