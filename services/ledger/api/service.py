@@ -147,7 +147,7 @@ class LedgerService:
             async for part in self._reports.export(request.from_ms, request.until_ms, form):
                 yield ledger_pb2.ExportResponse(part=part).SerializeToString()
         except Exception as error:
-            await abort(context, faults.told(log, "an export failed", error))
+            await abort(context, faults.reported(log, "an export failed", error))
 
     async def _list_prices(self, _: ledger_pb2.ListPricesRequest, __: Context) -> ledger_pb2.ListPricesResponse:
         async with self._database.reading() as connection:
