@@ -7,6 +7,7 @@ from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
+from cache.keys.purge_sweep import PurgeSweep
 from cache.regions.replication import replicate
 from cache.settings import CacheSettings
 from cache.tiers.entry import EntryFrames
@@ -49,6 +50,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     if mesh.shared is not None and mesh.peers.peers and settings.peer_bytes_per_second:
         copy = partial(replicate, mesh.peers.peers, mesh.shared, settings.peer_bytes_per_second)
         replication = BACKGROUND.start("replication", copy)
+    BACKGROUND.start("purged answers", PurgeSweep(mesh.local, mesh.purges).keep_sweeping)
     server.set_serving(True)
     await stopping.wait()
     service.close()

@@ -11,6 +11,7 @@ from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
+from cache.keys.purge_sweep import PurgeSweep
 from cache.mesh import Mesh
 from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
@@ -106,12 +107,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     }
     evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
     cache = CacheService(
-        mesh,
-        evictions,
-        EntryFrames(secret),
-        requests.usages,
-        lambda: _models(fleet, mesh),
-        lambda: fleet.view.catalog.tenant_scoped,
+        mesh, evictions, EntryFrames(secret), requests.usages, lambda: fleet.view.catalog.tenant_scoped
     )
     server = Server(
         settings.engine,
@@ -156,6 +152,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     Agreement(fleet, time.monotonic).start()
     requests.start()
     slo.start()
+    BACKGROUND.start("purged answers", PurgeSweep(mesh.local, mesh.purges, lambda: _digests(fleet)).keep_sweeping)
     BACKGROUND.start("huge pages", huge_pages.keep_collapsing)
     BACKGROUND.start("free memory", memory.keep_giving_back)
     await stopping.wait()
@@ -187,9 +184,18 @@ def _up(fleet: Fleet) -> Iterator[Up]:
 
 def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:
     """Maps key prefixes (the first half of a cache key) to model names."""
-    epochs, catalog = mesh.purges.epochs, fleet.view.catalog
-    models = [catalog.find(name, version) for name, versions in catalog.versions.items() for version in versions]
-    return {epochs.prefix(model.digest, model.name): model.name for model in models}
+    epochs = mesh.purges.epochs
+    return {epochs.prefix(digest, name): name for digest, name in _digests(fleet)}
+
+
+def _digests(fleet: Fleet) -> list[tuple[bytes, str]]:
+    """Returns the digest and the name of each model version."""
+    catalog = fleet.view.catalog
+    return [
+        (catalog.find(name, version).digest, name)
+        for name, versions in catalog.versions.items()
+        for version in versions
+    ]
 
 
 def main() -> None:

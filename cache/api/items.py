@@ -11,7 +11,6 @@ import asyncio
 import random
 import struct
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 from ringmesh.cache.v1 import cache_pb2
@@ -56,11 +55,10 @@ OTHER = ("other", "")
 
 
 class Items:
-    """Stores items in the tiers of `mesh`. `clock` returns seconds since the epoch."""
+    """Stores items in the tiers of `mesh`."""
 
-    def __init__(self, mesh: Mesh, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._clock = clock
         self._leases = Leases(mesh.shared)
         # By namespace and tenant, in this process.
         self.usages: dict[tuple[str, str], cache_pb2.UsageStats] = {}
@@ -79,7 +77,7 @@ class Items:
         `token` is the token of the lease under which the value was computed. Raises FailedPreconditionError if that
         lease has expired, so that a late holder never overwrites the value of a later one.
         """
-        now_ms = int(self._clock() * 1000)
+        now_ms = int(time.time() * 1000)
         fresh_until = now_ms + ttl_ms if ttl_ms else 0
         kept_until = fresh_until + stale_ms if ttl_ms else 0
         name = self._name(item)
@@ -102,7 +100,7 @@ class Items:
         pause = _FIRST_PAUSE
         while True:
             found = await self._read(name)
-            now_ms = self._clock() * 1000
+            now_ms = time.time() * 1000
             if found is not None:
                 self._count(item, found)
                 due = found.is_stale(now_ms) or found.is_due(now_ms, random.random())
@@ -144,7 +142,7 @@ class Items:
         if entry is None or entry.created_at_ms < self._mesh.purges.oldest_ms or len(entry.value) < _TIMES.size:
             return None
         fresh_until, kept_until = _TIMES.unpack_from(entry.value)
-        if kept_until and self._clock() * 1000 >= kept_until:
+        if kept_until and time.time() * 1000 >= kept_until:
             return None
         return Item(entry.value[_TIMES.size :], entry.compute_us, entry.created_at_ms, fresh_until)
 

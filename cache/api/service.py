@@ -43,8 +43,8 @@ _ItemRequest = (
 class CacheService:
     """Serves items, purges and statistics of the tiers of `mesh`. `frames` seals answers for other regions.
 
-    `usages` returns the other uses of the tiers in this process. `models` maps the first 16 bytes of a key to a model.
-    `tenant_scoped` returns the models with tenant-scoped answers; None if this process does not know them.
+    `usages` returns the other uses of the tiers in this process. `tenant_scoped` returns the models with tenant-scoped
+    answers; None if this process does not know them.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class CacheService:
         evictions: Evictions,
         frames: EntryFrames,
         usages: Callable[[], Iterable[cache_pb2.UsageStats]] = tuple,
-        models: Callable[[], Mapping[bytes, str]] = dict,
         tenant_scoped: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self._mesh = mesh
@@ -62,7 +61,6 @@ class CacheService:
         self._tenant_scoped = tenant_scoped
         self._items = Items(mesh)
         self._usages = usages
-        self._models = models
         self._closed = asyncio.Event()
 
     def service(self) -> Service:
@@ -145,7 +143,7 @@ class CacheService:
             usages=[*self._usages(), *self._items.usages.values()],
         )
         sizes: dict[str, cache_pb2.ModelBytes] = {}
-        prefixes = self._models()
+        prefixes = self._evictions.models()
         for shard in self._mesh.local.shards():
             for key, entry in shard:
                 model = prefixes.get(key[:16], OTHER)
@@ -167,7 +165,7 @@ class CacheService:
 
     def _check_is_known(self, name: str) -> None:
         """Raises NotFoundError if this process knows models, and no model or past use of the cache has that name."""
-        served = {*self._models().values()}
+        served = {*self._evictions.models().values()}
         used = {usage.model for usage in self._usages()} | {namespace for namespace, _ in self._items.usages}
         if not served or name in served | used:
             return
@@ -181,7 +179,7 @@ class CacheService:
 
     def _warning(self, request: cache_pb2.PurgeRequest) -> str:
         """Returns why the purge can have covered less than the caller meant; "" if there is no doubt."""
-        if request.model and not request.even_if_unknown and not self._models():
+        if request.model and not request.even_if_unknown and not self._evictions.models():
             return f"no models are known here, so nobody checked that there is {request.model!r}; a router checks it"
         if not request.tenant:
             return ""

@@ -20,14 +20,14 @@ class Evictions:
 
     def __init__(self, local: LocalTier, models: Callable[[], Mapping[bytes, str]] = dict) -> None:
         self._local = local
-        self._models = models
+        self.models = models
         self._known: dict[bytes, str] = {}
         self._counts: dict[str, int] = {}
 
     def by_model(self) -> Mapping[str, int]:
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        self._known.update(self._models())
+        self._known.update(self.models())
         for prefix, count in self._local.take_evicted().items():
             model = self._known.get(prefix, OTHER)
             if model not in self._counts and len(self._counts) >= _MAX_MODELS:

@@ -38,7 +38,7 @@ class LocalTier:
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        self._capacity = capacity_bytes
+        self.capacity = capacity_bytes
         self._largest = capacity_bytes // _HEADROOM
         self._shards: list[dict[bytes, Entry]] = [{} for _ in range(_SHARDS)]
         self._heap: list[tuple[float, bytes]] = []
@@ -59,10 +59,6 @@ class LocalTier:
 
     def peek(self, key: bytes) -> Entry | None:
         return self._shards[key[-1]].get(key)
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
 
     def shards(self) -> Iterator[list[tuple[bytes, Entry]]]:
         """Yields all entries, in parts that are short enough to process between two requests."""
@@ -96,7 +92,14 @@ class LocalTier:
             self._push(key, entry, size)
         counters.fills += 1
         self._evict()
-        if counters.bytes > self._capacity and shard.get(key) is entry:
+        if counters.bytes > self.capacity and shard.get(key) is entry:
+            self._drop(shard, key, entry)
+
+    def remove(self, key: bytes) -> None:
+        """Removes the entry, if there is one. It does not count as evicted."""
+        shard = self._shards[key[-1]]
+        entry = shard.get(key)
+        if entry is not None:
             self._drop(shard, key, entry)
 
     def _push(self, key: bytes, entry: Entry, size: int) -> None:
@@ -107,7 +110,7 @@ class LocalTier:
     def _evict(self) -> None:
         """Evicts up to _MOST_EVICTED entries, until the headroom is free."""
         heap = self._heap
-        target = self._capacity - self._largest
+        target = self.capacity - self._largest
         for _ in range(_MOST_EVICTED):
             if self.counters.bytes <= target or not heap:
                 return

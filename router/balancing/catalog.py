@@ -21,19 +21,12 @@ CACHE_STEPS = "ringmesh_cache_steps"
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One version of a model.
+    """One version of a model; inference.ModelVersion documents the fields that are not described here.
 
     - `uncacheable`: why its answers are not cached; "" if they are.
     - `inputs`, `outputs`: those of its metadata.
-    - `tenant_scoped`: tenants do not share answers.
-    - `row_cache`: the rows of a batch are cached one by one.
-    - `max_request_rows`: requests with more rows are refused; 0: no limit.
-    - `hedged`: a slow attempt is also made at another worker.
-    - `semantic_threshold`: if above 0, a request may get the answer to a similar one. Input vectors are compared, or
-      the vectors that the model `semantic_embedding` makes of the inputs.
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
-    - `limits_queue`: requests may fail while others run.
     - `not_runnable`: why no worker can run it; "" if one may.
     """
 
@@ -80,24 +73,20 @@ class Catalog:
                 found.setdefault((model.name, model.version), model)
                 if model.HasField("ensemble") and not model.ensemble.not_runnable:
                     whole.add((model.name, model.version))
-        self._versions: dict[str, list[str]] = {}
+        # By model, oldest first.
+        self.versions: dict[str, list[str]] = {}
         for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
-            self._versions.setdefault(name, []).append(version)
-        self._entries = {key: _entry(model, self._versions[model.name]) for key, model in found.items()}
-        for name, versions in self._versions.items():
+            self.versions.setdefault(name, []).append(version)
+        self._entries = {key: _entry(model, self.versions[model.name]) for key, model in found.items()}
+        for name, versions in self.versions.items():
             self._entries[name, ""] = self._entries[name, versions[-1]]
         # Ensembles come after the models, which are their steps.
         for key, model in found.items():
             if model.HasField("ensemble"):
                 entry = self._ensemble(model, self._entries[key], found, is_run=key in whole)
                 self._entries[key] = entry
-                if key[1] == self._versions[key[0]][-1]:
+                if key[1] == self.versions[key[0]][-1]:
                     self._entries[key[0], ""] = entry
-
-    @property
-    def versions(self) -> Mapping[str, list[str]]:
-        """Versions by model, oldest first."""
-        return self._versions
 
     @property
     def tenant_scoped(self) -> list[str]:
@@ -108,9 +97,9 @@ class Catalog:
         entry = self._entries.get((name, version))
         if entry is not None:
             return entry
-        if not (self._versions or self._failures):
+        if not (self.versions or self._failures):
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
-        raise absent(name, version, self._versions, self._failures)
+        raise absent(name, version, self.versions, self._failures)
 
     def _ensemble(
         self,

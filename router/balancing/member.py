@@ -9,11 +9,11 @@ from typing import Final, Protocol
 from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.catalog import ModelEntry
-from router.balancing.eligibility import ELIGIBLE, Eligibility
 from router.transport.worker_client import EnvelopeItem
 from router.transport.worker_load import WorkerLoad
+from services.runtime.verdict import YES, Verdict
 
-_NOT_HELD: Final = Eligibility("does not hold the model")
+_NOT_HELD: Final = Verdict("does not hold the model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ class Member:
         """Whether the worker is outside `region`; never if one of the two has no region."""
         return bool(region and self.region and self.region != region)
 
-    def can_run(self, model: ModelEntry) -> Eligibility:
+    def can_run(self, model: ModelEntry) -> Verdict:
         if self.reason:
-            return Eligibility(self.reason)
+            return Verdict(self.reason)
         key = (model.name, model.version)
         if key in self.partly:
-            return Eligibility(f"cannot run the ensemble: {self.partly[key]}")
-        return ELIGIBLE if key in self.held else _NOT_HELD
+            return Verdict(f"cannot run the ensemble: {self.partly[key]}")
+        return YES if key in self.held else _NOT_HELD

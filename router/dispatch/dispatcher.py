@@ -57,7 +57,7 @@ class Dispatcher:
         """
         skipped: list[str] = []
         for member in self._parts.fleet.view.members.values():
-            if member.can_run(model).ok:
+            if member.can_run(model):
                 limit = self._parts.limits.known(member.address, model.digest)
                 if limit is None or limit.admits(caller.priority):
                     return None

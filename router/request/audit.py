@@ -19,7 +19,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.admission.caller import ROUTER
 from router.balancing.catalog import Catalog, ModelEntry
-from router.balancing.eligibility import ELIGIBLE, Eligibility
 from router.dispatch.attempts import DispatchRequest, DispatchResult
 from router.request.audit_comparison import Comparison, compare
 from services.runtime import driver
@@ -27,6 +26,7 @@ from services.runtime.errors import NotFoundError, RingmeshError, UnavailableErr
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.telemetry.tracing import untraced
+from services.runtime.verdict import YES, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -117,15 +117,15 @@ class Audit:
         if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
             self._task = BACKGROUND.once("audit", self._audit(model, request, answer))
 
-    def may_cache(self, model: ModelEntry, catalog: Catalog) -> Eligibility:
+    def may_cache(self, model: ModelEntry, catalog: Catalog) -> Verdict:
         """Whether the answers of the model, or of the steps of this ensemble, are trusted."""
         if reason := self.distrusted.get(model.digest):
-            return Eligibility(reason)
+            return Verdict(reason)
         for step in model.plan.steps if model.plan is not None else ():
             with suppress(NotFoundError, UnavailableError):
                 if reason := self.distrusted.get(catalog.find(step.model, step.version).digest):
-                    return Eligibility(f"of its step {step.model!r}: {reason}")
-        return ELIGIBLE
+                    return Verdict(f"of its step {step.model!r}: {reason}")
+        return YES
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`. Digests of the same version share one series."""

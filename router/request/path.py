@@ -267,7 +267,7 @@ class RequestPath:
     def _runs_whole(self, model: ModelEntry) -> bool:
         """Whether one worker runs the ensemble: a worker can, and its steps need not be cached one by one."""
         members = self._fleet.view.members.values()
-        return not model.cache_steps and any(member.can_run(model).ok for member in members)
+        return not model.cache_steps and any(member.can_run(model) for member in members)
 
     async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
         """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live."""

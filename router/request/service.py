@@ -43,7 +43,7 @@ class InferenceService:
             model = self._fleet.view.catalog.find(name, version)
         except (NotFoundError, UnavailableError):
             return False
-        if any(member.can_run(model).ok for member in self._fleet.view.members.values()):
+        if any(member.can_run(model) for member in self._fleet.view.members.values()):
             return True
         steps = model.plan.steps if model.plan is not None else ()
         return bool(steps) and all(

@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from services.console.data.sources import Sources
 from services.console.pages import (
     cache_page,
+    compare_page,
     cost_page,
     fleet_page,
     models_page,
@@ -27,6 +28,7 @@ from services.console.pages import (
     summary_api,
     traces_page,
     try_page,
+    worker_page,
 )
 from services.console.pages.live import Pages
 from services.console.security import Guard
@@ -53,12 +55,16 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
         routes=[
             Route("/", pages.page("fleet.html", partial(fleet_page.contents, sources))),
             Route("/models", pages.page("models.html", partial(models_page.listing, sources))),
-            Route("/models/{name}", pages.page("model.html", partial(models_page.one, sources))),
+            Route(
+                "/models/{name}", pages.page("model.html", partial(models_page.one, sources)), methods=["GET", "POST"]
+            ),
+            Route("/workers/{name}", pages.page("worker.html", partial(worker_page.contents, sources))),
             Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources)), methods=["GET", "POST"]),
             Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
             Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources.ledger))),
             Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
+            Route("/compare", pages.page("compare.html", partial(compare_page.contents, sources))),
             Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),
             Route("/api/summary", partial(summary_api.summary, sources)),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),

@@ -16,7 +16,7 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars",
 ]  # fmt: skip
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-ENTER, TAB = "\ue007", "\ue004"
+ENTER, TAB, LEFT = "\ue007", "\ue004", "\ue012"
 
 
 def is_here() -> bool:

@@ -135,6 +135,10 @@ PAGES = {
     "/models": ("mlp", "ready", "CPU", "random", "RandomNormalLike"),
     "/models/mlp": ("worker-0", "worker-1", "FP32", "[-1, 64]", "answers are cached"),
     "/models/random": ("not cached because",),
+    "/models/pipeline": ("Ensemble", ">mlp</text>", ">doubled</text>", ">between</text>", "ensemble_scheduling"),
+    "/models/mlp?range=24+h&by=worker": ("24.0 h ago", "Requests/s on the worker", "worker-1"),
+    "/?range=2+h&by=model": ("2.0 h ago", "Response time, p99", "data-steps=", "mlp"),
+    "/workers/worker-0": ("serves", "resident", "mlp", "CPUExecutionProvider", "reports no GPU"),
     "/cache": ("router", "shared", "By model and tenant"),
     "/objectives": (
         "Availability",
@@ -200,9 +204,10 @@ def test_what_is_no_request_is_said_in_words(stack, console, fields, words):
     assert fields.get("values:x", "").replace('"', "&#34;") in page
 
 
+@pytest.mark.parametrize("path", ["/try", "/cache", "/models/mlp"])
 @pytest.mark.parametrize("origin", [{}, {"Origin": "http://evil.example"}, {"Origin": "null"}])
-def test_what_another_site_sends_is_refused(stack, console, origin):
-    status, text = post(f"{console}/try", origin, model="mlp")
+def test_what_another_site_sends_is_refused(stack, console, origin, path):
+    status, text = post(console + path, origin, model="mlp", action="unload", confirmed="yes")
     assert (status, text) == (403, "this request must come from one of the console's own pages\n")
 
 
@@ -216,10 +221,33 @@ def test_a_purge_is_confirmed_in_words(stack, console):
     form = {"model": "add_sub", "values:a": "[3, 4]", "values:b": "[1, 1]"}
     sent(console, **form)
     assert ">hit-local<" in sent(console, **form)[1]
-    status, page = post(f"{console}/cache", {"Origin": console}, scope="model", value="add_sub")
+    purge = {"scope": "model", "value": "add_sub"}
+    status, page = post(f"{console}/cache", {"Origin": console}, **purge)
     assert status == 200
+    assert "Purge the model add_sub?" in page
+    assert ">hit-local<" in sent(console, **form)[1]
+    status, page = post(f"{console}/cache", {"Origin": console}, **purge, confirmed="yes")
     assert "The model add_sub was purged" in page
     assert ">miss<" in sent(console, **form)[1]
+
+
+def test_a_model_is_unloaded_and_loaded_once_that_is_confirmed(stack, console):
+    url, form = f"{console}/models/add_sub", {"model": "add_sub", "values:a": "[5, 6]", "values:b": "[1, 1]"}
+    page = post(url, {"Origin": console}, action="unload")[1]
+    assert "Unload add_sub on all workers? Requests for it fail until it is loaded again." in page
+    assert "[6.0, 7.0]" in sent(console, **form)[1]
+    assert "add_sub was unloaded" in post(url, {"Origin": console}, action="unload", confirmed="yes")[1]
+    try:
+        eventually(lambda: "No worker serves the model add_sub" in sent(console, **form)[1])
+        eventually(lambda: shows(url, "unavailable"))
+    finally:
+        assert "add_sub was loaded" in post(url, {"Origin": console}, action="load", confirmed="yes")[1]
+    assert "[6.0, 7.0]" in sent(console, **form, **{"cache-control": "no-cache"})[1]
+
+
+def test_an_action_on_a_model_that_fails_is_explained(stack, console):
+    page = post(f"{console}/models/mlp", {"Origin": console}, action="delete")[1]
+    assert "Choose whether to load or to unload the model." in page
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.runtime.w3c import new_span_id
 from tests import models
-from tests.system.browser import ENTER, TAB, Browser, is_here
+from tests.system.browser import ENTER, LEFT, TAB, Browser, is_here
 from tests.system.conftest import start_stack, stop_stack
 
 pytestmark = [
@@ -31,6 +31,9 @@ PAGES = [
     "/",
     "/models",
     "/models/search-rank",
+    "/models/pipeline?by=worker",
+    "/models/churn-forecast",
+    "/workers/worker-0?range=2+h",
     "/cache",
     "/traces",
     "/objectives",
@@ -39,6 +42,19 @@ PAGES = [
     "/nowhere",
 ]
 DESK, PHONE = (1280, 860), (375, 740)
+# Rows of charts that do not fill the width of their grid.
+GAPS = """
+const found = [];
+for (const grid of document.querySelectorAll('.charts')) {
+  const box = grid.getBoundingClientRect(), rights = {};
+  for (const chart of grid.children) {
+    const { top, right } = chart.getBoundingClientRect();
+    rights[top] = Math.max(rights[top] || 0, right);
+  }
+  for (const right of Object.values(rights)) if (right < box.right - 1) found.push(box.right - right);
+}
+return found;
+"""
 
 # Elements whose text stands out less from what is behind it than WCAG AA asks for (4.5, large text 3).
 FAINT = """
@@ -117,6 +133,8 @@ def repository(tmp_path_factory):
     models.mlp(folder, seed=9, version=2, name="fraud-score")
     models.random(folder)
     models.slow(folder, name="summaries")
+    models.mlp(folder)
+    models.pipeline(folder)
     broken = folder / "churn-forecast/1"
     broken.mkdir(parents=True)
     (broken / "model.onnx").write_bytes(b"a half-written export")
@@ -200,6 +218,83 @@ def test_every_page_can_be_read_by_everybody(browser, console, size):
     assert problems == {}
 
 
+@pytest.mark.parametrize("width", [375, 1000, 1280, 1920])
+def test_charts_fill_their_rows(browser, console, width):
+    for page in ("/", "/cache", "/objectives", "/models/search-rank", "/workers/worker-0"):
+        browser.look(width, 900)
+        browser.open(console + page)
+        assert browser.run("return document.querySelectorAll('.charts > .chart').length") > 1
+        assert browser.run(GAPS) == [], page
+
+
+def test_wide_tables_scroll_sideways_on_a_phone(browser, console):
+    browser.look(*PHONE)
+    for page in ("/", "/models", "/cache"):
+        browser.open(console + page)
+        wide = "return [...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth + 50)"
+        assert browser.run(wide), page
+
+
+def test_a_chart_shows_its_values_at_the_pointer_and_by_keys(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/?by=model")
+    point = """
+    const plot = document.querySelectorAll('.plot')[0], box = plot.getBoundingClientRect();
+    plot.dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: box.left + box.width * arguments[0]}));
+    """
+    browser.run(point, 1.0)
+    last = browser.text(".tip")
+    assert all(f"\n{model}: " in last for model in RANKED)
+    browser.run(point, 0.2)
+    assert browser.text(".tip").split("\n")[0] != last.split("\n")[0]
+    browser.run("document.querySelector('h1').dispatchEvent(new PointerEvent('pointermove', {bubbles: true}))")
+    assert browser.text(".tip") == ""
+    browser.run("document.querySelector('.plot').focus()")
+    at = browser.text(".tip")
+    browser.press(LEFT)
+    assert browser.text(".tip").split("\n")[0] != at.split("\n")[0]
+
+
+def test_the_time_range_and_the_breakdown_of_charts_are_chosen_by_links(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/")
+    browser.run("[...document.querySelectorAll('.switch a')].find(e => e.textContent === '24 h').click()")
+    browser.wait(lambda: "range=24+h" in browser.url)
+    assert "24.0 h ago" in browser.text(".charts")
+    browser.run("[...document.querySelectorAll('.switch a')].find(e => e.textContent === 'by worker').click()")
+    browser.wait(lambda: "by=worker" in browser.url)
+    assert "range=24+h" in browser.url
+    assert "worker-2" in browser.text(".charts")
+
+
+def test_a_purge_is_confirmed_and_counters_fall_after_it(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/cache")
+    entries = """
+    const row = [...document.querySelectorAll('tr')].find(e => /^router\tlocal/.test(e.innerText));
+    return Number(row.cells[8].textContent);
+    """
+    browser.wait(lambda: browser.run(entries) > 100)
+    browser.choose("select[name=scope]", "everything")
+    browser.click("form[action='/cache'] .danger")
+    browser.wait(lambda: "Purge everything?" in browser.text(".question"))
+    before = browser.run(entries)
+    browser.click(".question .danger")
+    browser.wait(lambda: "Everything was purged" in browser.text(".notice"))
+    browser.wait(lambda: browser.run(entries) < before)
+
+
+def test_a_model_is_unloaded_after_a_question_that_can_be_declined(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/models/pipeline")
+    browser.click("[value=unload]")
+    browser.wait(lambda: "Unload pipeline on all workers?" in browser.text(".question"))
+    browser.click(".question .quiet")
+    browser.wait(lambda: not browser.text(".question"))
+    assert "ready" in browser.text("#live .lead")
+    assert "doubled" in browser.run("return document.querySelector('.graph').textContent")
+
+
 def test_the_first_page_is_live_and_can_be_paused(browser, console):
     browser.look(*DESK)
     browser.open(f"{console}/")
@@ -251,6 +346,24 @@ def test_a_request_is_sent_and_followed_to_its_trace(browser, console):
     assert "the owner of its key" in story
     assert browser.text(".waterfall").count("\n") >= 6
     keep(browser, "trace")
+
+
+def test_a_trace_is_compared_with_another_by_two_clicks(browser, console):
+    browser.look(*DESK)
+    browser.open(f"{console}/traces?cache=miss&model=search-rank")
+    browser.wait(lambda: browser.run("return document.querySelectorAll('table.traces a').length") > 1)
+    assert browser.run("return document.querySelectorAll('.histogram a').length") > 0
+    browser.click("table.traces a")
+    browser.wait(lambda: "What happened" in browser.text())
+    browser.run("[...document.querySelectorAll('a')].find(e => e.textContent.startsWith('Compare')).click()")
+    browser.wait(lambda: "Choose the trace to compare" in browser.text())
+    browser.click("table.traces a")
+    browser.wait(lambda: "Two traces compared" in browser.text())
+    assert browser.text(".waterfall").count("\n") >= 6
+    for dark in (False, True):
+        browser.look(*PHONE, dark=dark)
+        assert browser.run(UNNAMED) + browser.run(FAINT) == []
+        assert browser.run("return document.documentElement.scrollWidth") <= PHONE[0]
 
 
 def test_models_are_found_by_name_and_put_in_order(browser, console):

@@ -123,7 +123,7 @@ async def test_a_purge_of_a_model_that_nobody_knows_names_the_nearest_and_the_wa
     def usages():
         return [cache_pb2.UsageStats(model="unloaded")]
 
-    service = CacheService(mesh, Evictions(mesh.local), EntryFrames("secret"), usages, lambda: {bytes(16): "resnet"})
+    service = CacheService(mesh, Evictions(mesh.local, lambda: {bytes(16): "resnet"}), EntryFrames("secret"), usages)
     mesh.purges.purge = AsyncMock(return_value=(1, 1))
     with pytest.raises(NotFoundError, match=r"no model 'resnet5' is served.*did you mean 'resnet'\?.*even_if_unknown"):
         await service._purge(cache_pb2.PurgeRequest(model="resnet5"), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from services.console.data.history import ScrapedSample
 from services.console.data.overview import DURATION, LOOP_LAG, REDIS
@@ -24,7 +23,7 @@ class _Series:
 
     __slots__ = ("labels", "name", "read", "value")
 
-    def __init__(self, name: str, labels: Mapping[str, str]) -> None:
+    def __init__(self, name: str, labels: frozenset[tuple[str, str]]) -> None:
         self.name = name
         self.labels = labels
         self.read = 0
@@ -77,7 +76,8 @@ class ExpositionReader:
         for family, label in _DROPPED_LABELS.items():
             if name.startswith(family):
                 labels.pop(label, None)
-        return self._series.setdefault((name, frozenset(labels.items())), _Series(name, labels))
+        frozen = frozenset(labels.items())
+        return self._series.setdefault((name, frozen), _Series(name, frozen))
 
 
 def _unescape(found: re.Match[str]) -> str:

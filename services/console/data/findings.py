@@ -202,7 +202,8 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
                 "critical" if code in SERVER_FAULTS else "warning",
                 "Requests fail" if code in SERVER_FAULTS else "Requests are refused",
                 f"{_named('model', known) or 'an unknown model'}{_of(dict.fromkeys(tenant for _, tenant in failed))}",
-                f"{number(count)} requests in the last {seconds(_WINDOW)} ({percent(count / all_asked)} of theirs) "
+                f"{number(count)} {'request' if count == 1 else 'requests'} in the last {seconds(_WINDOW)} "
+                f"({percent(count / all_asked)} of theirs) "
                 f"ended with {code}.{message}",
                 f"/traces?{urlencode({'status': 'error', **text})}",
             )
@@ -239,7 +240,7 @@ def _models(view: FleetSnapshot) -> Iterator[Finding]:
             f"/models/{quote(first.name)}",
         )
     for model in view.models:
-        if len({copy.held.digest for copy in model.copies}) > 1:
+        if len({replica.served.digest for replica in model.replicas}) > 1:
             yield Finding(
                 "note",
                 "Workers differ",

@@ -33,35 +33,36 @@ class FleetEvent:
 
 
 class EventFeed:
-    """Keeps the newest events of one router's Watch stream, and reopens the stream when it ends."""
+    """Keeps the newest events of the routers' Watch streams."""
 
-    def __init__(self, router: str, channel: grpc.aio.Channel) -> None:
-        self._router = router
-        self._stub = router_pb2_grpc.RouterServiceStub(channel)
+    def __init__(self) -> None:
         self._events: deque[FleetEvent] = deque(maxlen=_KEPT)
 
     def newest(self, count: int) -> list[FleetEvent]:
         """Returns up to `count` events, the newest first."""
         return sorted(self._events, key=lambda event: event.at_ms, reverse=True)[:count]
 
-    async def follow(self) -> None:
-        """Reads the stream until cancelled. Returns if the router does not implement Watch."""
+    async def follow(self, router: str, channel: grpc.aio.Channel) -> None:
+        """Reads the stream of one router until cancelled, and reopens it when it ends.
+
+        Returns if the router does not implement Watch.
+        """
+        stub = router_pb2_grpc.RouterServiceStub(channel)
         while True:
             try:
-                async for change in self._stub.Watch(router_pb2.WatchRequest()):
-                    self._add(change)
+                async for change in stub.Watch(router_pb2.WatchRequest()):
+                    self._add(router, change)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     return
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _add(self, change: router_pb2.WatchResponse) -> None:
+    def _add(self, router: str, change: router_pb2.WatchResponse) -> None:
         if change.kind not in _VERBS:
             # A joining worker reports each of its models; the models page shows these.
             return
-        event = FleetEvent(
-            change.at_ms, self._router, change.worker_id or change.address, _VERBS[change.kind], change.reason
-        )
+        worker = change.worker_id or change.address
+        event = FleetEvent(change.at_ms, router, worker, _VERBS[change.kind], change.reason)
         # A stream starts with the current state, which is known already after a reconnect.
         if event not in self._events:
             self._events.append(event)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -15,7 +16,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from services.console.data.fleet_events import EventFeed, FleetEvent
+from services.console.data.fleet_events import EventFeed
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _ASK_SECONDS = 1.0
@@ -47,16 +48,26 @@ class ServiceView:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCopy:
+class ModelReplica:
     """A model version on one worker, as the worker describes it."""
 
     worker: str
-    held: inference_pb2.ModelVersion
+    served: inference_pb2.ModelVersion
 
     @property
     def uncacheable(self) -> str:
         """Why its answers are not cached; "" if they are."""
-        return "" if self.held.cacheable else self.held.cacheable_reason or "not cacheable"
+        return "" if self.served.cacheable else self.served.cacheable_reason or "not cacheable"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """A model version that a worker could not load. `version` is "" if the reason concerns all versions."""
+
+    worker: str
+    model: str
+    version: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +78,25 @@ class ModelView:
     version: str
     state: str
     reason: str
-    copies: tuple[ModelCopy, ...] = ()
+    replicas: tuple[ModelReplica, ...] = ()
 
     @property
     def uncacheable(self) -> str:
         """Why no worker's answers are cached; "" if those of any worker are."""
-        reasons = [copy.uncacheable for copy in self.copies]
+        reasons = [replica.uncacheable for replica in self.replicas]
         return reasons[0] if reasons and all(reasons) else ""
 
     @property
     def batching(self) -> str:
         """Whether requests are batched, as reported by a worker."""
-        return next((copy.held.batch_remark for copy in self.copies if copy.held.batch_remark), "")
+        return next((replica.served.batch_remark for replica in self.replicas if replica.served.batch_remark), "")
 
     @property
     def providers(self) -> str:
         """The execution providers of ONNX Runtime, without the suffix ExecutionProvider."""
-        return ", ".join(sorted({copy.held.provider.removesuffix("ExecutionProvider") for copy in self.copies}))
+        return ", ".join(
+            sorted({replica.served.provider.removesuffix("ExecutionProvider") for replica in self.replicas})
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,7 @@ class FleetSnapshot:
     routers: tuple[ServiceView, ...]
     cache: ServiceView
     models: tuple[ModelView, ...] = ()
+    failures: tuple[LoadFailure, ...] = ()
 
     @property
     def router(self) -> ServiceView | None:
@@ -113,7 +127,7 @@ class FleetWatch:
         self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
         self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
-        self._feeds = [EventFeed(address, self._channels[address]) for address in routers]
+        self.events = EventFeed()
         self._tasks: list[asyncio.Task[None]] = []
 
     def channel(self, address: str) -> grpc.aio.Channel:
@@ -123,12 +137,9 @@ class FleetWatch:
     def start(self) -> None:
         """Starts polling, until `close`."""
         self._tasks = [BACKGROUND.start("fleet polling", self._run)]
-        self._tasks += [BACKGROUND.start("events of a router", feed.follow) for feed in self._feeds]
-
-    def events(self, count: int) -> list[FleetEvent]:
-        """Returns up to `count` events of all routers, the newest first."""
-        newest = [event for feed in self._feeds for event in feed.newest(count)]
-        return sorted(newest, key=lambda event: event.at_ms, reverse=True)[:count]
+        for router in self.view.routers:
+            follow = partial(self.events.follow, router.address, self.channel(router.address))
+            self._tasks.append(BACKGROUND.start("events of a router", follow))
 
     async def close(self) -> None:
         """Stops polling and disconnects."""
@@ -143,9 +154,9 @@ class FleetWatch:
                 asyncio.gather(*(self._ask_router(router) for router in self.view.routers)),
                 self._ask_cache(self.view.cache.address),
             )
-            self.view = FleetSnapshot(tuple(routers), cache, self.view.models)
+            self.view = replace(self.view, routers=tuple(routers), cache=cache)
             if turn % _MODELS_EVERY == 0 or not self.view.models:
-                self.view = FleetSnapshot(tuple(routers), cache, await self._ask_models())
+                await self._ask_models()
             turn += 1
             await asyncio.sleep(_ASK_SECONDS)
 
@@ -161,24 +172,38 @@ class FleetWatch:
         _, problem = await ask(lambda: stub.Stats(cache_pb2.StatsRequest(), timeout=_TIMEOUT))
         return ServiceView(address, problem)
 
-    async def _ask_models(self) -> tuple[ModelView, ...]:
-        """Asks the first router that answers for its models; returns the models known before if none does."""
+    async def _ask_models(self) -> None:
+        """Asks the first router that answers for its models, and its workers for theirs."""
         router = self.view.router
         if router is None:
-            return self.view.models
+            return
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(self.channel(router.address))
         index, _ = await ask(lambda: stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=_TIMEOUT))
         if index is None:
-            return self.view.models
-        copies = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
-        return tuple(
+            return
+        described = await self._ask_workers([worker.address for worker in router.workers if worker.healthy])
+        replicas: dict[tuple[str, str], list[ModelReplica]] = {}
+        for answer in described:
+            for served in answer.models:
+                replicas.setdefault((served.name, served.version), []).append(ModelReplica(answer.worker_id, served))
+        models = tuple(
             ModelView(
-                model.name, model.version, model.state, model.reason, tuple(copies.get((model.name, model.version), ()))
+                model.name,
+                model.version,
+                model.state,
+                model.reason,
+                tuple(replicas.get((model.name, model.version), ())),
             )
             for model in index.models
         )
+        failures = tuple(
+            LoadFailure(answer.worker_id, failed.model, failed.version, failed.reason)
+            for answer in described
+            for failed in answer.failed
+        )
+        self.view = replace(self.view, models=models, failures=failures)
 
-    async def _ask_workers(self, addresses: list[str]) -> dict[tuple[str, str], list[ModelCopy]]:
+    async def _ask_workers(self, addresses: list[str]) -> list[inference_pb2.DescribeResponse]:
         """Asks each worker for its models. Omits workers that do not answer."""
         for gone in self._workers.keys() - set(addresses):
             await self._workers.pop(gone).close()
@@ -186,13 +211,7 @@ class FleetWatch:
             if address not in self._workers:
                 self._workers[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
         answers = await asyncio.gather(*(_describe(self._workers[address]) for address in addresses))
-        copies: dict[tuple[str, str], list[ModelCopy]] = {}
-        for answer in answers:
-            if answer is None:
-                continue
-            for held in answer.models:
-                copies.setdefault((held.name, held.version), []).append(ModelCopy(answer.worker_id, held))
-        return copies
+        return sorted((answer for answer in answers if answer is not None), key=lambda answer: answer.worker_id)
 
 
 async def _describe(channel: grpc.aio.Channel) -> inference_pb2.DescribeResponse | None:

@@ -8,6 +8,7 @@ the process, and select them by the labels `where`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,24 +19,21 @@ Labels: TypeAlias = tuple[str, ...]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 
-# All scrapes of the last two minutes are kept, and one per ten seconds of the last half hour.
-KEPT_SECONDS = 1810.0
-MAX_SCRAPES = 384
+# The last scrape of each step is kept up to an age, both in seconds: all scrapes of two minutes, one in ten seconds for
+# half an hour, one a minute for two hours, and one in ten minutes for a day. That makes about 450.
+_KEPT = ((130.0, 0.001), (1810.0, 10.0), (7260.0, 60.0), (87_000.0, 600.0))
+KEPT_SECONDS = _KEPT[-1][0]
+MAX_SCRAPES = 640
 # Maximum number of series of one process, and of all.
 MAX_SERIES = 12_000
 MAX_ALL_SERIES = 60_000
-_WHOLE_SECONDS = 130.0
-_THINNED_SECONDS = 10.0
 
 
 class ScrapedSample(NamedTuple):
-    """The value of one series at one scrape. Each bucket of a histogram is a series with the label `le`.
-
-    Adding is fastest if `labels` is the same object at each scrape.
-    """
+    """The value of one series at one scrape. Each bucket of a histogram is a series with the label `le`."""
 
     name: str
-    labels: Mapping[str, str]
+    labels: frozenset[tuple[str, str]]
     value: float
 
 
@@ -44,7 +42,7 @@ class _Table:
 
     def __init__(self, target: str) -> None:
         self.labels: list[Mapping[str, str]] = []
-        self.columns: dict[tuple[tuple[str, str], ...], int] = {}
+        self.columns: dict[frozenset[tuple[str, str]], int] = {}
         # Time of each series' first sample; NaN if it is in the first scrape. A series that appears later started at 0.
         self.first_seen: list[float] = []
         # Rows take physical memory only once a scrape fills them.
@@ -53,10 +51,10 @@ class _Table:
         self._selected: dict[tuple[tuple[str, str], ...], Indices] = {}
         self._groups: dict[Labels, tuple[list[Labels], Indices]] = {}
 
-    def add(self, key: tuple[tuple[str, str], ...], labels: Mapping[str, str], row: int, now: float) -> int:
+    def add(self, labels: frozenset[tuple[str, str]], row: int, now: float) -> int:
         """Adds a series that first appears in this row. Returns its column."""
-        column = self.columns[key] = len(self.labels)
-        self.labels.append({**labels, "target": self._target})
+        column = self.columns[labels] = len(self.labels)
+        self.labels.append({**dict(labels), "target": self._target})
         self.first_seen.append(now if row else math.nan)
         if column == self.values.shape[1]:
             wider = np.empty((MAX_SCRAPES, column * 3 // 2))
@@ -120,21 +118,20 @@ class _Target:
         self.series = 0
         self.refused = 0
         self.tables: dict[str, _Table] = {}
-        # By the id() of a sample's labels. The labels are referenced here, so that the id stays valid.
-        self.known: dict[int, tuple[Mapping[str, str], str, _Table, int]] = {}
 
     def thin(self, now: float) -> None:
         """Removes scrapes to make room for new ones."""
         times = self.times[: self.count]
-        bins = np.ceil(times / _THINNED_SECONDS)
-        last_of_bin = np.append(bins[1:] != bins[:-1], True)
-        kept = np.flatnonzero(((times > now - _WHOLE_SECONDS) | last_of_bin) & (times > now - KEPT_SECONDS))
-        kept = kept[-MAX_SCRAPES // 2 :] if len(kept) > MAX_SCRAPES * 3 // 4 else kept
+        is_kept = np.zeros(self.count, bool)
+        for age, step in _KEPT:
+            is_last_of_step = np.append(np.diff(np.ceil(times / step)) != 0, True)
+            is_kept |= is_last_of_step & (times > now - age)
+        # More are kept only if a process was scraped too often.
+        kept = np.flatnonzero(is_kept)[-MAX_SCRAPES * 3 // 4 :]
         self.series -= sum(table.thin(kept) for table in self.tables.values())
         self.tables = {name: table for name, table in self.tables.items() if table.labels}
         self.times[: len(kept)] = times[kept]
         self.count = len(kept)
-        self.known.clear()
 
 
 class Values(dict[Labels, float]):
@@ -161,35 +158,26 @@ class History:
         kept.times[row] = now
         kept.refused = 0
         room = min(MAX_SERIES - kept.series, MAX_ALL_SERIES - sum(each.series for each in self._targets.values()))
-        found: dict[int, tuple[_Table, list[int], list[float]]] = {}
+        found: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
         for name, labels, value in samples:
-            known = kept.known.get(id(labels))
-            if known is None or known[1] != name:
-                key = tuple(sorted(labels.items()))
-                table = kept.tables.get(name)
-                if table is None:
-                    table = kept.tables[name] = _Table(target)
-                column = table.columns.get(key)
-                if column is None:
-                    if not room:
-                        kept.refused += 1
-                        continue
-                    room -= 1
-                    kept.series += 1
-                    column = table.add(key, labels, row, now)
-                if len(kept.known) > 2 * MAX_SERIES:
-                    kept.known.clear()
-                known = kept.known[id(labels)] = (labels, name, table, column)
-            _, _, table, column = known
-            of_table = found.get(id(table))
-            if of_table is None:
-                of_table = found[id(table)] = (table, [], [])
-            of_table[1].append(column)
-            of_table[2].append(value)
+            table = kept.tables.get(name)
+            if table is None:
+                table = kept.tables[name] = _Table(target)
+            column = table.columns.get(labels)
+            if column is None:
+                if not room:
+                    kept.refused += 1
+                    continue
+                room -= 1
+                kept.series += 1
+                column = table.add(labels, row, now)
+            columns, values = found[name]
+            columns.append(column)
+            values.append(value)
         for table in kept.tables.values():
             table.values[row] = math.nan
-        for table, columns, values in found.values():
-            table.values[row, columns] = values
+        for name, (columns, values) in found.items():
+            kept.tables[name].values[row, columns] = values
         kept.count = row + 1
 
     def refused(self) -> int:
@@ -217,8 +205,9 @@ class History:
         for target, table, columns in self._matching(name, where):
             values = table.values[target.count - 1, columns]
             present = ~np.isnan(values)
-            for key, total in _grouped(table, by, columns[present], values[None, present]):
-                out[key] = out.get(key, 0.0) + float(total[0])
+            keys, sums = _grouped(table, by, columns[present], values[None, present])
+            for key, total in zip(keys, sums[0].tolist(), strict=True):
+                out[key] = out.get(key, 0.0) + total
         return out
 
     def increase(self, name: str, seconds: float, by: Sequence[str] = (), **where: str) -> Values:
@@ -258,9 +247,8 @@ class History:
             known = ~np.isnan(values)
             counts = _binned(times, known.astype(np.float64), edges)
             means = _binned(times, np.where(known, values, 0.0), edges) / np.maximum(counts, 1)
-            for key, total in _grouped(table, by, columns, means):
-                curve = np.where(counts.any(axis=1), total, math.nan)
-                out[key] = add(out[key], curve) if key in out else curve
+            means[~counts.any(axis=1)] = math.nan
+            _add_all(out, *_grouped(table, by, columns, means))
         return out
 
     def _last_seconds(self, seconds: float) -> Floats:
@@ -292,19 +280,24 @@ class History:
             if len(gaps):
                 grown[:, gaps] = _bridged(times, table, columns[gaps])[first:]
             scraped = np.diff(np.searchsorted(times, edges, "right")) > 0
-            for key, total in _grouped(table, by, columns, _binned(times[first:], grown, edges)):
-                curve = np.where(scraped, total, math.nan)
-                out[key] = add(out[key], curve) if key in out else curve
+            keys, sums = _grouped(table, by, columns, grown)
+            binned = _binned(times[first:], sums, edges)
+            binned[~scraped] = math.nan
+            _add_all(out, keys, binned)
         return out
 
 
-def _grouped(table: _Table, by: Sequence[str], columns: Indices, values: Floats) -> Iterator[tuple[Labels, Floats]]:
-    """Yields the sums of `values`, rows by columns, over the columns of each group."""
+def _grouped(table: _Table, by: Sequence[str], columns: Indices, values: Floats) -> tuple[list[Labels], Floats]:
+    """Returns the groups of the columns, and the sums of each row of `values` by group."""
     keys, indices = table.groups(by)
-    group = indices[columns]
-    sums = np.array([np.bincount(group, row, len(keys)) for row in values])
-    for index in np.unique(group).tolist():
-        yield keys[index], sums[:, index]
+    present, group = np.unique(indices[columns], return_inverse=True)
+    sums = np.array([np.bincount(group, row, len(present)) for row in values])
+    return [keys[index] for index in present.tolist()], sums
+
+
+def _add_all(out: dict[Labels, Floats], keys: Sequence[Labels], curves: Floats) -> None:
+    for key, curve in zip(keys, curves.T, strict=True):
+        out[key] = add(out[key], curve) if key in out else curve
 
 
 def add(one: Any, other: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from services.runtime.telemetry.span_tree import StoredSpan
+
 SHARED = "cache.shared"
 EXECUTE = "Execute"
 QUEUE = "queue"
@@ -41,6 +43,11 @@ _SUMMARY = {
     "key": KEY,
     "code": CODE,
 }
+
+
+def is_attempt(span: StoredSpan) -> bool:
+    """Whether this is the router's span of a request that it sent to a worker."""
+    return span.short_name == EXECUTE and span.service == "ringmesh-router"
 
 
 def is_entry(service: str, span: trace_pb2.Span) -> bool:

@@ -170,10 +170,10 @@ class TraceStore:
                 or not self._plain
             )
             part = self._failed if crowded else self._plain
-            _, gone = part.popitem(last=False)
-            self.bytes -= gone.size
+            _, oldest = part.popitem(last=False)
+            self.bytes -= oldest.size
             if crowded:
-                self._failed_bytes -= gone.size
+                self._failed_bytes -= oldest.size
             self.evicted += 1
 
 

@@ -84,4 +84,9 @@ def clock(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9).strftime("%H:%M:%S")
 
 
-FILTERS = {one.__name__: one for one in (number, seconds, nanoseconds, money, size, percent, clock)}
+def attribute(value: object) -> str:
+    """Formats the value of a span attribute: 3.6e-09, not the exact value of the float."""
+    return f"{value:.9g}" if isinstance(value, float) else str(value) or UNKNOWN
+
+
+FILTERS = {one.__name__: one for one in (number, seconds, nanoseconds, money, size, percent, clock, attribute)}

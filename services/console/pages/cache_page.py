@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from services.console.data.overview import (
     HITS,
     MOST_ROWS,
     NOW_SECONDS,
+    OUTCOMES,
     REDIS,
     REQUESTS,
     SPAN_SECONDS,
@@ -25,8 +27,10 @@ from services.console.data.overview import (
 from services.console.data.sources import Sources
 from services.console.pages import form
 from services.console.pages.chart import plot
+from services.console.pages.confirmation import Confirmation
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
+from services.console.pages.request_charts import ChartOptions
 
 _KEYS = 15
 _PURGE_SECONDS = 10.0
@@ -36,17 +40,17 @@ SCOPES = ("model", "tenant", "key", "everything")
 async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `cache.html`. A POST purges first."""
     history = sources.history
-    notice, problem = await _purge(sources, request) if request.method == "POST" else ("", "")
+    action = await _purge(sources, await form.read(request)) if request.method == "POST" else Confirmation()
     uses = _uses(history)
-    edges = overview.edges(history)
+    options = ChartOptions(request)
+    edges = options.edges(history)
     breakers = history.last("ringmesh_redis_breaker_open", ("target",))
     redis = history.quantile(0.99, REDIS, NOW_SECONDS, ("target", "operation"))
     p99, p50 = history.quantiles((0.99, 0.5), REDIS, edges, operation="get").get((), (None, None))
     hit_ratio, saved = overview.hit_ratio(history, edges).get(()), overview.saved(history, edges).get(())
     memory = history.gauges("ringmesh_cache_bytes", edges).get(())
     return {
-        "notice": notice,
-        "problem": problem,
+        "action": action,
         "scopes": SCOPES,
         "models": sorted({model.name for model in sources.view.models}),
         "tiers": _tiers(history),
@@ -57,6 +61,7 @@ async def contents(sources: Sources, request: Request) -> Context:
         "saved": sum(row["saved"] for row in uses),
         "breakers": [(target, is_open) for (target,), is_open in sorted(breakers.items())],
         "redis": [(*labels, p99) for labels, p99 in sorted(redis.items())],
+        "switches": options.switches,
         "charts": [
             plot("From the cache", edges, {"hit ratio": hit_ratio}, units.percent, least=1.0),
             plot("Compute saved per second", edges, {"saved": saved}, units.seconds),
@@ -66,18 +71,23 @@ async def contents(sources: Sources, request: Request) -> Context:
     }
 
 
-async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
-    """Returns (success message, error message), one of which is ""."""
-    sent = await form.read(request)
+async def _purge(sources: Sources, sent: Mapping[str, str]) -> Confirmation:
+    """Purges what the form says, once it is confirmed."""
     scope, value = sent.get("scope", ""), sent.get("value", "").strip()
     if scope not in SCOPES or (scope != "everything" and not value):
-        return "", "Choose what to purge: a model, a tenant or a key by its name, or everything."
+        return Confirmation(problem="Choose what to purge: a model, a tenant or a key by its name, or everything.")
     try:
         purged: bool | str | bytes = (
             True if scope == "everything" else bytes.fromhex(value) if scope == "key" else value
         )
     except ValueError:
-        return "", f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` prints them."
+        return Confirmation(
+            problem=f"“{value}” is not a key: 64 hexadecimal digits, as `ringmesh explain` prints them."
+        )
+    what = scope if scope == "everything" else f"the {scope} {value}"
+    if not sent.get("confirmed"):
+        question = f"Purge {what}? Cached answers are dropped on all routers and computed again when requested."
+        return Confirmation(question, {"scope": scope, "value": value}, f"Purge {what}")
     # Prefer a router, which knows the models.
     answering = (router.address for router in sources.view.routers if not router.problem)
     address = next(answering, sources.view.cache.address)
@@ -85,10 +95,10 @@ async def _purge(sources: Sources, request: Request) -> tuple[str, str]:
     purge = cache_pb2.PurgeRequest(**{scope: purged})  # type: ignore[arg-type]
     done, problem = await ask(lambda: stub.Purge(purge, timeout=_PURGE_SECONDS))
     if done is None:
-        return "", f"Not purged. {address} answers: {problem}."
-    what = "Everything" if scope == "everything" else f"The {scope} {value}"
+        return Confirmation(problem=f"Not purged. {address} answers: {problem}.")
     warning = f" But {done.warning}." if done.warning else ""
-    return f"{what} was purged; {done.confirmed} processes confirmed it.{warning}", ""
+    notice = f"{what[0].upper()}{what[1:]} was purged; {done.confirmed} processes confirmed it.{warning}"
+    return Confirmation(notice=notice)
 
 
 def _tiers(history: History) -> list[Row]:
@@ -141,7 +151,8 @@ def _keys(sources: Sources) -> list[Row]:
     seen: Counter[tuple[str, str]] = Counter()
     hits: Counter[tuple[str, str]] = Counter()
     for summary in sources.traces.summaries():
-        if summary.key:
+        # A refused request has no cached answer.
+        if summary.key and summary.cache in OUTCOMES:
             seen[summary.key, summary.model] += 1
             hits[summary.key, summary.model] += summary.cache in HITS
     return [

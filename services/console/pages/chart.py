@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from services.console.data.history import Floats
-from services.console.data.units import UNKNOWN
+from services.console.data.units import UNKNOWN, clock, seconds
 
 _WIDTH, _HEIGHT = 600.0, 120.0
 
@@ -22,7 +23,9 @@ def plot(
 
     `edges` are the times between the steps, in seconds. `least` is the minimum top of the scale.
     """
-    known = {label: np.array([]) if line is None else line[~np.isnan(line)] for label, line in lines.items()}
+    missing = np.full(len(edges) - 1, math.nan)
+    curves = {label: missing if line is None else line for label, line in lines.items()}
+    known = {label: curve[~np.isnan(curve)] for label, curve in curves.items()}
     empty = not any(map(len, known.values()))
     top = _nice(max([least, *(values.max(initial=0.0) for values in known.values())]) or 1.0)
     now = {label: unit(values[-1] if len(values) else math.nan) for label, values in known.items()}
@@ -37,19 +40,28 @@ def plot(
     summary = "; ".join(f"{label}: now {now[label]}, highest {peaks[label]}" for label in lines)
     return Markup(
         '<figure class="chart"><figcaption><span class="title">{title}</span>{legend}</figcaption>'
-        '<div class="plot"><span class="top">{top}</span>'
+        '<div class="plot" tabindex="0" role="group" aria-label="{title}: arrow keys read its values" '
+        'data-steps="{steps}"><span class="top">{top}</span>'
         '<svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img" aria-label="{title}. {summary}">'
         '<path class="grid" d="M0 1H600M0 60H600M0 119H600"/>{body}</svg>{empty}</div>'
-        '<div class="axis"><span>{span:.0f} min ago</span><span>now</span></div></figure>'
+        '<div class="axis"><span>{span} ago</span><span>now</span></div></figure>'
     ).format(
         title=title,
         legend=Markup("").join(legend),
         top=UNKNOWN if empty else unit(top),
         summary=summary,
-        body=Markup("").join(_paths([*lines.values()], top)),
+        body=Markup("").join(_paths([*curves.values()], top)),
         empty=Markup('<p class="nodata">no data yet</p>') if empty else "",
-        span=(edges[-1] - edges[0]) / 60,
+        span=seconds(edges[-1] - edges[0]),
+        steps="" if empty else _steps(edges, curves, unit),
     )
+
+
+def _steps(edges: Floats, curves: Mapping[str, Floats], unit: Callable[[float], str]) -> str:
+    """Returns the end of each step and its values as text, in JSON, for the script that shows them."""
+    times = [clock(int(end * 1e9)) for end in edges[1:].tolist()]
+    values = [list(map(unit, step)) for step in np.transpose([*curves.values()]).tolist()]
+    return json.dumps({"labels": list(curves), "times": times, "values": values}, ensure_ascii=False)
 
 
 def bar(share: float, kind: str = "") -> Markup:
@@ -125,17 +137,15 @@ def _arc(start: float, end: float, inner: float, outer: float) -> str:
     )
 
 
-def _paths(lines: Sequence[Floats | None], top: float) -> Iterator[Markup]:
+def _paths(lines: Sequence[Floats], top: float) -> Iterator[Markup]:
     for number, line in reversed(list(enumerate(lines))):
-        if line is None:
-            continue
         x = np.linspace(0, _WIDTH, len(line))
         y = _HEIGHT - 1 - (_HEIGHT - 2) * np.minimum(1.0, line / top)
         known = np.flatnonzero(~np.isnan(line))
         # Draw the parts between gaps; a single value becomes a short line.
         for part in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else ():
             d = "M" + "L".join(f"{x[i]:.1f} {y[i]:.1f}" for i in part) + ("h-3" if len(part) == 1 else "")
-            if number == 0:
+            if number == 0 and len(lines) <= 2:
                 area = f"{d}L{x[part[-1]]:.1f} {_HEIGHT}L{x[part[0]]:.1f} {_HEIGHT}Z"
                 yield Markup('<path class="area" d="{}"/>').format(area)
             yield Markup('<path class="line k{}" d="{}"/>').format(number, d)

@@ -6,17 +6,17 @@ import math
 import re
 from typing import Any, TypeAlias
 
-from markupsafe import Markup
 from ringmesh.router.v1 import router_pb2
 from starlette.requests import Request
 
 from services.console.data import overview, units
 from services.console.data.fleet_watch import PENDING
-from services.console.data.history import Floats, History
-from services.console.data.overview import DURATION, LOOP_LAG, NOW_SECONDS, REQUESTS, STAGE, Vitals, subtotals
+from services.console.data.overview import LOOP_LAG, NOW_SECONDS, STAGE, Vitals
 from services.console.data.sources import Sources
-from services.console.pages.chart import RingSlice, plot, ring
+from services.console.pages import request_charts
+from services.console.pages.chart import RingSlice, ring
 from services.console.pages.live import Context
+from services.console.pages.request_charts import ChartOptions
 
 Row: TypeAlias = dict[str, Any]
 
@@ -24,10 +24,10 @@ _BUSY = 16.0
 _EVENTS = 12
 
 
-async def contents(sources: Sources, _: Request) -> Context:
+async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `fleet.html`."""
     view, history = sources.view, sources.history
-    found = sources.findings()
+    options = ChartOptions(request, "model", "worker")
     vitals = overview.vitals(history)
     workers = worker_rows(sources)
     members = [row["worker"] for row in workers]
@@ -37,15 +37,16 @@ async def contents(sources: Sources, _: Request) -> Context:
     ]
     healthy = sum(worker.healthy for worker in members)
     return {
-        "findings": found,
+        "findings": sources.findings(),
         "headline": headline(sources, vitals),
         "vitals": vitals,
-        "charts": charts(history),
+        "charts": request_charts.charts(history, options),
+        "switches": options.switches,
         "ring": ring(slices, f"{healthy}/{len(workers)}", "workers serve"),
         "workers": workers,
         "regions": any(worker.region for worker in members),
         "view": view,
-        "events": sources.fleet.events(_EVENTS),
+        "events": sources.fleet.events.newest(_EVENTS),
         "processes": process_rows(sources),
         "refused": history.refused(),
     }
@@ -65,26 +66,6 @@ def headline(sources: Sources, vitals: Vitals) -> str:
         return f"{who}. No requests in the last minute."
     cached = "" if math.isnan(vitals.hit_ratio) else f", {units.percent(vitals.hit_ratio)} of them from the cache"
     return f"{who} {units.number(vitals.requests)} requests a second{cached}."
-
-
-def charts(history: History, **where: str) -> list[Markup]:
-    """Returns the four charts at the top of every page about requests."""
-    edges = overview.edges(history)
-    codes = history.rates(REQUESTS, edges, ("code",), **where)
-    failed = subtotals({code: rate for code, rate in codes.items() if code != ("OK",)})
-    hit_ratio, saved = overview.hit_ratio(history, edges, **where), overview.saved(history, edges, **where)
-    return [
-        plot("Requests/s", edges, {"all": subtotals(codes).get(()), "failed": failed.get(())}, units.number),
-        latency(history, edges, **where),
-        plot("From the cache", edges, {"hit ratio": hit_ratio.get(())}, units.percent, least=1.0),
-        plot("Compute saved per second", edges, {"saved": saved.get(())}, units.seconds),
-    ]
-
-
-def latency(history: History, edges: Floats, **where: str) -> Markup:
-    """Returns the chart of the request duration: its 99th percentile and its median."""
-    p99, p50 = history.quantiles((0.99, 0.5), DURATION, edges, **where).get((), (None, None))
-    return plot("Response time", edges, {"p99": p99, "p50": p50}, units.seconds)
 
 
 def worker_rows(sources: Sources) -> list[Row]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
+from google.protobuf import text_format
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
-from ringmesh.oip.v2 import grpc_service_pb2_grpc
+from ringmesh.oip.v2 import grpc_service_pb2_grpc, model_config_pb2
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -15,11 +17,15 @@ from services.console.data.fleet_watch import ModelView, ask
 from services.console.data.history import History
 from services.console.data.overview import NOW_SECONDS, STAGE
 from services.console.data.sources import Sources
-from services.console.pages import fleet_page
+from services.console.pages import ensemble_graph, form, request_charts
+from services.console.pages.confirmation import Confirmation
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
+from services.console.pages.request_charts import ChartOptions
 
 _SECONDS = 2.0
+_LOAD_SECONDS = 120.0
+_Stub: TypeAlias = "grpc_service_pb2_grpc.GRPCInferenceServiceAsyncStub"
 # Orders of the table by the key metric, the highest first.
 ORDERS = {"busiest": "requests", "slowest": "p99", "failing": "errors", "costliest": "spent"}
 
@@ -45,27 +51,73 @@ async def listing(sources: Sources, request: Request) -> Context:
 
 
 async def one(sources: Sources, request: Request) -> Context:
-    """Returns the context of `model.html`: all versions of one model."""
+    """Returns the context of `model.html`: all versions of one model. A POST loads or unloads the model first."""
     name = request.path_params["name"]
     versions = [model for model in sources.view.models if model.name == name]
     if not versions:
         raise HTTPException(404, f"No router knows a model {name!r}. A new model appears after some seconds.")
+    action, options = Confirmation(), ChartOptions(request, "version", "worker")
+    config = None
+    if (stub := _stub(sources)) is not None:
+        if request.method == "POST":
+            action = await _change(stub, name, await form.read(request))
+        config, _ = await ask(lambda: stub.ModelConfig(v2.ModelConfigRequest(name=name), timeout=_SECONDS))
+    ensembles = [
+        replica.served.ensemble.config
+        for model in versions
+        for replica in model.replicas
+        if replica.served.HasField("ensemble")
+    ]
+    shown = config.config if config is not None else next(iter(ensembles), model_config_pb2.ModelConfig())
     return {
         "name": name,
+        "action": action,
+        "is_served": any(model.state == "READY" for model in versions),
         "rows": _rows(sources, versions),
-        "copies": _copies(sources.history, name, versions),
-        "charts": fleet_page.charts(sources.history, model=name),
+        "replicas": _replicas(sources.history, name, versions),
+        "failures": [failure for failure in sources.view.failures if failure.model == name],
+        "charts": request_charts.charts(sources.history, options, model=name),
+        "switches": options.switches,
         "metadata": await metadata(sources, name),
+        "graph": ensemble_graph.draw(shown),
+        "config": text_format.MessageToString(shown),
     }
+
+
+async def _change(stub: _Stub, name: str, sent: Mapping[str, str]) -> Confirmation:
+    """Loads or unloads the model on all workers, once the form is confirmed."""
+    if (verb := sent.get("action", "")) not in ("load", "unload"):
+        return Confirmation(problem="Choose whether to load or to unload the model.")
+    effect = "Requests for it fail until it is loaded again." if verb == "unload" else "Its files are read again."
+    if not sent.get("confirmed"):
+        question = f"{verb.capitalize()} {name} on all workers? {effect}"
+        return Confirmation(question, {"action": verb}, f"{verb.capitalize()} it")
+    load, unload = v2.RepositoryModelLoadRequest(model_name=name), v2.RepositoryModelUnloadRequest(model_name=name)
+    done, problem = await ask(
+        lambda: (
+            stub.RepositoryModelLoad(load, timeout=_LOAD_SECONDS)
+            if verb == "load"
+            else stub.RepositoryModelUnload(unload, timeout=_LOAD_SECONDS)
+        )
+    )
+    if done is None:
+        return Confirmation(problem=f"{name} was not {verb}ed: {problem}")
+    return Confirmation(notice=f"{name} was {verb}ed on all workers. The state below follows within some seconds.")
 
 
 async def metadata(sources: Sources, name: str) -> v2.ModelMetadataResponse | None:
     """Returns the inputs and outputs of the default version; None if no router answers."""
-    if (router := sources.view.router) is None:
+    if (stub := _stub(sources)) is None:
         return None
-    stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(sources.fleet.channel(router.address))
     answer, _ = await ask(lambda: stub.ModelMetadata(v2.ModelMetadataRequest(name=name), timeout=_SECONDS))
     return answer
+
+
+def _stub(sources: Sources) -> _Stub | None:
+    """Returns a stub of the first router that answers; None if none does."""
+    if (router := sources.view.router) is None:
+        return None
+    return grpc_service_pb2_grpc.GRPCInferenceServiceStub(sources.fleet.channel(router.address))
 
 
 def _rows(sources: Sources, models: Sequence[ModelView]) -> list[Row]:
@@ -80,19 +132,19 @@ def _rows(sources: Sources, models: Sequence[ModelView]) -> list[Row]:
     ]
 
 
-def _copies(history: History, name: str, versions: Sequence[ModelView]) -> list[Row]:
+def _replicas(history: History, name: str, versions: Sequence[ModelView]) -> list[Row]:
     """Returns the model's versions on each worker, with requests per second and mean times in seconds."""
     by = ("version", "target")
     mean = overview.means(history, STAGE, NOW_SECONDS, (*by, "stage"), model=name)
     rate = history.rate("ringmesh_worker_requests_total", NOW_SECONDS, by, model=name)
     return [
         {
-            "served": copy,
+            "replica": replica,
             "rate": rate[key],
             "queue": mean[*key, "queue"],
             "compute": mean[*key, "compute"],
         }
         for model in versions
-        for copy in model.copies
-        for key in [(model.version, copy.worker)]
+        for replica in model.replicas
+        for key in [(model.version, replica.worker)]
     ]

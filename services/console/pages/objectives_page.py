@@ -12,11 +12,12 @@ from services.console.data import overview, units
 from services.console.data.history import History, Labels, Values
 from services.console.data.overview import DURATION, MOST_ROWS, REQUESTS, SERVER_FAULTS, subtotals
 from services.console.data.sources import Sources
-from services.console.pages import fleet_page
+from services.console.pages import request_charts
 from services.console.pages.chart import plot
 from services.console.pages.live import Context
+from services.console.pages.request_charts import ChartOptions
 
-# The console's history is short, so it uses only the short windows of the alerts in deploy/prometheus.
+# Only the short windows of the alerts in deploy/prometheus: the console loses its history when it restarts.
 WINDOWS = ((300.0, "5 min"), (1500.0, "25 min"))
 LONG_WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 # The burn rate that uses up the 30-day budget in two days. The paging alert uses the same threshold.
@@ -58,10 +59,11 @@ class Objective:
         return "met"
 
 
-async def contents(sources: Sources, _: Request) -> Context:
+async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `objectives.html`."""
     history = sources.history
-    targets, edges = configured(history), overview.edges(history)
+    options = ChartOptions(request)
+    targets, edges = configured(history), options.edges(history)
     models = objectives(history, targets, ("model",)) if targets else {}
     models.pop((), None)  # present if there were no requests
     codes = history.rates(REQUESTS, edges, ("code",))
@@ -75,9 +77,10 @@ async def contents(sources: Sources, _: Request) -> Context:
         "windows": [name for _, name in WINDOWS],
         "burns": _burns(history),
         "long_windows": LONG_WINDOWS,
+        "switches": options.switches,
         "charts": [
             plot("Requests that the service failed", edges, {"share": failed.get(())}, units.percent, least=0.01),
-            fleet_page.latency(history, edges),
+            request_charts.latency(history, edges),
         ],
     }
 

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from services.console.data import span_names as names
 from services.console.data.trace_store import TraceSummary
 from services.console.data.units import clock, nanoseconds
+from services.console.pages import gaps
 from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
+# Share of the trace from which on a gap is part of the account.
+_LONG_GAP = 0.1
 _OUTCOMES = {
     "hit-local": "The router's own memory had the answer.",
     "hit-shared": "The shared cache tier had the answer.",
@@ -45,7 +48,7 @@ def _line(span: StoredSpan) -> Iterator[str]:
         yield f"The caches were not used: {reason}."
     elif span.name == names.SHARED and not attributes.get(names.HIT):
         yield f"The shared tier was asked and did not have it, or was skipped ({took})."
-    elif span.short_name == names.EXECUTE and span.service == "ringmesh-router":
+    elif names.is_attempt(span):
         yield from _attempt(span, took)
     elif span.short_name == names.EXECUTE and attributes.get(names.JOINED):
         yield f"The worker was computing the same request already; this one waited {took} for it."
@@ -78,19 +81,15 @@ def _attempt(span: StoredSpan, took: str) -> Iterator[str]:
 
 
 def _closing(summary: TraceSummary, tree: SpanTree) -> Iterator[str]:
-    """Yields the span that took most of the time, if one did."""
-    own = {id(span): span.end_ns - span.start_ns for _, span in tree.rows}
-    by_id = {span.span_id: span for _, span in tree.rows}
-    for _, span in tree.rows:
-        if (parent := by_id.get(span.parent_id)) is not None and parent is not span:
-            own[id(parent)] -= span.end_ns - span.start_ns
-    longest = max((span for _, span in tree.rows), key=lambda span: own[id(span)])
-    share = own[id(longest)] / max(1, summary.duration_ns)
+    """Yields the long gaps, and the span without children that took most of the time, if one did."""
+    total = max(1, summary.duration_ns)
+    for gap in gaps.find(tree):
+        if gap.duration_ns >= _LONG_GAP * total:
+            yield f"{nanoseconds(gap.duration_ns)} of {nanoseconds(total)} passed {gap.text}."
+    parents = {span.parent_id for _, span in tree.rows}
+    leaves = [span for _, span in tree.rows if span.span_id not in parents]
+    longest = max(leaves, key=lambda span: span.end_ns - span.start_ns, default=tree.rows[0][1])
+    took = longest.end_ns - longest.start_ns
     # For a joined request the wait is mentioned already.
-    if share > 0.5 and len(tree.rows) > 1 and summary.cache != "joined":
-        took = nanoseconds(own[id(longest)])
-        if longest.short_name == names.EXECUTE and longest.service == "ringmesh-router":
-            worker = longest.attributes.get(names.WORKER, "the worker")
-            yield f"Most of the time, {took}, passed between the router and {worker}: sending, waiting, receiving."
-        else:
-            yield f"Most of the time, {took}, was spent in “{longest.short_name}” on {longest.service}."
+    if took > 0.5 * total and len(tree.rows) > 1 and summary.cache != "joined":
+        yield f"Most of the time, {nanoseconds(took)}, was spent in “{longest.short_name}” on {longest.service}."

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from heapq import nlargest
 from operator import attrgetter
+from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from services.console.data import span_names
+from services.console.data import span_names, units
 from services.console.data.overview import OUTCOMES
 from services.console.data.sources import Sources
-from services.console.data.trace_store import TraceQuery
-from services.console.pages import story
+from services.console.data.trace_store import TraceQuery, TraceSummary
+from services.console.pages import gaps, story
+from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
-from services.runtime.telemetry.span_tree import StoredSpan
+from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
 _LIMIT = 100
+_MOST_BARS = 16
+# Bounds of the histogram's bars in each power of ten, the finest that fit.
+_STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
 
 
 @dataclass(frozen=True, slots=True)
 class WaterfallRow:
-    """A row of the waterfall. `start` and `width` are shares of the trace's duration, 0 to 1."""
+    """A row of the waterfall. `start` and `width` are shares of the trace's duration, 0 to 1.
+
+    `gap`: what happens in this part of the span, which no child span covers; "" for the row of the span itself.
+    """
 
     span: StoredSpan
     depth: int
     start: float
     width: float
+    gap: str
 
     @property
     def step(self) -> str:
@@ -61,12 +73,27 @@ async def listing(sources: Sources, request: Request) -> Context:
         "tenants": sorted(seen["tenant"] - {""}),
         "workers": sorted(seen["worker"] - {""}),
         "outcomes": OUTCOMES,
+        "histogram": _histogram(request, found),
+        "compare": request.query_params.get("compare", ""),
     }
 
 
 async def one(sources: Sources, request: Request) -> Context:
     """Returns the context of `trace.html`. Raises HTTPException 404 if the trace is not stored."""
-    trace_id = request.path_params["trace_id"].lower()
+    summary, tree = stored(sources, request.path_params["trace_id"].lower())
+    total = max(1, tree.duration_ns)
+    return {
+        "summary": summary,
+        "rows": _waterfall(tree),
+        "total_ns": total,
+        "story": story.tell(summary, tree),
+        "linked": _linked(sources, tree),
+        "elsewhere": sources.trace_ui.replace("{trace_id}", tree.trace_id),
+    }
+
+
+def stored(sources: Sources, trace_id: str) -> tuple[TraceSummary, SpanTree]:
+    """Returns a trace. Raises HTTPException 404 if it is not stored."""
     found = sources.traces.find(trace_id)
     if found is None:
         raise HTTPException(
@@ -74,30 +101,59 @@ async def one(sources: Sources, request: Request) -> Context:
             f"Trace {trace_id} is not stored. Spans arrive about a second after a sampled request; "
             "the oldest are dropped when memory is full.",
         )
-    summary, tree = found
+    return found
+
+
+def _waterfall(tree: SpanTree) -> list[WaterfallRow]:
+    """Returns the spans in tree order, and each long gap between the children of its span."""
     total = max(1, tree.duration_ns)
-    bars = [
-        WaterfallRow(span, depth, (span.start_ns - tree.start_ns) / total, (span.end_ns - span.start_ns) / total)
-        for depth, span in tree.rows
-    ]
-    return {
-        "summary": summary,
-        "bars": bars,
-        "total_ns": total,
-        "story": story.tell(summary, tree),
-        "linked": _linked(sources, summary.trace_id, bars),
-        "elsewhere": sources.trace_ui.replace("{trace_id}", trace_id),
-    }
+
+    def row(span: StoredSpan, depth: int, start_ns: int, end_ns: int, gap: str = "") -> WaterfallRow:
+        return WaterfallRow(span, depth, (start_ns - tree.start_ns) / total, (end_ns - start_ns) / total, gap)
+
+    rows = [row(span, depth, span.start_ns, span.end_ns) for depth, span in tree.rows]
+    for gap in gaps.find(tree):
+        index = next(index for index, one in enumerate(rows) if one.span is gap.span and not one.gap)
+        made = row(gap.span, rows[index].depth + 1, gap.start_ns, gap.end_ns, gap.text)
+        following = range(index + 1, len(rows))
+        ends = (i for i in following if (rows[i].depth, -rows[i].start) <= (made.depth, -made.start))
+        rows.insert(next(ends, len(rows)), made)
+    return rows
 
 
-def _linked(sources: Sources, trace_id: str, bars: Sequence[WaterfallRow]) -> list[tuple[str, str, bool]]:
+def _linked(sources: Sources, tree: SpanTree) -> list[tuple[str, str, bool]]:
     """Returns the traces that spans of this one link to: the span, the trace id, and whether the trace is stored."""
     seen: dict[str, str] = {}
-    for bar in bars:
-        for other, _ in bar.span.links:
-            if other != trace_id:
-                seen.setdefault(other, bar.span.short_name)
+    for _, span in tree.rows:
+        for other, _ in span.links:
+            if other != tree.trace_id:
+                seen.setdefault(other, span.short_name)
     return [(name, other, sources.traces.find(other) is not None) for other, name in seen.items()]
+
+
+def _histogram(request: Request, found: Sequence[TraceSummary]) -> list[Row]:
+    """Returns how many traces took how long, as up to _MOST_BARS bars with a link to these traces."""
+    for steps in _STEPS:
+        bounds = [step * 10.0**power for power in range(-3, 6) for step in steps]
+        bars = [bisect(bounds, summary.duration_ns / 1e6) for summary in found]
+        if max(bars, default=0) - min(bars, default=0) < _MOST_BARS:
+            break
+    counts, failed = Counter(bars), Counter(bar for bar, one in zip(bars, found, strict=True) if one.error)
+    rows = []
+    for bar in range(min(bars, default=0), max(bars, default=-1) + 1):
+        low, high = ([0.0, *bounds][bar], [*bounds, math.inf][bar])
+        limits = {"min_ms": f"{low:g}", **({} if math.isinf(high) else {"max_ms": f"{high:g}"})}
+        rows.append(
+            {
+                "label": f"< {units.seconds(high / 1e3)}" if high < math.inf else f"≥ {units.seconds(low / 1e3)}",
+                "count": counts[bar],
+                "failed": failed[bar],
+                "share": counts[bar] / max(counts.values()),
+                "failed_share": failed[bar] / max(counts.values()),
+                "link": f"/traces?{urlencode({**request.query_params, **limits})}",
+            }
+        )
+    return rows
 
 
 def _query(request: Request) -> tuple[TraceQuery, str]:

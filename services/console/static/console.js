@@ -51,6 +51,7 @@ function keepLive(live) {
       const fresh = document.createElement("template");
       fresh.innerHTML = event.data;
       morphChildren(live, fresh.content);
+      if (pointed?.plot.dataset.steps) point(pointed.plot, pointed.step);
       live.dataset.updates = String(Number(live.dataset.updates || 0) + 1);
     };
   }
@@ -78,6 +79,53 @@ function keepLive(live) {
   box.hidden = false;
   follow();
 }
+
+// Shows the values of a chart at the pointer, or at the step that arrow keys choose.
+const tip = document.createElement("div");
+tip.className = "tip";
+tip.setAttribute("role", "status");
+tip.hidden = true;
+document.body.append(tip);
+let pointed = null;
+
+function point(plot, step) {
+  const { labels, times, values } = JSON.parse(plot.dataset.steps);
+  pointed = { plot, step: Math.max(0, Math.min(times.length - 1, step)) };
+  const box = plot.getBoundingClientRect();
+  const x = box.left + (box.width * pointed.step) / Math.max(1, times.length - 1);
+  tip.textContent = [times[pointed.step], ...labels.map((label, i) => `${label}: ${values[pointed.step][i]}`)].join("\n");
+  tip.hidden = false;
+  tip.classList.toggle("left", x > innerWidth / 2);
+  tip.style.left = `${x + scrollX}px`;
+  tip.style.top = `${box.top + scrollY}px`;
+  tip.style.setProperty("--plot", `${box.height}px`);
+}
+
+function unpoint() {
+  tip.hidden = true;
+  tip.textContent = "";
+  pointed = null;
+}
+
+function plotOf(event) {
+  const plot = event.target.closest?.(".plot");
+  return plot?.dataset.steps ? plot : null;
+}
+
+document.addEventListener("pointermove", (event) => {
+  const plot = plotOf(event);
+  if (!plot) return void (pointed && document.activeElement !== pointed.plot && unpoint());
+  const box = plot.getBoundingClientRect();
+  const last = JSON.parse(plot.dataset.steps).times.length - 1;
+  point(plot, Math.round(((event.clientX - box.left) / box.width) * last));
+});
+document.addEventListener("focusin", (event) => (plotOf(event) ? point(plotOf(event), Infinity) : unpoint()));
+document.addEventListener("focusout", unpoint);
+document.addEventListener("keydown", (event) => {
+  const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (pointed && move) point(pointed.plot, pointed.step + move);
+  if (event.key === "Escape") unpoint();
+});
 
 // What a search asks for is in the address, whatever was typed before the way back led here.
 const search = document.querySelector("form.search");

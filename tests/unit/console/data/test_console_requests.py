@@ -14,13 +14,14 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.router.v1 import router_pb2
 
 from services.console import app
-from services.console.data.fleet_watch import FleetSnapshot, FleetWatch, ModelView, ServiceView
+from services.console.data.fleet_watch import FleetSnapshot, FleetWatch, LoadFailure, ModelView, ServiceView
 from services.console.data.history import History
 from services.console.data.ledger import LedgerReports
 from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
 from services.console.pages import live
+from tests.unit.console.data.test_history import sample
 from tests.unit.console.data.test_trace_store import span
 
 METADATA = v2.ModelMetadataResponse(
@@ -75,10 +76,11 @@ class Console:
             (ServiceView(address, "", (worker,)),),
             ServiceView(address, ""),
             (ModelView("mlp", "1", "READY", ""), ModelView("broken", "1", "UNAVAILABLE", "its file is truncated")),
+            (LoadFailure("w", "broken", "1", "its file is truncated"),),
         )
         self.traces = TraceStore(max_bytes=1 << 20, max_traces=100)
         self.traces.add("ringmesh-router", span(7, model="mlp"))
-        history = History(lambda: 1000.0)
+        history = self.history = History(lambda: 1000.0)
         sources = Sources(self.fleet, history, Scraper({}, history), self.traces, "", LedgerReports(""))
         self.stopping = asyncio.Event()
         self.app = app.create(sources, self.stopping, ())
@@ -175,6 +177,63 @@ def test_the_page_of_a_model_that_is_not_served_says_why(console):
     assert "Version 1: unavailable: its file is truncated." in console.ask("GET", "/models/broken")[1]
 
 
+@pytest.mark.parametrize("path", ["/models/broken", "/workers/w"])
+def test_load_errors_are_listed_with_their_worker(console, path):
+    page = console.ask("GET", path)[1]
+    assert "Load errors" in page
+    assert "its file is truncated" in page
+    assert "Load errors" not in console.ask("GET", "/models/mlp")[1]
+
+
+def test_the_page_of_a_worker_shows_its_gpus(console):
+    gpu = {"gpu": "0", "name": "NVIDIA H200"}
+    values = {"use_ratio": 0.5, "memory_used_bytes": 35 << 30, "memory_total_bytes": 140 << 30, "power_watts": 312.0}
+    console.history.add("w", [sample(f"ringmesh_gpu_{part}", gpu, value) for part, value in values.items()])
+    page = console.ask("GET", "/workers/w")[1]
+    assert all(text in page for text in ("NVIDIA H200", "50 %", "35 GiB", "140 GiB", "312 W", "GPU memory"))
+
+
+def test_a_worker_that_is_not_known_is_said_in_words(console):
+    assert console.ask("GET", "/workers/nobody")[0] == 404
+
+
+def test_the_hottest_keys_are_of_requests_that_were_answered(console):
+    for trace in (21, 22):
+        console.traces.add("ringmesh-router", span(trace, model="mlp", key="aaaa", cache="hit-local"))
+    for trace in (23, 24, 25):
+        console.traces.add("ringmesh-router", span(trace, model="mlp", key="bbbb", error="no input 'z'"))
+    page = console.ask("GET", "/cache")[1]
+    assert "<code>aaaa</code>" in page
+    assert "bbbb" not in page
+
+
+def test_two_traces_are_compared_span_by_span(console):
+    for trace, end in ((31, 10), (32, 25)):
+        console.traces.add("ringmesh-router", span(trace, 1, end=end, model="mlp", cache="miss"))
+        console.traces.add("ringmesh-router", span(trace, 2, parent=1, end=end - 5, name="cache.shared"))
+    console.traces.add("ringmesh-router", span(32, 3, parent=1, start=20, end=24, name="cache.fill"))
+    listing = console.ask("GET", "/traces", f"model=mlp&compare={31:032x}".encode())[1]
+    assert f'href="/compare?a={31:032x}&amp;b={32:032x}"' in listing
+    status, page = console.ask("GET", "/compare", f"a={31:032x}&b={32:032x}".encode())
+    assert status == 200
+    assert page.count('<td class="n bad">15 ms</td>') == 2
+    assert "cache.fill" in page
+    assert console.ask("GET", "/compare", f"a={31:032x}&b=0".encode())[0] == 404
+
+
+def test_a_histogram_stands_above_the_traces_and_leads_to_them(console):
+    for trace, end in ((41, 3), (42, 300), (43, 310)):
+        error = "broken" if trace == 43 else ""
+        console.traces.add("ringmesh-router", span(trace, end=end, model="histogram", error=error))
+    page = console.ask("GET", "/traces", b"model=histogram")[1]
+    assert "&lt; 5 ms" in page
+    assert 'title="2 traces, 1 failed"' in page
+    link = "/traces?model=histogram&amp;min_ms=200&amp;max_ms=500"
+    assert link in page
+    found = console.ask("GET", "/traces", b"model=histogram&min_ms=200&max_ms=500")[1]
+    assert "2 traces." in found
+
+
 def test_a_page_that_does_not_exist_is_not_streamed_either(console):
     status, _ = console.ask("GET", "/traces/" + "0" * 32, headers=[(b"accept", b"text/event-stream")])
     assert status == 404
@@ -182,9 +241,9 @@ def test_a_page_that_does_not_exist_is_not_streamed_either(console):
 
 PATHS = ["/", "/models", "/models/mlp", "/models/é\x00", "/cache", "/objectives", "/cost", "/try", "/traces",
          f"/traces/{TRACE}", "/traces/x", "/api/summary", "/static/console.css", "/static/../app.py", "/static/\x00",
-         "/nowhere"]  # fmt: skip
+         "/nowhere", "/compare", "/workers/w", "/workers/é\x00"]  # fmt: skip
 NAMES = ["model", "text", "order", "sort", "status", "min_ms", "max_ms", "key", "tenant", "scope", "value",
-         "cache-control", *GOOD]  # fmt: skip
+         "cache-control", "range", "by", "a", "b", "compare", "action", "confirmed", *GOOD]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=40),
     st.sampled_from(

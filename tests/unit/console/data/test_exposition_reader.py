@@ -14,7 +14,7 @@ TIMES = Family("ringmesh_redis_duration_seconds", "histogram", "how long")
 
 
 def simple(samples):
-    return sorted((sample.name, sorted(sample.labels.items()), sample.value) for sample in samples)
+    return sorted((sample.name, sorted(dict(sample.labels).items()), sample.value) for sample in samples)
 
 
 @given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8), st.floats(0, 1e18)), max_size=5))

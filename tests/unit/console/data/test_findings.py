@@ -6,8 +6,9 @@ from ringmesh.router.v1 import router_pb2
 
 from services.console.data import findings
 from services.console.data.fleet_watch import FleetSnapshot, ModelView, ServiceView
-from services.console.data.history import History, ScrapedSample
+from services.console.data.history import History
 from services.console.data.trace_store import TraceStore
+from tests.unit.console.data.test_history import sample
 
 
 def view(*, workers=(), models=()):
@@ -21,7 +22,7 @@ def refusals(models, code="INVALID_ARGUMENT"):
     history = History(lambda: now[0])
     for count in (0, 2):
         labels = [{"model": model, "tenant": "acme", "code": code} for model in models]
-        history.add("router", [ScrapedSample("ringmesh_requests_total", of, count) for of in labels])
+        history.add("router", [sample("ringmesh_requests_total", of, count) for of in labels])
         now[0] += 2
     return history
 
@@ -93,11 +94,11 @@ def stalls(attempts):
             history.add(
                 worker,
                 [
-                    ScrapedSample("ringmesh_worker_stage_seconds_sum", stage, count * 1e-3),
-                    ScrapedSample("ringmesh_worker_stage_seconds_count", stage, count),
+                    sample("ringmesh_worker_stage_seconds_sum", stage, count * 1e-3),
+                    sample("ringmesh_worker_stage_seconds_count", stage, count),
                 ],
             )
-            sums = [ScrapedSample(f"ringmesh_attempt_duration_seconds_{part}", {"worker": worker}, value)
+            sums = [sample(f"ringmesh_attempt_duration_seconds_{part}", {"worker": worker}, value)
                     for part, value in (("sum", took * count / 100), ("count", count))]  # fmt: skip
             history.add(f"router of {worker}", sums)
         now[0] += 2
@@ -115,7 +116,7 @@ def test_a_worker_that_gets_no_cpu_between_two_requests_is_found_by_how_late_its
 def test_work_in_the_background_that_fails_is_told_with_its_reason():
     history = History(lambda: 1000.0)
     labels = {"task": "discovery", "reason": "ValueError: no"}
-    history.add("router", [ScrapedSample("ringmesh_background_failing", labels, 1)])
+    history.add("router", [sample("ringmesh_background_failing", labels, 1)])
     (found,) = findings.find(view(), history, traces(), {})
     assert (found.where, found.title) == ("router", "Background task fails")
     assert "'discovery' keeps failing" in found.detail

@@ -16,6 +16,10 @@ class Clock:
         return self.now
 
 
+def sample(name, labels, value):
+    return ScrapedSample(name, frozenset(labels.items()), value)
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -29,7 +33,7 @@ def history(clock):
 def scrape(history, clock, *values, target="router", name="requests_total"):
     """One scrape each 2 s; None: the series is not there."""
     for value in values:
-        history.add(target, [] if value is None else [ScrapedSample(name, {"model": "mlp"}, value)])
+        history.add(target, [] if value is None else [sample(name, {"model": "mlp"}, value)])
         clock.now += 2
 
 
@@ -67,8 +71,8 @@ def test_only_the_window_counts(history, clock):
 def test_labels_select_and_group(history, clock):
     def both(a, b):
         return [
-            ScrapedSample("n", {"code": "OK", "model": "a"}, a),
-            ScrapedSample("n", {"code": "BAD", "model": "a"}, b),
+            sample("n", {"code": "OK", "model": "a"}, a),
+            sample("n", {"code": "BAD", "model": "a"}, b),
         ]
 
     for target in ("one", "two"):
@@ -87,7 +91,7 @@ def test_a_series_that_is_gone_has_no_last_value(history, clock):
 def test_quantiles_are_those_of_prometheus(history, clock):
     def buckets(*counts):
         bounds = ("0.1", "0.2", "0.4", "+Inf")
-        return [ScrapedSample("t_bucket", {"le": le}, count) for le, count in zip(bounds, counts, strict=True)]
+        return [sample("t_bucket", {"le": le}, count) for le, count in zip(bounds, counts, strict=True)]
 
     history.add("router", buckets(0, 0, 0, 0))
     history.add("router", buckets(10, 20, 40, 40))
@@ -98,7 +102,7 @@ def test_quantiles_are_those_of_prometheus(history, clock):
 
 
 def test_a_quantile_of_nothing_is_not_there(history, clock):
-    history.add("router", [ScrapedSample("t_bucket", {"le": "+Inf"}, 0)])
+    history.add("router", [sample("t_bucket", {"le": "+Inf"}, 0)])
     assert history.quantile(0.5, "t", 60) == {}
 
 
@@ -118,7 +122,7 @@ def test_memory_is_bounded_in_time_and_in_series(history, clock):
     assert target.count <= MAX_SCRAPES
     assert target.tables["requests_total"].values.shape[0] == MAX_SCRAPES
     assert history.watched(10_000) < KEPT_SECONDS + 2 * MAX_SCRAPES
-    history.add("many", [ScrapedSample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES + 7)])
+    history.add("many", [sample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES + 7)])
     assert history.refused() == 7
 
 
@@ -131,8 +135,33 @@ def test_what_is_older_than_two_minutes_is_coarser_and_loses_no_count(history, c
     assert sum(curve) * 10 == pytest.approx(2250, abs=25)
 
 
+def test_a_day_is_kept_in_bounded_memory_and_loses_no_count(history, clock):
+    for number in range(90_000 // 10):
+        history.add("router", [sample("requests_total", {"model": "mlp"}, 5 * number)])
+        clock.now += 10
+    target = history._targets["router"]
+    assert target.count <= MAX_SCRAPES
+    assert target.tables["requests_total"].values.nbytes <= MAX_SCRAPES * 4 * 8
+    curve = history.rates("requests_total", history.edges(86_400, 600))[()]
+    assert curve == pytest.approx([0.5] * 144)
+    assert history.rates("requests_total", history.edges(7200, 60))[()] == pytest.approx([0.5] * 120)
+
+
+def test_curves_are_broken_down_by_label_and_have_gaps_for_processes_that_were_not_scraped(history, clock):
+    for number in range(30):
+        history.add("w0", [sample("runs_total", {}, 2 * number)])
+        if number < 15:
+            history.add("w1", [sample("runs_total", {}, 4 * number)])
+        clock.now += 2
+    curves = history.rates("runs_total", history.edges(60, 10), ("target",))
+    assert curves["w0",][1:5] == pytest.approx([1.0] * 4)
+    assert curves["w1",][1:3] == pytest.approx([2.0, 1.6])
+    assert all(map(math.isnan, curves["w1",][3:]))
+    assert history.rates("runs_total", history.edges(60, 10))[()][4] == pytest.approx(1.0)
+
+
 def test_series_that_are_long_gone_make_room(history, clock):
-    history.add("router", [ScrapedSample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES)])
+    history.add("router", [sample("n", {"i": str(i)}, 1) for i in range(MAX_SERIES)])
     scrape(history, clock, *[None] * int(KEPT_SECONDS))
     scrape(history, clock, 1)
     assert history.refused() == 0
@@ -153,7 +182,7 @@ def test_what_a_counter_grew_by_is_the_same_as_counted_one_by_one(one, two, seco
     for at in range(length):
         now = {name: values[at] for name, values in (("one", one), ("two", two)) if at < len(values)}
         now = {name: value for name, value in now.items() if value is not None}
-        history.add("t", [ScrapedSample("n", {"who": name}, value) for name, value in now.items()])
+        history.add("t", [sample("n", {"who": name}, value) for name, value in now.items()])
         for name, value in now.items():
             before = last.get(name, 0 if at else value)  # what was there at first is not of now
             grown.setdefault(name, []).append((clock.now, value - before if value >= before else value))

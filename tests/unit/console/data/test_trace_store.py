@@ -22,6 +22,7 @@ NAMES = {
     "cache": span_names.OUTCOME,
     "tenant": span_names.TENANT,
     "worker": span_names.WORKER,
+    "key": span_names.KEY,
 }
 
 

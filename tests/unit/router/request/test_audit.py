@@ -103,7 +103,7 @@ async def test_a_model_that_does_not_repeat_itself_leaves_the_cache_and_says_why
     clock = Clock()
     audit = Audit(FakeDispatcher(answer([1]), answer([1]), answer([3.5])).run, 1, clock)
     await audited(audit, clock, 4)
-    assert audit.may_cache(MODEL, NONE).ok
+    assert audit.may_cache(MODEL, NONE)
     await audited(audit, clock, 1)
     assert results(audit) == {"equal": 2, "different": 3}
     assert audit.may_cache(MODEL, NONE).reason == (

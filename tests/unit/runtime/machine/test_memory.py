@@ -96,4 +96,5 @@ def test_a_large_run_leaves_nothing_behind_once_its_outputs_are_gone(tmp_path):
         assert (array == 1).all()
         del array
         model.shrink()
-        assert process.memory_info().rss - before < 32 << 20
+        # Other tests of this process may leave some MiB meanwhile; the output has 128 or more.
+        assert process.memory_info().rss - before < 64 << 20
