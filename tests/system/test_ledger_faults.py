@@ -244,7 +244,8 @@ def test_a_kill_in_the_middle_of_a_transaction(start_ledger, table, victim):
         waiting.terminate()
         return await sending
 
-    assert asyncio.run(kill_while_it_waits()) is None
+    # A session outlives its postmaster for an instant, and may commit once the lock is gone.
+    assert asyncio.run(kill_while_it_waits()) in (None, *([WRITTEN] if victim == "postgres" else []))
     if victim == "ledger":
         restart(ledger)
     eventually(lambda: send() in (WRITTEN, DUPLICATE), 60)
