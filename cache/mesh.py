@@ -6,16 +6,17 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from cache.keys.invalidation import InvalidationLog
-from cache.keys.keys import MODEL_BYTES
 from cache.policy.doorkeeper import Doorkeeper
 from cache.policy.freshness import Freshness
 from cache.policy.leases import Leases
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import Renewals, Renewed
-from cache.policy.worth_asking import Decision
+from cache.policy.shared_use import SharedUse
+from cache.policy.worth_asking import NO_TIER, Decision, Subject
 from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.regions.valuable import Valuable
 from cache.tiers.entry import Entry
@@ -64,19 +65,27 @@ class Found:
     """An answer, its origin, and the worker that computed it for this request ("" if it was not computed now).
 
     `rows`: how many rows of a batch were cached, such as "6/8"; "" if the request was not split into rows.
-    `similarity`: above 0 if this is the answer to a similar request.
+    `similarity`: above 0 if this is the answer to a similar request. `reason`: why the shared tier was used as it was;
+    "" without a decision.
     """
 
-    __slots__ = ("entry", "outcome", "rows", "similarity", "worker")
+    __slots__ = ("entry", "outcome", "reason", "rows", "similarity", "worker")
 
     def __init__(
-        self, entry: Entry, outcome: Outcome, worker: str = "", rows: str = "", similarity: float = 0.0
+        self,
+        entry: Entry,
+        outcome: Outcome,
+        worker: str = "",
+        rows: str = "",
+        similarity: float = 0.0,
+        reason: str = "",
     ) -> None:
         self.entry = entry
         self.outcome = outcome
         self.worker = worker
         self.rows = rows
         self.similarity = similarity
+        self.reason = reason
 
 
 class Mesh:
@@ -105,8 +114,9 @@ class Mesh:
         self.flights: SingleFlight[Found] = SingleFlight()
         # Trace of the request that leads each flight, so that joined requests can link to it.
         self._leaders: dict[bytes, Trace] = {}
-        # Recent compute time in seconds, by the model's half of the key.
+        # Recent compute time in seconds, by subject.
         self.costs: Recent[bytes, float] = Recent(_MAX_MODELS)
+        self.shared_use = SharedUse()
         self.renewals = Renewals()
         self._leases = Leases(shared)
         self.stale_answers = 0
@@ -122,12 +132,12 @@ class Mesh:
         if self._doorkeeper is not None:
             self._doorkeeper.start()
 
-    async def find(self, key: bytes) -> Entry | None:
+    async def find(self, key: bytes, subject: Subject | None = None) -> Entry | None:
         """Returns the entry under `key` from any tier of this region."""
         entry = self.local.get(key)
         if entry is not None and entry.created_at_ms >= self.purges.oldest_ms:
             return entry
-        return await self.look_up(key)
+        return await self.look_up(key, subject)
 
     def must_compute(self, key: bytes) -> bool:
         """Whether a local miss must be computed: no shared tier, no peers, and no flight to join."""
@@ -140,7 +150,7 @@ class Mesh:
         return entry if entry is not None and entry.created_at_ms >= self.purges.oldest_ms else None
 
     def get_or_compute(
-        self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None = None
+        self, key: bytes, compute: Compute, trace: Trace, subject: Subject, freshness: Freshness | None = None
     ) -> tuple[Awaitable[Found], bool]:
         """Returns an awaitable for the answer after a local miss, and whether it joined an equal request in flight.
 
@@ -149,26 +159,31 @@ class Mesh:
         """
         flight = self.flights.get(key)
         if flight is None:
-            return self.flights.start(key, self._lead(key, compute, trace, freshness)), False
+            return self.flights.start(key, self._lead(key, compute, trace, subject, freshness)), False
         trace.leader = self._leaders.get(key)
         return flight, True
 
-    def is_due(self, key: bytes, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
+    def is_due(self, subject: Subject, entry: Entry, freshness: Freshness, now_ms: int) -> bool:
         """Whether this look-up triggers the renewal of the entry."""
-        took_us = max(entry.compute_us, 1e6 * (self.costs.get(key[:MODEL_BYTES]) or 0.0))
+        took_us = max(entry.compute_us, 1e6 * (self.costs.get(subject.id) or 0.0))
         return freshness.is_due(entry.created_at_ms, now_ms, took_us, random.random())
 
-    def renew(self, key: bytes, entry: Entry, compute: Compute) -> None:
+    def renew(self, key: bytes, entry: Entry, compute: Compute, subject: Subject) -> None:
         """Recomputes the answer in the background."""
-        self.renewals.begin(key, lambda: self._renew(key, entry, compute))
+        self.renewals.begin(key, lambda: self._renew(key, entry, compute, subject))
 
-    async def _renew(self, key: bytes, old: Entry, compute: Compute) -> Renewed:
-        """Renews an answer in one process of the fleet. Raises RingmeshError.
+    async def _renew(self, key: bytes, old: Entry, compute: Compute, subject: Subject) -> Renewed:
+        """Renews an answer, in one process of the fleet if the shared tier is used for it. Raises RingmeshError.
 
         All processes hold the same answer and see it expire at the same moment, and a new answer reaches Redis only
         milliseconds after it was computed. Without a lease, the key's owner on the ring would compute a quick answer
         once for each process.
         """
+        if not self.decide(key, subject).asks:
+            computed = await driver.run(compute())
+            self.learn(subject, computed.seconds)
+            self.fill(computed, writes=False)
+            return "computed"
         if await self._find_newer(key, old):
             return "found"
         lease = await self._leases.take(key, _LEASE_MS)
@@ -179,7 +194,7 @@ class Mesh:
                 await self._leases.release(key, lease.token)
                 return "found"
             computed = await driver.run(compute())
-            self._learn(key, computed.seconds)
+            self.learn(subject, computed.seconds)
             kept_ms = self._kept_ms(computed)
             written = (
                 computed.key == key
@@ -193,7 +208,7 @@ class Mesh:
         if written:
             self.local.put(key, computed.entry)
         else:
-            self.fill(computed)
+            self.fill(computed, writes=True)
         return "computed"
 
     async def _find_newer(self, key: bytes, old: Entry) -> bool:
@@ -206,22 +221,35 @@ class Mesh:
         self.local.put(key, entry)
         return True
 
-    async def _lead(self, key: bytes, compute: Compute, trace: Trace, freshness: Freshness | None) -> Found:
+    def decide(self, key: bytes, subject: Subject) -> Decision:
+        """Whether to look `key` up in the shared tier, and to write its answer there."""
+        if self.shared is None:
+            return NO_TIER
+        return self.shared_use.decide(subject, key, self.costs.get(subject.id))
+
+    def explain(self, key: bytes, subject: Subject) -> str:
+        """How the shared tier is used for a request, and why; "" without a shared tier."""
+        return "" if self.shared is None else self.shared_use.explain(subject, key, self.costs.get(subject.id))
+
+    async def _lead(
+        self, key: bytes, compute: Compute, trace: Trace, subject: Subject, freshness: Freshness | None
+    ) -> Found:
         """Leads a flight: shared tier, peers, compute, fill."""
         self._leaders[key] = trace
         try:
-            if self.shared is not None:
-                entry = await self.look_up(key, trace)
-                if entry is not None and _is_usable(entry, freshness):
-                    return Found(entry, "hit-shared")
-            peers = self._peers_to_ask(key)
-            answer = await (self._race(peers, key, compute, trace, freshness) if peers else compute())
-            if isinstance(answer, Entry):
-                self.fill(Computed(answer, key, "", freshness))
-                return Found(answer, "hit-peer")
-            self._learn(key, answer.seconds)
-            self.fill(answer)
-            return Found(answer.entry, "miss", answer.worker)
+            decision = self.decide(key, subject)
+            found: Found | None = None
+            if decision.asks and not decision.waits:
+                found = await driver.first_of(
+                    self._get_shared(key, trace, subject, freshness),
+                    self._compute(key, compute, trace, subject, freshness, writes=True),
+                )
+            elif decision.asks:
+                found = await self._get_shared(key, trace, subject, freshness)
+            if found is None:
+                found = await self._compute(key, compute, trace, subject, freshness, writes=decision.asks)
+            found.reason = decision.reason
+            return found
         except InvalidArgumentError as error:
             # The request is invalid on every worker.
             self.refusals.keep(key, error)
@@ -229,11 +257,37 @@ class Mesh:
         finally:
             self._leaders.pop(key, None)
 
-    def _peers_to_ask(self, key: bytes) -> Mapping[PeerRegion, Decision]:
+    async def _get_shared(
+        self, key: bytes, trace: Trace, subject: Subject, freshness: Freshness | None
+    ) -> Found | None:
+        entry = await self.look_up(key, subject, trace)
+        return Found(entry, "hit-shared") if entry is not None and _is_usable(entry, freshness) else None
+
+    async def _compute(
+        self,
+        key: bytes,
+        compute: Compute,
+        trace: Trace,
+        subject: Subject,
+        freshness: Freshness | None,
+        *,
+        writes: bool,
+    ) -> Found:
+        """Computes the answer, or gets it from a peer region, and stores it."""
+        peers = self._peers_to_ask(key, subject)
+        answer = await (self._race(peers, key, compute, trace, subject, freshness) if peers else compute())
+        if isinstance(answer, Entry):
+            self.fill(Computed(answer, key, "", freshness), writes=writes)
+            return Found(answer, "hit-peer")
+        self.learn(subject, answer.seconds)
+        self.fill(answer, writes=writes)
+        return Found(answer.entry, "miss", answer.worker)
+
+    def _peers_to_ask(self, key: bytes, subject: Subject) -> Mapping[PeerRegion, Decision]:
         # A process that does not know all purges must not fetch purged answers from a peer.
         if not self.peers.peers or not self.purges.is_known or self.purges.oldest_ms:
             return {}
-        return self.peers.worth_asking(key, self.costs.get(key[:MODEL_BYTES]))
+        return self.peers.worth_asking(subject.id, key, self.costs.get(subject.id))
 
     async def _race(
         self,
@@ -241,46 +295,59 @@ class Mesh:
         key: bytes,
         compute: Compute,
         trace: Trace,
+        subject: Subject,
         freshness: Freshness | None,
     ) -> Entry | Computed:
         """Returns a peer's answer, or a computed one if no peer answers soon enough."""
         start = time.time_ns()
         answer = await self.peers.race(
-            peers, key, lambda: driver.run(compute()), lambda entry: _is_usable(entry, freshness)
+            peers, subject.id, key, lambda: driver.run(compute()), lambda entry: _is_usable(entry, freshness)
         )
         trace.span("cache.peers", start, time.time_ns(), {"ringmesh.cache.hit": isinstance(answer, Entry)})
         return answer
 
-    def _learn(self, key: bytes, seconds: float) -> None:
-        model = key[:MODEL_BYTES]
-        known = self.costs.get(model)
-        self.costs.put(model, seconds if known is None else known + _SMOOTHING * (seconds - known))
+    def learn(self, subject: Subject, seconds: float) -> None:
+        """Records how long an answer took to compute, queueing included."""
+        known = self.costs.get(subject.id)
+        self.costs.put(subject.id, seconds if known is None else known + _SMOOTHING * (seconds - known))
 
-    async def look_up(self, key: bytes, trace: Trace | None = None) -> Entry | None:
-        """Looks in the shared tier, once the purges are known. Copies a hit into the local tier."""
-        if self.shared is None or not self.purges.is_known:
+    async def look_up(self, key: bytes, subject: Subject | None = None, trace: Trace | None = None) -> Entry | None:
+        """Looks in the shared tier, once the purges are known. Copies a hit into the local tier.
+
+        The result counts in the hit ratio of `subject`.
+        """
+        if self.shared is None or not self.purges.is_known or (subject is not None and subject.policy == "never"):
             return None
         start = time.time_ns()
-        entry = await self.shared.get_answer(key)
+        on_reply = None if subject is None else partial(self._looked_up, subject, time.monotonic())
+        entry = await self.shared.get_answer(key, on_reply)
         if trace is not None:
             trace.span("cache.shared", start, time.time_ns(), {"ringmesh.cache.hit": entry is not None})
         if entry is None or entry.created_at_ms < self.purges.oldest_ms:
             return None
-        self.local.put(key, entry)
+        # An answer that was computed meanwhile may be younger.
+        held = self.local.peek(key)
+        if held is None or held.created_at_ms <= entry.created_at_ms:
+            self.local.put(key, entry)
         return entry
 
-    def fill(self, computed: Computed) -> None:
-        """Stores a cacheable answer in both tiers."""
+    def _looked_up(self, subject: Subject, start: float, hit: bool) -> None:
+        self.shared_use.looked_up(subject, time.monotonic() - start, hit=hit)
+
+    def fill(self, computed: Computed, *, writes: bool) -> None:
+        """Stores a cacheable answer in the local tier, and with `writes` in the shared tier."""
         if computed.key is None:
             return
         self.local.put(computed.key, computed.entry)
-        if len(computed.entry.value) > _LARGEST_SHARED:
+        if not writes or len(computed.entry.value) > _LARGEST_SHARED:
             return
         kept_ms = self._kept_ms(computed)
         if self._doorkeeper is not None:
             self._doorkeeper.offer(computed.key, computed.entry, kept_ms)
         elif self.shared is not None:
+            start = time.monotonic()
             self.shared.put(computed.key, computed.entry, kept_ms)
+            self.shared_use.wrote(time.monotonic() - start)
 
     def _kept_ms(self, computed: Computed) -> int | None:
         """TTL of the answer in Redis; None: the default TTL."""

@@ -114,7 +114,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         settings.address,
         [
             inference.service(lambda: server.health.serving, more),
-            OperatorService(fleet, Keyer(fleet, mesh.purges, hasher, audit)).service(),
+            OperatorService(fleet, mesh, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
         max_message_bytes=settings.max_message_bytes,
@@ -128,6 +128,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
+    if settings.triton_metrics:
+        metrics.add(requests.triton_samples)
     usage = None
     if settings.ledger_address is not None and meter is not None:
         spool = LedgerSpool(settings.usage_dir, settings.usage_spool_bytes, time.time_ns)

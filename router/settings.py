@@ -45,6 +45,7 @@ class RouterSettings(MeshSettings):
     gpu_second_price: float = Field(0.0002, ge=0, description="price of a second of computing on a GPU")
     memory_gb_hour_price: float = Field(0.005, ge=0, description="price of an hour of 1 GB of the local tier's memory")
     currency: str = Field("USD", pattern=r"^[!-~]{1,8}$", description="of the prices; 1 to 8 characters")
+    triton_metrics: bool = Field(False, description="whether /metrics also has Triton's names, nv_inference_*")
     ledger_address: str | None = Field(
         None, description="host:port of the ledger, which usage is sent to and which leases budgets; none: no ledger"
     )

@@ -63,6 +63,7 @@ def cache_samples(mesh: Mesh, evictions: Evictions) -> Iterator[Sample]:
     yield Sample(FLIGHTS, (), len(mesh.flights))
     for peer in mesh.peers.peers:
         yield Sample(UNSEALED, (peer.region,), peer.unsealed)
+    yield from mesh.shared_use.samples()
     yield forgotten("costs", mesh.costs)
     yield forgotten("refusals", mesh.refusals.kept)
     yield Sample(STALE, (), mesh.stale_answers)

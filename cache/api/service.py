@@ -103,7 +103,7 @@ class CacheService:
         _check_most("ttl_ms", request.ttl_ms, _MAX_TTL_MS)
         _check_most("stale_ms", request.stale_ms, _MAX_TTL_MS)
         if request.stale_ms and not request.ttl_ms:
-            raise InvalidArgumentError("stale_ms needs ttl_ms: what is always fresh is never stale", field="stale_ms")
+            raise InvalidArgumentError("stale_ms needs ttl_ms: an item without ttl_ms is never stale", field="stale_ms")
         await self._items.put(
             item,
             request.value,

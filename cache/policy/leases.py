@@ -78,7 +78,7 @@ class Leases:
                     return True
             except UnavailableError:
                 return False
-        raise FailedPreconditionError("the lease is over or was never given; ask again and compute under the new one")
+        raise FailedPreconditionError("the lease has expired or never existed; get a new one and compute under it")
 
     async def release(self, name: bytes, token: int) -> None:
         """Ends the lease if it has not expired."""

@@ -1,17 +1,17 @@
 """Cost check: whether to look up an answer in another tier (Redis, a peer region) before or while it is computed.
 
 A look-up costs a round trip and, on a miss, the write of the computed answer. A hit saves the computation. All of this
-is measured: hits by subject (a model and a class of its requests), times by the caller. If the saving is close to the
-cost, the look-up runs in parallel with the computation, which adds no latency.
+is measured: hits by subject, times by the caller. If the saving is close to the cost, the look-up runs in parallel with
+the computation, which adds no latency.
 
 A tier that is not asked is not written to either, so its hit ratio could never recover. Therefore a small share of the
 keys is always looked up and written. The key decides: all processes of a fleet choose the same keys without
 coordination, and the hit ratio of these keys equals that of all keys.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # compiled by mypyc
 
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from services.runtime.telemetry.recent import Recent
 
@@ -22,31 +22,51 @@ _WORTH = 2.0
 # The hit ratio covers about the last _MEMORY look-ups. It starts as if _ASSUMED look-ups had half hits.
 _MEMORY = 256.0
 _ASSUMED = 8.0
+# The hit ratio counts as at least this: a process that restarts, or a new one, finds more than past look-ups show.
+_LEAST_SHARE = 0.01
 # One key in this many is explored.
 _EXPLORED = 64
+
+Use: TypeAlias = Literal["first", "concurrent", "explored", "skipped"]
+
+
+class Subject:
+    """What is decided alike: the requests of a similar size for one model version.
+
+    `policy`: "always" or "never" if the model's configuration decides, else "".
+    """
+
+    __slots__ = ("id", "model", "policy")
+
+    def __init__(self, model: str, digest: bytes, request_bytes: int, policy: str = "") -> None:
+        self.id = digest + bytes((request_bytes.bit_length(),))
+        self.model = model
+        self.policy = policy
 
 
 class Decision:
     """Result of a cost check. `asks`: look the key up, and write the computed answer. `waits`: compute only on a miss.
 
-    `reason` explains the decision to a person.
+    `use` is its name in metrics; `reason` explains it to a person.
     """
 
-    __slots__ = ("asks", "reason", "waits")
+    __slots__ = ("asks", "reason", "use", "waits")
 
-    def __init__(self, reason: str, *, asks: bool, waits: bool) -> None:
+    def __init__(self, use: Use, reason: str) -> None:
+        self.use = use
         self.reason = reason
-        self.asks = asks
-        self.waits = waits
+        self.asks = use != "skipped"
+        self.waits = use == "first"
 
 
-WORTH: Final = Decision("worth asking", asks=True, waits=True)
-CLOSE: Final = Decision("asked while computing: it saves about what it costs", asks=True, waits=False)
-UNKNOWN: Final = Decision("asked while computing: what computing takes is not known yet", asks=True, waits=False)
-EXPLORED: Final = Decision(
-    "asked while computing: one of the keys that show how many hits there are", asks=True, waits=False
-)
-NOT_WORTH: Final = Decision("not worth asking", asks=False, waits=False)
+NO_TIER: Final = Decision("skipped", "")
+ALWAYS: Final = Decision("first", "looked up first: the model's configuration says so")
+NEVER: Final = Decision("skipped", "not looked up: the model's configuration says so")
+UNKNOWN: Final = Decision("first", "looked up first: what computing takes is not known yet")
+WORTH: Final = Decision("first", "looked up first: hits save more than look-ups and writes cost")
+CLOSE: Final = Decision("concurrent", "looked up while computing: hits save about what look-ups and writes cost")
+EXPLORED: Final = Decision("explored", "looked up while computing: one of the keys that show how many hits there are")
+NOT_WORTH: Final = Decision("skipped", "not looked up: hits save less than look-ups and writes cost")
 
 
 class _Hits:
@@ -66,7 +86,10 @@ class WorthAsking:
     def decide(
         self, subject: bytes, key: bytes, compute_seconds: float | None, trip_seconds: float, write_seconds: float = 0.0
     ) -> Decision:
-        """Decides for one request. `compute_seconds` includes queueing; None: unknown. `trip_seconds` may be inf."""
+        """Decides for one request. `compute_seconds` includes queueing; None: unknown. `trip_seconds` may be inf.
+
+        `subject` is the id of a Subject.
+        """
         if compute_seconds is None:
             return UNKNOWN
         share = self.share(subject)
@@ -94,4 +117,4 @@ class WorthAsking:
     def share(self, subject: bytes) -> float:
         """The hit ratio; 0.5 for an unknown subject."""
         known = self._known.get(subject)
-        return 0.5 if known is None else known.hits / known.look_ups
+        return 0.5 if known is None else max(_LEAST_SHARE, known.hits / known.look_ups)

@@ -20,7 +20,6 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.keys.invalidation import InvalidationLog
-from cache.keys.keys import MODEL_BYTES
 from cache.policy.worth_asking import Decision, WorthAsking
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames, is_answer
@@ -202,12 +201,12 @@ class PeerRegions:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))
 
-    def worth_asking(self, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, Decision]:
+    def worth_asking(self, subject: bytes, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, Decision]:
         """Returns the available peers that pass the cost check; none if the compute time is unknown."""
         if compute_seconds is None:
             return {}
         decisions = {
-            peer: peer.worth.decide(key[:MODEL_BYTES], key, compute_seconds, peer.trip_seconds)
+            peer: peer.worth.decide(subject, key, compute_seconds, peer.trip_seconds)
             for peer in self.peers
             if peer.is_up
         }
@@ -216,6 +215,7 @@ class PeerRegions:
     async def race(
         self,
         peers: Mapping[PeerRegion, Decision],
+        subject: bytes,
         key: bytes,
         compute: Callable[[], Awaitable[Result]],
         usable: Callable[[Entry], bool],
@@ -242,7 +242,7 @@ class PeerRegions:
                 for ask in [each for each in asks if each.done()]:
                     peer, entry = asks.pop(ask), ask.result()
                     if peer.is_up:
-                        peer.worth.learn(key[:MODEL_BYTES], hit=entry is not None)
+                        peer.worth.learn(subject, hit=entry is not None)
                     if entry is not None and usable(entry):
                         return entry
                 if computing is None:

@@ -129,11 +129,11 @@ class SemanticTier:
         except UnavailableError as error:
             cause = error.__cause__
         if not isinstance(cause, ResponseError):
-            log.debug("similar vectors are not looked for in Redis now: %r", cause)
+            log.debug("Redis is not searched for similar vectors for now: %r", cause)
             self._not_before = self._clock() + _DOWN_SECONDS
             return None
         if isinstance(cause, NoPermissionError) or "unknown command" in str(cause).lower()[:100]:
-            log.info("similar vectors are looked for in this process only: Redis says %s", str(cause)[:100])
+            log.info("only this process is searched for similar vectors: Redis answers %s", str(cause)[:100])
             self._not_before = self._clock() + _ABSENT_SECONDS
             return None
         return cause

@@ -71,13 +71,18 @@ class SharedTier:
 
     def get(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
         """Returns an awaitable for the entry: None on a miss, or if Redis is down, slow, or holds an invalid frame."""
-        return self._get(key, answer=False)
+        return self._get(key, None, answer=False)
 
-    def get_answer(self, key: bytes) -> Coroutine[Any, Any, Entry | None]:
-        """Returns the same as `get`, and None if the value is not a serialized ModelInferResponse."""
-        return self._get(key, answer=True)
+    def get_answer(
+        self, key: bytes, on_reply: Callable[[bool], None] | None = None
+    ) -> Coroutine[Any, Any, Entry | None]:
+        """Returns the same as `get`, and None if the value is not a serialized ModelInferResponse.
 
-    async def _get(self, key: bytes, *, answer: bool) -> Entry | None:
+        `on_reply` is called with whether it was a hit, unless Redis gave no answer or an error.
+        """
+        return self._get(key, on_reply, answer=True)
+
+    async def _get(self, key: bytes, on_reply: Callable[[bool], None] | None, *, answer: bool) -> Entry | None:
         name = stored_name(key)
         node = self.nodes.owner(name)
         if node is None:
@@ -88,19 +93,20 @@ class SharedTier:
             if not isinstance(reply, AskError) or (node := self.nodes.redirected(reply)) is None:
                 break
             reply = await node.get(name, asking=type(reply) is AskError)
-        if reply is None:
-            self.counters.misses += 1
-            return None
         entry = self.frames.unpack(key, reply) if isinstance(reply, bytes) else None
         if answer and entry is not None and not is_answer(entry.value):
             entry = None
-        if entry is None:
+        if on_reply is not None and not isinstance(reply, Exception):
+            on_reply(entry is not None)
+        if entry is not None:
+            self.counters.hits += 1
+            self.counters.saved_compute_us += entry.compute_us
+        elif reply is None:
+            self.counters.misses += 1
+        else:
             if not isinstance(reply, GivenUpError):
                 self.metrics.errors.add("damaged" if isinstance(reply, bytes) else kind_of(reply))
             self.counters.failures += 1
-            return None
-        self.counters.hits += 1
-        self.counters.saved_compute_us += entry.compute_us
         return entry
 
     def put(self, key: bytes, entry: Entry, ttl_ms: int | None = None) -> None:
@@ -187,8 +193,8 @@ class SharedTier:
             return False
         if memory.get("maxmemory") and memory.get("maxmemory_policy") == "noeviction":
             log.warning(
-                "Redis %s has maxmemory-policy noeviction: when its %d bytes are full it refuses what is to be "
-                "cached; set allkeys-lru or allkeys-lfu",
+                "Redis %s has maxmemory-policy noeviction: when its %d bytes are full, it refuses new entries; "
+                "set allkeys-lru or allkeys-lfu",
                 node.name,
                 memory["maxmemory"],
             )

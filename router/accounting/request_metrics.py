@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 from ringmesh.cache.v1 import cache_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.telemetry import triton_metrics
 from services.runtime.telemetry.load_report import Answers
 from services.runtime.telemetry.metrics import BOUNDS_NS, OTHER, Exemplar, Family, Histogram, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -163,6 +164,13 @@ class RequestMetrics:
             elif labels.outcome == "miss":
                 stats.cache_miss.count += series.count
                 stats.cache_miss.ns += series.sum_ns
+
+    def triton_samples(self) -> Iterator[Sample]:
+        """The hits and misses under Triton's names, for `Metrics.add`."""
+        for name, version in sorted(self._models):
+            statistics = v2.ModelStatistics(name=name, version=version)
+            self.add_to(statistics)
+            yield from triton_metrics.cached(statistics)
 
     def answers(self) -> Answers:
         """The number of all requests, and of those that failed with a server error."""

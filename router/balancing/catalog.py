@@ -25,6 +25,7 @@ class ModelEntry:
 
     - `uncacheable`: why its answers are not cached; "" if they are.
     - `inputs`, `outputs`: those of its metadata.
+    - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
     - `not_runnable`: why no worker can run it; "" if one may.
@@ -43,6 +44,7 @@ class ModelEntry:
     hedged: bool = False
     semantic_threshold: float = 0.0
     semantic_embedding: str = ""
+    shared_tier: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
     cache_steps: bool = False
@@ -127,7 +129,7 @@ class Catalog:
             why = ""
         else:
             itself = _signature(model)
-            why = ensemble.misfit(plan, itself.inputs, itself.outputs, signatures)
+            why = ensemble.fits(plan, itself.inputs, itself.outputs, signatures).reason
         if why:  # without a plan, which might contain the ensemble itself
             return replace(entry, uncacheable=why, not_runnable=why)
         freshness = entry.freshness
@@ -140,7 +142,7 @@ class Catalog:
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
             digest=ensemble.digest(model.ensemble.own_digest, (step.digest for step in steps)),
-            uncacheable=ensemble.uncacheable_reason(config, ((step.name, step.uncacheable) for step in steps)),
+            uncacheable=ensemble.cacheable(config, ((step.name, step.uncacheable) for step in steps)).reason,
         )
 
 
@@ -175,5 +177,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         limits_queue=model.limits_queue,
         semantic_threshold=model.semantic_threshold,
         semantic_embedding=model.semantic_embedding,
+        # The hit ratio of exact matches does not show how many similar requests an entry answers.
+        shared_tier=model.shared_tier or ("always" if model.semantic_threshold else ""),
         freshness=Freshness(model.ttl_ms, model.stale_ms) if model.ttl_ms else None,
     )

@@ -29,7 +29,7 @@ class Ring:
 
     def __init__(self, members: Mapping[str, float]) -> None:
         if any(weight <= 0 for weight in members.values()):
-            raise ValueError("a member's weight is above 0; leave out who shall own nothing")
+            raise ValueError("weights must be above 0; leave out members that own nothing")
         # In alphabetical order.
         self.members = tuple(sorted(members))
         self._weights = np.array([members[name] for name in self.members])

@@ -48,9 +48,13 @@ def check_description(described: inference_pb2.DescribeResponse, models: Iterabl
         ("envelope socket", described.envelope_socket),
     ):
         if not is_text(text):
-            raise InvalidDescriptionError(f"its {name} is {text[:80]!r}")
+            raise InvalidDescriptionError(
+                f"its {name} is {text[:80]!r}, not printable text of at most {_LONGEST_TEXT} characters"
+            )
     if described.weight and not is_weight(described.weight):
-        raise InvalidDescriptionError(f"its weight is {described.weight:g}")
+        raise InvalidDescriptionError(
+            f"its weight is {described.weight:g}, not above 0 and at most {_LARGEST_WEIGHT:g}"
+        )
     for failure in described.failed:
         if not (is_text(failure.model) and is_text(failure.version) and is_text(failure.reason)):
             raise InvalidDescriptionError(f"model {failure.model[:80]!r}: it failed to load, and the reason is no text")
@@ -69,13 +73,15 @@ def check_description(described: inference_pb2.DescribeResponse, models: Iterabl
 def _check_model(model: inference_pb2.ModelVersion) -> None:
     model_name = f"model {model.name[:80]!r}"
     if not model.name or not is_text(model.name):
-        raise InvalidDescriptionError(f"{model_name}: that is no name")
+        raise InvalidDescriptionError(f"{model_name}: its name is empty or not printable")
     if not (model.version.isascii() and model.version.isdecimal() and len(model.version) <= _MOST_DIGITS):
         raise InvalidDescriptionError(f"{model_name}: its version is {model.version[:80]!r}, not an integer")
     # An ensemble whose steps are on other workers may have no digest: the router derives it from those of the steps.
     if len(model.digest) != _DIGEST_BYTES and (model.digest or not model.HasField("ensemble")):
         raise InvalidDescriptionError(f"{model_name}: its digest has {len(model.digest)} bytes, not {_DIGEST_BYTES}")
     if not (math.isfinite(model.semantic_threshold) and 0 <= model.semantic_threshold <= 1):
-        raise InvalidDescriptionError(f"{model_name}: its semantic_threshold is {model.semantic_threshold:g}")
+        raise InvalidDescriptionError(
+            f"{model_name}: its semantic_threshold is {model.semantic_threshold:g}, not 0 to 1"
+        )
     if max(model.ttl_ms, model.stale_ms) > _LARGEST_MS:
         raise InvalidDescriptionError(f"{model_name}: its answers are fresh for {max(model.ttl_ms, model.stale_ms)} ms")

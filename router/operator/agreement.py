@@ -77,7 +77,12 @@ class Agreement:
                     log.info("worker %s has applied the decision of the fleet on model %s", member.worker_id, model)
                 except Exception as error:  # a worker's error must not keep the other decisions from it
                     self._tried[member.address, model] = self._clock()
-                    log.warning("worker %s does not follow the fleet on model %s: %s", member.worker_id, model, error)
+                    log.warning(
+                        "worker %s could not apply the decision of the fleet on model %s: %s",
+                        member.worker_id,
+                        model,
+                        error,
+                    )
             await self._fleet.describe(member)
         finally:
             del self._sending[member.address]

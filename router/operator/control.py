@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -54,20 +55,18 @@ class FleetControl:
             "RepositoryIndex": unary(v2.RepositoryIndexRequest, self._index),
             "RepositoryModelLoad": unary(v2.RepositoryModelLoadRequest, self._load, check_list),
             "RepositoryModelUnload": unary(v2.RepositoryModelUnloadRequest, self._unload),
-            **{method: unary(getattr(v2, f"{method}Request"), self._to_all(method)) for method in _SHARED_MEMORY},
+            **{
+                method: unary(getattr(v2, f"{method}Request"), partial(self._to_all, method))
+                for method in _SHARED_MEMORY
+            },
         }
 
-    def _to_all(self, method: str) -> Callable[[Message, Context], Awaitable[Any]]:
-        """A handler that calls all workers and returns the first answer.
+    async def _to_all(self, method: str, request: Message, _: Context) -> Any:
+        """Calls all workers and returns the first answer; the answers are alike.
 
-        Every worker on the caller's host must know a region, because a request may go to any of them. The answers are
-        alike.
+        Every worker on the caller's host must know a region, because a request may go to any of them.
         """
-
-        async def ask(request: Message, _: Context) -> Any:
-            return (await self._ask_all(method, request))[0][1]
-
-        return ask
+        return (await self._ask_all(method, request))[0][1]
 
     async def _config(self, request: v2.ModelConfigRequest, _: Context) -> v2.ModelConfigResponse:
         model = self._fleet.view.catalog.find(request.name, request.version)

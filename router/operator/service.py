@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 from ringmesh.router.v1 import router_pb2
 
+from cache.mesh import Mesh
 from router.balancing.member import Member
 from router.balancing.picker import Candidate, candidates
 from router.balancing.view import FleetView
@@ -29,8 +30,9 @@ _REQUEST = 0x0A
 class OperatorService:
     """GetRing, Explain and Watch, based on the same fleet view that requests use."""
 
-    def __init__(self, fleet: Fleet, keyer: Keyer) -> None:
+    def __init__(self, fleet: Fleet, mesh: Mesh, keyer: Keyer) -> None:
         self._fleet = fleet
+        self._mesh = mesh
         self._keyer = keyer
 
     def service(self) -> Service:
@@ -57,6 +59,8 @@ class OperatorService:
         response = router_pb2.ExplainResponse()
         if call.request_hash:
             response.key = (model.digest + call.request_hash).hex()
+            key = self._mesh.purges.epochs.key(model.digest, model.name, call.request_hash)
+            response.shared_tier = self._mesh.explain(key, call.subject())
         elif call.ring_hash:
             response.uncached_reason = f"{call.reason}; the sequence stays with its owner"
         else:

@@ -68,13 +68,12 @@ class ModelAudit:
         self.results = {"equal": 0, "close": 0, "different": 0, "failed": 0}
         self.largest = 0.0
 
-    def distrusted(self) -> str:
-        """Why the model should not be cached; "" if it may be."""
+    def may_cache(self) -> Verdict:
         different = self.results["different"]
         audited = different + self.results["equal"] + self.results["close"]
         if different < _LEAST_DIFFERENT or different < _LARGEST_PART * audited:
-            return ""
-        return (
+            return YES
+        return Verdict(
             f"{different} of {audited} answers that were computed again for the audit came out different, "
             f"by up to {self.largest:g}"
         )
@@ -178,9 +177,10 @@ class Audit:
         audit.results[comparison.result] += 1
         audit.largest = max(audit.largest, comparison.largest)
         model = audit.model
-        if model.digest not in self.distrusted and (reason := audit.distrusted()):
-            self.distrusted[model.digest] = reason
-            log.warning("model %s/%s leaves the cache: %s", model.name, model.version, reason)
+        verdict = audit.may_cache()
+        if not verdict and model.digest not in self.distrusted:
+            self.distrusted[model.digest] = verdict.reason
+            log.warning("model %s/%s leaves the cache: %s", model.name, model.version, verdict.reason)
 
 
 def _has_output_parameters(request: bytes) -> bool:

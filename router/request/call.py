@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from cache.policy.cache_control import CacheControl
+from cache.policy.worth_asking import Subject
 from router.admission.caller import ANYBODY
 from router.balancing.catalog import ModelEntry
 from services.runtime.errors import RingmeshError
@@ -53,6 +54,11 @@ class Call:
         self.method = method
         self.deadline = deadline
         self.caller = ANYBODY
+
+    def subject(self) -> Subject:
+        """What its use of other tiers is decided by."""
+        assert self.model is not None
+        return Subject(self.model.name, self.model.digest, len(self.data), self.model.shared_tier)
 
     def is_late(self) -> bool:
         return self.deadline is not None and self.deadline <= time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations  # compiled by mypyc
 
 from cache.mesh import Compute, Found, Mesh
 from cache.policy.cache_control import CacheControl
+from cache.policy.worth_asking import NEVER
 from router.balancing.catalog import ModelEntry
 from router.request.call import Call
 from router.request.local_answers import takes
@@ -15,15 +16,19 @@ async def find(mesh: Mesh, call: Call, model: ModelEntry, control: CacheControl,
 
     Raises FailedPreconditionError if `control` is only-if-cached and the answer is not cached.
     """
-    if not control.no_cache:
-        entry = await mesh.look_up(call.key, call.trace)
+    subject = call.subject()
+    decision = mesh.decide(call.key, subject)
+    if not control.no_cache and (decision.asks or control.only_if_cached):
+        entry = await mesh.look_up(call.key, subject, call.trace)
         if entry is not None and takes(control, model, entry):
-            return Found(entry, "hit-shared")
+            return Found(entry, "hit-shared", reason=decision.reason)
     if control.only_if_cached:
         raise FailedPreconditionError(
             "there is no such answer in the cache, and cache-control is only-if-cached", kind="not_cached"
         )
     computed = await compute()
+    mesh.learn(subject, computed.seconds)
     if not control.no_store:
-        mesh.fill(computed)
-    return Found(computed.entry, "miss", computed.worker)
+        # With no-cache the answer replaces the one that other routers may find in Redis.
+        mesh.fill(computed, writes=decision.asks or (control.no_cache and decision is not NEVER))
+    return Found(computed.entry, "miss", computed.worker, reason=decision.reason)

@@ -59,9 +59,10 @@ class LocalAnswers:
             return True
         if freshness.is_over(entry.created_at_ms, now_ms):
             return False
-        if self._mesh.is_due(key, entry, freshness, now_ms):
+        subject = call.subject()
+        if self._mesh.is_due(subject, entry, freshness, now_ms):
             compute = self._renewal(call)
-            call.renew = lambda: self._mesh.renew(key, entry, compute)
+            call.renew = lambda: self._mesh.renew(key, entry, compute, subject)
         return True
 
 

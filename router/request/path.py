@@ -182,7 +182,7 @@ class RequestPath:
         if batch is not None:
             start = time.time_ns()
             tenant = call.tenant if model.tenant_scoped else None
-            found = await self._rows.find(batch, model, tenant, epochs, call.key, compute)
+            found = await self._rows.find(batch, model, tenant, epochs, call.key, call.subject(), compute)
             if found is not None:
                 call.trace.span("cache.rows", start, time.time_ns(), {"ringmesh.rows.known": found.rows})
                 return found
@@ -200,7 +200,7 @@ class RequestPath:
             if entry is not None:
                 return Found(entry, "hit-local")
             flight, joined = self._mesh.get_or_compute(
-                call.key, lambda: self._compute(call, model, epochs), call.trace, model.freshness
+                call.key, lambda: self._compute(call, model, epochs), call.trace, call.subject(), model.freshness
             )
             # A call that joined another retries if the other failed for a reason of its own: the quota or deadline of
             # its caller, or another row of its batch.

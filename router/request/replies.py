@@ -130,6 +130,8 @@ class Replies:
             attributes["ringmesh.worker.id"] = found.worker
         if call.provider:
             attributes["ringmesh.provider"] = call.provider
+        if found.reason:
+            attributes["ringmesh.cache.reason"] = found.reason
         if tier := _TIERS.get(found.outcome):
             attributes["ringmesh.cache.tier"] = tier
             attributes["ringmesh.cache.age_ms"] = end // 1_000_000 - entry.created_at_ms

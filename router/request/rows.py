@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Computed, Found, Mesh, Outcome
+from cache.policy.worth_asking import Subject
 from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
@@ -26,7 +28,6 @@ from services.runtime.large_result import Result
 from services.runtime.oip.tensors import DATATYPES, raw_from_contents
 from services.runtime.single_flight import Flight
 from services.runtime.telemetry.supervisor import BACKGROUND
-from services.runtime.telemetry.tracing import untraced
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class _Query(NamedTuple):
     indexes: Mapping[bytes, int]
     model: ModelEntry
     tenant: str | None
+    subject: Subject
     compute: ComputeRows
 
 
@@ -90,17 +92,19 @@ class RowCache:
         tenant: str | None,
         epochs: Epochs,
         whole: bytes,
+        subject: Subject,
         compute: ComputeRows,
     ) -> Found | None:
         """The answer to the batch and its source; None if the batch must be computed whole.
 
-        `whole` is the key of the batch, `epochs` the current epochs. `compute` takes a serialized request and the hash
-        that equal requests join by, and returns the result and the worker's id. Raises what `compute` raises.
+        `whole` is the key of the batch, `epochs` the current epochs, `subject` that of the batch. `compute` takes a
+        serialized request and the hash that equal requests join by, and returns the result and the worker's id. Raises
+        what `compute` raises.
         Cancelled: the computation of rows goes on, because others may wait for them.
         """
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
         keys = [epochs.key(model.digest, model.name, row_hash) for row_hash in hashes]
-        query = _Query(batch, {key: index for index, key in enumerate(keys)}, model, tenant, compute)
+        query = _Query(batch, {key: index for index, key in enumerate(keys)}, model, tenant, subject, compute)
         found: dict[bytes, Found] = {}
         for key in query.indexes:
             entry = self._mesh.local.get(key)
@@ -160,16 +164,21 @@ class RowCache:
         failure: Exception = UnlikeRowsError()
         try:
             # Look-ups that start together share one round trip.
-            trace = untraced()
-            shared = await asyncio.gather(*(self._mesh.look_up(key, trace) for key in flights))
+            decisions = {key: self._mesh.decide(key, query.subject) for key in flights}
+            asked = [key for key, decision in decisions.items() if decision.asks]
+            shared = await asyncio.gather(*(self._mesh.look_up(key, query.subject) for key in asked))
             landed = {
                 key: Found(entry, "hit-shared")
-                for key, entry in zip(flights, shared, strict=True)
+                for key, entry in zip(asked, shared, strict=True)
                 # A stale row is recomputed with the missing rows, at no additional call.
                 if entry is not None and takes(None, query.model, entry)
             }
             if missing := [key for key in flights if key not in landed]:
                 landed |= await self._compute(query, missing)
+                for key in missing:
+                    row = landed[key]
+                    computed = Computed(row.entry, key, row.worker, query.model.freshness)
+                    self._mesh.fill(computed, writes=decisions[key].asks)
         except UnlikeRowsError:
             pass
         except Exception as error:
@@ -185,17 +194,16 @@ class RowCache:
         model = query.model
         request = smaller(query.batch, [query.indexes[key] for key in keys])
         data = request.SerializeToString()
+        start = time.monotonic()
         result, worker = await query.compute(data, self._hasher.hash(request, model.outputs, query.tenant))
+        self._mesh.learn(query.subject, time.monotonic() - start)
         if result.model_digest != model.digest:
             raise UnlikeRowsError  # the model was replaced: an answer must not mix rows of two models
         compute_us = result.timing.compute_us // max(1, result.timing.batch_rows)
-        rows = {
+        return {
             key: Found(Entry(value, int(compute_us)), "miss", worker)
             for key, value in zip(keys, cut_response(result.response, len(keys)), strict=True)
         }
-        for key, row in rows.items():
-            self._mesh.fill(Computed(row.entry, key, row.worker, model.freshness))
-        return rows
 
 
 def split(request: v2.ModelInferRequest, most: int = 0) -> Batch | None:

@@ -90,10 +90,11 @@ class SemanticMatches:
         near = await in_task(self._tier.nearest(group, query.vector, model.semantic_threshold))
         if near is None or near.key == call.key:
             return None
-        exact = await self._mesh.look_up(call.key, call.trace)
+        subject = call.subject()
+        exact = await self._mesh.look_up(call.key, subject, call.trace)
         if exact is not None and takes(None, model, exact):
             return Found(exact, "hit-shared")
-        entry = await self._mesh.find(near.key)
+        entry = await self._mesh.find(near.key, subject)
         if entry is None or not takes(None, model, entry):
             return None
         return Found(entry, "hit-semantic", similarity=near.similarity)

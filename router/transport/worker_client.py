@@ -193,7 +193,7 @@ class WorkerClient:
                 raise WorkerBusyError(str(error)) from None
             raise WorkerUnreachableError(str(error)) from None
         except DecodeError:
-            raise WorkerUnreachableError("it does not answer as a worker does") from None
+            raise WorkerUnreachableError("its answer is not the description of a worker") from None
 
     async def call(self, method: str, request: bytes, seconds: float) -> bytes:
         """Calls another method. Raises the worker's own error, or WorkerUnreachableError."""
@@ -361,7 +361,7 @@ class WorkerClient:
             serialized = answer.message if isinstance(answer, LargeAnswer) else answer
             response = inference_pb2.ExecuteResponse.FromString(serialized)
         except DecodeError as error:
-            return [WorkerUnreachableError(f"it answered with something else than an envelope: {error!r}")] * items
+            return [WorkerUnreachableError(f"its answer is not an ExecuteResponse: {error!r}")] * items
         if len(response.results) != items:
             return [WorkerUnreachableError(f"it answered {len(response.results)} of {items} requests")] * items
         self._load.reported(response.load, self._under_way)

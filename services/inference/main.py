@@ -86,7 +86,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
-    metrics.add(WorkerMetrics(worker).samples)
+    metrics.add(WorkerMetrics(worker, triton_names=settings.triton_metrics).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
     metrics.add_slow(gpu_metrics())
@@ -137,24 +137,22 @@ def _kept(settings: WorkerSettings, kind: str, open_at: Callable[[Path], Kept], 
         return None
 
 
-async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
+def model_opener(settings: WorkerSettings) -> Callable[[ModelFiles], OnnxModel]:
+    """Returns what makes a model from its files, with the providers of this machine."""
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
         # Loads CUDA and cuDNN from pip packages if the extra `gpu` installed them.
         onnxruntime.preload_dlls()
-    threads = settings.threads or cores.available()
+    return partial(
+        load_model,
+        providers=providers,
+        intra_op_threads=settings.threads or cores.available(),
+        max_batch_rows=settings.max_batch_rows,
+        caches=str((settings.state_dir / "engines").absolute()),
+    )
 
-    caches = str((settings.state_dir / "engines").absolute())
 
-    def open_model(files: ModelFiles) -> OnnxModel:
-        return load_model(
-            files,
-            providers=providers,
-            intra_op_threads=threads,
-            max_batch_rows=settings.max_batch_rows,
-            caches=caches,
-        )
-
+async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")
     except OSError as error:
@@ -163,7 +161,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
         source = await asyncio.to_thread(settings.model_source)
         store = ModelStore(
             source,
-            open_model,
+            model_opener(settings),
             executor,
             memory_limit=settings.model_memory_bytes,
             journal=journal,

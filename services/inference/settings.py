@@ -48,6 +48,7 @@ class WorkerSettings(ServiceSettings):
         "", pattern="^[^/]*$", description="how the names of callers' shared memory objects begin"
     )
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
+    triton_metrics: bool = Field(False, description="whether /metrics also has Triton's names, nv_inference_*")
     region: str = Field("", description="where it stands: routers prefer workers of their own region")
     zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")
     discovery_url: str | None = Field(None, description="Redis to announce itself in, for routers to find; none: not")

@@ -262,6 +262,47 @@ def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
         future.set_result(outcome)
 
 
+async def first_of(guess: Coroutine[Any, Any, Result | None], work: Coroutine[Any, Any, Result]) -> Result:
+    """Runs both, and returns the first result other than None. Cancels `work` if it is not needed.
+
+    If `work` fails, the result of `guess` counts; if that is None, raises the error. `guess` runs to its end even if
+    its result comes too late. Cancelled: `work` is cancelled too.
+    """
+    first: Promise[Result] = Promise()
+    failure: Exception | None = None
+    is_guessing = True
+
+    def guessed(outcome: Any) -> None:
+        nonlocal is_guessing
+        is_guessing = False
+        if isinstance(outcome, Exception):
+            faults.internal(log, "work beside other work failed", outcome)
+        elif outcome is not None and not isinstance(outcome, BaseException):
+            first.settle(outcome)
+        if failure is not None:
+            first.fail(failure)
+
+    def worked(outcome: Any) -> None:
+        nonlocal failure
+        if not isinstance(outcome, BaseException):
+            first.settle(outcome)
+        elif is_guessing and isinstance(outcome, Exception):
+            failure = outcome
+        else:
+            first.fail(outcome)
+
+    Driver(guess, guessed).start()
+    if first.done():
+        work.close()
+        return first.result()
+    working = Driver(work, worked)
+    working.start()
+    try:
+        return await first
+    finally:
+        working.cancel()
+
+
 async def in_task(work: Coroutine[Any, Any, Result]) -> Result:
     """Returns, to a driven coroutine, the result of work that needs an asyncio task.
 

@@ -141,7 +141,10 @@ def _contents_bytes(data: bytes, inputs: list[int]) -> int:
             while element < position:
                 strings += 1
                 if strings > MAX_STRINGS:
-                    raise _too_many_strings()
+                    raise InvalidArgumentError(
+                        f"typed contents hold more than {MAX_STRINGS} strings, the most of a request; send several",
+                        field="inputs",
+                    )
                 tag, start = _varint(data, element, position)
                 element = _skip(data, start, position, tag & 7)
                 if tag in _INTEGERS:
@@ -200,11 +203,4 @@ def _too_many_fields() -> InvalidArgumentError:
 def _too_much_typed(much: str) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"typed contents {much}, which is the most for a request; raw_input_contents has no such limit", field="inputs"
-    )
-
-
-def _too_many_strings() -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"typed contents hold more than {MAX_STRINGS} strings, which is the most for a request; send several",
-        field="inputs",
     )

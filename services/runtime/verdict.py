@@ -2,14 +2,14 @@
 
 from __future__ import annotations  # compiled by mypyc
 
-from dataclasses import dataclass
+from typing import Final
 
 
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """True unless there is a `reason` against it."""
 
-    reason: str = ""
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
 
     def __bool__(self) -> bool:
         return not self.reason
@@ -18,4 +18,4 @@ class Verdict:
         return f"no: {self.reason}" if self.reason else "yes"
 
 
-YES = Verdict()
+YES: Final = Verdict()

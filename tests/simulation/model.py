@@ -48,6 +48,8 @@ CONFIGS = {
     """,
     "loop": _NO_ROWS,
     "uncached": _NO_ROWS + "response_cache { enable: false }",
+    "always": _NO_ROWS + _flag("shared_tier", "always"),
+    "never": _NO_ROWS + _flag("shared_tier", "never"),
 }
 KINDS = tuple(CONFIGS)
 # Models whose graphs have a loop, so that the run time may depend on the input values.

@@ -262,6 +262,25 @@ def redis_faults(world):
         random.choice(world.workers).move()
 
 
+def costs(world):
+    """Models and Redis become faster and slower, and requests more or less often repeated, so decisions change."""
+    random = world.random
+    _fleet(
+        world,
+        kinds=[*_kinds(world, 2), random.choice(("always", "never"))],
+        routers=random.choice((2, 3)),
+        redis=True,
+        local_tier_bytes=random.choice((20_000, 1 << 20)),
+    )
+    for _ in range(4):
+        world.redis.slow = random.choice((0.3, 1.0, 5.0, 30.0))
+        seconds = random.choice(((0, 0), (0, 0.001), (0.005, 0.02)))
+        _traffic(world, random.choice((40, 120)), 0.4, seconds=seconds, pool=random.choice((4, 20, 1000)))
+        _operate(world, 0.4)
+        world.play(0.5)
+    world.redis.slow = 1.0
+
+
 def _harm_redis(world, redis, what):
     world.trace("redis", what)
     redis.harmed = True
@@ -390,6 +409,7 @@ PLANS = {
     "network": (network, 6),
     "lies": (lies, 7),
     "redis_faults": (redis_faults, 6),
+    "costs": (costs, 6),
     "poison": (poison, 4),
     "exceptions": (exceptions, 4),
     "routers": (routers, 4),

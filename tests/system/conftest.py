@@ -57,15 +57,16 @@ def output_file(state: Path) -> Path:
 
 
 def start_stack(
-    state: Path, *arguments: str, cwd: Path | None = None, ringmesh: Sequence[str | Path] = RINGMESH
+    state: Path, *arguments: str, cwd: Path | None = None, ringmesh: Sequence[str | Path] = RINGMESH, **settings: str
 ) -> RunningStack:
-    """`ringmesh up` on free ports; returns when it is ready."""
+    """`ringmesh up` on free ports, with RINGMESH_* settings; returns when it is ready."""
     state.mkdir(parents=True, exist_ok=True)
     # As an earlier run would have left it; routers that tests add must have the same.
     (state / "key-secret").write_text(processes.KEY_SECRET)
     environment = {"RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES), **os.environ}
+    environment |= {f"RINGMESH_{name.upper()}": value for name, value in settings.items()}
     with output_file(state).open("w") as output:
-        command = [*ringmesh, "up", "--port", "0", "--state", str(state), *arguments]
+        command = [*ringmesh, "up", "--base-port", "0", "--state", str(state), *arguments]
         supervisor = subprocess.Popen(command, stdout=output, stderr=output, cwd=cwd, env=environment)
 
     def is_ready():
@@ -127,7 +128,7 @@ def models(tmp_path_factory) -> Path:
 def stack(engine, models, tmp_path_factory):
     """A router, two workers, a cache and Valkey on this engine; tests leave it as they found it."""
     running = start_stack(
-        tmp_path_factory.mktemp(f"stack-{engine}"), "--models", str(models), "--engine", engine, "--drain", "5"
+        tmp_path_factory.mktemp(f"stack-{engine}"), "--models", str(models), "--drain", "5", engine=engine
     )
     yield running
     assert stop_stack(running) == 0

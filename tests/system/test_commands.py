@@ -84,6 +84,15 @@ def test_cache_shows_the_tiers(stack):
     assert "shared" in told
 
 
+def test_options_before_a_subcommand_apply_to_it(stack, tmp_path):
+    assert "mlp" in shown("--state", stack.state, "models")
+    assert "confirmed it" in shown("cache", "--state", stack.state, "purge", "--model", "mlp")
+    assert "confirmed it" in shown("--state", stack.state, "cache", "purge", "--model", "mlp")
+    assert "confirmed it" in shown("cache", "--cache", stack.router, "purge", "--model", "mlp")
+    # The option closest to the command takes precedence.
+    assert "mlp" in shown("--state", str(tmp_path), "models", "--state", stack.state)
+
+
 @pytest.mark.parametrize("command", [["top", "--once"], ["explain", "mlp"], ["models"], ["cache"]])
 def test_where_no_stack_runs_the_way_to_one_is_told(tmp_path, command):
     assert f"no stack runs in {tmp_path}: `ringmesh up` starts one" in refused(*command, "--state", str(tmp_path))

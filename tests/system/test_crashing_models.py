@@ -67,7 +67,7 @@ def test_a_model_that_dies_at_work_again_and_again_is_quarantined_until_it_is_as
 async def test_a_model_that_crashes_its_workers_leaves_the_others_serving(engine, tmp_path):
     onnx_models.mlp(tmp_path / "models")
     stack = start_stack(
-        tmp_path / "state", "--models", str(tmp_path / "models"), "--engine", engine, "--workers", "2", "--drain", "5"
+        tmp_path / "state", "--models", str(tmp_path / "models"), "--workers", "2", "--drain", "5", engine=engine
     )
     try:
         onnx_models.crashing(tmp_path / "models")

@@ -42,9 +42,14 @@ def test_the_second_pass_is_all_hits_and_every_request_has_a_trace(project):
     assert {row[3] for row in rows[5:]} == {"hit-local"}
     assert "hit ratio           5 of 10 (50%); second pass 5 of 5" in done.stdout
     assert int(re.search(r"compute time saved +(\d+) ms", done.stdout)[1]) > 0
-    assert "the same answers byte for byte" in done.stdout
+    assert "only hits, and each answer equals the first one byte for byte" in done.stdout
     cost = re.search(r"^cost +(\S+) USD for 10 requests; the cache saved (\S+) USD$", done.stdout, re.MULTILINE)
     assert float(cost[1]) > float(cost[2]) > 0
+    assert f"classified 5 of the {len(SAMPLES) + 1} files in this folder" in done.stdout
+    *_, slowest, shown = done.stdout.splitlines()
+    trace_id = max(rows, key=lambda row: float(row[4]))[5]
+    assert re.search(rf"http://127\.0\.0\.1:\d+/traces/{trace_id}", slowest)
+    assert f"trace {trace_id}" in shown
     for row, last in ((rows[0], "onnxruntime run"), (rows[-1], "hit-local")):
         trace = run(project, "trace", row[5])
         assert trace.returncode == 0, trace.stderr
@@ -55,7 +60,7 @@ def test_the_second_pass_is_all_hits_and_every_request_has_a_trace(project):
 def test_a_folder_without_files_is_named(tmp_path):
     done = run(tmp_path, "demo")
     assert done.returncode == 2
-    assert done.stderr == f"ringmesh: no files to look at under {tmp_path}: run the demo in a folder that has some\n"
+    assert done.stderr == f"ringmesh: no files to classify under {tmp_path}; run the demo in another folder\n"
 
 
 def _is_of(process, project):

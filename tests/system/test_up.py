@@ -72,7 +72,7 @@ def test_the_printed_calls_work_as_printed(first):
     assert '"model_name": "mlp"' in called.stdout.replace("modelName", "model_name")
     called = shell(tritonclient, executable="/bin/bash")
     assert called.returncode == 0, called.stderr
-    assert len(called.stdout.strip("[] \n").split()) == 10
+    assert len(re.findall(r"-?\d+\.\d+", called.stdout)) == 10
     eventually(lambda: re.search(r"Execute +worker", shell(trace).stdout))
 
 
@@ -100,7 +100,7 @@ def test_a_signal_drains_and_leaves_nothing(running):
 
 
 def test_a_signal_while_starting_leaves_nothing(state):
-    command = [*RINGMESH, "up", "--port", "0", "--state", str(state)]
+    command = [*RINGMESH, "up", "--base-port", "0", "--state", str(state)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
         assert supervisor.stdout.readline().startswith("starting")
         tree = [psutil.Process(supervisor.pid)]
@@ -171,40 +171,70 @@ def test_a_taken_port_is_named_with_its_owner(state):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         offset = 9  # the cache's
-        line = refused("--state", str(state), "--port", str(port - offset))
+        line = refused("--state", str(state), "--base-port", str(port - offset))
     name = psutil.Process().name()
-    assert f"port {port} is taken by {name} (pid {os.getpid()}); choose another with --port" in line
+    assert f"port {port} is in use by {name} (pid {os.getpid()}); choose another with --base-port" in line
 
 
 def test_a_second_stack_in_one_state_folder_is_refused(first):
-    line = refused("--state", first.state, "--port", "0")
+    line = refused("--state", first.state, "--base-port", "0")
     assert f"already runs in {first.state} (pid {first.supervisor.pid})" in line
 
 
 def test_a_missing_model_repository_is_named(tmp_path):
-    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "nowhere"))
+    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "nowhere"))
     assert f"no model repository at {tmp_path / 'nowhere'}" in line
 
 
 def test_an_empty_model_repository_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "empty"))
-    assert f"no models in {tmp_path / 'empty'}" in line
+    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "empty"))
+    assert f"no model in {tmp_path / 'empty'}" in line
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
     model = tmp_path / "models" / "broken" / "1" / "model.onnx"
     model.parent.mkdir(parents=True)
     model.write_bytes(b"not a model")
-    line = refused("--state", str(tmp_path), "--port", "0", "--models", str(tmp_path / "models"))
+    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "models"))
     assert line.startswith("ringmesh: worker-0 cannot start: ")
     assert "broken" in line
     assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
 
 
+def test_failed_models_are_printed_and_plain_files_are_ignored(state):
+    models = state / "models"
+    (models / "a-broken-one" / "1").mkdir(parents=True)
+    (models / "a-broken-one" / "1" / "model.onnx").write_bytes(b"not a model")
+    (models / "README.md").touch()
+    stack = start_stack(state, "--models", str(models), "--workers", "1")
+    assert re.search("^model a-broken-one .*is not served: .*it is no ONNX model", stack.output, re.MULTILINE)
+    assert "README.md" not in stack.output
+    assert shell(re.search(r"\ngrpcurl\n(.+?)\n\nits trace", stack.output, re.DOTALL)[1]).returncode == 0
+    assert stop_stack(stack) == 0
+
+
+def test_an_unknown_variable_is_reported(state):
+    stack = start_stack(state, "--workers", "1", trace_rato="1")
+    assert "warning: the variable RINGMESH_TRACE_RATO is unknown and has no effect; did you mean" in stack.output
+    assert stop_stack(stack) == 0
+
+
+def test_a_stack_on_all_interfaces_is_reached_at_each_address(state):
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    port = stack.router.rpartition(":")[2]
+    with grpc.insecure_channel(f"127.0.0.2:{port}") as channel:
+        grpc.channel_ready_future(channel).result(10)
+    listens = [
+        c.laddr.ip for c in psutil.Process(stack.pids["worker-0"]).net_connections("tcp") if c.status == "LISTEN"
+    ]
+    assert sorted(listens) == ["0.0.0.0", "127.0.0.1"]  # /metrics, and gRPC for routers of this host
+    assert stop_stack(stack) == 0
+
+
 @pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
 def test_a_malformed_redis_url_is_refused(state, url):
-    assert "is not a Redis URL" in refused("--state", str(state), "--port", "0", "--redis", url)
+    assert "is not a Redis URL" in refused("--state", str(state), "--base-port", "0", "--redis", url)
 
 
 def test_an_unreachable_redis_is_a_warning_and_its_password_is_shown_nowhere(state):
@@ -236,7 +266,7 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
         (cwd / name).mkdir()
         (cwd / name / "__init__.py").write_text("raise RuntimeError('this is not the one')")
     ringmesh = Path(sys.executable).parent / "ringmesh"
-    command = [ringmesh, "up", "--port", "0", "--workers", "1", "--state", state]
+    command = [ringmesh, "up", "--base-port", "0", "--workers", "1", "--state", state]
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as supervisor:
         assert "ready\n" in supervisor.stdout
         supervisor.terminate()

@@ -30,7 +30,7 @@ async def fleet():
 
 @pytest.fixture
 async def server(engine, fleet):
-    service = OperatorService(fleet, None).service()
+    service = OperatorService(fleet, None, None).service()
     made = Server(Engine(engine), "127.0.0.1:0", [service], max_message_bytes=1 << 20, max_connection_age=600)
     made.port = await made.start()
     yield made

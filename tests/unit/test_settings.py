@@ -86,6 +86,71 @@ def test_what_cannot_be_had_is_told_in_one_line_and_exits_with_2(module, environ
     in_one_line(printed, words)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("local_tier_bytes", "256MiB", 256 << 20),
+        ("local_tier_bytes", "1.5 GB", 1_500_000_000),
+        ("local_tier_bytes", "4096", 4096),
+        ("peer_bytes_per_second", "2Mi", 2 << 20),
+        ("shared_ttl_seconds", "5m", 300),
+        ("shared_budget_seconds", "250 ms", 0.25),
+        ("shared_ttl_seconds", "7d", 7 * 86400),
+        ("drain_seconds", "1.5", 1.5),
+    ],
+)
+def test_sizes_and_durations_accept_units(monkeypatch, name, text, value):
+    from cache.settings import CacheSettings
+
+    monkeypatch.setenv(f"RINGMESH_{name.upper()}", text)
+    assert getattr(CacheSettings(), name) == value
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({"DRAIN_SECONDS": "5 parsecs"}, "ms, s, m, h or d"), ({"LOCAL_TIER_BYTES": "5 MegaB"}, "MiB or GiB")],
+)
+def test_an_unknown_unit_is_refused_with_the_known_ones(run_here, environment, expected):
+    code, printed = run_here("cache", **environment)
+    assert code == 2
+    in_one_line(printed, [f"RINGMESH_{next(iter(environment))}", expected])
+
+
+def test_the_known_variables_are_those_of_all_services():
+    from cache.settings import CacheSettings
+    from router.settings import RouterSettings
+    from services.console.settings import ConsoleSettings
+    from services.inference.settings import WorkerSettings
+    from services.runtime.process.variables import KNOWN
+
+    services = (CacheSettings, ConsoleSettings, RouterSettings, WorkerSettings)
+    assert {name.upper() for settings in services for name in settings.model_fields} | {"CONFIG"} == KNOWN
+
+
+def test_an_unknown_variable_is_reported_with_the_nearest_name():
+    from services.runtime.process.variables import unknown
+
+    environment = {
+        "RINGMESH_WORKRES": "a:1",
+        "RINGMESH_ZONE": "a",
+        "RINGMESH_FOO_BAR": "",
+        "PATH": "",
+        # As Kubernetes sets them for a service called ringmesh-router.
+        "RINGMESH_ROUTER_SERVICE_HOST": "10.0.0.1",
+        "RINGMESH_ROUTER_PORT_8001_TCP": "tcp://10.0.0.1:8001",
+    }
+    assert unknown(environment) == [
+        "the variable RINGMESH_FOO_BAR is unknown and has no effect",
+        "the variable RINGMESH_WORKRES is unknown and has no effect; did you mean RINGMESH_WORKERS?",
+    ]
+
+
+def test_a_service_warns_of_an_unknown_variable():
+    code, printed = run("services.inference", MODELS="/nowhere", MODLES="/models")
+    assert code == 2
+    assert "RINGMESH_MODLES is unknown and has no effect; did you mean RINGMESH_MODELS?" in printed
+
+
 def test_a_variable_wins_over_the_file_and_the_section_over_common(tmp_path, monkeypatch):
     from router.settings import RouterSettings
 

@@ -26,8 +26,8 @@ def ask(
         wait_us=round(wait_ms * 1000),
     )
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.AdviseWorkersResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).AdviseWorkers(request, timeout=seconds)
+    def call(channel: grpc.Channel) -> ledger_pb2.AdviseWorkersResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).AdviseWorkers(request, timeout=running.SECONDS)
 
     return running.ask(address, "ledger", call)
 

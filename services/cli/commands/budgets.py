@@ -17,9 +17,9 @@ from services.cli.commands.prices import nano
 def states(address: str) -> ledger_pb2.ListBudgetsResponse:
     """Raises CommandError."""
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.ListBudgetsResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).ListBudgets(
-            ledger_pb2.ListBudgetsRequest(), timeout=seconds
+    def call(channel: grpc.Channel) -> ledger_pb2.ListBudgetsResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).ListBudgets(
+            ledger_pb2.ListBudgetsRequest(), timeout=running.SECONDS
         )
 
     return running.ask(address, "ledger", call)
@@ -70,9 +70,9 @@ def set_budget(address: str, tenant: str, model: str, period: str, soft: str, ha
         currency=currency,
     )
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.SetBudgetResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).SetBudget(
-            ledger_pb2.SetBudgetRequest(budget=budget), timeout=seconds
+    def call(channel: grpc.Channel) -> ledger_pb2.SetBudgetResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).SetBudget(
+            ledger_pb2.SetBudgetRequest(budget=budget), timeout=running.SECONDS
         )
 
     running.ask(address, "ledger", call)
@@ -84,8 +84,8 @@ def delete(address: str, tenant: str, model: str, period: str) -> None:
         tenant=tenant, model=model, period=ledger_pb2.Period.Value(f"PERIOD_{period.upper()}")
     )
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.DeleteBudgetResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).DeleteBudget(request, timeout=seconds)
+    def call(channel: grpc.Channel) -> ledger_pb2.DeleteBudgetResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).DeleteBudget(request, timeout=running.SECONDS)
 
     running.ask(address, "ledger", call)
 

@@ -91,7 +91,7 @@ def report(address: str, request: ledger_pb2.ReportRequest) -> ledger_pb2.Report
     return running.ask(
         address,
         "ledger",
-        lambda channel, seconds: ledger_pb2_grpc.LedgerServiceStub(channel).Report(request, timeout=seconds),
+        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Report(request, timeout=running.SECONDS),
     )
 
 
@@ -100,7 +100,7 @@ def bill(address: str, request: ledger_pb2.BillRequest) -> ledger_pb2.BillRespon
     return running.ask(
         address,
         "ledger",
-        lambda channel, seconds: ledger_pb2_grpc.LedgerServiceStub(channel).Bill(request, timeout=seconds),
+        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Bill(request, timeout=running.SECONDS),
     )
 
 
@@ -110,7 +110,7 @@ def forecast(address: str) -> ledger_pb2.ForecastResponse:
     return running.ask(
         address,
         "ledger",
-        lambda channel, seconds: ledger_pb2_grpc.LedgerServiceStub(channel).Forecast(request, timeout=seconds),
+        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Forecast(request, timeout=running.SECONDS),
     )
 
 
@@ -126,10 +126,10 @@ def export(address: str, begin: str, until: str | None, path: Path) -> int:
     # Written aside: a file of that name is whole.
     aside = path.with_name(f".{path.name}.partial")
 
-    async def fetch(channel: grpc.aio.Channel, _: float) -> int:
+    def fetch(channel: grpc.Channel) -> int:
         written = 0
         with aside.open("wb") as file:
-            async for answer in ledger_pb2_grpc.LedgerServiceStub(channel).Export(request, timeout=_EXPORT_SECONDS):
+            for answer in ledger_pb2_grpc.LedgerServiceStub(channel).Export(request, timeout=_EXPORT_SECONDS):
                 written += file.write(answer.part)
         return written
 

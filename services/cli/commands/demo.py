@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
+from services.cli.commands import shell, tables
 from services.cli.commands.cost import money
-from services.cli.commands.first_calls import show_trace
 from services.cli.commands.magika_features import MagikaFeatures
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
+from services.cli.stack.stack import StackOptions
 from services.runtime.w3c import new_span_id
 
 _MOST_FILES = 60
@@ -34,16 +36,16 @@ _HITS = ("hit-local", "hit-shared", "hit-peer")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A file and the model's input for it: int32 [1, 2048]."""
+class Samples:
+    """Up to 60 of the `files` under a folder, by name, with the model's input for each: int32 [1, 2048]."""
 
-    path: str
-    features: NDArray[np.int32]
+    features: dict[str, NDArray[np.int32]]
+    files: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response. `body` is the serialized response without its id; `compute_us` is its compute time."""
+    """A response. `body` is the serialized response; `compute_us` is its compute time."""
 
     label: str
     score: float
@@ -59,52 +61,53 @@ class Answer:
         return self.source in _HITS
 
 
-def collect(folder: Path, magika: MagikaFeatures) -> list[Sample]:
-    """Returns up to 60 files under `folder`, spread over the tree: tracked by git, or all files outside git.
-
-    Raises CommandError if none is large enough.
-    """
-    names = [name for name in _list_files(folder) if _size(folder / name) >= magika.smallest]
-    samples = []
-    for name in names[:: max(1, -(-len(names) // _MOST_FILES))]:
-        try:
-            with (folder / name).open("rb") as file:
-                features = magika.extract(file)
-        except OSError:
-            continue
-        if features is not None:
-            samples.append(Sample(name, features))
-    if not samples:
-        raise CommandError(f"no files to look at under {folder}: run the demo in a folder that has some")
-    return samples
+def collect(folder: Path, magika: MagikaFeatures) -> Samples:
+    """Returns files that are spread over the tree. Raises CommandError if none is large enough."""
+    files = _list_files(folder)
+    features: dict[str, NDArray[np.int32]] = {}
+    # In an order that spreads any first 60 files over the tree, as some cannot be classified.
+    for name in sorted(files, key=lambda name: zlib.crc32(name.encode(errors="surrogateescape"))):
+        if len(features) < _MOST_FILES and (found := magika.extract(folder / name)) is not None:
+            features[name] = found
+    if not features:
+        raise CommandError(f"no files to classify under {folder}; run the demo in another folder")
+    return Samples(dict(sorted(features.items())), len(files))
 
 
-async def run(
-    console: Console, router: str, ledger: str, samples: Sequence[Sample], magika: MagikaFeatures, state: Path
-) -> int:
+async def run(console: Console, options: StackOptions, files: Samples, magika: MagikaFeatures, state: Path) -> int:
     """Runs both passes and prints their totals. Returns 1 unless the second pass had only hits with equal answers.
 
-    `router` and `ledger` are host:port. Prints `state` as the location of the traces.
+    In a terminal it waits for Ctrl-C, so that the console can show the traces. `state`: where they are stored.
     """
-    passes: list[list[Answer]] = []
-    async with grpc.aio.insecure_channel(router, options=LOCAL) as channel:
+    passes: list[dict[str, Answer]] = []
+    async with grpc.aio.insecure_channel(options.endpoints.router, options=LOCAL) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         for number in (1, 2):
             try:
-                passes.append([await _ask(stub, sample, magika, f"{number}-{sample.path}") for sample in samples])
+                passes.append({name: await _ask(stub, features, magika) for name, features in files.features.items()})
             except grpc.aio.AioRpcError as error:
                 raise CommandError(f"the router answered {error.code().name}: {error.details()}") from None
             console.print()
-            console.print(_table(number, samples, passes[-1]))
+            console.print(_table(number, passes[-1]))
     first, second = passes
-    _print_totals(console, first, second)
-    console.print(f"one request in full {show_trace(first[0].trace_id, state)}", soft_wrap=True, highlight=False)
-    if complaint := _complaint(samples, first, second):
-        console.print(f"[red]failed[/]: {complaint}", soft_wrap=True, highlight=False)
-        return 1
-    console.print("second pass: all hits, the same answers byte for byte", soft_wrap=True)
-    await _print_cost(console, ledger, 2 * len(samples))
-    return 0
+    complaint = _complaint(first, second)
+    slowest = max((*first.values(), *second.values()), key=lambda answer: answer.seconds)
+    lines = [
+        *_totals([*first.values()], [*second.values()]),
+        f"second pass         {complaint or 'only hits, and each answer equals the first one byte for byte'}",
+        f"files               classified {len(first)} of the {files.files} files in this folder",
+        f"slowest request     {slowest.seconds * 1000:.1f} ms: {options.console}/traces/{slowest.trace_id}",
+        f"                    after the demo: {shell.trace(slowest.trace_id, state)}",
+    ]
+    console.print()
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, style="red" if complaint and complaint in line else "")
+    await _print_cost(console, options.endpoints.ledger, 2 * len(first))
+    if console.is_terminal:
+        console.print("\npress Ctrl-C to stop the console and the demo")
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+    return 1 if complaint else 0
 
 
 async def _print_cost(console: Console, address: str, requests: int) -> None:
@@ -131,11 +134,10 @@ async def _print_cost(console: Console, address: str, requests: int) -> None:
 
 
 async def _ask(
-    stub: grpc_service_pb2_grpc.GRPCInferenceServiceAsyncStub, sample: Sample, magika: MagikaFeatures, request_id: str
+    stub: grpc_service_pb2_grpc.GRPCInferenceServiceAsyncStub, features: NDArray[np.int32], magika: MagikaFeatures
 ) -> Answer:
-    request = v2.ModelInferRequest(model_name="magika", id=request_id)
-    request.inputs.add(name="bytes", datatype="INT32", shape=sample.features.shape)
-    request.raw_input_contents.append(sample.features.tobytes())
+    request = v2.ModelInferRequest(model_name="magika", raw_input_contents=[features.tobytes()])
+    request.inputs.add(name="bytes", datatype="INT32", shape=features.shape)
     trace_id = new_span_id() + new_span_id()
     began = time.perf_counter()
     call = stub.ModelInfer(request, timeout=_SECONDS, metadata=(("traceparent", f"00-{trace_id}-{new_span_id()}-01"),))
@@ -144,7 +146,6 @@ async def _ask(
     trailing = {key: value for key, value in await call.trailing_metadata() if isinstance(value, str)}
     scores = np.frombuffer(response.raw_output_contents[0], np.float32)
     best = int(scores.argmax())
-    response.ClearField("id")
     return Answer(
         label=magika.labels[best],
         score=float(scores[best]),
@@ -160,28 +161,17 @@ def _list_files(folder: Path) -> list[str]:
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=folder, capture_output=True, check=True)  # noqa: S607
     except (OSError, subprocess.CalledProcessError):
-        found = (path.relative_to(folder) for path in folder.rglob("*"))
+        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
     return sorted(name for name in listed.stdout.decode(errors="surrogateescape").split("\0") if name)
 
 
-def _size(path: Path) -> int:
-    """Returns the size in bytes; -1 if `path` is not a regular file or cannot be read."""
-    try:
-        return path.stat().st_size if path.is_file() else -1
-    except OSError:
-        return -1
-
-
-def _table(number: int, samples: Sequence[Sample], answers: Sequence[Answer]) -> Table:
-    table = Table(title=f"pass {number}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("file", no_wrap=True, overflow="ellipsis", max_width=40)
-    table.add_column("type", no_wrap=True)
-    for column in ("score", "answer from", "ms", "trace id"):
-        table.add_column(column, no_wrap=True, justify="right" if column in ("score", "ms") else "left")
-    for sample, answer in zip(samples, answers, strict=True):
+def _table(number: int, answers: Mapping[str, Answer]) -> Table:
+    table = tables.create("file", "type", ">score", "answer from", ">ms", "trace id", title=f"pass {number}")
+    table.columns[0].max_width = 40
+    for name, answer in answers.items():
         table.add_row(
-            sample.path.encode(errors="replace").decode(),
+            name.encode(errors="replace").decode(),
             answer.label,
             f"{answer.score:.2f}",
             answer.source,
@@ -192,31 +182,28 @@ def _table(number: int, samples: Sequence[Sample], answers: Sequence[Answer]) ->
     return table
 
 
-def _print_totals(console: Console, first: Sequence[Answer], second: Sequence[Answer]) -> None:
+def _totals(first: Sequence[Answer], second: Sequence[Answer]) -> list[str]:
     answers = [*first, *second]
     hits = [answer for answer in answers if answer.is_hit]
     computed = sum(answer.compute_us for answer in answers if not answer.is_hit) / 1000
     saved = sum(answer.compute_us for answer in hits) / 1000
-    lines = [
+    return [
         f"hit ratio           {len(hits)} of {len(answers)} ({len(hits) / len(answers):.0%}); "
         f"second pass {sum(answer.is_hit for answer in second)} of {len(second)}",
         f"compute time saved  {saved:.0f} ms (computed: {computed:.0f} ms)",
         f"mean latency        first pass {_mean_ms(first):.1f} ms, second pass {_mean_ms(second):.1f} ms",
     ]
-    console.print()
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _mean_ms(answers: Sequence[Answer]) -> float:
     return sum(answer.seconds for answer in answers) / len(answers) * 1000
 
 
-def _complaint(samples: Sequence[Sample], first: Sequence[Answer], second: Sequence[Answer]) -> str:
+def _complaint(first: Mapping[str, Answer], second: Mapping[str, Answer]) -> str:
     """Returns the first error of the second pass; "" if there is none."""
-    for sample, before, after in zip(samples, first, second, strict=True):
-        if not after.is_hit:
-            return f"the second answer for {sample.path} came from {after.source!r}, not from a cache"
-        if after.body != before.body:
-            return f"the second answer for {sample.path} is not the first one"
+    for name, answer in second.items():
+        if not answer.is_hit:
+            return f"failed: the answer for {name} came from {answer.source!r}, not from a cache"
+        if answer.body != first[name].body:
+            return f"failed: the answer for {name} differs from the first one"
     return ""

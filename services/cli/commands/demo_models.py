@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from services.cli.commands import magika_features
-from services.cli.errors import CommandError
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
-_MISSING = "is not installed, so the demo model {} is not served; pip install 'ringmesh-server[demo]'"
+from services.cli.commands import magika_features
 
 
 def fill(models: Path, say: Callable[[str], None]) -> None:
-    """Writes the missing models. Raises CommandError if there is still no model to serve."""
-    if not (models / "magika").is_dir():
-        folder = magika_features.model_folder()
-        if folder is None:
-            say("warning: magika " + _MISSING.format("magika"))
-        else:
-            source = folder / "model.onnx"
-            _add(models, "magika", lambda path: shutil.copyfile(source, path))
-    if not (models / "mlp").is_dir():
-        if importlib.util.find_spec("onnx") is None:
-            say("warning: onnx " + _MISSING.format("mlp"))
-        else:
-            _add(models, "mlp", write_mlp)
-    if not any(models.glob("*/*/model.onnx")):
-        raise CommandError(
-            "there is no model to serve: name a repository with --models, or pip install 'ringmesh-server[demo]'"
-        )
+    """Writes the missing models."""
+    folder = magika_features.model_folder()
+    if folder is None:
+        say("warning: magika is not installed, so its model is not served; pip install 'ringmesh-server[demo]'")
+    else:
+        source = folder / "model.onnx"
+        _add(models, "magika", lambda path: shutil.copyfile(source, path))
+    _add(models, "mlp", write_mlp)
 
 
 def write_mlp(path: Path) -> None:
     """Writes an MLP, FP32 x[n,64] -> y[n,10], with fixed weights: so cheap that overhead dominates its latency."""
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
     rng = np.random.default_rng(0)
     shapes = {"w1": (64, 64), "b1": (64,), "w2": (64, 10), "b2": (10,)}
     graph = helper.make_graph(
@@ -57,7 +44,9 @@ def write_mlp(path: Path) -> None:
 
 
 def _add(models: Path, name: str, write: Callable[[Path], object]) -> None:
-    """Adds a model atomically, because another stack can fill the same repository at the same time."""
+    """Adds a missing model atomically, because another stack can fill the same repository at the same time."""
+    if (models / name).is_dir():
+        return
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models.parent, prefix=f".{name}-") as scratch:
         version = Path(scratch) / name / "1"

@@ -12,7 +12,6 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,16 +43,18 @@ class MagikaFeatures:
             labels=tuple(config["target_labels_space"]),
         )
 
-    def extract(self, file: BinaryIO) -> NDArray[np.int32] | None:
-        """Returns int32 [1, begin + end], or None if the file is too small for the model."""
-        size = file.seek(0, io.SEEK_END)
-        if size < self.smallest:
+    def extract(self, path: Path) -> NDArray[np.int32] | None:
+        """Returns int32 [1, begin + end]; None if the file cannot be read or is too small for the model."""
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, io.SEEK_END)
+                length = min(self.block, size)
+                file.seek(0)
+                first = file.read(length).lstrip()[: self.begin]
+                file.seek(size - length)
+                last = file.read(length).rstrip()[-self.end :]
+        except OSError:
             return None
-        length = min(self.block, size)
-        file.seek(0)
-        first = file.read(length).lstrip()[: self.begin]
-        file.seek(size - length)
-        last = file.read(length).rstrip()[-self.end :]
         if len(first) < self.smallest:
             return None
         features = np.full((1, self.begin + self.end), self.padding, np.int32)

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 from rich.markup import escape
 from rich.table import Table
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
-from services.cli.commands import running
+from services.cli.commands import running, tables
+from services.cli.commands.sample_request import SampleRequest, sample
+
+
+def first_look(router: str) -> tuple[list[str], SampleRequest | None]:
+    """Returns a message for each model that is not served, and a request for one that is, `mlp` if there is one.
+
+    Raises CommandError.
+    """
+
+    def call(channel: grpc.Channel) -> tuple[list[str], SampleRequest | None]:
+        models = _index(channel)
+        failed = [
+            f"model {model.name}{model.version and ' version '}{model.version} is not served: {model.reason}"
+            for model in models
+            if model.state != "READY"
+        ]
+        ready = sorted((model.name != "mlp", model.name) for model in models if model.state == "READY")
+        return failed, sample(channel, ready[0][1]) if ready else None
+
+    return running.ask(router, "router", call)
 
 
 def listing(router: str) -> Table:
     """Returns a table with one row per model version, with counts since the workers started. Raises CommandError."""
-
-    async def call(
-        channel: grpc.aio.Channel, seconds: float
-    ) -> tuple[v2.RepositoryIndexResponse, v2.ModelStatisticsResponse]:
-        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        index = await stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=seconds)
-        return index, await stub.ModelStatistics(v2.ModelStatisticsRequest(), timeout=seconds)
-
-    index, statistics = running.ask(router, "router", call)
-    counted = {(one.name, one.version): one for one in statistics.model_stats}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("model", "version", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in ("requests", "from cache", "failed", "mean ms", "compute ms"):
-        table.add_column(column, justify="right", no_wrap=True)
+    statistics = v2.ModelStatisticsRequest()
+    models, counts = running.ask(
+        router,
+        "router",
+        lambda channel: (
+            _index(channel),
+            grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStatistics(
+                statistics, timeout=running.SECONDS
+            ),
+        ),
+    )
+    counted = {(one.name, one.version): one for one in counts.model_stats}
+    counters = (">requests", ">from cache", ">failed", ">mean ms", ">compute ms")
+    table = tables.create("model", "version", "state", *counters)
     table.add_column("remark", overflow="fold")
-    for model in index.models:
+    for model in models:
         stats = counted.get((model.name, model.version), v2.ModelStatistics()).inference_stats
         total = stats.success.count + stats.fail.count
         table.add_row(
@@ -45,6 +66,11 @@ def listing(router: str) -> Table:
             style="" if model.state == "READY" else "yellow",
         )
     return table
+
+
+def _index(channel: grpc.Channel) -> Sequence[v2.RepositoryIndexResponse.ModelIndex]:
+    stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    return stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=running.SECONDS).models
 
 
 def _mean_ms(duration: v2.StatisticDuration) -> str:

@@ -21,9 +21,9 @@ _NANO = 10**9
 def listing(address: str) -> Table:
     """A line a price. Raises CommandError."""
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.ListPricesResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).ListPrices(
-            ledger_pb2.ListPricesRequest(), timeout=seconds
+    def call(channel: grpc.Channel) -> ledger_pb2.ListPricesResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).ListPrices(
+            ledger_pb2.ListPricesRequest(), timeout=running.SECONDS
         )
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -74,9 +74,9 @@ def set_price(
         energy_nano_per_kwh=nano(kwh),
     )
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.SetPriceResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).SetPrice(
-            ledger_pb2.SetPriceRequest(price=price, supersede=supersede), timeout=seconds
+    def call(channel: grpc.Channel) -> ledger_pb2.SetPriceResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).SetPrice(
+            ledger_pb2.SetPriceRequest(price=price, supersede=supersede), timeout=running.SECONDS
         )
 
     running.ask(address, "ledger", call)
@@ -86,8 +86,8 @@ def delete(address: str, worker_type: str, since: str) -> None:
     """Raises CommandError."""
     request = ledger_pb2.DeletePriceRequest(worker_type=worker_type, from_ms=moment(since, time.time()))
 
-    async def call(channel: grpc.aio.Channel, seconds: float) -> ledger_pb2.DeletePriceResponse:
-        return await ledger_pb2_grpc.LedgerServiceStub(channel).DeletePrice(request, timeout=seconds)
+    def call(channel: grpc.Channel) -> ledger_pb2.DeletePriceResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).DeletePrice(request, timeout=running.SECONDS)
 
     running.ask(address, "ledger", call)
 

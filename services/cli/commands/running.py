@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +13,8 @@ import grpc
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
 
-_SECONDS = 10.0
+# Time limit of a call that computes nothing.
+SECONDS = 10.0
 Answer = TypeVar("Answer")
 
 
@@ -36,28 +36,20 @@ def find(state: Path) -> Running:
     except OSError:
         raise CommandError(
             f"no stack runs in {state}: `ringmesh up` starts one, --state names another folder, "
-            "and --router, --cache, --ledger or --console say where one runs that was started otherwise"
+            "and --router, --cache, --ledger or --console name processes that were started otherwise"
         ) from None
     except (ValueError, KeyError):
-        raise CommandError(f"{state / 'stack.json'} is not what `ringmesh up` writes") from None
+        raise CommandError(f"{state / 'stack.json'} was not written by `ringmesh up`") from None
 
 
-def ask(address: str, what: str, call: Callable[[grpc.aio.Channel, float], Awaitable[Answer]]) -> Answer:
-    """Makes a call and returns its answer. `what` names the process. Raises CommandError with a readable status."""
-
-    async def connected() -> Answer:
-        async with grpc.aio.insecure_channel(
-            address, options=(*LOCAL, ("grpc.max_receive_message_length", -1))
-        ) as channel:
-            return await call(channel, _SECONDS)
-
+def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer]) -> Answer:
+    """Makes calls to the process at `address`. Raises CommandError if one fails."""
     try:
-        return asyncio.run(connected())
-    except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in (error.details() or "").lower():
-            raise CommandError(f"no {what} answers at {address}; is it running?") from None
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise CommandError(f"the {what} at {address} did not answer within {_SECONDS:.0f} s") from None
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            raise CommandError(f"the {what} at {address} does not know this call: {error.details()}") from None
-        raise CommandError(f"the {what} at {address} said {error.code().name}: {error.details()}") from None
+        with grpc.insecure_channel(address, (*LOCAL, ("grpc.max_receive_message_length", -1))) as channel:
+            return call(channel)
+    except grpc.RpcError as error:
+        status: grpc.Call = error  # type: ignore[assignment]  # as grpcio raises it
+        details = status.details() or ""
+        if status.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+            raise CommandError(f"no {process} answers at {address}; is it running?") from None
+        raise CommandError(f"the {process} at {address} answered {status.code().name}: {details}") from None

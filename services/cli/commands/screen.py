@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from services.cli.commands.first_calls import FirstCalls
+from services.cli.commands import shell, tables
+from services.cli.commands.sample_request import SampleRequest
 from services.cli.stack.stack import StackOptions
 
 
 class Screen:
-    """Prints messages for an operator. Implements the stack's Reporter."""
+    """Prints messages for an operator."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, state: Path) -> None:
+        """`state`: the folder in which `ringmesh trace` finds the traces."""
         self._console = console
-
-    def started(self, name: str, endpoint: str, seconds: float) -> None:
-        """Prints that a process is ready."""
-        self._console.print(f"  [green]✓[/] {name:<10} {endpoint:<21} {seconds:5.1f} s", highlight=False)
+        self._state = state
 
     def say(self, line: str) -> None:
         """Prints one line without wrapping."""
@@ -28,33 +29,41 @@ class Screen:
 
     def endpoints(self, options: StackOptions) -> None:
         """Prints the endpoint and the protocol of each process."""
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for column in ("process", "endpoint", "speaks"):
-            table.add_column(column, no_wrap=True)
-        count = len(options.routers)
+        table = tables.create("process", "endpoint", "protocol", gap=3)
+        endpoints = options.endpoints
+        count = len(endpoints.routers)
         table.add_row(
             "router" if count == 1 else f"{count} routers",
-            options.router,
-            "inference v2: send requests here",
+            endpoints.router,
+            "gRPC, inference v2: send requests here",
             style="bold",
         )
-        for number, endpoint in enumerate(options.workers):
-            table.add_row(f"worker-{number}", endpoint, "inference v2, envelopes")
-        table.add_row("cache", options.cache, "ringmesh.cache.v1")
+        for number, endpoint in enumerate(endpoints.workers):
+            table.add_row(f"worker-{number}", endpoint, "gRPC, for routers")
+        table.add_row("cache", endpoints.cache, "gRPC, ringmesh.cache.v1")
         redis = urlsplit(options.redis_url)
         shown = redis.netloc.rpartition("@")[2] or redis.path  # without user and password
         table.add_row("valkey" if options.redis is None else "redis", shown, "Redis protocol")
-        table.add_row("ledger", options.ledger, "ringmesh.ledger.v1")
-        table.add_row("console", options.console, "open it in a browser", style="bold")
-        table.add_row("metrics", f"http://{next(iter(options.routers.values()))}/metrics", "Prometheus text")
+        table.add_row("ledger", endpoints.ledger, "gRPC, ringmesh.ledger.v1")
+        table.add_row("console", options.console, "HTTP: open it in a browser", style="bold")
+        table.add_row("metrics", f"http://{endpoints.metrics[endpoints.routers[0]]}/metrics", "Prometheus")
         self._console.print()
         self._console.print(table)
 
-    def first_calls(self, calls: FirstCalls) -> None:
-        """Prints the first calls verbatim, so that they can be copied."""
-        parts = [("grpcurl", calls.grpcurl), ("its trace", calls.trace), ("tritonclient", calls.tritonclient)]
-        for title, command in parts:
-            if command:
-                self._console.print(f"\n[bold]{title}[/]")
-                self.say(command)
+    def failures(self, messages: Iterable[str]) -> None:
+        """Prints why models are not served."""
+        for message in messages:
+            self._console.print(Text(message, style="red"), soft_wrap=True)
+
+    def first_calls(self, router: str, sample: SampleRequest) -> None:
+        """Prints commands for a first request and its trace verbatim, so that they can be copied."""
+        trace_id = f"{random.getrandbits(128) or 1:032x}"
+        traceparent = f"traceparent: 00-{trace_id}-{random.getrandbits(64) or 1:016x}-01"
+        for title, command in (
+            ("grpcurl", sample.grpcurl(router, traceparent)),
+            ("its trace", shell.trace(trace_id, self._state)),
+            ("tritonclient", sample.python(router)),
+        ):
+            self._console.print(f"\n[bold]{title}[/]")
+            self.say(command)
         self._console.print()

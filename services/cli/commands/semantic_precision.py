@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-from grpc.aio import AioRpcError
-from rich.console import Console
 from rich.table import Table
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
+from services.cli.commands import running
 from services.cli.errors import CommandError
 from services.runtime.oip.tensors import DATATYPES, decode
 
-_INFER = "/inference.GRPCInferenceService/ModelInfer"
-_METADATA = "/inference.GRPCInferenceService/ModelMetadata"
 # Requests exact answers: computed, or cached for an equal request, but never the answer to a similar request.
 _EXACT = (("cache-control", "max-age=31536000"),)
 _SECONDS = 60.0
 
 Array = npt.NDArray[Any]
-Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
-async def measure(address: str, model: str, data: Path, thresholds: Sequence[float], console: Console) -> None:
-    """Computes the answer to each vector and prints the share answered by similarity and its precision, by threshold.
+def measure(address: str, model: str, data: Path, thresholds: Sequence[float]) -> Table:
+    """Computes the answer to each vector. Returns the share answered by similarity and its precision, by threshold.
 
     `data` is a .npy file of shape [vectors, ...]. An answer is right if the position of the largest number is the same
     in each output. Raises CommandError.
@@ -41,23 +38,21 @@ async def measure(address: str, model: str, data: Path, thresholds: Sequence[flo
         raise CommandError(f"cannot read {data}: it should be a .npy file of vectors, one a row") from None
     if vectors.ndim < 2 or len(vectors) < 2:
         raise CommandError(f"{data} has shape {list(vectors.shape)}; it should have two vectors or more, one a row")
-    try:
-        async with grpc.aio.insecure_channel(address) as channel:
-            asked = v2.ModelMetadataRequest(name=model).SerializeToString()
-            metadata: Call = channel.unary_unary(_METADATA)
-            told = v2.ModelMetadataResponse.FromString(await metadata(asked, timeout=_SECONDS))
-            if len(told.inputs) != 1 or told.inputs[0].datatype not in ("FP16", "FP32", "FP64"):
-                raise CommandError(f"model {model!r} should have one input, of floating-point numbers")
-            call: Call = channel.unary_unary(_INFER)
-            answers = [await _answer(call, model, told.inputs[0], vector) for vector in vectors]
-    except AioRpcError as error:
-        raise CommandError(f"{address}: {error.details()}") from None
+
+    def call(channel: grpc.Channel) -> list[Sequence[int]]:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        inputs = stub.ModelMetadata(v2.ModelMetadataRequest(name=model), timeout=_SECONDS).inputs
+        if len(inputs) != 1 or inputs[0].datatype not in ("FP16", "FP32", "FP64"):
+            raise CommandError(f"model {model!r} should have one input, of floating-point numbers")
+        return [_answer(stub, model, inputs[0], vector) for vector in vectors]
+
+    answers = running.ask(address, "router", call)
     table = Table("similarity of at least", "answered by a similar one", "of them right")
     for threshold in thresholds:
         answered, right = replay(vectors, answers, threshold)
         precision = f"{right / answered:.1%}" if answered else "none to judge"
         table.add_row(f"{threshold:g}", f"{answered / len(vectors):.1%}", precision)
-    console.print(table)
+    return table
 
 
 def replay(vectors: Array, answers: Sequence[Sequence[int]], threshold: float) -> tuple[int, int]:
@@ -70,28 +65,29 @@ def replay(vectors: Array, answers: Sequence[Sequence[int]], threshold: float) -
     for index, unit in enumerate(units):
         if known:
             similarities = units[known] @ unit
-            place = int(similarities.argmax())
-            if similarities[place] >= threshold:
+            nearest = int(similarities.argmax())
+            if similarities[nearest] >= threshold:
                 answered += 1
-                right += answers[known[place]] == answers[index]
+                right += answers[known[nearest]] == answers[index]
                 continue
         known.append(index)
     return answered, right
 
 
-async def _answer(
-    call: Call, model: str, tensor: v2.ModelMetadataResponse.TensorMetadata, vector: Array
+def _answer(
+    stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub,
+    model: str,
+    tensor: v2.ModelMetadataResponse.TensorMetadata,
+    vector: Array,
 ) -> Sequence[int]:
     """Returns the position of the largest number of each output; for text, the hash."""
     array = vector.astype(DATATYPES[tensor.datatype].dtype)
     shape = (1, *array.shape) if len(tensor.shape) > array.ndim else array.shape
     request = v2.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes()])
     request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
-    response = v2.ModelInferResponse.FromString(
-        await call(request.SerializeToString(), timeout=_SECONDS, metadata=_EXACT)
-    )
-    told = []
+    response = stub.ModelInfer(request, timeout=_SECONDS, metadata=_EXACT)
+    found = []
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         kind = DATATYPES[output.datatype]
-        told.append(int(decode(kind, output.shape, raw, output.name).argmax()) if kind.itemsize else hash(raw))
-    return told
+        found.append(int(decode(kind, output.shape, raw, output.name).argmax()) if kind.itemsize else hash(raw))
+    return found

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.commands import tables
 from services.cli.errors import CommandError
 
 _PERIOD_SECONDS = 2.0
@@ -78,12 +79,8 @@ def frame(summary: dict[str, Any]) -> RenderableType:
         parts.append(Text("nothing needs attention", style="green"))
     vitals = summary["vitals"]
     parts += ["", _row({_heading(name): value for name, value in vitals.items()}), ""]
-    for title, rows in (
-        ("workers", summary["workers"]),
-        ("models", summary["models"]),
-        ("processes", summary["processes"]),
-    ):
-        if rows:
+    for title in ("workers", "models", "processes"):
+        if rows := summary[title]:
             parts.append(_table(title, rows[:_MOST_ROWS]))
             if len(rows) > _MOST_ROWS:
                 parts.append(Text(f"and {len(rows) - _MOST_ROWS} more", style="dim"))
@@ -97,17 +94,14 @@ def _heading(name: str) -> str:
 
 
 def _row(values: dict[str, str]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in values:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = tables.create(*(f">{name}" for name in values), gap=3)
     table.add_row(*(f"[bold]{escape(value)}[/]" for value in values.values()))
     return table
 
 
 def _table(title: str, rows: list[dict[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(rows[0]):
-        table.add_column(_heading(name), justify="left" if index < 2 else "right", no_wrap=True)
+    names = [_heading(name) for name in rows[0]]
+    table = tables.create(*names[:2], *(f">{name}" for name in names[2:]), title=title)
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
     return table

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
+from services.cli.commands import tables
 from services.cli.errors import CommandError
 from services.runtime.telemetry.span_tree import SpanTree, StoredSpan, trees
 
 _LATEST = 20
 _BAR_CELLS = 24
 _KEPT_FILES = 64
+# Processes write a span at most this long after its end.
+_TRANSIT_SECONDS = 2.0
+_PERIOD_SECONDS = 0.25
 
 
-def find(folder: Path, prefix: str) -> SpanTree:
-    """Returns the trace whose id starts with `prefix`. Raises CommandError if there is none, or more than one."""
+def find(folder: Path, prefix: str, sleep: Callable[[float], None] = time.sleep) -> SpanTree:
+    """Returns the trace whose id starts with `prefix`. Waits for spans that processes may not have written yet.
+
+    Raises CommandError if there is no such trace, or more than one.
+    """
     prefix = prefix.lower()
     found = trees(_read(folder, prefix))
+    for _ in range(round(_TRANSIT_SECONDS / _PERIOD_SECONDS)):
+        if any(time.time_ns() - trace.end_ns > _TRANSIT_SECONDS * 1e9 for trace in found):
+            break
+        sleep(_PERIOD_SECONDS)
+        found = trees(_read(folder, prefix))
     if not found:
-        raise CommandError(f"no trace {prefix} in {folder}; spans appear there a second after a sampled request")
+        raise CommandError(f"no trace {prefix} in {folder}; only sampled requests have traces")
     if len(found) > 1:
         some = ", ".join(sorted(trace.trace_id for trace in found)[:3])
         raise CommandError(f"{len(found)} traces begin with {prefix}: {some}{', ...' if len(found) > 3 else ''}")
@@ -44,12 +57,8 @@ def prune(folder: Path) -> None:
 
 def tree(trace: SpanTree) -> Table:
     """Returns a table with one row per span: its place in the tree, its start and its duration."""
-    table = Table(title=f"trace {trace.trace_id}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("span", no_wrap=True)
-    table.add_column("service", no_wrap=True)
-    table.add_column("at ms", justify="right", no_wrap=True)
-    table.add_column("took ms", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, width=_BAR_CELLS)
+    table = tables.create("span", "service", ">at ms", ">took ms", "", title=f"trace {trace.trace_id}")
+    table.columns[-1].width = _BAR_CELLS
     table.add_column("attributes", overflow="fold")
     for guide, (_, span) in zip(_guides([depth for depth, _ in trace.rows]), trace.rows, strict=True):
         table.add_row(
@@ -66,35 +75,27 @@ def tree(trace: SpanTree) -> Table:
 
 def listing(traces: Iterable[SpanTree]) -> Table:
     """Returns a table with one row per trace."""
-    # The error column gets the remaining width; otherwise a long error would take the space of the others.
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table = tables.create("trace id", "began", ">took ms", ">spans", "of", "answer from", "worker", "tenant", "error")
     # The trace id is never shortened, so that it can be copied.
-    table.add_column("trace id", no_wrap=True, min_width=32)
-    table.add_column("began", no_wrap=True)
-    for column in ("took ms", "spans"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("of", "answer from", "worker", "tenant"):
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
-    table.add_column("error", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.columns[0].min_width = 32
+    # The error gets the remaining width; otherwise a long one would take the space of the others.
+    table.expand, table.columns[-1].ratio = True, 1
     for trace in traces:
         root = trace.rows[0][1]
-        said = root.attributes
+        attributes = root.attributes
         began = datetime.fromtimestamp(trace.start_ns / 1e9).strftime("%H:%M:%S")
         error = root.error or next((span.error for _, span in trace.rows if span.error), "")
-        model = f"{said.get('ringmesh.model.name', '')} {said.get('ringmesh.model.version', '')}".strip()
-        told = (
-            model or root.short_name,
-            said.get("ringmesh.cache.outcome", ""),
-            said.get("ringmesh.worker.id", ""),
-            said.get("ringmesh.tenant", ""),
-            error,
+        model, version, outcome, worker, tenant = (
+            attributes.get(f"ringmesh.{name}", "")
+            for name in ("model.name", "model.version", "cache.outcome", "worker.id", "tenant")
         )
+        cells = (f"{model} {version}".strip() or root.short_name, outcome, worker, tenant, error)
         table.add_row(
             trace.trace_id,
             began,
             _ms(trace.duration_ns),
             str(len(trace.rows)),
-            *(escape(str(one)) for one in told),
+            *(escape(str(cell)) for cell in cells),
             style="red" if error else "",
         )
     return table

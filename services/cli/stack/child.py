@@ -72,7 +72,7 @@ class Child:
         except TimeoutError:
             raise CommandError(f"{self.spec.name} is not ready after {seconds:.0f} s; see {self.spec.log}") from None
         if not is_up:
-            raise CommandError(f"{self.spec.name} cannot start: {self._why_not()}; its log is {self.spec.log}")
+            raise CommandError(f"{self.spec.name} cannot start: {self._start_error()}; its log is {self.spec.log}")
 
     def keep(self) -> None:
         """Restarts the process whenever it dies from now on, with growing pauses."""
@@ -142,7 +142,7 @@ class Child:
         self._log_start = log.tell()
         return log
 
-    def _why_not(self) -> str:
+    def _start_error(self) -> str:
         code = self._running().returncode or 0
         # Services that refuse to start print `<service>: <reason>` and exit with code 2.
         _, _, why = self._last_line().partition(": ")

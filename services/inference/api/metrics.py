@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from services.inference.worker import Worker
+from services.runtime.telemetry import triton_metrics
 from services.runtime.telemetry.metrics import Buckets, Family, Sample
 
 _MODEL = ("model", "version")
@@ -41,8 +42,9 @@ _ROW_BOUNDS = tuple(float(1 << power) for power in range(11))
 class WorkerMetrics:
     """Makes samples of the models that `worker` holds."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, triton_names: bool = False) -> None:
         self._worker = worker
+        self._triton_names = triton_names
 
     def samples(self) -> Iterator[Sample]:
         store = self._worker.store
@@ -60,6 +62,8 @@ class WorkerMetrics:
             for kind, count in held.statistics.errors.items():
                 yield Sample(ERRORS, (*model, kind), count)
             yield Sample(QUEUED, model, held.waiting)
+            if self._triton_names:
+                yield from triton_metrics.computed(message, held.statistics.errors, held.waiting)
             if held.resident is not None:
                 yield Sample(MEMORY, model, held.resident.bytes if held.loaded else 0)
                 yield Sample(LOADS, model, held.resident.loads)

@@ -11,6 +11,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.envelope import Work
+from services.inference.execution.model import OnnxModel
 from services.inference.models.decisions import request_of
 from services.inference.models.ensemble import Ensemble
 from services.inference.models.held_models import HeldModel
@@ -73,12 +74,12 @@ class DirectService:
             held = self._worker.store.held.find(request.name, request.version)
         except (NotFoundError, UnavailableError):
             return v2.ModelReadyResponse(ready=False)
-        return v2.ModelReadyResponse(ready=not held.model.not_runnable)
+        return v2.ModelReadyResponse(ready=bool(held.model.runnable))
 
     async def _model_metadata(self, request: v2.ModelMetadataRequest, _: Context) -> v2.ModelMetadataResponse:
-        metadata = v2.ModelMetadataResponse()
-        metadata.CopyFrom(self._worker.store.held.find(request.name, request.version).model.metadata())
-        metadata.versions[:] = self._worker.store.held.versions(request.name)
+        held = self._worker.store.held
+        metadata = _metadata(held.find(request.name, request.version).model)
+        metadata.versions[:] = held.versions(request.name)
         return metadata
 
     async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
@@ -251,12 +252,22 @@ def _failed(failures: Failures) -> list[inference_pb2.FailedVersion]:
     return described[:_MOST_FAILURES]
 
 
+def _metadata(model: OnnxModel | Ensemble) -> v2.ModelMetadataResponse:
+    """The metadata without versions."""
+    tensor = v2.ModelMetadataResponse.TensorMetadata
+    inputs, outputs = (
+        [tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values()]
+        for specs in (model.inputs, model.outputs)
+    )
+    return v2.ModelMetadataResponse(name=model.name, platform=model.platform, inputs=inputs, outputs=outputs)
+
+
 def describe(held: HeldModel) -> inference_pb2.ModelVersion:
     model = held.model
     ensemble = None
     if isinstance(model, Ensemble):
         ensemble = inference_pb2.Ensemble(
-            own_digest=model.own_digest, config=model.config(), not_runnable=model.not_runnable
+            own_digest=model.own_digest, config=model.config(), not_runnable=model.runnable.reason
         )
     version = inference_pb2.ModelVersion(
         ensemble=ensemble,
@@ -271,7 +282,7 @@ def describe(held: HeldModel) -> inference_pb2.ModelVersion:
         limits_queue=model.limits_queue,
         optional_inputs=[name for name in model.inputs if name not in model.required],
         provider=model.provider,
-        metadata=model.metadata(),
+        metadata=_metadata(model),
         row_cache=bool(model.row_cache),
         unloaded=not held.loaded,
     )

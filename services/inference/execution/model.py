@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
@@ -15,7 +14,14 @@ from services.inference.execution import graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import run_error
 from services.inference.execution.sessions import Sessions, first_line
-from services.inference.repository.config import ConfigError, ModelConfig, batching, limits_queue, serving_rules
+from services.inference.repository.config import (
+    SHARED_TIER,
+    ConfigError,
+    ModelConfig,
+    batching,
+    limits_queue,
+    serving_rules,
+)
 from services.inference.repository.repository import ModelFiles, data_file
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.oip.tensors import decode
@@ -45,8 +51,9 @@ class OnnxModel:
     batch may be cached one by one. `provider`: the execution provider in use. `rules`: how routers treat its requests.
     """
 
-    # Only an ensemble may be not runnable, if it lacks steps.
-    not_runnable = ""
+    # Only an ensemble may lack steps.
+    runnable = YES
+    platform = "onnxruntime_onnx"
     # Until the rows have been probed.
     batchable = row_cache = Verdict("its rows have not been probed")
     has_rows = False
@@ -165,14 +172,11 @@ class OnnxModel:
         random = np.random.default_rng(0).random(shape) * (kind == "random_data")
         return random.astype(dtype)
 
-    def metadata(self) -> v2.ModelMetadataResponse:
-        return metadata(self.name, "onnxruntime_onnx", self.inputs, self.outputs)
-
     def config(self) -> ModelConfig:
         """Its config.pbtxt, completed from the file and with the decisions made at load."""
         made = ModelConfig()
         made.CopyFrom(self.configured)
-        made.name, made.platform, made.backend = self.name, "onnxruntime_onnx", "onnxruntime"
+        made.name, made.platform, made.backend = self.name, self.platform, "onnxruntime"
         made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
         made.response_cache.enable = bool(self.cacheable)
         if self.batchable and made.WhichOneof("scheduling_choice") is None:
@@ -197,6 +201,7 @@ class OnnxModel:
         ):
             made.parameters[f"ringmesh_{name}"].string_value = str(verdict)
         made.parameters["ringmesh_provider"].string_value = self.provider
+        made.parameters[SHARED_TIER].string_value = self.rules.shared_tier or "auto"
         return made
 
     def _declare(self, spec: TensorSpec, tensor: config_pb2.ModelInput | config_pb2.ModelOutput) -> None:
@@ -248,16 +253,6 @@ class OnnxModel:
         if -1 in rest or (first == -1 and not self.has_rows):
             return None
         return (feeds[self.required[0]].shape[0], *rest) if first == -1 else spec.inner or spec.shape
-
-
-def metadata(
-    name: str, platform: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
-) -> v2.ModelMetadataResponse:
-    tensor = v2.ModelMetadataResponse.TensorMetadata
-    made = v2.ModelMetadataResponse(name=name, platform=platform)
-    for specs, field in ((inputs, made.inputs), (outputs, made.outputs)):
-        field.extend(tensor(name=spec.name, datatype=spec.datatype.name, shape=spec.shape) for spec in specs.values())
-    return made
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -7,12 +7,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy.typing as npt
-from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.inference.codec.request import Decoded, prepare
 from services.inference.codec.tensor_spec import TensorSpec, declared_spec
-from services.inference.execution.model import ModelLoadError, OnnxModel, metadata
-from services.inference.repository.config import ConfigError, ModelConfig, serving_rules
+from services.inference.execution.model import ModelLoadError, OnnxModel
+from services.inference.repository.config import SHARED_TIER, ConfigError, ModelConfig, serving_rules
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.batcher import BatchResult, StepResult
 from services.inference.scheduling.statistics import Statistics
@@ -42,11 +41,11 @@ class HeldStep(Protocol):
 class Ensemble:
     """One version of an ensemble, with the interfaces of a model and of a batcher.
 
-    `not_runnable`: which step is missing or does not fit; "" if the ensemble can run. `lacks_steps`: steps are missing
+    `runnable`: its reason names a step that is missing or does not fit. `lacks_steps`: steps are missing
     here, so the ensemble may run on workers that have them.
     """
 
-    provider = "ensemble"
+    provider = platform = "ensemble"
     limits_queue = False
     row_cache = Verdict("its steps cache their own")
     batch_remark = "batched by its steps"
@@ -73,8 +72,7 @@ class Ensemble:
         self.labels: Mapping[str, Sequence[bytes]] = self._own_labels
         self.rules = serving_rules(self._config, semantic=False)
         self.own_digest = self.digest = files.digest("ensemble")
-        self.not_runnable = "its steps are not known yet"
-        self.cacheable = Verdict(self.not_runnable)
+        self.runnable = self.cacheable = Verdict("its steps are not known yet")
         self.lacks_steps = True
         self._steps: list[HeldStep] = []
 
@@ -84,9 +82,9 @@ class Ensemble:
         made.__dict__.update(self.__dict__)
         try:
             made._steps = [find(step.model, step.version) for step in self.plan.steps]
-            made.lacks_steps, made.not_runnable = False, made._misfit()
+            made.lacks_steps, made.runnable = False, made._fits()
         except (NotFoundError, UnavailableError) as error:
-            made._steps, made.lacks_steps, made.not_runnable = [], True, error.message
+            made._steps, made.lacks_steps, made.runnable = [], True, Verdict(error.message)
         made.limits_queue = any(step.model.limits_queue for step in made._steps)
         # As in Triton, an output without labels of its own has those of the step that makes it.
         made.labels = {
@@ -97,23 +95,21 @@ class Ensemble:
         } | self._own_labels
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
         reasons = ((step.model.name, step.model.cacheable.reason) for step in made._steps)
-        made.cacheable = Verdict(made.not_runnable or ensemble.uncacheable_reason(self._config, reasons))
+        made.cacheable = made.runnable and ensemble.cacheable(self._config, reasons)
         return made
-
-    def metadata(self) -> v2.ModelMetadataResponse:
-        return metadata(self.name, "ensemble", self.inputs, self.outputs)
 
     def config(self) -> ModelConfig:
         made = ModelConfig()
         made.CopyFrom(self._config)
-        made.name, made.platform = self.name, "ensemble"
+        made.name, made.platform = self.name, self.platform
+        made.parameters[SHARED_TIER].string_value = self.rules.shared_tier or "auto"
         made.parameters["ringmesh_cached"].string_value = str(self.cacheable)
         return made
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
         """Runs the steps, each in batches of its model. Raises the errors of the steps, with the step's name."""
-        if self.not_runnable:
-            raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.not_runnable}")
+        if not self.runnable:
+            raise FailedPreconditionError(f"ensemble {self.name!r} cannot run on this worker: {self.runnable.reason}")
         start = time.time_ns()
         steps: list[StepResult] = []
 
@@ -141,8 +137,7 @@ class Ensemble:
     async def close(self) -> None:
         """Does nothing: the ensemble has no queue. Requests of its steps are drained with the steps."""
 
-    def _misfit(self) -> str:
-        """Why the steps do not fit together; "" if they do."""
+    def _fits(self) -> Verdict:
         signatures = [
             ensemble.Signature(
                 _datatypes(step.model.inputs),
@@ -152,7 +147,7 @@ class Ensemble:
             )
             for step in self._steps
         ]
-        return ensemble.misfit(self.plan, _datatypes(self.inputs), _datatypes(self.outputs), signatures)
+        return ensemble.fits(self.plan, _datatypes(self.inputs), _datatypes(self.outputs), signatures)
 
 
 def _datatypes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:

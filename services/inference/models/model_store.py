@@ -274,7 +274,7 @@ class ModelStore:
         lines = {}
         for held in self.held:
             name, version = held.model.name, str(held.model.version)
-            failed = held.model.not_runnable or (held.resident and held.resident.failure)
+            failed = not held.model.runnable or (held.resident and held.resident.failure)
             state = UNAVAILABLE if failed else READY
             lines[name, version] = line(name=name, version=version, state=state, reason=_remark(held))
         for name, versions in failures.items():
@@ -435,9 +435,9 @@ def _load_error(name: str, error: Exception) -> RingmeshError:
 
 def _remark(held: HeldModel) -> str:
     model = held.model
-    if isinstance(model, Ensemble) and model.not_runnable:
+    if isinstance(model, Ensemble) and not model.runnable:
         routed = "; a router runs its steps one by one if the fleet has them" if model.lacks_steps else ""
-        return f"this worker cannot run it whole: {model.not_runnable}{routed}"
+        return f"this worker cannot run it whole: {model.runnable.reason}{routed}"
     remarks = []
     if held.resident is not None and not held.resident.loaded:
         remarks.append(held.resident.failure or "not in memory: it is loaded when it is asked for")

@@ -22,9 +22,10 @@ SEMANTIC_THRESHOLD = "ringmesh_semantic_threshold"
 SEMANTIC_EMBEDDING = "ringmesh_semantic_embedding"
 CACHE_TTL = "ringmesh_cache_ttl_seconds"
 CACHE_STALE = "ringmesh_cache_stale_seconds"
+SHARED_TIER = "ringmesh_shared_tier"
 # Ringmesh's own parameters with the value "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
-_OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE}
+_OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE, SHARED_TIER}
 # The longest time to live: about 30 years.
 _MAX_SECONDS = 10**9
 
@@ -98,14 +99,23 @@ def read(path: Path, name: str) -> ModelConfig:
 
 def ignored_fields(config: ModelConfig) -> list[str]:
     """The paths of the fields that are set but have no effect here, each once."""
+    return [path for path, used in fields(config).items() if not used]
+
+
+def fields(config: ModelConfig) -> dict[str, bool]:
+    """The paths of the fields that are set, and whether they have an effect here."""
     # An unknown parameter may be the owner's own, which ModelConfig reports, or it may be misspelt.
     known = _OURS | _OF_EXECUTION
-    parameters = [f"parameters.{name}" for name in sorted(config.parameters) if name not in known]
-    return [*dict.fromkeys(_ignored(config, "")), *parameters]
+    parameters = {f"parameters.{name}": name in known for name in sorted(config.parameters)}
+    return {path: path in _ACTED_ON for path in _set_fields(config, "")} | parameters
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
     return config.parameters[flag].string_value == "true" if flag in config.parameters else None
+
+
+def _shared_tier(config: ModelConfig) -> str:
+    return config.parameters[SHARED_TIER].string_value if SHARED_TIER in config.parameters else "auto"
 
 
 def _number(config: ModelConfig, parameter: str) -> float:
@@ -125,6 +135,7 @@ def serving_rules(config: ModelConfig, *, semantic: bool) -> inference_pb2.Model
         hedged=says(config, HEDGE) is True,
         ttl_ms=math.ceil(_number(config, CACHE_TTL) * 1000),
         stale_ms=math.ceil(_number(config, CACHE_STALE) * 1000),
+        shared_tier=_shared_tier(config).removeprefix("auto"),
     )
     if semantic and SEMANTIC_THRESHOLD in config.parameters:
         rules.semantic_threshold = _number(config, SEMANTIC_THRESHOLD)
@@ -187,6 +198,8 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     for flag in sorted(_FLAGS & config.parameters.keys()):
         if (value := config.parameters[flag].string_value) not in ("true", "false"):
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it must be "true" or "false"')
+    if (value := _shared_tier(config)) not in ("auto", "always", "never"):
+        raise ConfigError(f"{path}: parameter {SHARED_TIER} is {value!r}; it must be auto, always or never")
     for parameter, most, wanted in (
         (SEMANTIC_THRESHOLD, 1, "a number above 0, 1 at most"),
         (CACHE_TTL, _MAX_SECONDS, f"a number of seconds above 0, {_MAX_SECONDS} at most"),
@@ -208,11 +221,11 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         raise ConfigError(f"{path}: {fault}")
 
 
-def _ignored(message: Message, prefix: str) -> Iterator[str]:
+def _set_fields(message: Message, prefix: str) -> Iterator[str]:
     for field, value in message.ListFields():
         path = prefix + field.name
         if path in _NESTED:
             for each in value if field.is_repeated else (value,):
-                yield from _ignored(each, path + ".")
-        elif path not in _ACTED_ON and path != "parameters":
+                yield from _set_fields(each, path + ".")
+        elif path != "parameters":
             yield path

@@ -11,6 +11,8 @@ from typing import TypeVar
 from blake3 import blake3
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
+from services.runtime.verdict import YES, Verdict
+
 Tensor = TypeVar("Tensor")
 
 
@@ -87,29 +89,29 @@ def plan(scheduling: config_pb2.ModelEnsembling, inputs: Iterable[str], outputs:
     )
 
 
-def misfit(whole: Plan, inputs: Mapping[str, str], outputs: Mapping[str, str], models: Sequence[Signature]) -> str:
-    """Returns why the models do not fit the plan; "" if they do. `inputs` and `outputs` are the ensemble's."""
+def fits(whole: Plan, inputs: Mapping[str, str], outputs: Mapping[str, str], models: Sequence[Signature]) -> Verdict:
+    """Whether the models fit the plan. `inputs` and `outputs` are the ensemble's."""
     types = dict(inputs)
     for step, model in zip(whole.steps, models, strict=True):
         if model.is_ensemble:
-            return f"step {step.model!r} is an ensemble; a step must be a model"
+            return Verdict(f"step {step.model!r} is an ensemble; a step must be a model")
         if wrong := [name for name in step.inputs if name not in model.inputs]:
-            return f"step {step.model!r} has no input {wrong[0]!r}"
+            return Verdict(f"step {step.model!r} has no input {wrong[0]!r}")
         if missing := [name for name in model.required if name not in step.inputs]:
-            return f"step {step.model!r} also needs input {missing[0]!r}"
+            return Verdict(f"step {step.model!r} also needs input {missing[0]!r}")
         if wrong := [name for name in step.outputs if name not in model.outputs]:
-            return f"step {step.model!r} has no output {wrong[0]!r}"
+            return Verdict(f"step {step.model!r} has no output {wrong[0]!r}")
         for name, tensor in step.inputs.items():
             if types[tensor] != model.inputs[name]:
-                return (
+                return Verdict(
                     f"step {step.model!r} takes {name!r} as {model.inputs[name]}, and tensor {tensor!r} is "
                     f"{types[tensor]}"
                 )
         types |= {tensor: model.outputs[name] for name, tensor in step.outputs.items()}
     for name, datatype in outputs.items():
         if types[name] != datatype:
-            return f"output {name!r} is {types[name]}, and its config.pbtxt says {datatype}"
-    return ""
+            return Verdict(f"output {name!r} is {types[name]}, and its config.pbtxt says {datatype}")
+    return YES
 
 
 async def run(
@@ -148,8 +150,8 @@ def digest(own: bytes, steps: Iterable[bytes]) -> bytes:
     return hasher.digest(16)
 
 
-def uncacheable_reason(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, str]]) -> str:
-    """Returns why an ensemble's answers are not cached, or "". `steps`: each name, and the same for that model."""
+def cacheable(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, str]]) -> Verdict:
+    """Whether an ensemble's answers are cached. `steps`: the name of each, and why its answers are not, or ""."""
     if config.HasField("response_cache"):
-        return "" if config.response_cache.enable else "its config.pbtxt says so"
-    return next((f"of its step {name!r}: {reason}" for name, reason in steps if reason), "")
+        return YES if config.response_cache.enable else Verdict("its config.pbtxt says so")
+    return next((Verdict(f"of its step {name!r}: {reason}") for name, reason in steps if reason), YES)

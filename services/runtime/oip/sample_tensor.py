@@ -19,7 +19,7 @@ def fill(word: str, datatype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
     """Fills a tensor by one of WORDS; BYTES get short texts. Raises InvalidArgumentError for an unknown datatype."""
     dtype = tensors.datatype(datatype, "").dtype
     if dtype.kind == "O":
-        texts = ["" if word == "zeros" else f"text {random.randrange(1000)}" for _ in range(math.prod(shape))]
+        texts = ["0" if word == "zeros" else f"text {random.randrange(1000)}" for _ in range(math.prod(shape))]
         return np.array([text.encode() for text in texts], object).reshape(shape)
     if word != "random":
         return (np.zeros if word == "zeros" else np.ones)(shape, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import sys
@@ -15,10 +16,13 @@ from pydantic import ValidationError
 from setproctitle import setproctitle
 
 from services.runtime.machine import memory
+from services.runtime.process import variables
 from services.runtime.process.settings import ServiceSettings, describe
 from services.runtime.rpc.server import StartError
 from services.runtime.telemetry.logs import to_stderr
 from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
@@ -48,6 +52,8 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     try:
         settings = settings_type()
         with to_stderr(name, settings.log_format, settings.log_level):
+            for message in variables.unknown(os.environ):
+                log.warning("%s", message)
             uvloop.run(main(settings))
     except ValidationError as error:
         sys.exit(_refuse(name, describe(error)))

@@ -7,9 +7,10 @@ import tomllib
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from services.runtime.process import units
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
 from services.runtime.telemetry.logs import LogFormat
@@ -40,6 +41,16 @@ class ServiceSettings(BaseSettings):
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
     trace_dir: Path | None = Field(None, description="folder that spans are written to, for `ringmesh trace`")
     otlp_endpoint: str | None = Field(None, description="URL of an OTLP/gRPC collector, such as http://127.0.0.1:4317")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_units(cls, value: object, field: ValidationInfo) -> object:
+        name = field.field_name or ""
+        if not isinstance(value, str):
+            return value
+        if name.endswith("_seconds"):
+            return units.parse_seconds(value)
+        return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
 
     @classmethod
     def settings_customise_sources(

@@ -110,7 +110,9 @@ def _head(family: Family, *, is_open: bool) -> list[str]:
     name = family.name.removesuffix("_total") if is_open and family.kind == "counter" else family.name
     if is_open:
         meaning = meaning.replace('"', r"\"")
-    return [f"# HELP {name} {meaning}", f"# TYPE {name} {family.kind}"]
+    # Triton's counters lack the suffix, without which OpenMetrics has no counters.
+    kind = "unknown" if is_open and family.kind == "counter" and name == family.name else family.kind
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
 
 
 def _histogram(lines: list[str], name: str, labels: str, value: Buckets, *, is_open: bool) -> None:

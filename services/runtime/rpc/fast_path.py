@@ -227,10 +227,7 @@ class FastPathServer(native.Server):
                 # Cleared before the check below, so that a callback added in between is scheduled again.
                 self._is_scheduled = False
                 break
-            try:
-                self._afterwards.popleft()()
-            except Exception as error:
-                faults.internal(log, "what an answer left to be done failed", error)
+            _do_afterwards(self._afterwards.popleft())
         if self._afterwards:
             self._is_scheduled = True
             self._loop.call_soon(self._do_afterwards)
@@ -270,7 +267,7 @@ class FastPathServer(native.Server):
             return
         if self._ended(call_id) is not None and self._front is not None:
             self._answer(call_id, peer, outcome)
-        _do_afterwards(outcome)
+        _do_afterwards(outcome.afterwards)
 
     def _send_large(self, call_id: int, peer: str, answer: Answer) -> None:
         """Sends on a thread: the engine copies the answer, which takes long, though without the GIL."""
@@ -288,7 +285,7 @@ class FastPathServer(native.Server):
         self._ended(call_id)
         if not sending.cancelled() and (error := sending.exception()) is not None:
             log.error("a large answer was not sent", exc_info=error)
-        _do_afterwards(answer)
+        _do_afterwards(answer.afterwards)
 
     def _ended(self, call_id: int) -> Callable[[], object] | None:
         """Removes a call and returns its cancel function; None if it has ended before."""
@@ -303,10 +300,10 @@ def _sendable(trailing: Metadata) -> Metadata:
     return [pair for pair in trailing if pair[0] != PUSHBACK]
 
 
-def _do_afterwards(answer: Answer | Failure) -> None:
-    if answer.afterwards is not None:
+def _do_afterwards(callback: Callable[[], None] | None) -> None:
+    if callback is not None:
         try:
-            answer.afterwards()
+            callback()
         except Exception as error:
             faults.internal(log, "what an answer left to be done failed", error)
 

@@ -22,16 +22,13 @@ class Health:
 
     def __init__(self, services: Iterable[str]) -> None:
         self._names = frozenset(services) | {""}
-        self._serving = False
+        # Between `set_serving(True)` and the start of a drain.
+        self.serving = False
         self._closed = False
         self._changed = asyncio.Event()
 
-    @property
-    def serving(self) -> bool:
-        return self._serving
-
     def set_serving(self, serving: bool) -> None:
-        self._serving = serving
+        self.serving = serving
         self._notify()
 
     def close(self) -> None:
@@ -56,7 +53,7 @@ class Health:
     def _status(self, name: str) -> health_pb2.HealthCheckResponse:
         if name not in self._names:
             return health_pb2.HealthCheckResponse(status=_SERVICE_UNKNOWN)
-        return health_pb2.HealthCheckResponse(status=_SERVING if self._serving else _NOT_SERVING)
+        return health_pb2.HealthCheckResponse(status=_SERVING if self.serving else _NOT_SERVING)
 
     async def _check(self, request: health_pb2.HealthCheckRequest, _: Context) -> health_pb2.HealthCheckResponse:
         if request.service not in self._names:

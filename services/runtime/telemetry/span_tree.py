@@ -44,8 +44,12 @@ class SpanTree:
         return min(span.start_ns for _, span in self.rows)
 
     @property
+    def end_ns(self) -> int:
+        return max(span.end_ns for _, span in self.rows)
+
+    @property
     def duration_ns(self) -> int:
-        return max(span.end_ns for _, span in self.rows) - self.start_ns
+        return self.end_ns - self.start_ns
 
 
 def trees(spans: Iterable[StoredSpan]) -> list[SpanTree]:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from services.runtime import driver
-from services.runtime.driver import ON_LOOP, Driver, Promise, in_task
+from services.runtime.driver import ON_LOOP, Driver, Promise, first_of, in_task
 from services.runtime.errors import DeadlineExceededError
 
 
@@ -225,3 +225,75 @@ async def test_work_in_a_task_is_cancelled_with_the_coroutine_that_awaits_it():
     await asyncio.sleep(0)
     assert released == [True]
     assert isinstance(one.outcome, asyncio.CancelledError)
+
+
+class Racing:
+    """`first_of` a guess and work that each wait for a promise."""
+
+    def __init__(self, guess=None):
+        self.guess, self.work, self.ended = Promise() if guess is None else guess, Promise(), []
+        self.driven = Driven(first_of(self._run("guess", self.guess), self._run("work", self.work)))
+
+    async def _run(self, name, promise):
+        try:
+            return await promise
+        finally:
+            self.ended.append(name)
+
+
+async def test_of_a_guess_and_work_the_first_result_counts_and_work_that_is_not_needed_is_cancelled():
+    race = Racing()
+    race.guess.settle("guessed")
+    assert race.driven.outcome == "guessed"
+    assert race.ended == ["guess", "work"]
+
+
+async def test_a_guess_that_comes_too_late_runs_to_its_end():
+    race = Racing()
+    race.work.settle("worked")
+    assert race.driven.outcome == "worked"
+    race.guess.settle("guessed")
+    assert race.ended == ["work", "guess"]
+    assert race.driven.outcome == "worked"
+
+
+async def test_work_counts_after_a_guess_without_a_result():
+    race = Racing()
+    race.guess.settle(None)
+    assert race.driven.outcomes == []
+    race.work.settle("worked")
+    assert race.driven.outcome == "worked"
+
+
+@pytest.mark.parametrize("guess", ["guessed", None])
+async def test_if_work_fails_the_guess_counts_before_its_error(guess):
+    race = Racing()
+    error = ValueError("failed")
+    race.work.fail(error)
+    assert race.driven.outcomes == []
+    race.guess.settle(guess)
+    assert race.driven.outcome is (guess or error)
+
+
+async def test_a_guess_that_raises_is_logged_and_work_counts(caplog):
+    race = Racing()
+    race.guess.fail(ValueError("nobody foresaw it"))
+    assert "nobody foresaw it" in caplog.text
+    race.work.settle("worked")
+    assert race.driven.outcome == "worked"
+
+
+@pytest.mark.filterwarnings("error")
+async def test_work_does_not_start_if_the_guess_has_a_result_immediately():
+    guess = Promise()
+    guess.settle("guessed")
+    race = Racing(guess)
+    assert race.driven.outcome == "guessed"
+    assert race.ended == ["guess"]
+
+
+async def test_if_both_are_cancelled_work_is_cancelled():
+    race = Racing()
+    race.driven.driver.cancel()
+    assert isinstance(race.driven.outcome, asyncio.CancelledError)
+    assert race.ended == ["work"]

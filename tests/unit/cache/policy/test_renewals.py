@@ -7,6 +7,7 @@ from cache.mesh import Mesh
 from cache.policy.freshness import Freshness, tightest
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import _MOST_AT_ONCE, Renewals
+from cache.policy.worth_asking import Subject
 from cache.regions.peer_regions import PeerRegions
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
@@ -87,15 +88,23 @@ def test_an_ensemble_is_as_fresh_as_the_shortest_lived_of_its_steps():
     assert tightest(Freshness(5, 9), Freshness(7, 1)) == Freshness(5, 1)
 
 
+class Empty:
+    """A shared tier without entries."""
+
+    async def get_answer(self, key, on_reply=None):
+        return None
+
+
 async def test_a_renewal_that_fails_however_it_may_gives_its_lease_back():
     purges = InvalidationLog(None, "test", 1.0)
     mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
+    mesh.shared = Empty()
     key = b"k" * 32
 
     async def compute():
         raise ValueError("nobody foresaw it")
 
-    mesh.renew(key, Entry(b"old", 1), compute)
+    mesh.renew(key, Entry(b"old", 1), compute, Subject("m", b"k" * 16, 1))
     async with asyncio.timeout(5):
         while not mesh.renewals.counts["failed"]:
             await asyncio.sleep(0)

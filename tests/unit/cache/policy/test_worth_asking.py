@@ -47,11 +47,11 @@ def test_where_it_is_clear_what_is_faster_that_is_done(share, compute, trip, wri
         assert asking_first > compute
 
 
-def test_where_nothing_is_known_asking_is_tried_beside_the_computing():
+def test_without_measurements_keys_are_looked_up_first():
     worth, key = WorthAsking(), next(keys())
     assert worth.decide(MODEL, key, None, 0.001) is UNKNOWN
     assert worth.decide(MODEL, key, 0.0015, 0.001) is CLOSE
-    assert not UNKNOWN.waits
+    assert UNKNOWN.waits
     assert not CLOSE.waits
 
 

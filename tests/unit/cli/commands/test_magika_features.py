@@ -1,6 +1,8 @@
 """Features are the ones that magika itself would give to its model."""
 
 import io
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,7 +22,10 @@ content = st.builds(lambda length, seed: (seed * length)[:length], size, st.bina
 @given(space, content, space, content, space)
 def test_features_are_magikas(before, first, between, second, after):
     data = before + first + between + second + after
-    ours = OURS.extract(io.BytesIO(data))
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        ours = OURS.extract(Path(file.name))
     result, features = THEIRS._get_result_or_features_from_seekable(magika.magika.Seekable(io.BytesIO(data)))
     if ours is None:
         assert result is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 
 import pytest
 from rich.console import Console
@@ -57,6 +58,26 @@ def test_a_trace_is_a_tree_over_processes(folder):
     assert trace.duration_ns == 10 * MS
 
 
+def test_spans_that_are_not_written_yet_are_awaited(tmp_path):
+    now = time.time_ns() // MS
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 1:
+            write(tmp_path, "router", CALLER, now, now + 9)
+        if len(waits) == 2:
+            write(tmp_path, "worker", CALLER, now + 2, now + 8)
+
+    trace = traces.find(tmp_path, TRACE, sleep)
+    assert {span.name for _, span in trace.rows} == {"router call", "worker call"}
+    assert sum(waits) <= 2
+
+
+def test_the_spans_of_an_older_trace_are_not_awaited(folder):
+    assert len(traces.find(folder, TRACE, sleep=pytest.fail).rows) == 3
+
+
 def test_a_row_says_where_when_how_long_and_what(folder):
     title, _, router, forward, worker = shown(traces.tree(traces.find(folder, TRACE)))
     assert TRACE in title
@@ -81,9 +102,9 @@ def test_an_ambiguous_prefix_names_the_candidates(folder):
 
 def test_what_is_not_there_is_told_as_such(folder, tmp_path):
     with pytest.raises(CommandError, match="no trace ffff"):
-        traces.find(folder, "ffff")
+        traces.find(folder, "ffff", sleep=lambda _: None)
     with pytest.raises(CommandError, match="no trace ffff"):
-        traces.find(tmp_path / "nowhere", "ffff")
+        traces.find(tmp_path / "nowhere", "ffff", sleep=lambda _: None)
 
 
 def test_a_torn_or_foreign_line_is_passed_over(folder):

@@ -6,19 +6,8 @@ import signal
 import sys
 
 from services.cli.stack.child import Child, ChildSpec
-from services.cli.stack.ports import Ports
+from services.cli.stack.endpoints import LOOPBACK, Endpoints
 from services.cli.stack.stack import Stack, StackOptions
-
-
-class Reporter:
-    def __init__(self):
-        self.lines = asyncio.Queue()
-
-    def started(self, name, endpoint, seconds):
-        pass
-
-    def say(self, line):
-        self.lines.put_nowait(line)
 
 
 async def test_a_process_is_started_again_while_stack_json_cannot_be_written(tmp_path):
@@ -27,14 +16,13 @@ async def test_a_process_is_started_again_while_stack_json_cannot_be_written(tmp
 
     state = tmp_path / "state"
     state.write_text("no folder")
-    options = StackOptions(
-        Ports.from_base(8001, 1), state, "", tmp_path, "native", None, key_secret="", otlp=None, drain_seconds=1
-    )
-    stack = Stack(options, reporter := Reporter())
+    options = StackOptions(Endpoints.create(LOOPBACK, 8001, 1), state, "", tmp_path, key_secret="", drain_seconds=1)
+    lines = asyncio.Queue()
+    stack = Stack(options, lines.put_nowait)
     stack._is_up = True
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     child = Child(
-        ChildSpec("one", command, "", tmp_path / "one.log", is_ready, {}), reporter.say, stack._describe_again
+        ChildSpec("one", command, "", tmp_path / "one.log", is_ready, {}), lines.put_nowait, stack._describe_again
     )
     await child.spawn()
     first = child.pid
@@ -42,7 +30,7 @@ async def test_a_process_is_started_again_while_stack_json_cannot_be_written(tmp
     try:
         os.kill(first, signal.SIGKILL)
         async with asyncio.timeout(20):
-            while "is back" not in (line := await reporter.lines.get()):
+            while "is back" not in (line := await lines.get()):
                 pass
         assert str(child.pid) in line
         assert child.pid != first

@@ -123,7 +123,7 @@ async def test_steps_that_do_not_fit_are_named_in_the_index(tmp_path, old, new, 
     models.mlp(tmp_path)
     edit(models.pipeline(tmp_path), old, new)
     store = await store_of(tmp_path)
-    assert re.search(words, store.held.find("pipeline", "").model.not_runnable)
+    assert re.search(words, store.held.find("pipeline", "").model.runnable.reason)
     (line,) = [line for line in await store.index() if line.name == "pipeline"]
     assert re.search(words, line.reason)
     assert ("a router runs" in line.reason) == ("is not found" in words)
@@ -162,7 +162,7 @@ async def test_a_replaced_step_is_another_digest_of_the_ensemble(tmp_path):
     await store.load("mlp")
     assert store.held.find("pipeline", "").model.digest != before.digest
     await store.unload("mlp")
-    assert "'mlp' is not found" in store.held.find("pipeline", "").model.not_runnable
+    assert "'mlp' is not found" in store.held.find("pipeline", "").model.runnable.reason
 
 
 async def test_an_ensemble_has_its_own_labels_or_those_of_the_step_that_makes_the_output(tmp_path):

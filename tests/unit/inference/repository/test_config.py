@@ -121,6 +121,10 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
             ["ringmesh_tenant_scope", "'yes'", '"true" or "false"'],
         ),
         (
+            'parameters { key: "ringmesh_shared_tier" value { string_value: "true" } }',
+            ["ringmesh_shared_tier", "'true'", "auto, always or never"],
+        ),
+        (
             'parameters { key: "ringmesh_semantic_threshold" value { string_value: "1.5" } }',
             ["ringmesh_semantic_threshold", "'1.5'", "1 at most"],
         ),

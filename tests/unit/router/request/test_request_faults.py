@@ -42,7 +42,7 @@ LOST = WorkerUnreachableError("gone")
 
 # Each step of a request that is computed, by the part that does it.
 ALWAYS = [
-    *((Refusals, "check"), (LocalTier, "peek"), (LocalTier, "put"), (Mesh, "_learn"), (Mesh, "fill")),
+    *((Refusals, "check"), (LocalTier, "peek"), (LocalTier, "put"), (Mesh, "learn"), (Mesh, "fill")),
     *((Quotas, "take"), (ConcurrencyLimits, "of"), (ConcurrencyLimit, "admits"), (ConcurrencyLimit, "completed")),
     *((RetryBudget, "request"), (TailLatency, "of"), (TailLatency, "observe"), (DispatchMetrics, "attempted")),
     *((Trace, "traceparent"), (Trace, "span"), (Replies, "answer")),

@@ -11,6 +11,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Found
+from cache.policy.worth_asking import NOT_WORTH, WORTH, Subject
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
 from router.balancing.catalog import ModelEntry
@@ -139,12 +140,23 @@ class FakeMesh:
         self.purges = SimpleNamespace(oldest_ms=0)
         self.flights = SingleFlight()
 
-    async def look_up(self, key, _):
+        self.decision = WORTH
+        self.written = []
+
+    def decide(self, key, subject):
+        return self.decision
+
+    def learn(self, subject, seconds):
+        pass
+
+    async def look_up(self, key, subject):
         await asyncio.sleep(0)
         return self.shared.get(key)
 
-    def fill(self, computed):
+    def fill(self, computed, *, writes):
         self.local.put(computed.key, computed.entry)
+        if writes:
+            self.written.append(computed.key)
 
 
 class FakeWorker:
@@ -170,7 +182,8 @@ class FakeWorker:
 
 async def find(cache, values, worker):
     whole = MODEL.digest + HASHER.hash(request(values))
-    return await driver.run(cache.find(split(request(values)), MODEL, None, Epochs({}), whole, worker))
+    subject = Subject("m", MODEL.digest, 100)
+    return await driver.run(cache.find(split(request(values)), MODEL, None, Epochs({}), whole, subject, worker))
 
 
 async def test_a_batch_of_eight_of_which_six_are_known_costs_two():
@@ -338,6 +351,18 @@ async def test_rows_of_two_models_are_never_joined():
     cache, worker = RowCache(FakeMesh(), HASHER), FakeWorker()
     await find(cache, [1, 2], worker)
     assert await find(cache, [1, 3], FakeWorker(digest=b"n" * 16)) is None
+
+
+@pytest.mark.parametrize("decision", [WORTH, NOT_WORTH])
+async def test_rows_are_looked_up_in_the_shared_tier_and_written_there_only_if_that_pays(decision):
+    mesh, worker = FakeMesh(), FakeWorker()
+    mesh.decision = decision
+    held = MODEL.digest + HASHER.hash(request([1]))
+    mesh.shared[held] = Entry(response([1]), 1)
+    found = await find(RowCache(mesh, HASHER), [1, 2], worker)
+    assert found.entry.value == response([1, 2])
+    assert worker.computed == ([[2]] if decision is WORTH else [[1, 2]])
+    assert len(mesh.written) == (decision is WORTH)
 
 
 async def test_rows_from_before_a_purge_are_not_found():

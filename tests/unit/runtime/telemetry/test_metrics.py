@@ -1,4 +1,5 @@
 import pkgutil
+from collections import Counter as Counts
 from importlib import import_module
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 import cache
 import router
@@ -14,6 +16,7 @@ import services
 from router.accounting.request_metrics import OK, RequestMetrics
 from services.runtime.rpc.exposition import MetricsServer, expose
 from services.runtime.rpc.server import StartError
+from services.runtime.telemetry import triton_metrics
 from services.runtime.telemetry.metrics import BOUNDS_NS, OTHER, Buckets, Counter, Family, Histogram, Metrics, Sample
 from services.runtime.telemetry.process_metrics import ProcessMetrics
 
@@ -39,6 +42,60 @@ def documented():
 
 def test_the_table_says_of_every_metric_what_the_code_says():
     assert sorted(documented(), key=str) == sorted(set(declared()), key=str)
+
+
+def under_tritons_names():
+    """The samples of a worker (four rows in two batches, three failures) and of a router (a hit and a miss)."""
+    duration = v2.StatisticDuration
+    on_worker = v2.ModelStatistics(
+        name="mlp",
+        version="1",
+        inference_count=4,
+        execution_count=2,
+        inference_stats=v2.InferStatistics(
+            success=duration(count=3, ns=9_000_000),
+            queue=duration(count=3, ns=1_000_000),
+            compute_input=duration(count=3, ns=2_000_000),
+            compute_infer=duration(count=3, ns=5_000_000),
+            compute_output=duration(count=3, ns=1_500),
+        ),
+    )
+    yield triton_metrics.computed(on_worker, {"overload": 1, "execution": 1, "internal": 1}, pending=7)
+    requests = RequestMetrics()
+    requests.count(("infer", "mlp", "1", "", OK, "hit-local"), 50_000, 900)
+    requests.count(("infer", "mlp", "1", "", OK, "miss"), 3_000_000, 900)
+    yield requests.triton_samples()
+
+
+@pytest.mark.parametrize(("accept", "parse"), [("", prometheus), ("application/openmetrics-text", open_metrics)])
+def test_the_sum_over_processes_is_what_triton_reports(accept, parse):
+    sums = Counts()
+    for samples in under_tritons_names():
+        text, _ = expose(samples, accept)
+        for family in parse(text.decode()):
+            assert family.type in ("counter", "gauge", "unknown")
+            for sample in family.samples:
+                assert (sample.labels["model"], sample.labels["version"]) == ("mlp", "1")
+                sums[sample.name.removesuffix("_total"), sample.labels.get("reason", "")] += sample.value
+    assert sums == {
+        ("nv_inference_request_success", ""): 4,
+        ("nv_inference_request_failure", "REJECTED"): 1,
+        ("nv_inference_request_failure", "CANCELED"): 0,
+        ("nv_inference_request_failure", "BACKEND"): 1,
+        ("nv_inference_request_failure", "OTHER"): 1,
+        ("nv_inference_count", ""): 4,
+        ("nv_inference_exec_count", ""): 2,
+        ("nv_inference_request_duration_us", ""): 9050,
+        ("nv_inference_queue_duration_us", ""): 1000,
+        ("nv_inference_compute_input_duration_us", ""): 2000,
+        ("nv_inference_compute_infer_duration_us", ""): 5000,
+        ("nv_inference_compute_output_duration_us", ""): 1,
+        ("nv_inference_pending_request_count", ""): 7,
+        ("nv_cache_num_hits_per_model", ""): 1,
+        ("nv_cache_num_misses_per_model", ""): 1,
+        ("nv_cache_hit_duration_per_model", ""): 50,
+        ("nv_cache_miss_duration_per_model", ""): 3000,
+    }
 
 
 def test_names_are_those_that_prometheus_wants():
