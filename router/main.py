@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -15,9 +16,14 @@ from cache.keys.purge_sweep import PurgeSweep
 from cache.mesh import Mesh
 from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
+from router.accounting.budgets import Budgets
 from router.accounting.cost import CostMetrics, Prices
+from router.accounting.ledger_sender import LedgerSender
+from router.accounting.ledger_spool import LedgerSpool
+from router.accounting.meter import Meter, worker_type
 from router.accounting.request_metrics import RequestMetrics
 from router.accounting.slo import Slo
+from router.accounting.usage import Up, Usage
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.dispatch.dispatcher import Dispatcher
@@ -95,8 +101,10 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     )
     targets = {"availability": settings.slo_availability, "latency": settings.slo_latency}
     slo = Slo(targets, settings.slo_latency_seconds, requests, time.monotonic)
-    replies = Replies(mesh, tracer, requests, request_log, cost, audit, report)
-    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access)
+    budgets = Budgets()
+    meter = Meter(budgets) if settings.ledger_address is not None else None
+    replies = Replies(mesh, tracer, requests, request_log, cost, audit, report, meter)
+    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets)
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
@@ -128,6 +136,13 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         metrics.add(part.samples)
     if settings.triton_metrics:
         metrics.add(requests.triton_samples)
+    usage = None
+    if settings.ledger_address is not None and meter is not None:
+        spool = LedgerSpool(settings.usage_dir, settings.usage_spool_bytes, time.time_ns)
+        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret))
+        usage = Usage(meter, budgets, sender, settings.region, lambda: _up(fleet))
+        metrics.add(usage.samples)
+        usage.start()
     exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()
@@ -153,6 +168,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     cache.close()
     await export.close()
     await server.stop(settings.drain_seconds)
+    if usage is not None:
+        await usage.close()
     exposition.close()
     fleet.close()
     await mesh.close()
@@ -163,6 +180,14 @@ async def _ask_again(fleet: Fleet, news: set[str]) -> None:
     """Describes all healthy workers again if another router has loaded or unloaded models."""
     if MODELS in news:
         await asyncio.gather(*(fleet.describe(member) for member in fleet.view.members.values() if member.healthy))
+
+
+def _up(fleet: Fleet) -> Iterator[Up]:
+    """The workers that are up. One that runs a model on a GPU is of that type."""
+    for member in fleet.view.members.values():
+        if member.healthy:
+            types = {worker_type(model.provider) for model in member.models}
+            yield Up(member.worker_id, max(types, default="cpu"), member.region)
 
 
 def _models(fleet: Fleet, mesh: Mesh) -> dict[bytes, str]:

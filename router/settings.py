@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
@@ -45,6 +46,13 @@ class RouterSettings(MeshSettings):
     memory_gb_hour_price: float = Field(0.005, ge=0, description="price of an hour of 1 GB of the local tier's memory")
     currency: str = Field("USD", pattern=r"^[!-~]{1,8}$", description="of the prices; 1 to 8 characters")
     triton_metrics: bool = Field(False, description="whether /metrics also has Triton's names, nv_inference_*")
+    ledger_address: str | None = Field(
+        None, description="host:port of the ledger, which usage is sent to and which leases budgets; none: no ledger"
+    )
+    usage_dir: Path = Field(
+        Path(".ringmesh/usage"), description="folder for usage until the ledger has it; each router has its own"
+    )
+    usage_spool_bytes: int = Field(1 << 30, ge=1 << 20, description="most bytes there; beyond, the oldest is dropped")
     share_port: bool = Field(False, description="whether other routers with this setting may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"

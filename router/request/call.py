@@ -41,6 +41,10 @@ class Call:
     told: CallerMetadata | None = None
     model: ModelEntry | None = None
     error: RingmeshError | None = None
+    # Set once it is counted as failed: its labels in the metrics, and how many stages its trace had.
+    failed: tuple[tuple[str, str, str, str, str, str], int] | None = None
+    # Nanoseconds until it began to wait for the caches or a worker; 0: it has not waited.
+    router_ns = 0
 
     def __init__(self, data: bytes, trace: Trace, metadata: Metadata, method: str, deadline: float | None) -> None:
         self.start = time.time_ns()

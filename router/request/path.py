@@ -14,6 +14,7 @@ from cache.keys.epochs import Epochs
 from cache.keys.keys import RequestHasher
 from cache.mesh import Compute, Computed, Found, Mesh
 from cache.tiers.entry import Entry
+from router.accounting.budgets import Budgets
 from router.accounting.request_metrics import STEP, RequestMetrics
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
@@ -64,7 +65,9 @@ class RequestPath:
         quotas: Quotas,
         audit: Audit,
         access: Access,
+        budgets: Budgets,
     ) -> None:
+        self._budgets = budgets
         self._fleet = fleet
         self._access = access
         self._mesh = mesh
@@ -102,11 +105,14 @@ class RequestPath:
         """
         try:
             self._keyer.admit(call)
+            if self._budgets.limits:
+                self._budgets.check(call.tenant, call.name)
             entry = self._local.get(call)
             if entry is not None:
                 self._keyer.remember(call)
                 return self._replies.answer(call, Found(entry, "hit-local"))
             self._refuse(call)
+            call.router_ns = time.time_ns() - call.start
             await ON_LOOP
             self._requests.in_flight += 1
             try:
@@ -226,8 +232,9 @@ class RequestPath:
         result, member = await self._forward(call, model, call.data, place, joins)
         timing = result.timing
         call.provider = timing.provider
-        # This request's share of the run that served it.
-        entry = Entry(result.response, int(timing.compute_us // max(1, timing.batch_requests)))
+        if call.failed is not None:
+            self._replies.computed_late(call)
+        entry = Entry(result.response, int(timing.share_us))
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
         return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)
 

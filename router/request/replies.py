@@ -10,6 +10,7 @@ import grpc
 
 from cache.mesh import Found, Mesh
 from router.accounting.cost import CostMetrics
+from router.accounting.meter import Meter
 from router.accounting.request_metrics import OK, STEP, LabelValues, RequestMetrics
 from router.request.audit import Audit
 from router.request.call import Call
@@ -41,7 +42,10 @@ class Replies:
         cost: CostMetrics,
         audit: Audit,
         report: LoadReport,
+        meter: Meter | None,
     ) -> None:
+        # None: no ledger.
+        self._meter = meter
         self._mesh = mesh
         self._tracer = tracer
         self._requests = requests
@@ -58,11 +62,16 @@ class Replies:
         labels = (call.method, model.name, model.version, call.tenant, OK, found.outcome)
         end = time.time_ns()
         slow = self._requests.count(labels, end - call.start, found.entry.compute_us)
+        trace = call.trace
         if self._tracer.ratios:
-            self._tracer.sample(call.trace, model.name)
+            self._tracer.sample(trace, model.name)
         if call.method == STEP:
             return call.renew
-        keeps = slow or call.trace.sampled
+        keeps = slow or trace.sampled
+        if self._meter is not None:
+            self._meter.answered(
+                labels, trace, model.provider, found.entry, call.start, end, call.router_ns, len(call.data), alone=keeps
+            )
         audits = found.outcome in _AUDITED and self._audit.takes_hit()
         if keeps or audits:
             return partial(self._afterwards, call, found, labels, end, slow=slow, keeps=keeps, audits=audits)
@@ -133,6 +142,12 @@ class Replies:
         keep = self._count_failed(call, error.code, error.message, error.kind)
         return failure(error, (("ringmesh-trace-id", call.trace.trace_id),), keep)
 
+    def computed_late(self, call: Call) -> None:
+        """Counts what was computed for a call that had failed by then: its deadline passed, or its caller left."""
+        if self._meter is not None and call.failed is not None:
+            labels, stages = call.failed
+            self._meter.computed_late(labels, call.trace, stages)
+
     def left(self, call: Call) -> None:
         """Counts a call that its caller cancelled. Event loop only."""
         self._count_failed(call, grpc.StatusCode.CANCELLED, "the caller left", "cancelled")()
@@ -144,6 +159,10 @@ class Replies:
         labels = (call.method, model, version, call.tenant, code.name, "error")
         self._requests.count(labels, end - call.start, 0)
         self._requests.failed(model, version, kind)
+        call.failed = labels, len(call.trace.stages)
+        if self._meter is not None:
+            provider = call.model.provider if call.model is not None else ""
+            self._meter.failed(labels, call.trace, provider, call.start, end, call.router_ns, len(call.data))
         kept = "sampled" if call.trace.sampled else "failed"
         return partial(self._keep, call, labels, end, {"ringmesh.kept": kept, "ringmesh.error": kind}, code, message)
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -46,6 +47,10 @@ cache_app = typer.Typer(no_args_is_help=False)
 app.add_typer(cache_app, name="cache")
 key_app = typer.Typer(no_args_is_help=True, help="API keys of callers.")
 app.add_typer(key_app, name="key")
+prices_app = typer.Typer(no_args_is_help=False)
+app.add_typer(prices_app, name="prices")
+budgets_app = typer.Typer(no_args_is_help=False)
+app.add_typer(budgets_app, name="budgets")
 
 
 def _inherited(context: typer.Context, parameter: typer.CallbackParam, value: Value) -> Value:
@@ -367,6 +372,230 @@ def purge(
     _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
     if done.warning:
         _console().print(done.warning, highlight=False)
+
+
+LedgerOption = Annotated[
+    str | None, typer.Option("--ledger", help="host:port of the ledger; without it, of the stack in --state.")
+]
+Since = Annotated[
+    str | None, typer.Option(help="An age, such as 90m, 24h or 7d, or a time, such as 2026-11-29; 1h without it.")
+]
+Until = Annotated[str | None, typer.Option(help="Likewise; until now without it.")]
+
+
+class By(StrEnum):
+    """As `services.cli.commands.cost.By`, whose import takes long."""
+
+    TENANT = "tenant"
+    MODEL = "model"
+    VERSION = "version"
+    REGION = "region"
+    DAY = "day"
+    REQUEST = "request"
+
+
+@app.command()
+def cost(
+    by: Annotated[list[By] | None, typer.Option(help="What to group by; may be repeated.")] = None,
+    since: Since = None,
+    until: Until = None,
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
+    version: Annotated[str | None, typer.Option(help="Only of this version.")] = None,
+    region: Annotated[str | None, typer.Option(help="Only of this region.")] = None,
+    trace_id: Annotated[str, typer.Option("--trace", help="One request, by its trace id or how that begins.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Rows.")] = 50,
+    changes: Annotated[bool, typer.Option("--changes", help="Against the same time before; largest first.")] = False,
+    bill: Annotated[bool, typer.Option("--bill", help="What workers cost: used by requests, and idle.")] = False,
+    forecast: Annotated[bool, typer.Option("--forecast", help="What this month will cost.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write single records to this file, .csv or .parquet.")] = None,
+    unpriced: Annotated[bool, typer.Option("--allow-unpriced", help="Leave out what has no price.")] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Shows what requests used, what that cost, and what the cache saved."""
+    from services.cli.commands import cost as show
+    from services.cli.commands import running
+
+    if bill + forecast + (export is not None) > 1:
+        raise CommandError("choose one of --bill, --forecast and --export")
+    address = ledger or running.endpoint("ledger", state)
+    console = _console()
+    if export is not None:
+        written = show.export(address, since or "1h", until, export)
+        console.print(f"{export}: {written:,} bytes", highlight=False)
+    elif forecast:
+        told = show.forecast(address)
+        print(show.as_json(told)) if is_json else show.show_forecast(console, told)
+    elif bill:
+        paid = show.bill(address, show.period(since, until, allow_unpriced=unpriced))
+        print(show.as_json(paid)) if is_json else show.show_bill(console, paid)
+    else:
+        groups = [show.By(one.value) for one in by or ([] if trace_id else [By.TENANT])]
+        filters = {"tenant": tenant, "model": model, "version": version, "region": region}
+        asked = show.question(
+            groups,
+            since,
+            until,
+            filters,
+            trace_id,
+            limit=limit,
+            changes=changes,
+            allow_unpriced=unpriced,
+        )
+        answer = show.report(address, asked)
+        if is_json:
+            print(show.as_json(answer, groups))
+        else:
+            show.show_report(console, answer, groups, changes=changes)
+
+
+@app.command()
+def advice(
+    worker_type: Annotated[str, typer.Option(help="Of which workers.")] = "cpu",
+    since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
+    until: Until = None,
+    wait: Annotated[float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 requests may wait.")] = 50,
+    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Says how many workers each hour would have needed, from its requests, and what that would have cost."""
+    from services.cli.commands import advice as tool
+    from services.cli.commands import cost, running
+
+    answer = tool.ask(ledger or running.endpoint("ledger", state), worker_type, since, until, wait)
+    if is_json:
+        print(cost.as_json(answer))
+    else:
+        tool.show(_console(), answer)
+
+
+@prices_app.callback(invoke_without_command=True)
+def prices(context: typer.Context, ledger: LedgerOption = None, state: StateOption = STATE) -> None:
+    """Lists what an hour of each type of worker costs; `set` and `delete` change it, for the past too."""
+    if context.invoked_subcommand is not None:
+        return
+    from services.cli.commands import prices as tool
+    from services.cli.commands import running
+
+    _console().print(tool.listing(ledger or running.endpoint("ledger", state)))
+
+
+@prices_app.command("set")
+def set_price(
+    worker_type: Annotated[str, typer.Argument(help="cpu, gpu, router, or as workers call it.")],
+    hourly: Annotated[str, typer.Argument(help="Of an hour of one worker, such as 0.38.")],
+    currency: Annotated[str, typer.Option(help="By ISO 4217.")] = "USD",
+    since: Annotated[str | None, typer.Option(help="A whole hour of UTC; this hour without it.")] = None,
+    until: Annotated[str | None, typer.Option(help="A whole hour of UTC; until further notice without it.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Runs that one makes at once.")] = 1,
+    watts: Annotated[float, typer.Option(min=0, help="Measured power, where energy is paid for separately.")] = 0,
+    kwh: Annotated[str, typer.Option(help="Price of a kilowatt hour.")] = "0",
+    gpu: Annotated[bool, typer.Option("--gpu", help="It computes on a GPU.")] = False,
+    supersede: Annotated[
+        bool, typer.Option("--supersede", help="End the price that holds then, and replace later ones.")
+    ] = False,
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Sets what an hour of a type of worker costs in a period."""
+    from services.cli.commands import prices as tool
+    from services.cli.commands import running
+
+    tool.set_price(
+        ledger or running.endpoint("ledger", state),
+        worker_type,
+        hourly,
+        currency,
+        since,
+        until,
+        slots=slots,
+        watts=watts,
+        kwh=kwh,
+        is_gpu=gpu,
+        supersede=supersede,
+    )
+
+
+@prices_app.command("delete")
+def delete_price(
+    worker_type: Annotated[str, typer.Argument(help="As `ringmesh prices` lists it.")],
+    since: Annotated[str, typer.Argument(help="When the price begins; 1970-01-01 is the beginning.")],
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Removes a price."""
+    from services.cli.commands import prices as tool
+    from services.cli.commands import running
+
+    tool.delete(ledger or running.endpoint("ledger", state), worker_type, since)
+
+
+class Period(StrEnum):
+    """Of a budget."""
+
+    DAY = "day"
+    MONTH = "month"
+
+
+Tenant = Annotated[str, typer.Option(help="Of this tenant; all without it.")]
+Model = Annotated[str, typer.Option(help="Of this model; all without it.")]
+PeriodOption = Annotated[Period, typer.Option(help="When it begins anew, in UTC.")]
+
+
+@budgets_app.callback(invoke_without_command=True)
+def budgets(
+    context: typer.Context,
+    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Lists how much tenants and models may cost, and how much is spent; `set` and `delete` change it."""
+    if context.invoked_subcommand is not None:
+        return
+    from services.cli.commands import budgets as tool
+    from services.cli.commands import running
+
+    found = tool.states(ledger or running.endpoint("ledger", state))
+    if is_json:
+        print(tool.plain(found))
+    else:
+        _console().print(tool.listing(found))
+
+
+@budgets_app.command("set")
+def set_budget(
+    tenant: Tenant = "",
+    model: Model = "",
+    period: PeriodOption = Period.MONTH,
+    soft: Annotated[str, typer.Option(help="Reached, it is reported; 0: never.")] = "0",
+    hard: Annotated[str, typer.Option(help="Reached, requests are refused; 0: never.")] = "0",
+    currency: Annotated[str, typer.Option(help="By ISO 4217.")] = "USD",
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Sets how much a tenant, a model, or a tenant's use of a model may cost."""
+    from services.cli.commands import budgets as tool
+    from services.cli.commands import running
+
+    tool.set_budget(ledger or running.endpoint("ledger", state), tenant, model, period.value, soft, hard, currency)
+
+
+@budgets_app.command("delete")
+def delete_budget(
+    tenant: Tenant = "",
+    model: Model = "",
+    period: PeriodOption = Period.MONTH,
+    ledger: LedgerOption = None,
+    state: StateOption = STATE,
+) -> None:
+    """Removes a budget."""
+    from services.cli.commands import budgets as tool
+    from services.cli.commands import running
+
+    tool.delete(ledger or running.endpoint("ledger", state), tenant, model, period.value)
 
 
 def _run(

@@ -63,7 +63,7 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str], acce
             Route("/workers/{name}", pages.page("worker.html", partial(worker_page.contents, sources))),
             Route("/cache", pages.page("cache.html", partial(cache_page.contents, sources)), methods=["GET", "POST"]),
             Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
-            Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources))),
+            Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources.ledger))),
             Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
             Route("/compare", pages.page("compare.html", partial(compare_page.contents, sources))),

@@ -10,6 +10,7 @@ from services.console import app
 from services.console import metrics as console_metrics
 from services.console.data.fleet_watch import FleetWatch
 from services.console.data.history import History
+from services.console.data.ledger import LedgerReports
 from services.console.data.otlp import TraceReceiver
 from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
@@ -31,8 +32,10 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     history = History(time.time)
     scraper = Scraper(settings.metrics_targets, history)
     access = settings.access()
-    fleet = FleetWatch(settings.routers, settings.cache_address, credential_of(settings.key_secret))
-    sources = Sources(fleet, history, scraper, traces, settings.trace_ui)
+    credential = credential_of(settings.key_secret)
+    fleet = FleetWatch(settings.routers, settings.cache_address, credential)
+    ledger = LedgerReports(settings.ledger_address, credential)
+    sources = Sources(fleet, history, scraper, traces, settings.trace_ui, ledger)
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
     metrics.add(partial(console_metrics.samples, traces))
@@ -62,6 +65,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     exposition.close()
     scraper.close()
     await fleet.close()
+    await ledger.close()
 
 
 def main() -> None:

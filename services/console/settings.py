@@ -26,6 +26,7 @@ class ConsoleSettings(ServiceSettings):
         ("127.0.0.1:8001",), description="host:port of each router, separated by commas"
     )
     cache_address: str = Field("127.0.0.1:8010", description="host:port of the cache service")
+    ledger_address: str = Field("", description="host:port of the ledger; empty: none")
     metrics_address: str = Field(
         "127.0.0.1:8014", description="host:port to serve /metrics on; port 0 takes a free one"
     )

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 MAX_RESPONSE_BYTES = 1 << 30
 
 
+# The tag of Timing.share_us.
+_SHARE = wire.varint(13 << 3)
 # A response with more strings than this is large: strings are encoded one by one.
 _MANY_STRINGS = 1000
 
@@ -39,7 +41,7 @@ def build_results(
 ) -> list[SplitResult]:
     """Builds and counts the results of requests of one model that have run. May be called on any thread.
 
-    `start`: in time.time_ns. Results of one run share everything but their responses.
+    `start`: in time.time_ns. Results of one run share everything but their responses and shares.
     """
     digest = wire.field(3, held.model.digest)
     results: list[SplitResult] = []
@@ -58,7 +60,10 @@ def build_results(
                 runs.append(run)
             run.requests += 1
             run.rows += decoded.rows
-            results.append(SplitResult(None, response, run.serialized))
+            serialized = run.serialized
+            if batch.share_us != run.batch.share_us:
+                serialized += wire.field(4, _SHARE + wire.varint(batch.share_us))  # is merged with the run's timing
+            results.append(SplitResult(None, response, serialized))
         except Exception as error:
             held.statistics.failed(time.time_ns() - start, kind_of(error))
             results.append(failed(error, start, held.model.name, decoded.trace_context))
@@ -93,6 +98,7 @@ def _timing(provider: str, batch: BatchResult, start: int, end: int) -> inferenc
     timing = inference_pb2.Timing(
         queue_us=(batch.start_ns - batch.queued_ns) // 1000,
         compute_us=(batch.end_ns - batch.start_ns) // 1000,
+        share_us=batch.share_us,
         batch_requests=batch.batch_requests,
         batch_rows=batch.batch_rows,
         received_unix_ns=start,

@@ -8,6 +8,7 @@ from functools import partial
 from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.tiers.evictions import Evictions
+from router.accounting.budgets import Budgets
 from router.accounting.cost import CostMetrics, Prices
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
@@ -102,9 +103,9 @@ class SimRouter:
             lambda: mesh.local.counters.bytes,
             time.monotonic,
         )
-        replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report)
+        replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report, None)
         self.path = RequestPath(
-            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Access("")
+            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Access(""), Budgets()
         )
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()

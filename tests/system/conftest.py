@@ -30,6 +30,7 @@ class RunningStack:
     state: str
     router: str
     cache: str
+    ledger: str
     workers: list[str]
     redis_url: str
     trace_dir: Path
@@ -79,6 +80,7 @@ def start_stack(
         state=str(state),
         router=found["router"],
         cache=found["cache"],
+        ledger=found["ledger"],
         workers=found["workers"],
         redis_url=found["redis_url"],
         trace_dir=Path(found["traces"]),

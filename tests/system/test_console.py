@@ -148,7 +148,13 @@ PAGES = {
         "Burn rates as the routers measure them",
         "3d",
     ),
-    "/cost": ("By model", "By tenant", "USD a month", "A million requests", "0.00001 USD a second of CPU"),
+    "/cost": (
+        "without the cache it would have been",
+        "By tenant",
+        "Largest changes",
+        "The bill",
+        "Expected for the month",
+    ),
     "/try?model=mlp": ("Send", "FP32, any"),
 }
 

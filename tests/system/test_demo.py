@@ -43,6 +43,8 @@ def test_the_second_pass_is_all_hits_and_every_request_has_a_trace(project):
     assert "hit ratio           5 of 10 (50%); second pass 5 of 5" in done.stdout
     assert int(re.search(r"compute time saved +(\d+) ms", done.stdout)[1]) > 0
     assert "only hits, and each answer equals the first one byte for byte" in done.stdout
+    cost = re.search(r"^cost +(\S+) USD for 10 requests; the cache saved (\S+) USD$", done.stdout, re.MULTILINE)
+    assert float(cost[1]) > float(cost[2]) > 0
     assert f"classified 5 of the {len(SAMPLES) + 1} files in this folder" in done.stdout
     *_, slowest, shown = done.stdout.splitlines()
     trace_id = max(rows, key=lambda row: float(row[4]))[5]

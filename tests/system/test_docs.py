@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,9 @@ def test_commands_exist_with_their_options(command):
     binary = Path(sys.executable).parent / Path(words[0]).name
     assert binary.exists()
     if binary.name == "ringmesh":
-        help_text = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"}).stdout
+        # Commands within commands, and arguments, which help does not mind.
+        named = takewhile(lambda word: not word.startswith("-"), words[1:])
+        help_text = CliRunner().invoke(app, [*named, "--help"], env={"COLUMNS": "200"}).stdout
         for word in words[2:]:
             if word.startswith("--"):
                 assert word in help_text
@@ -80,9 +83,10 @@ def test_every_setting_is_in_the_table_of_operations():
     from router.settings import RouterSettings
     from services.console.settings import ConsoleSettings
     from services.inference.settings import WorkerSettings
+    from services.ledger.settings import LedgerSettings
 
     table = set(re.findall(r"`RINGMESH_([A-Z_]+)`", (ROOT / "docs/operations.md").read_text()))
-    kinds = (CacheSettings, ConsoleSettings, RouterSettings, WorkerSettings)
+    kinds = (CacheSettings, ConsoleSettings, LedgerSettings, RouterSettings, WorkerSettings)
     settings = {name.upper() for kind in kinds for name in kind.model_fields}
     assert settings <= table
     assert table - settings == {"CONFIG"}

@@ -176,7 +176,7 @@ def test_a_scrape_of_a_worker_tells_what_it_ran(stack):
 
 def test_every_process_serves_metrics_and_only_those_of_the_table(stack):
     table = {family.name: family for family in documented()}
-    assert set(addresses(stack)) == {"router", "cache", "console", "worker-0", "worker-1"}
+    assert set(addresses(stack)) == {"router", "cache", "console", "ledger", "worker-0", "worker-1"}
     seen = set()
     for address in addresses(stack).values():
         for name, labels in scrape(address):

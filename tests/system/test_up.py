@@ -84,7 +84,7 @@ def test_the_printed_calls_work_as_printed(first):
 
 
 def test_every_endpoint_is_in_the_table(first):
-    for endpoint in (first.router, first.cache, *first.workers, first.redis_url.removeprefix("redis://")):
+    for endpoint in (first.router, first.cache, first.ledger, *first.workers, first.redis_url.removeprefix("redis://")):
         assert endpoint in first.output
 
 
@@ -97,7 +97,8 @@ def test_the_services_have_the_installations_secret_and_nobody_else(first):
 
 def test_a_signal_drains_and_leaves_nothing(running):
     tree = running.tree()
-    assert len(tree) == 7
+    assert {process.pid for process in tree} >= {running.supervisor.pid, *running.pids.values()}
+    assert any(process.name() == "postgres" for process in tree)
     running.supervisor.send_signal(signal.SIGINT)
     assert running.supervisor.wait(30) == 0
     assert not any(process.is_running() for process in tree)
@@ -285,6 +286,13 @@ def test_what_it_writes_is_for_its_user_only(running):
     created += [Path(running.state) / name for name in ("logs", "traces", "worker", "stack.json", "supervisor.pid")]
     assert len(created) > 10
     assert [path for path in created if path.stat().st_mode & 0o077] == []
+
+
+def test_a_ledger_that_cannot_start_is_a_warning(state, monkeypatch):
+    monkeypatch.setenv("RINGMESH_DATABASE_URL", "mysql://nowhere")
+    running = start_stack(state)
+    assert "warning: ledger cannot start: RINGMESH_DATABASE_URL" in running.output
+    assert stop_stack(running) == 0
 
 
 def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import shell, tables
+from services.cli.commands.cost import money
 from services.cli.commands.magika_features import MagikaFeatures
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
@@ -28,6 +30,8 @@ from services.runtime.w3c import new_span_id
 
 _MOST_FILES = 60
 _SECONDS = 60.0
+_LEDGER_SECONDS = 20.0
+_POLL_SECONDS = 0.1
 _HITS = ("hit-local", "hit-shared", "hit-peer")
 
 
@@ -97,11 +101,35 @@ async def run(console: Console, options: StackOptions, files: Samples, magika: M
     console.print()
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, style="red" if complaint and complaint in line else "")
+    await _print_cost(console, options.endpoints.ledger, 2 * len(first))
     if console.is_terminal:
         console.print("\npress Ctrl-C to stop the console and the demo")
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
     return 1 if complaint else 0
+
+
+async def _print_cost(console: Console, address: str, requests: int) -> None:
+    """Prints what the demo cost, once the ledger has counted its `requests`."""
+    question = ledger_pb2.ReportRequest(from_ms=int((time.time() - 3600) * 1000))
+    total, currency = ledger_pb2.ReportRow(), ""
+    give_up = time.monotonic() + _LEDGER_SECONDS
+    async with grpc.aio.insecure_channel(address, options=LOCAL) as channel:
+        stub = ledger_pb2_grpc.LedgerServiceStub(channel)
+        while total.requests < requests:
+            if time.monotonic() > give_up:
+                console.print(f"the ledger has counted {total.requests} of {requests} requests so far", highlight=False)
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+            with suppress(grpc.aio.AioRpcError):  # it may not have started yet
+                answer = await stub.Report(question, timeout=_LEDGER_SECONDS)
+                total, currency = answer.total, answer.currency
+    console.print(
+        f"cost                {money(total.cost_nano)} {currency} for {total.requests} requests; "
+        f"the cache saved {money(total.saved_nano)} {currency}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 async def _ask(

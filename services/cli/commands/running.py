@@ -29,7 +29,7 @@ def endpoint(name: str, state: Path) -> str:
     except OSError:
         raise CommandError(
             f"no stack runs in {state}: `ringmesh up` starts one, --state names another folder, "
-            "and --router, --cache or --console name processes that were started otherwise"
+            "and --router, --cache, --ledger or --console name processes that were started otherwise"
         ) from None
     except (ValueError, KeyError):
         raise CommandError(f"{state / 'stack.json'} was not written by `ringmesh up`") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.cli.errors import CommandError
-from services.cli.stack.orphan import end_with_parent
+from services.runtime.machine.orphan import end_with_parent
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _POLL_SECONDS = 0.05

@@ -16,6 +16,7 @@ LOOPBACK = "127.0.0.1"
 BLOCK = 100
 # Offsets in the block, whose first port is the router's. Routers share that port but not their /metrics.
 _ROUTER_METRICS, _CACHE, _VALKEY, _CACHE_METRICS, _SPANS, _CONSOLE_METRICS, _PAGES = 1, 9, 10, 11, 12, 13, 79
+_LEDGER, _LEDGER_METRICS = 14, 15
 _WORKERS, _WORKER_METRICS = 19, 49
 _MOST_WORKERS = _WORKER_METRICS - _WORKERS
 # Below the ephemeral range, from which an outgoing connection could take a port between the check and its use.
@@ -35,6 +36,7 @@ class Endpoints:
     cache: str
     valkey: str
     spans: str
+    ledger: str
     pages: str
     workers: tuple[str, ...]
     metrics: dict[str, str]
@@ -59,12 +61,14 @@ class Endpoints:
         metrics["cache"] = at(_CACHE_METRICS, near)
         metrics |= {f"worker-{number}": at(_WORKER_METRICS + number, near) for number in range(workers)}
         metrics["console"] = at(_CONSOLE_METRICS, near)
+        metrics["ledger"] = at(_LEDGER_METRICS, near)
         return cls(
             host,
             router=at(0, near),
             cache=at(_CACHE),
             valkey=at(_VALKEY),
             spans=at(_SPANS),
+            ledger=at(_LEDGER),
             pages=at(_PAGES, near),
             workers=tuple(at(_WORKERS + number) for number in range(workers)),
             metrics=metrics,
@@ -82,7 +86,7 @@ class Endpoints:
 
     def check_free(self, *, valkey: bool) -> None:
         """Raises CommandError with the first port in use and its process. `valkey`: whether Valkey's port is needed."""
-        internal = (self.cache, self.spans, *self.workers, *((self.valkey,) if valkey else ()))
+        internal = (self.cache, self.spans, self.ledger, *self.workers, *((self.valkey,) if valkey else ()))
         for address in (self.router, self.pages, *internal, *self.metrics.values()):
             host, port = self.listen(address).rpartition(":")[0].strip("[]"), _port(address)
             error = _listen_error(host, port)

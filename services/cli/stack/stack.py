@@ -1,4 +1,4 @@
-"""A complete Ringmesh on one machine. Starts and stops Valkey, cache, workers, routers and console as processes."""
+"""A complete Ringmesh on one machine. Starts and stops Valkey, cache, workers, routers, console and ledger."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from services.cli.stack.child import Child, ChildSpec
 from services.cli.stack.endpoints import Endpoints
 from services.runtime.machine import cores
 from services.runtime.redacted import without_credentials
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 _START_SECONDS = 300.0
 _POLL_SECONDS = 0.05
+# Longest time that `start` waits for the ledger.
+_LEDGER_SECONDS = 3.0
 # Time that a process needs after its drain, to write the last spans and cache entries.
 _STOP_MARGIN_SECONDS = 15.0
 
@@ -60,11 +63,12 @@ class Stack:
         self._say = say
         self._children: dict[str, Child] = {}
         self._is_up = False
+        self._ledger_start: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when every process is ready and every router sees all workers. Raises CommandError.
+        """Returns when every router sees all workers and every process is ready; the ledger can follow later.
 
-        After an error or a cancellation, the started processes keep running until `stop`.
+        Raises CommandError. After an error or a cancellation, the started processes keep running until `stop`.
         """
         options = self._options
         await self._check()
@@ -80,22 +84,39 @@ class Stack:
         for spec in self._specs():
             child = self._children[spec.name] = Child(spec, self._say, self._describe_again)
             await child.spawn()
+        ledger = self._children["ledger"]
+        self._ledger_start = BACKGROUND.once("start of the ledger", self._ledger_ready(ledger, began))
         for child in self._children.values():
-            await child.ready(_START_SECONDS)
-            child.keep()
-            address = options.console if child.spec.name == "console" else child.spec.address
-            self._say(f"  ✓ {child.spec.name:<10} {address:<21} {time.monotonic() - began:5.1f} s")
+            if child is not ledger:
+                await self._ready(child, began)
         await self._rings_are_complete()
+        # Predictions do not need the ledger, so a slow database does not delay the stack further.
+        await asyncio.wait((self._ledger_start,), timeout=_LEDGER_SECONDS)
         self._is_up = True
         self._describe()
 
+    async def _ready(self, child: Child, began: float) -> None:
+        await child.ready(_START_SECONDS)
+        child.keep()
+        address = self._options.console if child.spec.name == "console" else child.spec.address
+        self._say(f"  ✓ {child.spec.name:<10} {address:<21} {time.monotonic() - began:5.1f} s")
+
+    async def _ledger_ready(self, ledger: Child, began: float) -> None:
+        try:
+            await self._ready(ledger, began)
+        except CommandError as error:
+            self._say(f"warning: {error}; usage waits on disk until it starts")
+            ledger.keep()
+
     async def stop(self) -> None:
-        """Drains routers first, so that no new requests arrive; then stops workers, cache, console and Valkey."""
+        """Drains routers first, so that no new requests arrive; then stops the other processes."""
         self._is_up = False
+        if self._ledger_start is not None:
+            await BACKGROUND.end(self._ledger_start)
         (self._options.state / "stack.json").unlink(missing_ok=True)
         seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
         workers = [name for name in self._children if name.startswith("worker")]
-        for names in (self._options.endpoints.routers, workers, ["cache"], ["console"], ["valkey"]):
+        for names in (self._options.endpoints.routers, workers, ["cache", "ledger"], ["console"], ["valkey"]):
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
@@ -137,11 +158,18 @@ class Stack:
             "RINGMESH_HTTP_ADDRESS": endpoints.listen(endpoints.pages),
             "RINGMESH_ROUTERS": endpoints.router,
             "RINGMESH_CACHE_ADDRESS": endpoints.cache,
+            "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
             "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={address}" for name, address in endpoints.metrics.items()),
         }
         yield self._service("console", "services.console", endpoints.spans, environment)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
         yield self._service("cache", "cache", endpoints.cache, caches)
+        ledger = {
+            **common,
+            "RINGMESH_STATE_DIR": str(options.state.absolute() / "ledger"),
+            "RINGMESH_CACHE_ADDRESS": endpoints.cache,
+        }
+        yield self._service("ledger", "services.ledger", endpoints.ledger, ledger)
         threads = max(1, cores.available() // len(endpoints.workers))
         for number, endpoint in enumerate(endpoints.workers):
             environment = {
@@ -159,7 +187,11 @@ class Stack:
         }
         for name in endpoints.routers:
             is_ready = partial(probes.healthy_workers, endpoints.metrics[name])
-            yield self._service(name, "router", endpoints.router, environment, is_ready)
+            usage = {
+                "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
+                "RINGMESH_USAGE_DIR": str(options.state.absolute() / "usage" / name),
+            }
+            yield self._service(name, "router", endpoints.router, {**environment, **usage}, is_ready)
 
     def _service(
         self,
@@ -213,6 +245,7 @@ class Stack:
             "pid": os.getpid(),
             "router": endpoints.router,
             "cache": endpoints.cache,
+            "ledger": endpoints.ledger,
             "workers": endpoints.workers,
             "metrics": endpoints.metrics,
             "console": options.console,

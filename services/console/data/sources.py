@@ -8,6 +8,7 @@ from services.console.data import findings
 from services.console.data.findings import Finding
 from services.console.data.fleet_watch import FleetSnapshot, FleetWatch
 from services.console.data.history import History
+from services.console.data.ledger import LedgerReports
 from services.console.data.scraper import Scraper
 from services.console.data.trace_store import TraceStore
 
@@ -21,6 +22,7 @@ class Sources:
     scraper: Scraper
     traces: TraceStore
     trace_ui: str
+    ledger: LedgerReports
 
     @property
     def view(self) -> FleetSnapshot:

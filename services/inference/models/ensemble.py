@@ -131,7 +131,8 @@ class Ensemble:
 
         tensors = await ensemble.run(self.plan, decoded.arrays, run_step)
         arrays = [tensors[name] for name in decoded.outputs]
-        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True, steps=steps)
+        share_us = sum([step.batch.share_us for step in steps])
+        return BatchResult(arrays, start, start, start, time.time_ns(), 1, decoded.rows, True, share_us, steps=steps)
 
     async def close(self) -> None:
         """Does nothing: the ensemble has no queue. Requests of its steps are drained with the steps."""

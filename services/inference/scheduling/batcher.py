@@ -50,6 +50,7 @@ class BatchResult:
         batch_requests: int,
         batch_rows: int,
         first: bool,
+        share_us: int,
         members: bytes = b"",
         steps: Sequence[StepResult] = (),
     ) -> None:
@@ -62,10 +63,24 @@ class BatchResult:
         self.batch_rows = batch_rows
         # Whether it is the first result of its batch. The run is counted with the first result.
         self.first = first
+        # This request's share of the time from `start_ns` to `end_ns`.
+        self.share_us = share_us
         # The concatenated trace contexts of the first MAX_MEMBERS requests of the batch.
         self.members = members
         # The steps of an ensemble.
         self.steps = steps
+
+
+def divided(total: int, weights: Sequence[int]) -> list[int]:
+    """Parts in proportion to `weights`, which are above 0. They add up to `total` exactly, by largest remainder."""
+    if len(weights) == 1:
+        return [total]
+    whole = sum(weights)
+    parts = [total * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
 
 
 class StepResult(NamedTuple):
@@ -363,10 +378,11 @@ class Batcher:
         # Every result carries the members. Without a bound, the cost would grow with the square of the batch size.
         members = b"".join([decoded.trace_context for decoded in requests[:MAX_MEMBERS]])
         row = 0
-        for decoded, queued in zip(requests, queued_ns, strict=True):
+        shares = divided((end - start) // 1000, [max(1, decoded.rows) for decoded in requests])
+        for decoded, queued, share in zip(requests, queued_ns, shares, strict=True):
             next_row = row + decoded.rows
             arrays = outputs if len(requests) == 1 else [output[row:next_row] for output in outputs]
-            results.append(BatchResult(arrays, queued, start, run, end, len(requests), rows, row == 0, members))
+            results.append(BatchResult(arrays, queued, start, run, end, len(requests), rows, row == 0, share, members))
             row = next_row
         return results
 

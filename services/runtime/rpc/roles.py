@@ -19,6 +19,7 @@ class Role(StrEnum):
 V2: Final = "inference.GRPCInferenceService"
 _ROUTER = "ringmesh.router.v1.RouterService"
 _CACHE, _WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
+_LEDGER = "ringmesh.ledger.v1.LedgerService"
 
 
 def _methods(service: str, names: str) -> list[str]:
@@ -51,6 +52,7 @@ _ROLES: Mapping[str, Role] = {
         (Role.OPERATE, _methods(V2, "SystemSharedMemoryRegister SystemSharedMemoryUnregister")),
         (Role.OPERATE, _methods(V2, "CudaSharedMemoryRegister CudaSharedMemoryUnregister")),
         (Role.OPERATE, [f"{_ROUTER}/Explain", *_methods(_CACHE, "Purge Warm")]),
+        (Role.OPERATE, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets AdviseWorkers")),
         (Role.OPERATE, _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")),
         (Role.OPERATE, _methods("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo")),
     )

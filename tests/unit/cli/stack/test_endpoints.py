@@ -9,7 +9,14 @@ from services.cli.stack.endpoints import LOOPBACK, Endpoints
 
 
 def every(endpoints):
-    addresses = (endpoints.router, endpoints.cache, endpoints.valkey, endpoints.spans, endpoints.pages)
+    addresses = (
+        endpoints.router,
+        endpoints.cache,
+        endpoints.valkey,
+        endpoints.spans,
+        endpoints.pages,
+        endpoints.ledger,
+    )
     return [*addresses, *endpoints.workers, *endpoints.metrics.values()]
 
 
@@ -36,7 +43,7 @@ def test_more_workers_than_a_block_has_room_for_need_free_ports():
     with pytest.raises(CommandError, match="room for 30 workers; use free ports: --base-port 0"):
         Endpoints.create(LOOPBACK, 8001, workers=31)
     found = ports(Endpoints.create(LOOPBACK, 0, workers=31))
-    assert len(found) == len(set(found)) == 5 + 31 + 31 + 3
+    assert len(found) == len(set(found)) == 6 + 31 + 31 + 4
 
 
 def test_a_block_ends_at_the_last_port():

@@ -16,6 +16,7 @@ from ringmesh.router.v1 import router_pb2
 from services.console import app
 from services.console.data.fleet_watch import FleetSnapshot, FleetWatch, LoadFailure, ModelView, ServiceView
 from services.console.data.history import History
+from services.console.data.ledger import LedgerReports
 from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
@@ -81,7 +82,7 @@ class Console:
         self.traces = TraceStore(max_bytes=1 << 20, max_traces=100)
         self.traces.add("ringmesh-router", span(7, model="mlp"))
         history = self.history = History(lambda: 1000.0)
-        sources = Sources(self.fleet, history, Scraper({}, history), self.traces, "")
+        sources = Sources(self.fleet, history, Scraper({}, history), self.traces, "", LedgerReports(""))
         self.stopping = asyncio.Event()
         self.app = app.create(sources, self.stopping, (), Access("127.0.0.1:0"))
 

@@ -19,7 +19,9 @@ from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegions
 from cache.tiers.entry import Entry
 from cache.tiers.local_tier import LocalTier
+from router.accounting.budgets import Budgets
 from router.accounting.cost import CostMetrics, Prices
+from router.accounting.meter import Meter
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
@@ -76,6 +78,8 @@ class Router:
         purges = InvalidationLog(None, "test", 1.0)
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
         self.worker, self.requests = Worker(), RequestMetrics()
+        self.budgets = Budgets()
+        self.meter = Meter(self.budgets)
         metadata = v2.ModelMetadataResponse(name="m", versions=["1"])
         metadata.inputs.add(name="x", datatype="FP32", shape=[-1])
         metadata.outputs.add(name="y", datatype="FP32", shape=[-1])
@@ -92,11 +96,21 @@ class Router:
         tracer = Tracer(Process("router", "test"), 0.0, [])
         cost = CostMetrics(Prices(0.0, 0.0), self.requests, fleet, lambda: 0, time.monotonic)
         report = LoadReport(self.requests.answers, cores=1)
-        replies = Replies(self.mesh, tracer, self.requests, RequestLog(time.monotonic), cost, audit, report)
+        replies = Replies(self.mesh, tracer, self.requests, RequestLog(time.monotonic), cost, audit, report, self.meter)
         quotas = Quotas(dict(rates), time.monotonic)
         hasher = RequestHasher("secret")
         self.path = RequestPath(
-            fleet, self.mesh, hasher, dispatcher, tracer, self.requests, replies, quotas, audit, Access("")
+            fleet,
+            self.mesh,
+            hasher,
+            dispatcher,
+            tracer,
+            self.requests,
+            replies,
+            quotas,
+            audit,
+            Access(""),
+            self.budgets,
         )
         self.hash = hasher.hash(v2.ModelInferRequest.FromString(request()), ["y"])
         self.key = purges.epochs.key(DIGEST, "m", self.hash)

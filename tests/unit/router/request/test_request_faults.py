@@ -15,6 +15,7 @@ from cache.mesh import Mesh
 from cache.policy.refusals import Refusals
 from cache.regions.peer_regions import PeerRegions
 from cache.tiers.local_tier import LocalTier
+from router.accounting.budgets import Budgets
 from router.accounting.dispatch_metrics import DispatchMetrics
 from router.admission.concurrency_limit import ConcurrencyLimit, ConcurrencyLimits
 from router.admission.quotas import Quotas
@@ -142,7 +143,7 @@ class Router:
             replies = fault.of(TellsReplies)()
         quotas = fault.of(Quotas)({}, time.monotonic)
         self.path = RequestPath(
-            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None, Access("")
+            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None, Access(""), Budgets()
         )
         self.path._keyer = SimpleNamespace(admit=lambda _: None, remember=lambda _: None)
         self.told = []

@@ -1,0 +1,105 @@
+"""Hard budgets: what this router may spend of each before it asks the ledger again."""
+
+from __future__ import annotations  # compiled by mypyc
+
+from datetime import UTC, datetime
+
+from ringmesh.ledger.v1 import ledger_pb2
+
+from services.runtime.errors import ResourceExhaustedError
+
+_PERIODS = {ledger_pb2.PERIOD_DAY: "day", ledger_pb2.PERIOD_MONTH: "month"}
+# Money is counted in 10**-9 of a nano-unit: nanoseconds times nano-units a second.
+_FINE = 10**9
+
+
+class Limit:
+    """A budget, what this router has spent of it since it knows it, and up to where it may."""
+
+    __slots__ = ("amount", "budget", "delivered", "renews_at_ms", "spent", "until")
+
+    def __init__(self, budget: ledger_pb2.Budget) -> None:
+        self.budget = budget
+        self.spent = self.delivered = self.until = 0
+        self.amount = self.renews_at_ms = 0
+
+
+class Budgets:
+    """The leases of one router. Requests are charged when they end, so those under way may exceed a lease."""
+
+    def __init__(self) -> None:
+        # By tenant and model; "" stands for all.
+        self.limits: dict[tuple[str, str], list[Limit]] = {}
+        self._rates: dict[str, int] = {}
+        self.refused = 0
+
+    def check(self, tenant: str, model: str) -> None:
+        """Raises ResourceExhaustedError if a budget of the tenant or the model is used up."""
+        for limit in self._of(tenant, model):
+            if limit.spent >= limit.until:
+                self.refused += 1
+                raise ResourceExhaustedError(_message(limit), kind="budget")
+
+    def charge(self, tenant: str, model: str, worker_type: str, compute_us: int, router_ns: int) -> None:
+        """Charges a request that has ended."""
+        rates = self._rates
+        cost = compute_us * 1000 * rates.get(worker_type, 0) + router_ns * rates.get("router", 0)
+        for limit in self._of(tenant, model):
+            limit.spent += cost
+
+    def _of(self, tenant: str, model: str) -> list[Limit]:
+        limits = self.limits
+        found = limits.get((tenant, model), [])
+        if tenant:
+            found = found + limits.get(("", model), [])
+        return found + limits.get((tenant, ""), [])
+
+    def request(self, router_id: str, epoch: int) -> tuple[ledger_pb2.LeaseRequest, list[tuple[Limit, int]]]:
+        """Asks for leases. Also returns what was spent of each budget until now, which `renewed` needs."""
+        request = ledger_pb2.LeaseRequest(router_id=router_id, start_epoch=epoch)
+        spent: list[tuple[Limit, int]] = []
+        for limits in self.limits.values():
+            for limit in limits:
+                budget = limit.budget
+                spent.append((limit, limit.spent))
+                unsent = -((limit.delivered - limit.spent) // _FINE)  # rounded up
+                request.uses.add(
+                    tenant=budget.tenant, model=budget.model, period=budget.period, unsent_nano=max(0, unsent)
+                )
+        return request, spent
+
+    def renewed(self, answer: ledger_pb2.LeaseResponse, spent: list[tuple[Limit, int]]) -> None:
+        """Takes new leases in place of the old ones. What was spent after the request counts against them."""
+        known = {_key(limit.budget): (limit, at) for limit, at in spent}
+        limits: dict[tuple[str, str], list[Limit]] = {}
+        for lease in answer.leases:
+            limit, at = known.get(_key(lease.budget), (Limit(lease.budget), 0))
+            limit.budget = lease.budget
+            limit.amount, limit.renews_at_ms = lease.amount_nano, lease.renews_at_ms
+            limit.until = at + lease.amount_nano * _FINE
+            limits.setdefault((lease.budget.tenant, lease.budget.model), []).append(limit)
+        self._rates = dict(answer.nano_per_second)
+        self.limits = limits
+
+    def marks(self) -> list[tuple[Limit, int]]:
+        """What is spent of each budget now."""
+        return [(limit, limit.spent) for limits in self.limits.values() for limit in limits]
+
+    def delivered(self, marks: list[tuple[Limit, int]]) -> None:
+        """The ledger has recorded all that was spent when `marks` were made."""
+        for limit, spent in marks:
+            limit.delivered = spent
+
+
+def _key(budget: ledger_pb2.Budget) -> tuple[str, str, int]:
+    return budget.tenant, budget.model, budget.period
+
+
+def _message(limit: Limit) -> str:
+    budget = limit.budget
+    owners = [f"{name} {value!r}" for name, value in (("tenant", budget.tenant), ("model", budget.model)) if value]
+    renews = datetime.fromtimestamp(limit.renews_at_ms / 1000, UTC)
+    return (
+        f"the budget of {' and '.join(owners)}, {budget.hard_nano / 1e9:g} {budget.currency} a "
+        f"{_PERIODS.get(budget.period, '')}, is used up; it renews at {renews:%Y-%m-%d %H:%M} UTC"
+    )

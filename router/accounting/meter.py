@@ -1,0 +1,170 @@
+"""Counts what requests used, for the ledger: a record for each computed, failed or traced one, hits folded."""
+
+from __future__ import annotations  # compiled by mypyc
+
+import time
+from typing import Final, TypeAlias
+
+from cache.tiers.entry import Entry
+from router.accounting.budgets import Budgets
+from router.accounting.request_metrics import LabelValues
+from services.runtime.telemetry.tracing import Stage, Trace
+
+# Labels and worker type, then the columns of a UsageRecord.
+Record: TypeAlias = tuple[LabelValues, str, int, int, int, int, int, int, int, int, int, int, int, int, int, int, bytes]
+
+# The worker type of routers, whose time is priced too.
+ROUTER: Final = "router"
+_CPU = frozenset({"CPUExecutionProvider", "ensemble", ""})
+_COMPUTED = frozenset({"miss", "bypass"})
+
+
+class Fold:
+    """Hits with equal labels: the number of requests, and sums of what they used and saved."""
+
+    __slots__ = (
+        "cache_ns",
+        "compute_us",
+        "request_bytes",
+        "requests",
+        "response_bytes",
+        "router_ns",
+        "saved_us",
+        "total_ns",
+        "worker_type",
+    )
+
+    def __init__(self, worker_type: str) -> None:
+        self.worker_type = worker_type
+        self.requests = self.total_ns = self.router_ns = self.cache_ns = 0
+        self.compute_us = self.saved_us = self.request_bytes = self.response_bytes = 0
+
+
+class Meter:
+    """Collects records until `take`. Charges `budgets`. Any thread may count.
+
+    A hit takes 0.2 us, any other request 1.3 us (compiled).
+    """
+
+    def __init__(self, budgets: Budgets) -> None:
+        self._budgets = budgets
+        self._records: list[Record] = []
+        self._folds: dict[LabelValues, Fold] = {}
+
+    def answered(
+        self,
+        labels: LabelValues,
+        trace: Trace,
+        provider: str,
+        entry: Entry,
+        start_ns: int,
+        end_ns: int,
+        router_ns: int,
+        request_bytes: int,
+        *,
+        alone: bool,
+    ) -> None:
+        """Counts an answer. `alone`: it gets a record of its own even if it is a hit, because its trace is retained.
+
+        `router_ns`: the time before the request waited; 0: it never did.
+        """
+        outcome = labels[5]
+        computed = outcome in _COMPUTED
+        if computed or alone:
+            saved_us = 0 if computed else entry.compute_us
+            self._add(labels, trace, provider, start_ns, end_ns, router_ns, saved_us, request_bytes, len(entry.value))
+            return
+        fold = self._folds.get(labels)
+        if fold is None:
+            fold = self._folds[labels] = Fold(worker_type(provider))
+        total_ns = end_ns - start_ns
+        router_ns = router_ns or total_ns
+        fold.requests += 1
+        fold.total_ns += total_ns
+        fold.router_ns += router_ns
+        fold.saved_us += entry.compute_us
+        fold.request_bytes += request_bytes
+        fold.response_bytes += len(entry.value)
+        compute_us = 0
+        for stage in trace.stages:
+            if stage.result is not None:  # an embedding
+                compute_us += _share(stage)
+            elif stage.name[:6] == "cache.":
+                fold.cache_ns += stage.end_ns - stage.start_ns
+        fold.compute_us += compute_us
+        if self._budgets.limits:
+            self._budgets.charge(labels[3], labels[1], fold.worker_type, compute_us, router_ns)
+
+    def failed(
+        self,
+        labels: LabelValues,
+        trace: Trace,
+        provider: str,
+        start_ns: int,
+        end_ns: int,
+        router_ns: int,
+        request_bytes: int,
+    ) -> None:
+        """Counts a request that failed."""
+        self._add(labels, trace, provider, start_ns, end_ns, router_ns, 0, request_bytes, 0)
+
+    def computed_late(self, labels: LabelValues, trace: Trace, known_stages: int) -> None:
+        """Counts what was computed for a request after it had failed; it was counted with `known_stages` stages."""
+        late = Trace(trace.trace_id, "", False)
+        late.stages = trace.stages[known_stages:]
+        now = time.time_ns()
+        self._add(labels, late, "", now, now, 0, 0, 0, 0, requests=0)
+
+    def _add(
+        self,
+        labels: LabelValues,
+        trace: Trace,
+        provider: str,
+        start_ns: int,
+        end_ns: int,
+        router_ns: int,
+        saved_us: int,
+        request_bytes: int,
+        response_bytes: int,
+        requests: int = 1,
+    ) -> None:
+        total_ns = end_ns - start_ns
+        router_ns = router_ns or total_ns
+        cache_ns = queue_us = run_us = compute_us = batch_requests = batch_rows = 0
+        for stage in trace.stages:
+            if stage.result is not None:
+                timing = stage.result.timing
+                queue_us += timing.queue_us
+                run_us += timing.compute_us
+                compute_us += _share(stage)
+                batch_requests, batch_rows = timing.batch_requests, timing.batch_rows
+                provider = timing.provider or provider
+            elif stage.name[:6] == "cache.":
+                cache_ns += stage.end_ns - stage.start_ns
+        kind = worker_type(provider)
+        self._records.append(
+            (
+                labels, kind, end_ns // 1_000_000, requests, total_ns // 1000, router_ns // 1000, cache_ns // 1000,
+                queue_us, run_us, compute_us, saved_us, batch_requests, batch_rows, 0, request_bytes, response_bytes,
+                bytes.fromhex(trace.trace_id),
+            )
+        )  # fmt: skip
+        if self._budgets.limits:
+            self._budgets.charge(labels[3], labels[1], kind, compute_us, router_ns)
+
+    def take(self) -> tuple[list[Record], dict[LabelValues, Fold]]:
+        """What was counted since the last call. A thread that is counting now may still add to it, for an instant."""
+        taken = self._records, self._folds
+        self._records, self._folds = [], {}
+        return taken
+
+
+def worker_type(provider: str) -> str:
+    """The type under which the ledger prices workers that compute with `provider`."""
+    return "cpu" if provider in _CPU else "gpu"
+
+
+def _share(stage: Stage) -> int:
+    assert stage.result is not None
+    timing = stage.result.timing
+    return 0 if timing.joined else timing.share_us

@@ -1,0 +1,178 @@
+"""Sends what the meter counted to the ledger about once a second, and renews the leases of budgets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+from ringmesh.ledger.v1 import ledger_pb2
+
+from router.accounting.budgets import Budgets, Limit
+from router.accounting.ledger_sender import LedgerSender
+from router.accounting.meter import ROUTER, Fold, Meter, Record
+from router.accounting.request_metrics import LabelValues
+from router.accounting.usage_batch import Dimension, UsageRecord, encode
+from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+log = logging.getLogger(__name__)
+
+REFUSED = Family("ringmesh_budget_refused_total", "counter", "requests refused because a hard budget was used up")
+
+# What a router counts reaches its spool within a second, so that is the most that is lost if it is killed.
+_FLUSH_SECONDS: Final = 0.8
+# After a thread read the meter's lists, it adds to them within microseconds.
+_COUNTING_SECONDS: Final = 0.01
+# An idle router reports this often that workers are up.
+_UPTIME_SECONDS: Final = 10.0
+_MOST_GAP_SECONDS: Final = 60
+_BATCH_RECORDS: Final = 2000
+_CLOSE_SECONDS: Final = 2.0
+_LEASE_SECONDS: Final = 2.0
+
+
+class Up(NamedTuple):
+    """A worker that is up."""
+
+    worker_id: str
+    worker_type: str
+    region: str
+
+
+class Usage:
+    """The usage of one router. `workers` returns those that are up; `clock` as time.time."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        budgets: Budgets,
+        sender: LedgerSender,
+        region: str,
+        workers: Callable[[], Iterable[Up]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._meter = meter
+        self._budgets = budgets
+        self._sender = sender
+        self._region = region
+        self._workers = workers
+        self._clock = clock
+        self._stopping = asyncio.Event()
+        # Set once the spool could be opened.
+        self._opened = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._seen = 0
+        self._uptime: dict[tuple[Up, int], int] = {}
+        self._uptime_due = 0.0
+        self._marks: list[tuple[Limit, int]] = []
+
+    def samples(self) -> Iterator[Sample]:
+        """For `Metrics.add`."""
+        yield from self._sender.samples()
+        yield Sample(REFUSED, (), self._budgets.refused)
+
+    def start(self) -> None:
+        """Ends with `close`."""
+        self._sender.start()
+        self._tasks = [
+            BACKGROUND.start("usage", self._keep_flushing),
+            BACKGROUND.start("leases of budgets", self._keep_renewing),
+        ]
+
+    async def close(self) -> None:
+        """Spools what was counted, and sends it if the ledger takes it within _CLOSE_SECONDS."""
+        self._stopping.set()
+        if self._tasks:
+            await self._tasks[0]
+        await BACKGROUND.end(*self._tasks)
+        await self.flush()
+        await self._sender.close(_CLOSE_SECONDS)
+
+    async def _keep_flushing(self) -> None:
+        while not self._stopping.is_set():
+            await self.flush()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _FLUSH_SECONDS)
+
+    async def flush(self) -> None:
+        """Spools what was counted since the last call. Do not cancel it: what it took from the meter would be lost."""
+        if self._sender.is_idle:
+            self._budgets.delivered(self._marks)
+        self._marks = self._budgets.marks()
+        records, folds = self._meter.take()
+        await asyncio.sleep(_COUNTING_SECONDS)
+        now = self._clock()
+        self._add_uptime(int(now))
+        if not (records or folds or now >= self._uptime_due):
+            return
+        uptime, self._uptime, self._uptime_due = self._uptime, {}, now + _UPTIME_SECONDS
+        for batch, count, requests in await asyncio.to_thread(self._encode, records, folds, uptime, int(now * 1000)):
+            await self._sender.submit(batch, count, requests)
+        if self._sender.router_id:
+            self._opened.set()
+
+    def _add_uptime(self, now: int) -> None:
+        """Marks the seconds since the last call for what is up now."""
+        first = self._seen + 1 if 0 <= now - self._seen <= _MOST_GAP_SECONDS else now
+        self._seen = now
+        up_now = [*self._workers()]
+        if self._sender.router_id:  # the spool is open
+            up_now.append(Up(self._sender.router_id, ROUTER, self._region))
+        for up in up_now:
+            for second in range(first, now + 1):
+                place = (up, second // 60)
+                self._uptime[place] = self._uptime.get(place, 0) | 1 << second % 60
+
+    def _encode(
+        self, records: list[Record], folds: dict[LabelValues, Fold], uptime: dict[tuple[Up, int], int], now_ms: int
+    ) -> list[tuple[bytes, int, int]]:
+        """Batches, each with the number of its records and of the requests that they stand for. On a thread."""
+        times = [
+            ledger_pb2.WorkerTime(**up._asdict(), minute=minute, seconds=seconds)
+            for (up, minute), seconds in uptime.items()
+        ]
+        usage = self._folded(folds, now_ms) + [
+            UsageRecord(self._dimension(record[0], record[1]), *record[2:]) for record in records
+        ]
+        batches = []
+        for start in range(0, max(1, len(usage)), _BATCH_RECORDS):
+            part = usage[start : start + _BATCH_RECORDS]
+            batches.append((encode(part, times), len(part), sum(record.requests for record in part)))
+            times = []
+        return batches
+
+    def _folded(self, folds: dict[LabelValues, Fold], now_ms: int) -> list[UsageRecord]:
+        return [
+            UsageRecord(
+                self._dimension(labels, fold.worker_type),
+                now_ms,
+                fold.requests,
+                total_us=fold.total_ns // 1000,
+                router_us=fold.router_ns // 1000,
+                cache_us=fold.cache_ns // 1000,
+                compute_us=fold.compute_us,
+                saved_us=fold.saved_us,
+                request_bytes=fold.request_bytes,
+                response_bytes=fold.response_bytes,
+            )
+            for labels, fold in folds.items()
+        ]
+
+    def _dimension(self, labels: LabelValues, worker_type: str) -> Dimension:
+        _, model, version, tenant, code, outcome = labels
+        return Dimension(tenant, model, version, self._region, worker_type, "" if outcome == "error" else outcome, code)
+
+    async def _keep_renewing(self) -> None:
+        await self._opened.wait()
+        if not self._budgets.limits:
+            self._budgets.renewed(self._sender.last_leases, [])
+        while True:
+            request, spent = self._budgets.request(self._sender.router_id, self._sender.epoch)
+            answer = await self._sender.lease(request)
+            if answer is not None:
+                self._budgets.renewed(answer, spent)
+            await asyncio.sleep(_LEASE_SECONDS if answer is None else answer.renew_ms / 1000)

@@ -1,0 +1,291 @@
+"""`ringmesh cost`: what requests used, what that cost, and what the cache saved, as the ledger says."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+
+from services.cli.commands import running
+from services.cli.errors import CommandError
+
+_NANO = 10**9
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_EXPORT_SECONDS = 3600.0
+
+
+class By(StrEnum):
+    """What costs are grouped by."""
+
+    TENANT = "tenant"
+    MODEL = "model"
+    VERSION = "version"
+    REGION = "region"
+    DAY = "day"
+    REQUEST = "request"
+
+
+def moment(text: str, now: float) -> int:
+    """Milliseconds since the Unix epoch of an age, such as 90m, 24h or 7d, or of an ISO time. Raises CommandError."""
+    if age := re.fullmatch(r"(\d{1,9})([smhdw])", text):
+        return max(int((now - int(age[1]) * _UNITS[age[2]]) * 1000), 0)
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise CommandError(
+            f"{text!r} is neither an age, such as 90m, 24h or 7d, nor a time, such as 2026-11-29"
+        ) from None
+    return int((at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def question(
+    by: Sequence[By],
+    since: str | None,
+    until: str | None,
+    filters: Mapping[str, str | None],
+    trace: str,
+    *,
+    limit: int,
+    changes: bool,
+    allow_unpriced: bool,
+) -> ledger_pb2.ReportRequest:
+    """What the ledger is asked. Raises CommandError."""
+    now = time.time()
+    begin = since if since is not None else None if trace else "1h"
+    return ledger_pb2.ReportRequest(
+        by=[ledger_pb2.Group.Value(f"GROUP_{one.name}") for one in by],
+        from_ms=moment(begin, now) if begin is not None else 0,
+        until_ms=moment(until, now) if until is not None else 0,
+        trace_id=trace,
+        limit=limit,
+        changes=changes,
+        allow_unpriced=allow_unpriced,
+        **{name: value for name, value in filters.items() if value is not None},
+    )
+
+
+def period(since: str | None, until: str | None, *, allow_unpriced: bool) -> ledger_pb2.BillRequest:
+    """Of which the bill is asked for. Raises CommandError."""
+    now = time.time()
+    return ledger_pb2.BillRequest(
+        from_ms=moment(since or "1h", now),
+        until_ms=moment(until, now) if until is not None else 0,
+        allow_unpriced=allow_unpriced,
+    )
+
+
+def report(address: str, request: ledger_pb2.ReportRequest) -> ledger_pb2.ReportResponse:
+    """Raises CommandError."""
+    return running.ask(
+        address,
+        "ledger",
+        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Report(request, timeout=running.SECONDS),
+    )
+
+
+def bill(address: str, request: ledger_pb2.BillRequest) -> ledger_pb2.BillResponse:
+    """Raises CommandError."""
+    return running.ask(
+        address,
+        "ledger",
+        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Bill(request, timeout=running.SECONDS),
+    )
+
+
+def forecast(address: str) -> ledger_pb2.ForecastResponse:
+    """Raises CommandError."""
+    request = ledger_pb2.ForecastRequest()
+    return running.ask(
+        address,
+        "ledger",
+        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Forecast(request, timeout=running.SECONDS),
+    )
+
+
+def export(address: str, begin: str, until: str | None, path: Path) -> int:
+    """Writes the records to a file, CSV or Parquet by its ending; its bytes. Raises CommandError."""
+    formats = {".csv": ledger_pb2.ExportRequest.FORMAT_CSV, ".parquet": ledger_pb2.ExportRequest.FORMAT_PARQUET}
+    if path.suffix not in formats:
+        raise CommandError(f"{path}: name a file that ends with .csv or .parquet")
+    now = time.time()
+    request = ledger_pb2.ExportRequest(
+        from_ms=moment(begin, now), until_ms=moment(until, now) if until is not None else 0, format=formats[path.suffix]
+    )
+    # Written aside: a file of that name is whole.
+    aside = path.with_name(f".{path.name}.partial")
+
+    def fetch(channel: grpc.Channel) -> int:
+        written = 0
+        with aside.open("wb") as file:
+            for answer in ledger_pb2_grpc.LedgerServiceStub(channel).Export(request, timeout=_EXPORT_SECONDS):
+                written += file.write(answer.part)
+        return written
+
+    try:
+        written = running.ask(address, "ledger", fetch)
+        aside.replace(path)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return written
+
+
+def as_json(answer: Message, names: Sequence[By] = ()) -> str:
+    """The answer, numbers as numbers and all fields of a row there, zero or not; of labels those of `names`."""
+    return json.dumps(_plain(answer, {str(name) for name in names}), indent=2)
+
+
+def _plain(message: Message, names: set[str]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if (
+            isinstance(message, ledger_pb2.ReportRow)
+            and field.type == field.TYPE_STRING
+            and not (value or field.name in names)
+        ):
+            continue
+        if field.message_type is None:
+            plain[field.name] = list(value) if field.is_repeated else value
+        elif field.is_repeated:
+            plain[field.name] = [_plain(one, names) for one in value]
+        elif message.HasField(field.name):
+            plain[field.name] = _plain(value, names)
+    return plain
+
+
+def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequence[By], *, changes: bool) -> None:
+    """A line a row, and the total."""
+    currency = answer.currency
+    is_single = By.REQUEST in by or any(row.HasField("request") for row in answer.rows)
+    columns = _single_columns(currency) if is_single else _group_columns(by, currency, changes=changes)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, is_number, _ in columns:
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    for row in answer.rows:
+        table.add_row(*(value(row) for _, _, value in columns))
+    labels = sum(not is_number for _, is_number, _ in columns)
+    total = [value(answer.total) for _, is_number, value in columns if is_number]
+    table.add_row(*(["total", *[""] * (labels - 1)] if labels else []), *total, style="bold")
+    console.print(f"{_time(answer.from_ms)} to {_time(answer.until_ms)}", highlight=False)
+    console.print(table)
+    if answer.row_count > len(answer.rows):
+        console.print(f"the first {len(answer.rows)} of {answer.row_count} rows", highlight=False)
+    _warn(console, answer.warnings)
+
+
+def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
+    """What the workers cost, used and idle."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("worker type", "region"):
+        table.add_column(name, no_wrap=True)
+    for name in (
+        "paid s",
+        "used s",
+        "idle s",
+        f"requests {answer.currency}",
+        f"idle {answer.currency}",
+        f"bill {answer.currency}",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [(row, row.worker_type, row.region, "") for row in answer.rows]
+    for row, worker_type, region, style in (*rows, (answer.total, "total", "", "bold")):
+        times = (_seconds(us) for us in (row.paid_us, row.used_us, row.idle_us))
+        amounts = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
+        table.add_row(worker_type, region, *times, *amounts, style=style)
+    console.print(f"{_time(answer.from_ms)} to {_time(answer.until_ms)}", highlight=False)
+    console.print(table)
+    _warn(console, answer.warnings)
+
+
+def show_forecast(console: Console, answer: ledger_pb2.ForecastResponse) -> None:
+    """What the month will cost."""
+    currency = answer.currency
+    console.print(
+        f"{answer.month}: {money(answer.spent_nano)} {currency} so far, {money(answer.expected_nano)} {currency} "
+        f"expected ({money(answer.low_nano)} to {money(answer.high_nano)}), from {answer.basis}; "
+        f"the cache saved {money(answer.saved_nano)} {currency}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _warn(console, answer.warnings)
+
+
+_Column = tuple[str, bool, Callable[[ledger_pb2.ReportRow], str]]
+
+
+def _group_columns(by: Sequence[By], currency: str, *, changes: bool) -> list[_Column]:
+    columns: list[_Column] = [(str(one), False, partial(_label, str(one))) for one in by]
+    columns += [
+        ("requests", True, lambda row: f"{row.requests:,}"),
+        ("hits", True, lambda row: f"{row.hits / row.requests:.0%}" if row.requests else ""),
+        ("errors", True, lambda row: f"{row.errors:,}"),
+        ("compute s", True, lambda row: _seconds(row.compute_us)),
+        ("saved s", True, lambda row: _seconds(row.saved_us)),
+        (f"cost {currency}", True, lambda row: money(row.cost_nano)),
+        (f"saved {currency}", True, lambda row: money(row.saved_nano)),
+        (f"errors {currency}", True, lambda row: money(row.error_nano)),
+        (f"1,000 requests {currency}", True, lambda row: money(row.cost_per_1000_nano)),
+    ]
+    if changes:
+        columns += [
+            (f"before {currency}", True, lambda row: money(row.previous_cost_nano)),
+            (f"change {currency}", True, lambda row: money(row.cost_nano - row.previous_cost_nano)),
+        ]
+    return columns
+
+
+def _single_columns(currency: str) -> list[_Column]:
+    return [
+        ("time", False, lambda row: _time(row.request.at_ms) if row.HasField("request") else ""),
+        ("trace", False, lambda row: row.request.trace_id[:12] or "folded"),
+        ("tenant", False, lambda row: row.tenant or "-"),
+        ("model", False, lambda row: f"{row.model}/{row.version}"),
+        ("outcome", False, lambda row: row.request.outcome),
+        ("status", False, lambda row: row.request.status),
+        ("requests", True, lambda row: f"{row.requests:,}"),
+        ("total ms", True, lambda row: f"{row.total_us / 1000:,.1f}"),
+        ("compute ms", True, lambda row: f"{row.compute_us / 1000:,.1f}"),
+        ("saved ms", True, lambda row: f"{row.saved_us / 1000:,.1f}"),
+        (f"cost {currency}", True, lambda row: money(row.cost_nano)),
+        (f"saved {currency}", True, lambda row: money(row.saved_nano)),
+    ]
+
+
+def _label(name: str, row: ledger_pb2.ReportRow) -> str:
+    return getattr(row, name) or "-"
+
+
+def _warn(console: Console, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+
+
+def money(nano: int) -> str:
+    """As much as tells amounts apart: cents for hundreds, all nine digits for fractions of a cent."""
+    digits = 2 if abs(nano) >= 100 * _NANO else 4 if abs(nano) >= _NANO else 9
+    sign, nano = ("-" if nano < 0 else ""), abs(nano)
+    unit = 10 ** (9 - digits)
+    whole, part = divmod((nano + unit // 2) // unit, 10**digits)
+    return f"{sign}{whole:,}.{part:0{digits}d}"
+
+
+def _seconds(us: int) -> str:
+    return f"{us / 1e6:,.1f}"
+
+
+def _time(at_ms: int) -> str:
+    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,111 @@
+"""`ringmesh prices`: what an hour of each type of worker costs, and since when."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+
+import grpc
+from rich.table import Table
+from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+
+from services.cli.commands import running
+from services.cli.commands.cost import moment
+from services.cli.errors import CommandError
+
+_HOUR_MS = 3_600_000
+_NANO = 10**9
+
+
+def listing(address: str) -> Table:
+    """A line a price. Raises CommandError."""
+
+    def call(channel: grpc.Channel) -> ledger_pb2.ListPricesResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).ListPrices(
+            ledger_pb2.ListPricesRequest(), timeout=running.SECONDS
+        )
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("worker type", "from", "until"):
+        table.add_column(column, no_wrap=True)
+    for column in ("an hour", "currency", "slots", "watts", "a kWh"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for price in running.ask(address, "ledger", call).prices:
+        table.add_row(
+            price.worker_type,
+            _time(price.from_ms) if price.from_ms else "the beginning",
+            _time(price.until_ms) if price.until_ms else "",
+            _decimal(price.hourly_nano),
+            price.currency,
+            str(price.slots),
+            f"{price.power_milliwatts / 1000:g}" if price.power_milliwatts else "",
+            _decimal(price.energy_nano_per_kwh) if price.energy_nano_per_kwh else "",
+        )
+    return table
+
+
+def set_price(
+    address: str,
+    worker_type: str,
+    hourly: str,
+    currency: str,
+    since: str | None,
+    until: str | None,
+    *,
+    slots: int,
+    watts: float,
+    kwh: str,
+    is_gpu: bool,
+    supersede: bool,
+) -> None:
+    """Raises CommandError."""
+    now = time.time()
+    price = ledger_pb2.Price(
+        worker_type=worker_type,
+        # By default from this hour on.
+        from_ms=moment(since, now) if since is not None else int(now * 1000) // _HOUR_MS * _HOUR_MS,
+        until_ms=moment(until, now) if until is not None else 0,
+        hourly_nano=nano(hourly),
+        currency=currency,
+        device=ledger_pb2.DEVICE_GPU if is_gpu else ledger_pb2.DEVICE_CPU,
+        slots=slots,
+        power_milliwatts=round(watts * 1000),
+        energy_nano_per_kwh=nano(kwh),
+    )
+
+    def call(channel: grpc.Channel) -> ledger_pb2.SetPriceResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).SetPrice(
+            ledger_pb2.SetPriceRequest(price=price, supersede=supersede), timeout=running.SECONDS
+        )
+
+    running.ask(address, "ledger", call)
+
+
+def delete(address: str, worker_type: str, since: str) -> None:
+    """Raises CommandError."""
+    request = ledger_pb2.DeletePriceRequest(worker_type=worker_type, from_ms=moment(since, time.time()))
+
+    def call(channel: grpc.Channel) -> ledger_pb2.DeletePriceResponse:
+        return ledger_pb2_grpc.LedgerServiceStub(channel).DeletePrice(request, timeout=running.SECONDS)
+
+    running.ask(address, "ledger", call)
+
+
+def nano(amount: str) -> int:
+    """Nano-units of a decimal number, exactly. Raises CommandError."""
+    try:
+        exact = Decimal(amount) * _NANO
+        if exact != exact.to_integral_value() or not -(2**63) < exact < 2**63:
+            raise ValueError
+    except (InvalidOperation, ValueError):
+        raise CommandError(f"{amount!r} is no amount with at most nine decimals, such as 0.38") from None
+    return int(exact)
+
+
+def _decimal(nano: int) -> str:
+    return f"{Decimal(nano) / _NANO:f}"
+
+
+def _time(at_ms: int) -> str:
+    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M}"

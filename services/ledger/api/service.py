@@ -1,0 +1,291 @@
+"""`ringmesh.ledger.v1.LedgerService`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, date, datetime
+from typing import Literal
+
+import grpc
+from ringmesh.ledger.v1 import ledger_pb2
+
+from services.ledger.ingest.batch import check_name, read
+from services.ledger.ingest.producers import Verdict
+from services.ledger.ingest.writer import Writer
+from services.ledger.reports import time_range
+from services.ledger.reports.budgets import RENEW_SECONDS, Budgets
+from services.ledger.reports.export import Format
+from services.ledger.reports.price_list import PriceList
+from services.ledger.reports.rebuild import rebuild
+from services.ledger.reports.reports import Reports
+from services.ledger.reports.usage_report import UsageQuestion
+from services.ledger.storage.budget_table import Budget, BudgetKey
+from services.ledger.storage.database import Database
+from services.ledger.storage.partitions import Partitions
+from services.ledger.storage.price_table import NO_END_MS, Price
+from services.runtime import faults
+from services.runtime.errors import InvalidArgumentError
+from services.runtime.rpc.rpc import Context, Service, abort, parse, unary
+
+log = logging.getLogger(__name__)
+
+_ROWS, _MOST_ROWS = 1000, 10_000
+_WAIT_US = 50_000
+_GROUPS = {
+    ledger_pb2.GROUP_TENANT: "tenant",
+    ledger_pb2.GROUP_MODEL: "model",
+    ledger_pb2.GROUP_VERSION: "version",
+    ledger_pb2.GROUP_REGION: "region",
+    ledger_pb2.GROUP_DAY: "day",
+}
+_FILTERS: tuple[Literal["tenant", "model", "version", "region"], ...] = ("tenant", "model", "version", "region")
+_FORMATS = {
+    ledger_pb2.ExportRequest.FORMAT_CSV: Format.CSV,
+    ledger_pb2.ExportRequest.FORMAT_PARQUET: Format.PARQUET,
+}
+_RESULTS = {
+    Verdict.WRITE: ledger_pb2.AppendResponse.RESULT_WRITTEN,
+    Verdict.DUPLICATE: ledger_pb2.AppendResponse.RESULT_DUPLICATE,
+    Verdict.GAP: ledger_pb2.AppendResponse.RESULT_GAP,
+}
+_PERIODS = {"day": ledger_pb2.PERIOD_DAY, "month": ledger_pb2.PERIOD_MONTH}
+_DEVICES = {"cpu": ledger_pb2.DEVICE_CPU, "gpu": ledger_pb2.DEVICE_GPU}
+_DEVICE_NAMES = {ledger_pb2.DEVICE_UNSPECIFIED: "", **{number: name for name, number in _DEVICES.items()}}
+
+
+class LedgerService:
+    """What routers append and operators read; `clock` as time.time."""
+
+    def __init__(
+        self,
+        database: Database,
+        partitions: Partitions,
+        writer: Writer,
+        prices: PriceList,
+        reports: Reports,
+        budgets: Budgets,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._partitions = partitions
+        self._writer = writer
+        self._prices = prices
+        self._reports = reports
+        self._budgets = budgets
+        self._clock = clock
+
+    def service(self) -> Service:
+        """The handlers, to be served."""
+        return Service(
+            ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"],
+            {
+                # Made to carry data, and read on a thread.
+                "Append": unary(ledger_pb2.AppendRequest, self._append, _any_size),
+                "Report": unary(ledger_pb2.ReportRequest, self._report),
+                "Bill": unary(ledger_pb2.BillRequest, self._bill),
+                "Forecast": unary(ledger_pb2.ForecastRequest, self._forecast),
+                "Export": grpc.unary_stream_rpc_method_handler(self._export),
+                "ListPrices": unary(ledger_pb2.ListPricesRequest, self._list_prices),
+                "SetPrice": unary(ledger_pb2.SetPriceRequest, self._set_price),
+                "DeletePrice": unary(ledger_pb2.DeletePriceRequest, self._delete_price),
+                "ListBudgets": unary(ledger_pb2.ListBudgetsRequest, self._list_budgets),
+                "SetBudget": unary(ledger_pb2.SetBudgetRequest, self._set_budget),
+                "DeleteBudget": unary(ledger_pb2.DeleteBudgetRequest, self._delete_budget),
+                "Lease": unary(ledger_pb2.LeaseRequest, self._lease),
+                "AdviseWorkers": unary(ledger_pb2.AdviseWorkersRequest, self._advise_workers),
+                "Rebuild": unary(ledger_pb2.RebuildRequest, self._rebuild),
+            },
+        )
+
+    async def _append(self, request: ledger_pb2.AppendRequest, _: Context) -> ledger_pb2.AppendResponse:
+        batch = await asyncio.to_thread(read, request)
+        verdict, last = await self._writer.append(batch)
+        return ledger_pb2.AppendResponse(result=_RESULTS[verdict], last_sequence=last)
+
+    async def _report(self, request: ledger_pb2.ReportRequest, _: Context) -> ledger_pb2.ReportResponse:
+        if request.limit > _MOST_ROWS:
+            raise InvalidArgumentError(f"limit is {request.limit}; at most {_MOST_ROWS}", field="limit")
+        limit = request.limit or _ROWS
+        filters: dict[str, str] = {name: getattr(request, name) for name in _FILTERS if request.HasField(name)}
+        is_single = ledger_pb2.GROUP_REQUEST in request.by or bool(request.trace_id)
+        if is_single:
+            if len(request.by) > 1 or request.changes:
+                raise InvalidArgumentError("single requests are not grouped or compared", field="by")
+            return await self._reports.requests(
+                self._range_of_requests(request),
+                request.trace_id,
+                filters,
+                limit,
+                allow_unpriced=request.allow_unpriced,
+            )
+        range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), time_range.MINUTE_MS)
+        question = UsageQuestion(range_, _groups(request), filters, limit, allow_unpriced=request.allow_unpriced)
+        return await self._reports.usage(question, changes=request.changes)
+
+    def _range_of_requests(self, request: ledger_pb2.ReportRequest) -> time_range.TimeRange:
+        """With a trace id and no start, all that is kept."""
+        from_ms = request.from_ms
+        if request.trace_id and not from_ms:
+            from_ms = max(self._now_ms() - self._partitions.retention.usage * time_range.DAY_MS, 0)
+        return time_range.asked(from_ms, request.until_ms, self._now_ms())
+
+    async def _bill(self, request: ledger_pb2.BillRequest, _: Context) -> ledger_pb2.BillResponse:
+        return await self._reports.bill(request.from_ms, request.until_ms, allow_unpriced=request.allow_unpriced)
+
+    async def _forecast(self, _: ledger_pb2.ForecastRequest, __: Context) -> ledger_pb2.ForecastResponse:
+        return await self._reports.forecast()
+
+    async def _export(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
+        try:
+            request = parse(ledger_pb2.ExportRequest, data)
+            form = _FORMATS.get(request.format)
+            if form is None:
+                raise InvalidArgumentError("format is CSV or PARQUET", field="format")
+            async for part in self._reports.export(request.from_ms, request.until_ms, form):
+                yield ledger_pb2.ExportResponse(part=part).SerializeToString()
+        except Exception as error:
+            await abort(context, faults.reported(log, "an export failed", error))
+
+    async def _list_prices(self, _: ledger_pb2.ListPricesRequest, __: Context) -> ledger_pb2.ListPricesResponse:
+        async with self._database.reading() as connection:
+            book = await self._prices.book(connection)
+        return ledger_pb2.ListPricesResponse(prices=[self._price(price) for price in book.prices])
+
+    async def _set_price(self, request: ledger_pb2.SetPriceRequest, _: Context) -> ledger_pb2.SetPriceResponse:
+        told = request.price
+        price = Price(
+            told.worker_type,
+            told.from_ms,
+            told.until_ms or NO_END_MS,
+            told.hourly_nano,
+            _DEVICE_NAMES.get(told.device, ""),
+            told.slots or 1,
+            told.power_milliwatts,
+            told.energy_nano_per_kwh,
+        )
+        await self._prices.set(price, told.currency, supersede=request.supersede)
+        return ledger_pb2.SetPriceResponse()
+
+    async def _delete_price(self, request: ledger_pb2.DeletePriceRequest, _: Context) -> ledger_pb2.DeletePriceResponse:
+        await self._prices.delete(request.worker_type, request.from_ms)
+        return ledger_pb2.DeletePriceResponse()
+
+    async def _advise_workers(
+        self, request: ledger_pb2.AdviseWorkersRequest, _: Context
+    ) -> ledger_pb2.AdviseWorkersResponse:
+        return await self._reports.advise_workers(
+            request.from_ms, request.until_ms, request.worker_type, request.wait_us or _WAIT_US
+        )
+
+    async def _list_budgets(self, _: ledger_pb2.ListBudgetsRequest, __: Context) -> ledger_pb2.ListBudgetsResponse:
+        states, warnings = await self._budgets.states()
+        return ledger_pb2.ListBudgetsResponse(
+            budgets=[
+                ledger_pb2.BudgetState(
+                    budget=self._budget(state.budget),
+                    spent_nano=state.spent_nano,
+                    leased_nano=state.leased_nano,
+                    begins_ms=_ms(state.begins),
+                    renews_at_ms=_ms(state.renews_at),
+                    soft_reached=0 < state.budget.soft_nano <= state.spent_nano,
+                    hard_reached=0 < state.budget.hard_nano <= state.spent_nano,
+                )
+                for state in states
+            ],
+            warnings=warnings,
+        )
+
+    async def _set_budget(self, request: ledger_pb2.SetBudgetRequest, _: Context) -> ledger_pb2.SetBudgetResponse:
+        told = request.budget
+        await self._budgets.set(Budget(_budget_key(told), told.soft_nano, told.hard_nano), told.currency)
+        return ledger_pb2.SetBudgetResponse()
+
+    async def _delete_budget(
+        self, request: ledger_pb2.DeleteBudgetRequest, _: Context
+    ) -> ledger_pb2.DeleteBudgetResponse:
+        await self._budgets.delete(_budget_key(request))
+        return ledger_pb2.DeleteBudgetResponse()
+
+    async def _lease(self, request: ledger_pb2.LeaseRequest, _: Context) -> ledger_pb2.LeaseResponse:
+        check_name(request.router_id, "router_id")
+        unsent = {}
+        for use in request.uses:
+            if use.unsent_nano < 0:
+                raise InvalidArgumentError(f"unsent_nano is {use.unsent_nano}; it is 0 or more", field="uses")
+            unsent[_budget_key(use)] = use.unsent_nano
+        leases, rates = await self._budgets.lease(request.router_id, unsent)
+        return ledger_pb2.LeaseResponse(
+            leases=[
+                ledger_pb2.BudgetLease(
+                    budget=self._budget(lease.budget),
+                    amount_nano=lease.amount_nano,
+                    renews_at_ms=_ms(lease.renews_at),
+                )
+                for lease in leases
+            ],
+            nano_per_second=rates,
+            renew_ms=int(RENEW_SECONDS * 1000),
+        )
+
+    def _budget(self, budget: Budget) -> ledger_pb2.Budget:
+        return ledger_pb2.Budget(
+            tenant=budget.key.tenant,
+            model=budget.key.model,
+            period=_PERIODS[budget.key.period],
+            soft_nano=budget.soft_nano,
+            hard_nano=budget.hard_nano,
+            currency=self._prices.currency,
+        )
+
+    async def _rebuild(self, request: ledger_pb2.RebuildRequest, _: Context) -> ledger_pb2.RebuildResponse:
+        try:
+            day = date.fromisoformat(request.day)
+        except ValueError:
+            raise InvalidArgumentError(f"{request.day!r} is no day, such as 2026-11-29", field="day") from None
+        records, requests = await rebuild(
+            self._database, self._partitions, day, datetime.fromtimestamp(self._clock(), UTC)
+        )
+        return ledger_pb2.RebuildResponse(records=records, requests=requests)
+
+    def _price(self, price: Price) -> ledger_pb2.Price:
+        return ledger_pb2.Price(
+            worker_type=price.worker_type,
+            from_ms=price.from_ms,
+            until_ms=0 if price.until_ms >= NO_END_MS else price.until_ms,
+            hourly_nano=price.hourly_nano,
+            currency=self._prices.currency,
+            device=_DEVICES.get(price.device, ledger_pb2.DEVICE_UNSPECIFIED),
+            slots=price.slots,
+            power_milliwatts=price.power_milliwatts,
+            energy_nano_per_kwh=price.energy_nano_per_kwh,
+        )
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+def _groups(request: ledger_pb2.ReportRequest) -> tuple[str, ...]:
+    if len(set(request.by)) != len(request.by):
+        raise InvalidArgumentError("a group is named twice", field="by")
+    unknown = [group for group in request.by if group not in _GROUPS]
+    if unknown:
+        raise InvalidArgumentError(f"{unknown[0]} is no group", field="by")
+    return tuple(_GROUPS[group] for group in request.by)
+
+
+def _budget_key(told: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledger_pb2.BudgetUse) -> BudgetKey:
+    period = next((name for name, number in _PERIODS.items() if number == told.period), "")
+    if not period:
+        raise InvalidArgumentError("period is DAY or MONTH", field="period")
+    return BudgetKey(told.tenant, told.model, period)
+
+
+def _ms(at: datetime) -> int:
+    return int(at.timestamp()) * 1000
+
+
+def _any_size(_: bytes) -> None:
+    """The server's own bound holds."""

@@ -1,0 +1,1 @@
+"""From batches of routers to rows, once in effect."""

@@ -1,0 +1,246 @@
+"""A batch as a router sends it, checked and turned into columns."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from google.protobuf.message import DecodeError
+from ringmesh.ledger.v1 import ledger_pb2
+
+from services.ledger.storage.usage_rows import Integers
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+
+FORMAT: Final = 1
+MOST_RECORDS: Final = 50_000
+_MOST_WORKER_TIMES = 10_000
+_LONGEST_NAME = 256
+_TRACE_BYTES = 16
+_DIGEST_BYTES = 16
+# Largest values of a record. Roll-ups hold the sum of 900,000 records that are that large.
+_MOST = 10**13
+_MOST_COUNT = 10**9
+_SMALL: Final = {"requests": _MOST_COUNT, "batch_requests": _MOST_COUNT, "batch_rows": _MOST_COUNT, "rows": _MOST_COUNT}
+COLUMNS: Final = (
+    "requests",
+    "total_us",
+    "router_us",
+    "cache_us",
+    "queue_us",
+    "run_us",
+    "compute_us",
+    "saved_us",
+    "batch_requests",
+    "batch_rows",
+    "rows",
+    "request_bytes",
+    "response_bytes",
+)
+# 2000-01-01 to 2200-01-01: beyond, it is no clock.
+_FIRST_MS, _LAST_MS = 946_684_800_000, 7_258_118_400_000
+_OUTCOMES: Final = frozenset(("", "hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"))
+_STATUSES: Final = frozenset(
+    (
+        *("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"),
+        *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED"),
+        *("INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"),
+    )
+)
+
+
+class Producer(NamedTuple):
+    """One life of a router."""
+
+    router_id: str
+    start_epoch: int
+
+
+class Series(NamedTuple):
+    """What roll-ups tell apart."""
+
+    tenant: str
+    model: str
+    version: str
+    region: str
+    worker_type: str
+
+
+class Kind(NamedTuple):
+    """How a request ended."""
+
+    outcome: str
+    status: str
+
+    @property
+    def is_hit(self) -> bool:
+        """Answered without a run of its own."""
+        return self.status == "OK" and (self.outcome.startswith("hit-") or self.outcome == "joined")
+
+    @property
+    def is_error(self) -> bool:
+        """Not answered as asked."""
+        return self.status != "OK"
+
+
+class WorkerMinute(NamedTuple):
+    """Seconds of a minute in which a worker was up, as bits."""
+
+    worker_id: str
+    worker_type: str
+    region: str
+    minute: int
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What was sent. `series` and `kinds` belong to the dimensions; arrays have an entry a record."""
+
+    producer: Producer
+    sequence: int
+    digest: bytes
+    series: tuple[Series, ...]
+    kinds: tuple[Kind, ...]
+    dimension: Integers
+    at_ms: Integers
+    columns: dict[str, Integers]
+    trace_ids: bytes
+    worker_minutes: tuple[WorkerMinute, ...]
+    dropped_records: int
+    dropped_requests: int
+
+    @property
+    def records(self) -> int:
+        """How many it holds."""
+        return len(self.at_ms)
+
+
+def read(request: ledger_pb2.AppendRequest) -> Batch:
+    """Raises InvalidArgumentError where it is not a batch, FailedPreconditionError where it is of a newer format."""
+    check_name(request.router_id, "router_id")
+    if not request.router_id:
+        raise InvalidArgumentError("router_id is empty", field="router_id")
+    for field in ("start_epoch", "sequence"):
+        if not 0 < getattr(request, field) < 1 << 63:
+            raise InvalidArgumentError(f"{field} is {getattr(request, field)}; it starts at 1", field=field)
+    if blake3(request.batch).digest(_DIGEST_BYTES) != request.digest:
+        raise InvalidArgumentError(
+            f"batch {request.sequence} is damaged: its {len(request.batch)} bytes do not have the digest sent with it",
+            field="digest",
+            kind="damaged",
+        )
+    try:
+        batch = ledger_pb2.Batch.FromString(request.batch)
+    except DecodeError:
+        raise InvalidArgumentError(f"batch {request.sequence} is not a serialized Batch", field="batch") from None
+    if batch.format > FORMAT:
+        raise FailedPreconditionError(
+            f"batch {request.sequence} has format {batch.format}, this ledger reads up to {FORMAT}: upgrade it first",
+            field="batch.format",
+            kind="newer_format",
+        )
+    if batch.format < 1:
+        raise InvalidArgumentError("batch.format is not set", field="batch.format")
+    return _columns(request, batch)
+
+
+def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batch:
+    at_ms = _array(batch.at_ms, "at_ms")
+    count = len(at_ms)
+    if count > MOST_RECORDS:
+        raise InvalidArgumentError(f"the batch has {count} records; at most {MOST_RECORDS}", field="batch.at_ms")
+    if len(batch.dimensions) > MOST_RECORDS:
+        raise InvalidArgumentError(
+            f"the batch has {len(batch.dimensions)} dimensions; at most {MOST_RECORDS}", field="batch.dimensions"
+        )
+    columns = {name: _column(batch, name, count) for name in ("dimension", *COLUMNS)}
+    dimension = columns.pop("dimension")
+    for wrong in np.flatnonzero((at_ms < _FIRST_MS) | (at_ms >= _LAST_MS))[:1]:
+        raise InvalidArgumentError(f"record {wrong}: at_ms is {at_ms[wrong]}, which is no time", field="batch.at_ms")
+    for wrong in np.flatnonzero(dimension >= len(batch.dimensions))[:1]:
+        raise InvalidArgumentError(
+            f"record {wrong}: dimension is {dimension[wrong]} of {len(batch.dimensions)}", field="batch.dimension"
+        )
+    if len(batch.trace_ids) not in (0, count * _TRACE_BYTES):
+        raise InvalidArgumentError(
+            f"trace_ids has {len(batch.trace_ids)} bytes for {count} records, and {_TRACE_BYTES} belong to each",
+            field="batch.trace_ids",
+        )
+    for place, one in enumerate(batch.dimensions):
+        for field, value in one.ListFields():
+            check_name(value, f"batch.dimensions[{place}].{field.name}")
+        if one.status not in _STATUSES:
+            raise InvalidArgumentError(
+                f"{one.status!r} is no name of a gRPC status", field=f"batch.dimensions[{place}].status"
+            )
+    return Batch(
+        Producer(request.router_id, request.start_epoch),
+        request.sequence,
+        request.digest,
+        tuple(Series(one.tenant, one.model, one.version, one.region, one.worker_type) for one in batch.dimensions),
+        tuple(Kind(one.outcome if one.outcome in _OUTCOMES else "other", one.status) for one in batch.dimensions),
+        dimension,
+        at_ms,
+        columns,
+        batch.trace_ids or bytes(count * _TRACE_BYTES),
+        _worker_minutes(batch),
+        _dropped(batch, "dropped_records"),
+        _dropped(batch, "dropped_requests"),
+    )
+
+
+def _array(values: object, name: str) -> Integers:
+    # uint64 first: what does not fit is told, and does not wrap.
+    array = np.array(values, dtype=np.uint64)
+    if array.size and int(array.max()) >= 1 << 62:
+        raise InvalidArgumentError(f"{name} holds {array.max()}, which is too large", field=f"batch.{name}")
+    return array.astype(np.int64)
+
+
+def _column(batch: ledger_pb2.Batch, name: str, count: int) -> Integers:
+    column = _array(getattr(batch, name), name)
+    if not column.size:
+        return np.zeros(count, np.int64)
+    if len(column) != count:
+        raise InvalidArgumentError(f"{name} has {len(column)} entries for {count} records", field=f"batch.{name}")
+    most = _SMALL.get(name, _MOST)
+    for wrong in np.flatnonzero(column > most)[:1]:
+        raise InvalidArgumentError(f"record {wrong}: {name} is {column[wrong]}; at most {most}", field=f"batch.{name}")
+    return column
+
+
+def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
+    if len(batch.worker_times) > _MOST_WORKER_TIMES:
+        raise InvalidArgumentError(
+            f"the batch has {len(batch.worker_times)} worker times; at most {_MOST_WORKER_TIMES}",
+            field="batch.worker_times",
+        )
+    found = []
+    for place, one in enumerate(batch.worker_times):
+        field = f"batch.worker_times[{place}]"
+        for name in ("worker_id", "worker_type", "region"):
+            check_name(getattr(one, name), f"{field}.{name}")
+        if not one.worker_id:
+            raise InvalidArgumentError("worker_id is empty", field=f"{field}.worker_id")
+        if one.seconds >> 60 or not _FIRST_MS <= one.minute * 60_000 < _LAST_MS:
+            raise InvalidArgumentError("not the 60 seconds of a minute", field=field)
+        found.append(WorkerMinute(one.worker_id, one.worker_type, one.region, one.minute, one.seconds))
+    return tuple(found)
+
+
+def _dropped(batch: ledger_pb2.Batch, name: str) -> int:
+    value: int = getattr(batch, name)
+    if value > _MOST:
+        raise InvalidArgumentError(f"{name} is {value}; at most {_MOST}", field=f"batch.{name}")
+    return value
+
+
+def check_name(name: str, field: str) -> None:
+    """Raises InvalidArgumentError."""
+    if len(name) > _LONGEST_NAME:
+        raise InvalidArgumentError(f"{field} has {len(name)} characters; at most {_LONGEST_NAME}", field=field)
+    if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
+        raise InvalidArgumentError(f"{field} has control characters", field=field)

@@ -1,0 +1,78 @@
+"""Marks of producers: which batch of each is the newest that was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from services.ledger.ingest.batch import Batch, Producer
+from services.ledger.storage.database import Connection
+
+
+class Verdict(Enum):
+    """What becomes of a batch."""
+
+    WRITE = "write"
+    DUPLICATE = "duplicate"
+    GAP = "gap"
+    # The number is taken by a batch with other bytes: two processes use one producer.
+    CONFLICT = "conflict"
+
+
+@dataclass(slots=True)
+class Mark:
+    """Of one producer, as it is in the transaction that holds it."""
+
+    id: int
+    last: int
+    digest: bytes
+    dropped_records: int = 0
+    dropped_requests: int = 0
+    changed: bool = False
+
+    def judge(self, batch: Batch) -> Verdict:
+        """Advances for a batch that is to be written."""
+        if batch.sequence == self.last + 1:
+            self.last, self.digest, self.changed = batch.sequence, batch.digest, True
+            self.dropped_records += batch.dropped_records
+            self.dropped_requests += batch.dropped_requests
+            return Verdict.WRITE
+        if batch.sequence > self.last:
+            return Verdict.GAP
+        if batch.sequence == self.last and batch.digest != self.digest:
+            return Verdict.CONFLICT
+        return Verdict.DUPLICATE
+
+
+async def locked(connection: Connection, producers: Iterable[Producer]) -> dict[Producer, Mark]:
+    """The marks, held until the transaction ends; those of new producers are made."""
+    wanted = sorted(set(producers))
+    columns = list(zip(*wanted, strict=True))
+    await connection.execute(
+        "INSERT INTO producer (router_id, start_epoch) SELECT * FROM unnest($1::text[], $2::bigint[]) AS n(r, e) "
+        "WHERE NOT EXISTS (SELECT FROM producer p WHERE p.router_id = n.r AND p.start_epoch = n.e)",
+        *columns,
+    )
+    rows = await connection.fetch(
+        "SELECT p.* FROM producer p JOIN unnest($1::text[], $2::bigint[]) AS n(r, e) "
+        "ON p.router_id = n.r AND p.start_epoch = n.e ORDER BY p.id FOR UPDATE OF p",
+        *columns,
+    )
+    return {Producer(row["router_id"], row["start_epoch"]): Mark(row["id"], row["last"], row["digest"]) for row in rows}
+
+
+async def advance(connection: Connection, marks: Iterable[Mark]) -> None:
+    """Writes what `judge` changed."""
+    changed = [mark for mark in marks if mark.changed]
+    await connection.execute(
+        "UPDATE producer p SET last = n.last, digest = n.digest, seen = now(), "
+        "dropped_records = p.dropped_records + n.records, dropped_requests = p.dropped_requests + n.requests "
+        "FROM unnest($1::integer[], $2::bigint[], $3::bytea[], $4::bigint[], $5::bigint[]) "
+        "AS n(id, last, digest, records, requests) WHERE p.id = n.id",
+        [mark.id for mark in changed],
+        [mark.last for mark in changed],
+        [mark.digest for mark in changed],
+        [mark.dropped_records for mark in changed],
+        [mark.dropped_requests for mark in changed],
+    )

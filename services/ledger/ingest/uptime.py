@@ -1,0 +1,61 @@
+"""Time that workers were up: several routers say so of the same second, and it counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+
+from services.ledger.ingest.batch import WorkerMinute
+from services.ledger.ingest.numbers import Worker
+from services.ledger.storage.database import Connection
+
+_HOUR_MINUTES = 60
+
+
+async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: Mapping[Worker, int]) -> None:
+    """In the caller's transaction, which no other writes beside."""
+    told: dict[tuple[int, int], int] = {}
+    pools: dict[int, tuple[str, str]] = {}
+    for one in minutes:
+        number = numbers[Worker(one.worker_id, one.worker_type, one.region)]
+        pools[number] = (one.region, one.worker_type)
+        told[one.minute, number] = told.get((one.minute, number), 0) | one.seconds
+    if not told:
+        return
+    keys = sorted(told)
+    times = [_time(minute) for minute, _ in keys]
+    workers = [number for _, number in keys]
+    rows = await connection.fetch(
+        "SELECT w.at, w.worker, w.seconds FROM worker_minute w "
+        "JOIN unnest($1::timestamptz[], $2::integer[]) AS n(at, worker) ON w.at = n.at AND w.worker = n.worker",
+        times,
+        workers,
+    )
+    known = {(int(row["at"].timestamp()) // 60, row["worker"]): row["seconds"] for row in rows}
+    added: dict[tuple[int, str, str], int] = {}
+    for minute, number in keys:
+        new = told[minute, number] & ~known.get((minute, number), 0)
+        pool = (minute // _HOUR_MINUTES, *pools[number])
+        added[pool] = added.get(pool, 0) + new.bit_count() * 1_000_000
+    await connection.execute(
+        "INSERT INTO worker_minute AS w (at, worker, seconds) "
+        "SELECT * FROM unnest($1::timestamptz[], $2::integer[], $3::bigint[]) "
+        "ON CONFLICT (at, worker) DO UPDATE SET seconds = w.seconds | excluded.seconds",
+        times,
+        workers,
+        [told[key] for key in keys],
+    )
+    cells = sorted(added)
+    await connection.execute(
+        "INSERT INTO pool_hour AS p (at, region, worker_type, up_us) "
+        "SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::bigint[]) "
+        "ON CONFLICT (at, region, worker_type) DO UPDATE SET up_us = p.up_us + excluded.up_us",
+        [_time(hour * _HOUR_MINUTES) for hour, _, _ in cells],
+        [region for _, region, _ in cells],
+        [worker_type for _, _, worker_type in cells],
+        [added[cell] for cell in cells],
+    )
+
+
+def _time(minute: int) -> datetime:
+    return datetime.fromtimestamp(0, UTC) + timedelta(minutes=minute)

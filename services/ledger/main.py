@@ -1,0 +1,100 @@
+"""The ledger as a process: PostgreSQL, the writer, reports; drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from urllib.parse import quote
+
+from services.ledger.api.metrics import LedgerMetrics
+from services.ledger.api.service import LedgerService
+from services.ledger.ingest.writer import Writer
+from services.ledger.reports.budgets import Budgets
+from services.ledger.reports.price_list import PriceList
+from services.ledger.reports.report_cache import ReportCache
+from services.ledger.reports.reports import Reports
+from services.ledger.settings import LedgerSettings
+from services.ledger.storage.database import Database
+from services.ledger.storage.embedded import EmbeddedPostgres
+from services.ledger.storage.partitions import Partitions
+from services.ledger.upkeep import keep_partitions, open_database
+from services.runtime.process.process import run
+from services.runtime.rpc.access import credential_of
+from services.runtime.rpc.exposition import MetricsServer
+from services.runtime.rpc.server import Server
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.metrics_export import MetricsExport
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.spans import this_process
+from services.runtime.telemetry.supervisor import BACKGROUND
+
+
+async def serve(settings: LedgerSettings, stopping: asyncio.Event) -> None:
+    """Serves until `stopping`, then drains. NOT_SERVING until the database is ready."""
+    postgres = EmbeddedPostgres(settings.state_dir / "postgres") if settings.database_url is None else None
+    url = settings.database_url
+    if postgres is not None:
+        await postgres.start()
+        url = f"postgresql://ringmesh@/postgres?host={quote(postgres.socket_folder, safe='')}"
+    assert url is not None
+    try:
+        await _serve(settings, Database(url, settings.replica_url), stopping)
+    finally:
+        if postgres is not None:
+            await postgres.stop()
+
+
+async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio.Event) -> None:
+    partitions = Partitions(settings.retention)
+    writer = Writer(database, partitions)
+    prices = PriceList(database, settings.currency)
+    cache = ReportCache(settings.cache_address, credential_of(settings.key_secret))
+    reports = Reports(database, prices, cache, settings.retention)
+    budgets = Budgets(database, prices)
+    server = Server(
+        settings.engine,
+        settings.address,
+        [LedgerService(database, partitions, writer, prices, reports, budgets).service()],
+        max_message_bytes=settings.max_message_bytes,
+        max_connection_age=settings.max_connection_age_seconds,
+        max_unread_bytes=settings.max_unread_bytes,
+        access=settings.access(),
+    )
+    metrics = Metrics()
+    metrics.add(BACKGROUND.samples)
+    told = LedgerMetrics(database, writer, cache, budgets)
+    metrics.add(told.samples)
+    metrics.add(server.calls.samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
+    await server.start()
+    await exposition.start()
+    ProcessMetrics("ledger", settings.engine, metrics).start()
+    export = MetricsExport(settings.otlp_endpoint, this_process("ledger"), metrics)
+    export.start()
+    try:
+        opening = asyncio.ensure_future(
+            open_database(database, partitions, prices, settings.default_prices(), time.time)
+        )
+        stopped = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait((opening, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+            writer.start()
+            BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time))
+            BACKGROUND.start("budgets", told.look)
+            server.set_serving(True)
+            await stopped
+        opening.cancel()
+    finally:
+        await export.close()
+        await server.stop(settings.drain_seconds)
+        await writer.close()
+        exposition.close()
+        await cache.close()
+        await database.close()
+
+
+def main() -> None:
+    """`python -m services.ledger`."""
+    run(LedgerSettings, serve)

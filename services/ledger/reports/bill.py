@@ -1,0 +1,129 @@
+"""What the workers cost: used by requests, and idle. Both add up to the bill exactly.
+
+A worker is paid for while it is up, for as many runs at once as its price says. Where more was computed than
+workers were seen to be up for, the bill is what was computed: nobody computes for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from ringmesh.ledger.v1 import ledger_pb2
+
+from services.ledger.reports import usage_query
+from services.ledger.reports.money import apportioned, rounded
+from services.ledger.reports.periods import pieces
+from services.ledger.reports.prices import ROUTER, PriceBook
+from services.ledger.reports.rating import Rating
+from services.ledger.reports.time_range import TimeRange
+from services.ledger.storage.database import Connection
+from services.ledger.storage.rollups import MEASURES
+
+UP_TIME: Final = (
+    "SELECT g.segment, p.region, p.worker_type, sum(p.up_us)::bigint FROM pool_hour p "
+    "JOIN unnest($1::integer[], $2::timestamptz[], $3::timestamptz[]) AS g(segment, begins, ends) "
+    "ON p.at >= g.begins AND p.at < g.ends GROUP BY 1, 2, 3"
+)
+_COMPUTE, _ROUTER_TIME = MEASURES.index("compute_us"), MEASURES.index("router_us")
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Of a worker type in a region: microseconds, and numerators of money."""
+
+    paid_us: int = 0
+    used_us: int = 0
+    idle_us: int = 0
+    requests: int = 0
+    idle: int = 0
+
+
+async def bill(
+    connection: Connection, book: PriceBook, currency: str, range_: TimeRange, *, allow_unpriced: bool
+) -> ledger_pb2.BillResponse:
+    """Of whole hours. Raises FailedPreconditionError where a price is missing and may not be."""
+    boundaries = book.boundaries(range_.from_ms, range_.until_ms)
+    rating = Rating(book, boundaries)
+    used: dict[tuple[int, str, str], int] = {}
+    for sums in await usage_query.fetch(connection, pieces(boundaries), ("region",), {}):
+        (region,) = sums.group
+        for worker_type, us in ((sums.worker_type, sums.measures[_COMPUTE]), (ROUTER, sums.measures[_ROUTER_TIME])):
+            if us:
+                key = (sums.segment, region, worker_type)
+                used[key] = used.get(key, 0) + us
+    up = await _up_us(connection, boundaries)
+    pools: dict[tuple[str, str], _Pool] = {}
+    warnings = []
+    for segment, region, worker_type in sorted(used.keys() | up.keys()):
+        price = rating.price(worker_type, segment)
+        paid = up.get((segment, region, worker_type), 0) * (price.slots if price is not None else 1)
+        busy = used.get((segment, region, worker_type), 0)
+        pool = pools.setdefault((region, worker_type), _Pool())
+        idle = max(paid - busy, 0)
+        pool.paid_us += paid
+        pool.used_us += busy
+        pool.idle_us += idle
+        pool.requests += rating.rated(worker_type, segment, busy)
+        pool.idle += rating.rated(worker_type, segment, idle)
+    for (region, worker_type), pool in pools.items():
+        if pool.used_us > pool.paid_us:
+            where = f" in {region}" if region else ""
+            warnings.append(
+                f"workers of type {worker_type!r}{where} computed {(pool.used_us - pool.paid_us) / 1e6:.1f} s more "
+                "than they were seen to be up: their price has too few slots, or routers were down"
+            )
+    warnings += rating.warnings(allow_unpriced=allow_unpriced)
+    return _response(pools, book.denominator, currency, range_, warnings)
+
+
+def _response(
+    pools: Mapping[tuple[str, str], _Pool], denominator: int, currency: str, range_: TimeRange, warnings: list[str]
+) -> ledger_pb2.BillResponse:
+    """Requests are rounded as in reports, the bill by itself; what is left is idle."""
+    weights = [pool.requests for pool in pools.values()]
+    idle_weights = [pool.idle for pool in pools.values()]
+    requests_nano = rounded(sum(weights), denominator)
+    idle_nano = rounded(sum(weights) + sum(idle_weights), denominator) - requests_nano
+    parts = zip(pools.items(), apportioned(weights, requests_nano), apportioned(idle_weights, idle_nano), strict=True)
+    rows = [
+        ledger_pb2.BillRow(
+            worker_type=worker_type,
+            region=region,
+            paid_us=pool.paid_us,
+            used_us=pool.used_us,
+            idle_us=pool.idle_us,
+            requests_nano=requests,
+            idle_nano=idle,
+            bill_nano=requests + idle,
+        )
+        for ((region, worker_type), pool), requests, idle in parts
+    ]
+    return ledger_pb2.BillResponse(
+        rows=sorted(rows, key=lambda row: -row.bill_nano),
+        total=ledger_pb2.BillRow(
+            paid_us=sum(row.paid_us for row in rows),
+            used_us=sum(row.used_us for row in rows),
+            idle_us=sum(row.idle_us for row in rows),
+            requests_nano=requests_nano,
+            idle_nano=idle_nano,
+            bill_nano=requests_nano + idle_nano,
+        ),
+        from_ms=range_.from_ms,
+        until_ms=range_.until_ms,
+        currency=currency,
+        warnings=warnings,
+    )
+
+
+async def _up_us(connection: Connection, boundaries: list[int]) -> dict[tuple[int, str, str], int]:
+    """By segment, region and worker type."""
+    rows = await connection.fetch(
+        UP_TIME,
+        list(range(len(boundaries) - 1)),
+        [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[:-1]],
+        [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[1:]],
+    )
+    return {(row[0], row[1], row[2]): row[3] for row in rows}

@@ -1,0 +1,38 @@
+"""Money as integers, and the currencies it may be in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+# ISO 4217, those that people pay with.
+_CODES = """
+AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CLP
+CNY COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL HTG HUF
+IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA MKD
+MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP PKR PLN PYG QAR RON RSD RUB
+RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX USD
+UYU UZS VED VES VND VUV WST XAF XCD XCG XOF XPF YER ZAR ZMW ZWG
+"""
+CURRENCIES: Final = frozenset(_CODES.split())
+
+
+def rounded(numerator: int, denominator: int) -> int:
+    """To the nearest integer, halves up. Neither is negative."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def apportioned(weights: Sequence[int], total: int) -> list[int]:
+    """`total` divided in proportion to `weights`, by largest remainder: the parts add up to it exactly.
+
+    All zero if the weights are; then `total` must be, too. Nothing is negative.
+    """
+    whole = sum(weights)
+    if not whole:
+        return [0] * len(weights)
+    parts = [weight * total // whole for weight in weights]
+    left = total - sum(parts)
+    by_remainder = sorted(range(len(weights)), key=lambda place: weights[place] * total % whole, reverse=True)
+    for place in by_remainder[:left]:
+        parts[place] += 1
+    return parts

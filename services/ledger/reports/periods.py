@@ -1,0 +1,43 @@
+"""Which roll-ups make up a range of time: days where whole days fit, hours and minutes at the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from services.ledger.storage.rollups import GRAINS
+
+
+class Piece(NamedTuple):
+    """Cells of one grain, within one of the segments that prices cut a range into."""
+
+    segment: int
+    grain: str
+    from_ms: int
+    until_ms: int
+
+
+def pieces(boundaries: Sequence[int]) -> list[Piece]:
+    """Of the segments between `boundaries`, which are multiples of a minute."""
+    found: list[Piece] = []
+    for segment, (begin, end) in enumerate(pairwise(boundaries)):
+        found += (Piece(segment, *part) for part in _split(begin, end, ("day", "hour", "minute")))
+    return found
+
+
+def _split(begin: int, end: int, grains: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
+    """With the coarsest of `grains` in the middle and the others at both ends."""
+    if begin >= end:
+        return
+    grain, *finer = grains
+    width = GRAINS[grain]
+    first, last = -(-begin // width) * width, end // width * width
+    if not finer:
+        yield grain, begin, end
+    elif first >= last:
+        yield from _split(begin, end, tuple(finer))
+    else:
+        yield from _split(begin, first, tuple(finer))
+        yield grain, first, last
+        yield from _split(last, end, tuple(finer))

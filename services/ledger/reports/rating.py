@@ -1,0 +1,78 @@
+"""Quantities times prices: numerators of money over the price book's denominator, rounded only when all are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from services.ledger.reports.prices import ROUTER, PriceBook, period
+from services.ledger.reports.usage_query import Sums
+from services.ledger.storage.price_table import Price
+from services.ledger.storage.rollups import MEASURES
+from services.runtime.errors import FailedPreconditionError
+
+_COMPUTE, _SAVED, _ERROR, _ROUTER_TIME = (
+    MEASURES.index(name) for name in ("compute_us", "saved_us", "error_us", "router_us")
+)
+_MOST_NAMED = 5
+
+
+class Amounts(NamedTuple):
+    """Numerators of money. `cost` holds `error`."""
+
+    cost: int = 0
+    saved: int = 0
+    error: int = 0
+
+    def plus(self, other: Amounts) -> Amounts:
+        """The sum of both."""
+        return Amounts(self.cost + other.cost, self.saved + other.saved, self.error + other.error)
+
+
+class Rating:
+    """Rates what was used in the segments between `boundaries`, and remembers where a price was missing."""
+
+    def __init__(self, book: PriceBook, boundaries: Sequence[int]) -> None:
+        self._book = book
+        self._boundaries = boundaries
+        self._missing: set[tuple[str, int]] = set()
+
+    def amounts(self, sums: Sums) -> Amounts:
+        """Of compute at the worker type's rate, and of the router's time at the routers'."""
+        measures, segment = sums.measures, sums.segment
+        compute, saved, error = measures[_COMPUTE], measures[_SAVED], measures[_ERROR]
+        cost = self.rated(ROUTER, segment, measures[_ROUTER_TIME])
+        if not (compute or saved):
+            return Amounts(cost)
+        rate = self._rate(sums.worker_type, segment)
+        return Amounts(cost + compute * rate, saved * rate, error * rate)
+
+    def rated(self, worker_type: str, segment: int, compute_us: int) -> int:
+        """Of time that a worker type computed."""
+        return compute_us * self._rate(worker_type, segment) if compute_us else 0
+
+    def price(self, worker_type: str, segment: int) -> Price | None:
+        """The one that holds in a segment."""
+        return self._book.find(worker_type, self._boundaries[segment])
+
+    def warnings(self, *, allow_unpriced: bool) -> list[str]:
+        """What has no price. Raises FailedPreconditionError unless that is allowed."""
+        told = [
+            f"no price for worker type {worker_type!r} {period(*self._boundaries[segment : segment + 2])}"
+            for worker_type, segment in sorted(self._missing)
+        ]
+        if told and not allow_unpriced:
+            more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+            raise FailedPreconditionError(
+                f"{'; '.join(told[:_MOST_NAMED])}{more}. Set one with `ringmesh prices set`, or ask for a report that "
+                "leaves it out",
+                kind="missing_price",
+            )
+        return [f"{one}: it is not in the cost" for one in told]
+
+    def _rate(self, worker_type: str, segment: int) -> int:
+        price = self.price(worker_type, segment)
+        if price is None:
+            self._missing.add((worker_type, segment))
+            return 0
+        return self._book.rate(price)

@@ -1,0 +1,100 @@
+"""Answers of reports in the fleet's cache, `ringmesh.cache.v1`.
+
+A key names the question, the prices, and the version of the roll-ups of each day that it covers: what changed is not
+found any more, so nothing has to be deleted. A cache that is down or slow is skipped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+
+import grpc
+from blake3 import blake3
+from google.protobuf.message import DecodeError
+from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
+from ringmesh.ledger.v1 import ledger_pb2
+
+from services.ledger.reports.time_range import DAY_MS, TimeRange
+from services.ledger.storage.database import Connection
+from services.ledger.storage.price_table import Price
+from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.client_metadata import sending
+
+_NAMESPACE = "ringmesh-ledger"
+_SECONDS = 0.1
+_SKIP_SECONDS = 5.0
+_TTL_MS = DAY_MS
+
+
+class ReportCache:
+    """Through the cache service at `address`, with the fleet's `credential`; None: nothing is cached."""
+
+    def __init__(self, address: str | None, credential: str = "") -> None:
+        options = (("grpc.enable_http_proxy", 0),)
+        interceptors = sending(CREDENTIAL, credential)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=options, interceptors=interceptors) if address else None
+        )
+        self._stub = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
+        self._skip_until = 0.0
+        self.hits = self.misses = self.failures = 0
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def get(self, key: bytes) -> ledger_pb2.ReportResponse | None:
+        """None where it is not there, or the cache does not answer."""
+        if self._stub is None or time.monotonic() < self._skip_until:
+            return None
+        try:
+            answer = await self._stub.Get(cache_pb2.GetRequest(key=key, namespace=_NAMESPACE), timeout=_SECONDS)
+            if not answer.HasField("entry"):
+                self.misses += 1
+                return None
+            found = ledger_pb2.ReportResponse.FromString(answer.entry.value)
+        except (grpc.aio.AioRpcError, DecodeError):
+            self._failed()
+            return None
+        self.hits += 1
+        found.cached = True
+        return found
+
+    async def put(self, key: bytes, answer: ledger_pb2.ReportResponse, compute_us: int) -> None:
+        """Files what took `compute_us` to compute."""
+        if self._stub is None or time.monotonic() < self._skip_until:
+            return
+        request = cache_pb2.PutRequest(
+            key=key, value=answer.SerializeToString(), compute_us=compute_us, namespace=_NAMESPACE, ttl_ms=_TTL_MS
+        )
+        try:
+            await self._stub.Put(request, timeout=_SECONDS)
+        except grpc.aio.AioRpcError:
+            self._failed()
+
+    def _failed(self) -> None:
+        self.failures += 1
+        self._skip_until = time.monotonic() + _SKIP_SECONDS
+
+
+async def versions(connection: Connection, ranges: Sequence[TimeRange]) -> bytes:
+    """Of the roll-ups that an answer over `ranges` is made of."""
+    rows = await connection.fetch(
+        "SELECT v.day, v.version FROM day_version v JOIN unnest($1::date[], $2::date[]) AS r(first, last) "
+        "ON v.day BETWEEN r.first AND r.last ORDER BY 1",
+        [_day(range_.from_ms) for range_ in ranges],
+        [_day(range_.until_ms - 1) for range_ in ranges],
+    )
+    return repr([(row[0].toordinal(), row[1]) for row in rows]).encode()
+
+
+def key(question: object, prices: Sequence[Price], version: bytes) -> bytes:
+    """32 bytes; `question` says all of itself in its repr."""
+    return blake3(repr((question, prices)).encode() + version).digest()
+
+
+def _day(at_ms: int) -> date:
+    return (datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=at_ms)).date()

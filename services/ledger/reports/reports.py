@@ -1,0 +1,130 @@
+"""All reports of a ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+
+from ringmesh.ledger.v1 import ledger_pb2
+
+from services.ledger.reports import report_cache, time_range
+from services.ledger.reports.advice import advise_workers
+from services.ledger.reports.bill import bill
+from services.ledger.reports.export import Format, export
+from services.ledger.reports.forecast import HISTORY_DAYS, forecast
+from services.ledger.reports.price_list import PriceList
+from services.ledger.reports.report_cache import ReportCache
+from services.ledger.reports.request_report import request_report
+from services.ledger.reports.time_range import DAY_MS, TimeRange
+from services.ledger.reports.usage_report import UsageQuestion, usage_report
+from services.ledger.storage.database import Database
+from services.ledger.storage.partitions import Retention
+from services.ledger.storage.price_table import HOUR_MS
+
+_MOST_ROWS = 10_000
+
+
+class Reports:
+    """Answers from the roll-ups, and from `cache` where nothing changed; `clock` as time.time."""
+
+    def __init__(
+        self,
+        database: Database,
+        prices: PriceList,
+        cache: ReportCache,
+        retention: Retention,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._prices = prices
+        self._cache = cache
+        self._retention = retention
+        self._clock = clock
+
+    async def usage(self, question: UsageQuestion, *, changes: bool = False) -> ledger_pb2.ReportResponse:
+        """By group; the range of `question` is rounded to what is kept. With `changes` beside the time before."""
+        began = time.perf_counter_ns()
+        range_ = time_range.covered(question.range, self._retention, self._now_ms())
+        before = time_range.covered(range_.before, self._retention, self._now_ms()) if changes else None
+        question = replace(question, range=range_, before=before)
+        ranges = [one for one in (range_, before) if one is not None]
+        async with self._database.reading() as connection:
+            book = await self._prices.book(connection)
+            key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))
+            if (found := await self._cache.get(key)) is not None:
+                return found
+            answer = await usage_report(connection, book, self._prices.currency, question)
+        await self._cache.put(key, answer, (time.perf_counter_ns() - began) // 1000)
+        return answer
+
+    async def requests(
+        self, range_: TimeRange, trace_id: str, filters: Mapping[str, str], limit: int, *, allow_unpriced: bool
+    ) -> ledger_pb2.ReportResponse:
+        """Single requests."""
+        async with self._database.reading() as connection:
+            book = await self._prices.book(connection)
+            return await request_report(
+                connection,
+                book,
+                self._prices.currency,
+                range_,
+                trace_id,
+                filters,
+                limit,
+                allow_unpriced=allow_unpriced,
+            )
+
+    async def bill(self, from_ms: int, until_ms: int, *, allow_unpriced: bool) -> ledger_pb2.BillResponse:
+        """Of whole hours."""
+        range_ = time_range.asked(from_ms, until_ms, self._now_ms(), HOUR_MS)
+        async with self._database.reading() as connection:
+            book = await self._prices.book(connection)
+            return await bill(connection, book, self._prices.currency, range_, allow_unpriced=allow_unpriced)
+
+    async def advise_workers(
+        self, from_ms: int, until_ms: int, worker_type: str, wait_us: int
+    ) -> ledger_pb2.AdviseWorkersResponse:
+        """Of whole hours that are over."""
+        now_ms = self._now_ms()
+        range_ = time_range.asked(from_ms, until_ms or now_ms, now_ms, HOUR_MS)
+        async with self._database.reading() as connection:
+            book = await self._prices.book(connection)
+            return await advise_workers(connection, book, self._prices.currency, range_, worker_type, wait_us)
+
+    async def forecast(self) -> ledger_pb2.ForecastResponse:
+        """Of the month that it is."""
+        now_ms = self._now_ms()
+        today = datetime.fromtimestamp(now_ms / 1000, UTC).date()
+        month = today.replace(day=1)
+        first = min(month, today - timedelta(days=HISTORY_DAYS))
+        range_ = time_range.asked(_midnight_ms(first), 0, now_ms, time_range.MINUTE_MS)
+        answer = await self.usage(UsageQuestion(range_, ("day",), {}, _MOST_ROWS, allow_unpriced=True))
+        by_day = {date.fromisoformat(row.day): row for row in answer.rows}
+        before = {day: row.cost_nano for day, row in by_day.items() if day < today}
+        of_month = [row for day, row in by_day.items() if day >= month]
+        spent = sum(row.cost_nano for row in of_month)
+        told = forecast(before, today, spent, (now_ms % DAY_MS) / DAY_MS)
+        return ledger_pb2.ForecastResponse(
+            currency=answer.currency,
+            month=f"{today:%Y-%m}",
+            spent_nano=spent,
+            expected_nano=told.expected_nano,
+            low_nano=told.low_nano,
+            high_nano=told.high_nano,
+            saved_nano=sum(row.saved_nano for row in of_month),
+            basis=told.basis,
+            warnings=answer.warnings,
+        )
+
+    def export(self, from_ms: int, until_ms: int, form: Format) -> AsyncIterator[bytes]:
+        """A file of the records of a range, in parts."""
+        return export(self._database, time_range.asked(from_ms, until_ms, self._now_ms()), form)
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+def _midnight_ms(day: date) -> int:
+    return (day - date(1970, 1, 1)).days * DAY_MS

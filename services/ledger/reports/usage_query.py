@@ -1,0 +1,76 @@
+"""Sums of roll-ups over a range, by what a report groups them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+from services.ledger.reports.periods import Piece
+from services.ledger.storage.cubes import smallest
+from services.ledger.storage.database import Connection
+from services.ledger.storage.rollups import MEASURES
+
+# What a report may group by, as columns of `series`; the day is one of time.
+COLUMNS: Final = ("tenant", "model", "version", "region")
+
+
+class Sums(NamedTuple):
+    """Of the cells that have the same group, segment of prices and worker type. `measures` as MEASURES."""
+
+    group: tuple[str, ...]
+    segment: int
+    worker_type: str
+    measures: tuple[int, ...]
+
+
+def statement(pieces: Iterable[Piece], groups: Sequence[str], filters: Mapping[str, str]) -> tuple[str, list[Any]]:
+    """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` are values of COLUMNS."""
+    cube = smallest([*(group for group in groups if group != "day"), *filters])
+    tables = "margin" if cube else "rollup"
+    arguments: list[Any] = []
+    day = ", date_trunc('day', at, 'UTC') AS day" if "day" in groups else ""
+    names = ", ".join(MEASURES)
+    parts = []
+    for piece in pieces:
+        arguments += (_time(piece.from_ms), _time(piece.until_ms))
+        end = len(arguments)
+        parts.append(
+            f"SELECT {piece.segment} AS segment{day}, series, {names} FROM {tables}_{piece.grain} "
+            f"WHERE at >= ${end - 1} AND at < ${end}"
+        )
+    wanted = [f"s.cube = '{cube}'"] if cube else []
+    for name, value in filters.items():
+        assert name in COLUMNS
+        arguments.append(value)
+        wanted.append(f"s.{name} = ${len(arguments)}")
+    keys = "".join("day, " if group == "day" else f"s.{group}, " for group in groups)
+    numbers = ", ".join(str(place + 1) for place in range(len(groups) + 2))
+    sums = ", ".join(f"sum({name})::bigint" for name in MEASURES)
+    return (
+        f"SELECT {keys}segment, s.worker_type, {sums} FROM ({' UNION ALL '.join(parts)}) AS u "
+        f"JOIN {'margin' if cube else 'series'} s ON s.id = u.series "
+        f"{'WHERE ' + ' AND '.join(wanted) if wanted else ''} GROUP BY {numbers}"
+    ), arguments
+
+
+async def fetch(
+    connection: Connection, pieces: Sequence[Piece], groups: Sequence[str], filters: Mapping[str, str]
+) -> list[Sums]:
+    """In no order."""
+    if not pieces:
+        return []
+    sql, arguments = statement(pieces, groups, filters)
+    width = len(groups)
+    return [
+        Sums(tuple(map(_label, row[:width])), row[width], row[width + 1], tuple(row[width + 2 :]))
+        for row in map(tuple, await connection.fetch(sql, *arguments))
+    ]
+
+
+def _label(value: str | datetime) -> str:
+    return value if isinstance(value, str) else f"{value:%Y-%m-%d}"
+
+
+def _time(at_ms: int) -> datetime:
+    return datetime.fromtimestamp(at_ms / 1000, UTC)

@@ -1,0 +1,1 @@
+"""PostgreSQL: the process, connections, tables."""

@@ -1,0 +1,167 @@
+"""Connections to PostgreSQL: a pool for the primary, and one for reports where a replica is named.
+
+Everything runs in explicit transactions and without prepared statements that outlive them, so that PgBouncer may stand
+between in transaction mode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+
+from services.ledger.storage import migrations
+from services.runtime.errors import UnavailableError
+from services.runtime.rpc.server import StartError
+
+log = logging.getLogger(__name__)
+
+Connection: TypeAlias = Any
+_CONNECT_SECONDS = 5.0
+_POOL = 6
+# A report that takes longer is given up.
+REPORT_SECONDS = 30.0
+# One number for all ledgers of a database: whoever holds it writes.
+WRITER_LOCK = 0x52696E67
+
+# Cells are summed in memory: to sort half a million of them first takes thrice as long.
+READING: Final = "SET LOCAL statement_timeout = {timeout}; SET LOCAL work_mem = '64MB'; SET LOCAL enable_sort = off"
+
+
+class MissingPartitionError(UnavailableError):
+    """A partition that was there is not: somebody dropped it."""
+
+
+class DataRefusedError(UnavailableError):
+    """The database is well, and does not take this: a sum that is too large, for one."""
+
+
+class Database:
+    """`url` is a postgresql:// URL; `replica_url` of a server that follows it, for reports."""
+
+    def __init__(self, url: str, replica_url: str | None) -> None:
+        self._url = url
+        self._replica_url = replica_url
+        self._primary: asyncpg.Pool | None = None
+        self._reports: asyncpg.Pool | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was reached, and its schema is ours."""
+        return self._reports is not None
+
+    async def open(self) -> None:
+        """Connects and migrates. Raises OSError, asyncpg's errors and MigrationError: then it may be tried again.
+
+        Raises StartError where trying again cannot help.
+        """
+        pool = await self._create_pool(self._url)
+        try:
+            await _bring_schema(pool, self._url)
+            reports = await self._create_pool(self._replica_url) if self._replica_url else pool
+        except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError, ValueError) as error:
+            pool.terminate()
+            raise StartError(f"cannot use the database: {error}") from None
+        except BaseException:
+            pool.terminate()
+            raise
+        self._primary, self._reports = pool, reports
+
+    async def close(self) -> None:
+        """Ends all sessions, those at work too."""
+        for pool in {self._primary, self._reports}:
+            if pool is not None:
+                pool.terminate()
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[Connection]:
+        """A transaction on the primary that holds the writer's lock: one at a time, over all ledgers.
+
+        Raises UnavailableError where the database cannot be reached or fails; what was done then is undone, or, where
+        the connection was lost while committing, may be done.
+        """
+        async with _transaction(self._primary) as connection:
+            await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+            yield connection
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[Connection]:
+        """A transaction on the primary."""
+        async with _transaction(self._primary) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def reading(self, seconds: float | None = REPORT_SECONDS) -> AsyncIterator[Connection]:
+        """A transaction that sees one state of the database, on the replica where there is one.
+
+        Statements take at most `seconds`, if given.
+        """
+        async with _transaction(self._reports, isolation="repeatable_read", readonly=True) as connection:
+            await connection.execute(READING.format(timeout=int((seconds or 0) * 1000)))
+            yield connection
+
+    async def _create_pool(self, url: str) -> asyncpg.Pool:
+        return await asyncpg.create_pool(
+            url,
+            # Made when they are needed: a pool that keeps some logs each attempt while the server is away.
+            min_size=0,
+            max_size=_POOL,
+            timeout=_CONNECT_SECONDS,
+            statement_cache_size=0,
+            reset=_nothing_to_reset,
+            max_inactive_connection_lifetime=60.0,
+        )
+
+
+async def _nothing_to_reset(_: Connection) -> None:
+    """Transactions leave nothing behind."""
+
+
+@asynccontextmanager
+async def _transaction(pool: asyncpg.Pool | None, **options: Any) -> AsyncIterator[Connection]:
+    if pool is None:
+        raise UnavailableError("the ledger's database is not up yet", kind="database")
+    with _told():
+        async with asyncio.timeout(_CONNECT_SECONDS) as wait, pool.acquire() as connection:
+            wait.reschedule(None)
+            async with connection.transaction(**options):
+                yield connection
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except asyncpg.UndefinedTableError as error:
+        raise MissingPartitionError(f"a partition is missing: {error}", kind="database") from None
+    except asyncpg.CheckViolationError as error:
+        if "no partition" not in str(error):
+            raise
+        raise MissingPartitionError(f"a partition is missing: {error}", kind="database") from None
+    except asyncpg.DataError as error:
+        raise DataRefusedError(str(error), kind="database") from None
+    except asyncpg.QueryCanceledError:
+        raise UnavailableError("the database took too long; ask for a shorter range", kind="database") from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        raise UnavailableError(
+            f"the ledger's database failed: {type(error).__name__}: {error}", kind="database"
+        ) from error
+
+
+async def _bring_schema(pool: asyncpg.Pool, url: str) -> None:
+    """Migrates where that is needed, while no other ledger writes or migrates."""
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+        applied: set[str] = set()
+        if await connection.fetchval("SELECT to_regclass('schema_migrations')") is not None:
+            applied = {row["version"] for row in await connection.fetch("SELECT version FROM schema_migrations")}
+        if newer := sorted(applied - migrations.known()):
+            raise StartError(
+                f"the database belongs to a newer ledger: this one does not know its migrations {', '.join(newer)}"
+            )
+        if applied != migrations.known():
+            await migrations.migrate(url)

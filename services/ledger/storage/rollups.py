@@ -1,0 +1,77 @@
+"""Roll-ups: sums of the records by series and minute, hour and day, changed in the transaction that writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from typing import Final
+
+import numpy as np
+
+from services.ledger.storage.database import Connection
+from services.ledger.storage.usage_rows import Integers
+
+MEASURES: Final = (
+    "requests",
+    "hits",
+    "errors",
+    "compute_us",
+    "saved_us",
+    "error_us",
+    "router_us",
+    "total_us",
+    "request_bytes",
+    "response_bytes",
+)
+# Milliseconds, the finest first.
+GRAINS: Final = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+
+
+def _upsert(table: str) -> str:
+    arrays = ", ".join(f"${place}::bigint[]" for place in range(3, 3 + len(MEASURES)))
+    names = ", ".join(MEASURES)
+    sums = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in MEASURES)
+    return (
+        f"INSERT INTO {table} AS r (at, series, {names}) "
+        f"SELECT to_timestamp(at / 1000), series, {names} FROM unnest($1::bigint[], $2::integer[], {arrays}) "
+        f"AS d(at, series, {names}) ON CONFLICT (at, series) DO UPDATE SET {sums}"
+    )
+
+
+class Deltas:
+    """What records add to the cells of each grain. Arrays have an entry a record; times in ms since the Unix epoch.
+
+    `tables` is "rollup" for numbers of series, "margin" for those of margins.
+    """
+
+    def __init__(self, tables: str, at_ms: Integers, series: Integers, measures: Mapping[str, Integers]) -> None:
+        self._tables = tables
+        self._at_ms = at_ms
+        self._series = series
+        self._measures = measures
+
+    async def apply(self, connection: Connection, minutes_from_ms: int) -> None:
+        """In the caller's transaction, which no other writes beside. Minutes before `minutes_from_ms` are not kept."""
+        for grain in GRAINS:
+            kept = self._at_ms >= minutes_from_ms if grain == "minute" else np.ones(len(self._at_ms), bool)
+            if kept.any():
+                await connection.execute(_upsert(f"{self._tables}_{grain}"), *self._cells(GRAINS[grain], kept))
+
+    def _cells(self, width_ms: int, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[list[int]]:
+        """Columns of the cells, in the order of the primary key: locks and pages are taken in one direction."""
+        at = self._at_ms[kept] // width_ms * width_ms
+        series = self._series[kept]
+        order = np.lexsort((series, at))
+        at, series = at[order], series[order]
+        starts = np.flatnonzero(np.concatenate(([True], (np.diff(at) != 0) | (np.diff(series) != 0))))
+        sums = (np.add.reduceat(self._measures[name][kept][order], starts) for name in MEASURES)
+        return [column.tolist() for column in (at[starts], series[starts], *sums)]
+
+
+async def touch(connection: Connection, days: list[date]) -> None:
+    """Says that the roll-ups of `days` changed."""
+    await connection.execute(
+        "INSERT INTO day_version AS v (day, version) SELECT day, 1 FROM unnest($1::date[]) AS d(day) "
+        "ON CONFLICT (day) DO UPDATE SET version = v.version + 1",
+        sorted(days),
+    )

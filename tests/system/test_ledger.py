@@ -1,0 +1,482 @@
+"""The ledger over gRPC, on its embedded PostgreSQL. Tests share it, each with tenants and worker types of its own."""
+
+import csv
+import io
+import json
+import subprocess
+from datetime import UTC, datetime
+
+import grpc
+import pyarrow.parquet
+import pytest
+from ringmesh.ledger.v1 import ledger_pb2
+
+from router.accounting.usage_batch import encode
+from tests.system import processes
+from tests.system.conftest import RINGMESH
+from tests.system.ledgers import (
+    DAY_MS,
+    DUPLICATE,
+    GAP,
+    HOUR_MS,
+    WRITTEN,
+    Ledger,
+    Sender,
+    hits,
+    miss,
+    now_ms,
+    unique,
+    worker_time,
+)
+
+
+@pytest.fixture(scope="module")
+def cache():
+    started = processes.start("cache")
+    yield started
+    processes.kill(started)
+
+
+@pytest.fixture(scope="module")
+def ledger(cache):
+    ledger = Ledger(cache_address=cache.address, metrics_address=processes.free_address())
+    yield ledger
+    ledger.stop()
+
+
+@pytest.fixture
+def sender(ledger):
+    return Sender(ledger)
+
+
+@pytest.fixture
+def tenant():
+    return unique("tenant")
+
+
+def total(ledger, tenant, **question):
+    return ledger.report("tenant", tenant=tenant, **question).total
+
+
+def test_what_a_batch_holds_is_what_a_report_says(ledger, sender, tenant):
+    sender.append([miss(tenant, compute_us=1500), hits(tenant, 40, saved_us=60_000, total_us=2400, request_bytes=99)])
+    answer = ledger.report("tenant", tenant=tenant)
+    (row,) = answer.rows
+    assert (row.tenant, row.requests, row.hits, row.errors) == (tenant, 41, 40, 0)
+    assert (row.compute_us, row.saved_us, row.total_us, row.request_bytes) == (1500, 60_000, 2400, 99)
+    assert row.cost_nano == 15  # 1.5 ms at 0.00001 a second
+    assert row.saved_nano == 600
+    assert answer.currency == "USD"
+
+
+def test_a_batch_that_is_sent_again_counts_once(ledger, sender, tenant):
+    records = [miss(tenant)]
+    assert sender.append(records, sequence=1).result == WRITTEN
+    for _ in range(3):
+        again = sender.append(records, sequence=1)
+        assert (again.result, again.last_sequence) == (DUPLICATE, 1)
+    assert total(ledger, tenant).requests == 1
+
+
+def test_a_gap_is_refused_and_says_what_is_missing(ledger, sender, tenant):
+    sender.append([miss(tenant)], sequence=1)
+    gap = sender.append([miss(tenant)], sequence=3)
+    assert (gap.result, gap.last_sequence) == (GAP, 1)
+    assert total(ledger, tenant).requests == 1
+    assert sender.append([miss(tenant)], sequence=2).result == WRITTEN
+    assert sender.append([miss(tenant)], sequence=3).result == WRITTEN
+    assert total(ledger, tenant).requests == 3
+
+
+def test_a_first_batch_that_is_not_number_one_is_a_gap(ledger, sender, tenant):
+    assert sender.append([miss(tenant)], sequence=2).result == GAP
+    assert total(ledger, tenant).requests == 0
+
+
+def test_two_lives_of_a_router_count_apart(ledger, tenant):
+    router_id = unique("router")
+    for epoch in (5, 3):
+        assert Sender(ledger, router_id, epoch).append([miss(tenant)]).result == WRITTEN
+    assert total(ledger, tenant).requests == 2
+
+
+def test_two_routers_that_use_one_producer_are_told(ledger, tenant):
+    router_id = unique("router")
+    Sender(ledger, router_id).append([miss(tenant)])
+    with pytest.raises(grpc.RpcError) as refused:
+        Sender(ledger, router_id).append([miss(tenant, compute_us=7)])
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "another process uses this producer; start a new epoch" in refused.value.details()
+    assert total(ledger, tenant).requests == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda batch: batch[:-1], "is damaged"),
+        (lambda batch: batch[:40] + bytes([batch[40] ^ 1]) + batch[41:], "is damaged"),
+        (lambda _: b"", "is damaged"),
+    ],
+    ids=["truncated", "a bit flipped", "empty"],
+)
+def test_a_damaged_batch_is_refused_and_the_whole_one_taken(ledger, sender, tenant, damage, complaint):
+    from blake3 import blake3
+
+    batch = encode([miss(tenant)])
+    with pytest.raises(grpc.RpcError) as refused:
+        sender.append((), batch=damage(batch), digest=blake3(batch).digest(16))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert complaint in refused.value.details()
+    assert sender.append((), batch=batch).result == WRITTEN
+    assert total(ledger, tenant).requests == 1
+
+
+def test_what_is_no_batch_is_refused(ledger, sender):
+    with pytest.raises(grpc.RpcError, match="is not a serialized Batch"):
+        sender.append((), batch=b"\xff\xff\xff")
+
+
+def test_a_batch_of_a_newer_format_is_kept_by_the_router(ledger, sender, tenant):
+    batch = ledger_pb2.Batch.FromString(encode([miss(tenant)]))
+    batch.format = 2
+    with pytest.raises(grpc.RpcError) as refused:
+        sender.append((), batch=batch.SerializeToString())
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "upgrade it first" in refused.value.details()
+
+
+def test_columns_that_an_older_router_does_not_know_are_zero(ledger, sender, tenant):
+    batch = ledger_pb2.Batch.FromString(encode([miss(tenant, router_us=9, rows=3, trace_id=b"t" * 16)]))
+    for name in ("router_us", "rows", "trace_ids"):
+        batch.ClearField(name)
+    sender.append((), batch=batch.SerializeToString())
+    found = total(ledger, tenant)
+    assert (found.requests, found.compute_us, found.router_us) == (1, 1000, 0)
+
+
+def test_records_of_a_clock_that_was_set_back_are_counted_at_their_time(ledger, sender, tenant):
+    hour_ago = now_ms() - HOUR_MS - 60_000
+    sender.append([miss(tenant), miss(tenant, at_ms=hour_ago)])
+    assert total(ledger, tenant).requests == 1
+    assert total(ledger, tenant, from_ms=hour_ago).requests == 2
+
+
+def test_records_of_a_time_that_is_not_kept_are_counted_when_they_come(ledger, sender, tenant):
+    sender.append([miss(tenant, at_ms=now_ms() - 400 * DAY_MS), miss(tenant, at_ms=now_ms() + 400 * DAY_MS)])
+    assert total(ledger, tenant).requests == 2
+
+
+def test_late_records_find_a_partition(ledger, sender, tenant):
+    at_ms = now_ms() - 20 * DAY_MS
+    sender.append([miss(tenant, at_ms=at_ms)])
+    (row,) = ledger.report("day", tenant=tenant, from_ms=now_ms() - 30 * DAY_MS).rows
+    assert (row.day, row.requests) == (f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d}", 1)
+
+
+def test_dropped_requests_are_counted_under_their_batch(ledger, sender, tenant):
+    assert sender.append([], dropped_records=2, dropped_requests=50).result == WRITTEN
+    assert sender.append([miss(tenant)]).result == WRITTEN
+    text = metrics(ledger)
+    assert int(float(text["ringmesh_ledger_dropped_requests_total"])) >= 50
+
+
+def test_rows_add_up_to_the_total_to_the_nano(ledger, sender, tenant):
+    price(ledger, kind := unique("type"), hourly_nano=1_000_000_007)
+    sender.append([miss(tenant, compute_us=333, model=f"m{number}", worker_type=kind) for number in range(100)])
+    answer = ledger.report("model", tenant=tenant)
+    assert len(answer.rows) == 100
+    assert sum(row.cost_nano for row in answer.rows) == answer.total.cost_nano
+    assert answer.total.cost_nano == round(33_300 * 1_000_000_007 / 3.6e9)
+
+
+def test_rows_beyond_the_limit_are_in_the_total(ledger, sender, tenant):
+    sender.append([miss(tenant, compute_us=1000 * number, model=f"m{number}") for number in range(1, 6)])
+    answer = ledger.report("model", tenant=tenant, limit=2)
+    assert [row.model for row in answer.rows] == ["m5", "m4"]
+    assert (answer.row_count, answer.total.requests) == (5, 5)
+
+
+def test_errors_cost_what_they_computed(ledger, sender, tenant):
+    sender.append([miss(tenant, compute_us=300_000, status="INTERNAL"), miss(tenant, compute_us=100_000)])
+    found = total(ledger, tenant)
+    assert (found.errors, found.error_us, found.cost_nano, found.error_nano) == (1, 300_000, 4000, 3000)
+
+
+def test_a_price_that_changes_is_used_from_then_on(ledger, sender, tenant):
+    kind = unique("type")
+    change = now_ms() // HOUR_MS * HOUR_MS - HOUR_MS
+    price(ledger, kind, until_ms=change, hourly_nano=3_600_000_000)
+    price(ledger, kind, from_ms=change, hourly_nano=7_200_000_000)
+    sender.append(
+        [miss(tenant, at_ms=at, worker_type=kind, compute_us=1_000_000) for at in (change - 1, change, change + 1)]
+    )
+    answer = ledger.report("tenant", tenant=tenant, from_ms=change - HOUR_MS)
+    assert answer.total.cost_nano == 1_000_000 + 2 * 2_000_000
+
+
+def test_the_past_is_rated_again_when_its_price_changes(ledger, sender, tenant):
+    price(ledger, kind := unique("type"), hourly_nano=3_600_000_000)
+    sender.append([miss(tenant, worker_type=kind, compute_us=1_000_000)])
+    assert total(ledger, tenant).cost_nano == 1_000_000
+    price(ledger, kind, hourly_nano=36_000_000_000, supersede=True)
+    assert total(ledger, tenant).cost_nano == 10_000_000
+
+
+def test_energy_that_was_measured_is_added_to_the_hourly_price(ledger, sender, tenant):
+    kind = unique("type")
+    # 250 W at 0.40 a kWh are 0.10 an hour.
+    price(ledger, kind, hourly_nano=900_000_000, power_milliwatts=250_000, energy_nano_per_kwh=400_000_000)
+    sender.append([miss(tenant, worker_type=kind, compute_us=3_600_000_000)])
+    assert total(ledger, tenant).cost_nano == 1_000_000_000
+
+
+def test_a_missing_price_is_an_error_that_names_it(ledger, sender, tenant):
+    kind = unique("type")
+    sender.append([miss(tenant, worker_type=kind)])
+    with pytest.raises(grpc.RpcError) as refused:
+        total(ledger, tenant)
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert f"no price for worker type '{kind}' from " in refused.value.details()
+    answer = ledger.report("tenant", tenant=tenant, allow_unpriced=True)
+    assert (answer.total.requests, answer.total.cost_nano) == (1, 0)
+    assert "it is not in the cost" in answer.warnings[0]
+    price(ledger, kind)
+    assert total(ledger, tenant).requests == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "complaint"),
+    [
+        ({"hourly_nano": -1}, "INVALID_ARGUMENT", "hourly_nano is -1; it is 0 to"),
+        ({"currency": "XXY"}, "INVALID_ARGUMENT", "'XXY' is no currency of ISO 4217"),
+        ({"currency": "EUR"}, "INVALID_ARGUMENT", "the price is in EUR, and this ledger counts in USD"),
+        ({"from_ms": HOUR_MS + 1}, "INVALID_ARGUMENT", "from_ms is not a whole hour"),
+        ({"from_ms": 2 * HOUR_MS, "until_ms": HOUR_MS}, "INVALID_ARGUMENT", "ends after it begins"),
+        ({"slots": 5000}, "INVALID_ARGUMENT", "slots is 5000"),
+        ({"worker_type": ""}, "INVALID_ARGUMENT", "worker_type has 1 to 256"),
+        ({"worker_type": "cpu"}, "ALREADY_EXISTS", "'cpu' has a price from the beginning, which overlaps"),
+    ],
+)
+def test_a_price_that_is_wrong_changes_nothing(ledger, wrong, code, complaint):
+    before = ledger.stub.ListPrices(ledger_pb2.ListPricesRequest())
+    with pytest.raises(grpc.RpcError) as refused:
+        price(ledger, **{"worker_type": unique("type"), **wrong})
+    assert refused.value.code().name == code
+    assert complaint in refused.value.details()
+    assert ledger.stub.ListPrices(ledger_pb2.ListPricesRequest()) == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"from_ms": 0}, "a report covers at most 1100"),
+        ({"from_ms": now_ms() + DAY_MS}, "is empty"),
+        ({"limit": 100_000}, "at most 10000"),
+        ({"trace_id": "xyz"}, "is no trace id"),
+        ({"from_ms": 1 << 62, "until_ms": (1 << 62) + DAY_MS}, "from_ms is 4611686018427387904, which is no time"),
+        ({"until_ms": (1 << 64) - 1}, "until_ms is 18446744073709551615, which is no time"),
+    ],
+)
+def test_a_report_that_is_wrong_gets_a_clear_error(ledger, wrong, complaint):
+    with pytest.raises(grpc.RpcError) as refused:
+        ledger.report("tenant", **wrong)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert complaint in refused.value.details()
+
+
+def test_requests_and_idle_time_are_the_bill(ledger, sender, tenant):
+    kind, region = unique("type"), unique("region")
+    price(ledger, kind, hourly_nano=1_234_567_891)
+    hour = now_ms() // HOUR_MS * HOUR_MS
+    # One worker for an hour less 10 s, seen by two routers; 1/3 s of it was used, thrice.
+    minutes = [
+        worker_time("w", hour // 60_000 + minute, (1 << 60) - 1 if minute else (1 << 50) - 1, kind, region)
+        for minute in range(60)
+    ]
+    Sender(ledger).append([], worker_times=minutes)
+    sender.append(
+        [miss(tenant, hour + 1, compute_us=333_333, worker_type=kind, region=region)] * 3, worker_times=minutes[::-1]
+    )
+    bill = ledger.stub.Bill(ledger_pb2.BillRequest(from_ms=hour, until_ms=hour + HOUR_MS, allow_unpriced=True))
+    row = next(row for row in bill.rows if row.worker_type == kind)
+    assert (row.region, row.paid_us, row.used_us) == (region, 3590_000_000, 999_999)
+    assert row.idle_us == row.paid_us - row.used_us
+    assert row.requests_nano + row.idle_nano == row.bill_nano
+    # Within the rounding of all rows, what 3590 s cost.
+    assert abs(row.bill_nano - 3590 * 1_234_567_891 / 3600) <= 1
+    for name in ("requests_nano", "idle_nano", "bill_nano", "paid_us", "used_us", "idle_us"):
+        assert sum(getattr(row, name) for row in bill.rows) == getattr(bill.total, name)
+    assert bill.total.requests_nano + bill.total.idle_nano == bill.total.bill_nano
+
+
+def test_a_price_with_slots_is_for_as_many_runs_at_once(ledger, sender, tenant):
+    price(ledger, kind := unique("type"), hourly_nano=3_600_000_000, slots=4)
+    hour = now_ms() // HOUR_MS * HOUR_MS
+    sender.append(
+        [miss(tenant, hour, compute_us=100_000_000, worker_type=kind)],
+        worker_times=[worker_time("w", hour // 60_000, worker_type=kind)],
+    )
+    bill = ledger.stub.Bill(ledger_pb2.BillRequest(from_ms=hour, allow_unpriced=True))
+    row = next(row for row in bill.rows if row.worker_type == kind)
+    assert (row.paid_us, row.idle_us) == (240_000_000, 140_000_000)
+    assert (row.requests_nano, row.idle_nano) == (25_000_000, 35_000_000)
+
+
+def test_more_compute_than_workers_were_up_for_is_billed_and_told(ledger, sender, tenant):
+    price(ledger, kind := unique("type"), hourly_nano=3_600_000_000)
+    sender.append([miss(tenant, compute_us=5_000_000, worker_type=kind)])
+    bill = ledger.stub.Bill(ledger_pb2.BillRequest(from_ms=now_ms() - HOUR_MS, allow_unpriced=True))
+    row = next(row for row in bill.rows if row.worker_type == kind)
+    assert (row.bill_nano, row.idle_nano) == (5_000_000, 0)
+    assert any(kind in warning and "5.0 s more" in warning for warning in bill.warnings)
+
+
+def test_a_request_is_found_by_its_trace(ledger, sender, tenant):
+    trace = bytes.fromhex(f"{hash(tenant) % (1 << 64):016x}") + b"\xee" * 8
+    sender.append([miss(tenant, compute_us=200_000, run_us=400_000, batch_requests=2, trace_id=trace), miss(tenant)])
+    for asked in (trace.hex(), trace.hex()[:12]):
+        (row,) = ledger.report(from_ms=0, trace_id=asked).rows
+        assert row.request.trace_id == trace.hex()
+        assert (row.tenant, row.cost_nano, row.request.run_us, row.request.batch_requests) == (tenant, 2000, 400_000, 2)
+        assert (row.request.outcome, row.request.status) == ("miss", "OK")
+
+
+def test_single_requests_of_an_hour_are_listed_by_cost(ledger, sender, tenant):
+    sender.append([miss(tenant, compute_us=us) for us in (1000, 3000, 2000)])
+    rows = ledger.report("request", tenant=tenant, limit=2).rows
+    assert [row.compute_us for row in rows] == [3000, 2000]
+    with pytest.raises(grpc.RpcError, match="listed for at most an hour"):
+        ledger.report("request", from_ms=now_ms() - DAY_MS)
+
+
+def test_changes_put_the_largest_first(ledger, sender, tenant):
+    until = now_ms() // HOUR_MS * HOUR_MS
+    for model, before, after in (("same", 900_000, 900_000), ("gone", 500_000, 0), ("new", 0, 700_000)):
+        for us, at in ((before, until - HOUR_MS - 1), (after, until - 1)):
+            if us:
+                sender.append([miss(tenant, at, us, model)])
+    rows = ledger.report("model", tenant=tenant, from_ms=until - HOUR_MS, until_ms=until, changes=True).rows
+    assert [(row.model, row.previous_cost_nano, row.cost_nano) for row in rows] == [
+        ("new", 0, 7000),
+        ("gone", 5000, 0),
+        ("same", 9000, 9000),
+    ]
+
+
+def test_the_same_question_is_answered_from_the_cache_until_its_roll_up_changes(ledger, sender, tenant):
+    sender.append([miss(tenant)])
+    question = {"tenant": tenant, "from_ms": now_ms() - HOUR_MS, "until_ms": now_ms() + HOUR_MS}
+    first, second = (ledger.report("tenant", **question) for _ in range(2))
+    assert (first.cached, second.cached) == (False, True)
+    assert first.rows == second.rows
+    sender.append([miss(tenant)])
+    third = ledger.report("tenant", **question)
+    assert (third.cached, third.total.requests) == (False, 2)
+
+
+def test_a_day_that_is_rebuilt_says_the_same(ledger, sender, tenant):
+    at_ms = now_ms() - 10 * DAY_MS
+    sender.append([miss(tenant, at_ms, status="INTERNAL"), hits(tenant, 7, at_ms, saved_us=70), miss(tenant, at_ms)])
+    question = {"tenant": tenant, "from_ms": at_ms - DAY_MS, "until_ms": at_ms + DAY_MS}
+    before = ledger.report("model", **question)
+    day = f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d}"
+    rebuilt = ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=day))
+    assert rebuilt.requests >= 9
+    after = ledger.report("model", **question)
+    assert not after.cached
+    assert after.rows == before.rows
+
+
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-01-01", "yesterday"])
+def test_a_day_that_is_not_kept_is_not_rebuilt(ledger, day):
+    with pytest.raises(grpc.RpcError) as refused:
+        ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=day))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("form", ["CSV", "PARQUET"])
+def test_an_export_has_every_record(ledger, sender, tenant, form):
+    begin = now_ms() - 5 * DAY_MS
+    trace = b"\x12" * 16
+    records = [hits(tenant, 3, begin), miss(tenant, begin + 1, compute_us=77, trace_id=trace)]
+    sender.append(records)
+    request = ledger_pb2.ExportRequest(
+        from_ms=begin, until_ms=begin + 2, format=ledger_pb2.ExportRequest.Format.Value(f"FORMAT_{form}")
+    )
+    data = b"".join(answer.part for answer in ledger.stub.Export(request, timeout=30))
+    if form == "CSV":
+        rows = [row for row in csv.DictReader(io.StringIO(data.decode())) if row["tenant"] == tenant]
+    else:
+        rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        rows = [row for row in rows if row["tenant"] == tenant]
+    assert [(row["outcome"], int(row["requests"]), int(row["compute_us"]), row["trace_id"]) for row in rows] == [
+        ("hit-local", 3, 0, ""),
+        ("miss", 1, 77, trace.hex()),
+    ]
+
+
+def test_a_forecast_goes_on_as_the_last_days_did(ledger, sender):
+    answer = ledger.stub.Forecast(ledger_pb2.ForecastRequest())
+    assert answer.month == f"{datetime.now(UTC):%Y-%m}"
+    assert answer.low_nano <= answer.expected_nano <= answer.high_nano
+    assert answer.spent_nano <= answer.low_nano
+
+
+def test_the_command_line_says_what_the_ledger_says(ledger, sender, tenant):
+    sender.append([miss(tenant, compute_us=1500), hits(tenant, 40, saved_us=60_000)])
+    command = [*RINGMESH, "cost", "--ledger", ledger.started.address, "--tenant", tenant]
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=30).stdout)
+    (row,) = told["rows"]
+    shown = {name: row[name] for name in ("tenant", "requests", "compute_us", "cost_nano", "saved_nano")}
+    assert shown == {"tenant": tenant, "requests": 41, "compute_us": 1500, "cost_nano": 15, "saved_nano": 600}
+    table = subprocess.run(command, capture_output=True, check=True, timeout=30, text=True).stdout
+    assert tenant in table
+    assert "0.000000015" in table
+
+
+def price(ledger, worker_type, *, supersede=False, currency="USD", hourly_nano=3_600_000_000, **rest):
+    told = ledger_pb2.Price(worker_type=worker_type, currency=currency, hourly_nano=hourly_nano, **rest)
+    ledger.stub.SetPrice(ledger_pb2.SetPriceRequest(price=told, supersede=supersede), timeout=10)
+
+
+def metrics(ledger):
+    import urllib.request
+
+    text = urllib.request.urlopen(f"http://{ledger.settings['metrics_address']}/metrics").read().decode()
+    return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+
+def test_an_export_that_nobody_reads_holds_up_no_batch(ledger, sender, tenant):
+    begin = now_ms() - 6 * DAY_MS
+    for _ in range(4):
+        sender.append([miss(tenant, begin, trace_id=bytes(range(16)))] * 50_000)
+    request = ledger_pb2.ExportRequest(from_ms=begin, until_ms=begin + 1, format=ledger_pb2.ExportRequest.FORMAT_CSV)
+    export = ledger.stub.Export(request)
+    assert next(export).part
+    # A day without a partition yet.
+    assert sender.append([miss(tenant, now_ms() - 33 * DAY_MS)]).result == WRITTEN
+    export.cancel()
+
+
+def test_advice_replays_an_hour_and_says_by_how_much_it_is_off(ledger, sender, tenant):
+    kind = unique("type")
+    price(ledger, kind, hourly_nano=1_000_000_000)
+    hour = now_ms() // HOUR_MS * HOUR_MS - 2 * HOUR_MS
+    # Four workers were up; two at a time is what comes: pairs of runs of 100 ms, every 200 ms.
+    records = [
+        miss(tenant, hour + 200 * number + 100, compute_us=100_000, total_us=100_000, worker_type=kind)
+        for number in range(1000)
+        for _ in range(2)
+    ]
+    times = [worker_time(f"w{n}", hour // 60_000 + m, worker_type=kind) for n in range(4) for m in range(60)]
+    sender.append(records, worker_times=times)
+    question = {"worker_type": kind, "from_ms": hour, "until_ms": hour + HOUR_MS}
+    answer = ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(**question))
+    (told,) = answer.hours
+    assert (told.requests, told.workers, told.measured_wait_us, told.replayed_wait_us) == (2000, 4.0, 0, 0)
+    assert (told.advised_workers, told.advised_wait_us) == (2, 0)
+    assert (answer.cost_nano, answer.advised_cost_nano, answer.error_us) == (4 * 10**9, 2 * 10**9, 0)
+    answer = ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(wait_us=100_000, **question))
+    assert (answer.hours[0].advised_workers, answer.hours[0].advised_wait_us) == (1, 100_000)
+    with pytest.raises(grpc.RpcError, match="replays at most 48 hours"):
+        ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(worker_type=kind, from_ms=hour - 60 * HOUR_MS))

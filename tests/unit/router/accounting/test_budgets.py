@@ -1,0 +1,89 @@
+"""What a router may spend of budgets."""
+
+import pytest
+from ringmesh.ledger.v1 import ledger_pb2
+
+from router.accounting.budgets import Budgets
+from services.runtime.errors import ResourceExhaustedError
+
+MONTH = 1_796_083_200_000  # 2026-12-01
+RATES = {"cpu": 1_000_000, "router": 1000}
+
+
+def leases(*amounts, **names):
+    budget = ledger_pb2.Budget(period=ledger_pb2.PERIOD_MONTH, hard_nano=5 * 10**9, currency="USD", **names)
+    made = [ledger_pb2.BudgetLease(budget=budget, amount_nano=amount, renews_at_ms=MONTH) for amount in amounts]
+    return ledger_pb2.LeaseResponse(leases=made, nano_per_second=RATES)
+
+
+def renew(budgets, answer):
+    request, spent = budgets.request("router", 1)
+    budgets.renewed(answer, spent)
+    return [use.unsent_nano for use in request.uses]
+
+
+def test_a_request_is_refused_once_its_lease_is_spent():
+    budgets = Budgets()
+    renew(budgets, leases(10, tenant="acme", model="mlp"))
+    budgets.charge("acme", "mlp", "cpu", 9, 0)
+    budgets.check("acme", "mlp")
+    budgets.charge("acme", "mlp", "cpu", 1, 0)
+    with pytest.raises(ResourceExhaustedError) as refused:
+        budgets.check("acme", "mlp")
+    assert refused.value.message == (
+        "the budget of tenant 'acme' and model 'mlp', 5 USD a month, is used up; it renews at 2026-12-01 00:00 UTC"
+    )
+    budgets.check("acme", "other")
+    budgets.check("", "mlp")
+
+
+@pytest.mark.parametrize("names", [{"tenant": "acme"}, {"model": "mlp"}, {"tenant": "acme", "model": "mlp"}])
+def test_a_budget_is_charged_for_its_own(names):
+    budgets = Budgets()
+    renew(budgets, leases(1, **names))
+    budgets.charge("other", "other", "cpu", 100, 0)
+    budgets.check("acme", "mlp")
+    budgets.charge("acme", "mlp", "cpu", 1, 0)
+    with pytest.raises(ResourceExhaustedError):
+        budgets.check("acme", "mlp")
+
+
+def test_hits_are_charged_by_fractions_of_a_nano():
+    budgets = Budgets()
+    renew(budgets, leases(1, tenant="acme"))
+    for _ in range(1000):
+        budgets.check("acme", "mlp")
+        budgets.charge("acme", "mlp", "cpu", 0, 1000)
+    with pytest.raises(ResourceExhaustedError):
+        budgets.check("acme", "mlp")
+
+
+def test_what_is_spent_while_a_lease_is_asked_for_counts_against_it():
+    budgets = Budgets()
+    renew(budgets, leases(10, tenant="acme"))
+    _, spent = budgets.request("router", 1)
+    budgets.charge("acme", "mlp", "cpu", 8, 0)
+    budgets.renewed(leases(5, tenant="acme"), spent)
+    with pytest.raises(ResourceExhaustedError):
+        budgets.check("acme", "mlp")
+
+
+def test_the_ledger_hears_what_it_has_no_record_of():
+    budgets = Budgets()
+    renew(budgets, leases(100, tenant="acme"))
+    budgets.charge("acme", "mlp", "cpu", 7, 0)
+    marks = budgets.marks()
+    budgets.charge("acme", "mlp", "cpu", 2, 1)
+    assert renew(budgets, leases(100, tenant="acme")) == [10]
+    budgets.delivered(marks)
+    assert renew(budgets, leases(100, tenant="acme")) == [3]
+
+
+def test_a_budget_that_is_gone_limits_nothing():
+    budgets = Budgets()
+    renew(budgets, leases(0, tenant="acme"))
+    with pytest.raises(ResourceExhaustedError):
+        budgets.check("acme", "mlp")
+    renew(budgets, leases())
+    assert not budgets.limits
+    budgets.check("acme", "mlp")
