@@ -34,6 +34,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=settings.access(),
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)

@@ -16,7 +16,7 @@ from cache.policy.leases import Leases
 from cache.policy.refusals import Refusals
 from cache.policy.renewals import Renewals, Renewed
 from cache.policy.shared_use import SharedUse
-from cache.policy.worth_asking import NO_TIER, Decision, Subject
+from cache.policy.worth_asking import NO_TIER, LookUpDecision, Subject
 from cache.regions.peer_regions import PeerRegion, PeerRegions
 from cache.regions.valuable import Valuable
 from cache.tiers.entry import Entry
@@ -221,7 +221,7 @@ class Mesh:
         self.local.put(key, entry)
         return True
 
-    def decide(self, key: bytes, subject: Subject) -> Decision:
+    def decide(self, key: bytes, subject: Subject) -> LookUpDecision:
         """Whether to look `key` up in the shared tier, and to write its answer there."""
         if self.shared is None:
             return NO_TIER
@@ -283,7 +283,7 @@ class Mesh:
         self.fill(answer, writes=writes)
         return Found(answer.entry, "miss", answer.worker)
 
-    def _peers_to_ask(self, key: bytes, subject: Subject) -> Mapping[PeerRegion, Decision]:
+    def _peers_to_ask(self, key: bytes, subject: Subject) -> Mapping[PeerRegion, LookUpDecision]:
         # A process that does not know all purges must not fetch purged answers from a peer.
         if not self.peers.peers or not self.purges.is_known or self.purges.oldest_ms:
             return {}
@@ -291,7 +291,7 @@ class Mesh:
 
     async def _race(
         self,
-        peers: Mapping[PeerRegion, Decision],
+        peers: Mapping[PeerRegion, LookUpDecision],
         key: bytes,
         compute: Compute,
         trace: Trace,

@@ -22,6 +22,7 @@ from cache.tiers.entry import EntryFrames
 from cache.tiers.local_tier import LocalTier
 from cache.tiers.shared_tier import SharedTier
 from services.runtime.process.settings import ServiceSettings
+from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.server import StartError
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,6 @@ class MeshSettings(ServiceSettings):
     )
     peer_regions: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
         (), description="caches of other regions: region=host:port, separated by commas"
-    )
-    # Tenants must not know it: with it they could search for colliding inputs, and forge entries in Redis.
-    key_secret: str | None = Field(
-        None,
-        min_length=1,
-        description="secret that request hashes and cache entries are keyed with, the same on every router and cache "
-        "service of a fleet; none: a random one for this process, which only works without Redis and peer regions",
     )
 
     @field_validator("peer_regions", mode="before")
@@ -107,7 +101,10 @@ class MeshSettings(ServiceSettings):
         purges = InvalidationLog(
             shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds
         )
-        peers = [PeerRegion(region, peer, Breaker(time.monotonic), frames) for region, peer in self.peer_regions]
+        credential = credential_of(self.key_secret)
+        peers = [
+            PeerRegion(region, peer, Breaker(time.monotonic), frames, credential) for region, peer in self.peer_regions
+        ]
         return Mesh(
             LocalTier(self.local_tier_bytes),
             shared,

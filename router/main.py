@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
@@ -38,8 +39,10 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.request.service import InferenceService
 from router.settings import RouterSettings
+from router.transport.grpc_channel import GrpcChannel
 from services.runtime.machine import cores, huge_pages, memory
 from services.runtime.process.process import run, set_title
+from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
 from services.runtime.rpc.server import Server
@@ -59,6 +62,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     tracer = create_tracer(
         "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
     )
+    access = settings.access()
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
@@ -76,6 +80,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         sources=settings.create_sources(),
         region=settings.region,
         zone=settings.zone,
+        open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
@@ -99,7 +104,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     budgets = Budgets()
     meter = Meter(budgets) if settings.ledger_address is not None else None
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report, meter)
-    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, budgets)
+    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets)
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
@@ -120,6 +125,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=access,
         share_port=settings.share_port,
     )
     metrics = Metrics()
@@ -133,7 +139,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     usage = None
     if settings.ledger_address is not None and meter is not None:
         spool = LedgerSpool(settings.usage_dir, settings.usage_spool_bytes, time.time_ns)
-        sender = LedgerSender(spool, settings.ledger_address)
+        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret))
         usage = Usage(meter, budgets, sender, settings.region, lambda: _up(fleet))
         metrics.add(usage.samples)
         usage.start()

@@ -4,7 +4,7 @@ from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterator
 
-from cache.policy.worth_asking import ALWAYS, NEVER, Decision, Subject, WorthAsking
+from cache.policy.worth_asking import ALWAYS, NEVER, LookUpDecision, Subject, WorthAsking
 from services.runtime.telemetry.metrics import Counter, Family, Sample
 
 DECISIONS = Family(
@@ -28,7 +28,7 @@ class SharedUse:
         self._decisions = Counter(DECISIONS)
         self._trip_seconds = self._write_seconds = 0.0
 
-    def decide(self, subject: Subject, key: bytes, compute_seconds: float | None) -> Decision:
+    def decide(self, subject: Subject, key: bytes, compute_seconds: float | None) -> LookUpDecision:
         """Decides for one request, and counts it. `compute_seconds` is recent and includes queueing; None: unknown."""
         decision = self._decide(subject, key, compute_seconds)
         self._decisions.add(subject.model, decision.use)
@@ -58,7 +58,7 @@ class SharedUse:
         """Yields the samples, for `Metrics.add`."""
         return self._decisions.samples()
 
-    def _decide(self, subject: Subject, key: bytes, compute_seconds: float | None) -> Decision:
+    def _decide(self, subject: Subject, key: bytes, compute_seconds: float | None) -> LookUpDecision:
         if subject.policy == "never":
             return NEVER
         if subject.policy == "always":

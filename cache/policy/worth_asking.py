@@ -44,7 +44,7 @@ class Subject:
         self.policy = policy
 
 
-class Decision:
+class LookUpDecision:
     """Result of a cost check. `asks`: look the key up, and write the computed answer. `waits`: compute only on a miss.
 
     `use` is its name in metrics; `reason` explains it to a person.
@@ -59,14 +59,16 @@ class Decision:
         self.waits = use == "first"
 
 
-NO_TIER: Final = Decision("skipped", "")
-ALWAYS: Final = Decision("first", "looked up first: the model's configuration says so")
-NEVER: Final = Decision("skipped", "not looked up: the model's configuration says so")
-UNKNOWN: Final = Decision("first", "looked up first: what computing takes is not known yet")
-WORTH: Final = Decision("first", "looked up first: hits save more than look-ups and writes cost")
-CLOSE: Final = Decision("concurrent", "looked up while computing: hits save about what look-ups and writes cost")
-EXPLORED: Final = Decision("explored", "looked up while computing: one of the keys that show how many hits there are")
-NOT_WORTH: Final = Decision("skipped", "not looked up: hits save less than look-ups and writes cost")
+NO_TIER: Final = LookUpDecision("skipped", "")
+ALWAYS: Final = LookUpDecision("first", "looked up first: the model's configuration says so")
+NEVER: Final = LookUpDecision("skipped", "not looked up: the model's configuration says so")
+UNKNOWN: Final = LookUpDecision("first", "looked up first: what computing takes is not known yet")
+WORTH: Final = LookUpDecision("first", "looked up first: hits save more than look-ups and writes cost")
+CLOSE: Final = LookUpDecision("concurrent", "looked up while computing: hits save about what look-ups and writes cost")
+EXPLORED: Final = LookUpDecision(
+    "explored", "looked up while computing: one of the keys that show how many hits there are"
+)
+NOT_WORTH: Final = LookUpDecision("skipped", "not looked up: hits save less than look-ups and writes cost")
 
 
 class _Hits:
@@ -85,7 +87,7 @@ class WorthAsking:
 
     def decide(
         self, subject: bytes, key: bytes, compute_seconds: float | None, trip_seconds: float, write_seconds: float = 0.0
-    ) -> Decision:
+    ) -> LookUpDecision:
         """Decides for one request. `compute_seconds` includes queueing; None: unknown. `trip_seconds` may be inf.
 
         `subject` is the id of a Subject.

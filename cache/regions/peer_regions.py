@@ -20,11 +20,12 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2
 
 from cache.keys.invalidation import InvalidationLog
-from cache.policy.worth_asking import Decision, WorthAsking
+from cache.policy.worth_asking import LookUpDecision, WorthAsking
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames, is_answer
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
+from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class PeerRegion:
     dropped because their seal or their content was invalid.
     """
 
-    def __init__(self, region: str, address: str, breaker: Breaker, frames: EntryFrames) -> None:
+    def __init__(self, region: str, address: str, breaker: Breaker, frames: EntryFrames, credential: str = "") -> None:
         self.region = region
         self._frames = frames
         self.trip_seconds = float("inf")
@@ -75,6 +76,7 @@ class PeerRegion:
         self._fetch: _RawCall = self._channel.unary_unary(_SERVICE + "Fetch")
         self._list: _RawCall = self._channel.unary_unary(_SERVICE + "ListValuable")
         self._watch: _RawStream = self._channel.unary_stream(_SERVICE + "Watch")
+        self._metadata = ((CREDENTIAL, credential),) if credential else ()
         self._waiting: dict[bytes, asyncio.Future[Entry | None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -94,7 +96,9 @@ class PeerRegion:
         """Looks up `keys` in one call. Raises one of FAILURES."""
         start = time.monotonic()
         timeout = min(_LONGEST_SECONDS, max(0.1, 10 * self.trip_seconds))
-        data = await self._fetch(cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout)
+        data = await self._fetch(
+            cache_pb2.FetchRequest(keys=keys).SerializeToString(), timeout=timeout, metadata=self._metadata
+        )
         results = cache_pb2.FetchResponse.FromString(data).results
         if len(results) != len(keys):
             raise PeerError(f"it answered {len(results)} of {len(keys)} look-ups")
@@ -123,7 +127,7 @@ class PeerRegion:
 
     async def valuable(self) -> list[bytes]:
         """Returns the keys that save the peer most compute time. Raises one of FAILURES."""
-        data = await self._list(b"", timeout=_LONGEST_SECONDS)
+        data = await self._list(b"", timeout=_LONGEST_SECONDS, metadata=self._metadata)
         return list(cache_pb2.ListValuableResponse.FromString(data).keys)
 
     async def probe_on(self) -> None:
@@ -143,7 +147,7 @@ class PeerRegion:
         """Applies the peer's purges as they arrive."""
         while True:
             with contextlib.suppress(*FAILURES, RingmeshError):
-                async for data in self._watch(b""):
+                async for data in self._watch(b"", metadata=self._metadata):
                     await purges.merge(cache_pb2.WatchResponse.FromString(data).purges)
             await asyncio.sleep(_PROBE_SECONDS)
 
@@ -201,7 +205,9 @@ class PeerRegions:
             task.cancel()
         await asyncio.gather(*(peer.close() for peer in self.peers))
 
-    def worth_asking(self, subject: bytes, key: bytes, compute_seconds: float | None) -> dict[PeerRegion, Decision]:
+    def worth_asking(
+        self, subject: bytes, key: bytes, compute_seconds: float | None
+    ) -> dict[PeerRegion, LookUpDecision]:
         """Returns the available peers that pass the cost check; none if the compute time is unknown."""
         if compute_seconds is None:
             return {}
@@ -214,7 +220,7 @@ class PeerRegions:
 
     async def race(
         self,
-        peers: Mapping[PeerRegion, Decision],
+        peers: Mapping[PeerRegion, LookUpDecision],
         subject: bytes,
         key: bytes,
         compute: Callable[[], Awaitable[Result]],

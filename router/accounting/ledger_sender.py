@@ -14,6 +14,8 @@ from google.protobuf.message import DecodeError
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from router.accounting.ledger_spool import LedgerSpool, Spooled
+from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.client_metadata import sending
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -34,10 +36,12 @@ _REJECTED = "rejected"
 class LedgerSender:
     """From `spool` to the ledger at `address`. The spool is used by nobody else."""
 
-    def __init__(self, spool: LedgerSpool, address: str) -> None:
+    def __init__(self, spool: LedgerSpool, address: str, credential: str = "") -> None:
         self._spool = spool
         options = (("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 2000))
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = grpc.aio.insecure_channel(
+            address, options=options, interceptors=sending(CREDENTIAL, credential)
+        )
         self._stub = ledger_pb2_grpc.LedgerServiceStub(self._channel)
         self._wake = asyncio.Event()
         self._all_sent = asyncio.Event()

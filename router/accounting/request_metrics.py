@@ -30,9 +30,9 @@ DURATION = Family(
 ERRORS = Family(
     "ringmesh_errors_total",
     "counter",
-    "requests that failed; type: invalid_input, unknown_model, not_loaded, precondition, not_cached, overload, quota, "
-    "budget, memory, too_large, no_worker, worker_lost, unavailable, deadline, cancelled, execution, internal, "
-    "redis, unimplemented",
+    "requests that failed; type: invalid_input, unauthenticated, denied, unknown_model, not_loaded, precondition, "
+    "not_cached, overload, quota, budget, memory, too_large, no_worker, worker_lost, unavailable, deadline, cancelled, "
+    "execution, internal, redis, unimplemented",
     ("model", "version", "type"),
 )
 COMPUTE = Family(

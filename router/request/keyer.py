@@ -68,6 +68,7 @@ class Keyer:
             ):
                 call.model, call.name = parsed.model, parsed.model.name
                 call.request_id, call.request_hash = parsed.request_id, parsed.request_hash
+                _check_model(call)
                 return
             call.memo_key = memo_key
         self.key(call)
@@ -89,6 +90,7 @@ class Keyer:
         """As `key`, also for an ensemble that cannot run. Returns the model."""
         read = self._reader.read(call.data)
         call.name, call.request_id = read.head.name, read.request_id
+        _check_model(call)
         catalog = self._fleet.view.catalog
         call.model = model = catalog.find(call.name, read.head.version)
         if read.head.checked is not model:
@@ -106,6 +108,11 @@ class Keyer:
                 call.ring_hash = self._hasher.sequence_place(call.name, sequence)
             call.reason = str(why)
         return model
+
+
+def _check_model(call: Call) -> None:
+    if call.told is not None and call.told.identity is not None:
+        call.told.identity.check_model(call.name)
 
 
 class _ParsedRequest:

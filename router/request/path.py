@@ -35,6 +35,7 @@ from services.runtime.errors import DeadlineExceededError, FailedPreconditionErr
 from services.runtime.keyed_lock import KeyedLock
 from services.runtime.large_result import Result
 from services.runtime.oip import protocol
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.rpc import Answer, Failure, Metadata
 from services.runtime.telemetry import worker_spans
 from services.runtime.telemetry.metrics import Sample
@@ -63,10 +64,12 @@ class RequestPath:
         replies: Replies,
         quotas: Quotas,
         audit: Audit,
+        access: Access,
         budgets: Budgets,
     ) -> None:
         self._budgets = budgets
         self._fleet = fleet
+        self._access = access
         self._mesh = mesh
         self._dispatcher = dispatcher
         self._tracer = tracer
@@ -90,6 +93,7 @@ class RequestPath:
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
         """Makes the call of a received request; `deadline` in time.monotonic."""
         told = protocol.caller_metadata(metadata)
+        protocol.identify(told, self._access)
         call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
         call.told = told
         return call

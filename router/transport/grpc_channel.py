@@ -20,6 +20,7 @@ from router.transport.http2 import Connection, ConnectionLostError, Stream
 from services.runtime import faults
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LargeAnswer, take_apart
+from services.runtime.rpc.access import CREDENTIAL
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,13 @@ class CallError(Exception):
 class GrpcChannel:
     """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss.
 
-    `tls` is None for a plain connection. With TLS, the server's certificate must name the host.
+    `tls` is None for a plain connection. With TLS, the server's certificate must name the host. `credential` shows the
+    server that the caller is a service of its fleet.
     """
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: str, tls: ssl.SSLContext | None = None, credential: str = "") -> None:
         self._address = address
+        self._credential = credential
         self._tls = tls
         if tls is not None:
             tls.set_alpn_protocols(["h2"])
@@ -172,6 +175,8 @@ class GrpcChannel:
             (":method", "POST"), (":scheme", scheme), (":path", method), (":authority", self._address),
             ("te", "trailers"), ("content-type", "application/grpc"), ("user-agent", "ringmesh-router"),
         ]  # fmt: skip
+        if self._credential:
+            headers.append((CREDENTIAL, self._credential))
         return hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])
 
 

@@ -32,7 +32,6 @@ class Commands(TyperGroup):
     """Subcommands. An error that the user can fix is printed in one line; the exit code is then 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a subcommand."""
         try:
             return super().invoke(ctx)
         except CommandError as error:
@@ -50,6 +49,8 @@ prices_app = typer.Typer(no_args_is_help=False)
 app.add_typer(prices_app, name="prices")
 budgets_app = typer.Typer(no_args_is_help=False)
 app.add_typer(budgets_app, name="budgets")
+key_app = typer.Typer(no_args_is_help=True, help="API keys of callers.")
+app.add_typer(key_app, name="key")
 
 
 def _inherited(context: typer.Context, parameter: typer.CallbackParam, value: Value) -> Value:
@@ -161,6 +162,7 @@ def up(
     from services.cli.stack.key_secret import key_secret
     from services.cli.stack.stack import StackOptions
     from services.runtime.process import variables
+    from services.runtime.rpc.access import warning
 
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
@@ -177,8 +179,9 @@ def up(
 
     async def serve() -> int:
         screen.endpoints(options)
-        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router)
-        screen.failures(failures)
+        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
+        for failure in failures:
+            screen.say(failure)
         if sample is not None:
             screen.first_calls(endpoints.router, sample)
         screen.say("ready")
@@ -190,6 +193,8 @@ def up(
 
     for message in variables.unknown(os.environ):
         screen.say(f"warning: {message}")
+    if exposed := warning(f"{host}:{base_port}", has_keys="RINGMESH_API_KEYS" in os.environ):
+        screen.say(f"warning: {exposed}")
     with claim(state):
         if models is None:
             demo_models.fill(Path(options.models), screen.say)
@@ -275,7 +280,7 @@ def top(
     from services.cli.commands import running
     from services.cli.commands import top as show
 
-    url = console_url or running.find(state).console
+    url = console_url or running.endpoint("console", state)
     if once or not sys.stdout.isatty():
         show.once(_console(), url)
     else:
@@ -298,7 +303,7 @@ def explain(
 
     if (model is None) == (request is None):
         raise CommandError("name a model, or a file with --request")
-    address = router or running.find(state).router
+    address = router or running.endpoint("router", state)
     sent = show.read_request(request) if request is not None else show.random_request(address, model or "")
     show.show(_console(), show.explain(address, sent, tenant))
 
@@ -308,7 +313,7 @@ def models(router: RouterOption = None, state: StateOption = STATE) -> None:
     """Lists the models of the fleet with their state and counts."""
     from services.cli.commands import model_list, running
 
-    _console().print(model_list.listing(router or running.find(state).router))
+    _console().print(model_list.listing(router or running.endpoint("router", state)))
 
 
 @app.command("semantic-precision")
@@ -326,7 +331,7 @@ def semantic_precision(
     from services.cli.commands import semantic_precision as tool
 
     chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
-    _console().print(tool.measure(router or running.find(state).router, model, vectors, chosen))
+    _console().print(tool.measure(router or running.endpoint("router", state), model, vectors, chosen))
 
 
 @cache_app.callback(invoke_without_command=True)
@@ -336,11 +341,8 @@ def cache(context: typer.Context, address: CacheOption = None, state: StateOptio
         return
     from services.cli.commands import cache_service, running
 
-    if address is not None:
-        processes = {"cache": address}
-    else:
-        stack = running.find(state)
-        processes = {"router": stack.router, "cache": stack.cache}
+    names = ("router", "cache") if address is None else ("cache",)
+    processes = {name: address or running.endpoint(name, state) for name in names}
     _console().print(cache_service.listing(processes))
 
 
@@ -359,11 +361,14 @@ def purge(
     """Removes entries from all caches. Returns when no router or cache answers from them any more."""
     from services.cli.commands import cache_service, running
 
-    request = cache_service.purge_request(
-        everything=everything, model=model, tenant=tenant, key=key, even_if_unknown=even_if_unknown
+    done = cache_service.purge(
+        address or running.endpoint("router", state),  # which knows the models
+        even_if_unknown=even_if_unknown,
+        everything=everything,
+        model=model,
+        tenant=tenant,
+        key=key,
     )
-    # Sent to a router, which knows the models.
-    done = cache_service.purge(address or running.find(state).router, request)
     _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
     if done.warning:
         _console().print(done.warning, highlight=False)
@@ -415,7 +420,7 @@ def cost(
 
     if bill + forecast + (export is not None) > 1:
         raise CommandError("choose one of --bill, --forecast and --export")
-    address = ledger or running.find(state).ledger
+    address = ledger or running.endpoint("ledger", state)
     console = _console()
     if export is not None:
         written = show.export(address, since or "1h", until, export)
@@ -460,7 +465,7 @@ def advice(
     from services.cli.commands import advice as tool
     from services.cli.commands import cost, running
 
-    answer = tool.ask(ledger or running.find(state).ledger, worker_type, since, until, wait)
+    answer = tool.ask(ledger or running.endpoint("ledger", state), worker_type, since, until, wait)
     if is_json:
         print(cost.as_json(answer))
     else:
@@ -475,7 +480,7 @@ def prices(context: typer.Context, ledger: LedgerOption = None, state: StateOpti
     from services.cli.commands import prices as tool
     from services.cli.commands import running
 
-    _console().print(tool.listing(ledger or running.find(state).ledger))
+    _console().print(tool.listing(ledger or running.endpoint("ledger", state)))
 
 
 @prices_app.command("set")
@@ -500,7 +505,7 @@ def set_price(
     from services.cli.commands import running
 
     tool.set_price(
-        ledger or running.find(state).ledger,
+        ledger or running.endpoint("ledger", state),
         worker_type,
         hourly,
         currency,
@@ -525,7 +530,7 @@ def delete_price(
     from services.cli.commands import prices as tool
     from services.cli.commands import running
 
-    tool.delete(ledger or running.find(state).ledger, worker_type, since)
+    tool.delete(ledger or running.endpoint("ledger", state), worker_type, since)
 
 
 class Period(StrEnum):
@@ -553,7 +558,7 @@ def budgets(
     from services.cli.commands import budgets as tool
     from services.cli.commands import running
 
-    found = tool.states(ledger or running.find(state).ledger)
+    found = tool.states(ledger or running.endpoint("ledger", state))
     if is_json:
         print(tool.plain(found))
     else:
@@ -575,7 +580,7 @@ def set_budget(
     from services.cli.commands import budgets as tool
     from services.cli.commands import running
 
-    tool.set_budget(ledger or running.find(state).ledger, tenant, model, period.value, soft, hard, currency)
+    tool.set_budget(ledger or running.endpoint("ledger", state), tenant, model, period.value, soft, hard, currency)
 
 
 @budgets_app.command("delete")
@@ -590,7 +595,7 @@ def delete_budget(
     from services.cli.commands import budgets as tool
     from services.cli.commands import running
 
-    tool.delete(ledger or running.find(state).ledger, tenant, model, period.value)
+    tool.delete(ledger or running.endpoint("ledger", state), tenant, model, period.value)
 
 
 def _run(
@@ -605,6 +610,23 @@ def _run(
     set_title(title, options.endpoints.router)
     traces.prune(options.traces)
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
+
+
+@key_app.command()
+def new(
+    id: Annotated[str, typer.Argument(help="Name of the key in the file, in traces and in the audit log.")],
+    file: Annotated[Path, typer.Option(envvar="RINGMESH_API_KEYS", help="File to add the hash of the key to.")],
+    role: Annotated[list[str], typer.Option(help="infer, read, operate or admin; may be repeated.")],
+    tenant: Annotated[str, typer.Option(help="Tenant of the callers.")] = "",
+    model: Annotated[list[str] | None, typer.Option(help="Only for this model; may be repeated.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; default: never.")] = None,
+) -> None:
+    """Prints a new API key, and adds its hash to the file. Remove its line to revoke it."""
+    from services.cli.commands import keys
+    from services.runtime.process.process import keep_files_private
+
+    keep_files_private()
+    print(keys.create(file, id, tenant, role, model or [], days))
 
 
 def _console() -> Console:

@@ -32,12 +32,14 @@ from services.console.pages import (
 )
 from services.console.pages.live import Pages
 from services.console.security import Guard
+from services.runtime.rpc.access import Access
 
 log = logging.getLogger(__name__)
 
 
-def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> Starlette:
-    """Creates the application. `hosts` are accepted besides IP addresses and localhost. `stopping` ends all streams."""
+def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str], access: Access) -> Starlette:
+    """Creates the application. `hosts` are accepted besides IP addresses and localhost. `stopping` ends all streams.
+    `access` says who may change something."""
     pages = Pages(stopping, sources.outages)
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -69,6 +71,6 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str]) -> S
             Route("/api/summary", partial(summary_api.summary, sources)),
             Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         ],
-        middleware=[Middleware(Guard, hosts=hosts)],
+        middleware=[Middleware(Guard, hosts=hosts, access=access)],
         exception_handlers={HTTPException: refused, Exception: failed},
     )

@@ -28,7 +28,10 @@ class HttpServer:
 
     def __init__(self, app: ASGIApp, address: str) -> None:
         self._address = address
-        config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, server_header=False)
+        # Without proxy_headers: whoever connects decides, not what it says of its own callers.
+        config = uvicorn.Config(
+            app, lifespan="off", log_level="warning", access_log=False, server_header=False, proxy_headers=False
+        )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 

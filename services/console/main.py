@@ -18,6 +18,7 @@ from services.console.data.trace_store import TraceStore
 from services.console.http_server import HttpServer
 from services.console.settings import ConsoleSettings
 from services.runtime.process.process import run, set_title
+from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import Server
 from services.runtime.telemetry.metrics import Metrics
@@ -30,13 +31,14 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
     traces = TraceStore(max_bytes=settings.trace_store_bytes, max_traces=settings.trace_store_traces)
     history = History(time.time)
     scraper = Scraper(settings.metrics_targets, history)
-    fleet = FleetWatch(settings.routers, settings.cache_address)
-    ledger = LedgerReports(settings.ledger_address)
+    access = settings.access()
+    fleet = FleetWatch(settings.routers, settings.cache_address, credential_of(settings.key_secret))
+    ledger = LedgerReports(settings.ledger_address, credential_of(settings.key_secret))
     sources = Sources(fleet, history, scraper, traces, settings.trace_ui, ledger)
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)
     metrics.add(partial(console_metrics.samples, traces))
-    pages = HttpServer(app.create(sources, stopping, settings.console_hosts), settings.http_address)
+    pages = HttpServer(app.create(sources, stopping, settings.console_hosts, access), settings.http_address)
     receiver = Server(
         settings.engine,
         settings.address,
@@ -44,6 +46,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=access,
     )
     metrics.add(receiver.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)

@@ -51,6 +51,7 @@ _FORGOTTEN = "what is loaded and unloaded by request ends with this process"
 
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
+    access = settings.access()
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _kept(settings, "crashes", CrashJournal, "models that kill this worker are not left out")
@@ -72,7 +73,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     report = LoadReport(lambda: Answers(load.answered, 0), cores.available(), load.metrics)
     envelopes = EnvelopeService(worker, settings.region, settings.zone, settings.weight)
     calls = Calls()
-    inference = DirectService(worker, tracer, report).service(lambda: server.health.serving, more, calls)
+    inference = DirectService(worker, tracer, report, access).service(lambda: server.health.serving, more, calls)
 
     server = Server(
         settings.engine,
@@ -81,6 +82,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=access,
         calls=calls,
     )
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))

@@ -20,6 +20,7 @@ from services.ledger.storage.embedded import EmbeddedPostgres
 from services.ledger.storage.partitions import Partitions
 from services.ledger.upkeep import keep_partitions, open_database
 from services.runtime.process.process import run
+from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import Server
 from services.runtime.telemetry.metrics import Metrics
@@ -48,7 +49,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     partitions = Partitions(settings.retention)
     writer = Writer(database, partitions)
     prices = PriceList(database, settings.currency)
-    cache = ReportCache(settings.cache_address)
+    cache = ReportCache(settings.cache_address, credential_of(settings.key_secret))
     reports = Reports(database, prices, cache, settings.retention)
     budgets = Budgets(database, prices)
     server = Server(
@@ -58,6 +59,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
         max_message_bytes=settings.max_message_bytes,
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
+        access=settings.access(),
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)

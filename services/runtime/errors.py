@@ -4,6 +4,8 @@ RingmeshError
 ├── InvalidArgumentError     the request is invalid, on any server
 ├── NotFoundError            no such model or version
 ├── AlreadyExistsError       the name is taken
+├── UnauthenticatedError     the caller's API key is missing, unknown or expired
+├── PermissionDeniedError    the caller may not do this
 ├── FailedPreconditionError  this server lacks state that the request needs; another may have it
 ├── ResourceExhaustedError   a limit is reached; may be retried later
 ├── UnavailableError         no server can answer now; may be retried elsewhere
@@ -78,6 +80,20 @@ class NotFoundError(RingmeshError):
 class AlreadyExistsError(RingmeshError):
     code = grpc.StatusCode.ALREADY_EXISTS
     kind = "conflict"
+
+
+class UnauthenticatedError(RingmeshError):
+    """The caller's API key is missing, unknown or expired."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    kind = "unauthenticated"
+
+
+class PermissionDeniedError(RingmeshError):
+    """The caller may not do this; the message says who may."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    kind = "denied"
 
 
 class FailedPreconditionError(RingmeshError):

@@ -93,24 +93,24 @@ def pieces_of(results: Sequence[SplitResult], load: inference_pb2.LoadReport) ->
 
 def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
     """Splits a serialized ExecuteResponse that came in pieces. Call it on a thread. Raises ValueError if malformed."""
-    reader = _Reader(pieces)
+    reader = Pieces(pieces)
     message: list[bytes] = []
     responses: list[bytes] = []
     while reader.left:
-        tag = reader.varint()
+        tag = _varint(reader)
         if tag != _RESULTS << 3 | _LENGTH_DELIMITED:
-            message += [wire.varint(tag), reader.value(tag)]
+            message += [wire.varint(tag), _value(reader, tag)]
             continue
-        length = reader.varint()
+        length = _varint(reader)
         end = reader.left - length
         rest: list[bytes] = []
         response = b""
         while reader.left > end:
-            tag = reader.varint()
+            tag = _varint(reader)
             if tag == _RESPONSE << 3 | _LENGTH_DELIMITED:
-                response = reader.take(reader.varint())
+                response = reader.take(_varint(reader))
             else:
-                rest += [wire.varint(tag), reader.value(tag)]
+                rest += [wire.varint(tag), _value(reader, tag)]
         if reader.left != end:
             raise ValueError("a field ends beyond its message")
         message.append(wire.field(_RESULTS, b"".join(rest)))
@@ -118,24 +118,25 @@ def take_apart(pieces: Sequence[bytes]) -> LargeAnswer:
     return LargeAnswer(b"".join(message), responses)
 
 
-class _Reader(Pieces):
-    def varint(self) -> int:
-        number = shift = 0
-        while shift < 64:
-            (byte,) = self.take(1)
-            number |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return number
-            shift += 7
-        raise ValueError("a number without an end")
+def _varint(reader: Pieces) -> int:
+    number = shift = 0
+    while shift < 64:
+        (byte,) = reader.take(1)
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number
+        shift += 7
+    raise ValueError("a number without an end")
 
-    def value(self, tag: int) -> bytes:
-        kind = tag & 7
-        if kind == _VARINT:
-            return wire.varint(self.varint())
-        if kind == _LENGTH_DELIMITED:
-            length = self.varint()
-            return wire.varint(length) + self.take(length)
-        if kind in (_FIXED64, _FIXED32):
-            return self.take(8 if kind == _FIXED64 else 4)
-        raise ValueError(f"wire type {kind}")
+
+def _value(reader: Pieces, tag: int) -> bytes:
+    """The value after `tag`, as it is encoded."""
+    kind = tag & 7
+    if kind == _VARINT:
+        return wire.varint(_varint(reader))
+    if kind == _LENGTH_DELIMITED:
+        length = _varint(reader)
+        return wire.varint(length) + reader.take(length)
+    if kind in (_FIXED64, _FIXED32):
+        return reader.take(8 if kind == _FIXED64 else 4)
+    raise ValueError(f"wire type {kind}")

@@ -84,7 +84,9 @@ def main() -> None:
     table = Table(*names, "hits", "from Redis", "runs a key", "errors")
     with tempfile.TemporaryDirectory(prefix="ringmesh-bench-") as folder:
         work = Path(folder)
-        models.write(MLP, work / "models")
+        # Routers would not use Redis for so quick a model.
+        always = 'parameters { key: "ringmesh_shared_tier" value { string_value: "always" } }'
+        models.write(MLP, work / "models", models.CONFIG + always)
         rng = np.random.default_rng(1)
         bodies = write_bodies(work / "bodies", "mlp", "x", rng.random((BODIES, 1, 64), dtype=np.float32))
         for count, connections, age, with_redis in (

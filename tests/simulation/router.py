@@ -28,6 +28,7 @@ from router.settings import RouterSettings
 from services.runtime import faults
 from services.runtime.driver import Driver
 from services.runtime.redis import discovery
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.rpc import failure
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
@@ -104,7 +105,7 @@ class SimRouter:
         )
         replies = Replies(mesh, tracer, requests, RequestLog(time.monotonic), cost, audit, report, None)
         self.path = RequestPath(
-            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Budgets()
+            fleet, mesh, hasher, self.dispatcher, tracer, requests, replies, self.quotas, audit, Access(""), Budgets()
         )
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()

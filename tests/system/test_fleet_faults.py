@@ -11,8 +11,12 @@ import grpc
 import pytest
 import ringmesh
 import tritonclient.grpc.aio as triton
+from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from services.runtime.rpc.access import CREDENTIAL, credential_of
 from tests.system import processes
 from tests.system.callers import eventually
 from tests.system.steady_load import steady_load
@@ -168,6 +172,22 @@ async def test_a_worker_whose_network_is_cut(far_router, away):
         seconds=3.0,
     )
     assert "worker-away" in load.workers
+
+
+async def test_a_caller_on_another_host_may_infer_but_not_operate(away):
+    async with grpc.aio.insecure_channel(away[0]) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        worker = inference_pb2_grpc.InferenceWorkerServiceStub(channel)
+        assert (await stub.RepositoryIndex(v2.RepositoryIndexRequest())).models
+        for refused in (
+            stub.RepositoryModelUnload(v2.RepositoryModelUnloadRequest(model_name="mlp")),
+            stub.LogSettings(v2.LogSettingsRequest()),
+            worker.Execute(inference_pb2.ExecuteRequest()),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="RINGMESH_ADMIN_NETWORKS"):
+                await refused
+        credential = ((CREDENTIAL, credential_of(processes.KEY_SECRET)),)
+        await worker.Execute(inference_pb2.ExecuteRequest(), metadata=credential)
 
 
 async def test_a_worker_that_is_slowed_by_300_ms(start_router, workers):

@@ -18,6 +18,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.router.v1 import router_pb2
 
 from tests.system.conftest import eventually
+from tests.system.processes import free_address
 from tests.system.test_cache import fresh
 from tests.unit.runtime.telemetry.test_metrics import documented
 
@@ -188,6 +189,23 @@ def test_every_process_serves_metrics_and_only_those_of_the_table(stack):
             else:
                 assert name.endswith("_created"), f"{name} is not in docs/metrics.md"
     assert len(seen) > 25
+
+
+def test_tritons_names_are_an_option_of_routers_and_workers(stack, start_worker, start_router):
+    assert not [name for address in addresses(stack).values() for name, _ in scrape(address) if name.startswith("nv_")]
+    metrics = [free_address(), free_address()]
+    worker = start_worker("worker-triton", metrics_address=metrics[0], triton_metrics=True)
+    router = start_router([worker.address], None, metrics_address=metrics[1], triton_metrics=True)
+    request = fresh()
+    for _ in range(3):
+        call(router.address, request)
+
+    def sums():
+        names = ("nv_inference_request_success", "nv_inference_count", "nv_cache_num_hits_per_model")
+        scraped = [scrape(address) for address in metrics]
+        return [sum(value(s, f"{name}_total", model=request.model_name) for s in scraped) for name in names]
+
+    assert sums() == [3, 1, 2]
 
 
 @pytest.mark.parametrize("module", ["router", "cache"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from services.runtime.rpc.access import CREDENTIAL, credential_of
 from tests import models as onnx_models
 from tests.system.conftest import eventually
 
@@ -59,9 +60,9 @@ def test_each_service_has_a_unit_that_starts_it_and_leaves_time_to_drain():
         assert int(found["TimeoutStopSec"]) > 15
 
 
-def test_only_routers_and_caches_have_the_secrets():
-    with_secrets = {unit.stem for unit in UNITS if ("EnvironmentFile", "/etc/ringmesh/secrets.env") in directives(unit)}
-    assert with_secrets == {"ringmesh-router", "ringmesh-cache"}
+def test_all_services_have_the_secrets_from_a_file_of_their_own():
+    for unit in UNITS:
+        assert ("EnvironmentFile", "/etc/ringmesh/secrets.env") in directives(unit)
     assert "RINGMESH_KEY_SECRET" not in variables(FOLDER / "ringmesh.env")
 
 
@@ -162,7 +163,9 @@ def test_three_hosts_serve_and_survive_the_loss_of_one(hosts, tmp_path):
         return hosts.run("host-3", sys.executable, "-c", CALL, f"{HOSTS[router]}:8001", str(value))
 
     def ring(router):
-        options = ("-plaintext", f"{HOSTS[router]}:8001", "ringmesh.router.v1.RouterService/GetRing")
+        # Reflection is for services, where other hosts reach the router.
+        credential = f"{CREDENTIAL}: {credential_of(variables(FOLDER / 'secrets.env')['RINGMESH_KEY_SECRET'])}"
+        options = ("-plaintext", "-H", credential, f"{HOSTS[router]}:8001", "ringmesh.router.v1.RouterService/GetRing")
         return hosts.run("host-3", Path(sys.executable).parent / "grpcurl", *options).count('"healthy": true')
 
     eventually(lambda: ring("host-1") == ring("host-2") == 2, 60)

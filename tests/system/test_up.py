@@ -1,5 +1,7 @@
 """`ringmesh up` as an operator meets it: real processes, started, broken and ended."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -7,13 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
+from services.cli.commands import keys
+from services.runtime.rpc.access import credential_of
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
 
@@ -81,10 +88,11 @@ def test_every_endpoint_is_in_the_table(first):
         assert endpoint in first.output
 
 
-def test_router_and_cache_have_the_installations_secret_and_nobody_else(first):
+def test_the_services_have_the_installations_secret_and_nobody_else(first):
     told = {name: psutil.Process(pid).environ().get("RINGMESH_KEY_SECRET") for name, pid in first.pids.items()}
-    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == {"router", "cache"}
-    assert {name for name, secret in told.items() if secret is not None} == {"router", "cache"}
+    services = {"router", "cache", "console", "worker-0", "worker-1"}
+    assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == services
+    assert {name for name, secret in told.items() if secret is not None} == services
 
 
 def test_a_signal_drains_and_leaves_nothing(running):
@@ -237,13 +245,40 @@ def test_a_malformed_redis_url_is_refused(state, url):
     assert "is not a Redis URL" in refused("--state", str(state), "--base-port", "0", "--redis", url)
 
 
-def test_an_unreachable_redis_is_a_warning_and_its_password_is_shown_nowhere(state):
-    stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
+def test_an_unreachable_redis_is_a_warning(state):
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://127.0.0.1:1")
     assert "warning: the Redis of --redis does not answer" in stack.output
     assert "valkey" not in stack.pids
-    assert "hunter2" not in "".join(str(process.cmdline()) for process in stack.tree())
     assert stop_stack(stack) == 0
-    assert b"hunter2" not in b"".join(path.read_bytes() for path in state.rglob("*") if path.is_file())
+
+
+def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch):
+    key = keys.create(state / "keys.jsonl", "one", "acme", ["infer"], [], None)
+    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
+    described = json.loads((state / "stack.json").read_text())
+    with grpc.insecure_channel(stack.router) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        sampled = ("traceparent", f"00-{7:032x}-{7:016x}-01")
+        for method, sent in (
+            (stub.ModelMetadata, key),
+            (stub.RepositoryModelUnload, key),
+            (stub.ModelInfer, "rmk_wrong"),
+        ):
+            with contextlib.suppress(grpc.RpcError):
+                method(v2.ModelMetadataRequest(name="mlp"), metadata=(("authorization", f"Bearer {sent}"), sampled))
+    shown = [stack.output, *(str(process.cmdline()) for process in stack.tree())]
+    pages = [f"{described['console']}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
+    for url in (*pages, *(f"http://{address}/metrics" for address in described["metrics"].values())):
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            shown.append(answer.read().decode())
+    assert stop_stack(stack) == 0
+    left = [path for path in state.rglob("*") if path.is_file() and path.name != "key-secret"]
+    shown += [path.read_bytes().decode(errors="replace") for path in left]
+    assert "RepositoryModelUnload" in "".join(shown)
+    credential = credential_of(processes.KEY_SECRET)
+    for secret in (key, "rmk_wrong", "hunter2", processes.KEY_SECRET, credential):
+        assert [text for text in shown if secret in text] == []
 
 
 def test_what_it_writes_is_for_its_user_only(running):
@@ -275,3 +310,14 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
 
 def _is_of(process, state):
     return str(state) in ((process.info["environ"] or {}).get("RINGMESH_TRACE_DIR") or "")
+
+
+def test_a_stack_that_other_hosts_reach_without_keys_says_what_is_open(state, monkeypatch):
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "warning: 0.0.0.0:0 is open to other hosts without API keys: anybody" in stack.output
+    assert stop_stack(stack) == 0
+    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
+    (state / "keys.jsonl").touch()
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "API keys" not in stack.output
+    assert stop_stack(stack) == 0

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "protos/README.md", *ROOT.glob("docs/**/*.md")]
-)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "protos/README.md", *ROOT.glob("docs/**/*.md")])
 PATH = re.compile(r"`((?:router|cache|services|tests|scripts|deploy|protos|docs)/[\w./-]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

@@ -124,7 +124,7 @@ def test_the_known_variables_are_those_of_all_services():
     from services.runtime.process.variables import KNOWN
 
     services = (CacheSettings, ConsoleSettings, RouterSettings, WorkerSettings)
-    assert {name.upper() for settings in services for name in settings.model_fields} | {"CONFIG"} == KNOWN
+    assert {name.upper() for settings in services for name in settings.model_fields} | {"CONFIG", "API_KEY"} == KNOWN
 
 
 def test_an_unknown_variable_is_reported_with_the_nearest_name():

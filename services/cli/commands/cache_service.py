@@ -45,8 +45,11 @@ def listing(processes: Mapping[str, str]) -> Table:
     return table
 
 
-def purge_request(*, even_if_unknown: bool, **scopes: Any) -> cache_pb2.PurgeRequest:
-    """Returns a purge of one scope: everything, model, tenant or key. Raises CommandError if not exactly one is set."""
+def purge(address: str, *, even_if_unknown: bool, **scopes: Any) -> cache_pb2.PurgeResponse:
+    """Purges one scope: everything, a model, a tenant or a key. Returns when all processes apply it.
+
+    `address`: a router or the cache service. Raises CommandError, also if not exactly one scope is set.
+    """
     chosen = {name: value for name, value in scopes.items() if value}
     if len(chosen) != 1:
         raise CommandError("name what to purge by one of --everything, --model, --tenant and --key")
@@ -54,11 +57,7 @@ def purge_request(*, even_if_unknown: bool, **scopes: Any) -> cache_pb2.PurgeReq
         chosen |= {"key": bytes.fromhex(chosen["key"])} if "key" in chosen else {}
     except ValueError:
         raise CommandError(f"--key: {chosen['key']!r} is not hexadecimal; `ringmesh explain` shows keys") from None
-    return cache_pb2.PurgeRequest(**chosen, even_if_unknown=even_if_unknown)
-
-
-def purge(address: str, request: cache_pb2.PurgeRequest) -> cache_pb2.PurgeResponse:
-    """Sends a purge to a router or the cache service. Returns when all processes apply it. Raises CommandError."""
+    request = cache_pb2.PurgeRequest(**chosen, even_if_unknown=even_if_unknown)
     return running.ask(
         address,
         "cache",

@@ -35,7 +35,6 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        """The names of the models that cannot be served."""
         return [model["name"] for model in self.models if model["error"]]
 
 
@@ -90,7 +89,6 @@ def _run(repository: str, after: str, state: Path, add: Callable[[dict[str, Any]
 
 
 def show(console: Console, report: Report, *, as_json: bool) -> None:
-    """Prints the report as text, or as JSON."""
     if as_json:
         print(json.dumps({"repository": report.repository, "models": report.models}, indent=2))
         return

@@ -57,7 +57,6 @@ class Answer:
 
     @property
     def is_hit(self) -> bool:
-        """Whether the answer came from a cache."""
         return self.source in _HITS
 
 

@@ -15,7 +15,6 @@ from services.cli.commands import magika_features
 
 
 def fill(models: Path, say: Callable[[str], None]) -> None:
-    """Writes the missing models."""
     folder = magika_features.model_folder()
     if folder is None:
         say("warning: magika is not installed, so its model is not served; pip install 'ringmesh-server[demo]'")

@@ -37,7 +37,6 @@ def random_request(router: str, model: str) -> v2.ModelInferRequest:
 
 
 def explain(router: str, request: v2.ModelInferRequest, tenant: str) -> router_pb2.ExplainResponse:
-    """Asks the router to explain the request. Raises CommandError."""
     message = router_pb2.ExplainRequest(request=request, tenant=tenant)
     return running.ask(
         router,

@@ -14,10 +14,10 @@ from services.cli.commands import running, tables
 from services.cli.commands.sample_request import SampleRequest, sample
 
 
-def first_look(router: str) -> tuple[list[str], SampleRequest | None]:
+def first_look(router: str, secret: str) -> tuple[list[str], SampleRequest | None]:
     """Returns a message for each model that is not served, and a request for one that is, `mlp` if there is one.
 
-    Raises CommandError.
+    `secret`: the key secret of the stack. Raises CommandError.
     """
 
     def call(channel: grpc.Channel) -> tuple[list[str], SampleRequest | None]:
@@ -30,7 +30,7 @@ def first_look(router: str) -> tuple[list[str], SampleRequest | None]:
         ready = sorted((model.name != "mlp", model.name) for model in models if model.state == "READY")
         return failed, sample(channel, ready[0][1]) if ready else None
 
-    return running.ask(router, "router", call)
+    return running.ask(router, "router", call, secret)
 
 
 def listing(router: str) -> Table:

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, credential_of
 
 # Time limit of a call that computes nothing.
 SECONDS = 10.0
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Endpoints of a running stack: host:port of router, cache and ledger, and the URL of the console."""
+def endpoint(name: str, state: Path) -> str:
+    """Returns the endpoint of a process of the stack in the folder `state`. Raises CommandError.
 
-    router: str
-    cache: str
-    ledger: str
-    console: str
-
-
-def find(state: Path) -> Running:
-    """Finds the stack with the state folder `state`. Raises CommandError if none is running."""
+    `name`: `router`, `cache`, `ledger` or `console`. It is host:port, for the console a URL.
+    """
     try:
-        found = json.loads((state / "stack.json").read_text())
-        return Running(found["router"], found["cache"], found["ledger"], found["console"])
+        found: str = json.loads((state / "stack.json").read_text())[name]
     except OSError:
         raise CommandError(
             f"no stack runs in {state}: `ringmesh up` starts one, --state names another folder, "
@@ -40,13 +33,27 @@ def find(state: Path) -> Running:
         ) from None
     except (ValueError, KeyError):
         raise CommandError(f"{state / 'stack.json'} was not written by `ringmesh up`") from None
+    return found
 
 
-def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer]) -> Answer:
-    """Makes calls to the process at `address`. Raises CommandError if one fails."""
+class _Identified(grpc.UnaryUnaryClientInterceptor):
+    """Sends RINGMESH_API_KEY, or the credential of a key secret."""
+
+    def __init__(self, secret: str) -> None:
+        key = os.environ.get("RINGMESH_API_KEY")
+        self._entry = (AUTHORIZATION, f"Bearer {key}") if key else (CREDENTIAL, credential_of(secret))
+
+    def intercept_unary_unary(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
+
+
+def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer], secret: str = "") -> Answer:
+    """Makes calls to the process at `address`. `secret`: the key secret, if RINGMESH_KEY_SECRET is not set. Raises
+    CommandError if one fails."""
     try:
         with grpc.insecure_channel(address, (*LOCAL, ("grpc.max_receive_message_length", -1))) as channel:
-            return call(channel)
+            who = _Identified(secret or os.environ.get("RINGMESH_KEY_SECRET", ""))
+            return call(grpc.intercept_channel(channel, who))
     except grpc.RpcError as error:
         status: grpc.Call = error  # type: ignore[assignment]  # as grpcio raises it
         details = status.details() or ""

@@ -66,7 +66,6 @@ class SampleRequest:
         return shell.python(lines, then=f"{command} -d @ {method}")
 
     def python(self, router: str) -> str:
-        """Returns a command that sends the request with Triton's client."""
         lines = ["import numpy as np, tritonclient.grpc as triton", "inputs = []"]
         for tensor in self.inputs:
             shape = [max(1, size) for size in tensor.shape]
@@ -105,5 +104,4 @@ def sample(channel: grpc.Channel, model: str) -> SampleRequest:
 
 
 def _expression(raw: bytes) -> str:
-    """Returns a Python expression for sample contents."""
     return f"bytes({len(raw)})" if not any(raw) else f"{raw[:5]!r} * {len(raw) // 5}"

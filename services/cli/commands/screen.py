@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,11 +23,9 @@ class Screen:
         self._state = state
 
     def say(self, line: str) -> None:
-        """Prints one line without wrapping."""
         self._console.print(Text(line), soft_wrap=True)
 
     def endpoints(self, options: StackOptions) -> None:
-        """Prints the endpoint and the protocol of each process."""
         table = tables.create("process", "endpoint", "protocol", gap=3)
         endpoints = options.endpoints
         count = len(endpoints.routers)
@@ -49,11 +46,6 @@ class Screen:
         table.add_row("metrics", f"http://{endpoints.metrics[endpoints.routers[0]]}/metrics", "Prometheus")
         self._console.print()
         self._console.print(table)
-
-    def failures(self, messages: Iterable[str]) -> None:
-        """Prints why models are not served."""
-        for message in messages:
-            self._console.print(Text(message, style="red"), soft_wrap=True)
 
     def first_calls(self, router: str, sample: SampleRequest) -> None:
         """Prints commands for a first request and its trace verbatim, so that they can be copied."""

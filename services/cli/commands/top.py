@@ -42,7 +42,6 @@ def read(url: str) -> dict[str, Any]:
 
 
 def once(console: Console, url: str) -> None:
-    """Prints one frame."""
     console.print(frame(read(url)))
 
 
@@ -63,7 +62,6 @@ def watch(console: Console, url: str) -> None:
 
 
 def frame(summary: dict[str, Any]) -> RenderableType:
-    """Renders the headline, the findings, the vitals and the tables."""
     parts: list[RenderableType] = [Text(summary["headline"], style="bold"), ""]
     for finding in summary["findings"]:
         style = _STYLES.get(finding["severity"], "")

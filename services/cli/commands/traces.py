@@ -44,7 +44,6 @@ def find(folder: Path, prefix: str, sleep: Callable[[float], None] = time.sleep)
 
 
 def latest(folder: Path) -> list[SpanTree]:
-    """Returns the latest traces, the newest first."""
     return sorted(trees(_read(folder, "")), key=lambda trace: trace.start_ns, reverse=True)[:_LATEST]
 
 
@@ -56,7 +55,6 @@ def prune(folder: Path) -> None:
 
 
 def tree(trace: SpanTree) -> Table:
-    """Returns a table with one row per span: its place in the tree, its start and its duration."""
     table = tables.create("span", "service", ">at ms", ">took ms", "", title=f"trace {trace.trace_id}")
     table.columns[-1].width = _BAR_CELLS
     table.add_column("attributes", overflow="fold")
@@ -74,7 +72,6 @@ def tree(trace: SpanTree) -> Table:
 
 
 def listing(traces: Iterable[SpanTree]) -> Table:
-    """Returns a table with one row per trace."""
     table = tables.create("trace id", "began", ">took ms", ">spans", "of", "answer from", "worker", "tenant", "error")
     # The trace id is never shortened, so that it can be copied.
     table.columns[0].min_width = 32

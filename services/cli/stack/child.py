@@ -51,7 +51,6 @@ class Child:
         return self._process.pid if self._process is not None and running else 0
 
     async def spawn(self) -> None:
-        """Starts the process, without waiting for it to be ready."""
         with self._open_log() as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
@@ -97,7 +96,6 @@ class Child:
             await process.wait()
 
     def kill(self) -> None:
-        """Sends SIGKILL without waiting."""
         if self._keeper is not None:
             self._keeper.cancel()
         if self.pid:

@@ -33,7 +33,7 @@ _STOP_MARGIN_SECONDS = 15.0
 class StackOptions:
     """Options of a stack. `models` is a folder or URL; `redis` is an existing server that replaces the embedded Valkey.
 
-    Routers and cache share `key_secret`.
+    All services share `key_secret`.
     """
 
     endpoints: Endpoints
@@ -47,12 +47,10 @@ class StackOptions:
 
     @property
     def redis_url(self) -> str:
-        """The URL of the Redis server that the stack uses."""
         return self.redis or f"redis://{self.endpoints.valkey}"
 
     @property
     def console(self) -> str:
-        """The URL of the console's pages."""
         return f"http://{self.endpoints.pages}"
 
 
@@ -122,7 +120,6 @@ class Stack:
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
-        """Sends SIGKILL to all running processes."""
         for child in self._children.values():
             child.kill()
 
@@ -153,6 +150,8 @@ class Stack:
             "RINGMESH_TRACE_DIR": str(options.traces.absolute()),
             "RINGMESH_DRAIN_SECONDS": str(options.drain_seconds),
             "RINGMESH_OTLP_ENDPOINT": options.otlp or f"http://{endpoints.spans}",
+            "RINGMESH_KEY_SECRET": options.key_secret,
+            "RINGMESH_AUDIT_LOG": str(options.state.absolute() / "audit.jsonl"),
         }
         environment = {
             **common,
@@ -163,7 +162,7 @@ class Stack:
             "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={address}" for name, address in endpoints.metrics.items()),
         }
         yield self._service("console", "services.console", endpoints.spans, environment)
-        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url, "RINGMESH_KEY_SECRET": options.key_secret}
+        caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
         yield self._service("cache", "cache", endpoints.cache, caches)
         ledger = {
             **common,

@@ -17,6 +17,8 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.console.data.fleet_events import EventFeed
+from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.client_metadata import sending
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _ASK_SECONDS = 1.0
@@ -121,14 +123,18 @@ class FleetSnapshot:
 
 
 class FleetWatch:
-    """Polls the fleet every second. `view` is the current snapshot."""
+    """Polls the fleet every second. `view` is the current snapshot. `credential` is sent with every call."""
 
-    def __init__(self, routers: tuple[str, ...], cache: str) -> None:
-        self._channels = {address: grpc.aio.insecure_channel(address, options=OPTIONS) for address in {*routers, cache}}
+    def __init__(self, routers: tuple[str, ...], cache: str, credential: str = "") -> None:
+        self._credential = credential
+        self._channels = {address: self._connect(address) for address in {*routers, cache}}
         self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
         self.events = EventFeed()
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sending(CREDENTIAL, self._credential))
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """Returns the channel to a router or the cache service."""
@@ -209,7 +215,7 @@ class FleetWatch:
             await self._workers.pop(gone).close()
         for address in addresses:
             if address not in self._workers:
-                self._workers[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
+                self._workers[address] = self._connect(address)
         answers = await asyncio.gather(*(_describe(self._workers[address]) for address in addresses))
         return sorted((answer for answer in answers if answer is not None), key=lambda answer: answer.worker_id)
 

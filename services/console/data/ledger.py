@@ -11,6 +11,8 @@ import grpc
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from services.console.data.fleet_watch import OPTIONS
+from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.client_metadata import sending
 
 _SECONDS = 5.0
 _ROWS = 20
@@ -40,10 +42,11 @@ class Spending:
 class LedgerReports:
     """Reads reports from the ledger at `address` (host:port); "" if there is no ledger. `clock` as time.time."""
 
-    def __init__(self, address: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, address: str, credential: str = "", clock: Callable[[], float] = time.time) -> None:
         self.address = address
         self._clock = clock
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS) if address else None
+        sends = sending(CREDENTIAL, credential)
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sends) if address else None
         self._read: dict[int, tuple[float, Spending]] = {}
 
     async def spending(self, seconds: int) -> Spending:

@@ -26,6 +26,7 @@ from services.runtime.oip.infer_request import model_name, request_id
 from services.runtime.oip.protocol import fast_path_handler
 from services.runtime.oip.stream_infer import stream_handler
 from services.runtime.request_limits import check_list
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.rpc import (
     Answer,
@@ -51,8 +52,9 @@ _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"
 class DirectService:
     """`inference.GRPCInferenceService`, called at this worker directly. It does not cache."""
 
-    def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport) -> None:
+    def __init__(self, worker: Worker, tracer: Tracer, report: LoadReport, access: Access) -> None:
         self._worker = worker
+        self._access = access
         self._tracer = tracer
         self._report = report
 
@@ -83,7 +85,14 @@ class DirectService:
         return metadata
 
     async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
-        trace = self._tracer.start(protocol.traceparent(metadata))
+        caller = protocol.caller_metadata(metadata)
+        if self._access.keys is not None:
+            protocol.identify(caller, self._access)
+            if caller.error is not None:
+                raise caller.error
+            if caller.identity is not None:
+                caller.identity.check_model(model_name(data))
+        trace = self._tracer.start(caller.traceparent)
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()
         work = Work(data, b"", deadline, bytes.fromhex(trace.trace_id + trace.span_id))

@@ -19,6 +19,8 @@ from ringmesh.ledger.v1 import ledger_pb2
 from services.ledger.reports.time_range import DAY_MS, TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.price_table import Price
+from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.client_metadata import sending
 
 _NAMESPACE = "ringmesh-ledger"
 _SECONDS = 0.1
@@ -29,10 +31,9 @@ _TTL_MS = DAY_MS
 class ReportCache:
     """Through the cache service at `address`; None: nothing is cached."""
 
-    def __init__(self, address: str | None) -> None:
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) if address else None
-        )
+    def __init__(self, address: str | None, credential: str = "") -> None:
+        options, sends = (("grpc.enable_http_proxy", 0),), sending(CREDENTIAL, credential)
+        self._channel = grpc.aio.insecure_channel(address, options=options, interceptors=sends) if address else None
         self._stub = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
         self._skip_until = 0.0
         self.hits = self.misses = self.failures = 0

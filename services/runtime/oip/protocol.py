@@ -15,6 +15,8 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime import driver, wire
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, Access
+from services.runtime.rpc.api_keys import Identity
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -138,7 +140,11 @@ class CallerMetadata:
         self.tenant = ""
         self.priority = ""
         self.control = ""
-        self.error: InvalidArgumentError | None = None
+        self.authorization = ""
+        self.credential = ""
+        self.error: RingmeshError | None = None
+        # Set by `identify`.
+        self.identity: Identity | None = None
 
 
 def caller_metadata(sent: Metadata) -> CallerMetadata:
@@ -148,7 +154,7 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
     cache-control entries are joined by commas, as in HTTP.
     """
     values = CallerMetadata()
-    traces = tenants = priorities = 0
+    traces = tenants = priorities = keys = 0
     for key, value in sent:
         if key == "traceparent":
             traces += 1
@@ -164,10 +170,28 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
         elif key == PRIORITY:
             priorities += 1
             values.priority = _text(values, key, value, priorities)
+        elif key == AUTHORIZATION:
+            keys += 1
+            values.authorization = _text(values, key, value, keys)
+        elif key == CREDENTIAL:
+            values.credential = _text(values, key, value, 1)
         elif key == CACHE_CONTROL:
             control = _text(values, key, value, 1)
             values.control = f"{values.control},{control}" if values.control else control
     return values
+
+
+def identify(values: CallerMetadata, access: Access) -> None:
+    """Establishes who calls: sets `identity` and takes the tenant from it. A refusal goes to `error`."""
+    if access.keys is None or values.error is not None:
+        return
+    try:
+        values.identity = access.caller(values.authorization, values.credential, values.tenant)
+    except RingmeshError as error:
+        values.error = error
+        return
+    if values.identity is not None:
+        values.tenant = values.identity.tenant
 
 
 def _text(values: CallerMetadata, key: str, value: str | bytes, times: int) -> str:
@@ -208,11 +232,6 @@ def full_name(method: str) -> str:
 
 def span_attributes(method: str, code: int) -> dict[str, Value]:
     return rpc_attributes(full_name(method), code)
-
-
-def traceparent(sent: Metadata) -> str | None:
-    """Returns the caller's traceparent, as in CallerMetadata."""
-    return caller_metadata(sent).traceparent
 
 
 def deadline(context: Context) -> float | None:

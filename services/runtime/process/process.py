@@ -55,10 +55,9 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
             for message in variables.unknown(os.environ):
                 log.warning("%s", message)
             uvloop.run(main(settings))
-    except ValidationError as error:
-        sys.exit(_refuse(name, describe(error)))
-    except StartError as error:
-        sys.exit(_refuse(name, str(error)))
+    except (ValidationError, StartError) as error:
+        print(f"{name}: {describe(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 
@@ -73,8 +72,3 @@ def set_title(role: str, address: str, port: int = 0) -> None:
     os.environ.setdefault("SPT_NOENV", "1")
     host, _, configured = address.rpartition(":")
     setproctitle(f"ringmesh: {role} {host}:{port or configured}")
-
-
-def _refuse(name: str, why: str) -> int:
-    print(f"{name}: {why}", file=sys.stderr)
-    return 2

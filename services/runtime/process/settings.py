@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from services.runtime.process import units
+from services.runtime.rpc.access import LOOPBACK, Access, credential_of
+from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
+from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
 from services.runtime.telemetry.logs import LogFormat
@@ -36,6 +45,21 @@ class ServiceSettings(BaseSettings):
         300.0, gt=0, description="when the client of a connection is asked to open another, which may find new servers"
     )
     drain_seconds: float = Field(15.0, ge=0, description="time for requests under way after SIGTERM")
+    # Tenants must not know it: with it they could search for colliding inputs, and forge entries in Redis.
+    key_secret: str | None = Field(
+        None,
+        min_length=1,
+        description="secret that request hashes and cache entries are keyed with, and from which services know each "
+        "other; the same on every process of a fleet; none: routers and caches take a random one for themselves, which "
+        "only works without Redis, peer regions and workers on other hosts",
+    )
+    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        LOOPBACK, description="networks from which callers may operate and administrate, separated by commas"
+    )
+    api_keys: Path | None = Field(
+        None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
+    )
+    audit_log: Path | None = Field(None, description="file that gets what operators do; none: the log does")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")
@@ -51,6 +75,20 @@ class ServiceSettings(BaseSettings):
         if name.endswith("_seconds"):
             return units.parse_seconds(value)
         return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
+
+    @field_validator("admin_networks", mode="before")
+    @classmethod
+    def _split_networks(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    def access(self) -> Access:
+        """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""
+        try:
+            keys = ApiKeys(self.api_keys) if self.api_keys is not None else None
+        except KeyFileError as error:
+            raise StartError(f"RINGMESH_API_KEYS: {error}") from None
+        audit = AuditLog(self.section, self.audit_log)
+        return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys, audit)
 
     @classmethod
     def settings_customise_sources(

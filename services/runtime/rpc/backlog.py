@@ -196,7 +196,7 @@ class Backlog:
         return self._limit // 16 if total <= 2 * self._limit else _FLOOR
 
     def _open(self, peer: str) -> _Flow:
-        address = _address(peer)
+        address = parse_peer(peer)
         flow = self._by_address.get(address)
         if flow is None:
             flow = self._by_address[address] = _Flow(address, self._clock())
@@ -204,7 +204,7 @@ class Backlog:
         return flow
 
 
-def _address(peer: str) -> Address:
+def parse_peer(peer: str) -> Address:
     """Parses a peer such as `ipv4:127.0.0.1:80` or `ipv6:%5B::1%5D:80`; the port is 0 if there is none."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     return host.strip("[]").partition("%")[0].removeprefix("::ffff:"), int(port) if port.isdecimal() else 0

@@ -94,7 +94,7 @@ class Calls:
                 response: bytes = await answer(request, context)
                 return response
             except BaseException as error:
-                code = _code(context, error)
+                code = status_of(context, error)
                 raise
             finally:
                 count(code)
@@ -107,7 +107,7 @@ class Calls:
                     async for response in responses:
                         yield response
             except BaseException as error:
-                code = _code(context, error)
+                code = status_of(context, error)
                 raise
             finally:
                 count(code)
@@ -126,7 +126,7 @@ async def _check(context: Context) -> None:
         await abort(context, error)
 
 
-def _code(context: Context, error: BaseException) -> str:
+def status_of(context: Context, error: BaseException) -> str:
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "CANCELLED"
     # grpcio returns a number, or None if no code was set.

@@ -24,6 +24,7 @@ from services.runtime import faults
 from services.runtime.driver import Driver
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.machine import cores
+from services.runtime.rpc.access import Guard
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.rpc.rpc import (
     PUSHBACK,
@@ -39,6 +40,7 @@ from services.runtime.rpc.rpc import (
 log = logging.getLogger(__name__)
 
 _BATCH = 64
+_NO_GUARDS: Mapping[str, Guard | None] = {}
 _FLUSH_SECONDS = 0.1
 # Delay of `afterwards` callbacks, to batch them: a wake-up and a GIL hand-over cost more than most of these callbacks.
 _AFTERWARDS_SECONDS = 0.02
@@ -53,8 +55,13 @@ class FastPathServer(native.Server):
     """`pygrpc_native.aio.server()` with fast paths by method. It uses private names of it, which tests pin."""
 
     def __init__(
-        self, options: list[tuple[str, Any]], paths: Mapping[str, FastPath], max_unread_bytes: int = MAX_UNREAD_BYTES
+        self,
+        options: list[tuple[str, Any]],
+        paths: Mapping[str, FastPath],
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+        guards: Mapping[str, Guard | None] = _NO_GUARDS,
     ) -> None:
+        """`guards`: checks of the callers of fast paths; they raise RingmeshError."""
         # On two cores, a second I/O thread would only compete with Python.
         super().__init__(options=options, io_threads=min(2, max(1, cores.available() // 2)))
         # The engine's metrics report the bytes sent by calls that have ended.
@@ -64,6 +71,8 @@ class FastPathServer(native.Server):
         self._paths = paths
         self._largest = self._receive_limit if self._receive_limit is not None else sys.maxsize
         self._path_of: list[FastPath | None] = []
+        self._guards = guards
+        self._guard_of: list[Guard | None] = []
         self._draining = False
         # Pending `afterwards` callbacks, and whether the event loop is scheduled to run them.
         self._afterwards: deque[Callable[[], None]] = deque()
@@ -78,6 +87,7 @@ class FastPathServer(native.Server):
     async def start(self) -> None:
         await super().start()
         self._path_of = [self._paths.get(path) for path, _ in self._table]
+        self._guard_of = [self._guards.get(path) for path, _ in self._table]
         self._unary = frozenset(path for path, handler in self._table if not handler.response_streaming)
 
     async def stop(self, grace: float | None) -> None:
@@ -200,6 +210,8 @@ class FastPathServer(native.Server):
             answer: Answer | Failure
             try:
                 check_metadata(metadata)
+                if (guard := self._guard_of[method_id]) is not None:
+                    guard(metadata, peer, payload)
                 deadline = None if remaining is None else now + remaining
                 coroutine = path(payload, metadata, deadline)
                 coroutine.send(None)

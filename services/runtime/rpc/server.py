@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 import grpc
-from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 
 from services.runtime.rpc import reflection
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.connections import Connections
@@ -76,8 +77,27 @@ class _GrpcioAnswers:
         self._ended_bytes += size
 
 
+class _Registered:
+    """Takes the place of a server, to get the handlers that a library would register."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, dict[str, Handler]] = {}
+
+    def add_registered_method_handlers(self, name: str, handlers: dict[str, Handler]) -> None:
+        self.handlers[name] = handlers
+
+    def add_generic_rpc_handlers(self, _: object) -> None:
+        """Does nothing: the same handlers once more."""
+
+
+def _channelz() -> dict[str, dict[str, Handler]]:
+    registered = _Registered()
+    channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), registered)
+    return registered.handlers
+
+
 def _create(
-    engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int
+    engine: Engine, options: list[tuple[str, Any]], services: Sequence[Service], max_unread_bytes: int, access: Access
 ) -> tuple[grpc.aio.Server, Backlog, Callable[[Handler], Handler]]:
     """Returns the server, its backlog of unread answers, and the wrapper for each handler."""
     if engine is Engine.NATIVE:
@@ -89,7 +109,8 @@ def _create(
             paths = {
                 f"/{service.name}/{method}": path for service in services for method, path in service.fast_paths.items()
             }
-            native = FastPathServer(options, paths, max_unread_bytes)
+            guards = {path: access.guard(path[1:]) for path in paths}
+            native = FastPathServer(options, paths, max_unread_bytes, guards)
             return native, native.backlog, lambda handler: handler
     answers = _GrpcioAnswers(max_unread_bytes)
     return grpc.aio.server(options=options), answers.backlog, answers.bounded
@@ -102,7 +123,7 @@ class Server:
     `max_connection_age` seconds, because long-lived channels find new servers only when a connection ends. With
     `share_port`, other processes with that option may listen on the same port, and the kernel spreads connections over
     them. `calls` counts calls; several servers may share it. About `max_unread_bytes` of answers that callers do not
-    read are held: see Backlog.
+    read are held: see Backlog. `access` decides who may call what; None: see Access.
     """
 
     def __init__(
@@ -116,8 +137,10 @@ class Server:
         share_port: bool = False,
         calls: Calls | None = None,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
+        access: Access | None = None,
     ) -> None:
         self._address = address
+        self._access = access or Access(address)
         self._services = services
         self._max_connection_age = max_connection_age
         self._connections: Connections | None = None
@@ -137,22 +160,21 @@ class Server:
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
             ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
         ]
-        self._server, self._backlog, self._bounded = _create(engine, options, services, max_unread_bytes)
+        self._server, self._backlog, self._bounded = _create(engine, options, services, max_unread_bytes, self._access)
         self.calls.add(self._backlog.samples)
 
     async def start(self) -> int:
         """Binds, starts answering (NOT_SERVING), and returns the port. Raises StartError if it cannot listen there."""
-        server = self._server
+        server, access = self._server, self._access
         services = [*self._services, self.health.service()]
-        channelz.add_channelz_servicer(server)
-        channelz_name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
-        served = {
-            service.name: {name: self._bounded(made) for name, made in self.calls.counted(service).items()}
-            for service in services
-        }
-        for name, handlers in (served | reflection.handlers([*served, channelz_name])).items():
-            server.add_registered_method_handlers(name, handlers)
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+        for service in services:
+            counted = self.calls.counted(access.protect(service))
+            self._register(service.name, {name: self._bounded(made) for name, made in counted.items()})
+        others = _channelz()
+        others |= reflection.handlers([*(service.name for service in services), *others])
+        for name, handlers in others.items():
+            guarded = {method: access.guarded(f"{name}/{method}", made) for method, made in handlers.items()}
+            self._register(name, guarded)
         try:
             port = server.add_insecure_port(self._address)
         except RuntimeError:
@@ -160,13 +182,21 @@ class Server:
                 f"cannot listen on {self._address}: the port is taken or the address is not ours"
             ) from None
         await server.start()
+        if access.warning:
+            log.warning("%s", access.warning)
         self._connections = Connections(port)
         self._backlog.watch(self._connections)
         self._watching = [
             BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections)),
             BACKGROUND.start("slow readers", self._look_for_slow_readers),
         ]
+        if self._access.keys is not None:
+            self._watching.append(BACKGROUND.start("API keys", self._access.keys.follow))
         return port
+
+    def _register(self, name: str, handlers: dict[str, Handler]) -> None:
+        self._server.add_registered_method_handlers(name, handlers)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
     def receiver_seconds(self) -> float:
         """Returns the CPU time of the receiving thread, or 0 if the engine has none."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 
 import grpc
@@ -44,9 +43,7 @@ class MetricsExport:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await BACKGROUND.end(self._task)
 
     async def _run(self, endpoint: str) -> None:
         started_ns = time.time_ns()

@@ -88,9 +88,7 @@ class SpanQueue(Generic[Item]):
     async def close(self) -> None:
         """Sends the queued spans, for at most _CLOSE_SECONDS, and drops the rest."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await BACKGROUND.end(self._task)
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 while self._waiting and await self._send() != "again":

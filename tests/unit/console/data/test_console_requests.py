@@ -21,6 +21,7 @@ from services.console.data.scraper import Scraper
 from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
 from services.console.pages import live
+from services.runtime.rpc.access import Access
 from tests.unit.console.data.test_history import sample
 from tests.unit.console.data.test_trace_store import span
 
@@ -83,7 +84,7 @@ class Console:
         history = self.history = History(lambda: 1000.0)
         sources = Sources(self.fleet, history, Scraper({}, history), self.traces, "", LedgerReports(""))
         self.stopping = asyncio.Event()
-        self.app = app.create(sources, self.stopping, ())
+        self.app = app.create(sources, self.stopping, (), Access("127.0.0.1:0"))
 
     def close(self):
         self.run(self._close())
@@ -327,3 +328,15 @@ def test_an_empty_tensor_is_sent(console):
     status, text = console.try_out(**{**GOOD, "shape:x": "0, 2", "values:x": "[]"})
     assert status == 200
     assert "[]" in text
+
+
+def test_only_browsers_of_an_admin_network_may_change_something(console, caplog):
+    caplog.set_level("INFO")
+    fields = urlencode({"scope": "everything"}).encode()
+    status, text = console.ask("POST", "/cache", body=fields, client="10.0.0.1")
+    assert status == 403
+    assert "RINGMESH_ADMIN_NETWORKS" in text
+    assert console.ask("GET", "/cache", client="10.0.0.1")[0] == 200
+    (recorded,) = [record.message for record in caplog.records if "POST /cache" in record.message]
+    assert '"who": "browser"' in recorded
+    assert '"peer": "10.0.0.1"' in recorded

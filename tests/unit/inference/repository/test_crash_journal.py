@@ -15,6 +15,7 @@ from services.inference.repository import crash_journal
 from services.inference.repository.crash_journal import CRASHES, WINDOW_SECONDS, CrashJournal
 from services.inference.repository.repository import Directory, versions
 from services.inference.scheduling.batcher import Batcher
+from services.runtime.verdict import Verdict
 from tests import models
 from tests.unit.inference.models.test_model_store import EXECUTOR, open_model
 
@@ -153,7 +154,7 @@ def test_models_of_many_loads_share_the_room_and_never_a_record(path, monkeypatc
 class Model:
     """Counts how many run at once."""
 
-    name, batchable, max_batch_rows = "model", False, 1
+    name, batchable, max_batch_rows = "model", Verdict("one by one"), 1
     running = most = 0
     lock = threading.Lock()
 

@@ -14,6 +14,7 @@ from services.inference.execution.inline_runs import InlineRuns
 from services.inference.scheduling.batcher import MAX_MEMBERS, PROBE, Batcher, BatchResult, divided
 from services.inference.scheduling.request_queue import MAX_QUEUE
 from services.runtime.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ResourceExhaustedError
+from services.runtime.verdict import YES, Verdict
 
 EXECUTOR = ThreadPoolExecutor(4)
 # In microseconds.
@@ -24,7 +25,7 @@ class Doubler:
     """Doubles rows; records its batches; waits for `gate`; refuses rows that hold 13."""
 
     name = "doubler"
-    batchable = True
+    batchable = YES
     max_batch_rows = 8
 
     def __init__(self) -> None:
@@ -278,7 +279,7 @@ def levels(count, **more):
 
 async def test_a_higher_priority_goes_first_and_the_default_is_as_configured():
     model = Doubler()
-    model.batchable = False
+    model.batchable = Verdict("one by one")
     batcher = Batcher(model, EXECUTOR, batching=levels(3))
     first = await held(model, batcher, request(0))
     order = []
@@ -360,7 +361,7 @@ async def test_a_request_may_shorten_its_queue_timeout_where_the_model_lets_it(p
 
 async def test_a_level_that_delays_serves_the_overdue_after_the_others(pass_seconds):
     model = Doubler()
-    model.batchable = False
+    model.batchable = Verdict("one by one")
     policy = queue_policy(
         default_timeout_microseconds=1000 * SECOND, allow_timeout_override=True, timeout_action=ModelQueuePolicy.DELAY
     )

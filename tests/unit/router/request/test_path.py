@@ -34,6 +34,7 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from services.runtime.driver import Driver
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from services.runtime.rpc.access import Access
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.spans import Process
@@ -99,7 +100,17 @@ class Router:
         quotas = Quotas(dict(rates), time.monotonic)
         hasher = RequestHasher("secret")
         self.path = RequestPath(
-            fleet, self.mesh, hasher, dispatcher, tracer, self.requests, replies, quotas, audit, self.budgets
+            fleet,
+            self.mesh,
+            hasher,
+            dispatcher,
+            tracer,
+            self.requests,
+            replies,
+            quotas,
+            audit,
+            Access(""),
+            self.budgets,
         )
         self.hash = hasher.hash(v2.ModelInferRequest.FromString(request()), ["y"])
         self.key = purges.epochs.key(DIGEST, "m", self.hash)

@@ -27,6 +27,7 @@ from router.request.path import RequestPath
 from router.request.replies import Replies
 from router.transport.worker_client import WorkerUnreachableError
 from services.runtime.driver import Driver
+from services.runtime.rpc.access import Access
 from services.runtime.rpc.rpc import Answer, Failure, failure
 from services.runtime.telemetry.tracing import Trace
 from tests.conftest import sources_only
@@ -142,7 +143,7 @@ class Router:
             replies = fault.of(TellsReplies)()
         quotas = fault.of(Quotas)({}, time.monotonic)
         self.path = RequestPath(
-            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None, Budgets()
+            fleet, self.mesh, None, self.dispatcher, None, self.requests, replies, quotas, None, Access(""), Budgets()
         )
         self.path._keyer = SimpleNamespace(admit=lambda _: None, remember=lambda _: None)
         self.told = []

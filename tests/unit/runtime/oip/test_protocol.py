@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.runtime.errors import InvalidArgumentError
-from services.runtime.oip.protocol import MAX_TENANT, caller_metadata, check_tenant, traceparent
+from services.runtime.oip.protocol import MAX_TENANT, caller_metadata, check_tenant
 
 
 def test_tenant_priority_and_cache_control_are_read_whatever_is_between_them():
@@ -66,8 +66,8 @@ def test_bytes_are_no_text(name):
 
 
 def test_of_two_traces_none_is_continued():
-    assert traceparent([("a", "b"), ("traceparent", "one")]) == "one"
-    assert traceparent([("traceparent", "one")] * 2) is None
-    assert traceparent([("traceparent", "one")] * 3) is None
-    assert traceparent([("traceparent", b"one")]) is None
-    assert traceparent([]) is None
+    assert caller_metadata([("a", "b"), ("traceparent", "one")]).traceparent == "one"
+    assert caller_metadata([("traceparent", "one")] * 2).traceparent is None
+    assert caller_metadata([("traceparent", "one")] * 3).traceparent is None
+    assert caller_metadata([("traceparent", b"one")]).traceparent is None
+    assert caller_metadata([]).traceparent is None

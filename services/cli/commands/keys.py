@@ -1,0 +1,28 @@
+"""Creates API keys."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from services.cli.errors import CommandError
+from services.runtime.rpc.api_keys import new_key
+from services.runtime.rpc.roles import Role
+
+
+def create(file: Path, id: str, tenant: str, roles: list[str], models: list[str], days: float | None) -> str:
+    """Appends a key to `file`, and returns it. The file has its hash only. Raises CommandError."""
+    expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
+    try:
+        key, entry = new_key(id, tenant, [Role(role) for role in roles], models, expires)
+        with file.open("a") as lines:
+            lines.write(entry.model_dump_json(exclude_defaults=True) + "\n")
+    except ValidationError as error:
+        raise CommandError("; ".join(fault["msg"] for fault in error.errors())) from None
+    except ValueError:
+        raise CommandError(f"a role is one of {', '.join(Role)}") from None
+    except OSError as error:
+        raise CommandError(f"cannot write {file}: {error.strerror}") from None
+    return key

@@ -1,0 +1,251 @@
+"""Who may call which method: by API key, by the network of the caller, or by the credential of Ringmesh's services.
+
+With API keys, each method needs a role of the caller's key. Without, callers from anywhere may infer and read; to
+operate and to administrate, they must come from one of the admin networks, by default the local host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from hmac import compare_digest
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any, Final, TypeAlias
+
+import ringmesh
+from blake3 import blake3
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from services.runtime.errors import PermissionDeniedError, RingmeshError
+from services.runtime.rpc.api_keys import ApiKeys, Identity
+from services.runtime.rpc.audit_log import AuditLog, summary
+from services.runtime.rpc.backlog import parse_peer
+from services.runtime.rpc.calls import status_of
+from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
+from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, parse
+
+Network: TypeAlias = IPv4Network | IPv6Network
+# Checks the metadata, the peer and the message of a call. Returns who calls, as in the audit log. Raises
+# UnauthenticatedError or PermissionDeniedError.
+Guard: TypeAlias = Callable[[Metadata, str, bytes], str]
+# Metadata with an API key, and with the credential of calls between services.
+AUTHORIZATION: Final = "authorization"
+CREDENTIAL: Final = "ringmesh-credential"
+LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+_LOCAL, _SERVICE = "local", "service"
+_FORWARDED = ("x-forwarded-", "forwarded", "x-real-ip", "via")
+# Names of callers are remembered; there are as many as connections.
+_MOST_PEERS = 4096
+
+
+def warning(address: str, *, has_keys: bool) -> str:
+    """What other hosts may do at this address, host:port, though nobody knows who they are; "" for nothing."""
+    if has_keys or _is_local(address):
+        return ""
+    return (
+        f"{address} is open to other hosts without API keys: anybody who reaches it may run inferences, use the cache "
+        "service, and read models, statistics, metrics and traces; RINGMESH_API_KEYS closes it"
+    )
+
+
+def credential_of(secret: str | None) -> str:
+    """The credential of all services that have this key secret; "" if there is none."""
+    return blake3(secret.encode(), derive_key_context="ringmesh 2026 service calls").hexdigest() if secret else ""
+
+
+class Access:
+    """Decides whether calls to a server at `address`, host:port, are admitted."""
+
+    def __init__(
+        self,
+        address: str,
+        networks: Sequence[Network] = LOOPBACK,
+        credential: str = "",
+        keys: ApiKeys | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
+        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`:
+        None: callers have no identity. `audit`: gets what operators do; None: the log does."""
+        self.audit = audit or AuditLog("", None)
+        self._networks = networks
+        self._credential = credential.encode()
+        self._is_local = _is_local(address)
+        self.warning = warning(address, has_keys=keys is not None)
+        self._peers: dict[str, bool] = {}
+        self.keys = keys
+
+    def caller(self, authorization: str, credential: str, tenant: str) -> Identity | None:
+        """The identity of a caller who wants an inference as `tenant`. Whoever knows the model checks that too.
+
+        None if callers have no identity, or if the caller is a service of this fleet. Raises UnauthenticatedError, and
+        PermissionDeniedError if the key may not do that.
+        """
+        if self.keys is None or (credential and self.is_service(((CREDENTIAL, credential),))):
+            return None
+        identity = self.keys.identity(authorization)
+        _check_role(identity, Role.INFER)
+        if tenant and tenant != identity.tenant:
+            raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")
+        return identity
+
+    def guard(self, method: str) -> Guard | None:
+        """Returns the check of the calls of a method; None if none is needed. Inferences are checked by `caller`."""
+        role = role_of(method)
+        if role is None or method in INFERENCES or (self.keys is None and role in (Role.INFER, Role.READ)):
+            return None
+        request = _request_type(method)
+
+        def who(metadata: Metadata, peer: str, data: bytes) -> str:
+            if self.keys is None and self.is_near(peer) and not _is_forwarded(metadata):
+                return _LOCAL
+            if self.is_service(metadata):
+                return _SERVICE
+            if self.keys is None:
+                raise PermissionDeniedError(
+                    f"{method} is for callers on this host, not at {peer}; name their networks in "
+                    "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
+                )
+            identity = self.keys.identity(next((str(value) for name, value in metadata if name == AUTHORIZATION), ""))
+            _check_role(identity, role)
+            if identity.tenant or identity.models:
+                _check_scope(identity, method, parse(request, data) if request is not None else None)
+            return f"key {identity.id}"
+
+        def check(metadata: Metadata, peer: str, data: bytes) -> str:
+            try:
+                return who(metadata, peer, data)
+            except RingmeshError as error:
+                self.audit.refused(method, peer, error.code.name, error.message)
+                raise
+
+        return check
+
+    def protect(self, service: Service) -> Service:
+        """Returns `service` with its handlers protected; the engine protects its fast paths by `guard`."""
+        handlers = {name: self.guarded(f"{service.name}/{name}", made) for name, made in service.handlers.items()}
+        return replace(service, handlers=handlers)
+
+    def guarded(self, method: str, handler: Handler) -> Handler:
+        """Returns `handler`, preceded by the check of its method."""
+        guard = self.guard(method)
+        if guard is None:
+            return handler
+        parts: Any = handler
+        kind = next(
+            kind for kind in ("unary_unary", "unary_stream", "stream_stream") if getattr(parts, kind) is not None
+        )
+        answer = getattr(parts, kind)
+
+        async def check(request: Any, context: Context) -> str:
+            data = request if isinstance(request, bytes) else b""
+            try:
+                return guard(tuple(context.invocation_metadata() or ()), context.peer(), data)
+            except RingmeshError as error:
+                await abort(context, error)
+
+        async def unary(request: Any, context: Context) -> Any:
+            who = await check(request, context)
+            if not _is_audited(method, who):
+                return await answer(request, context)
+            result = "OK"
+            try:
+                return await answer(request, context)
+            except BaseException as error:
+                result = status_of(context, error)
+                raise
+            finally:
+                self.audit.write(who, method, context.peer(), result, request=_about(method, request))
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            await check(request, context)
+            async for response in answer(request, context):
+                yield response
+
+        guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
+        return guarded
+
+    def is_near(self, peer: str) -> bool:
+        """Whether the caller is in an admin network. The native engine hides who calls a method with a request stream
+        (`unix:`): then nobody is, unless the server listens for this host only."""
+        near = self._peers.get(peer)
+        if near is None:
+            is_hidden = peer.startswith("unix:")
+            near = (self._is_local or not is_hidden) and self.is_admin_host(
+                "127.0.0.1" if is_hidden else parse_peer(peer)[0]
+            )
+            if len(self._peers) >= _MOST_PEERS:
+                self._peers.clear()
+            self._peers[peer] = near
+        return near
+
+    def is_admin_host(self, host: str) -> bool:
+        """Whether an IP address is in an admin network."""
+        return _is_in(host, self._networks)
+
+    def is_service(self, metadata: Metadata) -> bool:
+        """Whether the call comes from a service with the same key secret."""
+        for name, value in metadata:
+            if name == CREDENTIAL and self._credential:
+                given = value.encode() if isinstance(value, str) else value
+                return compare_digest(given, self._credential)
+        return False
+
+
+def _is_forwarded(metadata: Metadata) -> bool:
+    """Whether a proxy sent the call, so that the peer is not who calls. Envoy always says so."""
+    return any(name.startswith(_FORWARDED) for name, _ in metadata)
+
+
+def _is_audited(method: str, who: str) -> bool:
+    """Whether a call is an action of an operator. Services do not act of themselves, unless they forward an action."""
+    role = role_of(method)
+    return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
+
+
+def _check_role(identity: Identity, role: Role) -> None:
+    if not identity.has(role):
+        raise PermissionDeniedError(f"this needs the role {role}, which API key {identity.id!r} does not have")
+
+
+def _check_scope(identity: Identity, method: str, request: Message | None) -> None:
+    """Checks a key that is limited to a tenant or to models: it may call only what names one of them."""
+    fields = request.DESCRIPTOR.fields_by_name if request is not None else {}
+    if identity.models:
+        name = "model_name" if "model_name" in fields else "name"
+        identity.check_model(getattr(request, name) if method in OF_A_MODEL else "")
+    if identity.tenant and not method.startswith(f"{V2}/"):
+        tenant = getattr(request, "tenant", "")
+        if tenant != identity.tenant:
+            raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")
+
+
+def _request_type(method: str) -> type[Message] | None:
+    """The type of the requests of one of Ringmesh's own methods."""
+    service, _, name = method.partition("/")
+    try:
+        found = ringmesh.POOL.FindServiceByName(service).methods_by_name[name].input_type
+    except KeyError:
+        return None
+    return GetMessageClass(found)
+
+
+def _about(method: str, data: Any) -> Mapping[str, Any]:
+    kind = _request_type(method)
+    try:
+        return summary(kind.FromString(data)) if kind is not None else {}
+    except DecodeError:
+        return {}
+
+
+def _is_local(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or _is_in(host, LOOPBACK)
+
+
+def _is_in(host: str, networks: Sequence[Network]) -> bool:
+    try:
+        address = ip_address(host.removeprefix("::ffff:"))
+    except ValueError:
+        return False
+    return any(address in network for network in networks)

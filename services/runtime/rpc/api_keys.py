@@ -1,0 +1,158 @@
+"""API keys: a file of JSON lines, each with the hash of a key and what its holder may do.
+
+    {"id": "acme-1", "sha256": "<of the key, in hex>", "tenant": "acme", "roles": ["infer"], "models": ["mlp"],
+     "expires": "2027-01-01T00:00:00Z"}
+
+`tenant`, `models` and `expires` may be left out: no tenant, all models, never. A change of the file applies within two
+seconds. A file that is invalid or missing changes nothing, and the log says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from services.runtime.errors import PermissionDeniedError, UnauthenticatedError
+from services.runtime.rpc.roles import Role
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+_SCHEME = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who calls: the id of a key. `tenant`: "" for none. `models`: those it is limited to; empty: all. `expires`: in
+    seconds since the Unix epoch."""
+
+    id: str
+    tenant: str
+    roles: frozenset[Role]
+    models: frozenset[str]
+    expires: float
+
+    def has(self, role: Role) -> bool:
+        """Whether it may do what needs `role`."""
+        return role in self.roles or Role.ADMIN in self.roles
+
+    def check_model(self, model: str) -> None:
+        """Raises PermissionDeniedError unless it may use the model."""
+        if self.models and model not in self.models:
+            raise PermissionDeniedError(f"API key {self.id!r} is for {', '.join(sorted(self.models))}, not {model!r}")
+
+
+class KeyEntry(BaseModel):
+    """One line of the file."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str = Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tenant: str = Field("", max_length=256, pattern=r"^([!-~]([ -~]*[!-~])?)?$")
+    roles: Annotated[list[Role], Field(min_length=1)]
+    models: list[str] = []
+    expires: AwareDatetime | None = None
+
+    @model_validator(mode="after")
+    def _of_the_fleet(self) -> KeyEntry:
+        if self.tenant and {Role.OPERATE, Role.ADMIN} & {*self.roles}:
+            raise ValueError("a key of a tenant may have the roles infer and read; operate and admin are for no tenant")
+        return self
+
+    def identity(self) -> Identity:
+        """What the entry grants."""
+        expires = self.expires.timestamp() if self.expires is not None else float("inf")
+        return Identity(self.id, self.tenant, frozenset(self.roles), frozenset(self.models), expires)
+
+
+class KeyFileError(Exception):
+    """The file cannot be used; the message names the line and the fault."""
+
+
+class ApiKeys:
+    """The keys in the file at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises KeyFileError."""
+        self._path = path
+        self._seen = self._stamp()
+        self._by_hash = _read(path)
+        # By the value of the metadata, for valid keys.
+        self._known: dict[str, Identity] = {}
+
+    def identity(self, authorization: str) -> Identity:
+        """The holder of a key, from the metadata `authorization`. Raises UnauthenticatedError."""
+        identity = self._known.get(authorization)
+        if identity is None:
+            if authorization[: len(_SCHEME)].lower() != _SCHEME:
+                raise UnauthenticatedError("this needs an API key in the metadata `authorization: Bearer <key>`")
+            identity = self._by_hash.get(hash_of(authorization[len(_SCHEME) :]))
+            if identity is None:
+                raise UnauthenticatedError("the API key is unknown or revoked")
+            self._known[authorization] = identity
+        if identity.expires <= time.time():
+            raise UnauthenticatedError(f"the API key {identity.id!r} has expired")
+        return identity
+
+    async def follow(self) -> None:
+        """Applies changes of the file, once it has been the same for one poll."""
+        before = self._seen
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            now = await asyncio.to_thread(self._stamp)
+            if now == before != self._seen:
+                self._seen = now
+                try:
+                    self._by_hash = await asyncio.to_thread(_read, self._path)
+                    self._known = {}
+                    log.info("%s has %d keys", self._path, len(self._by_hash))
+                except KeyFileError as error:
+                    log.error("the API keys stay as they were: %s", error)
+            before = now
+
+    def _stamp(self) -> tuple[int, ...]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return ()
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def hash_of(key: str) -> str:
+    """The hash that the file has of a key. Keys are random, so it needs no salt and no slow hash."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def new_key(
+    id: str, tenant: str, roles: list[Role], models: list[str], expires: datetime | None
+) -> tuple[str, KeyEntry]:
+    """Returns a random key and its line for the file. Raises ValueError."""
+    key = f"rmk_{secrets.token_urlsafe(32)}"
+    return key, KeyEntry(id=id, sha256=hash_of(key), tenant=tenant, roles=roles, models=models, expires=expires)
+
+
+def _read(path: Path) -> dict[str, Identity]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"cannot read {path}: {error}") from None
+    found: dict[str, Identity] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                entry = KeyEntry.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"])) or "the line"
+                raise KeyFileError(f"{path}, line {number}: {field}: {first['msg']}") from None
+            found[entry.sha256] = entry.identity()
+    return found

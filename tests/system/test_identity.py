@@ -1,0 +1,136 @@
+"""API keys as callers meet them: on a router and on a worker, for hits and misses, and while keys are rewritten."""
+
+import asyncio
+
+import grpc
+import numpy as np
+import pytest
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
+
+from services.cli.commands import keys
+from tests.system.test_cache import INFER
+
+pytestmark = pytest.mark.both_engines
+
+OK, UNAUTHENTICATED, DENIED = "OK", "UNAUTHENTICATED", "PERMISSION_DENIED"
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("keys") / "keys.jsonl"
+
+
+@pytest.fixture(scope="module")
+def key(key_file):
+    """The keys of this module, by name."""
+    made = {
+        "acme": keys.create(key_file, "acme", "acme", ["infer"], [], None),
+        "other": keys.create(key_file, "other", "other", ["infer"], [], None),
+        "of scoped": keys.create(key_file, "of-scoped", "", ["infer", "operate"], ["scoped"], None),
+        "reader": keys.create(key_file, "reader", "", ["read"], [], None),
+        "operator": keys.create(key_file, "operator", "", ["operate"], [], None),
+    }
+    return {name: (("authorization", f"Bearer {value}"),) for name, value in made.items()}
+
+
+@pytest.fixture
+def worker(start_worker, key, key_file):
+    return start_worker("worker-keys", api_keys=key_file).address
+
+
+@pytest.fixture
+def router(start_router, worker, key_file):
+    return start_router([worker], None, api_keys=key_file).address
+
+
+def request(value, model="scoped"):
+    made = v2.ModelInferRequest(model_name=model)
+    made.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+    made.raw_input_contents.append(np.full((1, 1), value, np.float32).tobytes())
+    return made
+
+
+async def infer(channel, value, metadata=(), model="scoped"):
+    """(status, whether a hit or a miss)"""
+    call = channel.unary_unary(INFER)(request(value, model).SerializeToString(), metadata=metadata, timeout=30)
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code().name, ""
+    return OK, dict(await call.trailing_metadata()).get("ringmesh-cache", "")
+
+
+async def streamed(channel, value, metadata=()):
+    """The status of the same request in a stream."""
+    call = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(
+        iter([request(value)]), metadata=(*metadata, ("triton_grpc_error", "true"))
+    )
+    try:
+        async for _ in call:
+            break
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return OK
+
+
+async def test_inferences_need_a_key_with_the_role_and_the_model(router, worker, key):
+    for address in (router, worker):
+        async with grpc.aio.insecure_channel(address) as channel:
+            # Twice, because the second one may be a hit.
+            for _ in range(2):
+                assert (await infer(channel, 1, key["of scoped"]))[0] == OK
+                assert (await infer(channel, 1))[0] == UNAUTHENTICATED
+                assert (await infer(channel, 1, (("authorization", "Bearer rmk_wrong"),)))[0] == UNAUTHENTICATED
+                assert (await infer(channel, 1, key["reader"]))[0] == DENIED
+                assert (await infer(channel, 1, key["of scoped"], "random"))[0] == DENIED
+                assert (await infer(channel, 1, key["acme"], "random"))[0] == OK
+            assert await streamed(channel, 1, key["of scoped"]) == OK
+            assert await streamed(channel, 1) == UNAUTHENTICATED
+            assert await streamed(channel, 1, key["reader"]) == DENIED
+
+
+async def test_the_tenant_of_a_cached_answer_is_that_of_the_key(router, key):
+    async with grpc.aio.insecure_channel(router) as channel:
+        assert await infer(channel, 2, key["acme"]) == (OK, "miss")
+        assert await infer(channel, 2, key["acme"]) == (OK, "hit-local")
+        assert await infer(channel, 2, (*key["acme"], ("ringmesh-tenant", "acme"))) == (OK, "hit-local")
+        assert await infer(channel, 2, key["other"]) == (OK, "miss")
+        assert (await infer(channel, 2, (*key["other"], ("ringmesh-tenant", "acme"))))[0] == DENIED
+
+
+async def test_operators_need_their_role_and_routers_reach_workers_by_their_credential(router, key):
+    async with grpc.aio.insecure_channel(router) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        load = v2.RepositoryModelLoadRequest(model_name="scoped")
+        await stub.RepositoryModelLoad(load, metadata=key["operator"])
+        await stub.RepositoryModelLoad(load, metadata=key["of scoped"])
+        assert (await stub.RepositoryIndex(v2.RepositoryIndexRequest(), metadata=key["reader"])).models
+        other = v2.RepositoryModelLoadRequest(model_name="random")
+        for code, asked, metadata in (
+            (DENIED, load, key["acme"]),
+            (DENIED, load, key["reader"]),
+            (DENIED, other, key["of scoped"]),
+            (UNAUTHENTICATED, load, ()),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.RepositoryModelLoad(asked, metadata=metadata)
+            assert refused.value.code().name == code
+        assert (await stub.ServerLive(v2.ServerLiveRequest())).live
+
+
+async def test_a_key_is_revoked_and_another_admitted_while_requests_run(start_router, worker, key, tmp_path):
+    file = tmp_path / "keys.jsonl"
+    old = (("authorization", f"Bearer {keys.create(file, 'old', '', ['infer'], [], None)}"),)
+    router = await asyncio.to_thread(start_router, [worker], None, api_keys=file)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        assert (await infer(channel, 3, old))[0] == OK
+        fresh = tmp_path / "fresh"
+        new = (("authorization", f"Bearer {keys.create(fresh, 'new', '', ['infer'], [], None)}"),)
+        assert (await infer(channel, 3, new))[0] == UNAUTHENTICATED
+        fresh.replace(file)
+        async with asyncio.timeout(20):
+            while (await infer(channel, 3, old))[0] == OK:
+                assert (await infer(channel, 3, new))[0] in (OK, UNAUTHENTICATED)
+        assert await infer(channel, 3, new) == (OK, "hit-local")
+        assert (await infer(channel, 3, old))[0] == UNAUTHENTICATED

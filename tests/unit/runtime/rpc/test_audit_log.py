@@ -1,0 +1,138 @@
+"""The audit log: who did what, when, from where, and how it ended."""
+
+import json
+from datetime import UTC, datetime
+
+import grpc
+import pytest
+from ringmesh.cache.v1 import cache_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+
+from services.runtime.rpc import audit_log
+from services.runtime.rpc.access import CREDENTIAL, LOOPBACK, credential_of
+from services.runtime.rpc.api_keys import ApiKeys
+from services.runtime.rpc.audit_log import AuditLog, summary
+from tests.unit.runtime.rpc.test_access import serve  # noqa: F401 - a fixture
+from tests.unit.runtime.rpc.test_api_keys import add, bearer, file  # noqa: F401 - a fixture
+
+V2, CACHE = "inference.GRPCInferenceService", "ringmesh.cache.v1.CacheService"
+SECRET = credential_of("ours")
+
+
+@pytest.fixture
+def audit(tmp_path):
+    return AuditLog("router", tmp_path / "audit.jsonl")
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """What was written since the last call."""
+    seen = 0
+
+    def lines():
+        nonlocal seen
+        path = tmp_path / "audit.jsonl"
+        every = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        new, seen = every[seen:], len(every)
+        return new
+
+    return lines
+
+
+@pytest.fixture
+def ask(serve, audit):  # noqa: F811
+    """ask(method, request, metadata, keys): the code of a call to a server with this audit log."""
+
+    async def ask(method, request=b"", metadata=(), *, keys=None, networks=LOOPBACK):
+        address = await serve(networks, SECRET, keys, audit)
+        async with grpc.aio.insecure_channel(address) as channel:
+            try:
+                await channel.unary_unary(f"/{method}")(request, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+            return "OK"
+
+    return ask
+
+
+async def test_what_an_operator_does_is_recorded_with_who_when_and_from_where(ask, lines, file):  # noqa: F811
+    ops = add(file, "ops-1", roles=["operate"])
+    request = v2.RepositoryModelLoadRequest(model_name="mlp")
+    request.parameters["file:1/model.onnx"].bytes_param = bytes(100_000)
+    request.parameters["config"].string_param = "{}"
+    before = datetime.now(UTC)
+    keys = ApiKeys(file)
+    assert await ask(f"{V2}/RepositoryModelLoad", request.SerializeToString(), bearer(ops), keys=keys) == "OK"
+    (line,) = lines()
+    assert before.timestamp() - 1 < datetime.fromisoformat(line.pop("time")).timestamp() < before.timestamp() + 60
+    assert line.pop("peer").startswith("ipv4:127.0.0.1:")
+    loaded = {"config": 'string_param: "{}"', "file:1/model.onnx": "100004 bytes"}
+    assert line == {
+        "process": "router",
+        "who": "key ops-1",
+        "method": f"{V2}/RepositoryModelLoad",
+        "request": {"model_name": "mlp", "parameters": loaded},
+        "result": "OK",
+    }
+    assert ops not in json.dumps(line)
+
+
+async def test_callers_without_keys_are_told_apart_by_network_and_credential(ask, lines):
+    purge = cache_pb2.PurgeRequest(tenant="acme").SerializeToString()
+    assert await ask(f"{CACHE}/Purge", purge) == "OK"
+    assert await ask(f"{CACHE}/Purge", purge, ((CREDENTIAL, SECRET),), networks=()) == "OK"
+    found = lines()
+    assert [line["who"] for line in found] == ["local", "service"]
+    assert [line["request"] for line in found] == [{"tenant": "acme"}] * 2
+
+
+async def test_a_refused_call_is_recorded_with_its_reason_and_without_the_key(ask, lines, file):  # noqa: F811
+    reader = add(file, "reader", roles=["read"])
+    keys = ApiKeys(file)
+    for metadata, result in (
+        (bearer(reader), "PERMISSION_DENIED"),
+        (bearer("rmk_wrong"), "UNAUTHENTICATED"),
+        ((), "UNAUTHENTICATED"),
+    ):
+        for method in (f"{V2}/LogSettings", "ringmesh.inference.v1.InferenceWorkerService/Execute"):
+            assert await ask(method, b"", metadata, keys=keys) == result
+            (line,) = lines()
+            assert (line["who"], line["method"], line["result"]) == ("unknown", method, result)
+            assert line["error"]
+            assert "rmk_" not in json.dumps(line)
+
+
+async def test_inferences_and_the_calls_of_services_are_not_recorded(ask, lines):
+    for method in (f"{V2}/ModelInfer", f"{V2}/RepositoryIndex", "ringmesh.inference.v1.InferenceWorkerService/Execute"):
+        assert await ask(method, metadata=((CREDENTIAL, SECRET),)) == "OK"
+    assert lines() == []
+
+
+def test_a_flood_of_refusals_is_counted_and_not_written(audit, lines, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(audit_log.time, "monotonic", lambda: now)
+    for _ in range(1000):
+        audit.refused("m", "p", "PERMISSION_DENIED", "no")
+    assert len(lines()) == 10
+    now += 1
+    audit.refused("m", "p", "PERMISSION_DENIED", "no")
+    (line,) = lines()
+    assert line["suppressed"] == 990
+
+
+def test_the_file_may_be_moved_away_and_may_be_missing(tmp_path, audit, lines, caplog):
+    audit.write("local", "m", "p", "OK")
+    (tmp_path / "audit.jsonl").rename(tmp_path / "audit.1")
+    audit.write("local", "m", "p", "OK")
+    assert len(lines()) == 1
+    AuditLog("router", tmp_path / "nowhere" / "audit.jsonl").write("local", "m", "p", "OK")
+    assert "cannot write the audit log" in caplog.text
+
+
+def test_a_summary_fits_in_a_line(tmp_path):
+    settings = v2.LogSettingsRequest()
+    settings.settings["log_info"].bool_param = False
+    assert summary(settings) == {"settings": {"log_info": "bool_param: false"}}
+    assert summary(cache_pb2.PurgeRequest(key=b"\x01\xff")) == {"key": "01ff"}
+    assert summary(cache_pb2.WarmRequest(keys=[b"a"] * 1000)) == {"keys": "1000 items"}
+    assert summary(v2.RepositoryModelLoadRequest(model_name="x" * 10_000)) == {"model_name": "x" * 200}
