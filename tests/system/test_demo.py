@@ -46,7 +46,7 @@ def test_the_second_pass_is_all_hits_and_every_request_has_a_trace(project):
     cost = re.search(r"^cost +(\S+) USD for 10 requests; the cache saved (\S+) USD$", done.stdout, re.MULTILINE)
     assert float(cost[1]) > float(cost[2]) > 0
     assert f"classified 5 of the {len(SAMPLES) + 1} files in this folder" in done.stdout
-    *_, slowest, shown = done.stdout.splitlines()
+    *_, slowest, shown, _ = done.stdout.splitlines()
     trace_id = max(rows, key=lambda row: float(row[4]))[5]
     assert re.search(rf"http://127\.0\.0\.1:\d+/traces/{trace_id}", slowest)
     assert f"trace {trace_id}" in shown

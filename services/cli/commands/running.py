@@ -20,9 +20,9 @@ Answer = TypeVar("Answer")
 
 
 def endpoint(name: str, state: Path) -> str:
-    """Returns the endpoint of `router`, `cache` or `console` of the stack in the folder `state`. Raises CommandError.
+    """Returns the endpoint of a process of the stack in the folder `state`. Raises CommandError.
 
-    It is host:port, for the console a URL.
+    `name`: `router`, `cache`, `ledger` or `console`. It is host:port, for the console a URL.
     """
     try:
         found: str = json.loads((state / "stack.json").read_text())[name]

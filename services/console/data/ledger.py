@@ -45,11 +45,8 @@ class LedgerReports:
     def __init__(self, address: str, credential: str = "", clock: Callable[[], float] = time.time) -> None:
         self.address = address
         self._clock = clock
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sending(CREDENTIAL, credential))
-            if address
-            else None
-        )
+        sends = sending(CREDENTIAL, credential)
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sends) if address else None
         self._read: dict[int, tuple[float, Spending]] = {}
 
     async def spending(self, seconds: int) -> Spending:

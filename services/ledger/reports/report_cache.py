@@ -32,11 +32,8 @@ class ReportCache:
     """Through the cache service at `address`, with the fleet's `credential`; None: nothing is cached."""
 
     def __init__(self, address: str | None, credential: str = "") -> None:
-        options = (("grpc.enable_http_proxy", 0),)
-        interceptors = sending(CREDENTIAL, credential)
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=options, interceptors=interceptors) if address else None
-        )
+        options, sends = (("grpc.enable_http_proxy", 0),), sending(CREDENTIAL, credential)
+        self._channel = grpc.aio.insecure_channel(address, options=options, interceptors=sends) if address else None
         self._stub = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
         self._skip_until = 0.0
         self.hits = self.misses = self.failures = 0

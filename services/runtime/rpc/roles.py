@@ -17,7 +17,7 @@ class Role(StrEnum):
 
 
 V2: Final = "inference.GRPCInferenceService"
-_ROUTER = "ringmesh.router.v1.RouterService"
+_ROUTER, _LEDGER = "ringmesh.router.v1.RouterService", "ringmesh.ledger.v1.LedgerService"
 _CACHE, _WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
 _LEDGER = "ringmesh.ledger.v1.LedgerService"
 
@@ -51,6 +51,8 @@ _ROLES: Mapping[str, Role] = {
         (Role.OPERATE, _methods(V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting LogSettings")),
         (Role.OPERATE, _methods(V2, "SystemSharedMemoryRegister SystemSharedMemoryUnregister")),
         (Role.OPERATE, _methods(V2, "CudaSharedMemoryRegister CudaSharedMemoryUnregister")),
+        (Role.READ, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets AdviseWorkers")),
+        (Role.OPERATE, _methods(_LEDGER, "SetPrice DeletePrice SetBudget DeleteBudget Rebuild")),
         (Role.OPERATE, [f"{_ROUTER}/Explain", *_methods(_CACHE, "Purge Warm")]),
         (Role.OPERATE, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets AdviseWorkers")),
         (Role.OPERATE, _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")),
