@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Literal, TypeAlias
 
 from services.runtime.errors import RingmeshError
@@ -33,7 +34,7 @@ class Renewals:
         if key in self._keys or len(self._running) >= _MOST_AT_ONCE:
             return
         self._keys.add(key)
-        task = BACKGROUND.once("renewal", self._run(key, work))
+        task = BACKGROUND.once("renewal", partial(self._run, key, work))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 

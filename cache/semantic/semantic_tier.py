@@ -11,6 +11,7 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ class SemanticTier:
         if direction is None or direction.size > _MOST_DIMENSIONS or not self.searches_redis:
             return
         if len(self._writes) < _MOST_WRITES:
-            task = BACKGROUND.once("semantic index", self._write(group, direction, key))
+            task = BACKGROUND.once("semantic index", partial(self._write, group, direction, key))
             self._writes.add(task)
             task.add_done_callback(self._writes.discard)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 from redis.asyncio import Redis
@@ -213,8 +214,8 @@ class RedisNode:
         if now >= self._reconnected + _RECONNECT_SECONDS:
             self._reconnected = now
             self._disconnect()
-            leaving = self.client.connection_pool.disconnect(inuse_connections=False)
-            BACKGROUND.once("disconnection of a Redis server", leaving)
+            leave = partial(self.client.connection_pool.disconnect, inuse_connections=False)
+            BACKGROUND.once("disconnection of a Redis server", leave)
 
     async def _probe(self) -> None:
         """Probes the server in the background, so that no request waits for a server that is still down."""

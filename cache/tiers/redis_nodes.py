@@ -109,7 +109,7 @@ class ClusterNodes:
 
     def _refresh(self) -> None:
         if self._refresh_task is None:
-            self._refresh_task = BACKGROUND.once("map of the Redis cluster", self._ask_until_whole())
+            self._refresh_task = BACKGROUND.once("map of the Redis cluster", self._ask_until_whole)
 
     async def _ask_until_whole(self) -> None:
         try:
@@ -157,6 +157,6 @@ class ClusterNodes:
         for address, node in list(self._nodes.items()):
             if id(node) not in used:
                 del self._nodes[address]
-                closing = BACKGROUND.once("disconnection of a Redis server", node.close())
+                closing = BACKGROUND.once("disconnection of a Redis server", node.close)
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)

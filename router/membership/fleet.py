@@ -279,7 +279,7 @@ class Fleet:
             self._judge()
             for member in self._members.values():
                 if member.link.is_silent:
-                    self._once("check of a worker", self._check(member))
+                    self._once("check of a worker", partial(self._check, member))
 
     def _judge(self) -> None:
         ejected = self.outliers.ejected({address: member.healthy for address, member in self._members.items()})
@@ -311,7 +311,7 @@ class Fleet:
             if address not in self._members:
                 self._join(listing)
             elif listing != self._listed.get(address):
-                self._once("description of a worker", self.describe(self._members[address]))
+                self._once("description of a worker", partial(self.describe, self._members[address]))
         self._listed = found
         for address in [address for address in self._members if address not in found]:
             self._leave(self._members.pop(address))
@@ -336,7 +336,7 @@ class Fleet:
         self._busy_since.pop(member.address, None)
         self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
-        self._once("disconnection of a worker", _retire(member))
+        self._once("disconnection of a worker", partial(_retire, member))
 
     def _start_polling(self, member: Member) -> None:
         self._polls[member.address] = BACKGROUND.start("poll of a worker", partial(self._poll, member))
@@ -347,7 +347,7 @@ class Fleet:
     def _rebuild(self) -> None:
         """Builds the ring on a thread, because it takes long for a large fleet. One task at a time does this."""
         if self._started and self._building is None:
-            self._building = self._once("building of the ring", self._build())
+            self._building = self._once("building of the ring", self._build)
 
     async def _build(self) -> None:
         try:
@@ -360,7 +360,7 @@ class Fleet:
         finally:
             self._building = None
 
-    def _once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         task = BACKGROUND.once(name, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

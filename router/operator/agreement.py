@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -67,7 +68,9 @@ class Agreement:
                 if known.get(model, 0) < decided_ns and (member.address, model) not in self._tried
             }
             if lacking and member.address not in self._sending:
-                self._sending[member.address] = BACKGROUND.once("worker decisions", self._send(member, lacking))
+                self._sending[member.address] = BACKGROUND.once(
+                    "worker decisions", partial(self._send, member, lacking)
+                )
 
     async def _send(self, member: Member, lacking: dict[str, Member]) -> None:
         try:

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -114,7 +115,7 @@ class Audit:
         Does nothing if another audit runs or has just ended, or if the request's outputs have parameters.
         """
         if self._task is None and self._clock() >= self._not_before and not _has_output_parameters(request):
-            self._task = BACKGROUND.once("audit", self._audit(model, request, answer))
+            self._task = BACKGROUND.once("audit", partial(self._audit, model, request, answer))
 
     def may_cache(self, model: ModelEntry, catalog: Catalog) -> Verdict:
         """Whether the answers of the model, or of the steps of this ensemble, are trusted."""

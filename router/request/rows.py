@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -152,7 +153,7 @@ class RowCache:
         if not keys:
             return {}
         flights = {key: self._flights.begin(key) for key in keys}
-        BACKGROUND.once("rows", self._fly(query, flights))
+        BACKGROUND.once("rows", partial(self._fly, query, flights))
         try:
             return {key: await flight for key, flight in flights.items()}
         except RowFailedError as failed:

@@ -275,7 +275,7 @@ class WorkerClient:
             with suppress(CallError):  # if this fails, the worker runs the withdrawn requests in vain
                 await self._timed(_WITHDRAW, request, _WITHDRAW_SECONDS)
 
-        BACKGROUND.once("withdrawal", report())
+        BACKGROUND.once("withdrawal", report)
 
     def _send(self, queue: _ModelQueue) -> None:
         queue.sending = False

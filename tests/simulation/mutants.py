@@ -48,7 +48,7 @@ MUTANTS = {
     # Background work ended at its first unexpected exception.
     "background": {
         "services.runtime.telemetry.supervisor": [
-            ("if await self._run_once(name, work()) or _is_cancelled():", "await work()\n            if True:")
+            ("if await self._run_once(name, work) or _is_cancelled():", "await work()\n            if True:")
         ],
         "router.membership.worker_description": [_NO_BORDER],
     },

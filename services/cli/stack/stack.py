@@ -85,7 +85,7 @@ class Stack:
             child = self._children[spec.name] = Child(spec, self._say, self._describe_again)
             await child.spawn()
         ledger = self._children["ledger"]
-        self._ledger_start = BACKGROUND.once("start of the ledger", self._ledger_ready(ledger, began))
+        self._ledger_start = BACKGROUND.once("start of the ledger", partial(self._ledger_ready, ledger, began))
         for child in self._children.values():
             if child is not ledger:
                 await self._ready(child, began)

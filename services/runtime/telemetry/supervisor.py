@@ -64,12 +64,9 @@ class Supervisor:
 
         return self.start(name, repeat)
 
-    def once(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
+    def once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[Any]:
         """Runs `work` once: a failure is counted and logged, not raised."""
-        task = self._keep(self._run_once(name, work))
-        # In case the task is cancelled before it begins.
-        task.add_done_callback(lambda _: work.close())
-        return task
+        return self._keep(self._run_once(name, work))
 
     async def end(self, *tasks: asyncio.Task[Any]) -> None:
         """Cancels tasks and waits for their end; repeats the cancellation, as libraries such as redis swallow it."""
@@ -101,18 +98,18 @@ class Supervisor:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             began = time.monotonic()
-            if await self._run_once(name, work()) or _is_cancelled():
+            if await self._run_once(name, work) or _is_cancelled():
                 return
             if time.monotonic() - began > _WELL_SECONDS:
                 pause = _FIRST_PAUSE_SECONDS
             await self._pause(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _run_once(self, name: str, work: Coroutine[Any, Any, None]) -> bool:
+    async def _run_once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
         """Runs `work`; returns False if it failed."""
         self._running[name] = self._running.get(name, 0) + 1
         try:
-            await work
+            await work()
         except Exception as error:
             self.failed(name, error)
             return False

@@ -62,7 +62,7 @@ async def test_what_is_done_once_fails_for_itself_alone():
     async def work():
         raise ValueError("no")
 
-    await supervisor.once("work", work())
+    await supervisor.once("work", work)
     assert samples(supervisor, FAILURES) == {("work",): 1}
 
 
@@ -77,7 +77,7 @@ async def test_what_runs_is_told_and_all_of_it_is_ended_and_waited_for():
             await asyncio.sleep(0)
             ended.append(None)
 
-    tasks = [supervisor.start("work", work), supervisor.start("work", work), supervisor.once("once", work())]
+    tasks = [supervisor.start("work", work), supervisor.start("work", work), supervisor.once("once", work)]
     await asyncio.sleep(0)
     assert samples(supervisor, RUNNING) == {("work",): 2, ("once",): 1}
     await supervisor.close()
@@ -93,7 +93,7 @@ async def test_what_is_ended_before_it_began_leaves_nothing_behind():
     async def work():
         raise AssertionError
 
-    supervisor.once("work", work())
+    supervisor.once("work", work)
     supervisor.start("work", work)
     await supervisor.close()
     assert samples(supervisor, FAILURES) == {}
