@@ -19,7 +19,7 @@ from services.ledger.storage.database import Database
 from services.ledger.storage.embedded import EmbeddedPostgres
 from services.ledger.storage.partitions import Partitions
 from services.ledger.upkeep import keep_partitions, open_database
-from services.runtime.process.process import run
+from services.runtime.process.process import run, set_title
 from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import Server
@@ -67,8 +67,9 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     metrics.add(told.samples)
     metrics.add(server.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)
-    await server.start()
+    port = await server.start()
     await exposition.start()
+    set_title("ledger", settings.address, port)
     ProcessMetrics("ledger", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, this_process("ledger"), metrics)
     export.start()

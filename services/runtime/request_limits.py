@@ -142,7 +142,7 @@ def _contents_bytes(data: bytes, inputs: list[int]) -> int:
                 strings += 1
                 if strings > MAX_STRINGS:
                     raise InvalidArgumentError(
-                        f"typed contents hold more than {MAX_STRINGS} strings, the most of a request; send several",
+                        f"typed contents hold more than {MAX_STRINGS} strings, which is the most for a request",
                         field="inputs",
                     )
                 tag, start = _varint(data, element, position)

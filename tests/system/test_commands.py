@@ -167,6 +167,7 @@ def test_titles_of_processes_show_role_and_address(stack):
     described = json.loads((Path(stack.state) / "stack.json").read_text())
     console = described["console"].removeprefix("http://")
     expected = {"router": f"router {stack.router}", "cache": f"cache {stack.cache}", "console": f"console {console}"}
+    expected["ledger"] = f"ledger {described['ledger']}"
     expected |= {f"worker-{number}": f"worker {address}" for number, address in enumerate(stack.workers)}
     processes = {name: psutil.Process(pid) for name, pid in stack.pids.items() if name != "valkey"}
     titles = {name: process.cmdline()[0] for name, process in processes.items()}

@@ -89,4 +89,4 @@ def test_every_setting_is_in_the_table_of_operations():
     kinds = (CacheSettings, ConsoleSettings, LedgerSettings, RouterSettings, WorkerSettings)
     settings = {name.upper() for kind in kinds for name in kind.model_fields}
     assert settings <= table
-    assert table - settings == {"CONFIG"}
+    assert table - settings == {"API_KEY", "CONFIG"}
