@@ -130,6 +130,7 @@ class Finder(ast.NodeVisitor):
         self._class = outer
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._check_handlers(node)
         outer = self._cleans_up, self._class
         self._functions.append((node.name, self._class))
         self._cleans_up, self._class = False, ""
@@ -138,6 +139,13 @@ class Finder(ast.NodeVisitor):
         self._functions.pop()
 
     visit_AsyncFunctionDef = visit_FunctionDef
+
+    def _check_handlers(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        caught: dict[str, str] = {}
+        for handler in _handlers(function.body):
+            kind = ast.unparse(handler.type) if handler.type is not None else ""
+            if handler.name and caught.setdefault(handler.name, kind) != kind:
+                self._add(handler, f"`{handler.name}` names two exception types: a TypeError once compiled")
 
     def visit_Try(self, node: ast.Try) -> None:
         self._visit_cleaned_up(node, node.finalbody)
@@ -174,8 +182,17 @@ class Finder(ast.NodeVisitor):
         known = self._type(expression)
         return "" if known is None else next(_unboxed_kinds(known), "")
 
-    def _add(self, node: ast.expr | ast.stmt, message: str) -> None:
+    def _add(self, node: ast.expr | ast.stmt | ast.ExceptHandler, message: str) -> None:
         self.found.append((node.lineno, message))
+
+
+def _handlers(body: Sequence[ast.AST]) -> Iterator[ast.ExceptHandler]:
+    """Yields the exception handlers of a function, without those of functions in it."""
+    for node in body:
+        if isinstance(node, ast.ExceptHandler):
+            yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _handlers([*ast.iter_child_nodes(node)])
 
 
 def _unboxed_kinds(known: Type) -> Iterator[str]:

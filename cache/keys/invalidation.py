@@ -6,7 +6,7 @@ needs a confirmation from each process anyway and publish/subscribe loses messag
 
 A process without a connection to Redis can still answer from its local tier. Therefore, a process that is disconnected
 for longer than the lease returns only answers that were computed within the lease, and a purge that lacks a
-confirmation waits until the lease has expired. LookUpDecision record 0012 has the reasoning.
+confirmation waits until the lease has expired. Decision record 0012 has the reasoning.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # compiled by mypyc
 
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from ringmesh.ledger.v1 import ledger_pb2
@@ -27,7 +29,8 @@ class Limit:
 class Budgets:
     """The leases of one router. Requests are charged when they end, so those under way may exceed a lease."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         # By tenant and model; "" stands for all.
         self.limits: dict[tuple[str, str], list[Limit]] = {}
         self._rates: dict[str, int] = {}
@@ -36,9 +39,12 @@ class Budgets:
     def check(self, tenant: str, model: str) -> None:
         """Raises ResourceExhaustedError if a budget of the tenant or the model is used up."""
         for limit in self._of(tenant, model):
-            if limit.spent >= limit.until:
+            # A lease of a period that has ended refuses nothing: the ledger may be down since.
+            if limit.spent >= limit.until and self._clock() * 1000 < limit.renews_at_ms:
                 self.refused += 1
-                raise ResourceExhaustedError(_message(limit), kind="budget")
+                refusal = ResourceExhaustedError(_message(limit), kind="budget")
+                refusal.retry_after = None
+                raise refusal
 
     def charge(self, tenant: str, model: str, worker_type: str, compute_us: int, router_ns: int) -> None:
         """Charges a request that has ended."""

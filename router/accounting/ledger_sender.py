@@ -165,5 +165,7 @@ class LedgerSender:
                         log.error("another process sends usage in this router's name: %s", error.details())
                         await asyncio.to_thread(self._spool.begin_again)
                     return True
-        log.debug("the ledger does not take usage now: %s: %s", error.code().name, error.details())
+        denied = error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+        level = logging.WARNING if denied else logging.DEBUG
+        log.log(level, "the ledger does not take usage now: %s: %s", error.code().name, error.details())
         return False

@@ -77,8 +77,9 @@ class Meter:
         fold = self._folds.get(labels)
         if fold is None:
             fold = self._folds[labels] = Fold(worker_type(provider))
-        total_ns = end_ns - start_ns
-        router_ns = router_ns or total_ns
+        # A clock that is set back makes negative durations.
+        total_ns = max(0, end_ns - start_ns)
+        router_ns = max(0, router_ns) or total_ns
         fold.requests += 1
         fold.total_ns += total_ns
         fold.router_ns += router_ns
@@ -90,7 +91,7 @@ class Meter:
             if stage.result is not None:  # an embedding
                 compute_us += _share(stage)
             elif stage.name[:6] == "cache.":
-                fold.cache_ns += stage.end_ns - stage.start_ns
+                fold.cache_ns += max(0, stage.end_ns - stage.start_ns)
         fold.compute_us += compute_us
         if self._budgets.limits:
             self._budgets.charge(labels[3], labels[1], fold.worker_type, compute_us, router_ns)
@@ -128,8 +129,9 @@ class Meter:
         response_bytes: int,
         requests: int = 1,
     ) -> None:
-        total_ns = end_ns - start_ns
-        router_ns = router_ns or total_ns
+        # A clock that is set back makes negative durations.
+        total_ns = max(0, end_ns - start_ns)
+        router_ns = max(0, router_ns) or total_ns
         cache_ns = queue_us = run_us = compute_us = batch_requests = batch_rows = 0
         for stage in trace.stages:
             if stage.result is not None:
@@ -140,7 +142,7 @@ class Meter:
                 batch_requests, batch_rows = timing.batch_requests, timing.batch_rows
                 provider = timing.provider or provider
             elif stage.name[:6] == "cache.":
-                cache_ns += stage.end_ns - stage.start_ns
+                cache_ns += max(0, stage.end_ns - stage.start_ns)
         kind = worker_type(provider)
         self._records.append(
             (

@@ -155,7 +155,7 @@ class Fleet:
         same = description.version != 0 and description.version == known
         try:
             check_description(description, member.models if same else description.models)
-        except InvalidDescriptionError as invalid:  # compiled code gives `error` one type in a function
+        except InvalidDescriptionError as invalid:
             reason = f"worker {member.worker_id} sent an invalid description: {invalid}"
             self._unreachable(member, WorkerUnreachableError(reason))
             member.reason = reason

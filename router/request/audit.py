@@ -164,9 +164,9 @@ class Audit:
             result, _ = await driver.run(self._run(repeated), deadline)
             if result.model_digest == model.digest:
                 self._note(audit, compare(answer, result.response))
-        except RingmeshError as error:
+        except RingmeshError as refusal:
             audit.results["failed"] += 1
-            log.debug("an answer of %s could not be computed again: %s", model.name, error.message)
+            log.debug("an answer of %s could not be computed again: %s", model.name, refusal.message)
         except Exception as error:
             BACKGROUND.failed("audit", error)
         finally:

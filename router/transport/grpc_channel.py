@@ -88,8 +88,8 @@ class GrpcChannel:
         async def connect_first() -> None:
             try:
                 begun.append(self._request(await self._connect(), method, request, done))
-            except CallError as error:
-                done(error)
+            except CallError as failure:
+                done(failure)
             except Exception as error:
                 faults.internal(log, f"a call to {self._address} could not begin", error)
                 done(CallError(grpc.StatusCode.INTERNAL, f"the call could not begin: {error!r}", unsent=True))

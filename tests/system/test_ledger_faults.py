@@ -169,6 +169,27 @@ def restart(ledger):
     ledger.started = processes.start("services.ledger", **ledger.settings)
 
 
+@pytest.mark.parametrize("is_ledger_killed", [False, True])
+def test_a_session_that_outlives_its_server_does_not_keep_the_next_one_from_starting(start_ledger, is_ledger_killed):
+    ledger, tenant = start_ledger(), unique("tenant")
+    Sender(ledger).append([hits(tenant, 3)])
+    postmaster = ledger.postgres()
+    session = next(child for child in postmaster.children() if "ringmesh" in " ".join(child.cmdline()))
+    session.suspend()
+    postmaster.kill()
+    if is_ledger_killed:
+        kill_ledger(ledger)
+        restart(ledger)
+    sender = Sender(ledger)
+
+    def is_appended():
+        with suppress(grpc.RpcError):
+            return sender.append([hits(tenant, 4)])
+
+    eventually(is_appended, 30)
+    assert ledger.report(tenant=tenant).total.requests == 7
+
+
 def test_after_a_kill_of_each_what_was_acknowledged_is_counted_once(start_ledger):
     random.seed(1)
     ledger, tenant = start_ledger(), unique("tenant")

@@ -90,7 +90,7 @@ def test_every_endpoint_is_in_the_table(first):
 
 def test_the_services_have_the_installations_secret_and_nobody_else(first):
     told = {name: psutil.Process(pid).environ().get("RINGMESH_KEY_SECRET") for name, pid in first.pids.items()}
-    services = {"router", "cache", "console", "worker-0", "worker-1"}
+    services = {"router", "cache", "console", "ledger", "worker-0", "worker-1"}
     assert {name for name, secret in told.items() if secret == processes.KEY_SECRET} == services
     assert {name for name, secret in told.items() if secret is not None} == services
 

@@ -36,7 +36,7 @@ def endpoint(name: str, state: Path) -> str:
     return found
 
 
-class _Identified(grpc.UnaryUnaryClientInterceptor):
+class _Identified(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Sends RINGMESH_API_KEY, or the credential of a key secret."""
 
     def __init__(self, secret: str) -> None:
@@ -45,6 +45,8 @@ class _Identified(grpc.UnaryUnaryClientInterceptor):
 
     def intercept_unary_unary(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
         return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
+
+    intercept_unary_stream = intercept_unary_unary  # type: ignore[assignment]
 
 
 def ask(address: str, process: str, call: Callable[[grpc.Channel], Answer], secret: str = "") -> Answer:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from services.ledger.storage.unprivileged import Unprivileged
 from services.runtime.machine.orphan import end_with_parent
 from services.runtime.rpc.server import StartError
@@ -113,7 +115,23 @@ class EmbeddedPostgres:
             raise StartError(f"cannot create a database in {self._folder}: {last[0] if last else 'initdb failed'}")
         unfinished.rename(self._folder)
 
+    def _end_orphans(self) -> None:
+        """Kills sessions whose server is gone and that wait for what another killed session held: while they hold the
+        server's memory, no new one starts."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, IndexError):
+                if (
+                    process.cmdline()[0].startswith("postgres: ")
+                    and Path(process.cwd()) == self._folder.resolve()
+                    and process.ppid() != self.pid
+                    and (parent := process.parent()) is not None
+                    and parent.name() != "postgres"
+                ):
+                    log.warning("killed a session of PostgreSQL, process %d, whose server is gone", process.pid)
+                    process.kill()
+
     async def _run(self) -> None:
+        self._end_orphans()
         settings = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
         self._process = await self._spawn("postgres", "-D", str(self._folder), *settings, folder=self._folder)
         code = await self._process.wait()

@@ -91,14 +91,15 @@ class ApiKeys:
 
     def identity(self, authorization: str) -> Identity:
         """The holder of a key, from the metadata `authorization`. Raises UnauthenticatedError."""
-        identity = self._known.get(authorization)
+        known = self._known  # of the keys as they are now, not as they are read meanwhile
+        identity = known.get(authorization)
         if identity is None:
             if authorization[: len(_SCHEME)].lower() != _SCHEME:
                 raise UnauthenticatedError("this needs an API key in the metadata `authorization: Bearer <key>`")
             identity = self._by_hash.get(hash_of(authorization[len(_SCHEME) :]))
             if identity is None:
                 raise UnauthenticatedError("the API key is unknown or revoked")
-            self._known[authorization] = identity
+            known[authorization] = identity
         if identity.expires <= time.time():
             raise UnauthenticatedError(f"the API key {identity.id!r} has expired")
         return identity

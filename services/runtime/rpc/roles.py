@@ -19,7 +19,6 @@ class Role(StrEnum):
 V2: Final = "inference.GRPCInferenceService"
 _ROUTER, _LEDGER = "ringmesh.router.v1.RouterService", "ringmesh.ledger.v1.LedgerService"
 _CACHE, _WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
-_LEDGER = "ringmesh.ledger.v1.LedgerService"
 
 
 def _methods(service: str, names: str) -> list[str]:
@@ -54,7 +53,6 @@ _ROLES: Mapping[str, Role] = {
         (Role.READ, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets AdviseWorkers")),
         (Role.OPERATE, _methods(_LEDGER, "SetPrice DeletePrice SetBudget DeleteBudget Rebuild")),
         (Role.OPERATE, [f"{_ROUTER}/Explain", *_methods(_CACHE, "Purge Warm")]),
-        (Role.OPERATE, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets AdviseWorkers")),
         (Role.OPERATE, _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")),
         (Role.OPERATE, _methods("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo")),
     )

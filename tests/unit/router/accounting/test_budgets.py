@@ -23,7 +23,7 @@ def renew(budgets, answer):
 
 
 def test_a_request_is_refused_once_its_lease_is_spent():
-    budgets = Budgets()
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
     renew(budgets, leases(10, tenant="acme", model="mlp"))
     budgets.charge("acme", "mlp", "cpu", 9, 0)
     budgets.check("acme", "mlp")
@@ -39,7 +39,7 @@ def test_a_request_is_refused_once_its_lease_is_spent():
 
 @pytest.mark.parametrize("names", [{"tenant": "acme"}, {"model": "mlp"}, {"tenant": "acme", "model": "mlp"}])
 def test_a_budget_is_charged_for_its_own(names):
-    budgets = Budgets()
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
     renew(budgets, leases(1, **names))
     budgets.charge("other", "other", "cpu", 100, 0)
     budgets.check("acme", "mlp")
@@ -49,7 +49,7 @@ def test_a_budget_is_charged_for_its_own(names):
 
 
 def test_hits_are_charged_by_fractions_of_a_nano():
-    budgets = Budgets()
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
     renew(budgets, leases(1, tenant="acme"))
     for _ in range(1000):
         budgets.check("acme", "mlp")
@@ -59,7 +59,7 @@ def test_hits_are_charged_by_fractions_of_a_nano():
 
 
 def test_what_is_spent_while_a_lease_is_asked_for_counts_against_it():
-    budgets = Budgets()
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
     renew(budgets, leases(10, tenant="acme"))
     _, spent = budgets.request("router", 1)
     budgets.charge("acme", "mlp", "cpu", 8, 0)
@@ -69,7 +69,7 @@ def test_what_is_spent_while_a_lease_is_asked_for_counts_against_it():
 
 
 def test_the_ledger_hears_what_it_has_no_record_of():
-    budgets = Budgets()
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
     renew(budgets, leases(100, tenant="acme"))
     budgets.charge("acme", "mlp", "cpu", 7, 0)
     marks = budgets.marks()
@@ -80,10 +80,22 @@ def test_the_ledger_hears_what_it_has_no_record_of():
 
 
 def test_a_budget_that_is_gone_limits_nothing():
-    budgets = Budgets()
+    budgets = Budgets(lambda: MONTH / 1000 - 1)
     renew(budgets, leases(0, tenant="acme"))
     with pytest.raises(ResourceExhaustedError):
         budgets.check("acme", "mlp")
     renew(budgets, leases())
     assert not budgets.limits
+    budgets.check("acme", "mlp")
+
+
+def test_a_lease_of_a_period_that_has_ended_refuses_nothing():
+    now = MONTH / 1000 - 1
+    budgets = Budgets(lambda: now)
+    renew(budgets, leases(1, tenant="acme", model="mlp"))
+    budgets.charge("acme", "mlp", "cpu", 1, 0)
+    with pytest.raises(ResourceExhaustedError) as refused:
+        budgets.check("acme", "mlp")
+    assert refused.value.retry_after is None
+    now += 1
     budgets.check("acme", "mlp")

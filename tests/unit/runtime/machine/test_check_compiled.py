@@ -47,6 +47,16 @@ def boolean(value: int, either: object) -> bool:
 def frames() -> object:
     return locals()  # found: no frame
 
+def handlers(text: str) -> str:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return str(error)
+    except TypeError as error:  # found: names two exception types
+        return str(error)
+    except KeyError as other:
+        return str(other)
+
 def recursive(count: int) -> int:
     return recursive(count - 1) if count else 0  # found: recursion
 
