@@ -201,10 +201,10 @@ class Mesh:
                 and len(computed.entry.value) <= _LARGEST_SHARED
                 and await self._leases.fill(key, lease.token, computed.entry, kept_ms)
             )
-        except (Exception, asyncio.CancelledError):
+        except (Exception, asyncio.CancelledError) as failure:
             # Release after any failure: otherwise no process could renew the answer until the lease expires.
             await self._leases.release(key, lease.token)
-            raise
+            raise failure  # by its name: see scripts/check_compiled.py
         if written:
             self.local.put(key, computed.entry)
         else:

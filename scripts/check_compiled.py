@@ -142,12 +142,24 @@ class Finder(ast.NodeVisitor):
 
     def _check_handlers(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         caught: dict[str, str] = {}
-        for handler in _handlers(function.body):
+        for handler in (node for node in _within(function.body) if isinstance(node, ast.ExceptHandler)):
+            self._check_suspended(handler)
             kind = ast.unparse(handler.type) if handler.type is not None else ""
             if handler.name and caught.setdefault(handler.name, kind) != kind:
                 self._add(handler, f"`{handler.name}` names two exception types: a TypeError once compiled")
 
+    def _check_suspended(self, handler: ast.ExceptHandler) -> None:
+        """A compiled coroutine that is resumed while its caller handles another exception takes that for its own."""
+        within = list(_within(handler.body))
+        awaits = [node.lineno for node in within if isinstance(node, ast.Await | ast.AsyncWith)]
+        for node in within:
+            if isinstance(node, ast.Raise) and node.exc is None and awaits and min(awaits) <= node.lineno:
+                self._add(node, "`raise` after `await` may raise what another handles; name the exception and raise it")
+
     def visit_Try(self, node: ast.Try) -> None:
+        for awaited in _within(node.finalbody):
+            if isinstance(awaited, ast.Await | ast.AsyncWith):
+                self._add(awaited, "`await` in `finally`: what is raised after it may be what another handles")
         self._visit_cleaned_up(node, node.finalbody)
 
     def visit_With(self, node: ast.With) -> None:
@@ -186,13 +198,12 @@ class Finder(ast.NodeVisitor):
         self.found.append((node.lineno, message))
 
 
-def _handlers(body: Sequence[ast.AST]) -> Iterator[ast.ExceptHandler]:
-    """Yields the exception handlers of a function, without those of functions in it."""
+def _within(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    """Yields the nodes of a function, without those of functions in it."""
     for node in body:
-        if isinstance(node, ast.ExceptHandler):
-            yield node
+        yield node
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from _handlers([*ast.iter_child_nodes(node)])
+            yield from _within([*ast.iter_child_nodes(node)])
 
 
 def _unboxed_kinds(known: Type) -> Iterator[str]:

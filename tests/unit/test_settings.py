@@ -121,9 +121,10 @@ def test_the_known_variables_are_those_of_all_services():
     from router.settings import RouterSettings
     from services.console.settings import ConsoleSettings
     from services.inference.settings import WorkerSettings
+    from services.ledger.settings import LedgerSettings
     from services.runtime.process.variables import KNOWN
 
-    services = (CacheSettings, ConsoleSettings, RouterSettings, WorkerSettings)
+    services = (CacheSettings, ConsoleSettings, LedgerSettings, RouterSettings, WorkerSettings)
     assert {name.upper() for settings in services for name in settings.model_fields} | {"CONFIG", "API_KEY"} == KNOWN
 
 

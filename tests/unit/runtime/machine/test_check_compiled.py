@@ -57,6 +57,19 @@ def handlers(text: str) -> str:
     except KeyError as other:
         return str(other)
 
+async def suspended(gate: object) -> None:
+    try:
+        pass
+    except KeyError:
+        await gate  # type: ignore[misc]
+        raise  # found: after `await`
+    except TypeError:
+        if gate:
+            raise
+        await gate  # type: ignore[misc]
+    finally:
+        await gate  # type: ignore[misc] # found: in `finally`
+
 def recursive(count: int) -> int:
     return recursive(count - 1) if count else 0  # found: recursion
 
