@@ -21,7 +21,8 @@ test: $(READY)
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
-	@$(PY) -m pytest $(PARALLEL) -m proof
+	@$(PY) -m pytest $(PARALLEL) -m "proof and not alone"
+	@$(PY) -m pytest -m "proof and alone"
 
 # A simulated fleet on virtual time, SEEDS of them; RINGMESH_TEST_COMPILED=1 for the modules that services run.
 SEEDS ?= 5000

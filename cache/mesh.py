@@ -116,7 +116,7 @@ class Mesh:
         self._leaders: dict[bytes, Trace] = {}
         # Recent compute time in seconds, by subject.
         self.costs: Recent[bytes, float] = Recent(_MAX_MODELS)
-        self.shared_use = SharedUse()
+        self.shared_use = SharedUse(has_peers=bool(peers.peers))
         self.renewals = Renewals()
         self._leases = Leases(shared)
         self.stale_answers = 0

@@ -4,7 +4,7 @@ from __future__ import annotations  # compiled by mypyc
 
 from collections.abc import Iterator
 
-from cache.policy.worth_asking import ALWAYS, NEVER, LookUpDecision, Subject, WorthAsking
+from cache.policy.worth_asking import ALWAYS, FOR_REGIONS, NEVER, LookUpDecision, Subject, WorthAsking
 from services.runtime.telemetry.metrics import Counter, Family, Sample
 
 DECISIONS = Family(
@@ -20,10 +20,12 @@ _SMOOTHING = 0.1
 class SharedUse:
     """Decides how the shared tier is used, by the hit ratio of a subject and the recent costs of trips and writes.
 
-    A write costs the time that it takes on the event loop: nobody waits for its reply.
+    A write costs the time that it takes on the event loop: nobody waits for its reply. `has_peers`: other regions read
+    what this one has in Redis, so that answers are always written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_peers: bool) -> None:
+        self._has_peers = has_peers
         self._worth = WorthAsking()
         self._decisions = Counter(DECISIONS)
         self._trip_seconds = self._write_seconds = 0.0
@@ -63,4 +65,6 @@ class SharedUse:
             return NEVER
         if subject.policy == "always":
             return ALWAYS
+        if self._has_peers:
+            return FOR_REGIONS
         return self._worth.decide(subject.id, key, compute_seconds, self._trip_seconds, self._write_seconds)

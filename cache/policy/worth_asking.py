@@ -61,6 +61,7 @@ class LookUpDecision:
 
 NO_TIER: Final = LookUpDecision("skipped", "")
 ALWAYS: Final = LookUpDecision("first", "looked up first: the model's configuration says so")
+FOR_REGIONS: Final = LookUpDecision("first", "looked up first: other regions read what Redis holds")
 NEVER: Final = LookUpDecision("skipped", "not looked up: the model's configuration says so")
 UNKNOWN: Final = LookUpDecision("first", "looked up first: what computing takes is not known yet")
 WORTH: Final = LookUpDecision("first", "looked up first: hits save more than look-ups and writes cost")

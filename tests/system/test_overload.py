@@ -4,6 +4,7 @@ import asyncio
 import os
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,7 @@ from grpc_status import rpc_status
 from tests.models import slow
 from tests.system.test_cache import INFER, fresh
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 # So many as no worker refuses: eight each.
 CALLERS = 16
 ROUNDS = 3
@@ -37,7 +38,8 @@ def cores():
         os.sched_setaffinity(thread, {every[-1]})
     yield every[0], every[-1]
     for thread in threads:
-        os.sched_setaffinity(thread, every)
+        with suppress(ProcessLookupError):  # a thread that has ended meanwhile
+            os.sched_setaffinity(thread, every)
 
 
 @pytest.fixture(params=["alone", "redis"])

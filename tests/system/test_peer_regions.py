@@ -13,7 +13,7 @@ from tests.system import processes
 from tests.system.test_cache import fresh, infer
 from tests.system.way import Way
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 
 async def outcome(channel, request):

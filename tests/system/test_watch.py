@@ -25,7 +25,7 @@ BLOCK = 1000
 async def fleet():
     made = Fleet([], lambda ready: None, clock=time.monotonic)
     yield made
-    await made.close()
+    made.close()
 
 
 @pytest.fixture
