@@ -139,6 +139,7 @@ async def test_a_hung_peer_costs_nothing_once_its_breaker_is_open(regions, chann
         while True:
             request = fresh("slow")
             await infer(there, request)
+            await infer(there, fresh("mlp"))  # whose look-up takes the waiting write to Redis along
             if await outcome(here, request) == "hit-peer":
                 break
 
