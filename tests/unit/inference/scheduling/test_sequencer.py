@@ -149,7 +149,7 @@ def test_sequences_that_run_side_by_side_add_up_as_if_alone(accumulator, sequenc
 
 
 async def test_requests_of_several_sequences_share_a_batch(accumulator):
-    accumulator.batcher._row_ns.clear()  # what runs of earlier tests took decides whether these share one
+    accumulator.batcher._batcher._row_ns.clear()  # what runs of earlier tests took decides whether these share one
     steps = [step(name, name, start=True, end=True) for name in range(2, 8)]
     results = await asyncio.gather(*(accumulator.batcher.submit(made, None) for made in steps))
     assert [result.arrays[0].item() for result in results] == [2, 3, 4, 5, 6, 7]
