@@ -8,6 +8,7 @@ import pytest
 from cache.keys.invalidation import InvalidationLog
 from cache.mesh import Computed, Mesh
 from cache.policy.freshness import Freshness
+from cache.policy.leases import Lease, Leases
 from cache.policy.refusals import Refusals
 from cache.policy.worth_asking import Subject
 from cache.regions.peer_regions import PeerRegions
@@ -300,3 +301,32 @@ async def test_requests_of_different_sizes_are_decided_apart(router):
     large = Subject("m", DIGEST, 1 << 20)
     assert not router.mesh.decide(router.key(), router.subject).asks
     assert router.mesh.decide(router.key(), large).waits
+
+
+class HeldLeases(Leases):
+    """A lease that is always granted, and whose release waits for `gate`."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.gate = Promise()
+
+    async def take(self, name, milliseconds):
+        return Lease(1, milliseconds)
+
+    async def release(self, name, token):
+        await self.gate
+
+
+async def test_a_renewal_that_fails_raises_its_own_error_whatever_is_handled_when_it_goes_on(router):
+    async def compute():
+        raise UnavailableError("no worker")
+
+    router.mesh._leases = leases = HeldLeases()
+    renewal = router.mesh._renew(router.key(), Entry(b"old", 1), compute, router.subject)
+    renewal.send(None)
+    leases.gate.settle(None)
+    try:
+        raise OSError
+    except OSError:
+        with pytest.raises(UnavailableError, match="no worker"):
+            renewal.send(None)

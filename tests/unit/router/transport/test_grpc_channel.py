@@ -162,6 +162,12 @@ async def test_a_server_that_is_not_there_is_unavailable():
     assert caught.value.code == grpc.StatusCode.UNAVAILABLE
 
 
+async def test_a_call_whose_connection_fails_in_an_unexpected_way_is_answered():
+    with pytest.raises(CallError, match="could not begin") as caught:
+        await asyncio.wait_for(GrpcChannel("127.0.0.1:70000").call(METHOD, b""), 20)
+    assert caught.value.code == grpc.StatusCode.INTERNAL
+
+
 async def test_a_server_that_comes_back_is_found_again():
     address = free_address()
     channel = GrpcChannel(address)
