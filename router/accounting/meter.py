@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 from cache.tiers.entry import Entry
 from router.accounting.budgets import Budgets
 from router.accounting.request_metrics import LabelValues
-from services.runtime.telemetry.tracing import Stage, Trace
+from services.runtime.telemetry.tracing import Trace
 
 # Labels and worker type, then the columns of a UsageRecord.
 Record: TypeAlias = tuple[LabelValues, str, int, int, int, int, int, int, int, int, int, int, int, int, int, int, bytes]
@@ -77,21 +77,16 @@ class Meter:
         fold = self._folds.get(labels)
         if fold is None:
             fold = self._folds[labels] = Fold(worker_type(provider))
-        # A clock that is set back makes negative durations.
-        total_ns = max(0, end_ns - start_ns)
+        total_ns = _elapsed(start_ns, end_ns)
         router_ns = max(0, router_ns) or total_ns
+        compute_us = _compute_us(trace)  # of an embedding
         fold.requests += 1
         fold.total_ns += total_ns
         fold.router_ns += router_ns
         fold.saved_us += entry.compute_us
         fold.request_bytes += request_bytes
         fold.response_bytes += len(entry.value)
-        compute_us = 0
-        for stage in trace.stages:
-            if stage.result is not None:  # an embedding
-                compute_us += _share(stage)
-            elif stage.name[:6] == "cache.":
-                fold.cache_ns += max(0, stage.end_ns - stage.start_ns)
+        fold.cache_ns += _cache_ns(trace)
         fold.compute_us += compute_us
         if self._budgets.limits:
             self._budgets.charge(labels[3], labels[1], fold.worker_type, compute_us, router_ns)
@@ -129,20 +124,17 @@ class Meter:
         response_bytes: int,
         requests: int = 1,
     ) -> None:
-        # A clock that is set back makes negative durations.
-        total_ns = max(0, end_ns - start_ns)
+        total_ns = _elapsed(start_ns, end_ns)
         router_ns = max(0, router_ns) or total_ns
-        cache_ns = queue_us = run_us = compute_us = batch_requests = batch_rows = 0
+        cache_ns, compute_us = _cache_ns(trace), _compute_us(trace)
+        queue_us = run_us = batch_requests = batch_rows = 0
         for stage in trace.stages:
             if stage.result is not None:
                 timing = stage.result.timing
                 queue_us += timing.queue_us
                 run_us += timing.compute_us
-                compute_us += _share(stage)
                 batch_requests, batch_rows = timing.batch_requests, timing.batch_rows
                 provider = timing.provider or provider
-            elif stage.name[:6] == "cache.":
-                cache_ns += max(0, stage.end_ns - stage.start_ns)
         kind = worker_type(provider)
         self._records.append(
             (
@@ -166,7 +158,24 @@ def worker_type(provider: str) -> str:
     return "cpu" if provider in _CPU else "gpu"
 
 
-def _share(stage: Stage) -> int:
-    assert stage.result is not None
-    timing = stage.result.timing
-    return 0 if timing.joined else timing.share_us
+def _elapsed(start_ns: int, end_ns: int) -> int:
+    """The time between; 0 if the clock was set back meanwhile."""
+    return max(0, end_ns - start_ns)
+
+
+def _cache_ns(trace: Trace) -> int:
+    """The time in look-ups outside the process."""
+    total = 0
+    for stage in trace.stages:
+        if stage.result is None and stage.name[:6] == "cache.":
+            total += _elapsed(stage.start_ns, stage.end_ns)
+    return total
+
+
+def _compute_us(trace: Trace) -> int:
+    """The shares of the runs in which the request was computed; nothing of runs that it joined."""
+    total = 0
+    for stage in trace.stages:
+        if stage.result is not None and not stage.result.timing.joined:
+            total += stage.result.timing.share_us
+    return total
