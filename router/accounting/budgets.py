@@ -18,12 +18,12 @@ _FINE = 10**9
 class Limit:
     """A budget, what this router has spent of it since it knows it, and up to where it may."""
 
-    __slots__ = ("amount", "budget", "delivered", "renews_at_ms", "spent", "until")
+    __slots__ = ("budget", "delivered", "renews_at_ms", "spent", "until")
 
     def __init__(self, budget: ledger_pb2.Budget) -> None:
         self.budget = budget
         self.spent = self.delivered = self.until = 0
-        self.amount = self.renews_at_ms = 0
+        self.renews_at_ms = 0
 
 
 class Budgets:
@@ -63,15 +63,11 @@ class Budgets:
     def request(self, router_id: str, epoch: int) -> tuple[ledger_pb2.LeaseRequest, list[tuple[Limit, int]]]:
         """Asks for leases. Also returns what was spent of each budget until now, which `renewed` needs."""
         request = ledger_pb2.LeaseRequest(router_id=router_id, start_epoch=epoch)
-        spent: list[tuple[Limit, int]] = []
-        for limits in self.limits.values():
-            for limit in limits:
-                budget = limit.budget
-                spent.append((limit, limit.spent))
-                unsent = -((limit.delivered - limit.spent) // _FINE)  # rounded up
-                request.uses.add(
-                    tenant=budget.tenant, model=budget.model, period=budget.period, unsent_nano=max(0, unsent)
-                )
+        spent = self.marks()
+        for limit, at in spent:
+            budget = limit.budget
+            unsent = -((limit.delivered - at) // _FINE)  # rounded up
+            request.uses.add(tenant=budget.tenant, model=budget.model, period=budget.period, unsent_nano=max(0, unsent))
         return request, spent
 
     def renewed(self, answer: ledger_pb2.LeaseResponse, spent: list[tuple[Limit, int]]) -> None:
@@ -81,7 +77,7 @@ class Budgets:
         for lease in answer.leases:
             limit, at = known.get(_key(lease.budget), (Limit(lease.budget), 0))
             limit.budget = lease.budget
-            limit.amount, limit.renews_at_ms = lease.amount_nano, lease.renews_at_ms
+            limit.renews_at_ms = lease.renews_at_ms
             limit.until = at + lease.amount_nano * _FINE
             limits.setdefault((lease.budget.tenant, lease.budget.model), []).append(limit)
         self._rates = dict(answer.nano_per_second)

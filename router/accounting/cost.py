@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from router.accounting.meter import worker_type
 from router.accounting.request_metrics import RequestMetrics
 from services.runtime.errors import NotFoundError, UnavailableError
 from services.runtime.telemetry.metrics import Family, Sample
@@ -23,7 +24,6 @@ PRICE = Family(
 )
 
 _SPENT = frozenset({"miss", "bypass"})
-_CPU = "CPUExecutionProvider"
 
 
 class Prices(NamedTuple):
@@ -36,7 +36,7 @@ class Prices(NamedTuple):
 
     def of(self, provider: str) -> float:
         """The price of one second of a model that runs on `provider`."""
-        return self.cpu_second if provider in (_CPU, "ensemble", "") else self.gpu_second
+        return self.cpu_second if worker_type(provider) == "cpu" else self.gpu_second
 
 
 class CostMetrics:

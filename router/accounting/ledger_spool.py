@@ -42,7 +42,7 @@ class Spooled:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         return f"{self.epoch}-{self.sequence}-{self.records}-{self.requests}{_SUFFIX}"
 
 
@@ -67,11 +67,11 @@ class LedgerSpool:
         # Lost before they had a number; the next batch that can be written says so.
         self._unnumbered = (0, 0)
         self.bytes = 0
-        self.dropped_records = self.dropped_requests = 0
+        self.dropped_requests = 0
 
     @property
     def epoch(self) -> int:
-        """Of batches to come."""
+        """The start epoch of the next batches."""
         return self._epoch
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class LedgerSpool:
             self._write(batch, records, requests)
         except (OSError, SpoolError) as error:
             log.error("usage of %d requests is lost: cannot write to %s: %s", requests, self._folder, error)
-            self._count_dropped(records, requests)
+            self.dropped_requests += requests
             self._unnumbered = (self._unnumbered[0] + records, self._unnumbered[1] + requests)
             return
         self._give_up_oldest()
@@ -128,9 +128,7 @@ class LedgerSpool:
     def save_leases(self, leases: bytes) -> None:
         """Keeps `leases` for the next start, which may come while the ledger is down. Raises OSError."""
         if leases != self.leases:
-            aside = self._folder / "leases.unfinished"
-            aside.write_bytes(leases)
-            aside.rename(self._folder / "leases")
+            self._replace("leases", leases)
             self.leases = leases
 
     def first(self) -> Spooled | None:
@@ -155,9 +153,9 @@ class LedgerSpool:
         path = self._folder / one.name
         if keep_as and path.exists():
             path.rename(self._folder / f"{one.name}.{keep_as}")
-        self._count_dropped(one.records, one.requests)
+        self.dropped_requests += one.requests
         empty = Spooled(one.epoch, one.sequence, 0, 0, _DIGEST_BYTES + len(batch))
-        self._write_file(empty, batch)
+        self._replace(empty.name, _digest(batch) + batch)
         path.unlink(missing_ok=True)
         self._waiting[self._waiting.index(one)] = empty
         self.bytes += empty.size - one.size
@@ -195,22 +193,21 @@ class LedgerSpool:
 
     def _write(self, batch: bytes, records: int, requests: int) -> None:
         one = Spooled(self._epoch, self._next, records, requests, _DIGEST_BYTES + len(batch))
-        self._write_file(one, batch)
+        self._replace(one.name, _digest(batch) + batch)
         self._next += 1
         self._waiting.append(one)
         self.bytes += one.size
 
-    def _write_file(self, one: Spooled, batch: bytes) -> None:
+    def _replace(self, name: str, data: bytes) -> None:
+        """Writes a file that is whole even if the process is killed meanwhile."""
         aside = self._folder / "unfinished"
-        aside.write_bytes(_digest(batch) + batch)
-        aside.rename(self._folder / one.name)
+        aside.write_bytes(data)
+        aside.rename(self._folder / name)
 
     def _read_id(self) -> str:
         file = self._folder / "router-id"
         if not file.exists() or not file.read_text().strip():
-            aside = self._folder / "router-id.unfinished"
-            aside.write_text(f"{uuid.uuid4().hex}\n")
-            aside.rename(file)
+            self._replace(file.name, f"{uuid.uuid4().hex}\n".encode())
         return file.read_text().strip()
 
     def _begin_epoch(self) -> None:
@@ -220,9 +217,7 @@ class LedgerSpool:
         known = max((one.epoch for one in self._find()), default=0)
         self._epoch = max(self._clock_ns(), last + 1, known + 1)
         self._next = 1
-        aside = self._folder / "epoch.unfinished"
-        aside.write_text(f"{self._epoch}\n")
-        aside.rename(file)
+        self._replace(file.name, f"{self._epoch}\n".encode())
 
     def _find(self) -> list[Spooled]:
         found = []
@@ -232,10 +227,6 @@ class LedgerSpool:
                 epoch, sequence, records, requests = map(int, parts)
                 found.append(Spooled(epoch, sequence, records, requests, path.stat().st_size))
         return found
-
-    def _count_dropped(self, records: int, requests: int) -> None:
-        self.dropped_records += records
-        self.dropped_requests += requests
 
 
 def _digest(batch: bytes) -> bytes:

@@ -8,7 +8,6 @@ from typing import Final, NamedTuple
 from ringmesh.ledger.v1 import ledger_pb2
 
 FORMAT: Final = 1
-MOST_RECORDS: Final = 50_000
 _NO_TRACE = bytes(16)
 
 
@@ -51,7 +50,7 @@ def encode(
     dropped_records: int = 0,
     dropped_requests: int = 0,
 ) -> bytes:
-    """A serialized Batch of at most MOST_RECORDS records."""
+    """A serialized Batch. The ledger accepts at most 50,000 records."""
     numbers: dict[Dimension, int] = {}
     batch = ledger_pb2.Batch(
         format=FORMAT,

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from services.cli.commands.cost_groups import By
 from services.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -383,17 +384,6 @@ Since = Annotated[
 Until = Annotated[str | None, typer.Option(help="Likewise; until now without it.")]
 
 
-class By(StrEnum):
-    """As `services.cli.commands.cost.By`, whose import takes long."""
-
-    TENANT = "tenant"
-    MODEL = "model"
-    VERSION = "version"
-    REGION = "region"
-    DAY = "day"
-    REQUEST = "request"
-
-
 @app.command()
 def cost(
     by: Annotated[list[By] | None, typer.Option(help="What to group by; may be repeated.")] = None,
@@ -426,13 +416,13 @@ def cost(
         written = show.export(address, since or "1h", until, export)
         console.print(f"{export}: {written:,} bytes", highlight=False)
     elif forecast:
-        told = show.forecast(address)
-        print(show.as_json(told)) if is_json else show.show_forecast(console, told)
+        expected = show.forecast(address)
+        print(show.as_json(expected)) if is_json else show.show_forecast(console, expected)
     elif bill:
         paid = show.bill(address, show.period(since, until, allow_unpriced=unpriced))
         print(show.as_json(paid)) if is_json else show.show_bill(console, paid)
     else:
-        groups = [show.By(one.value) for one in by or ([] if trace_id else [By.TENANT])]
+        groups = by or ([] if trace_id else [By.TENANT])
         filters = {"tenant": tenant, "model": model, "version": version, "region": region}
         asked = show.question(
             groups,

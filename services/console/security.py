@@ -57,13 +57,13 @@ class Guard:
         await self._app(scope, receive, guarded)
 
     def _refusal(self, method: str, headers: Headers, client: str) -> str:
+        changes = method not in ("GET", "HEAD")
         host = headers.get("host", "")
         name = host.rpartition("]")[0].lstrip("[") or host.partition(":")[0]
         if not _is_address(name) and name.lower() not in self._hosts:
             return f"unknown host name {name!r}; RINGMESH_CONSOLE_HOSTS lists the names of this console"
-        if method not in ("GET", "HEAD") and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
+        if changes and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
             return "this request must come from one of the console's own pages"
-        changes = method not in ("GET", "HEAD")
         if (changes or self._access.keys is not None) and not self._access.is_admin_host(client):
             return f"this is for browsers on this host, not at {client}; name their networks in RINGMESH_ADMIN_NETWORKS"
         return ""

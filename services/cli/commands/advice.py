@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-import grpc
 from rich.console import Console
-from rich.table import Table
-from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running
-from services.cli.commands.cost import moment, money
+from services.cli.commands import running, tables
+from services.cli.commands.cost import call, moment, money
 
 
 def ask(
@@ -22,22 +20,16 @@ def ask(
     request = ledger_pb2.AdviseWorkersRequest(
         worker_type=worker_type,
         from_ms=moment(since, now),
-        until_ms=moment(until, now) if until is not None else 0,
+        until_ms=moment(until, now),
         wait_us=round(wait_ms * 1000),
     )
-
-    def call(channel: grpc.Channel) -> ledger_pb2.AdviseWorkersResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).AdviseWorkers(request, timeout=running.SECONDS)
-
-    return running.ask(address, "ledger", call)
+    return call(address, lambda stub: stub.AdviseWorkers(request, timeout=running.SECONDS))
 
 
 def show(console: Console, answer: ledger_pb2.AdviseWorkersResponse) -> None:
     """A line an hour, and what it would have saved."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("hour (UTC)", no_wrap=True)
-    for column in ("computed", "workers", "wait p99 ms", "replayed", "advised", "wait p99 ms", "cost", "advised"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ("computed", "workers", "wait p99 ms", "replayed", "advised", "wait p99 ms", "cost", "advised")
+    table = tables.create("hour (UTC)", *(f">{name}" for name in numbers))
     for hour in answer.hours:
         table.add_row(
             f"{datetime.fromtimestamp(hour.begins_ms / 1000, UTC):%Y-%m-%d %H:%M}",

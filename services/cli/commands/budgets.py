@@ -5,35 +5,24 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
-import grpc
 from rich.table import Table
-from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running
-from services.cli.commands.cost import as_json, money
+from services.cli.commands import running, tables
+from services.cli.commands.cost import as_json, call, money
 from services.cli.commands.prices import nano
 
 
 def states(address: str) -> ledger_pb2.ListBudgetsResponse:
     """Raises CommandError."""
-
-    def call(channel: grpc.Channel) -> ledger_pb2.ListBudgetsResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).ListBudgets(
-            ledger_pb2.ListBudgetsRequest(), timeout=running.SECONDS
-        )
-
-    return running.ask(address, "ledger", call)
+    request = ledger_pb2.ListBudgetsRequest()
+    return call(address, lambda stub: stub.ListBudgets(request, timeout=running.SECONDS))
 
 
 def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
     """A line a budget."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("tenant", "model", "a"):
-        table.add_column(column, no_wrap=True)
-    for column in ("soft", "hard", "spent", "leased"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("currency", "renews", ""):
-        table.add_column(column, no_wrap=True)
+    columns = ("tenant", "model", "a", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "")
+    table = tables.create(*columns)
     for state in found.budgets:
         budget = state.budget
         table.add_row(
@@ -52,11 +41,11 @@ def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
 
 
 def plain(found: ledger_pb2.ListBudgetsResponse) -> str:
-    """As JSON."""
-    told = json.loads(as_json(found))
-    for state in told["budgets"]:
+    """Returns the budgets as JSON."""
+    budgets = json.loads(as_json(found))
+    for state in budgets["budgets"]:
         state["budget"]["period"] = _period(state["budget"]["period"])
-    return json.dumps(told, indent=2)
+    return json.dumps(budgets, indent=2)
 
 
 def set_budget(address: str, tenant: str, model: str, period: str, soft: str, hard: str, currency: str) -> None:
@@ -69,13 +58,8 @@ def set_budget(address: str, tenant: str, model: str, period: str, soft: str, ha
         hard_nano=nano(hard),
         currency=currency,
     )
-
-    def call(channel: grpc.Channel) -> ledger_pb2.SetBudgetResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).SetBudget(
-            ledger_pb2.SetBudgetRequest(budget=budget), timeout=running.SECONDS
-        )
-
-    running.ask(address, "ledger", call)
+    request = ledger_pb2.SetBudgetRequest(budget=budget)
+    call(address, lambda stub: stub.SetBudget(request, timeout=running.SECONDS))
 
 
 def delete(address: str, tenant: str, model: str, period: str) -> None:
@@ -83,11 +67,7 @@ def delete(address: str, tenant: str, model: str, period: str) -> None:
     request = ledger_pb2.DeleteBudgetRequest(
         tenant=tenant, model=model, period=ledger_pb2.Period.Value(f"PERIOD_{period.upper()}")
     )
-
-    def call(channel: grpc.Channel) -> ledger_pb2.DeleteBudgetResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).DeleteBudget(request, timeout=running.SECONDS)
-
-    running.ask(address, "ledger", call)
+    call(address, lambda stub: stub.DeleteBudget(request, timeout=running.SECONDS))
 
 
 def _period(number: int) -> str:

@@ -7,18 +7,16 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 from google.protobuf.message import Message
 from rich.console import Console
-from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
-from services.cli.commands import running
+from services.cli.commands import running, tables
+from services.cli.commands.cost_groups import By
 from services.cli.errors import CommandError
 
 _NANO = 10**9
@@ -26,19 +24,13 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _EXPORT_SECONDS = 3600.0
 
 
-class By(StrEnum):
-    """What costs are grouped by."""
+def moment(text: str | None, now: float) -> int:
+    """Milliseconds since the Unix epoch of an age, such as 90m, 24h or 7d, or of an ISO time; 0 for None.
 
-    TENANT = "tenant"
-    MODEL = "model"
-    VERSION = "version"
-    REGION = "region"
-    DAY = "day"
-    REQUEST = "request"
-
-
-def moment(text: str, now: float) -> int:
-    """Milliseconds since the Unix epoch of an age, such as 90m, 24h or 7d, or of an ISO time. Raises CommandError."""
+    Raises CommandError.
+    """
+    if text is None:
+        return 0
     if age := re.fullmatch(r"(\d{1,9})([smhdw])", text):
         return max(int((now - int(age[1]) * _UNITS[age[2]]) * 1000), 0)
     try:
@@ -66,8 +58,8 @@ def question(
     begin = since if since is not None else None if trace else "1h"
     return ledger_pb2.ReportRequest(
         by=[ledger_pb2.Group.Value(f"GROUP_{one.name}") for one in by],
-        from_ms=moment(begin, now) if begin is not None else 0,
-        until_ms=moment(until, now) if until is not None else 0,
+        from_ms=moment(begin, now),
+        until_ms=moment(until, now),
         trace_id=trace,
         limit=limit,
         changes=changes,
@@ -81,37 +73,30 @@ def period(since: str | None, until: str | None, *, allow_unpriced: bool) -> led
     now = time.time()
     return ledger_pb2.BillRequest(
         from_ms=moment(since or "1h", now),
-        until_ms=moment(until, now) if until is not None else 0,
+        until_ms=moment(until, now),
         allow_unpriced=allow_unpriced,
     )
 
 
+def call(address: str, ask: Callable[[ledger_pb2_grpc.LedgerServiceStub], running.Answer]) -> running.Answer:
+    """Calls the ledger at `address`. Raises CommandError."""
+    return running.ask(address, "ledger", lambda channel: ask(ledger_pb2_grpc.LedgerServiceStub(channel)))
+
+
 def report(address: str, request: ledger_pb2.ReportRequest) -> ledger_pb2.ReportResponse:
     """Raises CommandError."""
-    return running.ask(
-        address,
-        "ledger",
-        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Report(request, timeout=running.SECONDS),
-    )
+    return call(address, lambda stub: stub.Report(request, timeout=running.SECONDS))
 
 
 def bill(address: str, request: ledger_pb2.BillRequest) -> ledger_pb2.BillResponse:
     """Raises CommandError."""
-    return running.ask(
-        address,
-        "ledger",
-        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Bill(request, timeout=running.SECONDS),
-    )
+    return call(address, lambda stub: stub.Bill(request, timeout=running.SECONDS))
 
 
 def forecast(address: str) -> ledger_pb2.ForecastResponse:
     """Raises CommandError."""
     request = ledger_pb2.ForecastRequest()
-    return running.ask(
-        address,
-        "ledger",
-        lambda channel: ledger_pb2_grpc.LedgerServiceStub(channel).Forecast(request, timeout=running.SECONDS),
-    )
+    return call(address, lambda stub: stub.Forecast(request, timeout=running.SECONDS))
 
 
 def export(address: str, begin: str, until: str | None, path: Path) -> int:
@@ -121,20 +106,20 @@ def export(address: str, begin: str, until: str | None, path: Path) -> int:
         raise CommandError(f"{path}: name a file that ends with .csv or .parquet")
     now = time.time()
     request = ledger_pb2.ExportRequest(
-        from_ms=moment(begin, now), until_ms=moment(until, now) if until is not None else 0, format=formats[path.suffix]
+        from_ms=moment(begin, now), until_ms=moment(until, now), format=formats[path.suffix]
     )
     # Written aside: a file of that name is whole.
     aside = path.with_name(f".{path.name}.partial")
 
-    def fetch(channel: grpc.Channel) -> int:
+    def fetch(stub: ledger_pb2_grpc.LedgerServiceStub) -> int:
         written = 0
         with aside.open("wb") as file:
-            for answer in ledger_pb2_grpc.LedgerServiceStub(channel).Export(request, timeout=_EXPORT_SECONDS):
+            for answer in stub.Export(request, timeout=_EXPORT_SECONDS):
                 written += file.write(answer.part)
         return written
 
     try:
-        written = running.ask(address, "ledger", fetch)
+        written = call(address, fetch)
         aside.replace(path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
@@ -172,9 +157,7 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
     currency = answer.currency
     is_single = By.REQUEST in by or any(row.HasField("request") for row in answer.rows)
     columns = _single_columns(currency) if is_single else _group_columns(by, currency, changes=changes)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, is_number, _ in columns:
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    table = tables.create(*(f"{'>' if is_number else ''}{name}" for name, is_number, _ in columns))
     for row in answer.rows:
         table.add_row(*(value(row) for _, _, value in columns))
     labels = sum(not is_number for _, is_number, _ in columns)
@@ -189,23 +172,13 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
 
 def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
     """What the workers cost, used and idle."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("worker type", "region"):
-        table.add_column(name, no_wrap=True)
-    for name in (
-        "paid s",
-        "used s",
-        "idle s",
-        f"requests {answer.currency}",
-        f"idle {answer.currency}",
-        f"bill {answer.currency}",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    amounts = (f">{name} {answer.currency}" for name in ("requests", "idle", "bill"))
+    table = tables.create("worker type", "region", ">paid s", ">used s", ">idle s", *amounts)
     rows = [(row, row.worker_type, row.region, "") for row in answer.rows]
     for row, worker_type, region, style in (*rows, (answer.total, "total", "", "bold")):
         times = (_seconds(us) for us in (row.paid_us, row.used_us, row.idle_us))
-        amounts = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
-        table.add_row(worker_type, region, *times, *amounts, style=style)
+        costs = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
+        table.add_row(worker_type, region, *times, *costs, style=style)
     console.print(f"{_time(answer.from_ms)} to {_time(answer.until_ms)}", highlight=False)
     console.print(table)
     _warn(console, answer.warnings)

@@ -26,7 +26,7 @@ from services.cli.commands.magika_features import MagikaFeatures
 from services.cli.errors import CommandError
 from services.cli.stack.probes import LOCAL
 from services.cli.stack.stack import StackOptions
-from services.runtime.w3c import new_span_id
+from services.runtime import w3c
 
 _MOST_FILES = 60
 _SECONDS = 60.0
@@ -137,9 +137,10 @@ async def _ask(
 ) -> Answer:
     request = v2.ModelInferRequest(model_name="magika", raw_input_contents=[features.tobytes()])
     request.inputs.add(name="bytes", datatype="INT32", shape=features.shape)
-    trace_id = new_span_id() + new_span_id()
+    trace_id = w3c.new_trace_id()
+    traceparent = w3c.traceparent(trace_id, w3c.new_span_id(), sampled=True)
     began = time.perf_counter()
-    call = stub.ModelInfer(request, timeout=_SECONDS, metadata=(("traceparent", f"00-{trace_id}-{new_span_id()}-01"),))
+    call = stub.ModelInfer(request, timeout=_SECONDS, metadata=(("traceparent", traceparent),))
     response = await call
     seconds = time.perf_counter() - began
     trailing = {key: value for key, value in await call.trailing_metadata() if isinstance(value, str)}

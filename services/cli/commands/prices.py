@@ -6,12 +6,11 @@ import time
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 
-import grpc
 from rich.table import Table
-from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running
-from services.cli.commands.cost import moment
+from services.cli.commands import running, tables
+from services.cli.commands.cost import call, moment
 from services.cli.errors import CommandError
 
 _HOUR_MS = 3_600_000
@@ -20,18 +19,10 @@ _NANO = 10**9
 
 def listing(address: str) -> Table:
     """A line a price. Raises CommandError."""
-
-    def call(channel: grpc.Channel) -> ledger_pb2.ListPricesResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).ListPrices(
-            ledger_pb2.ListPricesRequest(), timeout=running.SECONDS
-        )
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("worker type", "from", "until"):
-        table.add_column(column, no_wrap=True)
-    for column in ("an hour", "currency", "slots", "watts", "a kWh"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for price in running.ask(address, "ledger", call).prices:
+    request = ledger_pb2.ListPricesRequest()
+    found = call(address, lambda stub: stub.ListPrices(request, timeout=running.SECONDS))
+    table = tables.create("worker type", "from", "until", ">an hour", ">currency", ">slots", ">watts", ">a kWh")
+    for price in found.prices:
         table.add_row(
             price.worker_type,
             _time(price.from_ms) if price.from_ms else "the beginning",
@@ -65,7 +56,7 @@ def set_price(
         worker_type=worker_type,
         # By default from this hour on.
         from_ms=moment(since, now) if since is not None else int(now * 1000) // _HOUR_MS * _HOUR_MS,
-        until_ms=moment(until, now) if until is not None else 0,
+        until_ms=moment(until, now),
         hourly_nano=nano(hourly),
         currency=currency,
         device=ledger_pb2.DEVICE_GPU if is_gpu else ledger_pb2.DEVICE_CPU,
@@ -73,23 +64,14 @@ def set_price(
         power_milliwatts=round(watts * 1000),
         energy_nano_per_kwh=nano(kwh),
     )
-
-    def call(channel: grpc.Channel) -> ledger_pb2.SetPriceResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).SetPrice(
-            ledger_pb2.SetPriceRequest(price=price, supersede=supersede), timeout=running.SECONDS
-        )
-
-    running.ask(address, "ledger", call)
+    request = ledger_pb2.SetPriceRequest(price=price, supersede=supersede)
+    call(address, lambda stub: stub.SetPrice(request, timeout=running.SECONDS))
 
 
 def delete(address: str, worker_type: str, since: str) -> None:
     """Raises CommandError."""
     request = ledger_pb2.DeletePriceRequest(worker_type=worker_type, from_ms=moment(since, time.time()))
-
-    def call(channel: grpc.Channel) -> ledger_pb2.DeletePriceResponse:
-        return ledger_pb2_grpc.LedgerServiceStub(channel).DeletePrice(request, timeout=running.SECONDS)
-
-    running.ask(address, "ledger", call)
+    call(address, lambda stub: stub.DeletePrice(request, timeout=running.SECONDS))
 
 
 def nano(amount: str) -> int:

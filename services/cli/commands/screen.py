@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +11,7 @@ from rich.text import Text
 from services.cli.commands import shell, tables
 from services.cli.commands.sample_request import SampleRequest
 from services.cli.stack.stack import StackOptions
+from services.runtime import w3c
 
 
 class Screen:
@@ -49,8 +49,8 @@ class Screen:
 
     def first_calls(self, router: str, sample: SampleRequest) -> None:
         """Prints commands for a first request and its trace verbatim, so that they can be copied."""
-        trace_id = f"{random.getrandbits(128) or 1:032x}"
-        traceparent = f"traceparent: 00-{trace_id}-{random.getrandbits(64) or 1:016x}-01"
+        trace_id = w3c.new_trace_id()
+        traceparent = f"traceparent: {w3c.traceparent(trace_id, w3c.new_span_id(), sampled=True)}"
         for title, command in (
             ("grpcurl", sample.grpcurl(router, traceparent)),
             ("its trace", shell.trace(trace_id, self._state)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime import w3c
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip import tensors
 from services.runtime.oip.sample_tensor import WORDS, fill
@@ -106,8 +106,8 @@ def build(model: str, fields: Sequence[TensorInput]) -> v2.ModelInferRequest:
 
 async def send(channel: grpc.aio.Channel, request: v2.ModelInferRequest, headers: Mapping[str, str]) -> TrialResult:
     """Sends the request with a sampled trace. Non-empty `headers` are sent as metadata."""
-    trace_id = f"{random.getrandbits(128) or 1:032x}"
-    context = ("traceparent", f"00-{trace_id}-{random.getrandbits(64) or 1:016x}-01")
+    trace_id = w3c.new_trace_id()
+    context = ("traceparent", w3c.traceparent(trace_id, w3c.new_span_id(), sampled=True))
     metadata = [context, *((name, value) for name, value in headers.items() if value)]
     infer: _Infer = channel.unary_unary(INFER)
     call = infer(request.SerializeToString(), metadata=metadata, timeout=_SECONDS)

@@ -50,10 +50,11 @@ def _pairs(first: SpanTree, second: SpanTree) -> list[SpanPair]:
     """Returns the spans of both traces in the order of the first; those of the second only follow their parents."""
     left, right = _by_position(first), _by_position(second)
     order = [*left]
-    for index, key in enumerate(right):
+    previous: _Key | None = None
+    for key in right:
         if key not in left:
-            before = [other for other in [*right][:index] if other in order]
-            order.insert(order.index(before[-1]) + 1 if before else 0, key)
+            order.insert(order.index(previous) + 1 if previous is not None else 0, key)
+        previous = key
     pairs = []
     for key in order:
         span = left.get(key) or right[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from services.console.data import span_names as names
@@ -34,11 +34,15 @@ class Gap:
 def find(tree: SpanTree) -> list[Gap]:
     """Returns the gaps that are long enough to matter, in the order of the spans."""
     least = max(_LEAST_NS, _LEAST_SHARE * tree.duration_ns)
-    return [gap for _, span in tree.rows for gap in _gaps(span, tree) if gap.duration_ns >= least]
+    below: dict[str, list[StoredSpan]] = {}
+    for _, span in tree.rows:
+        below.setdefault(span.parent_id, []).append(span)
+    gaps = (gap for _, span in tree.rows for gap in _gaps(span, below.get(span.span_id, ())))
+    return [gap for gap in gaps if gap.duration_ns >= least]
 
 
-def _gaps(span: StoredSpan, tree: SpanTree) -> Iterator[Gap]:
-    children = [child for _, child in tree.rows if child.parent_id == span.span_id and child is not span]
+def _gaps(span: StoredSpan, below: Sequence[StoredSpan]) -> Iterator[Gap]:
+    children = [child for child in below if child is not span]
     if not children:
         return
     children.sort(key=lambda child: child.start_ns)

@@ -53,7 +53,6 @@ class WriterCounters:
     records: int = 0
     requests: int = 0
     moved: int = 0
-    dropped_records: int = 0
     dropped_requests: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
 
@@ -183,7 +182,6 @@ class Writer:
             if verdict is Verdict.WRITE:
                 self.counters.records += one.batch.records
                 self.counters.requests += int(one.batch.columns["requests"].sum())
-                self.counters.dropped_records += one.batch.dropped_records
                 self.counters.dropped_requests += one.batch.dropped_requests
             if not one.written.done():
                 one.written.set_result((verdict, last))

@@ -31,7 +31,7 @@ _TTL_MS = DAY_MS
 class ReportCache:
     """Through the cache service at `address`, with the fleet's `credential`; None: nothing is cached."""
 
-    def __init__(self, address: str | None, credential: str = "") -> None:
+    def __init__(self, address: str | None, credential: str) -> None:
         options, sends = (("grpc.enable_http_proxy", 0),), sending(CREDENTIAL, credential)
         self._channel = grpc.aio.insecure_channel(address, options=options, interceptors=sends) if address else None
         self._stub = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -32,22 +33,22 @@ class StoredSpan:
         return self.name.rpartition("/")[2]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SpanTree:
     """The spans of one trace, in tree order, each with its depth. A span whose parent is elsewhere is a root."""
 
     trace_id: str
     rows: tuple[tuple[int, StoredSpan], ...]
 
-    @property
+    @cached_property
     def start_ns(self) -> int:
         return min(span.start_ns for _, span in self.rows)
 
-    @property
+    @cached_property
     def end_ns(self) -> int:
         return max(span.end_ns for _, span in self.rows)
 
-    @property
+    @cached_property
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
 
