@@ -21,7 +21,7 @@ from cache.tiers.breaker import Breaker
 from cache.tiers.entry import EntryFrames
 from cache.tiers.local_tier import LocalTier
 from cache.tiers.shared_tier import SharedTier
-from services.runtime.process.settings import ServiceSettings
+from services.runtime.process.settings import ServiceSettings, is_host_port
 from services.runtime.rpc.access import credential_of
 from services.runtime.rpc.server import StartError
 
@@ -63,8 +63,7 @@ class MeshSettings(ServiceSettings):
     @classmethod
     def _check_peers(cls, peers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
         for region, address in peers:
-            host, _, port = address.rpartition(":")
-            if not (region and host and port.isdecimal()):
+            if not (region and is_host_port(address)):
                 raise ValueError(f"{region}={address} is not region=host:port")
         if len({region for region, _ in peers}) != len(peers):
             raise ValueError("a region is named twice")

@@ -12,6 +12,7 @@ from pydantic_settings import NoDecode
 from cache.settings import MeshSettings
 from router.balancing.member import Listing
 from router.membership.discovery import AnnouncedWorkers, Watch, watch_dns
+from services.runtime.process.settings import is_host_port, split
 from services.runtime.redis.discovery import connect
 
 _DNS = "dns://"
@@ -75,14 +76,13 @@ class RouterSettings(MeshSettings):
     @field_validator("workers", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return split(value)
 
     @field_validator("workers")
     @classmethod
     def _check(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
         for worker in workers:
-            host, _, port = worker.removeprefix(_DNS).rpartition(":")
-            if not host or not port.isdecimal():
+            if not is_host_port(worker.removeprefix(_DNS)):
                 raise ValueError(f"{worker!r} is not host:port or dns://name:port")
         if len(set(workers)) != len(workers):
             raise ValueError("a worker is named twice")

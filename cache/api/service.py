@@ -16,6 +16,7 @@ from cache.keys.keys import KEY_BYTES
 from cache.mesh import Mesh
 from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.evictions import OTHER, Evictions
+from cache.tiers.local_tier import MODEL_BYTES
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, some
 from services.runtime.oip.absent_model import nearest
 from services.runtime.oip.protocol import check_tenant
@@ -146,7 +147,7 @@ class CacheService:
         prefixes = self._evictions.models()
         for shard in self._mesh.local.shards():
             for key, entry in shard:
-                model = prefixes.get(key[:16], OTHER)
+                model = prefixes.get(key[:MODEL_BYTES], OTHER)
                 size = sizes.setdefault(model, cache_pb2.ModelBytes(model=model))
                 size.entries += 1
                 size.bytes += len(entry.value)

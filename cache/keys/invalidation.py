@@ -178,7 +178,7 @@ class InvalidationLog:
                 not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
             ):
                 return epoch, len(beats) - len(behind)
-            if waited >= 1.0 and waited < 1.0 + _BEAT_SECONDS / 4:
+            if 1.0 <= waited < 1.0 + _BEAT_SECONDS / 4:
                 log.warning("a purge waits for the confirmation of %s", ", ".join(map(repr, behind)))
             await asyncio.sleep(_BEAT_SECONDS / 4)
 
@@ -220,9 +220,10 @@ class InvalidationLog:
         else:
             oldest = 0
         if bool(oldest) != bool(self.oldest_ms):
-            log.warning(
-                "disconnected from Redis for %.0f s: only recent answers are served", disconnected
-            ) if oldest else log.info("Redis answers again")
+            if oldest:
+                log.warning("disconnected from Redis for %.0f s: only recent answers are served", disconnected)
+            else:
+                log.info("Redis answers again")
         self.oldest_ms = oldest
 
     def _merge(self, scopes: Mapping[str, int]) -> None:

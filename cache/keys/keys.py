@@ -27,8 +27,6 @@ from services.runtime.telemetry.recent import Recent, forgotten
 _CONTEXT = "ringmesh 2026-11 request hash"
 # Length of a key: digest and hash.
 KEY_BYTES = 32
-# Length of the model digest at the start of a key.
-MODEL_BYTES = 16
 _RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output", "binary_data"})
 _MAX_DESCRIBED = 4096
 _RESERVED_PREFIXES = ("triton_", "sequence_")

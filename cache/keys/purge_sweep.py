@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 
 from cache.keys.epochs import EVERYTHING
 from cache.keys.invalidation import InvalidationLog
-from cache.tiers.local_tier import LocalTier
-
-_PREFIX_BYTES = 16
+from cache.tiers.local_tier import MODEL_BYTES, LocalTier
 
 
 class PurgeSweep:
@@ -44,7 +42,7 @@ class PurgeSweep:
         if stale or everything:
             for part in self._local.shards():
                 for key, _ in part:
-                    prefix = key[:_PREFIX_BYTES]
+                    prefix = key[:MODEL_BYTES]
                     if prefix in stale or (everything and prefix not in current):
                         self._local.remove(key)
                 await asyncio.sleep(0)

@@ -118,7 +118,7 @@ class SemanticTier:
         vector = direction.tobytes()
         seal = self._shared.frames.seal_vector(group, vector, key)
         await self._run(
-            *(_WRITE_SECONDS, "HSET", document, "group", group.hex(), "vector", vector, "key", key, "seal", seal)
+            _WRITE_SECONDS, "HSET", document, "group", group.hex(), "vector", vector, "key", key, "seal", seal
         )
         await self._run(_WRITE_SECONDS, "PEXPIRE", document, str(self._shared.ttl_ms))
 

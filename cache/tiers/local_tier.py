@@ -22,7 +22,8 @@ _TRIP_US = 200
 _SHARDS = 256
 _MOST_EVICTED = 16
 _HEADROOM = 16
-_MODEL_BYTES = 16
+# Length of the prefix of a key that stands for the model version.
+MODEL_BYTES = 16
 _MAX_MODELS = 4096
 # Heap slots of dropped entries are removed once they outnumber the entries by this many.
 _MIN_STALE_SLOTS = 1024
@@ -125,7 +126,7 @@ class LocalTier:
             else:
                 self._drop(shard, key, entry)
                 self.counters.evictions += 1
-                prefix = key[:_MODEL_BYTES]
+                prefix = key[:MODEL_BYTES]
                 if prefix not in self._evicted and len(self._evicted) >= _MAX_MODELS:
                     prefix = b""
                 self._evicted[prefix] = self._evicted.get(prefix, 0) + 1

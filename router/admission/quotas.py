@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from router.accounting.dispatch_metrics import SHEDS
 from router.admission.caller import Caller, RefusedError
 from services.runtime.telemetry.metrics import Sample
+from services.runtime.token_bucket import TokenBucket
 
 # The key of the quota for tenants without one of their own.
 OTHERS = "*"
@@ -52,32 +53,3 @@ class Quotas:
                 retry_after=seconds,
                 kind="quota",
             )
-
-
-class TokenBucket:
-    """A token bucket (Turner 1986): gains `rate` tokens a second and holds at most `burst`. Starts full."""
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._clock = clock
-        self._tokens = burst
-        self._seen = clock()
-
-    def take(self) -> float:
-        """Takes a token and returns 0.0, or returns the seconds until one is available."""
-        self._fill()
-        if self._tokens >= 1:
-            self._tokens -= 1
-            return 0.0
-        return (1 - self._tokens) / self._rate
-
-    @property
-    def full(self) -> bool:
-        self._fill()
-        return self._tokens >= self._burst
-
-    def _fill(self) -> None:
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._seen) * self._rate)
-        self._seen = now

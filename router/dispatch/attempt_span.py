@@ -4,15 +4,13 @@ from __future__ import annotations  # compiled by mypyc
 
 import time
 
-import grpc
 from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.member import Member
 from router.balancing.picker import Candidate
+from services.runtime.errors import CODE_NAMES
 from services.runtime.telemetry.spans import Event, Value
 from services.runtime.telemetry.worker_spans import EXECUTE
-
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Consideration:
@@ -89,6 +87,4 @@ class Attempted:
 
 def code_name(result: inference_pb2.WorkResult | None) -> str:
     """The name of the gRPC code of a result; UNAVAILABLE if there is none."""
-    if result is None:
-        return "UNAVAILABLE"
-    return _CODES.get(result.failure.code, "UNKNOWN") if result.HasField("failure") else "OK"
+    return "UNAVAILABLE" if result is None else CODE_NAMES.get(result.failure.code, "UNKNOWN")

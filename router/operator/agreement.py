@@ -18,17 +18,17 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.balancing.member import Member
 from router.membership.fleet import Fleet
-from services.runtime.oip.protocol import DECIDED_NS
+from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
 _WORKER = "/ringmesh.inference.v1.InferenceWorkerService/"
-_MODELS = "/inference.GRPCInferenceService/"
 _PERIOD_SECONDS = 1.0
 # Delay until a decision is sent again to a worker that failed to apply it.
 _RETRY_SECONDS = 30.0
-_LOAD_SECONDS = 600.0
+# Loading may take minutes; the fleet's polls detect a worker that hangs.
+LOAD_SECONDS = 600.0
 
 
 def next_ns(members: Iterable[Member], model: str) -> int:
@@ -94,10 +94,10 @@ class Agreement:
 async def _pass_on(model: str, source: Member, to: Member) -> None:
     """Applies the decision of worker `source` on `to`. Raises RingmeshError, WorkerUnreachableError."""
     query = inference_pb2.GetDecisionRequest(model=model).SerializeToString()
-    found = await source.link.call(f"{_WORKER}GetDecision", query, _LOAD_SECONDS)
+    found = await source.link.call(f"{_WORKER}GetDecision", query, LOAD_SECONDS)
     answer = inference_pb2.GetDecisionResponse.FromString(found)
     loads = answer.HasField("load")
     request = answer.load if loads else v2.RepositoryModelUnloadRequest(model_name=model)
     request.parameters[DECIDED_NS].int64_param = answer.decision.decided_unix_ns
     method = "RepositoryModelLoad" if loads else "RepositoryModelUnload"
-    await to.link.call(_MODELS + method, request.SerializeToString(), _LOAD_SECONDS)
+    await to.link.call(f"/{full_name(method)}", request.SerializeToString(), LOAD_SECONDS)

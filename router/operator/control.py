@@ -14,19 +14,16 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
 from router.membership.fleet import Fleet
-from router.operator.agreement import next_ns
+from router.operator.agreement import LOAD_SECONDS, next_ns
 from router.request.audit import Audit
 from router.transport.worker_client import WorkerUnreachableError
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
-from services.runtime.oip.protocol import DECIDED_NS
+from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Handler, unary
 
 log = logging.getLogger(__name__)
 
-_SERVICE = "/inference.GRPCInferenceService/"
-# Loading may take minutes; the fleet's polls detect a worker that hangs.
-_LOAD_SECONDS = 600.0
 _SECONDS = 10.0
 
 _SHARED_MEMORY = [
@@ -154,7 +151,7 @@ class FleetControl:
         """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
         request.parameters[DECIDED_NS].int64_param = next_ns(self._healthy(), request.model_name)
         try:
-            await self._ask_all(method, request, _LOAD_SECONDS)
+            await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it
             await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
             try:
@@ -176,7 +173,7 @@ class FleetControl:
     async def _ask(self, member: Member, method: str, request: Message, seconds: float = _SECONDS) -> Any:
         """The response of one worker, as a message of the method's type."""
         try:
-            data = await member.link.call(_SERVICE + method, request.SerializeToString(), seconds)
+            data = await member.link.call(f"/{full_name(method)}", request.SerializeToString(), seconds)
             return getattr(v2, f"{method}Response").FromString(data)
         except WorkerUnreachableError as lost:
             raise UnavailableError(f"worker {member.worker_id}: {lost}", kind="worker_lost") from None

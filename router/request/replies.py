@@ -200,7 +200,7 @@ class Replies:
         kept |= {f"baggage.{key}": value for key, value in w3c.parse_baggage(baggage).items()}
         self._tracer.finish(trace, protocol.full_name(call.method), call.start, end, kept, message)
         if code is not grpc.StatusCode.OK or slow:
-            self._log.tell(
+            self._log.write(
                 code=code.name,
                 error=message,
                 duration_ns=end - call.start,

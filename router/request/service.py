@@ -12,7 +12,7 @@ from services.runtime import driver
 from services.runtime.errors import NotFoundError, UnavailableError
 from services.runtime.oip import protocol
 from services.runtime.oip.stream_infer import stream_handler
-from services.runtime.rpc.rpc import Answer, Context, Failure, Handler, Service, unary
+from services.runtime.rpc.rpc import Answer, Context, Failure, Handler, Service, metadata, unary
 
 
 class InferenceService:
@@ -56,7 +56,7 @@ class InferenceService:
 
     async def _stream_infer(self, data: bytes, context: Context) -> Answer:
         deadline = protocol.deadline(context)
-        call = self._path.open(data, protocol.metadata(context), deadline, "ModelStreamInfer")
+        call = self._path.open(data, metadata(context), deadline, "ModelStreamInfer")
         answer = await driver.run(self._path.answer(call), deadline)
         if answer.afterwards is not None:
             answer.afterwards()

@@ -18,6 +18,7 @@ import hpack
 
 from router.transport.http2 import Connection, ConnectionLostError, Stream
 from services.runtime import faults
+from services.runtime.errors import CODE_NAMES
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.large_result import LargeAnswer, take_apart
 from services.runtime.rpc.access import CREDENTIAL
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 1.0
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _PREFIX_BYTES = 5
 _READ_SECONDS = 0.05
 
@@ -204,7 +204,7 @@ async def outcome(begin: Callable[[Callable[[Result | CallError], None]], Callab
 
 def code_of(number: int) -> grpc.StatusCode:
     """The status code of a number; UNKNOWN if there is none."""
-    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
+    return grpc.StatusCode[CODE_NAMES.get(number, "UNKNOWN")]
 
 
 def deliver(answer: Sequence[bytes] | CallError, done: Callable[[bytes | LargeAnswer | CallError], None]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, TypeAlias
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from services.runtime.process.settings import ServiceSettings
+from services.runtime.process.settings import ServiceSettings, is_host_port, split
 
 Addresses: TypeAlias = str | tuple[str, ...] | dict[str, str]
 
@@ -41,7 +41,7 @@ class ConsoleSettings(ServiceSettings):
     @field_validator("console_hosts", "routers", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return split(value)
 
     @field_validator("metrics_targets", mode="before")
     @classmethod
@@ -55,8 +55,7 @@ class ConsoleSettings(ServiceSettings):
     @classmethod
     def _check(cls, value: Addresses) -> Addresses:
         for address in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal():
+            if not is_host_port(address):
                 raise ValueError(f"{address!r} must be host:port")
         if value == ():
             raise ValueError("must list at least one router")

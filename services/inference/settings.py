@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from services.inference.repository.remote_repository import SCHEMES, RemoteRepository
 from services.inference.repository.repository import Directory, ModelSource
-from services.runtime.process.settings import ServiceSettings
+from services.runtime.process.settings import ServiceSettings, is_host_port
 from services.runtime.redis.discovery import AnyRedis, connect
 from services.runtime.rpc.server import StartError
 
@@ -60,10 +60,8 @@ class WorkerSettings(ServiceSettings):
     @field_validator("advertise")
     @classmethod
     def _is_address(cls, advertise: str | None) -> str | None:
-        if advertise is not None:
-            host, _, port = advertise.rpartition(":")
-            if not host or not port.isdecimal():
-                raise ValueError("not host:port")
+        if advertise is not None and not is_host_port(advertise):
+            raise ValueError("not host:port")
         return advertise
 
     @field_validator("models")

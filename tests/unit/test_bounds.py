@@ -175,7 +175,7 @@ async def test_a_span_queue_whose_destination_is_gone_drops_and_counts():
 def test_a_log_that_is_flooded_counts_what_it_left_out(caplog):
     log = RequestLog(Clock())
     for _ in range(10_000):
-        log.tell(code="INTERNAL", error="e" * 10_000, duration_ns=1)
+        log.write(code="INTERNAL", error="e" * 10_000, duration_ns=1)
     assert len(caplog.records) == 20
     assert [sample.value for sample in log.samples()] == [10_000 - 20]
 

@@ -28,17 +28,8 @@ from services.runtime.oip.stream_infer import stream_handler
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.access import Access
 from services.runtime.rpc.calls import Calls
-from services.runtime.rpc.rpc import (
-    Answer,
-    Context,
-    Failure,
-    Handler,
-    Metadata,
-    Service,
-    failure,
-    parse,
-    unary,
-)
+from services.runtime.rpc.rpc import Answer, Context, Failure, Handler, Metadata, Service, failure, parse, unary
+from services.runtime.rpc.rpc import metadata as metadata_of
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.tracing import Tracer
 from services.runtime.telemetry.worker_spans import EXECUTE
@@ -119,7 +110,7 @@ class DirectService:
         return protocol.answered(result.response, request_id(data), (*trailing, provider))
 
     async def _stream_infer(self, data: bytes, context: Context) -> Answer:
-        metadata, deadline = protocol.metadata(context), protocol.deadline(context)
+        metadata, deadline = metadata_of(context), protocol.deadline(context)
         result = await driver.run(self._execute(data, metadata, deadline, "ModelStreamInfer"))
         if result.HasField("failure"):
             raise from_failure(result.failure)

@@ -27,6 +27,7 @@ from services.runtime.rpc.rpc import (
     Service,
     abort,
     check_metadata,
+    metadata,
     unary,
 )
 from services.runtime.telemetry.spans import Value, rpc_attributes
@@ -123,10 +124,6 @@ def answered(
     if len(response) > LARGE_BYTES:
         return Answer(response, trailing, afterwards, (end,))
     return Answer(response + end, trailing, afterwards)
-
-
-def metadata(context: Context) -> Metadata:
-    return tuple(context.invocation_metadata() or ())
 
 
 class CallerMetadata:

@@ -12,8 +12,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime import faults, wire
 from services.runtime.errors import ResourceExhaustedError, RingmeshError
 from services.runtime.oip.infer_request import parse_request
-from services.runtime.oip.protocol import metadata
-from services.runtime.rpc.rpc import Answer, Context, Handler, abort
+from services.runtime.rpc.rpc import Answer, Context, Handler, abort, metadata
 
 log = logging.getLogger(__name__)
 

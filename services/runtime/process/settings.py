@@ -28,6 +28,16 @@ from services.runtime.telemetry.logs import LogFormat
 _SECRET = ("SECRET", "URL", "KEY", "MODELS", "ENDPOINT")
 
 
+def is_host_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdecimal()
+
+
+def split(value: object) -> object:
+    """Splits text at its commas; returns other values unchanged."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
 class ServiceSettings(BaseSettings):
     """The settings common to all services. In the file: the tables `[common]` and the service's own `[section]`."""
 
@@ -79,7 +89,7 @@ class ServiceSettings(BaseSettings):
     @field_validator("admin_networks", mode="before")
     @classmethod
     def _split_networks(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return split(value)
 
     def access(self) -> Access:
         """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""

@@ -23,7 +23,7 @@ from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
 from services.runtime.rpc.calls import status_of
 from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
-from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, parse
+from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, metadata, parse
 
 Network: TypeAlias = IPv4Network | IPv6Network
 # Checks the metadata, the peer and the message of a call. Returns who calls, as in the audit log. Raises
@@ -85,8 +85,8 @@ class Access:
             return None
         identity = self.keys.identity(authorization)
         _check_role(identity, Role.INFER)
-        if tenant and tenant != identity.tenant:
-            raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")
+        if tenant:
+            identity.check_tenant(tenant)
         return identity
 
     def guard(self, method: str) -> Guard | None:
@@ -140,7 +140,7 @@ class Access:
         async def check(request: Any, context: Context) -> str:
             data = request if isinstance(request, bytes) else b""
             try:
-                return guard(tuple(context.invocation_metadata() or ()), context.peer(), data)
+                return guard(metadata(context), context.peer(), data)
             except RingmeshError as error:
                 await abort(context, error)
 
@@ -215,9 +215,7 @@ def _check_scope(identity: Identity, method: str, request: Message | None) -> No
         name = "model_name" if "model_name" in fields else "name"
         identity.check_model(getattr(request, name) if method in OF_A_MODEL else "")
     if identity.tenant and not method.startswith(f"{V2}/"):
-        tenant = getattr(request, "tenant", "")
-        if tenant != identity.tenant:
-            raise PermissionDeniedError(f"API key {identity.id!r} is for tenant {identity.tenant!r}, not {tenant!r}")
+        identity.check_tenant(getattr(request, "tenant", ""))
 
 
 def _request_type(method: str) -> type[Message] | None:

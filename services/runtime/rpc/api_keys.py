@@ -45,6 +45,11 @@ class Identity:
         """Whether it may do what needs `role`."""
         return role in self.roles or Role.ADMIN in self.roles
 
+    def check_tenant(self, tenant: str) -> None:
+        """Raises PermissionDeniedError unless it is for the tenant."""
+        if tenant != self.tenant:
+            raise PermissionDeniedError(f"API key {self.id!r} is for tenant {self.tenant!r}, not {tenant!r}")
+
     def check_model(self, model: str) -> None:
         """Raises PermissionDeniedError unless it may use the model."""
         if self.models and model not in self.models:

@@ -21,6 +21,7 @@ from services.runtime.rpc.rpc import (
     Service,
     abort,
     check_metadata,
+    metadata,
 )
 from services.runtime.telemetry.metrics import Family, Sample
 
@@ -121,7 +122,7 @@ class Calls:
 
 async def _check(context: Context) -> None:
     try:
-        check_metadata(tuple(context.invocation_metadata() or ()))
+        check_metadata(metadata(context))
     except RingmeshError as error:
         await abort(context, error)
 

@@ -136,6 +136,10 @@ def unary(
     return grpc.unary_unary_rpc_method_handler(call)
 
 
+def metadata(context: Context) -> Metadata:
+    return tuple(context.invocation_metadata() or ())
+
+
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:
     """Ends the call with the error's status; `grpc-status-details-bin` has the details as google.rpc messages."""
     await context.abort(error.code, error.message, (*trailing, *status_details(error)))

@@ -9,6 +9,7 @@ import grpc
 
 from services.runtime.telemetry.logs import FIELDS
 from services.runtime.telemetry.metrics import Family, Sample
+from services.runtime.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +40,16 @@ class RequestLog:
     """Limits log lines by a token bucket. `clock` is like time.monotonic."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._tokens = _BURST
-        self._filled_at = clock()
+        self._bucket = TokenBucket(_LINES_A_SECOND, _BURST, clock)
         self._suppressed = 0
         self._unreported = 0
 
-    def tell(self, *, code: str, error: str, duration_ns: int, **fields: str) -> None:
+    def write(self, *, code: str, error: str, duration_ns: int, **fields: str) -> None:
         """Logs a request that failed with `code`, or was slow if `code` is OK. Tensor data is never logged."""
-        now = self._clock()
-        self._tokens = min(_BURST, self._tokens + (now - self._filled_at) * _LINES_A_SECOND)
-        self._filled_at = now
-        if self._tokens < 1:
+        if self._bucket.take():
             self._suppressed += 1
             self._unreported += 1
             return
-        self._tokens -= 1
         level = logging.INFO if code == "OK" or code in _CALLERS else logging.WARNING
         shown: dict[str, object] = {"code": code, "duration_ms": round(duration_ns / 1e6, 3), **fields}
         if error:

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from router.admission.caller import ANYBODY, Caller, Priority, RefusedError, caller_of
 from router.admission.concurrency_limit import ConcurrencyLimit
-from router.admission.quotas import Quotas, TokenBucket
+from router.admission.quotas import Quotas
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip.protocol import caller_metadata
+from services.runtime.token_bucket import TokenBucket
 
 
 class Clock:

@@ -38,7 +38,7 @@ def failed(log, **more):
         "trace_id": "ab" * 16,
         "model": "m",
     }
-    log.tell(**(fields | more))
+    log.write(**(fields | more))
 
 
 def test_a_failure_is_one_object_with_its_trace(monkeypatch):
