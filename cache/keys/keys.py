@@ -53,7 +53,7 @@ class RequestHasher:
         yield forgotten("descriptions", self.described)
         yield forgotten("tenant keys", self.tenant_keys)
 
-    def sequence_place(self, model_name: str, sequence: int | str) -> bytes:
+    def sequence_ring_hash(self, model_name: str, sequence: int | str) -> bytes:
         """Returns a ring hash that is the same for every request of a sequence."""
         return blake3(f"{model_name}/{sequence!r}".encode(), key=self._key).digest(16)
 

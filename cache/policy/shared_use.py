@@ -10,8 +10,8 @@ from services.runtime.telemetry.metrics import Counter, Family, Sample
 DECISIONS = Family(
     "ringmesh_shared_tier_decisions_total",
     "counter",
-    "local misses by the use of the shared tier: first (looked up before computing), concurrent (while computing), "
-    "explored (while computing, to measure the hit ratio), skipped (neither looked up nor written)",
+    "local misses and renewals by the use of the shared tier: first (looked up before computing), concurrent "
+    "(while computing), explored (while computing, to measure the hit ratio), skipped (neither looked up nor written)",
     ("model", "decision"),
 )
 _SMOOTHING = 0.1

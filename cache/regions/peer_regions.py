@@ -1,4 +1,4 @@
-"""Caches of peer regions. A miss asks them if computing costs more than the trip; the first answer wins.
+"""Caches of peer regions. A miss asks them if the cost check (worth_asking.py) allows it; the first answer wins.
 
 A cache key covers the content that an answer was computed from and the purges since, so a peer's answer under an equal
 key is correct here. Peers report purges to each other through `Watch`. A circuit breaker skips a peer that fails or

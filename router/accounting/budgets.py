@@ -16,7 +16,8 @@ _FINE = 10**9
 
 
 class Limit:
-    """A budget, what this router has spent of it since it knows it, and up to where it may."""
+    """A budget: what this router has `spent` of it, how much of that the ledger has recorded (`delivered`), and up to
+    where it may spend (`until`), all in units of 1 / _FINE nano-units."""
 
     __slots__ = ("budget", "delivered", "renews_at_ms", "spent", "until")
 

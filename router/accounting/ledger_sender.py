@@ -129,7 +129,7 @@ class LedgerSender:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _send(self, one: Spooled) -> bool:
-        """Whether it went on: the batch was taken, or what comes next is another."""
+        """Sends a batch. Returns False if the same batch must be sent again after a pause."""
         async with self._disk:
             batch, digest = await asyncio.to_thread(self._spool.read, one)
         request = ledger_pb2.AppendRequest(
@@ -156,7 +156,7 @@ class LedgerSender:
                 case grpc.StatusCode.INVALID_ARGUMENT:
                     log.error("the ledger refuses usage of %d requests: %s", one.requests, error.details())
                     await asyncio.to_thread(self._spool.give_up, one, _REJECTED)
-                    return bool(one.records)  # an empty batch may be the one that was put in place
+                    return bool(one.records)  # if the replacement is refused too, pause
                 case grpc.StatusCode.FAILED_PRECONDITION if "start a new epoch" in (error.details() or ""):
                     if one.epoch != self._spool.epoch and not one.records:
                         # It was written before its file was damaged.

@@ -107,7 +107,7 @@ class LedgerSpool:
             self._lock.close()
 
     def append(self, batch: bytes, records: int, requests: int) -> None:
-        """Gives the batch its number. What cannot be written is counted as dropped, and the ledger is told later.
+        """Gives the batch its number. What cannot be written counts as dropped; the next batch tells the ledger.
 
         Opens the folder if that failed before.
         """
@@ -136,7 +136,7 @@ class LedgerSpool:
         return self._waiting[0] if self._waiting else None
 
     def read(self, one: Spooled) -> tuple[bytes, bytes]:
-        """The batch and its digest; where it is damaged or gone, a batch in its place that counts what was in it."""
+        """The batch and its digest; if it is damaged or gone, an empty batch that counts what was in it."""
         try:
             data = (self._folder / one.name).read_bytes()
         except OSError:
@@ -184,12 +184,12 @@ class LedgerSpool:
 
     def _give_up_oldest(self) -> None:
         """The first of an epoch may have been sent: it keeps its bytes."""
-        place = 1
-        while self.bytes > self._max_bytes and place < len(self._waiting):
-            one = self._waiting[place]
-            if one.records and self._waiting[place - 1].epoch == one.epoch:
+        index = 1
+        while self.bytes > self._max_bytes and index < len(self._waiting):
+            one = self._waiting[index]
+            if one.records and self._waiting[index - 1].epoch == one.epoch:
                 self.give_up(one)
-            place += 1
+            index += 1
 
     def _write(self, batch: bytes, records: int, requests: int) -> None:
         one = Spooled(self._epoch, self._next, records, requests, _DIGEST_BYTES + len(batch))

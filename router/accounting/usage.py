@@ -124,8 +124,8 @@ class Usage:
             up_now.append(Up(self._sender.router_id, ROUTER, self._region))
         for up in up_now:
             for second in range(first, now + 1):
-                place = (up, second // 60)
-                self._uptime[place] = self._uptime.get(place, 0) | 1 << second % 60
+                key = (up, second // 60)
+                self._uptime[key] = self._uptime.get(key, 0) | 1 << second % 60
 
     def _encode(
         self, records: list[Record], folds: dict[LabelValues, Fold], uptime: dict[tuple[Up, int], int], now_ms: int

@@ -39,15 +39,15 @@ class RefusedError(ResourceExhaustedError):
         self.retry_after = retry_after
 
 
-def caller_of(told: CallerMetadata) -> Caller:
-    """The caller named in the metadata. Raises InvalidArgumentError for an unknown priority, or raises `told.error`."""
-    if told.error is not None:
-        raise told.error
-    if not told.tenant and not told.priority:
+def caller_of(sent: CallerMetadata) -> Caller:
+    """The caller named in the metadata. Raises InvalidArgumentError for an unknown priority, or raises `sent.error`."""
+    if sent.error is not None:
+        raise sent.error
+    if not sent.tenant and not sent.priority:
         return ANYBODY
-    priority = _PRIORITIES.get(told.priority or Priority.NORMAL.name.lower())
+    priority = _PRIORITIES.get(sent.priority or Priority.NORMAL.name.lower())
     if priority is None:
         raise InvalidArgumentError(
-            f"{PRIORITY} is one of {', '.join(_PRIORITIES)}, not {told.priority!r}", field=PRIORITY
+            f"{PRIORITY} is one of {', '.join(_PRIORITIES)}, not {sent.priority!r}", field=PRIORITY
         )
-    return Caller(told.tenant, priority)
+    return Caller(sent.tenant, priority)

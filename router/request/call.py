@@ -38,7 +38,7 @@ class Call:
     provider = ""
     control: CacheControl | None = None
     # The caller's parsed metadata, read at admission; None for internal requests.
-    told: CallerMetadata | None = None
+    caller_metadata: CallerMetadata | None = None
     model: ModelEntry | None = None
     error: RingmeshError | None = None
     # Set once it is counted as failed: its labels in the metrics, and how many stages its trace had.

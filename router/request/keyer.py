@@ -50,12 +50,12 @@ class Keyer:
 
     def admit(self, call: Call) -> None:
         """Applies the caller's metadata and keys the request. Raises RingmeshError."""
-        told = call.told
-        assert told is not None
-        call.caller = caller_of(told)
-        call.tenant = told.tenant
-        if told.control:
-            call.control = parse_cache_control(told.control)
+        sent = call.caller_metadata
+        assert sent is not None
+        call.caller = caller_of(sent)
+        call.tenant = sent.tenant
+        if sent.control:
+            call.control = parse_cache_control(sent.control)
         elif len(call.data) <= _LARGEST_BYTES and not self._audit.distrusted:
             memo_key = blake3(call.data, key=self._memo_secret).digest(16)
             if call.tenant:
@@ -105,14 +105,14 @@ class Keyer:
             call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
         except UncacheableError as why:
             if sequence := protocol.sequence_of(read.head.message):
-                call.ring_hash = self._hasher.sequence_place(call.name, sequence)
+                call.ring_hash = self._hasher.sequence_ring_hash(call.name, sequence)
             call.reason = str(why)
         return model
 
 
 def _check_model(call: Call) -> None:
-    if call.told is not None and call.told.identity is not None:
-        call.told.identity.check_model(call.name)
+    if call.caller_metadata is not None and call.caller_metadata.identity is not None:
+        call.caller_metadata.identity.check_model(call.name)
 
 
 class _ParsedRequest:

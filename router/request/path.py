@@ -92,10 +92,10 @@ class RequestPath:
 
     def open(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> Call:
         """Makes the call of a received request; `deadline` in time.monotonic."""
-        told = protocol.caller_metadata(metadata)
-        protocol.identify(told, self._access)
-        call = Call(data, self._tracer.start(told.traceparent), metadata, method, deadline)
-        call.told = told
+        sent = protocol.caller_metadata(metadata)
+        protocol.identify(sent, self._access)
+        call = Call(data, self._tracer.start(sent.traceparent), metadata, method, deadline)
+        call.caller_metadata = sent
         return call
 
     async def answer(self, call: Call) -> Answer | Failure:
@@ -227,9 +227,9 @@ class RequestPath:
             return await self._by_step(call, model)
         # With no-cache the request must not join another on the worker either.
         joins = b"" if call.control is not None and call.control.no_cache else call.key
-        place = call.ring_hash or call.request_hash
+        ring_hash = call.ring_hash or call.request_hash
         start = time.monotonic()
-        result, member = await self._forward(call, model, call.data, place, joins)
+        result, member = await self._forward(call, model, call.data, ring_hash, joins)
         timing = result.timing
         call.provider = timing.provider
         if call.failed is not None:
@@ -239,13 +239,13 @@ class RequestPath:
         return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)
 
     def _forward(
-        self, call: Call, model: ModelEntry, data: bytes, place: bytes, joins: bytes
+        self, call: Call, model: ModelEntry, data: bytes, ring_hash: bytes, joins: bytes
     ) -> Coroutine[Any, Any, DispatchResult]:
-        """`place`: ring hash (b"": any worker). `joins`: key that equal requests share on the worker (b"": none)."""
+        """`ring_hash`: b"": any worker. `joins`: key that equal requests share on the worker (b"": none)."""
         self._take_quota(call)
         return self._dispatcher.run(
             DispatchRequest(
-                model, data, place, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller
+                model, data, ring_hash, call.trace, request_hash=joins, deadline=call.deadline, caller=call.caller
             )
         )
 
@@ -293,21 +293,23 @@ class RequestPath:
         """Runs an internal request as part of `whole`. If the answer expires, adds its creation time to `ages`."""
         call = Call(data, whole.trace.child(), whole.metadata, STEP, whole.deadline)
         call.tenant, call.caller, call.control = whole.tenant, whole.caller, whole.control
-        told: dict[str, Value] = {}
+        attributes: dict[str, Value] = {}
         message = "it was ended"
         try:
             self._keyer.key(call)
             entry = self._local.get(call)
             found = Found(entry, "hit-local") if entry is not None else await self._find(call)
-            told["ringmesh.cache.outcome"] = found.outcome
+            attributes["ringmesh.cache.outcome"] = found.outcome
             message = ""
         except RingmeshError as error:
             message = error.message
             raise
         finally:
-            told["ringmesh.model.name"] = call.name
-            told["ringmesh.model.version"] = call.model.version if call.model is not None else ""
-            whole.trace.span(worker_spans.STEP, call.start, time.time_ns(), told, call.trace.span_id, error=message)
+            attributes["ringmesh.model.name"] = call.name
+            attributes["ringmesh.model.version"] = call.model.version if call.model is not None else ""
+            whole.trace.span(
+                worker_spans.STEP, call.start, time.time_ns(), attributes, call.trace.span_id, error=message
+            )
         if afterwards := self._replies.count(call, found):
             afterwards()
         if call.model is not None and call.model.freshness is not None:

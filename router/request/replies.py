@@ -191,8 +191,8 @@ class Replies:
         }
         if call.tenant:
             kept["ringmesh.tenant"] = call.tenant
-        if call.told is not None and call.told.identity is not None:
-            kept["ringmesh.identity"] = call.told.identity.id
+        if call.caller_metadata is not None and call.caller_metadata.identity is not None:
+            kept["ringmesh.identity"] = call.caller_metadata.identity.id
         if call.request_hash:
             kept["ringmesh.key"] = call.request_hash[:8].hex()
         if call.reason:

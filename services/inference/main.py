@@ -47,14 +47,14 @@ from services.runtime.telemetry.worker_spans import EXECUTE
 log = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept")
-_FORGOTTEN = "what is loaded and unloaded by request ends with this process"
+_FORGOTTEN = "models loaded or unloaded by request are forgotten when this process ends"
 
 
 async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     access = settings.access()
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
-    journal = _kept(settings, "crashes", CrashJournal, "models that kill this worker are not left out")
+    journal = _kept(settings, "crashes", CrashJournal, "models that crash this worker are not quarantined")
     store = await _load(settings, executor, journal)
     tracer = create_tracer(
         "worker",
@@ -130,7 +130,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
 
 
 def _kept(settings: WorkerSettings, kind: str, open_at: Callable[[Path], Kept], lost: str) -> Kept | None:
-    """What outlasts restarts of the worker at this address, which no other has; None if it cannot be opened."""
+    """Opens state that outlives this process and that no other worker uses; None if it cannot be opened."""
     path = settings.state_dir / kind / quote(settings.address, safe=":")
     try:
         return open_at(path)
@@ -140,7 +140,7 @@ def _kept(settings: WorkerSettings, kind: str, open_at: Callable[[Path], Kept], 
 
 
 def model_opener(settings: WorkerSettings) -> Callable[[ModelFiles], OnnxModel]:
-    """Returns what makes a model from its files, with the providers of this machine."""
+    """Returns a function that opens a model from its files, with the providers of this machine."""
     providers = onnxruntime.get_available_providers()
     if CUDA in providers:
         # Loads CUDA and cuDNN from pip packages if the extra `gpu` installed them.

@@ -23,18 +23,18 @@ class WorkerSettings(ServiceSettings):
     address: str = Field("127.0.0.1:8100", description="host:port to serve gRPC on; port 0 takes a free one")
     metrics_address: str = Field("127.0.0.1:8200", description="host:port to serve /metrics on")
     max_unread_bytes: int = Field(
-        1 << 30, gt=0, description="as of every server; its callers are routers, with much each"
+        1 << 30, gt=0, description="answers that routers have not read, beyond which slow ones are cut"
     )
     worker_id: str = Field(f"worker-{os.getpid()}", min_length=1, description="name in traces, metadata and the ring")
     models: str = Field(
         "models", description="model repository in Triton's layout: a folder, or an s3://, gs:// or https:// URL"
     )
-    state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for what outlives the process")
+    state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for state that survives restarts")
     model_memory_bytes: int = Field(
         0, ge=0, description="models in memory at once; the least recently used make room for others; 0: all"
     )
     decisions_bytes: int = Field(
-        1 << 30, gt=0, description="disk for what RepositoryModelLoad brought along, which outlives the process"
+        1 << 30, gt=0, description="disk for the models of load requests, which survive restarts"
     )
     threads: int = Field(
         0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
@@ -49,13 +49,13 @@ class WorkerSettings(ServiceSettings):
     )
     max_batch_rows: int = Field(64, ge=1, description="largest batch formed from several requests")
     triton_metrics: bool = Field(False, description="whether /metrics also has Triton's names, nv_inference_*")
-    region: str = Field("", description="where it stands: routers prefer workers of their own region")
-    zone: str = Field("", description="part of the region: routers prefer their own for what is not cached")
-    discovery_url: str | None = Field(None, description="Redis to announce itself in, for routers to find; none: not")
-    advertise: str | None = Field(
-        None, description="host:port at which routers reach it, where that is not the address it serves on"
+    region: str = Field("", description="region of this worker; routers prefer workers of their own")
+    zone: str = Field("", description="part of the region; routers prefer their own for uncached requests")
+    discovery_url: str | None = Field(
+        None, description="Redis in which the worker announces itself to routers; none: no announcement"
     )
-    weight: float = Field(1.0, gt=0, description="its part of the keys and of the load, against other workers'")
+    advertise: str | None = Field(None, description="host:port at which routers reach the worker, if not `address`")
+    weight: float = Field(1.0, gt=0, description="share of keys and load relative to other workers")
 
     @field_validator("advertise")
     @classmethod

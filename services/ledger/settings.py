@@ -18,7 +18,7 @@ _NANO = 10**9
 
 
 class LedgerSettings(ServiceSettings):
-    """What the ledger can be told."""
+    """Settings of the ledger process."""
 
     section: ClassVar[str] = "ledger"
     address: str = Field("127.0.0.1:8015", description="host:port to serve gRPC on; port 0 takes a free one")

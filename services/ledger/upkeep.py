@@ -27,7 +27,7 @@ async def open_database(
 ) -> None:
     """Returns when the database is ready. Raises StartError where waiting cannot help."""
     pause = _FIRST_PAUSE_SECONDS
-    told = ""
+    logged = ""
     while True:
         try:
             if not database.is_open:
@@ -45,9 +45,9 @@ async def open_database(
         ) as error:
             reason = f"{type(error).__name__}: {error}"
             # A server that starts refuses for a moment: that is no news.
-            if reason != told and pause > 10 * _FIRST_PAUSE_SECONDS:
+            if reason != logged and pause > 10 * _FIRST_PAUSE_SECONDS:
                 log.warning("the database is not ready, trying on: %s", reason)
-                told = reason
+                logged = reason
         await asyncio.sleep(pause)
         pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
 

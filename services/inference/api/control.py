@@ -92,7 +92,9 @@ def _decided_ns(parameters: MutableMapping[str, v2.ModelRepositoryParameter]) ->
     del parameters[DECIDED_NS]
     # A decision dated far ahead would override all decisions made until then.
     if not 0 < decided_ns < time.time_ns() + _MOST_AHEAD_NS:
-        raise InvalidArgumentError(f"{DECIDED_NS} is no time of today", field=f"parameters[{DECIDED_NS}]")
+        raise InvalidArgumentError(
+            f"{DECIDED_NS} is not a time between 1970 and tomorrow", field=f"parameters[{DECIDED_NS}]"
+        )
     return decided_ns
 
 

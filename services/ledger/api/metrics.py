@@ -53,7 +53,7 @@ class LedgerMetrics:
         self._cache = cache
 
     async def look(self) -> None:
-        """Until cancelled, keeps what is told of budgets up to date."""
+        """Updates the budget metrics until cancelled."""
         while True:
             self._states, _ = await self._budgets.states()
             await asyncio.sleep(_LOOK_SECONDS)

@@ -155,18 +155,18 @@ class LedgerService:
         return ledger_pb2.ListPricesResponse(prices=[self._price(price) for price in book.prices])
 
     async def _set_price(self, request: ledger_pb2.SetPriceRequest, _: Context) -> ledger_pb2.SetPriceResponse:
-        told = request.price
+        sent = request.price
         price = Price(
-            told.worker_type,
-            told.from_ms,
-            told.until_ms or NO_END_MS,
-            told.hourly_nano,
-            _DEVICE_NAMES.get(told.device, ""),
-            told.slots or 1,
-            told.power_milliwatts,
-            told.energy_nano_per_kwh,
+            sent.worker_type,
+            sent.from_ms,
+            sent.until_ms or NO_END_MS,
+            sent.hourly_nano,
+            _DEVICE_NAMES.get(sent.device, ""),
+            sent.slots or 1,
+            sent.power_milliwatts,
+            sent.energy_nano_per_kwh,
         )
-        await self._prices.set(price, told.currency, supersede=request.supersede)
+        await self._prices.set(price, sent.currency, supersede=request.supersede)
         return ledger_pb2.SetPriceResponse()
 
     async def _delete_price(self, request: ledger_pb2.DeletePriceRequest, _: Context) -> ledger_pb2.DeletePriceResponse:
@@ -199,8 +199,8 @@ class LedgerService:
         )
 
     async def _set_budget(self, request: ledger_pb2.SetBudgetRequest, _: Context) -> ledger_pb2.SetBudgetResponse:
-        told = request.budget
-        await self._budgets.set(Budget(_budget_key(told), told.soft_nano, told.hard_nano), told.currency)
+        sent = request.budget
+        await self._budgets.set(Budget(_budget_key(sent), sent.soft_nano, sent.hard_nano), sent.currency)
         return ledger_pb2.SetBudgetResponse()
 
     async def _delete_budget(
@@ -276,11 +276,11 @@ def _groups(request: ledger_pb2.ReportRequest) -> tuple[str, ...]:
     return tuple(_GROUPS[group] for group in request.by)
 
 
-def _budget_key(told: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledger_pb2.BudgetUse) -> BudgetKey:
-    period = next((name for name, number in _PERIODS.items() if number == told.period), "")
+def _budget_key(sent: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledger_pb2.BudgetUse) -> BudgetKey:
+    period = next((name for name, number in _PERIODS.items() if number == sent.period), "")
     if not period:
         raise InvalidArgumentError("period is DAY or MONTH", field="period")
-    return BudgetKey(told.tenant, told.model, period)
+    return BudgetKey(sent.tenant, sent.model, period)
 
 
 def _ms(at: datetime) -> int:

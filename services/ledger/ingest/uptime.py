@@ -14,15 +14,15 @@ _HOUR_MINUTES = 60
 
 async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: Mapping[Worker, int]) -> None:
     """In the caller's transaction, which no other writes beside."""
-    told: dict[tuple[int, int], int] = {}
+    sent: dict[tuple[int, int], int] = {}
     pools: dict[int, tuple[str, str]] = {}
     for one in minutes:
         number = numbers[Worker(one.worker_id, one.worker_type, one.region)]
         pools[number] = (one.region, one.worker_type)
-        told[one.minute, number] = told.get((one.minute, number), 0) | one.seconds
-    if not told:
+        sent[one.minute, number] = sent.get((one.minute, number), 0) | one.seconds
+    if not sent:
         return
-    keys = sorted(told)
+    keys = sorted(sent)
     times = [_time(minute) for minute, _ in keys]
     workers = [number for _, number in keys]
     rows = await connection.fetch(
@@ -34,7 +34,7 @@ async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: 
     known = {(int(row["at"].timestamp()) // 60, row["worker"]): row["seconds"] for row in rows}
     added: dict[tuple[int, str, str], int] = {}
     for minute, number in keys:
-        new = told[minute, number] & ~known.get((minute, number), 0)
+        new = sent[minute, number] & ~known.get((minute, number), 0)
         pool = (minute // _HOUR_MINUTES, *pools[number])
         added[pool] = added.get(pool, 0) + new.bit_count() * 1_000_000
     await connection.execute(
@@ -43,7 +43,7 @@ async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: 
         "ON CONFLICT (at, worker) DO UPDATE SET seconds = w.seconds | excluded.seconds",
         times,
         workers,
-        [told[key] for key in keys],
+        [sent[key] for key in keys],
     )
     cells = sorted(added)
     await connection.execute(

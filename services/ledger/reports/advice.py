@@ -40,7 +40,7 @@ async def advise_workers(
         int(row[0].timestamp()) * 1000: row[1]
         for row in await connection.fetch(_UP, _time(range_.from_ms), _time(range_.until_ms), worker_type)
     }
-    told, money = [], []
+    per_hour, money = [], []
     for place, begin in enumerate(hours):
         rows = await connection.fetch(_WORK, _time(begin), _time(begin + HOUR_MS), worker_type)
         price = rating.price(worker_type, place)
@@ -54,14 +54,14 @@ async def advise_workers(
         )
         hour.cost_nano, hour.advised_cost_nano = (rounded(one, book.denominator) for one in (paid, advised))
         money.append((paid, advised))
-        told.append(hour)
+        per_hour.append(hour)
     rating.warnings(allow_unpriced=False)
-    measured = [hour for hour in told if hour.requests and round(hour.workers)]
+    measured = [hour for hour in per_hour if hour.requests and round(hour.workers)]
     warnings = []
-    if len(measured) < sum(hour.requests > 0 for hour in told):
+    if len(measured) < sum(hour.requests > 0 for hour in per_hour):
         warnings.append("in some hours no worker was seen to be up: their replay cannot be checked")
     return ledger_pb2.AdviseWorkersResponse(
-        hours=told,
+        hours=per_hour,
         wait_us=wait_us,
         currency=currency,
         cost_nano=rounded(sum(paid for paid, _ in money), book.denominator),

@@ -57,18 +57,18 @@ class Rating:
 
     def warnings(self, *, allow_unpriced: bool) -> list[str]:
         """What has no price. Raises FailedPreconditionError unless that is allowed."""
-        told = [
+        missing = [
             f"no price for worker type {worker_type!r} {period(*self._boundaries[segment : segment + 2])}"
             for worker_type, segment in sorted(self._missing)
         ]
-        if told and not allow_unpriced:
-            more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+        if missing and not allow_unpriced:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise FailedPreconditionError(
-                f"{'; '.join(told[:_MOST_NAMED])}{more}. Set one with `ringmesh prices set`, or ask for a report that "
-                "leaves it out",
+                f"{'; '.join(missing[:_MOST_NAMED])}{more}. Set one with `ringmesh prices set`, or ask for a report "
+                "that leaves it out",
                 kind="missing_price",
             )
-        return [f"{one}: it is not in the cost" for one in told]
+        return [f"{one}: it is not in the cost" for one in missing]
 
     def _rate(self, worker_type: str, segment: int) -> int:
         price = self.price(worker_type, segment)

@@ -105,16 +105,16 @@ class Reports:
         before = {day: row.cost_nano for day, row in by_day.items() if day < today}
         of_month = [row for day, row in by_day.items() if day >= month]
         spent = sum(row.cost_nano for row in of_month)
-        told = forecast(before, today, spent, (now_ms % DAY_MS) / DAY_MS)
+        expected = forecast(before, today, spent, (now_ms % DAY_MS) / DAY_MS)
         return ledger_pb2.ForecastResponse(
             currency=answer.currency,
             month=f"{today:%Y-%m}",
             spent_nano=spent,
-            expected_nano=told.expected_nano,
-            low_nano=told.low_nano,
-            high_nano=told.high_nano,
+            expected_nano=expected.expected_nano,
+            low_nano=expected.low_nano,
+            high_nano=expected.high_nano,
             saved_nano=sum(row.saved_nano for row in of_month),
-            basis=told.basis,
+            basis=expected.basis,
             warnings=answer.warnings,
         )
 

@@ -125,7 +125,7 @@ async def _nothing_to_reset(_: Connection) -> None:
 async def _transaction(pool: asyncpg.Pool | None, **options: Any) -> AsyncIterator[Connection]:
     if pool is None:
         raise UnavailableError("the ledger's database is not up yet", kind="database")
-    with _told():
+    with _mapped_errors():
         async with asyncio.timeout(_CONNECT_SECONDS) as wait, pool.acquire() as connection:
             wait.reschedule(None)
             async with connection.transaction(**options):
@@ -133,7 +133,7 @@ async def _transaction(pool: asyncpg.Pool | None, **options: Any) -> AsyncIterat
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _mapped_errors() -> Iterator[None]:
     try:
         yield
     except asyncpg.UndefinedTableError as error:

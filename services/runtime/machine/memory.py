@@ -13,7 +13,7 @@ from typing import Protocol
 # scripts/install unpacks it into sys.prefix; otherwise the system's is used: libtcmalloc-minimal4 on Debian, gperftools
 # elsewhere.
 _TCMALLOC = "libtcmalloc_minimal.so.4"
-_PLACES = (f"{sys.prefix}/lib", *map(str, Path("/usr/lib").glob("*-linux-gnu*")), "/usr/lib64", "/usr/lib")
+_FOLDERS = (f"{sys.prefix}/lib", *map(str, Path("/usr/lib").glob("*-linux-gnu*")), "/usr/lib64", "/usr/lib")
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -34,8 +34,8 @@ def use_tcmalloc() -> None:
     """
     if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
         return
-    for place in _PLACES:
-        library = Path(place, _TCMALLOC)
+    for folder in _FOLDERS:
+        library = Path(folder, _TCMALLOC)
         if library.exists():
             os.environ["LD_PRELOAD"] = str(library)
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

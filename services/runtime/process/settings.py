@@ -59,8 +59,8 @@ class ServiceSettings(BaseSettings):
     key_secret: str | None = Field(
         None,
         min_length=1,
-        description="secret that request hashes and cache entries are keyed with, and from which services know each "
-        "other; the same on every process of a fleet; none: routers and caches take a random one for themselves, which "
+        description="secret for request hashes, cache entries and the credentials of services; the "
+        "same on every process of a fleet; none: routers and caches take a random one for themselves, which "
         "only works without Redis, peer regions and workers on other hosts",
     )
     admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
@@ -69,7 +69,7 @@ class ServiceSettings(BaseSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
     )
-    audit_log: Path | None = Field(None, description="file that gets what operators do; none: the log does")
+    audit_log: Path | None = Field(None, description="file for the audit log; none: entries go to the process log")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
     trace_ratio: float = Field(0.01, ge=0, le=1, description="share of requests traced where the caller does not say")

@@ -40,7 +40,7 @@ _MOST_PEERS = 4096
 
 
 def warning(address: str, *, has_keys: bool) -> str:
-    """What other hosts may do at this address, host:port, though nobody knows who they are; "" for nothing."""
+    """Returns a warning if other hosts reach `address` (host:port) without API keys; "" otherwise."""
     if has_keys or _is_local(address):
         return ""
     return (
@@ -66,7 +66,7 @@ class Access:
         audit: AuditLog | None = None,
     ) -> None:
         """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`:
-        None: callers have no identity. `audit`: gets what operators do; None: the log does."""
+        None: callers have no identity. `audit`: the audit log; None: entries go to the process log."""
         self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
@@ -198,7 +198,7 @@ def _is_forwarded(metadata: Metadata) -> bool:
 
 
 def _is_audited(method: str, who: str) -> bool:
-    """Whether a call is an action of an operator. Services do not act of themselves, unless they forward an action."""
+    """Whether a call is an action of an operator. Services' own calls are not; an action that they forward is."""
     role = role_of(method)
     return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
 

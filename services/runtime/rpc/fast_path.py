@@ -317,7 +317,7 @@ def _do_afterwards(callback: Callable[[], None] | None) -> None:
         try:
             callback()
         except Exception as error:
-            faults.internal(log, "what an answer left to be done failed", error)
+            faults.internal(log, "the work after an answer failed", error)
 
 
 def _nothing() -> None:
