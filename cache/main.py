@@ -35,6 +35,7 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
         access=settings.access(),
+        tls=settings.tls(),
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)

@@ -126,6 +126,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
         access=access,
+        tls=settings.tls(),
         share_port=settings.share_port,
     )
     metrics = Metrics()

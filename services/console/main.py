@@ -47,6 +47,7 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
         access=access,
+        tls=settings.tls(),
     )
     metrics.add(receiver.calls.samples)
     exposition = MetricsServer(settings.metrics_address, metrics)

@@ -83,6 +83,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
         access=access,
+        tls=settings.tls(),
         calls=calls,
     )
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))

@@ -60,6 +60,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
         max_connection_age=settings.max_connection_age_seconds,
         max_unread_bytes=settings.max_unread_bytes,
         access=settings.access(),
+        tls=settings.tls(),
     )
     metrics = Metrics()
     metrics.add(BACKGROUND.samples)

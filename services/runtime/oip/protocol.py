@@ -16,7 +16,8 @@ from services.runtime import driver, wire
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, Access
-from services.runtime.rpc.api_keys import Identity
+from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
+from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -139,6 +140,7 @@ class CallerMetadata:
         self.control = ""
         self.authorization = ""
         self.credential = ""
+        self.certificate = ""
         self.error: RingmeshError | None = None
         # Set by `identify`.
         self.identity: Identity | None = None
@@ -172,6 +174,8 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
             values.authorization = _text(values, key, value, keys)
         elif key == CREDENTIAL:
             values.credential = _text(values, key, value, 1)
+        elif key == CLIENT_CERTIFICATE:
+            values.certificate = _text(values, key, value, 1)
         elif key == CACHE_CONTROL:
             control = _text(values, key, value, 1)
             values.control = f"{values.control},{control}" if values.control else control
@@ -183,7 +187,7 @@ def identify(values: CallerMetadata, access: Access) -> None:
     if access.keys is None or values.error is not None:
         return
     try:
-        values.identity = access.caller(values.authorization, values.credential, values.tenant)
+        values.identity = access.caller(values.authorization, values.credential, values.tenant, values.certificate)
     except RingmeshError as error:
         values.error = error
         return

@@ -22,6 +22,7 @@ from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
 from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
+from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.logs import LogFormat
 
 # Settings whose names contain one of these may hold a password.
@@ -69,6 +70,14 @@ class ServiceSettings(BaseSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
     )
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate chain of a server that ends TLS itself; needs the engine grpcio",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with its key")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file with the CAs of clients, which then need a certificate; none: clients need none"
+    )
     audit_log: Path | None = Field(None, description="file for the audit log; none: entries go to the process log")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
@@ -98,7 +107,26 @@ class ServiceSettings(BaseSettings):
         except KeyFileError as error:
             raise StartError(f"RINGMESH_API_KEYS: {error}") from None
         audit = AuditLog(self.section, self.audit_log)
-        return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys, audit)
+        return Access(
+            self.address,
+            self.admin_networks,
+            credential_of(self.key_secret),
+            keys,
+            audit,
+            verifies_certificates=self.tls_client_ca is not None,
+        )
+
+    def tls(self) -> TlsFiles | None:
+        """The TLS of this process's server; None: plain text. Raises StartError."""
+        if self.tls_certificate is None and self.tls_key is None and self.tls_client_ca is None:
+            return None
+        if self.tls_certificate is None or self.tls_key is None:
+            raise StartError("TLS needs both RINGMESH_TLS_CERTIFICATE and RINGMESH_TLS_KEY")
+        if self.engine is not Engine.GRPCIO:
+            raise StartError(
+                "the engine native has no TLS: set RINGMESH_ENGINE=grpcio, or put `ringmesh edge` in front of it"
+            )
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
 
     @classmethod
     def settings_customise_sources(
