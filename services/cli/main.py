@@ -223,7 +223,9 @@ def up(
         os.environ.pop(f"RINGMESH_TLS_{name}", None)
     for message in variables.unknown(os.environ):
         screen.say(f"warning: {message}")
-    if exposed := warning(f"{host}:{base_port}", has_keys="RINGMESH_API_KEYS" in os.environ):
+    if exposed := warning(
+        f"{host}:{base_port}", has_keys=not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)
+    ):
         screen.say(f"warning: {exposed}")
     with claim(state):
         if models is None:

@@ -64,7 +64,7 @@ class Guard:
             return f"unknown host name {name!r}; RINGMESH_CONSOLE_HOSTS lists the names of this console"
         if changes and headers.get("origin", "") not in (f"http://{host}", f"https://{host}"):
             return "this request must come from one of the console's own pages"
-        if (changes or self._access.keys is not None) and not self._access.is_admin_host(client):
+        if (changes or self._access.is_closed) and not self._access.is_admin_host(client):
             return f"this is for browsers on this host, not at {client}; name their networks in RINGMESH_ADMIN_NETWORKS"
         return ""
 

@@ -184,7 +184,7 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
 
 def identify(values: CallerMetadata, access: Access) -> None:
     """Establishes who calls: sets `identity` and takes the tenant from it. A refusal goes to `error`."""
-    if access.keys is None or values.error is not None:
+    if not access.is_closed or values.error is not None:
         return
     try:
         values.identity = access.caller(values.authorization, values.credential, values.tenant, values.certificate)

@@ -23,6 +23,7 @@ from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.server import Engine, StartError
 from services.runtime.rpc.tls import TlsFiles
+from services.runtime.rpc.tokens import KeySetError, Tokens
 from services.runtime.telemetry.logs import LogFormat
 
 # Settings whose names contain one of these may hold a password.
@@ -70,6 +71,13 @@ class ServiceSettings(BaseSettings):
     api_keys: Path | None = Field(
         None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
     )
+    jwt_keys: str | None = Field(
+        None, description="JWKS, a file or an https URL, that verifies tokens of callers; none: there are no tokens"
+    )
+    jwt_issuer: str = Field("", description="issuer (`iss`) of the tokens")
+    jwt_audience: str = Field("", description="what tokens have in `aud`")
+    jwt_skew_seconds: float = Field(30.0, ge=0, le=600, description="by how much the issuer's clock may differ")
+    jwt_claim_prefix: str = Field("", description="what the claims tenant, roles and models begin with")
     tls_certificate: Path | None = Field(
         None,
         description="PEM file with the certificate chain of a server that ends TLS itself; needs the engine grpcio",
@@ -106,6 +114,10 @@ class ServiceSettings(BaseSettings):
             keys = ApiKeys(self.api_keys) if self.api_keys is not None else None
         except KeyFileError as error:
             raise StartError(f"RINGMESH_API_KEYS: {error}") from None
+        try:
+            tokens = self._tokens()
+        except KeySetError as error:
+            raise StartError(f"RINGMESH_JWT_KEYS: {error}") from None
         audit = AuditLog(self.section, self.audit_log)
         return Access(
             self.address,
@@ -113,8 +125,16 @@ class ServiceSettings(BaseSettings):
             credential_of(self.key_secret),
             keys,
             audit,
+            tokens,
             verifies_certificates=self.tls_client_ca is not None,
         )
+
+    def _tokens(self) -> Tokens | None:
+        if self.jwt_keys is None:
+            return None
+        if not self.jwt_issuer or not self.jwt_audience:
+            raise KeySetError("tokens also need RINGMESH_JWT_ISSUER and RINGMESH_JWT_AUDIENCE")
+        return Tokens(self.jwt_keys, self.jwt_issuer, self.jwt_audience, self.jwt_skew_seconds, self.jwt_claim_prefix)
 
     def tls(self) -> TlsFiles | None:
         """The TLS of this process's server; None: plain text. Raises StartError."""

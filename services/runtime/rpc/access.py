@@ -10,6 +10,7 @@ certificate from the metadata that the edge sets. Who calls without that address
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from hmac import compare_digest
@@ -30,6 +31,7 @@ from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
 from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
 from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, metadata, parse
+from services.runtime.rpc.tokens import Tokens
 
 Network: TypeAlias = IPv4Network | IPv6Network
 # Checks the metadata, the peer and the message of a call. Returns who calls, as in the audit log. Raises
@@ -42,6 +44,7 @@ CREDENTIAL: Final = "ringmesh-credential"
 PEER: Final = "ringmesh-peer"
 LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 _LOCAL, _SERVICE = "local", "service"
+_DOTS = 2
 _FORWARDED = ("x-forwarded-", "forwarded", "x-real-ip", "via")
 # Names of callers are remembered; there are as many as connections.
 _MOST_PEERS = 4096
@@ -72,21 +75,29 @@ class Access:
         credential: str = "",
         keys: ApiKeys | None = None,
         audit: AuditLog | None = None,
+        tokens: Tokens | None = None,
         *,
         verifies_certificates: bool = False,
     ) -> None:
-        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`:
-        None: callers have no identity. `audit`: the audit log; None: entries go to the process log.
-        `verifies_certificates`: the server verifies client certificates itself."""
+        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`
+        and `tokens`: None and None: callers have no identity. `audit`: the audit log; None: entries go to the process
+        log. `verifies_certificates`: the server verifies client certificates itself."""
         self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
         self._is_local = _is_local(address)
         self._is_behind_edge = address.startswith("unix:")
         self._has_certificates = self._is_behind_edge or verifies_certificates
-        self.warning = warning(address, has_keys=keys is not None)
+        self.warning = warning(address, has_keys=keys is not None or tokens is not None)
         self._peers: dict[str, bool] = {}
-        self.keys = keys
+        self._keys = keys
+        self._tokens = tokens
+        # Whether callers need an identity.
+        self.is_closed = keys is not None or tokens is not None
+
+    async def follow(self) -> None:
+        """Applies changes of keys and tokens."""
+        await asyncio.gather(*(each.follow() for each in (self._keys, self._tokens) if each is not None))
 
     def caller(self, authorization: str, credential: str, tenant: str, certificate: str = "") -> Identity | None:
         """The identity of a caller who wants an inference as `tenant`. Whoever knows the model checks that too.
@@ -94,9 +105,9 @@ class Access:
         None if callers have no identity, or if the caller is a service of this fleet. Raises UnauthenticatedError, and
         PermissionDeniedError if the identity may not do that.
         """
-        if self.keys is None or (credential and self.is_service(((CREDENTIAL, credential),))):
+        if not self.is_closed or (credential and self.is_service(((CREDENTIAL, credential),))):
             return None
-        identity = self._identity(self.keys, authorization, certificate)
+        identity = self._identity(authorization, certificate)
         identity.check_role(Role.INFER)
         if tenant:
             identity.check_tenant(tenant)
@@ -105,21 +116,21 @@ class Access:
     def guard(self, method: str) -> Guard | None:
         """Returns the check of the calls of a method; None if none is needed. Inferences are checked by `caller`."""
         role = role_of(method)
-        if role is None or method in INFERENCES or (self.keys is None and role in (Role.INFER, Role.READ)):
+        if role is None or method in INFERENCES or (not self.is_closed and role in (Role.INFER, Role.READ)):
             return None
         request = _request_type(method)
 
         def who(metadata: Metadata, peer: str, data: bytes) -> str:
-            if self.keys is None and self.is_near(peer) and not self._is_forwarded(metadata):
+            if not self.is_closed and self.is_near(peer) and not self._is_forwarded(metadata):
                 return _LOCAL
             if self.is_service(metadata):
                 return _SERVICE
-            if self.keys is None:
+            if not self.is_closed:
                 raise PermissionDeniedError(
                     f"{method} is for callers on this host, not at {peer}; name their networks in "
                     "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
                 )
-            identity = self._identity(self.keys, _value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE))
+            identity = self._identity(_value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE))
             identity.check_role(role)
             if identity.tenant or identity.models:
                 _check_scope(identity, method, parse(request, data) if request is not None else None)
@@ -180,9 +191,14 @@ class Access:
         guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
         return guarded
 
-    def _identity(self, keys: ApiKeys, authorization: str, certificate: str) -> Identity:
-        if certificate and not authorization and self._has_certificates:
+    def _identity(self, authorization: str, certificate: str) -> Identity:
+        keys, tokens = self._keys, self._tokens
+        if keys is not None and certificate and not authorization and self._has_certificates:
             return keys.certified(certificate)
+        # A JWT has two dots, and an API key has none.
+        if tokens is not None and (keys is None or authorization.count(".") == _DOTS):
+            return tokens.identity(authorization)
+        assert keys is not None
         return keys.identity(authorization)
 
     def peer(self, metadata: Metadata, peer: str) -> str:

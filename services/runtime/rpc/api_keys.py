@@ -17,7 +17,7 @@ import secrets
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,24 +34,34 @@ _SCHEME = "bearer "
 _MOST_CERTIFICATES = 4096
 
 
-class KeyEntry(BaseModel):
-    """One line of the file."""
+class Grant(BaseModel):
+    """What the holder of a key, a certificate or a token may do."""
 
     model_config = ConfigDict(extra="forbid")
-    id: str = Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")
+    id: str = Field(min_length=1, max_length=256, pattern=r"^[!-~]+$")
+    tenant: str = Field("", max_length=256, pattern=r"^([!-~]([ -~]*[!-~])?)?$")
+    roles: list[Role]
+    models: list[str] = []
+
+    @model_validator(mode="after")
+    def _of_the_fleet(self) -> Self:
+        if self.tenant and {Role.OPERATE, Role.ADMIN} & {*self.roles}:
+            raise ValueError("a key of a tenant may have the roles infer and read; operate and admin are for no tenant")
+        return self
+
+
+class KeyEntry(Grant):
+    """One line of the file."""
+
     sha256: str = Field("", pattern=r"^[0-9a-f]{64}$")
     certificate: str = Field("", max_length=2048, pattern=r"^(spiffe://[A-Za-z0-9._/-]+|[A-Za-z0-9._-]+)$")
-    tenant: str = Field("", max_length=256, pattern=r"^([!-~]([ -~]*[!-~])?)?$")
     roles: Annotated[list[Role], Field(min_length=1)]
-    models: list[str] = []
     expires: AwareDatetime | None = None
 
     @model_validator(mode="after")
     def _check(self) -> KeyEntry:
         if bool(self.sha256) == bool(self.certificate):
             raise ValueError("a line has either sha256 or certificate")
-        if self.tenant and {Role.OPERATE, Role.ADMIN} & {*self.roles}:
-            raise ValueError("a key of a tenant may have the roles infer and read; operate and admin are for no tenant")
         return self
 
     def identity(self) -> Identity:

@@ -202,8 +202,7 @@ class Server:
         if self._tls is None:
             ending = partial(self._end_old_connections, self._connections)
             self._watching.append(BACKGROUND.start("age of connections", ending))
-        if self._access.keys is not None:
-            self._watching.append(BACKGROUND.start("API keys", self._access.keys.follow))
+        self._watching.append(BACKGROUND.start("keys and tokens of callers", self._access.follow))
         return port
 
     def _register(self, name: str, handlers: dict[str, Handler]) -> None:
