@@ -20,6 +20,7 @@ from services.console.data.fleet_events import EventFeed
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
 from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.verdict import YES, Verdict
 
 _ASK_SECONDS = 1.0
 _MODELS_EVERY = 5
@@ -57,9 +58,9 @@ class ModelReplica:
     served: inference_pb2.ModelVersion
 
     @property
-    def uncacheable(self) -> str:
-        """Why its answers are not cached; "" if they are."""
-        return "" if self.served.cacheable else self.served.cacheable_reason or "not cacheable"
+    def cacheable(self) -> Verdict:
+        """Whether its answers are cached."""
+        return YES if self.served.cacheable else Verdict(self.served.cacheable_reason or "not cacheable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ class ModelView:
     replicas: tuple[ModelReplica, ...] = ()
 
     @property
-    def uncacheable(self) -> str:
-        """Why no worker's answers are cached; "" if those of any worker are."""
-        reasons = [replica.uncacheable for replica in self.replicas]
-        return reasons[0] if reasons and all(reasons) else ""
+    def cacheable(self) -> Verdict:
+        """Whether the answers of any worker are cached."""
+        verdicts = [replica.cacheable for replica in self.replicas]
+        return YES if not verdicts or any(verdicts) else verdicts[0]
 
     @property
     def batching(self) -> str:
