@@ -23,7 +23,6 @@ from services.runtime.telemetry.metrics import Metrics
 
 
 async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
     traces = TraceStore(max_bytes=settings.trace_store_bytes, max_traces=settings.trace_store_traces)
     history = History(time.time)
     scraper = Scraper(settings.metrics_targets, history)
@@ -53,5 +52,4 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
 
 
 def main() -> None:
-    """`python -m services.console`."""
     run(ConsoleSettings, serve)

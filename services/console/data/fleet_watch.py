@@ -59,7 +59,6 @@ class ModelReplica:
 
     @property
     def cacheable(self) -> Verdict:
-        """Whether its answers are cached."""
         return YES if self.served.cacheable else Verdict(self.served.cacheable_reason or "not cacheable")
 
 
@@ -91,7 +90,6 @@ class ModelView:
 
     @property
     def batching(self) -> str:
-        """Whether requests are batched, as reported by a worker."""
         return next((replica.served.batch_remark for replica in self.replicas if replica.served.batch_remark), "")
 
     @property
@@ -138,18 +136,15 @@ class FleetWatch:
         return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sending(CREDENTIAL, self._credential))
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """Returns the channel to a router or the cache service."""
         return self._channels[address]
 
     def start(self) -> None:
-        """Starts polling, until `close`."""
         self._tasks = [BACKGROUND.start("fleet polling", self._run)]
         for router in self.view.routers:
             follow = partial(self.events.follow, router.address, self.channel(router.address))
             self._tasks.append(BACKGROUND.start("events of a router", follow))
 
     async def close(self) -> None:
-        """Stops polling and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))

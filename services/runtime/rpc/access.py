@@ -127,7 +127,6 @@ class Access:
         return replace(service, handlers=handlers)
 
     def guarded(self, method: str, handler: Handler) -> Handler:
-        """Returns `handler`, preceded by the check of its method."""
         guard = self.guard(method)
         if guard is None:
             return handler
