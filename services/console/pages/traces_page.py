@@ -49,7 +49,6 @@ class WaterfallRow:
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """Returns the context of `traces.html`."""
     query, problem = _query(request)
     sort = request.query_params.get("sort", "")
     store = sources.traces
