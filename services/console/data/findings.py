@@ -201,7 +201,8 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
             yield Finding(
                 "critical" if code in SERVER_FAULTS else "warning",
                 "Requests fail" if code in SERVER_FAULTS else "Requests are refused",
-                f"{_named('model', known) or 'models that are unknown or not served'}{_of(dict.fromkeys(tenant for _, tenant in failed))}",
+                f"{_named('model', known) or 'models that are unknown or not served'}"
+                f"{_of(dict.fromkeys(tenant for _, tenant in failed))}",
                 f"{number(count)} {'request' if count == 1 else 'requests'} in the last {seconds(_WINDOW)} "
                 f"({percent(count / all_asked)} of theirs) "
                 f"ended with {code}.{message}",
