@@ -90,7 +90,8 @@ def test_dims_without_the_batch_are_told_that_no_max_batch_size_adds_it(tmp_path
         (
             "[ONNXRuntimeError] : 1 : FAIL : Load model from x/model.onnx failed:/onnxruntime_src/onnxruntime/core/"
             "graph/model_load_utils.h:46 void onnxruntime::model_load_utils::ValidateOpsetForDomain(const "
-            "std::unordered_map<std::__cxx11::basic_string<char>, int>&, bool, const std::string&, int) Opset 99 is under development",
+            "std::unordered_map<std::__cxx11::basic_string<char>, int>&, bool, const std::string&, int) Opset 99 is "
+            "under development",
             "Opset 99 is under development",
         ),
         ("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions", "Got invalid dimensions"),
