@@ -183,6 +183,8 @@ def up(
         failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
         for failure in failures:
             screen.say(failure)
+        if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
+            screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
         if sample is not None:
             screen.first_calls(endpoints.router, sample)
         screen.say("ready")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,13 @@ class ServiceSettings(BaseSettings):
             return units.parse_seconds(value)
         return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_collector(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"(https?://[^/\s]+|[^/\s]+:\d+)/?", value):
+            raise ValueError("a collector is a URL such as http://host:4317 or https://host")
+        return value
+
     @field_validator("admin_networks", mode="before")
     @classmethod
     def _split_networks(cls, value: object) -> object:
@@ -161,5 +169,6 @@ def describe(error: ValidationError) -> str:
     for problem in error.errors():
         name = "_".join(str(part) for part in problem["loc"]).upper()
         secret = problem["type"] == "extra_forbidden" or any(word in name for word in _SECRET)
-        problems.append(f"RINGMESH_{name}: {problem['msg']}" + ("" if secret else f", got {problem['input']!r}"))
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"RINGMESH_{name}: {message}" + ("" if secret else f", got {problem['input']!r}"))
     return "; ".join(problems)
