@@ -73,6 +73,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     ProcessMetrics("ledger", settings.engine, metrics).start()
     export = MetricsExport(settings.otlp_endpoint, this_process("ledger"), metrics)
     export.start()
+    tasks: list[asyncio.Task[None]] = []
     try:
         opening = asyncio.ensure_future(
             open_database(database, partitions, prices, settings.default_prices(), time.time)
@@ -82,8 +83,10 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
         if opening.done():
             opening.result()
             writer.start()
-            BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time))
-            BACKGROUND.start("budgets", ledger_metrics.look)
+            tasks = [
+                BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time)),
+                BACKGROUND.start("budgets", ledger_metrics.look),
+            ]
             server.set_serving(True)
             await stopped
         opening.cancel()
@@ -91,6 +94,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
         await export.close()
         await server.stop(settings.drain_seconds)
         await writer.close()
+        await BACKGROUND.end(*tasks)
         exposition.close()
         await cache.close()
         await database.close()

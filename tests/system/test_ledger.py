@@ -1,6 +1,7 @@
 """The ledger over gRPC, on its embedded PostgreSQL. Tests share it, each with tenants and worker types of its own."""
 
 import csv
+import heapq
 import io
 import json
 import subprocess
@@ -9,9 +10,12 @@ from datetime import UTC, datetime
 import grpc
 import pyarrow.parquet
 import pytest
+from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import encode
+from services.ledger.reports.miss_ratio import Curve, LookUp
+from tests.public_trace import public_trace
 from tests.system import processes
 from tests.system.conftest import RINGMESH
 from tests.system.ledgers import (
@@ -120,8 +124,6 @@ def test_two_routers_that_use_one_producer_are_told(ledger, tenant):
     ids=["truncated", "a bit flipped", "empty"],
 )
 def test_a_damaged_batch_is_refused_and_the_whole_one_taken(ledger, sender, tenant, damage, complaint):
-    from blake3 import blake3
-
     batch = encode([miss(tenant)])
     with pytest.raises(grpc.RpcError) as refused:
         sender.append((), batch=damage(batch), digest=blake3(batch).digest(16))
@@ -547,7 +549,8 @@ def test_a_model_with_a_costly_run_should_run_in_larger_batches(ledger, sender, 
 
 def key_sample(kind, at_ms, key, **fields):
     told = {"model": "mlp", "version": "1", "worker_type": kind, "below": 256, "requests": 1, "compute_us": 10_000_000}
-    return ledger_pb2.KeySample(at_ms=at_ms, key=key, value_bytes=1 << 20, **(told | {"cacheable": True} | fields))
+    told |= {"cacheable": True, "value_bytes": 1 << 20}
+    return ledger_pb2.KeySample(at_ms=at_ms, key=key, **(told | fields))
 
 
 def test_the_size_of_the_cache_is_where_more_memory_costs_more_than_it_saves(ledger, sender, tenant, kind, hour):
@@ -588,6 +591,43 @@ def test_a_model_whose_requests_repeat_uncached_should_be_cached(ledger, sender,
     assert "of 1,000 requests, 95.0% repeat one" in cache.evidence
     assert cache.saved_nano == pytest.approx(950 * 10 * 10**9 / 3600)
     assert cache.error == pytest.approx(0)
+
+
+@pytest.mark.proof
+def test_advice_on_an_hour_of_a_public_service_says_how_far_it_is_off(ledger, sender, tenant, kind, hour):
+    """Each block of an input is a look-up; what was not seen before is computed, 10 ms a block, on four workers."""
+    seen, free, samples, records, look_ups = set(), [0] * 4, {}, [], []
+    for at_ms, blocks in public_trace():
+        new = [block for block in blocks if block not in seen]
+        seen.update(new)
+        look_ups += [LookUp(block, 1_000_350) for block in blocks]
+        arrived = hour + at_ms
+        for block in blocks:
+            digest = blake3(b"%d" % block).digest()
+            if digest[0] < 16:
+                key = int.from_bytes(digest[:8], "big")
+                told = {"below": 16, "value_bytes": 1_000_000, "compute_us": 10_000}
+                samples.setdefault(at_ms, []).append(key_sample(kind, arrived, key, **told))
+        if new:
+            start = max(arrived, free[0])
+            heapq.heapreplace(free, start + 10 * len(new))
+            us = {"compute_us": 10_000 * len(new), "run_us": 10_000 * len(new)}
+            waited = {"queue_us": 1000 * (start - arrived), "total_us": 1000 * (start - arrived) + us["run_us"]}
+            ended = start + 10 * len(new)
+            records.append(miss(tenant, ended, worker_type=kind, requests=len(new), **us, **waited))
+        records.append(hits(tenant, len(blocks) - len(new), arrived, worker_type=kind))
+    sender.append(records, key_samples=[one for found in samples.values() for one in found][:20_000])
+    sender.append([], worker_times=up(hour, 4, kind))
+    answer = advise(ledger, kind, hour, latency_us=10_000_000, memory_gb_hour_nano=10**6)
+    cache, workers = advised(answer, "KIND_CACHE_SIZE"), advised(answer, "KIND_WORKERS")
+    exact = Curve(look_ups)
+    for size in answer.cache_sizes:
+        assert size.hit_ratio == pytest.approx(exact.hit_ratio(size.bytes), abs=0.03)
+    (line,) = answer.hours
+    print(cache, workers, line)
+    assert cache.error < 0.3
+    assert workers.error < 0.3
+    assert line.replayed_latency_us == pytest.approx(line.measured_latency_us, rel=0.01)
 
 
 def test_the_command_line_shows_advice(ledger, sender, tenant, kind, hour):

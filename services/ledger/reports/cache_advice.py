@@ -58,7 +58,11 @@ class CacheAdvice:
         """Reads what `advise` replays."""
         begin, end = (datetime.fromtimestamp(at / 1000, UTC) for at in (self._range.from_ms, self._range.until_ms))
         below, count = await connection.fetchrow(
-            "SELECT coalesce(min(below), 256), count(*) FROM key_sample WHERE at >= $1 AND at < $2", begin, end
+            "SELECT coalesce(min(k.below), 256), count(*) FROM key_sample k JOIN series s ON s.id = k.series "
+            "WHERE k.at >= $1 AND k.at < $2 AND ($3 = '' OR s.worker_type = $3)",
+            begin,
+            end,
+            worker_type,
         )
         # Of 65,536: a set of keys below a threshold holds those below a lower one.
         threshold = below * 256 if count <= _MOST_SAMPLES else max(1, below * 256 * _MOST_SAMPLES // count)
@@ -78,11 +82,11 @@ class CacheAdvice:
         if not samples or not requests:
             return [], []
         curve = self._curve(samples, requests)
-        sizes = [self._at(curve, size) for size in _sizes(curve.bytes)]
+        sizes = [self._at(curve, size) for size in _sizes(curve)]
         best = max(sizes, key=lambda size: (size.saved_nano - size.memory_nano, -size.bytes))
         half = self._halves(samples, requests)
         # The size that the first half of the time advises, and what it hits in the second.
-        chosen = max(_sizes(half[0].bytes), key=lambda size: (self._net(half[0], size), -size))
+        chosen = max(_sizes(half[0]), key=lambda size: (self._net(half[0], size), -size))
         expected, measured = (curve.hit_ratio(chosen) for curve in half)
         saved = sum(self._rating.rated(one["worker_type"], 0, one["saved_us"]) for one in asked)
         had = rounded(saved, self._denominator)
@@ -163,12 +167,12 @@ class CacheAdvice:
         return size * self._memory_nano * (self._range.until_ms - self._range.from_ms) // (_GB * HOUR_MS)
 
 
-def _sizes(whole: int) -> list[int]:
-    """Doubling, up to the first that holds the whole."""
-    sizes = [_LEAST_BYTES]
-    while sizes[-1] < whole and len(sizes) < _SIZES:
-        sizes.append(2 * sizes[-1])
-    return sizes
+def _sizes(curve: Curve) -> list[int]:
+    """Doubling, up to the first that holds all answers."""
+    sizes = [size := _LEAST_BYTES]
+    while size < curve.bytes and len(sizes) < _SIZES:
+        sizes.append(size := 2 * size)
+    return [size for size in sizes if size >= curve.least_bytes] or sizes[-1:]
 
 
 def _size_text(size: int) -> str:

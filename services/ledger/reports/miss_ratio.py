@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+_LEAST_KEYS = 32
+
 
 class LookUp(NamedTuple):
     """Look-ups of a key, `times` of them right after each other.
@@ -46,8 +48,11 @@ class Curve:
         self._share = share
         self._sampled = sum(look_up.times for look_up in sampled)
         self.look_ups = round(self._sampled / share) if look_ups is None else look_ups
+        sizes = {look_up.key: look_up.size for look_up in sampled}
         # Of all keys, in a cache without a bound.
-        self.bytes = round(sum({look_up.key: look_up.size for look_up in sampled}.values()) / share)
+        self.bytes = round(sum(sizes.values()) / share)
+        # Of smaller caches the sample has too few keys to tell.
+        self.least_bytes = round(_LEAST_KEYS * (1 / share - 1) * sum(sizes.values()) / max(len(sizes), 1))
 
     def hits(self, capacity: int) -> float:
         """Of a cache of `capacity` bytes."""

@@ -219,25 +219,34 @@ class WorkerAdvice:
         return found
 
     def _error(self) -> float | None:
-        """Of the 99th percentile in the second half, replayed with run times from the first; None: no worker was up."""
+        """Of the 99th percentile in the second half, as the first half predicts it; None: no worker was up.
+
+        What came then is replayed with the run times of the first half, those of its requests taken in turn.
+        """
         middle = (self._hours[0].window.from_ms + self._hours[-1].window.until_ms) // 2 * 1000
-        times = self._times | _times([request for request in self._requests if request.arrived_us < middle])
+        first = [request for request in self._requests if request.arrived_us < middle]
+        times = self._times | _times(first)
+        known: dict[str, list[Work]] = {}
+        for work in self._work(first, _AS_IT_IS, times).values():
+            for one in work:
+                known.setdefault(one.model, []).append(one)
         measured: list[int] = []
         replayed: list[int] = []
         for place, hour in enumerate(self._hours):
-            for worker_type, work in self._work(hour.requests, _AS_IT_IS, times).items():
+            second = [request for request in hour.requests if request.arrived_us >= middle]
+            for worker_type, work in self._work(second, _AS_IT_IS, times).items():
                 servers = round(hour.up_us.get(worker_type, 0) / hour.window_us) * self._slots(worker_type, place)
                 if not servers:
                     continue
+                expected = [
+                    one._replace(weight=like[number % len(like)].weight) if (like := known.get(one.model)) else one
+                    for number, one in enumerate(work)
+                ]
                 of_type = {model: time for (kind, model), time in times.items() if kind == worker_type}
-                latencies = replay(work, servers, of_type).latencies_us
-                own = [request for request in hour.requests if request.worker_type == worker_type]
-                for request, latency in zip(own, latencies, strict=True):
-                    if request.arrived_us >= middle:
-                        measured.append(request.latency_us)
-                        replayed.append(latency)
-        expected = percentile_99(measured)
-        return abs(percentile_99(replayed) - expected) / expected if expected else None
+                replayed += replay(expected, servers, of_type).latencies_us
+                measured += [request.latency_us for request in second if request.worker_type == worker_type]
+        found = percentile_99(measured)
+        return abs(percentile_99(replayed) - found) / found if found else None
 
     def _sharing(self, pools: Mapping[tuple[int, str], Pool], placement: Placement) -> list[ledger_pb2.Recommendation]:
         """Models of a type that need fewer workers together than each its own; and those that need more together."""

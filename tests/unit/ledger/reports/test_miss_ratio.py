@@ -1,9 +1,6 @@
 """The miss-ratio curve: exact where all keys are in it, near where a sample is, on a public trace too."""
 
-import csv
-import gzip
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -11,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ledger.reports.miss_ratio import Curve, LookUp
+from tests.public_trace import public_trace
 
-TRACE = Path("shared/data/mooncake_conversation.csv.gz")
 SIZE = 1000
 SHARE = 1 / 16
 
@@ -75,18 +72,9 @@ def test_nothing_was_looked_up():
     assert (curve.hit_ratio(100), curve.value(100), curve.bytes) == (0.0, 0, 0)
 
 
-def blocks():
-    """Ids of the blocks of the trace, in order."""
-    found = next((path for folder in Path(__file__).parents if (path := folder / TRACE).exists()), None)
-    if found is None:
-        pytest.skip(f"no {TRACE} beside this checkout")
-    with gzip.open(found, "rt") as file:
-        return [int(block) for row in csv.DictReader(file) for block in row["block_ids"].split()]
-
-
 def test_on_a_public_trace_it_is_what_libcachesim_says():
     libcachesim = pytest.importorskip("libcachesim")
-    keys = blocks()
+    keys = [block for _, blocks in public_trace() for block in blocks]
     exact = Curve([LookUp(key, SIZE) for key in keys])
     is_sampled = {key: blake3(b"%d" % key).digest()[0] < 256 * SHARE for key in set(keys)}
     sampled = Curve([LookUp(key, SIZE) for key in keys if is_sampled[key]], SHARE, len(keys))
