@@ -95,7 +95,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     targets = {"availability": settings.slo_availability, "latency": settings.slo_latency}
     slo = Slo(targets, settings.slo_latency_seconds, requests, time.monotonic)
     budgets = Budgets()
-    meter = Meter(budgets) if settings.ledger_address is not None else None
+    meter = Meter(budgets, settings.usage_tenants) if settings.ledger_address is not None else None
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report, meter)
     path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets)
     inference = InferenceService(fleet, path)
