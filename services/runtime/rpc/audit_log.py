@@ -49,7 +49,7 @@ class AuditLog:
         except OSError as error:
             log.error("cannot write the audit log (%s): %s", error, line)
 
-    def refused(self, method: str, peer: str, result: str, message: str) -> None:
+    def refused(self, method: str, peer: str, result: str, message: str, who: str = "unknown") -> None:
         """Records a refused call, unless there were too many in this second; the next line counts those."""
         second = int(time.monotonic())
         if second != self._second:
@@ -60,7 +60,7 @@ class AuditLog:
             return
         more = {"suppressed": self._suppressed} if self._suppressed else {}
         self._suppressed = 0
-        self.write("unknown", method, peer, result, error=message, **more)
+        self.write(who, method, peer, result, error=message, **more)
 
 
 def summary(request: Message) -> dict[str, Any]:
