@@ -30,11 +30,10 @@ _STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
 
 def read(url: str) -> dict[str, Any]:
     """Reads the summary from the console at `url`. Raises CommandError if the console does not answer."""
-    key = os.environ.get("RINGMESH_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/api/summary", headers=headers)
+    if key := os.environ.get("RINGMESH_API_KEY"):
+        _OPENER.addheaders = [("Authorization", f"Bearer {key}")]
     try:
-        with _OPENER.open(request, timeout=_TIMEOUT) as answer:
+        with _OPENER.open(f"{url.rstrip('/')}/api/summary", timeout=_TIMEOUT) as answer:
             summary: dict[str, Any] = json.load(answer)
     except urllib.error.HTTPError as error:
         raise CommandError(
