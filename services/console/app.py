@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from services.console.data.sources import Sources
 from services.console.pages import (
+    audit_page,
     cache_page,
     compare_page,
     cost_page,
@@ -69,6 +70,7 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str], acce
             Route("/objectives", pages.page("objectives.html", partial(objectives_page.contents, sources))),
             Route("/cost", pages.page("cost.html", partial(cost_page.contents, sources.ledger))),
             Route("/try", pages.page("try.html", partial(try_page.contents, sources)), methods=["GET", "POST"]),
+            Route("/audit", pages.page("audit.html", partial(audit_page.contents, sources, access.audit))),
             Route("/traces", pages.page("traces.html", partial(traces_page.listing, sources))),
             Route("/compare", pages.page("compare.html", partial(compare_page.contents, sources))),
             Route("/traces/{trace_id}", pages.page("trace.html", partial(traces_page.one, sources))),

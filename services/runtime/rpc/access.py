@@ -7,6 +7,7 @@ operate and to administrate, they must come from one of the admin networks, by d
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from hmac import compare_digest
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -144,23 +145,29 @@ class Access:
             except RingmeshError as error:
                 await abort(context, error)
 
-        async def unary(request: Any, context: Context) -> Any:
-            who = await check(request, context)
-            if not _is_audited(method, who):
-                return await answer(request, context)
+        @asynccontextmanager
+        async def recorded(who: str, request: Any, context: Context) -> AsyncIterator[None]:
             result = "OK"
             try:
-                return await answer(request, context)
+                yield
             except BaseException as error:
                 result = status_of(context, error)
                 raise
             finally:
                 self.audit.write(who, method, context.peer(), result, request=_about(method, request))
 
+        async def unary(request: Any, context: Context) -> Any:
+            who = await check(request, context)
+            if not _is_audited(method, who):
+                return await answer(request, context)
+            async with recorded(who, request, context):
+                return await answer(request, context)
+
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            await check(request, context)
-            async for response in answer(request, context):
-                yield response
+            who = await check(request, context)
+            async with recorded(who, request, context) if _is_audited(method, who) else nullcontext():
+                async for response in answer(request, context):
+                    yield response
 
         guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
         return guarded
@@ -199,6 +206,8 @@ def _is_forwarded(metadata: Metadata) -> bool:
 
 def _is_audited(method: str, who: str) -> bool:
     """Whether a call is an action of an operator. Services' own calls are not; an action that they forward is."""
+    if method.startswith("grpc.reflection."):  # tools such as grpcurl make one before each call
+        return False
     role = role_of(method)
     return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
 

@@ -264,9 +264,10 @@ def test_a_page_that_does_not_exist_is_not_streamed_either(console):
 
 PATHS = ["/", "/models", "/models/mlp", "/models/é\x00", "/cache", "/objectives", "/cost", "/try", "/traces",
          f"/traces/{TRACE}", "/traces/x", "/api/summary", "/static/console.css", "/static/../app.py", "/static/\x00",
-         "/nowhere", "/compare", "/workers/w", "/workers/é\x00", "/sign-in", "/sign-out"]  # fmt: skip
-NAMES = ["model", "text", "order", "sort", "status", "min_ms", "max_ms", "key", "tenant", "scope", "value",
-         "cache-control", "range", "by", "a", "b", "compare", "action", "confirmed", *GOOD]  # fmt: skip
+         "/nowhere", "/compare", "/workers/w", "/workers/é\x00", "/sign-in", "/sign-out", "/audit"]  # fmt: skip
+NAMES = ["span", "who", "method", "model", "text", "order", "sort", "status", "min_ms", "max_ms", "key", "tenant",
+         "scope", "value", "cache-control", "range", "by", "a", "b", "compare", "action", "confirmed",
+         *GOOD]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=40),
     st.sampled_from(

@@ -124,16 +124,17 @@ def test_what_a_visitor_sees_and_does_follows_the_roles_of_the_key(console):
             for method, path, more in (
                 ("GET", "/", {}), ("GET", "/models/mlp", {}), ("GET", "/traces", {}),
                 ("POST", "/try", try_out), ("POST", "/cache", purge), ("POST", "/models/mlp", load),
+                ("GET", "/audit", {}),
             )
         ]  # fmt: skip
     no = 403
     assert allowed == {
-        "reader": [200, 200, 200, no, no, no],
-        "ops": [200, 200, 200, 200, 200, 200],
-        "admin": [200, 200, 200, 200, 200, 200],
-        "acme": [no, no, 200, 200, no, no],
-        "mlp": [no, 200, 200, 200, no, no],
-        "caller": [no, no, no, 200, no, no],
+        "reader": [200, 200, 200, no, no, no, no],
+        "ops": [200, 200, 200, 200, 200, 200, no],
+        "admin": [200, 200, 200, 200, 200, 200, 200],
+        "acme": [no, no, 200, 200, no, no, no],
+        "mlp": [no, 200, 200, 200, no, no, no],
+        "caller": [no, no, no, 200, no, no, no],
     }
 
 
@@ -233,6 +234,21 @@ def test_who_did_what_is_audited_without_the_key(another):
     }
     secrets = [*console.keys.values(), "rmk_guessed", cookie.partition("=")[2]]
     assert not any(secret in console.log.read_text() for secret in secrets)
+
+
+def test_the_audit_page_shows_who_did_what_and_is_searched(console):
+    admin = console.cookie("admin", client="10.8.0.1")
+    for who, method in (("key <b>", "x.Service/RepositoryModelLoad"), ("local", "x.Service/Purge")):
+        console.access.audit.write(who, method, "ipv4:10.0.0.9:1", "OK", request={"model_name": "mlp"})
+    page = console.request("GET", "/audit", admin)[2]
+    assert "key &lt;b&gt;" in page
+    assert "Service/RepositoryModelLoad <small>{&#34;model_name&#34;: &#34;mlp&#34;}</small>" in page
+    assert "ipv4:10.0.0.9:1" in page
+    # The router of these tests has no audit log.
+    assert "UNIMPLEMENTED" in page
+    found = console.request("GET", "/audit", admin, query=b"span=7d&who=local&method=Purge")[2]
+    assert "Service/Purge" in found
+    assert "Service/RepositoryModelLoad" not in found
 
 
 def test_attempts_from_one_address_are_limited(console):
