@@ -609,6 +609,32 @@ def _run(
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
 
 
+@app.command()
+def audit(
+    since: Since = None,
+    until: Until = None,
+    who: Annotated[str, typer.Option(help="Only entries whose actor contains this text, such as ops-1.")] = "",
+    method: Annotated[str, typer.Option(help="Only entries whose method contains this text, such as Load.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Entries, the newest first; 0: all.")] = 100,
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as in the file.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of a process; default: the router of the stack in --state.")
+    ] = None,
+    state: StateOption = STATE,
+) -> None:
+    """Shows who did what: administrative actions and refused calls, the newest first."""
+    from services.cli.commands import audit as tool
+    from services.cli.commands import running
+
+    asked = tool.question(since, until, who, method, limit)
+    found = tool.entries(address or running.endpoint("router", state), asked)
+    if is_json:
+        for line in tool.lines(found):
+            print(line)
+    else:
+        _console().print(tool.listing(found))
+
+
 @key_app.command()
 def new(
     id: Annotated[str, typer.Argument(help="Name of the key in the file, in traces and in the audit log.")],

@@ -139,7 +139,7 @@ class Access:
                 await abort(context, error)
 
         def audit(who: str | None, request: Any, context: Context, result: str) -> None:
-            if who is not None and handler.unary_unary is not None and _is_audited(method, who):
+            if who is not None and _is_audited(method, who):
                 self.audit.write(who, method, context.peer(), result, request=_about(method, request))
 
         return observed(handler, check, audit)
@@ -178,6 +178,8 @@ def _is_forwarded(metadata: Metadata) -> bool:
 
 def _is_audited(method: str, who: str) -> bool:
     """Whether a call is an action of an operator. Services' own calls are not; an action that they forward is."""
+    if method.startswith("grpc.reflection."):  # tools such as grpcurl make one before each call
+        return False
     role = role_of(method)
     return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
 

@@ -114,3 +114,9 @@ def test_a_model_that_no_worker_could_load_is_unavailable_with_the_reason():
 def test_a_message_is_clipped_between_two_characters():
     said = InvalidArgumentError("é" * 900).message
     assert said == "é" * 500 + "…"
+
+
+def test_with_identities_tenants_share_the_answers_of_models_that_are_marked_shared_only():
+    models = [version("plain"), version("scoped", tenant_scoped=True), version("shared", tenant_shared=True)]
+    assert Catalog([models]).tenant_scoped == ["scoped"]
+    assert Catalog([models], isolates=True).tenant_scoped == ["plain", "scoped"]
