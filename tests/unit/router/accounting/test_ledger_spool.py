@@ -163,14 +163,14 @@ def test_what_a_full_disk_does_not_take_is_told_with_the_next_batch(open_spool, 
     spool = open_spool()
     spool.append(b"before", 1, 1)
     full = itertools.chain([OSError(28, "No space left on device")] * 2, itertools.repeat(None))
-    write = spool._write_file
+    write = spool._replace
 
-    def write_file(*arguments):
+    def replace(*arguments):
         if (error := next(full)) is not None:
             raise error
         write(*arguments)
 
-    monkeypatch.setattr(spool, "_write_file", write_file)
+    monkeypatch.setattr(spool, "_replace", replace)
     spool.append(b"lost", 2, 20)
     spool.append(b"lost", 3, 30)
     assert spool.dropped_requests == 50
