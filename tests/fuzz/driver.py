@@ -7,6 +7,7 @@ import atheris
 
 from tests.fuzz.target import TARGETS
 
+
 def main() -> None:
     module, name, *options = sys.argv[1:]
     # Interpreted sources: atheris counts branches of bytecode.

@@ -19,25 +19,34 @@ from tests.fuzz.target import joined, parts, target
 
 logging.getLogger("router").setLevel(logging.CRITICAL)
 logging.getLogger("services").setLevel(logging.CRITICAL)
-_HELD = tempfile.TemporaryDirectory(prefix="ringmesh-fuzz-files-")
+# In memory, where there is such a folder: some targets write files for each input.
+_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+_HELD = tempfile.TemporaryDirectory(prefix="ringmesh-fuzz-files-", dir=_MEMORY)
 _FOLDER = Path(_HELD.name)
 
 _CONFIG = b"""
 name: "m" platform: "onnxruntime_onnx" max_batch_size: 8
 input [{ name: "x" data_type: TYPE_FP32 dims: [-1, 2] reshape: { shape: [2] } }]
 output [{ name: "y" data_type: TYPE_FP32 dims: [2] label_filename: "labels.txt" }]
-dynamic_batching { preferred_batch_size: [4] max_queue_delay_microseconds: 100 priority_levels: 2 default_priority_level: 1 }
+dynamic_batching { preferred_batch_size: [4] priority_levels: 2 default_priority_level: 1 }
 instance_group [{ count: 2 kind: KIND_CPU }]
 version_policy { latest { num_versions: 2 } }
 parameters { key: "ringmesh_cache_ttl_seconds" value: { string_value: "60" } }
 """
 _ENSEMBLE = b"""
-platform: "ensemble" input [{ name: "a" data_type: TYPE_FP32 dims: [1] }] output [{ name: "b" data_type: TYPE_FP32 dims: [1] }]
-ensemble_scheduling { step [{ model_name: "m" model_version: -1 input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }] }
+platform: "ensemble"
+input [{ name: "a" data_type: TYPE_FP32 dims: [1] }]
+output [{ name: "b" data_type: TYPE_FP32 dims: [1] }]
+ensemble_scheduling {
+  step [{ model_name: "m" model_version: -1 input_map { key: "x" value: "a" } output_map { key: "y" value: "b" } }]
+}
 """
 _WARMUP = b"""
-sequence_batching { max_sequence_idle_microseconds: 5 control_input [{ name: "s" control [{ kind: CONTROL_SEQUENCE_START fp32_false_true: [0, 1] }] }]
-state [{ input_name: "i" output_name: "o" data_type: TYPE_FP32 dims: [1] }] }
+sequence_batching {
+  max_sequence_idle_microseconds: 5
+  control_input [{ name: "s" control [{ kind: CONTROL_SEQUENCE_START fp32_false_true: [0, 1] }] }]
+  state [{ input_name: "i" output_name: "o" data_type: TYPE_FP32 dims: [1] }]
+}
 model_warmup [{ name: "w" batch_size: 1 inputs { key: "x" value: { data_type: TYPE_FP32 dims: [2] zero_data: true } } }]
 """
 
@@ -82,8 +91,8 @@ def onnx_model(data):
     graph.random_operators(model)
     graph.unranked(model)
     try:
-        prove(model)
-        inline_runs.verdict(model)
+        str(prove(model).reason)
+        str(inline_runs.verdict(model).reason)
     except ValueError as error:
         raise AssertionError("a verdict, not an error") from error
 
@@ -132,7 +141,7 @@ def spool(data):
     folder = _FOLDER / "spool"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    texts = parts(data)
+    texts = parts(data)[:40]
     for name, content in zip(texts[::2], texts[1::2], strict=False):
         if name and b"/" not in name and b"\0" not in name and name not in (b".", b"..", b"lock"):
             Path(folder, name.decode("utf-8", "surrogateescape")).write_bytes(content)
@@ -164,6 +173,4 @@ def decision(data):
     """A damaged file is none."""
     file = _FOLDER / "decision"
     file.write_bytes(data)
-    read = decisions._read(file)
-    assert read is None or data == _KEPT_FILE.read_bytes()
-
+    assert decisions._read(file) in (None, decisions._read(_KEPT_FILE))

@@ -30,6 +30,8 @@ def traceparent(data):
     ours = w3c.parse_traceparent(text)
     context = get_current_span(TraceContextTextMapPropagator().extract({"traceparent": text})).get_span_context()
     theirs = (f"{context.trace_id:032x}", f"{context.span_id:016x}", context.trace_flags.sampled)
+    if len(text) > 512:  # which OpenTelemetry refuses
+        return
     if ours is not None:
         assert ours == theirs
         assert len(w3c.packed(w3c.traceparent(*ours))) == 24

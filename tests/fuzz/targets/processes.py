@@ -136,7 +136,11 @@ def leases(data):
     budgets.charge("acme", "m", "cpu", 5, 5)
 
 
-@target("redis-url", [b"redis://u:p@h:1/0?db=1", b"redis+sentinel://a,b:2/s/1?sentinel_username=x", b"unix:///s"], StartError)
+@target(
+    "redis-url",
+    [b"redis://u:p@h:1/0?db=1", b"redis+sentinel://a,b:2/s/1?sentinel_username=x", b"unix:///s"],
+    StartError,
+)
 def redis_url(data):
     """No message has the password."""
     text = data.decode("latin-1")

@@ -60,7 +60,8 @@ def test_data_of_other_services_is_apart_by_namespace_and_tenant():
 
 
 @pytest.mark.parametrize(
-    ("scope", "epoch"), [("key:zz", 1), ("key:é", 1), (EVERYTHING, 2**63), (model_scope("a"), -1), (model_scope("a"), 10**30)]
+    ("scope", "epoch"),
+    [("key:zz", 1), ("key:é", 1), (EVERYTHING, 2**63), (model_scope("a"), -1), (model_scope("a"), 10**30)],
 )
 def test_what_no_purge_writes_is_ignored(scope, epoch):
     epochs = Epochs({}).merged({scope: epoch, tenant_scope("t"): 5})
