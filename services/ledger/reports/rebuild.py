@@ -49,7 +49,8 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
             )
         await connection.execute(
             "CREATE TEMPORARY TABLE cells ON COMMIT DROP AS "
-            f"SELECT date_trunc('{'minute' if keeps_minutes else 'hour'}', u.at, 'UTC') AS at, u.series, {_FROM_RECORDS} "
+            f"SELECT date_trunc('{'minute' if keeps_minutes else 'hour'}', u.at, 'UTC') AS at, u.series, "
+            f"{_FROM_RECORDS} "
             "FROM usage u JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2",
             *bounds,
         )
