@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 
 from rich.console import Console
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running, tables
-from services.cli.commands.cost import call, moment, money
+from services.cli.commands import tables
+from services.cli.commands.cost import call, moment, money, warn
 
 
 def ask(
@@ -23,7 +22,7 @@ def ask(
         until_ms=moment(until, now),
         wait_us=round(wait_ms * 1000),
     )
-    return call(address, lambda stub: stub.AdviseWorkers(request, timeout=running.SECONDS))
+    return call(address, lambda stub: stub.AdviseWorkers(request))
 
 
 def show(console: Console, answer: ledger_pb2.AdviseWorkersResponse) -> None:
@@ -32,7 +31,7 @@ def show(console: Console, answer: ledger_pb2.AdviseWorkersResponse) -> None:
     table = tables.create("hour (UTC)", *(f">{name}" for name in numbers))
     for hour in answer.hours:
         table.add_row(
-            f"{datetime.fromtimestamp(hour.begins_ms / 1000, UTC):%Y-%m-%d %H:%M}",
+            tables.utc(hour.begins_ms),
             f"{hour.requests:,}",
             f"{hour.workers:.1f}",
             f"{hour.measured_wait_us / 1000:,.1f}",
@@ -50,5 +49,4 @@ def show(console: Console, answer: ledger_pb2.AdviseWorkersResponse) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    for warning in answer.warnings:
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    warn(console, answer.warnings)
