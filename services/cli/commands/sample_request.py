@@ -13,7 +13,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import shell
-from services.cli.commands.running import SECONDS
 from services.runtime.oip import tensors
 from services.runtime.oip.sample_tensor import fill
 
@@ -97,8 +96,8 @@ class SampleRequest:
 def sample(channel: grpc.Channel, model: str) -> SampleRequest:
     """Returns a request for a model that a router serves. Raises grpc.RpcError."""
     stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model), timeout=SECONDS)
-    config = stub.ModelConfig(v2.ModelConfigRequest(name=model), timeout=SECONDS).config
+    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model))
+    config = stub.ModelConfig(v2.ModelConfigRequest(name=model)).config
     outputs = [tensor.name for tensor in metadata.outputs]
     return SampleRequest(model, metadata.inputs, outputs, config.HasField("sequence_batching"))
 
