@@ -183,6 +183,8 @@ def up(
         failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
         for failure in failures:
             screen.say(failure)
+        if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
+            screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
         if sample is not None:
             screen.first_calls(endpoints.router, sample)
         screen.say("ready")
@@ -443,19 +445,24 @@ def cost(
 
 @app.command()
 def advice(
-    worker_type: Annotated[str, typer.Option(help="Of which workers.")] = "cpu",
     since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
     until: Until = None,
-    wait: Annotated[float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 requests may wait.")] = 50,
+    latency: Annotated[
+        float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 computed requests may wait and run.")
+    ] = 100,
+    worker_type: Annotated[str, typer.Option(help="Only what such workers compute; without it, all.")] = "",
+    memory_price: Annotated[float, typer.Option(min=0, help="Of an hour of 1 GB of cache.")] = 0.005,
     is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ledger: LedgerOption = None,
     state: StateOption = STATE,
 ) -> None:
-    """Says how many workers each hour would have needed, from its requests, and what that would have cost."""
+    """Says what would have cost less: workers by type and hour, sizes of the cache, sharing, batches and caching."""
     from services.cli.commands import advice as tool
     from services.cli.commands import cost, running
 
-    answer = tool.ask(ledger or running.endpoint("ledger", state), worker_type, since, until, wait)
+    answer = tool.ask(
+        ledger or running.endpoint("ledger", state), since, until, latency, worker_type, memory_price=memory_price
+    )
     if is_json:
         print(cost.as_json(answer))
     else:

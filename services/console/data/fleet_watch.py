@@ -21,6 +21,7 @@ from services.console.data.fleet_events import EventFeed
 from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
 from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.verdict import YES, Verdict
 
 _ASK_SECONDS = 1.0
 _MODELS_EVERY = 5
@@ -58,9 +59,8 @@ class ModelReplica:
     served: inference_pb2.ModelVersion
 
     @property
-    def uncacheable(self) -> str:
-        """Why its answers are not cached; "" if they are."""
-        return "" if self.served.cacheable else self.served.cacheable_reason or "not cacheable"
+    def cacheable(self) -> Verdict:
+        return YES if self.served.cacheable else Verdict(self.served.cacheable_reason or "not cacheable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,13 @@ class ModelView:
     replicas: tuple[ModelReplica, ...] = ()
 
     @property
-    def uncacheable(self) -> str:
-        """Why no worker's answers are cached; "" if those of any worker are."""
-        reasons = [replica.uncacheable for replica in self.replicas]
-        return reasons[0] if reasons and all(reasons) else ""
+    def cacheable(self) -> Verdict:
+        """Whether the answers of any worker are cached."""
+        verdicts = [replica.cacheable for replica in self.replicas]
+        return YES if not verdicts or any(verdicts) else verdicts[0]
 
     @property
     def batching(self) -> str:
-        """Whether requests are batched, as reported by a worker."""
         return next((replica.served.batch_remark for replica in self.replicas if replica.served.batch_remark), "")
 
     @property
@@ -139,7 +138,6 @@ class FleetWatch:
         return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sends)
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """Returns the channel to a router or the cache service."""
         return self._channels[address]
 
     @asynccontextmanager
@@ -152,14 +150,12 @@ class FleetWatch:
             await channel.close()
 
     def start(self) -> None:
-        """Starts polling, until `close`."""
         self._tasks = [BACKGROUND.start("fleet polling", self._run)]
         for router in self.view.routers:
             follow = partial(self.events.follow, router.address, self.channel(router.address))
             self._tasks.append(BACKGROUND.start("events of a router", follow))
 
     async def close(self) -> None:
-        """Stops polling and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))

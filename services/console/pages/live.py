@@ -61,7 +61,6 @@ class Pages:
         return answer
 
     def render(self, template: str, request: Request, context: Context, status: int = 200) -> Response:
-        """Renders the whole page."""
         text = self._templates.get_template(template).render(
             path=request.url.path, visitor=visitor_of(request), **context
         )
@@ -132,7 +131,6 @@ class _Stream(StreamingResponse):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Implements ASGI."""
         try:
             await super().__call__(scope, receive, send)
         finally:

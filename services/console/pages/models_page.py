@@ -33,7 +33,6 @@ ORDERS = {"busiest": "requests", "slowest": "p99", "failing": "errors", "costlie
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """Returns the context of `models.html`."""
     rows = _rows(sources, sources.view.models)
     text, order = (request.query_params.get(name, "").strip() for name in ("text", "order"))
     found = [row for row in rows if text.lower() in row["model"].name.lower()]

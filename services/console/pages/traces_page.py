@@ -51,7 +51,6 @@ class WaterfallRow:
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """Returns the context of `traces.html`."""
     query, problem = _query(request)
     sort = request.query_params.get("sort", "")
     store, visitor = sources.traces, visitor_of(request)

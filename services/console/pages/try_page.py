@@ -29,6 +29,7 @@ async def contents(sources: Sources, request: Request) -> Context:
         "chosen": chosen,
         "router": sources.view.router,
         "known": metadata is not None,
+        "reason": next((failure.reason for failure in sources.view.failures if failure.model == chosen), ""),
         "fields": fields,
         "cache_control": sent.get("cache-control", ""),
         "choices": CACHE_CONTROL,

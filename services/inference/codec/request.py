@@ -160,10 +160,13 @@ def _decoded(
     if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
         raise InvalidArgumentError(f"model {model.name!r} also needs input {shown(missing)}", field="inputs")
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
-    if len(arrays) > len(model.required):
-        # An optional input applies to the whole run, so a request with one does not share its run.
+    counts = [arrays[name].shape[0] for name in model.required] if model.has_rows else [1]
+    rows = _rows(counts, model)
+    if len(arrays) > len(model.required) or min(counts, default=rows) != rows:
+        # An optional input applies to the whole run, and inputs with one row to all rows of the others, so such a
+        # request does not share its run.
         signature = object()
-    return Decoded(arrays, _rows(arrays, model), outputs, {}, {}, signature, trace_context=trace_context)
+    return Decoded(arrays, rows, outputs, {}, {}, signature, trace_context=trace_context)
 
 
 def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
@@ -386,18 +389,17 @@ class _OutputRegion:
         output.parameters["shared_memory_byte_size"].int64_param = len(raw)
 
 
-def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
-    if not model.has_rows:
-        return 1
-    sizes = {name: arrays[name].shape[0] for name in model.required}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name!r}: {rows}" for name, rows in sizes.items())
+def _rows(counts: Sequence[int], model: Model) -> int:
+    """The rows of a request, from those of its inputs. They may differ only if no configuration says that they are a
+    batch."""
+    rows = max(counts, default=1)
+    most = model.max_request_rows
+    if most and min(counts, default=rows) != rows:
+        listed = ", ".join(f"{name!r}: {count}" for name, count in zip(model.required, counts, strict=True))
         raise InvalidArgumentError(f"the inputs differ in their first dimension, the batch: {listed}", field="inputs")
-    rows = next(iter(sizes.values()), 1)
-    if 0 < model.max_request_rows < rows:
+    if 0 < most < rows:
         raise InvalidArgumentError(
-            f"the request has {rows} rows; model {model.name!r} takes {model.max_request_rows} at most, which is its "
-            "max_batch_size",
+            f"the request has {rows} rows; model {model.name!r} takes {most} at most, which is its max_batch_size",
             field="inputs",
         )
     return rows

@@ -42,7 +42,6 @@ SEQUENCE_TENANT = "ringmesh_sequence_tenant"
 # Maximum length of a tenant's name in characters.
 MAX_TENANT = 256
 
-_NO_FAST_PATHS: Mapping[str, FastPath] = {}
 EXTENSIONS = (
     "classification",
     "sequence",
@@ -63,9 +62,7 @@ DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
-def service(
-    is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath] = _NO_FAST_PATHS
-) -> Service:
+def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath]) -> Service:
     """Returns `inference.GRPCInferenceService` with `handlers` and the methods that are the same on every server."""
     metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
 

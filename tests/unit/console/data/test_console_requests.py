@@ -70,7 +70,7 @@ class Console:
         # Of every call that reached the router: its method and its metadata.
         self.calls = []
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.run(self._start())
 
