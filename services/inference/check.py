@@ -35,9 +35,10 @@ _NO_LIMIT = 1 << 62
 async def _check(settings: WorkerSettings, after: str, out: int) -> None:
     source = await asyncio.to_thread(settings.model_source)
     names = await asyncio.to_thread(source.names)
+    signatures = settings.signatures()
     with ThreadPoolExecutor() as executor:
         limit = settings.model_memory_bytes or _NO_LIMIT
-        store = ModelStore(source, model_opener(settings), executor, memory_limit=limit)
+        store = ModelStore(source, model_opener(settings), executor, memory_limit=limit, signatures=signatures)
         for name in sorted(name for name in names if name > after):
             _write(out, {"checking": name})
             _write(out, {"name": name, **await _describe(store, source, name)})
