@@ -254,6 +254,18 @@ def check(
 
 
 @app.command()
+def sign(
+    repository: Annotated[str, typer.Argument(help="Model repository: a folder.")],
+    key: Annotated[str, typer.Option(help="File with an Ed25519 private key in PEM.")],
+) -> None:
+    """Signs the models of a repository for workers with RINGMESH_MODEL_KEYS."""
+    import subprocess
+
+    command = [sys.executable, "-P", "-m", "services.inference.sign", repository, key]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603, our own module
+
+
+@app.command()
 def trace(
     trace_id: Annotated[str | None, typer.Argument(metavar="ID", help="A trace id, or its first characters.")] = None,
     state: StateOption = STATE,
