@@ -75,7 +75,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         region=settings.region,
         zone=settings.zone,
         open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
-        isolates=access.keys is not None,
+        isolates=access.is_closed,
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)

@@ -184,7 +184,7 @@ class RequestPath:
             )
         if call.ring_hash:
             owner = ""
-            if self._access.keys is not None:
+            if self._access.is_closed:
                 owner = call.tenant
                 call.data = protocol.of_tenant(call.data, owner)
             # Keeps the requests of a sequence in order: two envelopes may overtake each other.
