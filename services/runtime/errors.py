@@ -90,8 +90,6 @@ class UnauthenticatedError(RingmeshError):
 
 
 class PermissionDeniedError(RingmeshError):
-    """The caller may not do this; the message says who may."""
-
     code = grpc.StatusCode.PERMISSION_DENIED
     kind = "denied"
 

@@ -14,7 +14,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import shell
-from services.cli.commands.running import SECONDS
 from services.cli.stack.local_ca import CA
 from services.runtime.oip import tensors
 from services.runtime.oip.sample_tensor import fill
@@ -72,13 +71,13 @@ class SampleRequest:
         return shell.python(lines, then=f"{command} -d @ {method}")
 
     def python(self, router: str, tls: TlsFiles | None = None) -> str:
-        lines = ["import numpy as np, tritonclient.grpc as triton", "inputs = []"]
+        bfloat16 = "ml_dtypes, " if any(tensor.datatype == "BF16" for tensor in self.inputs) else ""
+        lines = [f"import {bfloat16}numpy as np, tritonclient.grpc as triton", "inputs = []"]
         for tensor in self.inputs:
             shape = [max(1, size) for size in tensor.shape]
             dtype = tensors.DATATYPES[tensor.datatype].dtype.name
-            # Triton's client takes BF16 as float32.
-            dtype = "float32" if dtype == "bfloat16" else dtype
-            values = f"np.full({shape}, b'0', object)" if dtype == "object" else f"np.zeros({shape}, {dtype!r})"
+            named = "ml_dtypes.bfloat16" if dtype == "bfloat16" else repr(dtype)
+            values = f"np.full({shape}, b'0', object)" if dtype == "object" else f"np.zeros({shape}, {named})"
             lines += [
                 f"inputs.append(triton.InferInput({tensor.name!r}, {shape}, {tensor.datatype!r}))",
                 f"inputs[-1].set_data_from_numpy({values})",
@@ -106,8 +105,8 @@ class SampleRequest:
 def sample(channel: grpc.Channel, model: str) -> SampleRequest:
     """Returns a request for a model that a router serves. Raises grpc.RpcError."""
     stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model), timeout=SECONDS)
-    config = stub.ModelConfig(v2.ModelConfigRequest(name=model), timeout=SECONDS).config
+    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model))
+    config = stub.ModelConfig(v2.ModelConfigRequest(name=model)).config
     outputs = [tensor.name for tensor in metadata.outputs]
     return SampleRequest(model, metadata.inputs, outputs, config.HasField("sequence_batching"))
 

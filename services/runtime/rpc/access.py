@@ -11,7 +11,7 @@ certificate from the metadata that the edge sets. Who calls without that address
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hmac import compare_digest
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -27,7 +27,7 @@ from services.runtime.rpc import client_certificate
 from services.runtime.rpc.api_keys import ApiKeys
 from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
-from services.runtime.rpc.calls import status_of
+from services.runtime.rpc.calls import observed
 from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
 from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
@@ -111,7 +111,7 @@ class Access:
         """
         if not self.is_closed or (credential and self._is_credential(credential)) or self._is_certified(certificate):
             return None
-        identity = self._identity(authorization, certificate)
+        identity = self.identity(authorization, certificate)
         identity.check_role(Role.INFER)
         if tenant:
             identity.check_tenant(tenant)
@@ -134,7 +134,7 @@ class Access:
                     f"{method} is for callers on this host, not at {peer}; name their networks in "
                     "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
                 )
-            identity = self._identity(_value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE))
+            identity = self.identity(_value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE))
             identity.check_role(role)
             if identity.tenant or identity.models:
                 _check_scope(identity, method, parse(request, data) if request is not None else None)
@@ -156,15 +156,9 @@ class Access:
         return replace(service, handlers=handlers)
 
     def guarded(self, method: str, handler: Handler) -> Handler:
-        """Returns `handler`, preceded by the check of its method."""
         guard = self.guard(method)
         if guard is None:
             return handler
-        parts: Any = handler
-        kind = next(
-            kind for kind in ("unary_unary", "unary_stream", "stream_stream") if getattr(parts, kind) is not None
-        )
-        answer = getattr(parts, kind)
 
         async def check(request: Any, context: Context) -> str:
             data = request if isinstance(request, bytes) else b""
@@ -173,29 +167,15 @@ class Access:
             except RingmeshError as error:
                 await abort(context, error)
 
-        async def unary(request: Any, context: Context) -> Any:
-            who = await check(request, context)
-            if not _is_audited(method, who):
-                return await answer(request, context)
-            result = "OK"
-            try:
-                return await answer(request, context)
-            except BaseException as error:
-                result = status_of(context, error)
-                raise
-            finally:
+        def audit(who: str | None, request: Any, context: Context, result: str) -> None:
+            if who is not None and _is_audited(method, who):
                 peer = self.peer(metadata(context), context.peer())
                 self.audit.write(who, method, peer, result, request=_about(method, request))
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            await check(request, context)
-            async for response in answer(request, context):
-                yield response
+        return observed(handler, check, audit)
 
-        guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
-        return guarded
-
-    def _identity(self, authorization: str, certificate: str) -> Identity:
+    def identity(self, authorization: str, certificate: str = "") -> Identity:
+        """Whose key, token or certificate this is. Raises UnauthenticatedError."""
         keys, tokens = self._keys, self._tokens
         if keys is not None and certificate and not authorization and self._has_certificates:
             return keys.certified(certificate)
@@ -250,6 +230,8 @@ class Access:
 
 def _is_audited(method: str, who: str) -> bool:
     """Whether a call is an action of an operator. Services' own calls are not; an action that they forward is."""
+    if method.startswith("grpc.reflection."):  # tools such as grpcurl make one before each call
+        return False
     role = role_of(method)
     return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
 
