@@ -27,7 +27,7 @@ KEYS = {
 
 def write_keys(path, ids):
     made = {id: new_key(id, *KEYS[id], None) for id in ids}
-    path.write_text("".join(entry.model_dump_json() + "\n" for _, entry in made.values()))
+    path.write_text("".join(entry.model_dump_json(exclude_defaults=True) + "\n" for _, entry in made.values()))
     return {id: key for id, (key, _) in made.items()}
 
 

@@ -14,10 +14,18 @@ from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE, header, 
 from services.runtime.rpc.server import Engine, Server, StartError
 from services.runtime.rpc.tls import TlsError, TlsFiles
 from tests.certificates import Ca, replace
-from tests.unit.runtime.rpc.test_access import code, services
+from tests.unit.runtime.rpc.test_access import services
 
 APP = "spiffe://example.org/app"
 READ = "inference.GRPCInferenceService/RepositoryIndex"
+
+
+async def code(channel, method, metadata=()):
+    try:
+        await channel.unary_unary(f"/{method}")(b"", metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
 
 
 @pytest.fixture
