@@ -26,7 +26,8 @@ from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server, StartError
-from services.runtime.rpc.tls import TlsFiles
+from services.runtime.rpc.service_tls import ServiceTls
+from services.runtime.rpc.tls import TlsError, TlsFiles
 from services.runtime.rpc.tokens import KeySetError, Tokens
 from services.runtime.telemetry.logs import LogFormat
 from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
@@ -93,6 +94,14 @@ class ServiceSettings(BaseSettings):
     tls_client_ca: Path | None = Field(
         None, description="PEM file with the CAs of clients, which then need a certificate; none: clients need none"
     )
+    service_certificate: Path | None = Field(
+        None, description="PEM file with the certificate chain for calls to other services; none: plain text"
+    )
+    service_key: Path | None = Field(None, description="PEM file with its key")
+    service_ca: Path | None = Field(None, description="PEM file with the CAs of other services")
+    service_names: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="SPIFFE ids or DNS names in the certificates of services of the fleet, separated by commas"
+    )
     audit_log: Path | None = Field(None, description="file for the audit log; none: entries go to the process log")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: LogFormat = Field(LogFormat.TEXT, description="lines for people, or one JSON object a line")
@@ -117,9 +126,9 @@ class ServiceSettings(BaseSettings):
             raise ValueError("a collector is a URL such as http://host:4317 or https://host")
         return value
 
-    @field_validator("admin_networks", mode="before")
+    @field_validator("admin_networks", "service_names", mode="before")
     @classmethod
-    def _split_networks(cls, value: object) -> object:
+    def _split_lists(cls, value: object) -> object:
         return split(value)
 
     def access(self) -> Access:
@@ -141,7 +150,21 @@ class ServiceSettings(BaseSettings):
             audit,
             tokens,
             verifies_certificates=self.tls_client_ca is not None,
+            services=frozenset(self.service_names),
         )
+
+    def service_tls(self) -> ServiceTls | None:
+        """The TLS of calls to other services; None: plain text. Raises StartError."""
+        if self.service_certificate is None and self.service_key is None and self.service_ca is None:
+            return None
+        if self.service_certificate is None or self.service_key is None or self.service_ca is None:
+            raise StartError(
+                "calls by TLS need RINGMESH_SERVICE_CERTIFICATE, RINGMESH_SERVICE_KEY and RINGMESH_SERVICE_CA"
+            )
+        try:
+            return ServiceTls(TlsFiles(self.service_certificate, self.service_key, self.service_ca))
+        except TlsError as error:
+            raise StartError(str(error)) from None
 
     def _tokens(self) -> Tokens | None:
         if self.jwt_keys is None:
