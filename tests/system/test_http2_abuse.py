@@ -79,20 +79,20 @@ def continuation_flood(client):
 
 def empty_continuations(client):
     client.send(frame(HEADERS, 0, 1, block()))
-    sent_in_parts(client, (frame(CONTINUATION, 0, 1) for _ in range(100_000)), 1000)
+    sent_in_parts(client, (frame(CONTINUATION, 0, 1) for _ in range(50_000)), 1000)
 
 
 def ping_flood(client):
-    sent_in_parts(client, (frame(PING, 0, 0, b"ringmesh") for _ in range(100_000)), 1000)
+    sent_in_parts(client, (frame(PING, 0, 0, b"ringmesh") for _ in range(50_000)), 1000)
 
 
 def settings_flood(client):
-    sent_in_parts(client, (frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535)) for _ in range(100_000)), 1000)
+    sent_in_parts(client, (frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535)) for _ in range(50_000)), 1000)
 
 
 def empty_data(client):
     client.send(frame(HEADERS, END_HEADERS, 1, block()))
-    sent_in_parts(client, (frame(DATA, 0, 1) for _ in range(100_000)), 1000)
+    sent_in_parts(client, (frame(DATA, 0, 1) for _ in range(50_000)), 1000)
 
 
 def hpack_bomb(client):
