@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 RANDOM_OPERATORS = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
+_LFS_POINTER = b"version https://git-lfs"
 _TRAINING_MODE = 2  # the position of that input of Dropout
 
 
@@ -38,6 +39,10 @@ def read(file: Path) -> onnx.ModelProto:
         try:
             model.ParseFromString(view)  # type: ignore[arg-type]  # not copied into bytes first
         except DecodeError:
+            if data[: len(_LFS_POINTER)] == _LFS_POINTER:
+                raise ValueError(
+                    "it is a pointer of Git LFS, not the model; `git lfs pull` fetches the model"
+                ) from None
             raise ValueError("it is no ONNX model, or a truncated one") from None
         finally:
             view.release()
