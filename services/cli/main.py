@@ -183,6 +183,8 @@ def up(
         failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
         for failure in failures:
             screen.say(failure)
+        if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
+            screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
         if sample is not None:
             screen.first_calls(endpoints.router, sample)
         screen.say("ready")
@@ -605,6 +607,32 @@ def _run(
     set_title(title, options.endpoints.router)
     traces.prune(options.traces)
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
+
+
+@app.command()
+def audit(
+    since: Since = None,
+    until: Until = None,
+    who: Annotated[str, typer.Option(help="Only entries whose actor contains this text, such as ops-1.")] = "",
+    method: Annotated[str, typer.Option(help="Only entries whose method contains this text, such as Load.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Entries, the newest first; 0: all.")] = 100,
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as in the file.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of a process; default: the router of the stack in --state.")
+    ] = None,
+    state: StateOption = STATE,
+) -> None:
+    """Shows who did what: administrative actions and refused calls, the newest first."""
+    from services.cli.commands import audit as tool
+    from services.cli.commands import running
+
+    asked = tool.question(since, until, who, method, limit)
+    found = tool.entries(address or running.endpoint("router", state), asked)
+    if is_json:
+        for line in tool.lines(found):
+            print(line)
+    else:
+        _console().print(tool.listing(found))
 
 
 @key_app.command()

@@ -21,6 +21,7 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.cli.commands import keys
 from services.runtime.rpc.access import credential_of
+from tests import models
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
 
@@ -200,23 +201,36 @@ def test_an_empty_model_repository_is_named(tmp_path):
     assert f"no model in {tmp_path / 'empty'}" in line
 
 
-def test_a_worker_that_cannot_start_says_why(tmp_path):
-    model = tmp_path / "models" / "broken" / "1" / "model.onnx"
-    model.parent.mkdir(parents=True)
-    model.write_bytes(b"not a model")
-    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "models"))
+def test_a_worker_that_cannot_start_says_why(state, monkeypatch):
+    monkeypatch.setenv("RINGMESH_POLL_SECONDS", "often")
+    line = refused("--state", str(state), "--base-port", "0", "--models", str(state / "models"))
     assert line.startswith("ringmesh: worker-0 cannot start: ")
-    assert "broken" in line
-    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
+    assert "RINGMESH_POLL_SECONDS" in line
+    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, state)]
+
+
+def test_a_repository_of_which_nothing_loads_keeps_running_and_a_repaired_model_is_served(tmp_path):
+    model = models.mlp(tmp_path / "models") / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(b"not a model")
+    stack = start_stack(tmp_path, "--models", str(tmp_path / "models"), "--workers", "1", poll_seconds="0.1")
+    assert re.search("^model mlp version 1 is not served: .*it is no ONNX model", stack.output, re.MULTILINE)
+    assert "load a repaired model" not in stack.output  # polling does it
+    model.write_bytes(whole)
+    with grpc.insecure_channel(stack.router) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        eventually(lambda: stub.ModelReady(v2.ModelReadyRequest(name="mlp"), timeout=10).ready)
+    assert stop_stack(stack) == 0
 
 
 def test_failed_models_are_printed_and_plain_files_are_ignored(state):
-    models = state / "models"
-    (models / "a-broken-one" / "1").mkdir(parents=True)
-    (models / "a-broken-one" / "1" / "model.onnx").write_bytes(b"not a model")
-    (models / "README.md").touch()
-    stack = start_stack(state, "--models", str(models), "--workers", "1")
+    repository = state / "models"
+    (repository / "a-broken-one" / "1").mkdir(parents=True)
+    (repository / "a-broken-one" / "1" / "model.onnx").write_bytes(b"not a model")
+    (repository / "README.md").touch()
+    stack = start_stack(state, "--models", str(repository), "--workers", "1")
     assert re.search("^model a-broken-one .*is not served: .*it is no ONNX model", stack.output, re.MULTILINE)
+    assert "load a repaired model on its page of the console" in stack.output
     assert "README.md" not in stack.output
     assert shell(re.search(r"\ngrpcurl\n(.+?)\n\nits trace", stack.output, re.DOTALL)[1]).returncode == 0
     assert stop_stack(stack) == 0

@@ -66,13 +66,13 @@ class SampleRequest:
         return shell.python(lines, then=f"{command} -d @ {method}")
 
     def python(self, router: str) -> str:
-        lines = ["import numpy as np, tritonclient.grpc as triton", "inputs = []"]
+        bfloat16 = "ml_dtypes, " if any(tensor.datatype == "BF16" for tensor in self.inputs) else ""
+        lines = [f"import {bfloat16}numpy as np, tritonclient.grpc as triton", "inputs = []"]
         for tensor in self.inputs:
             shape = [max(1, size) for size in tensor.shape]
             dtype = tensors.DATATYPES[tensor.datatype].dtype.name
-            # Triton's client takes BF16 as float32.
-            dtype = "float32" if dtype == "bfloat16" else dtype
-            values = f"np.full({shape}, b'0', object)" if dtype == "object" else f"np.zeros({shape}, {dtype!r})"
+            named = "ml_dtypes.bfloat16" if dtype == "bfloat16" else repr(dtype)
+            values = f"np.full({shape}, b'0', object)" if dtype == "object" else f"np.zeros({shape}, {named})"
             lines += [
                 f"inputs.append(triton.InferInput({tensor.name!r}, {shape}, {tensor.datatype!r}))",
                 f"inputs[-1].set_data_from_numpy({values})",
