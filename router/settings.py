@@ -54,6 +54,12 @@ class RouterSettings(MeshSettings):
         Path(".ringmesh/usage"), description="folder for usage until the ledger has it; each router has its own"
     )
     usage_spool_bytes: int = Field(1 << 30, ge=1 << 20, description="most bytes there; beyond, the oldest is dropped")
+    usage_tenants: int = Field(
+        1000,
+        ge=1,
+        description="tenants that usage is told apart by in a UTC day; further ones count as the tenant (other), "
+        "unless they have a hard budget",
+    )
     share_port: bool = Field(False, description="whether other routers with this setting may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"

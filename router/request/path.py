@@ -166,8 +166,12 @@ class RequestPath:
                 "such an answer is never cached, and cache-control is only-if-cached", kind="not_cached"
             )
         if call.ring_hash:
+            owner = ""
+            if self._access.keys is not None:
+                owner = call.tenant
+                call.data = protocol.of_tenant(call.data, owner)
             # Keeps the requests of a sequence in order: two envelopes may overtake each other.
-            async with self._sequences.hold(call.ring_hash):
+            async with self._sequences.hold((call.ring_hash, owner)):
                 computed = await self._compute(call, model, epochs)
         else:
             computed = await self._compute(call, model, epochs)

@@ -254,6 +254,8 @@ def cut_response(response: bytes, count: int) -> list[bytes]:
             raise UnlikeRowsError
         columns.append(column)
         output.shape[0] = 1
+    if not columns:
+        raise UnlikeRowsError
     del whole.raw_output_contents[:]
     # raw_output_contents are last on the wire, so each row has the same bytes as a worker's response.
     head = whole.SerializeToString()

@@ -445,19 +445,24 @@ def cost(
 
 @app.command()
 def advice(
-    worker_type: Annotated[str, typer.Option(help="Of which workers.")] = "cpu",
     since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
     until: Until = None,
-    wait: Annotated[float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 requests may wait.")] = 50,
+    latency: Annotated[
+        float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 computed requests may wait and run.")
+    ] = 100,
+    worker_type: Annotated[str, typer.Option(help="Only what such workers compute; without it, all.")] = "",
+    memory_price: Annotated[float, typer.Option(min=0, help="Of an hour of 1 GB of cache.")] = 0.005,
     is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ledger: LedgerOption = None,
     state: StateOption = STATE,
 ) -> None:
-    """Says how many workers each hour would have needed, from its requests, and what that would have cost."""
+    """Says what would have cost less: workers by type and hour, sizes of the cache, sharing, batches and caching."""
     from services.cli.commands import advice as tool
     from services.cli.commands import cost, running
 
-    answer = tool.ask(ledger or running.endpoint("ledger", state), worker_type, since, until, wait)
+    answer = tool.ask(
+        ledger or running.endpoint("ledger", state), since, until, latency, worker_type, memory_price=memory_price
+    )
     if is_json:
         print(cost.as_json(answer))
     else:
@@ -602,6 +607,32 @@ def _run(
     set_title(title, options.endpoints.router)
     traces.prune(options.traces)
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
+
+
+@app.command()
+def audit(
+    since: Since = None,
+    until: Until = None,
+    who: Annotated[str, typer.Option(help="Only entries whose actor contains this text, such as ops-1.")] = "",
+    method: Annotated[str, typer.Option(help="Only entries whose method contains this text, such as Load.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Entries, the newest first; 0: all.")] = 100,
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as in the file.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of a process; default: the router of the stack in --state.")
+    ] = None,
+    state: StateOption = STATE,
+) -> None:
+    """Shows who did what: administrative actions and refused calls, the newest first."""
+    from services.cli.commands import audit as tool
+    from services.cli.commands import running
+
+    asked = tool.question(since, until, who, method, limit)
+    found = tool.entries(address or running.endpoint("router", state), asked)
+    if is_json:
+        for line in tool.lines(found):
+            print(line)
+    else:
+        _console().print(tool.listing(found))
 
 
 @key_app.command()

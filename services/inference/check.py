@@ -115,7 +115,6 @@ def _write(out: int, line: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Checks the repository named by the arguments."""
     repository_name, *after = sys.argv[1:]
     # What libraries print goes to stderr.
     out = os.dup(1)

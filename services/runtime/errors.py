@@ -83,15 +83,11 @@ class AlreadyExistsError(RingmeshError):
 
 
 class UnauthenticatedError(RingmeshError):
-    """The caller's API key is missing, unknown or expired."""
-
     code = grpc.StatusCode.UNAUTHENTICATED
     kind = "unauthenticated"
 
 
 class PermissionDeniedError(RingmeshError):
-    """The caller may not do this; the message says who may."""
-
     code = grpc.StatusCode.PERMISSION_DENIED
     kind = "denied"
 

@@ -20,7 +20,6 @@ def states(address: str) -> ledger_pb2.ListBudgetsResponse:
 
 
 def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
-    """A line a budget."""
     columns = ("tenant", "model", "a", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "")
     table = tables.create(*columns)
     for state in found.budgets:
@@ -41,7 +40,6 @@ def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
 
 
 def plain(found: ledger_pb2.ListBudgetsResponse) -> str:
-    """Returns the budgets as JSON."""
     budgets = json.loads(as_json(found))
     for state in budgets["budgets"]:
         state["budget"]["period"] = _period(state["budget"]["period"])

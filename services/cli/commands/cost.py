@@ -153,7 +153,6 @@ def _plain(message: Message, names: set[str]) -> dict[str, Any]:
 
 
 def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequence[By], *, changes: bool) -> None:
-    """A line a row, and the total."""
     currency = answer.currency
     is_single = By.REQUEST in by or any(row.HasField("request") for row in answer.rows)
     columns = _single_columns(currency) if is_single else _group_columns(by, currency, changes=changes)
@@ -171,7 +170,6 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
 
 
 def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
-    """What the workers cost, used and idle."""
     amounts = (f">{name} {answer.currency}" for name in ("requests", "idle", "bill"))
     table = tables.create("worker type", "region", ">paid s", ">used s", ">idle s", *amounts)
     rows = [(row, row.worker_type, row.region, "") for row in answer.rows]
@@ -185,7 +183,6 @@ def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
 
 
 def show_forecast(console: Console, answer: ledger_pb2.ForecastResponse) -> None:
-    """What the month will cost."""
     currency = answer.currency
     console.print(
         f"{answer.month}: {money(answer.spent_nano)} {currency} so far, {money(answer.expected_nano)} {currency} "

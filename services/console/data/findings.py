@@ -47,7 +47,6 @@ class Finding:
 
     @property
     def link_text(self) -> str:
-        """The text of the link."""
         return re.split("[/#?]+", self.link)[1]
 
 

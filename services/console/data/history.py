@@ -120,7 +120,6 @@ class _Target:
         self.tables: dict[str, _Table] = {}
 
     def thin(self, now: float) -> None:
-        """Removes scrapes to make room for new ones."""
         times = self.times[: self.count]
         is_kept = np.zeros(self.count, bool)
         for age, step in _KEPT:
@@ -181,11 +180,9 @@ class History:
         kept.count = row + 1
 
     def refused(self) -> int:
-        """Returns the number of series in the last scrapes that were dropped for lack of room."""
         return sum(target.refused for target in self._targets.values())
 
     def knows(self, name: str) -> bool:
-        """Whether any target has this metric."""
         return any(name in target.tables for target in self._targets.values())
 
     def watched(self, seconds: float) -> float:

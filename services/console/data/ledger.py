@@ -80,6 +80,5 @@ class LedgerReports:
         return spending
 
     async def close(self) -> None:
-        """Disconnects."""
         if self._channel is not None:
             await self._channel.close()

@@ -37,6 +37,8 @@ from services.runtime.telemetry.worker_spans import EXECUTE
 # Limits for the failed loads in a description; the index lists all of them.
 _MOST_FAILURES = 1000
 _LONGEST_REASON = 300
+# In every request of a sequence.
+_SEQUENCE = b"sequence_id"
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
@@ -83,6 +85,8 @@ class DirectService:
                 raise caller.error
             if caller.identity is not None:
                 caller.identity.check_model(model_name(data))
+            if _SEQUENCE in data:
+                data = protocol.of_tenant(data, caller.tenant)
         trace = self._tracer.start(caller.traceparent)
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()

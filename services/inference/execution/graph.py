@@ -46,6 +46,9 @@ def read(file: Path) -> onnx.ModelProto:
             raise ValueError("it is no ONNX model, or a truncated one") from None
         finally:
             view.release()
+    # Protobuf does not check the text of proto2: it returns bytes if they are not UTF-8.
+    if any(isinstance(text, bytes) for node in _nodes(model) for text in (node.op_type, node.domain)):
+        raise ValueError("it is no ONNX model: the name of an operator is not UTF-8")
     return model
 
 

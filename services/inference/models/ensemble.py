@@ -99,8 +99,8 @@ class Ensemble:
             if tensor in made.outputs and output in held.model.labels
         } | self._own_labels
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
-        reasons = ((step.model.name, step.model.cacheable.reason) for step in made._steps)
-        made.cacheable = made.runnable and ensemble.cacheable(self._config, reasons)
+        cached = ((step.model.name, step.model.cacheable) for step in made._steps)
+        made.cacheable = made.runnable and ensemble.cacheable(self._config, cached)
         return made
 
     def config(self) -> ModelConfig:

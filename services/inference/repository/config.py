@@ -153,6 +153,7 @@ def serving_rules(config: ModelConfig, *, semantic: bool) -> inference_pb2.Model
     """The fields of a ModelVersion that follow from the parameters. `semantic`: similar requests may share answers."""
     rules = inference_pb2.ModelVersion(
         tenant_scoped=says(config, TENANT_SCOPE) is True,
+        tenant_shared=says(config, TENANT_SCOPE) is False,
         hedged=says(config, HEDGE) is True,
         ttl_ms=math.ceil(_number(config, CACHE_TTL) * 1000),
         stale_ms=math.ceil(_number(config, CACHE_STALE) * 1000),

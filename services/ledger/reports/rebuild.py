@@ -49,7 +49,8 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
             )
         await connection.execute(
             "CREATE TEMPORARY TABLE cells ON COMMIT DROP AS "
-            f"SELECT date_trunc('minute', u.at) AS at, u.series, {_FROM_RECORDS} "
+            f"SELECT date_trunc('{'minute' if keeps_minutes else 'hour'}', u.at, 'UTC') AS at, u.series, "
+            f"{_FROM_RECORDS} "
             "FROM usage u JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2",
             *bounds,
         )
@@ -64,7 +65,7 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
 
 
 async def _fill(connection: Connection, grain: str) -> None:
-    """From the cells of minutes by series. Margins are there since the day's records were written."""
+    """From the finest cells that are kept, by series. Margins are there since the day's records were written."""
     at = f"date_trunc('{grain}', c.at, 'UTC') AS at"
     await connection.execute(
         f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "

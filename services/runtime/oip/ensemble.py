@@ -151,8 +151,8 @@ def digest(own: bytes, steps: Iterable[bytes]) -> bytes:
     return hasher.digest(16)
 
 
-def cacheable(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, str]]) -> Verdict:
-    """Whether an ensemble's answers are cached. `steps`: the name of each, and why its answers are not, or ""."""
+def cacheable(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, Verdict]]) -> Verdict:
+    """Whether an ensemble's answers are cached. `steps`: the name of each, and whether its answers are."""
     if config.HasField("response_cache"):
         return YES if config.response_cache.enable else Verdict("its config.pbtxt says so")
-    return next((Verdict(f"of its step {name!r}: {reason}") for name, reason in steps if reason), YES)
+    return next((Verdict(f"of its step {name!r}: {cached.reason}") for name, cached in steps if not cached), YES)

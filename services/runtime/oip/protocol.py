@@ -37,10 +37,11 @@ ReadyCheck: TypeAlias = Callable[[], bool]
 TENANT = "ringmesh-tenant"
 PRIORITY = "ringmesh-priority"
 CACHE_CONTROL = "cache-control"
+# A parameter of requests: whose sequence it is, as a router or a worker has found. Tenants may use the same ids.
+SEQUENCE_TENANT = "ringmesh_sequence_tenant"
 # Maximum length of a tenant's name in characters.
 MAX_TENANT = 256
 
-_NO_FAST_PATHS: Mapping[str, FastPath] = {}
 EXTENSIONS = (
     "classification",
     "sequence",
@@ -61,9 +62,7 @@ DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
-def service(
-    is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath] = _NO_FAST_PATHS
-) -> Service:
+def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath]) -> Service:
     """Returns `inference.GRPCInferenceService` with `handlers` and the methods that are the same on every server."""
     metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
 
@@ -189,6 +188,16 @@ def identify(values: CallerMetadata, access: Access) -> None:
         return
     if values.identity is not None:
         values.tenant = values.identity.tenant
+
+
+def of_tenant(data: bytes, tenant: str) -> bytes:
+    """Returns a serialized request that says whose it is, for models that keep state; it replaces what a caller says.
+
+    On the wire, the last entry of a map with the same key wins.
+    """
+    added = v2.ModelInferRequest()
+    added.parameters[SEQUENCE_TENANT].string_param = tenant
+    return data + added.SerializeToString()
 
 
 def _text(values: CallerMetadata, key: str, value: str | bytes, times: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -22,8 +23,13 @@ from services.runtime.rpc.access import LOOPBACK, Access, credential_of
 from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
 from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
-from services.runtime.rpc.server import Engine, StartError
+from services.runtime.rpc.calls import Calls
+from services.runtime.rpc.rpc import Service
+from services.runtime.rpc.server import Engine, Server, StartError
 from services.runtime.telemetry.logs import LogFormat
+from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
+from services.runtime.telemetry.spans import Process, this_process
+from services.runtime.telemetry.tracing import Tracer
 
 # Settings whose names contain one of these may hold a password.
 _SECRET = ("SECRET", "URL", "KEY", "MODELS", "ENDPOINT")
@@ -107,6 +113,31 @@ class ServiceSettings(BaseSettings):
             raise StartError(f"RINGMESH_API_KEYS: {error}") from None
         audit = AuditLog(self.section, self.audit_log)
         return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys, audit)
+
+    def create_server(
+        self, services: Sequence[Service], access: Access, *, calls: Calls | None = None, share_port: bool = False
+    ) -> Server:
+        return Server(
+            self.engine,
+            self.address,
+            services,
+            max_message_bytes=self.max_message_bytes,
+            max_connection_age=self.max_connection_age_seconds,
+            share_port=share_port,
+            calls=calls,
+            max_unread_bytes=self.max_unread_bytes,
+            access=access,
+        )
+
+    def create_tracer(self, instance: str = "") -> Tracer:
+        """Returns a tracer with the configured destinations; without any, trace context is still propagated."""
+        queues: list[SpanQueue[Any]] = []
+        if self.trace_dir is not None:
+            queues.append(SpanQueue(SpanFolder(self.trace_dir, self.section)))
+        if self.otlp_endpoint is not None:
+            queues.append(SpanQueue(Collector(self.otlp_endpoint)))
+        process = Process(self.section, instance) if instance else this_process(self.section)
+        return Tracer(process, self.trace_ratio, queues)
 
     @classmethod
     def settings_customise_sources(

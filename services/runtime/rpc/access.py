@@ -6,7 +6,7 @@ operate and to administrate, they must come from one of the admin networks, by d
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hmac import compare_digest
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -21,7 +21,7 @@ from services.runtime.errors import PermissionDeniedError, RingmeshError
 from services.runtime.rpc.api_keys import ApiKeys, Identity
 from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
-from services.runtime.rpc.calls import status_of
+from services.runtime.rpc.calls import observed
 from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
 from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, metadata, parse
 
@@ -127,15 +127,9 @@ class Access:
         return replace(service, handlers=handlers)
 
     def guarded(self, method: str, handler: Handler) -> Handler:
-        """Returns `handler`, preceded by the check of its method."""
         guard = self.guard(method)
         if guard is None:
             return handler
-        parts: Any = handler
-        kind = next(
-            kind for kind in ("unary_unary", "unary_stream", "stream_stream") if getattr(parts, kind) is not None
-        )
-        answer = getattr(parts, kind)
 
         async def check(request: Any, context: Context) -> str:
             data = request if isinstance(request, bytes) else b""
@@ -144,26 +138,11 @@ class Access:
             except RingmeshError as error:
                 await abort(context, error)
 
-        async def unary(request: Any, context: Context) -> Any:
-            who = await check(request, context)
-            if not _is_audited(method, who):
-                return await answer(request, context)
-            result = "OK"
-            try:
-                return await answer(request, context)
-            except BaseException as error:
-                result = status_of(context, error)
-                raise
-            finally:
+        def audit(who: str | None, request: Any, context: Context, result: str) -> None:
+            if who is not None and _is_audited(method, who):
                 self.audit.write(who, method, context.peer(), result, request=_about(method, request))
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            await check(request, context)
-            async for response in answer(request, context):
-                yield response
-
-        guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
-        return guarded
+        return observed(handler, check, audit)
 
     def is_near(self, peer: str) -> bool:
         """Whether the caller is in an admin network. The native engine hides who calls a method with a request stream
@@ -199,6 +178,8 @@ def _is_forwarded(metadata: Metadata) -> bool:
 
 def _is_audited(method: str, who: str) -> bool:
     """Whether a call is an action of an operator. Services' own calls are not; an action that they forward is."""
+    if method.startswith("grpc.reflection."):  # tools such as grpcurl make one before each call
+        return False
     role = role_of(method)
     return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
 

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 
-from services.runtime.rpc import reflection
+from services.runtime.rpc import audit_service, reflection
 from services.runtime.rpc.access import Access
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.rpc.calls import Calls
@@ -141,11 +141,11 @@ class Server:
     ) -> None:
         self._address = address
         self._access = access or Access(address)
-        self._services = services
+        self._services = [*services, audit_service.service(self._access.audit)]
         self._max_connection_age = max_connection_age
         self._connections: Connections | None = None
         self._watching: list[asyncio.Task[None]] = []
-        self.health = Health(service.name for service in services)
+        self.health = Health(service.name for service in self._services)
         self.calls = calls or Calls()
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),

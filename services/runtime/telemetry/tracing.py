@@ -9,15 +9,14 @@ from __future__ import annotations  # compiled by mypyc
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
 from services.runtime import w3c
 from services.runtime.telemetry.metrics import Family, Sample
-from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
-from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, Span, this_process
+from services.runtime.telemetry.span_export import SpanQueue
+from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, Span
 from services.runtime.telemetry.worker_spans import run_spans, worker_spans
 from services.runtime.w3c import new_span_id, new_trace_id
 
@@ -208,15 +207,3 @@ class Tracer:
             yield span
             if stage.result is not None:
                 yield from worker_spans(span, Process("worker", stage.worker), stage.result)
-
-
-def create_tracer(
-    service: str, *, ratio: float, folder: Path | None, otlp_endpoint: str | None, instance: str = ""
-) -> Tracer:
-    """Returns a tracer with the configured destinations; without any, trace context is still propagated."""
-    queues: list[SpanQueue[Any]] = []
-    if folder is not None:
-        queues.append(SpanQueue(SpanFolder(folder, service)))
-    if otlp_endpoint is not None:
-        queues.append(SpanQueue(Collector(otlp_endpoint)))
-    return Tracer(Process(service, instance) if instance else this_process(service), ratio, queues)
