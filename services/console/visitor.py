@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.runtime.errors import PermissionDeniedError
-from services.runtime.rpc.api_keys import Identity
+from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.roles import Role
 
 

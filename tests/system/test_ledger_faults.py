@@ -387,7 +387,12 @@ def test_any_partition_that_was_dropped_by_hand_is_made_again(start_ledger, tabl
 
     asyncio.run(drop())
     assert sender.append([miss(tenant)], **rest).result == WRITTEN
+    if table in ("rollup_minute", "margin_minute"):
+        # What it summed is in the records.
+        ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=f"{datetime.fromtimestamp(minute * 60, UTC):%Y-%m-%d}"))
     assert ledger.report("day", tenant=tenant, from_ms=now_ms() // DAY_MS * DAY_MS - DAY_MS).total.requests == 2
+    if table != "usage":
+        asyncio.run(assert_grains_agree(ledger))
 
 
 def test_a_rebuild_without_a_partition_that_was_dropped_by_hand_is_refused(start_ledger):

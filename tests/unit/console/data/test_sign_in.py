@@ -269,7 +269,7 @@ def test_a_revoked_key_ends_its_sessions_and_live_pages(another):
 
     async def end():
         page = asyncio.create_task(console.answer("GET", "/", headers=live))
-        follow = asyncio.create_task(console.access.keys.follow())
+        follow = asyncio.create_task(console.access.follow())
         write_keys(console.file, ["ops"])
         status, text = await asyncio.wait_for(page, 20)
         follow.cancel()
@@ -296,7 +296,7 @@ def clock():
 @pytest.fixture
 def sessions(tmp_path, clock):
     made = write_keys(tmp_path / "keys.jsonl", ["reader", "ops"])
-    sessions = Sessions(ApiKeys(tmp_path / "keys.jsonl"), clock)
+    sessions = Sessions(ApiKeys(tmp_path / "keys.jsonl").identity, clock)
     sessions.made = made
     return sessions
 
