@@ -107,7 +107,10 @@ def ringmesh(
 
 @app.command()
 def up(
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Number of inference workers.")] = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Number of inference workers. Default: 2, but 1 on fewer than four cores."),
+    ] = None,
     routers: Annotated[int, typer.Option(min=1, max=8, help="Number of router processes, which share one port.")] = 1,
     models: Annotated[
         str | None,
@@ -162,11 +165,12 @@ def up(
     from services.cli.stack.endpoints import Endpoints
     from services.cli.stack.key_secret import key_secret
     from services.cli.stack.stack import StackOptions
+    from services.runtime.machine import cores
     from services.runtime.process import variables
     from services.runtime.rpc.access import warning
 
     screen = Screen(_console(), state)
-    endpoints = Endpoints.create(host, base_port, workers, routers)
+    endpoints = Endpoints.create(host, base_port, workers or min(2, max(1, cores.available() // 2)), routers)
     options = StackOptions(
         endpoints,
         state=state,

@@ -34,8 +34,8 @@ rounds. Ratios are taken within each round; in brackets the lowest and the highe
 cores and is not counted in CPU, which is that of all processes of a peer, for each call. Models, `config.pbtxt` (two
 instances, dynamic batching, a response cache) and bodies are the same for all.
 
-- {UP}: what people start: one router, two workers, Valkey, the cache service and the console that scrapes all of them,
-  1 % of the requests traced and written; defaults throughout, compiled, with tcmalloc.
+- {UP}: what people start: one router, a worker (two from four cores on), Valkey, the cache service, the ledger and the
+  console that scrapes all of them, 1 % of the requests traced and written; defaults, compiled, with tcmalloc.
 - {BARE}: one router and one worker without Redis and console, 1 % traced and written, one thread in each of a model's
   two instances; compiled, with tcmalloc.
 - {TRITON}: the C++ server with its python backend, which calls ONNX Runtime in two processes with one thread each, and

@@ -21,7 +21,8 @@ from services.runtime.errors import InvalidArgumentError
 _MOST_HOURS = 48
 _HOUR_US = HOUR_MS * 1000
 _WORK = (
-    "SELECT (extract(epoch FROM u.at) * 1000000)::bigint - u.total_us, u.compute_us, u.queue_us FROM usage u "
+    "SELECT (extract(epoch FROM u.at) * 1000000)::bigint - u.total_us / greatest(u.requests, 1), u.compute_us, "
+    "u.queue_us / greatest(u.requests, 1), greatest(u.requests, 1) FROM usage u "
     "JOIN series s ON s.id = u.series "
     "WHERE u.at >= $1 AND u.at < $2 AND u.compute_us > 0 AND s.worker_type = $3 ORDER BY 1"
 )
@@ -79,7 +80,7 @@ def _advised(rows: Sequence[Sequence[int]], up_us: int, slots: int, wait_us: int
     replayed = waits(work, round(workers) * slots) if round(workers) else []
     advised, advised_wait = needed(work, wait_us, slots, _HOUR_US)
     return ledger_pb2.AdvisedHour(
-        requests=len(work),
+        requests=sum(row[3] for row in rows),
         compute_us=sum(service for _, service in work),
         workers=workers,
         measured_wait_us=percentile_99([row[2] for row in rows]),

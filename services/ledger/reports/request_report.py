@@ -49,7 +49,8 @@ def statement(range_: TimeRange, trace_id: str, filters: Mapping[str, str], limi
     for name, value in filters.items():
         arguments.append(value)
         wanted.append(f"s.{name} = ${len(arguments)}")
-    return f"{_SELECT}WHERE {' AND '.join(wanted)} ORDER BY u.compute_us DESC, u.at LIMIT {limit}", arguments
+    order = "u.compute_us / greatest(u.requests, 1) DESC, u.at"  # quick requests may share a record
+    return f"{_SELECT}WHERE {' AND '.join(wanted)} ORDER BY {order} LIMIT {limit}", arguments
 
 
 async def request_report(

@@ -6,7 +6,11 @@ import pytest
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.ledger.v1 import ledger_pb2
 
+from cache.tiers.entry import Entry
+from router.accounting.budgets import Budgets
+from router.accounting.meter import Meter
 from router.accounting.usage import Up, Usage
+from services.runtime.telemetry.tracing import Trace
 from tests.unit.router.request.test_path import DIGEST, WRONG, Router, request
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -72,6 +76,44 @@ async def test_hits_are_one_record_and_a_miss_is_its_own():
     assert batch.trace_ids[:16] == bytes(16) != batch.trace_ids[16:]
     assert batch.total_us[0] == batch.router_us[0]
     assert batch.router_us[1] < batch.total_us[1]
+
+
+MISS = ("ModelInfer", "m", "1", "", "OK", "miss")
+
+
+def computed(meter, end_ms, compute_us=250, labels=MISS, alone=False):
+    trace = Trace(TRACE, "", alone)
+    trace.span("execute", 0, 0, {}, result=result(share_us=compute_us))
+    start, end = (end_ms - 2) * 1_000_000, end_ms * 1_000_000
+    meter.answered(labels, trace, "CPUExecutionProvider", Entry(b"answer", 0), start, end, 1_000_000, 9, alone=alone)
+
+
+def test_quick_requests_that_end_together_share_a_record():
+    meter = Meter(Budgets())
+    for end_ms in (100, 103, 109):
+        computed(meter, end_ms)
+    ((records, _),) = [meter.take()]
+    (record,) = records
+    assert record == (MISS, "cpu", 109, 3, 6000, 3000, 0, 90, 3000, 750, 0, 12, 12, 0, 27, 18, b"")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"end_ms": 110},
+        {"end_ms": 103, "compute_us": 1000},
+        {"end_ms": 103, "alone": True},
+        {"end_ms": 103, "labels": (*MISS[:3], "tenant", *MISS[4:])},
+    ],
+)
+def test_what_is_costly_traced_of_another_series_or_later_is_a_record_of_its_own(other):
+    meter = Meter(Budgets())
+    computed(meter, 100)
+    computed(meter, **other)
+    records, _ = meter.take()
+    assert [(record[3], record[-1].hex()) for record in records] == [(1, TRACE), (1, TRACE)]
+    computed(meter, 100)
+    assert [record[3] for record in meter.take()[0]] == [1]
 
 
 async def test_a_joined_request_is_credited_and_not_charged():
