@@ -52,7 +52,8 @@ class Sessions:
         caches: str,
     ) -> None:
         """`model`: name and version, for the log. `available`: the execution providers of this machine. `threads`: of
-        one run. `caches`: folder for TensorRT's engines. Raises ConfigError, and the errors of ONNX Runtime."""
+        concurrent runs together. `caches`: folder for TensorRT's engines. Raises ConfigError, and the errors of ONNX
+        Runtime."""
         options = execution.session_options(config, threads)
         executions = execution.executions(config, available, caches)
         sessions = [_open(file, options, chosen.providers) for chosen in executions]
