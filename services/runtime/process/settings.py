@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -69,7 +69,7 @@ class ServiceSettings(BaseSettings):
         "same on every process of a fleet; none: routers and caches take a random one for themselves, which "
         "only works without Redis, peer regions and workers on other hosts",
     )
-    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(split)] = Field(
         LOOPBACK, description="networks from which callers may operate and administrate, separated by commas"
     )
     api_keys: Path | None = Field(
@@ -91,11 +91,6 @@ class ServiceSettings(BaseSettings):
         if name.endswith("_seconds"):
             return units.parse_seconds(value)
         return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
-
-    @field_validator("admin_networks", mode="before")
-    @classmethod
-    def _split_networks(cls, value: object) -> object:
-        return split(value)
 
     def access(self) -> Access:
         """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""
