@@ -57,13 +57,16 @@ class ModelEntry:
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds.
 
-    `failed`: versions that workers could not load; used for errors if no worker holds the model.
+    `failed`: versions that workers could not load; used for errors if no worker holds the model. `isolates`: tenants
+    share the answers of a model only if its configuration says so.
     """
 
     def __init__(
         self,
         holdings: Iterable[Iterable[inference_pb2.ModelVersion]],
         failed: Iterable[inference_pb2.FailedVersion] = (),
+        *,
+        isolates: bool = False,
     ) -> None:
         self._failures: dict[str, dict[str, str]] = {}
         for failure in failed:
@@ -80,7 +83,9 @@ class Catalog:
         self.versions: dict[str, list[str]] = {}
         for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
             self.versions.setdefault(name, []).append(version)
-        self._entries = {key: _entry(model, self.versions[model.name]) for key, model in found.items()}
+        self._entries = {
+            key: _entry(model, self.versions[model.name], isolates=isolates) for key, model in found.items()
+        }
         for name, versions in self.versions.items():
             self._entries[name, ""] = self._entries[name, versions[-1]]
         # Ensembles come after the models, which are their steps.
@@ -157,7 +162,7 @@ def _signature(model: inference_pb2.ModelVersion) -> ensemble.Signature:
     )
 
 
-def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry:
+def _entry(model: inference_pb2.ModelVersion, versions: list[str], *, isolates: bool) -> ModelEntry:
     metadata = v2.ModelMetadataResponse()
     metadata.CopyFrom(model.metadata)
     metadata.versions[:] = versions
@@ -169,7 +174,7 @@ def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry
         metadata,
         inputs={tensor.name: (tensor.datatype, (*tensor.shape,)) for tensor in metadata.inputs},
         outputs=tuple(output.name for output in metadata.outputs),
-        tenant_scoped=model.tenant_scoped,
+        tenant_scoped=model.tenant_scoped or (isolates and not model.tenant_shared),
         row_cache=model.row_cache,
         max_request_rows=model.max_request_rows,
         provider=model.provider,

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version as installed_version
@@ -23,6 +24,7 @@ from services.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from services.cli.stack.stack import StackOptions
+    from services.runtime.rpc.tls import TlsFiles
 
 # Slow imports are inside the commands, so that `--help` does not wait for them.
 
@@ -95,6 +97,18 @@ CacheOption = Annotated[
 STATE = Path(".ringmesh")
 
 
+TlsCertificate = Annotated[
+    Path | None, typer.Option(envvar="RINGMESH_TLS_CERTIFICATE", help="PEM file with the server's certificate chain.")
+]
+TlsKey = Annotated[Path | None, typer.Option(envvar="RINGMESH_TLS_KEY", help="PEM file with its key.")]
+TlsClientCa = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="RINGMESH_TLS_CLIENT_CA", help="PEM file with the CAs of callers, who need a certificate then."
+    ),
+]
+
+
 @app.callback()
 def ringmesh(
     state: StateOption = STATE,
@@ -148,6 +162,12 @@ def up(
             help="Time to finish requests after Ctrl-C, such as 15 or 1m.",
         ),
     ] = 15.0,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Callers need TLS; without --tls-certificate, one of a CA in --state.")
+    ] = False,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     state: StateOption = STATE,
 ) -> None:
     """Starts a complete Ringmesh on this host, and stops it on Ctrl-C."""
@@ -158,6 +178,7 @@ def up(
     keep_files_private()
     from services.cli.commands import demo_models, model_list
     from services.cli.commands.screen import Screen
+    from services.cli.stack import local_ca
     from services.cli.stack.claim import claim
     from services.cli.stack.endpoints import Endpoints
     from services.cli.stack.key_secret import key_secret
@@ -167,6 +188,10 @@ def up(
 
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
+    files = _tls_files(tls_certificate, tls_key, tls_client_ca)
+    if tls and files is None:
+        files = replace(local_ca.issue(state / "tls", host), client_ca=tls_client_ca)
+        screen.say(f"callers verify the certificate of this stack by {state.absolute() / 'tls' / local_ca.CA}")
     options = StackOptions(
         endpoints,
         state=state,
@@ -176,15 +201,18 @@ def up(
         redis=redis,
         otlp=otlp,
         drain_seconds=drain,
+        tls=files if tls else None,
     )
 
     async def serve() -> int:
         screen.endpoints(options)
-        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
+        failures, sample = await asyncio.to_thread(model_list.first_look, options.routers[0], options.key_secret)
         for failure in failures:
             screen.say(failure)
+        if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
+            screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
         if sample is not None:
-            screen.first_calls(endpoints.router, sample)
+            screen.first_calls(endpoints.router, sample, options.tls)
         screen.say("ready")
         try:
             await asyncio.Event().wait()
@@ -192,9 +220,14 @@ def up(
             screen.say("draining; press Ctrl-C again to kill all processes")
         return 0
 
+    # They are the edge's; a router on the native engine has no TLS.
+    for name in ("CERTIFICATE", "KEY", "CLIENT_CA"):
+        os.environ.pop(f"RINGMESH_TLS_{name}", None)
     for message in variables.unknown(os.environ):
         screen.say(f"warning: {message}")
-    if exposed := warning(f"{host}:{base_port}", has_keys="RINGMESH_API_KEYS" in os.environ):
+    if exposed := warning(
+        f"{host}:{base_port}", has_keys=not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)
+    ):
         screen.say(f"warning: {exposed}")
     with claim(state):
         if models is None:
@@ -202,6 +235,35 @@ def up(
         code = _run("up", options, screen.say, serve, interrupted=0)
     screen.say("stopped" if code == 0 else "killed")
     raise typer.Exit(code)
+
+
+@app.command()
+def edge(
+    address: Annotated[str, typer.Option(help="host:port for callers.")],
+    router: Annotated[list[Path], typer.Option(help="Unix socket of a router; may be repeated.")],
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    folder: Annotated[Path, typer.Option(help="Folder for Envoy's configuration.")] = STATE / "edge",
+) -> None:
+    """Runs an Envoy that ends TLS in front of routers, whose RINGMESH_ADDRESS is unix:/path."""
+    from services.cli.stack.edge import Edge
+    from services.runtime.process.process import keep_files_private
+
+    keep_files_private()
+    files = _tls_files(tls_certificate, tls_key, tls_client_ca)
+    if files is None:
+        raise CommandError("name the certificate and its key by --tls-certificate and --tls-key")
+    command = Edge(address, router, files).command(folder)
+    os.execv(command[0], command)  # noqa: S606 - no shell
+
+
+def _tls_files(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    from services.runtime.rpc.tls import TlsFiles
+
+    if (certificate is None) != (key is None):
+        raise CommandError("a certificate needs its key: --tls-certificate and --tls-key")
+    return TlsFiles(certificate, key, client_ca) if certificate is not None and key is not None else None
 
 
 @app.command()
@@ -249,6 +311,18 @@ def check(
     report = tool.check(repository)
     tool.show(_console(), report, as_json=json)
     raise typer.Exit(1 if report.failed else 0)
+
+
+@app.command()
+def sign(
+    repository: Annotated[str, typer.Argument(help="Model repository: a folder.")],
+    key: Annotated[str, typer.Option(help="File with an Ed25519 private key in PEM.")],
+) -> None:
+    """Signs the models of a repository for workers with RINGMESH_MODEL_KEYS."""
+    import subprocess
+
+    command = [sys.executable, "-P", "-m", "services.inference.sign", repository, key]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603, our own module
 
 
 @app.command()
@@ -431,19 +505,22 @@ def cost(
 
 @app.command()
 def advice(
-    worker_type: Annotated[str, typer.Option(help="Of which workers.")] = "cpu",
     since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
     until: Until = None,
-    wait: Annotated[float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 requests may wait.")] = 50,
+    latency: Annotated[
+        float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 computed requests may wait and run.")
+    ] = 100,
+    worker_type: Annotated[str, typer.Option(help="Only what such workers compute; without it, all.")] = "",
+    memory_price: Annotated[float, typer.Option(min=0, help="Of an hour of 1 GB of cache.")] = 0.005,
     is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ledger: LedgerOption = None,
     state: StateOption = STATE,
 ) -> None:
-    """Says how many workers each hour would have needed, from its requests, and what that would have cost."""
+    """Says what would have cost less: workers by type and hour, sizes of the cache, sharing, batches and caching."""
     from services.cli.commands import advice as tool
     from services.cli.commands import cost
 
-    answer = tool.ask(_address("ledger", ledger, state), worker_type, since, until, wait)
+    answer = tool.ask(_address("ledger", ledger, state), since, until, latency, worker_type, memory_price=memory_price)
     if is_json:
         print(cost.as_json(answer))
     else:
@@ -582,6 +659,32 @@ def _run(
     set_title(title, options.endpoints.router)
     traces.prune(options.traces)
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
+
+
+@app.command()
+def audit(
+    since: Since = None,
+    until: Until = None,
+    who: Annotated[str, typer.Option(help="Only entries whose actor contains this text, such as ops-1.")] = "",
+    method: Annotated[str, typer.Option(help="Only entries whose method contains this text, such as Load.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Entries, the newest first; 0: all.")] = 100,
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as in the file.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of a process; default: the router of the stack in --state.")
+    ] = None,
+    state: StateOption = STATE,
+) -> None:
+    """Shows who did what: administrative actions and refused calls, the newest first."""
+    from services.cli.commands import audit as tool
+    from services.cli.commands import running
+
+    asked = tool.question(since, until, who, method, limit)
+    found = tool.entries(address or running.endpoint("router", state), asked)
+    if is_json:
+        for line in tool.lines(found):
+            print(line)
+    else:
+        _console().print(tool.listing(found))
 
 
 @key_app.command()

@@ -57,6 +57,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     port = await server.start()
     exposition = await publish(settings, metrics, this_process("ledger"))
     set_title("ledger", settings.address, port)
+    tasks: list[asyncio.Task[None]] = []
     try:
         opening = asyncio.ensure_future(
             open_database(database, partitions, prices, settings.default_prices(), time.time)
@@ -66,14 +67,17 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
         if opening.done():
             opening.result()
             writer.start()
-            BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time))
-            BACKGROUND.start("budgets", ledger_metrics.look)
+            tasks = [
+                BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time)),
+                BACKGROUND.start("budgets", ledger_metrics.look),
+            ]
             server.set_serving(True)
             await stopped
         opening.cancel()
     finally:
         await server.stop(settings.drain_seconds)
         await writer.close()
+        await BACKGROUND.end(*tasks)
         exposition.close()
         await cache.close()
         await database.close()

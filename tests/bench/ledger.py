@@ -74,7 +74,10 @@ def prepared_batches(count):
 
 
 class Producer(threading.Thread):
-    """Appends at `rate` records a second, or as fast as it is acknowledged where that is 0."""
+    """Appends at `rate` records a second, or as fast as it is acknowledged where that is 0.
+
+    `times` are from when a batch was due until it was acknowledged, with its roll-ups: how far those are behind.
+    """
 
     def __init__(self, ledger, batches, rate, seconds):
         super().__init__()
@@ -89,9 +92,9 @@ class Producer(threading.Thread):
             batch.ClearField("at_ms")
             batch.at_ms.extend([now_ms()] * BATCH)
             data = batch.SerializeToString()
-            sent = time.monotonic()
+            due = began + len(self.times) * BATCH / self.rate if self.rate else time.monotonic()
             assert self.sender.append((), batch=data).result == ledger_pb2.AppendResponse.RESULT_WRITTEN
-            self.times.append(time.monotonic() - sent)
+            self.times.append(time.monotonic() - due)
             if self.rate:
                 time.sleep(max(0.0, began + len(self.times) * BATCH / self.rate - time.monotonic()))
 
@@ -116,7 +119,7 @@ def ingest(arguments):
         counted = ledger.report(from_ms=now_ms() - 24 * HOUR_MS).total.requests
         console.print(
             f"{records:,} records in {arguments.seconds:.0f} s: {records / arguments.seconds:,.0f} a second; "
-            f"acknowledged after p50 {statistics.median(times) * 1000:.0f} ms, "
+            f"roll-ups behind by p50 {statistics.median(times) * 1000:.0f} ms, "
             f"p99 {times[len(times) * 99 // 100] * 1000:.0f} ms, at most {times[-1] * 1000:.0f} ms; "
             f"ledger: {(used.user + used.system - cpu.user - cpu.system) / arguments.seconds:.0%} of a core, "
             f"{memory[0]} MiB at first, {memory[-1]} MiB at last; counted {counted:,}",

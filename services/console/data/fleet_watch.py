@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -17,7 +18,7 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.console.data.fleet_events import EventFeed
-from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.verdict import YES, Verdict
@@ -132,11 +133,21 @@ class FleetWatch:
         self.events = EventFeed()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _connect(self, address: str) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sending(CREDENTIAL, self._credential))
+    def _connect(self, address: str, authorization: str = "") -> grpc.aio.Channel:
+        sends = sending(AUTHORIZATION, authorization) or sending(CREDENTIAL, self._credential)
+        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sends)
 
     def channel(self, address: str) -> grpc.aio.Channel:
         return self._channels[address]
+
+    @asynccontextmanager
+    async def calling(self, address: str, authorization: str) -> AsyncIterator[grpc.aio.Channel]:
+        """A channel for calls in the name of the holder of an API key; "": of the console itself."""
+        channel = self._connect(address, authorization)
+        try:
+            yield channel
+        finally:
+            await channel.close()
 
     def start(self) -> None:
         self._tasks = [BACKGROUND.start("fleet polling", self._run)]

@@ -18,7 +18,7 @@ from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.large_bytes import LARGE_BYTES, join_arrays
 from services.runtime.oip.infer_request import Read
-from services.runtime.oip.protocol import sequence_of
+from services.runtime.oip.protocol import SEQUENCE_TENANT, sequence_of
 from services.runtime.oip.request_check import check_request, check_shape, shown
 from services.runtime.oip.tensors import decode, encode, raw_from_contents
 from services.runtime.request_limits import MAX_STRINGS
@@ -49,11 +49,16 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
-    """The sequence of a request, and whether the request begins or ends it."""
+    """The sequence of a request, and whether the request begins or ends it. Each `tenant` has sequences of its own."""
 
     sequence_id: int | str
     start: bool
     end: bool
+    tenant: str = ""
+
+    @property
+    def key(self) -> tuple[str, int | str]:
+        return self.tenant, self.sequence_id
 
 
 class Decoded:
@@ -155,10 +160,13 @@ def _decoded(
     if len(arrays) != len(model.inputs) and (missing := [name for name in model.required if name not in arrays]):
         raise InvalidArgumentError(f"model {model.name!r} also needs input {shown(missing)}", field="inputs")
     signature: Hashable = (outputs, tuple([arrays[name].shape[1:] for name in model.required]))
-    if len(arrays) > len(model.required):
-        # An optional input applies to the whole run, so a request with one does not share its run.
+    counts = [arrays[name].shape[0] for name in model.required] if model.has_rows else [1]
+    rows = _rows(counts, model)
+    if len(arrays) > len(model.required) or min(counts, default=rows) != rows:
+        # An optional input applies to the whole run, and inputs with one row to all rows of the others, so such a
+        # request does not share its run.
         signature = object()
-    return Decoded(arrays, _rows(arrays, model), outputs, {}, {}, signature, trace_context=trace_context)
+    return Decoded(arrays, rows, outputs, {}, {}, signature, trace_context=trace_context)
 
 
 def encode_response(model: Model, decoded: Decoded, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
@@ -327,7 +335,9 @@ def _sequence(request: v2.ModelInferRequest) -> SequenceStep | None:
     sequence_id = sequence_of(request)
     if not sequence_id:
         return None
-    return SequenceStep(sequence_id, _flag(request, "sequence_start"), _flag(request, "sequence_end"))
+    # Without a look, a map would make an entry.
+    tenant = request.parameters[SEQUENCE_TENANT].string_param if SEQUENCE_TENANT in request.parameters else ""
+    return SequenceStep(sequence_id, _flag(request, "sequence_start"), _flag(request, "sequence_end"), tenant)
 
 
 def _flag(request: v2.ModelInferRequest, name: str) -> bool:
@@ -379,18 +389,17 @@ class _OutputRegion:
         output.parameters["shared_memory_byte_size"].int64_param = len(raw)
 
 
-def _rows(arrays: Mapping[str, npt.NDArray[Any]], model: Model) -> int:
-    if not model.has_rows:
-        return 1
-    sizes = {name: arrays[name].shape[0] for name in model.required}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name!r}: {rows}" for name, rows in sizes.items())
+def _rows(counts: Sequence[int], model: Model) -> int:
+    """The rows of a request, from those of its inputs. They may differ only if no configuration says that they are a
+    batch."""
+    rows = max(counts, default=1)
+    most = model.max_request_rows
+    if most and min(counts, default=rows) != rows:
+        listed = ", ".join(f"{name!r}: {count}" for name, count in zip(model.required, counts, strict=True))
         raise InvalidArgumentError(f"the inputs differ in their first dimension, the batch: {listed}", field="inputs")
-    rows = next(iter(sizes.values()), 1)
-    if 0 < model.max_request_rows < rows:
+    if 0 < most < rows:
         raise InvalidArgumentError(
-            f"the request has {rows} rows; model {model.name!r} takes {model.max_request_rows} at most, which is its "
-            "max_batch_size",
+            f"the request has {rows} rows; model {model.name!r} takes {most} at most, which is its max_batch_size",
             field="inputs",
         )
     return rows

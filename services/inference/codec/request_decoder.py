@@ -64,19 +64,19 @@ class RequestDecoder:
                 )
         request = parse(v2.ModelInferRequest, read.data)
         decoded = decode_request(request, model, self._memory, trace_context)
-        if (kind := _kind(request, model, decoded)) is not None:
+        if (kind := _kind(request, decoded)) is not None:
             if len(self._kinds) >= MAX_KINDS:
                 self._kinds.clear()
             self._kinds[head] = kind
         return decoded
 
 
-def _kind(request: v2.ModelInferRequest, model: Model, decoded: Decoded) -> _RequestKind | None:
+def _kind(request: v2.ModelInferRequest, decoded: Decoded) -> _RequestKind | None:
     """The decoded fields that requests with equal bytes share; None if such requests differ in more than data."""
     if decoded.classes or decoded.regions or decoded.sequence is not None:
         return None
-    # An input in shared memory has no raw contents. A request with an optional input does not share its run.
-    if len(request.raw_input_contents) != len(request.inputs) or len(request.inputs) != len(model.required):
+    # An input in shared memory has no raw contents. The signature of a request that runs alone is no tuple.
+    if len(request.raw_input_contents) != len(request.inputs) or not isinstance(decoded.signature, tuple):
         return None
     tensors = []
     for tensor in request.inputs:

@@ -94,7 +94,6 @@ TWO_ROWS = ("a", "FP32", [2, 2])
         ([("a", "FP32", [1, 3])], "inputs[0].shape", ["[1, 3]", "[-1, 2]"]),
         ([("a", "FP32", [-1, 2], b"")], "inputs[0].shape", ["[-1, 2]"]),
         ([A, ("b", "FP32", [1, 2], bytes(7))], "inputs[1]", ["'b'", "7 bytes", "takes 8"]),
-        ([TWO_ROWS, B], "inputs", ["'a': 2", "'b': 1"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -218,6 +217,27 @@ def test_requests_of_other_shapes_or_outputs_have_other_signatures(load, add_sub
     assert (narrow.rows, tall.rows) == (1, 3)
     both, one = (decode_request(request(A, B, outputs=names), add_sub).signature for names in ((), ("sum",)))
     assert both != one
+
+
+def test_inputs_with_unlike_rows_are_refused_where_the_configuration_says_that_rows_are_a_batch(load):
+    def configured(repository):
+        folder = models.add_sub(repository)
+        (folder.parent / "config.pbtxt").write_text("max_batch_size: 4 dynamic_batching {}")
+        return folder
+
+    field, message = refused(request(TWO_ROWS, B), load(configured))
+    assert field == "inputs"
+    assert "'a': 2, 'b': 1" in message
+
+
+def test_elsewhere_such_a_request_runs_alone_and_is_answered_as_the_graph_says(add_sub):
+    made = request(TWO_ROWS, ("b", "FP32", [1, 2], np.array([1, 2], np.float32).tobytes()))
+    first, second = (decode_request(made, add_sub) for _ in range(2))
+    assert first.rows == 2
+    assert first.signature != second.signature
+    response = answer(add_sub, made)
+    assert response.outputs[0].shape == [2, 2]
+    assert np.frombuffer(response.raw_output_contents[0], np.float32).tolist() == [1, 2, 1, 2]
 
 
 def test_requests_that_give_an_optional_input_share_no_batch(load):

@@ -64,7 +64,8 @@ def requests(draw):
     )
     rows = draw(st.integers(0, 3))
     for tensor in inputs:
-        shape = [1] if tensor == "scale" else [rows, 1 if name in ("bytes", "fp32", "accumulator") else 2]
+        count = draw(st.sampled_from([rows] * 5 + [1]))
+        shape = [1] if tensor == "scale" else [count, 1 if name in ("bytes", "fp32", "accumulator") else 2]
         datatype = "BYTES" if name == "bytes" else "FP32"
         request.inputs.add(name=tensor, datatype=draw(st.sampled_from([datatype] * 9 + ["INT32"])), shape=shape)
         values = draw(st.lists(st.sampled_from([0.0, 1.5, -2.0]), min_size=6, max_size=6))
@@ -92,7 +93,7 @@ def told(decode, request, model):
     except RingmeshError as error:
         return error.code, error.message, error.field
     arrays = {name: (array.dtype, array.shape, array.tolist()) for name, array in decoded.arrays.items()}
-    # A request with an optional input has a signature of its own.
+    # A request that runs alone has a signature of its own.
     signature = decoded.signature if isinstance(decoded.signature, tuple) else "its own"
     return (
         arrays, decoded.rows, decoded.outputs, dict(decoded.classes), signature, decoded.priority, decoded.timeout_us,
@@ -124,6 +125,14 @@ def test_a_kind_is_remembered_once_for_each_model_whatever_its_data_and_id(loade
             request.inputs.add(name="x", datatype="FP32", shape=[2, 1] if name == "fp32" else [1, 2])
             assert decode(decoder, request, loaded[name]).arrays["x"].ravel().tolist() == [value, value]
     assert len(decoder._kinds) == 2
+
+
+def test_a_request_that_runs_alone_does_so_every_time(loaded):
+    request = v2.ModelInferRequest(raw_input_contents=[bytes(16), bytes(8)])
+    request.inputs.add(name="a", datatype="FP32", shape=[2, 2])
+    request.inputs.add(name="b", datatype="FP32", shape=[1, 2])
+    decoder = RequestDecoder(SharedMemory())
+    assert len({decode(decoder, request, loaded["add_sub"]).signature for _ in range(3)}) == 3
 
 
 def test_what_it_remembers_is_bounded(loaded):

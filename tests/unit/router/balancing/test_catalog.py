@@ -67,7 +67,7 @@ X, Y = {"x": "FP32"}, {"y": "FP32"}
         ([step("one", X, Y), step("two", {"x": "INT8"}, Y)], "step 'two' takes 'x' as INT8, and tensor 'b' is FP32"),
         ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y)], "step 'two' also needs input 'z'"),
         ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y, optional_inputs=["z"])], ""),
-        ([step("one", X, Y), step("two", X, {})], "step 'two' has no output 'y'"),
+        ([step("one", X, Y), step("two", X, {"z": "FP32"})], "step 'two' has no output 'y'; it has: z"),
     ],
 )
 def test_an_ensemble_that_nobody_can_run_says_why_and_has_no_plan(steps, reason):
@@ -114,3 +114,9 @@ def test_a_model_that_no_worker_could_load_is_unavailable_with_the_reason():
 def test_a_message_is_clipped_between_two_characters():
     said = InvalidArgumentError("é" * 900).message
     assert said == "é" * 500 + "…"
+
+
+def test_with_identities_tenants_share_the_answers_of_models_that_are_marked_shared_only():
+    models = [version("plain"), version("scoped", tenant_scoped=True), version("shared", tenant_shared=True)]
+    assert Catalog([models]).tenant_scoped == ["scoped"]
+    assert Catalog([models], isolates=True).tenant_scoped == ["plain", "scoped"]
