@@ -30,8 +30,6 @@ from services.runtime.verdict import YES, Verdict
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 NOT_PROVEN = "rows are not proven independent"
-# ONNX Runtime 1.32 ends the process when one of these has no rows.
-_ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
 # Machine code for an execution provider, in the node or in a file that the node names.
 _COMPILED = "com.microsoft.EPContext"
 
@@ -73,7 +71,7 @@ class OnnxModel:
             operators = graph.operator_types(proto)
             if _COMPILED in operators:
                 raise UnservableError(f"it has {_COMPILED}, a compiled engine; only operators are served")
-            self._aborts_on_empty = sorted(operators & _ABORT_ON_EMPTY)
+            self._aborts_on_empty = graph.aborting_operators(proto)
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline = inline_runs.verdict(proto)
