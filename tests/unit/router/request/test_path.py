@@ -25,6 +25,7 @@ from router.accounting.meter import Meter
 from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.admission.tenant_limits import TenantLimits
 from router.balancing.catalog import Catalog
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
@@ -74,7 +75,7 @@ class Worker:
 class Router:
     """A path with one worker; `model` is what that says of its model."""
 
-    def __init__(self, rates=(), **model):
+    def __init__(self, rates=(), tenant_limits=({}, {}, {}), **model):
         purges = InvalidationLog(None, "test", 1.0)
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
         self.worker, self.requests = Worker(), RequestMetrics()
@@ -111,6 +112,7 @@ class Router:
             audit,
             Access(""),
             self.budgets,
+            TenantLimits(*tenant_limits, self.mesh.local, time.monotonic),
         )
         self.hash = hasher.hash(v2.ModelInferRequest.FromString(request()), ["y"])
         self.key = purges.epochs.key(DIGEST, "m", self.hash)
@@ -184,6 +186,47 @@ async def test_what_is_wrong_with_a_request_is_told_and_counted(data, metadata, 
     router.send(data, metadata=metadata)
     (failed,) = router.told
     assert (failed.code.name, router.counted(code), router.under_way()) == (code, 1, (0, 0))
+
+
+ACME = (("ringmesh-tenant", "acme"),)
+
+
+async def test_a_tenant_has_so_many_requests_at_once_and_hits_are_not_among_them():
+    router = Router(tenant_limits=({}, {"acme": 1}, {}))
+    router.send(metadata=ACME)
+    router.send(metadata=ACME)
+    assert [told.code.name for told in router.told] == ["RESOURCE_EXHAUSTED"]
+    assert "tenant 'acme' has 1 requests under way" in router.told[0].message
+    router.worker.end()
+    for _ in range(2):
+        router.send(metadata=ACME)
+    assert [dict(told.trailing)["ringmesh-cache"] for told in router.told[1:]] == ["miss", "hit-local", "hit-local"]
+    router.send(request(value=2.0), metadata=ACME)
+    router.worker.end(UnavailableError("nobody"))
+    router.send(request(value=3.0), metadata=ACME)
+    assert router.under_way() == (1, 1)
+
+
+async def test_the_bytes_of_all_requests_of_a_tenant_count():
+    router = Router(tenant_limits=({"acme": 1.0}, {}, {}))
+    router.send(metadata=ACME)
+    router.worker.end()
+    router.send(metadata=ACME)
+    router.send()
+    assert [getattr(told, "code", None) and told.code.name for told in router.told] == [
+        None, "RESOURCE_EXHAUSTED", None,
+    ]  # fmt: skip
+    assert "its quota of 1 bytes of requests a second" in router.told[1].message
+
+
+async def test_answers_beyond_a_tenants_share_leave_the_local_tier():
+    router = Router(tenant_limits=({}, {}, {"acme": 1e-9}))
+    router.send(metadata=ACME)
+    router.worker.end()
+    assert router.mesh.local.peek(router.key) is None
+    router.send()
+    router.worker.end()
+    assert router.mesh.local.peek(router.key) is not None
 
 
 async def test_who_asks_meanwhile_joins():
