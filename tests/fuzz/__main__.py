@@ -54,9 +54,7 @@ def fuzz(name: str, seconds: int, *, keep: bool) -> bool:
             print(f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}", flush=True)
             return False
         if keep:
-            (folder / "least").mkdir()
-            libfuzzer(name, f"-max_len={LARGEST_INPUT}", "-merge=1", str(folder / "least"), str(inputs))
-            corpus.save(name, [file.read_bytes() for file in (folder / "least").iterdir()])
+            corpus.save(name, [file.read_bytes() for file in inputs.iterdir()])
         return True
 
 
@@ -65,7 +63,9 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="target", help=f"{', '.join(TARGETS)}; all without any")
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--keep", action="store_true", help="write the least inputs that reach all code to the corpus")
+    parser.add_argument(
+        "--keep", action="store_true", help="write the smallest inputs that reach new code to the corpus"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.targets) - TARGETS.keys():
         parser.error(f"there is no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")

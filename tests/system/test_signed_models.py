@@ -14,7 +14,7 @@ from tests.unit.inference.repository.test_signatures import write_key, write_key
 def run(*arguments, **settings):
     environment = {**os.environ, **{f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items()}}
     return subprocess.run(
-        [*RINGMESH, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
+        [*RINGMESH, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
     )
 
 

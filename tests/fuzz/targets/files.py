@@ -76,9 +76,11 @@ def _onnx():
 
 
 _SEEDS = [file.read_bytes() for file in _onnx()]
+# An operator whose name is not UTF-8, beside an unknown one.
+_NAMELESS = b"\x3a\x0d" + b"\x0a\x04\x22\x02\xff\xfe" + b"\x0a\x05\x22\x03Foo"
 
 
-@target("onnx", [seed for seed in _SEEDS if len(seed) < 4096], ValueError)
+@target("onnx", [*(seed for seed in _SEEDS if len(seed) < 4096), _NAMELESS], ValueError)
 def onnx_model(data):
     """A file that protobuf parses is judged, whatever it says."""
     file = _FOLDER / "model.onnx"
