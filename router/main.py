@@ -26,6 +26,7 @@ from router.accounting.slo import Slo
 from router.accounting.usage import Up, Usage
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.admission.tenant_limits import TenantLimits
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -55,7 +56,7 @@ _FIRST_WORKER_SECONDS = 1.0
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     tracer = settings.create_tracer()
-    access = settings.access()
+    access, services = settings.access(), settings.service_tls()
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
@@ -73,13 +74,15 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         sources=settings.create_sources(),
         region=settings.region,
         zone=settings.zone,
-        open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
-        isolates=access.keys is not None,
+        open_channel=partial(GrpcChannel, tls=services, credential=credential_of(settings.key_secret)),
+        isolates=access.is_closed,
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
     quotas = Quotas(settings.quotas, time.monotonic)
+    more_quotas = (settings.byte_quotas, settings.concurrency_quotas, settings.cache_quotas)
+    tenant_limits = TenantLimits(*more_quotas, mesh.local, time.monotonic) if any(more_quotas) else None
     report = LoadReport(requests.answers, cores=cores.available())
     audit = Audit(dispatcher.run, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
@@ -98,7 +101,9 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     budgets = Budgets()
     meter = Meter(budgets, settings.usage_tenants) if settings.ledger_address is not None else None
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report, meter)
-    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets)
+    path = RequestPath(
+        fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets, tenant_limits
+    )
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
@@ -122,12 +127,14 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
+    if tenant_limits is not None:
+        metrics.add(tenant_limits.samples)
     if settings.triton_metrics:
         metrics.add(requests.triton_samples)
     usage = None
     if settings.ledger_address is not None and meter is not None:
         spool = LedgerSpool(settings.usage_dir, settings.usage_spool_bytes, time.time_ns)
-        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret))
+        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret), services)
         usage = Usage(meter, budgets, sender, settings.region, lambda: _up(fleet))
         metrics.add(usage.samples)
         usage.start()

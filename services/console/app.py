@@ -44,7 +44,7 @@ def create(sources: Sources, stopping: asyncio.Event, hosts: Sequence[str], acce
     """Creates the application. `hosts` are accepted besides IP addresses and localhost. `stopping` ends all streams.
     `access` says who may see and change what."""
     pages = Pages(stopping, sources.outages)
-    sessions = Sessions(access.keys) if access.keys is not None else None
+    sessions = Sessions(access.identity) if access.is_closed else None
     sign_in = sign_in_page.SignIn(pages, sessions)
 
     async def refused(request: Request, error: Exception) -> Response:

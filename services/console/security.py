@@ -115,14 +115,14 @@ class Guard:
 
     def _visitor(self, headers: Headers, client: str) -> Visitor:
         """Who sent the request. Raises UnauthenticatedError."""
-        if self._sessions is None or self._access.keys is None:
+        if self._sessions is None:
             return Visitor(is_near=self._access.is_admin_host(client))
         if authorization := headers.get("authorization", ""):
-            identity = self._access.keys.identity(authorization)
-            return Visitor(f"key {identity.id}", identity=identity, authorization=authorization)
+            identity = self._access.identity(authorization)
+            return Visitor(str(identity), identity=identity, authorization=authorization)
         sessions, token = self._sessions, cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         identity, authorization = sessions.find(token)
-        return Visitor(f"key {identity.id}", False, identity, authorization, lambda: sessions.is_open(token))
+        return Visitor(str(identity), False, identity, authorization, lambda: sessions.is_open(token))
 
 
 def _to_sign_in(scope: Scope, headers: Headers, reason: str) -> Response:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.runtime.errors import ResourceExhaustedError, UnauthenticatedError
-from services.runtime.rpc.api_keys import ApiKeys, Identity
+from services.runtime.rpc.identity import Identity
 from services.runtime.token_bucket import TokenBucket
 
 # A session ends so long after the sign-in, or after the last request.
@@ -32,10 +32,11 @@ class Session:
 
 
 class Sessions:
-    """The sessions of holders of `keys`, by their random tokens."""
+    """The sessions by their random tokens. `identify` returns whose key or JWT an `authorization` is; raises
+    UnauthenticatedError."""
 
-    def __init__(self, keys: ApiKeys, clock: Callable[[], float] = time.monotonic) -> None:
-        self._keys = keys
+    def __init__(self, identify: Callable[[str], Identity], clock: Callable[[], float] = time.monotonic) -> None:
+        self._identify = identify
         self._clock = clock
         # The oldest first.
         self._sessions: OrderedDict[str, Session] = OrderedDict()
@@ -51,7 +52,7 @@ class Sessions:
             error.retry_after = seconds
             raise error
         authorization = f"Bearer {key}"
-        identity = self._keys.identity(authorization)
+        identity = self._identify(authorization)
         now = self._clock()
         for token in [token for token, session in self._sessions.items() if session.ends <= now]:
             del self._sessions[token]
@@ -70,7 +71,7 @@ class Sessions:
             self.close(token)
             raise UnauthenticatedError("this needs a session, from a sign-in in a browser, or an API key")
         try:
-            identity = self._keys.identity(session.authorization)
+            identity = self._identify(session.authorization)
         except UnauthenticatedError:
             self.close(token)
             raise

@@ -55,8 +55,8 @@ class ConsoleSettings(ServiceSettings):
     @classmethod
     def _check(cls, value: Addresses) -> Addresses:
         for address in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
-            if not is_host_port(address):
-                raise ValueError(f"{address!r} must be host:port")
+            if not (is_host_port(address) or address.startswith("unix:/")):
+                raise ValueError(f"{address!r} must be host:port or unix:/path")
         if value == ():
             raise ValueError("must list at least one router")
         return value

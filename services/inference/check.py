@@ -50,9 +50,10 @@ class _Warnings(logging.Handler):
 async def _check(settings: WorkerSettings, after: str, out: int) -> None:
     source = await asyncio.to_thread(settings.model_source)
     names = await asyncio.to_thread(source.names)
+    signatures = settings.signatures()
     with ThreadPoolExecutor() as executor:
         limit = settings.model_memory_bytes or _NO_LIMIT
-        store = ModelStore(source, model_opener(settings), executor, memory_limit=limit)
+        store = ModelStore(source, model_opener(settings), executor, memory_limit=limit, signatures=signatures)
         warnings = _Warnings()
         logging.getLogger().addHandler(warnings)
         for name in sorted(name for name in names if name > after):

@@ -146,6 +146,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
             decisions=await asyncio.to_thread(
                 _kept, settings, "decisions", partial(Decisions, limit=settings.decisions_bytes), _FORGOTTEN
             ),
+            signatures=settings.signatures(),
         )
         await store.load_all()
     except RepositoryError as error:

@@ -4,7 +4,7 @@ RingmeshError
 ├── InvalidArgumentError     the request is invalid, on any server
 ├── NotFoundError            no such model or version
 ├── AlreadyExistsError       the name is taken
-├── UnauthenticatedError     the caller's API key is missing, unknown or expired
+├── UnauthenticatedError     the caller's key, certificate or token is missing, unknown or expired
 ├── PermissionDeniedError    the caller may not do this
 ├── FailedPreconditionError  this server lacks state that the request needs; another may have it
 ├── ResourceExhaustedError   a limit is reached; may be retried later
@@ -83,6 +83,8 @@ class AlreadyExistsError(RingmeshError):
 
 
 class UnauthenticatedError(RingmeshError):
+    """The caller's key, certificate or token is missing, unknown or expired."""
+
     code = grpc.StatusCode.UNAUTHENTICATED
     kind = "unauthenticated"
 

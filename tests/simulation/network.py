@@ -316,6 +316,9 @@ class Context:
     async def abort(self, code, message="", trailing=()):
         raise AbortError(code, message)
 
+    def auth_context(self):
+        return {}
+
     def invocation_metadata(self):
         return ()
 

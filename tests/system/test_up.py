@@ -9,8 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from http.cookiejar import CookieJar
 from pathlib import Path
+from urllib.parse import urlencode
 
 import grpc
 import psutil
@@ -267,7 +270,7 @@ def test_an_unreachable_redis_is_a_warning(state):
 
 
 def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch):
-    key = keys.create(state / "keys.jsonl", "one", "acme", ["infer"], [], None)
+    key = keys.create(state / "keys.jsonl", "one", "", ["infer", "read"], [], None)
     monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
     stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
     described = json.loads((state / "stack.json").read_text())
@@ -281,17 +284,34 @@ def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch
         ):
             with contextlib.suppress(grpc.RpcError):
                 method(v2.ModelMetadataRequest(name="mlp"), metadata=(("authorization", f"Bearer {sent}"), sampled))
-    shown = [stack.output, *(str(process.cmdline()) for process in stack.tree())]
-    pages = [f"{described['console']}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
+    console, cookies = described["console"], CookieJar()
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(cookies))
+
+    def post(path, **fields):
+        request = urllib.request.Request(console + path, urlencode(fields).encode(), {"Origin": console})
+        try:
+            with browser.open(request, timeout=30) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+
+    shown = [post("/sign-in", key="rmk_guessed"), post("/sign-in", key=key)]
+    (session,) = [cookie.value for cookie in cookies]
+    shown += [post("/try", model="mlp"), post("/cache", scope="everything", confirmed="yes")]
+    assert "key one" in shown[1]
+    assert "miss" in shown[2]
+    shown += [stack.output, *(str(process.cmdline()) for process in stack.tree())]
+    pages = [f"{console}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
     for url in (*pages, *(f"http://{address}/metrics" for address in described["metrics"].values())):
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with browser.open(url, timeout=10) as answer:
             shown.append(answer.read().decode())
+    shown.append(post("/sign-out"))
     assert stop_stack(stack) == 0
     left = [path for path in state.rglob("*") if path.is_file() and path.name != "key-secret"]
     shown += [path.read_bytes().decode(errors="replace") for path in left]
     assert "RepositoryModelUnload" in "".join(shown)
     credential = credential_of(processes.KEY_SECRET)
-    for secret in (key, "rmk_wrong", "hunter2", processes.KEY_SECRET, credential):
+    for secret in (key, session, "rmk_wrong", "rmk_guessed", "hunter2", processes.KEY_SECRET, credential):
         assert [text for text in shown if secret in text] == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 
 from rich.console import Console
 from ringmesh.ledger.v1 import ledger_pb2
@@ -44,7 +43,7 @@ def show(console: Console, answer: ledger_pb2.AdviseResponse) -> None:
         table = tables.create("hour (UTC)", "type", *(f">{name}" for name in numbers))
         for hour in answer.hours:
             table.add_row(
-                f"{datetime.fromtimestamp(hour.begins_ms / 1000, UTC):%Y-%m-%d %H:%M}",
+                tables.utc(hour.begins_ms),
                 hour.worker_type,
                 f"{hour.requests:,}",
                 f"{hour.workers:.1f}",

@@ -28,7 +28,7 @@ def entries(address: str, asked: audit_pb2.ListRequest) -> list[audit_pb2.Entry]
     """The entries, the newest first. Raises CommandError."""
 
     def call(channel: grpc.Channel) -> list[audit_pb2.Entry]:
-        pages = audit_pb2_grpc.AuditServiceStub(channel).List(asked, timeout=running.SECONDS)
+        pages = audit_pb2_grpc.AuditServiceStub(channel).List(asked)
         return [entry for page in pages for entry in page.entries]
 
     return running.ask(address, "process", call)

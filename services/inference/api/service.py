@@ -79,7 +79,7 @@ class DirectService:
 
     async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
         caller = protocol.caller_metadata(metadata)
-        if self._access.keys is not None:
+        if self._access.is_closed:
             protocol.identify(caller, self._access)
             if caller.error is not None:
                 raise caller.error

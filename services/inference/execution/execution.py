@@ -101,10 +101,13 @@ def executions(config: ModelConfig, available: Sequence[str], caches: str = "") 
     if on_gpu and on_cpu:
         raise ConfigError("has instances on the GPU and on the CPU; their answers differ, so a model has one kind")
     devices = sorted({device for group in groups for device in group.gpus})
-    if on_cpu or not (on_gpu or CUDA in available):
+    named = {"tensorrt": TENSORRT, "cuda": CUDA}
+    wanted = config.optimization.execution_accelerators.gpu_execution_accelerator
+    accelerators = tuple([named[each.name] for each in wanted if each.name in named])
+    if on_cpu or not (on_gpu or accelerators or CUDA in available):
         return [_on_cpu(config, available)]
     if CUDA not in available:
-        return [_on_cpu(config, available, missing=(CUDA,))]
+        return [_on_cpu(config, available, missing=accelerators or (CUDA,))]
     return [_on_gpu(config, available, device, caches) for device in devices or [0]]
 
 

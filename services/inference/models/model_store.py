@@ -30,6 +30,7 @@ from services.inference.repository.repository import (
     RepositoryError,
     RepositoryUnavailableError,
 )
+from services.inference.repository.signatures import Signatures, UnsignedError
 from services.inference.repository.snapshots import LockedFolder, Snapshot, Snapshots
 from services.inference.scheduling.batcher import Batcher
 from services.inference.scheduling.sequencer import Sequencer
@@ -66,8 +67,10 @@ class ModelStore:
         journal: CrashJournal | None = None,
         snapshots: Snapshots | None = None,
         decisions: Decisions | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal.
+        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal. `signatures`:
+        checks each version; None: models need no signature.
 
         If `snapshots` or `decisions` are None, they are kept in a temporary folder and lost with the process.
         """
@@ -76,6 +79,7 @@ class ModelStore:
         self._open_model = open_model
         self._executor = executor
         self._journal = journal
+        self._signatures = signatures
         self._loaded: dict[str, Fingerprint] = {}
         # The number of failures dropped to make room for newer ones.
         self.failures_dropped = 0
@@ -322,6 +326,11 @@ class ModelStore:
         for kept in held:
             if kept.model.version == files.version and files.digest(kept.model.provider) == kept.model.own_digest:
                 return kept
+        if self._signatures is not None:
+            try:
+                await asyncio.to_thread(self._signatures.check, files)
+            except UnsignedError as error:
+                raise ModelLoadError(f"cannot load {files.origin}: {error}") from None
         if ignored := config.ignored_fields(files.config):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         if files.config.HasField("ensemble_scheduling"):

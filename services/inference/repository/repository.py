@@ -109,15 +109,15 @@ class ModelFiles:
             hasher.update(f"{len(name.encode())}:{name}".encode() + content.digest())
         return replace(self, content=hasher.digest())
 
-    def digest(self, provider: str) -> bytes:
-        """A hash of 16 bytes over name, version, content, labels, configuration and execution provider."""
+    def digest(self, provider: str, size: int = 16) -> bytes:
+        """A hash of `size` bytes over name, version, content, labels, configuration and execution provider."""
         content = self.content or self.hashed().content
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
         for labels in self.labels.values():
             hasher.update(blake3(b"\n".join(labels)).digest())
         hasher.update(self.config.SerializeToString(deterministic=True))
-        return hasher.digest(16)
+        return hasher.digest(size)
 
 
 def opened_path(file: BinaryIO) -> Path:

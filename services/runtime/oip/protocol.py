@@ -16,7 +16,8 @@ from services.runtime import driver, wire
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, Access
-from services.runtime.rpc.api_keys import Identity
+from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
+from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -138,6 +139,7 @@ class CallerMetadata:
         self.control = ""
         self.authorization = ""
         self.credential = ""
+        self.certificate = ""
         self.error: RingmeshError | None = None
         # Set by `identify`.
         self.identity: Identity | None = None
@@ -171,6 +173,8 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
             values.authorization = _text(values, key, value, keys)
         elif key == CREDENTIAL:
             values.credential = _text(values, key, value, 1)
+        elif key == CLIENT_CERTIFICATE:
+            values.certificate = _text(values, key, value, 1)
         elif key == CACHE_CONTROL:
             control = _text(values, key, value, 1)
             values.control = f"{values.control},{control}" if values.control else control
@@ -179,10 +183,10 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
 
 def identify(values: CallerMetadata, access: Access) -> None:
     """Establishes who calls: sets `identity` and takes the tenant from it. A refusal goes to `error`."""
-    if access.keys is None or values.error is not None:
+    if not access.is_closed or values.error is not None:
         return
     try:
-        values.identity = access.caller(values.authorization, values.credential, values.tenant)
+        values.identity = access.caller(values.authorization, values.credential, values.tenant, values.certificate)
     except RingmeshError as error:
         values.error = error
         return

@@ -91,4 +91,4 @@ def set_title(role: str, address: str, port: int = 0) -> None:
     # Keeps /proc's view of the environment intact.
     os.environ.setdefault("SPT_NOENV", "1")
     host, _, configured = address.rpartition(":")
-    setproctitle(f"ringmesh: {role} {host}:{port or configured}")
+    setproctitle(f"ringmesh: {role} {host}:{configured if host == 'unix' else port or configured}")

@@ -37,6 +37,13 @@ def test_a_model_for_the_gpu_runs_on_the_cpu_where_there_is_none_and_that_is_tol
     assert (names(chosen), chosen.missing) == ([CPU], (CUDA,))
 
 
+def test_an_accelerator_of_the_gpu_is_missed_where_there_is_none():
+    wanted = "optimization { execution_accelerators { gpu_execution_accelerator { name: 'tensorrt' } } }"
+    assert one(wanted, [CPU]).missing == (TENSORRT,)
+    assert one(f"instance_group {{ kind: KIND_GPU }} {wanted}", [CPU]).missing == (TENSORRT,)
+    assert one(f"instance_group {{ kind: KIND_CPU }} {wanted}", [CPU]).missing == ()
+
+
 def test_a_model_for_the_cpu_stays_there():
     assert names(one("instance_group { kind: KIND_CPU }", GPU_BUILD)) == [CPU]
 

@@ -66,8 +66,13 @@ def test_dims_that_hold_the_batch_are_told_that_max_batch_size_adds_it(tmp_path)
 
 
 def test_dims_without_the_batch_are_told_that_no_max_batch_size_adds_it(tmp_path):
-    with pytest.raises(ModelLoadError, match="there is no max_batch_size that would add one for the batch"):
+    with pytest.raises(ModelLoadError, match="no max_batch_size that would add a dimension for the batch, so they"):
         configured(models.mlp(tmp_path), 'max_batch_size: 0 input { name: "x" dims: [64] }')
+
+
+def test_dims_with_a_wrong_size_are_told_the_sizes_alone(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"gives 'x' dims \[-1, 65\]; the file has \[-1, 64\]$"):
+        configured(models.mlp(tmp_path), 'max_batch_size: 0 input { name: "x" dims: [-1, 65] }')
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ X, Y = {"x": "FP32"}, {"y": "FP32"}
         ([step("one", X, Y), step("two", {"x": "INT8"}, Y)], "step 'two' takes 'x' as INT8, and tensor 'b' is FP32"),
         ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y)], "step 'two' also needs input 'z'"),
         ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y, optional_inputs=["z"])], ""),
-        ([step("one", X, Y), step("two", X, {})], "step 'two' has no output 'y'"),
+        ([step("one", X, Y), step("two", X, {"z": "FP32"})], "step 'two' has no output 'y'; it has: z"),
     ],
 )
 def test_an_ensemble_that_nobody_can_run_says_why_and_has_no_plan(steps, reason):
