@@ -9,15 +9,23 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-RANDOM_OPERATORS = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 _LFS_POINTER = b"version https://git-lfs"
-_TRAINING_MODE = 2  # the position of that input of Dropout
 
 
 def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
+
+
+# `Sampling` and the last three are Microsoft's.
+RANDOM_OPERATORS = names(
+    """
+    RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli
+    Sampling BiasDropout BitmaskDropout BitmaskBiasDropout
+    """
+)
+_TRAINING_MODE = 2  # the position of that input of Dropout
+# Operators with which ONNX Runtime 1.32 ends the process if a tensor has no elements.
+_ABORT_ON_EMPTY = names("GRU LSTM STFT Scan com.microsoft.DynamicQuantizeLSTM")
 
 
 # Operators that compute each number from the numbers at the same place, with broadcasting.
@@ -76,6 +84,22 @@ def random_operators(model: onnx.ModelProto) -> list[str]:
     if any(node.op_type == "Dropout" and any(node.input[_TRAINING_MODE:]) for node in _nodes(model)):
         found.add("Dropout with training_mode")
     return sorted(found)
+
+
+def aborting_operators(model: onnx.ModelProto) -> list[str]:
+    """Those that end the process if a tensor has no elements."""
+    return sorted({name_of(node) for node in _nodes(model) if _aborts_on_empty(node)})
+
+
+def _aborts_on_empty(node: onnx.NodeProto) -> bool:
+    given = {attribute.name: attribute for attribute in node.attribute}
+    match name_of(node):
+        case "ConvTranspose":  # in three dimensions only
+            return "kernel_shape" in given and len(given["kernel_shape"].ints) == 3
+        case "Unique":
+            return "axis" in given
+        case name:
+            return name in _ABORT_ON_EMPTY
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

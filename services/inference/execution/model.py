@@ -30,8 +30,6 @@ from services.runtime.verdict import YES, Verdict
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 NOT_PROVEN = "rows are not proven independent"
-# ONNX Runtime 1.32 ends the process when one of these has no rows.
-_ABORT_ON_EMPTY = frozenset({"GRU", "LSTM", "Scan", "com.microsoft.DynamicQuantizeLSTM"})
 # Machine code for an execution provider, in the node or in a file that the node names.
 _COMPILED = "com.microsoft.EPContext"
 
@@ -73,15 +71,12 @@ class OnnxModel:
             operators = graph.operator_types(proto)
             if _COMPILED in operators:
                 raise UnservableError(f"it has {_COMPILED}, a compiled engine; only operators are served")
-            self._aborts_on_empty = sorted(operators & _ABORT_ON_EMPTY)
+            self._aborts_on_empty = graph.aborting_operators(proto)
             unranked = graph.unranked(proto)
             self.independence = prove(proto)
             self.inline = inline_runs.verdict(proto)
             del proto  # frees memory before the session is made
-            name = f"{files.name}/{files.version}"
-            self._sessions = sessions = Sessions(
-                name, files.model, configured, providers, intra_op_threads, self._output_shape, caches
-            )
+            self._sessions = sessions = Sessions(files, providers, intra_op_threads, self._output_shape, caches)
             self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
             self.outputs = output_specs(sessions.outputs, configured, unranked)
             self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -73,7 +73,7 @@ class ServiceSettings(BaseSettings):
         "same on every process of a fleet; none: routers and caches take a random one for themselves, which "
         "only works without Redis, peer regions and workers on other hosts",
     )
-    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(split)] = Field(
         LOOPBACK, description="networks from which callers may operate and administrate, separated by commas"
     )
     api_keys: Path | None = Field(
@@ -99,7 +99,7 @@ class ServiceSettings(BaseSettings):
     )
     service_key: Path | None = Field(None, description="PEM file with its key")
     service_ca: Path | None = Field(None, description="PEM file with the CAs of other services")
-    service_names: Annotated[tuple[str, ...], NoDecode] = Field(
+    service_names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)] = Field(
         (), description="SPIFFE ids or DNS names in the certificates of services of the fleet, separated by commas"
     )
     audit_log: Path | None = Field(None, description="file for the audit log; none: entries go to the process log")
@@ -125,11 +125,6 @@ class ServiceSettings(BaseSettings):
         if value and not re.fullmatch(r"(https?://[^/\s]+|[^/\s]+:\d+)/?", value):
             raise ValueError("a collector is a URL such as http://host:4317 or https://host")
         return value
-
-    @field_validator("admin_networks", "service_names", mode="before")
-    @classmethod
-    def _split_lists(cls, value: object) -> object:
-        return split(value)
 
     def access(self) -> Access:
         """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""

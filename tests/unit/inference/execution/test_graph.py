@@ -1,6 +1,8 @@
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state
 
+from services.inference.execution import graph
 from services.inference.execution.loading import load_model
 from services.inference.repository.repository import versions
 from tests import models
@@ -28,3 +30,13 @@ def dropout(repository, *training_mode):
 def test_dropout_that_may_train_is_not_cacheable_and_one_that_cannot_is(tmp_path):
     assert load(dropout(tmp_path / "training", True)).cacheable.reason == "its graph holds Dropout with training_mode"
     assert load(dropout(tmp_path / "inference")).cacheable
+
+
+def test_every_operator_of_onnxruntime_that_draws_random_numbers_is_known():
+    schemas = onnxruntime_pybind11_state.get_all_operator_schema()
+    # A hash has a seed, and is the same for the same seed.
+    seeded = {one.name for one in schemas if {"seed"} & {*one.attributes, *(i.name for i in one.inputs)}} - {
+        "MurmurHash3"
+    }
+    # Of Dropout, it depends on an input.
+    assert seeded - {"Dropout"} == graph.RANDOM_OPERATORS

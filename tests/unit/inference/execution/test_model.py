@@ -395,3 +395,28 @@ def test_a_recurrent_model_refuses_a_request_without_rows_which_would_end_the_pr
     assert model.run({"x": np.zeros((3, 1, 4), np.float32)}, ["y"])[0].shape == (3, 1, 1, 2)
     with pytest.raises(InvalidArgumentError, match=f"'x' has no elements.*{operator}"):
         model.run({"x": np.zeros((3, 0, 4), np.float32)}, ["y"])
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "shape"),
+    [
+        ("ConvTranspose", {"kernel_shape": [3, 3, 3]}, (1, 1, 0, 4, 4)),
+        ("Unique", {"axis": 1}, (3, 0)),
+        ("STFT", {}, (0,)),
+    ],
+)
+def test_so_do_models_of_other_operators_that_would(tmp_path, operator, attributes, shape):
+    arrays = {
+        "ConvTranspose": [np.ones((1, 1, 3, 3, 3), np.float32)],
+        "STFT": [np.ones((1, 8, 1), np.float32), np.array(1)],
+    }.get(operator, [])
+    weights = [numpy_helper.from_array(array, f"w{index}") for index, array in enumerate(arrays)]
+    names = [weight.name for weight in weights]
+    node = helper.make_node(operator, [*names, "x"] if operator == "STFT" else ["x", *names], ["y"], **attributes)
+    x = models.value("x", TensorProto.FLOAT, *(f"x{axis}" for axis in range(len(shape))))
+    y = models.value("y", TensorProto.FLOAT, *(f"y{axis}" for axis in range(4 if operator == "STFT" else len(shape))))
+    models.save(tmp_path, "aborts", [node], [x], [y], weights)
+    model = load(tmp_path / "aborts/1")
+    model.run({"x": np.ones([max(size, 4) if size != 1 else 1 for size in shape], np.float32)}, ["y"])
+    with pytest.raises(InvalidArgumentError, match=f"'x' has no elements.*{operator}"):
+        model.run({"x": np.zeros(shape, np.float32)}, ["y"])

@@ -24,14 +24,6 @@ APP = "spiffe://example.org/app"
 READ = "/inference.GRPCInferenceService/RepositoryIndex"
 
 
-async def code(channel, method, metadata=()):
-    try:
-        await channel.unary_unary(f"/{method}")(b"", metadata=metadata)
-    except grpc.aio.AioRpcError as error:
-        return error.code().name
-    return "OK"
-
-
 @pytest.fixture
 def ca():
     return Ca()
