@@ -36,8 +36,6 @@ _SETTINGS = {
     "synchronous_commit": "on",
     "max_wal_size": "4GB",
     "checkpoint_timeout": "15min",
-    # Pages that COPY wrote go to the disk meanwhile, and not all together when a checkpoint or a commit waits for them.
-    "backend_flush_after": "1MB",
     "wal_compression": "pglz",
     "jit": "off",
     "log_min_messages": "warning",
