@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
 _SUFFIX = ".batch"
-# Of an epoch, a sequence or a count: all fit into 64 bits.
-_MOST_DIGITS = 18
+# Of an epoch (nanoseconds, which have 19 digits), a sequence or a count.
+_MOST_DIGITS = 19
+_LARGEST = 1 << 62
 _LONGEST_TEXT = 256
 
 
@@ -238,7 +239,7 @@ def _text(file: Path) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS and int(text) < _LARGEST
 
 
 def _digest(batch: bytes) -> bytes:

@@ -49,7 +49,7 @@ class Meter:
 
     Callers may invent tenants: the first `most_tenants` of a UTC day, and those that have a budget, keep their names.
 
-    A hit takes 0.2 us, any other request 1.3 us (compiled).
+    A hit takes 0.25 us, of a sampled key 0.5 us, any other request 1.5 us (compiled).
     """
 
     def __init__(self, budgets: Budgets, most_tenants: int) -> None:

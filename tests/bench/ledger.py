@@ -217,7 +217,7 @@ def questions(ledger, days):
     found = {
         f"by {by}": lambda by=by: ledger.report(by, **month) for by in ("tenant", "model", "version", "region", "day")
     }
-    found["by tenant and model"] = lambda: ledger.report("tenant", "model", limit=10_000, **month)
+    found["by tenant and model"] = lambda: ledger.report("tenant", "model", **month)
     found["one tenant by model"] = lambda: ledger.report("model", tenant="tenant-3", **month)
     found["changes by tenant"] = lambda: ledger.report("tenant", changes=True, from_ms=until - 7 * DAY_MS)
     found["requests of an hour"] = lambda: ledger.report(
@@ -339,16 +339,19 @@ def hits(arguments):
             peers = partial(two_trees, other=Path(folder))
             measure(WORKLOADS[0], (16, 64), peers, build_loadgen(), arguments.seconds, rounds, found)
     for outstanding in (16, 64):
-        ratios = found.ratios("rps", WORKLOADS[0].name, outstanding, THIS, OTHER)
+        rates, cpu = (found.ratios(what, WORKLOADS[0].name, outstanding, THIS, OTHER) for what in ("rps", "cpu_us"))
         here, there = (found.find(WORKLOADS[0].name, outstanding, name).median("rps") for name in (THIS, OTHER))
-        quarters = statistics.quantiles(ratios, n=4)
         console.print(
-            f"{outstanding} calls at a time: {here:,.0f} hits/s with the ledger, {there:,.0f} without; "
-            f"{len(ratios)} pairs, ratio {statistics.median(ratios):.3f} (quartiles {quarters[0]:.3f} to "
-            f"{quarters[2]:.3f})",
+            f"{outstanding} calls at a time: {here:,.0f} hits/s with the ledger, {there:,.0f} without; {len(rates)} "
+            f"pairs, {quartiles(rates)} times as many, with {quartiles(cpu)} times the CPU for each",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def quartiles(values):
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main():

@@ -19,7 +19,7 @@ _SUMS = {
 }
 _NAMES = ", ".join(MEASURES)
 _FROM_RECORDS = ", ".join(f"sum({_SUMS.get(name, f'u.{name}')})::bigint AS {name}" for name in MEASURES)
-_FROM_CELLS = ", ".join(f"sum({name})::bigint" for name in MEASURES)
+_FROM_CELLS = ", ".join(f"sum(u.{name})::bigint" for name in MEASURES)
 
 
 async def rebuild(database: Database, partitions: Partitions, day: date, now: datetime) -> tuple[int, int]:
@@ -32,7 +32,7 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
         raise InvalidArgumentError(f"records of {day} are not kept", field="day")
     begin = datetime.combine(day, datetime.min.time(), UTC)
     bounds = (begin, begin + timedelta(days=1))
-    finest = "minute" if day >= partitions.retention.first_minute_day(now.date()) else "hour"
+    keeps_minutes = day >= partitions.retention.first_minute_day(now.date())
     async with database.writing() as connection:
         await partitions.ensure(connection, [day])
         records, requests = await connection.fetchrow(
@@ -47,33 +47,34 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
                 "what they counted would be lost",
                 field="day",
             )
-        await connection.execute(
-            "CREATE TEMPORARY TABLE cells ON COMMIT DROP AS "
-            f"SELECT date_trunc('{finest}', u.at, 'UTC') AS at, u.series, {_FROM_RECORDS} "
-            "FROM usage u JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2",
-            *bounds,
-        )
+        # Of cells that were just inserted PostgreSQL has no statistics, and would read all margins for each of them.
+        await connection.execute("SET LOCAL enable_nestloop = off")
+        # Each grain from the one before, the finest from the records.
+        source, sums = "usage u JOIN kind k ON k.id = u.kind", _FROM_RECORDS
         for grain in rollups.GRAINS:
             for tables in ("rollup", "margin"):
                 await connection.execute(f"DELETE FROM {tables}_{grain} WHERE at >= $1 AND at < $2", *bounds)
-            if grain != "minute" or finest == "minute":
-                await _fill(connection, grain)
+            if grain != "minute" or keeps_minutes:
+                await _fill(connection, grain, source, sums, bounds)
+                source, sums = f"rollup_{grain} u", _FROM_CELLS
         await rollups.touch(connection, [day])
     partitions.made([day])
     return records, requests
 
 
-async def _fill(connection: Connection, grain: str) -> None:
-    """From the finest cells that are kept, by series. Margins are there since the day's records were written."""
-    at = f"date_trunc('{grain}', c.at, 'UTC') AS at"
+async def _fill(connection: Connection, grain: str, source: str, sums: str, bounds: tuple[datetime, datetime]) -> None:
+    """The cells of a day. Margins are there since its records were written."""
     await connection.execute(
         f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "
-        f"SELECT {at}, c.series, {_FROM_CELLS} FROM cells c GROUP BY 1, 2 ORDER BY 1, 2"
+        f"SELECT date_trunc('{grain}', u.at, 'UTC'), u.series, {sums} FROM {source} "
+        "WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2 ORDER BY 1, 2",
+        *bounds,
     )
     for cube, names in CUBES.items():
         same = " AND ".join(f"m.{name} = s.{name}" for name in (*names, "worker_type"))
         await connection.execute(
-            f"INSERT INTO margin_{grain} (at, series, {_NAMES}) SELECT {at}, m.id, {_FROM_CELLS} "
-            f"FROM cells c JOIN series s ON s.id = c.series JOIN margin m ON m.cube = '{cube}' AND {same} "
-            "GROUP BY 1, 2 ORDER BY 1, 2"
+            f"INSERT INTO margin_{grain} (at, series, {_NAMES}) SELECT u.at, m.id, {_FROM_CELLS} "
+            f"FROM rollup_{grain} u JOIN series s ON s.id = u.series JOIN margin m ON m.cube = '{cube}' AND {same} "
+            "WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2 ORDER BY 1, 2",
+            *bounds,
         )

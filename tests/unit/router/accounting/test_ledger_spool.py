@@ -1,6 +1,7 @@
 """Batches on disk."""
 
 import itertools
+import time
 
 import pytest
 from blake3 import blake3
@@ -191,3 +192,15 @@ def test_a_damaged_file_of_the_folder_stops_no_router(open_spool, folder, damage
     assert spool.router_id.isprintable()
     spool.append(b"second", 1, 1)
     assert [batch for _, _, batch in taken(spool)][-2:] == [b"first", b"second"]
+
+
+def test_what_is_spooled_by_the_clock_of_a_machine_is_found_again(folder):
+    spool = LedgerSpool(folder, 1 << 20, time.time_ns)
+    spool.open()
+    spool.append(b"before", 1, 1)
+    epoch = spool.epoch
+    spool.close()
+    later = LedgerSpool(folder, 1 << 20, lambda: 1)
+    later.open()
+    assert [batch for _, _, batch in taken(later)] == [b"before"]
+    assert later.epoch > epoch
