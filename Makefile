@@ -56,13 +56,13 @@ lock: .venv/tools
 # dist/ringmesh-<extra>.cdx.json (CycloneDX): the server with the extras that serve.
 sbom: .venv/tools
 	@mkdir -p dist
-	@for extra in cpu gpu; do cat locks/server.txt locks/remote.txt locks/$$extra.txt | \
+	@for extra in cpu gpu; do cat locks/server.txt locks/remote.txt locks/tls.txt locks/jwt.txt locks/$$extra.txt | \
 		.venv/tools/bin/cyclonedx-py requirements - --output-reproducible --output-file dist/ringmesh-$$extra.cdx.json || exit 1; done
 	@ls dist/*.cdx.json
 
 # Known vulnerabilities of what the server needs. Fetches them from PyPI; fails and says so where it cannot.
 audit: .venv/tools
-	@for lock in server cpu remote demo; do .venv/tools/bin/pip-audit --disable-pip --require-hashes -r locks/$$lock.txt || \
+	@for lock in server cpu remote tls jwt demo; do .venv/tools/bin/pip-audit --disable-pip --require-hashes -r locks/$$lock.txt || \
 		{ echo "audit: locks/$$lock.txt has vulnerabilities, or pip-audit cannot reach their list: see above" >&2; exit 1; }; done
 
 # `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 28 minutes; `--quick` about 8.

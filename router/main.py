@@ -56,7 +56,7 @@ _FIRST_WORKER_SECONDS = 1.0
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     tracer = settings.create_tracer()
-    access = settings.access()
+    access, services = settings.access(), settings.service_tls()
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
@@ -74,7 +74,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         sources=settings.create_sources(),
         region=settings.region,
         zone=settings.zone,
-        open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
+        open_channel=partial(GrpcChannel, tls=services, credential=credential_of(settings.key_secret)),
         isolates=access.is_closed,
     )
     requests = RequestMetrics()
@@ -134,7 +134,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     usage = None
     if settings.ledger_address is not None and meter is not None:
         spool = LedgerSpool(settings.usage_dir, settings.usage_spool_bytes, time.time_ns)
-        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret))
+        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret), services)
         usage = Usage(meter, budgets, sender, settings.region, lambda: _up(fleet))
         metrics.add(usage.samples)
         usage.start()

@@ -49,14 +49,17 @@ class Visitor:
     def check(self, method: str, path: str) -> None:
         """Raises PermissionDeniedError unless the visitor may send such a request."""
         role = role_of(method, path)
-        if role is not None and not self.may(role):
-            if self.identity is None:
+        if role is None:
+            return
+        if self.identity is None:
+            if not self.may(role):
                 raise PermissionDeniedError(
                     "this is for browsers on this host; name other networks in RINGMESH_ADMIN_NETWORKS"
                 )
-            raise PermissionDeniedError(f"this needs the role {role}, which API key {self.identity.id!r} does not have")
+            return
+        self.identity.check_role(role)
         tenant, models = self.limits
-        if self.identity is None or role is None or not (tenant or models):
+        if not (tenant or models):
             return
         page, _, name = path.removeprefix("/").partition("/")
         if page == "models" and name and not tenant:
@@ -64,8 +67,8 @@ class Visitor:
         elif page not in ("traces", "compare", "try"):
             what = f"tenant {tenant!r}" if tenant else ", ".join(sorted(models))
             raise PermissionDeniedError(
-                f"this page shows all tenants and models, and API key {self.identity.id!r} is for {what}; "
-                "Traces and Try it are for such keys"
+                f"this page shows all tenants and models, and {self.identity} is for {what}; Traces and Try it show "
+                "what it may see"
             )
 
 

@@ -123,15 +123,9 @@ def main() -> None:
     try:
         settings = WorkerSettings(models=repository_name)
         asyncio.run(_check(settings, "".join(after), out))
-    except ValidationError as error:
-        sys.exit(_refuse(describe(error)))
-    except (StartError, RepositoryError) as error:
-        sys.exit(_refuse(str(error)))
-
-
-def _refuse(reason: str) -> int:
-    print(f"check: {reason}", file=sys.stderr)
-    return 2
+    except (ValidationError, StartError, RepositoryError) as error:
+        print(f"check: {describe(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class WorkerSettings(ServiceSettings):
         1 << 30, gt=0, description="disk for the models of load requests, which survive restarts"
     )
     threads: int = Field(
-        0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
+        0, ge=0, description="ONNX Runtime threads of a model, which its instances share; 0: the cores it may use"
     )
     poll_seconds: float = Field(0.0, ge=0, description="how often to look for changed models; 0: only when asked to")
     socket_dir: str = Field(

@@ -45,7 +45,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     partitions = Partitions(settings.retention)
     writer = Writer(database, partitions)
     prices = PriceList(database, settings.currency)
-    cache = ReportCache(settings.cache_address, credential_of(settings.key_secret))
+    cache = ReportCache(settings.cache_address, credential_of(settings.key_secret), settings.service_tls())
     reports = Reports(database, prices, cache, settings.retention)
     budgets = Budgets(database, prices)
     service = LedgerService(database, partitions, writer, prices, reports, budgets).service()

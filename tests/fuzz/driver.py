@@ -1,6 +1,7 @@
 """One target under libFuzzer, in a process that ends as libFuzzer wants: MODULE NAME [options]."""
 
 import importlib
+import logging
 import sys
 
 import atheris
@@ -13,6 +14,7 @@ def main() -> None:
     # Interpreted sources: atheris counts branches of bytecode.
     with atheris.instrument_imports(include=["cache", "router", "services"]):
         importlib.import_module(module)
+    logging.disable(logging.CRITICAL)
     atheris.Setup([sys.argv[0], *options], TARGETS[name].run)
     atheris.Fuzz()
 

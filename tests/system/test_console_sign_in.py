@@ -100,7 +100,7 @@ def test_an_operator_purges_and_the_audit_log_says_who(browser, console, key):
 def test_a_key_of_a_tenant_sees_and_sends_as_that_tenant(browser, console, key):
     browser.open(f"{console}/")
     sign_in(browser, key["acme-1"])
-    assert "API key 'acme-1' is for tenant 'acme'" in browser.text()
+    assert "key acme-1 is for tenant 'acme'" in browser.text()
     assert browser.text("nav").split() == ["Traces", "Try", "it"]
     browser.open(f"{console}/try?model=mlp")
     browser.click("#send")

@@ -3,6 +3,7 @@
 `python -m tests.fuzz` looks for inputs that break this, guided by coverage; here those that it found are tried again.
 """
 
+import logging
 import random
 
 import pytest
@@ -14,6 +15,13 @@ from tests.fuzz import corpus
 from tests.fuzz.targets import TARGETS
 
 GROWN_BYTES = 1 << 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -27,6 +27,8 @@ _BUFFER_BYTES = 1 << 20
 _STREAM_WINDOW, _CONNECTION_WINDOW = 1 << 20, 16 << 20
 # Routers decide what is too much.
 _NO_LIMIT = 1 << 30
+_FLUSH = "60s"
+_KEEPALIVE = {"interval": "30s", "timeout": "10s"}
 # Of a Unix socket on Linux.
 _LONGEST_PATH = 107
 
@@ -116,7 +118,9 @@ class Edge:
             "generate_request_id": False,
             "server_header_transformation": "PASS_THROUGH",
             "max_request_headers_kb": _HEADERS_KB,
+            # Streams may be silent for as long as they like, but callers must read what is complete, and answer pings.
             "stream_idle_timeout": "0s",
+            "stream_flush_timeout": _FLUSH,
             "common_http_protocol_options": {
                 "max_connection_duration": f"{self.connection_seconds:g}s",
                 "max_headers_count": _HEADERS,
@@ -125,6 +129,7 @@ class Edge:
                 "max_concurrent_streams": _MAX_STREAMS,
                 "initial_stream_window_size": _STREAM_WINDOW,
                 "initial_connection_window_size": _CONNECTION_WINDOW,
+                "connection_keepalive": _KEEPALIVE,
             },
             "route_config": {
                 "request_headers_to_add": [

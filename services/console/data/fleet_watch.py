@@ -20,6 +20,7 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 from services.console.data.fleet_events import EventFeed
 from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
+from services.runtime.rpc.service_tls import ServiceTls, open_channel
 from services.runtime.telemetry.supervisor import BACKGROUND
 from services.runtime.verdict import YES, Verdict
 
@@ -125,8 +126,11 @@ class FleetSnapshot:
 class FleetWatch:
     """Polls the fleet every second. `view` is the current snapshot. `credential` is sent with every call."""
 
-    def __init__(self, routers: tuple[str, ...], cache: str, credential: str = "") -> None:
+    def __init__(
+        self, routers: tuple[str, ...], cache: str, credential: str = "", tls: ServiceTls | None = None
+    ) -> None:
         self._credential = credential
+        self._tls = tls
         self._channels = {address: self._connect(address) for address in {*routers, cache}}
         self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
@@ -135,7 +139,7 @@ class FleetWatch:
 
     def _connect(self, address: str, authorization: str = "") -> grpc.aio.Channel:
         sends = sending(AUTHORIZATION, authorization) or sending(CREDENTIAL, self._credential)
-        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sends)
+        return open_channel(address, OPTIONS, sends, self._tls)
 
     def channel(self, address: str) -> grpc.aio.Channel:
         return self._channels[address]

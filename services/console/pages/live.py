@@ -81,7 +81,7 @@ class Pages:
             most.pop(0).set()
         ended = asyncio.Event()
         self._streams.setdefault(client, []).append(ended)
-        return _Stream(self._events(template, contents, request, ended), partial(self._forget, client, ended))
+        return _EventStream(self._events(template, contents, request, ended), partial(self._forget, client, ended))
 
     def _forget(self, client: str, ended: asyncio.Event) -> None:
         streams = self._streams.get(client, [])
@@ -123,7 +123,7 @@ class Pages:
         return html
 
 
-class _Stream(StreamingResponse):
+class _EventStream(StreamingResponse):
     """A stream of events until the client disconnects. Always calls `on_end`, even if no event was sent."""
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:

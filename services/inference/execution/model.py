@@ -78,10 +78,7 @@ class OnnxModel:
             self.independence = prove(proto)
             self.inline = inline_runs.verdict(proto)
             del proto  # frees memory before the session is made
-            name = f"{files.name}/{files.version}"
-            self._sessions = sessions = Sessions(
-                name, files.model, configured, providers, intra_op_threads, self._output_shape, caches
-            )
+            self._sessions = sessions = Sessions(files, providers, intra_op_threads, self._output_shape, caches)
             self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
             self.outputs = output_specs(sessions.outputs, configured, unranked)
             self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()

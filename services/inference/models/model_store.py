@@ -218,8 +218,11 @@ class ModelStore:
         served = dict(before)
         while True:
             await asyncio.sleep(seconds)
-            now = await asyncio.to_thread(self._source.fingerprint)
-            if not now:  # the repository cannot be read at the moment
+            try:
+                now = await asyncio.to_thread(self._source.fingerprint)
+            except RepositoryError:
+                now = {}
+            if not now:  # the repository cannot be read at the moment, or lists nothing
                 continue
             for name in sorted(now.keys() | served.keys()):
                 settled = now.get(name) == before.get(name) != served.get(name)

@@ -175,7 +175,7 @@ class ModelSource(Protocol):
         """The names of the models. Raises RepositoryError if there are none."""
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """The fingerprint of each model; {} if the source cannot be read."""
+        """The fingerprint of each model. Raises RepositoryError if the source cannot be read."""
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """A repository folder that holds the current files of the model. `override` replaces its config.pbtxt.
@@ -209,11 +209,8 @@ class Directory:
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size, modification time and inode of every file, by model; {} if the folder cannot be read."""
-        try:
-            return {name: _fingerprint(self._folder / name) for name in self.names()}
-        except RepositoryError:
-            return {}
+        """Path, size, modification time and inode of every file, by model."""
+        return {name: _fingerprint(self._folder / name) for name in self.names()}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         return self._folder

@@ -15,7 +15,7 @@ from services.ledger.storage.price_table import HOUR_MS
 _MOST_REQUESTS = 200_000
 _COUNTS = (
     "SELECT at, sum(requests - hits)::bigint FROM margin_minute m JOIN margin s ON s.id = m.series "
-    "WHERE at >= $1 AND at < $2 AND s.cube = 'region' GROUP BY 1"
+    "WHERE at >= $1 AND at < $2 AND s.cube = 'region' AND ($3 = '' OR s.worker_type = $3) GROUP BY 1"
 )
 _REQUESTS = (
     "SELECT (extract(epoch FROM u.at) * 1000000)::bigint - u.total_us, s.model || '/' || s.version, s.worker_type, "
@@ -65,7 +65,7 @@ class Hour:
 
 async def fetch(connection: Connection, range_: TimeRange, worker_type: str) -> list[Hour]:
     """The hours of a range of whole minutes; of one worker type, or "" for all."""
-    counts = {_ms(row[0]): row[1] for row in await connection.fetch(_COUNTS, *_times(range_))}
+    counts = {_ms(row[0]): row[1] for row in await connection.fetch(_COUNTS, *_times(range_), worker_type)}
     up = [(_ms(row[0]), row[1], row[2]) for row in await connection.fetch(_UP, *_times(range_))]
     spans = [
         TimeRange(max(begin, range_.from_ms), min(begin + HOUR_MS, range_.until_ms))

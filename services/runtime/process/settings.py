@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -26,7 +26,8 @@ from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.rpc import Service
 from services.runtime.rpc.server import Engine, Server, StartError
-from services.runtime.rpc.tls import TlsFiles
+from services.runtime.rpc.service_tls import ServiceTls
+from services.runtime.rpc.tls import TlsError, TlsFiles
 from services.runtime.rpc.tokens import KeySetError, Tokens
 from services.runtime.telemetry.logs import LogFormat
 from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
@@ -72,7 +73,7 @@ class ServiceSettings(BaseSettings):
         "same on every process of a fleet; none: routers and caches take a random one for themselves, which "
         "only works without Redis, peer regions and workers on other hosts",
     )
-    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(split)] = Field(
         LOOPBACK, description="networks from which callers may operate and administrate, separated by commas"
     )
     api_keys: Path | None = Field(
@@ -92,6 +93,14 @@ class ServiceSettings(BaseSettings):
     tls_key: Path | None = Field(None, description="PEM file with its key")
     tls_client_ca: Path | None = Field(
         None, description="PEM file with the CAs of clients, which then need a certificate; none: clients need none"
+    )
+    service_certificate: Path | None = Field(
+        None, description="PEM file with the certificate chain for calls to other services; none: plain text"
+    )
+    service_key: Path | None = Field(None, description="PEM file with its key")
+    service_ca: Path | None = Field(None, description="PEM file with the CAs of other services")
+    service_names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)] = Field(
+        (), description="SPIFFE ids or DNS names in the certificates of services of the fleet, separated by commas"
     )
     audit_log: Path | None = Field(None, description="file for the audit log; none: entries go to the process log")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
@@ -117,11 +126,6 @@ class ServiceSettings(BaseSettings):
             raise ValueError("a collector is a URL such as http://host:4317 or https://host")
         return value
 
-    @field_validator("admin_networks", mode="before")
-    @classmethod
-    def _split_networks(cls, value: object) -> object:
-        return split(value)
-
     def access(self) -> Access:
         """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""
         try:
@@ -141,7 +145,21 @@ class ServiceSettings(BaseSettings):
             audit,
             tokens,
             verifies_certificates=self.tls_client_ca is not None,
+            services=frozenset(self.service_names),
         )
+
+    def service_tls(self) -> ServiceTls | None:
+        """The TLS of calls to other services; None: plain text. Raises StartError."""
+        if self.service_certificate is None and self.service_key is None and self.service_ca is None:
+            return None
+        if self.service_certificate is None or self.service_key is None or self.service_ca is None:
+            raise StartError(
+                "calls by TLS need RINGMESH_SERVICE_CERTIFICATE, RINGMESH_SERVICE_KEY and RINGMESH_SERVICE_CA"
+            )
+        try:
+            return ServiceTls(TlsFiles(self.service_certificate, self.service_key, self.service_ca))
+        except TlsError as error:
+            raise StartError(str(error)) from None
 
     def _tokens(self) -> Tokens | None:
         if self.jwt_keys is None:

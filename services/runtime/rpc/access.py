@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from services.runtime.errors import PermissionDeniedError, RingmeshError
+from services.runtime.rpc import client_certificate
 from services.runtime.rpc.api_keys import ApiKeys
 from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
@@ -78,15 +79,18 @@ class Access:
         tokens: Tokens | None = None,
         *,
         verifies_certificates: bool = False,
+        services: frozenset[str] = frozenset(),
     ) -> None:
         """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`
         and `tokens`: None and None: callers have no identity. `audit`: the audit log; None: entries go to the process
-        log. `verifies_certificates`: the server verifies client certificates itself."""
+        log. `verifies_certificates`: the server verifies client certificates itself. `services`: names in the
+        certificates of the services of this fleet."""
         self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
         self._is_local = _is_local(address)
         self._is_behind_edge = address.startswith("unix:")
+        self._services = services
         self._has_certificates = self._is_behind_edge or verifies_certificates
         self.warning = warning(address, has_keys=keys is not None or tokens is not None)
         self._peers: dict[str, bool] = {}
@@ -105,7 +109,7 @@ class Access:
         None if callers have no identity, or if the caller is a service of this fleet. Raises UnauthenticatedError, and
         PermissionDeniedError if the identity may not do that.
         """
-        if not self.is_closed or (credential and self.is_service(((CREDENTIAL, credential),))):
+        if not self.is_closed or (credential and self._is_credential(credential)) or self._is_certified(certificate):
             return None
         identity = self.identity(authorization, certificate)
         identity.check_role(Role.INFER)
@@ -210,12 +214,18 @@ class Access:
         return _is_in(host, self._networks)
 
     def is_service(self, metadata: Metadata) -> bool:
-        """Whether the call comes from a service with the same key secret."""
-        for name, value in metadata:
-            if name == CREDENTIAL and self._credential:
-                given = value.encode() if isinstance(value, str) else value
-                return compare_digest(given, self._credential)
-        return False
+        """Whether the call comes from a service with the same key secret, or with the certificate of one."""
+        return self._is_credential(_value(metadata, CREDENTIAL)) or self._is_certified(
+            _value(metadata, CLIENT_CERTIFICATE)
+        )
+
+    def _is_credential(self, given: str) -> bool:
+        return bool(self._credential) and compare_digest(given.encode(), self._credential)
+
+    def _is_certified(self, certificate: str) -> bool:
+        if not self._services or not certificate or not self._has_certificates:
+            return False
+        return not self._services.isdisjoint(client_certificate.names(certificate))
 
 
 def _is_audited(method: str, who: str) -> bool:

@@ -53,8 +53,8 @@ class Grant(BaseModel):
 class KeyEntry(Grant):
     """One line of the file."""
 
-    sha256: str = Field("", pattern=r"^[0-9a-f]{64}$")
-    certificate: str = Field("", max_length=2048, pattern=r"^(spiffe://[A-Za-z0-9._/-]+|[A-Za-z0-9._-]+)$")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    certificate: str = Field("", max_length=2048, pattern=r"^(spiffe://[A-Za-z0-9._/-]+|[A-Za-z0-9._-]*)$")
     roles: Annotated[list[Role], Field(min_length=1)]
     expires: AwareDatetime | None = None
 

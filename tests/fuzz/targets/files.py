@@ -1,7 +1,6 @@
 """Files: configurations, models, labels, spooled usage, API keys."""
 
 import hashlib
-import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,8 +16,6 @@ from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
 from tests import models
 from tests.fuzz.target import joined, parts, target
 
-logging.getLogger("router").setLevel(logging.CRITICAL)
-logging.getLogger("services").setLevel(logging.CRITICAL)
 # In memory, where there is such a folder: some targets write files for each input.
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _HELD = tempfile.TemporaryDirectory(prefix="ringmesh-fuzz-files-", dir=_MEMORY)
@@ -123,7 +120,7 @@ def api_keys(data):
     """No key of a tenant is an operator's."""
     file = _FOLDER / "keys"
     file.write_bytes(data)
-    for identity in ApiKeys(file)._by_hash.values():
+    for identity in ApiKeys(file)._entries.values():
         assert not (identity.tenant and identity.roles & {"operate", "admin"})
 
 

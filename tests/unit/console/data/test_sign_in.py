@@ -6,6 +6,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from services.console import sessions as sessions_module
 from services.console.sessions import ATTEMPTS, IDLE_SECONDS, MOST_OF_A_KEY, SECONDS, Sessions
 from services.runtime.errors import ResourceExhaustedError, UnauthenticatedError
 from services.runtime.rpc.access import Access
@@ -27,7 +28,7 @@ KEYS = {
 
 def write_keys(path, ids):
     made = {id: new_key(id, *KEYS[id], None) for id in ids}
-    path.write_text("".join(entry.model_dump_json() + "\n" for _, entry in made.values()))
+    path.write_text("".join(entry.model_dump_json(exclude_defaults=True) + "\n" for _, entry in made.values()))
     return {id: key for id, (key, _) in made.items()}
 
 
@@ -150,7 +151,7 @@ def test_pages_offer_only_what_the_key_may_do(console):
     assert 'href="/cache"' not in page
     refused = console.request("GET", "/cache", acme)
     assert refused[0] == 403
-    assert "API key &#39;acme&#39; is for tenant &#39;acme&#39;" in refused[2]
+    assert "key acme is for tenant &#39;acme&#39;" in refused[2]
 
 
 def test_the_fleet_is_called_in_the_name_of_the_visitor(console):
@@ -196,7 +197,7 @@ def first_event(console, path, cookie, headers):
         answer = console.answer("GET", path, headers=[*headers, (b"cookie", cookie.encode())], sent=sent)
         task = asyncio.create_task(answer)
         try:
-            return await asyncio.wait_for(came, 20)
+            return await asyncio.wait_for(came, 60)
         finally:
             task.cancel()
 
@@ -251,7 +252,8 @@ def test_the_audit_page_shows_who_did_what_and_is_searched(console):
     assert "Service/RepositoryModelLoad" not in found
 
 
-def test_attempts_from_one_address_are_limited(console):
+def test_attempts_from_one_address_are_limited(console, monkeypatch):
+    monkeypatch.setattr(sessions_module, "ATTEMPTS_A_SECOND", 1e-3)  # however slow this machine is
     statuses = [console.sign_in("rmk_guess", client="10.7.0.1")[0] for _ in range(ATTEMPTS + 1)]
     assert statuses == [401] * ATTEMPTS + [429]
     status, headers, text = console.sign_in(console.keys["reader"], client="10.7.0.1")
@@ -271,7 +273,7 @@ def test_a_revoked_key_ends_its_sessions_and_live_pages(another):
         page = asyncio.create_task(console.answer("GET", "/", headers=live))
         follow = asyncio.create_task(console.access.follow())
         write_keys(console.file, ["ops"])
-        status, text = await asyncio.wait_for(page, 20)
+        status, text = await asyncio.wait_for(page, 60)
         follow.cancel()
         return status, text
 

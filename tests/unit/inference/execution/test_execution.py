@@ -155,6 +155,12 @@ def test_a_session_has_the_threads_of_the_worker_unless_its_configuration_says_o
     assert execution.session_options(config(own), 3).intra_op_num_threads == 2
 
 
+@pytest.mark.parametrize(("instances", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_the_instances_of_a_model_share_the_threads_of_the_worker(instances, threads):
+    configured = config(f"instance_group {{ count: {instances} kind: KIND_CPU }}")
+    assert execution.session_options(configured, 4).intra_op_num_threads == threads
+
+
 @pytest.mark.parametrize(("level", "name"), [(0, "ALL"), (-1, "BASIC"), (1, "EXTENDED"), (2, "DISABLE_ALL")])
 def test_levels_of_graph_optimization_are_tritons(level, name):
     options = execution.session_options(config(f"optimization {{ graph {{ level: {level} }} }}"), 1)
