@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test proof check bench bench-check bench-gpu soak proto simulate clean
+.PHONY: up demo test proof check fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.installed
 
@@ -34,9 +34,36 @@ check: $(READY)
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@$(PY) scripts/check_compiled.py
+	@$(PY) scripts/check_licences.py
 	@.venv/bin/buf lint
 	@.venv/bin/buf format --diff --exit-code
 	@! git rev-parse -q --verify main:protos >/dev/null || .venv/bin/buf breaking protos --against "$$(git rev-parse --git-common-dir)#branch=main,subdir=protos"
+
+# Coverage-guided, SECONDS for each reader of bytes from outside; ARGUMENTS="config spool" for some, --keep for the corpus.
+SECONDS ?= 60
+fuzz: .venv/.ready .venv/.stubs
+	@$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGUMENTS)
+
+# Tools for the three targets below, apart from what Ringmesh needs.
+.venv/tools: | .venv/.ready
+	@python3 -m venv $@
+	@$@/bin/pip install --disable-pip-version-check --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1 uv==0.13.9 || { rm -rf $@; exit 1; }
+
+# locks/*.txt again, after a change of pyproject.toml or constraints.txt.
+lock: .venv/tools
+	@scripts/lock
+
+# dist/ringmesh-<extra>.cdx.json (CycloneDX): the server with the extras that serve.
+sbom: .venv/tools
+	@mkdir -p dist
+	@for extra in cpu gpu; do cat locks/server.txt locks/remote.txt locks/tls.txt locks/jwt.txt locks/$$extra.txt | \
+		.venv/tools/bin/cyclonedx-py requirements - --output-reproducible --output-file dist/ringmesh-$$extra.cdx.json || exit 1; done
+	@ls dist/*.cdx.json
+
+# Known vulnerabilities of what the server needs. Fetches them from PyPI; fails and says so where it cannot.
+audit: .venv/tools
+	@for lock in server cpu remote tls jwt demo; do .venv/tools/bin/pip-audit --disable-pip --require-hashes -r locks/$$lock.txt || \
+		{ echo "audit: locks/$$lock.txt has vulnerabilities, or pip-audit cannot reach their list: see above" >&2; exit 1; }; done
 
 # `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 28 minutes; `--quick` about 8.
 # `--only WORKLOAD`, `--seconds`, `--rounds`, `--against REVISION`: see `--help`.

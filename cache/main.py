@@ -12,12 +12,8 @@ from cache.regions.replication import replicate
 from cache.settings import CacheSettings
 from cache.tiers.entry import EntryFrames
 from cache.tiers.evictions import Evictions
-from services.runtime.process.process import run, set_title
-from services.runtime.rpc.exposition import MetricsServer
-from services.runtime.rpc.server import Server
+from services.runtime.process.process import publish, run, set_title
 from services.runtime.telemetry.metrics import Metrics
-from services.runtime.telemetry.metrics_export import MetricsExport
-from services.runtime.telemetry.process_metrics import ProcessMetrics
 from services.runtime.telemetry.spans import this_process
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -27,25 +23,12 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     mesh = settings.create_mesh(secret)
     evictions = Evictions(mesh.local)
     service = CacheService(mesh, evictions, EntryFrames(secret))
-    server = Server(
-        settings.engine,
-        settings.address,
-        [service.service()],
-        max_message_bytes=settings.max_message_bytes,
-        max_connection_age=settings.max_connection_age_seconds,
-        max_unread_bytes=settings.max_unread_bytes,
-        access=settings.access(),
-    )
+    server = settings.create_server([service.service()], settings.access())
     metrics = Metrics()
-    metrics.add(BACKGROUND.samples)
     metrics.add(lambda: cache_samples(mesh, evictions))
     metrics.add(server.calls.samples)
-    exposition = MetricsServer(settings.metrics_address, metrics)
     set_title("cache", settings.address, await server.start())
-    await exposition.start()
-    ProcessMetrics("cache", settings.engine, metrics).start()
-    export = MetricsExport(settings.otlp_endpoint, this_process("cache"), metrics)
-    export.start()
+    exposition = await publish(settings, metrics, this_process("cache"))
     mesh.start()
     replication = None
     if mesh.shared is not None and mesh.peers.peers and settings.peer_bytes_per_second:
@@ -57,7 +40,6 @@ async def serve(settings: CacheSettings, stopping: asyncio.Event) -> None:
     service.close()
     if replication is not None:
         replication.cancel()
-    await export.close()
     await server.stop(settings.drain_seconds)
     exposition.close()
     await mesh.close()

@@ -100,9 +100,10 @@ class MeshSettings(ServiceSettings):
         purges = InvalidationLog(
             shared, f"{self.section} {address} on {socket.gethostname()}", self.purge_lease_seconds
         )
-        credential = credential_of(self.key_secret)
+        credential, tls = credential_of(self.key_secret), self.service_tls()
         peers = [
-            PeerRegion(region, peer, Breaker(time.monotonic), frames, credential) for region, peer in self.peer_regions
+            PeerRegion(region, peer, Breaker(time.monotonic), frames, credential, tls)
+            for region, peer in self.peer_regions
         ]
         return Mesh(
             LocalTier(self.local_tier_bytes),

@@ -26,6 +26,7 @@ from router.accounting.slo import Slo
 from router.accounting.usage import Up, Usage
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
+from router.admission.tenant_limits import TenantLimits
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -41,28 +42,21 @@ from router.request.service import InferenceService
 from router.settings import RouterSettings
 from router.transport.grpc_channel import GrpcChannel
 from services.runtime.machine import cores, huge_pages, memory
-from services.runtime.process.process import run, set_title
+from services.runtime.process.process import publish, run, set_title
 from services.runtime.rpc.access import credential_of
-from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
-from services.runtime.rpc.server import Server
 from services.runtime.telemetry.load_report import LoadReport
 from services.runtime.telemetry.metrics import Metrics
-from services.runtime.telemetry.metrics_export import MetricsExport
-from services.runtime.telemetry.process_metrics import ProcessMetrics
 from services.runtime.telemetry.request_log import RequestLog
 from services.runtime.telemetry.supervisor import BACKGROUND
-from services.runtime.telemetry.tracing import create_tracer
 
 # A router that shares its port waits this long for a worker before it listens.
 _FIRST_WORKER_SECONDS = 1.0
 
 
 async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
-    tracer = create_tracer(
-        "router", ratio=settings.trace_ratio, folder=settings.trace_dir, otlp_endpoint=settings.otlp_endpoint
-    )
-    access = settings.access()
+    tracer = settings.create_tracer()
+    access, services = settings.access(), settings.service_tls()
     secret = settings.secret()
     mesh = settings.create_mesh(secret)
     hasher = RequestHasher(secret, lambda tenant: mesh.purges.epochs.tenant(tenant))
@@ -80,12 +74,15 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         sources=settings.create_sources(),
         region=settings.region,
         zone=settings.zone,
-        open_channel=partial(GrpcChannel, credential=credential_of(settings.key_secret)),
+        open_channel=partial(GrpcChannel, tls=services, credential=credential_of(settings.key_secret)),
+        isolates=access.is_closed,
     )
     requests = RequestMetrics()
     limits = ConcurrencyLimits(settings.queue_seconds, time.monotonic)
     dispatcher = Dispatcher(fleet, limits, RetryBudget(time.monotonic), TailLatency())
     quotas = Quotas(settings.quotas, time.monotonic)
+    more_quotas = (settings.byte_quotas, settings.concurrency_quotas, settings.cache_quotas)
+    tenant_limits = TenantLimits(*more_quotas, mesh.local, time.monotonic) if any(more_quotas) else None
     report = LoadReport(requests.answers, cores=cores.available())
     audit = Audit(dispatcher.run, settings.audit_share, time.monotonic)
     request_log = RequestLog(time.monotonic)
@@ -102,9 +99,11 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     targets = {"availability": settings.slo_availability, "latency": settings.slo_latency}
     slo = Slo(targets, settings.slo_latency_seconds, requests, time.monotonic)
     budgets = Budgets()
-    meter = Meter(budgets) if settings.ledger_address is not None else None
+    meter = Meter(budgets, settings.usage_tenants) if settings.ledger_address is not None else None
     replies = Replies(mesh, tracer, requests, request_log, cost, audit, report, meter)
-    path = RequestPath(fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets)
+    path = RequestPath(
+        fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets, tenant_limits
+    )
     inference = InferenceService(fleet, path)
     more = {
         **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
@@ -114,36 +113,31 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     cache = CacheService(
         mesh, evictions, EntryFrames(secret), requests.usages, lambda: fleet.view.catalog.tenant_scoped
     )
-    server = Server(
-        settings.engine,
-        settings.address,
+    server = settings.create_server(
         [
             inference.service(lambda: server.health.serving, more),
             OperatorService(fleet, mesh, Keyer(fleet, mesh.purges, hasher, audit)).service(),
             cache.service(),
         ],
-        max_message_bytes=settings.max_message_bytes,
-        max_connection_age=settings.max_connection_age_seconds,
-        max_unread_bytes=settings.max_unread_bytes,
-        access=access,
+        access,
         share_port=settings.share_port,
     )
     metrics = Metrics()
-    metrics.add(BACKGROUND.samples)
     metrics.add(lambda: cache_samples(mesh, evictions))
     counted = (fleet, requests, dispatcher, quotas, audit, hasher, path, tracer, request_log, cost, slo)
     for part in (*counted, server.calls):
         metrics.add(part.samples)
+    if tenant_limits is not None:
+        metrics.add(tenant_limits.samples)
     if settings.triton_metrics:
         metrics.add(requests.triton_samples)
     usage = None
     if settings.ledger_address is not None and meter is not None:
         spool = LedgerSpool(settings.usage_dir, settings.usage_spool_bytes, time.time_ns)
-        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret))
+        sender = LedgerSender(spool, settings.ledger_address, credential_of(settings.key_secret), services)
         usage = Usage(meter, budgets, sender, settings.region, lambda: _up(fleet))
         metrics.add(usage.samples)
         usage.start()
-    exposition = MetricsServer(settings.metrics_address, metrics)
     mesh.purges.on_news = lambda news: _ask_again(fleet, news)
     mesh.start()
     fleet.start()
@@ -152,11 +146,8 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(has_workers.wait(), _FIRST_WORKER_SECONDS)
     set_title("router", settings.address, await server.start())
-    await exposition.start()
-    ProcessMetrics("router", settings.engine, metrics).start()
+    exposition = await publish(settings, metrics, tracer.process)
     report.start(server.receiver_seconds)
-    export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
-    export.start()
     Agreement(fleet, time.monotonic).start()
     requests.start()
     slo.start()
@@ -166,7 +157,6 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     await stopping.wait()
     fleet.events.close()
     cache.close()
-    await export.close()
     await server.stop(settings.drain_seconds)
     if usage is not None:
         await usage.close()

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from cache.settings import MeshSettings
 from router.balancing.member import Listing
 from router.membership.discovery import AnnouncedWorkers, Watch, watch_dns
+from services.runtime.process import units
 from services.runtime.process.settings import is_host_port, split
 from services.runtime.redis.discovery import connect
 
@@ -54,6 +55,12 @@ class RouterSettings(MeshSettings):
         Path(".ringmesh/usage"), description="folder for usage until the ledger has it; each router has its own"
     )
     usage_spool_bytes: int = Field(1 << 30, ge=1 << 20, description="most bytes there; beyond, the oldest is dropped")
+    usage_tenants: int = Field(
+        1000,
+        ge=1,
+        description="tenants that usage is told apart by in a UTC day; further ones count as the tenant (other), "
+        "unless they have a hard budget",
+    )
     share_port: bool = Field(False, description="whether other routers with this setting may listen on the same port")
     queue_seconds: float = Field(
         0.2, gt=0, description="how long requests may queue for a worker on average before more are refused"
@@ -62,16 +69,26 @@ class RouterSettings(MeshSettings):
         {},
         description="computed requests a second by tenant, `acme=100,*=10` (*: each other tenant); none: no limits",
     )
+    byte_quotas: Annotated[dict[str, Annotated[float, Field(gt=0)]], NoDecode] = Field(
+        {}, description="bytes of requests a second by tenant, as `quotas`; sizes accept units"
+    )
+    concurrency_quotas: Annotated[dict[str, Annotated[int, Field(gt=0)]], NoDecode] = Field(
+        {}, description="requests at once by tenant, as `quotas`; answers from the local tier do not count"
+    )
+    cache_quotas: Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], NoDecode] = Field(
+        {}, description="share of the local tier by tenant, 0 to 1, as `quotas`"
+    )
 
-    @field_validator("quotas", mode="before")
+    @field_validator("quotas", "byte_quotas", "concurrency_quotas", "cache_quotas", mode="before")
     @classmethod
-    def _parse(cls, value: object) -> object:
+    def _parse(cls, value: object, field: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
         pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
         if not all(tenant.strip() and equals for tenant, equals, _ in pairs):
-            raise ValueError("a quota is tenant=requests-a-second")
-        return {tenant.strip(): rate for tenant, _, rate in pairs}
+            raise ValueError("a quota is tenant=number")
+        read = units.parse_bytes if field.field_name == "byte_quotas" else str
+        return {tenant.strip(): read(rate) for tenant, _, rate in pairs}
 
     @field_validator("workers", mode="before")
     @classmethod

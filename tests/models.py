@@ -249,8 +249,8 @@ def hidden_random(repository: Path) -> Path:
     return save(repository, "hidden_random", nodes, [x], [y], [condition])
 
 
-def slow(repository: Path, trips: int | None = 600, *, name="slow", config="") -> Path:
-    """FP32 x[n,1] -> y[n,1] after a loop of many matrix products; without `trips`, of as many as x says."""
+def slow(repository: Path, trips: int | None = 600, *, name="slow", config="", width=1) -> Path:
+    """FP32 x[n,width] -> y[n,width] after a loop of many matrix products; without `trips`, of as many as x says."""
     rng = np.random.default_rng(0)
     side = 256
     weights = numpy_helper.from_array((rng.normal(size=(side, side)) / side**0.5).astype(np.float32), "w")
@@ -284,7 +284,7 @@ def slow(repository: Path, trips: int | None = 600, *, name="slow", config="") -
     ]
     if trips:  # a quarter to a half of a millisecond each
         initializers.append(numpy_helper.from_array(np.array(trips, np.int64), "trips"))
-    x, y = value("x", TensorProto.FLOAT, "n", 1), value("y", TensorProto.FLOAT, "n", 1)
+    x, y = value("x", TensorProto.FLOAT, "n", width), value("y", TensorProto.FLOAT, "n", width)
     folder = save(repository, name, nodes, [x], [y], initializers)
     (folder.parent / "config.pbtxt").write_text(f"max_batch_size: 0 {config}")  # else it is probed at each load
     return folder

@@ -15,6 +15,8 @@ EVERYTHING = "all"
 # Part of no key: raised when models are loaded or unloaded.
 MODELS = "models"
 _MAX_PREFIXES = 4096
+LARGEST_EPOCH = 2**63 - 1
+_KEY = "key:"
 
 
 def model_scope(name: str) -> str:
@@ -28,7 +30,7 @@ def tenant_scope(tenant: str) -> str:
 
 def key_scope(key: bytes) -> str:
     """The scope of one answer, by its key from `ringmesh.router.v1.Explain`."""
-    return f"key:{key.hex()}"
+    return f"{_KEY}{key.hex()}"
 
 
 class Epochs:
@@ -40,7 +42,7 @@ class Epochs:
         kept = {scope: epoch for scope, epoch in scopes.items() if epoch >= self._everything}
         self.scopes: Mapping[str, int] = MappingProxyType(kept)
         self.version = max(kept.values(), default=0)
-        self._keys = {bytes.fromhex(s[4:]): epoch for s, epoch in kept.items() if s.startswith("key:")}
+        self._keys = {bytes.fromhex(s[len(_KEY) :]): epoch for s, epoch in kept.items() if s.startswith(_KEY)}
         self._prefixes: dict[bytes, bytes] = {}
 
     def key(self, model_digest: bytes, model_name: str, request_hash: bytes) -> bytes:
@@ -74,8 +76,21 @@ class Epochs:
         return self.scopes.get(tenant_scope(tenant), 0)
 
     def merged(self, scopes: Mapping[str, int]) -> Epochs:
-        """Returns a snapshot that also has the epochs of `scopes`; the larger epoch wins."""
-        return Epochs({**self.scopes, **{s: max(e, self.scopes.get(s, 0)) for s, e in scopes.items()}})
+        """Returns a snapshot that also has the epochs of `scopes`; the larger epoch wins.
+
+        Ignores what no purge writes: whoever has access to Redis could make all requests fail with it.
+        """
+        valid = {scope: epoch for scope, epoch in scopes.items() if _is_valid(scope, epoch)}
+        return Epochs({**self.scopes, **{s: max(e, self.scopes.get(s, 0)) for s, e in valid.items()}})
+
+
+def _is_valid(scope: str, epoch: int) -> bool:
+    if scope.startswith(_KEY):
+        try:
+            bytes.fromhex(scope[len(_KEY) :])
+        except ValueError:
+            return False
+    return 0 < epoch <= LARGEST_EPOCH
 
 
 def _bytes(number: int) -> bytes:

@@ -15,10 +15,10 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cache.keys.epochs import Epochs
+from cache.keys.epochs import LARGEST_EPOCH, Epochs
 from cache.tiers.shared_tier import SharedTier
 from services.runtime.errors import ResourceExhaustedError, UnavailableError
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -37,6 +37,8 @@ _NOTICE_SECONDS = 2.0
 # answers.
 _FORGET_SECONDS = 3600.0
 _MAX_SCOPES = 10_000
+# Digits of an epoch.
+_MOST_DIGITS = 18
 # Every running process sends a heartbeat within this time, even if Redis has just lost its list of members.
 _SETTLE_SECONDS = 3 * _BEAT_SECONDS
 
@@ -167,6 +169,8 @@ class InvalidationLog:
                 f"{_MAX_SCOPES} models, tenants and keys were purged since everything was; purge everything"
             )
         epoch = int(reply)
+        if epoch > LARGEST_EPOCH:
+            raise UnavailableError(f"Redis has an epoch above {LARGEST_EPOCH}, which no purge wrote: delete {EPOCHS!r}")
         self._merge(dict.fromkeys(scopes, epoch))
         await self._send_heartbeat()
         while True:
@@ -198,7 +202,7 @@ class InvalidationLog:
         async with self._heartbeat_lock:
             before = time.monotonic()
             version, *flat = await self._run(_BEAT, self._member, str(self._version_read))
-            scopes = {k.decode(): int(v) for k, v in zip(flat[::2], flat[1::2], strict=True) if k != b"version"}
+            scopes = dict(_scopes(flat))
             news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
             self._merge(scopes)
             if int(version) < self.epochs.version:
@@ -240,6 +244,13 @@ class InvalidationLog:
 
 async def _nothing(_: set[str]) -> None:
     pass
+
+
+def _scopes(flat: Sequence[bytes]) -> Iterator[tuple[str, int]]:
+    """The scopes with a number; others were not written by a purge."""
+    for scope, epoch in zip(flat[::2], flat[1::2], strict=True):
+        if scope != b"version" and epoch.isdigit() and len(epoch) <= _MOST_DIGITS:
+            yield scope.decode(errors="replace"), int(epoch)
 
 
 def _flat(scopes: Mapping[str, int]) -> list[str]:

@@ -26,6 +26,7 @@ from cache.tiers.entry import Entry, EntryFrames, is_answer
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
 from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.service_tls import ServiceTls, open_channel
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -58,20 +59,29 @@ class PeerRegion:
     dropped because their seal or their content was invalid.
     """
 
-    def __init__(self, region: str, address: str, breaker: Breaker, frames: EntryFrames, credential: str = "") -> None:
+    def __init__(
+        self,
+        region: str,
+        address: str,
+        breaker: Breaker,
+        frames: EntryFrames,
+        credential: str = "",
+        tls: ServiceTls | None = None,
+    ) -> None:
         self.region = region
         self._frames = frames
         self.trip_seconds = float("inf")
         self.worth = WorthAsking()
         self.unsealed = 0
         self._breaker = breaker
-        self._channel = grpc.aio.insecure_channel(
+        self._channel = open_channel(
             address,
             options=[
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.max_reconnect_backoff_ms", 2000),
                 ("grpc.use_local_subchannel_pool", 1),
             ],
+            tls=tls,
         )
         self._fetch: _RawCall = self._channel.unary_unary(_SERVICE + "Fetch")
         self._list: _RawCall = self._channel.unary_unary(_SERVICE + "ListValuable")

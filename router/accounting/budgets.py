@@ -34,6 +34,7 @@ class Budgets:
         self._clock = clock
         # By tenant and model; "" stands for all.
         self.limits: dict[tuple[str, str], list[Limit]] = {}
+        self.tenants: set[str] = set()
         self._rates: dict[str, int] = {}
         self.refused = 0
 
@@ -83,6 +84,7 @@ class Budgets:
             limits.setdefault((lease.budget.tenant, lease.budget.model), []).append(limit)
         self._rates = dict(answer.nano_per_second)
         self.limits = limits
+        self.tenants = {tenant for tenant, _ in limits}
 
     def marks(self) -> list[tuple[Limit, int]]:
         """What is spent of each budget now."""

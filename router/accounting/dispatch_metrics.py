@@ -16,7 +16,9 @@ ATTEMPT_SECONDS = Family(
     "ringmesh_attempt_duration_seconds", "histogram", "from sending a request to a worker to its answer", ("worker",)
 )
 RETRIES_DENIED = Family("ringmesh_retries_denied_total", "counter", "retries that the retry budget denied")
-SHEDS = Family("ringmesh_sheds_total", "counter", "requests refused; reason: overload, quota", ("reason",))
+SHEDS = Family(
+    "ringmesh_sheds_total", "counter", "requests refused; reason: overload, quota, bytes, concurrency", ("reason",)
+)
 _MAX_WORKERS = 200
 
 

@@ -16,6 +16,7 @@ from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 from router.accounting.ledger_spool import LedgerSpool, Spooled
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
+from services.runtime.rpc.service_tls import ServiceTls, open_channel
 from services.runtime.telemetry.metrics import Family, Sample
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -36,12 +37,10 @@ _REJECTED = "rejected"
 class LedgerSender:
     """From `spool` to the ledger at `address`, with the fleet's `credential`. The spool is used by nobody else."""
 
-    def __init__(self, spool: LedgerSpool, address: str, credential: str = "") -> None:
+    def __init__(self, spool: LedgerSpool, address: str, credential: str = "", tls: ServiceTls | None = None) -> None:
         self._spool = spool
         options = (("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 2000))
-        self._channel = grpc.aio.insecure_channel(
-            address, options=options, interceptors=sending(CREDENTIAL, credential)
-        )
+        self._channel = open_channel(address, options, sending(CREDENTIAL, credential), tls)
         self._stub = ledger_pb2_grpc.LedgerServiceStub(self._channel)
         self._wake = asyncio.Event()
         self._all_sent = asyncio.Event()

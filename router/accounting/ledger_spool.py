@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
 _SUFFIX = ".batch"
-_LONGEST_EPOCH = 1 << 62
+# Of an epoch, a sequence or a count: all fit into 64 bits.
+_MOST_DIGITS = 18
+_LONGEST_TEXT = 256
 
 
 class SpoolError(Exception):
@@ -206,14 +208,14 @@ class LedgerSpool:
 
     def _read_id(self) -> str:
         file = self._folder / "router-id"
-        if not file.exists() or not file.read_text().strip():
+        if not file.exists() or not _text(file):
             self._replace(file.name, f"{uuid.uuid4().hex}\n".encode())
-        return file.read_text().strip()
+        return _text(file)
 
     def _begin_epoch(self) -> None:
         """Later than any before, though the clock was set back."""
         file = self._folder / "epoch"
-        last = int(file.read_text()) if file.exists() and file.read_text().strip().isdecimal() else 0
+        last = int(text) if file.exists() and _is_number(text := _text(file)) else 0
         known = max((one.epoch for one in self._find()), default=0)
         self._epoch = max(self._clock_ns(), last + 1, known + 1)
         self._next = 1
@@ -223,10 +225,20 @@ class LedgerSpool:
         found = []
         for path in self._folder.glob(f"*{_SUFFIX}"):
             parts = path.name.removesuffix(_SUFFIX).split("-")
-            if len(parts) == 4 and all(part.isdecimal() for part in parts) and int(parts[0]) < _LONGEST_EPOCH:
+            if len(parts) == 4 and all(map(_is_number, parts)):
                 epoch, sequence, records, requests = map(int, parts)
                 found.append(Spooled(epoch, sequence, records, requests, path.stat().st_size))
         return found
+
+
+def _text(file: Path) -> str:
+    """A short text; "" if it is damaged."""
+    text = file.read_bytes()[:_LONGEST_TEXT].decode(errors="replace").strip()
+    return text if text.isascii() and text.isprintable() else ""
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def _digest(batch: bytes) -> bytes:

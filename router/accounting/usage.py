@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.budgets import Budgets, Limit
+from router.accounting.key_samples import SampledKey, Seen
 from router.accounting.ledger_sender import LedgerSender
 from router.accounting.meter import ROUTER, Fold, Meter, Record
 from router.accounting.request_metrics import LabelValues
@@ -22,6 +23,11 @@ from services.runtime.telemetry.supervisor import BACKGROUND
 log = logging.getLogger(__name__)
 
 REFUSED = Family("ringmesh_budget_refused_total", "counter", "requests refused because a hard budget was used up")
+UNNAMED = Family(
+    "ringmesh_usage_unnamed_requests_total",
+    "counter",
+    "requests counted as of the tenant (other), because more tenants came in a day than RINGMESH_USAGE_TENANTS",
+)
 
 # What a router counts reaches its spool within a second, so that is the most that is lost if it is killed.
 _FLUSH_SECONDS: Final = 0.8
@@ -74,6 +80,7 @@ class Usage:
         """For `Metrics.add`."""
         yield from self._sender.samples()
         yield Sample(REFUSED, (), self._budgets.refused)
+        yield Sample(UNNAMED, (), self._meter.unnamed)
 
     def start(self) -> None:
         """Ends with `close`."""
@@ -104,13 +111,18 @@ class Usage:
             self._budgets.delivered(self._marks)
         self._marks = self._budgets.marks()
         records, folds = self._meter.take()
+        taken = self._meter.samples.take()
         await asyncio.sleep(_COUNTING_SECONDS)
+        keys, below = self._meter.samples.thinned(taken)
         now = self._clock()
         self._add_uptime(int(now))
         if not (records or folds or now >= self._uptime_due):
             return
         uptime, self._uptime, self._uptime_due = self._uptime, {}, now + _UPTIME_SECONDS
-        for batch, count, requests in await asyncio.to_thread(self._encode, records, folds, uptime, int(now * 1000)):
+        samples = [self._sample(name, seen, below) for name, seen in keys.items()]
+        for batch, count, requests in await asyncio.to_thread(
+            self._encode, records, folds, uptime, samples, int(now * 1000)
+        ):
             await self._sender.submit(batch, count, requests)
         if self._sender.router_id:
             self._opened.set()
@@ -128,7 +140,12 @@ class Usage:
                 self._uptime[key] = self._uptime.get(key, 0) | 1 << second % 60
 
     def _encode(
-        self, records: list[Record], folds: dict[LabelValues, Fold], uptime: dict[tuple[Up, int], int], now_ms: int
+        self,
+        records: list[Record],
+        folds: dict[LabelValues, Fold],
+        uptime: dict[tuple[Up, int], int],
+        samples: list[ledger_pb2.KeySample],
+        now_ms: int,
     ) -> list[tuple[bytes, int, int]]:
         """Batches, each with the number of its records and of the requests that they stand for. On a thread."""
         times = [
@@ -141,9 +158,27 @@ class Usage:
         batches = []
         for start in range(0, max(1, len(usage)), _BATCH_RECORDS):
             part = usage[start : start + _BATCH_RECORDS]
-            batches.append((encode(part, times), len(part), sum(record.requests for record in part)))
-            times = []
+            batches.append(
+                (encode(part, times, key_samples=samples), len(part), sum(record.requests for record in part))
+            )
+            times, samples = [], []
         return batches
+
+    def _sample(self, name: SampledKey, seen: Seen, below: int) -> ledger_pb2.KeySample:
+        model, version, kind, cacheable, key = name
+        return ledger_pb2.KeySample(
+            model=model,
+            version=version,
+            region=self._region,
+            worker_type=kind,
+            cacheable=cacheable,
+            key=int.from_bytes(key, "big"),
+            below=below,
+            at_ms=seen.at_ms,
+            requests=seen.requests,
+            compute_us=seen.compute_us,
+            value_bytes=seen.value_bytes,
+        )
 
     def _folded(self, folds: dict[LabelValues, Fold], now_ms: int) -> list[UsageRecord]:
         return [

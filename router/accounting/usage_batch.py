@@ -49,12 +49,14 @@ def encode(
     worker_times: Iterable[ledger_pb2.WorkerTime] = (),
     dropped_records: int = 0,
     dropped_requests: int = 0,
+    key_samples: Iterable[ledger_pb2.KeySample] = (),
 ) -> bytes:
     """A serialized Batch. The ledger accepts at most 50,000 records."""
     numbers: dict[Dimension, int] = {}
     batch = ledger_pb2.Batch(
         format=FORMAT,
         worker_times=worker_times,
+        key_samples=key_samples,
         dropped_records=dropped_records,
         dropped_requests=dropped_requests,
     )

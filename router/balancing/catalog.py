@@ -14,6 +14,7 @@ from services.runtime.oip import ensemble
 from services.runtime.oip.absent_model import absent
 from services.runtime.oip.ensemble import Plan
 from services.runtime.oip.request_check import Declared
+from services.runtime.verdict import YES, Verdict
 
 # A parameter in the config.pbtxt of an ensemble.
 CACHE_STEPS = "ringmesh_cache_steps"
@@ -23,18 +24,18 @@ CACHE_STEPS = "ringmesh_cache_steps"
 class ModelEntry:
     """One version of a model; inference.ModelVersion documents the fields that are not described here.
 
-    - `uncacheable`: why its answers are not cached; "" if they are.
+    - `cacheable`: whether its answers are cached.
     - `inputs`, `outputs`: those of its metadata.
     - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
-    - `not_runnable`: why no worker can run it; "" if one may.
+    - `runnable`: whether a worker may run it.
     """
 
     name: str
     version: str
     digest: bytes
-    uncacheable: str
+    cacheable: Verdict
     metadata: v2.ModelMetadataResponse
     inputs: Mapping[str, Declared] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
@@ -50,19 +51,22 @@ class ModelEntry:
     cache_steps: bool = False
     provider: str = ""
     limits_queue: bool = False
-    not_runnable: str = ""
+    runnable: Verdict = YES
 
 
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds.
 
-    `failed`: versions that workers could not load; used for errors if no worker holds the model.
+    `failed`: versions that workers could not load; used for errors if no worker holds the model. `isolates`: tenants
+    share the answers of a model only if its configuration says so.
     """
 
     def __init__(
         self,
         holdings: Iterable[Iterable[inference_pb2.ModelVersion]],
         failed: Iterable[inference_pb2.FailedVersion] = (),
+        *,
+        isolates: bool = False,
     ) -> None:
         self._failures: dict[str, dict[str, str]] = {}
         for failure in failed:
@@ -79,7 +83,9 @@ class Catalog:
         self.versions: dict[str, list[str]] = {}
         for name, version in sorted(found, key=lambda key: (key[0], int(key[1]))):
             self.versions.setdefault(name, []).append(version)
-        self._entries = {key: _entry(model, self.versions[model.name]) for key, model in found.items()}
+        self._entries = {
+            key: _entry(model, self.versions[model.name], isolates=isolates) for key, model in found.items()
+        }
         for name, versions in self.versions.items():
             self._entries[name, ""] = self._entries[name, versions[-1]]
         # Ensembles come after the models, which are their steps.
@@ -124,14 +130,14 @@ class Catalog:
         if len(steps) < len(known):
             lacking = plan.steps[known.index(None)]
             version = f" in version {lacking.version}" if lacking.version else ""
-            why = f"no worker holds its step {lacking.model!r}{version}"
+            fits = Verdict(f"no worker holds its step {lacking.model!r}{version}")
         elif is_run and not any(signature.is_ensemble for signature in signatures):
-            why = ""
+            fits = YES
         else:
             itself = _signature(model)
-            why = ensemble.fits(plan, itself.inputs, itself.outputs, signatures).reason
-        if why:  # without a plan, which might contain the ensemble itself
-            return replace(entry, uncacheable=why, not_runnable=why)
+            fits = ensemble.fits(plan, itself.inputs, itself.outputs, signatures)
+        if not fits:  # without a plan, which might contain the ensemble itself
+            return replace(entry, cacheable=fits, runnable=fits)
         freshness = entry.freshness
         for each in steps:
             freshness = tightest(freshness, each.freshness)
@@ -142,7 +148,7 @@ class Catalog:
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),
             digest=ensemble.digest(model.ensemble.own_digest, (step.digest for step in steps)),
-            uncacheable=ensemble.cacheable(config, ((step.name, step.uncacheable) for step in steps)).reason,
+            cacheable=ensemble.cacheable(config, ((step.name, step.cacheable) for step in steps)),
         )
 
 
@@ -156,20 +162,19 @@ def _signature(model: inference_pb2.ModelVersion) -> ensemble.Signature:
     )
 
 
-def _entry(model: inference_pb2.ModelVersion, versions: list[str]) -> ModelEntry:
+def _entry(model: inference_pb2.ModelVersion, versions: list[str], *, isolates: bool) -> ModelEntry:
     metadata = v2.ModelMetadataResponse()
     metadata.CopyFrom(model.metadata)
     metadata.versions[:] = versions
-    uncacheable = "" if model.cacheable else model.cacheable_reason or "the model is not cacheable"
     return ModelEntry(
         model.name,
         model.version,
         model.digest,
-        uncacheable,
+        YES if model.cacheable else Verdict(model.cacheable_reason or "the model is not cacheable"),
         metadata,
         inputs={tensor.name: (tensor.datatype, (*tensor.shape,)) for tensor in metadata.inputs},
         outputs=tuple(output.name for output in metadata.outputs),
-        tenant_scoped=model.tenant_scoped,
+        tenant_scoped=model.tenant_scoped or (isolates and not model.tenant_shared),
         row_cache=model.row_cache,
         max_request_rows=model.max_request_rows,
         provider=model.provider,

@@ -66,7 +66,7 @@ class Fleet:
 
     A worker that stops answering stays in the ring: its keys go to the next in rank and return when it recovers. It
     leaves the ring when the sources no longer list it. `on_ready` is called with whether any worker is healthy.
-    `region` and `zone` are the router's, "" if they do not matter. `clock` in seconds.
+    `region` and `zone` are the router's, "" if they do not matter. `clock` in seconds. `isolates` is as in Catalog.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Fleet:
         region: str = "",
         zone: str = "",
         open_channel: OpenChannel = GrpcChannel,
+        isolates: bool = False,
     ) -> None:
         self.events = MembershipEvents()
         self._ejections = Counter(EJECTIONS)
@@ -90,6 +91,7 @@ class Fleet:
         self._region = region
         self._zone = zone
         self._open_channel = open_channel
+        self._isolates = isolates
         self._membership = Membership(clock)
         self.outliers = Outliers(clock)
         self._slow_start = SlowStart(clock)
@@ -259,7 +261,7 @@ class Fleet:
         catalog = self.view.catalog
         if healthy:
             failed = [failure for member in healthy for failure in member.failed]
-            catalog = Catalog((member.models for member in healthy), failed)
+            catalog = Catalog((member.models for member in healthy), failed, isolates=self._isolates)
         self.view = self._view(self.view.ring, self.view.far, catalog)
         self._on_ready(bool(healthy))
 

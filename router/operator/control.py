@@ -123,9 +123,9 @@ class FleetControl:
             ]
             name, version = key
             model = catalog.find(name, version) if version in catalog.versions.get(name, ()) else None
-            if model is not None and model.not_runnable:
+            if model is not None and not model.runnable:
                 line.state = "UNAVAILABLE"
-                remarks.append(f"no worker can run it: {model.not_runnable}")
+                remarks.append(f"no worker can run it: {model.runnable.reason}")
             elif model is not None and model.plan is not None:
                 line.state = "READY"
             if model is not None and line.state == "READY" and (why := self._audit.may_cache(model, catalog).reason):

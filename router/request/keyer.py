@@ -83,8 +83,8 @@ class Keyer:
     def key(self, call: Call) -> None:
         """Parses the request, finds its model, checks it and hashes it. Raises RingmeshError."""
         model = self.describe(call)
-        if model.not_runnable:
-            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.not_runnable}")
+        if not model.runnable:
+            raise FailedPreconditionError(f"ensemble {model.name!r} cannot run: {model.runnable.reason}")
 
     def describe(self, call: Call) -> ModelEntry:
         """As `key`, also for an ensemble that cannot run. Returns the model."""
@@ -97,10 +97,11 @@ class Keyer:
             check_request(read.head.message, model.name, model.inputs, model.outputs)
             read.head.checked = model
         try:
-            if model.uncacheable or self._audit.distrusted:
-                reason = model.uncacheable or self._audit.may_cache(model, catalog).reason
-                if reason:
-                    raise UncacheableError(reason)
+            verdict = model.cacheable
+            if verdict and self._audit.distrusted:
+                verdict = self._audit.may_cache(model, catalog)
+            if not verdict:
+                raise UncacheableError(verdict.reason)
             tenant = call.tenant if model.tenant_scoped else None
             call.request_hash = self._hasher.hash_read(read, model.outputs, tenant)
         except UncacheableError as why:

@@ -18,6 +18,7 @@ from router.accounting.budgets import Budgets
 from router.accounting.request_metrics import STEP, RequestMetrics
 from router.admission.caller import ROUTER, RefusedError
 from router.admission.quotas import Quotas
+from router.admission.tenant_limits import TenantLimits
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import DispatchRequest, DispatchResult, Workers
 from router.dispatch.dispatcher import Dispatcher
@@ -45,6 +46,8 @@ from services.runtime.telemetry.tracing import Tracer, untraced
 log = logging.getLogger(__name__)
 
 _RENEWAL_SECONDS = 30.0
+# Outcomes of answers that were stored in the local tier.
+_FILLS = frozenset(("miss", "hit-shared", "hit-peer"))
 
 
 class RequestPath:
@@ -66,8 +69,10 @@ class RequestPath:
         audit: Audit,
         access: Access,
         budgets: Budgets,
+        limits: TenantLimits | None = None,
     ) -> None:
         self._budgets = budgets
+        self._limits = limits
         self._fleet = fleet
         self._access = access
         self._mesh = mesh
@@ -78,7 +83,7 @@ class RequestPath:
         self._quotas = quotas
         self._keyer = Keyer(fleet, mesh.purges, hasher, audit)
         self._local = LocalAnswers(mesh, self._renewal)
-        self._rows = RowCache(mesh, hasher)
+        self._rows = RowCache(mesh, hasher, limits)
         self._semantic = SemanticMatches(mesh, hasher, fleet, self._embed)
         self._sequences = KeyedLock()
 
@@ -107,6 +112,8 @@ class RequestPath:
             self._keyer.admit(call)
             if self._budgets.limits:
                 self._budgets.check(call.tenant, call.name)
+            if self._limits is not None:
+                self._limits.bytes.take(call.caller, len(call.data))
             entry = self._local.get(call)
             if entry is not None:
                 self._keyer.remember(call)
@@ -114,11 +121,16 @@ class RequestPath:
             self._refuse(call)
             call.router_ns = time.time_ns() - call.start
             await ON_LOOP
+            if self._limits is not None:
+                self._limits.concurrency.begin(call.caller)
             self._requests.in_flight += 1
             try:
                 found = await self._find(call)
             finally:
                 self._requests.in_flight -= 1
+                if self._limits is not None:
+                    self._limits.concurrency.end(call.caller)
+            self._kept(call, found)
             return self._replies.answer(call, found)
         except DeadlinePassed:
             call.error = DeadlineExceededError("the deadline passed before the answer was computed")
@@ -128,6 +140,11 @@ class RequestPath:
         except Exception as error:
             call.error = faults.reported(log, f"{call.name} failed", error, call.trace.trace_id)
         return self._replies.failure(call, call.error)
+
+    def _kept(self, call: Call, found: Found) -> None:
+        """Counts an answer that is in the local tier now for its tenant."""
+        if self._limits is not None and found.outcome in _FILLS and call.key:
+            self._limits.cache.keep(call.tenant, call.key, len(found.entry.value))
 
     def _refuse(self, call: Call) -> None:
         """Raises RefusedError if the answer must be computed and no worker has capacity for it."""
@@ -166,8 +183,12 @@ class RequestPath:
                 "such an answer is never cached, and cache-control is only-if-cached", kind="not_cached"
             )
         if call.ring_hash:
+            owner = ""
+            if self._access.is_closed:
+                owner = call.tenant
+                call.data = protocol.of_tenant(call.data, owner)
             # Keeps the requests of a sequence in order: two envelopes may overtake each other.
-            async with self._sequences.hold(call.ring_hash):
+            async with self._sequences.hold((call.ring_hash, owner)):
                 computed = await self._compute(call, model, epochs)
         else:
             computed = await self._compute(call, model, epochs)
@@ -186,7 +207,7 @@ class RequestPath:
         if batch is not None:
             start = time.time_ns()
             tenant = call.tenant if model.tenant_scoped else None
-            found = await self._rows.find(batch, model, tenant, epochs, call.key, call.subject(), compute)
+            found = await self._rows.find(batch, model, tenant, epochs, call.key, call.subject(), compute, call.tenant)
             if found is not None:
                 call.trace.span("cache.rows", start, time.time_ns(), {"ringmesh.rows.known": found.rows})
                 return found
@@ -299,6 +320,7 @@ class RequestPath:
             self._keyer.key(call)
             entry = self._local.get(call)
             found = Found(entry, "hit-local") if entry is not None else await self._find(call)
+            self._kept(call, found)
             attributes["ringmesh.cache.outcome"] = found.outcome
             message = ""
         except RingmeshError as error:

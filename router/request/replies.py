@@ -70,7 +70,17 @@ class Replies:
         keeps = slow or trace.sampled
         if self._meter is not None:
             self._meter.answered(
-                labels, trace, model.provider, found.entry, call.start, end, call.router_ns, len(call.data), alone=keeps
+                labels,
+                trace,
+                model.provider,
+                found.entry,
+                call.start,
+                end,
+                call.router_ns,
+                len(call.data),
+                # An answer that is not cached has no hash; its bytes have, if they are few.
+                call.request_hash or call.memo_key,
+                alone=keeps,
             )
         audits = found.outcome in _AUDITED and self._audit.takes_hit()
         if keeps or audits:

@@ -20,6 +20,7 @@ from cache.keys.keys import RequestHasher
 from cache.mesh import Computed, Found, Mesh, Outcome
 from cache.policy.worth_asking import Subject
 from cache.tiers.entry import Entry
+from router.admission.tenant_limits import TenantLimits
 from router.balancing.catalog import ModelEntry
 from router.dispatch.attempts import FatalRequestError
 from router.request.local_answers import takes
@@ -81,7 +82,8 @@ class RowCache:
     Call it from driven coroutines.
     """
 
-    def __init__(self, mesh: Mesh, hasher: RequestHasher) -> None:
+    def __init__(self, mesh: Mesh, hasher: RequestHasher, limits: TenantLimits | None = None) -> None:
+        self._limits = limits
         self._mesh = mesh
         self._hasher = hasher
         self._flights = mesh.flights
@@ -95,12 +97,13 @@ class RowCache:
         whole: bytes,
         subject: Subject,
         compute: ComputeRows,
+        owner: str = "",
     ) -> Found | None:
         """The answer to the batch and its source; None if the batch must be computed whole.
 
         `whole` is the key of the batch, `epochs` the current epochs, `subject` that of the batch. `compute` takes a
         serialized request and the hash that equal requests join by, and returns the result and the worker's id. Raises
-        what `compute` raises.
+        what `compute` raises. `owner`: the tenant whose share of the local tier the answers take.
         Cancelled: the computation of rows goes on, because others may wait for them.
         """
         hashes = self._hasher.hash_rows(batch.request, batch.rows, model.outputs, tenant)
@@ -135,7 +138,13 @@ class RowCache:
             value = join([row.entry.value for row in rows])
         except UnlikeRowsError:
             return None
-        return self._whole(rows, known, value, whole)
+        answer = self._whole(rows, known, value, whole)
+        if self._limits is not None:
+            self._limits.cache.keep(owner, whole, len(value))
+            for key, row in found.items():
+                if row.outcome != "hit-local":
+                    self._limits.cache.keep(owner, key, len(row.entry.value))
+        return answer
 
     def _whole(self, rows: Sequence[Found], known: int, value: bytes, key: bytes) -> Found:
         """The combined answer, which is also stored in the local tier for the next time; Redis has the rows."""
@@ -254,6 +263,8 @@ def cut_response(response: bytes, count: int) -> list[bytes]:
             raise UnlikeRowsError
         columns.append(column)
         output.shape[0] = 1
+    if not columns:
+        raise UnlikeRowsError
     del whole.raw_output_contents[:]
     # raw_output_contents are last on the wire, so each row has the same bytes as a worker's response.
     head = whole.SerializeToString()

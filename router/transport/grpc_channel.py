@@ -10,7 +10,7 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import unquote
 
 import grpc
@@ -32,6 +32,14 @@ _PREFIX_BYTES = 5
 _READ_SECONDS = 0.05
 
 
+class Tls(Protocol):
+    """See services.runtime.rpc.service_tls."""
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """For the next connection; it offers h2 by ALPN."""
+
+
 class CallError(Exception):
     """The server answered with a status other than OK, or could not be reached (UNAVAILABLE).
 
@@ -49,16 +57,14 @@ class CallError(Exception):
 class GrpcChannel:
     """Calls to the server at `address`, host:port. Connects at the first call, and again after a loss.
 
-    `tls` is None for a plain connection. With TLS, the server's certificate must name the host. `credential` shows the
+    `tls` is None for plain connections. With TLS, the server's certificate must name the host. `credential` shows the
     server that the caller is a service of its fleet.
     """
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None = None, credential: str = "") -> None:
+    def __init__(self, address: str, tls: Tls | None = None, credential: str = "") -> None:
         self._address = address
         self._credential = credential
         self._tls = tls
-        if tls is not None:
-            tls.set_alpn_protocols(["h2"])
         self._connection: Connection | None = None
         # All open connections, including those that only finish their calls after a GOAWAY from the server.
         self._connections: set[Connection] = set()
@@ -151,7 +157,10 @@ class GrpcChannel:
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     _, made = await loop.create_connection(
-                        lambda: Connection(self._lost), host.strip("[]"), int(port), ssl=self._tls
+                        lambda: Connection(self._lost),
+                        host.strip("[]"),
+                        int(port),
+                        ssl=self._tls.context if self._tls is not None else None,
                     )
             except TimeoutError:
                 message = f"no connection to {self._address} within {CONNECT_SECONDS:g} s"

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version as installed_version
@@ -23,6 +24,7 @@ from services.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from services.cli.stack.stack import StackOptions
+    from services.runtime.rpc.tls import TlsFiles
 
 # Slow imports are inside the commands, so that `--help` does not wait for them.
 
@@ -95,6 +97,18 @@ CacheOption = Annotated[
 STATE = Path(".ringmesh")
 
 
+TlsCertificate = Annotated[
+    Path | None, typer.Option(envvar="RINGMESH_TLS_CERTIFICATE", help="PEM file with the server's certificate chain.")
+]
+TlsKey = Annotated[Path | None, typer.Option(envvar="RINGMESH_TLS_KEY", help="PEM file with its key.")]
+TlsClientCa = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="RINGMESH_TLS_CLIENT_CA", help="PEM file with the CAs of callers, who need a certificate then."
+    ),
+]
+
+
 @app.callback()
 def ringmesh(
     state: StateOption = STATE,
@@ -148,6 +162,12 @@ def up(
             help="Time to finish requests after Ctrl-C, such as 15 or 1m.",
         ),
     ] = 15.0,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Callers need TLS; without --tls-certificate, one of a CA in --state.")
+    ] = False,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     state: StateOption = STATE,
 ) -> None:
     """Starts a complete Ringmesh on this host, and stops it on Ctrl-C."""
@@ -158,6 +178,7 @@ def up(
     keep_files_private()
     from services.cli.commands import demo_models, model_list
     from services.cli.commands.screen import Screen
+    from services.cli.stack import local_ca
     from services.cli.stack.claim import claim
     from services.cli.stack.endpoints import Endpoints
     from services.cli.stack.key_secret import key_secret
@@ -167,6 +188,10 @@ def up(
 
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
+    files = _tls_files(tls_certificate, tls_key, tls_client_ca)
+    if tls and files is None:
+        files = replace(local_ca.issue(state / "tls", host), client_ca=tls_client_ca)
+        screen.say(f"callers verify the certificate of this stack by {state.absolute() / 'tls' / local_ca.CA}")
     options = StackOptions(
         endpoints,
         state=state,
@@ -176,15 +201,18 @@ def up(
         redis=redis,
         otlp=otlp,
         drain_seconds=drain,
+        tls=files if tls else None,
     )
 
     async def serve() -> int:
         screen.endpoints(options)
-        failures, sample = await asyncio.to_thread(model_list.first_look, endpoints.router, options.key_secret)
+        failures, sample = await asyncio.to_thread(model_list.first_look, options.routers[0], options.key_secret)
         for failure in failures:
             screen.say(failure)
+        if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
+            screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
         if sample is not None:
-            screen.first_calls(endpoints.router, sample)
+            screen.first_calls(endpoints.router, sample, options.tls)
         screen.say("ready")
         try:
             await asyncio.Event().wait()
@@ -192,9 +220,14 @@ def up(
             screen.say("draining; press Ctrl-C again to kill all processes")
         return 0
 
+    # They are the edge's; a router on the native engine has no TLS.
+    for name in ("CERTIFICATE", "KEY", "CLIENT_CA"):
+        os.environ.pop(f"RINGMESH_TLS_{name}", None)
     for message in variables.unknown(os.environ):
         screen.say(f"warning: {message}")
-    if exposed := warning(f"{host}:{base_port}", has_keys="RINGMESH_API_KEYS" in os.environ):
+    if exposed := warning(
+        f"{host}:{base_port}", has_keys=not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)
+    ):
         screen.say(f"warning: {exposed}")
     with claim(state):
         if models is None:
@@ -202,6 +235,35 @@ def up(
         code = _run("up", options, screen.say, serve, interrupted=0)
     screen.say("stopped" if code == 0 else "killed")
     raise typer.Exit(code)
+
+
+@app.command()
+def edge(
+    address: Annotated[str, typer.Option(help="host:port for callers.")],
+    router: Annotated[list[Path], typer.Option(help="Unix socket of a router; may be repeated.")],
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    folder: Annotated[Path, typer.Option(help="Folder for Envoy's configuration.")] = STATE / "edge",
+) -> None:
+    """Runs an Envoy that ends TLS in front of routers, whose RINGMESH_ADDRESS is unix:/path."""
+    from services.cli.stack.edge import Edge
+    from services.runtime.process.process import keep_files_private
+
+    keep_files_private()
+    files = _tls_files(tls_certificate, tls_key, tls_client_ca)
+    if files is None:
+        raise CommandError("name the certificate and its key by --tls-certificate and --tls-key")
+    command = Edge(address, router, files).command(folder)
+    os.execv(command[0], command)  # noqa: S606 - no shell
+
+
+def _tls_files(certificate: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    from services.runtime.rpc.tls import TlsFiles
+
+    if (certificate is None) != (key is None):
+        raise CommandError("a certificate needs its key: --tls-certificate and --tls-key")
+    return TlsFiles(certificate, key, client_ca) if certificate is not None and key is not None else None
 
 
 @app.command()
@@ -252,6 +314,18 @@ def check(
 
 
 @app.command()
+def sign(
+    repository: Annotated[str, typer.Argument(help="Model repository: a folder.")],
+    key: Annotated[str, typer.Option(help="File with an Ed25519 private key in PEM.")],
+) -> None:
+    """Signs the models of a repository for workers with RINGMESH_MODEL_KEYS."""
+    import subprocess
+
+    command = [sys.executable, "-P", "-m", "services.inference.sign", repository, key]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603, our own module
+
+
+@app.command()
 def trace(
     trace_id: Annotated[str | None, typer.Argument(metavar="ID", help="A trace id, or its first characters.")] = None,
     state: StateOption = STATE,
@@ -278,10 +352,9 @@ def top(
     state: StateOption = STATE,
 ) -> None:
     """Shows the state of the fleet until Ctrl-C: what needs attention, workers, models, processes."""
-    from services.cli.commands import running
     from services.cli.commands import top as show
 
-    url = console_url or running.endpoint("console", state)
+    url = _address("console", console_url, state)
     if once or not sys.stdout.isatty():
         show.once(_console(), url)
     else:
@@ -300,11 +373,10 @@ def explain(
 ) -> None:
     """Shows which worker a request would go to, and why: its key, its owner and the other candidates in order."""
     from services.cli.commands import explain as show
-    from services.cli.commands import running
 
     if (model is None) == (request is None):
         raise CommandError("name a model, or a file with --request")
-    address = router or running.endpoint("router", state)
+    address = _address("router", router, state)
     sent = show.read_request(request) if request is not None else show.random_request(address, model or "")
     show.show(_console(), show.explain(address, sent, tenant))
 
@@ -312,9 +384,9 @@ def explain(
 @app.command()
 def models(router: RouterOption = None, state: StateOption = STATE) -> None:
     """Lists the models of the fleet with their state and counts."""
-    from services.cli.commands import model_list, running
+    from services.cli.commands import model_list
 
-    _console().print(model_list.listing(router or running.endpoint("router", state)))
+    _console().print(model_list.listing(_address("router", router, state)))
 
 
 @app.command("semantic-precision")
@@ -328,11 +400,10 @@ def semantic_precision(
     state: StateOption = STATE,
 ) -> None:
     """Measures how often the answer to a similar vector would have been right, by threshold of similarity."""
-    from services.cli.commands import running
     from services.cli.commands import semantic_precision as tool
 
     chosen = thresholds or [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
-    _console().print(tool.measure(router or running.endpoint("router", state), model, vectors, chosen))
+    _console().print(tool.measure(_address("router", router, state), model, vectors, chosen))
 
 
 @cache_app.callback(invoke_without_command=True)
@@ -340,10 +411,10 @@ def cache(context: typer.Context, address: CacheOption = None, state: StateOptio
     """Shows contents and savings of the caches of router and cache service. `purge` removes entries."""
     if context.invoked_subcommand is not None:
         return
-    from services.cli.commands import cache_service, running
+    from services.cli.commands import cache_service
 
     names = ("router", "cache") if address is None else ("cache",)
-    processes = {name: address or running.endpoint(name, state) for name in names}
+    processes = {name: _address(name, address, state) for name in names}
     _console().print(cache_service.listing(processes))
 
 
@@ -360,10 +431,10 @@ def purge(
     state: StateOption = STATE,
 ) -> None:
     """Removes entries from all caches. Returns when no router or cache answers from them any more."""
-    from services.cli.commands import cache_service, running
+    from services.cli.commands import cache_service
 
     done = cache_service.purge(
-        address or running.endpoint("router", state),  # which knows the models
+        _address("router", address, state),  # which knows the models
         even_if_unknown=even_if_unknown,
         everything=everything,
         model=model,
@@ -406,11 +477,10 @@ def cost(
 ) -> None:
     """Shows what requests used, what that cost, and what the cache saved."""
     from services.cli.commands import cost as show
-    from services.cli.commands import running
 
     if bill + forecast + (export is not None) > 1:
         raise CommandError("choose one of --bill, --forecast and --export")
-    address = ledger or running.endpoint("ledger", state)
+    address = _address("ledger", ledger, state)
     console = _console()
     if export is not None:
         written = show.export(address, since or "1h", until, export)
@@ -419,22 +489,14 @@ def cost(
         expected = show.forecast(address)
         print(show.as_json(expected)) if is_json else show.show_forecast(console, expected)
     elif bill:
-        paid = show.bill(address, show.period(since, until, allow_unpriced=unpriced))
+        paid = show.bill(address, since, until, allow_unpriced=unpriced)
         print(show.as_json(paid)) if is_json else show.show_bill(console, paid)
     else:
         groups = by or ([] if trace_id else [By.TENANT])
         filters = {"tenant": tenant, "model": model, "version": version, "region": region}
-        asked = show.question(
-            groups,
-            since,
-            until,
-            filters,
-            trace_id,
-            limit=limit,
-            changes=changes,
-            allow_unpriced=unpriced,
+        answer = show.report(
+            address, groups, since, until, filters, trace_id, limit=limit, changes=changes, allow_unpriced=unpriced
         )
-        answer = show.report(address, asked)
         if is_json:
             print(show.as_json(answer, groups))
         else:
@@ -443,19 +505,22 @@ def cost(
 
 @app.command()
 def advice(
-    worker_type: Annotated[str, typer.Option(help="Of which workers.")] = "cpu",
     since: Annotated[str, typer.Option(help="An age or a time; at most 48 hours ago.")] = "24h",
     until: Until = None,
-    wait: Annotated[float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 requests may wait.")] = 50,
+    latency: Annotated[
+        float, typer.Option(min=0.001, help="Milliseconds that 99 in 100 computed requests may wait and run.")
+    ] = 100,
+    worker_type: Annotated[str, typer.Option(help="Only what such workers compute; without it, all.")] = "",
+    memory_price: Annotated[float, typer.Option(min=0, help="Of an hour of 1 GB of cache.")] = 0.005,
     is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ledger: LedgerOption = None,
     state: StateOption = STATE,
 ) -> None:
-    """Says how many workers each hour would have needed, from its requests, and what that would have cost."""
+    """Says what would have cost less: workers by type and hour, sizes of the cache, sharing, batches and caching."""
     from services.cli.commands import advice as tool
-    from services.cli.commands import cost, running
+    from services.cli.commands import cost
 
-    answer = tool.ask(ledger or running.endpoint("ledger", state), worker_type, since, until, wait)
+    answer = tool.ask(_address("ledger", ledger, state), since, until, latency, worker_type, memory_price=memory_price)
     if is_json:
         print(cost.as_json(answer))
     else:
@@ -468,9 +533,8 @@ def prices(context: typer.Context, ledger: LedgerOption = None, state: StateOpti
     if context.invoked_subcommand is not None:
         return
     from services.cli.commands import prices as tool
-    from services.cli.commands import running
 
-    _console().print(tool.listing(ledger or running.endpoint("ledger", state)))
+    _console().print(tool.listing(_address("ledger", ledger, state)))
 
 
 @prices_app.command("set")
@@ -492,10 +556,9 @@ def set_price(
 ) -> None:
     """Sets what an hour of a type of worker costs in a period."""
     from services.cli.commands import prices as tool
-    from services.cli.commands import running
 
     tool.set_price(
-        ledger or running.endpoint("ledger", state),
+        _address("ledger", ledger, state),
         worker_type,
         hourly,
         currency,
@@ -518,9 +581,8 @@ def delete_price(
 ) -> None:
     """Removes a price."""
     from services.cli.commands import prices as tool
-    from services.cli.commands import running
 
-    tool.delete(ledger or running.endpoint("ledger", state), worker_type, since)
+    tool.delete(_address("ledger", ledger, state), worker_type, since)
 
 
 class Period(StrEnum):
@@ -546,9 +608,8 @@ def budgets(
     if context.invoked_subcommand is not None:
         return
     from services.cli.commands import budgets as tool
-    from services.cli.commands import running
 
-    found = tool.states(ledger or running.endpoint("ledger", state))
+    found = tool.states(_address("ledger", ledger, state))
     if is_json:
         print(tool.plain(found))
     else:
@@ -568,9 +629,8 @@ def set_budget(
 ) -> None:
     """Sets how much a tenant, a model, or a tenant's use of a model may cost."""
     from services.cli.commands import budgets as tool
-    from services.cli.commands import running
 
-    tool.set_budget(ledger or running.endpoint("ledger", state), tenant, model, period.value, soft, hard, currency)
+    tool.set_budget(_address("ledger", ledger, state), tenant, model, period.value, soft, hard, currency)
 
 
 @budgets_app.command("delete")
@@ -583,9 +643,8 @@ def delete_budget(
 ) -> None:
     """Removes a budget."""
     from services.cli.commands import budgets as tool
-    from services.cli.commands import running
 
-    tool.delete(ledger or running.endpoint("ledger", state), tenant, model, period.value)
+    tool.delete(_address("ledger", ledger, state), tenant, model, period.value)
 
 
 def _run(
@@ -600,6 +659,32 @@ def _run(
     set_title(title, options.endpoints.router)
     traces.prune(options.traces)
     return asyncio.run(supervise(Stack(options, say), work, interrupted=interrupted))
+
+
+@app.command()
+def audit(
+    since: Since = None,
+    until: Until = None,
+    who: Annotated[str, typer.Option(help="Only entries whose actor contains this text, such as ops-1.")] = "",
+    method: Annotated[str, typer.Option(help="Only entries whose method contains this text, such as Load.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Entries, the newest first; 0: all.")] = 100,
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as in the file.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of a process; default: the router of the stack in --state.")
+    ] = None,
+    state: StateOption = STATE,
+) -> None:
+    """Shows who did what: administrative actions and refused calls, the newest first."""
+    from services.cli.commands import audit as tool
+    from services.cli.commands import running
+
+    asked = tool.question(since, until, who, method, limit)
+    found = tool.entries(address or running.endpoint("router", state), asked)
+    if is_json:
+        for line in tool.lines(found):
+            print(line)
+    else:
+        _console().print(tool.listing(found))
 
 
 @key_app.command()
@@ -617,6 +702,13 @@ def new(
 
     keep_files_private()
     print(keys.create(file, id, tenant, role, model or [], days))
+
+
+def _address(name: str, given: str | None, state: Path) -> str:
+    """Returns the address that is given, else that of a process of the stack in `state`. Raises CommandError."""
+    from services.cli.commands import running
+
+    return given or running.endpoint(name, state)
 
 
 def _console() -> Console:

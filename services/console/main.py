@@ -17,41 +17,26 @@ from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
 from services.console.http_server import HttpServer
 from services.console.settings import ConsoleSettings
-from services.runtime.process.process import run, set_title
+from services.runtime.process.process import publish, run, set_title
 from services.runtime.rpc.access import credential_of
-from services.runtime.rpc.exposition import MetricsServer
-from services.runtime.rpc.server import Server
 from services.runtime.telemetry.metrics import Metrics
-from services.runtime.telemetry.process_metrics import ProcessMetrics
-from services.runtime.telemetry.supervisor import BACKGROUND
 
 
 async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
-    """Serves until `stopping`, then drains."""
     traces = TraceStore(max_bytes=settings.trace_store_bytes, max_traces=settings.trace_store_traces)
     history = History(time.time)
     scraper = Scraper(settings.metrics_targets, history)
     access = settings.access()
-    fleet = FleetWatch(settings.routers, settings.cache_address, credential_of(settings.key_secret))
-    ledger = LedgerReports(settings.ledger_address, credential_of(settings.key_secret))
+    credential, tls = credential_of(settings.key_secret), settings.service_tls()
+    fleet = FleetWatch(settings.routers, settings.cache_address, credential, tls)
+    ledger = LedgerReports(settings.ledger_address, credential, tls=tls)
     sources = Sources(fleet, history, scraper, traces, settings.trace_ui, ledger)
     metrics = Metrics()
-    metrics.add(BACKGROUND.samples)
     metrics.add(partial(console_metrics.samples, traces))
     pages = HttpServer(app.create(sources, stopping, settings.console_hosts, access), settings.http_address)
-    receiver = Server(
-        settings.engine,
-        settings.address,
-        [TraceReceiver(traces).service()],
-        max_message_bytes=settings.max_message_bytes,
-        max_connection_age=settings.max_connection_age_seconds,
-        max_unread_bytes=settings.max_unread_bytes,
-        access=access,
-    )
+    receiver = settings.create_server([TraceReceiver(traces).service()], access)
     metrics.add(receiver.calls.samples)
-    exposition = MetricsServer(settings.metrics_address, metrics)
-    await exposition.start()
-    ProcessMetrics("console", settings.engine, metrics).start()
+    exposition = await publish(settings, metrics)
     pages.start()
     set_title("console", settings.http_address)
     await receiver.start()
@@ -68,5 +53,4 @@ async def serve(settings: ConsoleSettings, stopping: asyncio.Event) -> None:
 
 
 def main() -> None:
-    """`python -m services.console`."""
     run(ConsoleSettings, serve)

@@ -15,7 +15,6 @@ SPANS = Family(
 
 
 def samples(store: TraceStore) -> Iterator[Sample]:
-    """Yields the samples, for `Metrics.add`."""
     yield Sample(TRACES, (), len(store))
     yield Sample(TRACE_BYTES, (), store.bytes)
     yield Sample(SPANS, ("received",), store.received_spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import NoDecode
 
 from services.runtime.process.settings import ServiceSettings, is_host_port, split
@@ -19,10 +19,10 @@ class ConsoleSettings(ServiceSettings):
     address: str = Field("127.0.0.1:8013", description="host:port for spans by OTLP/gRPC")
     max_message_bytes: int = Field(16 << 20, gt=0, description="largest request accepted")
     http_address: str = Field("127.0.0.1:8080", description="host:port of the pages")
-    console_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+    console_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)] = Field(
         (), description="accepted host names of the pages, besides IP addresses and localhost"
     )
-    routers: Annotated[tuple[str, ...], NoDecode] = Field(
+    routers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)] = Field(
         ("127.0.0.1:8001",), description="host:port of each router, separated by commas"
     )
     cache_address: str = Field("127.0.0.1:8010", description="host:port of the cache service")
@@ -38,11 +38,6 @@ class ConsoleSettings(ServiceSettings):
     trace_store_traces: int = Field(20_000, gt=0, description="number of traces kept")
     trace_ui: str = Field("", pattern=r"^(https?://[^\s]*\{trace_id\}[^\s]*)?$", description="URL of a trace elsewhere")
 
-    @field_validator("console_hosts", "routers", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return split(value)
-
     @field_validator("metrics_targets", mode="before")
     @classmethod
     def _pairs(cls, value: object) -> object:
@@ -55,8 +50,8 @@ class ConsoleSettings(ServiceSettings):
     @classmethod
     def _check(cls, value: Addresses) -> Addresses:
         for address in [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value:
-            if not is_host_port(address):
-                raise ValueError(f"{address!r} must be host:port")
+            if not (is_host_port(address) or address.startswith("unix:/")):
+                raise ValueError(f"{address!r} must be host:port or unix:/path")
         if value == ():
             raise ValueError("must list at least one router")
         return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from services.inference.codec.tensor_spec import TensorSpec
 from services.inference.main import model_opener
+from services.inference.models import model_store
 from services.inference.models.held_models import HeldModel
 from services.inference.models.model_store import ModelStore
 from services.inference.repository import config, repository
@@ -32,15 +34,33 @@ from services.runtime.rpc.server import StartError
 _NO_LIMIT = 1 << 62
 
 
+class _Warnings(logging.Handler):
+    """Collects the warnings about the model that is loaded, without ignored fields, which are reported as such."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.name != model_store.__name__ and text not in self.texts:
+            self.texts.append(text)
+
+
 async def _check(settings: WorkerSettings, after: str, out: int) -> None:
     source = await asyncio.to_thread(settings.model_source)
     names = await asyncio.to_thread(source.names)
+    signatures = settings.signatures()
     with ThreadPoolExecutor() as executor:
         limit = settings.model_memory_bytes or _NO_LIMIT
-        store = ModelStore(source, model_opener(settings), executor, memory_limit=limit)
+        store = ModelStore(source, model_opener(settings), executor, memory_limit=limit, signatures=signatures)
+        warnings = _Warnings()
+        logging.getLogger().addHandler(warnings)
         for name in sorted(name for name in names if name > after):
             _write(out, {"checking": name})
-            _write(out, {"name": name, **await _describe(store, source, name)})
+            warnings.texts = []
+            described = await _describe(store, source, name)
+            _write(out, {"name": name, **described, "warnings": warnings.texts})
         await store.close()
 
 
@@ -96,7 +116,6 @@ def _write(out: int, line: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Checks the repository named by the arguments."""
     repository_name, *after = sys.argv[1:]
     # What libraries print goes to stderr.
     out = os.dup(1)
@@ -104,15 +123,9 @@ def main() -> None:
     try:
         settings = WorkerSettings(models=repository_name)
         asyncio.run(_check(settings, "".join(after), out))
-    except ValidationError as error:
-        sys.exit(_refuse(describe(error)))
-    except (StartError, RepositoryError) as error:
-        sys.exit(_refuse(str(error)))
-
-
-def _refuse(reason: str) -> int:
-    print(f"check: {reason}", file=sys.stderr)
-    return 2
+    except (ValidationError, StartError, RepositoryError) as error:
+        print(f"check: {describe(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -29,19 +29,15 @@ from services.inference.repository.snapshots import Snapshots
 from services.inference.settings import WorkerSettings
 from services.inference.worker import Worker
 from services.runtime.machine import cores, memory
-from services.runtime.process.process import run, set_title
+from services.runtime.process.process import publish, run, set_title
 from services.runtime.redis.discovery import Announcer
 from services.runtime.rpc.calls import Calls
-from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.live_settings import LiveSettings
-from services.runtime.rpc.server import Server, StartError
+from services.runtime.rpc.server import StartError
 from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from services.runtime.telemetry.load_report import Answers, LoadReport
 from services.runtime.telemetry.metrics import Metrics
-from services.runtime.telemetry.metrics_export import MetricsExport
-from services.runtime.telemetry.process_metrics import ProcessMetrics
 from services.runtime.telemetry.supervisor import BACKGROUND
-from services.runtime.telemetry.tracing import create_tracer
 from services.runtime.telemetry.worker_spans import EXECUTE
 
 log = logging.getLogger(__name__)
@@ -56,13 +52,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _kept(settings, "crashes", CrashJournal, "models that crash this worker are not quarantined")
     store = await _load(settings, executor, journal)
-    tracer = create_tracer(
-        "worker",
-        ratio=settings.trace_ratio,
-        folder=settings.trace_dir,
-        otlp_endpoint=settings.otlp_endpoint,
-        instance=settings.worker_id,
-    )
+    tracer = settings.create_tracer(settings.worker_id)
     worker = Worker(settings.worker_id, store, settings.shared_memory_prefix)
     more = {
         **ModelControl(store).handlers(),
@@ -75,31 +65,17 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     calls = Calls()
     inference = DirectService(worker, tracer, report, access).service(lambda: server.health.serving, more, calls)
 
-    server = Server(
-        settings.engine,
-        settings.address,
-        [inference, envelopes.service(calls)],
-        max_message_bytes=settings.max_message_bytes,
-        max_connection_age=settings.max_connection_age_seconds,
-        max_unread_bytes=settings.max_unread_bytes,
-        access=access,
-        calls=calls,
-    )
+    server = settings.create_server([inference, envelopes.service(calls)], access, calls=calls)
     local = EnvelopeSocket(settings.socket_dir, envelopes.execute, settings.max_message_bytes, calls.counter(EXECUTE))
     metrics = Metrics()
-    metrics.add(BACKGROUND.samples)
     metrics.add(WorkerMetrics(worker, triton_names=settings.triton_metrics).samples)
     metrics.add(tracer.samples)
     metrics.add(calls.samples)
     metrics.add_slow(gpu_metrics())
-    exposition = MetricsServer(settings.metrics_address, metrics)
     envelopes.socket = await local.start()
     port = envelopes.port = await server.start()
     set_title("worker", settings.address, port)
-    await exposition.start()
-    ProcessMetrics("worker", settings.engine, metrics).start()
-    export = MetricsExport(settings.otlp_endpoint, tracer.process, metrics)
-    export.start()
+    exposition = await publish(settings, metrics, tracer.process)
     report.start(server.receiver_seconds)
     server.set_serving(True)
     announcer = None
@@ -125,7 +101,6 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     executor.shutdown()
     if journal is not None:
         journal.close()
-    await export.close()
     await tracer.close()
 
 
@@ -171,6 +146,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
             decisions=await asyncio.to_thread(
                 _kept, settings, "decisions", partial(Decisions, limit=settings.decisions_bytes), _FORGOTTEN
             ),
+            signatures=settings.signatures(),
         )
         await store.load_all()
     except RepositoryError as error:

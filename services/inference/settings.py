@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from services.inference.repository.remote_repository import SCHEMES, RemoteRepository
 from services.inference.repository.repository import Directory, ModelSource
+from services.inference.repository.signatures import Signatures, SigningKeyError
 from services.runtime.process.settings import ServiceSettings, is_host_port
 from services.runtime.redis.discovery import AnyRedis, connect
 from services.runtime.rpc.server import StartError
@@ -29,6 +30,9 @@ class WorkerSettings(ServiceSettings):
     models: str = Field(
         "models", description="model repository in Triton's layout: a folder, or an s3://, gs:// or https:// URL"
     )
+    model_keys: Path | None = Field(
+        None, description="file of Ed25519 public keys; with it, only models that one of them signed are loaded"
+    )
     state_dir: Path = Field(Path(".ringmesh/worker"), description="folder for state that survives restarts")
     model_memory_bytes: int = Field(
         0, ge=0, description="models in memory at once; the least recently used make room for others; 0: all"
@@ -37,7 +41,7 @@ class WorkerSettings(ServiceSettings):
         1 << 30, gt=0, description="disk for the models of load requests, which survive restarts"
     )
     threads: int = Field(
-        0, ge=0, description="ONNX Runtime threads within one run; 0: the cores of this process or its container"
+        0, ge=0, description="ONNX Runtime threads of a model, which its instances share; 0: the cores it may use"
     )
     poll_seconds: float = Field(0.0, ge=0, description="how often to look for changed models; 0: only when asked to")
     socket_dir: str = Field(
@@ -76,6 +80,13 @@ class WorkerSettings(ServiceSettings):
         if "://" in self.models:
             return RemoteRepository(self.models, self.state_dir / "models")
         return Directory(Path(self.models))
+
+    def signatures(self) -> Signatures | None:
+        """Checks the signatures of models, if `model_keys` is set. Raises StartError if they cannot be used."""
+        try:
+            return None if self.model_keys is None else Signatures(self.model_keys)
+        except SigningKeyError as error:
+            raise StartError(f"RINGMESH_MODEL_KEYS: {error}") from None
 
     def create_discovery(self) -> AnyRedis | None:
         """The Redis to announce this worker in, if any. Raises StartError if its URL is invalid or `address` is a

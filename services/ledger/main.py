@@ -19,13 +19,9 @@ from services.ledger.storage.database import Database
 from services.ledger.storage.embedded import EmbeddedPostgres
 from services.ledger.storage.partitions import Partitions
 from services.ledger.upkeep import keep_partitions, open_database
-from services.runtime.process.process import run, set_title
+from services.runtime.process.process import publish, run, set_title
 from services.runtime.rpc.access import credential_of
-from services.runtime.rpc.exposition import MetricsServer
-from services.runtime.rpc.server import Server
 from services.runtime.telemetry.metrics import Metrics
-from services.runtime.telemetry.metrics_export import MetricsExport
-from services.runtime.telemetry.process_metrics import ProcessMetrics
 from services.runtime.telemetry.spans import this_process
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -49,30 +45,19 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     partitions = Partitions(settings.retention)
     writer = Writer(database, partitions)
     prices = PriceList(database, settings.currency)
-    cache = ReportCache(settings.cache_address, credential_of(settings.key_secret))
+    cache = ReportCache(settings.cache_address, credential_of(settings.key_secret), settings.service_tls())
     reports = Reports(database, prices, cache, settings.retention)
     budgets = Budgets(database, prices)
-    server = Server(
-        settings.engine,
-        settings.address,
-        [LedgerService(database, partitions, writer, prices, reports, budgets).service()],
-        max_message_bytes=settings.max_message_bytes,
-        max_connection_age=settings.max_connection_age_seconds,
-        max_unread_bytes=settings.max_unread_bytes,
-        access=settings.access(),
-    )
+    service = LedgerService(database, partitions, writer, prices, reports, budgets).service()
+    server = settings.create_server([service], settings.access())
     metrics = Metrics()
-    metrics.add(BACKGROUND.samples)
     ledger_metrics = LedgerMetrics(database, writer, cache, budgets)
     metrics.add(ledger_metrics.samples)
     metrics.add(server.calls.samples)
-    exposition = MetricsServer(settings.metrics_address, metrics)
     port = await server.start()
-    await exposition.start()
+    exposition = await publish(settings, metrics, this_process("ledger"))
     set_title("ledger", settings.address, port)
-    ProcessMetrics("ledger", settings.engine, metrics).start()
-    export = MetricsExport(settings.otlp_endpoint, this_process("ledger"), metrics)
-    export.start()
+    tasks: list[asyncio.Task[None]] = []
     try:
         opening = asyncio.ensure_future(
             open_database(database, partitions, prices, settings.default_prices(), time.time)
@@ -82,15 +67,17 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
         if opening.done():
             opening.result()
             writer.start()
-            BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time))
-            BACKGROUND.start("budgets", ledger_metrics.look)
+            tasks = [
+                BACKGROUND.start("partitions", partial(keep_partitions, database, partitions, time.time)),
+                BACKGROUND.start("budgets", ledger_metrics.look),
+            ]
             server.set_serving(True)
             await stopped
         opening.cancel()
     finally:
-        await export.close()
         await server.stop(settings.drain_seconds)
         await writer.close()
+        await BACKGROUND.end(*tasks)
         exposition.close()
         await cache.close()
         await database.close()

@@ -4,7 +4,7 @@ RingmeshError
 ├── InvalidArgumentError     the request is invalid, on any server
 ├── NotFoundError            no such model or version
 ├── AlreadyExistsError       the name is taken
-├── UnauthenticatedError     the caller's API key is missing, unknown or expired
+├── UnauthenticatedError     the caller's key, certificate or token is missing, unknown or expired
 ├── PermissionDeniedError    the caller may not do this
 ├── FailedPreconditionError  this server lacks state that the request needs; another may have it
 ├── ResourceExhaustedError   a limit is reached; may be retried later
@@ -83,15 +83,13 @@ class AlreadyExistsError(RingmeshError):
 
 
 class UnauthenticatedError(RingmeshError):
-    """The caller's API key is missing, unknown or expired."""
+    """The caller's key, certificate or token is missing, unknown or expired."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
     kind = "unauthenticated"
 
 
 class PermissionDeniedError(RingmeshError):
-    """The caller may not do this; the message says who may."""
-
     code = grpc.StatusCode.PERMISSION_DENIED
     kind = "denied"
 

@@ -15,13 +15,17 @@ class TokenBucket:
         self._tokens = burst
         self._seen = clock()
 
-    def take(self) -> float:
-        """Takes a token and returns 0.0, or returns the seconds until one is available."""
+    def take(self, amount: float = 1.0) -> float:
+        """Takes tokens and returns 0.0, or returns the seconds until they are available.
+
+        More than `burst` are taken from a full bucket, which then owes the rest.
+        """
         self._fill()
-        if self._tokens >= 1:
-            self._tokens -= 1
+        needed = min(amount, self._burst)
+        if self._tokens >= needed:
+            self._tokens -= amount
             return 0.0
-        return (1 - self._tokens) / self._rate
+        return (needed - self._tokens) / self._rate
 
     @property
     def full(self) -> bool:

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _KEY = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _MAX_STATE = 512
+_PACKED_BYTES = 24
 # Limits of the W3C Baggage specification.
 _MAX_BAGGAGE_BYTES = 8192
 _MAX_MEMBERS = 64
@@ -47,9 +48,10 @@ def parse_traceparent(value: str) -> Parent | None:
 def packed(traceparent: str) -> bytes:
     """Returns the trace id (16 bytes) and span id (8) of a traceparent made by `traceparent`; b"" if malformed."""
     try:
-        return bytes.fromhex(traceparent[3:35] + traceparent[36:52])
+        ids = bytes.fromhex(traceparent[3:35] + traceparent[36:52])
     except ValueError:
         return b""
+    return ids if len(ids) == _PACKED_BYTES else b""
 
 
 def traceparent(trace_id: str, span_id: str, sampled: bool) -> str:

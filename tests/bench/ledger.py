@@ -1,16 +1,19 @@
-"""How much the ledger writes, and how fast it answers: `python -m tests.bench.ledger`.
+"""How much the ledger writes, how fast it answers, and what it costs: `python -m tests.bench.ledger`.
 
 `ingest` appends batches to a ledger with its embedded PostgreSQL for a while. `month` fills one with a month of calls,
-and times each report right after a restart of PostgreSQL and from the cache, and the rebuilding of a day.
+and times each report right after a restart of PostgreSQL and from the cache, and the rebuilding of a day. `hits` loads
+`ringmesh up`, as it is and with routers that have no ledger, in turn.
 """
 
 import argparse
 import asyncio
+import shutil
 import statistics
 import tempfile
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -28,6 +31,12 @@ from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage import usage_rows
 from services.ledger.storage.database import READING
 from services.ledger.storage.partitions import usage_partition
+from tests import installation
+from tests.bench.__main__ import measure, two_trees
+from tests.bench.harness import build_loadgen
+from tests.bench.results import OTHER, THIS, Results
+from tests.bench.workloads import WORKLOADS
+from tests.installation import SITE_PACKAGES
 from tests.system import processes
 from tests.system.conftest import eventually
 from tests.system.ledgers import DAY_MS, HOUR_MS, Ledger, Sender, now_ms
@@ -74,7 +83,10 @@ def prepared_batches(count):
 
 
 class Producer(threading.Thread):
-    """Appends at `rate` records a second, or as fast as it is acknowledged where that is 0."""
+    """Appends at `rate` records a second, or as fast as it is acknowledged where that is 0.
+
+    `times` are from when a batch was due until it was acknowledged, with its roll-ups: how far those are behind.
+    """
 
     def __init__(self, ledger, batches, rate, seconds):
         super().__init__()
@@ -89,9 +101,9 @@ class Producer(threading.Thread):
             batch.ClearField("at_ms")
             batch.at_ms.extend([now_ms()] * BATCH)
             data = batch.SerializeToString()
-            sent = time.monotonic()
+            due = began + len(self.times) * BATCH / self.rate if self.rate else time.monotonic()
             assert self.sender.append((), batch=data).result == ledger_pb2.AppendResponse.RESULT_WRITTEN
-            self.times.append(time.monotonic() - sent)
+            self.times.append(time.monotonic() - due)
             if self.rate:
                 time.sleep(max(0.0, began + len(self.times) * BATCH / self.rate - time.monotonic()))
 
@@ -116,7 +128,7 @@ def ingest(arguments):
         counted = ledger.report(from_ms=now_ms() - 24 * HOUR_MS).total.requests
         console.print(
             f"{records:,} records in {arguments.seconds:.0f} s: {records / arguments.seconds:,.0f} a second; "
-            f"acknowledged after p50 {statistics.median(times) * 1000:.0f} ms, "
+            f"roll-ups behind by p50 {statistics.median(times) * 1000:.0f} ms, "
             f"p99 {times[len(times) * 99 // 100] * 1000:.0f} ms, at most {times[-1] * 1000:.0f} ms; "
             f"ledger: {(used.user + used.system - cpu.user - cpu.system) / arguments.seconds:.0%} of a core, "
             f"{memory[0]} MiB at first, {memory[-1]} MiB at last; counted {counted:,}",
@@ -311,6 +323,34 @@ def timed(ask):
     return time.perf_counter() - began, answer
 
 
+def hits(arguments):
+    """Hits a second with metering, as part of those without."""
+    with tempfile.TemporaryDirectory(prefix="ringmesh-bench-", dir=arguments.folder) as folder:
+        for part in ("cache", "router", "services", *(found.name for found in SITE_PACKAGES.glob("*__mypyc.*"))):
+            copy = shutil.copytree if (SITE_PACKAGES / part).is_dir() else shutil.copy
+            copy(SITE_PACKAGES / part, Path(folder, part))
+        stack = Path(folder, "services/cli/stack/stack.py")
+        without = stack.read_text().replace('                "RINGMESH_LEDGER_ADDRESS"', '                "NO_LEDGER"')
+        assert without != stack.read_text()
+        stack.write_text(without)
+        found = Results()
+        for start in range(arguments.starts):
+            rounds = range(arguments.rounds * start, arguments.rounds * (start + 1))
+            peers = partial(two_trees, other=Path(folder))
+            measure(WORKLOADS[0], (16, 64), peers, build_loadgen(), arguments.seconds, rounds, found)
+    for outstanding in (16, 64):
+        ratios = found.ratios("rps", WORKLOADS[0].name, outstanding, THIS, OTHER)
+        here, there = (found.find(WORKLOADS[0].name, outstanding, name).median("rps") for name in (THIS, OTHER))
+        quarters = statistics.quantiles(ratios, n=4)
+        console.print(
+            f"{outstanding} calls at a time: {here:,.0f} hits/s with the ledger, {there:,.0f} without; "
+            f"{len(ratios)} pairs, ratio {statistics.median(ratios):.3f} (quartiles {quarters[0]:.3f} to "
+            f"{quarters[2]:.3f})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.bench.ledger", description=__doc__)
     parser.add_argument("--folder", type=Path, help="where the database is made; without it, of temporary files")
@@ -324,7 +364,13 @@ def main():
     command.add_argument("--days", type=int, default=30)
     command.add_argument("--write", action="store_true", help="write docs/ledger-plans.md")
     command.set_defaults(run=month)
+    command = commands.add_parser("hits")
+    command.add_argument("--seconds", type=float, default=1)
+    command.add_argument("--rounds", type=int, default=12, help="of each start")
+    command.add_argument("--starts", type=int, default=3)
+    command.set_defaults(run=hits)
     arguments = parser.parse_args()
+    installation.choose()
     arguments.run(arguments)
 
 

@@ -192,6 +192,8 @@ class SimChannel:
     async def _connect(self):
         if self._connecting is None:
             self._connecting = asyncio.get_running_loop().create_task(self._connected())
+            # All that wait for it may have left before it fails.
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._connecting)
 
     async def _connected(self):
@@ -313,6 +315,9 @@ class Context:
 
     async def abort(self, code, message="", trailing=()):
         raise AbortError(code, message)
+
+    def auth_context(self):
+        return {}
 
     def invocation_metadata(self):
         return ()

@@ -45,6 +45,24 @@ async def test_a_tenant_over_its_quota_is_told_when_to_retry_and_still_gets_hits
         assert (await call(channel, fresh(), ("ringmesh-tenant", "other")))[0] == grpc.StatusCode.OK
 
 
+async def test_bytes_and_requests_at_once_are_limited_by_tenant(start_router, stack):
+    limits = {"byte_quotas": "acme=1", "concurrency_quotas": "other=1", "cache_quotas": "*=0.5"}
+    router = await asyncio.to_thread(start_router, stack.workers, None, **limits)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        answers = [await call(channel, fresh(), ("ringmesh-tenant", "acme")) for _ in range(2)]
+        assert [code for code, _ in answers] == [grpc.StatusCode.OK, EXHAUSTED]
+        error = answers[1][1]
+        assert "tenant 'acme' has used up its quota of 1 bytes of requests a second; retry in " in error.details()
+        assert rpc_status.from_call(error).details
+        slow = [call(channel, fresh("slow"), ("ringmesh-tenant", "other")) for _ in range(12)]
+        answers = await asyncio.gather(*slow)
+        assert {code for code, _ in answers} == {grpc.StatusCode.OK, EXHAUSTED}
+        refused = [error for code, error in answers if code == EXHAUSTED]
+        assert "tenant 'other' has 1 requests under way, as many as it may have at once" in refused[0].details()
+        assert rpc_status.from_call(refused[0]).details
+        assert (await call(channel, fresh(), ("ringmesh-tenant", "other")))[0] == grpc.StatusCode.OK
+
+
 async def test_who_joined_a_request_that_is_refused_for_its_tenant_gets_an_answer(router):
     async with grpc.aio.insecure_channel(router) as channel:
         while (await call(channel, fresh(), ("ringmesh-tenant", "acme")))[0] != EXHAUSTED:

@@ -24,6 +24,7 @@ def report(tmp_path_factory):
     onnx_models.random(repository)
     onnx_models.crashing(repository)
     triton_models.build(repository)
+    (repository / "mlp" / "latest").mkdir()
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.onnx").write_bytes(b"no model")
     (repository / "README.md").touch()
@@ -56,6 +57,13 @@ def test_a_model_is_described(report):
     assert described["batching"] == "batched: rows are proven independent"
     assert described["provider"] == "CPUExecutionProvider"
     assert described["memory_bytes"] > 0
+
+
+def test_what_a_worker_would_warn_of_is_reported_once(report):
+    _, models = report
+    (warning,) = models["mlp"]["warnings"]
+    assert warning.startswith("model mlp: the folder latest is ignored: a version is a whole number")
+    assert models["simple_dyna_sequence"]["warnings"] == []
 
 
 def test_a_model_that_is_not_cached_has_a_reason(report):

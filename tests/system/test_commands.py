@@ -84,6 +84,18 @@ def test_cache_shows_the_tiers(stack):
     assert "shared" in told
 
 
+def test_audit_lists_who_did_what_on_routers_and_workers(stack):
+    assert "confirmed it" in shown("cache", "purge", "--model", "mlp", "--state", stack.state)
+    newest = shown("audit", "--method", "Purge", "--limit", "1", "--state", stack.state).splitlines()[1]
+    assert all(text in newest for text in ("router", "local", "ipv4:127.0.0.1:", "OK", '{"model": "mlp"}'))
+    for address in (stack.router, *stack.workers):
+        listed = shown("audit", "--since", "2h", "--json", "--method", "Purge", "--address", address).splitlines()
+        entry = json.loads(listed[0])
+        assert (entry["who"], entry["result"], entry["request"]) == ("local", "OK", {"model": "mlp"})
+        assert entry["method"] == "ringmesh.cache.v1.CacheService/Purge"
+    assert shown("audit", "--who", "nobody", "--json", "--state", stack.state) == ""
+
+
 def test_options_before_a_subcommand_apply_to_it(stack, tmp_path):
     assert "mlp" in shown("--state", stack.state, "models")
     assert "confirmed it" in shown("cache", "--state", stack.state, "purge", "--model", "mlp")
@@ -100,7 +112,13 @@ def test_where_no_stack_runs_the_way_to_one_is_told(tmp_path, command):
 
 @pytest.mark.parametrize(
     "command",
-    [["top", "--once", "--console"], ["explain", "mlp", "--router"], ["models", "--router"], ["cache", "--cache"]],
+    [
+        ["top", "--once", "--console"],
+        ["explain", "mlp", "--router"],
+        ["models", "--router"],
+        ["cache", "--cache"],
+        ["audit", "--address"],
+    ],
 )
 def test_a_part_that_does_not_answer_is_named(command):
     nowhere = free_address()

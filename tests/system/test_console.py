@@ -155,6 +155,7 @@ PAGES = {
         "The bill",
         "Expected for the month",
     ),
+    "/audit?span=7d": ("Administrative actions", "Who", "Result"),
     "/try?model=mlp": ("Send", "FP32, any"),
 }
 

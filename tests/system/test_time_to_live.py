@@ -75,10 +75,12 @@ async def test_a_stale_answer_is_given_and_marked_while_it_is_renewed_and_never_
             await told(channel, request, [("cache-control", "only-if-cached, max-age=60")])
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert await told(channel, request) == ("hit-local", True)
+    resumed = time.monotonic()
     while (answer := await told(channel, request)) == ("hit-local", True):
         pass
     assert answer == ("hit-local", False)
-    assert await computed(channel, "stale") == 2
+    # On a slow machine the renewed answer may be old, and renewed, too.
+    assert 2 <= await computed(channel, "stale") <= 2 + (time.monotonic() - resumed) / 0.2
     with paused(worker):
         while await told(channel, request) == ("hit-local", False):
             pass

@@ -9,8 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from http.cookiejar import CookieJar
 from pathlib import Path
+from urllib.parse import urlencode
 
 import grpc
 import psutil
@@ -21,6 +24,7 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.cli.commands import keys
 from services.runtime.rpc.access import credential_of
+from tests import models
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
 
@@ -200,23 +204,36 @@ def test_an_empty_model_repository_is_named(tmp_path):
     assert f"no model in {tmp_path / 'empty'}" in line
 
 
-def test_a_worker_that_cannot_start_says_why(tmp_path):
-    model = tmp_path / "models" / "broken" / "1" / "model.onnx"
-    model.parent.mkdir(parents=True)
-    model.write_bytes(b"not a model")
-    line = refused("--state", str(tmp_path), "--base-port", "0", "--models", str(tmp_path / "models"))
+def test_a_worker_that_cannot_start_says_why(state, monkeypatch):
+    monkeypatch.setenv("RINGMESH_POLL_SECONDS", "often")
+    line = refused("--state", str(state), "--base-port", "0", "--models", str(state / "models"))
     assert line.startswith("ringmesh: worker-0 cannot start: ")
-    assert "broken" in line
-    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
+    assert "RINGMESH_POLL_SECONDS" in line
+    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, state)]
+
+
+def test_a_repository_of_which_nothing_loads_keeps_running_and_a_repaired_model_is_served(tmp_path):
+    model = models.mlp(tmp_path / "models") / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(b"not a model")
+    stack = start_stack(tmp_path, "--models", str(tmp_path / "models"), "--workers", "1", poll_seconds="0.1")
+    assert re.search("^model mlp version 1 is not served: .*it is no ONNX model", stack.output, re.MULTILINE)
+    assert "load a repaired model" not in stack.output  # polling does it
+    model.write_bytes(whole)
+    with grpc.insecure_channel(stack.router) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        eventually(lambda: stub.ModelReady(v2.ModelReadyRequest(name="mlp"), timeout=10).ready)
+    assert stop_stack(stack) == 0
 
 
 def test_failed_models_are_printed_and_plain_files_are_ignored(state):
-    models = state / "models"
-    (models / "a-broken-one" / "1").mkdir(parents=True)
-    (models / "a-broken-one" / "1" / "model.onnx").write_bytes(b"not a model")
-    (models / "README.md").touch()
-    stack = start_stack(state, "--models", str(models), "--workers", "1")
+    repository = state / "models"
+    (repository / "a-broken-one" / "1").mkdir(parents=True)
+    (repository / "a-broken-one" / "1" / "model.onnx").write_bytes(b"not a model")
+    (repository / "README.md").touch()
+    stack = start_stack(state, "--models", str(repository), "--workers", "1")
     assert re.search("^model a-broken-one .*is not served: .*it is no ONNX model", stack.output, re.MULTILINE)
+    assert "load a repaired model on its page of the console" in stack.output
     assert "README.md" not in stack.output
     assert shell(re.search(r"\ngrpcurl\n(.+?)\n\nits trace", stack.output, re.DOTALL)[1]).returncode == 0
     assert stop_stack(stack) == 0
@@ -253,7 +270,7 @@ def test_an_unreachable_redis_is_a_warning(state):
 
 
 def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch):
-    key = keys.create(state / "keys.jsonl", "one", "acme", ["infer"], [], None)
+    key = keys.create(state / "keys.jsonl", "one", "", ["infer", "read"], [], None)
     monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
     stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
     described = json.loads((state / "stack.json").read_text())
@@ -267,17 +284,34 @@ def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch
         ):
             with contextlib.suppress(grpc.RpcError):
                 method(v2.ModelMetadataRequest(name="mlp"), metadata=(("authorization", f"Bearer {sent}"), sampled))
-    shown = [stack.output, *(str(process.cmdline()) for process in stack.tree())]
-    pages = [f"{described['console']}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
+    console, cookies = described["console"], CookieJar()
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(cookies))
+
+    def post(path, **fields):
+        request = urllib.request.Request(console + path, urlencode(fields).encode(), {"Origin": console})
+        try:
+            with browser.open(request, timeout=30) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+
+    shown = [post("/sign-in", key="rmk_guessed"), post("/sign-in", key=key)]
+    (session,) = [cookie.value for cookie in cookies]
+    shown += [post("/try", model="mlp"), post("/cache", scope="everything", confirmed="yes")]
+    assert "key one" in shown[1]
+    assert "miss" in shown[2]
+    shown += [stack.output, *(str(process.cmdline()) for process in stack.tree())]
+    pages = [f"{console}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
     for url in (*pages, *(f"http://{address}/metrics" for address in described["metrics"].values())):
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with browser.open(url, timeout=10) as answer:
             shown.append(answer.read().decode())
+    shown.append(post("/sign-out"))
     assert stop_stack(stack) == 0
     left = [path for path in state.rglob("*") if path.is_file() and path.name != "key-secret"]
     shown += [path.read_bytes().decode(errors="replace") for path in left]
     assert "RepositoryModelUnload" in "".join(shown)
     credential = credential_of(processes.KEY_SECRET)
-    for secret in (key, "rmk_wrong", "hunter2", processes.KEY_SECRET, credential):
+    for secret in (key, session, "rmk_wrong", "rmk_guessed", "hunter2", processes.KEY_SECRET, credential):
         assert [text for text in shown if secret in text] == []
 
 

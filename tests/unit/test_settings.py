@@ -58,7 +58,8 @@ def run_here(monkeypatch, capsys):
         ("router", {"REDIS_URL": "http://x", "KEY_SECRET": "s"}, ["RINGMESH_REDIS_URL", "http://x"]),
         ("router", {"REDIS_URL": "redis://x"}, ["RINGMESH_KEY_SECRET is not set"]),
         ("router", {"CONFIG": "/nowhere.toml"}, ["RINGMESH_CONFIG", "/nowhere.toml"]),
-        ("services.inference", {"MODELS": "http://x/models"}, ["RINGMESH_MODELS", "https"]),
+        ("services.inference", {"MODELS": "http://x/models"}, ["RINGMESH_MODELS: a model repository is", "https"]),
+        ("cache", {"OTLP_ENDPOINT": "collector"}, ["RINGMESH_OTLP_ENDPOINT", "http://host:4317"]),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line_and_exits_with_2(run_here, module, environment, words):

@@ -1,54 +1,70 @@
-"""`ringmesh advice`: how many workers each hour would have needed."""
+"""`ringmesh advice`: what would have cost less, from replayed demand."""
 
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 
 from rich.console import Console
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running, tables
+from services.cli.commands import tables
 from services.cli.commands.cost import call, moment, money
+
+# Up to 200,000 requests are replayed some times.
+_SECONDS = 300.0
+_NANO = 10**9
 
 
 def ask(
-    address: str, worker_type: str, since: str, until: str | None, wait_ms: float
-) -> ledger_pb2.AdviseWorkersResponse:
+    address: str, since: str, until: str | None, latency_ms: float, worker_type: str, *, memory_price: float
+) -> ledger_pb2.AdviseResponse:
     """Raises CommandError."""
     now = time.time()
-    request = ledger_pb2.AdviseWorkersRequest(
-        worker_type=worker_type,
+    request = ledger_pb2.AdviseRequest(
         from_ms=moment(since, now),
         until_ms=moment(until, now),
-        wait_us=round(wait_ms * 1000),
+        latency_us=round(latency_ms * 1000),
+        worker_type=worker_type,
+        memory_gb_hour_nano=round(memory_price * _NANO),
     )
-    return call(address, lambda stub: stub.AdviseWorkers(request, timeout=running.SECONDS))
+    return call(address, lambda stub: stub.Advise(request, timeout=_SECONDS))
 
 
-def show(console: Console, answer: ledger_pb2.AdviseWorkersResponse) -> None:
-    """A line an hour, and what it would have saved."""
-    numbers = ("computed", "workers", "wait p99 ms", "replayed", "advised", "wait p99 ms", "cost", "advised")
-    table = tables.create("hour (UTC)", *(f">{name}" for name in numbers))
-    for hour in answer.hours:
-        table.add_row(
-            f"{datetime.fromtimestamp(hour.begins_ms / 1000, UTC):%Y-%m-%d %H:%M}",
-            f"{hour.requests:,}",
-            f"{hour.workers:.1f}",
-            f"{hour.measured_wait_us / 1000:,.1f}",
-            f"{hour.replayed_wait_us / 1000:,.1f}",
-            str(hour.advised_workers),
-            f"{hour.advised_wait_us / 1000:,.1f}",
-            money(hour.cost_nano),
-            money(hour.advised_cost_nano),
-        )
-    console.print(table)
-    console.print(
-        f"with waits of at most {answer.wait_us / 1000:g} ms for 99 in 100 requests: {money(answer.advised_cost_nano)} "
-        f"{answer.currency} instead of {money(answer.cost_nano)}. The replay of the workers that there were is off by "
-        f"{answer.error_us / 1000:,.1f} ms (median of the hours).",
-        highlight=False,
-        soft_wrap=True,
-    )
+def show(console: Console, answer: ledger_pb2.AdviseResponse) -> None:
+    """What to do, the most money first, and what it rests on."""
+    for one in answer.recommendations:
+        about = f"{', '.join(one.subjects)}: " if one.subjects else ""
+        off = f"; the replay is off by {one.error:.0%}" if one.HasField("error") else ""
+        verb, nano = ("saves", one.saved_nano) if one.saved_nano >= 0 else ("costs", -one.saved_nano)
+        _print(console, f"{about}{one.advice}: {verb} {money(nano)} {answer.currency}", style="bold")
+        _print(console, f"  {one.evidence}{off}")
+    if answer.hours:
+        numbers = ("computed", "workers", "p99 ms", "replayed", "advised", "p99 ms", "cost", "advised")
+        table = tables.create("hour (UTC)", "type", *(f">{name}" for name in numbers))
+        for hour in answer.hours:
+            table.add_row(
+                tables.utc(hour.begins_ms),
+                hour.worker_type,
+                f"{hour.requests:,}",
+                f"{hour.workers:.1f}",
+                f"{hour.measured_latency_us / 1000:,.1f}",
+                f"{hour.replayed_latency_us / 1000:,.1f}",
+                str(hour.advised_workers),
+                f"{hour.advised_latency_us / 1000:,.1f}",
+                money(hour.cost_nano),
+                money(hour.advised_cost_nano),
+            )
+        console.print(table)
+    if answer.cache_sizes:
+        table = tables.create(">cache MiB", ">hits", f">saved {answer.currency}", f">memory {answer.currency}")
+        for size in answer.cache_sizes:
+            table.add_row(
+                f"{size.bytes / 2**20:,.0f}", f"{size.hit_ratio:.1%}", money(size.saved_nano), money(size.memory_nano)
+            )
+        console.print(table)
     for warning in answer.warnings:
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        _print(console, f"warning: {warning}")
+
+
+def _print(console: Console, line: str, style: str = "") -> None:
+    console.print(line, highlight=False, soft_wrap=True, style=style)

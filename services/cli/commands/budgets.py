@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 
 from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running, tables
+from services.cli.commands import tables
 from services.cli.commands.cost import as_json, call, money
 from services.cli.commands.prices import nano
 
 
 def states(address: str) -> ledger_pb2.ListBudgetsResponse:
     """Raises CommandError."""
-    request = ledger_pb2.ListBudgetsRequest()
-    return call(address, lambda stub: stub.ListBudgets(request, timeout=running.SECONDS))
+    return call(address, lambda stub: stub.ListBudgets(ledger_pb2.ListBudgetsRequest()))
 
 
 def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
-    """A line a budget."""
-    columns = ("tenant", "model", "a", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "")
-    table = tables.create(*columns)
+    table = tables.create("tenant", "model", "a", ">soft", ">hard", ">spent", ">leased", "currency", "renews", "")
     for state in found.budgets:
         budget = state.budget
         table.add_row(
@@ -34,14 +30,13 @@ def listing(found: ledger_pb2.ListBudgetsResponse) -> Table:
             money(state.spent_nano),
             money(state.leased_nano),
             budget.currency,
-            f"{datetime.fromtimestamp(state.renews_at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC",
+            f"{tables.utc(state.renews_at_ms)} UTC",
             "used up" if state.hard_reached else "soft bound reached" if state.soft_reached else "",
         )
     return table
 
 
 def plain(found: ledger_pb2.ListBudgetsResponse) -> str:
-    """Returns the budgets as JSON."""
     budgets = json.loads(as_json(found))
     for state in budgets["budgets"]:
         state["budget"]["period"] = _period(state["budget"]["period"])
@@ -59,7 +54,7 @@ def set_budget(address: str, tenant: str, model: str, period: str, soft: str, ha
         currency=currency,
     )
     request = ledger_pb2.SetBudgetRequest(budget=budget)
-    call(address, lambda stub: stub.SetBudget(request, timeout=running.SECONDS))
+    call(address, lambda stub: stub.SetBudget(request))
 
 
 def delete(address: str, tenant: str, model: str, period: str) -> None:
@@ -67,7 +62,7 @@ def delete(address: str, tenant: str, model: str, period: str) -> None:
     request = ledger_pb2.DeleteBudgetRequest(
         tenant=tenant, model=model, period=ledger_pb2.Period.Value(f"PERIOD_{period.upper()}")
     )
-    call(address, lambda stub: stub.DeleteBudget(request, timeout=running.SECONDS))
+    call(address, lambda stub: stub.DeleteBudget(request))
 
 
 def _period(number: int) -> str:

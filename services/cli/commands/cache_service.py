@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -20,13 +20,7 @@ def listing(processes: Mapping[str, str]) -> Table:
     counts = ("hits", "misses", "hit ratio", "fills", "evicted", "failed", "entries", "MiB", "saved s")
     table = tables.create("process", "tier", *(f">{name}" for name in counts))
     for name, address in processes.items():
-        stats = running.ask(
-            address,
-            name,
-            lambda channel: cache_pb2_grpc.CacheServiceStub(channel).Stats(
-                cache_pb2.StatsRequest(), timeout=running.SECONDS
-            ),
-        )
+        stats = _ask(address, name, lambda stub: stub.Stats(cache_pb2.StatsRequest()))
         for tier in stats.tiers:
             lookups = tier.hits + tier.misses
             table.add_row(
@@ -58,8 +52,10 @@ def purge(address: str, *, even_if_unknown: bool, **scopes: Any) -> cache_pb2.Pu
     except ValueError:
         raise CommandError(f"--key: {chosen['key']!r} is not hexadecimal; `ringmesh explain` shows keys") from None
     request = cache_pb2.PurgeRequest(**chosen, even_if_unknown=even_if_unknown)
-    return running.ask(
-        address,
-        "cache",
-        lambda channel: cache_pb2_grpc.CacheServiceStub(channel).Purge(request, timeout=running.SECONDS),
-    )
+    return _ask(address, "cache", lambda stub: stub.Purge(request))
+
+
+def _ask(
+    address: str, process: str, call: Callable[[cache_pb2_grpc.CacheServiceStub], running.Answer]
+) -> running.Answer:
+    return running.ask(address, process, lambda channel: call(cache_pb2_grpc.CacheServiceStub(channel)))

@@ -108,6 +108,7 @@ def show(console: Console, report: Report, *, as_json: bool) -> None:
 
 def _lines(model: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("reason", model["error"])] if model["error"] else []
+    lines += [("warning", text.removeprefix(f"model {model['name']}: ")) for text in model.get("warnings", [])]
     if "versions" in model:
         lines.append(("versions", ", ".join(map(str, model["versions"]))))
     for title in ("inputs", "outputs"):

@@ -42,7 +42,13 @@ def moment(text: str | None, now: float) -> int:
     return int((at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
-def question(
+def call(address: str, ask: Callable[[ledger_pb2_grpc.LedgerServiceStub], running.Answer]) -> running.Answer:
+    """Calls the ledger at `address`. Raises CommandError."""
+    return running.ask(address, "ledger", lambda channel: ask(ledger_pb2_grpc.LedgerServiceStub(channel)))
+
+
+def report(
+    address: str,
     by: Sequence[By],
     since: str | None,
     until: str | None,
@@ -52,13 +58,12 @@ def question(
     limit: int,
     changes: bool,
     allow_unpriced: bool,
-) -> ledger_pb2.ReportRequest:
-    """What the ledger is asked. Raises CommandError."""
+) -> ledger_pb2.ReportResponse:
+    """Raises CommandError."""
     now = time.time()
-    begin = since if since is not None else None if trace else "1h"
-    return ledger_pb2.ReportRequest(
+    request = ledger_pb2.ReportRequest(
         by=[ledger_pb2.Group.Value(f"GROUP_{one.name}") for one in by],
-        from_ms=moment(begin, now),
+        from_ms=moment(since or (None if trace else "1h"), now),
         until_ms=moment(until, now),
         trace_id=trace,
         limit=limit,
@@ -66,37 +71,21 @@ def question(
         allow_unpriced=allow_unpriced,
         **{name: value for name, value in filters.items() if value is not None},
     )
+    return call(address, lambda stub: stub.Report(request))
 
 
-def period(since: str | None, until: str | None, *, allow_unpriced: bool) -> ledger_pb2.BillRequest:
-    """Of which the bill is asked for. Raises CommandError."""
+def bill(address: str, since: str | None, until: str | None, *, allow_unpriced: bool) -> ledger_pb2.BillResponse:
+    """Raises CommandError."""
     now = time.time()
-    return ledger_pb2.BillRequest(
-        from_ms=moment(since or "1h", now),
-        until_ms=moment(until, now),
-        allow_unpriced=allow_unpriced,
+    request = ledger_pb2.BillRequest(
+        from_ms=moment(since or "1h", now), until_ms=moment(until, now), allow_unpriced=allow_unpriced
     )
-
-
-def call(address: str, ask: Callable[[ledger_pb2_grpc.LedgerServiceStub], running.Answer]) -> running.Answer:
-    """Calls the ledger at `address`. Raises CommandError."""
-    return running.ask(address, "ledger", lambda channel: ask(ledger_pb2_grpc.LedgerServiceStub(channel)))
-
-
-def report(address: str, request: ledger_pb2.ReportRequest) -> ledger_pb2.ReportResponse:
-    """Raises CommandError."""
-    return call(address, lambda stub: stub.Report(request, timeout=running.SECONDS))
-
-
-def bill(address: str, request: ledger_pb2.BillRequest) -> ledger_pb2.BillResponse:
-    """Raises CommandError."""
-    return call(address, lambda stub: stub.Bill(request, timeout=running.SECONDS))
+    return call(address, lambda stub: stub.Bill(request))
 
 
 def forecast(address: str) -> ledger_pb2.ForecastResponse:
     """Raises CommandError."""
-    request = ledger_pb2.ForecastRequest()
-    return call(address, lambda stub: stub.Forecast(request, timeout=running.SECONDS))
+    return call(address, lambda stub: stub.Forecast(ledger_pb2.ForecastRequest()))
 
 
 def export(address: str, begin: str, until: str | None, path: Path) -> int:
@@ -153,7 +142,6 @@ def _plain(message: Message, names: set[str]) -> dict[str, Any]:
 
 
 def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequence[By], *, changes: bool) -> None:
-    """A line a row, and the total."""
     currency = answer.currency
     is_single = By.REQUEST in by or any(row.HasField("request") for row in answer.rows)
     columns = _single_columns(currency) if is_single else _group_columns(by, currency, changes=changes)
@@ -163,15 +151,14 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
     labels = sum(not is_number for _, is_number, _ in columns)
     total = [value(answer.total) for _, is_number, value in columns if is_number]
     table.add_row(*(["total", *[""] * (labels - 1)] if labels else []), *total, style="bold")
-    console.print(f"{_time(answer.from_ms)} to {_time(answer.until_ms)}", highlight=False)
+    console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC", highlight=False)
     console.print(table)
     if answer.row_count > len(answer.rows):
         console.print(f"the first {len(answer.rows)} of {answer.row_count} rows", highlight=False)
-    _warn(console, answer.warnings)
+    warn(console, answer.warnings)
 
 
 def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
-    """What the workers cost, used and idle."""
     amounts = (f">{name} {answer.currency}" for name in ("requests", "idle", "bill"))
     table = tables.create("worker type", "region", ">paid s", ">used s", ">idle s", *amounts)
     rows = [(row, row.worker_type, row.region, "") for row in answer.rows]
@@ -179,13 +166,12 @@ def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
         times = (_seconds(us) for us in (row.paid_us, row.used_us, row.idle_us))
         costs = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
         table.add_row(worker_type, region, *times, *costs, style=style)
-    console.print(f"{_time(answer.from_ms)} to {_time(answer.until_ms)}", highlight=False)
+    console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC", highlight=False)
     console.print(table)
-    _warn(console, answer.warnings)
+    warn(console, answer.warnings)
 
 
 def show_forecast(console: Console, answer: ledger_pb2.ForecastResponse) -> None:
-    """What the month will cost."""
     currency = answer.currency
     console.print(
         f"{answer.month}: {money(answer.spent_nano)} {currency} so far, {money(answer.expected_nano)} {currency} "
@@ -194,7 +180,7 @@ def show_forecast(console: Console, answer: ledger_pb2.ForecastResponse) -> None
         highlight=False,
         soft_wrap=True,
     )
-    _warn(console, answer.warnings)
+    warn(console, answer.warnings)
 
 
 _Column = tuple[str, bool, Callable[[ledger_pb2.ReportRow], str]]
@@ -223,7 +209,7 @@ def _group_columns(by: Sequence[By], currency: str, *, changes: bool) -> list[_C
 
 def _single_columns(currency: str) -> list[_Column]:
     return [
-        ("time", False, lambda row: _time(row.request.at_ms) if row.HasField("request") else ""),
+        ("time", False, lambda row: f"{tables.utc(row.request.at_ms)} UTC" if row.HasField("request") else ""),
         ("trace", False, lambda row: row.request.trace_id[:12] or "folded"),
         ("tenant", False, lambda row: row.tenant or "-"),
         ("model", False, lambda row: f"{row.model}/{row.version}"),
@@ -242,7 +228,7 @@ def _label(name: str, row: ledger_pb2.ReportRow) -> str:
     return getattr(row, name) or "-"
 
 
-def _warn(console: Console, warnings: Sequence[str]) -> None:
+def warn(console: Console, warnings: Sequence[str]) -> None:
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
@@ -258,7 +244,3 @@ def money(nano: int) -> str:
 
 def _seconds(us: int) -> str:
     return f"{us / 1e6:,.1f}"
-
-
-def _time(at_ms: int) -> str:
-    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

@@ -44,7 +44,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Classification:
     """A response. `body` is the serialized response; `compute_us` is its compute time."""
 
     label: str
@@ -78,7 +78,7 @@ async def run(console: Console, options: StackOptions, files: Samples, magika: M
 
     In a terminal it waits for Ctrl-C, so that the console can show the traces. `state`: where they are stored.
     """
-    passes: list[dict[str, Answer]] = []
+    passes: list[dict[str, Classification]] = []
     async with grpc.aio.insecure_channel(options.endpoints.router, options=LOCAL) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         for number in (1, 2):
@@ -134,7 +134,7 @@ async def _print_cost(console: Console, address: str, requests: int) -> None:
 
 async def _ask(
     stub: grpc_service_pb2_grpc.GRPCInferenceServiceAsyncStub, features: NDArray[np.int32], magika: MagikaFeatures
-) -> Answer:
+) -> Classification:
     request = v2.ModelInferRequest(model_name="magika", raw_input_contents=[features.tobytes()])
     request.inputs.add(name="bytes", datatype="INT32", shape=features.shape)
     trace_id = w3c.new_trace_id()
@@ -146,7 +146,7 @@ async def _ask(
     trailing = {key: value for key, value in await call.trailing_metadata() if isinstance(value, str)}
     scores = np.frombuffer(response.raw_output_contents[0], np.float32)
     best = int(scores.argmax())
-    return Answer(
+    return Classification(
         label=magika.labels[best],
         score=float(scores[best]),
         body=response.SerializeToString(deterministic=True),
@@ -166,7 +166,7 @@ def _list_files(folder: Path) -> list[str]:
     return sorted(name for name in listed.stdout.decode(errors="surrogateescape").split("\0") if name)
 
 
-def _table(number: int, answers: Mapping[str, Answer]) -> Table:
+def _table(number: int, answers: Mapping[str, Classification]) -> Table:
     table = tables.create("file", "type", ">score", "answer from", ">ms", "trace id", title=f"pass {number}")
     table.columns[0].max_width = 40
     for name, answer in answers.items():
@@ -182,7 +182,7 @@ def _table(number: int, answers: Mapping[str, Answer]) -> Table:
     return table
 
 
-def _totals(first: Sequence[Answer], second: Sequence[Answer]) -> list[str]:
+def _totals(first: Sequence[Classification], second: Sequence[Classification]) -> list[str]:
     answers = [*first, *second]
     hits = [answer for answer in answers if answer.is_hit]
     computed = sum(answer.compute_us for answer in answers if not answer.is_hit) / 1000
@@ -195,11 +195,11 @@ def _totals(first: Sequence[Answer], second: Sequence[Answer]) -> list[str]:
     ]
 
 
-def _mean_ms(answers: Sequence[Answer]) -> float:
+def _mean_ms(answers: Sequence[Classification]) -> float:
     return sum(answer.seconds for answer in answers) / len(answers) * 1000
 
 
-def _complaint(first: Mapping[str, Answer], second: Mapping[str, Answer]) -> str:
+def _complaint(first: Mapping[str, Classification], second: Mapping[str, Classification]) -> str:
     """Returns the first error of the second pass; "" if there is none."""
     for name, answer in second.items():
         if not answer.is_hit:

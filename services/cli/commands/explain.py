@@ -38,11 +38,7 @@ def random_request(router: str, model: str) -> v2.ModelInferRequest:
 
 def explain(router: str, request: v2.ModelInferRequest, tenant: str) -> router_pb2.ExplainResponse:
     message = router_pb2.ExplainRequest(request=request, tenant=tenant)
-    return running.ask(
-        router,
-        "router",
-        lambda channel: router_pb2_grpc.RouterServiceStub(channel).Explain(message, timeout=running.SECONDS),
-    )
+    return running.ask(router, "router", lambda channel: router_pb2_grpc.RouterServiceStub(channel).Explain(message))
 
 
 def show(console: Console, answer: router_pb2.ExplainResponse) -> None:

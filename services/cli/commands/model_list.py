@@ -35,15 +35,12 @@ def first_look(router: str, secret: str) -> tuple[list[str], SampleRequest | Non
 
 def listing(router: str) -> Table:
     """Returns a table with one row per model version, with counts since the workers started. Raises CommandError."""
-    statistics = v2.ModelStatisticsRequest()
     models, counts = running.ask(
         router,
         "router",
         lambda channel: (
             _index(channel),
-            grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStatistics(
-                statistics, timeout=running.SECONDS
-            ),
+            grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStatistics(v2.ModelStatisticsRequest()),
         ),
     )
     counted = {(one.name, one.version): one for one in counts.model_stats}
@@ -70,7 +67,7 @@ def listing(router: str) -> Table:
 
 def _index(channel: grpc.Channel) -> Sequence[v2.RepositoryIndexResponse.ModelIndex]:
     stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    return stub.RepositoryIndex(v2.RepositoryIndexRequest(), timeout=running.SECONDS).models
+    return stub.RepositoryIndex(v2.RepositoryIndexRequest()).models
 
 
 def _mean_ms(duration: v2.StatisticDuration) -> str:

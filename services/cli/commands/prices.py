@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 
 from rich.table import Table
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.cli.commands import running, tables
+from services.cli.commands import tables
 from services.cli.commands.cost import call, moment
 from services.cli.errors import CommandError
 
@@ -18,15 +17,14 @@ _NANO = 10**9
 
 
 def listing(address: str) -> Table:
-    """A line a price. Raises CommandError."""
-    request = ledger_pb2.ListPricesRequest()
-    found = call(address, lambda stub: stub.ListPrices(request, timeout=running.SECONDS))
+    """Raises CommandError."""
+    found = call(address, lambda stub: stub.ListPrices(ledger_pb2.ListPricesRequest()))
     table = tables.create("worker type", "from", "until", ">an hour", ">currency", ">slots", ">watts", ">a kWh")
     for price in found.prices:
         table.add_row(
             price.worker_type,
-            _time(price.from_ms) if price.from_ms else "the beginning",
-            _time(price.until_ms) if price.until_ms else "",
+            tables.utc(price.from_ms) if price.from_ms else "the beginning",
+            tables.utc(price.until_ms) if price.until_ms else "",
             _decimal(price.hourly_nano),
             price.currency,
             str(price.slots),
@@ -65,13 +63,13 @@ def set_price(
         energy_nano_per_kwh=nano(kwh),
     )
     request = ledger_pb2.SetPriceRequest(price=price, supersede=supersede)
-    call(address, lambda stub: stub.SetPrice(request, timeout=running.SECONDS))
+    call(address, lambda stub: stub.SetPrice(request))
 
 
 def delete(address: str, worker_type: str, since: str) -> None:
     """Raises CommandError."""
     request = ledger_pb2.DeletePriceRequest(worker_type=worker_type, from_ms=moment(since, time.time()))
-    call(address, lambda stub: stub.DeletePrice(request, timeout=running.SECONDS))
+    call(address, lambda stub: stub.DeletePrice(request))
 
 
 def nano(amount: str) -> int:
@@ -87,7 +85,3 @@ def nano(amount: str) -> int:
 
 def _decimal(nano: int) -> str:
     return f"{Decimal(nano) / _NANO:f}"
-
-
-def _time(at_ms: int) -> str:
-    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M}"

@@ -15,7 +15,7 @@ from services.cli.stack.probes import LOCAL
 from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, credential_of
 
 # Time limit of a call that computes nothing.
-SECONDS = 10.0
+_SECONDS = 10.0
 Answer = TypeVar("Answer")
 
 
@@ -37,14 +37,15 @@ def endpoint(name: str, state: Path) -> str:
 
 
 class _Identified(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Sends RINGMESH_API_KEY, or the credential of a key secret."""
+    """Sends RINGMESH_API_KEY, or the credential of a key secret. Limits the time of calls without a limit."""
 
     def __init__(self, secret: str) -> None:
         key = os.environ.get("RINGMESH_API_KEY")
         self._entry = (AUTHORIZATION, f"Bearer {key}") if key else (CREDENTIAL, credential_of(secret))
 
     def intercept_unary_unary(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
+        metadata = [*(details.metadata or ()), self._entry]
+        return continuation(details._replace(metadata=metadata, timeout=details.timeout or _SECONDS), request)
 
     intercept_unary_stream = intercept_unary_unary  # type: ignore[assignment]
 

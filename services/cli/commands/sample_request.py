@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from google.protobuf import json_format
@@ -13,9 +14,10 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 
 from services.cli.commands import shell
-from services.cli.commands.running import SECONDS
+from services.cli.stack.local_ca import CA
 from services.runtime.oip import tensors
 from services.runtime.oip.sample_tensor import fill
+from services.runtime.rpc.tls import TlsFiles
 
 # Larger inputs are piped to grpcurl, because a shell limits the length of an argument.
 _MOST_ELEMENTS = 256
@@ -42,12 +44,15 @@ class SampleRequest:
             request.parameters["sequence_start"].bool_param = True
         return request
 
-    def grpcurl(self, router: str, header: str = "") -> str:
+    def grpcurl(self, router: str, header: str = "", tls: TlsFiles | None = None) -> str:
         """Returns a command that sends the request to `router`, host:port."""
         request = self.message()
         raw = [*request.raw_input_contents]
         request.ClearField("raw_input_contents")
-        command = f"{shell.script('grpcurl')} -plaintext" + (f" -H {shlex.quote(header)}" if header else "")
+        transport = "-plaintext" if tls is None else f"-cacert {shlex.quote(str(_ca(tls)))}"
+        if tls is not None and tls.client_ca is not None:
+            transport += " -cert client.pem -key client-key.pem"
+        command = f"{shell.script('grpcurl')} {transport}" + (f" -H {shlex.quote(header)}" if header else "")
         method = f"{router} inference.GRPCInferenceService/ModelInfer"
         contents = [self._contents(tensor) for tensor in request.inputs]
         if None not in contents:
@@ -65,23 +70,26 @@ class SampleRequest:
         ]
         return shell.python(lines, then=f"{command} -d @ {method}")
 
-    def python(self, router: str) -> str:
-        lines = ["import numpy as np, tritonclient.grpc as triton", "inputs = []"]
+    def python(self, router: str, tls: TlsFiles | None = None) -> str:
+        bfloat16 = "ml_dtypes, " if any(tensor.datatype == "BF16" for tensor in self.inputs) else ""
+        lines = [f"import {bfloat16}numpy as np, tritonclient.grpc as triton", "inputs = []"]
         for tensor in self.inputs:
             shape = [max(1, size) for size in tensor.shape]
             dtype = tensors.DATATYPES[tensor.datatype].dtype.name
-            # Triton's client takes BF16 as float32.
-            dtype = "float32" if dtype == "bfloat16" else dtype
-            values = f"np.full({shape}, b'0', object)" if dtype == "object" else f"np.zeros({shape}, {dtype!r})"
+            named = "ml_dtypes.bfloat16" if dtype == "bfloat16" else repr(dtype)
+            values = f"np.full({shape}, b'0', object)" if dtype == "object" else f"np.zeros({shape}, {named})"
             lines += [
                 f"inputs.append(triton.InferInput({tensor.name!r}, {shape}, {tensor.datatype!r}))",
                 f"inputs[-1].set_data_from_numpy({values})",
             ]
+        security = f", ssl=True, root_certificates={str(_ca(tls))!r}" if tls is not None else ""
+        if tls is not None and tls.client_ca is not None:
+            security += ", certificate_chain='client.pem', private_key='client-key.pem'"
         options = ", sequence_id=1, sequence_start=True" if self.sequence else ""
         return shell.python(
             [
                 *lines,
-                f"client = triton.InferenceServerClient({router!r})",
+                f"client = triton.InferenceServerClient({router!r}{security})",
                 f"answer = client.infer({self.model!r}, inputs{options})",
                 *(f"print({name!r}, answer.as_numpy({name!r}))" for name in self.outputs),
             ]
@@ -97,10 +105,16 @@ class SampleRequest:
 def sample(channel: grpc.Channel, model: str) -> SampleRequest:
     """Returns a request for a model that a router serves. Raises grpc.RpcError."""
     stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model), timeout=SECONDS)
-    config = stub.ModelConfig(v2.ModelConfigRequest(name=model), timeout=SECONDS).config
+    metadata = stub.ModelMetadata(v2.ModelMetadataRequest(name=model))
+    config = stub.ModelConfig(v2.ModelConfigRequest(name=model)).config
     outputs = [tensor.name for tensor in metadata.outputs]
     return SampleRequest(model, metadata.inputs, outputs, config.HasField("sequence_batching"))
+
+
+def _ca(tls: TlsFiles) -> Path:
+    """The CA that `ringmesh up` made, or the certificate of the server, which callers may know too."""
+    own = tls.certificate.with_name(CA)
+    return own if own.exists() else tls.certificate
 
 
 def _expression(raw: bytes) -> str:

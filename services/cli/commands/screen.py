@@ -12,6 +12,7 @@ from services.cli.commands import shell, tables
 from services.cli.commands.sample_request import SampleRequest
 from services.cli.stack.stack import StackOptions
 from services.runtime import w3c
+from services.runtime.rpc.tls import TlsFiles
 
 
 class Screen:
@@ -32,7 +33,7 @@ class Screen:
         table.add_row(
             "router" if count == 1 else f"{count} routers",
             endpoints.router,
-            "gRPC, inference v2: send requests here",
+            f"gRPC{' with TLS' if options.tls else ''}, inference v2: send requests here",
             style="bold",
         )
         for number, endpoint in enumerate(endpoints.workers):
@@ -47,14 +48,14 @@ class Screen:
         self._console.print()
         self._console.print(table)
 
-    def first_calls(self, router: str, sample: SampleRequest) -> None:
+    def first_calls(self, router: str, sample: SampleRequest, tls: TlsFiles | None) -> None:
         """Prints commands for a first request and its trace verbatim, so that they can be copied."""
         trace_id = w3c.new_trace_id()
         traceparent = f"traceparent: {w3c.traceparent(trace_id, w3c.new_span_id(), sampled=True)}"
         for title, command in (
-            ("grpcurl", sample.grpcurl(router, traceparent)),
+            ("grpcurl", sample.grpcurl(router, traceparent, tls)),
             ("its trace", shell.trace(trace_id, self._state)),
-            ("tritonclient", sample.python(router)),
+            ("tritonclient", sample.python(router, tls)),
         ):
             self._console.print(f"\n[bold]{title}[/]")
             self.say(command)

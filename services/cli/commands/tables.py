@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from rich.table import Table
 
 
@@ -11,3 +13,8 @@ def create(*columns: str, title: str | None = None, gap: int = 2) -> Table:
     for name in columns:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
     return table
+
+
+def utc(at_ms: int) -> str:
+    """Returns a time in milliseconds since the Unix epoch as text."""
+    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 import time
 import urllib.error
@@ -29,6 +30,8 @@ _STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
 
 def read(url: str) -> dict[str, Any]:
     """Reads the summary from the console at `url`. Raises CommandError if the console does not answer."""
+    if key := os.environ.get("RINGMESH_API_KEY"):
+        _OPENER.addheaders = [("Authorization", f"Bearer {key}")]
     try:
         with _OPENER.open(f"{url.rstrip('/')}/api/summary", timeout=_TIMEOUT) as answer:
             summary: dict[str, Any] = json.load(answer)

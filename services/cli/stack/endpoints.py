@@ -93,7 +93,8 @@ class Endpoints:
             if error is not None and error.errno == errno.EADDRINUSE:
                 raise CommandError(f"port {port} is in use{_owner(port)}; choose another with --base-port")
             if error is not None:
-                raise CommandError(f"cannot listen on {host}: {error.strerror}; name an address of this host by --host")
+                cause = str(error.strerror).partition(" (while")[0]
+                raise CommandError(f"cannot listen on {host}: {cause}; name an address of this host by --host")
 
 
 def _address(host: str, port: int) -> str:

@@ -31,6 +31,17 @@ async def serves(address: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+async def listens(address: str) -> bool:
+    """Whether a process accepts connections at `address`, host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), _SECONDS)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
 async def healthy_workers(metrics: str) -> int:
     """Returns how many workers a router considers healthy, from its /metrics; 0 if it does not answer.
 

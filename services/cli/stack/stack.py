@@ -16,9 +16,11 @@ from pathlib import Path
 from services.cli.errors import CommandError
 from services.cli.stack import probes
 from services.cli.stack.child import Child, ChildSpec
+from services.cli.stack.edge import Edge, socket_path
 from services.cli.stack.endpoints import Endpoints
 from services.runtime.machine import cores
 from services.runtime.redacted import without_credentials
+from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 _START_SECONDS = 300.0
@@ -33,7 +35,7 @@ _STOP_MARGIN_SECONDS = 15.0
 class StackOptions:
     """Options of a stack. `models` is a folder or URL; `redis` is an existing server that replaces the embedded Valkey.
 
-    All services share `key_secret`.
+    All services share `key_secret`. `tls`: callers reach routers through a TLS edge; None: in plain text.
     """
 
     endpoints: Endpoints
@@ -44,6 +46,16 @@ class StackOptions:
     redis: str | None = None
     otlp: str | None = None
     drain_seconds: float = 15.0
+    tls: TlsFiles | None = None
+
+    def sockets(self) -> list[Path]:
+        """The Unix sockets of the routers, by their names' order, if there is a TLS edge. Raises CommandError."""
+        return [socket_path(self.state / "edge", name) for name in self.endpoints.routers] if self.tls else []
+
+    @property
+    def routers(self) -> list[str]:
+        """Where processes of this stack reach the routers. One address, if they share it."""
+        return [f"unix:{path}" for path in self.sockets()] or [self.endpoints.router]
 
     @property
     def redis_url(self) -> str:
@@ -116,7 +128,7 @@ class Stack:
         (self._options.state / "stack.json").unlink(missing_ok=True)
         seconds = self._options.drain_seconds + _STOP_MARGIN_SECONDS
         workers = [name for name in self._children if name.startswith("worker")]
-        for names in (self._options.endpoints.routers, workers, ["cache", "ledger"], ["console"], ["valkey"]):
+        for names in (self._options.endpoints.routers, ["edge"], workers, ["cache", "ledger"], ["console"], ["valkey"]):
             await asyncio.gather(*(self._children[name].stop(seconds) for name in names if name in self._children))
 
     def kill(self) -> None:
@@ -156,7 +168,7 @@ class Stack:
         environment = {
             **common,
             "RINGMESH_HTTP_ADDRESS": endpoints.listen(endpoints.pages),
-            "RINGMESH_ROUTERS": endpoints.router,
+            "RINGMESH_ROUTERS": ",".join(options.routers),
             "RINGMESH_CACHE_ADDRESS": endpoints.cache,
             "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
             "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={address}" for name, address in endpoints.metrics.items()),
@@ -183,15 +195,20 @@ class Stack:
         environment = {
             **caches,
             "RINGMESH_WORKERS": ",".join(endpoints.workers),
-            "RINGMESH_SHARE_PORT": str(len(endpoints.routers) > 1),
+            "RINGMESH_SHARE_PORT": str(len(endpoints.routers) > 1 and options.tls is None),
         }
-        for name in endpoints.routers:
+        if options.tls is not None:
+            edge = Edge(endpoints.listen(endpoints.router), options.sockets(), options.tls)
+            command, listens = edge.command(options.state / "edge"), partial(probes.listens, endpoints.router)
+            yield ChildSpec("edge", command, endpoints.router, self._log("edge"), listens)
+        addresses = options.routers * len(endpoints.routers) if options.tls is None else options.routers
+        for name, address in zip(endpoints.routers, addresses, strict=True):
             is_ready = partial(probes.healthy_workers, endpoints.metrics[name])
             usage = {
                 "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
                 "RINGMESH_USAGE_DIR": str(options.state.absolute() / "usage" / name),
             }
-            yield self._service(name, "router", endpoints.router, {**environment, **usage}, is_ready)
+            yield self._service(name, "router", address, {**environment, **usage}, is_ready)
 
     def _service(
         self,
@@ -243,7 +260,7 @@ class Stack:
         options, endpoints = self._options, self._options.endpoints
         description = {
             "pid": os.getpid(),
-            "router": endpoints.router,
+            "router": options.routers[0],
             "cache": endpoints.cache,
             "ledger": endpoints.ledger,
             "workers": endpoints.workers,

@@ -47,7 +47,6 @@ class Finding:
 
     @property
     def link_text(self) -> str:
-        """The text of the link."""
         return re.split("[/#?]+", self.link)[1]
 
 
@@ -187,7 +186,7 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
     for code, models in groups.items():
         for names in _alike([*models]):
             failed = {(model, tenant): count for model in names for tenant, count in models[model].items()}
-            # Requests for unknown models are counted under OTHER.
+            # Requests for models that no worker serves are counted under OTHER.
             known = [model for model in names if model != OTHER]
             failures = [
                 one
@@ -201,7 +200,8 @@ def _errors(history: History, traces: TraceStore) -> Iterator[Finding]:
             yield Finding(
                 "critical" if code in SERVER_FAULTS else "warning",
                 "Requests fail" if code in SERVER_FAULTS else "Requests are refused",
-                f"{_named('model', known) or 'an unknown model'}{_of(dict.fromkeys(tenant for _, tenant in failed))}",
+                f"{_named('model', known) or 'models that are unknown or not served'}"
+                f"{_of(dict.fromkeys(tenant for _, tenant in failed))}",
                 f"{number(count)} {'request' if count == 1 else 'requests'} in the last {seconds(_WINDOW)} "
                 f"({percent(count / all_asked)} of theirs) "
                 f"ended with {code}.{message}",

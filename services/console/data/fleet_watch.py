@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -17,9 +18,11 @@ from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.console.data.fleet_events import EventFeed
-from services.runtime.rpc.access import CREDENTIAL
+from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
+from services.runtime.rpc.service_tls import ServiceTls, open_channel
 from services.runtime.telemetry.supervisor import BACKGROUND
+from services.runtime.verdict import YES, Verdict
 
 _ASK_SECONDS = 1.0
 _MODELS_EVERY = 5
@@ -57,9 +60,8 @@ class ModelReplica:
     served: inference_pb2.ModelVersion
 
     @property
-    def uncacheable(self) -> str:
-        """Why its answers are not cached; "" if they are."""
-        return "" if self.served.cacheable else self.served.cacheable_reason or "not cacheable"
+    def cacheable(self) -> Verdict:
+        return YES if self.served.cacheable else Verdict(self.served.cacheable_reason or "not cacheable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,13 @@ class ModelView:
     replicas: tuple[ModelReplica, ...] = ()
 
     @property
-    def uncacheable(self) -> str:
-        """Why no worker's answers are cached; "" if those of any worker are."""
-        reasons = [replica.uncacheable for replica in self.replicas]
-        return reasons[0] if reasons and all(reasons) else ""
+    def cacheable(self) -> Verdict:
+        """Whether the answers of any worker are cached."""
+        verdicts = [replica.cacheable for replica in self.replicas]
+        return YES if not verdicts or any(verdicts) else verdicts[0]
 
     @property
     def batching(self) -> str:
-        """Whether requests are batched, as reported by a worker."""
         return next((replica.served.batch_remark for replica in self.replicas if replica.served.batch_remark), "")
 
     @property
@@ -125,30 +126,40 @@ class FleetSnapshot:
 class FleetWatch:
     """Polls the fleet every second. `view` is the current snapshot. `credential` is sent with every call."""
 
-    def __init__(self, routers: tuple[str, ...], cache: str, credential: str = "") -> None:
+    def __init__(
+        self, routers: tuple[str, ...], cache: str, credential: str = "", tls: ServiceTls | None = None
+    ) -> None:
         self._credential = credential
+        self._tls = tls
         self._channels = {address: self._connect(address) for address in {*routers, cache}}
         self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
         self._workers: dict[str, grpc.aio.Channel] = {}
         self.events = EventFeed()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _connect(self, address: str) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sending(CREDENTIAL, self._credential))
+    def _connect(self, address: str, authorization: str = "") -> grpc.aio.Channel:
+        sends = sending(AUTHORIZATION, authorization) or sending(CREDENTIAL, self._credential)
+        return open_channel(address, OPTIONS, sends, self._tls)
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """Returns the channel to a router or the cache service."""
         return self._channels[address]
 
+    @asynccontextmanager
+    async def calling(self, address: str, authorization: str) -> AsyncIterator[grpc.aio.Channel]:
+        """A channel for calls in the name of the holder of an API key; "": of the console itself."""
+        channel = self._connect(address, authorization)
+        try:
+            yield channel
+        finally:
+            await channel.close()
+
     def start(self) -> None:
-        """Starts polling, until `close`."""
         self._tasks = [BACKGROUND.start("fleet polling", self._run)]
         for router in self.view.routers:
             follow = partial(self.events.follow, router.address, self.channel(router.address))
             self._tasks.append(BACKGROUND.start("events of a router", follow))
 
     async def close(self) -> None:
-        """Stops polling and disconnects."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))

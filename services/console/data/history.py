@@ -37,7 +37,7 @@ class ScrapedSample(NamedTuple):
     value: float
 
 
-class _Table:
+class _MetricTable:
     """One metric of one process, with one column per series; NaN if a scrape did not have the series."""
 
     def __init__(self, target: str) -> None:
@@ -117,10 +117,9 @@ class _Target:
         self.count = 0
         self.series = 0
         self.refused = 0
-        self.tables: dict[str, _Table] = {}
+        self.tables: dict[str, _MetricTable] = {}
 
     def thin(self, now: float) -> None:
-        """Removes scrapes to make room for new ones."""
         times = self.times[: self.count]
         is_kept = np.zeros(self.count, bool)
         for age, step in _KEPT:
@@ -162,7 +161,7 @@ class History:
         for name, labels, value in samples:
             table = kept.tables.get(name)
             if table is None:
-                table = kept.tables[name] = _Table(target)
+                table = kept.tables[name] = _MetricTable(target)
             column = table.columns.get(labels)
             if column is None:
                 if not room:
@@ -181,11 +180,9 @@ class History:
         kept.count = row + 1
 
     def refused(self) -> int:
-        """Returns the number of series in the last scrapes that were dropped for lack of room."""
         return sum(target.refused for target in self._targets.values())
 
     def knows(self, name: str) -> bool:
-        """Whether any target has this metric."""
         return any(name in target.tables for target in self._targets.values())
 
     def watched(self, seconds: float) -> float:
@@ -255,7 +252,7 @@ class History:
         now = self._clock()
         return np.array((now - seconds, now))
 
-    def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[_Target, _Table, Indices]]:
+    def _matching(self, name: str, where: Mapping[str, str]) -> Iterator[tuple[_Target, _MetricTable, Indices]]:
         """Yields each target, its table of this metric, and the columns with the labels `where`."""
         for target in self._targets.values():
             table = target.tables.get(name)
@@ -287,7 +284,7 @@ class History:
         return out
 
 
-def _grouped(table: _Table, by: Sequence[str], columns: Indices, values: Floats) -> tuple[list[Labels], Floats]:
+def _grouped(table: _MetricTable, by: Sequence[str], columns: Indices, values: Floats) -> tuple[list[Labels], Floats]:
     """Returns the groups of the columns, and the sums of each row of `values` by group."""
     keys, indices = table.groups(by)
     present, group = np.unique(indices[columns], return_inverse=True)
@@ -305,7 +302,7 @@ def add(one: Any, other: Any) -> Any:
     return np.where(np.isnan(one), other, one + np.nan_to_num(other))[()]
 
 
-def _bridged(times: Floats, table: _Table, columns: Indices) -> Floats:
+def _bridged(times: Floats, table: _MetricTable, columns: Indices) -> Floats:
     """Returns the growth of series with gaps at each scrape. A series that first appears later starts at 0."""
     values = table.values[: len(times), columns]
     known = ~np.isnan(values)

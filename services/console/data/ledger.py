@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import grpc
 from ringmesh.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
 from services.console.data.fleet_watch import OPTIONS
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
+from services.runtime.rpc.service_tls import ServiceTls, open_channel
 
 _SECONDS = 5.0
 _ROWS = 20
@@ -42,11 +42,13 @@ class Spending:
 class LedgerReports:
     """Reads reports from the ledger at `address` (host:port); "" if there is no ledger. `credential`: of the fleet."""
 
-    def __init__(self, address: str, credential: str = "", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, address: str, credential: str = "", clock: Callable[[], float] = time.time, tls: ServiceTls | None = None
+    ) -> None:
         self.address = address
         self._clock = clock
         sends = sending(CREDENTIAL, credential)
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=sends) if address else None
+        self._channel = open_channel(address, OPTIONS, sends, tls) if address else None
         self._read: dict[int, tuple[float, Spending]] = {}
 
     async def spending(self, seconds: int) -> Spending:
@@ -80,6 +82,5 @@ class LedgerReports:
         return spending
 
     async def close(self) -> None:
-        """Disconnects."""
         if self._channel is not None:
             await self._channel.close()

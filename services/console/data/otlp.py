@@ -23,7 +23,6 @@ class TraceReceiver:
         self._store = store
 
     def service(self) -> Service:
-        """Returns the gRPC handlers."""
         descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
         return Service(descriptor, {"Export": unary(_Request, self._export, check_list)})
 

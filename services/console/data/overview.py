@@ -46,7 +46,6 @@ class Vitals:
 
 
 def vitals(history: History) -> Vitals:
-    """Returns the key metrics of all requests."""
     return vitals_by(history, ()).get((), idle(history))
 
 

@@ -33,7 +33,6 @@ class Scraper:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Starts scraping, until `close`."""
         self._tasks = [BACKGROUND.start("scrape", partial(self._run, name)) for name in self.targets]
 
     def close(self) -> None:

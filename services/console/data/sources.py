@@ -26,11 +26,9 @@ class Sources:
 
     @property
     def view(self) -> FleetSnapshot:
-        """The latest snapshot of the fleet."""
         return self.fleet.view
 
     def outages(self) -> list[str]:
-        """Returns a message for each router that does not answer."""
         return [
             f"The router at {router.address} does not answer ({router.problem}). This page shows its last answer."
             for router in self.view.routers
@@ -38,5 +36,4 @@ class Sources:
         ]
 
     def findings(self) -> list[Finding]:
-        """Returns the current findings, the most severe first."""
         return findings.find(self.view, self.history, self.traces, self.scraper.problems)

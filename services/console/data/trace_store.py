@@ -44,7 +44,6 @@ class TraceSummary:
 
     @property
     def duration_ns(self) -> int:
-        """The time from the first start to the last end."""
         return self.end_ns - self.start_ns
 
 
@@ -73,7 +72,6 @@ class TraceQuery:
     max_ms: float = 0
 
     def matches(self, found: TraceSummary) -> bool:
-        """Whether a trace matches the search."""
         took = found.duration_ns / 1e6
         text = self.text.lower()
         return (

@@ -47,7 +47,6 @@ def seconds(value: float) -> str:
 
 
 def nanoseconds(value: float) -> str:
-    """Formats a duration in nanoseconds, as `seconds` does."""
     return seconds(value / 1e9)
 
 

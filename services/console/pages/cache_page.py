@@ -31,6 +31,8 @@ from services.console.pages.confirmation import Confirmation
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
 from services.console.pages.request_charts import ChartOptions
+from services.console.security import visitor_of
+from services.console.visitor import Visitor
 
 _KEYS = 15
 _PURGE_SECONDS = 10.0
@@ -40,7 +42,9 @@ SCOPES = ("model", "tenant", "key", "everything")
 async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `cache.html`. A POST purges first."""
     history = sources.history
-    action = await _purge(sources, await form.read(request)) if request.method == "POST" else Confirmation()
+    action = Confirmation()
+    if request.method == "POST":
+        action = await _purge(sources, await form.read(request), visitor_of(request))
     uses = _uses(history)
     options = ChartOptions(request)
     edges = options.edges(history)
@@ -71,8 +75,8 @@ async def contents(sources: Sources, request: Request) -> Context:
     }
 
 
-async def _purge(sources: Sources, sent: Mapping[str, str]) -> Confirmation:
-    """Purges what the form says, once it is confirmed."""
+async def _purge(sources: Sources, sent: Mapping[str, str], visitor: Visitor) -> Confirmation:
+    """Purges what the form says, once it is confirmed, in the name of the visitor."""
     scope, value = sent.get("scope", ""), sent.get("value", "").strip()
     if scope not in SCOPES or (scope != "everything" and not value):
         return Confirmation(problem="Choose what to purge: a model, a tenant or a key by its name, or everything.")
@@ -91,9 +95,10 @@ async def _purge(sources: Sources, sent: Mapping[str, str]) -> Confirmation:
     # Prefer a router, which knows the models.
     answering = (router.address for router in sources.view.routers if not router.problem)
     address = next(answering, sources.view.cache.address)
-    stub = cache_pb2_grpc.CacheServiceStub(sources.fleet.channel(address))
     purge = cache_pb2.PurgeRequest(**{scope: purged})  # type: ignore[arg-type]
-    done, problem = await ask(lambda: stub.Purge(purge, timeout=_PURGE_SECONDS))
+    async with sources.fleet.calling(address, visitor.authorization) as channel:
+        stub = cache_pb2_grpc.CacheServiceStub(channel)
+        done, problem = await ask(lambda: stub.Purge(purge, timeout=_PURGE_SECONDS))
     if done is None:
         return Confirmation(problem=f"Not purged. {address} answers: {problem}.")
     warning = f" But {done.warning}." if done.warning else ""

@@ -65,7 +65,6 @@ def _steps(edges: Floats, curves: Mapping[str, Floats], unit: Callable[[float], 
 
 
 def bar(share: float, kind: str = "") -> Markup:
-    """Returns a bar filled to `share`, 0 to 1."""
     return Markup(
         '<svg class="bar {}" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="back" width="100" height="6"/><rect class="fill" width="{:.2f}" height="6"/></svg>'

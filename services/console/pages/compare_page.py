@@ -37,7 +37,7 @@ class SpanPair:
 
 async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `compare.html`. Raises HTTPException 404 if a trace is not stored."""
-    traces = [traces_page.stored(sources, request.query_params.get(name, "").lower()) for name in ("a", "b")]
+    traces = [traces_page.stored(sources, request, request.query_params.get(name, "").lower()) for name in ("a", "b")]
     (_, first), (_, second) = traces
     return {
         "traces": [{"summary": summary, "tree": tree, "story": story.tell(summary, tree)} for summary, tree in traces],

@@ -25,7 +25,6 @@ _EVENTS = 12
 
 
 async def contents(sources: Sources, request: Request) -> Context:
-    """Returns the context of `fleet.html`."""
     view, history = sources.view, sources.history
     options = ChartOptions(request, "model", "worker")
     vitals = overview.vitals(history)
@@ -53,7 +52,6 @@ async def contents(sources: Sources, request: Request) -> Context:
 
 
 def headline(sources: Sources, vitals: Vitals) -> str:
-    """Returns the state of the fleet in one or two sentences."""
     view = sources.view
     if all(router.problem == PENDING for router in view.routers):
         return "Connecting to the routers…"

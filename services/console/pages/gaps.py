@@ -27,7 +27,6 @@ class Gap:
 
     @property
     def duration_ns(self) -> int:
-        """How long it took."""
         return self.end_ns - self.start_ns
 
 

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.console.data import units
 from services.console.pages import chart
+from services.console.security import visitor_of
 
 Context: TypeAlias = Mapping[str, Any]
 Contents: TypeAlias = Callable[[Request], Awaitable[Context]]
@@ -35,8 +36,8 @@ class Pages:
         self._stopping = stopping
         # Streams by client, the oldest first. Setting its event ends a stream.
         self._streams: dict[str, list[asyncio.Event]] = {}
-        # Recent renderings by path and query, which all viewers of a page share.
-        self._rendered: dict[str, tuple[float, str]] = {}
+        # Recent renderings, which all viewers of a page share who see the same: by path and query, tenant and models.
+        self._rendered: dict[Any, tuple[float, str]] = {}
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
             autoescape=True,
@@ -60,8 +61,9 @@ class Pages:
         return answer
 
     def render(self, template: str, request: Request, context: Context, status: int = 200) -> Response:
-        """Renders the whole page."""
-        text = self._templates.get_template(template).render(path=request.url.path, **context)
+        text = self._templates.get_template(template).render(
+            path=request.url.path, visitor=visitor_of(request), **context
+        )
         return HTMLResponse(text, status, headers={"Vary": "Accept"})
 
     async def _stream(self, template: str, contents: Contents, request: Request) -> Response:
@@ -79,7 +81,7 @@ class Pages:
             most.pop(0).set()
         ended = asyncio.Event()
         self._streams.setdefault(client, []).append(ended)
-        return _Stream(self._events(template, contents, request, ended), partial(self._forget, client, ended))
+        return _EventStream(self._events(template, contents, request, ended), partial(self._forget, client, ended))
 
     def _forget(self, client: str, ended: asyncio.Event) -> None:
         streams = self._streams.get(client, [])
@@ -92,7 +94,8 @@ class Pages:
         self, template: str, contents: Contents, request: Request, ended: asyncio.Event
     ) -> AsyncIterator[str]:
         last = ""
-        while not (self._stopping.is_set() or ended.is_set()):
+        visitor = visitor_of(request)
+        while visitor.is_current() and not (self._stopping.is_set() or ended.is_set()):
             html = await self._live(template, contents, request)
             # An empty comment detects clients that have disconnected.
             yield ":\n\n" if html == last else "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
@@ -105,13 +108,14 @@ class Pages:
 
     async def _live(self, template: str, contents: Contents, request: Request) -> str:
         """Returns the page's block `live`, at most one period old."""
-        page = f"{request.url.path}?{request.url.query}"
+        visitor = visitor_of(request)
+        page = (request.url.path, request.url.query, visitor.limits)
         now = time.monotonic()
         at, html = self._rendered.get(page, (-math.inf, ""))
         if now - at < _PERIOD_SECONDS * 0.9:
             return html
         block = self._templates.get_template(template)
-        context = block.new_context({"path": request.url.path, **await contents(request)})
+        context = block.new_context({"path": request.url.path, "visitor": visitor, **await contents(request)})
         html = "".join(block.blocks["live"](context))
         if len(self._rendered) >= MAX_STREAMS:
             self._rendered.clear()
@@ -119,7 +123,7 @@ class Pages:
         return html
 
 
-class _Stream(StreamingResponse):
+class _EventStream(StreamingResponse):
     """A stream of events until the client disconnects. Always calls `on_end`, even if no event was sent."""
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
@@ -127,7 +131,6 @@ class _Stream(StreamingResponse):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Implements ASGI."""
         try:
             await super().__call__(scope, receive, send)
         finally:

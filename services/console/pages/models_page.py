@@ -22,6 +22,8 @@ from services.console.pages.confirmation import Confirmation
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
 from services.console.pages.request_charts import ChartOptions
+from services.console.security import visitor_of
+from services.console.visitor import Visitor
 
 _SECONDS = 2.0
 _LOAD_SECONDS = 120.0
@@ -31,7 +33,6 @@ ORDERS = {"busiest": "requests", "slowest": "p99", "failing": "errors", "costlie
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """Returns the context of `models.html`."""
     rows = _rows(sources, sources.view.models)
     text, order = (request.query_params.get(name, "").strip() for name in ("text", "order"))
     found = [row for row in rows if text.lower() in row["model"].name.lower()]
@@ -60,7 +61,7 @@ async def one(sources: Sources, request: Request) -> Context:
     config = None
     if (stub := _stub(sources)) is not None:
         if request.method == "POST":
-            action = await _change(stub, name, await form.read(request))
+            action = await _change(sources, name, await form.read(request), visitor_of(request))
         config, _ = await ask(lambda: stub.ModelConfig(v2.ModelConfigRequest(name=name), timeout=_SECONDS))
     ensembles = [
         replica.served.ensemble.config
@@ -84,8 +85,8 @@ async def one(sources: Sources, request: Request) -> Context:
     }
 
 
-async def _change(stub: _Stub, name: str, sent: Mapping[str, str]) -> Confirmation:
-    """Loads or unloads the model on all workers, once the form is confirmed."""
+async def _change(sources: Sources, name: str, sent: Mapping[str, str], visitor: Visitor) -> Confirmation:
+    """Loads or unloads the model on all workers, once the form is confirmed, in the name of the visitor."""
     if (verb := sent.get("action", "")) not in ("load", "unload"):
         return Confirmation(problem="Choose whether to load or to unload the model.")
     effect = "Requests for it fail until it is loaded again." if verb == "unload" else "Its files are read again."
@@ -93,13 +94,17 @@ async def _change(stub: _Stub, name: str, sent: Mapping[str, str]) -> Confirmati
         question = f"{verb.capitalize()} {name} on all workers? {effect}"
         return Confirmation(question, {"action": verb}, f"{verb.capitalize()} it")
     load, unload = v2.RepositoryModelLoadRequest(model_name=name), v2.RepositoryModelUnloadRequest(model_name=name)
-    done, problem = await ask(
-        lambda: (
-            stub.RepositoryModelLoad(load, timeout=_LOAD_SECONDS)
-            if verb == "load"
-            else stub.RepositoryModelUnload(unload, timeout=_LOAD_SECONDS)
+    if (router := sources.view.router) is None:
+        return Confirmation(problem="No router answers.")
+    async with sources.fleet.calling(router.address, visitor.authorization) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        done, problem = await ask(
+            lambda: (
+                stub.RepositoryModelLoad(load, timeout=_LOAD_SECONDS)
+                if verb == "load"
+                else stub.RepositoryModelUnload(unload, timeout=_LOAD_SECONDS)
+            )
         )
-    )
     if done is None:
         return Confirmation(problem=f"{name} was not {verb}ed: {problem}")
     return Confirmation(notice=f"{name} was {verb}ed on all workers. The state below follows within some seconds.")

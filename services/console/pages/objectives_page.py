@@ -44,12 +44,10 @@ class Objective:
 
     @property
     def burns(self) -> list[float]:
-        """The burn rates of the error budget."""
         return [(1 - good) / (1 - self.target) for good in self.good]
 
     @property
     def verdict(self) -> str:
-        """The result as text."""
         if all(map(math.isnan, self.burns)):
             return "no requests"
         if all(burn > FAST_BURN for burn in self.burns):
@@ -60,7 +58,6 @@ class Objective:
 
 
 async def contents(sources: Sources, request: Request) -> Context:
-    """Returns the context of `objectives.html`."""
     history = sources.history
     options = ChartOptions(request)
     targets, edges = configured(history), options.edges(history)

@@ -45,7 +45,6 @@ class ChartOptions:
             self.switches.append(("Breakdown", self._choices("by", options)))
 
     def edges(self, history: History) -> Floats:
-        """Returns the edges of the charts' steps."""
         is_young = history.watched(_YOUNG[0]) < _YOUNG[0]
         return history.edges(*_RANGES.get(self._range, _YOUNG if is_young else _RANGES["15 min"]))
 

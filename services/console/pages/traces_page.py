@@ -21,6 +21,8 @@ from services.console.data.trace_store import TraceQuery, TraceSummary
 from services.console.pages import gaps, story
 from services.console.pages.fleet_page import Row
 from services.console.pages.live import Context
+from services.console.security import visitor_of
+from services.console.visitor import Visitor
 from services.runtime.telemetry.span_tree import SpanTree, StoredSpan
 
 _LIMIT = 100
@@ -49,13 +51,14 @@ class WaterfallRow:
 
 
 async def listing(sources: Sources, request: Request) -> Context:
-    """Returns the context of `traces.html`."""
     query, problem = _query(request)
     sort = request.query_params.get("sort", "")
-    store = sources.traces
+    store, visitor = sources.traces, visitor_of(request)
     seen: dict[str, set[str]] = {"model": set(), "tenant": set(), "worker": set()}
     found = []
     for summary in store.summaries():
+        if not visitor.sees(summary.tenant, summary.model):
+            continue
         for part, values in seen.items():
             values.add(getattr(summary, part))
         if not problem and query.matches(summary):
@@ -69,6 +72,7 @@ async def listing(sources: Sources, request: Request) -> Context:
         "count": len(found),
         "longest": max((summary.duration_ns for summary in shown), default=0),
         "store": store,
+        "is_whole": not any(visitor.limits),
         "models": sorted(seen["model"] - {""}),
         "tenants": sorted(seen["tenant"] - {""}),
         "workers": sorted(seen["worker"] - {""}),
@@ -80,22 +84,22 @@ async def listing(sources: Sources, request: Request) -> Context:
 
 async def one(sources: Sources, request: Request) -> Context:
     """Returns the context of `trace.html`. Raises HTTPException 404 if the trace is not stored."""
-    summary, tree = stored(sources, request.path_params["trace_id"].lower())
+    summary, tree = stored(sources, request, request.path_params["trace_id"].lower())
     total = max(1, tree.duration_ns)
     return {
         "summary": summary,
         "rows": _waterfall(tree),
         "total_ns": total,
         "story": story.tell(summary, tree),
-        "linked": _linked(sources, tree),
+        "linked": _linked(sources, tree, visitor_of(request)),
         "elsewhere": sources.trace_ui.replace("{trace_id}", tree.trace_id),
     }
 
 
-def stored(sources: Sources, trace_id: str) -> tuple[TraceSummary, SpanTree]:
-    """Returns a trace. Raises HTTPException 404 if it is not stored."""
+def stored(sources: Sources, request: Request, trace_id: str) -> tuple[TraceSummary, SpanTree]:
+    """Returns a trace. Raises HTTPException 404 if it is not stored, or not for the visitor."""
     found = sources.traces.find(trace_id)
-    if found is None:
+    if found is None or not visitor_of(request).sees(found[0].tenant, found[0].model):
         raise HTTPException(
             404,
             f"Trace {trace_id} is not stored. Spans arrive about a second after a sampled request; "
@@ -121,14 +125,19 @@ def _waterfall(tree: SpanTree) -> list[WaterfallRow]:
     return rows
 
 
-def _linked(sources: Sources, tree: SpanTree) -> list[tuple[str, str, bool]]:
-    """Returns the traces that spans of this one link to: the span, the trace id, and whether the trace is stored."""
+def _linked(sources: Sources, tree: SpanTree, visitor: Visitor) -> list[tuple[str, str, bool]]:
+    """Returns the traces that spans link to: the span, the trace id, and whether the visitor can open the trace."""
     seen: dict[str, str] = {}
     for _, span in tree.rows:
         for other, _ in span.links:
             if other != tree.trace_id:
                 seen.setdefault(other, span.short_name)
-    return [(name, other, sources.traces.find(other) is not None) for other, name in seen.items()]
+
+    def is_open(other: str) -> bool:
+        found = sources.traces.find(other)
+        return found is not None and visitor.sees(found[0].tenant, found[0].model)
+
+    return [(name, other, is_open(other)) for other, name in seen.items()]
 
 
 def _histogram(request: Request, found: Sequence[TraceSummary]) -> list[Row]:

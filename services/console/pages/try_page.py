@@ -8,6 +8,7 @@ from services.console.data import trial
 from services.console.data.sources import Sources
 from services.console.pages import form, models_page
 from services.console.pages.live import Context
+from services.console.security import visitor_of
 from services.runtime.oip.sample_tensor import WORDS
 
 CACHE_CONTROL = ("", "no-cache", "no-store", "max-age=60", "only-if-cached")
@@ -16,19 +17,23 @@ CACHE_CONTROL = ("", "no-cache", "no-store", "max-age=60", "only-if-cached")
 async def contents(sources: Sources, request: Request) -> Context:
     """Returns the context of `try.html`. A POST sends the inference first."""
     sent = await form.read(request) if request.method == "POST" else dict(request.query_params)
-    models = sorted({model.name for model in sources.view.models if model.state != "UNAVAILABLE"})
+    visitor = visitor_of(request)
+    tenant, _ = visitor.limits
+    served = {model.name for model in sources.view.models if model.state != "UNAVAILABLE"}
+    models = sorted(name for name in served if visitor.sees(tenant, name))
     chosen = sent.get("model") or next(iter(models), "")
-    metadata = await models_page.metadata(sources, chosen) if chosen else None
+    metadata = await models_page.metadata(sources, chosen) if chosen and visitor.sees(tenant, chosen) else None
     fields = trial.inputs(metadata, sent) if metadata else []
     context = {
         "models": models,
         "chosen": chosen,
         "router": sources.view.router,
         "known": metadata is not None,
+        "reason": next((failure.reason for failure in sources.view.failures if failure.model == chosen), ""),
         "fields": fields,
         "cache_control": sent.get("cache-control", ""),
         "choices": CACHE_CONTROL,
-        "tenant": sent.get("tenant", ""),
+        "tenant": sent.get("tenant", tenant),
         "words": WORDS,
         "result": None,
         "problem": "",
@@ -40,5 +45,5 @@ async def contents(sources: Sources, request: Request) -> Context:
         headers = trial.headers(sent.get("cache-control", ""), sent.get("tenant", ""))
     except trial.TrialError as error:
         return {**context, "problem": str(error), "status": 400}
-    channel = sources.fleet.channel(sources.view.router.address)
-    return {**context, "result": await trial.send(channel, infer, headers)}
+    async with sources.fleet.calling(sources.view.router.address, visitor.authorization) as channel:
+        return {**context, "result": await trial.send(channel, infer, headers)}

@@ -62,7 +62,6 @@ async def contents(sources: Sources, request: Request) -> Context:
 
 
 def _gpus(history: History, target: str) -> list[Row]:
-    """Returns the GPUs that the worker reports."""
     values = {part: history.last(f"ringmesh_gpu_{part}", ("gpu", "name"), target=target) for part in _GPU}
     keys = sorted({key for by_gpu in values.values() for key in by_gpu})
     return [{"gpu": key[0], "name": key[1], **{part: values[part][key] for part in _GPU}} for key in keys]

@@ -45,7 +45,7 @@ function keepLive(live) {
     source.onerror = () => {
       say("The console does not answer; trying again", "off");
       // After a refusal the browser gives up; we do not.
-      if (source.readyState === EventSource.CLOSED) setTimeout(() => source && connect(), 5000);
+      if (source.readyState === EventSource.CLOSED) tryAgain();
     };
     source.onmessage = (event) => {
       const fresh = document.createElement("template");
@@ -54,6 +54,14 @@ function keepLive(live) {
       if (pointed?.plot.dataset.steps) point(pointed.plot, pointed.step);
       live.dataset.updates = String(Number(live.dataset.updates || 0) + 1);
     };
+  }
+
+  // A page whose session has ended leads to the sign-in.
+  async function tryAgain() {
+    const options = { method: "HEAD", redirect: "manual", headers: { Accept: "text/html" } };
+    const answer = await fetch(location.href, options).catch(() => null);
+    if (answer?.type === "opaqueredirect") location.reload();
+    else setTimeout(() => source && connect(), 5000);
   }
 
   function disconnect() {

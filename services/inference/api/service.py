@@ -37,6 +37,8 @@ from services.runtime.telemetry.worker_spans import EXECUTE
 # Limits for the failed loads in a description; the index lists all of them.
 _MOST_FAILURES = 1000
 _LONGEST_REASON = 300
+# In every request of a sequence.
+_SEQUENCE = b"sequence_id"
 _DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceWorkerService"]
 
 
@@ -77,12 +79,14 @@ class DirectService:
 
     async def _execute(self, data: bytes, metadata: Metadata, deadline: float | None, method: str) -> SplitResult:
         caller = protocol.caller_metadata(metadata)
-        if self._access.keys is not None:
+        if self._access.is_closed:
             protocol.identify(caller, self._access)
             if caller.error is not None:
                 raise caller.error
             if caller.identity is not None:
                 caller.identity.check_model(model_name(data))
+            if _SEQUENCE in data:
+                data = protocol.of_tenant(data, caller.tenant)
         trace = self._tracer.start(caller.traceparent)
         trace.span_id = w3c.new_span_id()
         start = time.time_ns()

@@ -18,7 +18,7 @@ from services.runtime import wire
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.large_bytes import LARGE_BYTES, join_arrays
 from services.runtime.oip.infer_request import Read
-from services.runtime.oip.protocol import sequence_of
+from services.runtime.oip.protocol import SEQUENCE_TENANT, sequence_of
 from services.runtime.oip.request_check import check_request, check_shape, shown
 from services.runtime.oip.tensors import decode, encode, raw_from_contents
 from services.runtime.request_limits import MAX_STRINGS
@@ -49,11 +49,16 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
-    """The sequence of a request, and whether the request begins or ends it."""
+    """The sequence of a request, and whether the request begins or ends it. Each `tenant` has sequences of its own."""
 
     sequence_id: int | str
     start: bool
     end: bool
+    tenant: str = ""
+
+    @property
+    def key(self) -> tuple[str, int | str]:
+        return self.tenant, self.sequence_id
 
 
 class Decoded:
@@ -330,7 +335,9 @@ def _sequence(request: v2.ModelInferRequest) -> SequenceStep | None:
     sequence_id = sequence_of(request)
     if not sequence_id:
         return None
-    return SequenceStep(sequence_id, _flag(request, "sequence_start"), _flag(request, "sequence_end"))
+    # Without a look, a map would make an entry.
+    tenant = request.parameters[SEQUENCE_TENANT].string_param if SEQUENCE_TENANT in request.parameters else ""
+    return SequenceStep(sequence_id, _flag(request, "sequence_start"), _flag(request, "sequence_end"), tenant)
 
 
 def _flag(request: v2.ModelInferRequest, name: str) -> bool:

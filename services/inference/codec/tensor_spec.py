@@ -140,11 +140,11 @@ def _declared(
         spec = TensorSpec(name, spec.datatype, (*fitting[0], *inner))
     if not fitting and (dims or reshaped):
         kind = "a reshape to" if reshaped else "dims"
-        why = {
-            None: "",
-            True: f": max_batch_size adds a dimension for the batch, so they should be {list(spec.shape[1:])}",
-            False: ", all of which belong there: there is no max_batch_size that would add one for the batch",
-        }[left_out]
+        why = ""
+        if left_out:
+            why = f": max_batch_size adds a dimension for the batch, so they should be {list(spec.shape[1:])}"
+        elif left_out is False and len(inner) < len(spec.shape):
+            why = ": there is no max_batch_size that would add a dimension for the batch, so they should be the same"
         raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}{why}")
     if not reshaped:
         return spec

@@ -13,6 +13,7 @@ import onnxruntime
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.repository.config import ConfigError, ModelConfig
+from services.inference.repository.config_rules import instances
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -101,10 +102,13 @@ def executions(config: ModelConfig, available: Sequence[str], caches: str = "") 
     if on_gpu and on_cpu:
         raise ConfigError("has instances on the GPU and on the CPU; their answers differ, so a model has one kind")
     devices = sorted({device for group in groups for device in group.gpus})
-    if on_cpu or not (on_gpu or CUDA in available):
+    named = {"tensorrt": TENSORRT, "cuda": CUDA}
+    wanted = config.optimization.execution_accelerators.gpu_execution_accelerator
+    accelerators = tuple([named[each.name] for each in wanted if each.name in named])
+    if on_cpu or not (on_gpu or accelerators or CUDA in available):
         return [_on_cpu(config, available)]
     if CUDA not in available:
-        return [_on_cpu(config, available, missing=(CUDA,))]
+        return [_on_cpu(config, available, missing=accelerators or (CUDA,))]
     return [_on_gpu(config, available, device, caches) for device in devices or [0]]
 
 
@@ -187,9 +191,11 @@ def _cuda_parameters(config: ModelConfig) -> dict[str, str]:
 
 
 def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOptions:
-    """The session options. `threads`: of one run, unless the configuration sets them. Raises ConfigError."""
+    """The session options. `threads`: of the model's concurrent runs together, unless the configuration sets those of
+    one run. Raises ConfigError."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = _whole(config, "intra_op_thread_count", _THREADS) or threads
+    shared = max(1, threads // instances(config))
+    options.intra_op_num_threads = _whole(config, "intra_op_thread_count", _THREADS) or shared
     options.inter_op_num_threads = _whole(config, "inter_op_thread_count", _THREADS) or 0
     if _whole(config, "execution_mode", range(2)):
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL

@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+_LFS_POINTER = b"version https://git-lfs"
+
 
 def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -45,9 +47,16 @@ def read(file: Path) -> onnx.ModelProto:
         try:
             model.ParseFromString(view)  # type: ignore[arg-type]  # not copied into bytes first
         except DecodeError:
+            if data[: len(_LFS_POINTER)] == _LFS_POINTER:
+                raise ValueError(
+                    "it is a pointer of Git LFS, not the model; `git lfs pull` fetches the model"
+                ) from None
             raise ValueError("it is no ONNX model, or a truncated one") from None
         finally:
             view.release()
+    # Protobuf does not check the text of proto2: it returns bytes if they are not UTF-8.
+    if any(isinstance(text, bytes) for node in _nodes(model) for text in (node.op_type, node.domain)):
+        raise ValueError("it is no ONNX model: the name of an operator is not UTF-8")
     return model
 
 

@@ -12,8 +12,8 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
 from services.inference.execution import graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
-from services.inference.execution.run_errors import run_error
-from services.inference.execution.sessions import Sessions, first_line
+from services.inference.execution.run_errors import load_failure, run_error
+from services.inference.execution.sessions import Sessions
 from services.inference.repository.config import (
     SHARED_TIER,
     ConfigError,
@@ -76,17 +76,14 @@ class OnnxModel:
             self.independence = prove(proto)
             self.inline = inline_runs.verdict(proto)
             del proto  # frees memory before the session is made
-            name = f"{files.name}/{files.version}"
-            self._sessions = sessions = Sessions(
-                name, files.model, configured, providers, intra_op_threads, self._output_shape, caches
-            )
+            self._sessions = sessions = Sessions(files, providers, intra_op_threads, self._output_shape, caches)
             self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
             self.outputs = output_specs(sessions.outputs, configured, unranked)
             self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
-            raise ModelLoadError(f"cannot load {files.model}: {first_line(error)}") from None
+            raise ModelLoadError(f"cannot load {files.model}: {load_failure(error)}") from None
         self.provider = sessions.provider
         self.digest = self.own_digest = files.digest(self.provider)
         every = (*self.inputs.values(), *self.hidden_inputs.values(), *self.outputs.values())
@@ -150,7 +147,7 @@ class OnnxModel:
                     self.compute(inputs, list(self.outputs))
             except Exception as error:
                 raise ModelLoadError(
-                    f"cannot load {self.folder}: model_warmup {sample.name!r} failed: {first_line(error)}"
+                    f"cannot load {self.folder}: model_warmup {sample.name!r} failed: {load_failure(error)}"
                 ) from None
 
     def _warm_up_input(self, spec: TensorSpec, sample: config_pb2.ModelWarmup) -> npt.NDArray[Any]:

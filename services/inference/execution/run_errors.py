@@ -25,8 +25,17 @@ _MEMORY = re.compile(r"requested buffer of size (\d+)")
 _DEVICE = re.compile(r"\b(cuda|cudnn|cublas|cufft|nccl|tensorrt|trt|openvino|hip|miopen|rocblas)", re.IGNORECASE)
 # The location in the source of ONNX Runtime, which precedes the message.
 _SOURCE = re.compile(
-    r"^(?:/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? |\[ONNXRuntimeError\] : \d+ : \w+ : "
-    r"|[\w./]+\.(?:cc|h|cu):\d+ \w+ |.* was false\. )"
+    r"^(?:/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])?(?:::<lambda\(\)>)? "
+    r"|\[ONNXRuntimeError\] : \d+ : \w+ : |[\w./]+\.(?:cc|h|cu):\d+ \w+ |.* was false\. "
+    r"|Load model from .*? failed: ?|Fatal error: |Exception during initialization: )"
+)
+# What to do about failed loads that are common, by a part of ONNX Runtime's message.
+_REMEDIES = (
+    (re.compile(r"is not a registered function/op"), "libraries of custom operators are not loaded"),
+    (
+        re.compile(r"construct locale with name:(\S+?):"),
+        "the model's StringNormalizer needs the locale {}; install it on this host (Debian: locales-all)",
+    ),
 )
 
 
@@ -63,8 +72,22 @@ def _refusal(error: Exception) -> str:
     if not isinstance(error, _STATE.InvalidArgument | _STATE.Fail | _STATE.RuntimeException) or _DEVICE.search(text):
         return ""
     node = nodes[-1]
-    status = next(iter(text[node.end() :].strip().splitlines()), "")
-    while status != (status := _SOURCE.sub("", status)):
-        pass
+    status = _message(next(iter(text[node.end() :].strip().splitlines()), ""))
     name = f"node {node['name']!r}" if node["name"] else "a node"
     return f"{name} ({node['operator']}) fails" + (f": {status}" if status else "")
+
+
+def load_failure(error: Exception) -> str:
+    """Why a model was not loaded, in ONNX Runtime's words, and what to do about it, if that is known."""
+    message = _message(first_line(error))
+    for pattern, remedy in _REMEDIES:
+        if found := pattern.search(message):
+            return f"{message}; {remedy.format(*found.groups())}"
+    return message
+
+
+def _message(text: str) -> str:
+    """The text without the locations in the source of ONNX Runtime."""
+    while text != (text := _SOURCE.sub("", text)):
+        pass
+    return text

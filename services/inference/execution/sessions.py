@@ -21,7 +21,8 @@ from services.inference.codec.tensor_spec import datatype_of
 from services.inference.execution import execution
 from services.inference.execution.device_session import DeviceSession, OutputShape, page_locked, run_options
 from services.inference.execution.execution import Execution
-from services.inference.repository.config import ConfigError, ModelConfig
+from services.inference.repository.config import ConfigError
+from services.inference.repository.repository import ModelFiles
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +44,17 @@ class Sessions:
 
     def __init__(
         self,
-        model: str,
-        file: Path,
-        config: ModelConfig,
+        files: ModelFiles,
         available: Sequence[str],
         threads: int,
         output_shape: OutputShape,
         caches: str,
     ) -> None:
-        """`model`: name and version, for the log. `available`: the execution providers of this machine. `threads`: of
-        one run. `caches`: folder for TensorRT's engines. Raises ConfigError, and the errors of ONNX Runtime."""
-        options = execution.session_options(config, threads)
-        executions = execution.executions(config, available, caches)
-        sessions = [_open(file, options, chosen.providers) for chosen in executions]
+        """`available`: the execution providers of this machine. `threads`: of concurrent runs together. `caches`:
+        folder for TensorRT's engines. Raises ConfigError, and the errors of ONNX Runtime."""
+        options = execution.session_options(files.config, threads)
+        executions = execution.executions(files.config, available, caches)
+        sessions = [_open(files.model, options, chosen.providers) for chosen in executions]
         first = sessions[0]
         self.inputs = first.get_inputs()
         self.outputs = first.get_outputs()
@@ -69,8 +68,9 @@ class Sessions:
         wanted = executions[0].providers[0][0]
         # ONNX Runtime leaves out a provider whose libraries do not load.
         if missing := {*executions[0].missing, wanted} - {self.provider}:
-            log.warning("model %s: it runs on %s, without %s", model, self.provider, ", ".join(sorted(missing)))
-        entries = execution.run_entries(config)
+            lacks = ", ".join(sorted(missing))
+            log.warning("model %s/%d: it runs on %s, without %s", files.name, files.version, self.provider, lacks)
+        entries = execution.run_entries(files.config)
         self._runners = [
             _runner(session, chosen, entries, output_shape)
             for session, chosen in zip(sessions, executions, strict=True)

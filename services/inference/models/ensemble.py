@@ -80,11 +80,16 @@ class Ensemble:
         """This ensemble with its steps looked up by `find(name, version)`, which behaves as HeldModels.find."""
         made = object.__new__(Ensemble)
         made.__dict__.update(self.__dict__)
-        try:
-            made._steps = [find(step.model, step.version) for step in self.plan.steps]
-            made.lacks_steps, made.runnable = False, made._fits()
-        except (NotFoundError, UnavailableError) as error:
-            made._steps, made.lacks_steps, made.runnable = [], True, Verdict(error.message)
+        made._steps = []
+        for step in self.plan.steps:
+            try:
+                made._steps.append(find(step.model, step.version))
+            except (NotFoundError, UnavailableError) as error:
+                made._steps, made.runnable = [], Verdict(f"step {step.model!r}: {error.message}")
+                break
+        made.lacks_steps = not made._steps
+        if made._steps:
+            made.runnable = made._fits()
         made.limits_queue = any(step.model.limits_queue for step in made._steps)
         # As in Triton, an output without labels of its own has those of the step that makes it.
         made.labels = {
@@ -94,8 +99,8 @@ class Ensemble:
             if tensor in made.outputs and output in held.model.labels
         } | self._own_labels
         made.digest = ensemble.digest(self.own_digest, (step.model.digest for step in made._steps))
-        reasons = ((step.model.name, step.model.cacheable.reason) for step in made._steps)
-        made.cacheable = made.runnable and ensemble.cacheable(self._config, reasons)
+        cached = ((step.model.name, step.model.cacheable) for step in made._steps)
+        made.cacheable = made.runnable and ensemble.cacheable(self._config, cached)
         return made
 
     def config(self) -> ModelConfig:

@@ -30,6 +30,7 @@ from services.inference.repository.repository import (
     RepositoryError,
     RepositoryUnavailableError,
 )
+from services.inference.repository.signatures import Signatures, UnsignedError
 from services.inference.repository.snapshots import LockedFolder, Snapshot, Snapshots
 from services.inference.scheduling.batcher import Batcher
 from services.inference.scheduling.sequencer import Sequencer
@@ -66,8 +67,10 @@ class ModelStore:
         journal: CrashJournal | None = None,
         snapshots: Snapshots | None = None,
         decisions: Decisions | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
-        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal.
+        """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal. `signatures`:
+        checks each version; None: models need no signature.
 
         If `snapshots` or `decisions` are None, they are kept in a temporary folder and lost with the process.
         """
@@ -76,7 +79,7 @@ class ModelStore:
         self._open_model = open_model
         self._executor = executor
         self._journal = journal
-        self._quarantined = False
+        self._signatures = signatures
         self._loaded: dict[str, Fingerprint] = {}
         # The number of failures dropped to make room for newer ones.
         self.failures_dropped = 0
@@ -95,16 +98,14 @@ class ModelStore:
     async def load_all(self) -> None:
         """Loads every model according to the last decision on it. The index lists those that failed.
 
-        Raises RepositoryError if no model could be loaded, unless some are in quarantine or were unloaded by request.
+        Raises RepositoryError if the repository cannot be read or has no model.
         """
         # Taken before anything is read, so that the first poll sees changes made during the load.
         self._loaded = await asyncio.to_thread(self._source.fingerprint)
         names = set(await asyncio.to_thread(self._source.names))
-        unloaded = False
         for name in sorted(names | self.decisions.decided_ns.keys()):
             decision = await asyncio.to_thread(self.decisions.get, name)
             if decision is not None and not decision.loaded:
-                unloaded = True
                 self._failed(name, {"": _UNLOADED})
             elif name in names or (decision is not None and decision.overrides.files):
                 try:
@@ -114,8 +115,6 @@ class ModelStore:
                     log.error("%s", error.message)
                     if isinstance(error, UnavailableError):
                         self._loaded.pop(name, None)  # so that `poll` tries it again
-        if not self._quarantined and not unloaded and not any(True for _ in self.held):
-            raise RepositoryError("; ".join(reason for failed in self._failures.values() for reason in failed.values()))
         # Swept last: the load may have used snapshots that the previous process left.
         await asyncio.to_thread(self._snapshots.sweep)
 
@@ -219,8 +218,11 @@ class ModelStore:
         served = dict(before)
         while True:
             await asyncio.sleep(seconds)
-            now = await asyncio.to_thread(self._source.fingerprint)
-            if not now:  # the repository cannot be read at the moment
+            try:
+                now = await asyncio.to_thread(self._source.fingerprint)
+            except RepositoryError:
+                now = {}
+            if not now:  # the repository cannot be read at the moment, or lists nothing
                 continue
             for name in sorted(now.keys() | served.keys()):
                 settled = now.get(name) == before.get(name) != served.get(name)
@@ -327,6 +329,11 @@ class ModelStore:
         for kept in held:
             if kept.model.version == files.version and files.digest(kept.model.provider) == kept.model.own_digest:
                 return kept
+        if self._signatures is not None:
+            try:
+                await asyncio.to_thread(self._signatures.check, files)
+            except UnsignedError as error:
+                raise ModelLoadError(f"cannot load {files.origin}: {error}") from None
         if ignored := config.ignored_fields(files.config):
             log.warning("model %s/%d: set but not acted on: %s", files.name, files.version, ", ".join(ignored))
         if files.config.HasField("ensemble_scheduling"):
@@ -337,7 +344,6 @@ class ModelStore:
             if pardon:
                 self._journal.pardon(digest)
             if not (verdict := self._journal.allows(digest)):
-                self._quarantined = True
                 raise ModelLoadError(f"cannot load {files.model}: {verdict.reason}")
         snapshot = await asyncio.to_thread(self._snapshots.take, files)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.repository import config_rules
+from services.runtime.oip.absent_model import nearest
 
 ModelConfig = config_pb2.ModelConfig
 
@@ -64,6 +66,10 @@ _ACTED_ON = frozenset(
 _NESTED = frozenset(path[:end] for path in _ACTED_ON for end, letter in enumerate(path) if letter == ".")
 
 
+# How protobuf reports an unknown field, or an unknown value of an enumeration.
+_UNKNOWN = re.compile(r'(Message|Enum) type "([\w.]+)" has no (?:field|value) named "?(\w+)')
+
+
 class ConfigError(Exception):
     """The configuration cannot be served; the message names the file or field and what it should be."""
 
@@ -81,9 +87,24 @@ def parse(text: str, source: str, name: str) -> ModelConfig:
         else:
             text_format.Parse(text, message)
     except (text_format.ParseError, json_format.ParseError) as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{source}: {_with_hint(str(error))}") from None
     _check(message, source, name)
     return message
+
+
+def _with_hint(message: str) -> str:
+    """The first line of protobuf's message, with the nearest name if a field or value is unknown."""
+    message = message.splitlines()[0].removesuffix(".")
+    if (found := _UNKNOWN.search(message)) is None:
+        return message
+    pool, (kind, type_name, name) = config_pb2.DESCRIPTOR.pool, found.groups()
+    known = (
+        pool.FindMessageTypeByName(type_name).fields_by_name
+        if kind == "Message"
+        else pool.FindEnumTypeByName(type_name).values_by_name
+    )
+    near = nearest(name, known) or next((one for one in known if one.endswith(f"_{name}")), "")
+    return f"{message}; did you mean {near}?" if near else message
 
 
 def read(path: Path, name: str) -> ModelConfig:
@@ -132,6 +153,7 @@ def serving_rules(config: ModelConfig, *, semantic: bool) -> inference_pb2.Model
     """The fields of a ModelVersion that follow from the parameters. `semantic`: similar requests may share answers."""
     rules = inference_pb2.ModelVersion(
         tenant_scoped=says(config, TENANT_SCOPE) is True,
+        tenant_shared=says(config, TENANT_SCOPE) is False,
         hedged=says(config, HEDGE) is True,
         ttl_ms=math.ceil(_number(config, CACHE_TTL) * 1000),
         stale_ms=math.ceil(_number(config, CACHE_STALE) * 1000),

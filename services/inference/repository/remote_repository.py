@@ -84,14 +84,11 @@ class RemoteRepository:
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size and content id of every file, by model; {} if the repository cannot be read."""
-        try:
-            return {
-                name: frozenset((str(found.path), found.size, found.etag or found.sha256) for found in objects)
-                for name, objects in self._listing().items()
-            }
-        except RepositoryError:
-            return {}
+        """Path, size and content id of every file, by model."""
+        return {
+            name: frozenset((str(found.path), found.size, found.etag or found.sha256) for found in objects)
+            for name, objects in self._listing().items()
+        }
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """Downloads the versions that the model's policy selects, unless they are in the cache."""

@@ -33,6 +33,8 @@ _CHUNK_BYTES = 4 << 20
 # The longest file name on Linux file systems, in bytes.
 _LONGEST_NAME = 255
 _MAX_LABEL_BYTES = 16 << 20
+# The most files that a message names.
+_MOST_NAMED = 3
 
 # Path, size and a content id of every file of a model. The id changes if the content changes.
 Fingerprint: TypeAlias = frozenset[tuple[str, int, int | str]]
@@ -107,15 +109,15 @@ class ModelFiles:
             hasher.update(f"{len(name.encode())}:{name}".encode() + content.digest())
         return replace(self, content=hasher.digest())
 
-    def digest(self, provider: str) -> bytes:
-        """A hash of 16 bytes over name, version, content, labels, configuration and execution provider."""
+    def digest(self, provider: str, size: int = 16) -> bytes:
+        """A hash of `size` bytes over name, version, content, labels, configuration and execution provider."""
         content = self.content or self.hashed().content
         hasher = blake3(f"{len(self.name)}:{self.name}/{self.version}/{provider}\n".encode())
         hasher.update(content)
         for labels in self.labels.values():
             hasher.update(blake3(b"\n".join(labels)).digest())
         hasher.update(self.config.SerializeToString(deterministic=True))
-        return hasher.digest(16)
+        return hasher.digest(size)
 
 
 def opened_path(file: BinaryIO) -> Path:
@@ -173,7 +175,7 @@ class ModelSource(Protocol):
         """The names of the models. Raises RepositoryError if there are none."""
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """The fingerprint of each model; {} if the source cannot be read."""
+        """The fingerprint of each model. Raises RepositoryError if the source cannot be read."""
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """A repository folder that holds the current files of the model. `override` replaces its config.pbtxt.
@@ -200,14 +202,15 @@ class Directory:
             raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
         if not found:
             raise RepositoryError(f"no model in {folder}: it should hold <model>/<version>/{MODEL_FILE}")
+        if all(is_version(name) and any((folder / name).glob("*.onnx")) for name in found):
+            raise RepositoryError(
+                f"{folder} is a model; name the repository, the folder that holds it: {folder.parent}"
+            )
         return found
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size, modification time and inode of every file, by model; {} if the folder cannot be read."""
-        try:
-            return {name: _fingerprint(self._folder / name) for name in self.names()}
-        except RepositoryError:
-            return {}
+        """Path, size, modification time and inode of every file, by model."""
+        return {name: _fingerprint(self._folder / name) for name in self.names()}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         return self._folder
@@ -254,13 +257,15 @@ def versions(
         }
         ensemble = found_config.HasField("ensemble_scheduling")
         found: dict[int, Path] = {}
+        ignored = []
         for path in sorted(folder.iterdir()):
             if not path.is_dir() or path.name.startswith(".") or path.name in _NO_VERSIONS:
                 continue
             if verdict := _is_version_folder(path, "" if ensemble else file):
                 found[int(path.name)] = path
             else:
-                log.warning("model %s: the folder %s is ignored: %s", name, path.name, verdict.reason)
+                ignored.append(f"the folder {path.name} is ignored: {verdict.reason}")
+                log.warning("model %s: %s", name, ignored[-1])
     except ConfigError as error:
         raise RepositoryError(str(error)) from None
     except OSError as error:
@@ -276,7 +281,8 @@ def versions(
                 "named by the version"
             )
         example = "1/" if ensemble else f"1/{file}"
-        raise RepositoryError(f"no version of {name!r} to serve: {folder} has no version, such as {example}")
+        reason = f"{folder} has no version, such as {example}"
+        raise RepositoryError(f"no version of {name!r} to serve: {'; '.join([reason, *ignored[-1:]])}")
     return [
         ModelFiles(name, version, found[version], found_config, origin=found[version], private=private, labels=labels)
         for version in wanted
@@ -285,9 +291,13 @@ def versions(
 
 def _is_version_folder(folder: Path, file: str) -> Verdict:
     if not is_version(folder.name):
-        return Verdict("a version is a whole number from 1 to 18 digits, without leading zeros")
+        return Verdict("a version is a whole number from 1, of at most 18 digits, without leading zeros")
     if file and not (folder / file).is_file():
-        return Verdict(f"it has no {file}")
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))[:_MOST_NAMED]
+        if not others:
+            return Verdict(f"it is empty, without {file}")
+        advice = "rename one, or set default_model_filename" if any(map(_is_onnx, others)) else "only ONNX is served"
+        return Verdict(f"it has no {file} but {', '.join(others)}; {advice}")
     if file not in ("", MODEL_FILE) and not (folder / file).resolve().is_relative_to(folder.resolve()):
         return Verdict(f"{file} is a link out of it, which only {MODEL_FILE} may be")
     return YES
@@ -308,6 +318,10 @@ def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
     if len(data) > _MAX_LABEL_BYTES:
         raise ConfigError(f"{folder}: label_filename is {name!r}, which has more than {_MAX_LABEL_BYTES} bytes")
     return tuple(bytes(data).removeprefix(codecs.BOM_UTF8).splitlines())
+
+
+def _is_onnx(name: str) -> bool:
+    return name.endswith(".onnx")
 
 
 def _model_file(configured: ModelConfig) -> str:

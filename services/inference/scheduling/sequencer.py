@@ -77,7 +77,7 @@ class Sequencer:
         }
         self._state_outputs = tuple([state.output_name for state in batching.state])
         # The sequence that was used least recently comes first.
-        self._sequences: OrderedDict[int | str, _Sequence] = OrderedDict()
+        self._sequences: OrderedDict[tuple[str, int | str], _Sequence] = OrderedDict()
 
     async def submit(self, decoded: Decoded, deadline: float | None) -> BatchResult:
         """As Batcher.submit. Also raises FailedPreconditionError if the sequence did not begin here."""
@@ -111,7 +111,7 @@ class Sequencer:
             sequence.pending -= 1
             sequence.used = time.monotonic()
             if not (sequence.begun or sequence.pending):
-                del self._sequences[step.sequence_id]
+                del self._sequences[step.key]
 
     @property
     def waiting(self) -> int:
@@ -131,7 +131,7 @@ class Sequencer:
             if oldest.pending or now - oldest.used <= self._idle:
                 break
             del self._sequences[oldest_id]
-        found = self._sequences.get(step.sequence_id)
+        found = self._sequences.get(step.key)
         if found is None:
             if not step.start:
                 raise self._not_begun(step)
@@ -140,8 +140,8 @@ class Sequencer:
                     f"model {self._model.name!r} has {MAX_SEQUENCES} sequences under way, as many as it may; retry "
                     "later"
                 )
-            found = self._sequences[step.sequence_id] = _Sequence()
-        self._sequences.move_to_end(step.sequence_id)
+            found = self._sequences[step.key] = _Sequence()
+        self._sequences.move_to_end(step.key)
         return found
 
     async def _turn(self, sequence: _Sequence, deadline: float | None) -> None:

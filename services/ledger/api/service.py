@@ -33,7 +33,6 @@ from services.runtime.rpc.rpc import Context, Service, abort, parse, unary
 log = logging.getLogger(__name__)
 
 _ROWS, _MOST_ROWS = 1000, 10_000
-_WAIT_US = 50_000
 _GROUPS = {
     ledger_pb2.GROUP_TENANT: "tenant",
     ledger_pb2.GROUP_MODEL: "model",
@@ -95,7 +94,7 @@ class LedgerService:
                 "SetBudget": unary(ledger_pb2.SetBudgetRequest, self._set_budget),
                 "DeleteBudget": unary(ledger_pb2.DeleteBudgetRequest, self._delete_budget),
                 "Lease": unary(ledger_pb2.LeaseRequest, self._lease),
-                "AdviseWorkers": unary(ledger_pb2.AdviseWorkersRequest, self._advise_workers),
+                "Advise": unary(ledger_pb2.AdviseRequest, self._advise),
                 "Rebuild": unary(ledger_pb2.RebuildRequest, self._rebuild),
             },
         )
@@ -173,12 +172,10 @@ class LedgerService:
         await self._prices.delete(request.worker_type, request.from_ms)
         return ledger_pb2.DeletePriceResponse()
 
-    async def _advise_workers(
-        self, request: ledger_pb2.AdviseWorkersRequest, _: Context
-    ) -> ledger_pb2.AdviseWorkersResponse:
-        return await self._reports.advise_workers(
-            request.from_ms, request.until_ms, request.worker_type, request.wait_us or _WAIT_US
-        )
+    async def _advise(self, request: ledger_pb2.AdviseRequest, _: Context) -> ledger_pb2.AdviseResponse:
+        if request.memory_gb_hour_nano < 0:
+            raise InvalidArgumentError("memory_gb_hour_nano is 0 or more", field="memory_gb_hour_nano")
+        return await self._reports.advise(request)
 
     async def _list_budgets(self, _: ledger_pb2.ListBudgetsRequest, __: Context) -> ledger_pb2.ListBudgetsResponse:
         states, warnings = await self._budgets.states()

@@ -17,6 +17,7 @@ from services.runtime.errors import FailedPreconditionError, InvalidArgumentErro
 FORMAT: Final = 1
 MOST_RECORDS: Final = 50_000
 _MOST_WORKER_TIMES = 10_000
+_MOST_KEY_SAMPLES = 20_000
 _LONGEST_NAME = 256
 _TRACE_BYTES = 16
 _DIGEST_BYTES = 16
@@ -95,6 +96,19 @@ class WorkerMinute(NamedTuple):
     seconds: int
 
 
+class KeySample(NamedTuple):
+    """Requests for a key, one of those whose first byte is less than `below`. Its series has no tenant."""
+
+    series: Series
+    at_ms: int
+    key: int
+    below: int
+    cacheable: bool
+    requests: int
+    compute_us: int
+    value_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What was sent. `series` and `kinds` belong to the dimensions; arrays have an entry a record."""
@@ -109,6 +123,7 @@ class Batch:
     columns: dict[str, Integers]
     trace_ids: bytes
     worker_minutes: tuple[WorkerMinute, ...]
+    key_samples: tuple[KeySample, ...]
     dropped_records: int
     dropped_requests: int
 
@@ -187,6 +202,7 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
         columns,
         batch.trace_ids or bytes(count * _TRACE_BYTES),
         _worker_minutes(batch),
+        _key_samples(batch),
         _dropped(batch, "dropped_records"),
         _dropped(batch, "dropped_requests"),
     )
@@ -228,6 +244,33 @@ def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
         if one.seconds >> 60 or not _FIRST_MS <= one.minute * 60_000 < _LAST_MS:
             raise InvalidArgumentError("not the 60 seconds of a minute", field=field)
         found.append(WorkerMinute(one.worker_id, one.worker_type, one.region, one.minute, one.seconds))
+    return tuple(found)
+
+
+def _key_samples(batch: ledger_pb2.Batch) -> tuple[KeySample, ...]:
+    if len(batch.key_samples) > _MOST_KEY_SAMPLES:
+        raise InvalidArgumentError(
+            f"the batch has {len(batch.key_samples)} key samples; at most {_MOST_KEY_SAMPLES}",
+            field="batch.key_samples",
+        )
+    found = []
+    for place, one in enumerate(batch.key_samples):
+        field = f"batch.key_samples[{place}]"
+        for name in ("model", "version", "region", "worker_type"):
+            check_name(getattr(one, name), f"{field}.{name}")
+        numbers = (one.compute_us, one.value_bytes)
+        if not (
+            1 <= one.below <= 256
+            and one.key >> 56 < one.below
+            and 1 <= one.requests <= _MOST_COUNT
+            and max(numbers) <= _MOST
+            and _FIRST_MS <= one.at_ms < _LAST_MS
+        ):
+            raise InvalidArgumentError(f"no sample of a key: {one}", field=field)
+        series = Series("", one.model, one.version, one.region, one.worker_type)
+        # As PostgreSQL has it, signed.
+        key = one.key - (one.key >> 63 << 64)
+        found.append(KeySample(series, one.at_ms, key, one.below, one.cacheable, one.requests, *numbers))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from datetime import date
 
 import numpy as np
 
-from services.ledger.ingest import producers, uptime
+from services.ledger.ingest import key_samples, producers, uptime
 from services.ledger.ingest.batch import COLUMNS, Batch, Kind, Series
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
@@ -163,7 +163,8 @@ class Writer:
         began = time.perf_counter_ns()
         batches = [one.batch for one in waiting]
         names = {name for batch in batches for name in batch.series}
-        series = await self._series.of(self._database, names)
+        sampled = {one.series for batch in batches for one in batch.key_samples}
+        series = await self._series.of(self._database, names | sampled)
         of_margins = await self._margins.of(self._database, {margin for name in names for margin in margins(name)})
         numbers = _Numbers(series, {name: [of_margins[margin] for margin in margins(name)] for name in names})
         kinds = await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds})
@@ -209,7 +210,8 @@ class Writer:
                 tables = [_Table(batch, producer, numbers, kinds) for batch, producer in accepted if batch.records]
                 if tables:
                     days = await self._write_records(connection, tables, now_ms)
-                await self._write_uptime(connection, [batch for batch, _ in accepted], workers, now_ms)
+                written = [batch for batch, _ in accepted]
+                await self._write_observed(connection, written, workers, numbers.series, now_ms)
                 await producers.advance(connection, marks.values())
         self._partitions.made(days)
         return verdicts
@@ -245,21 +247,29 @@ class Writer:
         await rollups.touch(connection, sorted(days))
         return days
 
-    async def _write_uptime(
-        self, connection: Connection, batches: list[Batch], workers: dict[Worker, int], now_ms: int
+    async def _write_observed(
+        self,
+        connection: Connection,
+        batches: list[Batch],
+        workers: dict[Worker, int],
+        series: dict[Series, int],
+        now_ms: int,
     ) -> None:
-        today = day_of(now_ms)
-        first = _midnight_ms(self._partitions.retention.first_minute_day(today)) // 60_000
-        end = (now_ms // _DAY_MS + DAYS_AHEAD + 1) * _DAY_MS // 60_000
+        """Which workers were up, and samples of keys, of the days whose minutes are kept."""
+        first_ms = _midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
+        end_ms = (now_ms // _DAY_MS + DAYS_AHEAD + 1) * _DAY_MS
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.
-        minutes = [one for batch in batches for one in batch.worker_minutes if first <= one.minute < end]
-        await self._partitions.ensure(connection, {day_of(one.minute * 60_000) for one in minutes})
+        minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.minute * 60_000 < end_ms]
+        samples = [one for batch in batches for one in batch.key_samples if first_ms <= one.at_ms < end_ms]
+        days = {day_of(one.minute * 60_000) for one in minutes} | {day_of(one.at_ms) for one in samples}
+        await self._partitions.ensure(connection, days)
         await uptime.add(connection, minutes, workers)
+        await key_samples.add(connection, samples, series)
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Of series, and of their margins, one a cube."""
+    """Of series, and of the margins of those that have records, one a cube."""
 
     series: dict[Series, int]
     margins: dict[Series, list[int]]

@@ -32,7 +32,7 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
         raise InvalidArgumentError(f"records of {day} are not kept", field="day")
     begin = datetime.combine(day, datetime.min.time(), UTC)
     bounds = (begin, begin + timedelta(days=1))
-    keeps_minutes = day >= partitions.retention.first_minute_day(now.date())
+    finest = "minute" if day >= partitions.retention.first_minute_day(now.date()) else "hour"
     async with database.writing() as connection:
         await partitions.ensure(connection, [day])
         records, requests = await connection.fetchrow(
@@ -49,14 +49,14 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
             )
         await connection.execute(
             "CREATE TEMPORARY TABLE cells ON COMMIT DROP AS "
-            f"SELECT date_trunc('minute', u.at) AS at, u.series, {_FROM_RECORDS} "
+            f"SELECT date_trunc('{finest}', u.at, 'UTC') AS at, u.series, {_FROM_RECORDS} "
             "FROM usage u JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2",
             *bounds,
         )
         for grain in rollups.GRAINS:
             for tables in ("rollup", "margin"):
                 await connection.execute(f"DELETE FROM {tables}_{grain} WHERE at >= $1 AND at < $2", *bounds)
-            if grain != "minute" or keeps_minutes:
+            if grain != "minute" or finest == "minute":
                 await _fill(connection, grain)
         await rollups.touch(connection, [day])
     partitions.made([day])
@@ -64,7 +64,7 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
 
 
 async def _fill(connection: Connection, grain: str) -> None:
-    """From the cells of minutes by series. Margins are there since the day's records were written."""
+    """From the finest cells that are kept, by series. Margins are there since the day's records were written."""
     at = f"date_trunc('{grain}', c.at, 'UTC') AS at"
     await connection.execute(
         f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "

@@ -21,6 +21,7 @@ from services.ledger.storage.database import Connection
 from services.ledger.storage.price_table import Price
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
+from services.runtime.rpc.service_tls import ServiceTls, open_channel
 
 _NAMESPACE = "ringmesh-ledger"
 _SECONDS = 0.1
@@ -31,9 +32,9 @@ _TTL_MS = DAY_MS
 class ReportCache:
     """Through the cache service at `address`, with the fleet's `credential`; None: nothing is cached."""
 
-    def __init__(self, address: str | None, credential: str) -> None:
+    def __init__(self, address: str | None, credential: str, tls: ServiceTls | None = None) -> None:
         options, sends = (("grpc.enable_http_proxy", 0),), sending(CREDENTIAL, credential)
-        self._channel = grpc.aio.insecure_channel(address, options=options, interceptors=sends) if address else None
+        self._channel = open_channel(address, options, sends, tls) if address else None
         self._stub = cache_pb2_grpc.CacheServiceStub(self._channel) if self._channel is not None else None
         self._skip_until = 0.0
         self.hits = self.misses = self.failures = 0

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import report_cache, time_range
-from services.ledger.reports.advice import advise_workers
+from services.ledger.reports.advice import advise
 from services.ledger.reports.bill import bill
 from services.ledger.reports.export import Format, export
 from services.ledger.reports.forecast import HISTORY_DAYS, forecast
@@ -24,6 +24,7 @@ from services.ledger.storage.partitions import Retention
 from services.ledger.storage.price_table import HOUR_MS
 
 _MOST_ROWS = 10_000
+_LATENCY_US = 100_000
 
 
 class Reports:
@@ -83,15 +84,20 @@ class Reports:
             book = await self._prices.book(connection)
             return await bill(connection, book, self._prices.currency, range_, allow_unpriced=allow_unpriced)
 
-    async def advise_workers(
-        self, from_ms: int, until_ms: int, worker_type: str, wait_us: int
-    ) -> ledger_pb2.AdviseWorkersResponse:
-        """Of whole hours that are over."""
+    async def advise(self, request: ledger_pb2.AdviseRequest) -> ledger_pb2.AdviseResponse:
+        """Of whole minutes that are over."""
         now_ms = self._now_ms()
-        range_ = time_range.asked(from_ms, until_ms or now_ms, now_ms, HOUR_MS)
+        range_ = time_range.asked(request.from_ms, request.until_ms or now_ms, now_ms, time_range.MINUTE_MS)
         async with self._database.reading() as connection:
-            book = await self._prices.book(connection)
-            return await advise_workers(connection, book, self._prices.currency, range_, worker_type, wait_us)
+            return await advise(
+                connection,
+                await self._prices.book(connection),
+                self._prices.currency,
+                range_,
+                request.worker_type,
+                request.latency_us or _LATENCY_US,
+                request.memory_gb_hour_nano,
+            )
 
     async def forecast(self) -> ledger_pb2.ForecastResponse:
         """Of the month that it is."""

@@ -12,7 +12,7 @@ from services.ledger.storage.database import Connection, Database
 log = logging.getLogger(__name__)
 
 DAYS_AHEAD = 3
-_OF_DAYS = ("rollup_minute", "margin_minute", "worker_minute")
+_OF_DAYS = ("rollup_minute", "margin_minute", "worker_minute", "key_sample")
 _OF_MONTHS = ("rollup_hour", "rollup_day", "margin_hour", "margin_day")
 
 
@@ -48,7 +48,7 @@ class Partitions:
         rows = await connection.fetch("SELECT n FROM unnest($1::text[]) n WHERE to_regclass(n) IS NOT NULL", [*wanted])
         for name in wanted.keys() - {row[0] for row in rows}:
             _, table, first, end = wanted[name]
-            options = "" if table in ("usage", "worker_minute") else " WITH (fillfactor = 70)"
+            options = "" if table in ("usage", "worker_minute", "key_sample") else " WITH (fillfactor = 70)"
             # Attached and not made as a partition, which would wait for reports and exports that run.
             await connection.execute(
                 f"CREATE TABLE {name} (LIKE {table} INCLUDING CONSTRAINTS){options}; "

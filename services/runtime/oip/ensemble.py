@@ -11,6 +11,7 @@ from typing import TypeVar
 from blake3 import blake3
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
+from services.runtime.errors import some
 from services.runtime.verdict import YES, Verdict
 
 Tensor = TypeVar("Tensor")
@@ -96,11 +97,11 @@ def fits(whole: Plan, inputs: Mapping[str, str], outputs: Mapping[str, str], mod
         if model.is_ensemble:
             return Verdict(f"step {step.model!r} is an ensemble; a step must be a model")
         if wrong := [name for name in step.inputs if name not in model.inputs]:
-            return Verdict(f"step {step.model!r} has no input {wrong[0]!r}")
+            return Verdict(f"step {step.model!r} has no input {wrong[0]!r}; it has: {some(model.inputs)}")
         if missing := [name for name in model.required if name not in step.inputs]:
             return Verdict(f"step {step.model!r} also needs input {missing[0]!r}")
         if wrong := [name for name in step.outputs if name not in model.outputs]:
-            return Verdict(f"step {step.model!r} has no output {wrong[0]!r}")
+            return Verdict(f"step {step.model!r} has no output {wrong[0]!r}; it has: {some(model.outputs)}")
         for name, tensor in step.inputs.items():
             if types[tensor] != model.inputs[name]:
                 return Verdict(
@@ -150,8 +151,8 @@ def digest(own: bytes, steps: Iterable[bytes]) -> bytes:
     return hasher.digest(16)
 
 
-def cacheable(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, str]]) -> Verdict:
-    """Whether an ensemble's answers are cached. `steps`: the name of each, and why its answers are not, or ""."""
+def cacheable(config: config_pb2.ModelConfig, steps: Iterable[tuple[str, Verdict]]) -> Verdict:
+    """Whether an ensemble's answers are cached. `steps`: the name of each, and whether its answers are."""
     if config.HasField("response_cache"):
         return YES if config.response_cache.enable else Verdict("its config.pbtxt says so")
-    return next((Verdict(f"of its step {name!r}: {reason}") for name, reason in steps if reason), YES)
+    return next((Verdict(f"of its step {name!r}: {cached.reason}") for name, cached in steps if not cached), YES)

@@ -16,7 +16,8 @@ from services.runtime import driver, wire
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.rpc.access import AUTHORIZATION, CREDENTIAL, Access
-from services.runtime.rpc.api_keys import Identity
+from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
+from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.rpc import (
     Answer,
     Context,
@@ -37,10 +38,11 @@ ReadyCheck: TypeAlias = Callable[[], bool]
 TENANT = "ringmesh-tenant"
 PRIORITY = "ringmesh-priority"
 CACHE_CONTROL = "cache-control"
+# A parameter of requests: whose sequence it is, as a router or a worker has found. Tenants may use the same ids.
+SEQUENCE_TENANT = "ringmesh_sequence_tenant"
 # Maximum length of a tenant's name in characters.
 MAX_TENANT = 256
 
-_NO_FAST_PATHS: Mapping[str, FastPath] = {}
 EXTENSIONS = (
     "classification",
     "sequence",
@@ -61,9 +63,7 @@ DECIDED_NS = "ringmesh_decided_ns"
 _SERVICE = v2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
-def service(
-    is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath] = _NO_FAST_PATHS
-) -> Service:
+def service(is_ready: ReadyCheck, handlers: Mapping[str, Handler], fast_paths: Mapping[str, FastPath]) -> Service:
     """Returns `inference.GRPCInferenceService` with `handlers` and the methods that are the same on every server."""
     metadata = v2.ServerMetadataResponse(name="ringmesh", version=version("ringmesh-server"), extensions=EXTENSIONS)
 
@@ -139,6 +139,7 @@ class CallerMetadata:
         self.control = ""
         self.authorization = ""
         self.credential = ""
+        self.certificate = ""
         self.error: RingmeshError | None = None
         # Set by `identify`.
         self.identity: Identity | None = None
@@ -172,6 +173,8 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
             values.authorization = _text(values, key, value, keys)
         elif key == CREDENTIAL:
             values.credential = _text(values, key, value, 1)
+        elif key == CLIENT_CERTIFICATE:
+            values.certificate = _text(values, key, value, 1)
         elif key == CACHE_CONTROL:
             control = _text(values, key, value, 1)
             values.control = f"{values.control},{control}" if values.control else control
@@ -180,15 +183,25 @@ def caller_metadata(sent: Metadata) -> CallerMetadata:
 
 def identify(values: CallerMetadata, access: Access) -> None:
     """Establishes who calls: sets `identity` and takes the tenant from it. A refusal goes to `error`."""
-    if access.keys is None or values.error is not None:
+    if not access.is_closed or values.error is not None:
         return
     try:
-        values.identity = access.caller(values.authorization, values.credential, values.tenant)
+        values.identity = access.caller(values.authorization, values.credential, values.tenant, values.certificate)
     except RingmeshError as error:
         values.error = error
         return
     if values.identity is not None:
         values.tenant = values.identity.tenant
+
+
+def of_tenant(data: bytes, tenant: str) -> bytes:
+    """Returns a serialized request that says whose it is, for models that keep state; it replaces what a caller says.
+
+    On the wire, the last entry of a map with the same key wins.
+    """
+    added = v2.ModelInferRequest()
+    added.parameters[SEQUENCE_TENANT].string_param = tenant
+    return data + added.SerializeToString()
 
 
 def _text(values: CallerMetadata, key: str, value: str | bytes, times: int) -> str:

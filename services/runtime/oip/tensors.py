@@ -27,9 +27,10 @@ class Datatype:
     contents: str
 
 
-def _datatypes() -> dict[str, Datatype]:
-    made = {"BYTES": Datatype("BYTES", np.dtype(object), 0, "bytes_contents")}
+DATATYPES: Mapping[str, Datatype] = {
+    name: Datatype(name, np.dtype(kind), 0 if kind is object else np.dtype(kind).itemsize, contents)
     for name, kind, contents in (
+        ("BYTES", object, "bytes_contents"),
         ("BOOL", np.bool_, "bool_contents"),
         ("INT8", np.int8, "int_contents"),
         ("INT16", np.int16, "int_contents"),
@@ -43,13 +44,8 @@ def _datatypes() -> dict[str, Datatype]:
         ("BF16", ml_dtypes.bfloat16, ""),
         ("FP32", np.float32, "fp32_contents"),
         ("FP64", np.float64, "fp64_contents"),
-    ):
-        dtype = np.dtype(kind)
-        made[name] = Datatype(name, dtype, dtype.itemsize, contents)
-    return made
-
-
-DATATYPES: Mapping[str, Datatype] = _datatypes()
+    )
+}
 
 _ELEMENTS_A_TURN = 1 << 16
 # The length prefix of an element of BYTES.

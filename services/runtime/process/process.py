@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import uvloop
@@ -18,8 +19,13 @@ from setproctitle import setproctitle
 from services.runtime.machine import memory
 from services.runtime.process import variables
 from services.runtime.process.settings import ServiceSettings, describe
+from services.runtime.rpc.exposition import MetricsServer
 from services.runtime.rpc.server import StartError
+from services.runtime.telemetry import metrics_export
 from services.runtime.telemetry.logs import to_stderr
+from services.runtime.telemetry.metrics import Metrics
+from services.runtime.telemetry.process_metrics import ProcessMetrics
+from services.runtime.telemetry.spans import Process
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -61,6 +67,20 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
     sys.exit(0)
 
 
+async def publish(settings: ServiceSettings, metrics: Metrics, exporter: Process | None = None) -> MetricsServer:
+    """Serves `metrics` and those of the process itself. With `exporter`, also sends them to the OTLP endpoint, if any.
+
+    Raises StartError.
+    """
+    metrics.add(BACKGROUND.samples)
+    exposition = MetricsServer(settings.metrics_address, metrics)
+    await exposition.start()
+    ProcessMetrics(settings.section, settings.engine, metrics).start()
+    if exporter is not None and settings.otlp_endpoint is not None:
+        BACKGROUND.start("metrics export", partial(metrics_export.export, settings.otlp_endpoint, exporter, metrics))
+    return exposition
+
+
 def keep_files_private() -> None:
     """From now on, this process and its children create files that only their user can read: 0600, folders 0700."""
     os.umask(0o077)
@@ -71,4 +91,4 @@ def set_title(role: str, address: str, port: int = 0) -> None:
     # Keeps /proc's view of the environment intact.
     os.environ.setdefault("SPT_NOENV", "1")
     host, _, configured = address.rpartition(":")
-    setproctitle(f"ringmesh: {role} {host}:{port or configured}")
+    setproctitle(f"ringmesh: {role} {host}:{configured if host == 'unix' else port or configured}")

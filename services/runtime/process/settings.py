@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -21,8 +23,16 @@ from services.runtime.rpc.access import LOOPBACK, Access, credential_of
 from services.runtime.rpc.api_keys import ApiKeys, KeyFileError
 from services.runtime.rpc.audit_log import AuditLog
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES
-from services.runtime.rpc.server import Engine, StartError
+from services.runtime.rpc.calls import Calls
+from services.runtime.rpc.rpc import Service
+from services.runtime.rpc.server import Engine, Server, StartError
+from services.runtime.rpc.service_tls import ServiceTls
+from services.runtime.rpc.tls import TlsError, TlsFiles
+from services.runtime.rpc.tokens import KeySetError, Tokens
 from services.runtime.telemetry.logs import LogFormat
+from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
+from services.runtime.telemetry.spans import Process, this_process
+from services.runtime.telemetry.tracing import Tracer
 
 # Settings whose names contain one of these may hold a password.
 _SECRET = ("SECRET", "URL", "KEY", "MODELS", "ENDPOINT")
@@ -63,11 +73,34 @@ class ServiceSettings(BaseSettings):
         "same on every process of a fleet; none: routers and caches take a random one for themselves, which "
         "only works without Redis, peer regions and workers on other hosts",
     )
-    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+    admin_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(split)] = Field(
         LOOPBACK, description="networks from which callers may operate and administrate, separated by commas"
     )
     api_keys: Path | None = Field(
         None, description="file of API keys (services/runtime/rpc/api_keys.py); none: callers have no identity"
+    )
+    jwt_keys: str | None = Field(
+        None, description="JWKS, a file or an https URL, that verifies tokens of callers; none: there are no tokens"
+    )
+    jwt_issuer: str = Field("", description="issuer (`iss`) of the tokens")
+    jwt_audience: str = Field("", description="what tokens have in `aud`")
+    jwt_skew_seconds: float = Field(30.0, ge=0, le=600, description="by how much the issuer's clock may differ")
+    jwt_claim_prefix: str = Field("", description="what the claims tenant, roles and models begin with")
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate chain of a server that ends TLS itself; needs the engine grpcio",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with its key")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file with the CAs of clients, which then need a certificate; none: clients need none"
+    )
+    service_certificate: Path | None = Field(
+        None, description="PEM file with the certificate chain for calls to other services; none: plain text"
+    )
+    service_key: Path | None = Field(None, description="PEM file with its key")
+    service_ca: Path | None = Field(None, description="PEM file with the CAs of other services")
+    service_names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)] = Field(
+        (), description="SPIFFE ids or DNS names in the certificates of services of the fleet, separated by commas"
     )
     audit_log: Path | None = Field(None, description="file for the audit log; none: entries go to the process log")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
@@ -86,10 +119,12 @@ class ServiceSettings(BaseSettings):
             return units.parse_seconds(value)
         return units.parse_bytes(value) if name.endswith(("_bytes", "_bytes_per_second")) else value
 
-    @field_validator("admin_networks", mode="before")
+    @field_validator("otlp_endpoint")
     @classmethod
-    def _split_networks(cls, value: object) -> object:
-        return split(value)
+    def _check_collector(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"(https?://[^/\s]+|[^/\s]+:\d+)/?", value):
+            raise ValueError("a collector is a URL such as http://host:4317 or https://host")
+        return value
 
     def access(self) -> Access:
         """Who may call what on this process's server. Raises StartError if the API keys cannot be read."""
@@ -97,8 +132,79 @@ class ServiceSettings(BaseSettings):
             keys = ApiKeys(self.api_keys) if self.api_keys is not None else None
         except KeyFileError as error:
             raise StartError(f"RINGMESH_API_KEYS: {error}") from None
+        try:
+            tokens = self._tokens()
+        except KeySetError as error:
+            raise StartError(f"RINGMESH_JWT_KEYS: {error}") from None
         audit = AuditLog(self.section, self.audit_log)
-        return Access(self.address, self.admin_networks, credential_of(self.key_secret), keys, audit)
+        return Access(
+            self.address,
+            self.admin_networks,
+            credential_of(self.key_secret),
+            keys,
+            audit,
+            tokens,
+            verifies_certificates=self.tls_client_ca is not None,
+            services=frozenset(self.service_names),
+        )
+
+    def service_tls(self) -> ServiceTls | None:
+        """The TLS of calls to other services; None: plain text. Raises StartError."""
+        if self.service_certificate is None and self.service_key is None and self.service_ca is None:
+            return None
+        if self.service_certificate is None or self.service_key is None or self.service_ca is None:
+            raise StartError(
+                "calls by TLS need RINGMESH_SERVICE_CERTIFICATE, RINGMESH_SERVICE_KEY and RINGMESH_SERVICE_CA"
+            )
+        try:
+            return ServiceTls(TlsFiles(self.service_certificate, self.service_key, self.service_ca))
+        except TlsError as error:
+            raise StartError(str(error)) from None
+
+    def _tokens(self) -> Tokens | None:
+        if self.jwt_keys is None:
+            return None
+        if not self.jwt_issuer or not self.jwt_audience:
+            raise KeySetError("tokens also need RINGMESH_JWT_ISSUER and RINGMESH_JWT_AUDIENCE")
+        return Tokens(self.jwt_keys, self.jwt_issuer, self.jwt_audience, self.jwt_skew_seconds, self.jwt_claim_prefix)
+
+    def tls(self) -> TlsFiles | None:
+        """The TLS of this process's server; None: plain text. Raises StartError."""
+        if self.tls_certificate is None and self.tls_key is None and self.tls_client_ca is None:
+            return None
+        if self.tls_certificate is None or self.tls_key is None:
+            raise StartError("TLS needs both RINGMESH_TLS_CERTIFICATE and RINGMESH_TLS_KEY")
+        if self.engine is not Engine.GRPCIO:
+            raise StartError(
+                "the engine native has no TLS: set RINGMESH_ENGINE=grpcio, or put `ringmesh edge` in front of it"
+            )
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    def create_server(
+        self, services: Sequence[Service], access: Access, *, calls: Calls | None = None, share_port: bool = False
+    ) -> Server:
+        return Server(
+            self.engine,
+            self.address,
+            services,
+            max_message_bytes=self.max_message_bytes,
+            max_connection_age=self.max_connection_age_seconds,
+            share_port=share_port,
+            calls=calls,
+            max_unread_bytes=self.max_unread_bytes,
+            access=access,
+            tls=self.tls(),
+        )
+
+    def create_tracer(self, instance: str = "") -> Tracer:
+        """Returns a tracer with the configured destinations; without any, trace context is still propagated."""
+        queues: list[SpanQueue[Any]] = []
+        if self.trace_dir is not None:
+            queues.append(SpanQueue(SpanFolder(self.trace_dir, self.section)))
+        if self.otlp_endpoint is not None:
+            queues.append(SpanQueue(Collector(self.otlp_endpoint)))
+        process = Process(self.section, instance) if instance else this_process(self.section)
+        return Tracer(process, self.trace_ratio, queues)
 
     @classmethod
     def settings_customise_sources(
@@ -130,5 +236,6 @@ def describe(error: ValidationError) -> str:
     for problem in error.errors():
         name = "_".join(str(part) for part in problem["loc"]).upper()
         secret = problem["type"] == "extra_forbidden" or any(word in name for word in _SECRET)
-        problems.append(f"RINGMESH_{name}: {problem['msg']}" + ("" if secret else f", got {problem['input']!r}"))
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"RINGMESH_{name}: {message}" + ("" if secret else f", got {problem['input']!r}"))
     return "; ".join(problems)

@@ -1,12 +1,17 @@
-"""Who may call which method: by API key, by the network of the caller, or by the credential of Ringmesh's services.
+"""Who may call which method: by identity, by the network of the caller, or by the credential of Ringmesh's services.
 
-With API keys, each method needs a role of the caller's key. Without, callers from anywhere may infer and read; to
-operate and to administrate, they must come from one of the admin networks, by default the local host.
+With identities (API keys, client certificates, tokens), each method needs a role of the caller's. Without, callers from
+anywhere may infer and read; to operate and to administrate, they must come from one of the admin networks, by default
+the local host.
+
+A server on a Unix socket is behind a TLS edge (services/cli/stack/edge.py): it takes the caller's address and
+certificate from the metadata that the edge sets. Who calls without that address is a process of the same user.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hmac import compare_digest
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -18,12 +23,16 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from services.runtime.errors import PermissionDeniedError, RingmeshError
-from services.runtime.rpc.api_keys import ApiKeys, Identity
+from services.runtime.rpc import client_certificate
+from services.runtime.rpc.api_keys import ApiKeys
 from services.runtime.rpc.audit_log import AuditLog, summary
 from services.runtime.rpc.backlog import parse_peer
-from services.runtime.rpc.calls import status_of
+from services.runtime.rpc.calls import observed
+from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
+from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.roles import INFERENCES, OF_A_MODEL, V2, Role, role_of
 from services.runtime.rpc.rpc import Context, Handler, Metadata, Service, abort, metadata, parse
+from services.runtime.rpc.tokens import Tokens
 
 Network: TypeAlias = IPv4Network | IPv6Network
 # Checks the metadata, the peer and the message of a call. Returns who calls, as in the audit log. Raises
@@ -32,8 +41,11 @@ Guard: TypeAlias = Callable[[Metadata, str, bytes], str]
 # Metadata with an API key, and with the credential of calls between services.
 AUTHORIZATION: Final = "authorization"
 CREDENTIAL: Final = "ringmesh-credential"
+# Metadata with the caller's address, host:port, which a TLS edge sets.
+PEER: Final = "ringmesh-peer"
 LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 _LOCAL, _SERVICE = "local", "service"
+_DOTS = 2
 _FORWARDED = ("x-forwarded-", "forwarded", "x-real-ip", "via")
 # Names of callers are remembered; there are as many as connections.
 _MOST_PEERS = 4096
@@ -64,27 +76,43 @@ class Access:
         credential: str = "",
         keys: ApiKeys | None = None,
         audit: AuditLog | None = None,
+        tokens: Tokens | None = None,
+        *,
+        verifies_certificates: bool = False,
+        services: frozenset[str] = frozenset(),
     ) -> None:
-        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`:
-        None: callers have no identity. `audit`: the audit log; None: entries go to the process log."""
+        """`networks`: the admin networks. `credential`: of the services of this fleet; "": they have none. `keys`
+        and `tokens`: None and None: callers have no identity. `audit`: the audit log; None: entries go to the process
+        log. `verifies_certificates`: the server verifies client certificates itself. `services`: names in the
+        certificates of the services of this fleet."""
         self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
         self._is_local = _is_local(address)
-        self.warning = warning(address, has_keys=keys is not None)
+        self._is_behind_edge = address.startswith("unix:")
+        self._services = services
+        self._has_certificates = self._is_behind_edge or verifies_certificates
+        self.warning = warning(address, has_keys=keys is not None or tokens is not None)
         self._peers: dict[str, bool] = {}
-        self.keys = keys
+        self._keys = keys
+        self._tokens = tokens
+        # Whether callers need an identity.
+        self.is_closed = keys is not None or tokens is not None
 
-    def caller(self, authorization: str, credential: str, tenant: str) -> Identity | None:
+    async def follow(self) -> None:
+        """Applies changes of keys and tokens."""
+        await asyncio.gather(*(each.follow() for each in (self._keys, self._tokens) if each is not None))
+
+    def caller(self, authorization: str, credential: str, tenant: str, certificate: str = "") -> Identity | None:
         """The identity of a caller who wants an inference as `tenant`. Whoever knows the model checks that too.
 
         None if callers have no identity, or if the caller is a service of this fleet. Raises UnauthenticatedError, and
-        PermissionDeniedError if the key may not do that.
+        PermissionDeniedError if the identity may not do that.
         """
-        if self.keys is None or (credential and self.is_service(((CREDENTIAL, credential),))):
+        if not self.is_closed or (credential and self._is_credential(credential)) or self._is_certified(certificate):
             return None
-        identity = self.keys.identity(authorization)
-        _check_role(identity, Role.INFER)
+        identity = self.identity(authorization, certificate)
+        identity.check_role(Role.INFER)
         if tenant:
             identity.check_tenant(tenant)
         return identity
@@ -92,27 +120,28 @@ class Access:
     def guard(self, method: str) -> Guard | None:
         """Returns the check of the calls of a method; None if none is needed. Inferences are checked by `caller`."""
         role = role_of(method)
-        if role is None or method in INFERENCES or (self.keys is None and role in (Role.INFER, Role.READ)):
+        if role is None or method in INFERENCES or (not self.is_closed and role in (Role.INFER, Role.READ)):
             return None
         request = _request_type(method)
 
         def who(metadata: Metadata, peer: str, data: bytes) -> str:
-            if self.keys is None and self.is_near(peer) and not _is_forwarded(metadata):
+            if not self.is_closed and self.is_near(peer) and not self._is_forwarded(metadata):
                 return _LOCAL
             if self.is_service(metadata):
                 return _SERVICE
-            if self.keys is None:
+            if not self.is_closed:
                 raise PermissionDeniedError(
                     f"{method} is for callers on this host, not at {peer}; name their networks in "
                     "RINGMESH_ADMIN_NETWORKS, or give services the same RINGMESH_KEY_SECRET"
                 )
-            identity = self.keys.identity(next((str(value) for name, value in metadata if name == AUTHORIZATION), ""))
-            _check_role(identity, role)
+            identity = self.identity(_value(metadata, AUTHORIZATION), _value(metadata, CLIENT_CERTIFICATE))
+            identity.check_role(role)
             if identity.tenant or identity.models:
                 _check_scope(identity, method, parse(request, data) if request is not None else None)
-            return f"key {identity.id}"
+            return str(identity)
 
         def check(metadata: Metadata, peer: str, data: bytes) -> str:
+            peer = self.peer(metadata, peer)
             try:
                 return who(metadata, peer, data)
             except RingmeshError as error:
@@ -127,15 +156,9 @@ class Access:
         return replace(service, handlers=handlers)
 
     def guarded(self, method: str, handler: Handler) -> Handler:
-        """Returns `handler`, preceded by the check of its method."""
         guard = self.guard(method)
         if guard is None:
             return handler
-        parts: Any = handler
-        kind = next(
-            kind for kind in ("unary_unary", "unary_stream", "stream_stream") if getattr(parts, kind) is not None
-        )
-        answer = getattr(parts, kind)
 
         async def check(request: Any, context: Context) -> str:
             data = request if isinstance(request, bytes) else b""
@@ -144,26 +167,33 @@ class Access:
             except RingmeshError as error:
                 await abort(context, error)
 
-        async def unary(request: Any, context: Context) -> Any:
-            who = await check(request, context)
-            if not _is_audited(method, who):
-                return await answer(request, context)
-            result = "OK"
-            try:
-                return await answer(request, context)
-            except BaseException as error:
-                result = status_of(context, error)
-                raise
-            finally:
-                self.audit.write(who, method, context.peer(), result, request=_about(method, request))
+        def audit(who: str | None, request: Any, context: Context, result: str) -> None:
+            if who is not None and _is_audited(method, who):
+                peer = self.peer(metadata(context), context.peer())
+                self.audit.write(who, method, peer, result, request=_about(method, request))
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            await check(request, context)
-            async for response in answer(request, context):
-                yield response
+        return observed(handler, check, audit)
 
-        guarded: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
-        return guarded
+    def identity(self, authorization: str, certificate: str = "") -> Identity:
+        """Whose key, token or certificate this is. Raises UnauthenticatedError."""
+        keys, tokens = self._keys, self._tokens
+        if keys is not None and certificate and not authorization and self._has_certificates:
+            return keys.certified(certificate)
+        # A JWT has two dots, and an API key has none.
+        if tokens is not None and (keys is None or authorization.count(".") == _DOTS):
+            return tokens.identity(authorization)
+        assert keys is not None
+        return keys.identity(authorization)
+
+    def peer(self, metadata: Metadata, peer: str) -> str:
+        """Returns who called the TLS edge, if this server is behind one; else `peer`, who called the server."""
+        caller = _value(metadata, PEER) if self._is_behind_edge else ""
+        return f"{'ipv6' if caller.startswith('[') else 'ipv4'}:{caller}" if caller else peer
+
+    def _is_forwarded(self, metadata: Metadata) -> bool:
+        """Whether a proxy sent the call, so that the peer is not who calls. Envoy always says so; our edge does not."""
+        own = CLIENT_CERTIFICATE if self._has_certificates else ""
+        return any(name.startswith(_FORWARDED) and name != own for name, _ in metadata)
 
     def is_near(self, peer: str) -> bool:
         """Whether the caller is in an admin network. The native engine hides who calls a method with a request stream
@@ -184,32 +214,35 @@ class Access:
         return _is_in(host, self._networks)
 
     def is_service(self, metadata: Metadata) -> bool:
-        """Whether the call comes from a service with the same key secret."""
-        for name, value in metadata:
-            if name == CREDENTIAL and self._credential:
-                given = value.encode() if isinstance(value, str) else value
-                return compare_digest(given, self._credential)
-        return False
+        """Whether the call comes from a service with the same key secret, or with the certificate of one."""
+        return self._is_credential(_value(metadata, CREDENTIAL)) or self._is_certified(
+            _value(metadata, CLIENT_CERTIFICATE)
+        )
 
+    def _is_credential(self, given: str) -> bool:
+        return bool(self._credential) and compare_digest(given.encode(), self._credential)
 
-def _is_forwarded(metadata: Metadata) -> bool:
-    """Whether a proxy sent the call, so that the peer is not who calls. Envoy always says so."""
-    return any(name.startswith(_FORWARDED) for name, _ in metadata)
+    def _is_certified(self, certificate: str) -> bool:
+        if not self._services or not certificate or not self._has_certificates:
+            return False
+        return not self._services.isdisjoint(client_certificate.names(certificate))
 
 
 def _is_audited(method: str, who: str) -> bool:
     """Whether a call is an action of an operator. Services' own calls are not; an action that they forward is."""
+    if method.startswith("grpc.reflection."):  # tools such as grpcurl make one before each call
+        return False
     role = role_of(method)
     return role is Role.OPERATE or (role is Role.ADMIN and who not in (_LOCAL, _SERVICE))
 
 
-def _check_role(identity: Identity, role: Role) -> None:
-    if not identity.has(role):
-        raise PermissionDeniedError(f"this needs the role {role}, which API key {identity.id!r} does not have")
+def _value(metadata: Metadata, name: str) -> str:
+    """The first value of this name; "" if there is none."""
+    return next((str(value) for each, value in metadata if each == name), "")
 
 
 def _check_scope(identity: Identity, method: str, request: Message | None) -> None:
-    """Checks a key that is limited to a tenant or to models: it may call only what names one of them."""
+    """Checks an identity that is limited to a tenant or to models: it may call only what names one of them."""
     fields = request.DESCRIPTOR.fields_by_name if request is not None else {}
     if identity.models:
         name = "model_name" if "model_name" in fields else "name"
@@ -238,7 +271,7 @@ def _about(method: str, data: Any) -> Mapping[str, Any]:
 
 def _is_local(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]")
-    return host == "localhost" or _is_in(host, LOOPBACK)
+    return host in ("localhost", "unix") or _is_in(host, LOOPBACK)
 
 
 def _is_in(host: str, networks: Sequence[Network]) -> bool:

@@ -3,8 +3,9 @@
     {"id": "acme-1", "sha256": "<of the key, in hex>", "tenant": "acme", "roles": ["infer"], "models": ["mlp"],
      "expires": "2027-01-01T00:00:00Z"}
 
-`tenant`, `models` and `expires` may be left out: no tenant, all models, never. A change of the file applies within two
-seconds. A file that is invalid or missing changes nothing, and the log says so.
+A line may have `certificate` in place of `sha256`: a SPIFFE id or a DNS name in the caller's certificate. `tenant`,
+`models` and `expires` may be left out: no tenant, all models, never. A change of the file applies within two seconds. A
+file that is invalid or missing changes nothing, and the log says so.
 """
 
 from __future__ import annotations
@@ -14,69 +15,60 @@ import hashlib
 import logging
 import secrets
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from services.runtime.errors import PermissionDeniedError, UnauthenticatedError
+from services.runtime.errors import UnauthenticatedError
+from services.runtime.rpc import client_certificate
+from services.runtime.rpc.identity import Identity
 from services.runtime.rpc.roles import Role
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _SCHEME = "bearer "
+# Certificates are remembered; those of workloads change every hour.
+_MOST_CERTIFICATES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who calls: the id of a key. `tenant`: "" for none. `models`: those it is limited to; empty: all. `expires`: in
-    seconds since the Unix epoch."""
-
-    id: str
-    tenant: str
-    roles: frozenset[Role]
-    models: frozenset[str]
-    expires: float
-
-    def has(self, role: Role) -> bool:
-        """Whether it may do what needs `role`."""
-        return role in self.roles or Role.ADMIN in self.roles
-
-    def check_tenant(self, tenant: str) -> None:
-        """Raises PermissionDeniedError unless it is for the tenant."""
-        if tenant != self.tenant:
-            raise PermissionDeniedError(f"API key {self.id!r} is for tenant {self.tenant!r}, not {tenant!r}")
-
-    def check_model(self, model: str) -> None:
-        """Raises PermissionDeniedError unless it may use the model."""
-        if self.models and model not in self.models:
-            raise PermissionDeniedError(f"API key {self.id!r} is for {', '.join(sorted(self.models))}, not {model!r}")
-
-
-class KeyEntry(BaseModel):
-    """One line of the file."""
+class Grant(BaseModel):
+    """What the holder of a key, a certificate or a token may do."""
 
     model_config = ConfigDict(extra="forbid")
-    id: str = Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    id: str = Field(min_length=1, max_length=256, pattern=r"^[!-~]+$")
     tenant: str = Field("", max_length=256, pattern=r"^([!-~]([ -~]*[!-~])?)?$")
-    roles: Annotated[list[Role], Field(min_length=1)]
+    roles: list[Role]
     models: list[str] = []
+
+    @model_validator(mode="after")
+    def _of_the_fleet(self) -> Self:
+        if self.tenant and {Role.OPERATE, Role.ADMIN} & {*self.roles}:
+            raise ValueError("a key of a tenant may have the roles infer and read; operate and admin are for no tenant")
+        return self
+
+
+class KeyEntry(Grant):
+    """One line of the file."""
+
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    certificate: str = Field("", max_length=2048, pattern=r"^(spiffe://[A-Za-z0-9._/-]+|[A-Za-z0-9._-]*)$")
+    roles: Annotated[list[Role], Field(min_length=1)]
     expires: AwareDatetime | None = None
 
     @model_validator(mode="after")
-    def _of_the_fleet(self) -> KeyEntry:
-        if self.tenant and {Role.OPERATE, Role.ADMIN} & {*self.roles}:
-            raise ValueError("a key of a tenant may have the roles infer and read; operate and admin are for no tenant")
+    def _check(self) -> KeyEntry:
+        if bool(self.sha256) == bool(self.certificate):
+            raise ValueError("a line has either sha256 or certificate")
         return self
 
     def identity(self) -> Identity:
         """What the entry grants."""
         expires = self.expires.timestamp() if self.expires is not None else float("inf")
-        return Identity(self.id, self.tenant, frozenset(self.roles), frozenset(self.models), expires)
+        kind = "key" if self.sha256 else "certificate"
+        return Identity(self.id, self.tenant, frozenset(self.roles), frozenset(self.models), expires, kind)
 
 
 class KeyFileError(Exception):
@@ -90,9 +82,11 @@ class ApiKeys:
         """Raises KeyFileError."""
         self._path = path
         self._seen = self._stamp()
-        self._by_hash = _read(path)
-        # By the value of the metadata, for valid keys.
+        # By hash of the key, or by name in the certificate.
+        self._entries = _read(path)
+        # By the value of the metadata, for valid keys and certificates.
         self._known: dict[str, Identity] = {}
+        self._certified: dict[str, Identity] = {}
 
     def identity(self, authorization: str) -> Identity:
         """The holder of a key, from the metadata `authorization`. Raises UnauthenticatedError."""
@@ -101,13 +95,26 @@ class ApiKeys:
         if identity is None:
             if authorization[: len(_SCHEME)].lower() != _SCHEME:
                 raise UnauthenticatedError("this needs an API key in the metadata `authorization: Bearer <key>`")
-            identity = self._by_hash.get(hash_of(authorization[len(_SCHEME) :]))
+            identity = self._entries.get(hash_of(authorization[len(_SCHEME) :]))
             if identity is None:
                 raise UnauthenticatedError("the API key is unknown or revoked")
             known[authorization] = identity
-        if identity.expires <= time.time():
-            raise UnauthenticatedError(f"the API key {identity.id!r} has expired")
-        return identity
+        return _unexpired(identity)
+
+    def certified(self, certificate: str) -> Identity:
+        """The holder of a verified certificate, from its `x-forwarded-client-cert`. Raises UnauthenticatedError."""
+        known = self._certified
+        identity = known.get(certificate)
+        if identity is None:
+            names = client_certificate.names(certificate)
+            entries = self._entries
+            identity = next(filter(None, [entries.get(_certificate(name)) for name in names]), None)
+            if identity is None:
+                raise UnauthenticatedError(f"no line of the API keys has the certificate of {', '.join(names)}")
+            if len(known) >= _MOST_CERTIFICATES:
+                known.clear()
+            known[certificate] = identity
+        return _unexpired(identity)
 
     async def follow(self) -> None:
         """Applies changes of the file, once it has been the same for one poll."""
@@ -118,9 +125,9 @@ class ApiKeys:
             if now == before != self._seen:
                 self._seen = now
                 try:
-                    self._by_hash = await asyncio.to_thread(_read, self._path)
-                    self._known = {}
-                    log.info("%s has %d keys", self._path, len(self._by_hash))
+                    self._entries = await asyncio.to_thread(_read, self._path)
+                    self._known, self._certified = {}, {}
+                    log.info("%s has %d keys", self._path, len(self._entries))
                 except KeyFileError as error:
                     log.error("the API keys stay as they were: %s", error)
             before = now
@@ -160,5 +167,16 @@ def _read(path: Path) -> dict[str, Identity]:
                 first = error.errors()[0]
                 field = ".".join(map(str, first["loc"])) or "the line"
                 raise KeyFileError(f"{path}, line {number}: {field}: {first['msg']}") from None
-            found[entry.sha256] = entry.identity()
+            found[entry.sha256 or _certificate(entry.certificate)] = entry.identity()
     return found
+
+
+def _certificate(name: str) -> str:
+    """The key of a certificate's name among the entries: never the hash of an API key."""
+    return f"certificate {name}"
+
+
+def _unexpired(identity: Identity) -> Identity:
+    if identity.expires <= time.time():
+        raise UnauthenticatedError(f"the {identity.kind} {identity.id!r} has expired")
+    return identity

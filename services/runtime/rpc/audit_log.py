@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 # Callers decide how many calls are refused, so the lines about these are limited.
 _REFUSALS_A_SECOND = 10
 _LONGEST = 200
+_MOST_RECENT = 1000
 
 
 class AuditLog:
@@ -30,26 +32,34 @@ class AuditLog:
 
     def __init__(self, process: str, path: Path | None) -> None:
         self._process = process
-        self._path = path
+        self.path = path
+        # The last lines; kept without a file, so that they can be read (audit_service.py).
+        self.recent: deque[str] = deque(maxlen=_MOST_RECENT)
         self._second = 0
         self._refusals = 0
         self._suppressed = 0
 
     def write(self, who: str, method: str, peer: str, result: str, **more: object) -> None:
         """Records that `who`, at `peer`, called `method`, and how it ended."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        entry = {"time": now, "process": self._process, "who": who, "method": method, **more}
+        entry = {
+            "time": time_text(time.time_ns() // 1_000_000),
+            "process": self._process,
+            "who": who,
+            "method": method,
+            **more,
+        }
         line = json.dumps({**entry, "peer": peer, "result": result})
-        if self._path is None:
+        if self.path is None:
+            self.recent.append(line)
             log.info("%s", line)
             return
         try:
-            with self._path.open("a") as file:
+            with self.path.open("a") as file:
                 file.write(line + "\n")
         except OSError as error:
             log.error("cannot write the audit log (%s): %s", error, line)
 
-    def refused(self, method: str, peer: str, result: str, message: str) -> None:
+    def refused(self, method: str, peer: str, result: str, message: str, who: str = "unknown") -> None:
         """Records a refused call, unless there were too many in this second; the next line counts those."""
         second = int(time.monotonic())
         if second != self._second:
@@ -60,7 +70,12 @@ class AuditLog:
             return
         more = {"suppressed": self._suppressed} if self._suppressed else {}
         self._suppressed = 0
-        self.write("unknown", method, peer, result, error=message, **more)
+        self.write(who, method, peer, result, error=message, **more)
+
+
+def time_text(at_ms: int) -> str:
+    """A time in ms since the Unix epoch, as entries have it."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def summary(request: Message) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -31,6 +31,7 @@ CALLS = Family(
     "calls answered, a stream when it ends; on a router without ModelInfer, which ringmesh_requests_total counts",
     ("method", "code"),
 )
+Checked = TypeVar("Checked")
 
 
 class Calls:
@@ -84,43 +85,52 @@ class Calls:
         return counted
 
     def _counted(self, method: str, handler: Handler) -> Handler:
-        """Wraps a handler of bytes; it takes and returns streams as async iterators."""
         count = self.counter(method)
-        answer: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
-
-        async def unary(request: Any, context: Context) -> bytes:
-            code = "OK"
-            try:
-                await _check(context)
-                response: bytes = await answer(request, context)
-                return response
-            except BaseException as error:
-                code = status_of(context, error)
-                raise
-            finally:
-                count(code)
-
-        async def stream(request: Any, context: Context) -> AsyncIterator[bytes]:
-            code = "OK"
-            try:
-                await _check(context)
-                async with aclosing(answer(request, context)) as responses:
-                    async for response in responses:
-                        yield response
-            except BaseException as error:
-                code = status_of(context, error)
-                raise
-            finally:
-                count(code)
-
-        if not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(unary)
-        if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(stream)
-        return grpc.unary_stream_rpc_method_handler(stream)
+        return observed(handler, _check, lambda _, __, ___, code: count(code))
 
 
-async def _check(context: Context) -> None:
+def observed(
+    handler: Handler,
+    check: Callable[[Any, Context], Awaitable[Checked]],
+    ended: Callable[[Checked | None, Any, Context, str], None],
+) -> Handler:
+    """Returns `handler`, preceded by `check` of the request and the context, which may abort the call.
+
+    `ended` gets what `check` returned (None if it did not), request, context, and the name of the status code.
+    """
+    parts: Any = handler
+    kind = next(kind for kind in ("unary_unary", "unary_stream", "stream_stream") if getattr(parts, kind) is not None)
+    answer = getattr(parts, kind)
+
+    async def unary(request: Any, context: Context) -> Any:
+        code, checked = "OK", None
+        try:
+            checked = await check(request, context)
+            return await answer(request, context)
+        except BaseException as error:
+            code = status_of(context, error)
+            raise
+        finally:
+            ended(checked, request, context, code)
+
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        code, checked = "OK", None
+        try:
+            checked = await check(request, context)
+            async with aclosing(answer(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except BaseException as error:
+            code = status_of(context, error)
+            raise
+        finally:
+            ended(checked, request, context, code)
+
+    made: Handler = parts._replace(**{kind: unary if kind == "unary_unary" else stream})
+    return made
+
+
+async def _check(_: Any, context: Context) -> None:
     try:
         check_metadata(metadata(context))
     except RingmeshError as error:

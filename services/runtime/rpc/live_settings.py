@@ -13,7 +13,13 @@ from services.runtime.rpc.rpc import Context, Handler, unary
 from services.runtime.telemetry.tracing import Tracer
 
 _TRACE_NAMES = ("trace_level", "trace_rate")
-_LOG_NAMES = ("log_info", "log_warning", "log_error", "log_verbose_level")
+# From the most verbose on.
+_LEVELS = {
+    "log_verbose_level": logging.DEBUG,
+    "log_info": logging.INFO,
+    "log_warning": logging.WARNING,
+    "log_error": logging.ERROR,
+}
 
 
 class LiveSettings:
@@ -77,39 +83,24 @@ class LiveSettings:
 
         `log_info`, `log_warning` and `log_error` turn levels on or off; `log_verbose_level` above 0 means debug.
         """
-        _check_names(request.settings, _LOG_NAMES)
+        _check_names(request.settings, _LEVELS)
         root = logging.getLogger()
+        is_on = {name: root.level <= level for name, level in _LEVELS.items()}
         for name, setting in request.settings.items():
-            kind = setting.WhichOneof("parameter_choice")
-            if kind != ("uint32_param" if name == "log_verbose_level" else "bool_param"):
-                wanted = "a number" if name == "log_verbose_level" else "true or false"
+            kind, wanted = "bool_param", "true or false"
+            if name == "log_verbose_level":
+                kind, wanted = "uint32_param", "a number"
+            if setting.WhichOneof("parameter_choice") != kind:
                 raise InvalidArgumentError(f"{name} is {wanted}", field="settings")
-        chosen = {name: getattr(s, s.WhichOneof("parameter_choice") or "") for name, s in request.settings.items()}
-        now = {name: bool(value) for name, value in (_levels(root.level) | chosen).items()}
-        if chosen:
-            order = (
-                ("log_verbose_level", logging.DEBUG),
-                ("log_info", logging.INFO),
-                ("log_warning", logging.WARNING),
-                ("log_error", logging.ERROR),
-            )
-            root.setLevel(next((level for name, level in order if now[name]), logging.CRITICAL))
+            is_on[name] = bool(getattr(setting, kind))
+        if request.settings:
+            root.setLevel(next((level for name, level in _LEVELS.items() if is_on[name]), logging.CRITICAL))
         value = v2.LogSettingsResponse.SettingValue
-        levels = _levels(root.level)
-        settings = {name: value(bool_param=on) for name, on in levels.items() if name != "log_verbose_level"}
-        settings["log_verbose_level"] = value(uint32_param=int(levels["log_verbose_level"]))
+        settings = {name: value(bool_param=root.level <= level) for name, level in _LEVELS.items()}
+        settings["log_verbose_level"] = value(uint32_param=int(root.level <= logging.DEBUG))
         return v2.LogSettingsResponse(settings=settings)
 
 
-def _levels(level: int) -> dict[str, bool]:
-    return {
-        "log_verbose_level": level <= logging.DEBUG,
-        "log_info": level <= logging.INFO,
-        "log_warning": level <= logging.WARNING,
-        "log_error": level <= logging.ERROR,
-    }
-
-
-def _check_names(given: Iterable[str], known: tuple[str, ...]) -> None:
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
     if unknown := sorted({*given} - {*known}):
         raise InvalidArgumentError(f"no setting {', '.join(unknown)}; there are {', '.join(known)}", field="settings")

@@ -50,7 +50,7 @@ _ROLES: Mapping[str, Role] = {
         (Role.OPERATE, _methods(V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting LogSettings")),
         (Role.OPERATE, _methods(V2, "SystemSharedMemoryRegister SystemSharedMemoryUnregister")),
         (Role.OPERATE, _methods(V2, "CudaSharedMemoryRegister CudaSharedMemoryUnregister")),
-        (Role.READ, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets AdviseWorkers")),
+        (Role.READ, _methods(_LEDGER, "Report Bill Forecast Export ListPrices ListBudgets Advise")),
         (Role.OPERATE, _methods(_LEDGER, "SetPrice DeletePrice SetBudget DeleteBudget Rebuild")),
         (Role.OPERATE, [f"{_ROUTER}/Explain", *_methods(_CACHE, "Purge Warm")]),
         (Role.OPERATE, _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo")),

@@ -17,6 +17,8 @@ from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError, RingmeshError
 from services.runtime.large_bytes import LARGE_BYTES
 from services.runtime.request_limits import check_size
+from services.runtime.rpc import client_certificate
+from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +139,15 @@ def unary(
 
 
 def metadata(context: Context) -> Metadata:
-    return tuple(context.invocation_metadata() or ())
+    """The metadata of a call. On a server that ends TLS itself, the names in the client's certificate are there as from
+    a TLS edge, and never what the client sent under that name."""
+    sent: Metadata = tuple(context.invocation_metadata() or ())
+    peer = context.auth_context()
+    if peer.get("transport_security_type") != [b"ssl"]:
+        return sent
+    names = [name.decode() for name in peer.get("x509_subject_alternative_name", ())]
+    own = ((CLIENT_CERTIFICATE, client_certificate.header(names)),) if names else ()
+    return (*[entry for entry in sent if entry[0] != CLIENT_CERTIFICATE], *own)
 
 
 async def abort(context: Context, error: RingmeshError, trailing: Metadata = ()) -> NoReturn:

@@ -13,13 +13,14 @@ from typing import Any
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 
-from services.runtime.rpc import reflection
+from services.runtime.rpc import audit_service, reflection
 from services.runtime.rpc.access import Access
 from services.runtime.rpc.backlog import MAX_UNREAD_BYTES, Backlog
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.connections import Connections
 from services.runtime.rpc.health import Health
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Context, Handler, Service, abort
+from services.runtime.rpc.tls import TlsError, TlsFiles
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
@@ -117,13 +118,14 @@ def _create(
 
 
 class Server:
-    """Serves `services` on one address, host:port; not ready until `set_serving`, drained by `stop`.
+    """Serves `services` on one address, host:port or unix:/path; not ready until `set_serving`, drained by `stop`.
 
     Requests above `max_message_bytes` are answered RESOURCE_EXHAUSTED. A client is asked to leave a connection at
     `max_connection_age` seconds, because long-lived channels find new servers only when a connection ends. With
     `share_port`, other processes with that option may listen on the same port, and the kernel spreads connections over
     them. `calls` counts calls; several servers may share it. About `max_unread_bytes` of answers that callers do not
-    read are held: see Backlog. `access` decides who may call what; None: see Access.
+    read are held: see Backlog. `access` decides who may call what; None: see Access. `tls`: None: plain text. TLS needs
+    the engine grpcio.
     """
 
     def __init__(
@@ -138,14 +140,16 @@ class Server:
         calls: Calls | None = None,
         max_unread_bytes: int = MAX_UNREAD_BYTES,
         access: Access | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._address = address
+        self._tls = tls
         self._access = access or Access(address)
-        self._services = services
+        self._services = [*services, audit_service.service(self._access.audit)]
         self._max_connection_age = max_connection_age
         self._connections: Connections | None = None
         self._watching: list[asyncio.Task[None]] = []
-        self.health = Health(service.name for service in services)
+        self.health = Health(service.name for service in self._services)
         self.calls = calls or Calls()
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -160,6 +164,9 @@ class Server:
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
             ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
         ]
+        if tls is not None:
+            # Connections cannot write to TLS.
+            options.append(("grpc.max_connection_age_ms", int(max_connection_age * 1000)))
         self._server, self._backlog, self._bounded = _create(engine, options, services, max_unread_bytes, self._access)
         self.calls.add(self._backlog.samples)
 
@@ -176,22 +183,26 @@ class Server:
             guarded = {method: access.guarded(f"{name}/{method}", made) for method, made in handlers.items()}
             self._register(name, guarded)
         try:
-            port = server.add_insecure_port(self._address)
+            if self._tls is None:
+                port = server.add_insecure_port(self._address)
+            else:
+                port = server.add_secure_port(self._address, self._tls.credentials())
         except RuntimeError:
             raise StartError(
                 f"cannot listen on {self._address}: the port is taken or the address is not ours"
             ) from None
+        except TlsError as error:
+            raise StartError(str(error)) from None
         await server.start()
         if access.warning:
             log.warning("%s", access.warning)
         self._connections = Connections(port)
         self._backlog.watch(self._connections)
-        self._watching = [
-            BACKGROUND.start("age of connections", partial(self._end_old_connections, self._connections)),
-            BACKGROUND.start("slow readers", self._look_for_slow_readers),
-        ]
-        if self._access.keys is not None:
-            self._watching.append(BACKGROUND.start("API keys", self._access.keys.follow))
+        self._watching = [BACKGROUND.start("slow readers", self._look_for_slow_readers)]
+        if self._tls is None:
+            ending = partial(self._end_old_connections, self._connections)
+            self._watching.append(BACKGROUND.start("age of connections", ending))
+        self._watching.append(BACKGROUND.start("keys and tokens of callers", self._access.follow))
         return port
 
     def _register(self, name: str, handlers: dict[str, Handler]) -> None:
@@ -219,7 +230,8 @@ class Server:
     async def _release_all(self, connections: Connections) -> None:
         await asyncio.to_thread(connections.stop_listening)
         end = time.monotonic() + _LEAVE_SECONDS
-        all_asked = False
+        # grpcio asks the clients of its TLS connections when it stops.
+        all_asked = self._tls is not None
         while (now := time.monotonic()) < end:
             if not all_asked:
                 all_asked = await asyncio.to_thread(connections.release, now)

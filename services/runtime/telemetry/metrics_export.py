@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
-from functools import partial
 
 import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
@@ -15,7 +14,6 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from services.runtime.telemetry.metrics import Buckets, Family, Metrics, Sample
 from services.runtime.telemetry.otlp import open_channel
 from services.runtime.telemetry.spans import Process, resource
-from services.runtime.telemetry.supervisor import BACKGROUND
 
 log = logging.getLogger(__name__)
 
@@ -24,42 +22,22 @@ _EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 _CUMULATIVE = metrics_pb2.AGGREGATION_TEMPORALITY_CUMULATIVE
 
 
-class MetricsExport:
-    """Sends the samples of `metrics`. A failed export loses nothing: counts are cumulative, so the next has them."""
-
-    def __init__(
-        self, endpoint: str | None, process: Process, metrics: Metrics, period: float = PERIOD_SECONDS
-    ) -> None:
-        """Nothing is sent if `endpoint` is None."""
-        self._endpoint = endpoint
-        self._process = process
-        self._metrics = metrics
-        self._period = period
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        if self._endpoint is not None:
-            self._task = BACKGROUND.start("metrics export", partial(self._run, self._endpoint))
-
-    async def close(self) -> None:
-        if self._task is not None:
-            await BACKGROUND.end(self._task)
-
-    async def _run(self, endpoint: str) -> None:
-        started_ns = time.time_ns()
-        async with open_channel(endpoint) as channel:
-            export: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_EXPORT)
-            while True:
-                samples = await self._metrics.collect()
-                request = await asyncio.to_thread(to_otlp, samples, self._process, started_ns, time.time_ns())
-                try:
-                    await export(request, timeout=self._period)
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                        log.info("the OTLP endpoint takes no metrics; they are at /metrics")
-                        return
-                    log.debug("metrics were not taken: %s", error.details())
-                await asyncio.sleep(self._period)
+async def export(endpoint: str, process: Process, metrics: Metrics, period: float = PERIOD_SECONDS) -> None:
+    """Sends the samples until cancelled. A failed export loses nothing: counts are cumulative, so the next has them."""
+    started_ns = time.time_ns()
+    async with open_channel(endpoint) as channel:
+        send: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_EXPORT)
+        while True:
+            samples = await metrics.collect()
+            request = await asyncio.to_thread(to_otlp, samples, process, started_ns, time.time_ns())
+            try:
+                await send(request, timeout=period)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    log.info("the OTLP endpoint takes no metrics; they are at /metrics")
+                    return
+                log.debug("metrics were not taken: %s", error.details())
+            await asyncio.sleep(period)
 
 
 def to_otlp(samples: Iterable[Sample], process: Process, started_ns: int, now_ns: int) -> bytes:

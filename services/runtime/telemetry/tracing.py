@@ -9,15 +9,14 @@ from __future__ import annotations  # compiled by mypyc
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from ringmesh.inference.v1 import inference_pb2
 
 from services.runtime import w3c
 from services.runtime.telemetry.metrics import Family, Sample
-from services.runtime.telemetry.span_export import Collector, SpanFolder, SpanQueue
-from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, Span, this_process
+from services.runtime.telemetry.span_export import SpanQueue
+from services.runtime.telemetry.spans import Attributes, Event, Kind, Process, Span
 from services.runtime.telemetry.worker_spans import run_spans, worker_spans
 from services.runtime.w3c import new_span_id, new_trace_id
 
@@ -165,7 +164,13 @@ class Tracer:
             else:
                 queue.dropped += 1 + len(trace.stages)
         if ready:
-            spans = list(self._build(trace, name, start_ns, end_ns, attributes, error, timing))
+            trace_id, own_id = trace.context()
+            links = (trace.leader.context(),) if trace.leader is not None else ()
+            root = Span(
+                self.process, trace_id, own_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
+                trace.state, (), links,
+            )  # fmt: skip
+            spans = [root, *_children(trace, root, timing)]
             for queue in ready:
                 queue.put(spans)
 
@@ -178,45 +183,18 @@ class Tracer:
         for queue in self._queues:
             await queue.close()
 
-    def _build(
-        self,
-        trace: Trace,
-        name: str,
-        start_ns: int,
-        end_ns: int,
-        attributes: Attributes,
-        error: str,
-        timing: inference_pb2.Timing | None,
-    ) -> Iterator[Span]:
-        trace_id, own_id = trace.context()
-        process, state = self.process, trace.state
-        links = (trace.leader.context(),) if trace.leader is not None else ()
-        yield Span(
-            process, trace_id, own_id, trace.parent_id, name, Kind.SERVER, start_ns, end_ns, attributes, error,
-            state, (), links,
+
+def _children(trace: Trace, root: Span, timing: inference_pb2.Timing | None) -> Iterator[Span]:
+    if timing is not None:
+        yield from run_spans(root.trace_id, root.span_id, root.process, timing)
+    for stage in trace.stages:
+        span_id = stage.span_id or new_span_id()
+        content = stage.content
+        shown, events = (content, ()) if isinstance(content, Mapping) else (content.attributes(), content.events())
+        span = Span(
+            root.process, root.trace_id, span_id, stage.parent_id or root.span_id, stage.name, stage.kind,
+            stage.start_ns, stage.end_ns, shown, stage.error, trace.state, events,
         )  # fmt: skip
-        if timing is not None:
-            yield from run_spans(trace_id, own_id, process, timing)
-        for stage in trace.stages:
-            span_id = stage.span_id or new_span_id()
-            content = stage.content
-            shown, events = (content, ()) if isinstance(content, Mapping) else (content.attributes(), content.events())
-            span = Span(
-                process, trace_id, span_id, stage.parent_id or own_id, stage.name, stage.kind, stage.start_ns,
-                stage.end_ns, shown, stage.error, state, events,
-            )  # fmt: skip
-            yield span
-            if stage.result is not None:
-                yield from worker_spans(span, Process("worker", stage.worker), stage.result)
-
-
-def create_tracer(
-    service: str, *, ratio: float, folder: Path | None, otlp_endpoint: str | None, instance: str = ""
-) -> Tracer:
-    """Returns a tracer with the configured destinations; without any, trace context is still propagated."""
-    queues: list[SpanQueue[Any]] = []
-    if folder is not None:
-        queues.append(SpanQueue(SpanFolder(folder, service)))
-    if otlp_endpoint is not None:
-        queues.append(SpanQueue(Collector(otlp_endpoint)))
-    return Tracer(Process(service, instance) if instance else this_process(service), ratio, queues)
+        yield span
+        if stage.result is not None:
+            yield from worker_spans(span, Process("worker", stage.worker), stage.result)

@@ -6,8 +6,9 @@ from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
 from router.transport.worker_load import WorkerLoad
+from services.runtime.verdict import YES
 
-MODEL = ModelEntry("m", "1", b"d" * 16, "", None)
+MODEL = ModelEntry("m", "1", b"d" * 16, YES, None)
 
 
 def member(address, *, link=None, reason="", holds=True, ejected="", loaded=True, **listing):

@@ -46,3 +46,13 @@ def test_baggage_is_decoded_and_bounded():
 def test_a_long_tracestate_is_left_out():
     assert w3c.usable_state("a=b") == "a=b"
     assert w3c.usable_state("a" * 513) == ""
+
+
+@given(st.text(max_size=60))
+def test_packed_ids_have_24_bytes_or_none(text):
+    assert len(w3c.packed(text)) in (0, 24)
+
+
+@pytest.mark.parametrize("value", ["00-ab", "", f"00-{ID}", f"00-{' ' * 32}-{SPAN}"])
+def test_part_of_a_traceparent_is_not_packed(value):
+    assert w3c.packed(value) == b""

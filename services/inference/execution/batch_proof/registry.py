@@ -13,13 +13,13 @@ Outcome: TypeAlias = Tensor | Sequence[Tensor | None]
 Rule: TypeAlias = Callable[[OperatorCall], Outcome]
 
 
-class _Registered(NamedTuple):
+class _RuleEntry(NamedTuple):
     apply: Rule
     counts: bool
     positions: bool
 
 
-_RULES: dict[str, _Registered] = {}
+_RULES: dict[str, _RuleEntry] = {}
 
 
 def rule(*operators: str, counts: bool = False, positions: bool = False) -> Callable[[Rule], Rule]:
@@ -29,7 +29,7 @@ def rule(*operators: str, counts: bool = False, positions: bool = False) -> Call
     """
 
     def register(apply: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(operators, _Registered(apply, counts, positions)))
+        _RULES.update(dict.fromkeys(operators, _RuleEntry(apply, counts, positions)))
         return apply
 
     return register

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,3 +57,13 @@ def test_data_of_other_services_is_apart_by_namespace_and_tenant():
     epochs = Epochs({})
     keys = {epochs.own_key(*parts) for parts in (("a", "", b"k"), ("", "a", b"k"), ("", "", b"ak"), ("ak", "", b""))}
     assert len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    ("scope", "epoch"),
+    [("key:zz", 1), ("key:é", 1), (EVERYTHING, 2**63), (model_scope("a"), -1), (model_scope("a"), 10**30)],
+)
+def test_what_no_purge_writes_is_ignored(scope, epoch):
+    epochs = Epochs({}).merged({scope: epoch, tenant_scope("t"): 5})
+    assert dict(epochs.scopes) == {tenant_scope("t"): 5}
+    assert len(epochs.key(DIGEST, "a", HASH)) == 32

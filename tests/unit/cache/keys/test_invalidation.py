@@ -3,7 +3,10 @@
 import asyncio
 import random
 
-from cache.keys.invalidation import InvalidationLog
+import pytest
+
+from cache.keys.invalidation import EPOCHS, InvalidationLog
+from services.runtime.errors import UnavailableError
 from tests.simulation.redis import Redis
 
 
@@ -58,3 +61,23 @@ async def test_a_purge_of_its_own_confirms_no_news_that_a_process_is_still_told(
     await asyncio.wait_for(asyncio.gather(announcing, purging), 5)
     await first.close()
     await second.close()
+
+
+async def test_what_others_wrote_into_the_epochs_stops_no_heartbeat_and_no_request():
+    first, second = boards()
+    await first.announce("models")
+    junk = {b"key:zz": b"7", b"\xff": b"7", b"model:a": b"9" * 30, b"model:b": b"many"}
+    first._shared._redis.data[EPOCHS].update(junk)
+    assert (await first.purge(["model:x"]))[1] >= 1
+    await second._send_heartbeat()
+    assert second.epochs.scopes["model:x"] == first.epochs.scopes["model:x"]
+    for board in (first, second):
+        assert len(board.epochs.key(b"d" * 16, "a", b"h" * 16)) == 32
+
+
+async def test_a_purge_says_if_somebody_raised_the_version_beyond_all_epochs():
+    first, _ = boards()
+    await first.announce("models")
+    first._shared._redis.data[EPOCHS][b"version"] = b"9" * 30
+    with pytest.raises(UnavailableError, match="which no purge wrote"):
+        await first.purge(["model:x"])

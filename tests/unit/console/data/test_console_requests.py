@@ -35,13 +35,18 @@ METADATA = v2.ModelMetadataResponse(
 TRACE = f"{7:032x}"
 
 
-async def serve_router():
+async def serve_router(calls):
     """A router that knows the inputs of any model, and answers with what it was sent."""
 
     async def metadata(_, __):
         return METADATA.SerializeToString()
 
-    async def infer(data, _):
+    async def load(_, context):
+        calls.append(("RepositoryModelLoad", dict(context.invocation_metadata())))
+        return b""
+
+    async def infer(data, context):
+        calls.append(("ModelInfer", dict(context.invocation_metadata())))
         asked = v2.ModelInferRequest.FromString(data)
         made = v2.ModelInferResponse(raw_output_contents=asked.raw_input_contents)
         for tensor in asked.inputs:
@@ -49,7 +54,7 @@ async def serve_router():
         return made.SerializeToString()
 
     server = grpc.aio.server()
-    methods = {"ModelMetadata": metadata, "ModelInfer": infer}
+    methods = {"ModelMetadata": metadata, "ModelInfer": infer, "RepositoryModelLoad": load}
     handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -60,9 +65,12 @@ async def serve_router():
 class Console:
     """The application on a thread's event loop, asked without a socket."""
 
-    def __init__(self):
+    def __init__(self, access=None):
+        self.access = access or Access("127.0.0.1:0")
+        # Of every call that reached the router: its method and its metadata.
+        self.calls = []
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.run(self._start())
 
@@ -70,8 +78,8 @@ class Console:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
     async def _start(self):
-        self.router, address = await serve_router()
-        self.fleet = FleetWatch((address,), address)
+        self.router, address = await serve_router(self.calls)
+        self.fleet = FleetWatch((address,), address, "the credential")
         worker = router_pb2.Worker(id="w", address="w:1", healthy=True, share=1)
         self.fleet.view = FleetSnapshot(
             (ServiceView(address, "", (worker,)),),
@@ -84,7 +92,7 @@ class Console:
         history = self.history = History(lambda: 1000.0)
         sources = Sources(self.fleet, history, Scraper({}, history), self.traces, "", LedgerReports(""))
         self.stopping = asyncio.Event()
-        self.app = app.create(sources, self.stopping, (), Access("127.0.0.1:0"))
+        self.app = app.create(sources, self.stopping, (), self.access)
 
     def close(self):
         self.run(self._close())
@@ -101,11 +109,23 @@ class Console:
         """(status, text)"""
         return self.run(self.answer(method, path, query, body, headers, client))
 
-    async def answer(self, method, path, query=b"", body=b"", headers=(), client="127.0.0.1", sent=None):
+    async def answer(
+        self,
+        method,
+        path,
+        query=b"",
+        body=b"",
+        headers=(),
+        client="127.0.0.1",
+        sent=None,
+        got=None,
+        origin=b"http://127.0.0.1",
+    ):
+        """`got`: receives the headers of the answer."""
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "",
             "method": method, "path": path, "raw_path": path.encode(errors="replace"), "query_string": query,
-            "headers": [(b"host", b"127.0.0.1"), (b"origin", b"http://127.0.0.1"), *headers],
+            "headers": [(b"host", b"127.0.0.1"), (b"origin", origin), *headers],
             "client": (client, 1234), "server": ("127.0.0.1", 80),
         }  # fmt: skip
         requests = [{"type": "http.request", "body": body, "more_body": False}]
@@ -119,6 +139,8 @@ class Console:
         async def send(message):
             nonlocal status
             status = message.get("status", status)
+            if got is not None:
+                got.update({name.decode(): value.decode() for name, value in message.get("headers", ())})
             text.extend(message.get("body", b""))
             if sent is not None:
                 sent(status, bytes(text))
@@ -242,9 +264,10 @@ def test_a_page_that_does_not_exist_is_not_streamed_either(console):
 
 PATHS = ["/", "/models", "/models/mlp", "/models/é\x00", "/cache", "/objectives", "/cost", "/try", "/traces",
          f"/traces/{TRACE}", "/traces/x", "/api/summary", "/static/console.css", "/static/../app.py", "/static/\x00",
-         "/nowhere", "/compare", "/workers/w", "/workers/é\x00"]  # fmt: skip
-NAMES = ["model", "text", "order", "sort", "status", "min_ms", "max_ms", "key", "tenant", "scope", "value",
-         "cache-control", "range", "by", "a", "b", "compare", "action", "confirmed", *GOOD]  # fmt: skip
+         "/nowhere", "/compare", "/workers/w", "/workers/é\x00", "/sign-in", "/sign-out", "/audit"]  # fmt: skip
+NAMES = ["span", "who", "method", "model", "text", "order", "sort", "status", "min_ms", "max_ms", "key", "tenant",
+         "scope", "value", "cache-control", "range", "by", "a", "b", "compare", "action", "confirmed",
+         *GOOD]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=40),
     st.sampled_from(
@@ -330,8 +353,17 @@ def test_an_empty_tensor_is_sent(console):
     assert "[]" in text
 
 
-def test_only_browsers_of_an_admin_network_may_change_something(console, caplog):
+@pytest.fixture
+def another():
+    """A console that has refused nothing yet: only some refusals a second are recorded."""
+    console = Console()
+    yield console
+    console.close()
+
+
+def test_only_browsers_of_an_admin_network_may_change_something(another, caplog):
     caplog.set_level("INFO")
+    console = another
     fields = urlencode({"scope": "everything"}).encode()
     status, text = console.ask("POST", "/cache", body=fields, client="10.0.0.1")
     assert status == 403

@@ -67,7 +67,7 @@ def test_what_was_said_last_is_of_the_same_failure():
         ("a", "UNAVAILABLE", "no worker"),
     )
     (unknown,) = findings.find(view(), refusals(["other"], "NOT_FOUND"), store, {})
-    assert unknown.where == "an unknown model, tenant acme"
+    assert unknown.where == "models that are unknown or not served, tenant acme"
     assert unknown.detail.endswith("The last message: no model 'typo'")
     (wrong,) = findings.find(view(), refusals(["a"]), store, {})
     assert wrong.detail.endswith("The last message: no input 'z'")

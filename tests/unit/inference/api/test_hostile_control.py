@@ -14,7 +14,8 @@ from services.inference.codec.shared_memory import SharedMemory
 from services.inference.models.model_store import MAX_FAILURES, Overrides
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 from services.runtime.rpc.live_settings import LiveSettings
-from services.runtime.telemetry.tracing import create_tracer
+from services.runtime.telemetry.spans import this_process
+from services.runtime.telemetry.tracing import Tracer
 from tests import models
 from tests.unit.inference.models.test_model_store import store
 
@@ -105,7 +106,7 @@ def served(tmp_path_factory):
     models.mlp(folder)
     with asyncio.Runner() as runner:
         made = runner.run(store(folder))
-        tracer = create_tracer("worker", ratio=0.0, folder=None, otlp_endpoint=None)
+        tracer = Tracer(this_process("worker"), 0.0, [])
         yield (
             runner.run,
             {

@@ -37,6 +37,13 @@ def test_a_model_for_the_gpu_runs_on_the_cpu_where_there_is_none_and_that_is_tol
     assert (names(chosen), chosen.missing) == ([CPU], (CUDA,))
 
 
+def test_an_accelerator_of_the_gpu_is_missed_where_there_is_none():
+    wanted = "optimization { execution_accelerators { gpu_execution_accelerator { name: 'tensorrt' } } }"
+    assert one(wanted, [CPU]).missing == (TENSORRT,)
+    assert one(f"instance_group {{ kind: KIND_GPU }} {wanted}", [CPU]).missing == (TENSORRT,)
+    assert one(f"instance_group {{ kind: KIND_CPU }} {wanted}", [CPU]).missing == ()
+
+
 def test_a_model_for_the_cpu_stays_there():
     assert names(one("instance_group { kind: KIND_CPU }", GPU_BUILD)) == [CPU]
 
@@ -146,6 +153,12 @@ def test_a_session_has_the_threads_of_the_worker_unless_its_configuration_says_o
     assert execution.session_options(config(""), 3).intra_op_num_threads == 3
     own = 'parameters { key: "intra_op_thread_count" value { string_value: "2" } }'
     assert execution.session_options(config(own), 3).intra_op_num_threads == 2
+
+
+@pytest.mark.parametrize(("instances", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_the_instances_of_a_model_share_the_threads_of_the_worker(instances, threads):
+    configured = config(f"instance_group {{ count: {instances} kind: KIND_CPU }}")
+    assert execution.session_options(configured, 4).intra_op_num_threads == threads
 
 
 @pytest.mark.parametrize(("level", "name"), [(0, "ALL"), (-1, "BASIC"), (1, "EXTENDED"), (2, "DISABLE_ALL")])

@@ -15,6 +15,7 @@ from services.inference.repository.repository import Directory
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.oip import ensemble
 from services.runtime.oip.ensemble import EnsembleError
+from services.runtime.verdict import YES
 from tests import models
 from tests.unit.inference.execution.test_model import open_model
 
@@ -192,7 +193,7 @@ async def test_unloading_with_dependents_takes_the_steps_along(tmp_path):
 async def test_the_router_refuses_more_rows_than_an_ensemble_says_before_it_runs_a_step():
     metadata = v2.ModelMetadataResponse(inputs=[{"name": "a", "datatype": "FP32", "shape": [-1, 1]}])
     plan = ensemble.plan(scheduling(("one", "a", "b")), "a", "b")
-    model = ModelEntry("e", "1", b"d" * 16, "", metadata, plan=plan, max_request_rows=4)
+    model = ModelEntry("e", "1", b"d" * 16, YES, metadata, plan=plan, max_request_rows=4)
     request = v2.ModelInferRequest(raw_input_contents=[bytes(20)])
     request.inputs.add(name="a", datatype="FP32", shape=[5, 1])
 

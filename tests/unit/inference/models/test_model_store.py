@@ -15,7 +15,7 @@ from services.inference.codec.shared_memory import SharedMemory
 from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
-from services.inference.repository.repository import Directory, RepositoryError
+from services.inference.repository.repository import Directory
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from services.runtime.machine.machine_fault import machine_fault
 from tests import models
@@ -163,10 +163,18 @@ async def test_one_broken_model_does_not_keep_the_others_from_serving(tmp_path):
     assert await states(await store(tmp_path)) == [("add_sub", "1", UNAVAILABLE), ("mlp", "1", READY)]
 
 
-async def test_a_repository_of_which_nothing_loads_is_an_error_with_the_causes(tmp_path):
+async def test_a_repository_of_which_nothing_loads_is_listed_with_the_causes_and_polling_finds_the_repair(tmp_path):
     (models.mlp(tmp_path) / "model.onnx").write_bytes(b"broken")
-    with pytest.raises(RepositoryError, match=r"mlp/1/model\.onnx"):
-        await store(tmp_path)
+    made = await store(tmp_path)
+    (line,) = await made.index()
+    assert (line.name, line.state) == ("mlp", UNAVAILABLE)
+    assert "mlp/1/model.onnx: it is no ONNX model" in line.reason
+    polling = asyncio.create_task(made.poll(0.01))
+    models.mlp(tmp_path)
+    async with asyncio.timeout(20):
+        while await states(made) != [("mlp", "1", READY)]:
+            await asyncio.sleep(0.01)
+    polling.cancel()
 
 
 async def test_a_model_added_to_the_repository_is_listed_before_it_is_loaded(tmp_path):

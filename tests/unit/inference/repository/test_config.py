@@ -99,6 +99,23 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_batchsize: 4", 'no field named "max_batchsize"; did you mean max_batch_size?'),
+        ('{"max_batchsize": 4}', "; did you mean max_batch_size?"),
+        ("input { data_type: FP32 }", "has no value named FP32; did you mean TYPE_FP32?"),
+        ("dynamic_batching { priority_level: 2 }", "; did you mean priority_levels?"),
+        ("wholly_unknown: 4", 'no field named "wholly_unknown"'),
+    ],
+)
+def test_an_unknown_name_is_said_in_one_line_with_the_nearest(text, said):
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "config.pbtxt", "m")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("max_batch_sise: 8", ["max_batch_sise", "1:1"]),

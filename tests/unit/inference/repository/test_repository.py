@@ -56,7 +56,10 @@ def test_the_policy_chooses_among_the_versions_on_disk(tmp_path, policy, served)
     ("config", "said"),
     [
         ("version_policy { specific { versions: [7] } }", "version_policy selects none of 1, 2$"),
-        ('default_model_filename: "net.onnx"', r"has no version, such as 1/net\.onnx$"),
+        (
+            'default_model_filename: "net.onnx"',
+            r"such as 1/net\.onnx; the folder 2 is ignored: it has no net\.onnx but model\.onnx; rename one, or set",
+        ),
     ],
 )
 def test_why_no_version_is_served_is_said(tmp_path, config, said):
@@ -78,9 +81,9 @@ def test_each_folder_that_is_no_version_is_ignored_with_one_warning(tmp_path, ca
     assert sorted(told) == sorted(
         f"model a: the folder {name} is ignored: "
         + (
-            "it has no model.onnx"
+            "it is empty, without model.onnx"
             if name == "3"
-            else "a version is a whole number from 1 to 18 digits, without leading zeros"
+            else "a version is a whole number from 1, of at most 18 digits, without leading zeros"
         )
         for name in ignored
     )
@@ -129,6 +132,30 @@ def test_where_a_model_file_without_a_version_belongs_is_said(tmp_path):
     (tmp_path / "flat" / "net.onnx").touch()
     with pytest.raises(RepositoryError, match=r"no version of 'flat' to serve.*net\.onnx should be flat/1/model\.onnx"):
         versions(tmp_path, "flat")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("1/net.onnx", "the folder 1 is ignored: it has no model.onnx but net.onnx; rename one, or set default_model"),
+        ("1/model.pt", "the folder 1 is ignored: it has no model.onnx but model.pt; only ONNX is served"),
+        ("1/.part", "the folder 1 is ignored: it is empty, without model.onnx"),
+        ("v1/model.onnx", "the folder v1 is ignored: a version is a whole number"),
+    ],
+)
+def test_a_version_folder_that_holds_something_else_is_said(tmp_path, file, said):
+    (tmp_path / "a" / file).parent.mkdir(parents=True)
+    (tmp_path / "a" / file).touch()
+    with pytest.raises(RepositoryError, match=said):
+        versions(tmp_path, "a")
+
+
+def test_a_model_in_place_of_a_repository_is_said(tmp_path):
+    write(tmp_path, "a", "1")
+    with pytest.raises(RepositoryError, match=f"{tmp_path}/a is a model; name the repository.*: {tmp_path}$"):
+        Directory(tmp_path / "a").names()
+    write(tmp_path / "numbers", "1", "1")
+    assert Directory(tmp_path / "numbers").names() == ["1"]
 
 
 @pytest.mark.parametrize("name", ["nobody", "..", "a/1", ""])

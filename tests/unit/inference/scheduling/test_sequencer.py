@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.inference.codec.request import Decoded, SequenceStep
 from services.inference.models.model_store import ModelStore
-from services.inference.repository.repository import Directory, RepositoryError
+from services.inference.repository.repository import Directory
 from services.inference.scheduling import sequencer
 from services.runtime.errors import (
     DeadlineExceededError,
@@ -28,7 +28,7 @@ EXECUTOR = ThreadPoolExecutor(4)
 def held(folder):
     """The model as a worker holds it."""
     store = ModelStore(Directory(folder.parent.parent), open_model, EXECUTOR)
-    asyncio.run(store.load_all())
+    asyncio.run(store.load(folder.parent.name))
     return store.held.find(folder.parent.name, "")
 
 
@@ -171,7 +171,7 @@ def test_a_state_may_begin_with_what_a_file_holds(tmp_path):
     ten = 'initial_state { dims: [1] name: "ten" data_type: TYPE_FP32 data_file: "ten" }'
     text = config.read_text().replace("dims: [1] }", f"dims: [1] {ten} }}")
     config.write_text(text.replace("int32_false_true: [0, 1]", "int32_false_true: [0, 0]"))
-    with pytest.raises(RepositoryError, match="initial_state/ten, which cannot be read"):
+    with pytest.raises(InvalidArgumentError, match="initial_state/ten, which cannot be read"):
         held(folder)
     (folder.parent / "initial_state").mkdir()
     (folder.parent / "initial_state/ten").write_bytes(np.array([10], np.float32).tobytes())
@@ -191,5 +191,5 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path, old, new, words):
     folder = models.accumulator(tmp_path)
     config = folder.parent / "config.pbtxt"
     config.write_text(config.read_text().replace(old, new))
-    with pytest.raises(RepositoryError, match=words):
+    with pytest.raises(InvalidArgumentError, match=words):
         held(folder)

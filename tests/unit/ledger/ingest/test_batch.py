@@ -120,3 +120,41 @@ def test_joined_requests_are_hits_and_failed_ones_are_not():
     assert Kind("joined", "OK").is_hit
     assert not Kind("joined", "UNAVAILABLE").is_hit
     assert Kind("joined", "UNAVAILABLE").is_error
+
+
+def sample(**fields):
+    told = {"model": "m", "below": 16, "key": 15 << 56 | 7, "at_ms": NOW, "requests": 3, "compute_us": 5}
+    return ledger_pb2.KeySample(**(told | fields))
+
+
+def test_samples_of_keys_are_read():
+    kept = sample(key=255 << 56, below=256, value_bytes=9, cacheable=True, version="1", region="eu", worker_type="cpu")
+    first, second = batches.read(request(encode([], key_samples=[sample(), kept]))).key_samples
+    assert first == (("", "m", "", "", ""), NOW, 15 << 56 | 7, 16, False, 3, 5, 0)
+    # Signed, as PostgreSQL has it.
+    assert second == (("", "m", "1", "eu", "cpu"), NOW, -1 << 56, 256, True, 3, 5, 9)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"below": 0},
+        {"below": 257},
+        {"below": 15},
+        {"requests": 0},
+        {"requests": 1 << 60},
+        {"compute_us": 1 << 60},
+        {"value_bytes": 1 << 60},
+        {"at_ms": 5},
+        {"model": "m" * 300},
+        {"region": "\n"},
+    ],
+)
+def test_a_sample_that_is_none_is_refused(fields):
+    with pytest.raises(InvalidArgumentError, match=r"batch.key_samples\[0\]|no sample of a key"):
+        batches.read(request(encode([], key_samples=[sample(**fields)])))
+
+
+def test_too_many_samples_are_refused():
+    with pytest.raises(InvalidArgumentError, match="20001 key samples; at most 20000"):
+        batches.read(request(encode([], key_samples=[sample()] * 20_001)))

@@ -179,3 +179,15 @@ def test_what_a_full_disk_does_not_take_is_told_with_the_next_batch(open_spool, 
     assert [sequence for _, sequence, _ in found] == [1, 2, 3]
     assert dropped(found[1][2]) == (5, 50)
     assert found[2][2] == b"after"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"9" * 30, b"9" * 5000, b"", "٣".encode()])
+def test_a_damaged_file_of_the_folder_stops_no_router(open_spool, folder, damage):
+    open_spool().append(b"first", 1, 1)
+    for name in ("epoch", "router-id", "leases", f"{'9' * 100}-1-1-1.batch", "٣-٣-٣-٣.batch", "1-2-3-4.batch"):
+        (folder / name).write_bytes(damage)
+    spool = open_spool()
+    assert 0 < spool.epoch < 1 << 63
+    assert spool.router_id.isprintable()
+    spool.append(b"second", 1, 1)
+    assert [batch for _, _, batch in taken(spool)][-2:] == [b"first", b"second"]

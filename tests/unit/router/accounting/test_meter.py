@@ -1,11 +1,15 @@
 """What the meter counts of requests on the router's path, and what the ledger gets of it."""
 
 import asyncio
+import time
 
 import pytest
+from blake3 import blake3
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.ledger.v1 import ledger_pb2
 
+from cache.tiers.entry import Entry
+from router.accounting.key_samples import KeySamples
 from router.accounting.usage import Up, Usage
 from tests.unit.router.request.test_path import DIGEST, WRONG, Router, request
 
@@ -151,10 +155,10 @@ async def test_seconds_of_workers_and_the_router_are_reported_once():
         await usage.flush()
     seconds = {}
     for batch, _, _ in sender.batches:
-        for time in batch.worker_times:
-            key = (time.worker_id, time.worker_type, time.minute)
-            assert not seconds.get(key, 0) & time.seconds
-            seconds[key] = seconds.get(key, 0) | time.seconds
+        for up in batch.worker_times:
+            key = (up.worker_id, up.worker_type, up.minute)
+            assert not seconds.get(key, 0) & up.seconds
+            seconds[key] = seconds.get(key, 0) | up.seconds
     minute = NOW // 60
     for worker in (("w", "gpu"), ("router-id", "router")):
         assert seconds[*worker, minute] == 0b11 << 58
@@ -170,3 +174,91 @@ async def test_an_idle_router_reports_rarely():
         await usage.flush()
         now[0] += 0.8
     assert len(sender.batches) == 2
+
+
+def tenants(batch):
+    counted = {}
+    for record, requests in enumerate(batch.requests):
+        name = dimension(batch, record).tenant
+        counted[name] = counted.get(name, 0) + requests
+    return counted
+
+
+async def test_tenants_beyond_the_bound_of_a_day_are_counted_under_one_name():
+    router = Router()  # of three tenants
+    router.send()
+    await asyncio.sleep(0)
+    router.worker.end(result())
+    for number in range(1, 50):
+        router.send(metadata=(("ringmesh-tenant", f"invented-{number}"),))
+    router.send(b"\xff", metadata=(("ringmesh-tenant", "fails"),))
+    router.send(metadata=(("ringmesh-tenant", "invented-1"),))
+    batch = await only_batch(router)
+    assert tenants(batch) == {"": 1, "invented-1": 2, "invented-2": 1, "(other)": 48}
+    assert router.meter.unnamed == 48
+    assert len(batch.dimensions) == 5
+
+
+async def test_the_next_day_has_tenants_of_its_own(monkeypatch):
+    router = Router()
+    router.send()
+    await asyncio.sleep(0)
+    router.worker.end(result())
+    for day in range(2):
+        for number in range(4):
+            router.send(metadata=(("ringmesh-tenant", f"day-{day}-{number}"),))
+        await flushed(router)
+        today = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda today=today: today + 86_400 * 10**9)
+    # "" of the first day, and of each four one or two.
+    assert router.meter.unnamed == 2 + 1
+
+
+async def test_a_tenant_that_has_a_budget_is_always_named():
+    router = Router()
+    budget = ledger_pb2.Budget(tenant="acme", period=ledger_pb2.PERIOD_DAY, hard_nano=10**12)
+    lease = ledger_pb2.BudgetLease(budget=budget, amount_nano=10**12, renews_at_ms=1 << 50)
+    router.budgets.renewed(ledger_pb2.LeaseResponse(leases=[lease], nano_per_second={"cpu": 10**9}), [])
+    for name in ("a", "b", "c", "d", "acme"):
+        router.send(b"\xff", metadata=(("ringmesh-tenant", name),))
+    assert tenants(await only_batch(router)) == {"a": 1, "b": 1, "c": 1, "(other)": 1, "acme": 1}
+
+
+async def test_keys_of_a_sample_are_reported_with_their_requests():
+    router = Router()
+    router.meter.samples.below = 256
+    router.send()
+    await asyncio.sleep(0)
+    router.worker.end(result())
+    for _ in range(3):
+        router.send()
+    (sample,) = (await only_batch(router)).key_samples
+    assert (sample.model, sample.version, sample.region, sample.worker_type) == ("m", "1", "eu", "cpu")
+    assert (sample.requests, sample.compute_us, sample.value_bytes) == (4, 250, len(b"answer"))
+    assert (sample.below, sample.cacheable) == (256, True)
+    assert sample.key
+
+
+def entry(size=1):
+    return Entry(bytes(size), 7)
+
+
+def test_the_threshold_falls_with_the_number_of_keys_and_rises_again():
+    samples = KeySamples()
+    for number in range(20_000):
+        key = blake3(number.to_bytes(4)).digest()
+        if key[0] < samples.below:
+            samples.add("m", "1", "cpu", key, entry(), number, cacheable=True)
+    taken, below = samples.thinned(samples.take())
+    assert below == 8
+    assert 512 < len(taken) <= 1024
+    assert all(name[4][0] < below for name in taken)
+    assert samples.thinned({}) == ({}, 8)
+    assert samples.below == 16
+
+
+def test_an_older_threshold_holds_the_newer_one():
+    samples = KeySamples()
+    samples.below = 1
+    assert samples.thinned({("m", "1", "cpu", True, bytes((0, place))): None for place in range(250)})[1] == 1
+    assert samples.below == 2

@@ -67,29 +67,25 @@ X, Y = {"x": "FP32"}, {"y": "FP32"}
         ([step("one", X, Y), step("two", {"x": "INT8"}, Y)], "step 'two' takes 'x' as INT8, and tensor 'b' is FP32"),
         ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y)], "step 'two' also needs input 'z'"),
         ([step("one", X, Y), step("two", {**X, "z": "FP32"}, Y, optional_inputs=["z"])], ""),
-        ([step("one", X, Y), step("two", X, {})], "step 'two' has no output 'y'"),
+        ([step("one", X, Y), step("two", X, {"z": "FP32"})], "step 'two' has no output 'y'; it has: z"),
     ],
 )
 def test_an_ensemble_that_nobody_can_run_says_why_and_has_no_plan(steps, reason):
     entry = Catalog([[pipeline()], steps]).find("e", "")
-    assert entry.not_runnable == reason
+    assert entry.runnable.reason == reason
     assert bool(entry.plan) != bool(reason)
-    assert entry.uncacheable == reason
+    assert entry.cacheable.reason == reason
 
 
 def test_an_ensemble_that_is_a_step_of_itself_has_no_plan_that_leads_back_to_it():
     itself = pipeline()
     itself.ensemble.config.ensemble_scheduling.step[0].model_name = "e"
     entry = Catalog([[itself, step("two", X, Y)]]).find("e", "")
-    assert (entry.plan, entry.not_runnable) == (None, "step 'e' is an ensemble; a step must be a model")
+    assert (entry.plan, entry.runnable.reason) == (None, "step 'e' is an ensemble; a step must be a model")
 
 
 def test_an_ensemble_that_a_worker_runs_is_not_judged_by_what_another_says():
-    assert (
-        not Catalog([[pipeline()], [pipeline(not_runnable=""), version("one"), version("two")]])
-        .find("e", "")
-        .not_runnable
-    )
+    assert Catalog([[pipeline()], [pipeline(not_runnable=""), version("one"), version("two")]]).find("e", "").runnable
 
 
 def test_the_models_that_keep_tenants_apart_are_told():
@@ -118,3 +114,9 @@ def test_a_model_that_no_worker_could_load_is_unavailable_with_the_reason():
 def test_a_message_is_clipped_between_two_characters():
     said = InvalidArgumentError("é" * 900).message
     assert said == "é" * 500 + "…"
+
+
+def test_with_identities_tenants_share_the_answers_of_models_that_are_marked_shared_only():
+    models = [version("plain"), version("scoped", tenant_scoped=True), version("shared", tenant_shared=True)]
+    assert Catalog([models]).tenant_scoped == ["scoped"]
+    assert Catalog([models], isolates=True).tenant_scoped == ["plain", "scoped"]

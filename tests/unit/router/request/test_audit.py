@@ -10,6 +10,7 @@ from router.request.audit import Audit, ModelAudit
 from router.request.audit_comparison import compare
 from services.runtime.errors import ResourceExhaustedError
 from services.runtime.oip.tensors import DATATYPES
+from services.runtime.verdict import YES
 from tests.unit.router.fleets import member
 
 
@@ -70,7 +71,7 @@ class FakeDispatcher:
         return inference_pb2.WorkResult(response=told, model_digest=asked.model.digest), WORKER
 
 
-MODEL = ModelEntry("m", "1", b"digest", "", v2.ModelMetadataResponse())
+MODEL = ModelEntry("m", "1", b"digest", YES, v2.ModelMetadataResponse())
 REQUEST = v2.ModelInferRequest(model_name="m").SerializeToString()
 NONE = Catalog([])
 

@@ -79,7 +79,7 @@ class Router:
         self.mesh = Mesh(LocalTier(1 << 20), None, purges, PeerRegions([], purges), Refusals(60))
         self.worker, self.requests = Worker(), RequestMetrics()
         self.budgets = Budgets()
-        self.meter = Meter(self.budgets)
+        self.meter = Meter(self.budgets, most_tenants=3)
         metadata = v2.ModelMetadataResponse(name="m", versions=["1"])
         metadata.inputs.add(name="x", datatype="FP32", shape=[-1])
         metadata.outputs.add(name="y", datatype="FP32", shape=[-1])

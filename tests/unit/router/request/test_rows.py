@@ -21,9 +21,10 @@ from services.runtime import driver
 from services.runtime.errors import InternalError, UnavailableError
 from services.runtime.oip.tensors import DATATYPES, decode, encode
 from services.runtime.single_flight import SingleFlight
+from services.runtime.verdict import YES
 
 HASHER = RequestHasher("secret")
-MODEL = ModelEntry("m", "1", b"d" * 16, "", v2.ModelMetadataResponse(), outputs=("y",))
+MODEL = ModelEntry("m", "1", b"d" * 16, YES, v2.ModelMetadataResponse(), outputs=("y",))
 
 
 def tensors_of(values):

@@ -4,6 +4,7 @@ import asyncio
 import random
 import ssl
 import struct
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -341,7 +342,9 @@ async def test_calls_go_over_tls_to_a_server_whose_certificate_names_the_host():
     server, address = await serve(handler, grpc.ssl_server_credentials([pair]))
     trusting, wary = ssl.create_default_context(), ssl.create_default_context()
     authority.configure_trust(trusting)
-    channel, stranger = GrpcChannel(address, trusting), GrpcChannel(address, wary)
+    for context in (trusting, wary):
+        context.set_alpn_protocols(["h2"])
+    channel, stranger = (GrpcChannel(address, SimpleNamespace(context=each)) for each in (trusting, wary))
     try:
         assert await asyncio.wait_for(channel.call(METHOD, bytes(100_000)), 10) == bytes(100_000)
         with pytest.raises(CallError, match="certificate verify failed") as caught:

@@ -56,7 +56,13 @@ def test_the_file_has_hashes_only_and_is_for_its_user(file):
     ("line", "says"),
     [
         ("nonsense", "line 1: the line: Invalid JSON"),
-        ('{"id": "a"}', "sha256: Field required"),
+        ('{"id": "a"}', "roles: Field required"),
+        ('{"id": "a", "roles": ["infer"]}', "either sha256 or certificate"),
+        (
+            '{"id": "a", "sha256": "%s", "certificate": "a.example.org", "roles": ["infer"]}',
+            "either sha256 or certificate",
+        ),
+        ('{"id": "a", "certificate": "spiffe://a;DNS=b", "roles": ["infer"]}', "certificate"),
         ('{"id": "a", "sha256": "%s", "roles": []}', "roles"),
         ('{"id": "a", "sha256": "%s", "roles": ["root"]}', "'infer', 'read', 'operate' or 'admin'"),
         ('{"id": "a", "sha256": "%s", "roles": ["infer"], "expires": "2027-01-01"}', "expires"),

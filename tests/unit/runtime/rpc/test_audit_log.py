@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
+from ringmesh.audit.v1 import audit_pb2, audit_pb2_grpc
 from ringmesh.cache.v1 import cache_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
@@ -136,3 +137,63 @@ def test_a_summary_fits_in_a_line(tmp_path):
     assert summary(cache_pb2.PurgeRequest(key=b"\x01\xff")) == {"key": "01ff"}
     assert summary(cache_pb2.WarmRequest(keys=[b"a"] * 1000)) == {"keys": "1000 items"}
     assert summary(v2.RepositoryModelLoadRequest(model_name="x" * 10_000)) == {"model_name": "x" * 200}
+
+
+LIST = "ringmesh.audit.v1.AuditService/List"
+
+
+async def listed(address, metadata=(), **request):
+    """The entries that a server returns, in one list."""
+    asked = audit_pb2.ListRequest(**request)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = audit_pb2_grpc.AuditServiceStub(channel)
+        return [entry async for page in stub.List(asked, metadata=metadata) for entry in page.entries]
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+async def test_the_log_is_read_newest_first_and_by_time_actor_and_method(serve, tmp_path, has_file, monkeypatch):  # noqa: F811
+    audit = AuditLog("router", tmp_path / "audit.jsonl" if has_file else None)
+    address = await serve(LOOPBACK, SECRET, None, audit)
+    assert await listed(address) == []
+    now = 1_800_000_000_000
+    monkeypatch.setattr(audit_log.time, "time_ns", lambda: now * 1_000_000)
+    for number in range(500):
+        now += 1000
+        who = f"key ops-{number % 2}"
+        audit.write(who, "s/Load" if number % 5 else "s/Purge", "ipv4:10.0.0.7:1", "OK", request={"number": number})
+    audit.refused("s/Purge", "ipv4:10.0.0.8:1", "PERMISSION_DENIED", "not you")
+    entries = await listed(address)
+    assert [json.loads(entry.request)["number"] for entry in entries[1:]] == [*reversed(range(500))]
+    refused, last = entries[:2]
+    assert (refused.who, refused.error, refused.result) == ("unknown", "not you", "PERMISSION_DENIED")
+    assert (last.at_ms, last.process, last.who, last.peer) == (now, "router", "key ops-1", "ipv4:10.0.0.7:1")
+    assert (last.method, last.result) == ("s/Load", "OK")
+    assert await listed(address, limit=7) == entries[:7]
+    ten = await listed(address, from_ms=now - 9_000)
+    assert ten == entries[:11]
+    assert await listed(address, from_ms=now - 9_000, until_ms=now) == entries[2:11]
+    assert {entry.who for entry in await listed(address, who="ops-0")} == {"key ops-0"}
+    purges = await listed(address, method="Purge", who="ops", limit=3)
+    assert [json.loads(entry.request)["number"] for entry in purges] == [495, 490, 485]
+    with pytest.raises(grpc.aio.AioRpcError, match="which is no time"):
+        await listed(address, from_ms=-1)
+
+
+async def test_reading_the_log_needs_the_role_admin_and_is_recorded(serve, audit, lines, file):  # noqa: F811
+    admin, ops = add(file, "admin-1", roles=["admin"]), add(file, "ops-1", roles=["operate", "read"])
+    address = await serve(LOOPBACK, SECRET, ApiKeys(file), audit)
+    for metadata in ((), bearer(ops)):
+        with pytest.raises(grpc.aio.AioRpcError, match="this needs"):
+            await listed(address, metadata)
+    assert len(await listed(address, bearer(admin))) == 2
+    assert [(line["who"], line["result"]) for line in lines() if line["method"] == LIST][2:] == [("key admin-1", "OK")]
+    assert (await listed(address, ((CREDENTIAL, SECRET),)))[0].who == "key admin-1"
+
+
+async def test_lines_that_are_not_entries_and_a_line_that_is_being_written_are_left_out(serve, audit, tmp_path):  # noqa: F811
+    address = await serve(LOOPBACK, SECRET, None, audit)
+    audit.write("local", "m", "p", "OK")
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(b'\xff{\n[]\n{"time": 1}\n' + b"x" * 200_000 + b"\n" + path.read_bytes() + b'{"time": "2026')
+    (entry,) = await listed(address)
+    assert entry.who == "local"

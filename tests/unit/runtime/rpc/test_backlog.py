@@ -232,5 +232,8 @@ async def test_a_stream_whose_client_takes_too_long_for_an_answer_ends(monkeypat
 
 
 class Caller:
+    def auth_context(self):
+        return {}
+
     def invocation_metadata(self):
         return ()

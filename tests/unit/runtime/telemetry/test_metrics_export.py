@@ -4,7 +4,7 @@ import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 
 from services.runtime.telemetry.metrics import Buckets, Exemplar, Family, Metrics, Sample
-from services.runtime.telemetry.metrics_export import MetricsExport, to_otlp
+from services.runtime.telemetry.metrics_export import export, to_otlp
 from services.runtime.telemetry.spans import Process
 
 COUNT = Family("c_total", "counter", "counts", ("kind",))
@@ -56,9 +56,7 @@ async def collector(answer):
 def exporting(endpoint):
     metrics = Metrics()
     metrics.add(lambda: SAMPLES)
-    export = MetricsExport(endpoint, Process("router", "r1"), metrics, period=0.02)
-    export.start()
-    return export
+    return asyncio.create_task(export(endpoint, Process("router", "r1"), metrics, period=0.02))
 
 
 async def test_a_collector_that_comes_and_goes_gets_the_totals():
@@ -68,11 +66,12 @@ async def test_a_collector_that_comes_and_goes_gets_the_totals():
         return b""
 
     server, endpoint, received = await collector(fail_once)
-    export = exporting(endpoint)
+    sending = exporting(endpoint)
     async with asyncio.timeout(20):
         while len(received) < 3:
             await asyncio.sleep(0.01)
-    await export.close()
+    sending.cancel()
+    await asyncio.wait([sending])
     await server.stop(0)
     assert "c_total" in read(received[-1])
 
@@ -82,9 +81,7 @@ async def test_a_collector_of_traces_alone_is_left_alone():
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "only traces")
 
     server, endpoint, received = await collector(refuse)
-    export = exporting(endpoint)
     async with asyncio.timeout(20):
-        await export._task
+        await exporting(endpoint)
     assert received  # more than once where an answer came later than the period
-    await export.close()
     await server.stop(0)

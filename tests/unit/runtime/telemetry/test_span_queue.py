@@ -1,5 +1,6 @@
 import asyncio
 
+import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
@@ -99,6 +100,20 @@ def test_otlp_bytes_are_the_span():
     assert (read.status.code, read.status.message) == (trace_pb2.Status.STATUS_CODE_ERROR, "no")
     assert read.events[0].attributes[0].value.double_value == 1.5
     assert read.links[0].trace_id == b"\x11" * 16
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        *((number, "int_value") for number in (0, 1, 127, 128, 1 << 40, (1 << 63) - 1, -1, -(1 << 63))),
+        *((number, "double_value") for number in (0.0, 1.0, -2.5e-7)),
+        *((truth, "bool_value") for truth in (True, False)),
+        *((text, "string_value") for text in ("", "1", "ü" * 200)),
+    ],
+)
+def test_an_attribute_has_the_type_and_value_that_it_was_given(value, kind):
+    (read,) = trace_pb2.Span.FromString(span()._replace(attributes={"key": value}).to_otlp()).attributes
+    assert (read.key, read.value.WhichOneof("value"), getattr(read.value, kind)) == ("key", kind, value)
 
 
 async def test_a_request_to_the_collector_groups_spans_by_their_process():

@@ -1,0 +1,53 @@
+"""`ringmesh audit`: shows the audit log of a process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+
+import grpc
+from rich.markup import escape
+from rich.table import Table
+from ringmesh.audit.v1 import audit_pb2, audit_pb2_grpc
+
+from services.cli.commands import running, tables
+from services.cli.commands.cost import moment
+from services.runtime.rpc.audit_log import time_text
+
+
+def question(since: str | None, until: str | None, who: str, method: str, limit: int) -> audit_pb2.ListRequest:
+    """What a process is asked. Raises CommandError."""
+    now = time.time()
+    return audit_pb2.ListRequest(
+        from_ms=moment(since or "1h", now), until_ms=moment(until, now), who=who, method=method, limit=limit
+    )
+
+
+def entries(address: str, asked: audit_pb2.ListRequest) -> list[audit_pb2.Entry]:
+    """The entries, the newest first. Raises CommandError."""
+
+    def call(channel: grpc.Channel) -> list[audit_pb2.Entry]:
+        pages = audit_pb2_grpc.AuditServiceStub(channel).List(asked)
+        return [entry for page in pages for entry in page.entries]
+
+    return running.ask(address, "process", call)
+
+
+def lines(found: Sequence[audit_pb2.Entry]) -> Iterator[str]:
+    """Yields entries as the lines of the log."""
+    for entry in found:
+        line = {"time": time_text(entry.at_ms)}
+        line |= {name: getattr(entry, name) for name in ("process", "who", "method")}
+        more = {"request": json.loads(entry.request or "{}"), "error": entry.error, "suppressed": entry.suppressed}
+        line |= {name: value for name, value in more.items() if value}
+        yield json.dumps({**line, "peer": entry.peer, "result": entry.result})
+
+
+def listing(found: Sequence[audit_pb2.Entry]) -> Table:
+    """Returns a table with one row per entry."""
+    table = tables.create("time", "process", "who", "from", "result", "method", "about")
+    for entry in found:
+        row = (entry.process, entry.who, entry.peer, entry.result, entry.method, entry.error or entry.request)
+        table.add_row(time_text(entry.at_ms), *map(escape, row))
+    return table

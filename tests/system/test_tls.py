@@ -1,0 +1,212 @@
+"""TLS in front of a router on the native engine: a real Envoy, real certificates, forged headers, and rotation."""
+
+import json
+import re
+import socket
+import ssl
+import stat
+import subprocess
+import threading
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from cryptography import x509
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import grpc_service_pb2_grpc
+
+from services.runtime.rpc.access import PEER
+from services.runtime.rpc.client_certificate import CLIENT_CERTIFICATE
+from tests.certificates import Ca, replace
+from tests.ports import free_port
+from tests.system import processes
+from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
+from tests.system.test_cache import INFER
+from tests.system.test_identity import request
+
+ACME, READER = "spiffe://example.org/acme", "reader.example.org"
+LOCAL = [("grpc.use_local_subchannel_pool", 1)]
+
+
+@pytest.fixture(scope="module")
+def ca():
+    return Ca()
+
+
+@pytest.fixture(scope="module")
+def worker(engine, models):
+    started = processes.start("services.inference", models=models, threads=1, engine=engine)
+    yield started.address
+    processes.kill(started)
+
+
+@pytest.fixture
+def start_edge(worker, ca, tmp_path):
+    """Starts a router on a Unix socket and an Envoy in front of it: start_edge(client_ca, **settings). Returns the
+    Envoy's address; the router's socket and files are in tmp_path."""
+    started = []
+
+    def start(client_ca, **settings):
+        ca.issue("127.0.0.1").write(tmp_path)
+        router = tmp_path / "edge" / "router.sock"
+        router.parent.mkdir(mode=0o700)
+        settings = {"audit_log": tmp_path / "audit.jsonl", **settings}
+        started.append(processes.start("router", address=f"unix:{router}", workers=worker, **settings))
+        address = f"127.0.0.1:{free_port()}"
+        command = [*RINGMESH, "edge", "--address", address, "--router", str(router), "--folder", str(router.parent)]
+        command += ["--tls-certificate", tmp_path / "server.pem", "--tls-key", tmp_path / "server-key.pem"]
+        if client_ca is not None:
+            command += ["--tls-client-ca", replace(tmp_path / "ca.pem", client_ca.pem)]
+        started.append(processes.Started(address, subprocess.Popen(command)))
+        eventually(lambda: accepts(address))
+        return address
+
+    yield start
+    processes.stop(*started)
+
+
+def accepts(address):
+    try:
+        socket.create_connection(address.rsplit(":", 1)).close()
+    except OSError:
+        return False
+    return True
+
+
+def channel(address, ca, client=None):
+    """With sessions of its own: a resumed one would not look at certificates."""
+    pair = (client.key, client.certificate) if client is not None else (None, None)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.pem, *pair), LOCAL)
+
+
+def infer(channel, value, metadata=()):
+    """(status, whether a hit or a miss)"""
+    body = request(value).SerializeToString()
+    try:
+        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=30)
+    except grpc.RpcError as error:
+        return error.code().name, ""
+    return "OK", dict(call.trailing_metadata()).get("ringmesh-cache", "")
+
+
+def serial(address, ca, client, folder):
+    """Of the certificate that the Envoy shows."""
+    context = ssl.create_default_context(cadata=ca.pem.decode())
+    context.load_cert_chain(replace(folder / "client.pem", client.certificate + client.key))
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port))) as raw, context.wrap_socket(raw, server_hostname=host) as secure:
+        return x509.load_der_x509_certificate(secure.getpeercert(True)).serial_number
+
+
+def test_tritons_client_calls_through_tls_and_plain_text_is_not_answered(start_edge, ca, tmp_path):
+    address = start_edge(None)
+    replace(tmp_path / "root.pem", ca.pem)
+    client = triton.InferenceServerClient(address, ssl=True, root_certificates=str(tmp_path / "root.pem"))
+    sent = triton.InferInput("x", [1, 64], "FP32")
+    sent.set_data_from_numpy(np.zeros((1, 64), np.float32))
+    assert client.infer("mlp", [sent]).as_numpy("y").shape == (1, 10)
+    client.close()
+    plain = triton.InferenceServerClient(address)
+    with pytest.raises(triton.InferenceServerException):
+        plain.infer("mlp", [sent], client_timeout=2)
+    plain.close()
+
+
+def test_the_routers_socket_is_for_its_user_only(start_edge, tmp_path):
+    start_edge(None)
+    for path in (tmp_path / "edge", *(tmp_path / "edge").iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_a_forged_certificate_header_is_not_believed(start_edge, ca, tmp_path):
+    keys = tmp_path / "keys.jsonl"
+    keys.write_text(
+        f'{{"id": "acme", "certificate": "{ACME}", "tenant": "acme", "roles": ["infer"]}}\n'
+        f'{{"id": "reader", "certificate": "{READER}", "roles": ["read"]}}\n'
+    )
+    address = start_edge(ca, api_keys=keys)
+    forged = ((CLIENT_CERTIFICATE, f"Hash=00;URI={ACME}"), ("ringmesh-tenant", "acme"))
+    with channel(address, ca, ca.issue(ACME)) as acme:
+        assert (infer(acme, 5))[0] == "OK"
+        assert (infer(acme, 5, (("ringmesh-tenant", "acme"),))) == ("OK", "hit-local")
+        assert (infer(acme, 5, (("ringmesh-tenant", "other"),)))[0] == "PERMISSION_DENIED"
+    for name, code in ((READER, "PERMISSION_DENIED"), ("unknown.example.org", "UNAUTHENTICATED")):
+        with channel(address, ca, ca.issue(name)) as other:
+            assert (infer(other, 5))[0] == code
+            assert (infer(other, 5, forged))[0] == code
+    for client in (None, Ca().issue(ACME)):
+        with channel(address, ca, client) as other:
+            assert (infer(other, 5, forged))[0] == "UNAVAILABLE"
+
+
+def test_operators_are_known_by_the_address_that_connects_to_the_envoy(start_edge, ca, tmp_path):
+    address = start_edge(None, admin_networks="10.0.0.0/8")
+    load = v2.RepositoryModelLoadRequest(model_name="scoped")
+    with channel(address, ca) as to:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(to)
+        for metadata in ((), ((PEER, "10.0.0.1:5"),), (("x-forwarded-for", "10.0.0.1"),)):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.RepositoryModelLoad(load, metadata=metadata)
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert {line["peer"].rpartition(":")[0] for line in lines} == {"ipv4:127.0.0.1"}
+
+
+def test_certificates_and_cas_are_replaced_under_traffic_and_no_request_fails(start_edge, ca, tmp_path):
+    client, other = ca.issue(ACME), Ca()
+    both = Ca()
+    both.pem = ca.pem + other.pem
+    address = start_edge(ca)
+    stopping, found = threading.Event(), []
+
+    def call_all_the_time():
+        credentials = grpc.ssl_channel_credentials(both.pem, client.key, client.certificate)
+        with grpc.secure_channel(address, credentials, LOCAL) as kept:
+            while not stopping.is_set():
+                with grpc.secure_channel(address, credentials, LOCAL) as fresh:
+                    found.extend([infer(kept, 6)[0], infer(fresh, 6)[0]])
+
+    def code(client):
+        with channel(address, both, client) as to:
+            return (infer(to, 6))[0]
+
+    callers = [threading.Thread(target=call_all_the_time) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        # The CAs of callers, then certificates of either CA. The key follows its certificate a moment later.
+        replace(tmp_path / "ca.pem", both.pem)
+        eventually(lambda: code(other.issue(READER)) == "OK")
+        for issuer in (ca, other, ca, other):
+            issued = issuer.issue("127.0.0.1")
+            replace(tmp_path / "server.pem", issued.certificate)
+            before = len(found)
+            eventually(lambda: len(found) >= before + 10)  # noqa: B023 - called in this iteration
+            replace(tmp_path / "server-key.pem", issued.key)
+            eventually(lambda: serial(address, both, client, tmp_path) == issued.serial)  # noqa: B023
+    finally:
+        stopping.set()
+        for caller in callers:
+            caller.join()
+    assert {*found} == {"OK"}
+    replace(tmp_path / "ca.pem", other.pem)
+    eventually(lambda: code(client) == "UNAVAILABLE")
+    assert code(other.issue(READER)) == "OK"
+
+
+@pytest.mark.proof
+def test_up_with_tls_prints_calls_that_work(models, tmp_path):
+    stack = start_stack(tmp_path / "stack", "--tls", "--routers", "2", "--models", str(models), "--drain", "5")
+    try:
+        grpcurl, tritonclient = re.search(
+            r"\ngrpcurl\n(.+?)\n\nits trace\n.+?\n\ntritonclient\n(.+?)\n\nready\n", stack.output, re.DOTALL
+        ).groups()
+        for call in (grpcurl, tritonclient):
+            done = subprocess.run(call, shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+        # Its own processes and commands reach the routers on their sockets.
+        listed = subprocess.run([*RINGMESH, "models", "--state", stack.state], capture_output=True, text=True)
+        assert "mlp" in listed.stdout, listed.stderr
+    finally:
+        assert stop_stack(stack) == 0
