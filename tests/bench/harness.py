@@ -106,6 +106,12 @@ class Process:
     def resident_bytes(self) -> int:
         return sum(process.memory_info().rss for process in self._all())
 
+    def level_priority(self) -> None:
+        """Gives all threads the niceness of this process, also those that chose their own."""
+        for process in self._all():
+            for thread in process.threads():
+                os.setpriority(os.PRIO_PROCESS, thread.id, os.getpriority(os.PRIO_PROCESS, 0))
+
     def stop(self) -> None:
         processes = self._all() if self._process.poll() is None else []
         self._process.terminate()
