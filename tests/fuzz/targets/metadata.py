@@ -70,7 +70,7 @@ def cache_control(data):
 )
 def metadata(data):
     """Whoever has neither key nor credential is nobody, and no key's tenant is another than its own."""
-    found = [part.decode(errors="surrogateescape") for part in parts(data)]
+    found = [part.decode("latin-1") for part in parts(data)]
     sent = tuple(zip(found[::2], found[1::2], strict=False))
     check_metadata(sent)
     state_and_baggage(sent)
