@@ -155,7 +155,7 @@ PAGES = {
         "The bill",
         "Expected for the month",
     ),
-    "/audit?span=7d": ("Administrative actions", "Who", "Result"),
+    "/audit?span=7d": ("Administrative actions", "Who", "Method"),
     "/try?model=mlp": ("Send", "FP32, any"),
 }
 
