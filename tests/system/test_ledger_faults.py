@@ -303,7 +303,12 @@ def test_an_idle_ledger_whose_postgres_is_killed_goes_on(start_ledger):
     sender.append([hits(tenant, 3)])
     killed = ledger.postgres().pid
     kill_postgres(ledger)
-    eventually(lambda: (ledger.postgres() or killed) != killed and ledger.postgres().pid != killed, 60)
+
+    def is_started_again():
+        started = ledger.postgres()
+        return started is not None and started.pid != killed
+
+    eventually(is_started_again, 60)
 
     def is_appended():
         with suppress(grpc.RpcError):
