@@ -256,6 +256,8 @@ def smaller(batch: Batch, rows: Sequence[int]) -> v2.ModelInferRequest:
 def cut_response(response: bytes, count: int) -> list[bytes]:
     """Splits a response into one per row. Raises UnlikeRowsError if an output does not have `count` rows."""
     whole = v2.ModelInferResponse.FromString(response)
+    if len(whole.outputs) != len(whole.raw_output_contents):
+        raise UnlikeRowsError
     columns = []
     for output, raw in zip(whole.outputs, whole.raw_output_contents, strict=True):
         column = _cut(raw, output.datatype, output.shape)

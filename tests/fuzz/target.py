@@ -29,12 +29,16 @@ class Target:
 
     def run(self, data: bytes) -> None:
         """Raises what `read` may not raise, and TooSlowError."""
+        most = BASE_SECONDS + SECONDS_PER_BYTE * len(data)
+        # Once more if it was slow: the time of a virtual machine has gaps.
+        if self._took(data) > most and (took := self._took(data)) > most:
+            raise TooSlowError(f"{self.name}: {took:.1f} s for {len(data)} bytes")
+
+    def _took(self, data: bytes) -> float:
         start = time.thread_time()
         with suppress(*self.allowed):
             self.read(data)
-        took = time.thread_time() - start
-        if took > BASE_SECONDS + SECONDS_PER_BYTE * len(data):
-            raise TooSlowError(f"{self.name}: {took:.1f} s for {len(data)} bytes")
+        return time.thread_time() - start
 
 
 TARGETS: dict[str, Target] = {}

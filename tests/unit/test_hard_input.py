@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import __main__ as command
 from tests.fuzz import corpus
 from tests.fuzz.targets import TARGETS
 
@@ -64,12 +63,3 @@ def test_the_corpus_is_small_and_of_targets_that_there_are():
     files = list(corpus.FOLDER.glob("*.txt"))
     assert {file.stem for file in files} <= TARGETS.keys()
     assert sum(file.stat().st_size for file in files) < 300_000
-
-
-@pytest.mark.proof
-@pytest.mark.alone
-@pytest.mark.parametrize("name", TARGETS)
-def test_new_inputs_guided_by_coverage_are_read_or_refused(name):
-    """Seconds each; `python -m tests.fuzz --seconds 140` takes an hour on two cores."""
-    pytest.importorskip("atheris")
-    assert command.fuzz(name, 8, keep=False)

@@ -134,6 +134,13 @@ def test_rows_that_do_not_fit_together_are_no_answer():
         join([response([1]), other.SerializeToString()])
 
 
+def test_an_answer_with_more_contents_than_outputs_has_no_rows():
+    whole = v2.ModelInferResponse.FromString(response([1, 2]))
+    whole.raw_output_contents.append(b"")
+    with pytest.raises(UnlikeRowsError):
+        cut_response(whole.SerializeToString(), 2)
+
+
 class FakeMesh:
     def __init__(self):
         self.local = LocalTier(1 << 20)
