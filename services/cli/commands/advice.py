@@ -8,7 +8,7 @@ from rich.console import Console
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.cli.commands import tables
-from services.cli.commands.cost import call, moment, money
+from services.cli.commands.cost import call, moment, money, warn
 
 # Up to 200,000 requests are replayed some times.
 _SECONDS = 300.0
@@ -62,9 +62,8 @@ def show(console: Console, answer: ledger_pb2.AdviseResponse) -> None:
                 f"{size.bytes / 2**20:,.0f}", f"{size.hit_ratio:.1%}", money(size.saved_nano), money(size.memory_nano)
             )
         console.print(table)
-    for warning in answer.warnings:
-        _print(console, f"warning: {warning}")
+    warn(console, answer.warnings)
 
 
-def _print(console: Console, line: str, style: str = "") -> None:
+def _print(console: Console, line: str, *, style: str = "") -> None:
     console.print(line, highlight=False, soft_wrap=True, style=style)

@@ -41,7 +41,7 @@ class SignIn:
             return response
         self._sessions.close(request.cookies.get(COOKIE, ""))
         identity, _ = self._sessions.find(token)
-        request.scope[VISITOR] = Visitor(f"key {identity.id}", identity=identity)
+        request.scope[VISITOR] = Visitor(str(identity), identity=identity)
         return _with_cookie(request, RedirectResponse(wanted, 303), token, int(SECONDS))
 
     async def sign_out(self, request: Request) -> Response:
