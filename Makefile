@@ -62,7 +62,7 @@ sbom: .venv/tools
 
 # Known vulnerabilities of what the server needs. Fetches them from PyPI; fails and says so where it cannot.
 audit: .venv/tools
-	@for lock in server cpu remote tls jwt demo; do .venv/tools/bin/pip-audit --disable-pip --require-hashes -r locks/$$lock.txt || \
+	@for lock in server cpu remote tls jwt demo; do .venv/tools/bin/pip-audit --strict --disable-pip --require-hashes -r locks/$$lock.txt || \
 		{ echo "audit: locks/$$lock.txt has vulnerabilities, or pip-audit cannot reach their list: see above" >&2; exit 1; }; done
 
 # `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 28 minutes; `--quick` about 8.
