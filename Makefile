@@ -10,18 +10,18 @@ demo: $(READY)
 	@exec .venv/bin/ringmesh demo
 
 # Most of what tests start waits most of the time. A file stays in one process, with the stack that it shares.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := --dist loadfile -n
 # Bytecode is kept even where the environment says not to: tests start hundreds of services.
 test proof: export PYTHONDONTWRITEBYTECODE =
 
 # The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
 test: $(READY)
-	@$(PY) -m pytest $(PARALLEL)
-	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) tests/unit
+	@$(PY) -m pytest $(PARALLEL) 2
+	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) 2 tests/unit
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
-	@$(PY) -m pytest $(PARALLEL) -m "proof and not alone"
+	@$(PY) -m pytest $(PARALLEL) 3 -m "proof and not alone"
 	@$(PY) -m pytest -m "proof and alone"
 
 # A simulated fleet on virtual time, SEEDS of them; RINGMESH_TEST_COMPILED=1 for the modules that services run.
