@@ -84,7 +84,7 @@ def infer(channel, value, metadata=()):
     """(status, whether a hit or a miss)"""
     body = request(value).SerializeToString()
     try:
-        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=30)
+        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=60)
     except grpc.RpcError as error:
         return error.code().name, ""
     return "OK", dict(call.trailing_metadata()).get("ringmesh-cache", "")
