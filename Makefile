@@ -97,6 +97,10 @@ proto: $(READY)
 .venv/models: | $(READY)
 	@./scripts/get-real-models $@
 
+# libCacheSim, with which a test compares our miss ratios. Its licence is the GPL: nothing else may use it.
+.venv/libcachesim: | .venv/.ready
+	@.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --target $@ libcachesim==0.3.5
+
 clean:
 	rm -rf .venv .ringmesh dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
