@@ -11,6 +11,7 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError
 from ringmesh.ledger.v1 import ledger_pb2
 
+from services.ledger.storage.times import MINUTE_MS
 from services.ledger.storage.usage_rows import Integers
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 
@@ -92,7 +93,7 @@ class WorkerMinute(NamedTuple):
     worker_id: str
     worker_type: str
     region: str
-    minute: int
+    at_ms: int
     seconds: int
 
 
@@ -241,9 +242,10 @@ def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
             check_name(getattr(one, name), f"{field}.{name}")
         if not one.worker_id:
             raise InvalidArgumentError("worker_id is empty", field=f"{field}.worker_id")
-        if one.seconds >> 60 or not _FIRST_MS <= one.minute * 60_000 < _LAST_MS:
+        at_ms = one.minute * MINUTE_MS
+        if one.seconds >> 60 or not _FIRST_MS <= at_ms < _LAST_MS:
             raise InvalidArgumentError("not the 60 seconds of a minute", field=field)
-        found.append(WorkerMinute(one.worker_id, one.worker_type, one.region, one.minute, one.seconds))
+        found.append(WorkerMinute(one.worker_id, one.worker_type, one.region, at_ms, one.seconds))
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.reports.worker_advice import WorkerAdvice
 from services.ledger.storage.database import Connection
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.times import HOUR_MS
 from services.runtime.errors import InvalidArgumentError
 
 _MOST_HOURS = 48

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final
 
 from ringmesh.ledger.v1 import ledger_pb2
@@ -21,6 +20,7 @@ from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
+from services.ledger.storage.times import utc
 
 UP_TIME: Final = (
     "SELECT g.segment, p.region, p.worker_type, sum(p.up_us)::bigint FROM pool_hour p "
@@ -120,10 +120,6 @@ def _response(
 
 async def _up_us(connection: Connection, boundaries: list[int]) -> dict[tuple[int, str, str], int]:
     """By segment, region and worker type."""
-    rows = await connection.fetch(
-        UP_TIME,
-        list(range(len(boundaries) - 1)),
-        [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[:-1]],
-        [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[1:]],
-    )
+    times = [utc(at_ms) for at_ms in boundaries]
+    rows = await connection.fetch(UP_TIME, list(range(len(times) - 1)), times[:-1], times[1:])
     return {(row[0], row[1], row[2]): row[3] for row in rows}

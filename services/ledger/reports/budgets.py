@@ -21,6 +21,7 @@ from services.ledger.reports.rating import Rating
 from services.ledger.storage import budget_table
 from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.times import MINUTE_MS, milliseconds, next_month
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 
 RENEW_SECONDS = 2.0
@@ -28,7 +29,6 @@ _LEASE_SECONDS = 30.0
 # Below a thousandth, what is left is not divided any more.
 _CRUMB = 1000
 _MOST_NANO = 10**18
-_MINUTE_MS = 60_000
 PERIODS = ("day", "month")
 
 
@@ -108,7 +108,7 @@ class Budgets:
                 written.append((number, amount, own))
             await budget_table.lease(connection, router_id, written, now + timedelta(seconds=_LEASE_SECONDS))
             book = await self._prices.book(connection)
-        return leases, _rates(book, int(now.timestamp() * 1000))
+        return leases, _rates(book, milliseconds(now))
 
     async def _spent(
         self, connection: Connection, budgets: Iterable[Budget], now: datetime
@@ -124,8 +124,8 @@ class Budgets:
                 if not wanted:
                     continue
                 begin, _ = bounds(period, now)
-                until_ms = (int(now.timestamp() * 1000) // _MINUTE_MS + 1) * _MINUTE_MS
-                boundaries = book.boundaries(int(begin.timestamp()) * 1000, until_ms)
+                until_ms = (milliseconds(now) // MINUTE_MS + 1) * MINUTE_MS
+                boundaries = book.boundaries(milliseconds(begin), until_ms)
                 rating = Rating(book, boundaries)
                 costs: dict[tuple[str, ...], int] = {}
                 for sums in await usage_query.fetch(connection, pieces(boundaries), names, {}):
@@ -152,8 +152,7 @@ def bounds(period: str, now: datetime) -> tuple[datetime, datetime]:
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     if period == "day":
         return day, day + timedelta(days=1)
-    month = day.replace(day=1)
-    return month, (month + timedelta(days=32)).replace(day=1)
+    return day.replace(day=1), next_month(day)
 
 
 def named(key: BudgetKey) -> str:

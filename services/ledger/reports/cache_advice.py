@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from ringmesh.ledger.v1 import ledger_pb2
@@ -13,7 +12,7 @@ from services.ledger.reports.money import rounded
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.times import HOUR_MS, utc
 
 # Samples that are replayed: beyond, keys below a lower threshold.
 _MOST_SAMPLES = 200_000
@@ -56,7 +55,7 @@ class CacheAdvice:
 
     async def fetch(self, connection: Connection, worker_type: str) -> None:
         """Reads what `advise` replays."""
-        begin, end = (datetime.fromtimestamp(at / 1000, UTC) for at in (self._range.from_ms, self._range.until_ms))
+        begin, end = self._range.times
         below, count = await connection.fetchrow(
             "SELECT coalesce(min(k.below), 256), count(*) FROM key_sample k JOIN series s ON s.id = k.series "
             "WHERE k.at >= $1 AND k.at < $2 AND ($3 = '' OR s.worker_type = $3)",
@@ -130,7 +129,7 @@ class CacheAdvice:
 
     def _halves(self, samples: Sequence[Any], requests: int) -> list[Curve]:
         """The curves of both halves of the time, each from an empty cache."""
-        middle = datetime.fromtimestamp((self._range.from_ms + self._range.until_ms) / 2000, UTC)
+        middle = utc((self._range.from_ms + self._range.until_ms) / 2)
         parts = (
             [one for one in samples if one["at"] < middle],
             [one for one in samples if one["at"] >= middle],

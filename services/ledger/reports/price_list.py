@@ -8,7 +8,8 @@ from services.ledger.reports.money import CURRENCIES
 from services.ledger.reports.prices import PriceBook, placed
 from services.ledger.storage import price_table
 from services.ledger.storage.database import Connection, Database
-from services.ledger.storage.price_table import HOUR_MS, NO_END_MS, Price
+from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import HOUR_MS
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 from services.runtime.rpc.server import StartError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,10 +13,10 @@ from services.ledger.reports.prices import ROUTER, PriceBook
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
+from services.ledger.storage.times import HOUR_MS, MINUTE_MS, milliseconds
 from services.runtime.errors import InvalidArgumentError
 
 _LEAST_DIGITS, _DIGITS = 8, 32
-_LONGEST_MS = 3_600_000
 _DETAILS = ("cache_us", "queue_us", "run_us", "batch_requests", "batch_rows", "rows")
 _SELECT = (
     "SELECT u.at, u.trace_id, u.requests, u.total_us, u.router_us, u.cache_us, u.queue_us, u.run_us, u.compute_us, "
@@ -29,7 +28,7 @@ _SELECT = (
 
 def statement(range_: TimeRange, trace_id: str, filters: Mapping[str, str], limit: int) -> tuple[str, list[Any]]:
     """The query and its arguments. Raises InvalidArgumentError."""
-    arguments: list[Any] = [_time(range_.from_ms), _time(range_.until_ms)]
+    arguments: list[Any] = [*range_.times]
     wanted = ["u.at >= $1", "u.at < $2"]
     if trace_id:
         try:
@@ -42,7 +41,7 @@ def statement(range_: TimeRange, trace_id: str, filters: Mapping[str, str], limi
             ) from None
         # The first condition is the index's own: folded hits have no trace.
         wanted += ("u.trace_id <> '00000000-0000-0000-0000-000000000000'", "u.trace_id BETWEEN $3 AND $4")
-    elif range_.until_ms - range_.from_ms > _LONGEST_MS + 60_000:
+    elif range_.until_ms - range_.from_ms > HOUR_MS + MINUTE_MS:
         raise InvalidArgumentError(
             "single requests are listed for at most an hour; name a trace id, or ask for a shorter range", field="by"
         )
@@ -100,7 +99,7 @@ async def request_report(
 
 
 def _row(found: Mapping[str, Any], rating: Rating, boundaries: list[int], denominator: int) -> ledger_pb2.ReportRow:
-    at_ms = int(found["at"].timestamp() * 1000)
+    at_ms = milliseconds(found["at"])
     segment = max(place for place, begin in enumerate(boundaries[:-1]) if begin <= at_ms)
     worker_type, compute, saved = found["worker_type"], found["compute_us"], found["saved_us"]
     is_error = found["status"] != "OK"
@@ -133,7 +132,3 @@ def _row(found: Mapping[str, Any], rating: Rating, boundaries: list[int], denomi
             **{name: found[name] for name in _DETAILS},
         ),
     )
-
-
-def _time(at_ms: int) -> datetime:
-    return datetime.fromtimestamp(at_ms / 1000, UTC)

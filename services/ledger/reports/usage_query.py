@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from services.ledger.reports.periods import Piece
 from services.ledger.storage.cubes import smallest
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
+from services.ledger.storage.times import utc
 
 # What a report may group by, as columns of `series`; the day is one of time.
 COLUMNS: Final = ("tenant", "model", "version", "region")
@@ -33,7 +34,7 @@ def statement(pieces: Iterable[Piece], groups: Sequence[str], filters: Mapping[s
     names = ", ".join(MEASURES)
     parts = []
     for piece in pieces:
-        arguments += (_time(piece.from_ms), _time(piece.until_ms))
+        arguments += (utc(piece.from_ms), utc(piece.until_ms))
         end = len(arguments)
         parts.append(
             f"SELECT {piece.segment} AS segment{day}, series, {names} FROM {tables}_{piece.grain} "
@@ -70,7 +71,3 @@ async def fetch(
 
 def _label(value: str | datetime) -> str:
     return value if isinstance(value, str) else f"{value:%Y-%m-%d}"
-
-
-def _time(at_ms: int) -> datetime:
-    return datetime.fromtimestamp(at_ms / 1000, UTC)

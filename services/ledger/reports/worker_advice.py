@@ -12,7 +12,7 @@ from services.ledger.reports.demand import Hour, Request
 from services.ledger.reports.money import rounded
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.replay import RunTime, Work, fitted, needed, percentile_99, replay
-from services.ledger.reports.time_range import text
+from services.ledger.storage.times import text
 
 # Batches of so many times the largest that was seen are tried, and advised if they save that part of compute.
 _LARGER = (2, 4, 8)

@@ -3,7 +3,8 @@
 import pytest
 
 from services.ledger.reports.prices import PriceBook, placed
-from services.ledger.storage.price_table import HOUR_MS, NO_END_MS, Price
+from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import HOUR_MS
 from services.runtime.errors import AlreadyExistsError
 
 
