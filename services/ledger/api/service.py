@@ -114,13 +114,9 @@ class LedgerService:
         if is_single:
             if len(request.by) > 1 or request.changes:
                 raise InvalidArgumentError("single requests are not grouped or compared", field="by")
-            return await self._reports.requests(
-                self._range_of_requests(request),
-                request.trace_id,
-                filters,
-                limit,
-                allow_unpriced=request.allow_unpriced,
-            )
+            range_ = self._range_of_requests(request)
+            question = UsageQuestion(range_, (), filters, limit, allow_unpriced=request.allow_unpriced)
+            return await self._reports.requests(question, request.trace_id)
         range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), MINUTE_MS)
         question = UsageQuestion(range_, _groups(request), filters, limit, allow_unpriced=request.allow_unpriced)
         return await self._reports.usage(question, changes=request.changes)

@@ -12,11 +12,12 @@ from datetime import date
 import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
-from services.ledger.ingest.batch import COLUMNS, Batch, Kind, Series
+from services.ledger.ingest.batch import COLUMNS, Batch, Series
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
+from services.ledger.storage.kinds import UsageKind
 from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, usage_partition
 from services.ledger.storage.rollups import Deltas
 from services.ledger.storage.times import DAY_MS, day_of, midnight_ms
@@ -69,7 +70,7 @@ class Writer:
         self._wake = asyncio.Event()
         self._series = Numbers("series", Series)
         self._margins = Numbers("margin", Margin)
-        self._kinds = Numbers("kind", Kind)
+        self._kinds = Numbers("kind", UsageKind)
         self._workers = Numbers("worker", Worker)
         self._task: asyncio.Task[None] | None = None
         self.counters = WriterCounters()
@@ -191,7 +192,7 @@ class Writer:
         self,
         batches: list[Batch],
         numbers: _Numbers,
-        kinds: dict[Kind, int],
+        kinds: dict[UsageKind, int],
         workers: dict[Worker, int],
     ) -> list[tuple[Verdict, int]]:
         now_ms = int(self._clock() * 1000)
@@ -261,7 +262,8 @@ class Writer:
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.
         minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.at_ms < end_ms]
         samples = [one for batch in batches for one in batch.key_samples if first_ms <= one.at_ms < end_ms]
-        await self._partitions.ensure(connection, {day_of(one.at_ms) for one in (*minutes, *samples)})
+        times = [*(one.at_ms for one in minutes), *(one.at_ms for one in samples)]
+        await self._partitions.ensure(connection, {day_of(at_ms) for at_ms in times})
         await uptime.add(connection, minutes, workers)
         await key_samples.add(connection, samples, series)
 
@@ -277,7 +279,7 @@ class _Numbers:
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[Kind, int]) -> None:
+    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
         self.batch = batch
         self._producer = producer
         self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]

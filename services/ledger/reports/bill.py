@@ -13,8 +13,7 @@ from typing import Final
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import usage_query
-from services.ledger.reports.money import apportioned, rounded
-from services.ledger.reports.periods import pieces
+from services.ledger.reports.money import apportioned
 from services.ledger.reports.prices import ROUTER, PriceBook
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
@@ -42,13 +41,13 @@ class _Pool:
 
 
 async def bill(
-    connection: Connection, book: PriceBook, currency: str, range_: TimeRange, *, allow_unpriced: bool
+    connection: Connection, book: PriceBook, range_: TimeRange, *, allow_unpriced: bool
 ) -> ledger_pb2.BillResponse:
     """Of whole hours. Raises FailedPreconditionError where a price is missing and may not be."""
     boundaries = book.boundaries(range_.from_ms, range_.until_ms)
     rating = Rating(book, boundaries)
     used: dict[tuple[int, str, str], int] = {}
-    for sums in await usage_query.fetch(connection, pieces(boundaries), ("region",), {}):
+    for sums in await usage_query.fetch(connection, boundaries, ("region",), {}):
         (region,) = sums.group
         for worker_type, us in ((sums.worker_type, sums.measures[_COMPUTE]), (ROUTER, sums.measures[_ROUTER_TIME])):
             if us:
@@ -76,17 +75,17 @@ async def bill(
                 "than they were seen to be up: their price has too few slots, or routers were down"
             )
     warnings += rating.warnings(allow_unpriced=allow_unpriced)
-    return _response(pools, book.denominator, currency, range_, warnings)
+    return _response(pools, rating, book.currency, range_, warnings)
 
 
 def _response(
-    pools: Mapping[tuple[str, str], _Pool], denominator: int, currency: str, range_: TimeRange, warnings: list[str]
+    pools: Mapping[tuple[str, str], _Pool], rating: Rating, currency: str, range_: TimeRange, warnings: list[str]
 ) -> ledger_pb2.BillResponse:
     """Requests are rounded as in reports, the bill by itself; what is left is idle."""
     weights = [pool.requests for pool in pools.values()]
     idle_weights = [pool.idle for pool in pools.values()]
-    requests_nano = rounded(sum(weights), denominator)
-    idle_nano = rounded(sum(weights) + sum(idle_weights), denominator) - requests_nano
+    requests_nano = rating.nano(sum(weights))
+    idle_nano = rating.nano(sum(weights) + sum(idle_weights)) - requests_nano
     parts = zip(pools.items(), apportioned(weights, requests_nano), apportioned(idle_weights, idle_nano), strict=True)
     rows = [
         ledger_pb2.BillRow(

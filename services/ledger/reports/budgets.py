@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 
 from services.ledger.reports import usage_query
 from services.ledger.reports.money import CURRENCIES, rounded
-from services.ledger.reports.periods import pieces
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.prices import PriceBook
 from services.ledger.reports.rating import Rating
@@ -128,12 +127,12 @@ class Budgets:
                 boundaries = book.boundaries(milliseconds(begin), until_ms)
                 rating = Rating(book, boundaries)
                 costs: dict[tuple[str, ...], int] = {}
-                for sums in await usage_query.fetch(connection, pieces(boundaries), names, {}):
+                for sums in await usage_query.fetch(connection, boundaries, names, {}):
                     costs[sums.group] = costs.get(sums.group, 0) + rating.amounts(sums).cost
                 warnings += rating.warnings(allow_unpriced=True)
                 for key in wanted:
                     group = tuple(getattr(key, name) for name in names)
-                    spent[key] = rounded(costs.get(group, 0), book.denominator)
+                    spent[key] = rating.nano(costs.get(group, 0))
         return spent, warnings
 
     def _now(self) -> datetime:

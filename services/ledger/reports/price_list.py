@@ -42,7 +42,7 @@ class PriceList:
 
     async def book(self, connection: Connection) -> PriceBook:
         """As it is in a transaction."""
-        return PriceBook(await price_table.all_prices(connection))
+        return PriceBook(await price_table.all_prices(connection), self.currency)
 
     async def set(self, price: Price, currency: str, *, supersede: bool) -> None:
         """Raises InvalidArgumentError, and AlreadyExistsError where it overlaps another."""

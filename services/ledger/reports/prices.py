@@ -17,9 +17,10 @@ _MICRO = 1_000_000
 
 
 class PriceBook:
-    """All prices. Rates are integers over one denominator, so that nothing is rounded before the end."""
+    """All prices, in `currency`. Rates are integers over one denominator: nothing is rounded before the end."""
 
-    def __init__(self, prices: Iterable[Price]) -> None:
+    def __init__(self, prices: Iterable[Price], currency: str) -> None:
+        self.currency = currency
         self.prices = tuple(prices)
         self._by_type: dict[str, list[Price]] = {}
         for price in self.prices:

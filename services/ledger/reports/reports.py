@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import date, timedelta
 
@@ -17,7 +17,6 @@ from services.ledger.reports.forecast import HISTORY_DAYS, forecast
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.reports.request_report import request_report
-from services.ledger.reports.time_range import TimeRange
 from services.ledger.reports.usage_report import UsageQuestion, usage_report
 from services.ledger.storage.database import Database
 from services.ledger.storage.partitions import Retention
@@ -56,33 +55,21 @@ class Reports:
             key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))
             if (found := await self._cache.get(key)) is not None:
                 return found
-            answer = await usage_report(connection, book, self._prices.currency, question)
+            answer = await usage_report(connection, book, question)
         await self._cache.put(key, answer, (time.perf_counter_ns() - began) // 1000)
         return answer
 
-    async def requests(
-        self, range_: TimeRange, trace_id: str, filters: Mapping[str, str], limit: int, *, allow_unpriced: bool
-    ) -> ledger_pb2.ReportResponse:
+    async def requests(self, question: UsageQuestion, trace_id: str) -> ledger_pb2.ReportResponse:
         """Single requests."""
         async with self._database.reading() as connection:
-            book = await self._prices.book(connection)
-            return await request_report(
-                connection,
-                book,
-                self._prices.currency,
-                range_,
-                trace_id,
-                filters,
-                limit,
-                allow_unpriced=allow_unpriced,
-            )
+            return await request_report(connection, await self._prices.book(connection), question, trace_id)
 
     async def bill(self, from_ms: int, until_ms: int, *, allow_unpriced: bool) -> ledger_pb2.BillResponse:
         """Of whole hours."""
         range_ = time_range.asked(from_ms, until_ms, self._now_ms(), HOUR_MS)
         async with self._database.reading() as connection:
             book = await self._prices.book(connection)
-            return await bill(connection, book, self._prices.currency, range_, allow_unpriced=allow_unpriced)
+            return await bill(connection, book, range_, allow_unpriced=allow_unpriced)
 
     async def advise(self, request: ledger_pb2.AdviseRequest) -> ledger_pb2.AdviseResponse:
         """Of whole minutes that are over."""
@@ -92,7 +79,6 @@ class Reports:
             return await advise(
                 connection,
                 await self._prices.book(connection),
-                self._prices.currency,
                 range_,
                 request.worker_type,
                 request.latency_us or _LATENCY_US,
