@@ -39,7 +39,7 @@ class Identity:
         self.rotations: Counter[str] = Counter()
         self._folder = folder
         self._key_file = folder / "keys.jsonl"
-        self._number = itertools.count()
+        self._number, self._turn = itertools.count(), itertools.count()
         self._keys = self._new_keys()
         # A key whose line was removed, and when.
         self.revoked: tuple[str, float] | None = None
@@ -58,8 +58,9 @@ class Identity:
         return {"api_keys": str(self._key_file)}
 
     def metadata(self, tenant: int | None) -> Metadata:
-        """With the key of a tenant, by its number."""
-        return bearer(self._keys[TENANTS[(tenant if tenant is not None else next(self._number)) % len(TENANTS)]])
+        """With the key of a tenant, by its number; None: of each in turn."""
+        number = tenant if tenant is not None else next(self._turn)
+        return bearer(self._keys[TENANTS[number % len(TENANTS)]])
 
     def channel(self, *, retries: bool = False, client: Issued | None = None) -> grpc.aio.Channel:
         """`client`: the caller's certificate; without, the current one."""

@@ -42,6 +42,8 @@ class IdentifiedCallers(Callers):
         super().__init__(identity, questions, draw)
         self.identity = identity
         self._addresses = addresses
+        # Of questions that two tenants asked, asked again by one of them: how many, and how many of them were hits.
+        self.again, self.hits = 0, 0
         # The longest time for which a revoked key was answered.
         self.revoked_seconds = 0.0
 
@@ -55,10 +57,8 @@ class IdentifiedCallers(Callers):
         """Two tenants ask the same, that nobody asked before: one after the other, or at once."""
         # Without retries: an answer to the first attempt would be a hit of the second one.
         question = self._questions.fresh(("mlp", "rows", "add_sub", "pipeline", "scoped"))
-        asked = [
-            self._call(ACROSS, channel, question.of(tenant), may_fail=TRANSIENT)
-            for tenant in self._draw.sample(range(len(TENANTS)), 2)
-        ]
+        first, second = self._draw.sample(range(len(TENANTS)), 2)
+        asked = [self._call(ACROSS, channel, question.of(tenant), may_fail=TRANSIENT) for tenant in (first, second)]
         if self._draw.random() < 0.5:
             outcomes = await asyncio.gather(*asked)
         else:
@@ -67,6 +67,10 @@ class IdentifiedCallers(Callers):
             if outcome not in ("miss", "bypass", None):
                 self.tallies[ACROSS].wrong += 1
                 self.tallies[ACROSS].note("wrong", f"{outcome}: {question.body[:60].hex()}")
+        # Else the above would say nothing: the answer is one that may be cached.
+        again = await self._call("own again", channel, question.of(first), may_fail=TRANSIENT)
+        self.again += again is not None
+        self.hits += again is not None and again.startswith("hit-")
 
     async def _impostor(self, channel: grpc.aio.Channel) -> None:
         """Without a key, with a wrong one, or with one of another tenant. Of what is cached, too."""
