@@ -92,7 +92,7 @@ async def soak(seconds: float, seed: int, *, with_identity: bool) -> tuple[str, 
                     continue
                 _fill_redis(described["redis_url"])
                 await asyncio.sleep(BETWEEN_FAULTS_SECONDS)
-                print(f"{time.strftime('%H:%M:%S')} {fault.kind} {fault.target}", flush=True)
+                print(f"{time.strftime('%H:%M:%S')} {report.so_far(callers.tallies)}; {fault}", flush=True)
                 if await faults.strike(fault, pids_now().get(fault.target, 0), ports.get(fault.target, 0)):
                     struck[fault.kind, fault.target] += 1
             await asyncio.sleep(max(0.0, until - time.monotonic()))

@@ -22,6 +22,9 @@ class Fault:
     kind: str
     target: str
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.target}"
+
 
 def schedule(targets: Sequence[str]) -> Iterator[Fault]:
     """Without end; every kind for every target, before any comes again."""

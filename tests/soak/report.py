@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from tests.soak.faults import STOPPED_SECONDS
 from tests.soak.identity import APPLIED_SECONDS, TENANTS
 from tests.soak.intruders import ACROSS, IdentifiedCallers
-from tests.soak.traffic import DEADLINE_SECONDS, Callers
+from tests.soak.traffic import DEADLINE_SECONDS, Callers, Tally
 from tests.soak.watch import FIGURES, SETTLED_SECONDS
 
 # Of valid requests, answers in time.
@@ -83,6 +83,15 @@ def write(
     if examples:
         lines += ["", "First of each that should not be:", "", *examples]
     return "\n".join(lines) + "\n", passed
+
+
+def so_far(tallies: Mapping[str, Tally]) -> str:
+    """One line while it runs."""
+    valid, all_of = tallies["valid"], tallies.values()
+    return (
+        f"{valid.sent:,} valid, {valid.sent - valid.answered} of them unanswered or under way, "
+        f"{sum(tally.wrong for tally in all_of)} wrong, {sum(tally.hung for tally in all_of)} did not end"
+    )
 
 
 def _about_identity(callers: IdentifiedCallers) -> list[str]:
