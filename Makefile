@@ -79,6 +79,7 @@ bench-gpu: $(READY)
 	@$(PY) -m tests.bench.gpu $(ARGUMENTS)
 
 # Everything at once, with faults, against `ringmesh up`: `make soak MINUTES=20`; `ARGUMENTS=--write` writes docs/soak.md.
+# `ARGUMENTS=--identity`: by TLS, with API keys and certificates that are rotated, and intruders.
 MINUTES ?= 20
 soak: $(READY)
 	@$(PY) -m tests.soak --minutes $(MINUTES) $(ARGUMENTS)
