@@ -58,7 +58,7 @@ async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker,
             request = v2.ModelInferRequest(model_name="turning", raw_input_contents=[np.float32(x).tobytes()])
             request.inputs.add(name="x", datatype="FP32", shape=(1, 1))
             least = loaded
-            infer = rng.choice(channels).unary_unary(INFER)(request.SerializeToString(), timeout=10)
+            infer = rng.choice(channels).unary_unary(INFER)(request.SerializeToString(), timeout=60)
             try:
                 response = v2.ModelInferResponse.FromString(await infer)
             except grpc.aio.AioRpcError as error:
@@ -77,7 +77,7 @@ async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker,
         loading = turn
         await asyncio.to_thread(write, repository, turn)
         load = random.choice(channels).unary_unary(LOAD)
-        await load(v2.RepositoryModelLoadRequest(model_name="turning").SerializeToString(), timeout=20)
+        await load(v2.RepositoryModelLoadRequest(model_name="turning").SerializeToString(), timeout=60)
         loaded = turn
     stopping = True
     await asyncio.gather(*callers)
