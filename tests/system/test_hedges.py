@@ -71,7 +71,7 @@ async def test_a_hedge_answers_for_a_busy_worker_which_never_runs_what_it_had_in
             await infer(channel, request(1))
         await eventually(partial(has, 0))  # of one that was hedged, both attempts have ended
         before = await counted(metrics["worker-a"], requests, "result")
-        busy = asyncio.create_task(infer(worker_a, request(8000)))
+        busy = asyncio.create_task(infer(worker_a, request(4000)))
 
         await eventually(partial(has, 1))
         answers = await asyncio.gather(*(infer(channel, request(1)) for _ in range(8)))

@@ -124,13 +124,13 @@ async def test_three_routers_under_load_renew_an_answer_once_for_the_fleet(start
         ]
         async with contextlib.AsyncExitStack() as opened:
             channels = [await opened.enter_async_context(grpc.aio.insecure_channel(r.address)) for r in routers]
-            await channels[0].unary_unary(INFER)(request, timeout=30)
+            await channels[0].unary_unary(INFER)(request, timeout=60)
             outcomes = {}
             start = time.monotonic()
 
             async def call(channel):
                 while time.monotonic() < start + 6:
-                    call = channel.unary_unary(INFER)(request, timeout=30)
+                    call = channel.unary_unary(INFER)(request, timeout=60)
                     await call
                     outcome = dict(await call.trailing_metadata())["ringmesh-cache"]
                     outcomes[outcome] = outcomes.get(outcome, 0) + 1
