@@ -58,7 +58,7 @@ def start(module: str, *, within: Sequence[str] = (), service: str = "", **setti
         health = health_pb2_grpc.HealthStub(channel)
         while True:
             try:
-                if health.Check(health_pb2.HealthCheckRequest(service=service), timeout=1).status == 1:
+                if health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == 1:
                     return started
             except grpc.RpcError:
                 pass

@@ -22,7 +22,7 @@ def fresh(model="mlp", **fields):
 
 async def infer(channel, request, metadata=()):
     """(response, trailing metadata)"""
-    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=30, metadata=metadata)
+    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=120, metadata=metadata)
     response = v2.ModelInferResponse.FromString(await call)
     return response, dict(await call.trailing_metadata())
 

