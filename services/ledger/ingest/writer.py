@@ -12,7 +12,7 @@ from datetime import date
 import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
-from services.ledger.ingest.batch import COLUMNS, Batch, Series
+from services.ledger.ingest.batch import COLUMNS, Batch, UsageSeries
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
 from services.ledger.storage import rollups, usage_rows
@@ -68,7 +68,7 @@ class Writer:
         self._queue: deque[_Waiting] = deque()
         self._waiting_records = 0
         self._wake = asyncio.Event()
-        self._series = Numbers("series", Series)
+        self._series = Numbers("series", UsageSeries)
         self._margins = Numbers("margin", Margin)
         self._kinds = Numbers("kind", UsageKind)
         self._workers = Numbers("worker", Worker)
@@ -253,7 +253,7 @@ class Writer:
         connection: Connection,
         batches: list[Batch],
         workers: dict[Worker, int],
-        series: dict[Series, int],
+        series: dict[UsageSeries, int],
         now_ms: int,
     ) -> None:
         """Which workers were up, and samples of keys, of the days whose minutes are kept."""
@@ -272,8 +272,8 @@ class Writer:
 class _Numbers:
     """Of series, and of the margins of those that have records, one a cube."""
 
-    series: dict[Series, int]
-    margins: dict[Series, list[int]]
+    series: dict[UsageSeries, int]
+    margins: dict[UsageSeries, list[int]]
 
 
 class _Table:
