@@ -93,7 +93,7 @@ class KeySample(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class UsageBatch:
     """What was sent. `series` and `kinds` belong to the dimensions; arrays have an entry a record."""
 
     producer: Producer
@@ -116,7 +116,7 @@ class Batch:
         return len(self.at_ms)
 
 
-def read(request: ledger_pb2.AppendRequest) -> Batch:
+def read(request: ledger_pb2.AppendRequest) -> UsageBatch:
     """Raises InvalidArgumentError where it is not a batch, FailedPreconditionError where it is of a newer format."""
     check_name(request.router_id, "router_id")
     if not request.router_id:
@@ -133,7 +133,7 @@ def read(request: ledger_pb2.AppendRequest) -> Batch:
     try:
         batch = ledger_pb2.Batch.FromString(request.batch)
     except DecodeError:
-        raise InvalidArgumentError(f"batch {request.sequence} is not a serialized Batch", field="batch") from None
+        raise InvalidArgumentError(f"batch {request.sequence} is not a serialized UsageBatch", field="batch") from None
     if batch.format > FORMAT:
         raise FailedPreconditionError(
             f"batch {request.sequence} has format {batch.format}, this ledger reads up to {FORMAT}: upgrade it first",
@@ -145,7 +145,7 @@ def read(request: ledger_pb2.AppendRequest) -> Batch:
     return _columns(request, batch)
 
 
-def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batch:
+def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> UsageBatch:
     for name, what, most in _ENTRIES:
         if (count := len(getattr(batch, name))) > most:
             raise InvalidArgumentError(f"the batch has {count} {what}; at most {most}", field=f"batch.{name}")
@@ -171,7 +171,7 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
             raise InvalidArgumentError(
                 f"{one.status!r} is no name of a gRPC status", field=f"batch.dimensions[{place}].status"
             )
-    return Batch(
+    return UsageBatch(
         Producer(request.router_id, request.start_epoch),
         request.sequence,
         request.digest,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from services.ledger.ingest.batch import Batch, Producer
+from services.ledger.ingest.batch import Producer, UsageBatch
 from services.ledger.storage.database import Connection
 
 
@@ -31,7 +31,7 @@ class Mark:
     dropped_requests: int = 0
     changed: bool = False
 
-    def judge(self, batch: Batch) -> Verdict:
+    def judge(self, batch: UsageBatch) -> Verdict:
         """Advances for a batch that is to be written."""
         if batch.sequence == self.last + 1:
             self.last, self.digest, self.changed = batch.sequence, batch.digest, True

@@ -12,7 +12,7 @@ from datetime import date
 import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
-from services.ledger.ingest.batch import COLUMNS, Batch, UsageSeries
+from services.ledger.ingest.batch import COLUMNS, UsageBatch, UsageSeries
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
 from services.ledger.storage import rollups, usage_rows
@@ -41,7 +41,7 @@ _PAUSE_SECONDS = 0.1
 
 @dataclass(slots=True)
 class _Waiting:
-    batch: Batch
+    batch: UsageBatch
     written: asyncio.Future[tuple[Verdict, int]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -92,7 +92,7 @@ class Writer:
         self._fail(list(self._queue), UnavailableError("the ledger stops; send the batch again"))
         self._queue.clear()
 
-    async def append(self, batch: Batch) -> tuple[Verdict, int]:
+    async def append(self, batch: UsageBatch) -> tuple[Verdict, int]:
         """WRITE, DUPLICATE or GAP, and the producer's newest batch. Durable when it returns WRITE or DUPLICATE.
 
         Cancelled: the batch may be written all the same. Raises ResourceExhaustedError where too much waits,
@@ -190,7 +190,7 @@ class Writer:
 
     async def _transact(
         self,
-        batches: list[Batch],
+        batches: list[UsageBatch],
         numbers: _Numbers,
         kinds: dict[UsageKind, int],
         workers: dict[Worker, int],
@@ -251,7 +251,7 @@ class Writer:
     async def _write_observed(
         self,
         connection: Connection,
-        batches: list[Batch],
+        batches: list[UsageBatch],
         workers: dict[Worker, int],
         series: dict[UsageSeries, int],
         now_ms: int,
@@ -279,7 +279,7 @@ class _Numbers:
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
+    def __init__(self, batch: UsageBatch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
         self.batch = batch
         self._producer = producer
         self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]
