@@ -13,7 +13,7 @@ import grpc
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.ingest.batch import check_name, read
-from services.ledger.ingest.producers import Verdict
+from services.ledger.ingest.producers import BatchFate
 from services.ledger.ingest.writer import Writer
 from services.ledger.reports import time_range
 from services.ledger.reports.budgets import PERIODS, Budgets
@@ -47,9 +47,9 @@ _FORMATS = {
     ledger_pb2.ExportRequest.FORMAT_PARQUET: Format.PARQUET,
 }
 _RESULTS = {
-    Verdict.WRITE: ledger_pb2.AppendResponse.RESULT_WRITTEN,
-    Verdict.DUPLICATE: ledger_pb2.AppendResponse.RESULT_DUPLICATE,
-    Verdict.GAP: ledger_pb2.AppendResponse.RESULT_GAP,
+    BatchFate.WRITE: ledger_pb2.AppendResponse.RESULT_WRITTEN,
+    BatchFate.DUPLICATE: ledger_pb2.AppendResponse.RESULT_DUPLICATE,
+    BatchFate.GAP: ledger_pb2.AppendResponse.RESULT_GAP,
 }
 _DEVICES = {"cpu": ledger_pb2.DEVICE_CPU, "gpu": ledger_pb2.DEVICE_GPU}
 _DEVICE_NAMES = {ledger_pb2.DEVICE_UNSPECIFIED: "", **{number: name for name, number in _DEVICES.items()}}

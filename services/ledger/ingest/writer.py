@@ -14,7 +14,7 @@ import numpy as np
 from services.ledger.ingest import key_samples, producers, uptime
 from services.ledger.ingest.batch import COLUMNS, UsageBatch, UsageSeries
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
-from services.ledger.ingest.producers import Verdict
+from services.ledger.ingest.producers import BatchFate
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
 from services.ledger.storage.kinds import UsageKind
@@ -42,7 +42,7 @@ _PAUSE_SECONDS = 0.1
 @dataclass(slots=True)
 class _Waiting:
     batch: UsageBatch
-    written: asyncio.Future[tuple[Verdict, int]] = field(
+    written: asyncio.Future[tuple[BatchFate, int]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -92,7 +92,7 @@ class Writer:
         self._fail(list(self._queue), UnavailableError("the ledger stops; send the batch again"))
         self._queue.clear()
 
-    async def append(self, batch: UsageBatch) -> tuple[Verdict, int]:
+    async def append(self, batch: UsageBatch) -> tuple[BatchFate, int]:
         """WRITE, DUPLICATE or GAP, and the producer's newest batch. Durable when it returns WRITE or DUPLICATE.
 
         Cancelled: the batch may be written all the same. Raises ResourceExhaustedError where too much waits,
@@ -105,7 +105,7 @@ class Writer:
         self._waiting_records += batch.records
         self._wake.set()
         verdict, last = await asyncio.shield(waiting.written)
-        if verdict is Verdict.CONFLICT:
+        if verdict is BatchFate.CONFLICT:
             raise FailedPreconditionError(
                 f"batch {batch.sequence} of {batch.producer.router_id}, epoch {batch.producer.start_epoch}, was "
                 "written with other bytes: another process uses this producer; start a new epoch",
@@ -181,7 +181,7 @@ class Writer:
         self.transactions.observe(time.perf_counter_ns() - began)
         for one, (verdict, last) in zip(waiting, verdicts, strict=True):
             self.counters.verdicts[verdict.value] += 1
-            if verdict is Verdict.WRITE:
+            if verdict is BatchFate.WRITE:
                 self.counters.records += one.batch.records
                 self.counters.requests += int(one.batch.columns["requests"].sum())
                 self.counters.dropped_requests += one.batch.dropped_requests
@@ -194,7 +194,7 @@ class Writer:
         numbers: _Numbers,
         kinds: dict[UsageKind, int],
         workers: dict[Worker, int],
-    ) -> list[tuple[Verdict, int]]:
+    ) -> list[tuple[BatchFate, int]]:
         now_ms = int(self._clock() * 1000)
         days: set[date] = set()
         async with self._database.writing() as connection:
@@ -205,7 +205,7 @@ class Writer:
                 mark = marks[batch.producer]
                 verdict = mark.judge(batch)
                 verdicts.append((verdict, mark.last))
-                if verdict is Verdict.WRITE:
+                if verdict is BatchFate.WRITE:
                     accepted.append((batch, mark.id))
             if accepted:
                 tables = [_Table(batch, producer, numbers, kinds) for batch, producer in accepted if batch.records]
