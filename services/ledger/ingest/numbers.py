@@ -35,7 +35,7 @@ def margins(series: UsageSeries) -> list[Margin]:
     ]
 
 
-class Worker(NamedTuple):
+class WorkerName(NamedTuple):
     """A worker by what it says of itself."""
 
     worker_id: str
@@ -43,7 +43,7 @@ class Worker(NamedTuple):
     region: str
 
 
-Name = TypeVar("Name", UsageSeries, Margin, UsageKind, Worker)
+Name = TypeVar("Name", UsageSeries, Margin, UsageKind, WorkerName)
 
 
 class Numbers(Generic[Name]):

@@ -13,7 +13,7 @@ import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
 from services.ledger.ingest.batch import COLUMNS, UsageBatch, UsageSeries
-from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
+from services.ledger.ingest.numbers import Margin, Numbers, WorkerName, margins
 from services.ledger.ingest.producers import BatchFate
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
@@ -71,7 +71,7 @@ class Writer:
         self._series = Numbers("series", UsageSeries)
         self._margins = Numbers("margin", Margin)
         self._kinds = Numbers("kind", UsageKind)
-        self._workers = Numbers("worker", Worker)
+        self._workers = Numbers("worker", WorkerName)
         self._task: asyncio.Task[None] | None = None
         self.counters = WriterCounters()
         self.transactions = Histogram()
@@ -170,7 +170,7 @@ class Writer:
         numbers = _Numbers(series, {name: [of_margins[margin] for margin in margins(name)] for name in names})
         kinds = await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds})
         workers = await self._workers.of(
-            self._database, {Worker(*one[:3]) for batch in batches for one in batch.worker_minutes}
+            self._database, {WorkerName(*one[:3]) for batch in batches for one in batch.worker_minutes}
         )
         try:
             verdicts = await self._transact(batches, numbers, kinds, workers)
@@ -193,7 +193,7 @@ class Writer:
         batches: list[UsageBatch],
         numbers: _Numbers,
         kinds: dict[UsageKind, int],
-        workers: dict[Worker, int],
+        workers: dict[WorkerName, int],
     ) -> list[tuple[BatchFate, int]]:
         now_ms = int(self._clock() * 1000)
         days: set[date] = set()
@@ -252,7 +252,7 @@ class Writer:
         self,
         connection: Connection,
         batches: list[UsageBatch],
-        workers: dict[Worker, int],
+        workers: dict[WorkerName, int],
         series: dict[UsageSeries, int],
         now_ms: int,
     ) -> None:
