@@ -40,7 +40,7 @@ _PAUSE_SECONDS = 0.1
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _WaitingBatch:
     batch: UsageBatch
     written: asyncio.Future[tuple[BatchFate, int]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -65,7 +65,7 @@ class Writer:
         self._database = database
         self._partitions = partitions
         self._clock = clock
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_WaitingBatch] = deque()
         self._waiting_records = 0
         self._wake = asyncio.Event()
         self._series = Numbers("series", UsageSeries)
@@ -100,7 +100,7 @@ class Writer:
         """
         if self._waiting_records >= _MOST_WAITING:
             raise ResourceExhaustedError(f"{self._waiting_records} records wait to be written; send the batch later")
-        waiting = _Waiting(batch)
+        waiting = _WaitingBatch(batch)
         self._queue.append(waiting)
         self._waiting_records += batch.records
         self._wake.set()
@@ -132,7 +132,7 @@ class Writer:
                 self._fail(taken, UnavailableError("the ledger could not write the batch; send it again"))
                 raise
 
-    async def _write_each(self, taken: list[_Waiting]) -> None:
+    async def _write_each(self, taken: list[_WaitingBatch]) -> None:
         """All together, or where the database does not take that, one by one: a bad batch holds up no other."""
         try:
             await self._write(taken)
@@ -143,8 +143,8 @@ class Writer:
             else:
                 self._fail(taken, InvalidArgumentError(f"the batch cannot be written: {error.message}", field="batch"))
 
-    def _take(self) -> list[_Waiting]:
-        taken: list[_Waiting] = []
+    def _take(self) -> list[_WaitingBatch]:
+        taken: list[_WaitingBatch] = []
         records = 0
         while self._queue and records < _MOST_RECORDS:
             waiting = self._queue.popleft()
@@ -153,14 +153,14 @@ class Writer:
         self._waiting_records -= records
         return taken
 
-    def _fail(self, waiting: Sequence[_Waiting], error: Exception) -> None:
+    def _fail(self, waiting: Sequence[_WaitingBatch], error: Exception) -> None:
         for one in waiting:
             if not one.written.done():
                 one.written.set_exception(error)
                 # Who sent it may have left.
                 one.written.exception()
 
-    async def _write(self, waiting: list[_Waiting]) -> None:
+    async def _write(self, waiting: list[_WaitingBatch]) -> None:
         began = time.perf_counter_ns()
         batches = [one.batch for one in waiting]
         names = {name for batch in batches for name in batch.series}
