@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.ingest.writer import Writer
-from services.ledger.reports.budgets import PERIODS, Budgets
+from services.ledger.reports.budgets import PERIODS, BudgetList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.storage.database import Database
 from services.runtime.telemetry.metrics import Family, Sample
@@ -48,7 +48,7 @@ _PERIOD_NAMES = {number: name for name, number in PERIODS.items()}
 class LedgerMetrics:
     """Reads the counters of its parts, and now and then the budgets."""
 
-    def __init__(self, database: Database, writer: Writer, cache: ReportCache, budgets: Budgets) -> None:
+    def __init__(self, database: Database, writer: Writer, cache: ReportCache, budgets: BudgetList) -> None:
         self._budgets = budgets
         self._states: Iterable[ledger_pb2.BudgetState] = ()
         self._database = database

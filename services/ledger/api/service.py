@@ -16,7 +16,7 @@ from services.ledger.ingest.batch import check_name, read
 from services.ledger.ingest.producers import BatchFate
 from services.ledger.ingest.writer import Writer
 from services.ledger.reports import time_range
-from services.ledger.reports.budgets import PERIODS, Budgets
+from services.ledger.reports.budgets import PERIODS, BudgetList
 from services.ledger.reports.export import Format
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.rebuild import rebuild
@@ -65,7 +65,7 @@ class LedgerService:
         writer: Writer,
         prices: PriceList,
         reports: Reports,
-        budgets: Budgets,
+        budgets: BudgetList,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database

@@ -32,7 +32,7 @@ _MOST_NANO = 10**18
 PERIODS = {"day": ledger_pb2.PERIOD_DAY, "month": ledger_pb2.PERIOD_MONTH}
 
 
-class Budgets:
+class BudgetList:
     """Of one ledger; `clock` as time.time."""
 
     def __init__(self, database: Database, prices: PriceList, clock: Callable[[], float] = time.time) -> None:
