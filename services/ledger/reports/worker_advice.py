@@ -10,7 +10,7 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports.demand import Hour, Request
 from services.ledger.reports.rating import Rating
-from services.ledger.reports.replay import RunTime, Work, fitted, needed, percentile_99, replay
+from services.ledger.reports.replay import ReplayedRequest, RunTime, fitted, needed, percentile_99, replay
 from services.ledger.storage.times import text
 
 # Batches of so many times the largest that was seen are tried, and advised if they save that part of compute.
@@ -28,7 +28,7 @@ _AS_IT_IS: Placement = {}
 class Pool:
     """Workers of a type in an hour: what they are to compute, how many meet the objective, and with what latency."""
 
-    work: Sequence[Work]
+    work: Sequence[ReplayedRequest]
     workers: int
     latency_us: int
 
@@ -98,21 +98,21 @@ class WorkerAdvice:
 
     def _work(
         self, requests: Iterable[Request], placement: Placement, times: Mapping[tuple[str, str], RunTime]
-    ) -> dict[str, list[Work]]:
+    ) -> dict[str, list[ReplayedRequest]]:
         """By worker type. What took longer than usual on its own type does on others."""
-        found: dict[str, list[Work]] = {}
+        found: dict[str, list[ReplayedRequest]] = {}
         for request in requests:
             usual = times[request.worker_type, request.model].share(request.batch)
             worker_type = placement.get(request.model, request.worker_type)
             weight = request.compute_us / usual if usual else 1.0
-            found.setdefault(worker_type, []).append(Work(request.arrived_us, request.model, weight))
+            found.setdefault(worker_type, []).append(ReplayedRequest(request.arrived_us, request.model, weight))
         return found
 
     def _of(self, worker_type: str) -> dict[str, RunTime]:
         return {model: time for (kind, model), time in self._times.items() if kind == worker_type}
 
     def _needed(
-        self, place: int, worker_type: str, work: Sequence[Work], times: Mapping[str, RunTime]
+        self, place: int, worker_type: str, work: Sequence[ReplayedRequest], times: Mapping[str, RunTime]
     ) -> tuple[int, int]:
         slots = self._slots(worker_type, place)
         return needed(work, self._latency_us, slots, self._hours[place].window_us, times)
@@ -222,7 +222,7 @@ class WorkerAdvice:
         middle = (self._hours[0].window.from_ms + self._hours[-1].window.until_ms) // 2 * 1000
         first = [request for request in self._requests if request.arrived_us < middle]
         times = self._times | _times(first)
-        known: dict[str, list[Work]] = {}
+        known: dict[str, list[ReplayedRequest]] = {}
         for work in self._work(first, _AS_IT_IS, times).values():
             for one in work:
                 known.setdefault(one.model, []).append(one)
