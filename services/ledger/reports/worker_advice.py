@@ -25,7 +25,7 @@ _AS_IT_IS: Placement = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class WorkerPool:
     """Workers of a type in an hour: what they are to compute, how many meet the objective, and with what latency."""
 
     work: Sequence[ReplayedRequest]
@@ -87,13 +87,13 @@ class WorkerAdvice:
             }
         return found
 
-    def _pools(self, placement: Placement) -> dict[tuple[int, str], Pool]:
+    def _pools(self, placement: Placement) -> dict[tuple[int, str], WorkerPool]:
         """By the hour's place and worker type."""
         pools = {}
         for place, hour in enumerate(self._hours):
             for worker_type, work in self._work(hour.requests, placement, self._times).items():
                 workers, latency = self._needed(place, worker_type, work, self._of(worker_type))
-                pools[place, worker_type] = Pool(work, workers, latency)
+                pools[place, worker_type] = WorkerPool(work, workers, latency)
         return pools
 
     def _work(
@@ -129,7 +129,7 @@ class WorkerAdvice:
         us = workers * self._slots(worker_type, place) * self._hours[place].span_us
         return self._rating.rated(worker_type, place, us)
 
-    def _cost(self, pools: Mapping[tuple[int, str], Pool]) -> int:
+    def _cost(self, pools: Mapping[tuple[int, str], WorkerPool]) -> int:
         return sum(self._worth(worker_type, place, pool.workers) for (place, worker_type), pool in pools.items())
 
     def _dear(self, worker_type: str, model: str) -> tuple[bool, float]:
@@ -152,7 +152,7 @@ class WorkerAdvice:
         us = self._hours[place].paid_us.get(worker_type, 0) * self._slots(worker_type, place)
         return self._rating.rated(worker_type, place, us)
 
-    def _lines(self, pools: Mapping[tuple[int, str], Pool]) -> list[ledger_pb2.AdvisedWorkers]:
+    def _lines(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[ledger_pb2.AdvisedWorkers]:
         lines = []
         for place, hour in enumerate(self._hours):
             work = self._work(hour.requests, _AS_IT_IS, self._times)
@@ -162,7 +162,7 @@ class WorkerAdvice:
                 up = hour.up_us.get(worker_type, 0) / hour.window_us
                 servers = round(up) * self._slots(worker_type, place)
                 replayed = replay(work[worker_type], servers, self._of(worker_type)) if own and servers else None
-                pool = pools.get((place, worker_type), Pool([], 0, 0))
+                pool = pools.get((place, worker_type), WorkerPool([], 0, 0))
                 lines.append(
                     ledger_pb2.AdvisedWorkers(
                         begins_ms=hour.span.from_ms,
@@ -181,7 +181,7 @@ class WorkerAdvice:
         return lines
 
     def _workers(
-        self, best: str, pools: Mapping[tuple[int, str], Pool], costs: Mapping[str, int]
+        self, best: str, pools: Mapping[tuple[int, str], WorkerPool], costs: Mapping[str, int]
     ) -> ledger_pb2.Recommendation:
         paid = sum(self._paid(place, kind) for place, hour in enumerate(self._hours) for kind in hour.paid_us)
         latency = max(pool.latency_us for pool in pools.values())
@@ -198,7 +198,7 @@ class WorkerAdvice:
             error=self._replay_error,
         )
 
-    def _schedule(self, pools: Mapping[tuple[int, str], Pool]) -> list[str]:
+    def _schedule(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[str]:
         """Hours with equal numbers together."""
         found = []
         for worker_type in sorted({kind for _, kind in pools}):
@@ -244,7 +244,9 @@ class WorkerAdvice:
         found = percentile_99(measured)
         return abs(percentile_99(replayed) - found) / found if found else None
 
-    def _sharing(self, pools: Mapping[tuple[int, str], Pool], placement: Placement) -> list[ledger_pb2.Recommendation]:
+    def _sharing(
+        self, pools: Mapping[tuple[int, str], WorkerPool], placement: Placement
+    ) -> list[ledger_pb2.Recommendation]:
         """Models of a type that need fewer workers together than each its own; and those that need more together."""
         found = []
         for worker_type in sorted({kind for _, kind in pools}):
@@ -283,7 +285,7 @@ class WorkerAdvice:
                     break
         return found
 
-    def _group(self, worker_type: str, pools: Mapping[int, Pool], models: set[str]) -> tuple[int, dict[int, int]]:
+    def _group(self, worker_type: str, pools: Mapping[int, WorkerPool], models: set[str]) -> tuple[int, dict[int, int]]:
         """What workers for only these models cost, and how many they are by hour."""
         counts = {}
         for place, pool in pools.items():
@@ -291,7 +293,9 @@ class WorkerAdvice:
             counts[place], _ = self._needed(place, worker_type, work, self._of(worker_type))
         return sum(self._worth(worker_type, place, count) for place, count in counts.items()), counts
 
-    def _batches(self, pools: Mapping[tuple[int, str], Pool], placement: Placement) -> list[ledger_pb2.Recommendation]:
+    def _batches(
+        self, pools: Mapping[tuple[int, str], WorkerPool], placement: Placement
+    ) -> list[ledger_pb2.Recommendation]:
         """Models that would compute less in larger runs, with the workers that are advised, within the objective."""
         found = []
         for (worker_type, model), time in sorted(self._times.items()):
@@ -329,7 +333,7 @@ class WorkerAdvice:
         return found
 
     def _busy(
-        self, worker_type: str, pools: Mapping[int, Pool], changed: Mapping[str, RunTime]
+        self, worker_type: str, pools: Mapping[int, WorkerPool], changed: Mapping[str, RunTime]
     ) -> tuple[int, int, bool]:
         """How long the workers run, the worst 99th percentile of an hour, and whether none is worse than advised."""
         times = self._of(worker_type) | dict(changed)
