@@ -133,7 +133,7 @@ def read(request: ledger_pb2.AppendRequest) -> UsageBatch:
     try:
         batch = ledger_pb2.Batch.FromString(request.batch)
     except DecodeError:
-        raise InvalidArgumentError(f"batch {request.sequence} is not a serialized UsageBatch", field="batch") from None
+        raise InvalidArgumentError(f"batch {request.sequence} is not a serialized Batch", field="batch") from None
     if batch.format > FORMAT:
         raise FailedPreconditionError(
             f"batch {request.sequence} has format {batch.format}, this ledger reads up to {FORMAT}: upgrade it first",

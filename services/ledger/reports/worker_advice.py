@@ -60,11 +60,10 @@ class WorkerAdvice:
                 self.warnings.append(
                     f"runs of {model} alone take longer than {self._latency_us / 1000:g} ms: no number of workers helps"
                 )
-        placement = self._placements()[best]
         return self._lines(pools), [
             self._workers(best, pools, costs),
-            *self._sharing(pools, placement),
-            *self._batches(pools, placement),
+            *self._sharing(pools),
+            *self._batches(pools),
         ]
 
     def _placements(self) -> dict[str, Placement]:
@@ -92,7 +91,7 @@ class WorkerAdvice:
         pools = {}
         for place, hour in enumerate(self._hours):
             for worker_type, work in self._work(hour.requests, placement, self._times).items():
-                workers, latency = self._needed(place, worker_type, work, self._of(worker_type))
+                workers, latency = self._needed(place, worker_type, work, _of(self._times, worker_type))
                 pools[place, worker_type] = WorkerPool(work, workers, latency)
         return pools
 
@@ -108,9 +107,6 @@ class WorkerAdvice:
             found.setdefault(worker_type, []).append(ReplayedRequest(request.arrived_us, request.model, weight))
         return found
 
-    def _of(self, worker_type: str) -> dict[str, RunTime]:
-        return {model: time for (kind, model), time in self._times.items() if kind == worker_type}
-
     def _needed(
         self, place: int, worker_type: str, work: Sequence[ReplayedRequest], times: Mapping[str, RunTime]
     ) -> tuple[int, int]:
@@ -120,9 +116,6 @@ class WorkerAdvice:
     def _slots(self, worker_type: str, place: int) -> int:
         price = self._rating.price(worker_type, place)
         return price.slots if price is not None else 1
-
-    def _rate(self, worker_type: str, place: int) -> int:
-        return self._rating.rated(worker_type, place, 1)
 
     def _worth(self, worker_type: str, place: int, workers: int) -> int:
         """The numerator of what so many workers cost in an hour."""
@@ -135,7 +128,7 @@ class WorkerAdvice:
     def _dear(self, worker_type: str, model: str) -> tuple[bool, float]:
         """What is better is less: within the objective, then what a request costs."""
         time = self._times[worker_type, model].share(1)
-        return time > self._latency_us, time * self._rate(worker_type, 0)
+        return time > self._latency_us, time * self._rating.rated(worker_type, 0, 1)
 
     def _alone(self, model: str) -> float:
         """The 99th percentile of how long its runs take by themselves."""
@@ -161,7 +154,9 @@ class WorkerAdvice:
                 own = [request for request in hour.requests if request.worker_type == worker_type]
                 up = hour.up_us.get(worker_type, 0) / hour.window_us
                 servers = round(up) * self._slots(worker_type, place)
-                replayed = replay(work[worker_type], servers, self._of(worker_type)) if own and servers else None
+                replayed = (
+                    replay(work[worker_type], servers, _of(self._times, worker_type)) if own and servers else None
+                )
                 pool = pools.get((place, worker_type), WorkerPool([], 0, 0))
                 lines.append(
                     ledger_pb2.AdvisedWorkers(
@@ -186,7 +181,7 @@ class WorkerAdvice:
         paid = sum(self._paid(place, kind) for place, hour in enumerate(self._hours) for kind in hour.paid_us)
         latency = max(pool.latency_us for pool in pools.values())
         others = "".join(
-            f"; {name} would cost {_amount(self._rating.nano(cost))}" for name, cost in costs.items() if name != best
+            f"; {name} would cost {self._rating.nano(cost) / 1e9:,.4f}" for name, cost in costs.items() if name != best
         )
         return ledger_pb2.Recommendation(
             kind=ledger_pb2.Recommendation.KIND_WORKERS,
@@ -238,15 +233,12 @@ class WorkerAdvice:
                     one._replace(weight=like[number % len(like)].weight) if (like := known.get(one.model)) else one
                     for number, one in enumerate(work)
                 ]
-                of_type = {model: time for (kind, model), time in times.items() if kind == worker_type}
-                replayed += replay(expected, servers, of_type).latencies_us
+                replayed += replay(expected, servers, _of(times, worker_type)).latencies_us
                 measured += [request.latency_us for request in second if request.worker_type == worker_type]
         found = percentile_99(measured)
         return abs(percentile_99(replayed) - found) / found if found else None
 
-    def _sharing(
-        self, pools: Mapping[tuple[int, str], WorkerPool], placement: Placement
-    ) -> list[ledger_pb2.Recommendation]:
+    def _sharing(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[ledger_pb2.Recommendation]:
         """Models of a type that need fewer workers together than each its own; and those that need more together."""
         found = []
         for worker_type in sorted({kind for _, kind in pools}):
@@ -290,12 +282,10 @@ class WorkerAdvice:
         counts = {}
         for place, pool in pools.items():
             work = [one for one in pool.work if one.model in models]
-            counts[place], _ = self._needed(place, worker_type, work, self._of(worker_type))
+            counts[place], _ = self._needed(place, worker_type, work, _of(self._times, worker_type))
         return sum(self._worth(worker_type, place, count) for place, count in counts.items()), counts
 
-    def _batches(
-        self, pools: Mapping[tuple[int, str], WorkerPool], placement: Placement
-    ) -> list[ledger_pb2.Recommendation]:
+    def _batches(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[ledger_pb2.Recommendation]:
         """Models that would compute less in larger runs, with the workers that are advised, within the objective."""
         found = []
         for (worker_type, model), time in sorted(self._times.items()):
@@ -336,7 +326,7 @@ class WorkerAdvice:
         self, worker_type: str, pools: Mapping[int, WorkerPool], changed: Mapping[str, RunTime]
     ) -> tuple[int, int, bool]:
         """How long the workers run, the worst 99th percentile of an hour, and whether none is worse than advised."""
-        times = self._of(worker_type) | dict(changed)
+        times = _of(self._times, worker_type) | dict(changed)
         busy = worst = 0
         is_met = True
         for place, pool in pools.items():
@@ -383,5 +373,6 @@ def _times(requests: Iterable[Request]) -> dict[tuple[str, str], RunTime]:
     return {key: fitted(found) for key, found in runs.items()}
 
 
-def _amount(nano: int) -> str:
-    return f"{nano / 1e9:,.4f}"
+def _of(times: Mapping[tuple[str, str], RunTime], worker_type: str) -> dict[str, RunTime]:
+    """By model."""
+    return {model: time for (kind, model), time in times.items() if kind == worker_type}
