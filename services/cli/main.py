@@ -441,9 +441,9 @@ def purge(
         tenant=tenant,
         key=key,
     )
-    _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
+    _console().print(f"purged; {done.confirmed} processes confirmed it")
     if done.warning:
-        _console().print(done.warning, highlight=False)
+        _console().print(done.warning)
 
 
 LedgerOption = Annotated[
@@ -484,7 +484,7 @@ def cost(
     console = _console()
     if export is not None:
         written = show.export(address, since or "1h", until, export)
-        console.print(f"{export}: {written:,} bytes", highlight=False)
+        console.print(f"{export}: {written:,} bytes")
     elif forecast:
         expected = show.forecast(address)
         print(show.as_json(expected)) if is_json else show.show_forecast(console, expected)
@@ -713,4 +713,4 @@ def _address(name: str, given: str | None, state: Path) -> str:
 
 def _console() -> Console:
     """Returns a console. A file or a pipe gets a fixed width of 160, because it has no terminal width to wrap at."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
