@@ -6,10 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-import asyncpg
-
 from services.ledger.reports.price_list import PriceList
-from services.ledger.storage.database import Database
+from services.ledger.storage.database import FAILURES, Database
 from services.ledger.storage.migrations import MigrationError
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.price_table import Price
@@ -35,14 +33,7 @@ async def open_database(
             await partitions.prepare(database, utc(clock() * 1000))
             await prices.begin(defaults)
             return
-        except (
-            OSError,
-            TimeoutError,
-            asyncpg.PostgresError,
-            asyncpg.InterfaceError,
-            MigrationError,
-            UnavailableError,
-        ) as error:
+        except (*FAILURES, MigrationError, UnavailableError) as error:
             reason = f"{type(error).__name__}: {error}"
             # A server that starts refuses for a moment: that is no news.
             if reason != logged and pause > 10 * _FIRST_PAUSE_SECONDS:

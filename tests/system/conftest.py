@@ -98,7 +98,7 @@ def stop_stack(stack: RunningStack) -> int:
             process.kill()
 
 
-def eventually(condition, seconds=20.0):
+def eventually(condition, seconds=60.0):
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, f"not within {seconds} s"
@@ -127,9 +127,8 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def stack(engine, models, tmp_path_factory):
     """A router, two workers, a cache and Valkey on this engine; tests leave it as they found it."""
-    running = start_stack(
-        tmp_path_factory.mktemp(f"stack-{engine}"), "--models", str(models), "--drain", "5", engine=engine
-    )
+    state = tmp_path_factory.mktemp(f"stack-{engine}")
+    running = start_stack(state, "--models", str(models), "--drain", "5", engine=engine, **processes.STEADY)
     yield running
     assert stop_stack(running) == 0
 

@@ -1,6 +1,7 @@
 """Fast paths of the native engine: coroutines begun on its receiving thread, beside the event loop."""
 
 import asyncio
+import threading
 import time
 from functools import partial
 
@@ -112,9 +113,10 @@ async def test_at_its_deadline_a_call_is_ended():
 
 
 async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_nothing_behind():
-    released = []
+    begun, released = threading.Event(), []
 
     async def path(data, metadata, deadline):
+        begun.set()
         try:
             await ON_LOOP
             await asyncio.get_running_loop().create_future()
@@ -123,14 +125,13 @@ async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_not
 
     server, channel = await serve(path)
     with channel:
-        await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
         call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
-        time.sleep(0.2)  # noqa: ASYNC251, both come in one turn of the event loop
+        begun.wait(60)  # on the receiving thread, while the event loop is held up
         call.cancel()
-        time.sleep(0.2)  # noqa: ASYNC251
-        for _ in range(5):
-            await asyncio.sleep(0.01)
-        assert (server._under_way, released) == ({}, [b"x"])
+        time.sleep(0.2)  # noqa: ASYNC251, so that mostly both come in one turn of the event loop
+        async with asyncio.timeout(60):
+            while (server._under_way, released) != ({}, [b"x"]):
+                await asyncio.sleep(0.01)
     await server.stop(0)
 
 

@@ -208,10 +208,10 @@ def test_the_command_line_sets_and_lists_budgets(ledger, tenant):
     command = [*RINGMESH, "budgets"]
     where = ["--ledger", ledger.started.address]
     done = subprocess.run(
-        [*command, "set", "--tenant", tenant, "--hard", "12.5", *where], capture_output=True, text=True, timeout=30
+        [*command, "set", "--tenant", tenant, "--hard", "12.5", *where], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(subprocess.run([*command, "--json", *where], capture_output=True, check=True, timeout=30).stdout)
+    told = json.loads(subprocess.run([*command, "--json", *where], capture_output=True, check=True, timeout=120).stdout)
     (found,) = [one for one in told["budgets"] if one["budget"]["tenant"] == tenant]
     assert (found["budget"]["period"], found["budget"]["hard_nano"]) == ("month", 12_500_000_000)
-    assert tenant in subprocess.run([*command, *where], capture_output=True, check=True, timeout=30, text=True).stdout
+    assert tenant in subprocess.run([*command, *where], capture_output=True, check=True, timeout=120, text=True).stdout

@@ -31,7 +31,7 @@ def addresses(stack):
 
 def scrape(address):
     """Values by (name, labels)."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
@@ -216,7 +216,7 @@ def test_a_taken_metrics_port_is_told_in_one_line(module):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = {"RINGMESH_METRICS_ADDRESS": address, "RINGMESH_ADDRESS": "127.0.0.1:0"}
-        done = subprocess.run([sys.executable, "-m", module], env=settings, capture_output=True, text=True, timeout=30)
+        done = subprocess.run([sys.executable, "-m", module], env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert address in last
