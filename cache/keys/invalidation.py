@@ -111,7 +111,8 @@ class InvalidationLog:
         self.changed = asyncio.Event()
         # Called with the scopes that were purged or announced since its last call, before this process confirms them.
         self.on_news: Callable[[set[str]], Awaitable[None]] = _nothing
-        # What Redis had at that call. `epochs` has this process's own purges too, which must not hide older ones of others.
+        # What Redis had at that call. `epochs` also has this process's own purges, which must not hide older ones of
+        # others.
         self._told: Mapping[str, int] = {}
         self._shared = shared
         self._member = member
