@@ -39,8 +39,8 @@ def free_address() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
-def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
-    """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING.
+def start(module: str, *, within: Sequence[str] = (), service: str = "", **settings) -> Started:
+    """Starts `python -m module` with RINGMESH_* settings and waits until `service` is SERVING, "": all of it.
 
     `within` is a command that runs it, such as that of a network namespace.
     """
@@ -58,7 +58,7 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
         health = health_pb2_grpc.HealthStub(channel)
         while True:
             try:
-                if health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == 1:
+                if health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == 1:
                     return started
             except grpc.RpcError:
                 pass

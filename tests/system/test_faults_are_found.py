@@ -23,7 +23,8 @@ from tests.models import slow
 from tests.system.conftest import start_stack, stop_stack
 from tests.system.processes import free_address
 
-pytestmark = pytest.mark.proof
+# Alone: beside other tests, the worker that is held up is not slower than the other for long enough.
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 RULES = Path(__file__).parents[2] / "deploy/prometheus/rules.yml"
 SECONDS = 120.0
 

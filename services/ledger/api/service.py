@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Literal
 
 import grpc
@@ -26,6 +26,7 @@ from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Database
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import DAY_MS, MINUTE_MS, milliseconds, utc
 from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.rpc.rpc import Context, Service, abort, parse, unary
@@ -113,14 +114,10 @@ class LedgerService:
         if is_single:
             if len(request.by) > 1 or request.changes:
                 raise InvalidArgumentError("single requests are not grouped or compared", field="by")
-            return await self._reports.requests(
-                self._range_of_requests(request),
-                request.trace_id,
-                filters,
-                limit,
-                allow_unpriced=request.allow_unpriced,
-            )
-        range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), time_range.MINUTE_MS)
+            range_ = self._range_of_requests(request)
+            question = UsageQuestion(range_, (), filters, limit, allow_unpriced=request.allow_unpriced)
+            return await self._reports.requests(question, request.trace_id)
+        range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), MINUTE_MS)
         question = UsageQuestion(range_, _groups(request), filters, limit, allow_unpriced=request.allow_unpriced)
         return await self._reports.usage(question, changes=request.changes)
 
@@ -128,7 +125,7 @@ class LedgerService:
         """With a trace id and no start, all that is kept."""
         from_ms = request.from_ms
         if request.trace_id and not from_ms:
-            from_ms = max(self._now_ms() - self._partitions.retention.usage * time_range.DAY_MS, 0)
+            from_ms = max(self._now_ms() - self._partitions.retention.usage * DAY_MS, 0)
         return time_range.asked(from_ms, request.until_ms, self._now_ms())
 
     async def _bill(self, request: ledger_pb2.BillRequest, _: Context) -> ledger_pb2.BillResponse:
@@ -185,8 +182,8 @@ class LedgerService:
                     budget=self._budget(state.budget),
                     spent_nano=state.spent_nano,
                     leased_nano=state.leased_nano,
-                    begins_ms=_ms(state.begins),
-                    renews_at_ms=_ms(state.renews_at),
+                    begins_ms=milliseconds(state.begins),
+                    renews_at_ms=milliseconds(state.renews_at),
                     soft_reached=0 < state.budget.soft_nano <= state.spent_nano,
                     hard_reached=0 < state.budget.hard_nano <= state.spent_nano,
                 )
@@ -219,7 +216,7 @@ class LedgerService:
                 ledger_pb2.BudgetLease(
                     budget=self._budget(lease.budget),
                     amount_nano=lease.amount_nano,
-                    renews_at_ms=_ms(lease.renews_at),
+                    renews_at_ms=milliseconds(lease.renews_at),
                 )
                 for lease in leases
             ],
@@ -242,9 +239,7 @@ class LedgerService:
             day = date.fromisoformat(request.day)
         except ValueError:
             raise InvalidArgumentError(f"{request.day!r} is no day, such as 2026-11-29", field="day") from None
-        records, requests = await rebuild(
-            self._database, self._partitions, day, datetime.fromtimestamp(self._clock(), UTC)
-        )
+        records, requests = await rebuild(self._database, self._partitions, day, utc(self._now_ms()))
         return ledger_pb2.RebuildResponse(records=records, requests=requests)
 
     def _price(self, price: Price) -> ledger_pb2.Price:
@@ -278,10 +273,6 @@ def _budget_key(sent: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledge
     if not period:
         raise InvalidArgumentError("period is DAY or MONTH", field="period")
     return BudgetKey(sent.tenant, sent.model, period)
-
-
-def _ms(at: datetime) -> int:
-    return int(at.timestamp()) * 1000
 
 
 def _any_size(_: bytes) -> None:

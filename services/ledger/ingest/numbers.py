@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-from services.ledger.ingest.batch import Kind, Series
+from services.ledger.ingest.batch import Series
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.kinds import UsageKind
 
 _MOST_REMEMBERED = 200_000
 
@@ -42,7 +43,7 @@ class Worker(NamedTuple):
     region: str
 
 
-Name = TypeVar("Name", Series, Margin, Kind, Worker)
+Name = TypeVar("Name", Series, Margin, UsageKind, Worker)
 
 
 class Numbers(Generic[Name]):

@@ -12,13 +12,15 @@ from datetime import date
 import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
-from services.ledger.ingest.batch import COLUMNS, Batch, Kind, Series
+from services.ledger.ingest.batch import COLUMNS, Batch, Series
 from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
 from services.ledger.ingest.producers import Verdict
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
-from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, day_of, usage_partition
+from services.ledger.storage.kinds import UsageKind
+from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, usage_partition
 from services.ledger.storage.rollups import Deltas
+from services.ledger.storage.times import DAY_MS, day_of, midnight_ms
 from services.ledger.storage.usage_rows import Integers, Rows
 from services.runtime.errors import (
     FailedPreconditionError,
@@ -35,7 +37,6 @@ _MOST_RECORDS = 20_000
 _MOST_WAITING = 200_000
 # Before the database is tried again.
 _PAUSE_SECONDS = 0.1
-_DAY_MS = 86_400_000
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Writer:
         self._wake = asyncio.Event()
         self._series = Numbers("series", Series)
         self._margins = Numbers("margin", Margin)
-        self._kinds = Numbers("kind", Kind)
+        self._kinds = Numbers("kind", UsageKind)
         self._workers = Numbers("worker", Worker)
         self._task: asyncio.Task[None] | None = None
         self.counters = WriterCounters()
@@ -191,7 +192,7 @@ class Writer:
         self,
         batches: list[Batch],
         numbers: _Numbers,
-        kinds: dict[Kind, int],
+        kinds: dict[UsageKind, int],
         workers: dict[Worker, int],
     ) -> list[tuple[Verdict, int]]:
         now_ms = int(self._clock() * 1000)
@@ -221,8 +222,8 @@ class Writer:
         today = day_of(now_ms)
         # Of a time that is not kept, or not yet: counted now, rather than lost.
         first = self._partitions.retention.first_usage_day(today)
-        past_end_ms = (now_ms // _DAY_MS + DAYS_AHEAD + 1) * _DAY_MS
-        strange = (at_ms < _midnight_ms(first)) | (at_ms >= past_end_ms)
+        past_end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
+        strange = (at_ms < midnight_ms(first)) | (at_ms >= past_end_ms)
         self.counters.moved += int(strange.sum())
         at_ms[strange] = now_ms
         rows = usage_rows.empty(len(at_ms))
@@ -231,13 +232,13 @@ class Writer:
             begin, end = end, end + table.batch.records
             table.fill(rows[begin:end])
         usage_rows.set_times(rows, at_ms)
-        day_numbers = at_ms // _DAY_MS
-        days = {day_of(int(number) * _DAY_MS) for number in np.unique(day_numbers)}
+        day_numbers = at_ms // DAY_MS
+        days = {day_of(int(number) * DAY_MS) for number in np.unique(day_numbers)}
         await self._partitions.ensure(connection, days)
         for number in np.unique(day_numbers):
-            await _copy(connection, usage_partition(day_of(int(number) * _DAY_MS)), rows[day_numbers == number])
+            await _copy(connection, usage_partition(day_of(int(number) * DAY_MS)), rows[day_numbers == number])
         measures = {name: np.concatenate([table.measure(name) for table in tables]) for name in rollups.MEASURES}
-        minutes_from_ms = _midnight_ms(self._partitions.retention.first_minute_day(today))
+        minutes_from_ms = midnight_ms(self._partitions.retention.first_minute_day(today))
         series = np.concatenate([table.series for table in tables])
         await Deltas("rollup", at_ms, series, measures).apply(connection, minutes_from_ms)
         of_margins = np.concatenate([table.margins for table in tables], axis=1)
@@ -256,13 +257,13 @@ class Writer:
         now_ms: int,
     ) -> None:
         """Which workers were up, and samples of keys, of the days whose minutes are kept."""
-        first_ms = _midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
-        end_ms = (now_ms // _DAY_MS + DAYS_AHEAD + 1) * _DAY_MS
+        first_ms = midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
+        end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.
-        minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.minute * 60_000 < end_ms]
+        minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.at_ms < end_ms]
         samples = [one for batch in batches for one in batch.key_samples if first_ms <= one.at_ms < end_ms]
-        days = {day_of(one.minute * 60_000) for one in minutes} | {day_of(one.at_ms) for one in samples}
-        await self._partitions.ensure(connection, days)
+        times = [*(one.at_ms for one in minutes), *(one.at_ms for one in samples)]
+        await self._partitions.ensure(connection, {day_of(at_ms) for at_ms in times})
         await uptime.add(connection, minutes, workers)
         await key_samples.add(connection, samples, series)
 
@@ -278,7 +279,7 @@ class _Numbers:
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[Kind, int]) -> None:
+    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
         self.batch = batch
         self._producer = producer
         self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]
@@ -317,7 +318,3 @@ async def _copy(connection: Connection, table: str, rows: Rows) -> None:
         yield usage_rows.as_copy(rows)
 
     await connection.copy_to_table(table, source=pieces(), columns=usage_rows.NAMES, format="binary")
-
-
-def _midnight_ms(day: date) -> int:
-    return (day - date(1970, 1, 1)).days * _DAY_MS

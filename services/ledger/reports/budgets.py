@@ -14,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 
 from services.ledger.reports import usage_query
 from services.ledger.reports.money import CURRENCIES, rounded
-from services.ledger.reports.periods import pieces
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.prices import PriceBook
 from services.ledger.reports.rating import Rating
 from services.ledger.storage import budget_table
 from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.times import MINUTE_MS, milliseconds, next_month
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 
 RENEW_SECONDS = 2.0
@@ -28,7 +28,6 @@ _LEASE_SECONDS = 30.0
 # Below a thousandth, what is left is not divided any more.
 _CRUMB = 1000
 _MOST_NANO = 10**18
-_MINUTE_MS = 60_000
 PERIODS = ("day", "month")
 
 
@@ -108,7 +107,7 @@ class Budgets:
                 written.append((number, amount, own))
             await budget_table.lease(connection, router_id, written, now + timedelta(seconds=_LEASE_SECONDS))
             book = await self._prices.book(connection)
-        return leases, _rates(book, int(now.timestamp() * 1000))
+        return leases, _rates(book, milliseconds(now))
 
     async def _spent(
         self, connection: Connection, budgets: Iterable[Budget], now: datetime
@@ -124,16 +123,16 @@ class Budgets:
                 if not wanted:
                     continue
                 begin, _ = bounds(period, now)
-                until_ms = (int(now.timestamp() * 1000) // _MINUTE_MS + 1) * _MINUTE_MS
-                boundaries = book.boundaries(int(begin.timestamp()) * 1000, until_ms)
+                until_ms = (milliseconds(now) // MINUTE_MS + 1) * MINUTE_MS
+                boundaries = book.boundaries(milliseconds(begin), until_ms)
                 rating = Rating(book, boundaries)
                 costs: dict[tuple[str, ...], int] = {}
-                for sums in await usage_query.fetch(connection, pieces(boundaries), names, {}):
+                for sums in await usage_query.fetch(connection, boundaries, names, {}):
                     costs[sums.group] = costs.get(sums.group, 0) + rating.amounts(sums).cost
                 warnings += rating.warnings(allow_unpriced=True)
                 for key in wanted:
                     group = tuple(getattr(key, name) for name in names)
-                    spent[key] = rounded(costs.get(group, 0), book.denominator)
+                    spent[key] = rating.nano(costs.get(group, 0))
         return spent, warnings
 
     def _now(self) -> datetime:
@@ -152,8 +151,7 @@ def bounds(period: str, now: datetime) -> tuple[datetime, datetime]:
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     if period == "day":
         return day, day + timedelta(days=1)
-    month = day.replace(day=1)
-    return month, (month + timedelta(days=32)).replace(day=1)
+    return day.replace(day=1), next_month(day)
 
 
 def named(key: BudgetKey) -> str:

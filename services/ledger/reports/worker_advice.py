@@ -9,10 +9,9 @@ from itertools import groupby
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports.demand import Hour, Request
-from services.ledger.reports.money import rounded
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.replay import RunTime, Work, fitted, needed, percentile_99, replay
-from services.ledger.reports.time_range import text
+from services.ledger.storage.times import text
 
 # Batches of so many times the largest that was seen are tried, and advised if they save that part of compute.
 _LARGER = (2, 4, 8)
@@ -37,10 +36,9 @@ class Pool:
 class WorkerAdvice:
     """Of `hours`, the price of each of which is that of its place in `rating`; `latency_us` is the objective."""
 
-    def __init__(self, hours: Sequence[Hour], rating: Rating, denominator: int, latency_us: int) -> None:
+    def __init__(self, hours: Sequence[Hour], rating: Rating, latency_us: int) -> None:
         self._hours = hours
         self._rating = rating
-        self._denominator = denominator
         self._latency_us = latency_us
         self._requests = [request for hour in hours for request in hour.requests]
         self._times = _times(self._requests)
@@ -176,8 +174,8 @@ class WorkerAdvice:
                         replayed_latency_us=percentile_99(replayed.latencies_us) if replayed else 0,
                         advised_workers=pool.workers,
                         advised_latency_us=pool.latency_us,
-                        cost_nano=rounded(self._paid(place, worker_type), self._denominator),
-                        advised_cost_nano=rounded(self._worth(worker_type, place, pool.workers), self._denominator),
+                        cost_nano=self._rating.nano(self._paid(place, worker_type)),
+                        advised_cost_nano=self._rating.nano(self._worth(worker_type, place, pool.workers)),
                     )
                 )
         return lines
@@ -188,9 +186,7 @@ class WorkerAdvice:
         paid = sum(self._paid(place, kind) for place, hour in enumerate(self._hours) for kind in hour.paid_us)
         latency = max(pool.latency_us for pool in pools.values())
         others = "".join(
-            f"; {name} would cost {_amount(rounded(cost, self._denominator))}"
-            for name, cost in costs.items()
-            if name != best
+            f"; {name} would cost {_amount(self._rating.nano(cost))}" for name, cost in costs.items() if name != best
         )
         return ledger_pb2.Recommendation(
             kind=ledger_pb2.Recommendation.KIND_WORKERS,
@@ -198,7 +194,7 @@ class WorkerAdvice:
             advice="; ".join(self._schedule(pools)) + (f", {best}" if len(costs) > 1 else ""),
             evidence=f"{len(self._requests):,} computed requests replayed: with these, 99 in 100 wait and run for at "
             f"most {latency / 1000:,.1f} ms in any hour{others}",
-            saved_nano=rounded(paid, self._denominator) - rounded(costs[best], self._denominator),
+            saved_nano=self._rating.nano(paid) - self._rating.nano(costs[best]),
             error=self._replay_error,
         )
 
@@ -370,7 +366,7 @@ class WorkerAdvice:
             subjects=subjects,
             advice=advice,
             evidence=evidence,
-            saved_nano=rounded(saved, self._denominator),
+            saved_nano=self._rating.nano(saved),
             error=self._replay_error if error is None else error,
         )
 

@@ -14,6 +14,7 @@ from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
 from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
+from services.inference.models.decisions import Decisions
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository.repository import Directory
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
@@ -169,12 +170,36 @@ async def test_a_repository_of_which_nothing_loads_is_listed_with_the_causes_and
     (line,) = await made.index()
     assert (line.name, line.state) == ("mlp", UNAVAILABLE)
     assert "mlp/1/model.onnx: it is no ONNX model" in line.reason
+    assert not made.usable.is_set()
     polling = asyncio.create_task(made.poll(0.01))
     models.mlp(tmp_path)
     async with asyncio.timeout(20):
         while await states(made) != [("mlp", "1", READY)]:
             await asyncio.sleep(0.01)
     polling.cancel()
+    assert made.usable.is_set()
+
+
+async def test_a_store_is_usable_if_all_models_are_unloaded_and_stays_so(tmp_path):
+    models.mlp(tmp_path / "models")
+    decisions = Decisions(tmp_path / "decisions", 1 << 20)
+    before = ModelStore(Directory(tmp_path / "models"), open_model, EXECUTOR, decisions=decisions)
+    await before.load_all()
+    await before.unload("mlp")
+    assert before.usable.is_set()
+    after = ModelStore(Directory(tmp_path / "models"), open_model, EXECUTOR, decisions=decisions)
+    await after.load_all()
+    assert [*after.held] == []
+    assert after.usable.is_set()
+
+
+async def test_a_store_is_not_usable_by_an_ensemble_whose_steps_failed_to_load(tmp_path):
+    models.pipeline(tmp_path)
+    for model in tmp_path.glob("*/1/model.onnx"):
+        model.write_bytes(b"broken")
+    made = await store(tmp_path)
+    assert [held.model.name for held in made.held] == ["pipeline"]
+    assert not made.usable.is_set()
 
 
 async def test_a_model_added_to_the_repository_is_listed_before_it_is_loaded(tmp_path):
