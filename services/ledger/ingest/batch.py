@@ -59,7 +59,7 @@ class Producer(NamedTuple):
     start_epoch: int
 
 
-class Series(NamedTuple):
+class UsageSeries(NamedTuple):
     """What roll-ups tell apart."""
 
     tenant: str
@@ -82,7 +82,7 @@ class WorkerMinute(NamedTuple):
 class KeySample(NamedTuple):
     """Requests for a key, one of those whose first byte is less than `below`. Its series has no tenant."""
 
-    series: Series
+    series: UsageSeries
     at_ms: int
     key: int
     below: int
@@ -93,13 +93,13 @@ class KeySample(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class UsageBatch:
     """What was sent. `series` and `kinds` belong to the dimensions; arrays have an entry a record."""
 
     producer: Producer
     sequence: int
     digest: bytes
-    series: tuple[Series, ...]
+    series: tuple[UsageSeries, ...]
     kinds: tuple[UsageKind, ...]
     dimension: Integers
     at_ms: Integers
@@ -116,7 +116,7 @@ class Batch:
         return len(self.at_ms)
 
 
-def read(request: ledger_pb2.AppendRequest) -> Batch:
+def read(request: ledger_pb2.AppendRequest) -> UsageBatch:
     """Raises InvalidArgumentError where it is not a batch, FailedPreconditionError where it is of a newer format."""
     check_name(request.router_id, "router_id")
     if not request.router_id:
@@ -145,7 +145,7 @@ def read(request: ledger_pb2.AppendRequest) -> Batch:
     return _columns(request, batch)
 
 
-def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batch:
+def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> UsageBatch:
     for name, what, most in _ENTRIES:
         if (count := len(getattr(batch, name))) > most:
             raise InvalidArgumentError(f"the batch has {count} {what}; at most {most}", field=f"batch.{name}")
@@ -171,11 +171,11 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
             raise InvalidArgumentError(
                 f"{one.status!r} is no name of a gRPC status", field=f"batch.dimensions[{place}].status"
             )
-    return Batch(
+    return UsageBatch(
         Producer(request.router_id, request.start_epoch),
         request.sequence,
         request.digest,
-        tuple(Series(one.tenant, one.model, one.version, one.region, one.worker_type) for one in batch.dimensions),
+        tuple(UsageSeries(one.tenant, one.model, one.version, one.region, one.worker_type) for one in batch.dimensions),
         tuple(UsageKind(one.outcome if one.outcome in _OUTCOMES else "other", one.status) for one in batch.dimensions),
         dimension,
         at_ms,
@@ -238,7 +238,7 @@ def _key_samples(batch: ledger_pb2.Batch) -> tuple[KeySample, ...]:
             and _FIRST_MS <= one.at_ms < _LAST_MS
         ):
             raise InvalidArgumentError(f"no sample of a key: {one}", field=field)
-        series = Series("", one.model, one.version, one.region, one.worker_type)
+        series = UsageSeries("", one.model, one.version, one.region, one.worker_type)
         # As PostgreSQL has it, signed.
         key = one.key - (one.key >> 63 << 64)
         found.append(KeySample(series, one.at_ms, key, one.below, one.cacheable, one.requests, *numbers))

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-from services.ledger.ingest.batch import Series
+from services.ledger.ingest.batch import UsageSeries
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
 from services.ledger.storage.kinds import UsageKind
@@ -25,7 +25,7 @@ class Margin(NamedTuple):
     worker_type: str
 
 
-def margins(series: Series) -> list[Margin]:
+def margins(series: UsageSeries) -> list[Margin]:
     """One a cube, in their order."""
     return [
         Margin(
@@ -35,7 +35,7 @@ def margins(series: Series) -> list[Margin]:
     ]
 
 
-class Worker(NamedTuple):
+class WorkerName(NamedTuple):
     """A worker by what it says of itself."""
 
     worker_id: str
@@ -43,7 +43,7 @@ class Worker(NamedTuple):
     region: str
 
 
-Name = TypeVar("Name", Series, Margin, UsageKind, Worker)
+Name = TypeVar("Name", UsageSeries, Margin, UsageKind, WorkerName)
 
 
 class Numbers(Generic[Name]):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from services.ledger.ingest.batch import WorkerMinute
-from services.ledger.ingest.numbers import Worker
+from services.ledger.ingest.numbers import WorkerName
 from services.ledger.storage.database import Connection
 from services.ledger.storage.times import HOUR_MS, milliseconds, utc
 
 
-async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: Mapping[Worker, int]) -> None:
+async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: Mapping[WorkerName, int]) -> None:
     """In the caller's transaction, which no other writes beside."""
     sent: dict[tuple[int, int], int] = {}
     pools: dict[int, tuple[str, str]] = {}
     for one in minutes:
-        number = numbers[Worker(one.worker_id, one.worker_type, one.region)]
+        number = numbers[WorkerName(one.worker_id, one.worker_type, one.region)]
         pools[number] = (one.region, one.worker_type)
         sent[one.at_ms, number] = sent.get((one.at_ms, number), 0) | one.seconds
     if not sent:

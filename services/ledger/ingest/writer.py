@@ -12,9 +12,9 @@ from datetime import date
 import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
-from services.ledger.ingest.batch import COLUMNS, Batch, Series
-from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
-from services.ledger.ingest.producers import Verdict
+from services.ledger.ingest.batch import COLUMNS, UsageBatch, UsageSeries
+from services.ledger.ingest.numbers import Margin, Numbers, WorkerName, margins
+from services.ledger.ingest.producers import BatchFate
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
 from services.ledger.storage.kinds import UsageKind
@@ -40,9 +40,9 @@ _PAUSE_SECONDS = 0.1
 
 
 @dataclass(slots=True)
-class _Waiting:
-    batch: Batch
-    written: asyncio.Future[tuple[Verdict, int]] = field(
+class _WaitingBatch:
+    batch: UsageBatch
+    written: asyncio.Future[tuple[BatchFate, int]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -65,13 +65,13 @@ class Writer:
         self._database = database
         self._partitions = partitions
         self._clock = clock
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_WaitingBatch] = deque()
         self._waiting_records = 0
         self._wake = asyncio.Event()
-        self._series = Numbers("series", Series)
+        self._series = Numbers("series", UsageSeries)
         self._margins = Numbers("margin", Margin)
         self._kinds = Numbers("kind", UsageKind)
-        self._workers = Numbers("worker", Worker)
+        self._workers = Numbers("worker", WorkerName)
         self._task: asyncio.Task[None] | None = None
         self.counters = WriterCounters()
         self.transactions = Histogram()
@@ -92,7 +92,7 @@ class Writer:
         self._fail(list(self._queue), UnavailableError("the ledger stops; send the batch again"))
         self._queue.clear()
 
-    async def append(self, batch: Batch) -> tuple[Verdict, int]:
+    async def append(self, batch: UsageBatch) -> tuple[BatchFate, int]:
         """WRITE, DUPLICATE or GAP, and the producer's newest batch. Durable when it returns WRITE or DUPLICATE.
 
         Cancelled: the batch may be written all the same. Raises ResourceExhaustedError where too much waits,
@@ -100,12 +100,12 @@ class Writer:
         """
         if self._waiting_records >= _MOST_WAITING:
             raise ResourceExhaustedError(f"{self._waiting_records} records wait to be written; send the batch later")
-        waiting = _Waiting(batch)
+        waiting = _WaitingBatch(batch)
         self._queue.append(waiting)
         self._waiting_records += batch.records
         self._wake.set()
         verdict, last = await asyncio.shield(waiting.written)
-        if verdict is Verdict.CONFLICT:
+        if verdict is BatchFate.CONFLICT:
             raise FailedPreconditionError(
                 f"batch {batch.sequence} of {batch.producer.router_id}, epoch {batch.producer.start_epoch}, was "
                 "written with other bytes: another process uses this producer; start a new epoch",
@@ -132,7 +132,7 @@ class Writer:
                 self._fail(taken, UnavailableError("the ledger could not write the batch; send it again"))
                 raise
 
-    async def _write_each(self, taken: list[_Waiting]) -> None:
+    async def _write_each(self, taken: list[_WaitingBatch]) -> None:
         """All together, or where the database does not take that, one by one: a bad batch holds up no other."""
         try:
             await self._write(taken)
@@ -143,8 +143,8 @@ class Writer:
             else:
                 self._fail(taken, InvalidArgumentError(f"the batch cannot be written: {error.message}", field="batch"))
 
-    def _take(self) -> list[_Waiting]:
-        taken: list[_Waiting] = []
+    def _take(self) -> list[_WaitingBatch]:
+        taken: list[_WaitingBatch] = []
         records = 0
         while self._queue and records < _MOST_RECORDS:
             waiting = self._queue.popleft()
@@ -153,14 +153,14 @@ class Writer:
         self._waiting_records -= records
         return taken
 
-    def _fail(self, waiting: Sequence[_Waiting], error: Exception) -> None:
+    def _fail(self, waiting: Sequence[_WaitingBatch], error: Exception) -> None:
         for one in waiting:
             if not one.written.done():
                 one.written.set_exception(error)
                 # Who sent it may have left.
                 one.written.exception()
 
-    async def _write(self, waiting: list[_Waiting]) -> None:
+    async def _write(self, waiting: list[_WaitingBatch]) -> None:
         began = time.perf_counter_ns()
         batches = [one.batch for one in waiting]
         names = {name for batch in batches for name in batch.series}
@@ -170,7 +170,7 @@ class Writer:
         numbers = _Numbers(series, {name: [of_margins[margin] for margin in margins(name)] for name in names})
         kinds = await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds})
         workers = await self._workers.of(
-            self._database, {Worker(*one[:3]) for batch in batches for one in batch.worker_minutes}
+            self._database, {WorkerName(*one[:3]) for batch in batches for one in batch.worker_minutes}
         )
         try:
             verdicts = await self._transact(batches, numbers, kinds, workers)
@@ -181,7 +181,7 @@ class Writer:
         self.transactions.observe(time.perf_counter_ns() - began)
         for one, (verdict, last) in zip(waiting, verdicts, strict=True):
             self.counters.verdicts[verdict.value] += 1
-            if verdict is Verdict.WRITE:
+            if verdict is BatchFate.WRITE:
                 self.counters.records += one.batch.records
                 self.counters.requests += int(one.batch.columns["requests"].sum())
                 self.counters.dropped_requests += one.batch.dropped_requests
@@ -190,11 +190,11 @@ class Writer:
 
     async def _transact(
         self,
-        batches: list[Batch],
+        batches: list[UsageBatch],
         numbers: _Numbers,
         kinds: dict[UsageKind, int],
-        workers: dict[Worker, int],
-    ) -> list[tuple[Verdict, int]]:
+        workers: dict[WorkerName, int],
+    ) -> list[tuple[BatchFate, int]]:
         now_ms = int(self._clock() * 1000)
         days: set[date] = set()
         async with self._database.writing() as connection:
@@ -205,7 +205,7 @@ class Writer:
                 mark = marks[batch.producer]
                 verdict = mark.judge(batch)
                 verdicts.append((verdict, mark.last))
-                if verdict is Verdict.WRITE:
+                if verdict is BatchFate.WRITE:
                     accepted.append((batch, mark.id))
             if accepted:
                 tables = [_Table(batch, producer, numbers, kinds) for batch, producer in accepted if batch.records]
@@ -251,9 +251,9 @@ class Writer:
     async def _write_observed(
         self,
         connection: Connection,
-        batches: list[Batch],
-        workers: dict[Worker, int],
-        series: dict[Series, int],
+        batches: list[UsageBatch],
+        workers: dict[WorkerName, int],
+        series: dict[UsageSeries, int],
         now_ms: int,
     ) -> None:
         """Which workers were up, and samples of keys, of the days whose minutes are kept."""
@@ -272,14 +272,14 @@ class Writer:
 class _Numbers:
     """Of series, and of the margins of those that have records, one a cube."""
 
-    series: dict[Series, int]
-    margins: dict[Series, list[int]]
+    series: dict[UsageSeries, int]
+    margins: dict[UsageSeries, list[int]]
 
 
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
+    def __init__(self, batch: UsageBatch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
         self.batch = batch
         self._producer = producer
         self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]
