@@ -88,6 +88,7 @@ async def test_a_killed_primary_fails_no_request(routers, redis_cluster):  # noq
     async with Load(routers) as load:
         await load.done(100, "hit-shared")
         killed = redis_cluster.primaries()[0]
+        redis_cluster.be_quick_to_fail_over()
         killed.kill()
         async with asyncio.timeout(60):
             while len(await asyncio.to_thread(redis_cluster.primaries)) < 3:
@@ -102,6 +103,7 @@ async def test_a_paused_node_fails_no_request(routers, redis_cluster):  # noqa: 
     async with Load(routers) as load:
         await load.done(100, "hit-shared")
         paused = redis_cluster.primaries()[0]
+        redis_cluster.be_quick_to_fail_over()
         paused.pause()
         await load.done(1000)
         paused.resume()

@@ -186,6 +186,7 @@ async def test_workers_are_found_in_a_redis_cluster_and_a_primary_that_dies_lose
     watcher = watch(router.address)
     eventually(lambda: watcher.healthy() == {first.address})
     (primary,) = [server for server in redis_cluster.primaries() if server.cli("keys", "{rm:fleet}*")]
+    redis_cluster.be_quick_to_fail_over()
     primary.kill()
     second = start_worker("second", discovery_url=redis_cluster.url)
     eventually(lambda: watcher.healthy() == {first.address, second.address})

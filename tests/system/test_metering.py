@@ -121,7 +121,7 @@ def test_the_ledger_counts_what_callers_observed(stack, channel, ledger):
     tenants[1].send_together([fresh() for _ in range(200)] + [fresh()] * 50)
     assert_counted(ledger, *tenants)
     command = [*RINGMESH, "cost", "--by", "tenant", "--since", "1h", "--json", "--state", stack.state]
-    shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=180).stdout)
     by_tenant = {row["tenant"]: row for row in shown["rows"]}
     for tenant in tenants:
         row = by_tenant[tenant.name]

@@ -27,8 +27,8 @@ def documented(probe):
 
 def statuses(address):
     with grpc.insecure_channel(address) as channel:
-        listed = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=10).statuses
-        ready = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ServerReady(v2.ServerReadyRequest(), timeout=10)
+        listed = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=60).statuses
+        ready = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ServerReady(v2.ServerReadyRequest(), timeout=60)
     assert ready.ready == (listed[""].status == SERVING)
     return [listed[name].status for name in (documented("readinessProbe"), V2, documented("livenessProbe"))]
 
@@ -43,7 +43,7 @@ def test_a_worker_none_of_whose_models_load_is_not_ready_but_alive_until_one_doe
         assert (line.name, line.state) == ("mlp", "UNAVAILABLE")
         assert "it is no ONNX model" in line.reason
         with pytest.raises(grpc.RpcError) as caught:
-            grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(fresh(), timeout=10)
+            grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(fresh(), timeout=60)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         assert "it is no ONNX model" in caught.value.details()
         models.mlp(tmp_path)

@@ -24,7 +24,7 @@ def create_tier(url, **settings):
         url,
         EntryFrames("secret"),
         **{
-            "ttl_seconds": 60,
+            "ttl_seconds": 3600,
             "budget_seconds": 2,
             "create_breaker": lambda: Breaker(time.monotonic, first_pause=0.05, longest_pause=0.2),
             **settings,

@@ -67,6 +67,7 @@ def paused(worker):
 async def test_a_stale_answer_is_given_and_marked_while_it_is_renewed_and_never_after_a_purge(channel, worker):
     request = asked("stale")
     assert await told(channel, request) == ("miss", False)
+    start = time.monotonic()
     with paused(worker):
         while (answer := await told(channel, request)) == ("hit-local", False):
             pass
@@ -75,13 +76,13 @@ async def test_a_stale_answer_is_given_and_marked_while_it_is_renewed_and_never_
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await told(channel, request, [("cache-control", "only-if-cached, max-age=60")])
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        assert await told(channel, request) == ("hit-local", True)
-    resumed = time.monotonic()
+        for _ in range(50):
+            assert await told(channel, request) == ("hit-local", True)
     while (answer := await told(channel, request)) == ("hit-local", True):
         pass
     assert answer == ("hit-local", False)
-    # On a slow machine the renewed answer may be old, and renewed, too.
-    assert 2 <= await computed(channel, "stale") <= 2 + (time.monotonic() - resumed) / 0.2
+    # On a slow machine the renewed answer may be old, and renewed, too; or the worker taken for dead, and asked again.
+    assert 2 <= await computed(channel, "stale") <= 2 + (time.monotonic() - start) / 0.2
     with paused(worker):
         while await told(channel, request) == ("hit-local", False):
             pass

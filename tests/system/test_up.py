@@ -101,9 +101,14 @@ def test_the_services_have_the_installations_secret_and_nobody_else(first):
 
 
 def test_a_signal_drains_and_leaves_nothing(running):
+    def has_database():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(process.name() == "postgres" for process in running.tree())
+
+    # The ledger is not waited for, and starts its database last.
+    eventually(has_database)
     tree = running.tree()
     assert {process.pid for process in tree} >= {running.supervisor.pid, *running.pids.values()}
-    assert any(process.name() == "postgres" for process in tree)
     running.supervisor.send_signal(signal.SIGINT)
     assert running.supervisor.wait(UP_SECONDS) == 0
     assert_all_end(tree)

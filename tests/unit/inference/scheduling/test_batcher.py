@@ -544,7 +544,7 @@ async def test_what_a_slow_first_batch_taught_is_forgotten(clock):
     await turns(model, batcher, 6)
     model.factor = 0.3
     sizes = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while 6 not in sizes[-PROBE:]:
             await asyncio.gather(*await submit(batcher, *(request(value) for value in range(6))))
             sizes += model.batches
@@ -558,7 +558,7 @@ async def test_what_a_slow_first_batch_taught_is_forgotten(clock):
 async def test_what_a_row_takes_alone_is_learnt_where_requests_only_come_together(clock):
     model = Slower(3, clock)
     batcher = Batcher(model, EXECUTOR)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while model.batches[-6:] != [1] * 6:
             await asyncio.gather(*await submit(batcher, *(request(value) for value in range(6))))
 

@@ -222,7 +222,7 @@ def test_arbitrary_signed_claims_are_refused_or_are_an_identity(value, data):
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
