@@ -16,8 +16,12 @@ from services.runtime.errors import FailedPreconditionError, InvalidArgumentErro
 
 FORMAT: Final = 1
 MOST_RECORDS: Final = 50_000
-_MOST_WORKER_TIMES = 10_000
-_MOST_KEY_SAMPLES = 20_000
+_MOST_ENTRIES: Final = {
+    "at_ms": MOST_RECORDS,
+    "dimensions": MOST_RECORDS,
+    "worker_times": 10_000,
+    "key_samples": 20_000,
+}
 _LONGEST_NAME = 256
 _TRACE_BYTES = 16
 _DIGEST_BYTES = 16
@@ -163,14 +167,11 @@ def read(request: ledger_pb2.AppendRequest) -> Batch:
 
 
 def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batch:
+    for name, most in _MOST_ENTRIES.items():
+        if (count := len(getattr(batch, name))) > most:
+            raise InvalidArgumentError(f"{name} has {count} entries; at most {most}", field=f"batch.{name}")
     at_ms = _array(batch.at_ms, "at_ms")
     count = len(at_ms)
-    if count > MOST_RECORDS:
-        raise InvalidArgumentError(f"the batch has {count} records; at most {MOST_RECORDS}", field="batch.at_ms")
-    if len(batch.dimensions) > MOST_RECORDS:
-        raise InvalidArgumentError(
-            f"the batch has {len(batch.dimensions)} dimensions; at most {MOST_RECORDS}", field="batch.dimensions"
-        )
     columns = {name: _column(batch, name, count) for name in ("dimension", *COLUMNS)}
     dimension = columns.pop("dimension")
     for wrong in np.flatnonzero((at_ms < _FIRST_MS) | (at_ms >= _LAST_MS))[:1]:
@@ -229,11 +230,6 @@ def _column(batch: ledger_pb2.Batch, name: str, count: int) -> Integers:
 
 
 def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
-    if len(batch.worker_times) > _MOST_WORKER_TIMES:
-        raise InvalidArgumentError(
-            f"the batch has {len(batch.worker_times)} worker times; at most {_MOST_WORKER_TIMES}",
-            field="batch.worker_times",
-        )
     found = []
     for place, one in enumerate(batch.worker_times):
         field = f"batch.worker_times[{place}]"
@@ -248,11 +244,6 @@ def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
 
 
 def _key_samples(batch: ledger_pb2.Batch) -> tuple[KeySample, ...]:
-    if len(batch.key_samples) > _MOST_KEY_SAMPLES:
-        raise InvalidArgumentError(
-            f"the batch has {len(batch.key_samples)} key samples; at most {_MOST_KEY_SAMPLES}",
-            field="batch.key_samples",
-        )
     found = []
     for place, one in enumerate(batch.key_samples):
         field = f"batch.key_samples[{place}]"

@@ -106,7 +106,7 @@ def test_a_producer_that_is_none_is_refused(fields, complaint):
 
 def test_too_many_records_are_refused():
     many = [UsageRecord(HIT, NOW)] * (batches.MOST_RECORDS + 1)
-    with pytest.raises(InvalidArgumentError, match="has 50001 records"):
+    with pytest.raises(InvalidArgumentError, match="at_ms has 50001 entries; at most 50000"):
         batches.read(request(encode(many)))
 
 
@@ -156,5 +156,5 @@ def test_a_sample_that_is_none_is_refused(fields):
 
 
 def test_too_many_samples_are_refused():
-    with pytest.raises(InvalidArgumentError, match="20001 key samples; at most 20000"):
+    with pytest.raises(InvalidArgumentError, match="key_samples has 20001 entries; at most 20000"):
         batches.read(request(encode([], key_samples=[sample()] * 20_001)))
