@@ -1,5 +1,7 @@
 """The channels of the console to the processes of its fleet."""
 
+import asyncio
+
 import grpc
 import pytest
 
@@ -43,5 +45,8 @@ async def test_the_consoles_own_calls_share_a_connection_and_those_of_a_visitor_
 async def test_the_channel_of_a_worker_that_has_left_is_closed(fleet):
     gone, router = fleet.channel("127.0.0.1:1"), fleet.channel(fleet.view.cache.address)
     await fleet._ask_workers([])
+    async with asyncio.timeout(60):
+        while gone.get_state() is not grpc.ChannelConnectivity.SHUTDOWN:
+            await asyncio.sleep(0)
     assert fleet.channel("127.0.0.1:1") is not gone
     assert fleet.channel(fleet.view.cache.address) is router
