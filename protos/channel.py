@@ -57,11 +57,14 @@ _BALANCING = {
 SERVICE_CONFIG = json.dumps(_BALANCING | _RETRIES)
 
 
-def channel_options(*, retries: bool = True, weighted: bool = False) -> list[tuple[str, Any]]:
-    """For `grpc.insecure_channel`, `grpc.aio.insecure_channel`, and `channel_args` of tritonclient.
+def channel_options(
+    *, retries: bool = True, weighted: bool = False, authority: str = "ringmesh"
+) -> list[tuple[str, Any]]:
+    """For channels of `grpc` and `grpc.aio`, and `channel_args` of tritonclient.
 
     `retries=False` is for sequences, whose steps must not run twice. `weighted=True` is for routers of unequal speed:
-    each gets calls in proportion to its capacity.
+    each gets calls in proportion to its capacity. `authority`: with TLS, a name or address that the certificates of all
+    routers have; without, any name.
     """
     config = _BALANCING | (_RETRIES if retries else {})
     if weighted:
@@ -70,7 +73,7 @@ def channel_options(*, retries: bool = True, weighted: bool = False) -> list[tup
         ("grpc.service_config", json.dumps(config)),
         ("grpc.enable_retries", int(retries)),
         # For a target with several addresses, gRPC makes an invalid authority, which HTTP/2 servers refuse.
-        ("grpc.default_authority", "ringmesh"),
+        ("grpc.default_authority", authority),
         # Detects a vanished host within 15 s.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),

@@ -1,4 +1,4 @@
-"""The schedule of faults: one at a time, in a fixed order, each for workers, Redis, cache and router."""
+"""The schedule of faults: one at a time, in a fixed order, each for workers, Redis, cache, router and TLS edge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 STOPPED_SECONDS = 4.0
@@ -22,17 +22,19 @@ class Fault:
     kind: str
     target: str
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.target}"
 
-def schedule() -> Iterator[Fault]:
+
+def schedule(targets: Sequence[str]) -> Iterator[Fault]:
     """Without end; every kind for every target, before any comes again."""
-    for kind, target in itertools.cycle(itertools.product(KINDS, TARGETS)):
+    for kind, target in itertools.cycle(itertools.product(KINDS, targets)):
         yield Fault(kind, target)
 
 
-async def strike(fault: Fault, pid_of: Callable[[str], int], port_of: Callable[[str], int]) -> bool:
-    """Returns when it is over; False where there was nobody to strike."""
-    pid = pid_of(fault.target)
-    if not pid:
+async def strike(fault: Fault, pid: int, port: int) -> bool:
+    """Returns when it is over; False where there was nobody to strike: a pid of 0, or no TCP port."""
+    if not pid or (fault.kind == "cut" and not port):
         return False
     try:
         if fault.kind == "kill":
@@ -44,7 +46,6 @@ async def strike(fault: Fault, pid_of: Callable[[str], int], port_of: Callable[[
             finally:
                 os.kill(pid, signal.SIGCONT)
         else:
-            port = port_of(fault.target)
             command = ["ss", "--kill", "--tcp", "src", "127.0.0.1", "sport", "=", f":{port}"]
             await asyncio.to_thread(subprocess.run, command, capture_output=True, check=True, timeout=10)
     except ProcessLookupError:

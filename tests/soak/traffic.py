@@ -6,9 +6,10 @@ import asyncio
 import collections
 import random
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import grpc
 import numpy as np
@@ -19,17 +20,23 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from services.runtime.oip.tensors import DATATYPES, encode
 from tests.models import IDENTITIES
 
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Call: TypeAlias = Callable[[grpc.aio.Channel], Awaitable[None]]
+
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 DEADLINE_SECONDS = 20.0
 # A call that ends this long after its deadline was not ended by it.
-_GRACE_SECONDS = 2.0
+GRACE_SECONDS = 2.0
 _POOL = 500
+_KINDS = ("mlp", "mlp", "rows", "identity", "words", "add_sub", "pipeline", "scoped")
 # What a wrong request may be told; anything else is a fault of ours.
 CALLERS_FAULT = frozenset(
     {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED"}
 )
 # While a fault is under way, and of a caller that left.
-_TRANSIENT = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"})
+TRANSIENT = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"})
+# A connection of its own: with others' it would go to the one router that they all have.
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
 
 @dataclass
@@ -57,7 +64,11 @@ class Question:
 
     body: bytes
     expected: dict[str, np.ndarray] | None
-    metadata: tuple[tuple[str, str], ...] = ()
+    # Number of the caller's; None: any.
+    tenant: int | None = None
+
+    def of(self, tenant: int) -> Question:
+        return replace(self, tenant=tenant)
 
 
 class Questions:
@@ -80,9 +91,9 @@ class Questions:
         """One of the pool, which the cache knows after a while, as often as one that is new."""
         return self._draw.choice(self._pool) if self._draw.random() < 0.5 else self.fresh()
 
-    def fresh(self) -> Question:
+    def fresh(self, kinds: Sequence[str] = _KINDS) -> Question:
         """One that was hardly asked before."""
-        kind = self._draw.choice(["mlp", "mlp", "rows", "identity", "words", "add_sub", "pipeline", "scoped"])
+        kind = self._draw.choice(kinds)
         rng = np.random.default_rng(self._draw.getrandbits(64))
         rows = self._draw.randint(1, 6)
         if kind == "identity":
@@ -96,8 +107,7 @@ class Questions:
             return self._ask("add_sub", {name: rng.normal(size=(rows, 2)).astype(np.float32) for name in "ab"})
         if kind == "scoped":
             x = rng.normal(size=(rows, 1)).astype(np.float32)
-            tenant = f"tenant-{self._draw.randint(0, 3000)}"
-            return Question(_body("scoped", {"x": x}), {"y": x}, (("ringmesh-tenant", tenant),))
+            return Question(_body("scoped", {"x": x}), {"y": x}, self._draw.randint(0, 3000))
         x = rng.normal(size=(rows, 64)).astype(np.float32)
         if kind == "pipeline":
             (y,) = self._sessions["mlp"].run(["y"], {"x": x})
@@ -172,15 +182,50 @@ def is_right(body: bytes, expected: dict[str, np.ndarray]) -> bool:
     return True
 
 
-class Callers:
-    """Goes on calling `target` until it is stopped; what became of it is in `tallies`, by kind."""
+class Access(Protocol):
+    """How callers reach the stack at `target`, host:port. After a change of `generation`, they open new channels."""
 
-    def __init__(self, target: str, questions: Questions, draw: random.Random) -> None:
-        self._target = target
+    target: str
+    generation: int
+    # Whether valid callers wait while nobody listens.
+    waits: bool
+
+    def channel(self, *, retries: bool) -> grpc.aio.Channel: ...
+
+    def metadata(self, tenant: int | None) -> Metadata: ...
+
+
+@dataclass
+class PlainText:
+    """Without identity: callers name their tenant."""
+
+    target: str
+    generation: int = 0
+    waits: bool = False
+
+    def channel(self, *, retries: bool) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(self.target, [*ringmesh.channel_options(retries=retries), OWN_CONNECTION])
+
+    def metadata(self, tenant: int | None) -> Metadata:
+        return (("ringmesh-tenant", f"tenant-{tenant}"),) if tenant is not None else ()
+
+
+class Callers:
+    """Goes on calling until it is stopped; what became of it is in `tallies`, by kind."""
+
+    def __init__(self, access: Access, questions: Questions, draw: random.Random) -> None:
+        self._access = access
         self._questions = questions
         self._draw = draw
         self._stopping = False
         self.tallies: dict[str, Tally] = collections.defaultdict(Tally)
+
+    def kinds(self) -> list[tuple[Call, float]]:
+        """The callers beside the valid ones, each with its mean pause in seconds."""
+        return [
+            (self._invalid, 0.02), (self._huge, 1.0), (self._cancelled, 0.02), (self._hostile, 0.1),
+            (self._garbage, 0.5),
+        ]  # fmt: skip
 
     def stop(self) -> None:
         """No further calls; those under way are waited for."""
@@ -191,49 +236,50 @@ class Callers:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(8):
                 tasks.create_task(self._loop(self._valid, 0.002, retries=True))
-            for caller, pause in (
-                (self._invalid, 0.02), (self._huge, 1.0), (self._cancelled, 0.02), (self._hostile, 0.1),
-                (self._garbage, 0.5),
-            ):  # fmt: skip
+            for caller, pause in self.kinds():
                 tasks.create_task(self._loop(caller, pause, retries=False))
 
-    async def _loop(self, call: Callable[[grpc.aio.Channel], Awaitable[None]], pause: float, *, retries: bool) -> None:
-        options = ringmesh.channel_options(retries=retries)
-        # A connection of its own: with others' it would go to the one router that they all have.
-        options.append(("grpc.use_local_subchannel_pool", 1))
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            while not self._stopping:
-                await call(channel)
-                await asyncio.sleep(self._draw.uniform(0, 2 * pause))
+    async def _loop(self, call: Call, pause: float, *, retries: bool) -> None:
+        while not self._stopping:
+            generation = self._access.generation
+            async with self._access.channel(retries=retries) as channel:
+                while not self._stopping and self._access.generation == generation:
+                    await call(channel)
+                    await asyncio.sleep(self._draw.uniform(0, 2 * pause))
 
     async def _valid(self, channel: grpc.aio.Channel) -> None:
         question = self._questions.next()
         await self._call("valid", channel, question, may_fail=frozenset())
 
     async def _call(
-        self, kind: str, channel: grpc.aio.Channel, question: Question, *, may_fail: frozenset[str], method: str = INFER
-    ) -> None:
+        self, kind: str, channel: grpc.aio.Channel, question: Question, *, may_fail: frozenset[str]
+    ) -> str | None:
+        """Where the answer came from: the metadata `ringmesh-cache`. None if there is none."""
         tally = self.tallies[kind]
         tally.sent += 1
         began = time.monotonic()
         try:
-            answer: bytes = await asyncio.wait_for(
-                channel.unary_unary(method)(question.body, timeout=DEADLINE_SECONDS, metadata=question.metadata),
-                DEADLINE_SECONDS + _GRACE_SECONDS,
+            call = channel.unary_unary(INFER)(
+                question.body,
+                timeout=DEADLINE_SECONDS,
+                metadata=self._access.metadata(question.tenant),
+                wait_for_ready=self._access.waits and not may_fail,
             )
+            answer: bytes = await asyncio.wait_for(call, DEADLINE_SECONDS + GRACE_SECONDS)
         except TimeoutError:
             tally.hung += 1
-            return
+            return None
         except grpc.aio.AioRpcError as error:
             tally.note(error.code().name, f"at {time.strftime('%H:%M:%S')}: {error.details()}")
             tally.answered += error.code().name in may_fail
-            return
+            return None
         finally:
             tally.slowest = max(tally.slowest, time.monotonic() - began)
         tally.answered += 1
         if question.expected is not None and not is_right(answer, question.expected):
             tally.wrong += 1
             tally.note("wrong", question.body[:60].hex())
+        return str(dict(await call.trailing_metadata()).get("ringmesh-cache", ""))
 
     async def _invalid(self, channel: grpc.aio.Channel) -> None:
         request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[bytes(256)])
@@ -258,38 +304,50 @@ class Callers:
         body = request.SerializeToString()
         if what == "garbage":
             body = self._draw.randbytes(self._draw.randint(1, 200)) + b"\xff"
-        await self._wrong("invalid", channel, Question(body, None))
+        await self.refused("invalid", channel, body, self._access.metadata(None))
 
-    async def _wrong(self, kind: str, channel: grpc.aio.Channel, question: Question) -> None:
-        """One that must be refused as the caller's fault; while routers are down, as theirs."""
+    async def refused(
+        self,
+        kind: str,
+        channel: grpc.aio.Channel,
+        body: bytes,
+        metadata: Metadata,
+        codes: frozenset[str] = CALLERS_FAULT,
+        method: str = INFER,
+    ) -> None:
+        """One that must be refused with one of `codes`; while routers are down, as their fault."""
         tally = self.tallies[kind]
         tally.sent += 1
+        began = time.monotonic()
         try:
             await asyncio.wait_for(
-                channel.unary_unary(INFER)(question.body, timeout=DEADLINE_SECONDS, metadata=question.metadata),
-                DEADLINE_SECONDS + _GRACE_SECONDS,
+                channel.unary_unary(method)(body, timeout=DEADLINE_SECONDS, metadata=metadata),
+                DEADLINE_SECONDS + GRACE_SECONDS,
             )
             tally.wrong += 1
-            tally.note("OK", question.body[:60].hex())
+            tally.note("OK", f"{method} {body[:60].hex()}")
         except TimeoutError:
             tally.hung += 1
         except grpc.aio.AioRpcError as error:
             code = error.code().name
-            tally.note(code, str(error.details()))
-            tally.answered += code in CALLERS_FAULT
-            tally.wrong += code not in CALLERS_FAULT | _TRANSIENT
+            tally.note(code, f"{method}: {error.details()}")
+            tally.answered += code in codes
+            tally.wrong += code not in codes | TRANSIENT
+        finally:
+            tally.slowest = max(tally.slowest, time.monotonic() - began)
 
     async def _huge(self, channel: grpc.aio.Channel) -> None:
         """Up to 16 MB there and back; and one that is larger than messages may be."""
         rng = np.random.default_rng(self._draw.getrandbits(64))
         x = rng.random((1, self._draw.randint(1 << 18, 1 << 22)), np.float32)
-        await self._call("huge", channel, Question(_body("identity_fp32", {"x": x}), {"y": x}), may_fail=_TRANSIENT)
+        await self._call("huge", channel, Question(_body("identity_fp32", {"x": x}), {"y": x}), may_fail=TRANSIENT)
 
     async def _cancelled(self, channel: grpc.aio.Channel) -> None:
         """Callers that leave at any moment."""
         tally = self.tallies["cancelled"]
         tally.sent += 1
-        call = channel.unary_unary(INFER)(self._questions.fresh().body, timeout=DEADLINE_SECONDS)
+        body, metadata = self._questions.fresh().body, self._access.metadata(None)
+        call = channel.unary_unary(INFER)(body, timeout=DEADLINE_SECONDS, metadata=metadata)
         await asyncio.sleep(self._draw.choice([0, 0.0005, 0.002, 0.005]))
         call.cancel()
         tally.answered += 1
@@ -297,7 +355,8 @@ class Callers:
     async def _hostile(self, channel: grpc.aio.Channel) -> None:
         """Requests made to cost much more than they should."""
         request = v2.ModelInferRequest(model_name="mlp")
-        metadata: tuple[tuple[str, str], ...] = ()
+        metadata = self._access.metadata(None)
+        codes = CALLERS_FAULT
         what = self._draw.choice(["inputs", "outputs", "parameters", "dimensions", "contents", "tenant", "twice"])
         count = 20_000
         if what == "inputs":
@@ -318,18 +377,19 @@ class Callers:
         elif what == "tenant":
             request = v2.ModelInferRequest(model_name="scoped", raw_input_contents=[bytes(3)])
             request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
-            metadata = (("ringmesh-tenant", f"{self._draw.getrandbits(64):x}" * 8),)
+            metadata = (*metadata, ("ringmesh-tenant", f"{self._draw.getrandbits(64):x}" * 8))
+            codes = codes | {"PERMISSION_DENIED"}
         else:
             request.inputs.add(name="x", datatype="FP32", shape=[1, 64])
             request.inputs.add(name="x", datatype="FP32", shape=[1, 64])
             request.raw_input_contents.extend([bytes(256)] * 2)
-        await self._wrong("hostile", channel, Question(request.SerializeToString(), None, metadata))
+        await self.refused("hostile", channel, request.SerializeToString(), metadata, codes)
 
     async def _garbage(self, _: grpc.aio.Channel) -> None:
         """Connections that speak something else, begin and do not go on, or do not read."""
         tally = self.tallies["connections"]
         tally.sent += 1
-        host, _, port = self._target.rpartition(":")
+        host, _, port = self._access.target.rpartition(":")
         try:
             _, writer = await asyncio.open_connection(host, int(port))
             preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -15,13 +15,14 @@ import psutil
 from tests.system.test_metrics import scrape, value
 
 PERIOD_SECONDS = 2.0
-# A process that has just started grows.
-_YOUNG_SECONDS = 30.0
+# Until a process has filled its caches, where the run is that long.
+SETTLED_SECONDS = 300.0
 FIGURES = ("memory MB", "open files", "tasks", "flights")
 
 
 @dataclass(frozen=True)
 class Sample:
+    pid: int
     at: float
     figures: tuple[float, ...]
 
@@ -31,11 +32,15 @@ def _flights(told: Mapping[str, Any]) -> float:
 
 
 class Watch:
-    """Samples of each process by name. `pids` and `metrics` tell where they are now."""
+    """Samples of each process by name. `pids` and `metrics` tell where they are now. A process that has just started
+    grows, while its caches fill: it is looked at once it is `settled_seconds` old."""
 
-    def __init__(self, pids: Callable[[], Mapping[str, int]], metrics: Mapping[str, str]) -> None:
+    def __init__(
+        self, pids: Callable[[], Mapping[str, int]], metrics: Mapping[str, str], settled_seconds: float
+    ) -> None:
         self._pids = pids
         self._metrics = metrics
+        self._settled_seconds = settled_seconds
         self.samples: dict[str, list[Sample]] = defaultdict(list)
 
     async def run(self) -> None:
@@ -49,7 +54,7 @@ class Watch:
         for name, pid in self._pids().items():
             try:
                 process = psutil.Process(pid)
-                if time.time() - process.create_time() < _YOUNG_SECONDS:
+                if time.time() - process.create_time() < self._settled_seconds:
                     continue
                 told = scrape(self._metrics[name]) if name in self._metrics else {}
                 figures = (
@@ -60,16 +65,18 @@ class Watch:
                 )
             except (psutil.Error, OSError):
                 continue  # it is stopped, or just ended
-            self.samples[name].append(Sample(time.monotonic(), figures))
+            self.samples[name].append(Sample(pid, time.monotonic(), figures))
 
     def in_flight(self) -> dict[str, float]:
         """Requests under way now, by process; those that have just started count too."""
         return {name: _flights(scrape(address)) for name, address in self._metrics.items()}
 
     def slopes(self) -> dict[str, list[tuple[float, float]]]:
-        """By process: for each of FIGURES its median, and how much the fitted line rises in ten minutes."""
+        """By process: for each of FIGURES its median, and how much the fitted line rises in ten minutes, since its last
+        start."""
         found = {}
-        for name, samples in self.samples.items():
+        for name, looked in self.samples.items():
+            samples = [sample for sample in looked if sample.pid == looked[-1].pid]
             if len(samples) < 3:
                 continue
             at = np.array([sample.at for sample in samples])

@@ -41,7 +41,7 @@ class RedisServer:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
-    def wait(self, seconds=10.0) -> None:
+    def wait(self, seconds=60.0) -> None:
         """Until it answers."""
         eventually(lambda: answers(self), seconds)
 
@@ -63,7 +63,7 @@ def answers(server: RedisServer) -> bool:
         return False
 
 
-def eventually(condition, seconds=15.0) -> None:
+def eventually(condition, seconds=60.0) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, f"not within {seconds} s"

@@ -11,6 +11,7 @@ import threading
 import grpc
 import numpy as np
 import pytest
+import ringmesh
 import tritonclient.grpc as triton
 from cryptography import x509
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -42,19 +43,29 @@ def worker(engine, models):
 
 
 @pytest.fixture
-def start_edge(worker, ca, tmp_path):
-    """Starts a router on a Unix socket and an Envoy in front of it: start_edge(client_ca, **settings). Returns the
-    Envoy's address; the router's socket and files are in tmp_path."""
-    started = []
+def started():
+    """Routers, then the Envoy, of start_edge."""
+    found = []
+    yield found
+    processes.stop(*found)
 
-    def start(client_ca, **settings):
+
+@pytest.fixture
+def start_edge(worker, ca, tmp_path, started):
+    """Starts routers on Unix sockets and an Envoy in front of them: start_edge(client_ca, routers, **settings). Returns
+    the Envoy's address; sockets and files are in tmp_path."""
+
+    def start(client_ca, routers=1, **settings):
         ca.issue("127.0.0.1").write(tmp_path)
-        router = tmp_path / "edge" / "router.sock"
-        router.parent.mkdir(mode=0o700)
+        folder = tmp_path / "edge"
+        folder.mkdir(mode=0o700)
         settings = {"audit_log": tmp_path / "audit.jsonl", **settings}
-        started.append(processes.start("router", address=f"unix:{router}", workers=worker, **settings))
         address = f"127.0.0.1:{free_port()}"
-        command = [*RINGMESH, "edge", "--address", address, "--router", str(router), "--folder", str(router.parent)]
+        command = [*RINGMESH, "edge", "--address", address, "--folder", str(folder)]
+        for number in range(routers):
+            router = folder / f"router-{number}.sock"
+            started.append(processes.start("router", address=f"unix:{router}", workers=worker, **settings))
+            command += ["--router", str(router)]
         command += ["--tls-certificate", tmp_path / "server.pem", "--tls-key", tmp_path / "server-key.pem"]
         if client_ca is not None:
             command += ["--tls-client-ca", replace(tmp_path / "ca.pem", client_ca.pem)]
@@ -62,8 +73,7 @@ def start_edge(worker, ca, tmp_path):
         eventually(lambda: accepts(address))
         return address
 
-    yield start
-    processes.stop(*started)
+    return start
 
 
 def accepts(address):
@@ -84,7 +94,7 @@ def infer(channel, value, metadata=()):
     """(status, whether a hit or a miss)"""
     body = request(value).SerializeToString()
     try:
-        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=30)
+        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=60)
     except grpc.RpcError as error:
         return error.code().name, ""
     return "OK", dict(call.trailing_metadata()).get("ringmesh-cache", "")
@@ -111,6 +121,34 @@ def test_tritons_client_calls_through_tls_and_plain_text_is_not_answered(start_e
     with pytest.raises(triton.InferenceServerException):
         plain.infer("mlp", [sent], client_timeout=2)
     plain.close()
+
+
+def test_our_channel_options_verify_the_name_of_the_routers(start_edge, ca):
+    address, credentials = start_edge(None), grpc.ssl_channel_credentials(ca.pem)
+    for authority, code in (("127.0.0.1", "OK"), ("ringmesh", "UNAVAILABLE")):
+        options = [*ringmesh.channel_options(authority=authority), *LOCAL]
+        with grpc.secure_channel(address, credentials, options) as to:
+            assert infer(to, 5)[0] == code
+
+
+def test_requests_after_the_death_of_a_router_go_to_the_other(start_edge, started, ca):
+    address = start_edge(None, routers=2)
+    with channel(address, ca) as to:
+        assert infer(to, 5)[0] == "OK"
+        processes.kill(started[0])
+        assert {infer(to, 5)[0] for _ in range(20)} == {"OK"}
+
+
+def test_large_requests_are_unavailable_as_small_ones_are_while_no_router_listens(start_edge, started, ca):
+    address = start_edge(None)
+    processes.kill(started[0])
+    with channel(address, ca) as to:
+        codes = set()
+        for size in (1, 8 << 20) * 5:
+            with pytest.raises(grpc.RpcError) as refused:
+                to.unary_unary(INFER)(bytes(size), timeout=30)
+            codes.add(refused.value.code().name)
+    assert codes == {"UNAVAILABLE"}
 
 
 def test_the_routers_socket_is_for_its_user_only(start_edge, tmp_path):

@@ -16,10 +16,12 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
 from setup import compiled_sources, has_compiler
+from tests import triton_models
 from tests.installation import ROOT
 from tests.system.conftest import start_stack, stop_stack
 
 EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
+COMPILED = [pytest.mark.proof, pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")]
 WHERE = "import cache, ringmesh, router, services as s; print(*(m.__path__ for m in (cache, ringmesh, router, s)))"
 
 
@@ -34,50 +36,52 @@ def run(*command, **environment):
     return done.stdout
 
 
+def build(folder, **environment):
+    """Both wheels, and what the build printed."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    printed = run(
+        *pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", folder, ".", "./protos", **environment
+    )
+    return folder, printed
+
+
+@pytest.fixture(scope="module")
+def compiled_wheels(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("wheels"))
+
+
 @pytest.fixture
-def install(tmp_path):
-    """Builds both wheels and installs them; the folder of packages, and what the build printed.
+def pure_wheels(tmp_path):
+    return build(tmp_path / "wheels", CC="none")
 
-    What they need is taken from the environment of the tests.
-    """
 
-    def install(home, **environment):
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-        wheels = tmp_path / "wheels"
-        built = run(
-            *pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", wheels, ".", "./protos", **environment
-        )
-        venv.create(home, symlinks=True)
-        (packages,) = home.glob("lib/python*/site-packages")
-        (packages / "needed.pth").write_text(sysconfig.get_path("purelib"))
-        installed = (*pip, "--python", home / "bin" / "python", "install", "--no-deps", "--force-reinstall")
-        run(*installed, *wheels.iterdir())
-        return packages, built
-
-    return install
+def install(wheels, home):
+    """The folder of packages. What they need is taken from the environment of the tests."""
+    venv.create(home, symlinks=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    (packages / "needed.pth").write_text(sysconfig.get_path("purelib"))
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", home / "bin" / "python")
+    run(*pip, "install", "--no-deps", "--force-reinstall", *wheels.iterdir())
+    return packages
 
 
 def compiled_label(metrics):
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=60) as response:
         (build,) = re.findall("^ringmesh_build_info.*$", response.read().decode(), re.MULTILINE)
     return re.search('compiled="(.*?)"', build)[1]
 
 
 @pytest.mark.parametrize(
-    ("environment", "is_compiled"),
+    ("wheels", "is_compiled"),
     [
-        pytest.param({"CC": "none"}, "false", id="without a C compiler"),
-        pytest.param(
-            {},
-            "true",
-            id="with a C compiler",
-            marks=[pytest.mark.proof, pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")],
-        ),
+        pytest.param("pure_wheels", "false", id="without a C compiler"),
+        pytest.param("compiled_wheels", "true", id="with a C compiler", marks=COMPILED),
     ],
 )
-def test_the_wheels_serve_from_a_clean_environment(install, models, tmp_path, environment, is_compiled):
+def test_the_wheels_serve_from_a_clean_environment(request, models, tmp_path, wheels, is_compiled):
     home = tmp_path / "environment"
-    packages, built = install(home, **environment)
+    wheels, built = request.getfixturevalue(wheels)
+    packages = install(wheels, home)
     assert ("building a pure wheel" in built) == (is_compiled == "false")
     assert {str(source.with_suffix(EXTENSION)) for source in compiled_sources() if is_compiled == "true"} == {
         str(path.relative_to(packages)) for path in packages.glob("[crs]*/**/*.so")
@@ -98,3 +102,22 @@ def test_the_wheels_serve_from_a_clean_environment(install, models, tmp_path, en
         processes, is_compiled
     )
     assert stop_stack(stack) == 0
+
+
+@pytest.mark.proof
+def test_a_new_user_gets_an_answer_of_each_example_model(compiled_wheels, tmp_path, capsys):
+    """By scripts/first-answer: a new user's way from the wheels to a first answer."""
+    triton_models.build(tmp_path / "models")
+    wheels, _ = compiled_wheels
+    done = subprocess.run(
+        [ROOT / "scripts/first-answer", wheels, tmp_path / "models"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d s  first answer: densenet_onnx by grpcurl", done.stdout)
+    assert "an answer of each model" in done.stdout

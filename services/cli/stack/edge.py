@@ -100,12 +100,22 @@ class Edge:
         }
 
     def _http(self) -> dict[str, Any]:
+        another = {"@type": f"{_TYPE}.retry.host.previous_hosts.v3.PreviousHostsPredicate"}
+        too_large = {"op": "EQ", "value": {"default_value": 507, "runtime_key": "edge.too_large_to_retry"}}
         route = {
             "cluster": "routers",
             # The deadline is the caller's grpc-timeout.
             "timeout": "0s",
             "max_stream_duration": {"grpc_timeout_header_max": "0s"},
-            "retry_policy": {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 2},
+            "retry_policy": {
+                "retry_on": "connect-failure,refused-stream,reset-before-request",
+                "num_retries": 2,
+                # A router that has died is the least loaded one: without this, most retries would choose it again.
+                "retry_host_predicate": [
+                    {"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": another}
+                ],
+                "host_selection_retry_max_attempts": 8,
+            },
         }
         return {
             "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -142,6 +152,10 @@ class Edge:
                 "virtual_hosts": [
                     {"name": "routers", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}
                 ],
+            },
+            # A body that is too large to be kept for another try: UNAVAILABLE, as without one, so that callers retry.
+            "local_reply_config": {
+                "mappers": [{"filter": {"status_code_filter": {"comparison": too_large}}, "status_code": 503}]
             },
             "http_filters": [
                 {

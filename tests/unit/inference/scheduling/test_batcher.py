@@ -223,13 +223,19 @@ async def test_a_delay_ends_though_the_batch_is_not_full():
 
 
 class Slow(Doubler):
+    """A run takes 50 ms, whatever its rows."""
+
+    def __init__(self, clock) -> None:
+        super().__init__()
+        self.clock = clock
+
     def run(self, inputs, outputs):
-        time.sleep(0.05)
+        self.clock.advance(0.05)
         return super().run(inputs, outputs)
 
 
-async def test_callers_in_a_closed_loop_come_together_in_one_batch():
-    model = Slow()
+async def test_callers_in_a_closed_loop_come_together_in_one_batch(clock):
+    model = Slow(clock)
     batcher = Batcher(model, EXECUTOR)
 
     async def call_again_and_again():
@@ -247,8 +253,8 @@ async def test_callers_in_a_closed_loop_come_together_in_one_batch():
     assert model.batches == [1, 3, 4, 4, 4]
 
 
-async def test_what_waits_does_not_wait_for_callers_that_stay_away():
-    model = Slow()
+async def test_what_waits_does_not_wait_for_callers_that_stay_away(clock):
+    model = Slow(clock)
     batcher = Batcher(model, EXECUTOR)
     first = await held(model, batcher, request(1))
     pair = await submit(batcher, *[request(value, rows=4) for value in (1, 2)])

@@ -8,7 +8,7 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import Dimension, UsageRecord, encode
 from services.ledger.ingest import batch as batches
-from services.ledger.ingest.batch import Kind
+from services.ledger.storage.kinds import UsageKind
 from services.runtime.errors import InvalidArgumentError
 
 HIT = Dimension("t", "m", "1", "eu", "cpu", "hit-local", "OK")
@@ -106,20 +106,20 @@ def test_a_producer_that_is_none_is_refused(fields, complaint):
 
 def test_too_many_records_are_refused():
     many = [UsageRecord(HIT, NOW)] * (batches.MOST_RECORDS + 1)
-    with pytest.raises(InvalidArgumentError, match="at_ms has 50001 entries; at most 50000"):
+    with pytest.raises(InvalidArgumentError, match="has 50001 records"):
         batches.read(request(encode(many)))
 
 
 def test_outcomes_of_newer_routers_are_other():
     read = batches.read(request(encode([UsageRecord(MISS._replace(outcome="hit-quantum"), NOW)])))
-    assert read.kinds == (Kind("other", "OK"),)
+    assert read.kinds == (UsageKind("other", "OK"),)
     assert not read.kinds[0].is_hit
 
 
 def test_joined_requests_are_hits_and_failed_ones_are_not():
-    assert Kind("joined", "OK").is_hit
-    assert not Kind("joined", "UNAVAILABLE").is_hit
-    assert Kind("joined", "UNAVAILABLE").is_error
+    assert UsageKind("joined", "OK").is_hit
+    assert not UsageKind("joined", "UNAVAILABLE").is_hit
+    assert UsageKind("joined", "UNAVAILABLE").is_error
 
 
 def sample(**fields):
@@ -156,5 +156,5 @@ def test_a_sample_that_is_none_is_refused(fields):
 
 
 def test_too_many_samples_are_refused():
-    with pytest.raises(InvalidArgumentError, match="key_samples has 20001 entries; at most 20000"):
+    with pytest.raises(InvalidArgumentError, match="20001 key samples; at most 20000"):
         batches.read(request(encode([], key_samples=[sample()] * 20_001)))
