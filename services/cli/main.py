@@ -655,10 +655,9 @@ def audit(
 ) -> None:
     """Shows who did what: administrative actions and refused calls, the newest first."""
     from services.cli.commands import audit as tool
-    from services.cli.commands import running
 
     asked = tool.question(since, until, who, method, limit)
-    found = tool.entries(address or running.endpoint("router", state), asked)
+    found = tool.entries(_address("router", address, state), asked)
     if is_json:
         for line in tool.lines(found):
             print(line)

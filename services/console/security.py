@@ -93,8 +93,10 @@ class Guard:
             except (PermissionDeniedError, UnavailableError) as error:
                 refusal = error.message
                 code = 403 if isinstance(error, PermissionDeniedError) else 503
-                page = HTTPException(code, f"{refusal[0].upper()}{refusal[1:]}.")
-                answer = await self._refused(Request(scope), page)
+                answer = PlainTextResponse(f"{refusal}\n", code)
+                if _is_browser(headers):
+                    page = HTTPException(code, f"{refusal[0].upper()}{refusal[1:]}.")
+                    answer = await self._refused(Request(scope), page)
         try:
             await answer(scope, receive, guarded)
         finally:
@@ -128,11 +130,15 @@ class Guard:
 
 def _to_sign_in(scope: Scope, headers: Headers, reason: str) -> Response:
     """Browsers are sent to the sign-in, other clients get a 401."""
-    if "text/html" not in headers.get("accept", ""):
+    if not _is_browser(headers):
         return PlainTextResponse(f"{reason}\n", 401, {"WWW-Authenticate": "Bearer"})
     query = scope["query_string"].decode(errors="replace")
     wanted = f"{scope['path']}?{query}" if query else scope["path"]
     return RedirectResponse(f"/sign-in?{urlencode({'next': wanted})}", 303)
+
+
+def _is_browser(headers: Headers) -> bool:
+    return "text/html" in headers.get("accept", "")
 
 
 def _is_address(name: str) -> bool:

@@ -91,9 +91,9 @@ class _ReloadedChannel:
     def unary_stream(self, *arguments: Any, **named: Any) -> Any:
         return _Method(self, "unary_stream", arguments, named)
 
-    async def close(self) -> None:
+    async def close(self, grace: float | None = None) -> None:
         if self._channel is not None:
-            await self._channel.close()
+            await self._channel.close(grace)
 
     def current(self) -> grpc.aio.Channel:
         credentials = self._tls.credentials

@@ -224,6 +224,9 @@ def test_a_program_may_send_its_key_as_callers_do(console):
     headers = [(b"authorization", f"Bearer {console.keys['reader']}".encode())]
     assert console.ask("GET", "/api/summary", headers=headers)[0] == 200
     assert console.ask("GET", "/api/summary", headers=[(b"authorization", b"Bearer rmk_wrong")])[0] == 401
+    headers = [(b"authorization", f"Bearer {console.keys['caller']}".encode())]
+    refusal = "this needs the role read, which key 'caller' does not have\n"
+    assert console.ask("GET", "/api/summary", headers=headers) == (403, refusal)
 
 
 def test_who_did_what_is_audited_without_the_key(another):
