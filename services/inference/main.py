@@ -78,21 +78,18 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     set_title("worker", settings.address, port)
     exposition = await publish(settings, metrics, tracer.process)
     report.start(server.receiver_seconds)
-    readiness = BACKGROUND.once("readiness", partial(_serve_once_usable, server, store))
+    background = [BACKGROUND.once("readiness", partial(_serve_once_usable, server, store))]
     announcer = None
     if redis is not None:
         address = settings.advertised(port)
         announcer = Announcer(redis, lambda: envelopes.announcement(address))
         announcer.start()
-    giving_back = BACKGROUND.start("free memory", partial(memory.keep_giving_back, store.shrink))
-    polling = None
+    background.append(BACKGROUND.start("free memory", partial(memory.keep_giving_back, store.shrink)))
     if settings.poll_seconds:
-        polling = BACKGROUND.start("model repository", partial(store.poll, settings.poll_seconds))
+        background.append(BACKGROUND.start("model repository", partial(store.poll, settings.poll_seconds)))
     await stopping.wait()
-    readiness.cancel()
-    giving_back.cancel()
-    if polling is not None:
-        polling.cancel()
+    for task in background:
+        task.cancel()
     worker.accepting = False
     # The worker leaves the ring first, then finishes the requests that it has accepted.
     if announcer is not None:

@@ -163,21 +163,13 @@ class Writer:
     async def _write(self, waiting: list[_WaitingBatch]) -> None:
         began = time.perf_counter_ns()
         batches = [one.batch for one in waiting]
-        names = {name for batch in batches for name in batch.series}
-        sampled = {one.series for batch in batches for one in batch.key_samples}
-        series = await self._series.of(self._database, names | sampled)
-        of_margins = await self._margins.of(self._database, {margin for name in names for margin in margins(name)})
-        numbers = _Numbers(series, {name: [of_margins[margin] for margin in margins(name)] for name in names})
-        kinds = await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds})
-        workers = await self._workers.of(
-            self._database, {WorkerName(*one[:3]) for batch in batches for one in batch.worker_minutes}
-        )
+        numbers = await self._find(batches)
         try:
-            verdicts = await self._transact(batches, numbers, kinds, workers)
+            verdicts = await self._transact(batches, numbers)
         except MissingPartitionError:
             # Somebody dropped a partition by hand: made again, once.
             self._partitions.forget()
-            verdicts = await self._transact(batches, numbers, kinds, workers)
+            verdicts = await self._transact(batches, numbers)
         self.transactions.observe(time.perf_counter_ns() - began)
         for one, (verdict, last) in zip(waiting, verdicts, strict=True):
             self.counters.verdicts[verdict.value] += 1
@@ -188,13 +180,21 @@ class Writer:
             if not one.written.done():
                 one.written.set_result((verdict, last))
 
-    async def _transact(
-        self,
-        batches: list[UsageBatch],
-        numbers: _Numbers,
-        kinds: dict[UsageKind, int],
-        workers: dict[WorkerName, int],
-    ) -> list[tuple[BatchFate, int]]:
+    async def _find(self, batches: list[UsageBatch]) -> _Numbers:
+        names = {name for batch in batches for name in batch.series}
+        sampled = {one.series for batch in batches for one in batch.key_samples}
+        series = await self._series.of(self._database, names | sampled)
+        of_margins = await self._margins.of(self._database, {margin for name in names for margin in margins(name)})
+        return _Numbers(
+            series,
+            {name: [of_margins[margin] for margin in margins(name)] for name in names},
+            await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds}),
+            await self._workers.of(
+                self._database, {WorkerName(*one[:3]) for batch in batches for one in batch.worker_minutes}
+            ),
+        )
+
+    async def _transact(self, batches: list[UsageBatch], numbers: _Numbers) -> list[tuple[BatchFate, int]]:
         now_ms = int(self._clock() * 1000)
         days: set[date] = set()
         async with self._database.writing() as connection:
@@ -208,11 +208,10 @@ class Writer:
                 if verdict is BatchFate.WRITE:
                     accepted.append((batch, mark.id))
             if accepted:
-                tables = [_Table(batch, producer, numbers, kinds) for batch, producer in accepted if batch.records]
+                tables = [_Table(batch, producer, numbers) for batch, producer in accepted if batch.records]
                 if tables:
                     days = await self._write_records(connection, tables, now_ms)
-                written = [batch for batch, _ in accepted]
-                await self._write_observed(connection, written, workers, numbers.series, now_ms)
+                await self._write_observed(connection, [batch for batch, _ in accepted], numbers, now_ms)
                 await producers.advance(connection, marks.values())
         self._partitions.made(days)
         return verdicts
@@ -249,12 +248,7 @@ class Writer:
         return days
 
     async def _write_observed(
-        self,
-        connection: Connection,
-        batches: list[UsageBatch],
-        workers: dict[WorkerName, int],
-        series: dict[UsageSeries, int],
-        now_ms: int,
+        self, connection: Connection, batches: list[UsageBatch], numbers: _Numbers, now_ms: int
     ) -> None:
         """Which workers were up, and samples of keys, of the days whose minutes are kept."""
         first_ms = midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
@@ -264,28 +258,30 @@ class Writer:
         samples = [one for batch in batches for one in batch.key_samples if first_ms <= one.at_ms < end_ms]
         times = [*(one.at_ms for one in minutes), *(one.at_ms for one in samples)]
         await self._partitions.ensure(connection, {day_of(at_ms) for at_ms in times})
-        await uptime.add(connection, minutes, workers)
-        await key_samples.add(connection, samples, series)
+        await uptime.add(connection, minutes, numbers.workers)
+        await key_samples.add(connection, samples, numbers.series)
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Of series, and of the margins of those that have records, one a cube."""
+    """Of what some batches name. `margins`: of series that have records, one a cube."""
 
     series: dict[UsageSeries, int]
     margins: dict[UsageSeries, list[int]]
+    kinds: dict[UsageKind, int]
+    workers: dict[WorkerName, int]
 
 
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: UsageBatch, producer: int, numbers: _Numbers, kinds: dict[UsageKind, int]) -> None:
+    def __init__(self, batch: UsageBatch, producer: int, numbers: _Numbers) -> None:
         self.batch = batch
         self._producer = producer
         self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]
         # A row a cube.
         self.margins = np.array([numbers.margins[name] for name in batch.series], np.int64).T[:, batch.dimension]
-        self._kind = np.array([kinds[name] for name in batch.kinds], np.int64)[batch.dimension]
+        self._kind = np.array([numbers.kinds[name] for name in batch.kinds], np.int64)[batch.dimension]
         self._is_hit = np.array([name.is_hit for name in batch.kinds], np.int64)[batch.dimension]
         self._is_error = np.array([name.is_error for name in batch.kinds], np.int64)[batch.dimension]
 
