@@ -70,7 +70,7 @@ def start_edge(worker, ca, tmp_path, started):
         if client_ca is not None:
             command += ["--tls-client-ca", replace(tmp_path / "ca.pem", client_ca.pem)]
         started.append(processes.Started(address, subprocess.Popen(command)))
-        eventually(lambda: accepts(address))
+        eventually(lambda: accepts(address), 60)
         return address
 
     return start
