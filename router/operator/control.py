@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from cache.keys.epochs import EVERYTHING, MODELS
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
 from router.membership.fleet import Fleet
@@ -57,6 +58,17 @@ class FleetControl:
                 for method in _SHARED_MEMORY
             },
         }
+
+    async def hear(self, news: set[str]) -> None:
+        """Describes all healthy workers again if a router has loaded or unloaded models.
+
+        `news`: scopes of purges and announcements. A purge of everything removes the news of that.
+        """
+        if not news.isdisjoint((MODELS, EVERYTHING)):
+            await self._describe_all()
+
+    async def _describe_all(self) -> None:
+        await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
 
     async def _to_all(self, method: str, request: Message, _: Context) -> Any:
         """Calls all workers and returns the first answer; the answers are alike.
@@ -153,7 +165,7 @@ class FleetControl:
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it
-            await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
+            await self._describe_all()
             try:
                 await self._announce()
             except UnavailableError as error:
