@@ -1,5 +1,5 @@
 # The commands people run. Everything lives in .venv; the first of them creates it.
-.PHONY: up demo test proof check fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
+.PHONY: up demo test proof load check fuzz lock sbom audit bench bench-check bench-gpu soak proto simulate clean
 PY := .venv/bin/python
 READY := .venv/.ready .venv/.stubs .venv/.installed
 
@@ -12,16 +12,19 @@ demo: $(READY)
 # Most of what tests start waits most of the time. A file stays in one process, with the stack that it shares.
 PARALLEL := --dist loadfile -n
 # Bytecode is kept even where the environment says not to: tests start hundreds of services.
-test proof: export PYTHONDONTWRITEBYTECODE =
+test proof load: export PYTHONDONTWRITEBYTECODE =
 
 # The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
 test: $(READY)
 	@$(PY) -m pytest $(PARALLEL) 2
 	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) 2 tests/unit
 
-# Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
+# Longer: faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
 	@$(PY) -m pytest $(PARALLEL) 3 -m "proof and not alone"
+
+# What judges rates, times or memory: before a release, on a machine that does nothing else.
+load: $(READY)
 	@$(PY) -m pytest -m "proof and alone"
 
 # A simulated fleet on virtual time, SEEDS of them; RINGMESH_TEST_COMPILED=1 for the modules that services run.

@@ -75,6 +75,7 @@ async def keep_asking(channel, hot, others):
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_a_worker_that_owns_half_of_all_requests_stays_within_its_bound(router, workers):
     async with grpc.aio.insecure_channel(router) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
@@ -95,6 +96,7 @@ async def test_a_worker_that_owns_half_of_all_requests_stays_within_its_bound(ro
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_one_hot_key_that_is_not_cached_pushes_no_worker_above_the_bound(router, workers):
     key = fresh("random")
     async with grpc.aio.insecure_channel(router) as channel:

@@ -14,7 +14,7 @@ from services.console.data.scraper import fetch
 from tests.system.processes import free_address
 from tests.system.test_cache import INFER, fresh
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 TENANT = "balanced"
 

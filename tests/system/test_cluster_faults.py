@@ -13,7 +13,7 @@ from tests import models
 from tests.system.redis_servers import needs_redis_server, redis_cluster  # noqa: F401
 from tests.system.test_cache import INFER
 
-pytestmark = [needs_redis_server, pytest.mark.proof]
+pytestmark = [needs_redis_server, pytest.mark.proof, pytest.mark.alone]
 
 
 def echo():

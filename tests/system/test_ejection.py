@@ -17,7 +17,7 @@ from tests.system.steady_load import steady_load
 from tests.system.test_cache import fresh, infer
 from tests.system.way import Way
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 EXECUTE = "/ringmesh.inference.v1.InferenceWorkerService/Execute"
 

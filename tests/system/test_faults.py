@@ -121,6 +121,7 @@ async def test_redis_frozen_under_load_fails_no_request(start_router, stack, val
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_a_hung_redis_costs_callers_one_look_up_budget_and_then_nothing(start_router, stack, valkey):
     """Sixteen callers at once, then one after the other: none waits after the breaker has opened."""
     budget = 6.0

@@ -24,7 +24,7 @@ from tests.system.steady_load import steady_load
 from tests.system.test_metrics import scrape, value
 from tests.system.way import Way
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 NAMES = ("worker-a", "worker-b", "worker-c")
 

@@ -11,7 +11,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from tests.system.test_cache import INFER, fresh
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 STATISTICS = "/inference.GRPCInferenceService/ModelStatistics"
 
 

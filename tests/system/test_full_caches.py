@@ -13,7 +13,7 @@ from tests.ports import free_port
 from tests.system.test_metrics import scrape, value
 from tests.valkeys import valkey_server
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 LOCAL_TIER_BYTES = 1 << 20
 REDIS_BYTES = 16 << 20

@@ -17,7 +17,7 @@ from tests.system.callers import eventually
 from tests.system.processes import free_address
 from tests.system.test_cache import infer
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 CONFIG = 'parameters { key: "ringmesh_hedge" value { string_value: "true" } }'
 _fraction = count(1)

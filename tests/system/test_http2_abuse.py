@@ -24,7 +24,7 @@ from tests.system.raw_http2 import (
     frame,
 )
 
-pytestmark = [pytest.mark.proof, pytest.mark.both_engines]
+pytestmark = [pytest.mark.proof, pytest.mark.alone, pytest.mark.both_engines]
 
 METHOD = [
     (":method", "POST"), (":scheme", "http"), (":path", "/grpc.health.v1.Health/Check"), (":authority", "x"),

@@ -67,6 +67,7 @@ def test_a_worker_that_has_the_model_in_memory_is_asked_before_one_that_would_lo
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_more_models_than_fit_are_served_under_load_within_the_memory(start_worker, start_router, tmp_path):
     count = 8
     for number in range(count):

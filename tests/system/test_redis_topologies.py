@@ -153,6 +153,7 @@ async def test_purges_and_leases_work_on_a_cluster(redis_cluster, open_tier):  #
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_one_paused_node_of_a_cluster_costs_its_own_keys_only(redis_cluster, open_tier):  # noqa: F811
     tier = open_tier(redis_cluster.url)
     await keeps(tier, KEYS)
