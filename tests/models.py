@@ -340,5 +340,6 @@ def build(repository: Path) -> Path:
         make(repository)
     # The tests share routers: without this, Redis holds it or not by what earlier tests have measured.
     always = 'parameters { key: "ringmesh_shared_tier" value { string_value: "always" } }'
-    (repository / "mlp" / "config.pbtxt").write_text(always)
+    for name in ("mlp", "identity_fp32"):
+        (repository / name / "config.pbtxt").write_text(always)
     return repository

@@ -109,8 +109,11 @@ class InvalidationLog:
         # Entries computed before this time are not served; 0 unless the process is disconnected from Redis.
         self.oldest_ms = 0
         self.changed = asyncio.Event()
-        # Called with the scopes that other processes purged or announced, before this process confirms them.
+        # Called with the scopes that were purged or announced since its last call, before this process confirms them.
         self.on_news: Callable[[set[str]], Awaitable[None]] = _nothing
+        # What Redis had at that call. `epochs` also has this process's own purges, which must not hide older ones of
+        # others.
+        self._told: Mapping[str, int] = {}
         self._shared = shared
         self._member = member
         self._lease = lease_seconds
@@ -203,13 +206,13 @@ class InvalidationLog:
             before = time.monotonic()
             version, *flat = await self._run(_BEAT, self._member, str(self._version_read))
             scopes = dict(_scopes(flat))
-            news = {scope for scope, epoch in scopes.items() if epoch > self.epochs.scopes.get(scope, 0)}
             self._merge(scopes)
             if int(version) < self.epochs.version:
                 # Redis lost epochs in a restart or a failover.
                 await self._run(_MERGE, *_flat(self.epochs.scopes))
             if flat:
-                await self.on_news(news)
+                await self.on_news({scope for scope, epoch in scopes.items() if epoch > self._told.get(scope, 0)})
+                self._told = scopes
                 await self._run(_BEAT, self._member, version.decode())
             self._version_read = int(version)
             self.is_known = True

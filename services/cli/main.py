@@ -176,15 +176,14 @@ def up(
     # First, because other users see the arguments in `ps` until then.
     set_title("up", f"{host}:{base_port}")
     keep_files_private()
-    from services.cli.commands import demo_models, model_list
+    from services.cli.commands import demo_models
+    from services.cli.commands import up as commands
     from services.cli.commands.screen import Screen
     from services.cli.stack import local_ca
     from services.cli.stack.claim import claim
     from services.cli.stack.endpoints import Endpoints
     from services.cli.stack.key_secret import key_secret
     from services.cli.stack.stack import StackOptions
-    from services.runtime.process import variables
-    from services.runtime.rpc.access import warning
 
     screen = Screen(_console(), state)
     endpoints = Endpoints.create(host, base_port, workers, routers)
@@ -204,35 +203,15 @@ def up(
         tls=files if tls else None,
     )
 
-    async def serve() -> int:
-        screen.endpoints(options)
-        failures, sample = await asyncio.to_thread(model_list.first_look, options.routers[0], options.key_secret)
-        for failure in failures:
-            screen.say(failure)
-        if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
-            screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
-        if sample is not None:
-            screen.first_calls(endpoints.router, sample, options.tls)
-        screen.say("ready")
-        try:
-            await asyncio.Event().wait()
-        finally:
-            screen.say("draining; press Ctrl-C again to kill all processes")
-        return 0
-
     # They are the edge's; a router on the native engine has no TLS.
     for name in ("CERTIFICATE", "KEY", "CLIENT_CA"):
         os.environ.pop(f"RINGMESH_TLS_{name}", None)
-    for message in variables.unknown(os.environ):
+    for message in commands.warnings(f"{host}:{base_port}"):
         screen.say(f"warning: {message}")
-    if exposed := warning(
-        f"{host}:{base_port}", has_keys=not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)
-    ):
-        screen.say(f"warning: {exposed}")
     with claim(state):
         if models is None:
             demo_models.fill(Path(options.models), screen.say)
-        code = _run("up", options, screen.say, serve, interrupted=0)
+        code = _run("up", options, screen.say, partial(commands.serve, screen, options), interrupted=0)
     screen.say("stopped" if code == 0 else "killed")
     raise typer.Exit(code)
 
@@ -441,9 +420,9 @@ def purge(
         tenant=tenant,
         key=key,
     )
-    _console().print(f"purged; {done.confirmed} processes confirmed it", highlight=False)
+    _console().print(f"purged; {done.confirmed} processes confirmed it")
     if done.warning:
-        _console().print(done.warning, highlight=False)
+        _console().print(done.warning)
 
 
 LedgerOption = Annotated[
@@ -484,7 +463,7 @@ def cost(
     console = _console()
     if export is not None:
         written = show.export(address, since or "1h", until, export)
-        console.print(f"{export}: {written:,} bytes", highlight=False)
+        console.print(f"{export}: {written:,} bytes")
     elif forecast:
         expected = show.forecast(address)
         print(show.as_json(expected)) if is_json else show.show_forecast(console, expected)
@@ -676,10 +655,9 @@ def audit(
 ) -> None:
     """Shows who did what: administrative actions and refused calls, the newest first."""
     from services.cli.commands import audit as tool
-    from services.cli.commands import running
 
     asked = tool.question(since, until, who, method, limit)
-    found = tool.entries(address or running.endpoint("router", state), asked)
+    found = tool.entries(_address("router", address, state), asked)
     if is_json:
         for line in tool.lines(found):
             print(line)
@@ -713,4 +691,4 @@ def _address(name: str, given: str | None, state: Path) -> str:
 
 def _console() -> Console:
     """Returns a console. A file or a pipe gets a fixed width of 160, because it has no terminal width to wrap at."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)

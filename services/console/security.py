@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.console.sessions import Sessions
 from services.console.visitor import NOBODY, Visitor, role_of
-from services.runtime.errors import PermissionDeniedError, UnauthenticatedError
+from services.runtime.errors import PermissionDeniedError, UnauthenticatedError, UnavailableError
 from services.runtime.rpc.access import Access
 
 HEADERS = {
@@ -90,10 +90,13 @@ class Guard:
                 if role_of(method, path) is not None:
                     refusal = error.message
                     answer = _to_sign_in(scope, headers, refusal)
-            except PermissionDeniedError as error:
+            except (PermissionDeniedError, UnavailableError) as error:
                 refusal = error.message
-                page = HTTPException(403, f"{refusal[0].upper()}{refusal[1:]}.")
-                answer = await self._refused(Request(scope), page)
+                code = 403 if isinstance(error, PermissionDeniedError) else 503
+                answer = PlainTextResponse(f"{refusal}\n", code)
+                if _is_browser(headers):
+                    page = HTTPException(code, f"{refusal[0].upper()}{refusal[1:]}.")
+                    answer = await self._refused(Request(scope), page)
         try:
             await answer(scope, receive, guarded)
         finally:
@@ -114,7 +117,7 @@ class Guard:
         return ""
 
     def _visitor(self, headers: Headers, client: str) -> Visitor:
-        """Who sent the request. Raises UnauthenticatedError."""
+        """Who sent the request. Raises UnauthenticatedError, and UnavailableError as Access.identity."""
         if self._sessions is None:
             return Visitor(is_near=self._access.is_admin_host(client))
         if authorization := headers.get("authorization", ""):
@@ -127,11 +130,15 @@ class Guard:
 
 def _to_sign_in(scope: Scope, headers: Headers, reason: str) -> Response:
     """Browsers are sent to the sign-in, other clients get a 401."""
-    if "text/html" not in headers.get("accept", ""):
+    if not _is_browser(headers):
         return PlainTextResponse(f"{reason}\n", 401, {"WWW-Authenticate": "Bearer"})
     query = scope["query_string"].decode(errors="replace")
     wanted = f"{scope['path']}?{query}" if query else scope["path"]
     return RedirectResponse(f"/sign-in?{urlencode({'next': wanted})}", 303)
+
+
+def _is_browser(headers: Headers) -> bool:
+    return "text/html" in headers.get("accept", "")
 
 
 def _is_address(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Sessions of browsers that have signed in with an API key. They are in memory: a restart ends them."""
+"""Sessions of browsers that have signed in with an API key or a token. They are in memory: a restart ends them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from services.runtime.token_bucket import TokenBucket
 
 # A session ends so long after the sign-in, or after the last request.
 SECONDS, IDLE_SECONDS = 12 * 3600.0, 3600.0
-# The oldest session of a key makes room for another.
-MOST_OF_A_KEY = 16
+# The oldest session of a key or token makes room for another.
+MOST_OF_A_HOLDER = 16
 # Attempts to sign in from one address.
 ATTEMPTS, ATTEMPTS_A_SECOND = 10, 0.2
 _MOST_ADDRESSES = 4096
@@ -23,17 +23,17 @@ _MOST_ADDRESSES = 4096
 
 @dataclass(slots=True)
 class Session:
-    """`authorization`: the key, as metadata. Times in seconds."""
+    """`authorization`: the key or token, as metadata. `holder`: its kind and id. Times in seconds."""
 
     authorization: str
-    key_id: str
+    holder: str
     ends: float
     idle_ends: float
 
 
 class Sessions:
-    """The sessions by their random tokens. `identify` returns whose key or JWT an `authorization` is; raises
-    UnauthenticatedError."""
+    """The sessions by their random tokens. `identify` returns whose key or JWT an `authorization` is. Raises
+    UnauthenticatedError, and UnavailableError if that cannot be decided yet."""
 
     def __init__(self, identify: Callable[[str], Identity], clock: Callable[[], float] = time.monotonic) -> None:
         self._identify = identify
@@ -45,22 +45,22 @@ class Sessions:
     def open(self, key: str, address: str) -> str:
         """Starts a session and returns its token. `address`: of the browser.
 
-        Raises ResourceExhaustedError after too many attempts from that address, and UnauthenticatedError.
+        Raises ResourceExhaustedError after too many attempts from that address, and the errors of `identify`.
         """
         if seconds := self._bucket(address).take():
             error = ResourceExhaustedError(f"too many attempts to sign in from {address}; retry in {seconds:.0f} s")
             error.retry_after = seconds
             raise error
         authorization = f"Bearer {key}"
-        identity = self._identify(authorization)
+        holder = str(self._identify(authorization))
         now = self._clock()
         for token in [token for token, session in self._sessions.items() if session.ends <= now]:
             del self._sessions[token]
-        same = [token for token, session in self._sessions.items() if session.key_id == identity.id]
-        for token in same[: max(0, len(same) + 1 - MOST_OF_A_KEY)]:
+        same = [token for token, session in self._sessions.items() if session.holder == holder]
+        for token in same[: max(0, len(same) + 1 - MOST_OF_A_HOLDER)]:
             del self._sessions[token]
         token = secrets.token_urlsafe(32)
-        self._sessions[token] = Session(authorization, identity.id, now + SECONDS, now + IDLE_SECONDS)
+        self._sessions[token] = Session(authorization, holder, now + SECONDS, now + IDLE_SECONDS)
         return token
 
     def find(self, token: str) -> tuple[Identity, str]:

@@ -33,7 +33,8 @@ from services.runtime.process.process import publish, run, set_title
 from services.runtime.redis.discovery import Announcer
 from services.runtime.rpc.calls import Calls
 from services.runtime.rpc.live_settings import LiveSettings
-from services.runtime.rpc.server import StartError
+from services.runtime.rpc.roles import V2
+from services.runtime.rpc.server import Server, StartError
 from services.runtime.telemetry.gpu_metrics import gpu_metrics
 from services.runtime.telemetry.load_report import Answers, LoadReport
 from services.runtime.telemetry.metrics import Metrics
@@ -77,20 +78,18 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     set_title("worker", settings.address, port)
     exposition = await publish(settings, metrics, tracer.process)
     report.start(server.receiver_seconds)
-    server.set_serving(True)
+    background = [BACKGROUND.once("readiness", partial(_serve_once_usable, server, store))]
     announcer = None
     if redis is not None:
         address = settings.advertised(port)
         announcer = Announcer(redis, lambda: envelopes.announcement(address))
         announcer.start()
-    giving_back = BACKGROUND.start("free memory", partial(memory.keep_giving_back, store.shrink))
-    polling = None
+    background.append(BACKGROUND.start("free memory", partial(memory.keep_giving_back, store.shrink)))
     if settings.poll_seconds:
-        polling = BACKGROUND.start("model repository", partial(store.poll, settings.poll_seconds))
+        background.append(BACKGROUND.start("model repository", partial(store.poll, settings.poll_seconds)))
     await stopping.wait()
-    giving_back.cancel()
-    if polling is not None:
-        polling.cancel()
+    for task in background:
+        task.cancel()
     worker.accepting = False
     # The worker leaves the ring first, then finishes the requests that it has accepted.
     if announcer is not None:
@@ -102,6 +101,18 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     if journal is not None:
         journal.close()
     await tracer.close()
+
+
+async def _serve_once_usable(server: Server, store: ModelStore) -> None:
+    """Answers probes of readiness with NOT_SERVING while no model could be loaded, so that a rollout stops.
+
+    Routers do not ask for readiness, so that they list the models that failed.
+    """
+    if not store.usable.is_set():
+        log.error("none of the models could be loaded: health checks answer NOT_SERVING until one is")
+        server.health.set_serving(True, but=("", V2))
+    await store.usable.wait()
+    server.set_serving(True)
 
 
 def _kept(settings: WorkerSettings, kind: str, open_at: Callable[[Path], Kept], lost: str) -> Kept | None:

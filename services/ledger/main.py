@@ -10,7 +10,7 @@ from urllib.parse import quote
 from services.ledger.api.metrics import LedgerMetrics
 from services.ledger.api.service import LedgerService
 from services.ledger.ingest.writer import Writer
-from services.ledger.reports.budgets import Budgets
+from services.ledger.reports.budgets import BudgetList
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.reports.reports import Reports
@@ -47,7 +47,7 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
     prices = PriceList(database, settings.currency)
     cache = ReportCache(settings.cache_address, credential_of(settings.key_secret), settings.service_tls())
     reports = Reports(database, prices, cache, settings.retention)
-    budgets = Budgets(database, prices)
+    budgets = BudgetList(database, prices)
     service = LedgerService(database, partitions, writer, prices, reports, budgets).service()
     server = settings.create_server([service], settings.access())
     metrics = Metrics()

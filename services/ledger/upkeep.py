@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
-
-import asyncpg
 
 from services.ledger.reports.price_list import PriceList
-from services.ledger.storage.database import Database
+from services.ledger.storage.database import FAILURES, Database
 from services.ledger.storage.migrations import MigrationError
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.price_table import Price
+from services.ledger.storage.times import utc
 from services.runtime.errors import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -32,17 +30,10 @@ async def open_database(
         try:
             if not database.is_open:
                 await database.open()
-            await partitions.prepare(database, _utc(clock))
+            await partitions.prepare(database, utc(clock() * 1000))
             await prices.begin(defaults)
             return
-        except (
-            OSError,
-            TimeoutError,
-            asyncpg.PostgresError,
-            asyncpg.InterfaceError,
-            MigrationError,
-            UnavailableError,
-        ) as error:
+        except (*FAILURES, MigrationError, UnavailableError) as error:
             reason = f"{type(error).__name__}: {error}"
             # A server that starts refuses for a moment: that is no news.
             if reason != logged and pause > 10 * _FIRST_PAUSE_SECONDS:
@@ -55,11 +46,7 @@ async def open_database(
 async def keep_partitions(database: Database, partitions: Partitions, clock: Callable[[], float]) -> None:
     """Until cancelled."""
     while True:
-        await partitions.prepare(database, _utc(clock))
-        if dropped := await partitions.drop_old(database, _utc(clock)):
+        await partitions.prepare(database, utc(clock() * 1000))
+        if dropped := await partitions.drop_old(database, utc(clock() * 1000)):
             log.info("dropped what is not kept any longer: %s", ", ".join(dropped))
         await asyncio.sleep(_EVERY_SECONDS)
-
-
-def _utc(clock: Callable[[], float]) -> datetime:
-    return datetime.fromtimestamp(clock(), UTC)

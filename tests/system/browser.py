@@ -33,7 +33,7 @@ class Browser:
         self._base = f"http://{address}"
         options = {"binary": shutil.which("chromium"), "args": [*FLAGS, f"--user-data-dir={profile}"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        give_up = time.monotonic() + 30
+        give_up = time.monotonic() + 60
         while True:
             try:
                 made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -108,7 +108,7 @@ class Browser:
     def close_tab(self) -> None:
         self._call("DELETE", "/window")
 
-    def wait(self, condition, seconds: float = 20.0) -> None:
+    def wait(self, condition, seconds: float = 60.0) -> None:
         give_up = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < give_up, f"not within {seconds} s; the page says:\n{self.text()}"

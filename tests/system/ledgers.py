@@ -41,7 +41,7 @@ class Ledger:
         groups = [ledger_pb2.Group.Value(f"GROUP_{group.upper()}") for group in by]
         return self.stub.Report(
             ledger_pb2.ReportRequest(by=groups, from_ms=now_ms() - HOUR_MS if from_ms is None else from_ms, **question),
-            timeout=30,
+            timeout=60,
         )
 
     def postgres(self):
@@ -77,7 +77,7 @@ class Sender:
                 batch=batch,
                 digest=blake3(batch).digest(16) if digest is None else digest,
             ),
-            timeout=30,
+            timeout=60,
         )
         self.next = answer.last_sequence + 1
         return answer

@@ -17,6 +17,9 @@ from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 from tests.ports import free_port
 
 KEY_SECRET = "of all that tests start"
+# Unless a test is about them: on a busy machine look-ups in Redis would be given up and requests refused, and the audit
+# computes any hit again.
+STEADY = {"shared_budget_seconds": "5", "queue_seconds": "600", "audit_share": "0"}
 _STATE = tempfile.TemporaryDirectory(prefix="ringmesh-tests-", ignore_cleanup_errors=True)
 _NUMBERS = itertools.count()
 
@@ -36,11 +39,12 @@ def free_address() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
-def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
-    """Starts `python -m module` with RINGMESH_* settings and waits until it is SERVING.
+def start(module: str, *, within: Sequence[str] = (), service: str = "", **settings) -> Started:
+    """Starts `python -m module` with RINGMESH_* settings and waits until `service` is SERVING, "": all of it.
 
     `within` is a command that runs it, such as that of a network namespace.
     """
+    settings = STEADY | settings
     settings.setdefault("address", free_address())
     # Each its own: an address that is free again would find what was decided there before.
     settings.setdefault("state_dir", Path(_STATE.name, str(next(_NUMBERS))))
@@ -49,12 +53,12 @@ def start(module: str, *, within: Sequence[str] = (), **settings) -> Started:
     environment = {f"RINGMESH_{name.upper()}": str(value) for name, value in settings.items() if value is not None}
     process = subprocess.Popen([*within, sys.executable, "-P", "-m", module], env={**os.environ, **environment})
     started = Started(settings["address"], process)
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 120
     with grpc.insecure_channel(started.address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while True:
             try:
-                if health.Check(health_pb2.HealthCheckRequest(), timeout=1).status == 1:
+                if health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == 1:
                     return started
             except grpc.RpcError:
                 pass
@@ -69,7 +73,7 @@ def stop(*started: Started) -> None:
         one.process.terminate()
     for one in started:
         try:
-            one.process.wait(5)
+            one.process.wait(30)
         except subprocess.TimeoutExpired:
             one.process.kill()
             one.process.wait()

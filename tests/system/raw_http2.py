@@ -28,7 +28,7 @@ def frame(kind, flags, stream, payload=b""):
 class RawClient:
     """One connection; `settings` are pairs of RFC 9113 6.5.2. Reads wait up to `seconds`."""
 
-    def __init__(self, port, settings=(), seconds=10):
+    def __init__(self, port, settings=(), seconds=60):
         self.socket = socket.create_connection(("127.0.0.1", port), seconds)
         self._encoder, self._decoder = hpack.Encoder(), hpack.Decoder()
         self._received = b""

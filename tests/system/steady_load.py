@@ -14,6 +14,7 @@ class SteadyLoad:
 
     def __init__(self, channel, rate, model):
         self.errors = []
+        self._failed = []
         self.answers = 0
         self.workers = []
         self._channel = channel
@@ -32,6 +33,10 @@ class SteadyLoad:
     def workers_of(self, name):
         """Who answered what began in this phase."""
         return {worker for _, worker in self._phases[name]}
+
+    def failed(self, name):
+        """How many failed that began in this phase."""
+        return sum(phase is self._phases[name] for phase in self._failed)
 
     def report(self, title):
         """Latencies by phase, printed."""
@@ -55,22 +60,18 @@ class SteadyLoad:
 
     async def _call(self, method, phase):
         begin = time.monotonic()
-        call = method(fresh(self._model).SerializeToString(), timeout=20)
+        call = method(fresh(self._model).SerializeToString(), timeout=60)
         try:
             await call
         except grpc.aio.AioRpcError as error:
             self.errors.append(f"{error.code().name}: {error.details()}")
+            self._failed.append(phase)
             return
         self.answers += 1
         took = time.monotonic() - begin
         worker = dict(await call.trailing_metadata()).get("ringmesh-worker", "")
         phase.append((took, worker))
         self.workers.append(worker)
-
-    @property
-    def under_way(self):
-        """Calls without an answer yet."""
-        return len(self._calls)
 
     def stop(self):
         self._stopping = True

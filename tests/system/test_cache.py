@@ -22,7 +22,7 @@ def fresh(model="mlp", **fields):
 
 async def infer(channel, request, metadata=()):
     """(response, trailing metadata)"""
-    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=30, metadata=metadata)
+    call = channel.unary_unary(INFER)(request.SerializeToString(), timeout=120, metadata=metadata)
     response = v2.ModelInferResponse.FromString(await call)
     return response, dict(await call.trailing_metadata())
 
@@ -58,8 +58,10 @@ async def test_an_answer_from_the_cache_has_the_id_of_its_own_request(channel):
 async def test_equal_requests_in_flight_are_computed_once(channel):
     request = fresh("slow")
     answers = await asyncio.gather(*(infer(channel, request) for _ in range(50)))
-    outcomes = sorted(told["ringmesh-cache"] for _, told in answers)
-    assert outcomes == ["joined"] * 49 + ["miss"]
+    outcomes = [told["ringmesh-cache"] for _, told in answers]
+    assert outcomes.count("miss") == 1
+    # The last ones may come when the answer is there.
+    assert {"joined", "miss"} <= {*outcomes} <= {"joined", "miss", "hit-local"}
     assert len({response.SerializeToString() for response, _ in answers}) == 1
 
 
@@ -80,7 +82,7 @@ async def test_another_router_finds_the_answer_in_redis(channel, stack, start_ro
     request = fresh()
     response, _ = await infer(channel, request)
     async with grpc.aio.insecure_channel(start_router(stack.workers, stack.redis_url).address) as other:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:  # the fill is written behind the answer
                 again, told = await infer(other, request)
                 if told["ringmesh-cache"] != "miss":

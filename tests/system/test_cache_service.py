@@ -39,7 +39,7 @@ def item(namespace="tests"):
 
 
 async def eventually(found):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (value := await found()):
             await asyncio.sleep(0.01)
     return value
@@ -183,7 +183,7 @@ async def test_a_new_router_is_warmed_with_what_was_asked_for_most(stack, engine
     await asyncio.to_thread(processes.stop, old)  # as it leaves it tells what was valuable
     new = await asyncio.to_thread(processes.start, "router", **settings)
     async with grpc.aio.insecure_channel(new.address) as channel:
-        warmed = await cache_pb2_grpc.CacheServiceStub(channel).Warm(cache_pb2.WarmRequest(), timeout=20)
+        warmed = await cache_pb2_grpc.CacheServiceStub(channel).Warm(cache_pb2.WarmRequest(), timeout=60)
         outcomes = [(await infer(channel, request))[1]["ringmesh-cache"] for request in (popular, rare)]
     processes.stop(new)
     assert warmed.entries >= 1

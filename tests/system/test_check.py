@@ -109,7 +109,7 @@ def test_the_sample_requests_are_answered(tmp_path):
         for command in model["sample"].values():
             command = command.replace("127.0.0.1:8001", stack.router)
             done = subprocess.run(
-                command, shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=60
+                command, shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=180
             )
             assert done.returncode == 0, command + done.stderr
             assert model["outputs"][0]["name"] in done.stdout

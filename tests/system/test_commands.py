@@ -173,7 +173,7 @@ def test_version_says_what_is_installed_and_whether_it_is_compiled():
 def test_the_shell_completes_commands_and_options(line, expected):
     asked = {"_RINGMESH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     binary = Path(sys.executable).parent / "ringmesh"
-    done = subprocess.run([binary], env=os.environ | asked, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([binary], env=os.environ | asked, capture_output=True, text=True, timeout=180)
     assert done.stdout.split() == [expected], done.stderr
 
 

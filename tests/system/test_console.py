@@ -26,7 +26,7 @@ def get(url, **headers):
     """(status, headers, text)"""
     request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
@@ -35,7 +35,7 @@ def get(url, **headers):
 def post(url, headers, **fields):
     request = urllib.request.Request(url, urllib.parse.urlencode(fields).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -96,7 +96,7 @@ def test_a_name_that_is_not_ours_is_refused(console):
 
 def test_a_live_page_sends_its_content_and_then_what_changed(stack, console):
     address = urllib.parse.urlsplit(console).netloc
-    connection = http.client.HTTPConnection(address, timeout=20)
+    connection = http.client.HTTPConnection(address, timeout=60)
     connection.request("GET", "/", headers={"Accept": "text/event-stream"})
     stream = connection.getresponse()
     assert stream.headers.get_content_type() == "text/event-stream"

@@ -458,7 +458,7 @@ def test_every_page_says_when_its_router_stops_answering_and_when_it_is_back(bro
             browser.open(console + page)
             assert "shows its last answer" in browser.text("#live .notice")
         browser.open(f"{console}/")
-        assert "Router is down" in browser.text(".findings")
+        browser.wait(lambda: "Router is down" in browser.text(".findings"))
     finally:
         os.kill(router, signal.SIGCONT)
     browser.wait(lambda: "Router is down" not in browser.text("#live"))

@@ -112,10 +112,10 @@ def test_a_key_of_a_tenant_sees_and_sends_as_that_tenant(browser, console, key):
 
 def test_a_revoked_key_leads_back_to_the_sign_in(browser, console, key, key_file):
     key["short-lived"] = keys.create(key_file, "short-lived", "", ["read"], [], None)
-    browser.open(f"{console}/")
 
     def signs_in():
         """The console knows a new key within two seconds; until then the form says that it is unknown."""
+        browser.open(f"{console}/")  # without what the form said before
         browser.type("[name=key]", key["short-lived"] + ENTER)
         browser.wait(lambda: browser.text(".visitor, .notice.bad"))
         return "/sign-in" not in browser.url

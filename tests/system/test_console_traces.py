@@ -30,7 +30,7 @@ async def complete_trace(stack, console):
 
 
 async def test_a_traced_request_is_found_and_told_in_words(stack, console):
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         trace_id = await complete_trace(stack, console)
     _, _, page = await asyncio.to_thread(get, f"{console}/traces/{trace_id}")
     for words in ("No cache had the answer", "It was sent to worker-", "the owner of its key", "CPUExecutionProvider"):

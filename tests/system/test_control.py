@@ -224,7 +224,7 @@ def test_a_stream_answers_in_order_with_errors_in_their_place(client):
             "nobody" if number == 7 else "mlp", [tensor], request_id=str(number), enable_empty_final_response=True
         )
     client.stop_stream()
-    got = [answers.get(timeout=20) for _ in range(20)]
+    got = [answers.get(timeout=60) for _ in range(20)]
     result, error = got.pop(7)
     assert result is None
     assert "nobody" in str(error)

@@ -43,7 +43,7 @@ def test_shell_examples_run(code, stack):
         words[0] = words[0].replace(".venv/bin", str(Path(sys.executable).parent))
         if words[0].endswith("/ringmesh"):
             words += ["--state", stack.state]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=180)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         assert done.stdout.strip()
 
@@ -51,7 +51,7 @@ def test_shell_examples_run(code, stack):
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_examples_run(code, stack):
     done = subprocess.run(
-        [sys.executable, "-c", here(code, stack)], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-c", here(code, stack)], capture_output=True, text=True, cwd=ROOT, timeout=180
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -61,7 +61,7 @@ def test_python_examples_run(code, stack):
 def test_commands_exist_with_their_options(command):
     words = shlex.split(command)
     if words[0] == "make":
-        done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, cwd=ROOT, timeout=180)
         assert done.returncode == 0, done.stderr
         return
     if words[0] == "pip":

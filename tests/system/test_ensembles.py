@@ -1,5 +1,6 @@
 """Ensembles as tritonclient calls them: on one worker, through the router, and with their steps on two workers."""
 
+import asyncio
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,11 +11,12 @@ import tritonclient.grpc as triton
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc as v2_grpc
 
+from services.runtime.telemetry.worker_spans import EXECUTE
 from services.runtime.w3c import new_span_id
 from tests import models as make
 from tests.system import processes
 from tests.system.conftest import eventually
-from tests.system.test_tracing import spans
+from tests.system.test_tracing import MODEL_INFER, so_many
 
 X = np.random.default_rng(0).random((3, 64), np.float32)
 
@@ -108,19 +110,18 @@ def test_steps_on_two_workers_stand_in_one_trace_each_with_its_attempt(split):
     x = np.random.default_rng().random((3, 64), np.float32)
     infer(client, "pipeline", "in", x, headers={"traceparent": f"00-{trace_id}-{new_span_id()}-01"})
 
-    def found():
-        return spans(traces, trace_id)
-
-    eventually(lambda: len({span["name"] for span in found()} & {"ensemble step", "onnxruntime run"}) == 2)
-    steps = {span["span_id"]: span for span in found() if span["name"] == "ensemble step"}
+    # Each attempt has a span on the router and one on the worker.
+    counts = {MODEL_INFER: 1, "ensemble step": 2, EXECUTE: 4, "onnxruntime run": 2}
+    found = asyncio.run(so_many(traces, trace_id, counts))
+    steps = {span["span_id"]: span for span in found if span["name"] == "ensemble step"}
     assert [step["attributes"]["ringmesh.model.name"] for step in steps.values()] == ["mlp", "doubled"]
-    attempts = [span for span in found() if span["name"].endswith("/Execute") and span["kind"] == "client"]
+    attempts = [span for span in found if span["name"].endswith("/Execute") and span["kind"] == "client"]
     told = {steps[a["parent_id"]]["attributes"]["ringmesh.model.name"]: a["attributes"] for a in attempts}
     assert {name: one["ringmesh.worker.id"] for name, one in told.items()} == {
         "mlp": "holds-mlp",
         "doubled": "holds-doubled",
     }
-    (root,) = [span for span in found() if span["name"].endswith("ModelInfer")]
+    (root,) = [span for span in found if span["name"].endswith("ModelInfer")]
     assert {step["parent_id"] for step in steps.values()} == {root["span_id"]}
 
 
@@ -190,5 +191,5 @@ def test_an_unload_with_a_parameter_of_another_type_is_refused(tmp_path, start_w
     with grpc.insecure_channel(worker.address) as channel:
         stub = v2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError, match="unload_dependents must be true or false") as caught:
-            stub.RepositoryModelUnload(asked, timeout=30)
+            stub.RepositoryModelUnload(asked, timeout=120)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

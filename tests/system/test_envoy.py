@@ -63,7 +63,7 @@ def envoy(config, stack, tmp_path):
 
 def get(url, data=None, content_type="application/json"):
     request = urllib.request.Request(url, data, {"Content-Type": content_type})
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         body = response.read()
     return json.loads(body) if content_type == "application/json" else body
 
@@ -110,4 +110,4 @@ def test_grpc_web_is_translated(envoy):
 def test_grpc_passes_through(envoy):
     with grpc.insecure_channel(envoy) as channel:
         stub = v2_grpc.GRPCInferenceServiceStub(channel)
-        assert stub.ModelReady(v2.ModelReadyRequest(name="mlp"), timeout=10).ready
+        assert stub.ModelReady(v2.ModelReadyRequest(name="mlp"), timeout=60).ready

@@ -28,7 +28,7 @@ def good(**fields):
     return request
 
 
-def call(channel, body, timeout=20):
+def call(channel, body, timeout=60):
     return channel.unary_unary(INFER)(body, timeout=timeout)
 
 
@@ -161,7 +161,7 @@ def test_an_expired_deadline_is_told_as_such(channel):
 
 def test_an_unknown_method_is_unimplemented(channel):
     with pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"", timeout=10)
+        channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"", timeout=60)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 

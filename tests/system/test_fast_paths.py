@@ -1,6 +1,7 @@
 """Fast paths of the native engine: coroutines begun on its receiving thread, beside the event loop."""
 
 import asyncio
+import threading
 import time
 from functools import partial
 
@@ -40,14 +41,14 @@ async def test_a_call_is_answered_while_the_event_loop_is_held_up():
     server, channel = await serve(path)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        assert await asyncio.to_thread(call, b"warm", timeout=10) == b"at once warm"
-        answer = call.future(b"x", timeout=10)
-        end = time.monotonic() + 10
+        assert await asyncio.to_thread(call, b"warm", timeout=60) == b"at once warm"
+        answer = call.future(b"x", timeout=60)
+        end = time.monotonic() + 60
         while not answer.done() and time.monotonic() < end:
             time.sleep(0.001)  # noqa: ASYNC251, holds up the event loop
         assert answer.result(0) == b"at once x"
         assert b"x" not in done
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while done != [b"warm", b"x"]:  # told to the event loop, which then does it
                 await asyncio.sleep(0.001)
     await server.stop(0)
@@ -88,9 +89,9 @@ async def test_a_caller_that_leaves_cancels_its_call():
     server, channel = await serve(path)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
-        await asyncio.wait_for(begun.wait(), 10)
+        await asyncio.wait_for(begun.wait(), 60)
         call.cancel()
-        await asyncio.wait_for(cancelled.wait(), 10)
+        await asyncio.wait_for(cancelled.wait(), 60)
         assert server._under_way == {}
     await server.stop(0)
 
@@ -103,18 +104,19 @@ async def test_at_its_deadline_a_call_is_ended():
     server, channel = await serve(path)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=0.2)
-        error = await asyncio.to_thread(call.exception, 10)
+        error = await asyncio.to_thread(call.exception, 60)
         assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while server._under_way:
                 await asyncio.sleep(0.001)
     await server.stop(0)
 
 
 async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_nothing_behind():
-    released = []
+    begun, released = threading.Event(), []
 
     async def path(data, metadata, deadline):
+        begun.set()
         try:
             await ON_LOOP
             await asyncio.get_running_loop().create_future()
@@ -123,14 +125,13 @@ async def test_a_caller_that_leaves_before_the_event_loop_hears_of_it_leaves_not
 
     server, channel = await serve(path)
     with channel:
-        await asyncio.to_thread(grpc.channel_ready_future(channel).result, 10)
         call = channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60)
-        time.sleep(0.2)  # noqa: ASYNC251, both come in one turn of the event loop
+        begun.wait(60)  # on the receiving thread, while the event loop is held up
         call.cancel()
-        time.sleep(0.2)  # noqa: ASYNC251
-        for _ in range(5):
-            await asyncio.sleep(0.01)
-        assert (server._under_way, released) == ({}, [b"x"])
+        time.sleep(0.2)  # noqa: ASYNC251, so that mostly both come in one turn of the event loop
+        async with asyncio.timeout(60):
+            while (server._under_way, released) != ({}, [b"x"]):
+                await asyncio.sleep(0.01)
     await server.stop(0)
 
 
@@ -206,7 +207,7 @@ async def test_a_draining_server_closes_calls_that_had_not_reached_the_event_loo
 
     server, channel = await serve(path)
     with channel:
-        error = await asyncio.to_thread(channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60).exception, 10)
+        error = await asyncio.to_thread(channel.unary_unary(f"/{NAME}/Call").future(b"x", timeout=60).exception, 60)
         await server.stop(0)
         assert (error.code(), released) == (grpc.StatusCode.UNAVAILABLE, [b"x"])
 
@@ -226,10 +227,10 @@ async def test_a_path_that_fails_fails_that_call_alone(where):
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
         for data, code in ((b"bad", "INTERNAL"), (b"full", "RESOURCE_EXHAUSTED")):
-            error = await asyncio.to_thread(call.future(data, timeout=10).exception, 10)
+            error = await asyncio.to_thread(call.future(data, timeout=60).exception, 60)
             assert error.code().name == code
             assert "secret" not in error.details()
-        assert await asyncio.to_thread(call, b"good", timeout=10) == b"good"
+        assert await asyncio.to_thread(call, b"good", timeout=60) == b"good"
     await server.stop(0)
 
 
@@ -237,10 +238,10 @@ async def test_a_draining_server_turns_calls_away_from_its_fast_paths_too():
     server, channel = await serve(echo)
     with channel:
         call = channel.unary_unary(f"/{NAME}/Call")
-        assert await asyncio.to_thread(call, b"x", timeout=10) == b"x"
+        assert await asyncio.to_thread(call, b"x", timeout=60) == b"x"
         stopping = asyncio.create_task(server.stop(5))
         await asyncio.sleep(0)
         with pytest.raises(grpc.RpcError) as failed:
-            await asyncio.to_thread(call, b"x", timeout=10)
+            await asyncio.to_thread(call, b"x", timeout=60)
         assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
         await stopping

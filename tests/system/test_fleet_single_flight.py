@@ -26,7 +26,7 @@ async def channels(start_router, start_worker):
 
 async def computed(channel, model):
     request = v2.ModelStatisticsRequest(name=model)
-    data = await channel.unary_unary(STATISTICS)(request.SerializeToString(), timeout=10)
+    data = await channel.unary_unary(STATISTICS)(request.SerializeToString(), timeout=60)
     return v2.ModelStatisticsResponse.FromString(data).model_stats[0].inference_count
 
 
@@ -34,7 +34,7 @@ async def test_a_thousand_equal_requests_on_all_routers_are_computed_once(channe
     request = fresh("slow").SerializeToString()
     before = await computed(channels[0], "slow")
     infers = [channel.unary_unary(INFER) for channel in channels]
-    answers = await asyncio.gather(*(infers[index % 3](request, timeout=30) for index in range(1000)))
+    answers = await asyncio.gather(*(infers[index % 3](request, timeout=120) for index in range(1000)))
     assert len(set(answers)) == 1
     assert await computed(channels[0], "slow") - before == 1
 
@@ -51,7 +51,7 @@ async def test_under_a_zipf_load_there_are_as_many_computations_as_distinct_requ
         for key in keys:
             request = v2.ModelInferRequest(model_name="mlp", raw_input_contents=[inputs[key].tobytes()])
             request.inputs.add(name="x", datatype="FP32", shape=(1, 64))
-            await infer(request.SerializeToString(), timeout=30)
+            await infer(request.SerializeToString(), timeout=120)
 
     await asyncio.gather(*(call(drawn[caller::32]) for caller in range(32)))
     assert await computed(channels[0], "mlp") - before == len(set(drawn.tolist()))

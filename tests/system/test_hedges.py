@@ -2,11 +2,13 @@
 
 import asyncio
 import re
+from functools import partial
 from itertools import count
 
 import grpc
 import numpy as np
 import pytest
+from ringmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from services.console.data.scraper import fetch
@@ -57,16 +59,21 @@ async def test_a_hedge_answers_for_a_busy_worker_which_never_runs_what_it_had_in
     router = start_router(addresses, None, metrics_address=metrics["router"], audit_share=0).address
     requests = "ringmesh_worker_requests_total"
     async with grpc.aio.insecure_channel(router) as channel, grpc.aio.insecure_channel(addresses[0]) as worker_a:
+        describe = inference_pb2_grpc.InferenceWorkerServiceStub(worker_a).Describe
+
+        async def has(count):
+            """Whether so many requests are with worker-a, and none of them waits."""
+            load = (await describe(inference_pb2.DescribeRequest())).load.requests
+            depth = await counted(metrics["worker-a"], "ringmesh_worker_queue_depth", "model")
+            return (load, depth) == (count, {"hedged": 0})
+
         for _ in range(100):  # enough to know what is slow
             await infer(channel, request(1))
+        await eventually(partial(has, 0))  # of one that was hedged, both attempts have ended
         before = await counted(metrics["worker-a"], requests, "result")
-        busy = asyncio.create_task(infer(worker_a, request(2500)))
+        busy = asyncio.create_task(infer(worker_a, request(4000)))
 
-        async def has_begun():
-            depth = await counted(metrics["worker-a"], "ringmesh_worker_queue_depth", "model")
-            return depth == {"hedged": 0} and not busy.done()
-
-        await eventually(has_begun)
+        await eventually(partial(has, 1))
         answers = await asyncio.gather(*(infer(channel, request(1)) for _ in range(8)))
         assert not busy.done()
         assert {told["ringmesh-worker"] for _, told in answers} == {"worker-b"}

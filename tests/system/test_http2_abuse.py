@@ -144,7 +144,7 @@ NOT_BOUNDED = {"native": (), "grpcio": (hpack_bomb, huge_metadata)}
 def carry_out(attack, port):
     """Whether the server cut the connection; it does not read what the server sends."""
     settings = [(INITIAL_WINDOW_SIZE, 0)] if attack is never_reading else []
-    with RawClient(port, settings) as client:
+    with RawClient(port, settings, seconds=10) as client:
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         try:
             attack(client)

@@ -55,6 +55,7 @@ def above(metrics, seconds):
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 @pytest.mark.parametrize("way", ["socket", "tcp"])
 async def test_large_responses_hold_up_no_event_loop_and_their_memory_is_given_back(
     wide_models, start_worker, start_router, tmp_path_factory, way
@@ -81,4 +82,4 @@ async def test_large_responses_hold_up_no_event_loop_and_their_memory_is_given_b
         after = [process.info.memory_info().rss for process in (worker, router)]
         return all(now - then < KEPT_BYTES + (64 << 20) for now, then in zip(after, before, strict=True))
 
-    await eventually(is_given_back, 30)
+    await eventually(is_given_back)

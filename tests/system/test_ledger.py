@@ -17,7 +17,7 @@ from router.accounting.usage_batch import encode
 from services.ledger.reports.miss_ratio import Curve, LookUp
 from tests.public_trace import public_trace
 from tests.system import processes
-from tests.system.conftest import RINGMESH
+from tests.system.conftest import RINGMESH, eventually
 from tests.system.ledgers import (
     DAY_MS,
     DUPLICATE,
@@ -368,9 +368,11 @@ def test_changes_put_the_largest_first(ledger, sender, tenant):
 def test_the_same_question_is_answered_from_the_cache_until_its_roll_up_changes(ledger, sender, tenant):
     sender.append([miss(tenant)])
     question = {"tenant": tenant, "from_ms": now_ms() - HOUR_MS, "until_ms": now_ms() + HOUR_MS}
-    first, second = (ledger.report("tenant", **question) for _ in range(2))
-    assert (first.cached, second.cached) == (False, True)
-    assert first.rows == second.rows
+    answers = [ledger.report("tenant", **question)]
+    assert not answers[0].cached
+    # A cache that was slow to answer is not asked for some seconds.
+    eventually(lambda: answers.append(ledger.report("tenant", **question)) or answers[-1].cached)
+    assert answers[0].rows == answers[-1].rows
     sender.append([miss(tenant)])
     third = ledger.report("tenant", **question)
     assert (third.cached, third.total.requests) == (False, 2)
@@ -405,7 +407,7 @@ def test_an_export_has_every_record(ledger, sender, tenant, form):
     request = ledger_pb2.ExportRequest(
         from_ms=begin, until_ms=begin + 2, format=ledger_pb2.ExportRequest.Format.Value(f"FORMAT_{form}")
     )
-    data = b"".join(answer.part for answer in ledger.stub.Export(request, timeout=30))
+    data = b"".join(answer.part for answer in ledger.stub.Export(request, timeout=60))
     if form == "CSV":
         rows = [row for row in csv.DictReader(io.StringIO(data.decode())) if row["tenant"] == tenant]
     else:
@@ -427,18 +429,18 @@ def test_a_forecast_goes_on_as_the_last_days_did(ledger, sender):
 def test_the_command_line_says_what_the_ledger_says(ledger, sender, tenant):
     sender.append([miss(tenant, compute_us=1500), hits(tenant, 40, saved_us=60_000)])
     command = [*RINGMESH, "cost", "--ledger", ledger.started.address, "--tenant", tenant]
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=30).stdout)
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=120).stdout)
     (row,) = told["rows"]
     shown = {name: row[name] for name in ("tenant", "requests", "compute_us", "cost_nano", "saved_nano")}
     assert shown == {"tenant": tenant, "requests": 41, "compute_us": 1500, "cost_nano": 15, "saved_nano": 600}
-    table = subprocess.run(command, capture_output=True, check=True, timeout=30, text=True).stdout
+    table = subprocess.run(command, capture_output=True, check=True, timeout=120, text=True).stdout
     assert tenant in table
     assert "0.000000015" in table
 
 
 def price(ledger, worker_type, *, supersede=False, currency="USD", hourly_nano=3_600_000_000, **rest):
     told = ledger_pb2.Price(worker_type=worker_type, currency=currency, hourly_nano=hourly_nano, **rest)
-    ledger.stub.SetPrice(ledger_pb2.SetPriceRequest(price=told, supersede=supersede), timeout=10)
+    ledger.stub.SetPrice(ledger_pb2.SetPriceRequest(price=told, supersede=supersede), timeout=60)
 
 
 def metrics(ledger):
@@ -634,8 +636,8 @@ def test_the_command_line_shows_advice(ledger, sender, tenant, kind, hour):
     sender.append([miss(tenant, hour + 5, worker_type=kind)], worker_times=up(hour, 2, kind))
     begin = f"{datetime.fromtimestamp(hour / 1000, UTC):%Y-%m-%dT%H:%M}"
     command = [*RINGMESH, "advice", "--ledger", ledger.started.address, "--worker-type", kind, "--since", begin]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert f"{kind}: workers of type {kind}: 1 from" in shown
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=60).stdout)
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=120).stdout)
     assert told["recommendations"][0]["kind"] == ledger_pb2.Recommendation.KIND_WORKERS
     assert told["hours"][0]["requests"] == 1

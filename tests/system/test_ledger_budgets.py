@@ -58,7 +58,7 @@ class Router:
         use = ledger_pb2.BudgetUse(tenant=self.tenant, period=ledger_pb2.PERIOD_DAY, unsent_nano=self.unsent)
         request = ledger_pb2.LeaseRequest(router_id=self.sender.router_id, start_epoch=1, uses=[use])
         try:
-            leases = self.ledger.stub.Lease(request, timeout=10).leases
+            leases = self.ledger.stub.Lease(request, timeout=60).leases
         except grpc.RpcError:
             return False
         self.left = next(lease.amount_nano for lease in leases if lease.budget.tenant == self.tenant)
@@ -208,10 +208,10 @@ def test_the_command_line_sets_and_lists_budgets(ledger, tenant):
     command = [*RINGMESH, "budgets"]
     where = ["--ledger", ledger.started.address]
     done = subprocess.run(
-        [*command, "set", "--tenant", tenant, "--hard", "12.5", *where], capture_output=True, text=True, timeout=30
+        [*command, "set", "--tenant", tenant, "--hard", "12.5", *where], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(subprocess.run([*command, "--json", *where], capture_output=True, check=True, timeout=30).stdout)
+    told = json.loads(subprocess.run([*command, "--json", *where], capture_output=True, check=True, timeout=120).stdout)
     (found,) = [one for one in told["budgets"] if one["budget"]["tenant"] == tenant]
     assert (found["budget"]["period"], found["budget"]["hard_nano"]) == ("month", 12_500_000_000)
-    assert tenant in subprocess.run([*command, *where], capture_output=True, check=True, timeout=30, text=True).stdout
+    assert tenant in subprocess.run([*command, *where], capture_output=True, check=True, timeout=120, text=True).stdout

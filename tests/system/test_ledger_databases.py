@@ -111,7 +111,7 @@ def test_without_tls_the_server_refuses_and_the_ledger_says_so(server):
         },
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
     assert refused.returncode == 2
     assert "no encryption" in refused.stderr.splitlines()[-1]

@@ -195,7 +195,7 @@ def test_a_session_that_outlives_its_server_does_not_keep_the_next_one_from_star
         with suppress(grpc.RpcError):
             return sender.append([hits(tenant, 4)])
 
-    eventually(is_appended, 30)
+    eventually(is_appended)
     assert ledger.report(tenant=tenant).total.requests == 7
 
 
@@ -207,7 +207,7 @@ def test_after_a_kill_of_each_what_was_acknowledged_is_counted_once(start_ledger
         load.start()
     eventually(lambda: all(load.batches > 3 for load in loads))
     kill_postgres(ledger)
-    eventually(lambda: all(load.repeats > 0 for load in loads))
+    eventually(lambda: any(load.repeats > 0 for load in loads))
     finish_one = sum(load.batches for load in loads)
     eventually(lambda: sum(load.batches for load in loads) > finish_one + 5, 60)
     kill_ledger(ledger)
@@ -264,7 +264,7 @@ def test_a_kill_in_the_middle_of_a_transaction(start_ledger, table, victim):
         await transaction.start()
         await holder.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
         sending = asyncio.create_task(asyncio.to_thread(send))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await waiting.fetchval(
                 "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation IN "
                 "(SELECT $1::regclass UNION SELECT inhrelid FROM pg_inherits WHERE inhparent = $1::regclass)",
@@ -292,7 +292,7 @@ def test_an_idle_ledger_that_is_killed_leaves_no_postgres(start_ledger):
     ledger = start_ledger()
     postmaster = ledger.postgres()
     kill_ledger(ledger)
-    assert not psutil.wait_procs([postmaster], timeout=20)[1]
+    assert not psutil.wait_procs([postmaster], timeout=60)[1]
     restart(ledger)
     assert Sender(ledger).append([miss("t")]).last_sequence == 1
 

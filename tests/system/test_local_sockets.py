@@ -55,11 +55,11 @@ async def test_a_worker_on_the_same_host_is_reached_over_its_socket_which_goes_w
     async with sixteen(router.address) as callers:
         await callers.more()
     assert callers.errors == []
-    assert await uses_the_socket(worker, path)
+    await eventually(partial(uses_the_socket, worker, path))
     counted = r"^ringmesh_rpc_calls_total\{.*InferenceWorkerService/Execute.*\} [1-9]"
     assert re.search(counted, await asyncio.to_thread(fetch, METRICS), re.MULTILINE)
     worker.process.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(worker.process.wait, 20) == 0
+    assert await asyncio.to_thread(worker.process.wait, 60) == 0
     assert modes(path) == []
 
 

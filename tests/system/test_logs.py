@@ -24,7 +24,7 @@ async def test_a_failed_request_is_one_line_with_its_trace_and_none_of_its_tenso
     def is_told():
         nonlocal text
         text += capfd.readouterr().err
-        return trace_id in text
+        return trace_id in text and text.endswith("\n")
 
     eventually(is_told)
     (line,) = [line for line in text.splitlines() if trace_id in line]

@@ -38,7 +38,7 @@ class Tenant:
     def _answer(self, request, metadata=()):
         metadata = (("ringmesh-tenant", self.name), *metadata)
         try:
-            return self._infer.with_call(request.SerializeToString(), timeout=30, metadata=metadata)[1]
+            return self._infer.with_call(request.SerializeToString(), timeout=120, metadata=metadata)[1]
         except grpc.RpcError as error:
             return error
 
@@ -76,7 +76,7 @@ def ledger(stack):
 def rows(ledger, *by, **question):
     groups = [ledger_pb2.Group.Value(f"GROUP_{group.upper()}") for group in by]
     request = ledger_pb2.ReportRequest(by=groups, from_ms=now_ms() - HOUR_MS, limit=10_000, **question)
-    return ledger.Report(request, timeout=30, wait_for_ready=True).rows
+    return ledger.Report(request, timeout=120, wait_for_ready=True).rows
 
 
 def counted(ledger, tenant):
@@ -121,7 +121,7 @@ def test_the_ledger_counts_what_callers_observed(stack, channel, ledger):
     tenants[1].send_together([fresh() for _ in range(200)] + [fresh()] * 50)
     assert_counted(ledger, *tenants)
     command = [*RINGMESH, "cost", "--by", "tenant", "--since", "1h", "--json", "--state", stack.state]
-    shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=180).stdout)
     by_tenant = {row["tenant"]: row for row in shown["rows"]}
     for tenant in tenants:
         row = by_tenant[tenant.name]
@@ -154,7 +154,7 @@ def test_a_tenant_over_its_budget_is_refused_until_the_budget_is_gone(channel, l
     tenant.send(request)
     period = ledger_pb2.PERIOD_MONTH
     budget = ledger_pb2.Budget(tenant=tenant.name, period=period, hard_nano=1, currency="USD")
-    ledger.SetBudget(ledger_pb2.SetBudgetRequest(budget=budget), timeout=30)
+    ledger.SetBudget(ledger_pb2.SetBudgetRequest(budget=budget), timeout=120)
     eventually(lambda: not tenant.send(request))
     for again in (request, fresh()):
         assert not tenant.send(again)
@@ -162,7 +162,7 @@ def test_a_tenant_over_its_budget_is_refused_until_the_budget_is_gone(channel, l
         assert f"the budget of tenant '{tenant.name}', 1e-09 USD a month, is used up" in tenant.error.details()
         assert "it renews at" in tenant.error.details()
     assert other.send(request)
-    ledger.DeleteBudget(ledger_pb2.DeleteBudgetRequest(tenant=tenant.name, period=period), timeout=30)
+    ledger.DeleteBudget(ledger_pb2.DeleteBudgetRequest(tenant=tenant.name, period=period), timeout=120)
     eventually(lambda: tenant.send(request))
     assert_counted(ledger, tenant, other)
 

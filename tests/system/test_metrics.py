@@ -31,7 +31,7 @@ def addresses(stack):
 
 def scrape(address):
     """Values by (name, labels)."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
@@ -44,7 +44,7 @@ def value(scraped, name, **labels):
 
 def call(address, request):
     with grpc.insecure_channel(address) as channel:
-        return channel.unary_unary(INFER)(request.SerializeToString(), timeout=30)
+        return channel.unary_unary(INFER)(request.SerializeToString(), timeout=120)
 
 
 def test_a_scrape_tells_hits_from_misses_and_errors(stack):
@@ -99,7 +99,7 @@ def test_calls_of_every_method_are_counted_by_how_they_ended(stack, process, met
 
     before = counted()
     with grpc.insecure_channel(served) as channel:
-        ended = channel.unary_unary(f"/{method}").future(request_.SerializeToString(), timeout=30)
+        ended = channel.unary_unary(f"/{method}").future(request_.SerializeToString(), timeout=120)
         assert ended.code().name == code
     assert counted() > before
 
@@ -118,12 +118,12 @@ def test_streams_are_counted_when_they_end(stack):
         yield fresh().SerializeToString()
         for _ in range(8):
             yield fresh("slow").SerializeToString()
-        going_on.wait(30)
+        going_on.wait(120)
 
     with grpc.insecure_channel(stack.router) as channel:
         infer = channel.stream_stream(f"/{method}")
-        assert len(list(infer(iter([fresh().SerializeToString()]), timeout=30))) == 1
-        left = infer(requests(), timeout=30)
+        assert len(list(infer(iter([fresh().SerializeToString()]), timeout=120))) == 1
+        left = infer(requests(), timeout=120)
         next(left)
         # Something is under way when the caller leaves: of one who leaves an idle stream, grpcio first says that no
         # more requests come, and the stream may end well before it says why.
@@ -216,7 +216,7 @@ def test_a_taken_metrics_port_is_told_in_one_line(module):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = {"RINGMESH_METRICS_ADDRESS": address, "RINGMESH_ADDRESS": "127.0.0.1:0"}
-        done = subprocess.run([sys.executable, "-m", module], env=settings, capture_output=True, text=True, timeout=30)
+        done = subprocess.run([sys.executable, "-m", module], env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert address in last

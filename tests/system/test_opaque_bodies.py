@@ -26,7 +26,7 @@ class Recorder(grpc.GenericRpcHandler):
         async def hand_on(request, _):
             if details.method.endswith("/Execute"):
                 self.bodies += [item.request for item in inference_pb2.ExecuteRequest.FromString(request).items]
-            return await self._channel.unary_unary(details.method)(request, timeout=20)
+            return await self._channel.unary_unary(details.method)(request, timeout=60)
 
         return grpc.unary_unary_rpc_method_handler(hand_on)
 
@@ -71,10 +71,10 @@ async def test_a_body_reaches_the_worker_byte_for_byte(start_router, recorder):
     unary, uncached, streamed = ([*odd_bodies()] for _ in range(3))
     async with grpc.aio.insecure_channel(router.address) as channel:
         for body in unary:
-            await channel.unary_unary(INFER)(body, timeout=20)
+            await channel.unary_unary(INFER)(body, timeout=60)
         for body in uncached:
-            await channel.unary_unary(INFER)(body, timeout=20, metadata=(("cache-control", "no-store"),))
-        call = channel.stream_stream(STREAM)(iter(streamed), timeout=20)
+            await channel.unary_unary(INFER)(body, timeout=60, metadata=(("cache-control", "no-store"),))
+        call = channel.stream_stream(STREAM)(iter(streamed), timeout=60)
         answers = [v2.ModelStreamInferResponse.FromString(answer) async for answer in call]
     assert [answer.error_message for answer in answers] == ["", ""]
     assert sorted(recorder.bodies) == sorted(unary + uncached + streamed)

@@ -13,12 +13,14 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from tests.models import slow
+from tests.system import processes
 from tests.system.test_cache import INFER, fresh
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 # So many as no worker refuses: eight each.
 CALLERS = 16
 ROUNDS = 3
+AS_SHIPPED = dict.fromkeys(processes.STEADY)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,7 @@ def router(request, start_router, start_worker, cores):
     redis_url = request.getfixturevalue("valkey").connection_url if request.param == "redis" else None
     theirs, ours = (("taskset", "-c", str(core)) for core in cores)
     workers = [start_worker(name, within=theirs) for name in ("worker-a", "worker-b")]
-    return start_router([worker.address for worker in workers], redis_url, within=ours).address
+    return start_router([worker.address for worker in workers], redis_url, within=ours, **AS_SHIPPED).address
 
 
 class Answers:
@@ -63,7 +65,7 @@ class Answers:
         begin = time.monotonic()
         code = grpc.StatusCode.OK
         try:
-            await self._method(fresh("slow").SerializeToString(), timeout=20)
+            await self._method(fresh("slow").SerializeToString(), timeout=60)
         except grpc.aio.AioRpcError as error:
             code = error.code()
             (detail,) = rpc_status.from_call(error).details
@@ -130,7 +132,7 @@ async def test_goodput_stays_near_capacity_and_the_rest_is_refused_with_a_time_t
 async def test_callers_who_wait_for_the_answers_of_a_slow_model_are_not_refused(start_router, start_worker, tmp_path):
     slow(tmp_path, trips=1000)
     workers = [start_worker(name, models=tmp_path) for name in ("worker-a", "worker-b")]
-    router = start_router([worker.address for worker in workers], None).address
+    router = start_router([worker.address for worker in workers], None, **AS_SHIPPED).address
     async with grpc.aio.insecure_channel(router) as channel:
         answers = Answers(channel)
 

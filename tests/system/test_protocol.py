@@ -163,14 +163,14 @@ def test_reserved_parameters_change_nothing(client):
 
 def grpcurl(address, *arguments):
     done = subprocess.run(
-        [GRPCURL, "-plaintext", *arguments[:-1], address, arguments[-1]], capture_output=True, text=True, timeout=20
+        [GRPCURL, "-plaintext", *arguments[:-1], address, arguments[-1]], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_grpcurl_lists_every_service(address):
-    done = subprocess.run([GRPCURL, "-plaintext", address, "list"], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([GRPCURL, "-plaintext", address, "list"], capture_output=True, text=True, timeout=60)
     assert {
         "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
@@ -193,7 +193,7 @@ def test_grpcurl_lists_every_service(address):
 )
 def test_grpcurl_describes_what_is_served(address, symbol):
     done = subprocess.run(
-        [GRPCURL, "-plaintext", address, "describe", symbol], capture_output=True, text=True, timeout=20
+        [GRPCURL, "-plaintext", address, "describe", symbol], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert symbol in done.stdout
@@ -224,10 +224,10 @@ def test_health_check_and_watch(address):
         serving = health_pb2.HealthCheckResponse.SERVING
         for service in ("", "inference.GRPCInferenceService"):
             assert stub.Check(health_pb2.HealthCheckRequest(service=service)).status == serving
-        watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(watch).status == serving
         watch.cancel()
-        unknown = stub.Watch(health_pb2.HealthCheckRequest(service="nobody"), timeout=10)
+        unknown = stub.Watch(health_pb2.HealthCheckRequest(service="nobody"), timeout=60)
         assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         unknown.cancel()
         with pytest.raises(grpc.RpcError) as caught:

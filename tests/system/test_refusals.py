@@ -19,7 +19,7 @@ async def test_a_wrong_request_is_refused_alike_and_asks_a_worker_as_configured(
 
         async def failures():
             data = await channel.unary_unary(STATISTICS)(
-                v2.ModelStatisticsRequest(name="slow").SerializeToString(), timeout=10
+                v2.ModelStatisticsRequest(name="slow").SerializeToString(), timeout=60
             )
             return v2.ModelStatisticsResponse.FromString(data).model_stats[0].inference_stats.fail.count
 
@@ -27,7 +27,7 @@ async def test_a_wrong_request_is_refused_alike_and_asks_a_worker_as_configured(
         errors = set()
         for _ in range(5):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary(INFER)(request.SerializeToString(), timeout=10)
+                await channel.unary_unary(INFER)(request.SerializeToString(), timeout=60)
             errors.add((caught.value.code(), caught.value.details()))
         assert {code for code, _ in errors} == {grpc.StatusCode.INVALID_ARGUMENT}
         assert len(errors) == 1

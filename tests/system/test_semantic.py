@@ -103,11 +103,11 @@ def test_the_tool_tells_how_often_a_similar_answer_would_be_right(stack, tmp_pat
     vectors += [near(vector, 0.9999) for vector in vectors]
     np.save(tmp_path / "v.npy", np.stack(vectors))
     command = [*RINGMESH, "semantic-precision", "similar", str(tmp_path / "v.npy"), "--router", stack.router]
-    done = subprocess.run([*command, "--threshold", "0.99"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--threshold", "0.99"], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "50.0%" in done.stdout
     (tmp_path / "v.npy").write_text("no vectors")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 2
     assert "should be a .npy file" in done.stderr
     assert "Traceback" not in done.stderr

@@ -56,7 +56,7 @@ def test_a_client_with_only_the_stubs_calls_a_router(stubs, stack):
         cwd=stubs,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 

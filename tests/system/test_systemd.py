@@ -31,7 +31,7 @@ x = triton.InferInput("x", [1, 64], "FP32")
 x.set_data_from_numpy(np.full((1, 64), float(sys.argv[2]), np.float32))
 print(client.infer("mlp", [x]).as_numpy("y").tolist())
 """
-GET = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
+GET = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
 
 
 def directives(unit):

@@ -94,7 +94,7 @@ def infer(channel, value, metadata=()):
     """(status, whether a hit or a miss)"""
     body = request(value).SerializeToString()
     try:
-        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=30)
+        _, call = channel.unary_unary(INFER).with_call(body, metadata=metadata, timeout=60)
     except grpc.RpcError as error:
         return error.code().name, ""
     return "OK", dict(call.trailing_metadata()).get("ringmesh-cache", "")
@@ -146,7 +146,7 @@ def test_large_requests_are_unavailable_as_small_ones_are_while_no_router_listen
         codes = set()
         for size in (1, 8 << 20) * 5:
             with pytest.raises(grpc.RpcError) as refused:
-                to.unary_unary(INFER)(bytes(size), timeout=30)
+                to.unary_unary(INFER)(bytes(size), timeout=60)
             codes.add(refused.value.code().name)
     assert codes == {"UNAVAILABLE"}
 

@@ -4,12 +4,14 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent import futures
 
 import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from services.runtime.telemetry.worker_spans import EXECUTE
 from services.runtime.w3c import new_span_id
 from tests.system import processes
 from tests.system.processes import free_address
@@ -17,23 +19,29 @@ from tests.system.test_cache import fresh
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 # Spans of calls are named by service and method, as both ends of a call have one name.
+MODEL_INFER = "inference.GRPCInferenceService/ModelInfer"
 SERVER, FORWARD, WORKER = "router ModelInfer", "router Execute", "worker Execute"
 
 
 async def traced(address, request, *, sampled=True):
     """(trace id, the caller's span id, trailing metadata)"""
-    trace_id, span_id = new_span_id() * 2, new_span_id()
     async with grpc.aio.insecure_channel(address) as channel:
-        context = (("traceparent", f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"),)
-        call = channel.unary_unary(INFER)(request.SerializeToString(), metadata=context, timeout=30)
-        await call
-        return trace_id, span_id, dict(await call.trailing_metadata())
+        return await traced_on(channel, request, sampled=sampled)
+
+
+async def traced_on(channel, request, *, sampled=True):
+    trace_id, span_id = new_span_id() * 2, new_span_id()
+    context = (("traceparent", f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"),)
+    call = channel.unary_unary(INFER)(request.SerializeToString(), metadata=context, timeout=60)
+    await call
+    return trace_id, span_id, dict(await call.trailing_metadata())
 
 
 def spans(folder, trace_id):
     found = []
     for file in folder.glob("*.jsonl"):
-        found += [json.loads(line) for line in file.read_text().splitlines() if trace_id in line]
+        whole, _, _ = file.read_text().rpartition("\n")  # the last line may still be written
+        found += [json.loads(line) for line in whole.splitlines() if trace_id in line]
     return [span for span in found if span["trace_id"] == trace_id]  # others link to it
 
 
@@ -47,10 +55,20 @@ def named(found):
 
 
 async def complete(folder, trace_id, names):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not names <= named(spans(folder, trace_id)).keys():
             await asyncio.sleep(0.05)
     return named(spans(folder, trace_id))
+
+
+async def so_many(folder, trace_id, counts):
+    """The spans, once there are so many of each of these names."""
+    async with asyncio.timeout(60):
+        while True:
+            found = spans(folder, trace_id)
+            if counts.items() <= Counter(span["name"] for span in found).items():
+                return found
+            await asyncio.sleep(0.05)
 
 
 MISS = {
@@ -154,20 +172,20 @@ async def test_a_request_that_fails_is_kept_whole_though_it_is_not_sampled(quiet
 
 async def test_a_slow_request_is_kept_whole_though_it_is_not_sampled(quiet):
     router, folder = quiet
-    request = fresh()
+    request = fresh("slow")
     async with grpc.aio.insecure_channel(router.address) as channel:
         infer = channel.unary_unary(INFER)
 
         async def slow_one():
-            # Many hits, so that a miss is above their 99th percentile once that has been taken.
+            # Many hits, so that a miss is far above their 99th percentile once that has been taken.
             for _ in range(200):
                 await infer(request.SerializeToString())
-            call = infer(fresh().SerializeToString())
+            call = infer(fresh("slow").SerializeToString())
             await call
             return dict(await call.trailing_metadata())["ringmesh-trace-id"]
 
         slow, kept = [], []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not kept:
                 slow.append(await slow_one())
                 await asyncio.sleep(0.3)
@@ -186,7 +204,7 @@ async def test_a_batch_links_the_requests_that_it_served(quiet):
         ids = [
             trace_id for trace_id, _, _ in await asyncio.gather(*(traced(router.address, fresh()) for _ in range(16)))
         ]
-        found = [await complete(folder, trace_id, {"batch"}) for trace_id in ids]
+        found = [await complete(folder, trace_id, {"batch", FORWARD}) for trace_id in ids]
         forwards = {(named["batch"]["trace_id"], named[FORWARD]["span_id"]) for named in found}
         for named_spans in found:
             batch = named_spans["batch"]
@@ -199,7 +217,9 @@ async def test_a_batch_links_the_requests_that_it_served(quiet):
 
 async def test_a_request_that_joined_another_links_to_it(stack):
     request = fresh("slow")
-    asked = await asyncio.gather(*(traced(stack.router, request) for _ in range(4)))
+    async with grpc.aio.insecure_channel(stack.router) as channel:
+        await channel.channel_ready()  # so that they come together, before the first is computed
+        asked = await asyncio.gather(*(traced_on(channel, request) for _ in range(4)))
     found = [(await complete(stack.trace_dir, trace_id, {SERVER}))[SERVER] for trace_id, _, _ in asked]
     outcomes = {span["trace_id"]: span["attributes"]["ringmesh.cache.outcome"] for span in found}
     assert sorted(outcomes.values()) == ["joined", "joined", "joined", "miss"]
@@ -214,8 +234,8 @@ async def test_the_steps_of_an_ensemble_are_told_each_with_its_run(stack):
     request = fresh()
     request.model_name, request.inputs[0].name = "pipeline", "in"
     trace_id, _, told = await traced(stack.router, request)
-    await complete(stack.trace_dir, trace_id, {SERVER, WORKER, "ensemble step", "onnxruntime run"})
-    found = spans(stack.trace_dir, trace_id)
+    names = ("ensemble step", "queue", "batch", "onnxruntime run")
+    found = await so_many(stack.trace_dir, trace_id, dict.fromkeys(names, 2) | {MODEL_INFER: 1, EXECUTE: 2})
     (worker,) = [span for span in found if span["name"].endswith("/Execute") and span["kind"] == "server"]
     steps = [span for span in found if span["name"] == "ensemble step"]
     assert [step["attributes"]["ringmesh.model.name"] for step in steps] == ["mlp", "doubled"]
@@ -271,7 +291,7 @@ async def test_ringmesh_trace_shows_the_hops_of_a_trace(stack):
     shown = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "services.cli", "trace", trace_id, "--state", stack.state],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     for name in MISS:
@@ -297,7 +317,7 @@ async def test_spans_reach_an_otlp_collector(start_router, stack):
     server.start()
     router = start_router(stack.workers, None, otlp_endpoint=endpoint)
     trace_id, _, _ = await traced(router.address, fresh())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not {(trace_id, "ModelInfer"), (trace_id, "onnxruntime run")} <= collector.names:
             await asyncio.sleep(0.05)
     server.stop(0)

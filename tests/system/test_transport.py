@@ -97,12 +97,12 @@ def channel(serving):
 def is_well(serving):
     """Whether another caller is answered."""
     with grpc.insecure_channel(serving.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        return channel.unary_unary(INFER)(b"", timeout=10) == b""
+        return channel.unary_unary(INFER)(b"", timeout=60) == b""
 
 
 def refusal(call, *arguments, **options):
     with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments, timeout=10, **options)
+        call(*arguments, timeout=60, **options)
     return caught.value.code(), caught.value.details()
 
 
@@ -114,7 +114,7 @@ def padded(size):
 @pytest.mark.parametrize("path", [INFER, LIVE])
 def test_metadata_up_to_the_limit_is_taken_every_time(channel, path):
     for _ in range(5):
-        channel.unary_unary(path)(b"", metadata=padded(MAX_METADATA_BYTES - 512), timeout=10)
+        channel.unary_unary(path)(b"", metadata=padded(MAX_METADATA_BYTES - 512), timeout=60)
 
 
 @pytest.mark.parametrize("size", [MAX_METADATA_BYTES + 1, 30_000, 60_000])
@@ -128,14 +128,14 @@ def test_metadata_beyond_the_limit_is_refused_naming_both_sizes(channel, path, s
 
 def test_metadata_that_the_engine_does_not_read_ends_that_call_alone(serving, channel):
     call = channel.unary_unary(INFER)
-    assert call(b"", timeout=10) == b""
+    assert call(b"", timeout=60) == b""
     refusal(call, b"", metadata=padded(1 << 20))
     assert is_well(serving)
 
 
 def test_gzip_is_taken(channel):
     data = v2.ModelInferRequest(model_name="m" * 10_000).SerializeToString()
-    assert channel.unary_unary(INFER)(data, compression=grpc.Compression.Gzip, timeout=10) == data
+    assert channel.unary_unary(INFER)(data, compression=grpc.Compression.Gzip, timeout=60) == data
 
 
 @pytest.mark.parametrize("path", [INFER, LIVE])

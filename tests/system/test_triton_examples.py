@@ -127,7 +127,7 @@ def test_simple_grpc_async_infer_client(client):
     for _ in range(4):
         client.async_infer("simple", inputs, lambda result, error: answers.put((result, error)), outputs=outputs)
     for _ in range(4):
-        result, error = answers.get(timeout=20)
+        result, error = answers.get(timeout=60)
         assert error is None
         assert_sums(result)
 
@@ -426,7 +426,7 @@ def test_image_client(client, name, way):
     else:
         client.start_stream(answer)
         client.async_stream_infer(name, [tensor], request_id="1", outputs=outputs)
-    result, error = answers.get(timeout=20)
+    result, error = answers.get(timeout=60)
     assert error is None
     assert result.get_response().id == "1"
     assert_classes(result, output_name, 3)

@@ -25,8 +25,9 @@ from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 from services.cli.commands import keys
 from services.runtime.rpc.access import credential_of
 from tests import models
+from tests.ports import free_block
 from tests.system import processes
-from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
+from tests.system.conftest import RINGMESH, UP_SECONDS, eventually, start_stack, stop_stack
 
 # Many stacks, one after the other; the default run starts and stops one, in conftest.
 pytestmark = pytest.mark.proof
@@ -56,12 +57,12 @@ def running(state):
 
 
 def shell(command, **options):
-    return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=UP_SECONDS, **options)
 
 
 def refused(*arguments):
     """The one line that `ringmesh up` ends with."""
-    done = subprocess.run([*RINGMESH, "up", *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*RINGMESH, "up", *arguments], capture_output=True, text=True, timeout=UP_SECONDS)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("ringmesh: ")
     assert done.stderr.count("\n") == 1
@@ -70,7 +71,7 @@ def refused(*arguments):
 
 
 def assert_all_end(processes):
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=UP_SECONDS)
     assert not alive
 
 
@@ -100,12 +101,17 @@ def test_the_services_have_the_installations_secret_and_nobody_else(first):
 
 
 def test_a_signal_drains_and_leaves_nothing(running):
+    def has_database():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(process.name() == "postgres" for process in running.tree())
+
+    # The ledger is not waited for, and starts its database last.
+    eventually(has_database)
     tree = running.tree()
     assert {process.pid for process in tree} >= {running.supervisor.pid, *running.pids.values()}
-    assert any(process.name() == "postgres" for process in tree)
     running.supervisor.send_signal(signal.SIGINT)
-    assert running.supervisor.wait(30) == 0
-    assert not any(process.is_running() for process in tree)
+    assert running.supervisor.wait(UP_SECONDS) == 0
+    assert_all_end(tree)
     assert running.output.endswith("stopped\n")
     assert not (Path(running.state) / "stack.json").exists()
     assert "error" not in "".join(log.read_text().lower() for log in Path(running.state).glob("logs/*.log"))
@@ -119,7 +125,7 @@ def test_a_signal_while_starting_leaves_nothing(state):
         eventually(lambda: len(tree[0].children()) > 1)
         tree += tree[0].children(recursive=True)
         supervisor.send_signal(signal.SIGINT)
-        assert supervisor.wait(30) == 0
+        assert supervisor.wait(UP_SECONDS) == 0
     assert_all_end(tree)
 
 
@@ -129,7 +135,7 @@ def test_a_second_signal_kills_what_does_not_drain(running):
     running.supervisor.send_signal(signal.SIGINT)
     eventually(lambda: "draining" in running.output)
     running.supervisor.send_signal(signal.SIGINT)
-    assert running.supervisor.wait(10) == 130
+    assert running.supervisor.wait(UP_SECONDS) == 130
     assert_all_end(tree)
 
 
@@ -152,7 +158,7 @@ def test_a_process_that_dies_is_started_again(first, name):
         stub = router_pb2_grpc.RouterServiceStub(channel)
 
         def all_are_healthy():
-            ring = stub.GetRing(router_pb2.GetRingRequest(), timeout=10, wait_for_ready=True)
+            ring = stub.GetRing(router_pb2.GetRingRequest(), timeout=60, wait_for_ready=True)
             return [worker.healthy for worker in ring.workers] == [True, True]
 
         eventually(all_are_healthy)
@@ -180,10 +186,10 @@ def test_several_routers_share_the_port_and_one_that_dies_comes_back(state):
 
 
 def test_a_taken_port_is_named_with_its_owner(state):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        offset = 9  # the cache's
-        line = refused("--state", str(state), "--base-port", str(port - offset))
+    base = free_block()
+    port = base + 9  # the cache's
+    with socket.create_server(("127.0.0.1", port)):
+        line = refused("--state", str(state), "--base-port", str(base))
     name = psutil.Process().name()
     assert f"port {port} is in use by {name} (pid {os.getpid()}); choose another with --base-port" in line
 
@@ -222,7 +228,7 @@ def test_a_repository_of_which_nothing_loads_keeps_running_and_a_repaired_model_
     model.write_bytes(whole)
     with grpc.insecure_channel(stack.router) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        eventually(lambda: stub.ModelReady(v2.ModelReadyRequest(name="mlp"), timeout=10).ready)
+        eventually(lambda: stub.ModelReady(v2.ModelReadyRequest(name="mlp"), timeout=60).ready)
     assert stop_stack(stack) == 0
 
 
@@ -249,7 +255,7 @@ def test_a_stack_on_all_interfaces_is_reached_at_each_address(state):
     stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
     port = stack.router.rpartition(":")[2]
     with grpc.insecure_channel(f"127.0.0.2:{port}") as channel:
-        grpc.channel_ready_future(channel).result(10)
+        grpc.channel_ready_future(channel).result(60)
     listens = [
         c.laddr.ip for c in psutil.Process(stack.pids["worker-0"]).net_connections("tcp") if c.status == "LISTEN"
     ]
@@ -290,7 +296,7 @@ def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch
     def post(path, **fields):
         request = urllib.request.Request(console + path, urlencode(fields).encode(), {"Origin": console})
         try:
-            with browser.open(request, timeout=30) as answer:
+            with browser.open(request, timeout=60) as answer:
                 return answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.read().decode()
@@ -308,7 +314,7 @@ def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch
     shown += [stack.output, *(str(process.cmdline()) for process in stack.tree())]
     pages = [f"{console}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
     for url in (*pages, *(f"http://{address}/metrics" for address in described["metrics"].values())):
-        with browser.open(url, timeout=10) as answer:
+        with browser.open(url, timeout=60) as answer:
             shown.append(answer.read().decode())
     shown.append(post("/sign-out"))
     assert stop_stack(stack) == 0
@@ -344,7 +350,7 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as supervisor:
         assert "ready\n" in supervisor.stdout
         supervisor.terminate()
-        assert supervisor.wait(30) == 0
+        assert supervisor.wait(UP_SECONDS) == 0
 
 
 def _is_of(process, state):
@@ -353,7 +359,8 @@ def _is_of(process, state):
 
 def test_a_stack_that_other_hosts_reach_without_keys_says_what_is_open(state, monkeypatch):
     stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
-    assert "warning: 0.0.0.0:0 is open to other hosts without API keys: anybody" in stack.output
+    port = stack.router.rpartition(":")[2]
+    assert f"warning: 0.0.0.0:{port} is open to other hosts without API keys: anybody" in stack.output
     assert stop_stack(stack) == 0
     monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
     (state / "keys.jsonl").touch()

@@ -58,7 +58,7 @@ async def sender(ledger, tmp_path):
 
 
 async def all_sent(sender):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(sender.spool):
             await asyncio.sleep(0.01)
 
@@ -144,7 +144,7 @@ async def test_what_cannot_be_sent_in_time_stays_for_the_next_life(ledger, tmp_p
     spool.open()
     sender = LedgerSender(spool, ledger.address)
     sender.start()
-    await sender.close(20)
+    await sender.close(60)
     assert [batch for _, _, batch in ledger.written] == BATCHES[:2]
 
 

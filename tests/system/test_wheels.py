@@ -66,7 +66,7 @@ def install(wheels, home):
 
 
 def compiled_label(metrics):
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=60) as response:
         (build,) = re.findall("^ringmesh_build_info.*$", response.read().decode(), re.MULTILINE)
     return re.search('compiled="(.*?)"', build)[1]
 

@@ -66,4 +66,4 @@ def show(console: Console, answer: ledger_pb2.AdviseResponse) -> None:
 
 
 def _print(console: Console, line: str, *, style: str = "") -> None:
-    console.print(line, highlight=False, soft_wrap=True, style=style)
+    console.print(line, soft_wrap=True, style=style)

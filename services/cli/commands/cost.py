@@ -151,10 +151,10 @@ def show_report(console: Console, answer: ledger_pb2.ReportResponse, by: Sequenc
     labels = sum(not is_number for _, is_number, _ in columns)
     total = [value(answer.total) for _, is_number, value in columns if is_number]
     table.add_row(*(["total", *[""] * (labels - 1)] if labels else []), *total, style="bold")
-    console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC", highlight=False)
+    console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC")
     console.print(table)
     if answer.row_count > len(answer.rows):
-        console.print(f"the first {len(answer.rows)} of {answer.row_count} rows", highlight=False)
+        console.print(f"the first {len(answer.rows)} of {answer.row_count} rows")
     warn(console, answer.warnings)
 
 
@@ -166,7 +166,7 @@ def show_bill(console: Console, answer: ledger_pb2.BillResponse) -> None:
         times = (_seconds(us) for us in (row.paid_us, row.used_us, row.idle_us))
         costs = (money(nano) for nano in (row.requests_nano, row.idle_nano, row.bill_nano))
         table.add_row(worker_type, region, *times, *costs, style=style)
-    console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC", highlight=False)
+    console.print(f"{tables.utc(answer.from_ms)} UTC to {tables.utc(answer.until_ms)} UTC")
     console.print(table)
     warn(console, answer.warnings)
 
@@ -177,7 +177,6 @@ def show_forecast(console: Console, answer: ledger_pb2.ForecastResponse) -> None
         f"{answer.month}: {money(answer.spent_nano)} {currency} so far, {money(answer.expected_nano)} {currency} "
         f"expected ({money(answer.low_nano)} to {money(answer.high_nano)}), from {answer.basis}; "
         f"the cache saved {money(answer.saved_nano)} {currency}",
-        highlight=False,
         soft_wrap=True,
     )
     warn(console, answer.warnings)
@@ -230,7 +229,7 @@ def _label(name: str, row: ledger_pb2.ReportRow) -> str:
 
 def warn(console: Console, warnings: Sequence[str]) -> None:
     for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
 
 
 def money(nano: int) -> str:

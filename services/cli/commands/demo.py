@@ -100,7 +100,7 @@ async def run(console: Console, options: StackOptions, files: Samples, magika: M
     ]
     console.print()
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, style="red" if complaint and complaint in line else "")
+        console.print(line, soft_wrap=True, style="red" if complaint and complaint in line else "")
     await _print_cost(console, options.endpoints.ledger, 2 * len(first))
     if console.is_terminal:
         console.print("\npress Ctrl-C to stop the console and the demo")
@@ -118,7 +118,7 @@ async def _print_cost(console: Console, address: str, requests: int) -> None:
         stub = ledger_pb2_grpc.LedgerServiceStub(channel)
         while total.requests < requests:
             if time.monotonic() > give_up:
-                console.print(f"the ledger has counted {total.requests} of {requests} requests so far", highlight=False)
+                console.print(f"the ledger has counted {total.requests} of {requests} requests so far")
                 return
             await asyncio.sleep(_POLL_SECONDS)
             with suppress(grpc.aio.AioRpcError):  # it may not have started yet
@@ -128,7 +128,6 @@ async def _print_cost(console: Console, address: str, requests: int) -> None:
         f"cost                {money(total.cost_nano)} {currency} for {total.requests} requests; "
         f"the cache saved {money(total.saved_nano)} {currency}",
         soft_wrap=True,
-        highlight=False,
     )
 
 

@@ -44,13 +44,13 @@ def explain(router: str, request: v2.ModelInferRequest, tenant: str) -> router_p
 def show(console: Console, answer: router_pb2.ExplainResponse) -> None:
     """Prints the key, the owner, and every candidate in the order in which the router would try them."""
     if answer.uncached_reason:
-        console.print(f"not cached  {escape(answer.uncached_reason)}", soft_wrap=True, highlight=False)
+        console.print(f"not cached  {escape(answer.uncached_reason)}", soft_wrap=True)
     else:
-        console.print(f"key         {answer.key}", soft_wrap=True, highlight=False)
+        console.print(f"key         {answer.key}", soft_wrap=True)
     if answer.shared_tier:
-        console.print(f"shared tier {escape(answer.shared_tier)}", soft_wrap=True, highlight=False)
+        console.print(f"shared tier {escape(answer.shared_tier)}", soft_wrap=True)
     if answer.owner:
-        console.print(f"owner       {escape(answer.owner)}", soft_wrap=True, highlight=False)
+        console.print(f"owner       {escape(answer.owner)}", soft_wrap=True)
     if answer.candidates:
         console.print(_table(answer.candidates))
 

@@ -21,11 +21,12 @@ LOCAL = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-async def serves(address: str) -> bool:
-    """Whether grpc.health.v1 answers SERVING for the server as a whole."""
+async def serves(address: str, service: str = "") -> bool:
+    """Whether grpc.health.v1 answers SERVING for the service, "": for the server as a whole."""
     async with grpc.aio.insecure_channel(address, options=LOCAL) as channel:
         try:
-            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=_SECONDS)
         except grpc.aio.AioRpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -20,6 +20,7 @@ from services.cli.stack.edge import Edge, socket_path
 from services.cli.stack.endpoints import Endpoints
 from services.runtime.machine import cores
 from services.runtime.redacted import without_credentials
+from services.runtime.rpc.roles import WORKER
 from services.runtime.rpc.tls import TlsFiles
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -191,7 +192,9 @@ class Stack:
                 "RINGMESH_STATE_DIR": str(options.state.absolute() / "worker"),
                 "RINGMESH_THREADS": str(threads),
             }
-            yield self._service(f"worker-{number}", "services.inference", endpoint, environment)
+            # A worker without a usable model is not ready, but it serves.
+            is_alive = partial(probes.serves, endpoint, WORKER)
+            yield self._service(f"worker-{number}", "services.inference", endpoint, environment, is_alive)
         environment = {
             **caches,
             "RINGMESH_WORKERS": ",".join(endpoints.workers),

@@ -27,6 +27,8 @@ from services.runtime.verdict import YES, Verdict
 _ASK_SECONDS = 1.0
 _MODELS_EVERY = 5
 _TIMEOUT = 2.0
+# Calls to a worker that has left have this long to end.
+_GRACE_SECONDS = 5.0
 OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -131,9 +133,9 @@ class FleetWatch:
     ) -> None:
         self._credential = credential
         self._tls = tls
-        self._channels = {address: self._connect(address) for address in {*routers, cache}}
+        # The console's own, by address.
+        self._channels: dict[str, grpc.aio.Channel] = {}
         self.view = FleetSnapshot(tuple(ServiceView(address) for address in routers), ServiceView(cache))
-        self._workers: dict[str, grpc.aio.Channel] = {}
         self.events = EventFeed()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -142,11 +144,17 @@ class FleetWatch:
         return open_channel(address, OPTIONS, sends, self._tls)
 
     def channel(self, address: str) -> grpc.aio.Channel:
+        """The channel for the console's own calls to a process."""
+        if address not in self._channels:
+            self._channels[address] = self._connect(address)
         return self._channels[address]
 
     @asynccontextmanager
     async def calling(self, address: str, authorization: str) -> AsyncIterator[grpc.aio.Channel]:
         """A channel for calls in the name of the holder of an API key; "": of the console itself."""
+        if not authorization:
+            yield self.channel(address)
+            return
         channel = self._connect(address, authorization)
         try:
             yield channel
@@ -162,7 +170,7 @@ class FleetWatch:
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(channel.close() for channel in (*self._channels.values(), *self._workers.values())))
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
     async def _run(self) -> None:
         turn = 0
@@ -222,12 +230,11 @@ class FleetWatch:
 
     async def _ask_workers(self, addresses: list[str]) -> list[inference_pb2.DescribeResponse]:
         """Asks each worker for its models. Omits workers that do not answer."""
-        for gone in self._workers.keys() - set(addresses):
-            await self._workers.pop(gone).close()
-        for address in addresses:
-            if address not in self._workers:
-                self._workers[address] = self._connect(address)
-        answers = await asyncio.gather(*(_describe(self._workers[address]) for address in addresses))
+        view = self.view
+        kept = {*(router.address for router in view.routers), view.cache.address, *view.workers}
+        for gone in self._channels.keys() - kept:
+            BACKGROUND.once("closing of a channel", partial(self._channels.pop(gone).close, _GRACE_SECONDS))
+        answers = await asyncio.gather(*(_describe(self.channel(address)) for address in addresses))
         return sorted((answer for answer in answers if answer is not None), key=lambda answer: answer.worker_id)
 
 

@@ -47,11 +47,10 @@ async def _entries(
     fleet: FleetWatch, address: str, asked: audit_pb2.ListRequest
 ) -> tuple[Sequence[audit_pb2.Entry], str]:
     """Returns the entries of a process, and "" or why there are none."""
-    async with fleet.calling(address, "") as channel:
 
-        async def listing() -> list[audit_pb2.Entry]:
-            call = audit_pb2_grpc.AuditServiceStub(channel).List(asked, timeout=_SECONDS)
-            return [entry async for page in call for entry in page.entries]
+    async def listing() -> list[audit_pb2.Entry]:
+        call = audit_pb2_grpc.AuditServiceStub(fleet.channel(address)).List(asked, timeout=_SECONDS)
+        return [entry async for page in call for entry in page.entries]
 
-        found, problem = await ask(listing)
-        return found or (), problem and f"{address}: {problem}."
+    found, problem = await ask(listing)
+    return found or (), problem and f"{address}: {problem}."

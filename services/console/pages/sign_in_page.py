@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -12,7 +13,13 @@ from services.console.pages.live import Pages
 from services.console.security import COOKIE, VISITOR
 from services.console.sessions import SECONDS, Sessions
 from services.console.visitor import Visitor
-from services.runtime.errors import ResourceExhaustedError, UnauthenticatedError
+from services.runtime.errors import ResourceExhaustedError, RingmeshError, UnauthenticatedError, UnavailableError
+
+_STATUSES: Mapping[type[RingmeshError], int] = {
+    UnauthenticatedError: 401,
+    ResourceExhaustedError: 429,
+    UnavailableError: 503,
+}
 
 
 class SignIn:
@@ -32,10 +39,9 @@ class SignIn:
         sent = await form.read(request)
         try:
             token = self._sessions.open(sent.get("key", "").strip(), request.client.host if request.client else "")
-        except (UnauthenticatedError, ResourceExhaustedError) as error:
-            limited = isinstance(error, ResourceExhaustedError)
+        except tuple(_STATUSES) as error:
             problem = {"problem": f"{error.message[0].upper()}{error.message[1:]}."}
-            response = self._pages.render("sign_in.html", request, problem, 429 if limited else 401)
+            response = self._pages.render("sign_in.html", request, problem, _STATUSES[type(error)])
             if error.retry_after is not None:
                 response.headers["Retry-After"] = str(math.ceil(error.retry_after))
             return response

@@ -13,7 +13,7 @@ from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, Unser
 from services.inference.execution import graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import load_failure, run_error
-from services.inference.execution.sessions import Sessions
+from services.inference.execution.sessions import InferenceSessions
 from services.inference.repository.config import (
     SHARED_TIER,
     ConfigError,
@@ -76,7 +76,9 @@ class OnnxModel:
             self.independence = prove(proto)
             self.inline = inline_runs.verdict(proto)
             del proto  # frees memory before the session is made
-            self._sessions = sessions = Sessions(files, providers, intra_op_threads, self._output_shape, caches)
+            self._sessions = sessions = InferenceSessions(
+                files, providers, intra_op_threads, self._output_shape, caches
+            )
             self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
             self.outputs = output_specs(sessions.outputs, configured, unranked)
             self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
@@ -130,7 +132,7 @@ class OnnxModel:
         self._sessions = fresh._sessions
 
     def shrink(self) -> None:
-        sessions: Sessions | None = getattr(self, "_sessions", None)
+        sessions: InferenceSessions | None = getattr(self, "_sessions", None)
         if sessions is not None:
             sessions.shrink()
 

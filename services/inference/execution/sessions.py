@@ -35,7 +35,7 @@ _SHRINK = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
 Arrays = list[npt.NDArray[Any]]
 
 
-class Sessions:
+class InferenceSessions:
     """Runs a model on the devices of its configuration, as far as this machine has them. Safe for several threads.
 
     `provider`: the first execution provider in use. With several GPUs, a run takes the one with the fewest runs in

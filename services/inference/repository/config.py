@@ -132,19 +132,18 @@ def fields(config: ModelConfig) -> dict[str, bool]:
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
-    return config.parameters[flag].string_value == "true" if flag in config.parameters else None
+    return _parameter(config, flag) == "true" if flag in config.parameters else None
 
 
-def _shared_tier(config: ModelConfig) -> str:
-    return config.parameters[SHARED_TIER].string_value if SHARED_TIER in config.parameters else "auto"
+def _parameter(config: ModelConfig, name: str, default: str = "") -> str:
+    # Without a look, a map would make an entry.
+    return config.parameters[name].string_value if name in config.parameters else default
 
 
 def _number(config: ModelConfig, parameter: str) -> float:
     """The value of a parameter; 0 if it is not given, NaN if it is not a number."""
-    if parameter not in config.parameters:
-        return 0.0
     try:
-        return float(config.parameters[parameter].string_value)
+        return float(_parameter(config, parameter, "0"))
     except ValueError:
         return math.nan
 
@@ -157,13 +156,11 @@ def serving_rules(config: ModelConfig, *, semantic: bool) -> inference_pb2.Model
         hedged=says(config, HEDGE) is True,
         ttl_ms=math.ceil(_number(config, CACHE_TTL) * 1000),
         stale_ms=math.ceil(_number(config, CACHE_STALE) * 1000),
-        shared_tier=_shared_tier(config).removeprefix("auto"),
+        shared_tier=_parameter(config, SHARED_TIER).removeprefix("auto"),
     )
     if semantic and SEMANTIC_THRESHOLD in config.parameters:
         rules.semantic_threshold = _number(config, SEMANTIC_THRESHOLD)
-        rules.semantic_embedding = (
-            config.parameters[SEMANTIC_EMBEDDING].string_value if SEMANTIC_EMBEDDING in config.parameters else ""
-        )
+        rules.semantic_embedding = _parameter(config, SEMANTIC_EMBEDDING)
     return rules
 
 
@@ -218,9 +215,9 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
     if config.backend not in _BACKENDS:
         raise ConfigError(f"{path}: backend is {config.backend!r}; Ringmesh serves onnxruntime")
     for flag in sorted(_FLAGS & config.parameters.keys()):
-        if (value := config.parameters[flag].string_value) not in ("true", "false"):
+        if (value := _parameter(config, flag)) not in ("true", "false"):
             raise ConfigError(f'{path}: parameter {flag} is {value!r}; it must be "true" or "false"')
-    if (value := _shared_tier(config)) not in ("auto", "always", "never"):
+    if (value := _parameter(config, SHARED_TIER, "auto")) not in ("auto", "always", "never"):
         raise ConfigError(f"{path}: parameter {SHARED_TIER} is {value!r}; it must be auto, always or never")
     for parameter, most, wanted in (
         (SEMANTIC_THRESHOLD, 1, "a number above 0, 1 at most"),
@@ -228,10 +225,10 @@ def _check(config: ModelConfig, path: str, name: str) -> None:
         (CACHE_STALE, _MAX_SECONDS, f"a number of seconds above 0, {_MAX_SECONDS} at most"),
     ):
         if parameter in config.parameters and not 0 < _number(config, parameter) <= most:
-            value = config.parameters[parameter].string_value
+            value = _parameter(config, parameter)
             raise ConfigError(f"{path}: parameter {parameter} is {value!r}; it must be {wanted}")
     if SEMANTIC_EMBEDDING in config.parameters:
-        embedding = config.parameters[SEMANTIC_EMBEDDING].string_value
+        embedding = _parameter(config, SEMANTIC_EMBEDDING)
         if embedding in ("", name) or SEMANTIC_THRESHOLD not in config.parameters:
             raise ConfigError(
                 f"{path}: parameter {SEMANTIC_EMBEDDING} is {embedding!r}; it must be the name of another model, "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.ingest.writer import Writer
-from services.ledger.reports.budgets import Budgets, BudgetState
+from services.ledger.reports.budgets import PERIODS, BudgetList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.storage.database import Database
 from services.runtime.telemetry.metrics import Family, Sample
@@ -40,14 +42,15 @@ BUDGET = Family(
     ("tenant", "model", "period", "bound"),
 )
 _LOOK_SECONDS = 10.0
+_PERIOD_NAMES = {number: name for name, number in PERIODS.items()}
 
 
 class LedgerMetrics:
     """Reads the counters of its parts, and now and then the budgets."""
 
-    def __init__(self, database: Database, writer: Writer, cache: ReportCache, budgets: Budgets) -> None:
+    def __init__(self, database: Database, writer: Writer, cache: ReportCache, budgets: BudgetList) -> None:
         self._budgets = budgets
-        self._states: list[BudgetState] = []
+        self._states: Iterable[ledger_pb2.BudgetState] = ()
         self._database = database
         self._writer = writer
         self._cache = cache
@@ -55,15 +58,17 @@ class LedgerMetrics:
     async def look(self) -> None:
         """Updates the budget metrics until cancelled."""
         while True:
-            self._states, _ = await self._budgets.states()
+            self._states = (await self._budgets.states()).budgets
             await asyncio.sleep(_LOOK_SECONDS)
 
     def samples(self) -> Iterator[Sample]:
         """For `Metrics.add`."""
         for state in self._states:
-            for bound, nano in (("soft", state.budget.soft_nano), ("hard", state.budget.hard_nano)):
+            budget = state.budget
+            labels = (budget.tenant, budget.model, _PERIOD_NAMES[budget.period])
+            for bound, nano in (("soft", budget.soft_nano), ("hard", budget.hard_nano)):
                 if nano:
-                    yield Sample(BUDGET, (*state.budget.key, bound), state.spent_nano / nano)
+                    yield Sample(BUDGET, (*labels, bound), state.spent_nano / nano)
         counters = self._writer.counters
         yield Sample(RECORDS, (), counters.records)
         yield Sample(REQUESTS, (), counters.requests)

@@ -6,17 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Literal
 
 import grpc
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.ingest.batch import check_name, read
-from services.ledger.ingest.producers import Verdict
+from services.ledger.ingest.producers import BatchFate
 from services.ledger.ingest.writer import Writer
 from services.ledger.reports import time_range
-from services.ledger.reports.budgets import RENEW_SECONDS, Budgets
+from services.ledger.reports.budgets import PERIODS, BudgetList
 from services.ledger.reports.export import Format
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.rebuild import rebuild
@@ -26,6 +26,7 @@ from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Database
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import DAY_MS, MINUTE_MS, utc
 from services.runtime import faults
 from services.runtime.errors import InvalidArgumentError
 from services.runtime.rpc.rpc import Context, Service, abort, parse, unary
@@ -46,11 +47,10 @@ _FORMATS = {
     ledger_pb2.ExportRequest.FORMAT_PARQUET: Format.PARQUET,
 }
 _RESULTS = {
-    Verdict.WRITE: ledger_pb2.AppendResponse.RESULT_WRITTEN,
-    Verdict.DUPLICATE: ledger_pb2.AppendResponse.RESULT_DUPLICATE,
-    Verdict.GAP: ledger_pb2.AppendResponse.RESULT_GAP,
+    BatchFate.WRITE: ledger_pb2.AppendResponse.RESULT_WRITTEN,
+    BatchFate.DUPLICATE: ledger_pb2.AppendResponse.RESULT_DUPLICATE,
+    BatchFate.GAP: ledger_pb2.AppendResponse.RESULT_GAP,
 }
-_PERIODS = {"day": ledger_pb2.PERIOD_DAY, "month": ledger_pb2.PERIOD_MONTH}
 _DEVICES = {"cpu": ledger_pb2.DEVICE_CPU, "gpu": ledger_pb2.DEVICE_GPU}
 _DEVICE_NAMES = {ledger_pb2.DEVICE_UNSPECIFIED: "", **{number: name for name, number in _DEVICES.items()}}
 
@@ -65,7 +65,7 @@ class LedgerService:
         writer: Writer,
         prices: PriceList,
         reports: Reports,
-        budgets: Budgets,
+        budgets: BudgetList,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
@@ -113,14 +113,10 @@ class LedgerService:
         if is_single:
             if len(request.by) > 1 or request.changes:
                 raise InvalidArgumentError("single requests are not grouped or compared", field="by")
-            return await self._reports.requests(
-                self._range_of_requests(request),
-                request.trace_id,
-                filters,
-                limit,
-                allow_unpriced=request.allow_unpriced,
-            )
-        range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), time_range.MINUTE_MS)
+            range_ = self._range_of_requests(request)
+            question = UsageQuestion(range_, (), filters, limit, allow_unpriced=request.allow_unpriced)
+            return await self._reports.requests(question, request.trace_id)
+        range_ = time_range.asked(request.from_ms, request.until_ms, self._now_ms(), MINUTE_MS)
         question = UsageQuestion(range_, _groups(request), filters, limit, allow_unpriced=request.allow_unpriced)
         return await self._reports.usage(question, changes=request.changes)
 
@@ -128,7 +124,7 @@ class LedgerService:
         """With a trace id and no start, all that is kept."""
         from_ms = request.from_ms
         if request.trace_id and not from_ms:
-            from_ms = max(self._now_ms() - self._partitions.retention.usage * time_range.DAY_MS, 0)
+            from_ms = max(self._now_ms() - self._partitions.retention.usage * DAY_MS, 0)
         return time_range.asked(from_ms, request.until_ms, self._now_ms())
 
     async def _bill(self, request: ledger_pb2.BillRequest, _: Context) -> ledger_pb2.BillResponse:
@@ -178,22 +174,7 @@ class LedgerService:
         return await self._reports.advise(request)
 
     async def _list_budgets(self, _: ledger_pb2.ListBudgetsRequest, __: Context) -> ledger_pb2.ListBudgetsResponse:
-        states, warnings = await self._budgets.states()
-        return ledger_pb2.ListBudgetsResponse(
-            budgets=[
-                ledger_pb2.BudgetState(
-                    budget=self._budget(state.budget),
-                    spent_nano=state.spent_nano,
-                    leased_nano=state.leased_nano,
-                    begins_ms=_ms(state.begins),
-                    renews_at_ms=_ms(state.renews_at),
-                    soft_reached=0 < state.budget.soft_nano <= state.spent_nano,
-                    hard_reached=0 < state.budget.hard_nano <= state.spent_nano,
-                )
-                for state in states
-            ],
-            warnings=warnings,
-        )
+        return await self._budgets.states()
 
     async def _set_budget(self, request: ledger_pb2.SetBudgetRequest, _: Context) -> ledger_pb2.SetBudgetResponse:
         sent = request.budget
@@ -213,38 +194,14 @@ class LedgerService:
             if use.unsent_nano < 0:
                 raise InvalidArgumentError(f"unsent_nano is {use.unsent_nano}; it is 0 or more", field="uses")
             unsent[_budget_key(use)] = use.unsent_nano
-        leases, rates = await self._budgets.lease(request.router_id, unsent)
-        return ledger_pb2.LeaseResponse(
-            leases=[
-                ledger_pb2.BudgetLease(
-                    budget=self._budget(lease.budget),
-                    amount_nano=lease.amount_nano,
-                    renews_at_ms=_ms(lease.renews_at),
-                )
-                for lease in leases
-            ],
-            nano_per_second=rates,
-            renew_ms=int(RENEW_SECONDS * 1000),
-        )
-
-    def _budget(self, budget: Budget) -> ledger_pb2.Budget:
-        return ledger_pb2.Budget(
-            tenant=budget.key.tenant,
-            model=budget.key.model,
-            period=_PERIODS[budget.key.period],
-            soft_nano=budget.soft_nano,
-            hard_nano=budget.hard_nano,
-            currency=self._prices.currency,
-        )
+        return await self._budgets.lease(request.router_id, unsent)
 
     async def _rebuild(self, request: ledger_pb2.RebuildRequest, _: Context) -> ledger_pb2.RebuildResponse:
         try:
             day = date.fromisoformat(request.day)
         except ValueError:
             raise InvalidArgumentError(f"{request.day!r} is no day, such as 2026-11-29", field="day") from None
-        records, requests = await rebuild(
-            self._database, self._partitions, day, datetime.fromtimestamp(self._clock(), UTC)
-        )
+        records, requests = await rebuild(self._database, self._partitions, day, utc(self._now_ms()))
         return ledger_pb2.RebuildResponse(records=records, requests=requests)
 
     def _price(self, price: Price) -> ledger_pb2.Price:
@@ -274,14 +231,10 @@ def _groups(request: ledger_pb2.ReportRequest) -> tuple[str, ...]:
 
 
 def _budget_key(sent: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledger_pb2.BudgetUse) -> BudgetKey:
-    period = next((name for name, number in _PERIODS.items() if number == sent.period), "")
+    period = next((name for name, number in PERIODS.items() if number == sent.period), "")
     if not period:
         raise InvalidArgumentError("period is DAY or MONTH", field="period")
     return BudgetKey(sent.tenant, sent.model, period)
-
-
-def _ms(at: datetime) -> int:
-    return int(at.timestamp()) * 1000
 
 
 def _any_size(_: bytes) -> None:

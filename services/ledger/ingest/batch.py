@@ -11,13 +11,19 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError
 from ringmesh.ledger.v1 import ledger_pb2
 
+from services.ledger.storage.kinds import UsageKind
+from services.ledger.storage.times import MINUTE_MS
 from services.ledger.storage.usage_rows import Integers
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.errors import CODE_NAMES, FailedPreconditionError, InvalidArgumentError
 
 FORMAT: Final = 1
 MOST_RECORDS: Final = 50_000
-_MOST_WORKER_TIMES = 10_000
-_MOST_KEY_SAMPLES = 20_000
+_ENTRIES: Final = (
+    ("at_ms", "records", MOST_RECORDS),
+    ("dimensions", "dimensions", MOST_RECORDS),
+    ("worker_times", "worker times", 10_000),
+    ("key_samples", "key samples", 20_000),
+)
 _LONGEST_NAME = 256
 _TRACE_BYTES = 16
 _DIGEST_BYTES = 16
@@ -43,13 +49,7 @@ COLUMNS: Final = (
 # 2000-01-01 to 2200-01-01: beyond, it is no clock.
 _FIRST_MS, _LAST_MS = 946_684_800_000, 7_258_118_400_000
 _OUTCOMES: Final = frozenset(("", "hit-local", "hit-shared", "hit-peer", "hit-semantic", "joined", "miss", "bypass"))
-_STATUSES: Final = frozenset(
-    (
-        *("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"),
-        *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED"),
-        *("INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"),
-    )
-)
+_STATUSES: Final = frozenset(CODE_NAMES.values())
 
 
 class Producer(NamedTuple):
@@ -59,7 +59,7 @@ class Producer(NamedTuple):
     start_epoch: int
 
 
-class Series(NamedTuple):
+class UsageSeries(NamedTuple):
     """What roll-ups tell apart."""
 
     tenant: str
@@ -69,37 +69,20 @@ class Series(NamedTuple):
     worker_type: str
 
 
-class Kind(NamedTuple):
-    """How a request ended."""
-
-    outcome: str
-    status: str
-
-    @property
-    def is_hit(self) -> bool:
-        """Answered without a run of its own."""
-        return self.status == "OK" and (self.outcome.startswith("hit-") or self.outcome == "joined")
-
-    @property
-    def is_error(self) -> bool:
-        """Not answered as asked."""
-        return self.status != "OK"
-
-
 class WorkerMinute(NamedTuple):
     """Seconds of a minute in which a worker was up, as bits."""
 
     worker_id: str
     worker_type: str
     region: str
-    minute: int
+    at_ms: int
     seconds: int
 
 
 class KeySample(NamedTuple):
     """Requests for a key, one of those whose first byte is less than `below`. Its series has no tenant."""
 
-    series: Series
+    series: UsageSeries
     at_ms: int
     key: int
     below: int
@@ -110,14 +93,14 @@ class KeySample(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class UsageBatch:
     """What was sent. `series` and `kinds` belong to the dimensions; arrays have an entry a record."""
 
     producer: Producer
     sequence: int
     digest: bytes
-    series: tuple[Series, ...]
-    kinds: tuple[Kind, ...]
+    series: tuple[UsageSeries, ...]
+    kinds: tuple[UsageKind, ...]
     dimension: Integers
     at_ms: Integers
     columns: dict[str, Integers]
@@ -133,7 +116,7 @@ class Batch:
         return len(self.at_ms)
 
 
-def read(request: ledger_pb2.AppendRequest) -> Batch:
+def read(request: ledger_pb2.AppendRequest) -> UsageBatch:
     """Raises InvalidArgumentError where it is not a batch, FailedPreconditionError where it is of a newer format."""
     check_name(request.router_id, "router_id")
     if not request.router_id:
@@ -162,15 +145,12 @@ def read(request: ledger_pb2.AppendRequest) -> Batch:
     return _columns(request, batch)
 
 
-def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batch:
+def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> UsageBatch:
+    for name, what, most in _ENTRIES:
+        if (count := len(getattr(batch, name))) > most:
+            raise InvalidArgumentError(f"the batch has {count} {what}; at most {most}", field=f"batch.{name}")
     at_ms = _array(batch.at_ms, "at_ms")
     count = len(at_ms)
-    if count > MOST_RECORDS:
-        raise InvalidArgumentError(f"the batch has {count} records; at most {MOST_RECORDS}", field="batch.at_ms")
-    if len(batch.dimensions) > MOST_RECORDS:
-        raise InvalidArgumentError(
-            f"the batch has {len(batch.dimensions)} dimensions; at most {MOST_RECORDS}", field="batch.dimensions"
-        )
     columns = {name: _column(batch, name, count) for name in ("dimension", *COLUMNS)}
     dimension = columns.pop("dimension")
     for wrong in np.flatnonzero((at_ms < _FIRST_MS) | (at_ms >= _LAST_MS))[:1]:
@@ -191,12 +171,12 @@ def _columns(request: ledger_pb2.AppendRequest, batch: ledger_pb2.Batch) -> Batc
             raise InvalidArgumentError(
                 f"{one.status!r} is no name of a gRPC status", field=f"batch.dimensions[{place}].status"
             )
-    return Batch(
+    return UsageBatch(
         Producer(request.router_id, request.start_epoch),
         request.sequence,
         request.digest,
-        tuple(Series(one.tenant, one.model, one.version, one.region, one.worker_type) for one in batch.dimensions),
-        tuple(Kind(one.outcome if one.outcome in _OUTCOMES else "other", one.status) for one in batch.dimensions),
+        tuple(UsageSeries(one.tenant, one.model, one.version, one.region, one.worker_type) for one in batch.dimensions),
+        tuple(UsageKind(one.outcome if one.outcome in _OUTCOMES else "other", one.status) for one in batch.dimensions),
         dimension,
         at_ms,
         columns,
@@ -229,11 +209,6 @@ def _column(batch: ledger_pb2.Batch, name: str, count: int) -> Integers:
 
 
 def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
-    if len(batch.worker_times) > _MOST_WORKER_TIMES:
-        raise InvalidArgumentError(
-            f"the batch has {len(batch.worker_times)} worker times; at most {_MOST_WORKER_TIMES}",
-            field="batch.worker_times",
-        )
     found = []
     for place, one in enumerate(batch.worker_times):
         field = f"batch.worker_times[{place}]"
@@ -241,18 +216,14 @@ def _worker_minutes(batch: ledger_pb2.Batch) -> tuple[WorkerMinute, ...]:
             check_name(getattr(one, name), f"{field}.{name}")
         if not one.worker_id:
             raise InvalidArgumentError("worker_id is empty", field=f"{field}.worker_id")
-        if one.seconds >> 60 or not _FIRST_MS <= one.minute * 60_000 < _LAST_MS:
+        at_ms = one.minute * MINUTE_MS
+        if one.seconds >> 60 or not _FIRST_MS <= at_ms < _LAST_MS:
             raise InvalidArgumentError("not the 60 seconds of a minute", field=field)
-        found.append(WorkerMinute(one.worker_id, one.worker_type, one.region, one.minute, one.seconds))
+        found.append(WorkerMinute(one.worker_id, one.worker_type, one.region, at_ms, one.seconds))
     return tuple(found)
 
 
 def _key_samples(batch: ledger_pb2.Batch) -> tuple[KeySample, ...]:
-    if len(batch.key_samples) > _MOST_KEY_SAMPLES:
-        raise InvalidArgumentError(
-            f"the batch has {len(batch.key_samples)} key samples; at most {_MOST_KEY_SAMPLES}",
-            field="batch.key_samples",
-        )
     found = []
     for place, one in enumerate(batch.key_samples):
         field = f"batch.key_samples[{place}]"
@@ -267,7 +238,7 @@ def _key_samples(batch: ledger_pb2.Batch) -> tuple[KeySample, ...]:
             and _FIRST_MS <= one.at_ms < _LAST_MS
         ):
             raise InvalidArgumentError(f"no sample of a key: {one}", field=field)
-        series = Series("", one.model, one.version, one.region, one.worker_type)
+        series = UsageSeries("", one.model, one.version, one.region, one.worker_type)
         # As PostgreSQL has it, signed.
         key = one.key - (one.key >> 63 << 64)
         found.append(KeySample(series, one.at_ms, key, one.below, one.cacheable, one.requests, *numbers))

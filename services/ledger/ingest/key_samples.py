@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from services.ledger.ingest.batch import KeySample, Series
+from services.ledger.ingest.batch import KeySample, UsageSeries
 from services.ledger.storage.database import Connection
 
 
-async def add(connection: Connection, samples: Sequence[KeySample], numbers: Mapping[Series, int]) -> None:
+async def add(connection: Connection, samples: Sequence[KeySample], numbers: Mapping[UsageSeries, int]) -> None:
     """In the caller's transaction; the partitions are there."""
     if samples:
         series, *columns = zip(*samples, strict=True)

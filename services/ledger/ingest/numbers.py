@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-from services.ledger.ingest.batch import Kind, Series
+from services.ledger.ingest.batch import UsageSeries
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.kinds import UsageKind
 
 _MOST_REMEMBERED = 200_000
 
@@ -24,7 +25,7 @@ class Margin(NamedTuple):
     worker_type: str
 
 
-def margins(series: Series) -> list[Margin]:
+def margins(series: UsageSeries) -> list[Margin]:
     """One a cube, in their order."""
     return [
         Margin(
@@ -34,7 +35,7 @@ def margins(series: Series) -> list[Margin]:
     ]
 
 
-class Worker(NamedTuple):
+class WorkerName(NamedTuple):
     """A worker by what it says of itself."""
 
     worker_id: str
@@ -42,7 +43,7 @@ class Worker(NamedTuple):
     region: str
 
 
-Name = TypeVar("Name", Series, Margin, Kind, Worker)
+Name = TypeVar("Name", UsageSeries, Margin, UsageKind, WorkerName)
 
 
 class Numbers(Generic[Name]):

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from services.ledger.ingest.batch import Batch, Producer
+from services.ledger.ingest.batch import Producer, UsageBatch
 from services.ledger.storage.database import Connection
 
 
-class Verdict(Enum):
+class BatchFate(Enum):
     """What becomes of a batch."""
 
     WRITE = "write"
@@ -31,18 +31,18 @@ class Mark:
     dropped_requests: int = 0
     changed: bool = False
 
-    def judge(self, batch: Batch) -> Verdict:
+    def judge(self, batch: UsageBatch) -> BatchFate:
         """Advances for a batch that is to be written."""
         if batch.sequence == self.last + 1:
             self.last, self.digest, self.changed = batch.sequence, batch.digest, True
             self.dropped_records += batch.dropped_records
             self.dropped_requests += batch.dropped_requests
-            return Verdict.WRITE
+            return BatchFate.WRITE
         if batch.sequence > self.last:
-            return Verdict.GAP
+            return BatchFate.GAP
         if batch.sequence == self.last and batch.digest != self.digest:
-            return Verdict.CONFLICT
-        return Verdict.DUPLICATE
+            return BatchFate.CONFLICT
+        return BatchFate.DUPLICATE
 
 
 async def locked(connection: Connection, producers: Iterable[Producer]) -> dict[Producer, Mark]:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
 
 from services.ledger.ingest.batch import WorkerMinute
-from services.ledger.ingest.numbers import Worker
+from services.ledger.ingest.numbers import WorkerName
 from services.ledger.storage.database import Connection
+from services.ledger.storage.times import HOUR_MS, milliseconds, utc
 
-_HOUR_MINUTES = 60
 
-
-async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: Mapping[Worker, int]) -> None:
+async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: Mapping[WorkerName, int]) -> None:
     """In the caller's transaction, which no other writes beside."""
     sent: dict[tuple[int, int], int] = {}
     pools: dict[int, tuple[str, str]] = {}
     for one in minutes:
-        number = numbers[Worker(one.worker_id, one.worker_type, one.region)]
+        number = numbers[WorkerName(one.worker_id, one.worker_type, one.region)]
         pools[number] = (one.region, one.worker_type)
-        sent[one.minute, number] = sent.get((one.minute, number), 0) | one.seconds
+        sent[one.at_ms, number] = sent.get((one.at_ms, number), 0) | one.seconds
     if not sent:
         return
     keys = sorted(sent)
-    times = [_time(minute) for minute, _ in keys]
+    times = [utc(at_ms) for at_ms, _ in keys]
     workers = [number for _, number in keys]
     rows = await connection.fetch(
         "SELECT w.at, w.worker, w.seconds FROM worker_minute w "
@@ -31,11 +29,11 @@ async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: 
         times,
         workers,
     )
-    known = {(int(row["at"].timestamp()) // 60, row["worker"]): row["seconds"] for row in rows}
+    known = {(milliseconds(row["at"]), row["worker"]): row["seconds"] for row in rows}
     added: dict[tuple[int, str, str], int] = {}
-    for minute, number in keys:
-        new = sent[minute, number] & ~known.get((minute, number), 0)
-        pool = (minute // _HOUR_MINUTES, *pools[number])
+    for at_ms, number in keys:
+        new = sent[at_ms, number] & ~known.get((at_ms, number), 0)
+        pool = (at_ms // HOUR_MS * HOUR_MS, *pools[number])
         added[pool] = added.get(pool, 0) + new.bit_count() * 1_000_000
     await connection.execute(
         "INSERT INTO worker_minute AS w (at, worker, seconds) "
@@ -50,12 +48,8 @@ async def add(connection: Connection, minutes: Iterable[WorkerMinute], numbers: 
         "INSERT INTO pool_hour AS p (at, region, worker_type, up_us) "
         "SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::bigint[]) "
         "ON CONFLICT (at, region, worker_type) DO UPDATE SET up_us = p.up_us + excluded.up_us",
-        [_time(hour * _HOUR_MINUTES) for hour, _, _ in cells],
+        [utc(hour_ms) for hour_ms, _, _ in cells],
         [region for _, region, _ in cells],
         [worker_type for _, _, worker_type in cells],
         [added[cell] for cell in cells],
     )
-
-
-def _time(minute: int) -> datetime:
-    return datetime.fromtimestamp(0, UTC) + timedelta(minutes=minute)

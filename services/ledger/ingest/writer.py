@@ -12,13 +12,15 @@ from datetime import date
 import numpy as np
 
 from services.ledger.ingest import key_samples, producers, uptime
-from services.ledger.ingest.batch import COLUMNS, Batch, Kind, Series
-from services.ledger.ingest.numbers import Margin, Numbers, Worker, margins
-from services.ledger.ingest.producers import Verdict
+from services.ledger.ingest.batch import COLUMNS, UsageBatch, UsageSeries
+from services.ledger.ingest.numbers import Margin, Numbers, WorkerName, margins
+from services.ledger.ingest.producers import BatchFate
 from services.ledger.storage import rollups, usage_rows
 from services.ledger.storage.database import Connection, Database, DataRefusedError, MissingPartitionError
-from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, day_of, usage_partition
+from services.ledger.storage.kinds import UsageKind
+from services.ledger.storage.partitions import DAYS_AHEAD, Partitions, usage_partition
 from services.ledger.storage.rollups import Deltas
+from services.ledger.storage.times import DAY_MS, day_of, midnight_ms
 from services.ledger.storage.usage_rows import Integers, Rows
 from services.runtime.errors import (
     FailedPreconditionError,
@@ -35,13 +37,12 @@ _MOST_RECORDS = 20_000
 _MOST_WAITING = 200_000
 # Before the database is tried again.
 _PAUSE_SECONDS = 0.1
-_DAY_MS = 86_400_000
 
 
 @dataclass(slots=True)
-class _Waiting:
-    batch: Batch
-    written: asyncio.Future[tuple[Verdict, int]] = field(
+class _WaitingBatch:
+    batch: UsageBatch
+    written: asyncio.Future[tuple[BatchFate, int]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -64,13 +65,13 @@ class Writer:
         self._database = database
         self._partitions = partitions
         self._clock = clock
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_WaitingBatch] = deque()
         self._waiting_records = 0
         self._wake = asyncio.Event()
-        self._series = Numbers("series", Series)
+        self._series = Numbers("series", UsageSeries)
         self._margins = Numbers("margin", Margin)
-        self._kinds = Numbers("kind", Kind)
-        self._workers = Numbers("worker", Worker)
+        self._kinds = Numbers("kind", UsageKind)
+        self._workers = Numbers("worker", WorkerName)
         self._task: asyncio.Task[None] | None = None
         self.counters = WriterCounters()
         self.transactions = Histogram()
@@ -91,7 +92,7 @@ class Writer:
         self._fail(list(self._queue), UnavailableError("the ledger stops; send the batch again"))
         self._queue.clear()
 
-    async def append(self, batch: Batch) -> tuple[Verdict, int]:
+    async def append(self, batch: UsageBatch) -> tuple[BatchFate, int]:
         """WRITE, DUPLICATE or GAP, and the producer's newest batch. Durable when it returns WRITE or DUPLICATE.
 
         Cancelled: the batch may be written all the same. Raises ResourceExhaustedError where too much waits,
@@ -99,12 +100,12 @@ class Writer:
         """
         if self._waiting_records >= _MOST_WAITING:
             raise ResourceExhaustedError(f"{self._waiting_records} records wait to be written; send the batch later")
-        waiting = _Waiting(batch)
+        waiting = _WaitingBatch(batch)
         self._queue.append(waiting)
         self._waiting_records += batch.records
         self._wake.set()
         verdict, last = await asyncio.shield(waiting.written)
-        if verdict is Verdict.CONFLICT:
+        if verdict is BatchFate.CONFLICT:
             raise FailedPreconditionError(
                 f"batch {batch.sequence} of {batch.producer.router_id}, epoch {batch.producer.start_epoch}, was "
                 "written with other bytes: another process uses this producer; start a new epoch",
@@ -131,7 +132,7 @@ class Writer:
                 self._fail(taken, UnavailableError("the ledger could not write the batch; send it again"))
                 raise
 
-    async def _write_each(self, taken: list[_Waiting]) -> None:
+    async def _write_each(self, taken: list[_WaitingBatch]) -> None:
         """All together, or where the database does not take that, one by one: a bad batch holds up no other."""
         try:
             await self._write(taken)
@@ -142,8 +143,8 @@ class Writer:
             else:
                 self._fail(taken, InvalidArgumentError(f"the batch cannot be written: {error.message}", field="batch"))
 
-    def _take(self) -> list[_Waiting]:
-        taken: list[_Waiting] = []
+    def _take(self) -> list[_WaitingBatch]:
+        taken: list[_WaitingBatch] = []
         records = 0
         while self._queue and records < _MOST_RECORDS:
             waiting = self._queue.popleft()
@@ -152,48 +153,48 @@ class Writer:
         self._waiting_records -= records
         return taken
 
-    def _fail(self, waiting: Sequence[_Waiting], error: Exception) -> None:
+    def _fail(self, waiting: Sequence[_WaitingBatch], error: Exception) -> None:
         for one in waiting:
             if not one.written.done():
                 one.written.set_exception(error)
                 # Who sent it may have left.
                 one.written.exception()
 
-    async def _write(self, waiting: list[_Waiting]) -> None:
+    async def _write(self, waiting: list[_WaitingBatch]) -> None:
         began = time.perf_counter_ns()
         batches = [one.batch for one in waiting]
-        names = {name for batch in batches for name in batch.series}
-        sampled = {one.series for batch in batches for one in batch.key_samples}
-        series = await self._series.of(self._database, names | sampled)
-        of_margins = await self._margins.of(self._database, {margin for name in names for margin in margins(name)})
-        numbers = _Numbers(series, {name: [of_margins[margin] for margin in margins(name)] for name in names})
-        kinds = await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds})
-        workers = await self._workers.of(
-            self._database, {Worker(*one[:3]) for batch in batches for one in batch.worker_minutes}
-        )
+        numbers = await self._find(batches)
         try:
-            verdicts = await self._transact(batches, numbers, kinds, workers)
+            verdicts = await self._transact(batches, numbers)
         except MissingPartitionError:
             # Somebody dropped a partition by hand: made again, once.
             self._partitions.forget()
-            verdicts = await self._transact(batches, numbers, kinds, workers)
+            verdicts = await self._transact(batches, numbers)
         self.transactions.observe(time.perf_counter_ns() - began)
         for one, (verdict, last) in zip(waiting, verdicts, strict=True):
             self.counters.verdicts[verdict.value] += 1
-            if verdict is Verdict.WRITE:
+            if verdict is BatchFate.WRITE:
                 self.counters.records += one.batch.records
                 self.counters.requests += int(one.batch.columns["requests"].sum())
                 self.counters.dropped_requests += one.batch.dropped_requests
             if not one.written.done():
                 one.written.set_result((verdict, last))
 
-    async def _transact(
-        self,
-        batches: list[Batch],
-        numbers: _Numbers,
-        kinds: dict[Kind, int],
-        workers: dict[Worker, int],
-    ) -> list[tuple[Verdict, int]]:
+    async def _find(self, batches: list[UsageBatch]) -> _Numbers:
+        names = {name for batch in batches for name in batch.series}
+        sampled = {one.series for batch in batches for one in batch.key_samples}
+        series = await self._series.of(self._database, names | sampled)
+        of_margins = await self._margins.of(self._database, {margin for name in names for margin in margins(name)})
+        return _Numbers(
+            series,
+            {name: [of_margins[margin] for margin in margins(name)] for name in names},
+            await self._kinds.of(self._database, {name for batch in batches for name in batch.kinds}),
+            await self._workers.of(
+                self._database, {WorkerName(*one[:3]) for batch in batches for one in batch.worker_minutes}
+            ),
+        )
+
+    async def _transact(self, batches: list[UsageBatch], numbers: _Numbers) -> list[tuple[BatchFate, int]]:
         now_ms = int(self._clock() * 1000)
         days: set[date] = set()
         async with self._database.writing() as connection:
@@ -204,14 +205,13 @@ class Writer:
                 mark = marks[batch.producer]
                 verdict = mark.judge(batch)
                 verdicts.append((verdict, mark.last))
-                if verdict is Verdict.WRITE:
+                if verdict is BatchFate.WRITE:
                     accepted.append((batch, mark.id))
             if accepted:
-                tables = [_Table(batch, producer, numbers, kinds) for batch, producer in accepted if batch.records]
+                tables = [_Table(batch, producer, numbers) for batch, producer in accepted if batch.records]
                 if tables:
                     days = await self._write_records(connection, tables, now_ms)
-                written = [batch for batch, _ in accepted]
-                await self._write_observed(connection, written, workers, numbers.series, now_ms)
+                await self._write_observed(connection, [batch for batch, _ in accepted], numbers, now_ms)
                 await producers.advance(connection, marks.values())
         self._partitions.made(days)
         return verdicts
@@ -221,8 +221,8 @@ class Writer:
         today = day_of(now_ms)
         # Of a time that is not kept, or not yet: counted now, rather than lost.
         first = self._partitions.retention.first_usage_day(today)
-        past_end_ms = (now_ms // _DAY_MS + DAYS_AHEAD + 1) * _DAY_MS
-        strange = (at_ms < _midnight_ms(first)) | (at_ms >= past_end_ms)
+        past_end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
+        strange = (at_ms < midnight_ms(first)) | (at_ms >= past_end_ms)
         self.counters.moved += int(strange.sum())
         at_ms[strange] = now_ms
         rows = usage_rows.empty(len(at_ms))
@@ -231,13 +231,13 @@ class Writer:
             begin, end = end, end + table.batch.records
             table.fill(rows[begin:end])
         usage_rows.set_times(rows, at_ms)
-        day_numbers = at_ms // _DAY_MS
-        days = {day_of(int(number) * _DAY_MS) for number in np.unique(day_numbers)}
+        day_numbers = at_ms // DAY_MS
+        days = {day_of(int(number) * DAY_MS) for number in np.unique(day_numbers)}
         await self._partitions.ensure(connection, days)
         for number in np.unique(day_numbers):
-            await _copy(connection, usage_partition(day_of(int(number) * _DAY_MS)), rows[day_numbers == number])
+            await _copy(connection, usage_partition(day_of(int(number) * DAY_MS)), rows[day_numbers == number])
         measures = {name: np.concatenate([table.measure(name) for table in tables]) for name in rollups.MEASURES}
-        minutes_from_ms = _midnight_ms(self._partitions.retention.first_minute_day(today))
+        minutes_from_ms = midnight_ms(self._partitions.retention.first_minute_day(today))
         series = np.concatenate([table.series for table in tables])
         await Deltas("rollup", at_ms, series, measures).apply(connection, minutes_from_ms)
         of_margins = np.concatenate([table.margins for table in tables], axis=1)
@@ -248,43 +248,40 @@ class Writer:
         return days
 
     async def _write_observed(
-        self,
-        connection: Connection,
-        batches: list[Batch],
-        workers: dict[Worker, int],
-        series: dict[Series, int],
-        now_ms: int,
+        self, connection: Connection, batches: list[UsageBatch], numbers: _Numbers, now_ms: int
     ) -> None:
         """Which workers were up, and samples of keys, of the days whose minutes are kept."""
-        first_ms = _midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
-        end_ms = (now_ms // _DAY_MS + DAYS_AHEAD + 1) * _DAY_MS
+        first_ms = midnight_ms(self._partitions.retention.first_minute_day(day_of(now_ms)))
+        end_ms = (now_ms // DAY_MS + DAYS_AHEAD + 1) * DAY_MS
         # Seconds of a time whose seconds are not kept cannot be told from those that were counted.
-        minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.minute * 60_000 < end_ms]
+        minutes = [one for batch in batches for one in batch.worker_minutes if first_ms <= one.at_ms < end_ms]
         samples = [one for batch in batches for one in batch.key_samples if first_ms <= one.at_ms < end_ms]
-        days = {day_of(one.minute * 60_000) for one in minutes} | {day_of(one.at_ms) for one in samples}
-        await self._partitions.ensure(connection, days)
-        await uptime.add(connection, minutes, workers)
-        await key_samples.add(connection, samples, series)
+        times = [*(one.at_ms for one in minutes), *(one.at_ms for one in samples)]
+        await self._partitions.ensure(connection, {day_of(at_ms) for at_ms in times})
+        await uptime.add(connection, minutes, numbers.workers)
+        await key_samples.add(connection, samples, numbers.series)
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Of series, and of the margins of those that have records, one a cube."""
+    """Of what some batches name. `margins`: of series that have records, one a cube."""
 
-    series: dict[Series, int]
-    margins: dict[Series, list[int]]
+    series: dict[UsageSeries, int]
+    margins: dict[UsageSeries, list[int]]
+    kinds: dict[UsageKind, int]
+    workers: dict[WorkerName, int]
 
 
 class _Table:
     """The records of a batch as they go to the database."""
 
-    def __init__(self, batch: Batch, producer: int, numbers: _Numbers, kinds: dict[Kind, int]) -> None:
+    def __init__(self, batch: UsageBatch, producer: int, numbers: _Numbers) -> None:
         self.batch = batch
         self._producer = producer
         self.series: Integers = np.array([numbers.series[name] for name in batch.series], np.int64)[batch.dimension]
         # A row a cube.
         self.margins = np.array([numbers.margins[name] for name in batch.series], np.int64).T[:, batch.dimension]
-        self._kind = np.array([kinds[name] for name in batch.kinds], np.int64)[batch.dimension]
+        self._kind = np.array([numbers.kinds[name] for name in batch.kinds], np.int64)[batch.dimension]
         self._is_hit = np.array([name.is_hit for name in batch.kinds], np.int64)[batch.dimension]
         self._is_error = np.array([name.is_error for name in batch.kinds], np.int64)[batch.dimension]
 
@@ -317,7 +314,3 @@ async def _copy(connection: Connection, table: str, rows: Rows) -> None:
         yield usage_rows.as_copy(rows)
 
     await connection.copy_to_table(table, source=pieces(), columns=usage_rows.NAMES, format="binary")
-
-
-def _midnight_ms(day: date) -> int:
-    return (day - date(1970, 1, 1)).days * _DAY_MS

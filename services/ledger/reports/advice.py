@@ -13,7 +13,7 @@ from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.reports.worker_advice import WorkerAdvice
 from services.ledger.storage.database import Connection
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.times import HOUR_MS
 from services.runtime.errors import InvalidArgumentError
 
 _MOST_HOURS = 48
@@ -22,7 +22,6 @@ _MOST_HOURS = 48
 async def advise(
     connection: Connection,
     book: PriceBook,
-    currency: str,
     range_: TimeRange,
     worker_type: str,
     latency_us: int,
@@ -33,8 +32,8 @@ async def advise(
         raise InvalidArgumentError(f"advice replays at most {_MOST_HOURS} hours", field="from_ms")
     hours = await demand.fetch(connection, range_, worker_type)
     rating = Rating(book, [*(hour.span.from_ms for hour in hours), range_.until_ms])
-    workers = WorkerAdvice(hours, rating, book.denominator, latency_us)
-    cache = CacheAdvice(range_, rating, book.denominator, memory_nano)
+    workers = WorkerAdvice(hours, rating, latency_us)
+    cache = CacheAdvice(range_, rating, memory_nano)
     await cache.fetch(connection, worker_type)
     lines, recommendations = await asyncio.to_thread(workers.advise)
     sizes, more = await asyncio.to_thread(cache.advise)
@@ -46,6 +45,6 @@ async def advise(
         from_ms=range_.from_ms,
         until_ms=range_.until_ms,
         latency_us=latency_us,
-        currency=currency,
+        currency=book.currency,
         warnings=workers.warnings,
     )

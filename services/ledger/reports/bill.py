@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final
 
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import usage_query
-from services.ledger.reports.money import apportioned, rounded
-from services.ledger.reports.periods import pieces
+from services.ledger.reports.money import apportioned
 from services.ledger.reports.prices import ROUTER, PriceBook
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
+from services.ledger.storage.times import utc
 
 UP_TIME: Final = (
     "SELECT g.segment, p.region, p.worker_type, sum(p.up_us)::bigint FROM pool_hour p "
@@ -42,13 +41,13 @@ class _Pool:
 
 
 async def bill(
-    connection: Connection, book: PriceBook, currency: str, range_: TimeRange, *, allow_unpriced: bool
+    connection: Connection, book: PriceBook, range_: TimeRange, *, allow_unpriced: bool
 ) -> ledger_pb2.BillResponse:
     """Of whole hours. Raises FailedPreconditionError where a price is missing and may not be."""
     boundaries = book.boundaries(range_.from_ms, range_.until_ms)
     rating = Rating(book, boundaries)
     used: dict[tuple[int, str, str], int] = {}
-    for sums in await usage_query.fetch(connection, pieces(boundaries), ("region",), {}):
+    for sums in await usage_query.fetch(connection, boundaries, ("region",), {}):
         (region,) = sums.group
         for worker_type, us in ((sums.worker_type, sums.measures[_COMPUTE]), (ROUTER, sums.measures[_ROUTER_TIME])):
             if us:
@@ -76,17 +75,17 @@ async def bill(
                 "than they were seen to be up: their price has too few slots, or routers were down"
             )
     warnings += rating.warnings(allow_unpriced=allow_unpriced)
-    return _response(pools, book.denominator, currency, range_, warnings)
+    return _response(pools, rating, book.currency, range_, warnings)
 
 
 def _response(
-    pools: Mapping[tuple[str, str], _Pool], denominator: int, currency: str, range_: TimeRange, warnings: list[str]
+    pools: Mapping[tuple[str, str], _Pool], rating: Rating, currency: str, range_: TimeRange, warnings: list[str]
 ) -> ledger_pb2.BillResponse:
     """Requests are rounded as in reports, the bill by itself; what is left is idle."""
     weights = [pool.requests for pool in pools.values()]
     idle_weights = [pool.idle for pool in pools.values()]
-    requests_nano = rounded(sum(weights), denominator)
-    idle_nano = rounded(sum(weights) + sum(idle_weights), denominator) - requests_nano
+    requests_nano = rating.nano(sum(weights))
+    idle_nano = rating.nano(sum(weights) + sum(idle_weights)) - requests_nano
     parts = zip(pools.items(), apportioned(weights, requests_nano), apportioned(idle_weights, idle_nano), strict=True)
     rows = [
         ledger_pb2.BillRow(
@@ -120,10 +119,6 @@ def _response(
 
 async def _up_us(connection: Connection, boundaries: list[int]) -> dict[tuple[int, str, str], int]:
     """By segment, region and worker type."""
-    rows = await connection.fetch(
-        UP_TIME,
-        list(range(len(boundaries) - 1)),
-        [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[:-1]],
-        [datetime.fromtimestamp(at / 1000, UTC) for at in boundaries[1:]],
-    )
+    times = [utc(at_ms) for at_ms in boundaries]
+    rows = await connection.fetch(UP_TIME, list(range(len(times) - 1)), times[:-1], times[1:])
     return {(row[0], row[1], row[2]): row[3] for row in rows}

@@ -9,50 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+
+from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import usage_query
 from services.ledger.reports.money import CURRENCIES, rounded
-from services.ledger.reports.periods import pieces
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.prices import PriceBook
 from services.ledger.reports.rating import Rating
 from services.ledger.storage import budget_table
 from services.ledger.storage.budget_table import Budget, BudgetKey
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.times import MINUTE_MS, milliseconds, next_month
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 
-RENEW_SECONDS = 2.0
+_RENEW_MS = 2_000
 _LEASE_SECONDS = 30.0
 # Below a thousandth, what is left is not divided any more.
 _CRUMB = 1000
 _MOST_NANO = 10**18
-_MINUTE_MS = 60_000
-PERIODS = ("day", "month")
+PERIODS = {"day": ledger_pb2.PERIOD_DAY, "month": ledger_pb2.PERIOD_MONTH}
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetState:
-    """How a budget stands, and when it begins anew."""
-
-    budget: Budget
-    spent_nano: int
-    leased_nano: int
-    begins: datetime
-    renews_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """What a router may spend."""
-
-    budget: Budget
-    amount_nano: int
-    renews_at: datetime
-
-
-class Budgets:
+class BudgetList:
     """Of one ledger; `clock` as time.time."""
 
     def __init__(self, database: Database, prices: PriceList, clock: Callable[[], float] = time.time) -> None:
@@ -77,19 +57,31 @@ class Budgets:
             if not await budget_table.delete(connection, key):
                 raise NotFoundError(f"there is no budget of {named(key)}", field="tenant")
 
-    async def states(self) -> tuple[list[BudgetState], list[str]]:
+    async def states(self) -> ledger_pb2.ListBudgetsResponse:
         """All of them, and what is not in what they spent because it has no price."""
         now = self._now()
         async with self._database.reading() as connection:
             budgets = await budget_table.all_budgets(connection)
             spent, warnings = await self._spent(connection, budgets.values(), now)
             leased = await budget_table.leased(connection, now)
-        return [
-            BudgetState(budget, spent[budget.key], leased.get(number, 0), *bounds(budget.key.period, now))
-            for number, budget in budgets.items()
-        ], warnings
+        states = []
+        for number, budget in budgets.items():
+            nano = spent[budget.key]
+            begins, renews_at = bounds(budget.key.period, now)
+            states.append(
+                ledger_pb2.BudgetState(
+                    budget=self._message(budget),
+                    spent_nano=nano,
+                    leased_nano=leased.get(number, 0),
+                    begins_ms=milliseconds(begins),
+                    renews_at_ms=milliseconds(renews_at),
+                    soft_reached=0 < budget.soft_nano <= nano,
+                    hard_reached=0 < budget.hard_nano <= nano,
+                )
+            )
+        return ledger_pb2.ListBudgetsResponse(budgets=states, warnings=warnings)
 
-    async def lease(self, router_id: str, unsent: Mapping[BudgetKey, int]) -> tuple[list[Lease], dict[str, int]]:
+    async def lease(self, router_id: str, unsent: Mapping[BudgetKey, int]) -> ledger_pb2.LeaseResponse:
         """A router's share of each hard budget, and what a second of each worker type costs now."""
         now = self._now()
         async with self._database.writing() as connection:
@@ -104,11 +96,25 @@ class Budgets:
                 own = unsent.get(budget.key, 0)
                 left = budget.hard_nano - spent[budget.key] - others.get(number, 0) - own
                 amount = share(left, budget.hard_nano)
-                leases.append(Lease(budget, amount, bounds(budget.key.period, now)[1]))
+                renews_at_ms = milliseconds(bounds(budget.key.period, now)[1])
+                leases.append(
+                    ledger_pb2.BudgetLease(budget=self._message(budget), amount_nano=amount, renews_at_ms=renews_at_ms)
+                )
                 written.append((number, amount, own))
             await budget_table.lease(connection, router_id, written, now + timedelta(seconds=_LEASE_SECONDS))
             book = await self._prices.book(connection)
-        return leases, _rates(book, int(now.timestamp() * 1000))
+        rates = _rates(book, milliseconds(now))
+        return ledger_pb2.LeaseResponse(leases=leases, nano_per_second=rates, renew_ms=_RENEW_MS)
+
+    def _message(self, budget: Budget) -> ledger_pb2.Budget:
+        return ledger_pb2.Budget(
+            tenant=budget.key.tenant,
+            model=budget.key.model,
+            period=PERIODS[budget.key.period],
+            soft_nano=budget.soft_nano,
+            hard_nano=budget.hard_nano,
+            currency=self._prices.currency,
+        )
 
     async def _spent(
         self, connection: Connection, budgets: Iterable[Budget], now: datetime
@@ -124,16 +130,16 @@ class Budgets:
                 if not wanted:
                     continue
                 begin, _ = bounds(period, now)
-                until_ms = (int(now.timestamp() * 1000) // _MINUTE_MS + 1) * _MINUTE_MS
-                boundaries = book.boundaries(int(begin.timestamp()) * 1000, until_ms)
+                until_ms = (milliseconds(now) // MINUTE_MS + 1) * MINUTE_MS
+                boundaries = book.boundaries(milliseconds(begin), until_ms)
                 rating = Rating(book, boundaries)
                 costs: dict[tuple[str, ...], int] = {}
-                for sums in await usage_query.fetch(connection, pieces(boundaries), names, {}):
+                for sums in await usage_query.fetch(connection, boundaries, names, {}):
                     costs[sums.group] = costs.get(sums.group, 0) + rating.amounts(sums).cost
                 warnings += rating.warnings(allow_unpriced=True)
                 for key in wanted:
                     group = tuple(getattr(key, name) for name in names)
-                    spent[key] = rounded(costs.get(group, 0), book.denominator)
+                    spent[key] = rating.nano(costs.get(group, 0))
         return spent, warnings
 
     def _now(self) -> datetime:
@@ -152,8 +158,7 @@ def bounds(period: str, now: datetime) -> tuple[datetime, datetime]:
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     if period == "day":
         return day, day + timedelta(days=1)
-    month = day.replace(day=1)
-    return month, (month + timedelta(days=32)).replace(day=1)
+    return day.replace(day=1), next_month(day)
 
 
 def named(key: BudgetKey) -> str:

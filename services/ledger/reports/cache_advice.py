@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports.miss_ratio import Curve, LookUp
-from services.ledger.reports.money import rounded
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.kinds import IS_HIT
+from services.ledger.storage.times import HOUR_MS, utc
 
 # Samples that are replayed: beyond, keys below a lower threshold.
 _MOST_SAMPLES = 200_000
@@ -32,7 +31,7 @@ _SAMPLES = (
 _ASKED = (
     "SELECT s.model || '/' || s.version AS model, k.outcome <> 'bypass' AS cacheable, s.worker_type, "
     "sum(u.requests)::bigint AS requests, sum(u.saved_us)::bigint AS saved_us, "
-    "coalesce(sum(u.requests) FILTER (WHERE k.outcome LIKE 'hit-%' OR k.outcome = 'joined'), 0)::bigint AS hits "
+    f"coalesce(sum(u.requests) FILTER (WHERE {IS_HIT}), 0)::bigint AS hits "
     "FROM usage u JOIN series s ON s.id = u.series "
     "JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 AND k.status = 'OK' "
     "AND ($3 = '' OR s.worker_type = $3) GROUP BY 1, 2, 3"
@@ -45,10 +44,9 @@ class CacheAdvice:
     `memory_nano`: of 10**9 bytes for an hour.
     """
 
-    def __init__(self, range_: TimeRange, rating: Rating, denominator: int, memory_nano: int) -> None:
+    def __init__(self, range_: TimeRange, rating: Rating, memory_nano: int) -> None:
         self._range = range_
         self._rating = rating
-        self._denominator = denominator
         self._memory_nano = memory_nano
         self._share = 1.0
         self._samples: Sequence[Any] = ()
@@ -56,7 +54,7 @@ class CacheAdvice:
 
     async def fetch(self, connection: Connection, worker_type: str) -> None:
         """Reads what `advise` replays."""
-        begin, end = (datetime.fromtimestamp(at / 1000, UTC) for at in (self._range.from_ms, self._range.until_ms))
+        begin, end = self._range.times
         below, count = await connection.fetchrow(
             "SELECT coalesce(min(k.below), 256), count(*) FROM key_sample k JOIN series s ON s.id = k.series "
             "WHERE k.at >= $1 AND k.at < $2 AND ($3 = '' OR s.worker_type = $3)",
@@ -89,7 +87,7 @@ class CacheAdvice:
         chosen = max(_sizes(half[0]), key=lambda size: (self._net(half[0], size), -size))
         expected, measured = (curve.hit_ratio(chosen) for curve in half)
         saved = sum(self._rating.rated(one["worker_type"], 0, one["saved_us"]) for one in asked)
-        had = rounded(saved, self._denominator)
+        had = self._rating.nano(saved)
         advice = ledger_pb2.Recommendation(
             kind=ledger_pb2.Recommendation.KIND_CACHE_SIZE,
             subjects=[],
@@ -130,7 +128,7 @@ class CacheAdvice:
 
     def _halves(self, samples: Sequence[Any], requests: int) -> list[Curve]:
         """The curves of both halves of the time, each from an empty cache."""
-        middle = datetime.fromtimestamp((self._range.from_ms + self._range.until_ms) / 2000, UTC)
+        middle = utc((self._range.from_ms + self._range.until_ms) / 2)
         parts = (
             [one for one in samples if one["at"] < middle],
             [one for one in samples if one["at"] >= middle],
@@ -156,12 +154,12 @@ class CacheAdvice:
         return ledger_pb2.CacheSize(
             bytes=size,
             hit_ratio=curve.hit_ratio(size),
-            saved_nano=rounded(curve.value(size), self._denominator),
+            saved_nano=self._rating.nano(curve.value(size)),
             memory_nano=self._memory(size),
         )
 
     def _net(self, curve: Curve, size: int) -> int:
-        return rounded(curve.value(size), self._denominator) - self._memory(size)
+        return self._rating.nano(curve.value(size)) - self._memory(size)
 
     def _memory(self, size: int) -> int:
         return size * self._memory_nano * (self._range.until_ms - self._range.from_ms) // (_GB * HOUR_MS)

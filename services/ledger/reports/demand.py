@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import NamedTuple
 
-from services.ledger.reports.time_range import MINUTE_MS, TimeRange
+from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.times import HOUR_MS, MINUTE_MS, milliseconds
 
 # Of all hours together. Beyond, an hour stands for itself by its busiest minutes.
 _MOST_REQUESTS = 200_000
@@ -65,8 +64,8 @@ class Hour:
 
 async def fetch(connection: Connection, range_: TimeRange, worker_type: str) -> list[Hour]:
     """The hours of a range of whole minutes; of one worker type, or "" for all."""
-    counts = {_ms(row[0]): row[1] for row in await connection.fetch(_COUNTS, *_times(range_), worker_type)}
-    up = [(_ms(row[0]), row[1], row[2]) for row in await connection.fetch(_UP, *_times(range_))]
+    counts = {milliseconds(row[0]): row[1] for row in await connection.fetch(_COUNTS, *range_.times, worker_type)}
+    up = [(milliseconds(row[0]), row[1], row[2]) for row in await connection.fetch(_UP, *range_.times)]
     spans = [
         TimeRange(max(begin, range_.from_ms), min(begin + HOUR_MS, range_.until_ms))
         for begin in range(range_.from_ms // HOUR_MS * HOUR_MS, range_.until_ms, HOUR_MS)
@@ -74,7 +73,7 @@ async def fetch(connection: Connection, range_: TimeRange, worker_type: str) -> 
     hours = []
     for span in spans:
         window = busiest(span, counts, _MOST_REQUESTS // len(spans))
-        rows = await connection.fetch(_REQUESTS, *_times(window), worker_type, _MOST_REQUESTS // len(spans))
+        rows = await connection.fetch(_REQUESTS, *window.times, worker_type, _MOST_REQUESTS // len(spans))
         requests = [Request(*row) for row in rows]
         hours.append(Hour(span, window, requests, _up_in(span, up, worker_type), _up_in(window, up, worker_type)))
     return hours
@@ -104,11 +103,3 @@ def _up_in(range_: TimeRange, up: Sequence[tuple[int, str, int]], wanted: str) -
         if range_.from_ms <= at_ms < range_.until_ms and wanted in ("", worker_type):
             found[worker_type] = found.get(worker_type, 0) + us
     return found
-
-
-def _times(range_: TimeRange) -> tuple[datetime, datetime]:
-    return datetime.fromtimestamp(range_.from_ms / 1000, UTC), datetime.fromtimestamp(range_.until_ms / 1000, UTC)
-
-
-def _ms(at: datetime) -> int:
-    return int(at.timestamp()) * 1000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Final
 
@@ -60,7 +59,7 @@ async def _read(connection: Connection, range_: TimeRange, groups: asyncio.Queue
             waiting.clear()
 
     try:
-        begin, end = (datetime.fromtimestamp(at / 1000, UTC).isoformat() for at in (range_.from_ms, range_.until_ms))
+        begin, end = (at.isoformat() for at in range_.times)
         # Literals, for COPY takes no parameters; both were made of integers.
         query = f"SELECT {', '.join(usage_rows.NAMES)} FROM usage WHERE at >= '{begin}' AND at < '{end}' ORDER BY at"
         await connection.copy_from_query(query, output=take, format="binary")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from statistics import fmean, stdev
 
+from services.ledger.storage.times import next_month
+
 # So that each weekday is seen twice, at least.
 _WEEKS_FROM_DAYS = 14
 HISTORY_DAYS = 28
@@ -33,7 +35,7 @@ def forecast(daily_nano: Mapping[date, int], today: date, spent_nano: int, day_s
     first = min(daily_nano, default=today)
     days = [first + timedelta(days=place) for place in range((today - first).days)][-HISTORY_DAYS:]
     costs = [daily_nano.get(day, 0) for day in days]
-    remaining = [today + timedelta(days=place) for place in range(1, (_next_month(today) - today).days)]
+    remaining = [today + timedelta(days=place) for place in range(1, (next_month(today) - today).days)]
     if not days:
         rate = spent_nano / max(day_share, 1 / 24)
         rest = rate * (1 - day_share + len(remaining))
@@ -57,7 +59,3 @@ def forecast(daily_nano: Mapping[date, int], today: date, spent_nano: int, day_s
 
 def _of_weekday(days: Sequence[date], costs: Sequence[int], weekday: int) -> list[int]:
     return [cost for day, cost in zip(days, costs, strict=True) if day.weekday() == weekday]
-
-
-def _next_month(day: date) -> date:
-    return (day.replace(day=1) + timedelta(days=32)).replace(day=1)

@@ -8,7 +8,8 @@ from services.ledger.reports.money import CURRENCIES
 from services.ledger.reports.prices import PriceBook, placed
 from services.ledger.storage import price_table
 from services.ledger.storage.database import Connection, Database
-from services.ledger.storage.price_table import HOUR_MS, NO_END_MS, Price
+from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import HOUR_MS
 from services.runtime.errors import InvalidArgumentError, NotFoundError
 from services.runtime.rpc.server import StartError
 
@@ -41,7 +42,7 @@ class PriceList:
 
     async def book(self, connection: Connection) -> PriceBook:
         """As it is in a transaction."""
-        return PriceBook(await price_table.all_prices(connection))
+        return PriceBook(await price_table.all_prices(connection), self.currency)
 
     async def set(self, price: Price, currency: str, *, supersede: bool) -> None:
         """Raises InvalidArgumentError, and AlreadyExistsError where it overlaps another."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Final
 
-from services.ledger.storage.price_table import HOUR_MS, NO_END_MS, Price
+from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import HOUR_MS, text
 from services.runtime.errors import AlreadyExistsError
 
 # The worker type of routers, which hits are charged for.
@@ -17,9 +17,10 @@ _MICRO = 1_000_000
 
 
 class PriceBook:
-    """All prices. Rates are integers over one denominator, so that nothing is rounded before the end."""
+    """All prices, in `currency`. Rates are integers over one denominator: nothing is rounded before the end."""
 
-    def __init__(self, prices: Iterable[Price]) -> None:
+    def __init__(self, prices: Iterable[Price], currency: str) -> None:
+        self.currency = currency
         self.prices = tuple(prices)
         self._by_type: dict[str, list[Price]] = {}
         for price in self.prices:
@@ -70,9 +71,5 @@ def placed(existing: Sequence[Price], new: Price, *, supersede: bool) -> list[Pr
 
 def period(from_ms: int, until_ms: int) -> str:
     """In words."""
-    begin = "from the beginning" if from_ms <= 0 else f"from {_text(from_ms)}"
-    return begin if until_ms >= NO_END_MS else f"{begin} until {_text(until_ms)}"
-
-
-def _text(at_ms: int) -> str:
-    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
+    begin = "from the beginning" if from_ms <= 0 else f"from {text(from_ms)}"
+    return begin if until_ms >= NO_END_MS else f"{begin} until {text(until_ms)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from services.ledger.reports.money import rounded
 from services.ledger.reports.prices import ROUTER, PriceBook, period
 from services.ledger.reports.usage_query import Sums
 from services.ledger.storage.price_table import Price
@@ -50,6 +51,10 @@ class Rating:
     def rated(self, worker_type: str, segment: int, compute_us: int) -> int:
         """Of time that a worker type computed."""
         return compute_us * self._rate(worker_type, segment) if compute_us else 0
+
+    def nano(self, numerator: int) -> int:
+        """In nano-units, rounded."""
+        return rounded(numerator, self._book.denominator)
 
     def price(self, worker_type: str, segment: int) -> Price | None:
         """The one that holds in a segment."""

@@ -7,15 +7,15 @@ from datetime import UTC, date, datetime, timedelta
 from services.ledger.storage import rollups
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.kinds import IS_ERROR, IS_HIT
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.rollups import MEASURES
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 
-_IS_HIT = "(k.status = 'OK' AND (k.outcome LIKE 'hit-%' OR k.outcome = 'joined'))"
 _SUMS = {
-    "hits": f"u.requests * {_IS_HIT}::int",
-    "errors": "u.requests * (k.status <> 'OK')::int",
-    "error_us": "u.compute_us * (k.status <> 'OK')::int",
+    "hits": f"u.requests * {IS_HIT}::int",
+    "errors": f"u.requests * {IS_ERROR}::int",
+    "error_us": f"u.compute_us * {IS_ERROR}::int",
 }
 _NAMES = ", ".join(MEASURES)
 _FROM_RECORDS = ", ".join(f"sum({_SUMS.get(name, f'u.{name}')})::bigint AS {name}" for name in MEASURES)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 MOST_SERVERS = 1024
 
 
-class Work(NamedTuple):
+class ReplayedRequest(NamedTuple):
     """A request that was computed: when it came in microseconds, its model, and how much longer than usual it takes."""
 
     arrived_us: int
@@ -51,7 +51,7 @@ def fitted(runs: Sequence[tuple[int, int]]) -> RunTime:
     return RunTime(fixed, max(usual - fixed * mean, 0.0), max(requests for requests, _ in runs))
 
 
-def replay(work: Sequence[Work], servers: int, times: Mapping[str, RunTime]) -> Replay:
+def replay(work: Sequence[ReplayedRequest], servers: int, times: Mapping[str, RunTime]) -> Replay:
     """`work` is in the order of arrival. A server that is free runs the model whose request waits longest."""
     free = [0] * servers
     waiting: dict[str, deque[int]] = {}
@@ -83,7 +83,7 @@ def percentile_99(values: Sequence[int]) -> int:
 
 
 def needed(
-    work: Sequence[Work], latency_us: int, slots: int, span_us: int, times: Mapping[str, RunTime]
+    work: Sequence[ReplayedRequest], latency_us: int, slots: int, span_us: int, times: Mapping[str, RunTime]
 ) -> tuple[int, int]:
     """The fewest workers of `slots` servers each with which the 99th percentile of latency is at most `latency_us`.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta
 
 import grpc
 from blake3 import blake3
@@ -16,9 +15,10 @@ from google.protobuf.message import DecodeError
 from ringmesh.cache.v1 import cache_pb2, cache_pb2_grpc
 from ringmesh.ledger.v1 import ledger_pb2
 
-from services.ledger.reports.time_range import DAY_MS, TimeRange
+from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.database import Connection
 from services.ledger.storage.price_table import Price
+from services.ledger.storage.times import DAY_MS, day_of
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
 from services.runtime.rpc.service_tls import ServiceTls, open_channel
@@ -83,8 +83,8 @@ async def versions(connection: Connection, ranges: Sequence[TimeRange]) -> bytes
     rows = await connection.fetch(
         "SELECT v.day, v.version FROM day_version v JOIN unnest($1::date[], $2::date[]) AS r(first, last) "
         "ON v.day BETWEEN r.first AND r.last ORDER BY 1",
-        [_day(range_.from_ms) for range_ in ranges],
-        [_day(range_.until_ms - 1) for range_ in ranges],
+        [day_of(range_.from_ms) for range_ in ranges],
+        [day_of(range_.until_ms - 1) for range_ in ranges],
     )
     return repr([(row[0].toordinal(), row[1]) for row in rows]).encode()
 
@@ -92,7 +92,3 @@ async def versions(connection: Connection, ranges: Sequence[TimeRange]) -> bytes
 def key(question: object, prices: Sequence[Price], version: bytes) -> bytes:
     """32 bytes; `question` says all of itself in its repr."""
     return blake3(repr((question, prices)).encode() + version).digest()
-
-
-def _day(at_ms: int) -> date:
-    return (datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=at_ms)).date()

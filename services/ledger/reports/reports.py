@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 
 from ringmesh.ledger.v1 import ledger_pb2
 
@@ -17,11 +17,10 @@ from services.ledger.reports.forecast import HISTORY_DAYS, forecast
 from services.ledger.reports.price_list import PriceList
 from services.ledger.reports.report_cache import ReportCache
 from services.ledger.reports.request_report import request_report
-from services.ledger.reports.time_range import DAY_MS, TimeRange
 from services.ledger.reports.usage_report import UsageQuestion, usage_report
 from services.ledger.storage.database import Database
 from services.ledger.storage.partitions import Retention
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, day_of, midnight_ms
 
 _MOST_ROWS = 10_000
 _LATENCY_US = 100_000
@@ -56,43 +55,30 @@ class Reports:
             key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))
             if (found := await self._cache.get(key)) is not None:
                 return found
-            answer = await usage_report(connection, book, self._prices.currency, question)
+            answer = await usage_report(connection, book, question)
         await self._cache.put(key, answer, (time.perf_counter_ns() - began) // 1000)
         return answer
 
-    async def requests(
-        self, range_: TimeRange, trace_id: str, filters: Mapping[str, str], limit: int, *, allow_unpriced: bool
-    ) -> ledger_pb2.ReportResponse:
+    async def requests(self, question: UsageQuestion, trace_id: str) -> ledger_pb2.ReportResponse:
         """Single requests."""
         async with self._database.reading() as connection:
-            book = await self._prices.book(connection)
-            return await request_report(
-                connection,
-                book,
-                self._prices.currency,
-                range_,
-                trace_id,
-                filters,
-                limit,
-                allow_unpriced=allow_unpriced,
-            )
+            return await request_report(connection, await self._prices.book(connection), question, trace_id)
 
     async def bill(self, from_ms: int, until_ms: int, *, allow_unpriced: bool) -> ledger_pb2.BillResponse:
         """Of whole hours."""
         range_ = time_range.asked(from_ms, until_ms, self._now_ms(), HOUR_MS)
         async with self._database.reading() as connection:
             book = await self._prices.book(connection)
-            return await bill(connection, book, self._prices.currency, range_, allow_unpriced=allow_unpriced)
+            return await bill(connection, book, range_, allow_unpriced=allow_unpriced)
 
     async def advise(self, request: ledger_pb2.AdviseRequest) -> ledger_pb2.AdviseResponse:
         """Of whole minutes that are over."""
         now_ms = self._now_ms()
-        range_ = time_range.asked(request.from_ms, request.until_ms or now_ms, now_ms, time_range.MINUTE_MS)
+        range_ = time_range.asked(request.from_ms, request.until_ms or now_ms, now_ms, MINUTE_MS)
         async with self._database.reading() as connection:
             return await advise(
                 connection,
                 await self._prices.book(connection),
-                self._prices.currency,
                 range_,
                 request.worker_type,
                 request.latency_us or _LATENCY_US,
@@ -102,10 +88,10 @@ class Reports:
     async def forecast(self) -> ledger_pb2.ForecastResponse:
         """Of the month that it is."""
         now_ms = self._now_ms()
-        today = datetime.fromtimestamp(now_ms / 1000, UTC).date()
+        today = day_of(now_ms)
         month = today.replace(day=1)
         first = min(month, today - timedelta(days=HISTORY_DAYS))
-        range_ = time_range.asked(_midnight_ms(first), 0, now_ms, time_range.MINUTE_MS)
+        range_ = time_range.asked(midnight_ms(first), 0, now_ms, MINUTE_MS)
         answer = await self.usage(UsageQuestion(range_, ("day",), {}, _MOST_ROWS, allow_unpriced=True))
         by_day = {date.fromisoformat(row.day): row for row in answer.rows}
         before = {day: row.cost_nano for day, row in by_day.items() if day < today}
@@ -130,7 +116,3 @@ class Reports:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
-
-
-def _midnight_ms(day: date) -> int:
-    return (day - date(1970, 1, 1)).days * DAY_MS

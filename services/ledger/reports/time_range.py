@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from services.ledger.storage.partitions import Retention
-from services.ledger.storage.price_table import HOUR_MS, NO_END_MS
+from services.ledger.storage.price_table import NO_END_MS
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS, day_of, midnight_ms, text, utc
 from services.runtime.errors import InvalidArgumentError
 
-MINUTE_MS, DAY_MS = 60_000, 86_400_000
 _MOST_DAYS = 1100
 
 
@@ -19,6 +19,10 @@ class TimeRange:
 
     from_ms: int
     until_ms: int
+
+    @property
+    def times(self) -> tuple[datetime, datetime]:
+        return utc(self.from_ms), utc(self.until_ms)
 
     @property
     def before(self) -> TimeRange:
@@ -50,9 +54,7 @@ def asked(from_ms: int, until_ms: int, now_ms: int, grain_ms: int = 1) -> TimeRa
 
 def covered(wanted: TimeRange, retention: Retention, now_ms: int) -> TimeRange:
     """Rounded down to a minute, or to an hour where minutes are not kept any more."""
-    today = datetime.fromtimestamp(now_ms / 1000, UTC).date()
-    midnight = datetime.combine(retention.first_minute_day(today), datetime.min.time(), UTC)
-    first_minute_ms = int(midnight.timestamp()) * 1000
+    first_minute_ms = midnight_ms(retention.first_minute_day(day_of(now_ms)))
 
     def rounded(at_ms: int) -> int:
         grain = MINUTE_MS if at_ms >= first_minute_ms else HOUR_MS
@@ -64,11 +66,3 @@ def covered(wanted: TimeRange, retention: Retention, now_ms: int) -> TimeRange:
             "the range is shorter than an hour, and minutes of that time are not kept any more", field="from_ms"
         )
     return TimeRange(begin, end)
-
-
-def text(at_ms: int) -> str:
-    """For people."""
-    try:
-        return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
-    except (ValueError, OverflowError, OSError):
-        return f"{at_ms} ms"

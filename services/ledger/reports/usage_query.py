@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from services.ledger.reports.periods import Piece
+from services.ledger.reports.periods import Piece, pieces
 from services.ledger.storage.cubes import smallest
 from services.ledger.storage.database import Connection
 from services.ledger.storage.rollups import MEASURES
+from services.ledger.storage.times import utc
 
 # What a report may group by, as columns of `series`; the day is one of time.
 COLUMNS: Final = ("tenant", "model", "version", "region")
@@ -24,18 +25,18 @@ class Sums(NamedTuple):
     measures: tuple[int, ...]
 
 
-def statement(pieces: Iterable[Piece], groups: Sequence[str], filters: Mapping[str, str]) -> tuple[str, list[Any]]:
+def statement(parts: Iterable[Piece], groups: Sequence[str], filters: Mapping[str, str]) -> tuple[str, list[Any]]:
     """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` are values of COLUMNS."""
     cube = smallest([*(group for group in groups if group != "day"), *filters])
     tables = "margin" if cube else "rollup"
     arguments: list[Any] = []
     day = ", date_trunc('day', at, 'UTC') AS day" if "day" in groups else ""
     names = ", ".join(MEASURES)
-    parts = []
-    for piece in pieces:
-        arguments += (_time(piece.from_ms), _time(piece.until_ms))
+    selects = []
+    for piece in parts:
+        arguments += (utc(piece.from_ms), utc(piece.until_ms))
         end = len(arguments)
-        parts.append(
+        selects.append(
             f"SELECT {piece.segment} AS segment{day}, series, {names} FROM {tables}_{piece.grain} "
             f"WHERE at >= ${end - 1} AND at < ${end}"
         )
@@ -48,19 +49,19 @@ def statement(pieces: Iterable[Piece], groups: Sequence[str], filters: Mapping[s
     numbers = ", ".join(str(place + 1) for place in range(len(groups) + 2))
     sums = ", ".join(f"sum({name})::bigint" for name in MEASURES)
     return (
-        f"SELECT {keys}segment, s.worker_type, {sums} FROM ({' UNION ALL '.join(parts)}) AS u "
+        f"SELECT {keys}segment, s.worker_type, {sums} FROM ({' UNION ALL '.join(selects)}) AS u "
         f"JOIN {'margin' if cube else 'series'} s ON s.id = u.series "
         f"{'WHERE ' + ' AND '.join(wanted) if wanted else ''} GROUP BY {numbers}"
     ), arguments
 
 
 async def fetch(
-    connection: Connection, pieces: Sequence[Piece], groups: Sequence[str], filters: Mapping[str, str]
+    connection: Connection, boundaries: Sequence[int], groups: Sequence[str], filters: Mapping[str, str]
 ) -> list[Sums]:
-    """In no order."""
-    if not pieces:
+    """Of the segments between `boundaries`, which are multiples of a minute; in no order."""
+    if not (parts := pieces(boundaries)):
         return []
-    sql, arguments = statement(pieces, groups, filters)
+    sql, arguments = statement(parts, groups, filters)
     width = len(groups)
     return [
         Sums(tuple(map(_label, row[:width])), row[width], row[width + 1], tuple(row[width + 2 :]))
@@ -70,7 +71,3 @@ async def fetch(
 
 def _label(value: str | datetime) -> str:
     return value if isinstance(value, str) else f"{value:%Y-%m-%d}"
-
-
-def _time(at_ms: int) -> datetime:
-    return datetime.fromtimestamp(at_ms / 1000, UTC)

@@ -10,7 +10,6 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports import usage_query
 from services.ledger.reports.money import apportioned, rounded
-from services.ledger.reports.periods import pieces
 from services.ledger.reports.prices import PriceBook
 from services.ledger.reports.rating import Amounts, Rating
 from services.ledger.reports.time_range import TimeRange
@@ -42,9 +41,7 @@ class _Row:
     previous: Amounts = _NOTHING
 
 
-async def usage_report(
-    connection: Connection, book: PriceBook, currency: str, question: UsageQuestion
-) -> ledger_pb2.ReportResponse:
+async def usage_report(connection: Connection, book: PriceBook, question: UsageQuestion) -> ledger_pb2.ReportResponse:
     """Rows add up to the total exactly. Raises FailedPreconditionError where a price is missing and may not be."""
     warnings: list[str] = []
     rows: dict[tuple[str, ...], _Row] = {}
@@ -73,7 +70,7 @@ async def usage_report(
         total=_row(measures, totals, (), ()),
         from_ms=question.range.from_ms,
         until_ms=question.range.until_ms,
-        currency=currency,
+        currency=book.currency,
         row_count=len(rows) if question.groups else 0,
         warnings=warnings,
     )
@@ -84,7 +81,7 @@ async def _rated(
 ) -> Sequence[tuple[usage_query.Sums, Amounts]]:
     boundaries = book.boundaries(range_.from_ms, range_.until_ms)
     rating = Rating(book, boundaries)
-    found = await usage_query.fetch(connection, pieces(boundaries), question.groups, question.filters)
+    found = await usage_query.fetch(connection, boundaries, question.groups, question.filters)
     rated = [(sums, rating.amounts(sums)) for sums in found]
     warnings += rating.warnings(allow_unpriced=question.allow_unpriced)
     return rated

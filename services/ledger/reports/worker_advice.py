@@ -9,10 +9,9 @@ from itertools import groupby
 from ringmesh.ledger.v1 import ledger_pb2
 
 from services.ledger.reports.demand import Hour, Request
-from services.ledger.reports.money import rounded
 from services.ledger.reports.rating import Rating
-from services.ledger.reports.replay import RunTime, Work, fitted, needed, percentile_99, replay
-from services.ledger.reports.time_range import text
+from services.ledger.reports.replay import ReplayedRequest, RunTime, fitted, needed, percentile_99, replay
+from services.ledger.storage.times import text
 
 # Batches of so many times the largest that was seen are tried, and advised if they save that part of compute.
 _LARGER = (2, 4, 8)
@@ -26,10 +25,10 @@ _AS_IT_IS: Placement = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class WorkerPool:
     """Workers of a type in an hour: what they are to compute, how many meet the objective, and with what latency."""
 
-    work: Sequence[Work]
+    work: Sequence[ReplayedRequest]
     workers: int
     latency_us: int
 
@@ -37,10 +36,9 @@ class Pool:
 class WorkerAdvice:
     """Of `hours`, the price of each of which is that of its place in `rating`; `latency_us` is the objective."""
 
-    def __init__(self, hours: Sequence[Hour], rating: Rating, denominator: int, latency_us: int) -> None:
+    def __init__(self, hours: Sequence[Hour], rating: Rating, latency_us: int) -> None:
         self._hours = hours
         self._rating = rating
-        self._denominator = denominator
         self._latency_us = latency_us
         self._requests = [request for hour in hours for request in hour.requests]
         self._times = _times(self._requests)
@@ -62,11 +60,10 @@ class WorkerAdvice:
                 self.warnings.append(
                     f"runs of {model} alone take longer than {self._latency_us / 1000:g} ms: no number of workers helps"
                 )
-        placement = self._placements()[best]
         return self._lines(pools), [
             self._workers(best, pools, costs),
-            *self._sharing(pools, placement),
-            *self._batches(pools, placement),
+            *self._sharing(pools),
+            *self._batches(pools),
         ]
 
     def _placements(self) -> dict[str, Placement]:
@@ -89,32 +86,29 @@ class WorkerAdvice:
             }
         return found
 
-    def _pools(self, placement: Placement) -> dict[tuple[int, str], Pool]:
+    def _pools(self, placement: Placement) -> dict[tuple[int, str], WorkerPool]:
         """By the hour's place and worker type."""
         pools = {}
         for place, hour in enumerate(self._hours):
             for worker_type, work in self._work(hour.requests, placement, self._times).items():
-                workers, latency = self._needed(place, worker_type, work, self._of(worker_type))
-                pools[place, worker_type] = Pool(work, workers, latency)
+                workers, latency = self._needed(place, worker_type, work, _of(self._times, worker_type))
+                pools[place, worker_type] = WorkerPool(work, workers, latency)
         return pools
 
     def _work(
         self, requests: Iterable[Request], placement: Placement, times: Mapping[tuple[str, str], RunTime]
-    ) -> dict[str, list[Work]]:
+    ) -> dict[str, list[ReplayedRequest]]:
         """By worker type. What took longer than usual on its own type does on others."""
-        found: dict[str, list[Work]] = {}
+        found: dict[str, list[ReplayedRequest]] = {}
         for request in requests:
             usual = times[request.worker_type, request.model].share(request.batch)
             worker_type = placement.get(request.model, request.worker_type)
             weight = request.compute_us / usual if usual else 1.0
-            found.setdefault(worker_type, []).append(Work(request.arrived_us, request.model, weight))
+            found.setdefault(worker_type, []).append(ReplayedRequest(request.arrived_us, request.model, weight))
         return found
 
-    def _of(self, worker_type: str) -> dict[str, RunTime]:
-        return {model: time for (kind, model), time in self._times.items() if kind == worker_type}
-
     def _needed(
-        self, place: int, worker_type: str, work: Sequence[Work], times: Mapping[str, RunTime]
+        self, place: int, worker_type: str, work: Sequence[ReplayedRequest], times: Mapping[str, RunTime]
     ) -> tuple[int, int]:
         slots = self._slots(worker_type, place)
         return needed(work, self._latency_us, slots, self._hours[place].window_us, times)
@@ -123,21 +117,18 @@ class WorkerAdvice:
         price = self._rating.price(worker_type, place)
         return price.slots if price is not None else 1
 
-    def _rate(self, worker_type: str, place: int) -> int:
-        return self._rating.rated(worker_type, place, 1)
-
     def _worth(self, worker_type: str, place: int, workers: int) -> int:
         """The numerator of what so many workers cost in an hour."""
         us = workers * self._slots(worker_type, place) * self._hours[place].span_us
         return self._rating.rated(worker_type, place, us)
 
-    def _cost(self, pools: Mapping[tuple[int, str], Pool]) -> int:
+    def _cost(self, pools: Mapping[tuple[int, str], WorkerPool]) -> int:
         return sum(self._worth(worker_type, place, pool.workers) for (place, worker_type), pool in pools.items())
 
     def _dear(self, worker_type: str, model: str) -> tuple[bool, float]:
         """What is better is less: within the objective, then what a request costs."""
         time = self._times[worker_type, model].share(1)
-        return time > self._latency_us, time * self._rate(worker_type, 0)
+        return time > self._latency_us, time * self._rating.rated(worker_type, 0, 1)
 
     def _alone(self, model: str) -> float:
         """The 99th percentile of how long its runs take by themselves."""
@@ -154,7 +145,7 @@ class WorkerAdvice:
         us = self._hours[place].paid_us.get(worker_type, 0) * self._slots(worker_type, place)
         return self._rating.rated(worker_type, place, us)
 
-    def _lines(self, pools: Mapping[tuple[int, str], Pool]) -> list[ledger_pb2.AdvisedWorkers]:
+    def _lines(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[ledger_pb2.AdvisedWorkers]:
         lines = []
         for place, hour in enumerate(self._hours):
             work = self._work(hour.requests, _AS_IT_IS, self._times)
@@ -163,8 +154,10 @@ class WorkerAdvice:
                 own = [request for request in hour.requests if request.worker_type == worker_type]
                 up = hour.up_us.get(worker_type, 0) / hour.window_us
                 servers = round(up) * self._slots(worker_type, place)
-                replayed = replay(work[worker_type], servers, self._of(worker_type)) if own and servers else None
-                pool = pools.get((place, worker_type), Pool([], 0, 0))
+                replayed = (
+                    replay(work[worker_type], servers, _of(self._times, worker_type)) if own and servers else None
+                )
+                pool = pools.get((place, worker_type), WorkerPool([], 0, 0))
                 lines.append(
                     ledger_pb2.AdvisedWorkers(
                         begins_ms=hour.span.from_ms,
@@ -176,21 +169,19 @@ class WorkerAdvice:
                         replayed_latency_us=percentile_99(replayed.latencies_us) if replayed else 0,
                         advised_workers=pool.workers,
                         advised_latency_us=pool.latency_us,
-                        cost_nano=rounded(self._paid(place, worker_type), self._denominator),
-                        advised_cost_nano=rounded(self._worth(worker_type, place, pool.workers), self._denominator),
+                        cost_nano=self._rating.nano(self._paid(place, worker_type)),
+                        advised_cost_nano=self._rating.nano(self._worth(worker_type, place, pool.workers)),
                     )
                 )
         return lines
 
     def _workers(
-        self, best: str, pools: Mapping[tuple[int, str], Pool], costs: Mapping[str, int]
+        self, best: str, pools: Mapping[tuple[int, str], WorkerPool], costs: Mapping[str, int]
     ) -> ledger_pb2.Recommendation:
         paid = sum(self._paid(place, kind) for place, hour in enumerate(self._hours) for kind in hour.paid_us)
         latency = max(pool.latency_us for pool in pools.values())
         others = "".join(
-            f"; {name} would cost {_amount(rounded(cost, self._denominator))}"
-            for name, cost in costs.items()
-            if name != best
+            f"; {name} would cost {self._rating.nano(cost) / 1e9:,.4f}" for name, cost in costs.items() if name != best
         )
         return ledger_pb2.Recommendation(
             kind=ledger_pb2.Recommendation.KIND_WORKERS,
@@ -198,11 +189,11 @@ class WorkerAdvice:
             advice="; ".join(self._schedule(pools)) + (f", {best}" if len(costs) > 1 else ""),
             evidence=f"{len(self._requests):,} computed requests replayed: with these, 99 in 100 wait and run for at "
             f"most {latency / 1000:,.1f} ms in any hour{others}",
-            saved_nano=rounded(paid, self._denominator) - rounded(costs[best], self._denominator),
+            saved_nano=self._rating.nano(paid) - self._rating.nano(costs[best]),
             error=self._replay_error,
         )
 
-    def _schedule(self, pools: Mapping[tuple[int, str], Pool]) -> list[str]:
+    def _schedule(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[str]:
         """Hours with equal numbers together."""
         found = []
         for worker_type in sorted({kind for _, kind in pools}):
@@ -226,7 +217,7 @@ class WorkerAdvice:
         middle = (self._hours[0].window.from_ms + self._hours[-1].window.until_ms) // 2 * 1000
         first = [request for request in self._requests if request.arrived_us < middle]
         times = self._times | _times(first)
-        known: dict[str, list[Work]] = {}
+        known: dict[str, list[ReplayedRequest]] = {}
         for work in self._work(first, _AS_IT_IS, times).values():
             for one in work:
                 known.setdefault(one.model, []).append(one)
@@ -242,13 +233,12 @@ class WorkerAdvice:
                     one._replace(weight=like[number % len(like)].weight) if (like := known.get(one.model)) else one
                     for number, one in enumerate(work)
                 ]
-                of_type = {model: time for (kind, model), time in times.items() if kind == worker_type}
-                replayed += replay(expected, servers, of_type).latencies_us
+                replayed += replay(expected, servers, _of(times, worker_type)).latencies_us
                 measured += [request.latency_us for request in second if request.worker_type == worker_type]
         found = percentile_99(measured)
         return abs(percentile_99(replayed) - found) / found if found else None
 
-    def _sharing(self, pools: Mapping[tuple[int, str], Pool], placement: Placement) -> list[ledger_pb2.Recommendation]:
+    def _sharing(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[ledger_pb2.Recommendation]:
         """Models of a type that need fewer workers together than each its own; and those that need more together."""
         found = []
         for worker_type in sorted({kind for _, kind in pools}):
@@ -287,15 +277,15 @@ class WorkerAdvice:
                     break
         return found
 
-    def _group(self, worker_type: str, pools: Mapping[int, Pool], models: set[str]) -> tuple[int, dict[int, int]]:
+    def _group(self, worker_type: str, pools: Mapping[int, WorkerPool], models: set[str]) -> tuple[int, dict[int, int]]:
         """What workers for only these models cost, and how many they are by hour."""
         counts = {}
         for place, pool in pools.items():
             work = [one for one in pool.work if one.model in models]
-            counts[place], _ = self._needed(place, worker_type, work, self._of(worker_type))
+            counts[place], _ = self._needed(place, worker_type, work, _of(self._times, worker_type))
         return sum(self._worth(worker_type, place, count) for place, count in counts.items()), counts
 
-    def _batches(self, pools: Mapping[tuple[int, str], Pool], placement: Placement) -> list[ledger_pb2.Recommendation]:
+    def _batches(self, pools: Mapping[tuple[int, str], WorkerPool]) -> list[ledger_pb2.Recommendation]:
         """Models that would compute less in larger runs, with the workers that are advised, within the objective."""
         found = []
         for (worker_type, model), time in sorted(self._times.items()):
@@ -333,10 +323,10 @@ class WorkerAdvice:
         return found
 
     def _busy(
-        self, worker_type: str, pools: Mapping[int, Pool], changed: Mapping[str, RunTime]
+        self, worker_type: str, pools: Mapping[int, WorkerPool], changed: Mapping[str, RunTime]
     ) -> tuple[int, int, bool]:
         """How long the workers run, the worst 99th percentile of an hour, and whether none is worse than advised."""
-        times = self._of(worker_type) | dict(changed)
+        times = _of(self._times, worker_type) | dict(changed)
         busy = worst = 0
         is_met = True
         for place, pool in pools.items():
@@ -370,7 +360,7 @@ class WorkerAdvice:
             subjects=subjects,
             advice=advice,
             evidence=evidence,
-            saved_nano=rounded(saved, self._denominator),
+            saved_nano=self._rating.nano(saved),
             error=self._replay_error if error is None else error,
         )
 
@@ -383,5 +373,6 @@ def _times(requests: Iterable[Request]) -> dict[tuple[str, str], RunTime]:
     return {key: fitted(found) for key, found in runs.items()}
 
 
-def _amount(nano: int) -> str:
-    return f"{nano / 1e9:,.4f}"
+def _of(times: Mapping[tuple[str, str], RunTime], worker_type: str) -> dict[str, RunTime]:
+    """By model."""
+    return {model: time for (kind, model), time in times.items() if kind == worker_type}

@@ -23,6 +23,14 @@ log = logging.getLogger(__name__)
 Connection: TypeAlias = Any
 _CONNECT_SECONDS = 5.0
 _POOL = 6
+# A session that the server ends may leave asyncpg's own state behind: that is its InternalClientError.
+FAILURES: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 # A report that takes longer is given up.
 REPORT_SECONDS = 30.0
 # One number for all ledgers of a database: whoever holds it writes.
@@ -146,7 +154,7 @@ def _mapped_errors() -> Iterator[None]:
         raise DataRefusedError(str(error), kind="database") from None
     except asyncpg.QueryCanceledError:
         raise UnavailableError("the database took too long; ask for a shorter range", kind="database") from None
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except FAILURES as error:
         raise UnavailableError(
             f"the ledger's database failed: {type(error).__name__}: {error}", kind="database"
         ) from error

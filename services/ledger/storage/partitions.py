@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 
 from services.ledger.storage.database import Connection, Database
+from services.ledger.storage.times import next_month
 
 log = logging.getLogger(__name__)
 
@@ -101,20 +102,14 @@ def usage_partition(day: date) -> str:
     return f"usage_{day:%Y%m%d}"
 
 
-def day_of(at_ms: int) -> date:
-    """Of UTC."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).date()
-
-
 def _parts(day: date) -> list[tuple[str, str, date, date]]:
     """Name, table, first day and the day after the last one."""
     tomorrow = day + timedelta(days=1)
     month = day.replace(day=1)
-    next_month = (month + timedelta(days=32)).replace(day=1)
     return [
         (usage_partition(day), "usage", day, tomorrow),
         *((f"{table}_{day:%Y%m%d}", table, day, tomorrow) for table in _OF_DAYS),
-        *((f"{table}_{month:%Y%m}", table, month, next_month) for table in _OF_MONTHS),
+        *((f"{table}_{month:%Y%m}", table, month, next_month(day)) for table in _OF_MONTHS),
     ]
 
 
@@ -123,4 +118,4 @@ def _end_of(name: str) -> date:
     digits = name.rpartition("_")[2]
     if len(digits) == 8:
         return datetime.strptime(digits, "%Y%m%d").date() + timedelta(days=1)
-    return (datetime.strptime(digits, "%Y%m").date() + timedelta(days=32)).replace(day=1)
+    return next_month(datetime.strptime(digits, "%Y%m").date())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 from services.ledger.storage.database import Connection
+from services.ledger.storage.times import milliseconds, utc
 
-HOUR_MS = 3_600_000
 # Beyond every report: 9999-01-01, for prices without an end.
 NO_END_MS = 253_370_764_800_000
 
@@ -28,7 +27,7 @@ class Price(NamedTuple):
 async def all_prices(connection: Connection) -> list[Price]:
     """In the order of types and time."""
     rows = await connection.fetch("SELECT * FROM price ORDER BY worker_type, from_at")
-    return [Price(row[0], _ms(row[1]), _ms(row[2]), *row[3:]) for row in map(tuple, rows)]
+    return [Price(row[0], milliseconds(row[1]), milliseconds(row[2]), *row[3:]) for row in map(tuple, rows)]
 
 
 async def replace(connection: Connection, worker_type: str, prices: list[Price]) -> None:
@@ -37,7 +36,7 @@ async def replace(connection: Connection, worker_type: str, prices: list[Price])
     await connection.executemany(
         "INSERT INTO price (worker_type, from_at, until_at, hourly_nano, device, slots, power_milliwatts, "
         "energy_nano_per_kwh) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-        [(price.worker_type, _time(price.from_ms), _time(price.until_ms), *price[3:]) for price in prices],
+        [(price.worker_type, utc(price.from_ms), utc(price.until_ms), *price[3:]) for price in prices],
     )
 
 
@@ -51,11 +50,3 @@ async def currency(connection: Connection, wanted: str) -> str:
     await connection.execute("INSERT INTO ledger (currency) VALUES ($1) ON CONFLICT DO NOTHING", wanted)
     found: str = await connection.fetchval("SELECT currency FROM ledger")
     return found
-
-
-def _time(at_ms: int) -> datetime:
-    return datetime.fromtimestamp(at_ms // 1000, UTC)
-
-
-def _ms(at: datetime) -> int:
-    return int(at.timestamp()) * 1000

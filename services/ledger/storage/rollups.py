@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from services.ledger.storage.database import Connection
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS
 from services.ledger.storage.usage_rows import Integers
 
 MEASURES: Final = (
@@ -24,7 +25,7 @@ MEASURES: Final = (
     "response_bytes",
 )
 # Milliseconds, the finest first.
-GRAINS: Final = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+GRAINS: Final = {"minute": MINUTE_MS, "hour": HOUR_MS, "day": DAY_MS}
 
 
 def _upsert(table: str) -> str:

@@ -36,37 +36,19 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Hand
     An error ends its request and not the stream, unless the caller sent `triton_grpc_error: true`. Requests still
     running when the caller leaves are cancelled.
     """
+    return grpc.stream_stream_rpc_method_handler(_Streams(infer).serve)
 
-    unread = _Unread()
 
-    async def answer(data: bytes, context: Context, strict: bool) -> bytes:
-        request = _id_and_flag(data)
-        try:
-            answered = await infer(data, context)
-            if unread.bytes > _UNREAD:
-                raise ResourceExhaustedError("too many streamed answers are not read yet; retry later", kind="unread")
-        except RingmeshError as error:
-            if strict:
-                raise
-            failed = v2.ModelStreamInferResponse(error_message=error.message)
-            failed.infer_response.id = request.id
-            return failed.SerializeToString()
-        except Exception as error:
-            failed = v2.ModelStreamInferResponse(
-                error_message=faults.internal(log, "a streamed request failed", error).message
-            )
-            return failed.SerializeToString()
-        parts = [answered.body, *answered.pieces]
-        if request.parameters["triton_enable_empty_final_response"].bool_param:
-            parts.append(_FINAL)
-        parts.insert(0, wire.head(2, sum([len(part) for part in parts])))
-        return await asyncio.to_thread(b"".join, parts) if answered.is_large else b"".join(parts)
+class _Streams:
+    def __init__(self, infer: Callable[[bytes, Context], Awaitable[Answer]]) -> None:
+        self._infer = infer
+        self._unread = _Unread()
 
-    async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+    async def serve(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         strict = ("triton_grpc_error", "true") in metadata(context)
         running: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_DEPTH)
         tasks: set[asyncio.Task[bytes]] = set()
-        mine = _Unread(unread)
+        mine = _Unread(self._unread)
 
         def ended(task: asyncio.Task[bytes]) -> None:
             tasks.discard(task)
@@ -76,7 +58,7 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Hand
         async def read() -> None:
             try:
                 async for data in requests:
-                    task = asyncio.create_task(answer(data, context, strict))
+                    task = asyncio.create_task(self._answer(data, context, strict))
                     tasks.add(task)
                     task.add_done_callback(ended)
                     await running.put(task)
@@ -105,7 +87,27 @@ def stream_handler(infer: Callable[[bytes, Context], Awaitable[Answer]]) -> Hand
                 left.cancel()
             mine.close()
 
-    return grpc.stream_stream_rpc_method_handler(stream)
+    async def _answer(self, data: bytes, context: Context, strict: bool) -> bytes:
+        """The serialized ModelStreamInferResponse. Raises RingmeshError if `strict`."""
+        request = _id_and_flag(data)
+        try:
+            answered = await self._infer(data, context)
+            if self._unread.bytes > _UNREAD:
+                raise ResourceExhaustedError("too many streamed answers are not read yet; retry later", kind="unread")
+        except RingmeshError as error:
+            if strict:
+                raise
+            failed = v2.ModelStreamInferResponse(error_message=error.message)
+            failed.infer_response.id = request.id
+            return failed.SerializeToString()
+        except Exception as error:
+            fault = faults.internal(log, "a streamed request failed", error)
+            return v2.ModelStreamInferResponse(error_message=fault.message).SerializeToString()
+        parts = [answered.body, *answered.pieces]
+        if request.parameters["triton_enable_empty_final_response"].bool_param:
+            parts.append(_FINAL)
+        parts.insert(0, wire.head(2, sum([len(part) for part in parts])))
+        return await asyncio.to_thread(b"".join, parts) if answered.is_large else b"".join(parts)
 
 
 class _Unread:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def raw_from_contents(tensor: v2.ModelInferRequest.InferInputTensor, field: str 
         )
     values = getattr(tensor.contents, kind.contents)
     if kind.itemsize == 0:
-        return b"".join([len(value).to_bytes(4, "little") + value for value in values])
+        return _encode_bytes(values)
     if kind.contents in _PLAIN:
         # Protobuf's packed format: a tag, the size as a varint, then the raw bytes.
         packed = tensor.contents.SerializeToString()
@@ -123,12 +123,11 @@ def encode(array: npt.NDArray[Any]) -> bytes:
     """Returns raw bytes, row-major and little-endian; object arrays (of str or bytes) are encoded as BYTES."""
     if array.dtype != object:
         return array.tobytes()
-    parts = []
-    for value in array.ravel():
-        data = value.encode() if isinstance(value, str) else value
-        parts.append(len(data).to_bytes(4, "little"))
-        parts.append(data)
-    return b"".join(parts)
+    return _encode_bytes([value.encode() if isinstance(value, str) else value for value in array.ravel()])
+
+
+def _encode_bytes(values: Iterable[bytes]) -> bytes:
+    return b"".join([part for value in values for part in (len(value).to_bytes(4, "little"), value)])
 
 
 def _decode_bytes(raw: bytes, count: int, shape: Sequence[int], tensor: str, field: str) -> npt.NDArray[Any]:

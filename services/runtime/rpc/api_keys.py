@@ -22,14 +22,14 @@ from typing import Annotated, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.runtime.errors import UnauthenticatedError
+from services.runtime.file_stamp import stamp
 from services.runtime.rpc import client_certificate
-from services.runtime.rpc.identity import Identity
+from services.runtime.rpc.identity import Identity, bearer
 from services.runtime.rpc.roles import Role
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_SCHEME = "bearer "
 # Certificates are remembered; those of workloads change every hour.
 _MOST_CERTIFICATES = 4096
 
@@ -81,7 +81,7 @@ class ApiKeys:
     def __init__(self, path: Path) -> None:
         """Raises KeyFileError."""
         self._path = path
-        self._seen = self._stamp()
+        self._seen = stamp([path])
         # By hash of the key, or by name in the certificate.
         self._entries = _read(path)
         # By the value of the metadata, for valid keys and certificates.
@@ -93,9 +93,7 @@ class ApiKeys:
         known = self._known  # of the keys as they are now, not as they are read meanwhile
         identity = known.get(authorization)
         if identity is None:
-            if authorization[: len(_SCHEME)].lower() != _SCHEME:
-                raise UnauthenticatedError("this needs an API key in the metadata `authorization: Bearer <key>`")
-            identity = self._entries.get(hash_of(authorization[len(_SCHEME) :]))
+            identity = self._entries.get(hash_of(bearer(authorization, "an API key")))
             if identity is None:
                 raise UnauthenticatedError("the API key is unknown or revoked")
             known[authorization] = identity
@@ -121,7 +119,7 @@ class ApiKeys:
         before = self._seen
         while True:
             await asyncio.sleep(_POLL_SECONDS)
-            now = await asyncio.to_thread(self._stamp)
+            now = await asyncio.to_thread(stamp, [self._path])
             if now == before != self._seen:
                 self._seen = now
                 try:
@@ -131,13 +129,6 @@ class ApiKeys:
                 except KeyFileError as error:
                     log.error("the API keys stay as they were: %s", error)
             before = now
-
-    def _stamp(self) -> tuple[int, ...]:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return ()
-        return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def hash_of(key: str) -> str:

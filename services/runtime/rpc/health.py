@@ -22,13 +22,19 @@ class Health:
 
     def __init__(self, services: Iterable[str]) -> None:
         self._names = frozenset(services) | {""}
-        # Between `set_serving(True)` and the start of a drain.
-        self.serving = False
+        # Those of `set_serving(True)`, until the start of a drain.
+        self._serving: frozenset[str] = frozenset()
         self._closed = False
         self._changed = asyncio.Event()
 
-    def set_serving(self, serving: bool) -> None:
-        self.serving = serving
+    @property
+    def serving(self) -> bool:
+        """Whether this server serves as a whole."""
+        return "" in self._serving
+
+    def set_serving(self, serving: bool, but: Iterable[str] = ()) -> None:
+        """All names are SERVING, except those in `but`; or all are NOT_SERVING."""
+        self._serving = self._names.difference(but) if serving else frozenset()
         self._notify()
 
     def close(self) -> None:
@@ -53,7 +59,7 @@ class Health:
     def _status(self, name: str) -> health_pb2.HealthCheckResponse:
         if name not in self._names:
             return health_pb2.HealthCheckResponse(status=_SERVICE_UNKNOWN)
-        return health_pb2.HealthCheckResponse(status=_SERVING if self.serving else _NOT_SERVING)
+        return health_pb2.HealthCheckResponse(status=_SERVING if name in self._serving else _NOT_SERVING)
 
     async def _check(self, request: health_pb2.HealthCheckRequest, _: Context) -> health_pb2.HealthCheckResponse:
         if request.service not in self._names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.runtime.errors import PermissionDeniedError
+from services.runtime.errors import PermissionDeniedError, UnauthenticatedError
 from services.runtime.rpc.roles import Role
 
 
@@ -45,3 +45,11 @@ class Identity:
             raise PermissionDeniedError(
                 f"{self.kind} {self.id!r} is for {', '.join(sorted(self.models))}, not {model!r}"
             )
+
+
+def bearer(authorization: str, what: str) -> str:
+    """Returns what follows the scheme Bearer in the metadata `authorization`. Raises UnauthenticatedError."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "bearer":
+        raise UnauthenticatedError(f"this needs {what} in the metadata `authorization`, after `Bearer `")
+    return value

@@ -18,7 +18,7 @@ class Role(StrEnum):
 
 V2: Final = "inference.GRPCInferenceService"
 _ROUTER, _LEDGER = "ringmesh.router.v1.RouterService", "ringmesh.ledger.v1.LedgerService"
-_CACHE, _WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
+_CACHE, WORKER = "ringmesh.cache.v1.CacheService", "ringmesh.inference.v1.InferenceWorkerService"
 
 
 def _methods(service: str, names: str) -> list[str]:
@@ -46,7 +46,7 @@ _ROLES: Mapping[str, Role] = {
         (Role.INFER, _methods(_CACHE, "Get GetMany Put GetOrCompute Release Delete")),
         (Role.READ, _methods(V2, "ModelConfig ModelStatistics RepositoryIndex")),
         (Role.READ, _methods(V2, "SystemSharedMemoryStatus CudaSharedMemoryStatus")),
-        (Role.READ, [*_methods(_ROUTER, "GetRing Watch"), *_methods(_CACHE, "Stats Watch"), f"{_WORKER}/Describe"]),
+        (Role.READ, [*_methods(_ROUTER, "GetRing Watch"), *_methods(_CACHE, "Stats Watch"), f"{WORKER}/Describe"]),
         (Role.OPERATE, _methods(V2, "RepositoryModelLoad RepositoryModelUnload TraceSetting LogSettings")),
         (Role.OPERATE, _methods(V2, "SystemSharedMemoryRegister SystemSharedMemoryUnregister")),
         (Role.OPERATE, _methods(V2, "CudaSharedMemoryRegister CudaSharedMemoryUnregister")),

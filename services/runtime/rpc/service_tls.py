@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 
-from services.runtime.rpc.tls import TlsError, TlsFiles
-
-log = logging.getLogger(__name__)
+from services.runtime.rpc.tls import Followed, TlsFiles
 
 _LOOK_SECONDS = 1.0
 # Calls on a replaced connection have this long to end.
@@ -29,45 +27,34 @@ class ServiceTls:
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises TlsError."""
-        self._files = files
         self._looked = time.monotonic()
-        self._seen = self._load()
+        self._followed = Followed(files, partial(_read, files), "certificates for calls to services")
 
     @property
     def context(self) -> ssl.SSLContext:
         """For connections of asyncio."""
-        self._follow()
-        return self._context
+        return self._current()[0]
 
     @property
     def credentials(self) -> grpc.ChannelCredentials:
         """For channels of grpcio; another object after a change."""
-        self._follow()
-        return self._credentials
+        return self._current()[1]
 
-    def _follow(self) -> None:
+    def _current(self) -> tuple[ssl.SSLContext, grpc.ChannelCredentials]:
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
-            return
-        self._looked = now
-        try:
-            if self._files.stamp() != self._seen:
-                self._seen = self._load()
-                log.info("certificates for calls to services were read again")
-        except (OSError, TlsError) as error:
-            log.error("certificates for calls to services stay as they were: %s", error)
+        if now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            self._followed.follow()
+        return self._followed.value
 
-    def _load(self) -> tuple[tuple[int, ...], ...]:
-        files = self._files
-        files.check()
-        seen = files.stamp()
-        context = ssl.create_default_context(cafile=files.client_ca)
-        context.set_alpn_protocols(["h2"])
-        context.load_cert_chain(files.certificate, files.key)
-        ca = files.client_ca.read_bytes() if files.client_ca is not None else None
-        self._credentials = grpc.ssl_channel_credentials(ca, files.key.read_bytes(), files.certificate.read_bytes())
-        self._context = context
-        return seen
+
+def _read(files: TlsFiles) -> tuple[ssl.SSLContext, grpc.ChannelCredentials]:
+    files.check()
+    context = ssl.create_default_context(cafile=files.client_ca)
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(files.certificate, files.key)
+    ca = files.client_ca.read_bytes() if files.client_ca is not None else None
+    return context, grpc.ssl_channel_credentials(ca, files.key.read_bytes(), files.certificate.read_bytes())
 
 
 def open_channel(
@@ -104,9 +91,9 @@ class _ReloadedChannel:
     def unary_stream(self, *arguments: Any, **named: Any) -> Any:
         return _Method(self, "unary_stream", arguments, named)
 
-    async def close(self) -> None:
+    async def close(self, grace: float | None = None) -> None:
         if self._channel is not None:
-            await self._channel.close()
+            await self._channel.close(grace)
 
     def current(self) -> grpc.aio.Channel:
         credentials = self._tls.credentials

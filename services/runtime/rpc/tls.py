@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import grpc
 
+from services.runtime.file_stamp import stamp
+
+Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +32,7 @@ class TlsFiles:
     def check(self) -> None:
         """Raises TlsError unless the files can be read and the key is that of the certificate."""
         try:
-            for path in self._paths():
+            for path in self.paths():
                 path.read_bytes()
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             # The password is asked for on the terminal otherwise.
@@ -44,46 +49,47 @@ class TlsFiles:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Returns credentials that follow changes of the files: new connections get what is there. Raises TlsError."""
-        reload = _Reload(self)
+        followed = Followed(self, self._read, "TLS certificates")
         return grpc.dynamic_ssl_server_credentials(
-            self._read(),
-            reload.configuration,  # type: ignore[arg-type] # None: nothing changed
+            followed.value,
+            lambda: followed.value if followed.follow() else None,  # type: ignore[arg-type, return-value]
             require_client_authentication=self.client_ca is not None,
         )
-
-    def stamp(self) -> tuple[tuple[int, ...], ...]:
-        """Changes if a file changes. Raises OSError."""
-        status = [path.stat() for path in self._paths()]
-        return tuple((one.st_mtime_ns, one.st_size, one.st_ino) for one in status)
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         self.check()
         ca = self.client_ca.read_bytes() if self.client_ca is not None else None
         return grpc.ssl_server_certificate_configuration([(self.key.read_bytes(), self.certificate.read_bytes())], ca)
 
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
+        """All of them."""
         return [self.certificate, self.key, *([self.client_ca] if self.client_ca is not None else [])]
 
 
-class _Reload:
-    """The configuration for the next connection. Files that do not fit together change nothing."""
+class Followed(Generic[Value]):
+    """The `value` that `read` makes of the files, made again when they change.
 
-    def __init__(self, files: TlsFiles) -> None:
-        self._files = files
-        self._seen: tuple[tuple[int, ...], ...] = ()
+    Files that cannot be read or do not fit together change nothing, and the log says so of `what`.
+    """
 
-    def configuration(self) -> grpc.ServerCertificateConfiguration | None:
-        """Returns None if nothing changed."""
+    def __init__(self, files: TlsFiles, read: Callable[[], Value], what: str) -> None:
+        """Raises TlsError."""
+        self._files, self._read, self._what = files, read, what
+        self._seen = stamp(files.paths())
+        self.value = read()
+
+    def follow(self) -> bool:
+        """Returns whether the value is a new one."""
+        now = stamp(self._files.paths())
+        if now == self._seen:
+            return False
         try:
-            now = self._files.stamp()
-            if now == self._seen:
-                return None
-            configuration = self._files._read()
-            if self._files.stamp() != now:  # written meanwhile: the next connection tries again
-                return None
+            value = self._read()
         except (OSError, TlsError) as error:
-            log.error("TLS certificates stay as they were: %s", error)
-            return None
-        self._seen = now
-        log.info("TLS certificates were read again")
-        return configuration
+            log.error("%s stay as they were: %s", self._what, error)
+            return False
+        if stamp(self._files.paths()) != now:  # written meanwhile: to be read the next time
+            return False
+        self._seen, self.value = now, value
+        log.info("%s were read again", self._what)
+        return True

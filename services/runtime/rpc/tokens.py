@@ -21,8 +21,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from services.runtime.errors import UnauthenticatedError, UnavailableError
+from services.runtime.file_stamp import stamp
 from services.runtime.rpc.api_keys import Grant
-from services.runtime.rpc.identity import Identity
+from services.runtime.rpc.identity import Identity, bearer
 from services.runtime.rpc.roles import Role
 
 try:
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 # Signatures by public keys only: with HS256, whoever has a public key could sign.
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
-_SCHEME = "bearer "
 _POLL_SECONDS = 0.5
 _URL_SECONDS, _EARLIEST_SECONDS = 60.0, 5.0
 _FETCH_SECONDS = 10.0
@@ -61,6 +61,7 @@ class Tokens:
         self._source = keys
         self._issuer, self._audience, self._skew, self._prefix = issuer, audience, skew, prefix
         self._path = None if keys.startswith("https://") else Path(keys)
+        self._seen = stamp([] if self._path is None else [self._path])
         if self._path is None:
             self._read: Callable[[], bytes] = self._fetch
         elif "://" in keys:
@@ -68,7 +69,6 @@ class Tokens:
         else:
             self._read = self._path.read_bytes
         self._keys: Mapping[str | None, Any] = self._load() if self._path is not None else {}
-        self._seen = self._stamp()
         self._is_missing_key = self._path is None
         # By the value of the metadata, for valid tokens.
         self._known: dict[str, Identity] = {}
@@ -81,9 +81,7 @@ class Tokens:
         known = self._known
         identity = known.get(authorization)
         if identity is None:
-            if authorization[: len(_SCHEME)].lower() != _SCHEME:
-                raise UnauthenticatedError("this needs a token in the metadata `authorization: Bearer <token>`")
-            identity = self._verify(authorization[len(_SCHEME) :])
+            identity = self._verify(bearer(authorization, "a token"))
             if len(known) >= _MOST_TOKENS:
                 known.clear()
             known[authorization] = identity
@@ -143,8 +141,8 @@ class Tokens:
         while True:
             now = time.monotonic()
             if self._path is not None:
-                stamp = await asyncio.to_thread(self._stamp)
-                is_due, self._seen = stamp != self._seen, stamp
+                before, self._seen = self._seen, await asyncio.to_thread(stamp, [self._path])
+                is_due = self._seen != before
             else:
                 is_due = now - read_at >= (_EARLIEST_SECONDS if self._is_missing_key else _URL_SECONDS)
             if is_due:
@@ -172,10 +170,3 @@ class Tokens:
         with opener.open(self._source, timeout=_FETCH_SECONDS) as response:
             body: bytes = response.read(_LARGEST)
         return body
-
-    def _stamp(self) -> tuple[int, ...]:
-        try:
-            status = self._path.stat() if self._path is not None else None
-        except OSError:
-            return ()
-        return (status.st_mtime_ns, status.st_size, status.st_ino) if status is not None else ()

@@ -57,7 +57,7 @@ class Server:
     def infer(self, request: v2.ModelInferRequest | bytes, **metadata: str) -> Answer:
         """Raises grpc.RpcError."""
         body = request if isinstance(request, bytes) else request.SerializeToString()
-        response = self.channel.unary_unary(INFER)(body, timeout=30, metadata=tuple(metadata.items()))
+        response = self.channel.unary_unary(INFER)(body, timeout=60, metadata=tuple(metadata.items()))
         return read(v2.ModelInferResponse.FromString(response))
 
     def start(self, request: v2.ModelInferRequest) -> grpc.Future:

@@ -23,6 +23,7 @@ from services.runtime import driver
 from services.runtime.driver import ON_LOOP
 from services.runtime.large_bytes import LARGE_BYTES
 from tests import models
+from tests.unit.turns import turns
 
 
 class Gated(OnnxModel):
@@ -169,7 +170,7 @@ async def test_what_is_kept_to_compare_with_goes_when_its_flight_ends(worker):
 async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_joined_and_drops_the_rest(worker):
     model_of(worker).gate.clear()
     busy = asyncio.create_task(execute(worker, [work(0)]))
-    await asyncio.sleep(0.01)  # it has the only instance
+    await turns()  # it has the only instance
     model_of(worker).runs.clear()
     leaving = asyncio.create_task(execute(worker, [work(1, b"h" * 16), *(work(value) for value in range(2, 6))]))
     await asyncio.sleep(0)
@@ -188,7 +189,7 @@ async def test_an_envelope_whose_router_has_gone_leaves_to_others_what_they_join
 async def test_a_run_that_fails_after_its_router_has_gone_is_no_unhandled_fault(worker, caplog):
     model_of(worker).gate.clear()
     leaving = asyncio.create_task(execute(worker, [work(1)]))
-    await asyncio.sleep(0.01)  # it runs
+    await turns()  # it runs
     leaving.cancel()
     await asyncio.wait([leaving])
     model_of(worker).runs = None  # so that the run fails
@@ -205,7 +206,7 @@ async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelo
     model_of(worker).gate.clear()
     model_of(worker).runs.clear()
     running = asyncio.create_task(execute(worker, [work(0, trace_context=b"running")]))
-    await asyncio.sleep(0.01)  # it has the only instance
+    await turns()  # it has the only instance
     works = [work(1, b"h" * 16, trace_context=b"lost"), work(2, trace_context=b"kept")]
     envelope = asyncio.create_task(execute(worker, works))
     await asyncio.sleep(0)
@@ -225,7 +226,7 @@ async def test_what_is_withdrawn_before_it_runs_never_runs_and_leaves_its_envelo
 async def test_who_joined_what_is_withdrawn_runs_it_for_himself(worker):
     model_of(worker).gate.clear()
     busy = asyncio.create_task(execute(worker, [work(0)]))
-    await asyncio.sleep(0.01)
+    await turns()
     model_of(worker).runs.clear()
     first = asyncio.create_task(execute(worker, [work(1, b"h" * 16, trace_context=b"lost")]))
     await asyncio.sleep(0)
@@ -277,7 +278,7 @@ async def test_what_is_wrong_late_or_under_way_is_not_run_at_once(worker, quick,
     with monkeypatch.context() as slow:
         slow.setattr("services.inference.execution.inline_runs.QUICK_NS", 0)
         running = asyncio.create_task(execute(worker, [work(1, b"same")]))
-        await asyncio.sleep(0.01)
+        await turns()
     assert run_inline(worker, [work(1, b"same")]) is None
     model_of(worker).gate.set()
     await running

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from cache.keys.invalidation import EPOCHS, InvalidationLog
+from cache.keys.invalidation import _PURGE, EPOCHS, InvalidationLog
 from services.runtime.errors import UnavailableError
 from tests.simulation.redis import Redis
 
@@ -33,8 +33,8 @@ async def test_a_process_that_purges_hears_what_others_purged_just_before():
     purging = asyncio.create_task(first.purge(["model:x"]))
     while not first.epochs.scopes.get("model:x"):
         await asyncio.sleep(0)
-    await asyncio.wait_for(second.purge(["model:y"]), 5)
-    await asyncio.wait_for(purging, 5)
+    await asyncio.wait_for(second.purge(["model:y"]), 60)
+    await asyncio.wait_for(purging, 60)
     assert second.epochs.scopes["model:x"] == first.epochs.scopes["model:x"]
     await first.close()
 
@@ -58,9 +58,47 @@ async def test_a_purge_of_its_own_confirms_no_news_that_a_process_is_still_told(
     assert not announcing.done()
     act.set()
     first.start()
-    await asyncio.wait_for(asyncio.gather(announcing, purging), 5)
+    await asyncio.wait_for(asyncio.gather(announcing, purging), 60)
     await first.close()
     await second.close()
+
+
+@pytest.mark.parametrize("own", ["models", "all"])
+async def test_an_announcement_of_its_own_hides_none_of_another_process(own):
+    first, second = boards()
+    await second.announce("models")
+    heard = set()
+
+    async def on_news(news):
+        heard.update(news)
+
+    first.start()
+    second.on_news = on_news
+    announcing = asyncio.create_task(first.announce("models"))
+    while first.epochs.scopes.get("models") == second.epochs.scopes["models"] or not first.epochs.scopes:
+        await asyncio.sleep(0)
+    await asyncio.wait_for(second.announce(own), 60)
+    await asyncio.wait_for(announcing, 60)
+    assert own in heard
+    await first.close()
+
+
+async def test_news_that_could_not_be_acted_on_are_told_again():
+    first, second = boards()
+    await second.announce("models")
+    heard = []
+
+    async def on_news(news):
+        heard.append(news)
+        if len(heard) == 1:
+            raise RuntimeError("a worker that cannot be asked")
+
+    second.on_news = on_news
+    await first._run(_PURGE, "1", "1000", "models")
+    with pytest.raises(RuntimeError):
+        await second._send_heartbeat()
+    await second._send_heartbeat()
+    assert heard == [{"models"}, {"models"}]
 
 
 async def test_what_others_wrote_into_the_epochs_stops_no_heartbeat_and_no_request():

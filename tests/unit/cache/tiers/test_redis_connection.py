@@ -121,7 +121,7 @@ async def test_commands_of_one_turn_leave_in_one_write_and_one_that_is_not_urgen
 async def test_what_is_not_urgent_leaves_by_itself():
     opened = Opened()
     opened.send(lazy=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not opened.pool.writes:
             await asyncio.sleep(0.001)
     await opened.close()

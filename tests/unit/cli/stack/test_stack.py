@@ -29,7 +29,7 @@ async def test_a_process_is_started_again_while_stack_json_cannot_be_written(tmp
     child.keep()
     try:
         os.kill(first, signal.SIGKILL)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "is back" not in (line := await lines.get()):
                 pass
         assert str(child.pid) in line

@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+import math
 from urllib.parse import urlencode
 
+import jwt
 import pytest
 
 from services.console import sessions as sessions_module
-from services.console.sessions import ATTEMPTS, IDLE_SECONDS, MOST_OF_A_KEY, SECONDS, Sessions
+from services.console.sessions import ATTEMPTS, IDLE_SECONDS, MOST_OF_A_HOLDER, SECONDS, Sessions
 from services.runtime.errors import ResourceExhaustedError, UnauthenticatedError
 from services.runtime.rpc.access import Access
 from services.runtime.rpc.api_keys import ApiKeys, new_key
 from services.runtime.rpc.audit_log import AuditLog
+from services.runtime.rpc.identity import Identity
+from services.runtime.rpc.tokens import Tokens
 from tests.unit.console.data.test_console_requests import GOOD, Console
 from tests.unit.console.data.test_trace_store import span
 
@@ -32,13 +36,8 @@ def write_keys(path, ids):
     return {id: key for id, (key, _) in made.items()}
 
 
-class SignedConsole(Console):
-    """A console whose visitors need keys, which are in `keys` by id."""
-
-    def __init__(self, folder):
-        self.file, self.log = folder / "keys.jsonl", folder / "audit.jsonl"
-        self.keys = write_keys(self.file, KEYS)
-        super().__init__(Access("127.0.0.1:0", keys=ApiKeys(self.file), audit=AuditLog("console", self.log)))
+class ClosedConsole(Console):
+    """A console whose visitors sign in."""
 
     def request(self, method, path, cookie="", headers=(), **more):
         """(status, headers, text)"""
@@ -49,6 +48,15 @@ class SignedConsole(Console):
 
     def sign_in(self, key, **more):
         return self.request("POST", "/sign-in", body=urlencode({"key": key}).encode(), **more)
+
+
+class SignedConsole(ClosedConsole):
+    """A console whose visitors need keys, which are in `keys` by id."""
+
+    def __init__(self, folder):
+        self.file, self.log = folder / "keys.jsonl", folder / "audit.jsonl"
+        self.keys = write_keys(self.file, KEYS)
+        super().__init__(Access("127.0.0.1:0", keys=ApiKeys(self.file), audit=AuditLog("console", self.log)))
 
     def cookie(self, id, **more):
         return self.sign_in(self.keys[id], **more)[1]["set-cookie"].partition(";")[0]
@@ -216,6 +224,9 @@ def test_a_program_may_send_its_key_as_callers_do(console):
     headers = [(b"authorization", f"Bearer {console.keys['reader']}".encode())]
     assert console.ask("GET", "/api/summary", headers=headers)[0] == 200
     assert console.ask("GET", "/api/summary", headers=[(b"authorization", b"Bearer rmk_wrong")])[0] == 401
+    headers = [(b"authorization", f"Bearer {console.keys['caller']}".encode())]
+    refusal = "this needs the role read, which key 'caller' does not have\n"
+    assert console.ask("GET", "/api/summary", headers=headers) == (403, refusal)
 
 
 def test_who_did_what_is_audited_without_the_key(another):
@@ -283,6 +294,19 @@ def test_a_revoked_key_ends_its_sessions_and_live_pages(another):
     assert console.request("GET", "/", cookie)[0] == 303
 
 
+def test_a_page_and_a_sign_in_say_that_the_keys_of_tokens_have_not_been_read_yet():
+    console = ClosedConsole(Access("127.0.0.1:0", tokens=Tokens("https://example.org/keys", "issuer", "ringmesh", 0)))
+    token = jwt.encode({}, "of thirty-two bytes, as it should", "HS256", {"kid": "a"})
+    answers = [
+        console.request("GET", "/", headers=[(b"authorization", f"Bearer {token}".encode())]),
+        console.sign_in(token),
+    ]
+    console.close()
+    for status, _, text in answers:
+        assert status == 503
+        assert "The keys of tokens cannot be read from https://example.org/keys yet." in text
+
+
 class Clock:
     now = 0.0
 
@@ -320,12 +344,24 @@ def test_a_session_ends_when_it_is_old_or_unused(sessions, clock):
 def test_a_key_has_a_bounded_number_of_sessions_and_takes_none_of_others(sessions, clock):
     other = sessions.open(sessions.made["ops"], "a")
     tokens = []
-    for _ in range(MOST_OF_A_KEY + 3):
+    for _ in range(MOST_OF_A_HOLDER + 3):
         clock.now += 10
         tokens.append(sessions.open(sessions.made["reader"], "a"))
-    assert [sessions.is_open(token) for token in tokens] == [False] * 3 + [True] * MOST_OF_A_KEY
+    assert [sessions.is_open(token) for token in tokens] == [False] * 3 + [True] * MOST_OF_A_HOLDER
     assert sessions.is_open(other)
     assert len(set(tokens)) == len(tokens)
+
+
+def test_sessions_of_a_token_take_none_of_a_key_with_the_same_id(clock):
+    def identify(authorization):
+        return Identity("ops", "", frozenset(), frozenset(), math.inf, authorization.removeprefix("Bearer "))
+
+    sessions = Sessions(identify, clock)
+    of_a_key = sessions.open("key", "a")
+    for _ in range(MOST_OF_A_HOLDER + 1):
+        clock.now += 10
+        sessions.open("token", "a")
+    assert sessions.is_open(of_a_key)
 
 
 def test_attempts_are_counted_whether_right_or_wrong(sessions, clock):

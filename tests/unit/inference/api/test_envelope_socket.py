@@ -52,7 +52,7 @@ class Echo:
         return Answer(data, ())
 
     async def has_begun(self, calls):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self.begun < calls:
                 await asyncio.sleep(0)
 
@@ -85,7 +85,7 @@ async def call(connection, data):
 
 
 async def over(connection):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while connection.transport is not None:
             await asyncio.sleep(0)
 
@@ -149,7 +149,7 @@ async def test_a_router_that_is_gone_has_its_envelopes_cancelled(echo):
     await echo.has_begun(1)
     echo.connection.close()
     assert (await answered).lost
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not echo.cancelled:
             await asyncio.sleep(0)
 
@@ -171,7 +171,7 @@ async def test_a_worker_that_leaves_finishes_what_it_has_and_is_sent_nothing_mor
 async def test_a_router_that_does_not_hear_does_not_hold_up_a_worker_that_has_nothing_to_do(echo, monkeypatch):
     monkeypatch.setattr("services.inference.api.envelope_socket._LEAVE_SECONDS", 0.05)
     deaf = await asyncio.open_unix_connection(echo.path)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await echo.server.stop(300)
     deaf[1].close()
 

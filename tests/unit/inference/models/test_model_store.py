@@ -14,6 +14,7 @@ from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
 from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
+from services.inference.models.decisions import Decisions
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository.repository import Directory
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
@@ -145,11 +146,11 @@ async def test_a_deleted_model_leaves_the_index(tmp_path):
     assert await states(made) == [("add_sub", "1", READY)]
     polling = asyncio.create_task(made.poll(0.01))
     models.random(tmp_path)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not made.held.of("random"):
             await asyncio.sleep(0.01)
     shutil.rmtree(tmp_path / "random")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while made.held.of("random"):
             await asyncio.sleep(0.01)
     polling.cancel()
@@ -169,12 +170,36 @@ async def test_a_repository_of_which_nothing_loads_is_listed_with_the_causes_and
     (line,) = await made.index()
     assert (line.name, line.state) == ("mlp", UNAVAILABLE)
     assert "mlp/1/model.onnx: it is no ONNX model" in line.reason
+    assert not made.usable.is_set()
     polling = asyncio.create_task(made.poll(0.01))
     models.mlp(tmp_path)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await states(made) != [("mlp", "1", READY)]:
             await asyncio.sleep(0.01)
     polling.cancel()
+    assert made.usable.is_set()
+
+
+async def test_a_store_is_usable_if_all_models_are_unloaded_and_stays_so(tmp_path):
+    models.mlp(tmp_path / "models")
+    decisions = Decisions(tmp_path / "decisions", 1 << 20)
+    before = ModelStore(Directory(tmp_path / "models"), open_model, EXECUTOR, decisions=decisions)
+    await before.load_all()
+    await before.unload("mlp")
+    assert before.usable.is_set()
+    after = ModelStore(Directory(tmp_path / "models"), open_model, EXECUTOR, decisions=decisions)
+    await after.load_all()
+    assert [*after.held] == []
+    assert after.usable.is_set()
+
+
+async def test_a_store_is_not_usable_by_an_ensemble_whose_steps_failed_to_load(tmp_path):
+    models.pipeline(tmp_path)
+    for model in tmp_path.glob("*/1/model.onnx"):
+        model.write_bytes(b"broken")
+    made = await store(tmp_path)
+    assert [held.model.name for held in made.held] == ["pipeline"]
+    assert not made.usable.is_set()
 
 
 async def test_a_model_added_to_the_repository_is_listed_before_it_is_loaded(tmp_path):
@@ -237,12 +262,12 @@ async def test_polling_follows_the_repository(tmp_path):
     polling = asyncio.create_task(made.poll(0.02))
     models.mlp(tmp_path, seed=1)
     models.add_sub(tmp_path)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await answer(made) == before or not made.held.of("add_sub"):
             await asyncio.sleep(0.01)
     shutil.rmtree(tmp_path / "add_sub")
     (models.mlp(tmp_path) / "model.onnx").write_bytes(b"broken")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while made.held.of("add_sub") or not any("model.onnx" in line.reason for line in await made.index()):
             await asyncio.sleep(0.01)
     assert await answer(made) != before
@@ -260,7 +285,7 @@ async def test_polling_follows_a_version_that_is_a_link(tmp_path):
     polling = asyncio.create_task(made.poll(0.02))
     version.with_name("new").symlink_to(releases[1])
     version.with_name("new").replace(version)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await answer(made) == before:
             await asyncio.sleep(0.01)
     polling.cancel()
@@ -285,7 +310,7 @@ async def test_a_model_that_keeps_changing_does_not_keep_others_from_being_follo
     before, noisy = await answer(made), made.held.find("add_sub", "")
     polling = asyncio.create_task(made.poll(0.02))
     models.mlp(tmp_path, seed=1)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await answer(made) == before:
             await asyncio.sleep(0.01)
     assert made.held.find("add_sub", "") is noisy
@@ -391,7 +416,7 @@ async def test_a_model_that_met_a_fault_of_the_machine_at_the_start_is_loaded_wh
     assert "No space left on device" in line.reason
     polling = asyncio.create_task(made.poll(0.001))
     faulty = False
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not made.held.of("mlp"):
             await asyncio.sleep(0)
     polling.cancel()

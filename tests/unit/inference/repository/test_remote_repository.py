@@ -86,7 +86,7 @@ class Handler(SimpleHTTPRequestHandler):
                 self.wfile.flush()
                 if fault == "stalled":
                     self.server.stalled.set()
-                    self.server.goes_on.wait(20)
+                    self.server.goes_on.wait(120)
                 self.close_connection = True
         else:
             super().do_GET()
@@ -178,7 +178,7 @@ async def test_models_are_served_and_followed_wherever_they_are(remote, tmp_path
     models.mlp(remote.folder, seed=2)
     shutil.rmtree(remote.folder / "add_sub")
     remote.publish()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await answer(made) == loaded or made.held.of("add_sub"):
             await asyncio.sleep(0.01)
     assert not polling.done()
@@ -267,7 +267,7 @@ def test_a_worker_killed_while_it_fetches_leaves_nothing_that_is_served(web, tmp
     code = "import sys, pathlib; from services.inference.repository.remote_repository import RemoteRepository as R; "
     code += "R(sys.argv[1], pathlib.Path(sys.argv[2])).fetch('mlp', None)"
     worker = subprocess.Popen([sys.executable, "-c", code, web.url, str(tmp_path / "cache")])
-    assert web.stalled.wait(20)
+    assert web.stalled.wait(120)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     assert list((tmp_path / "cache/objects").iterdir()) == []
@@ -299,7 +299,7 @@ async def test_polling_tries_again_what_could_not_be_fetched(web, tmp_path):
     polling = asyncio.create_task(made.poll(0.02))
     models.mlp(web.folder, seed=1)
     index(web.folder)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not any("model.onnx" in line.reason for line in await made.index()):
             await asyncio.sleep(0.01)
         web.fault = ""

@@ -159,7 +159,7 @@ taken = [snapshots.take(versions(pathlib.Path({str(tmp_path / "repository")!r}),
 (snapshots.scratch().folder / "file").write_bytes(b"of a load request")
 os.kill(os.getpid(), 9)
 """
-    killed = subprocess.run([sys.executable, "-c", code], timeout=60)
+    killed = subprocess.run([sys.executable, "-c", code], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     snapshots = Snapshots(tmp_path / "state")
     kept = snapshots.take(files(tmp_path / "repository", "kept").hashed())

@@ -89,7 +89,7 @@ async def test_a_deadline_passes_on_time_though_the_request_before_it_in_its_seq
     monkeypatch.setattr(accumulator.batcher, "_batcher", SimpleNamespace(submit=slow))
     running = asyncio.create_task(total(accumulator, 9, 1, start=True))
     await asyncio.sleep(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(DeadlineExceededError, match="before it in its sequence"):
             await accumulator.batcher.submit(step(9, 2), time.monotonic() + 0.01)
     done.set()

@@ -8,7 +8,7 @@ from ringmesh.ledger.v1 import ledger_pb2
 
 from router.accounting.usage_batch import Dimension, UsageRecord, encode
 from services.ledger.ingest import batch as batches
-from services.ledger.ingest.batch import Kind
+from services.ledger.storage.kinds import UsageKind
 from services.runtime.errors import InvalidArgumentError
 
 HIT = Dimension("t", "m", "1", "eu", "cpu", "hit-local", "OK")
@@ -112,14 +112,14 @@ def test_too_many_records_are_refused():
 
 def test_outcomes_of_newer_routers_are_other():
     read = batches.read(request(encode([UsageRecord(MISS._replace(outcome="hit-quantum"), NOW)])))
-    assert read.kinds == (Kind("other", "OK"),)
+    assert read.kinds == (UsageKind("other", "OK"),)
     assert not read.kinds[0].is_hit
 
 
 def test_joined_requests_are_hits_and_failed_ones_are_not():
-    assert Kind("joined", "OK").is_hit
-    assert not Kind("joined", "UNAVAILABLE").is_hit
-    assert Kind("joined", "UNAVAILABLE").is_error
+    assert UsageKind("joined", "OK").is_hit
+    assert not UsageKind("joined", "UNAVAILABLE").is_hit
+    assert UsageKind("joined", "UNAVAILABLE").is_error
 
 
 def sample(**fields):

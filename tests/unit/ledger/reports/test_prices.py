@@ -3,7 +3,8 @@
 import pytest
 
 from services.ledger.reports.prices import PriceBook, placed
-from services.ledger.storage.price_table import HOUR_MS, NO_END_MS, Price
+from services.ledger.storage.price_table import NO_END_MS, Price
+from services.ledger.storage.times import HOUR_MS
 from services.runtime.errors import AlreadyExistsError
 
 
@@ -39,13 +40,13 @@ def test_a_price_may_be_set_within_another():
 
 def test_rates_of_different_slots_have_one_denominator():
     one, three = price(0, 1, 3600, slots=1), price(1, None, 3600, slots=3)
-    book = PriceBook([one, three])
+    book = PriceBook([one, three], "EUR")
     assert book.rate(one) * 3_600_000_000 / book.denominator == 3600
     assert book.rate(one) == 3 * book.rate(three)
 
 
 def test_boundaries_are_where_any_price_changes_within_the_range():
-    book = PriceBook([price(0, 2), price(2, 5), price(5)])
+    book = PriceBook([price(0, 2), price(2, 5), price(5)], "EUR")
     assert book.boundaries(HOUR_MS, 5 * HOUR_MS) == [HOUR_MS, 2 * HOUR_MS, 5 * HOUR_MS]
     assert book.find("cpu", 2 * HOUR_MS) == price(2, 5)
     assert book.find("gpu", 0) is None

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ledger.reports.replay import RunTime, Work, fitted, needed, percentile_99, replay
+from services.ledger.reports.replay import ReplayedRequest, RunTime, fitted, needed, percentile_99, replay
 
 ONE_BY_ONE = {"m": RunTime(0, 1)}
 BATCHED = {"m": RunTime(100, 10, most=4)}
 requests = st.lists(
-    st.builds(Work, st.integers(0, 10_000), st.just("m"), st.integers(1, 500)), min_size=1, max_size=80
+    st.builds(ReplayedRequest, st.integers(0, 10_000), st.just("m"), st.integers(1, 500)), min_size=1, max_size=80
 ).map(sorted)
 
 
@@ -23,7 +23,7 @@ def waits(work, servers):
 
 
 def work(*times):
-    return [Work(arrived, "m", service) for arrived, service in times]
+    return [ReplayedRequest(arrived, "m", service) for arrived, service in times]
 
 
 def test_one_server_takes_one_after_the_other():
@@ -35,7 +35,7 @@ def test_the_first_server_that_is_free_takes_the_next():
 
 
 def test_what_waits_runs_together_up_to_the_most_that_a_model_takes():
-    arrivals = [Work(at, "m") for at in (0, 1, 2, 3, 4, 5)]
+    arrivals = [ReplayedRequest(at, "m") for at in (0, 1, 2, 3, 4, 5)]
     found = replay(arrivals, 1, BATCHED)
     # One, then four of those that came meanwhile, then the last.
     assert found.latencies_us == [110, 249, 248, 247, 246, 355]
@@ -44,7 +44,7 @@ def test_what_waits_runs_together_up_to_the_most_that_a_model_takes():
 
 
 def test_models_do_not_run_together_and_who_waits_longest_is_next():
-    arrivals = [Work(0, "a"), Work(1, "b"), Work(2, "a"), Work(3, "b")]
+    arrivals = [ReplayedRequest(0, "a"), ReplayedRequest(1, "b"), ReplayedRequest(2, "a"), ReplayedRequest(3, "b")]
     found = replay(arrivals, 1, {"a": RunTime(10, 1, 4), "b": RunTime(20, 1, 4)})
     assert found.latencies_us == [11, 32, 42, 30]
 
@@ -77,7 +77,7 @@ def test_waits_are_those_of_queueing_theory():
     at, work = 0.0, []
     for _ in range(200_000):
         at += chance.expovariate(0.7)
-        work.append(Work(round(at * 1000), "m", round(chance.expovariate(1.0) * 1000)))
+        work.append(ReplayedRequest(round(at * 1000), "m", round(chance.expovariate(1.0) * 1000)))
     found = waits(work, 1)
     # M/M/1 at 70 %: the mean of waiting is 0.7 / 0.3 service times.
     assert abs(sum(found) / len(found) / 1000 - 0.7 / 0.3) < 0.15

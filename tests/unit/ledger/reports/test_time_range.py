@@ -3,9 +3,9 @@
 import pytest
 
 from services.ledger.reports import time_range
-from services.ledger.reports.time_range import DAY_MS, MINUTE_MS, TimeRange
+from services.ledger.reports.time_range import TimeRange
 from services.ledger.storage.partitions import Retention
-from services.ledger.storage.price_table import HOUR_MS
+from services.ledger.storage.times import DAY_MS, HOUR_MS, MINUTE_MS
 from services.runtime.errors import InvalidArgumentError
 
 NOW = 20_000 * DAY_MS + 7 * HOUR_MS + 30 * MINUTE_MS + 5

@@ -18,6 +18,7 @@ from services.runtime import driver
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.telemetry.tracing import Trace
 from tests.unit.router.fleets import MODEL, member, view
+from tests.unit.turns import turns
 
 NOT_SAMPLED = Trace("a" * 32, "", sampled=False)
 PLACE = b"\x12\x34" + bytes(14)
@@ -197,7 +198,7 @@ async def test_the_other_attempt_of_a_hedged_request_is_left_when_as_many_worker
     while len(asked) < 2:
         await asyncio.sleep(0.002)
     asked[0][1].done(WorkerLostError("Socket closed"))
-    await asyncio.sleep(0.01)
+    await turns()
     assert (len(asked), result.done()) == (2, False)
     asked[1][1].done(DONE)
     assert (await result)[0] is DONE

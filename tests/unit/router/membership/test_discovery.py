@@ -99,7 +99,7 @@ class Server:
     async def more(self, count):
         """Returns when so many more commands came."""
         wanted = self.commands + count
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self.commands < wanted:
                 self._told.clear()
                 await self._told.wait()

@@ -273,7 +273,7 @@ async def test_what_is_not_kept_is_answered_as_such():
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 

@@ -163,7 +163,7 @@ class Router:
         told = len(self.told)
         for _ in range(2):
             Driver(self.path.answer(self.call()), self.answer).start()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.told) < told + 2:
                 await asyncio.sleep(0)
         return self.told[told]

@@ -22,6 +22,7 @@ from services.runtime.errors import InternalError, UnavailableError
 from services.runtime.oip.tensors import DATATYPES, decode, encode
 from services.runtime.single_flight import SingleFlight
 from services.runtime.verdict import YES
+from tests.unit.turns import turns
 
 HASHER = RequestHasher("secret")
 MODEL = ModelEntry("m", "1", b"d" * 16, YES, v2.ModelMetadataResponse(), outputs=("y",))
@@ -234,9 +235,9 @@ async def test_rows_in_flight_are_joined_and_outlive_the_caller_that_started_the
     cache, worker = RowCache(FakeMesh(), HASHER), FakeWorker()
     worker.gate = asyncio.Event()
     first = asyncio.create_task(find(cache, [1, 2], worker))
-    await asyncio.sleep(0.01)
+    await turns()
     second = asyncio.create_task(find(cache, [2, 3], worker))
-    await asyncio.sleep(0.01)
+    await turns()
     first.cancel()
     worker.gate.set()
     assert (await second).entry.value == response([2, 3])
@@ -262,9 +263,9 @@ async def test_a_failure_of_another_caller_is_not_ours():
     worker.gate = asyncio.Event()
     worker.failures = [UnavailableError("gone")]
     first = asyncio.create_task(find(cache, [1, 2], worker))
-    await asyncio.sleep(0.01)
+    await turns()
     second = asyncio.create_task(find(cache, [2, 1], worker))
-    await asyncio.sleep(0.01)
+    await turns()
     worker.gate.set()
     with pytest.raises(UnavailableError):
         await first
@@ -280,7 +281,7 @@ async def test_rows_that_ended_their_workers_are_not_sent_again_by_those_that_jo
     calls = []
     for values in ([1, 2], [2, 1], [1, 2, 1]):
         calls.append(asyncio.create_task(find(cache, values, worker)))
-        await asyncio.sleep(0.01)
+        await turns()
     worker.gate.set()
     ended = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(error) for error in ended] == [FatalRequestError] * 3
@@ -319,7 +320,7 @@ async def test_a_row_in_flight_is_joined_whether_it_is_in_a_batch_or_alone(first
     tasks = []
     for call in calls if first == "batch" else calls[::-1]:
         tasks.append(asyncio.create_task(call))
-        await asyncio.sleep(0.01)
+        await turns()
     worker.gate.set()
     batch, single = await asyncio.gather(*(tasks if first == "batch" else tasks[::-1]))
     assert batch.entry.value == response([1, 2])
@@ -331,9 +332,9 @@ async def test_who_joined_a_row_of_a_batch_that_failed_asks_for_it_again():
     mesh, worker = FakeMesh(), FakeWorker()
     worker.gate, worker.failures = asyncio.Event(), [UnavailableError("gone")]
     batch = asyncio.create_task(find(RowCache(mesh, HASHER), [1, 2], worker))
-    await asyncio.sleep(0.01)
+    await turns()
     single = asyncio.create_task(alone(mesh, 2, worker))
-    await asyncio.sleep(0.01)
+    await turns()
     worker.gate.set()
     with pytest.raises(RowFailedError):
         await single
@@ -346,9 +347,9 @@ async def test_a_row_that_another_model_computed_meanwhile_is_not_put_into_the_b
     mesh, worker, replaced = FakeMesh(), FakeWorker(), FakeWorker(digest=b"n" * 16)
     replaced.gate = asyncio.Event()
     single = asyncio.create_task(alone(mesh, 2, replaced))
-    await asyncio.sleep(0.01)
+    await turns()
     batch = asyncio.create_task(find(RowCache(mesh, HASHER), [1, 2], worker))
-    await asyncio.sleep(0.01)
+    await turns()
     replaced.gate.set()
     await single
     assert (await batch).entry.value == response([1, 2])

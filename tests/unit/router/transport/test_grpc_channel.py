@@ -206,7 +206,7 @@ async def test_a_server_that_speaks_something_else_fails_the_call_and_nothing_el
     host, _, port = address.partition(":")
     async with await asyncio.start_server(misbehave, host, int(port)):
         with pytest.raises(CallError) as caught:
-            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 5)
+            await asyncio.wait_for(GrpcChannel(address).call(METHOD, b"x"), 60)
     assert (caught.value.code, caught.value.lost) == (grpc.StatusCode.UNAVAILABLE, True)
 
 
@@ -346,9 +346,9 @@ async def test_calls_go_over_tls_to_a_server_whose_certificate_names_the_host():
         context.set_alpn_protocols(["h2"])
     channel, stranger = (GrpcChannel(address, SimpleNamespace(context=each)) for each in (trusting, wary))
     try:
-        assert await asyncio.wait_for(channel.call(METHOD, bytes(100_000)), 10) == bytes(100_000)
+        assert await asyncio.wait_for(channel.call(METHOD, bytes(100_000)), 60) == bytes(100_000)
         with pytest.raises(CallError, match="certificate verify failed") as caught:
-            await asyncio.wait_for(stranger.call(METHOD, b""), 10)
+            await asyncio.wait_for(stranger.call(METHOD, b""), 60)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
     finally:
         channel.drop()

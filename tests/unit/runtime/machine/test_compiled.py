@@ -29,7 +29,7 @@ subprocess.run([sys.executable, "-P", "-c", {SAY!r}], check=True)
 
 def python(folder, code, **environment):
     command = [sys.executable, "-c", code, "an argument"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def imported(folder, code, **environment):

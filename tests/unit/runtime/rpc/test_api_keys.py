@@ -147,7 +147,7 @@ async def test_a_change_of_the_file_applies_and_a_broken_file_changes_nothing(fi
         while not condition():
             await asyncio.sleep(0.001)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         file.write_text("")
         new = add(file, "new")
         await until(lambda: caller(keys, bearer(old)).error is not None)

@@ -102,6 +102,13 @@ async def test_the_names_in_a_verified_certificate_decide_what_its_holder_may_do
         assert await code(address, ca, Ca().issue("reader.example.org")) == "UNAVAILABLE"
 
 
+async def test_unchanged_certificates_are_not_read_again(files, ca, caplog):
+    caplog.set_level("INFO")
+    async with serving(files) as address:
+        assert await code(address, ca, ca.issue("reader.example.org")) == "OK"
+    assert "read again" not in caplog.text
+
+
 async def test_certificates_are_replaced_under_traffic_and_no_call_fails(files, ca, tmp_path):
     old = ca.issue("reader.example.org")
     async with serving(files) as address:

@@ -222,7 +222,7 @@ def test_arbitrary_signed_claims_are_refused_or_are_an_identity(value, data):
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -244,6 +244,23 @@ async def test_keys_are_rotated_in_and_out_and_a_broken_file_changes_nothing(ver
     replace(file, jwks("other"))
     await until(lambda: caller(verified, old).error is not None)
     assert caller(verified, new).error is None
+    following.cancel()
+
+
+async def test_a_file_that_changes_while_it_is_read_first_is_read_again(file, monkeypatch):
+    monkeypatch.setattr(tokens, "_POLL_SECONDS", 0.001)
+    load = Tokens._load
+
+    def changed(self):
+        keys = load(self)
+        replace(file, jwks("other"))
+        return keys
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokens, "_load", changed)
+        verified = Tokens(str(file), ISSUER, AUDIENCE, 30)
+    following = asyncio.create_task(verified.follow())
+    await until(lambda: caller(verified, bearer(token("other"))).error is None)
     following.cancel()
 
 

@@ -67,7 +67,7 @@ async def test_a_collector_that_comes_and_goes_gets_the_totals():
 
     server, endpoint, received = await collector(fail_once)
     sending = exporting(endpoint)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(received) < 3:
             await asyncio.sleep(0.01)
     sending.cancel()
@@ -81,7 +81,7 @@ async def test_a_collector_of_traces_alone_is_left_alone():
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "only traces")
 
     server, endpoint, received = await collector(refuse)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await exporting(endpoint)
     assert received  # more than once where an answer came later than the period
     await server.stop(0)

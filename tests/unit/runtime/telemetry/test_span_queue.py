@@ -52,7 +52,7 @@ async def test_what_was_not_taken_is_sent_again_in_order():
     destination = Destination("again")
     queue = SpanQueue(destination)
     queue.put([span("a"), span("b")])
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while queue.sent < 2:
             await asyncio.sleep(0.01)
     assert destination.taken == ["a", "b"]

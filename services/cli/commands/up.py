@@ -1,0 +1,37 @@
+"""`ringmesh up`: shows a running stack and how to call it, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from services.cli.commands import model_list
+from services.cli.commands.screen import Screen
+from services.cli.stack.stack import StackOptions
+from services.runtime.process import variables
+from services.runtime.rpc.access import warning
+
+
+def warnings(address: str) -> list[str]:
+    """About variables that have no effect, and about a router at `address` that is open to other hosts."""
+    has_keys = not {"RINGMESH_API_KEYS", "RINGMESH_JWT_KEYS"}.isdisjoint(os.environ)
+    exposed = warning(address, has_keys=has_keys)
+    return [*variables.unknown(os.environ), *([exposed] if exposed else [])]
+
+
+async def serve(screen: Screen, options: StackOptions) -> int:
+    """Waits until it is cancelled. Raises CommandError if the router does not answer."""
+    screen.endpoints(options)
+    failures, sample = await asyncio.to_thread(model_list.first_look, options.routers[0], options.key_secret)
+    for failure in failures:
+        screen.say(failure)
+    if failures and "RINGMESH_POLL_SECONDS" not in os.environ:
+        screen.say("load a repaired model on its page of the console; RINGMESH_POLL_SECONDS=5 does it by polling")
+    if sample is not None:
+        screen.first_calls(options.endpoints.router, sample, options.tls)
+    screen.say("ready")
+    try:
+        await asyncio.Event().wait()
+    finally:
+        screen.say("draining; press Ctrl-C again to kill all processes")
+    return 0
