@@ -10,7 +10,7 @@ from functools import partial
 
 from cache.api.metrics import cache_samples
 from cache.api.service import CacheService
-from cache.keys.epochs import EVERYTHING, MODELS
+from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.keys.purge_sweep import PurgeSweep
 from cache.mesh import Mesh
@@ -105,8 +105,9 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         fleet, mesh, hasher, dispatcher, tracer, requests, replies, quotas, audit, access, budgets, tenant_limits
     )
     inference = InferenceService(fleet, path)
+    control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
     more = {
-        **FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS)).handlers(),
+        **control.handlers(),
         **LiveSettings(tracer, lambda model: fleet.view.catalog.find(model, "")).handlers(),
     }
     evictions = Evictions(mesh.local, lambda: _models(fleet, mesh))
@@ -138,7 +139,7 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
         usage = Usage(meter, budgets, sender, settings.region, lambda: _up(fleet))
         metrics.add(usage.samples)
         usage.start()
-    mesh.purges.on_news = lambda news: _ask_again(fleet, news)
+    mesh.purges.on_news = control.hear
     mesh.start()
     fleet.start()
     if settings.share_port:
@@ -164,15 +165,6 @@ async def serve(settings: RouterSettings, stopping: asyncio.Event) -> None:
     fleet.close()
     await mesh.close()
     await tracer.close()
-
-
-async def _ask_again(fleet: Fleet, news: set[str]) -> None:
-    """Describes all healthy workers again if a router has loaded or unloaded models.
-
-    A purge of everything removes the news of that.
-    """
-    if not news.isdisjoint((MODELS, EVERYTHING)):
-        await asyncio.gather(*(fleet.describe(member) for member in fleet.view.members.values() if member.healthy))
 
 
 def _up(fleet: Fleet) -> Iterator[Up]:

@@ -17,6 +17,7 @@ from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
+from router.membership.decisions import current_models
 from router.membership.discovery import Watch
 from router.membership.events import Event, MembershipEvents
 from router.membership.membership import Membership
@@ -87,6 +88,8 @@ class Fleet:
         self._clock = clock
         # By address, for workers that answer pings but report nothing: since when, and their number of reports by then.
         self._busy_since: dict[str, tuple[float, int]] = {}
+        # How often models were loaded or unloaded through a router, as far as this one has heard.
+        self._changes = 0
         self._sources = sources or {}
         self._region = region
         self._zone = zone
@@ -142,17 +145,34 @@ class Fleet:
         """Records the duration of an attempt. It was answered, or given up because another was faster."""
         self.outliers.answered(member.address, model_digest, seconds)
 
-    async def describe(self, member: Member) -> None:
-        """Updates the member from a new description of the worker; the next request sees the result."""
-        known = member.version
+    async def describe_all(self) -> bool:
+        """Describes all healthy workers, because a router has loaded or unloaded models.
+
+        Returns False if a worker stays healthy without a description, because it is busy: it may hold other models
+        than the router believes. The next call asks it again.
+        """
+        self._changes += 1
+        described = await asyncio.gather(
+            *(self.describe(member) for member in self._members.values() if member.healthy)
+        )
+        if not any(member.healthy for member in self._members.values()):
+            # Nobody says what the models are now, so cached answers of the last ones are not given either.
+            self.view = self._view(self.view.ring, self.view.far, Catalog([]))
+        return all(described)
+
+    async def describe(self, member: Member) -> bool:
+        """Updates the member from a new description of the worker; the next request sees the result.
+
+        Returns False if the member stays as it is, because the worker is busy.
+        """
         try:
-            description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
+            known, description = await self._ask(member)
         except WorkerUnreachableError as error:
             if isinstance(error, WorkerBusyError) and self._may_be_busy(member):
-                return
+                return False
             self._unreachable(member, error)
             member.link.give_up()
-            return
+            return True
         self._busy_since.pop(member.address, None)
         same = description.version != 0 and description.version == known
         try:
@@ -163,6 +183,15 @@ class Fleet:
             member.reason = reason
         else:
             self._update(member, description, same=same)
+        return True
+
+    async def _ask(self, member: Member) -> tuple[int, inference_pb2.DescribeResponse]:
+        """(the version that the worker was told to be known, its description). Raises WorkerUnreachableError."""
+        while True:
+            changes, known = self._changes, member.version
+            description = await member.link.describe(POLL_TIMEOUT_SECONDS, known)
+            if changes == self._changes:  # else it may be from before the change
+                return known, description
 
     def _may_be_busy(self, member: Member) -> bool:
         """Whether a worker that answers pings but reports nothing stays healthy, for up to MOST_BUSY_SECONDS."""
@@ -212,7 +241,7 @@ class Fleet:
     def _update(self, member: Member, description: inference_pb2.DescribeResponse, *, same: bool) -> None:
         models = member.models if same else tuple(description.models)
         member.version = description.version
-        failed = member.failed
+        before = (member.failed, member.decisions)
         if not same:
             member.decisions, member.failed = tuple(description.decisions), tuple(description.failed)
         reason = "" if description.accepting else "draining"
@@ -222,7 +251,7 @@ class Fleet:
         member.worker_id = description.worker_id
         if moved:
             self._rebuild()
-        if reason == member.reason and models == member.models and failed == member.failed:
+        if (reason, models, before) == (member.reason, member.models, (member.failed, member.decisions)):
             return
         restored = not reason and not member.healthy
         if reason and reason != member.reason:
@@ -261,7 +290,7 @@ class Fleet:
         catalog = self.view.catalog
         if healthy:
             failed = [failure for member in healthy for failure in member.failed]
-            catalog = Catalog((member.models for member in healthy), failed, isolates=self._isolates)
+            catalog = Catalog(current_models(healthy), failed, isolates=self._isolates)
         self.view = self._view(self.view.ring, self.view.far, catalog)
         self._on_ready(bool(healthy))
 
@@ -362,7 +391,7 @@ class Fleet:
         finally:
             self._building = None
 
-    def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, object]]) -> asyncio.Task[None]:
         task = BACKGROUND.once(name, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -17,6 +17,7 @@ from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from router.balancing.member import Member
+from router.membership.decisions import missed_decisions, newest_decisions
 from router.membership.fleet import Fleet
 from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.telemetry.supervisor import BACKGROUND
@@ -53,19 +54,14 @@ class Agreement:
     def compare(self) -> None:
         """Starts to send each worker the decisions that it lacks."""
         members = [member for member in self._fleet.view.members.values() if member.healthy]
-        newest: dict[str, tuple[int, Member]] = {}
-        for member in members:
-            for decided in member.decisions:
-                if decided.fleet and decided.decided_unix_ns > newest.get(decided.model, (0, member))[0]:
-                    newest[decided.model] = (decided.decided_unix_ns, member)
+        newest = newest_decisions(members)
         now = self._clock()
         self._tried = {key: tried for key, tried in self._tried.items() if tried > now - _RETRY_SECONDS}
         for member in members if newest else ():
-            known = {decided.model: decided.decided_unix_ns for decided in member.decisions}
             lacking = {
                 model: source
-                for model, (decided_ns, source) in newest.items()
-                if known.get(model, 0) < decided_ns and (member.address, model) not in self._tried
+                for model, source in missed_decisions(member, newest).items()
+                if (member.address, model) not in self._tried
             }
             if lacking and member.address not in self._sending:
                 self._sending[member.address] = BACKGROUND.once(

@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.message import Message
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from cache.keys.epochs import EVERYTHING, MODELS
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
 from router.membership.fleet import Fleet
@@ -57,6 +58,15 @@ class FleetControl:
                 for method in _SHARED_MEMORY
             },
         }
+
+    async def hear(self, news: set[str]) -> None:
+        """Describes all healthy workers again if a router has loaded or unloaded models.
+
+        `news`: scopes of purges and announcements. A purge of everything removes the news of that. Raises
+        UnavailableError if a worker is too busy for that: the news are not confirmed, and told again.
+        """
+        if not news.isdisjoint((MODELS, EVERYTHING)) and not await self._fleet.describe_all():
+            raise UnavailableError("a worker is too busy to say which models it holds")
 
     async def _to_all(self, method: str, request: Message, _: Context) -> Any:
         """Calls all workers and returns the first answer; the answers are alike.
@@ -149,20 +159,19 @@ class FleetControl:
         self, method: str, request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest
     ) -> None:
         """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
-        request.parameters[DECIDED_NS].int64_param = next_ns(self._healthy(), request.model_name)
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._reachable(), request.model_name)
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it
-            await asyncio.gather(*(self._fleet.describe(member) for member in self._healthy()))
+            while not await self._fleet.describe_all():  # ends when a busy worker answers, or is taken for dead
+                pass
             try:
                 await self._announce()
             except UnavailableError as error:
                 log.warning("other routers learn of %s by their polls only: %s", method, error.message)
 
     async def _ask_all(self, method: str, request: Message, seconds: float = _SECONDS) -> list[tuple[Member, Any]]:
-        members = self._healthy()
-        if not members:
-            raise UnavailableError("no worker is connected; retry later", kind="no_worker")
+        members = self._reachable()
         calls = (self._ask(member, method, request, seconds) for member in members)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
@@ -179,6 +188,12 @@ class FleetControl:
             raise UnavailableError(f"worker {member.worker_id}: {lost}", kind="worker_lost") from None
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"worker {member.worker_id}: {error.message}", field=error.field) from None
+
+    def _reachable(self) -> list[Member]:
+        """The healthy workers. Raises UnavailableError if there are none."""
+        if members := self._healthy():
+            return members
+        raise UnavailableError("no worker is connected; retry later", kind="no_worker")
 
     def _healthy(self) -> list[Member]:
         return [member for member in self._fleet.view.members.values() if member.healthy]

@@ -84,5 +84,4 @@ async def _serve(settings: LedgerSettings, database: Database, stopping: asyncio
 
 
 def main() -> None:
-    """`python -m services.ledger`."""
     run(LedgerSettings, serve)

@@ -62,7 +62,6 @@ class LedgerSettings(ServiceSettings):
 
     @property
     def retention(self) -> Retention:
-        """How long what is kept."""
         return Retention(self.usage_days, self.minute_days, self.rollup_days)
 
     def default_prices(self) -> list[Price]:

@@ -5,7 +5,7 @@ import logging
 import time
 from functools import partial
 
-from cache.keys.epochs import EVERYTHING, MODELS
+from cache.keys.epochs import MODELS
 from cache.keys.keys import RequestHasher
 from cache.tiers.evictions import Evictions
 from router.accounting.budgets import Budgets
@@ -110,7 +110,7 @@ class SimRouter:
         control = FleetControl(fleet, requests, audit, lambda: mesh.purges.announce(MODELS))
         self.handlers = control.handlers()
         self.evictions = Evictions(mesh.local)
-        mesh.purges.on_news = self._ask_again
+        mesh.purges.on_news = control.hear
         mesh.start()
         fleet.start()
         Agreement(fleet, time.monotonic).start()
@@ -120,12 +120,6 @@ class SimRouter:
         if self.clock_fails and self.world.random.random() < self.clock_fails:
             raise ArithmeticError("a clock that fails")
         return time.monotonic()
-
-    async def _ask_again(self, news):
-        if not news.isdisjoint((MODELS, EVERYTHING)):
-            fleet = self.fleet
-            healthy = [member for member in fleet.view.members.values() if member.healthy]
-            await asyncio.gather(*(fleet.describe(member) for member in healthy))
 
     def receive(self, call):
         """Handles a call as FastPathServer does; `call.answered_by_router` gets the answer."""

@@ -35,7 +35,6 @@ def entries(address: str, asked: audit_pb2.ListRequest) -> list[audit_pb2.Entry]
 
 
 def lines(found: Sequence[audit_pb2.Entry]) -> Iterator[str]:
-    """Yields entries as the lines of the log."""
     for entry in found:
         line = {"time": time_text(entry.at_ms)}
         line |= {name: getattr(entry, name) for name in ("process", "who", "method")}
@@ -45,7 +44,6 @@ def lines(found: Sequence[audit_pb2.Entry]) -> Iterator[str]:
 
 
 def listing(found: Sequence[audit_pb2.Entry]) -> Table:
-    """Returns a table with one row per entry."""
     table = tables.create("time", "process", "who", "from", "result", "method", "about")
     for entry in found:
         row = (entry.process, entry.who, entry.peer, entry.result, entry.method, entry.error or entry.request)

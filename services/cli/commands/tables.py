@@ -16,5 +16,4 @@ def create(*columns: str, title: str | None = None, gap: int = 2) -> Table:
 
 
 def utc(at_ms: int) -> str:
-    """Returns a time in milliseconds since the Unix epoch as text."""
     return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M}"

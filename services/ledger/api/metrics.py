@@ -62,7 +62,6 @@ class LedgerMetrics:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def samples(self) -> Iterator[Sample]:
-        """For `Metrics.add`."""
         for state in self._states:
             budget = state.budget
             labels = (budget.tenant, budget.model, _PERIOD_NAMES[budget.period])

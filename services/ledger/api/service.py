@@ -77,7 +77,6 @@ class LedgerService:
         self._clock = clock
 
     def service(self) -> Service:
-        """The handlers, to be served."""
         return Service(
             ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"],
             {

@@ -112,7 +112,6 @@ class UsageBatch:
 
     @property
     def records(self) -> int:
-        """How many it holds."""
         return len(self.at_ms)
 
 

@@ -79,7 +79,6 @@ class Numbers(Generic[Name]):
         return numbers
 
     def forget(self) -> None:
-        """Looks each up again."""
         self._known.clear()
 
     async def _find(self, connection: Connection, names: list[Name]) -> dict[Name, int]:

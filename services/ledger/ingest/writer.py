@@ -82,7 +82,6 @@ class Writer:
         return self._waiting_records
 
     def start(self) -> None:
-        """Ends with `close`."""
         self._task = BACKGROUND.start("writer", self._run)
 
     async def close(self) -> None:

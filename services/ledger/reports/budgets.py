@@ -162,7 +162,6 @@ def bounds(period: str, now: datetime) -> tuple[datetime, datetime]:
 
 
 def named(key: BudgetKey) -> str:
-    """For people."""
     whose = [f"tenant {key.tenant!r}"] if key.tenant else []
     whose += [f"model {key.model!r}"] if key.model else []
     return f"{' and '.join(whose)} for a {key.period}"

@@ -53,12 +53,10 @@ class Hour:
 
     @property
     def span_us(self) -> int:
-        """Of the hour."""
         return (self.span.until_ms - self.span.from_ms) * 1000
 
     @property
     def window_us(self) -> int:
-        """Of the window."""
         return (self.window.until_ms - self.window.from_ms) * 1000
 
 

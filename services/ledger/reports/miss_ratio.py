@@ -60,11 +60,9 @@ class Curve:
         return min(max(self.look_ups - (self._sampled - hits) / self._share, 0.0), self.look_ups) if hits else 0.0
 
     def hit_ratio(self, capacity: int) -> float:
-        """0 to 1."""
         return self.hits(capacity) / self.look_ups if self.look_ups else 0.0
 
     def value(self, capacity: int) -> int:
-        """What the hits save."""
         place = bisect_right(self._needed, capacity)
         return round(self._values[place] * self.hits(capacity) / self._hits[place]) if self._hits[place] else 0
 

@@ -29,7 +29,6 @@ class PriceBook:
         self.denominator = _HOUR_US * _MICRO * self._slots
 
     def find(self, worker_type: str, at_ms: int) -> Price | None:
-        """The one that holds then."""
         for price in self._by_type.get(worker_type, ()):
             if price.from_ms <= at_ms < price.until_ms:
                 return price
@@ -70,6 +69,5 @@ def placed(existing: Sequence[Price], new: Price, *, supersede: bool) -> list[Pr
 
 
 def period(from_ms: int, until_ms: int) -> str:
-    """In words."""
     begin = "from the beginning" if from_ms <= 0 else f"from {text(from_ms)}"
     return begin if until_ms >= NO_END_MS else f"{begin} until {text(until_ms)}"

@@ -26,7 +26,6 @@ class Amounts(NamedTuple):
     error: int = 0
 
     def plus(self, other: Amounts) -> Amounts:
-        """The sum of both."""
         return Amounts(self.cost + other.cost, self.saved + other.saved, self.error + other.error)
 
 
@@ -57,7 +56,6 @@ class Rating:
         return rounded(numerator, self._book.denominator)
 
     def price(self, worker_type: str, segment: int) -> Price | None:
-        """The one that holds in a segment."""
         return self._book.find(worker_type, self._boundaries[segment])
 
     def warnings(self, *, allow_unpriced: bool) -> list[str]:

@@ -40,7 +40,6 @@ class ReportCache:
         self.hits = self.misses = self.failures = 0
 
     async def close(self) -> None:
-        """Ends the connection."""
         if self._channel is not None:
             await self._channel.close()
 
@@ -62,7 +61,6 @@ class ReportCache:
         return found
 
     async def put(self, key: bytes, answer: ledger_pb2.ReportResponse, compute_us: int) -> None:
-        """Files what took `compute_us` to compute."""
         if self._stub is None or time.monotonic() < self._skip_until:
             return
         request = cache_pb2.PutRequest(

@@ -60,7 +60,6 @@ class Reports:
         return answer
 
     async def requests(self, question: UsageQuestion, trace_id: str) -> ledger_pb2.ReportResponse:
-        """Single requests."""
         async with self._database.reading() as connection:
             return await request_report(connection, await self._prices.book(connection), question, trace_id)
 
@@ -86,7 +85,6 @@ class Reports:
             )
 
     async def forecast(self) -> ledger_pb2.ForecastResponse:
-        """Of the month that it is."""
         now_ms = self._now_ms()
         today = day_of(now_ms)
         month = today.replace(day=1)
@@ -111,7 +109,6 @@ class Reports:
         )
 
     def export(self, from_ms: int, until_ms: int, form: Format) -> AsyncIterator[bytes]:
-        """A file of the records of a range, in parts."""
         return export(self._database, time_range.asked(from_ms, until_ms, self._now_ms()), form)
 
     def _now_ms(self) -> int:

@@ -98,7 +98,6 @@ class Database:
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[Connection]:
-        """A transaction on the primary."""
         async with _transaction(self._primary) as connection:
             yield connection
 

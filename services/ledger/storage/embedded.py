@@ -56,7 +56,6 @@ class EmbeddedPostgres:
 
     @property
     def socket_folder(self) -> str:
-        """Where clients on this machine find the socket."""
         path = str(self._folder)
         if len(os.fsencode(path)) <= _MOST_SOCKET_PATH:
             return path

@@ -18,7 +18,6 @@ class UsageKind(NamedTuple):
 
     @property
     def is_error(self) -> bool:
-        """Not answered as asked."""
         return self.status != "OK"
 
 

@@ -23,7 +23,6 @@ async def migrate(url: str) -> None:
 
 
 async def roll_back(url: str) -> None:
-    """Undoes the newest migration."""
     await _run(url, "rollback")
 
 

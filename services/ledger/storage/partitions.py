@@ -26,11 +26,9 @@ class Retention:
     rollups: int
 
     def first_usage_day(self, today: date) -> date:
-        """The oldest day whose records are kept."""
         return today - timedelta(days=self.usage - 1)
 
     def first_minute_day(self, today: date) -> date:
-        """The oldest day whose minutes are kept."""
         return today - timedelta(days=self.minutes - 1)
 
 
@@ -98,7 +96,6 @@ class Partitions:
 
 
 def usage_partition(day: date) -> str:
-    """The table that holds the records of a day."""
     return f"usage_{day:%Y%m%d}"
 
 

@@ -31,7 +31,6 @@ async def all_prices(connection: Connection) -> list[Price]:
 
 
 async def replace(connection: Connection, worker_type: str, prices: list[Price]) -> None:
-    """Makes `prices` the ones of that type."""
     await connection.execute("DELETE FROM price WHERE worker_type = $1", worker_type)
     await connection.executemany(
         "INSERT INTO price (worker_type, from_at, until_at, hourly_nano, device, slots, power_milliwatts, "

@@ -24,7 +24,6 @@ def day_of(at_ms: int) -> date:
 
 
 def midnight_ms(day: date) -> int:
-    """When a day begins."""
     return (day - date(1970, 1, 1)).days * DAY_MS
 
 
@@ -34,7 +33,6 @@ def next_month(day: Day) -> Day:
 
 
 def text(at_ms: int) -> str:
-    """For people."""
     try:
         return f"{utc(at_ms):%Y-%m-%d %H:%M} UTC"
     except (ValueError, OverflowError, OSError):

@@ -31,6 +31,7 @@ _PING_MILLISECONDS = 5_000
 # Metadata that the engines read of a request; above MAX_METADATA_BYTES, Ringmesh refuses it with a clear message.
 _METADATA_READ = 4 * MAX_METADATA_BYTES
 _MAX_STREAMS = 1024
+_MAX_PENDING = 100_000
 _LOOK_SECONDS = 1.0
 # Bits of grpc_compression_algorithm. pygrpc-native has these two.
 _IDENTITY, _GZIP = 1 << 0, 1 << 2
@@ -162,6 +163,9 @@ class Server:
             ("grpc.max_metadata_size", _METADATA_READ),
             ("grpc.absolute_max_metadata_size", _METADATA_READ),
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
+            # Beyond these, grpcio ends calls of anybody with CANCELLED.
+            ("grpc.server.max_pending_requests", _MAX_PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
             ("grpc.compression_enabled_algorithms_bitset", _IDENTITY | _GZIP),
         ]
         if tls is not None:

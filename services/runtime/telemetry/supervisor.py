@@ -47,7 +47,7 @@ class Supervisor:
         self._failing: dict[str, tuple[float, str]] = {}
         self._logged: set[tuple[str, str]] = set()
 
-    def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    def start(self, name: str, work: Callable[[], Coroutine[Any, Any, object]]) -> asyncio.Task[None]:
         """Runs `work` until it returns or the task is cancelled; if it raises, restarts it after a growing pause.
 
         `name` is a metric label, shared by all work of one kind.
@@ -64,7 +64,7 @@ class Supervisor:
 
         return self.start(name, repeat)
 
-    def once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[Any]:
+    def once(self, name: str, work: Callable[[], Coroutine[Any, Any, object]]) -> asyncio.Task[Any]:
         """Runs `work` once: a failure is counted and logged, not raised."""
         return self._keep(self._run_once(name, work))
 
@@ -94,7 +94,7 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _run(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _run(self, name: str, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             began = time.monotonic()
@@ -105,7 +105,7 @@ class Supervisor:
             await self._pause(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _run_once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    async def _run_once(self, name: str, work: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Runs `work`; returns False if it failed."""
         self._running[name] = self._running.get(name, 0) + 1
         try:

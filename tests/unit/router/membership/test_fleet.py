@@ -1,10 +1,15 @@
 """Whom a fleet passes over: a worker that is gone or hangs, and none that is busy."""
 
+import asyncio
+
 import pytest
+from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.member import Listing
 from router.membership import fleet
 from router.membership.fleet import Fleet
+from router.transport.worker_client import WorkerBusyError, WorkerUnreachableError
+from services.runtime.errors import UnavailableError
 from tests.unit.router.transport.test_worker_client import Worker
 
 
@@ -13,6 +18,53 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+class Link:
+    """To a worker that answers what `answers` has, one answer for each call of `describe`."""
+
+    def __init__(self):
+        self.answers = asyncio.Queue()
+        self.asked = asyncio.Event()
+
+    async def describe(self, seconds, known_version):
+        self.asked.set()
+        answer = await self.answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def give_up(self):
+        pass
+
+    def forget_queues(self, digests):
+        pass
+
+    def close(self):
+        pass
+
+
+def described(version, digest, decided_ns=0):
+    held = inference_pb2.ModelVersion(name="m", version="1", digest=digest * 16)
+    decision = inference_pb2.ModelDecision(model="m", decided_unix_ns=decided_ns, fleet=True)
+    return inference_pb2.DescribeResponse(
+        worker_id="w",
+        accepting=True,
+        version=version,
+        models=[held],
+        decisions=[decision] if decided_ns else [],
+    )
+
+
+def fleet_of(*addresses):
+    """A fleet, and a link to each of its workers."""
+    made = Fleet([Listing(address) for address in addresses], lambda ready: None, clock=Clock())
+    links = []
+    for address in addresses:
+        made.view.members[address].link.close()
+        made.view.members[address].link = Link()
+        links.append(made.view.members[address].link)
+    return made, *links
 
 
 @pytest.fixture
@@ -59,4 +111,61 @@ async def test_a_worker_that_is_gone_is_passed_over_at_once(worker):
     await worker.server.stop(0)
     await made.describe(member)
     assert not member.healthy
+    made.close()
+
+
+async def test_a_description_from_before_a_change_of_models_is_asked_for_again():
+    made, link = fleet_of("a:1")
+    (member,) = made.view.members.values()
+    link.answers.put_nowait(described(1, b"1"))
+    await made.describe(member)
+    link.asked.clear()
+    polling = asyncio.create_task(made.describe(member))
+    await link.asked.wait()
+    everything = asyncio.create_task(made.describe_all())
+    await asyncio.sleep(0)
+    for answer in (described(1, b"1"), described(2, b"2"), described(2, b"2")):
+        link.answers.put_nowait(answer)
+    assert await polling
+    assert await everything
+    assert made.view.catalog.find("m", "").digest == b"2" * 16
+    made.close()
+
+
+async def test_a_busy_worker_has_not_described_its_models():
+    made, link = fleet_of("a:1")
+    (member,) = made.view.members.values()
+    link.answers.put_nowait(described(1, b"1"))
+    await made.describe(member)
+    link.answers.put_nowait(WorkerBusyError("no answer"))
+    assert not await made.describe_all()
+    assert member.healthy
+    link.answers.put_nowait(described(2, b"2"))
+    assert await made.describe_all()
+    made.close()
+
+
+async def test_no_model_is_known_after_a_change_of_which_no_worker_can_tell():
+    made, link = fleet_of("a:1")
+    (member,) = made.view.members.values()
+    link.answers.put_nowait(described(1, b"1"))
+    await made.describe(member)
+    link.answers.put_nowait(WorkerUnreachableError("gone"))
+    await made.describe(member)
+    assert made.view.catalog.find("m", "").digest == b"1" * 16  # nothing has changed: cached answers are right
+    assert await made.describe_all()
+    with pytest.raises(UnavailableError):
+        made.view.catalog.find("m", "")
+    made.close()
+
+
+async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_not_used():
+    made, first, second = fleet_of("a:1", "b:1")
+    before, after = made.view.members.values()
+    first.answers.put_nowait(described(1, b"1", decided_ns=1))
+    second.answers.put_nowait(described(1, b"2", decided_ns=2))
+    await made.describe(before)
+    assert made.view.catalog.find("m", "").digest == b"1" * 16
+    await made.describe(after)
+    assert made.view.catalog.find("m", "").digest == b"2" * 16
     made.close()

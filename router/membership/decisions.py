@@ -1,0 +1,37 @@
+"""The fleet's decisions to load or unload models, as the workers list them."""
+
+from __future__ import annotations  # compiled by mypyc
+
+from collections.abc import Sequence
+
+from ringmesh.inference.v1 import inference_pb2
+
+from router.balancing.member import Member
+
+
+def newest_decisions(members: Sequence[Member]) -> dict[str, tuple[int, Member]]:
+    """By model: the time of the fleet's last decision in Unix nanoseconds, and a worker that has it."""
+    newest: dict[str, tuple[int, Member]] = {}
+    for member in members:
+        for decided in member.decisions:
+            if decided.fleet and decided.decided_unix_ns > newest.get(decided.model, (0, member))[0]:
+                newest[decided.model] = (decided.decided_unix_ns, member)
+    return newest
+
+
+def missed_decisions(member: Member, newest: dict[str, tuple[int, Member]]) -> dict[str, Member]:
+    """The models on which the worker lacks the last decision, each with a worker that has it."""
+    known = {decided.model: decided.decided_unix_ns for decided in member.decisions}
+    return {model: source for model, (decided_ns, source) in newest.items() if known.get(model, 0) < decided_ns}
+
+
+def current_models(members: Sequence[Member]) -> list[list[inference_pb2.ModelVersion]]:
+    """The models of each worker, without those that another worker has replaced or unloaded for the fleet."""
+    newest = newest_decisions(members)
+    if not newest:
+        return [list(member.models) for member in members]
+    current = []
+    for member in members:
+        missed = missed_decisions(member, newest)
+        current.append([model for model in member.models if model.name not in missed])
+    return current
