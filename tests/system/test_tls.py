@@ -1,5 +1,6 @@
 """TLS in front of a router on the native engine: a real Envoy, real certificates, forged headers, and rotation."""
 
+import http.client
 import json
 import re
 import socket
@@ -7,6 +8,8 @@ import ssl
 import stat
 import subprocess
 import threading
+import urllib.request
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -246,5 +249,12 @@ def test_up_with_tls_prints_calls_that_work(models, tmp_path):
         # Its own processes and commands reach the routers on their sockets.
         listed = subprocess.run([*RINGMESH, "models", "--state", stack.state], capture_output=True, text=True)
         assert "mlp" in listed.stdout, listed.stderr
+        # Its console is known by the CA of the stack, and speaks TLS only.
+        url = json.loads((Path(stack.state) / "stack.json").read_text())["console"]
+        shown = subprocess.run([*RINGMESH, "top", "--once", "--state", stack.state], capture_output=True, text=True)
+        assert "2 of 2 workers serve" in shown.stdout, shown.stderr
+        assert url.startswith("https://")
+        with pytest.raises((OSError, http.client.HTTPException)):
+            urllib.request.urlopen(url.replace("https", "http"), timeout=60)
     finally:
         assert stop_stack(stack) == 0
