@@ -4,7 +4,7 @@ from __future__ import annotations  # compiled by mypyc
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -36,8 +36,10 @@ class LocalConnection(FrameConnection):
     def is_open(self) -> bool:
         return self.transport is not None and not self._leaving
 
-    def begin(self, request: bytes, done: Callable[[bytes | LargeAnswer | CallError], None]) -> Callable[[], object]:
-        """Sends an envelope and returns a cancel function.
+    def begin(
+        self, request: Sequence[bytes], done: Callable[[bytes | LargeAnswer | CallError], None]
+    ) -> Callable[[], object]:
+        """Sends an envelope, given in pieces, and returns a cancel function.
 
         Calls `done` after it has returned, with the serialized response (split if it is large) or an error. The cancel
         function also informs the worker; `done` is then not called.
@@ -47,7 +49,7 @@ class LocalConnection(FrameConnection):
         if self._next == _MAX_NUMBER:
             self._leaving = True
         self._under_way[number] = done
-        self.send(CALL, number, request)
+        self.send_pieces(CALL, number, request)
         return partial(self._cancel, number)
 
     def close(self) -> None:

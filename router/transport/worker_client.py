@@ -27,6 +27,7 @@ from ringmesh.inference.v1 import inference_pb2
 from router.transport.grpc_channel import CallError, GrpcChannel
 from router.transport.local_channel import LocalChannel
 from router.transport.worker_load import WorkerLoad
+from services.runtime import wire
 from services.runtime.errors import DeadlineExceededError, RingmeshError, from_status
 from services.runtime.faults import internal
 from services.runtime.large_result import LargeAnswer, Result
@@ -43,6 +44,8 @@ MAX_ENVELOPES = 96
 DEPTH_ALONE = 48
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
+# Longer requests are pieces of an envelope of their own.
+_MOST_JOINED = 16 << 10
 # If an answer is due and nothing was received for _SILENT_SECONDS, the worker is pinged, at most twice: the first ping
 # may time out because the router's loop was blocked. With the fleet's tick, a stopped worker is given up within 2 s.
 _SILENT_SECONDS = 0.5
@@ -306,7 +309,7 @@ class WorkerClient:
         request, local = envelope.request(), self._local.connection()
         if local is not None:
             return local.begin(request, answered)
-        return self._channel.begin(_EXECUTE, request, answered)
+        return self._channel.begin(_EXECUTE, b"".join(request), answered)
 
     def _next_envelope(self, queue: _ModelQueue) -> list[EnvelopeItem]:
         """The items of the next envelope: one, then as many as fit. Drops requests that are withdrawn or late."""
@@ -401,16 +404,21 @@ class _SentEnvelope:
         self.queue = queue
         self.items = items
 
-    def request(self) -> bytes:
+    def request(self) -> list[bytes]:
+        """The serialized ExecuteRequest, in pieces: through messages, each request would be copied twice."""
         now = time.monotonic()
-        return inference_pb2.ExecuteRequest(
-            items=[
-                inference_pb2.WorkItem(
-                    request=item.request,
-                    request_hash=item.request_hash,
-                    timeout_us=0 if item.deadline is None else max(1, int((item.deadline - now) * 1e6)),
-                    traceparent=item.traceparent,
-                )
-                for item in self.items
-            ]
-        ).SerializeToString()
+        pieces: list[bytes] = []
+        parts: list[bytes] = []
+        for item in self.items:
+            head = wire.head(1, len(item.request))
+            rest = wire.field(2, item.request_hash) + wire.field(4, item.traceparent.encode())
+            if item.deadline is not None:
+                rest += b"\x18" + wire.varint(max(1, int((item.deadline - now) * 1e6)))
+            parts += wire.head(1, len(head) + len(item.request) + len(rest)), head
+            if len(item.request) > _MOST_JOINED:
+                pieces += b"".join(parts), item.request
+                parts = [rest]
+            else:
+                parts += item.request, rest
+        pieces.append(b"".join(parts))
+        return pieces

@@ -67,6 +67,11 @@ class FrameConnection(asyncio.Protocol):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.writelines((_HEAD.pack(len(payload), kind, number), payload))
 
+    def send_pieces(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
+        """Like `send`; `pieces` are not joined."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.writelines((_HEAD.pack(sum([len(piece) for piece in pieces]), kind, number), *pieces))
+
     def send_large(self, kind: int, number: int, pieces: Sequence[bytes]) -> None:
         """Like `send`, in parts that other frames may interleave; `pieces` are not joined."""
         self._large.append(_Large(kind, number, pieces))

@@ -105,7 +105,7 @@ async def soak(seconds: float, seed: int, *, with_identity: bool) -> tuple[str, 
                 if not isinstance(ended, asyncio.CancelledError):
                     raise RuntimeError("the watch or a rotation ended") from ended
             left = await asyncio.to_thread(watch.in_flight)
-            return report.write(seconds, seed, callers, struck, watch.slopes(), left)
+            return report.write(seconds, seed, callers, struck, watch.slopes(), watch.memory(), left)
         finally:
             code = await asyncio.to_thread(stop_stack, stack)
             print(f"the stack ended with code {code}")

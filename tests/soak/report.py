@@ -23,6 +23,7 @@ def write(
     callers: Callers,
     struck: Mapping[tuple[str, str], int],
     slopes: Mapping[str, list[tuple[float, float]]],
+    memory: Mapping[str, list[float]],
     left: Mapping[str, float],
 ) -> tuple[str, bool]:
     """The page, and whether the run passed."""
@@ -74,6 +75,8 @@ def write(
         f"| {name} | " + " | ".join(f"{median:.1f} | {slope:+.2f}" for median, slope in figures) + " |"
         for name, figures in sorted(slopes.items())
     ]
+    lines += ["", "Memory in MB, medians of five minutes each:", ""]
+    lines += [f"- {name}: {', '.join(f'{megabytes:.0f}' for megabytes in windows)}" for name, windows in memory.items()]
     examples = [
         f"- {kind}, {code}: {example}"
         for kind, tally in tallies.items()

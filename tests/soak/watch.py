@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.system.test_metrics import scrape, value
 PERIOD_SECONDS = 2.0
 # Until a process has filled its caches, where the run is that long.
 SETTLED_SECONDS = 300.0
+WINDOW_SECONDS = 300.0
 FIGURES = ("memory MB", "open files", "tasks", "flights")
 
 
@@ -75,13 +76,26 @@ class Watch:
         """By process: for each of FIGURES its median, and how much the fitted line rises in ten minutes, since its last
         start."""
         found = {}
-        for name, looked in self.samples.items():
-            samples = [sample for sample in looked if sample.pid == looked[-1].pid]
-            if len(samples) < 3:
-                continue
+        for name, samples in self._since_last_start():
             at = np.array([sample.at for sample in samples])
             columns = np.array([sample.figures for sample in samples]).T
             found[name] = [
                 (float(np.median(column)), float(np.polyfit(at - at[0], column, 1)[0] * 600)) for column in columns
             ]
         return found
+
+    def memory(self) -> dict[str, list[float]]:
+        """By process: medians of its memory in MB, for each five minutes since its last start."""
+        found: dict[str, list[float]] = {}
+        for name, samples in self._since_last_start():
+            windows: dict[int, list[float]] = defaultdict(list)
+            for sample in samples:
+                windows[int((sample.at - samples[0].at) // WINDOW_SECONDS)].append(sample.figures[0])
+            found[name] = [float(np.median(windows[number])) for number in sorted(windows)]
+        return found
+
+    def _since_last_start(self) -> Iterator[tuple[str, list[Sample]]]:
+        for name, looked in self.samples.items():
+            samples = [sample for sample in looked if sample.pid == looked[-1].pid]
+            if len(samples) >= 3:
+                yield name, samples

@@ -12,6 +12,7 @@ def test_slopes_are_those_of_the_process_since_its_last_start():
     watched.samples["router-0"] = [*before, *since]
     (median, slope), *_ = watched.slopes()["router-0"]
     assert (round(median, 2), round(slope, 2)) == (108.7, 6.0)
+    assert [round(megabytes, 1) for megabytes in watched.memory()["router-0"]] == [107.2, 110.2]
 
 
 def test_requests_under_way_are_counted_in_processes_that_have_just_started_too(monkeypatch):

@@ -77,7 +77,7 @@ async def connect(path):
 def begun(connection, data):
     """The future answer, with what cancels it."""
     answered = asyncio.get_running_loop().create_future()
-    return answered, connection.begin(data, answered.set_result)
+    return answered, connection.begin([data], answered.set_result)
 
 
 async def call(connection, data):

@@ -112,7 +112,7 @@ def begun(connection, data, order):
         order.append(data)
         answered.set_result(answer)
 
-    return answered, connection.begin(data, done)
+    return answered, connection.begin([data], done)
 
 
 async def test_what_comes_while_a_large_answer_is_sent_is_answered_between_its_parts(connection):

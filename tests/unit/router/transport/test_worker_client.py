@@ -1,11 +1,13 @@
 """Which way envelopes go to a worker: over its socket where it is on this host, else over TCP."""
 
 import asyncio
+import time
 
 import grpc
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 
+from router.transport import worker_client
 from router.transport.worker_client import (
     MAX_ENVELOPES,
     MAX_ITEMS,
@@ -331,3 +333,21 @@ async def test_what_waits_behind_the_limit_of_envelopes_is_given_back_when_the_l
         while len(outcomes) < MAX_ENVELOPES + 20:
             await asyncio.sleep(0)
     assert sum(type(outcome) is NotSentError for outcome in outcomes) == 20
+
+
+def test_an_envelope_is_an_execute_request_and_holds_large_requests_uncopied():
+    sent = [
+        (b"small", b"", None, "00-a-b-01"),
+        (large := bytes(1 << 20), b"h" * 16, time.monotonic() + 100, "00-c-d-00"),
+        (b"", b"", time.monotonic() - 1, ""),
+    ]
+    items = [EnvelopeItem(*fields, lambda _: None) for fields in sent]
+    pieces = worker_client._SentEnvelope(worker_client._ModelQueue(), items).request()
+    assert any(piece is large for piece in pieces)
+    read = inference_pb2.ExecuteRequest.FromString(b"".join(pieces)).items
+    assert [(item.request, item.request_hash, item.traceparent) for item in read] == [
+        (request, request_hash, traceparent) for request, request_hash, _, traceparent in sent
+    ]
+    assert read[0].timeout_us == 0
+    assert 0 < read[1].timeout_us <= 100_000_000
+    assert read[2].timeout_us == 1
