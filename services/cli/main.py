@@ -163,7 +163,8 @@ def up(
         ),
     ] = 15.0,
     tls: Annotated[
-        bool, typer.Option("--tls", help="Callers need TLS; without --tls-certificate, one of a CA in --state.")
+        bool,
+        typer.Option("--tls", help="Callers and browsers need TLS; without --tls-certificate, one of a CA in --state."),
     ] = False,
     tls_certificate: TlsCertificate = None,
     tls_key: TlsKey = None,
@@ -203,7 +204,7 @@ def up(
         tls=files if tls else None,
     )
 
-    # They are the edge's; a router on the native engine has no TLS.
+    # They are the edge's and the console's; a router on the native engine has no TLS.
     for name in ("CERTIFICATE", "KEY", "CLIENT_CA"):
         os.environ.pop(f"RINGMESH_TLS_{name}", None)
     for message in commands.warnings(f"{host}:{base_port}"):
@@ -332,8 +333,10 @@ def top(
 ) -> None:
     """Shows the state of the fleet until Ctrl-C: what needs attention, workers, models, processes."""
     from services.cli.commands import top as show
+    from services.cli.stack import local_ca
 
     url = _address("console", console_url, state)
+    show.trust(state / "tls" / local_ca.CA)
     if once or not sys.stdout.isatty():
         show.once(_console(), url)
     else:

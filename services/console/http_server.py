@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from services.runtime.rpc.server import StartError
+from services.runtime.rpc.tls import TlsError, TlsFiles
 
 # A connection is closed if its client leaves data unread for this long.
 _UNREAD_SECONDS = 30
@@ -24,19 +25,26 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves `app` on one address."""
+    """Serves `app` on one address. `tls`: None: in plain text."""
 
-    def __init__(self, app: ASGIApp, address: str) -> None:
+    def __init__(self, app: ASGIApp, address: str, tls: TlsFiles | None = None) -> None:
         self._address = address
+        self._tls = tls
         # Without proxy_headers: whoever connects decides, not what it says of its own callers.
-        config = uvicorn.Config(
+        self._config = uvicorn.Config(
             app, lifespan="off", log_level="warning", access_log=False, server_header=False, proxy_headers=False
         )
-        self._server = _Server(config)
+        self._server = _Server(self._config)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts serving. Raises StartError if the address is in use or not local."""
+        """Starts serving. Raises StartError if the address is in use or not local, or a certificate cannot be used."""
+        if self._tls is not None:
+            try:
+                context = self._tls.context()
+            except TlsError as error:
+                raise StartError(str(error)) from None
+            self._config.ssl_context_factory = lambda *_: context
         host, _, port = self._address.rpartition(":")
         host = host.strip("[]")
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import NoDecode
 
 from services.runtime.process.settings import ServiceSettings, is_host_port, split
+from services.runtime.rpc.access import is_local
+from services.runtime.rpc.tls import TlsFiles
 
 Addresses: TypeAlias = str | tuple[str, ...] | dict[str, str]
 
@@ -37,6 +39,10 @@ class ConsoleSettings(ServiceSettings):
     trace_store_bytes: int = Field(64 << 20, gt=0, description="memory for traces")
     trace_store_traces: int = Field(20_000, gt=0, description="number of traces kept")
     trace_ui: str = Field("", pattern=r"^(https?://[^\s]*\{trace_id\}[^\s]*)?$", description="URL of a trace elsewhere")
+
+    def tls(self) -> TlsFiles | None:
+        """The TLS for spans; from this host only they come in plain text. The pages have that of callers."""
+        return None if is_local(self.address) else super().tls()
 
     @field_validator("metrics_targets", mode="before")
     @classmethod

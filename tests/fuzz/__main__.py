@@ -20,8 +20,6 @@ from tests.fuzz import corpus
 from tests.fuzz.targets import TARGETS
 
 LARGEST_INPUT = 4096
-# Beyond the time that libFuzzer has: imports, and the corpus once.
-START_SECONDS = 120
 
 
 def libfuzzer(name: str, *options: str) -> subprocess.CompletedProcess:

@@ -26,10 +26,13 @@ def frame(kind, flags, stream, payload=b""):
 
 
 class RawClient:
-    """One connection; `settings` are pairs of RFC 9113 6.5.2. Reads wait up to `seconds`."""
+    """One connection, by `tls`, an SSLContext, unless it is None; `settings` are pairs of RFC 9113 6.5.2. Reads wait up
+    to `seconds`."""
 
-    def __init__(self, port, settings=(), seconds=60):
+    def __init__(self, port, settings=(), seconds=60, tls=None):
         self.socket = socket.create_connection(("127.0.0.1", port), seconds)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_hostname="127.0.0.1")
         self._encoder, self._decoder = hpack.Encoder(), hpack.Decoder()
         self._received = b""
         payload = b"".join(struct.pack(">HI", *setting) for setting in settings)

@@ -1,14 +1,18 @@
 """Hostile HTTP/2: other callers are answered meanwhile, memory is bounded, and what goes too far is cut."""
 
 import socket
+import ssl
 import struct
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from ringmesh.health.v1 import health_pb2, health_pb2_grpc
 
-from tests.system.processes import kill, start
+from tests.certificates import Ca
+from tests.system.conftest import RINGMESH
+from tests.system.processes import Started, free_address, kill, start
 from tests.system.raw_http2 import (
     CONTINUATION,
     DATA,
@@ -141,14 +145,14 @@ CUT = {"native": (continuation_flood, empty_continuations, hpack_bomb, huge_meta
 NOT_BOUNDED = {"native": (), "grpcio": (hpack_bomb, huge_metadata)}
 
 
-def carry_out(attack, port):
+def carry_out(attack, port, tls=None):
     """Whether the server cut the connection; it does not read what the server sends."""
     settings = [(INITIAL_WINDOW_SIZE, 0)] if attack is never_reading else []
-    with RawClient(port, settings, seconds=10) as client:
+    with RawClient(port, settings, seconds=10, tls=tls) as client:
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         try:
             attack(client)
-        except (ConnectionError, BrokenPipeError):
+        except (ConnectionError, BrokenPipeError, ssl.SSLEOFError):
             return True
         except TimeoutError:  # the server reads no more of this connection
             return False
@@ -167,22 +171,48 @@ def server(engine):
 def test_others_are_answered_meanwhile_and_memory_is_bounded(attack, server, engine):
     if attack in NOT_BOUNDED[engine]:
         pytest.skip("grpcio keeps the headers of streams that it refuses")
-    port = int(server.address.rpartition(":")[2])
-    with grpc.insecure_channel(server.address) as channel, ThreadPoolExecutor(2) as attackers:
-        health = health_pb2_grpc.HealthStub(channel)
-
-        def is_answered():
-            return health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == 1
-
-        for _ in range(50):
-            assert is_answered()
-        before = server.info.memory_info().rss
-        attacks = [attackers.submit(carry_out, attack, port) for _ in range(2)]
-        most = 0
-        while not all(one.done() for one in attacks):
-            assert is_answered()
-            most = max(most, server.info.memory_info().rss - before)
-        cut = [one.result() for one in attacks]
-        assert is_answered()
+    with grpc.insecure_channel(server.address) as channel:
+        most, cut = withstood(attack, server.address, channel, [server])
     assert most < MOST_BYTES
     assert all(cut) or attack not in CUT[engine]
+
+
+def withstood(attack, address, channel, processes, tls=None):
+    """By how many bytes the processes grew, and whether each of two attackers was cut."""
+    health = health_pb2_grpc.HealthStub(channel)
+
+    def is_answered():
+        return health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == 1
+
+    def size():
+        return sum(process.info.memory_info().rss for process in processes)
+
+    for _ in range(50):
+        assert is_answered()
+    before, most = size(), 0
+    with ThreadPoolExecutor(2) as attackers:
+        attacks = [attackers.submit(carry_out, attack, int(address.rpartition(":")[2]), tls) for _ in range(2)]
+        while not all(one.done() for one in attacks):
+            assert is_answered()
+            most = max(most, size() - before)
+    assert is_answered()
+    return most, [one.result() for one in attacks]
+
+
+@pytest.mark.parametrize("attack", NOT_BOUNDED["grpcio"], ids=lambda attack: attack.__name__)
+def test_behind_the_edge_memory_of_grpcio_is_bounded_too(attack, tmp_path):
+    ca, address = Ca(), free_address()
+    certificate, key = ca.issue("127.0.0.1").write(tmp_path)
+    behind = start("cache", engine="grpcio", address=f"unix:{tmp_path / 'cache.sock'}")
+    command = [*RINGMESH, "edge", "--address", address, "--folder", tmp_path, "--router", tmp_path / "cache.sock"]
+    command += ["--tls-certificate", certificate, "--tls-key", key]
+    edge = Started(address, subprocess.Popen([str(part) for part in command]))
+    tls = ssl.create_default_context(cadata=ca.pem.decode())
+    tls.set_alpn_protocols(["h2"])
+    try:
+        with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.pem)) as channel:
+            grpc.channel_ready_future(channel).result(60)
+            most, _ = withstood(attack, address, channel, [behind, edge], tls)
+    finally:
+        kill(edge, behind)
+    assert most < MOST_BYTES

@@ -1,5 +1,6 @@
 """TLS in front of a router on the native engine: a real Envoy, real certificates, forged headers, and rotation."""
 
+import http.client
 import json
 import re
 import socket
@@ -7,8 +8,11 @@ import ssl
 import stat
 import subprocess
 import threading
+import urllib.request
+from pathlib import Path
 
 import grpc
+import hpack
 import numpy as np
 import pytest
 import ringmesh
@@ -23,6 +27,7 @@ from tests.certificates import Ca, replace
 from tests.ports import free_port
 from tests.system import processes
 from tests.system.conftest import RINGMESH, eventually, start_stack, stop_stack
+from tests.system.raw_http2 import END_HEADERS, HEADERS, SETTINGS, frame
 from tests.system.test_cache import INFER
 from tests.system.test_identity import request
 
@@ -52,10 +57,10 @@ def started():
 
 @pytest.fixture
 def start_edge(worker, ca, tmp_path, started):
-    """Starts routers on Unix sockets and an Envoy in front of them: start_edge(client_ca, routers, **settings). Returns
-    the Envoy's address; sockets and files are in tmp_path."""
+    """Starts routers on Unix sockets and an Envoy in front of them: start_edge(client_ca, routers, **settings). `more`:
+    sockets of other servers. Returns the Envoy's address; sockets and files are in tmp_path."""
 
-    def start(client_ca, routers=1, **settings):
+    def start(client_ca, routers=1, more=(), **settings):
         ca.issue("127.0.0.1").write(tmp_path)
         folder = tmp_path / "edge"
         folder.mkdir(mode=0o700)
@@ -66,6 +71,8 @@ def start_edge(worker, ca, tmp_path, started):
             router = folder / f"router-{number}.sock"
             started.append(processes.start("router", address=f"unix:{router}", workers=worker, **settings))
             command += ["--router", str(router)]
+        for name in more:
+            command += ["--router", str(folder / name)]
         command += ["--tls-certificate", tmp_path / "server.pem", "--tls-key", tmp_path / "server-key.pem"]
         if client_ca is not None:
             command += ["--tls-client-ca", replace(tmp_path / "ca.pem", client_ca.pem)]
@@ -149,6 +156,29 @@ def test_large_requests_are_unavailable_as_small_ones_are_while_no_router_listen
                 to.unary_unary(INFER)(bytes(size), timeout=60)
             codes.add(refused.value.code().name)
     assert codes == {"UNAVAILABLE"}
+
+
+@pytest.mark.parametrize(("has_begun", "code"), [(False, "UNAVAILABLE"), (True, "INTERNAL")])
+def test_a_router_that_dies_is_unavailable_until_it_has_begun_to_answer(start_edge, ca, tmp_path, has_begun, code):
+    """Then Envoy can only reset the stream: docs/operations.md says so."""
+    address = start_edge(None, routers=0, more=["dying.sock"])
+    with socket.socket(socket.AF_UNIX) as listener, channel(address, ca) as to:
+        listener.bind(str(tmp_path / "edge" / "dying.sock"))
+        listener.settimeout(60)
+        listener.listen()
+        call = to.unary_stream(INFER)(bytes(8 << 20), timeout=60)
+        with listener.accept()[0] as connection:
+            connection.sendall(frame(SETTINGS, 0, 0))
+            received = 0
+            while received < 32_000:  # of the window of 64 KiB
+                received += len(connection.recv(1 << 16))
+            if has_begun:
+                headers = hpack.Encoder().encode([(":status", "200"), ("content-type", "application/grpc")])
+                connection.sendall(frame(HEADERS, END_HEADERS, 1, headers))
+                call.initial_metadata()  # has arrived
+        with pytest.raises(grpc.RpcError) as refused:
+            next(call)
+    assert refused.value.code().name == code
 
 
 def test_the_routers_socket_is_for_its_user_only(start_edge, tmp_path):
@@ -246,5 +276,12 @@ def test_up_with_tls_prints_calls_that_work(models, tmp_path):
         # Its own processes and commands reach the routers on their sockets.
         listed = subprocess.run([*RINGMESH, "models", "--state", stack.state], capture_output=True, text=True)
         assert "mlp" in listed.stdout, listed.stderr
+        # Its console is known by the CA of the stack, and speaks TLS only.
+        url = json.loads((Path(stack.state) / "stack.json").read_text())["console"]
+        shown = subprocess.run([*RINGMESH, "top", "--once", "--state", stack.state], capture_output=True, text=True)
+        assert "2 of 2 workers serve" in shown.stdout, shown.stderr
+        assert url.startswith("https://")
+        with pytest.raises((OSError, http.client.HTTPException)):
+            urllib.request.urlopen(url.replace("https", "http"), timeout=60)
     finally:
         assert stop_stack(stack) == 0

@@ -1,11 +1,14 @@
 """The limits of docs/operations.md: each is the one of the code; just below it passes, just above it is refused."""
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
 from ringmesh.cache.v1 import cache_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from cache.api import service as cache_service
 from cache.policy import cache_control
@@ -18,6 +21,7 @@ from services.runtime import request_limits, w3c, wire
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.oip import protocol, request_check
 from services.runtime.rpc import exposition, rpc, server
+from services.runtime.telemetry.metrics import Metrics
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operations.md"
 REFUSED = (InvalidArgumentError, ResourceExhaustedError, ConfigError)
@@ -158,6 +162,7 @@ LIMITS = {
     "bytes of a request in shared memory": ("1 GiB", shared_memory.MAX_REQUEST_BYTES, None),
     "a file of labels": ("16 MiB", repository._MAX_LABEL_BYTES, None),
     "a form of the console": ("2 MiB", form._MAX_BYTES, None),
+    "fields of a form of the console": ("200", form._MAX_FIELDS, None),
     "connections to `/metrics`": ("32", exposition._MAX_CONNECTIONS, None),
 }
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -198,6 +203,48 @@ def test_a_file_of_labels_is_bounded(tmp_path, monkeypatch, extra, fits):
     else:
         with pytest.raises(ConfigError, match="more than 1000 bytes"):
             check_labels(tmp_path, 1000 + extra)
+
+
+def read_form(body):
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    return asyncio.run(form.read(Request({"type": "http", "method": "POST", "headers": []}, receive)))
+
+
+def test_a_form_of_the_console_is_bounded():
+    assert len(read_form(b"x=" + b"y" * (form._MAX_BYTES - 2))["x"]) == form._MAX_BYTES - 2
+    with pytest.raises(HTTPException, match="up to 2 MiB"):
+        read_form(b"x=" + b"y" * (form._MAX_BYTES - 1))
+    assert len(read_form("&".join(f"{number}=" for number in range(200)).encode())) == 200
+    with pytest.raises(HTTPException, match="must be a URL-encoded form"):
+        read_form("&".join(f"{number}=" for number in range(201)).encode())
+
+
+async def test_metrics_are_served_on_32_connections_at_once():
+    exposed = exposition.MetricsServer("127.0.0.1:0", Metrics())
+    port = await exposed.start()
+    idle = []
+
+    async def answer():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        try:
+            return await reader.read()
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+    for connections, is_answered in ((31, True), (32, False)):
+        while len(idle) < connections:
+            idle.append((await asyncio.open_connection("127.0.0.1", port))[1])
+        while exposed._connections != connections:
+            await asyncio.sleep(0)
+        assert (b"200 OK" in await answer()) == is_answered
+    for writer in idle:
+        writer.close()
+    exposed.close()
 
 
 def test_what_is_beyond_the_limits_of_w3c_is_left_out():

@@ -43,7 +43,9 @@ class Screen:
         shown = redis.netloc.rpartition("@")[2] or redis.path  # without user and password
         table.add_row("valkey" if options.redis is None else "redis", shown, "Redis protocol")
         table.add_row("ledger", endpoints.ledger, "gRPC, ringmesh.ledger.v1")
-        table.add_row("console", options.console, "HTTP: open it in a browser", style="bold")
+        table.add_row(
+            "console", options.console, f"HTTP{'S' if options.tls else ''}: open it in a browser", style="bold"
+        )
         table.add_row("metrics", f"http://{endpoints.metrics[endpoints.routers[0]]}/metrics", "Prometheus")
         self._console.print()
         self._console.print(table)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import textwrap
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -24,8 +26,18 @@ _TIMEOUT = 5.0
 # Maximum rows per table, so that the next table is visible too.
 _MOST_ROWS = 15
 _LONGEST_FINDING = 320
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_TRUST = ssl.create_default_context()
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_TRUST))
 _STYLES = {"critical": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def trust(ca: Path) -> None:
+    """Accepts certificates of the CAs in a PEM file too, if there is one. Raises CommandError."""
+    try:
+        if ca.exists():
+            _TRUST.load_verify_locations(ca)
+    except OSError as error:
+        raise CommandError(f"{ca} has no certificates: {error}") from None
 
 
 def read(url: str) -> dict[str, Any]:

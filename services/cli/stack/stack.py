@@ -36,7 +36,8 @@ _STOP_MARGIN_SECONDS = 15.0
 class StackOptions:
     """Options of a stack. `models` is a folder or URL; `redis` is an existing server that replaces the embedded Valkey.
 
-    All services share `key_secret`. `tls`: callers reach routers through a TLS edge; None: in plain text.
+    All services share `key_secret`. `tls`: callers reach routers through a TLS edge, and browsers the console by HTTPS;
+    None: in plain text.
     """
 
     endpoints: Endpoints
@@ -64,7 +65,7 @@ class StackOptions:
 
     @property
     def console(self) -> str:
-        return f"http://{self.endpoints.pages}"
+        return f"http{'s' if self.tls else ''}://{self.endpoints.pages}"
 
 
 class Stack:
@@ -174,6 +175,10 @@ class Stack:
             "RINGMESH_LEDGER_ADDRESS": endpoints.ledger,
             "RINGMESH_METRICS_TARGETS": ",".join(f"{name}={address}" for name, address in endpoints.metrics.items()),
         }
+        if options.tls is not None:
+            # Without the CA of callers: browsers sign in with keys.
+            environment["RINGMESH_TLS_CERTIFICATE"] = str(options.tls.certificate.absolute())
+            environment["RINGMESH_TLS_KEY"] = str(options.tls.key.absolute())
         yield self._service("console", "services.console", endpoints.spans, environment)
         caches = {**common, "RINGMESH_REDIS_URL": options.redis_url}
         yield self._service("cache", "cache", endpoints.cache, caches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -12,22 +13,23 @@ from http.client import HTTPException
 
 from services.console.data.exposition_reader import ExpositionReader
 from services.console.data.history import History
+from services.runtime.rpc.service_tls import ServiceTls
 from services.runtime.telemetry.supervisor import BACKGROUND
 
 PERIOD_SECONDS = 2.0
 _TIMEOUT = 2.0
 _MAX_BYTES = 8 << 20
-# Calls between processes of one fleet must not use a proxy from the environment.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Scraper:
-    """Scrapes `targets`: host:port by process name. `problems` has the reason for each process that does not answer."""
+    """Scrapes `targets`: host:port by process name; with `tls`, by mutual TLS. `problems` has the reason for each
+    process that does not answer."""
 
-    def __init__(self, targets: Mapping[str, str], history: History) -> None:
+    def __init__(self, targets: Mapping[str, str], history: History, tls: ServiceTls | None = None) -> None:
         self.problems: dict[str, str] = {}
         self.targets = targets
         self._history = history
+        self._tls = tls
         # One thread per process, mostly waiting on a socket, so that a hanging process does not delay the others.
         self._threads = ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="scrape")
         self._tasks: list[asyncio.Task[None]] = []
@@ -46,8 +48,10 @@ class Scraper:
         reader = ExpositionReader()
         while True:
             start = loop.time()
+            context = self._tls.context if self._tls is not None else None
             try:
-                samples = await loop.run_in_executor(self._threads, lambda: reader.read(fetch(self.targets[name])))
+                text = await loop.run_in_executor(self._threads, fetch, self.targets[name], context)
+                samples = await loop.run_in_executor(self._threads, reader.read, text)
                 self._history.add(name, samples)
                 self.problems.pop(name, None)
             except (OSError, ValueError, HTTPException) as error:
@@ -55,9 +59,13 @@ class Scraper:
             await asyncio.sleep(max(0.1, start + PERIOD_SECONDS - loop.time()))
 
 
-def fetch(address: str) -> str:
-    """Reads one scrape. Raises OSError if the process does not answer, ValueError if it is not text or too large."""
-    with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT) as response:
+def fetch(address: str, context: ssl.SSLContext | None = None) -> str:
+    """Reads one scrape; by TLS, with a context. Raises OSError if the process does not answer, ValueError if it is not
+    text or too large."""
+    # Calls between processes of one fleet must not use a proxy from the environment.
+    handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
+    opener = urllib.request.build_opener(*handlers)
+    with opener.open(f"http{'s' if context else ''}://{address}/metrics", timeout=_TIMEOUT) as response:
         text: bytes = response.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:
         raise ValueError(f"the answer is larger than {_MAX_BYTES >> 20} MiB")

@@ -68,12 +68,13 @@ def run(settings_type: type[Settings], serve: Callable[[Settings, asyncio.Event]
 
 
 async def publish(settings: ServiceSettings, metrics: Metrics, exporter: Process | None = None) -> MetricsServer:
-    """Serves `metrics` and those of the process itself. With `exporter`, also sends them to the OTLP endpoint, if any.
+    """Serves `metrics` and those of the process itself, by mutual TLS if services call each other so. With `exporter`,
+    also sends them to the OTLP endpoint, if any.
 
     Raises StartError.
     """
     metrics.add(BACKGROUND.samples)
-    exposition = MetricsServer(settings.metrics_address, metrics)
+    exposition = MetricsServer(settings.metrics_address, metrics, settings.service_files())
     await exposition.start()
     ProcessMetrics(settings.section, settings.engine, metrics).start()
     if exporter is not None and settings.otlp_endpoint is not None:

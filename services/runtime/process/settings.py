@@ -95,7 +95,8 @@ class ServiceSettings(BaseSettings):
         None, description="PEM file with the CAs of clients, which then need a certificate; none: clients need none"
     )
     service_certificate: Path | None = Field(
-        None, description="PEM file with the certificate chain for calls to other services; none: plain text"
+        None,
+        description="PEM file with the certificate chain for calls to other services and /metrics; none: plain text",
     )
     service_key: Path | None = Field(None, description="PEM file with its key")
     service_ca: Path | None = Field(None, description="PEM file with the CAs of other services")
@@ -148,16 +149,21 @@ class ServiceSettings(BaseSettings):
             services=frozenset(self.service_names),
         )
 
-    def service_tls(self) -> ServiceTls | None:
-        """The TLS of calls to other services; None: plain text. Raises StartError."""
+    def service_files(self) -> TlsFiles | None:
+        """The certificate of this process among the services of the fleet; None: plain text. Raises StartError."""
         if self.service_certificate is None and self.service_key is None and self.service_ca is None:
             return None
         if self.service_certificate is None or self.service_key is None or self.service_ca is None:
             raise StartError(
                 "calls by TLS need RINGMESH_SERVICE_CERTIFICATE, RINGMESH_SERVICE_KEY and RINGMESH_SERVICE_CA"
             )
+        return TlsFiles(self.service_certificate, self.service_key, self.service_ca)
+
+    def service_tls(self) -> ServiceTls | None:
+        """The TLS of calls to other services; None: plain text. Raises StartError."""
+        files = self.service_files()
         try:
-            return ServiceTls(TlsFiles(self.service_certificate, self.service_key, self.service_ca))
+            return ServiceTls(files) if files is not None else None
         except TlsError as error:
             raise StartError(str(error)) from None
 
@@ -168,17 +174,22 @@ class ServiceSettings(BaseSettings):
             raise KeySetError("tokens also need RINGMESH_JWT_ISSUER and RINGMESH_JWT_AUDIENCE")
         return Tokens(self.jwt_keys, self.jwt_issuer, self.jwt_audience, self.jwt_skew_seconds, self.jwt_claim_prefix)
 
-    def tls(self) -> TlsFiles | None:
-        """The TLS of this process's server; None: plain text. Raises StartError."""
+    def tls_files(self) -> TlsFiles | None:
+        """The certificate that callers see; None: plain text. Raises StartError."""
         if self.tls_certificate is None and self.tls_key is None and self.tls_client_ca is None:
             return None
         if self.tls_certificate is None or self.tls_key is None:
             raise StartError("TLS needs both RINGMESH_TLS_CERTIFICATE and RINGMESH_TLS_KEY")
-        if self.engine is not Engine.GRPCIO:
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    def tls(self) -> TlsFiles | None:
+        """The TLS of this process's server; None: plain text. Raises StartError."""
+        files = self.tls_files()
+        if files is not None and self.engine is not Engine.GRPCIO:
             raise StartError(
                 "the engine native has no TLS: set RINGMESH_ENGINE=grpcio, or put `ringmesh edge` in front of it"
             )
-        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
+        return files
 
     def create_server(
         self, services: Sequence[Service], access: Access, *, calls: Calls | None = None, share_port: bool = False

@@ -53,7 +53,7 @@ _MOST_PEERS = 4096
 
 def warning(address: str, *, has_keys: bool) -> str:
     """Returns a warning if other hosts reach `address` (host:port) without API keys; "" otherwise."""
-    if has_keys or _is_local(address):
+    if has_keys or is_local(address):
         return ""
     return (
         f"{address} is open to other hosts without API keys: anybody who reaches it may run inferences, use the cache "
@@ -88,7 +88,7 @@ class Access:
         self.audit = audit or AuditLog("", None)
         self._networks = networks
         self._credential = credential.encode()
-        self._is_local = _is_local(address)
+        self._is_local = is_local(address)
         self._is_behind_edge = address.startswith("unix:")
         self._services = services
         self._has_certificates = self._is_behind_edge or verifies_certificates
@@ -269,7 +269,8 @@ def _about(method: str, data: Any) -> Mapping[str, Any]:
         return {}
 
 
-def _is_local(address: str) -> bool:
+def is_local(address: str) -> bool:
+    """Whether only this host reaches an address, host:port or unix:/path."""
     host = address.rpartition(":")[0].strip("[]")
     return host in ("localhost", "unix") or _is_in(host, LOOPBACK)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 from services.runtime.rpc.server import StartError
+from services.runtime.rpc.tls import TlsError, TlsFiles
 from services.runtime.telemetry.metrics import Buckets, Family, Metrics, Sample
 
 log = logging.getLogger(__name__)
@@ -18,10 +19,12 @@ _OPEN_METRICS = "application/openmetrics-text"
 
 
 class MetricsServer:
-    """Serves the samples of `metrics`: reads them on the event loop, formats them on a thread, one scrape at a time."""
+    """Serves the samples of `metrics`: reads them on the event loop, formats them on a thread, one scrape at a time.
+    `tls`: None: in plain text."""
 
-    def __init__(self, address: str, metrics: Metrics) -> None:
+    def __init__(self, address: str, metrics: Metrics, tls: TlsFiles | None = None) -> None:
         self._address = address
+        self._tls = tls
         self._metrics = metrics
         self._server: asyncio.Server | None = None
         self._connections = 0
@@ -31,13 +34,16 @@ class MetricsServer:
         """Starts listening and returns the port. Raises StartError if the address is taken or invalid."""
         host, _, port = self._address.rpartition(":")
         try:
-            self._server = await asyncio.start_server(self._serve, host.strip("[]"), int(port), limit=8192)
+            context = self._tls.context() if self._tls else None
+            self._server = await asyncio.start_server(self._serve, host.strip("[]"), int(port), limit=8192, ssl=context)
+        except TlsError as error:
+            raise StartError(str(error)) from None
         except (OSError, ValueError, OverflowError) as error:
             raise StartError(
                 f"cannot serve metrics on {self._address}, choose another with RINGMESH_METRICS_ADDRESS: {error}"
             ) from None
         bound: int = self._server.sockets[0].getsockname()[1]
-        log.info("metrics are at http://%s:%d/metrics", host, bound)
+        log.info("metrics are at http%s://%s:%d/metrics", "s" if self._tls else "", host, bound)
         return bound
 
     def close(self) -> None:

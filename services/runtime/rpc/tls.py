@@ -56,6 +56,30 @@ class TlsFiles:
             require_client_authentication=self.client_ca is not None,
         )
 
+    def context(self) -> ssl.SSLContext:
+        """Returns likewise what asyncio and uvicorn take. Raises TlsError."""
+        followed = Followed(self, self._context, "TLS certificates")
+        context = self._context()
+
+        def follow(connection: ssl.SSLSocket | ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
+            followed.follow()
+            connection.context = followed.value
+
+        context.sni_callback = follow
+        return context
+
+    def _context(self) -> ssl.SSLContext:
+        self.check()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, self.key)
+        # A resumed session would not look at certificates again, and TLS 1.2 resumes without tickets too.
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
     def _read(self) -> grpc.ServerCertificateConfiguration:
         self.check()
         ca = self.client_ca.read_bytes() if self.client_ca is not None else None
