@@ -109,12 +109,14 @@ def texts(repository: Path) -> Path:
 
 
 def expiring(repository: Path, *, ttl: float, stale: float = 0, name="expiring") -> Path:
-    """As mlp; answers are fresh for `ttl` seconds and given for `stale` more."""
+    """As mlp; answers are fresh for `ttl` seconds and given for `stale` more, and always kept in Redis too."""
     folder = mlp(repository, name=name)
-    seconds = {"ringmesh_cache_ttl_seconds": ttl} | ({"ringmesh_cache_stale_seconds": stale} if stale else {})
+    parameters = {"ringmesh_shared_tier": "always", "ringmesh_cache_ttl_seconds": ttl}
+    if stale:
+        parameters["ringmesh_cache_stale_seconds"] = stale
     (folder.parent / "config.pbtxt").write_text(
         "".join(
-            f'parameters {{ key: "{name}" value {{ string_value: "{told}" }} }}\n' for name, told in seconds.items()
+            f'parameters {{ key: "{name}" value {{ string_value: "{told}" }} }}\n' for name, told in parameters.items()
         )
     )
     return folder

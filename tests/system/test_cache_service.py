@@ -187,7 +187,8 @@ async def test_a_new_router_is_warmed_with_what_was_asked_for_most(stack, engine
         outcomes = [(await infer(channel, request))[1]["ringmesh-cache"] for request in (popular, rare)]
     processes.stop(new)
     assert warmed.entries >= 1
-    assert outcomes == ["hit-local", "hit-shared"]
+    assert outcomes[0] == "hit-local"
+    assert outcomes[1] in ("hit-shared", "miss")  # a miss where Redis was found to cost more than the model
 
 
 async def test_statistics_tell_hits_and_savings_by_model_tenant_and_tier(stack):

@@ -13,7 +13,7 @@ from tests.system.processes import free_address, stop
 from tests.system.test_cache import fresh
 from tests.system.test_metrics import INFER, scrape, value
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ async def test_frozen_worker_loses_no_request(router, workers):
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 @pytest.mark.both_engines
 async def test_a_worker_that_is_stopped_under_load_keeps_nobody_waiting_beyond_the_time_it_takes_to_be_found(
     router, workers

@@ -19,7 +19,8 @@ pytestmark = [
 def analyze(address, *mode):
     done = subprocess.run(
         [FOLDER / "perf_analyzer", "-m", "mlp", "-u", address, "-i", "grpc", "--concurrency-range", "4",
-         "--measurement-interval", "300", "--max-trials", "4", "--stability-percentage", "900", *mode],
+         "--measurement-mode", "count_windows", "--measurement-request-count", "50",
+         "--max-trials", "4", "--stability-percentage", "900", *mode],
         capture_output=True, text=True, timeout=300, env={**os.environ, "LD_LIBRARY_PATH": str(FOLDER)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -131,6 +131,7 @@ async def test_a_cluster_keeps_entries_on_all_of_its_primaries(redis_cluster, op
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_purges_and_leases_work_on_a_cluster(redis_cluster, open_tier):  # noqa: F811
     tier, other = open_tier(redis_cluster.url), open_tier(redis_cluster.url)
     await keeps(tier, KEYS)
@@ -169,6 +170,7 @@ async def test_one_paused_node_of_a_cluster_costs_its_own_keys_only(redis_cluste
 
 
 @pytest.mark.proof
+@pytest.mark.alone
 async def test_entries_are_found_while_slots_move(redis_cluster, open_tier):  # noqa: F811
     # How long a look-up may take is not in question here.
     tier = open_tier(redis_cluster.url, budget_seconds=10)
