@@ -75,8 +75,9 @@ class ModelStore:
         If `snapshots` or `decisions` are None, they are kept in a temporary folder and lost with the process.
         """
         self.held = HeldModels([])
-        # Set by the first model that can run, or by `load_all` if none failed. Never cleared.
+        # Set by the first model that can run, or once `load_all` is through and no failure is left. Never cleared.
         self.usable = asyncio.Event()
+        self._started = False
         self._source = source
         self._open_model = open_model
         self._executor = executor
@@ -117,8 +118,8 @@ class ModelStore:
                     log.error("%s", error.message)
                     if isinstance(error, UnavailableError):
                         self._loaded.pop(name, None)  # so that `poll` tries it again
-        if not self.held.failures:
-            self.usable.set()
+        self._started = True
+        self._refresh()
         # Swept last: the load may have used snapshots that the previous process left.
         await asyncio.to_thread(self._snapshots.sweep)
 
@@ -411,7 +412,7 @@ class ModelStore:
             for name, versions in self._failures.items()
         }
         self.held = HeldModels(models, {name: versions for name, versions in reasons.items() if versions})
-        if any(held.model.runnable for held in self.held):
+        if any(held.model.runnable for held in self.held) or (self._started and not self.held.failures):
             self.usable.set()
 
     async def _drain(self, models: Iterable[HeldModel]) -> None:

@@ -14,7 +14,7 @@ from services.inference.codec.request import decode_request
 from services.inference.codec.shared_memory import SharedMemory
 from services.inference.execution.loading import load_model
 from services.inference.execution.model import ModelLoadError, OnnxModel
-from services.inference.models.decisions import Decisions
+from services.inference.models.decisions import Decision, Decisions
 from services.inference.models.model_store import READY, UNAVAILABLE, ModelStore, Overrides
 from services.inference.repository.repository import Directory
 from services.runtime.errors import InvalidArgumentError, NotFoundError, UnavailableError
@@ -191,6 +191,21 @@ async def test_a_store_is_usable_if_all_models_are_unloaded_and_stays_so(tmp_pat
     await after.load_all()
     assert [*after.held] == []
     assert after.usable.is_set()
+
+
+async def test_a_store_is_usable_once_polling_finds_its_last_failed_model_deleted(tmp_path):
+    models.mlp(tmp_path / "models")
+    (models.add_sub(tmp_path / "models") / "model.onnx").write_bytes(b"broken")
+    decisions = Decisions(tmp_path / "decisions", 1 << 20)
+    decisions.keep("mlp", Decision(False, 1))
+    made = ModelStore(Directory(tmp_path / "models"), open_model, EXECUTOR, decisions=decisions)
+    await made.load_all()
+    assert not made.usable.is_set()
+    polling = asyncio.create_task(made.poll(0.01))
+    shutil.rmtree(tmp_path / "models/add_sub")
+    async with asyncio.timeout(60):
+        await made.usable.wait()
+    polling.cancel()
 
 
 async def test_a_store_is_not_usable_by_an_ensemble_whose_steps_failed_to_load(tmp_path):
