@@ -125,8 +125,8 @@ def _local():
 
         def connection_made(self, transport):
             connection.connection_made(transport)
-            connection.begin(b"one", lambda answer: answers.append((0, _text(answer))))
-            connection.begin(b"two", lambda answer: answers.append((1, _text(answer))))
+            connection.begin([b"one"], lambda answer: answers.append((0, _text(answer))))
+            connection.begin([b"two"], lambda answer: answers.append((1, _text(answer))))
 
         data_received = staticmethod(connection.data_received)
 
