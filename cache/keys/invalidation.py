@@ -110,7 +110,8 @@ class InvalidationLog:
         self.oldest_ms = 0
         self.changed = asyncio.Event()
         # Called with the scopes that were purged or announced since its last call, before this process confirms them.
-        self.on_news: Callable[[set[str]], Awaitable[None]] = _nothing
+        # Returns False to be called with them again at the next heartbeat.
+        self.on_news: Callable[[set[str]], Awaitable[bool]] = _nothing
         # What Redis had at that call. `epochs` also has this process's own purges, which must not hide older ones of
         # others.
         self._told: Mapping[str, int] = {}
@@ -210,13 +211,15 @@ class InvalidationLog:
             if int(version) < self.epochs.version:
                 # Redis lost epochs in a restart or a failover.
                 await self._run(_MERGE, *_flat(self.epochs.scopes))
+            self.is_known = True
+            self._contact = before
             if flat:
-                await self.on_news({scope for scope, epoch in scopes.items() if epoch > self._told.get(scope, 0)})
+                news = {scope for scope, epoch in scopes.items() if epoch > self._told.get(scope, 0)}
+                if not await self.on_news(news):
+                    return
                 self._told = scopes
                 await self._run(_BEAT, self._member, version.decode())
             self._version_read = int(version)
-            self.is_known = True
-            self._contact = before
 
     def _limit_age(self) -> None:
         disconnected = time.monotonic() - self._contact
@@ -245,8 +248,8 @@ class InvalidationLog:
         return await self._shared.run(EPOCHS, _COMMAND_SECONDS, "EVAL", script, 2, EPOCHS, _MEMBERS, *arguments)
 
 
-async def _nothing(_: set[str]) -> None:
-    pass
+async def _nothing(_: set[str]) -> bool:
+    return True
 
 
 def _scopes(flat: Sequence[bytes]) -> Iterator[tuple[str, int]]:

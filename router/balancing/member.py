@@ -72,6 +72,7 @@ class Member:
         self.models: tuple[inference_pb2.ModelVersion, ...] = ()
         # Versions that the worker could not load.
         self.failed: tuple[inference_pb2.FailedVersion, ...] = ()
+        # Versions that it may be asked for: those that the fleet has not replaced meanwhile.
         self.held: frozenset[tuple[str, str]] = frozenset()
         # Ensembles that the worker cannot run whole, and why: a step is missing or does not fit.
         self.partly: dict[tuple[str, str], str] = {}

@@ -1,6 +1,6 @@
 """The fleet's decisions to load or unload models, as the workers list them."""
 
-from __future__ import annotations  # compiled by mypyc
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -26,12 +26,17 @@ def missed_decisions(member: Member, newest: dict[str, tuple[int, Member]]) -> d
 
 
 def current_models(members: Sequence[Member]) -> list[list[inference_pb2.ModelVersion]]:
-    """The models of each worker, without those that another worker has replaced or unloaded for the fleet."""
+    """The models of each worker, without those that another worker has replaced or unloaded for the fleet, and without
+    ensembles that have such a step."""
     newest = newest_decisions(members)
     if not newest:
         return [list(member.models) for member in members]
     current = []
     for member in members:
         missed = missed_decisions(member, newest)
-        current.append([model for model in member.models if model.name not in missed])
+        current.append([model for model in member.models if missed.keys().isdisjoint(_parts(model))])
     return current
+
+
+def _parts(model: inference_pb2.ModelVersion) -> list[str]:
+    return [model.name, *(step.model_name for step in model.ensemble.config.ensemble_scheduling.step)]

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any
 
 from ringmesh.inference.v1 import inference_pb2
@@ -90,6 +91,8 @@ class Fleet:
         self._busy_since: dict[str, tuple[float, int]] = {}
         # How often models were loaded or unloaded through a router, as far as this one has heard.
         self._changes = 0
+        # Since when a worker has been too busy to describe itself after such a change.
+        self._unsure_since = inf
         self._sources = sources or {}
         self._region = region
         self._zone = zone
@@ -149,16 +152,22 @@ class Fleet:
         """Describes all healthy workers, because a router has loaded or unloaded models.
 
         Returns False if a worker stays healthy without a description, because it is busy: it may hold other models
-        than the router believes. The next call asks it again.
+        than the router believes. The next call asks it again; after MOST_BUSY_SECONDS it gets no requests.
         """
         self._changes += 1
-        described = await asyncio.gather(
-            *(self.describe(member) for member in self._members.values() if member.healthy)
-        )
+        asked = [member for member in self._members.values() if member.healthy]
+        described = await asyncio.gather(*(self.describe(member) for member in asked))
+        busy = [member for member, is_described in zip(asked, described, strict=True) if not is_described]
+        now = self._clock()
+        self._unsure_since = min(self._unsure_since, now) if busy else inf
+        if now - self._unsure_since >= MOST_BUSY_SECONDS:
+            for member in busy:
+                self._unreachable(member, WorkerUnreachableError("it is too busy to say which models it holds"))
+            busy = []
         if not any(member.healthy for member in self._members.values()):
             # Nobody says what the models are now, so cached answers of the last ones are not given either.
             self.view = self._view(self.view.ring, self.view.far, Catalog([]))
-        return all(described)
+        return not busy
 
     async def describe(self, member: Member) -> bool:
         """Updates the member from a new description of the worker; the next request sees the result.
@@ -271,17 +280,16 @@ class Fleet:
     def _holds(self, member: Member, models: tuple[inference_pb2.ModelVersion, ...]) -> None:
         if models == member.models:
             return
-        before = member.held
+        before, held = ({(model.name, model.version) for model in listed} for listed in (member.models, models))
         member.models = models
-        member.held = frozenset((model.name, model.version) for model in models)
         member.partly = {
             (model.name, model.version): model.ensemble.not_runnable for model in models if model.ensemble.not_runnable
         }
         member.unloaded = frozenset((model.name, model.version) for model in models if model.unloaded)
         member.link.forget_queues(frozenset(model.digest for model in models))
-        for name, version in sorted(member.held - before):
+        for name, version in sorted(held - before):
             self.events.publish(Event.KIND_MODEL_GAINED, member, model=f"{name}/{version}")
-        for name, version in sorted(before - member.held):
+        for name, version in sorted(before - held):
             self.events.publish(Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
 
     def _refresh(self) -> None:
@@ -290,7 +298,10 @@ class Fleet:
         catalog = self.view.catalog
         if healthy:
             failed = [failure for member in healthy for failure in member.failed]
-            catalog = Catalog(current_models(healthy), failed, isolates=self._isolates)
+            current = current_models(healthy)
+            for member, models in zip(healthy, current, strict=True):
+                member.held = frozenset([(model.name, model.version) for model in models])
+            catalog = Catalog(current, failed, isolates=self._isolates)
         self.view = self._view(self.view.ring, self.view.far, catalog)
         self._on_ready(bool(healthy))
 

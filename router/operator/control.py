@@ -59,14 +59,13 @@ class FleetControl:
             },
         }
 
-    async def hear(self, news: set[str]) -> None:
+    async def hear(self, news: set[str]) -> bool:
         """Describes all healthy workers again if a router has loaded or unloaded models.
 
-        `news`: scopes of purges and announcements. A purge of everything removes the news of that. Raises
-        UnavailableError if a worker is too busy for that: the news are not confirmed, and told again.
+        `news`: scopes of purges and announcements. A purge of everything removes the news of that. Returns False if a
+        worker is too busy for that: the news are not confirmed, and told again.
         """
-        if not news.isdisjoint((MODELS, EVERYTHING)) and not await self._fleet.describe_all():
-            raise UnavailableError("a worker is too busy to say which models it holds")
+        return news.isdisjoint((MODELS, EVERYTHING)) or await self._fleet.describe_all()
 
     async def _to_all(self, method: str, request: Message, _: Context) -> Any:
         """Calls all workers and returns the first answer; the answers are alike.
@@ -163,7 +162,7 @@ class FleetControl:
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it
-            while not await self._fleet.describe_all():  # ends when a busy worker answers, or is taken for dead
+            while not await self._fleet.describe_all():  # a busy worker is asked again, until it is taken for dead
                 pass
             try:
                 await self._announce()

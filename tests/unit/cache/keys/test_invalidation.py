@@ -48,6 +48,7 @@ async def test_a_purge_of_its_own_confirms_no_news_that_a_process_is_still_told(
     async def on_news(news):
         acted.set()
         await act.wait()
+        return True
 
     second.on_news = on_news
     announcing = asyncio.create_task(first.announce("models"))
@@ -71,6 +72,7 @@ async def test_an_announcement_of_its_own_hides_none_of_another_process(own):
 
     async def on_news(news):
         heard.update(news)
+        return True
 
     first.start()
     second.on_news = on_news
@@ -92,6 +94,7 @@ async def test_news_that_could_not_be_acted_on_are_told_again():
         heard.append(news)
         if len(heard) == 1:
             raise RuntimeError("a worker that cannot be asked")
+        return True
 
     second.on_news = on_news
     await first._run(_PURGE, "1", "1000", "models")
@@ -99,6 +102,30 @@ async def test_news_that_could_not_be_acted_on_are_told_again():
         await second._send_heartbeat()
     await second._send_heartbeat()
     assert heard == [{"models"}, {"models"}]
+
+
+async def test_a_purge_waits_for_a_process_that_cannot_act_on_news_yet_and_does_not_fail():
+    first, second = boards()
+    can_act = asyncio.Event()
+    asked = asyncio.Event()
+
+    async def on_news(news):
+        asked.set()
+        return can_act.is_set()
+
+    first.on_news = on_news
+    second.start()
+    first.start()
+    purging = asyncio.create_task(first.purge(["all"]))
+    await asked.wait()
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert not purging.done()
+    assert first.oldest_ms == 0
+    can_act.set()
+    assert (await asyncio.wait_for(purging, 60))[1] == 2
+    await first.close()
+    await second.close()
 
 
 async def test_what_others_wrote_into_the_epochs_stops_no_heartbeat_and_no_request():

@@ -142,6 +142,13 @@ async def test_a_busy_worker_has_not_described_its_models():
     assert member.healthy
     link.answers.put_nowait(described(2, b"2"))
     assert await made.describe_all()
+    # One that goes on answering requests, but never says what it holds, gets none in the end.
+    for seconds in (0, fleet.MOST_BUSY_SECONDS):
+        made._clock.now += seconds
+        member.load.reports += 1
+        link.answers.put_nowait(WorkerBusyError("no answer"))
+        assert await made.describe_all() == bool(seconds)
+    assert not member.healthy
     made.close()
 
 
@@ -168,4 +175,8 @@ async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_no
     assert made.view.catalog.find("m", "").digest == b"1" * 16
     await made.describe(after)
     assert made.view.catalog.find("m", "").digest == b"2" * 16
+    assert [bool(each.held) for each in (before, after)] == [False, True]
+    first.answers.put_nowait(described(2, b"2", decided_ns=2))
+    await made.describe(before)
+    assert before.held == after.held
     made.close()

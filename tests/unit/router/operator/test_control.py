@@ -4,7 +4,6 @@ import pytest
 
 from cache.keys.epochs import EVERYTHING, MODELS, tenant_scope
 from router.operator.control import FleetControl
-from services.runtime.errors import UnavailableError
 
 
 class Fleet:
@@ -21,11 +20,10 @@ class Fleet:
 @pytest.mark.parametrize(("news", "asked"), [({MODELS}, 1), ({EVERYTHING}, 1), ({tenant_scope("acme")}, 0), (set(), 0)])
 async def test_workers_are_asked_again_where_others_may_have_loaded_models(news, asked):
     fleet = Fleet(described=True)
-    await FleetControl(fleet, None, None, None).hear(news)
+    assert await FleetControl(fleet, None, None, None).hear(news)
     assert fleet.asked == asked
 
 
 async def test_a_change_of_models_is_not_confirmed_while_a_busy_worker_has_not_described_itself():
     control = FleetControl(Fleet(described=False), None, None, None)
-    with pytest.raises(UnavailableError, match="too busy"):
-        await control.hear({MODELS})
+    assert not await control.hear({MODELS})
