@@ -44,7 +44,7 @@ MAX_ENVELOPES = 96
 DEPTH_ALONE = 48
 MAX_BYTES = 4 << 20
 _WITHDRAW_SECONDS = 1.0
-# Longer requests are pieces of an envelope of their own.
+# Longer requests are not copied into a joined piece of an envelope.
 _MOST_JOINED = 16 << 10
 # If an answer is due and nothing was received for _SILENT_SECONDS, the worker is pinged, at most twice: the first ping
 # may time out because the router's loop was blocked. With the fleet's tick, a stopped worker is given up within 2 s.

@@ -67,6 +67,15 @@ def fleet_of(*addresses):
     return made, *links
 
 
+async def fleet_of_one():
+    """A fleet, its worker, which has described itself, and the link to it."""
+    made, link = fleet_of("a:1")
+    (member,) = made.view.members.values()
+    link.answers.put_nowait(described(1, b"1"))
+    await made.describe(member)
+    return made, member, link
+
+
 @pytest.fixture
 async def worker(tmp_path):
     made = Worker(tmp_path)
@@ -115,10 +124,7 @@ async def test_a_worker_that_is_gone_is_passed_over_at_once(worker):
 
 
 async def test_a_description_from_before_a_change_of_models_is_asked_for_again():
-    made, link = fleet_of("a:1")
-    (member,) = made.view.members.values()
-    link.answers.put_nowait(described(1, b"1"))
-    await made.describe(member)
+    made, member, link = await fleet_of_one()
     link.asked.clear()
     polling = asyncio.create_task(made.describe(member))
     await link.asked.wait()
@@ -128,15 +134,13 @@ async def test_a_description_from_before_a_change_of_models_is_asked_for_again()
         link.answers.put_nowait(answer)
     assert await polling
     assert await everything
+    assert link.answers.empty()  # all three were asked for
     assert made.view.catalog.find("m", "").digest == b"2" * 16
     made.close()
 
 
 async def test_a_busy_worker_has_not_described_its_models():
-    made, link = fleet_of("a:1")
-    (member,) = made.view.members.values()
-    link.answers.put_nowait(described(1, b"1"))
-    await made.describe(member)
+    made, member, link = await fleet_of_one()
     link.answers.put_nowait(WorkerBusyError("no answer"))
     assert not await made.describe_all()
     assert member.healthy
@@ -153,10 +157,7 @@ async def test_a_busy_worker_has_not_described_its_models():
 
 
 async def test_no_model_is_known_after_a_change_of_which_no_worker_can_tell():
-    made, link = fleet_of("a:1")
-    (member,) = made.view.members.values()
-    link.answers.put_nowait(described(1, b"1"))
-    await made.describe(member)
+    made, member, link = await fleet_of_one()
     link.answers.put_nowait(WorkerUnreachableError("gone"))
     await made.describe(member)
     assert made.view.catalog.find("m", "").digest == b"1" * 16  # nothing has changed: cached answers are right
