@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from cache.keys.epochs import LARGEST_EPOCH, Epochs
@@ -31,7 +32,7 @@ _BEAT_SECONDS = 0.1
 _COMMAND_SECONDS = 1.0
 # If the last heartbeat of a process is older than this, a purge waits for the lease instead of a confirmation.
 _SILENT_MS = 1000
-# The longest time until a process notices that it is disconnected: one hung heartbeat and a pause.
+# A process limits its answers this long before the lease ends: a purge is at most one command older than its wait.
 _NOTICE_SECONDS = 2.0
 # A purge ignores a process without a heartbeat for this long. A process disconnected for this long serves no cached
 # answers.
@@ -106,8 +107,6 @@ class InvalidationLog:
     def __init__(self, shared: SharedTier | None, member: str, lease_seconds: float) -> None:
         self.epochs = Epochs({})
         self.is_known = shared is None
-        # Entries computed before this time are not served; 0 unless the process is disconnected from Redis.
-        self.oldest_ms = 0
         self.changed = asyncio.Event()
         # Called with the scopes that were purged or announced since its last call, before this process confirms them.
         # Returns False to be called with them again at the next heartbeat.
@@ -122,8 +121,23 @@ class InvalidationLog:
         # Heartbeats run one at a time, so that none confirms a version that another is still applying.
         self._version_read = 0
         self._heartbeat_lock = asyncio.Lock()
-        self._contact = time.monotonic()
+        # When the last heartbeat that was answered began; for ever without Redis.
+        self._contact = inf if shared is None else time.monotonic()
+        self._said_limited = False
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def oldest_ms(self) -> int:
+        """Entries computed before this time are not served; 0 unless the process is disconnected from Redis.
+
+        Computed at each look-up: it must hold while the event loop is held up, and right after the process was stopped.
+        """
+        disconnected = time.monotonic() - self._contact
+        if disconnected <= self._lease - _NOTICE_SECONDS:
+            return 0
+        if disconnected > _FORGET_SECONDS - _NOTICE_SECONDS:
+            return sys.maxsize
+        return time.time_ns() // 1_000_000 - int((self._lease - _NOTICE_SECONDS) * 1000)
 
     def start(self) -> None:
         if self._shared is not None:
@@ -199,7 +213,7 @@ class InvalidationLog:
             except Exception as error:
                 # Continue after any failure: a disconnected process must not serve answers older than its lease.
                 BACKGROUND.failed("purges", error)
-            self._limit_age()
+            self._log_limit()
             await asyncio.sleep(_BEAT_SECONDS)
 
     async def _send_heartbeat(self) -> None:
@@ -221,20 +235,14 @@ class InvalidationLog:
                 await self._run(_BEAT, self._member, version.decode())
             self._version_read = int(version)
 
-    def _limit_age(self) -> None:
-        disconnected = time.monotonic() - self._contact
-        if disconnected > _FORGET_SECONDS - _NOTICE_SECONDS:
-            oldest = sys.maxsize
-        elif disconnected > self._lease - _NOTICE_SECONDS:
-            oldest = time.time_ns() // 1_000_000 - int((self._lease - _NOTICE_SECONDS) * 1000)
-        else:
-            oldest = 0
-        if bool(oldest) != bool(self.oldest_ms):
-            if oldest:
-                log.warning("disconnected from Redis for %.0f s: only recent answers are served", disconnected)
-            else:
-                log.info("Redis answers again")
-        self.oldest_ms = oldest
+    def _log_limit(self) -> None:
+        is_limited = self.oldest_ms > 0
+        if is_limited and not self._said_limited:
+            disconnected = time.monotonic() - self._contact
+            log.warning("disconnected from Redis for %.0f s: only recent answers are served", disconnected)
+        elif self._said_limited and not is_limited:
+            log.info("Redis answers again")
+        self._said_limited = is_limited
 
     def _merge(self, scopes: Mapping[str, int]) -> None:
         epochs = self.epochs.merged(scopes)

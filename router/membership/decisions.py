@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ringmesh.inference.v1 import inference_pb2
 
 from router.balancing.member import Member
 
 
-def newest_decisions(members: Sequence[Member]) -> dict[str, tuple[int, Member]]:
+def newest_decisions(members: Iterable[Member]) -> dict[str, tuple[int, Member]]:
     """By model: the time of the fleet's last decision in Unix nanoseconds, and a worker that has it."""
     newest: dict[str, tuple[int, Member]] = {}
     for member in members:

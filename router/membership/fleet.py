@@ -164,9 +164,13 @@ class Fleet:
             for member in busy:
                 self._unreachable(member, WorkerUnreachableError("it is too busy to say which models it holds"))
             busy = []
-        if not any(member.healthy for member in self._members.values()):
+        if not any(member.healthy for member in asked):
             # Nobody says what the models are now, so cached answers of the last ones are not given either.
+            for member in self._members.values():
+                if not member.healthy:
+                    member.models, member.version = (), 0
             self.view = self._view(self.view.ring, self.view.far, Catalog([]))
+            self._refresh()
         return not busy
 
     async def describe(self, member: Member) -> bool:
@@ -182,6 +186,8 @@ class Fleet:
             self._unreachable(member, error)
             member.link.give_up()
             return True
+        if self._members.get(member.address) is not member:
+            return True  # it has left meanwhile
         self._busy_since.pop(member.address, None)
         same = description.version != 0 and description.version == known
         try:
@@ -293,17 +299,31 @@ class Fleet:
             self.events.publish(Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
 
     def _refresh(self) -> None:
-        healthy = [member for member in self._members.values() if member.healthy]
-        # If no worker is healthy, the last catalog stays: callers get UNAVAILABLE, not that the model does not exist.
+        members = [*self._members.values()]
+        # If no worker is healthy, the last catalog stays.
         catalog = self.view.catalog
-        if healthy:
-            failed = [failure for member in healthy for failure in member.failed]
-            current = current_models(healthy)
-            for member, models in zip(healthy, current, strict=True):
-                member.held = frozenset([(model.name, model.version) for model in models])
-            catalog = Catalog(current, failed, isolates=self._isolates)
+        if is_ready := any(member.healthy for member in members):
+            failed = [failure for member in members if member.healthy for failure in member.failed]
+            catalog = Catalog(self._holdings(members), failed, isolates=self._isolates)
         self.view = self._view(self.view.ring, self.view.far, catalog)
-        self._on_ready(bool(healthy))
+        self._on_ready(is_ready)
+
+    def _holdings(self, members: Sequence[Member]) -> Iterator[list[inference_pb2.ModelVersion]]:
+        """The models of each healthy worker, then those that only others hold.
+
+        Callers of a model whose only worker is lost get UNAVAILABLE, not that the model does not exist. A lost worker's
+        decisions count as well: what it had replaced does not return with an older worker.
+        """
+        current = current_models(members)
+        served: set[str] = set()
+        for member, models in zip(members, current, strict=True):
+            member.held = frozenset([(model.name, model.version) for model in models])
+            if member.healthy:
+                served.update(model.name for model in models)
+                yield models
+        for member, models in zip(members, current, strict=True):
+            if not member.healthy:
+                yield [model for model in models if model.name not in served]
 
     def _view(self, ring: Ring, far: Ring, catalog: Catalog) -> FleetView:
         # A member that left is in the ring until the next one is built.

@@ -14,6 +14,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from cache.keys.epochs import EVERYTHING, MODELS
 from router.accounting.request_metrics import RequestMetrics
 from router.balancing.member import Member
+from router.membership.decisions import missed_decisions, newest_decisions
 from router.membership.fleet import Fleet
 from router.operator.agreement import LOAD_SECONDS, next_ns
 from router.request.audit import Audit
@@ -26,6 +27,8 @@ from services.runtime.rpc.rpc import Context, Handler, unary
 log = logging.getLogger(__name__)
 
 _SECONDS = 10.0
+
+_MISSED = "the fleet has replaced or unloaded it, and this worker has yet to do so"
 
 _SHARED_MEMORY = [
     f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")
@@ -115,11 +118,15 @@ class FleetControl:
         """
         every = v2.RepositoryIndexRequest(repository_name=request.repository_name)
         answers = await self._ask_all("RepositoryIndex", every)
+        newest = newest_decisions(self._fleet.view.members.values())
         lines: dict[tuple[str, str], v2.RepositoryIndexResponse.ModelIndex] = {}
         reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
         for member, answer in answers:
+            missed = missed_decisions(member, newest)
             for line in answer.models:
                 key = (line.name, line.version)
+                if line.name in missed and line.state == "READY":
+                    line.state, line.reason = "UNAVAILABLE", _MISSED
                 if key not in lines or line.state == "READY":
                     lines[key] = line
                 if line.reason:
@@ -149,7 +156,8 @@ class FleetControl:
         return v2.RepositoryModelLoadResponse()
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
-        if request.model_name not in self._fleet.view.catalog.versions:
+        held = {model.name for member in self._reachable() for model in member.models}
+        if request.model_name not in held | self._fleet.view.catalog.versions.keys():
             raise NotFoundError(f"model {request.model_name!r} is not loaded", field="model_name")
         await self._change("RepositoryModelUnload", request)
         return v2.RepositoryModelUnloadResponse()
@@ -158,7 +166,9 @@ class FleetControl:
         self, method: str, request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest
     ) -> None:
         """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
-        request.parameters[DECIDED_NS].int64_param = next_ns(self._reachable(), request.model_name)
+        # A decision of another router may be newer than the last descriptions, and the clocks of routers differ.
+        await asyncio.gather(*map(self._fleet.describe, self._reachable()))
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._fleet.view.members.values(), request.model_name)
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 from tests import installation
 
@@ -38,9 +39,12 @@ def run(options, tell):
     jobs = [(first, min(_CHUNK, last - first), options.plan) for first in range(options.first, last, _CHUNK)]
     failed = seeds = calls = 0
     plans = {}
-    pool = multiprocessing.get_context("spawn").Pool(options.jobs or len(os.sched_getaffinity(0)), prepare)
+    # This pool ends with an error if a process does; multiprocessing.Pool starts another one, without end.
+    pool = ProcessPoolExecutor(
+        options.jobs or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), prepare
+    )
     with pool:
-        for results in pool.imap(_chunk, jobs):
+        for results in pool.map(_chunk, jobs):
             for result in results:
                 seeds += 1
                 calls += result.calls
@@ -56,7 +60,7 @@ def run(options, tell):
                     print(f"{seeds} seeds, {failed} failed, {time.perf_counter() - began:.0f} s", flush=True)
             if failed and options.until_found:
                 break
-        pool.terminate()
+        pool.shutdown(cancel_futures=True)
     took = time.perf_counter() - began
     print(f"{seeds} seeds, {calls} requests, {failed} failed, {took:.1f} s, {seeds / took:.1f} seeds/s")
     for name, (count, seconds) in sorted(plans.items()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
@@ -16,7 +15,8 @@ from services.runtime.oip.protocol import DECIDED_NS
 from services.runtime.request_limits import check_list
 from services.runtime.rpc.rpc import Context, Handler, unary
 
-_MOST_AHEAD_NS = 24 * 3600 * 1_000_000_000
+# In the year 2116.
+_LAST_NS = 1 << 62
 
 
 class ModelControl:
@@ -90,10 +90,11 @@ def _decided_ns(parameters: MutableMapping[str, v2.ModelRepositoryParameter]) ->
         return 0
     decided_ns = parameters[DECIDED_NS].int64_param
     del parameters[DECIDED_NS]
-    # A decision dated far ahead would override all decisions made until then.
-    if not 0 < decided_ns < time.time_ns() + _MOST_AHEAD_NS:
+    # Dates far ahead are valid: they come after the decision of a worker or router whose clock is wrong.
+    if not 0 < decided_ns <= _LAST_NS:
         raise InvalidArgumentError(
-            f"{DECIDED_NS} is not a time between 1970 and tomorrow", field=f"parameters[{DECIDED_NS}]"
+            f"{DECIDED_NS} is {decided_ns}, but must be from 1 to {_LAST_NS}, in Unix nanoseconds",
+            field=f"parameters[{DECIDED_NS}]",
         )
     return decided_ns
 

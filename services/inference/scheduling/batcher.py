@@ -206,6 +206,7 @@ class Batcher:
         return sum(not waiting.future.done() for waiting in self._queue)
 
     async def close(self) -> None:
+        """Returns when the requests that wait have run; they wait for no others."""
         with self._at_once:
             self._closed = True
         self._dispatch()
@@ -260,7 +261,7 @@ class Batcher:
         if rows < (self._preferred[0] if self._preferred else self._model.max_batch_rows):
             until = max(until, first.queued_ns + self._max_delay_ns)
         now = time.time_ns()
-        if until <= now:
+        if until <= now or self._closed:
             self._returning.began(rows)
             return False
         if self._timer is not None:

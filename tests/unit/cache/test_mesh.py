@@ -247,7 +247,7 @@ async def test_if_computing_fails_and_the_look_up_misses_the_error_is_the_result
 async def test_an_answer_from_before_a_purge_ends_no_computation(router):
     key, outcomes = concurrent(router)
     router.shared.held[key] = Entry(b"held", 1, 5)
-    router.mesh.purges.oldest_ms = 6
+    router.mesh.purges._contact = -60.0
     router.shared.gate.settle(None)
     assert (outcomes, router.cancelled) == ([], 0)
     router.computing.pop().settle(None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -126,6 +127,17 @@ async def test_a_purge_waits_for_a_process_that_cannot_act_on_news_yet_and_does_
     assert (await asyncio.wait_for(purging, 60))[1] == 2
     await first.close()
     await second.close()
+
+
+async def test_a_process_that_is_held_up_serves_nothing_older_than_its_lease():
+    first, _ = boards()
+    await first._send_heartbeat()
+    assert first.oldest_ms == 0
+    first._contact -= 29  # no heartbeat has ended since: one hangs, or the whole process was stopped
+    before, oldest, after = time.time_ns() // 1_000_000, first.oldest_ms, time.time_ns() // 1_000_000
+    assert before - 28_000 <= oldest <= after - 28_000
+    await first._send_heartbeat()
+    assert first.oldest_ms == 0
 
 
 async def test_what_others_wrote_into_the_epochs_stops_no_heartbeat_and_no_request():

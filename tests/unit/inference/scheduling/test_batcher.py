@@ -310,6 +310,18 @@ async def test_levels_share_a_batch_and_what_does_not_fit_keeps_its_place():
     assert model.batches == [1, 7, 6]
 
 
+async def test_requests_that_wait_for_others_run_before_a_batcher_is_closed():
+    model = Doubler()
+    an_hour = ModelDynamicBatching(max_queue_delay_microseconds=3600 * SECOND)
+    batcher = Batcher(model, EXECUTOR, batching=an_hour)
+    waiting = await submit(batcher, request(1), request(2))
+    await asyncio.sleep(0)
+    assert model.batches == []
+    await asyncio.wait_for(batcher.close(), 60)
+    assert model.batches == [2]
+    await asyncio.gather(*waiting)
+
+
 async def test_each_level_is_bounded_by_itself():
     model = Doubler()
     batcher = Batcher(

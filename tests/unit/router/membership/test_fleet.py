@@ -181,3 +181,45 @@ async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_no
     await made.describe(before)
     assert before.held == after.held
     made.close()
+
+
+async def test_an_older_worker_does_not_bring_back_what_a_lost_worker_had_replaced():
+    made, first, second = fleet_of("a:1", "b:1")
+    before, after = made.view.members.values()
+    first.answers.put_nowait(described(1, b"1", decided_ns=1))
+    second.answers.put_nowait(described(1, b"2", decided_ns=2))
+    await made.describe(before)
+    await made.describe(after)
+    second.answers.put_nowait(WorkerUnreachableError("gone"))
+    await made.describe(after)
+    model = made.view.catalog.find("m", "")
+    assert model.digest == b"2" * 16
+    assert not any(member.can_run(model) for member in made.view.members.values())
+    made.close()
+
+
+async def test_a_model_whose_only_worker_is_lost_still_exists():
+    made, first, second = fleet_of("a:1", "b:1")
+    holder, other = made.view.members.values()
+    first.answers.put_nowait(described(1, b"1"))
+    second.answers.put_nowait(inference_pb2.DescribeResponse(worker_id="other", accepting=True, version=1))
+    await made.describe(holder)
+    await made.describe(other)
+    first.answers.put_nowait(WorkerUnreachableError("gone"))
+    await made.describe(holder)
+    model = made.view.catalog.find("m", "")
+    assert [str(member.can_run(model).reason) for member in (holder, other)] == ["gone", "does not hold the model"]
+    made.close()
+
+
+async def test_a_description_that_comes_after_its_worker_has_left_changes_nothing():
+    made, member, link = await fleet_of_one()
+    made._polls[member.address] = asyncio.create_task(asyncio.sleep(0))
+    link.asked.clear()
+    describing = asyncio.create_task(made.describe(member))
+    await link.asked.wait()
+    made._leave(made._members.pop(member.address))
+    link.answers.put_nowait(described(2, b"2"))
+    assert await describing
+    assert (member.reason, member.version) == ("left the fleet", 1)
+    made.close()

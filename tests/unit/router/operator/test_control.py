@@ -1,9 +1,15 @@
 from types import SimpleNamespace
 
 import pytest
+from ringmesh.inference.v1 import inference_pb2
+from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.keys.epochs import EVERYTHING, MODELS, tenant_scope
+from router.balancing.catalog import Catalog
+from router.balancing.member import Listing, Member
 from router.operator.control import FleetControl
+from router.transport.worker_load import WorkerLoad
+from services.runtime.errors import NotFoundError
 
 
 class Fleet:
@@ -27,3 +33,79 @@ async def test_workers_are_asked_again_where_others_may_have_loaded_models(news,
 async def test_a_change_of_models_is_not_confirmed_while_a_busy_worker_has_not_described_itself():
     control = FleetControl(Fleet(described=False), None, None, None)
     assert not await control.hear({MODELS})
+
+
+class Worker:
+    """A link to a worker that keeps what it is asked."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = []
+
+    async def call(self, method, request, seconds):
+        self.asked.append((method.rpartition("/")[2], request))
+        return self.answer
+
+
+class Workers:
+    """A fleet; `learned` are decisions that a worker tells when it describes itself again."""
+
+    def __init__(self, *members, learned=()):
+        self.view = SimpleNamespace(members={member.address: member for member in members}, catalog=Catalog([]))
+        self._learned = learned
+
+    async def describe(self, member):
+        member.decisions += tuple(self._learned)
+
+    async def describe_all(self):
+        return True
+
+
+def decided(at):
+    return inference_pb2.ModelDecision(model="m", decided_unix_ns=at, fleet=True)
+
+
+def worker(address, at, answer=b""):
+    made = Member(Listing(address), Worker(answer), WorkerLoad())
+    made.reason = ""
+    made.models = (inference_pb2.ModelVersion(name="m", version="1"),)
+    made.decisions = (decided(at),)
+    return made
+
+
+async def announce():
+    pass
+
+
+def control_of(*members, learned=()):
+    return FleetControl(Workers(*members, learned=learned), None, None, announce)
+
+
+async def test_a_load_is_later_than_one_that_another_router_made_with_a_clock_ahead():
+    made, ahead = worker("a:1", 1), 1 << 61
+    control = control_of(made, learned=[decided(ahead)])
+    await control._load(v2.RepositoryModelLoadRequest(model_name="m"), None)
+    ((method, asked),) = made.link.asked
+    request = v2.RepositoryModelLoadRequest.FromString(asked)
+    assert (method, request.parameters["ringmesh_decided_ns"].int64_param) == ("RepositoryModelLoad", ahead + 1)
+
+
+async def test_an_unload_can_be_repeated_for_a_worker_that_failed_to_apply_it():
+    made = worker("a:1", 1)
+    await control_of(made)._unload(v2.RepositoryModelUnloadRequest(model_name="m"), None)
+    assert [method for method, _ in made.link.asked] == ["RepositoryModelUnload"]
+    with pytest.raises(NotFoundError):
+        await control_of(made)._unload(v2.RepositoryModelUnloadRequest(model_name="n"), None)
+
+
+async def test_the_index_does_not_list_as_ready_what_only_a_worker_without_the_last_decision_has():
+    line = v2.RepositoryIndexResponse.ModelIndex(name="m", version="1", state="READY")
+    has_it = v2.RepositoryIndexResponse(models=[line]).SerializeToString()
+    has_none = v2.RepositoryIndexResponse().SerializeToString()
+    control = control_of(worker("a:1", 1, has_it), worker("b:1", 2, has_none))
+    index = await control._index(v2.RepositoryIndexRequest(), None)
+    assert [(line.state, line.reason) for line in index.models] == [
+        ("UNAVAILABLE", "a:1: the fleet has replaced or unloaded it, and this worker has yet to do so")
+    ]
+    ready = await control._index(v2.RepositoryIndexRequest(ready=True), None)
+    assert not ready.models
