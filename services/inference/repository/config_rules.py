@@ -100,7 +100,10 @@ def _of_tensors(config: config_pb2.ModelConfig) -> Iterator[str]:
             kind = config_pb2.ModelInput.Format.Name(tensor.format)
             yield f"input {tensor.name!r} is {kind} with dims {[*tensor.dims]}; it has three, without the batch"
     if ragged := [tensor.name for tensor in config.input if tensor.allow_ragged_batch]:
-        yield f"{', '.join(ragged)} is ragged, which ONNX Runtime has no form for"
+        yield f"allow_ragged_batch of {', '.join(ragged)} is not served; requests of one shape share a run without it"
+    for field in ("batch_input", "batch_output"):
+        if targets := [repr(name) for tensor in getattr(config, field) for name in tensor.target_name]:
+            yield f"{field} for {', '.join(targets)} is not served; it belongs to ragged batches, which are not either"
 
 
 def _of_batching(config: config_pb2.ModelConfig) -> Iterator[str]:

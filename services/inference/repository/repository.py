@@ -73,7 +73,7 @@ class ModelFiles:
     @property
     def model(self) -> Path:
         """The ONNX file. Its external data is in the same folder."""
-        return self.folder / _model_file(self.config)
+        return _onnx_file(self.folder, _model_file(self.config))
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -292,13 +292,15 @@ def versions(
 def _is_version_folder(folder: Path, file: str) -> Verdict:
     if not is_version(folder.name):
         return Verdict("a version is a whole number from 1, of at most 18 digits, without leading zeros")
-    if file and not (folder / file).is_file():
+    onnx_file = _onnx_file(folder, file)
+    if file and not onnx_file.is_file():
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))[:_MOST_NAMED]
         if not others:
             return Verdict(f"it is empty, without {file}")
+        file = str(onnx_file.relative_to(folder))
         advice = "rename one, or set default_model_filename" if any(map(_is_onnx, others)) else "only ONNX is served"
         return Verdict(f"it has no {file} but {', '.join(others)}; {advice}")
-    if file not in ("", MODEL_FILE) and not (folder / file).resolve().is_relative_to(folder.resolve()):
+    if onnx_file != folder / MODEL_FILE and not onnx_file.resolve().is_relative_to(folder.resolve()):
         return Verdict(f"{file} is a link out of it, which only {MODEL_FILE} may be")
     return YES
 
@@ -322,6 +324,12 @@ def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
 
 def _is_onnx(name: str) -> bool:
     return name.endswith(".onnx")
+
+
+def _onnx_file(folder: Path, name: str) -> Path:
+    """As in Triton, `name` may also be a folder that holds MODEL_FILE and its external data."""
+    path = folder / name
+    return path / MODEL_FILE if path.is_dir() else path
 
 
 def _model_file(configured: ModelConfig) -> str:
