@@ -64,7 +64,7 @@ _ACTED_ON = frozenset(
         *(f"ensemble_scheduling.step.{field}" for field in ("model_name", "model_version", "input_map", "output_map")),
         *(f"instance_group.{field}" for field in ("name", "kind", "count", "gpus")),
         *(f"optimization.{field}" for field in ("graph", "cuda.graphs", "execution_accelerators")),
-        *("optimization.output_pinned_memory", "model_warmup", "response_cache"),
+        *("optimization.output_pinned_memory", "model_warmup", "response_cache", "model_transaction_policy.decoupled"),
     }
 )
 # Messages with at least one field in _ACTED_ON.

@@ -83,7 +83,7 @@ def faults(config: config_pb2.ModelConfig) -> Iterator[str]:
             "loaded, so a model that needs one cannot be served"
         )
     if config.model_transaction_policy.decoupled:
-        yield "decoupled models are not served: ONNX Runtime gives one response a request"
+        yield "model_transaction_policy.decoupled is true; ONNX Runtime gives one response a request"
 
 
 def _of_tensors(config: config_pb2.ModelConfig) -> Iterator[str]:
@@ -93,8 +93,9 @@ def _of_tensors(config: config_pb2.ModelConfig) -> Iterator[str]:
             if count > 1:
                 yield f"{kind} {name!r} is there {count} times"
         for tensor in tensors:
-            if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
-                yield f"{kind} {tensor.name!r} is a shape tensor or of a non-linear format, which only TensorRT has"
+            for flag in ("is_shape_tensor", "is_non_linear_format_io"):
+                if getattr(tensor, flag):
+                    yield f"{kind} {tensor.name!r} has {flag}, which only TensorRT has"
     for tensor in config.input:
         if tensor.format and len(tensor.dims) not in (0, 3):
             kind = config_pb2.ModelInput.Format.Name(tensor.format)

@@ -16,7 +16,7 @@ from services.inference.repository.config import (
 # Of Triton's fields those that are reported, as docs/models.md lists them.
 IGNORED = {
     *("runtime", "batch_input", "batch_output", "cc_model_filenames", "metric_tags", "model_repository_agents"),
-    *("model_metrics", "model_operations", "model_transaction_policy"),
+    *("model_metrics", "model_operations"),
     *("input.is_shape_tensor", "input.allow_ragged_batch", "input.is_non_linear_format_io"),
     *("output.is_shape_tensor", "output.is_non_linear_format_io"),
     *("optimization.priority", "optimization.input_pinned_memory", "optimization.gather_kernel_buffer_threshold"),
