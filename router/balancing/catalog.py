@@ -75,7 +75,9 @@ class Catalog:
         found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
         # Ensembles that a worker runs whole.
         whole: set[tuple[str, str]] = set()
+        self._has_workers = False
         for models in holdings:
+            self._has_workers = True
             for model in models:
                 found.setdefault((model.name, model.version), model)
                 if model.HasField("ensemble") and not model.ensemble.not_runnable:
@@ -109,7 +111,7 @@ class Catalog:
         entry = self._entries.get((name, version))
         if entry is not None:
             return entry
-        if not (self.versions or self._failures):
+        if not (self._has_workers or self._failures):
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
         raise absent(name, version, self.versions, self._failures, suggests=may_read or not self._isolates)
 

@@ -227,9 +227,7 @@ class ModelStore:
             await asyncio.sleep(seconds)
             try:
                 now = await asyncio.to_thread(self._source.fingerprint)
-            except RepositoryError:
-                now = {}
-            if not now:  # the repository cannot be read at the moment, or lists nothing
+            except RepositoryError:  # it cannot be read at the moment
                 continue
             for name in sorted(now.keys() | served.keys()):
                 settled = now.get(name) == before.get(name) != served.get(name)

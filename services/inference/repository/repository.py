@@ -175,7 +175,8 @@ class ModelSource(Protocol):
         """The names of the models. Raises RepositoryError if there are none."""
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """The fingerprint of each model. Raises RepositoryError if the source cannot be read."""
+        """The fingerprint of each model; {}: all models were deleted. Raises RepositoryError if the source cannot be
+        read, or lists nothing for what may be another reason."""
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """A repository folder that holds the current files of the model. `override` replaces its config.pbtxt.
@@ -191,8 +192,18 @@ class Directory:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # The device and inode of the folder when it last had models.
+        self._identity: tuple[int, int] | None = None
 
     def names(self) -> list[str]:
+        if found := self._names():
+            return found
+        raise self._has_no_model()
+
+    def _has_no_model(self) -> RepositoryError:
+        return RepositoryError(f"no model in {self._folder}: it should hold <model>/<version>/{MODEL_FILE}")
+
+    def _names(self) -> list[str]:
         folder = self._folder
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
@@ -200,9 +211,7 @@ class Directory:
             found = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_name(path.name))
         except OSError as error:
             raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
-        if not found:
-            raise RepositoryError(f"no model in {folder}: it should hold <model>/<version>/{MODEL_FILE}")
-        if all(is_version(name) and any((folder / name).glob("*.onnx")) for name in found):
+        if found and all(is_version(name) and any((folder / name).glob("*.onnx")) for name in found):
             raise RepositoryError(
                 f"{folder} is a model; name the repository, the folder that holds it: {folder.parent}"
             )
@@ -210,7 +219,17 @@ class Directory:
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """Path, size, modification time and inode of every file, by model."""
-        return {name: _fingerprint(self._folder / name) for name in self.names()}
+        names = self._names()
+        try:
+            status = self._folder.stat()
+        except OSError as error:
+            raise RepositoryError(f"cannot read the model repository at {self._folder}: {error.strerror}") from None
+        identity = (status.st_dev, status.st_ino)
+        # After a mount is lost, the folder is another one: the empty mount point.
+        if not names and identity != self._identity:
+            raise self._has_no_model()
+        self._identity = identity
+        return {name: _fingerprint(self._folder / name) for name in names}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         return self._folder
