@@ -57,8 +57,8 @@ class ModelEntry:
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds.
 
-    `failed`: versions that workers could not load; used for errors if no worker holds the model. `isolates`: tenants
-    share the answers of a model only if its configuration says so.
+    `failed`: versions that workers could not load; used for errors if no worker holds the model. `isolates`: callers
+    have identities, so tenants share the answers of a model only if its configuration says so.
     """
 
     def __init__(
@@ -68,13 +68,16 @@ class Catalog:
         *,
         isolates: bool = False,
     ) -> None:
+        self._isolates = isolates
         self._failures: dict[str, dict[str, str]] = {}
         for failure in failed:
             self._failures.setdefault(failure.model, {}).setdefault(failure.version, failure.reason)
         found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
         # Ensembles that a worker runs whole.
         whole: set[tuple[str, str]] = set()
+        self._has_workers = False
         for models in holdings:
+            self._has_workers = True
             for model in models:
                 found.setdefault((model.name, model.version), model)
                 if model.HasField("ensemble") and not model.ensemble.not_runnable:
@@ -100,14 +103,17 @@ class Catalog:
     def tenant_scoped(self) -> list[str]:
         return sorted({entry.name for entry in self._entries.values() if entry.tenant_scoped})
 
-    def find(self, name: str, version: str) -> ModelEntry:
-        """The given version, or the latest if `version` is "". Raises UnavailableError, or the error of `absent`."""
+    def find(self, name: str, version: str, *, may_read: bool = False) -> ModelEntry:
+        """The given version, or the latest if `version` is "". Raises UnavailableError, or the error of `absent`.
+
+        Where callers have identities, that error names another model only if the caller `may_read`.
+        """
         entry = self._entries.get((name, version))
         if entry is not None:
             return entry
-        if not (self.versions or self._failures):
+        if not (self._has_workers or self._failures):
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
-        raise absent(name, version, self.versions, self._failures)
+        raise absent(name, version, self.versions, self._failures, suggests=may_read or not self._isolates)
 
     def _ensemble(
         self,

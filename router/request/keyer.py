@@ -20,6 +20,7 @@ from services.runtime.errors import FailedPreconditionError
 from services.runtime.oip import protocol
 from services.runtime.oip.infer_request import RequestReader
 from services.runtime.oip.request_check import check_request
+from services.runtime.rpc.roles import Role
 from services.runtime.telemetry.metrics import Sample
 from services.runtime.telemetry.recent import Recent, forgotten
 
@@ -92,7 +93,7 @@ class Keyer:
         call.name, call.request_id = read.head.name, read.request_id
         _check_model(call)
         catalog = self._fleet.view.catalog
-        call.model = model = catalog.find(call.name, read.head.version)
+        call.model = model = catalog.find(call.name, read.head.version, may_read=_may_read(call))
         if read.head.checked is not model:
             check_request(read.head.message, model.name, model.inputs, model.outputs)
             read.head.checked = model
@@ -114,6 +115,11 @@ class Keyer:
 def _check_model(call: Call) -> None:
     if call.caller_metadata is not None and call.caller_metadata.identity is not None:
         call.caller_metadata.identity.check_model(call.name)
+
+
+def _may_read(call: Call) -> bool:
+    sent = call.caller_metadata
+    return sent is not None and (sent.identity is None or sent.identity.has(Role.READ))
 
 
 class _ParsedRequest:

@@ -52,7 +52,7 @@ async def serve(settings: WorkerSettings, stopping: asyncio.Event) -> None:
     redis = settings.create_discovery()
     executor = ThreadPoolExecutor(thread_name_prefix="onnxruntime")
     journal = _kept(settings, "crashes", CrashJournal, "models that crash this worker are not quarantined")
-    store = await _load(settings, executor, journal)
+    store = await _load(settings, executor, journal, suggests=not access.is_closed)
     tracer = settings.create_tracer(settings.worker_id)
     worker = Worker(settings.worker_id, store, settings.shared_memory_prefix)
     more = {
@@ -140,7 +140,9 @@ def model_opener(settings: WorkerSettings) -> Callable[[ModelFiles], OnnxModel]:
     )
 
 
-async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None) -> ModelStore:
+async def _load(
+    settings: WorkerSettings, executor: ThreadPoolExecutor, journal: CrashJournal | None, *, suggests: bool
+) -> ModelStore:
     try:
         snapshots = Snapshots(settings.state_dir / "snapshots")
     except OSError as error:
@@ -158,6 +160,7 @@ async def _load(settings: WorkerSettings, executor: ThreadPoolExecutor, journal:
                 _kept, settings, "decisions", partial(Decisions, limit=settings.decisions_bytes), _FORGOTTEN
             ),
             signatures=settings.signatures(),
+            suggests=suggests,
         )
         await store.load_all()
     except RepositoryError as error:

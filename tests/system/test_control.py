@@ -151,7 +151,7 @@ def test_the_configuration_tells_batching_caching_and_provider(client):
     config = client.get_model_config("mlp").config
     assert (config.name, config.platform, config.backend) == ("mlp", "onnxruntime_onnx", "onnxruntime")
     assert config.max_batch_size > 1
-    assert config.response_cache.enable
+    assert config.parameters["ringmesh_cached"].string_value == "yes"
     assert config.parameters["ringmesh_provider"].string_value == "CPUExecutionProvider"
 
 

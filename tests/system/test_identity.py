@@ -32,6 +32,7 @@ def key(key_file):
         "of scoped": keys.create(key_file, "of-scoped", "", ["infer", "operate"], ["scoped"], None),
         "reader": keys.create(key_file, "reader", "", ["read"], [], None),
         "operator": keys.create(key_file, "operator", "", ["operate"], [], None),
+        "reading": keys.create(key_file, "reading", "", ["infer", "read"], [], None),
     }
     return {name: (("authorization", f"Bearer {value}"),) for name, value in made.items()}
 
@@ -90,6 +91,48 @@ async def test_inferences_need_a_key_with_the_role_and_the_model(router, worker,
             assert await streamed(channel, 1, key["of scoped"]) == OK
             assert await streamed(channel, 1) == UNAUTHENTICATED
             assert await streamed(channel, 1, key["reader"]) == DENIED
+
+
+def like(name):
+    """The name of no model, with a typing error in that of one."""
+    return name[:-1] + "_"
+
+
+async def refusal(call):
+    """(status, message)"""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code().name, caught.value.details()
+
+
+async def test_a_key_that_may_not_read_hears_of_no_other_model(router, worker, key):
+    for address in (router, worker):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for call in (
+                stub.ModelInfer(request(1, like("scoped")), metadata=key["acme"]),
+                stub.ModelMetadata(v2.ModelMetadataRequest(name=like("scoped")), metadata=key["acme"]),
+            ):
+                status, message = await refusal(call)
+                assert status == "NOT_FOUND"
+                assert "scoped" not in message.replace(like("scoped"), "")
+            index = stub.RepositoryIndex(v2.RepositoryIndexRequest(), metadata=key["acme"])
+            assert (await refusal(index))[0] == DENIED
+            # A key of some models is told the same of a model that there is, and of one that there is not.
+            told = [
+                await refusal(stub.ModelInfer(request(1, name), metadata=key["of scoped"]))
+                for name in ("random", "nobody")
+            ]
+            assert told[0] == (DENIED, told[1][1].replace("nobody", "random"))
+
+
+async def test_a_key_that_may_read_is_told_the_model_with_the_nearest_name(router, key):
+    async with grpc.aio.insecure_channel(router) as channel:
+        call = channel.unary_unary(INFER)(
+            request(1, like("scoped")).SerializeToString(), metadata=key["reading"], timeout=120
+        )
+        status, message = await refusal(call)
+        assert (status, "did you mean 'scoped'?" in message) == ("NOT_FOUND", True)
 
 
 async def test_the_tenant_of_a_cached_answer_is_that_of_the_key(router, key):

@@ -134,6 +134,9 @@ def _declared(
     # The batch dimension, if there is one, precedes the dims.
     left_out = batching_policy.policy(configured).dims_leave_out_batch
     batches: list[tuple[int, ...]] = [(), (-1,)] if left_out is None else [(-1,)] if left_out else [()]
+    if ranked and not (spec.shape or reshaped or left_out) and set(dims) == {1}:
+        # As in Triton, whose configurations have no other form for a scalar.
+        return TensorSpec(name, spec.datatype, dims, inner=())
     fitting = [batch for batch in batches if agree((*batch, *inner), spec.shape)]
     if not ranked and (dims or reshaped):
         fitting = batches
@@ -147,6 +150,11 @@ def _declared(
             why = ": there is no max_batch_size that would add a dimension for the batch, so they should be the same"
         raise ConfigError(f"gives {name!r} {kind} {list(inner)}; the file has {list(spec.shape)}{why}")
     if not reshaped:
+        if dims and isinstance(declared, config_pb2.ModelInput):
+            # As in Triton, a configuration may fix sizes of an input that the file leaves free.
+            known = (*fitting[0], *dims) if left_out is not None else (-1, *(*fitting[0], *dims)[1:])
+            sizes = [given if size == -1 else size for size, given in zip(spec.shape, known, strict=True)]
+            spec = TensorSpec(name, spec.datatype, (*sizes,))
         return spec
     if dims.count(-1) != inner.count(-1) or _elements(dims) != _elements(inner):
         raise ConfigError(f"reshapes {name!r} from {list(dims)} to {list(inner)}, which differ in their elements")

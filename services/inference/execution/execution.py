@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import onnxruntime
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
-from services.inference.repository.config import ConfigError, ModelConfig
+from services.inference.repository.config import CACHE_PATHS, ConfigError, ModelConfig
 from services.inference.repository.config_rules import instances
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
+ON_GPU = (CUDA, TENSORRT)
 
 _GRAPH_LEVELS = {
     0: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -72,6 +73,9 @@ _CUDA_PARAMETERS = {
 }
 # The allowed numbers of threads of one run. ONNX Runtime would start any number, even one given by mistake.
 _THREADS = range(1025)
+_FLAG = range(2)
+# As in Triton.
+_FLAG_WORDS = {"true": "1", "on": "1", "false": "0", "off": "0"}
 _SHRINK_ARENA = "memory.enable_memory_arena_shrinkage"
 
 
@@ -157,6 +161,8 @@ def _on_gpu(config: ModelConfig, available: Sequence[str], device: int, caches: 
 def _tensorrt_options(parameters: Mapping[str, str], caches: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for name, value in parameters.items():
+        if name in CACHE_PATHS:
+            continue
         if name == "precision_mode":
             if value not in _TENSORRT_PRECISIONS:
                 known = ", ".join(_TENSORRT_PRECISIONS)
@@ -197,14 +203,14 @@ def session_options(config: ModelConfig, threads: int) -> onnxruntime.SessionOpt
     shared = max(1, threads // instances(config))
     options.intra_op_num_threads = _whole(config, "intra_op_thread_count", _THREADS) or shared
     options.inter_op_num_threads = _whole(config, "inter_op_thread_count", _THREADS) or 0
-    if _whole(config, "execution_mode", range(2)):
+    if _whole(config, "execution_mode", _FLAG):
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
     options.graph_optimization_level = _GRAPH_LEVELS[config.optimization.graph.level]
-    if (arena := _whole(config, "enable_mem_arena", range(2))) is not None:
+    if (arena := _whole(config, "enable_mem_arena", _FLAG)) is not None:
         options.enable_cpu_mem_arena = bool(arena)
-    if (pattern := _whole(config, "enable_mem_pattern", range(2))) is not None:
+    if (pattern := _whole(config, "enable_mem_pattern", _FLAG)) is not None:
         options.enable_mem_pattern = bool(pattern)
-    if (device := _whole(config, "session.use_device_allocator_for_initializers", range(2))) is not None:
+    if (device := _whole(config, "session.use_device_allocator_for_initializers", _FLAG)) is not None:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", str(device))
     # Otherwise ONNX Runtime would read a file *.ort in its own format, which none of the checks here reads.
     options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -222,9 +228,12 @@ def run_entries(config: ModelConfig) -> dict[str, str]:
 
 
 def _whole(config: ModelConfig, name: str, allowed: range) -> int | None:
+    """The value of a parameter; None if it is not set. Raises ConfigError."""
     if name not in config.parameters:
         return None
     text = config.parameters[name].string_value
+    if allowed == _FLAG:
+        text = _FLAG_WORDS.get(text.lower(), text)
     number = int(text) if text.isdecimal() and len(text) < 20 else -1
     if number not in allowed:
         few = " or ".join(map(str, allowed)) if len(allowed) < 5 else f"a whole number from 0 to {allowed[-1]}"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 
 from services.inference.codec.tensor_spec import CONFIG_TYPES, TensorSpec, UnservableError, input_specs, output_specs
-from services.inference.execution import graph, inline_runs
+from services.inference.execution import execution, graph, inline_runs
 from services.inference.execution.batch_proof.prover import prove
 from services.inference.execution.run_errors import load_failure, run_error
 from services.inference.execution.sessions import InferenceSessions
@@ -18,11 +18,12 @@ from services.inference.repository.config import (
     SHARED_TIER,
     ConfigError,
     ModelConfig,
+    add_defaults,
     batching,
     limits_queue,
     serving_rules,
 )
-from services.inference.repository.repository import ModelFiles, data_file
+from services.inference.repository.repository import MODEL_FILE, ModelFiles, data_file
 from services.runtime.errors import InvalidArgumentError, RingmeshError
 from services.runtime.oip.tensors import decode
 from services.runtime.verdict import YES, Verdict
@@ -81,7 +82,7 @@ class OnnxModel:
             )
             self.inputs = input_specs(sessions.inputs, sessions.initializers, configured, unranked)
             self.outputs = output_specs(sessions.outputs, configured, unranked)
-            self.hidden_inputs, self.hidden_outputs = self._hide_sequence_tensors()
+            self.hidden_inputs, self.hidden_outputs = self._hide_tensors()
         except ConfigError as error:
             raise ModelLoadError(f"cannot load {files.model}: its config.pbtxt {error}") from None
         except Exception as error:  # ONNX Runtime raises many kinds, some of them plain RuntimeError
@@ -109,8 +110,9 @@ class OnnxModel:
             return "batched: rows are proven independent"
         return f"batched because its config.pbtxt says so: {NOT_PROVEN}: {self.independence.reason}"
 
-    def _hide_sequence_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-        """Removes controls and states from `inputs` and `outputs`, and returns them. Raises ConfigError."""
+    def _hide_tensors(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Removes controls and states from `inputs` and `outputs`, and returns them. If the configuration lists
+        outputs, removes those that it leaves out. Raises ConfigError."""
         batching = self.configured.sequence_batching
         wanted = [tensor.name for tensor in batching.control_input] + [state.input_name for state in batching.state]
         if missing := [name for name in wanted if name not in self.inputs]:
@@ -118,11 +120,12 @@ class OnnxModel:
         states = [state.output_name for state in batching.state]
         if missing := [name for name in states if name not in self.outputs]:
             raise ConfigError(f"names {missing[0]!r} in sequence_batching; the file has no such output")
-        shown = {tensor.name for tensor in self.configured.output}
-        return (
-            {name: self.inputs.pop(name) for name in wanted},
-            {name: self.outputs.pop(name) for name in states if name not in shown},
-        )
+        listed = {tensor.name for tensor in self.configured.output}
+        hidden_inputs = {name: self.inputs.pop(name) for name in wanted}
+        hidden_outputs = {name: self.outputs.pop(name) for name in states if name not in listed}
+        if listed:
+            self.outputs = {name: spec for name, spec in self.outputs.items() if name in listed}
+        return hidden_inputs, hidden_outputs
 
     def release(self) -> None:
         """Frees its sessions. The model keeps its description, and can run again after `restore`."""
@@ -170,21 +173,23 @@ class OnnxModel:
         return random.astype(dtype)
 
     def config(self) -> ModelConfig:
-        """Its config.pbtxt, completed from the file and with the decisions made at load."""
+        """Its config.pbtxt, completed from the file as Triton does, and with the decisions made at load."""
         made = ModelConfig()
         made.CopyFrom(self.configured)
         made.name, made.platform, made.backend = self.name, self.platform, "onnxruntime"
+        made.default_model_filename = made.default_model_filename or MODEL_FILE
         made.max_batch_size = self.max_request_rows or (self.max_batch_rows if self.batchable else 0)
-        made.response_cache.enable = bool(self.cacheable)
         if self.batchable and made.WhichOneof("scheduling_choice") is None:
             made.dynamic_batching.SetInParent()
         if not made.instance_group:
-            kind = (
-                config_pb2.ModelInstanceGroup.KIND_GPU
-                if "CUDA" in self.provider
-                else config_pb2.ModelInstanceGroup.KIND_CPU
-            )
-            made.instance_group.add(name=f"{self.name}_0", kind=kind, count=1)
+            made.instance_group.add(name=self.name)
+        kinds = config_pb2.ModelInstanceGroup
+        for index, group in enumerate(made.instance_group):
+            group.name = group.name or f"{self.name}_{index}"
+            group.count = group.count or 1
+            if group.kind == kinds.KIND_AUTO:
+                group.kind = kinds.KIND_GPU if self.provider in execution.ON_GPU else kinds.KIND_CPU
+        add_defaults(made)
         for specs, tensors in ((self.inputs, made.input), (self.outputs, made.output)):
             declared = {tensor.name: tensor for tensor in tensors}
             for name, spec in specs.items():
@@ -246,10 +251,12 @@ class OnnxModel:
     def _output_shape(self, name: str, feeds: Arrays) -> tuple[int, ...] | None:
         """The shape that an output of the file will have; None if it is only known after the run."""
         spec = self.outputs.get(name) or self.hidden_outputs[name]
-        first, *rest = (spec.inner or spec.shape) or (1,)
-        if -1 in rest or (first == -1 and not self.has_rows):
+        shape = spec.shape if spec.inner is None else spec.inner
+        if -1 not in shape:
+            return shape
+        if -1 in shape[1:] or not self.has_rows:
             return None
-        return (feeds[self.required[0]].shape[0], *rest) if first == -1 else spec.inner or spec.shape
+        return (feeds[self.required[0]].shape[0], *shape[1:])
 
 
 def _to_str(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

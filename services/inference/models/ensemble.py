@@ -11,7 +11,7 @@ import numpy.typing as npt
 from services.inference.codec.request import Decoded, prepare
 from services.inference.codec.tensor_spec import TensorSpec, declared_spec
 from services.inference.execution.model import ModelLoadError, OnnxModel
-from services.inference.repository.config import SHARED_TIER, ConfigError, ModelConfig, serving_rules
+from services.inference.repository.config import SHARED_TIER, ConfigError, ModelConfig, add_defaults, serving_rules
 from services.inference.repository.repository import ModelFiles
 from services.inference.scheduling.batcher import BatchResult, StepResult
 from services.inference.scheduling.statistics import Statistics
@@ -107,6 +107,7 @@ class Ensemble:
         made = ModelConfig()
         made.CopyFrom(self._config)
         made.name, made.platform = self.name, self.platform
+        add_defaults(made)
         made.parameters[SHARED_TIER].string_value = self.rules.shared_tier or "auto"
         made.parameters["ringmesh_cached"].string_value = str(self.cacheable)
         return made

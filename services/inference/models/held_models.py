@@ -64,10 +64,14 @@ _NO_FAILURES: Failures = {}
 
 
 class HeldModels:
-    """An immutable set of loaded models. `failures`: why other versions are not loaded."""
+    """An immutable set of loaded models. `failures`: why other versions are not loaded. `suggests`: errors may name
+    another model."""
 
-    def __init__(self, models: Iterable[HeldModel], failures: Failures = _NO_FAILURES) -> None:
+    def __init__(
+        self, models: Iterable[HeldModel], failures: Failures = _NO_FAILURES, *, suggests: bool = True
+    ) -> None:
         self.failures = failures
+        self._suggests = suggests
         self._by_name: dict[str, dict[str, HeldModel]] = {}
         held_models = sorted(models, key=lambda held: (held.model.name, held.model.version))
         for held in held_models:
@@ -91,5 +95,5 @@ class HeldModels:
             return next(reversed(versions.values()))
         held = versions.get(version) if versions is not None else None
         if held is None:
-            raise absent(name, version, self._by_name, self.failures)
+            raise absent(name, version, self._by_name, self.failures, suggests=self._suggests)
         return held

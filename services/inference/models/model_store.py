@@ -68,9 +68,10 @@ class ModelStore:
         snapshots: Snapshots | None = None,
         decisions: Decisions | None = None,
         signatures: Signatures | None = None,
+        suggests: bool = True,
     ) -> None:
         """`memory_limit`: bytes of models in memory at once; 0: no limit. `journal`: the crash journal. `signatures`:
-        checks each version; None: models need no signature.
+        checks each version; None: models need no signature. `suggests`: errors may name a model with a similar name.
 
         If `snapshots` or `decisions` are None, they are kept in a temporary folder and lost with the process.
         """
@@ -83,6 +84,7 @@ class ModelStore:
         self._executor = executor
         self._journal = journal
         self._signatures = signatures
+        self._suggests = suggests
         self._loaded: dict[str, Fingerprint] = {}
         # The number of failures dropped to make room for newer ones.
         self.failures_dropped = 0
@@ -225,9 +227,7 @@ class ModelStore:
             await asyncio.sleep(seconds)
             try:
                 now = await asyncio.to_thread(self._source.fingerprint)
-            except RepositoryError:
-                now = {}
-            if not now:  # the repository cannot be read at the moment, or lists nothing
+            except RepositoryError:  # it cannot be read at the moment
                 continue
             for name in sorted(now.keys() | served.keys()):
                 settled = now.get(name) == before.get(name) != served.get(name)
@@ -411,7 +411,8 @@ class ModelStore:
             name: {version: reason for version, reason in versions.items() if reason != _UNLOADED}
             for name, versions in self._failures.items()
         }
-        self.held = HeldModels(models, {name: versions for name, versions in reasons.items() if versions})
+        failures = {name: versions for name, versions in reasons.items() if versions}
+        self.held = HeldModels(models, failures, suggests=self._suggests)
         if any(held.model.runnable for held in self.held) or (self._started and not self.held.failures):
             self.usable.set()
 

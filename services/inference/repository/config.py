@@ -28,6 +28,8 @@ SHARED_TIER = "ringmesh_shared_tier"
 # Ringmesh's own parameters with the value "true" or "false".
 _FLAGS = frozenset({TENANT_SCOPE, ROW_CACHE, HEDGE, "ringmesh_cache_steps"})
 _OURS = _FLAGS | {SEMANTIC_THRESHOLD, SEMANTIC_EMBEDDING, CACHE_TTL, CACHE_STALE, SHARED_TIER}
+# How long a sequence without a request is kept, unless the configuration says it.
+DEFAULT_IDLE_US = 1_000_000
 # The longest time to live: about 30 years.
 _MAX_SECONDS = 10**9
 
@@ -42,6 +44,9 @@ _OF_EXECUTION = frozenset(
         *("cudnn_conv_algo_search", "arena_extend_strategy", "do_copy_in_default_stream"),
     }
 )
+
+# Parameters of TensorRT: the folders of its caches, which are the worker's.
+CACHE_PATHS = frozenset({"trt_engine_cache_path", "trt_timing_cache_path"})
 
 # Paths of the fields that change how a model is served here, or what is reported to callers. A message that is listed
 # stands for all of its fields. Any other field that is set is logged at load.
@@ -59,7 +64,7 @@ _ACTED_ON = frozenset(
         *(f"ensemble_scheduling.step.{field}" for field in ("model_name", "model_version", "input_map", "output_map")),
         *(f"instance_group.{field}" for field in ("name", "kind", "count", "gpus")),
         *(f"optimization.{field}" for field in ("graph", "cuda.graphs", "execution_accelerators")),
-        *("optimization.output_pinned_memory", "model_warmup", "response_cache"),
+        *("optimization.output_pinned_memory", "model_warmup", "response_cache", "model_transaction_policy.decoupled"),
     }
 )
 # Messages with at least one field in _ACTED_ON.
@@ -128,7 +133,13 @@ def fields(config: ModelConfig) -> dict[str, bool]:
     # An unknown parameter may be the owner's own, which ModelConfig reports, or it may be misspelt.
     known = _OURS | _OF_EXECUTION
     parameters = {f"parameters.{name}": name in known for name in sorted(config.parameters)}
-    return {path: path in _ACTED_ON for path in _set_fields(config, "")} | parameters
+    accelerators = "optimization.execution_accelerators.gpu_execution_accelerator"
+    caches = {
+        f"{accelerators}.parameters.{name}": False
+        for accelerator in config.optimization.execution_accelerators.gpu_execution_accelerator
+        for name in sorted(CACHE_PATHS & accelerator.parameters.keys())
+    }
+    return {path: path in _ACTED_ON for path in _set_fields(config, "")} | parameters | caches
 
 
 def says(config: ModelConfig, flag: str) -> bool | None:
@@ -162,6 +173,27 @@ def serving_rules(config: ModelConfig, *, semantic: bool) -> inference_pb2.Model
         rules.semantic_threshold = _number(config, SEMANTIC_THRESHOLD)
         rules.semantic_embedding = _parameter(config, SEMANTIC_EMBEDDING)
     return rules
+
+
+def add_defaults(config: ModelConfig) -> None:
+    """Adds the values that Triton's NormalizeModelConfig gives to fields that are not set."""
+    if not config.HasField("version_policy"):
+        config.version_policy.latest.num_versions = 1
+    sequences = config.sequence_batching if config.HasField("sequence_batching") else None
+    if sequences is not None:
+        idle = sequences.max_sequence_idle_microseconds
+        sequences.max_sequence_idle_microseconds = idle or DEFAULT_IDLE_US
+    batchers = [
+        *([config.dynamic_batching] if config.HasField("dynamic_batching") else ()),
+        *([sequences.oldest] if sequences is not None and sequences.HasField("oldest") else ()),
+    ]
+    for batcher in batchers:
+        if config.max_batch_size and not batcher.preferred_batch_size:
+            batcher.preferred_batch_size.append(config.max_batch_size)
+    if not config.HasField("ensemble_scheduling"):
+        for memory in ("input_pinned_memory", "output_pinned_memory"):
+            if not config.optimization.HasField(memory):
+                getattr(config.optimization, memory).enable = True
 
 
 def batching(config: ModelConfig) -> config_pb2.ModelDynamicBatching:

@@ -83,7 +83,7 @@ def faults(config: config_pb2.ModelConfig) -> Iterator[str]:
             "loaded, so a model that needs one cannot be served"
         )
     if config.model_transaction_policy.decoupled:
-        yield "decoupled models are not served: ONNX Runtime gives one response a request"
+        yield "model_transaction_policy.decoupled is true; ONNX Runtime gives one response a request"
 
 
 def _of_tensors(config: config_pb2.ModelConfig) -> Iterator[str]:
@@ -93,14 +93,18 @@ def _of_tensors(config: config_pb2.ModelConfig) -> Iterator[str]:
             if count > 1:
                 yield f"{kind} {name!r} is there {count} times"
         for tensor in tensors:
-            if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
-                yield f"{kind} {tensor.name!r} is a shape tensor or of a non-linear format, which only TensorRT has"
+            for flag in ("is_shape_tensor", "is_non_linear_format_io"):
+                if getattr(tensor, flag):
+                    yield f"{kind} {tensor.name!r} has {flag}, which only TensorRT has"
     for tensor in config.input:
         if tensor.format and len(tensor.dims) not in (0, 3):
             kind = config_pb2.ModelInput.Format.Name(tensor.format)
             yield f"input {tensor.name!r} is {kind} with dims {[*tensor.dims]}; it has three, without the batch"
     if ragged := [tensor.name for tensor in config.input if tensor.allow_ragged_batch]:
-        yield f"{', '.join(ragged)} is ragged, which ONNX Runtime has no form for"
+        yield f"allow_ragged_batch of {', '.join(ragged)} is not served; requests of one shape share a run without it"
+    for field in ("batch_input", "batch_output"):
+        if targets := [repr(name) for tensor in getattr(config, field) for name in tensor.target_name]:
+            yield f"{field} for {', '.join(targets)} is not served; it belongs to ragged batches, which are not either"
 
 
 def _of_batching(config: config_pb2.ModelConfig) -> Iterator[str]:

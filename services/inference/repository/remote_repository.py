@@ -80,14 +80,19 @@ class RemoteRepository:
     def names(self) -> list[str]:
         found = sorted(self._listing())
         if not found:
-            raise RepositoryError(f"no model in {self._url}: it should hold <model>/<version>/{MODEL_FILE}")
+            raise self._has_no_model()
         return found
 
+    def _has_no_model(self) -> RepositoryError:
+        return RepositoryError(f"no model in {self._url}: it should hold <model>/<version>/{MODEL_FILE}")
+
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """Path, size and content id of every file, by model."""
+        """Path, size and content id of every file, by model. An empty listing may be one that is being written."""
+        if not (listing := self._listing()):
+            raise self._has_no_model()
         return {
             name: frozenset((str(found.path), found.size, found.etag or found.sha256) for found in objects)
-            for name, objects in self._listing().items()
+            for name, objects in listing.items()
         }
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:

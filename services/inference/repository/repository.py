@@ -73,7 +73,7 @@ class ModelFiles:
     @property
     def model(self) -> Path:
         """The ONNX file. Its external data is in the same folder."""
-        return self.folder / _model_file(self.config)
+        return _onnx_file(self.folder, _model_file(self.config))
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -175,7 +175,8 @@ class ModelSource(Protocol):
         """The names of the models. Raises RepositoryError if there are none."""
 
     def fingerprint(self) -> dict[str, Fingerprint]:
-        """The fingerprint of each model. Raises RepositoryError if the source cannot be read."""
+        """The fingerprint of each model; {}: all models were deleted. Raises RepositoryError if the source cannot be
+        read, or lists nothing for what may be another reason."""
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         """A repository folder that holds the current files of the model. `override` replaces its config.pbtxt.
@@ -191,8 +192,18 @@ class Directory:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # The device and inode of the folder when it last had models.
+        self._identity: tuple[int, int] | None = None
 
     def names(self) -> list[str]:
+        if found := self._names():
+            return found
+        raise self._has_no_model()
+
+    def _has_no_model(self) -> RepositoryError:
+        return RepositoryError(f"no model in {self._folder}: it should hold <model>/<version>/{MODEL_FILE}")
+
+    def _names(self) -> list[str]:
         folder = self._folder
         if not folder.is_dir():
             raise RepositoryError(f"no model repository at {folder}: there is no such folder")
@@ -200,9 +211,7 @@ class Directory:
             found = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_name(path.name))
         except OSError as error:
             raise RepositoryError(f"cannot read the model repository at {folder}: {error.strerror}") from None
-        if not found:
-            raise RepositoryError(f"no model in {folder}: it should hold <model>/<version>/{MODEL_FILE}")
-        if all(is_version(name) and any((folder / name).glob("*.onnx")) for name in found):
+        if found and all(is_version(name) and any((folder / name).glob("*.onnx")) for name in found):
             raise RepositoryError(
                 f"{folder} is a model; name the repository, the folder that holds it: {folder.parent}"
             )
@@ -210,7 +219,17 @@ class Directory:
 
     def fingerprint(self) -> dict[str, Fingerprint]:
         """Path, size, modification time and inode of every file, by model."""
-        return {name: _fingerprint(self._folder / name) for name in self.names()}
+        names = self._names()
+        try:
+            status = self._folder.stat()
+        except OSError as error:
+            raise RepositoryError(f"cannot read the model repository at {self._folder}: {error.strerror}") from None
+        identity = (status.st_dev, status.st_ino)
+        # After a mount is lost, the folder is another one: the empty mount point.
+        if not names and identity != self._identity:
+            raise self._has_no_model()
+        self._identity = identity
+        return {name: _fingerprint(self._folder / name) for name in names}
 
     def fetch(self, name: str, override: ModelConfig | None) -> Path:
         return self._folder
@@ -292,13 +311,15 @@ def versions(
 def _is_version_folder(folder: Path, file: str) -> Verdict:
     if not is_version(folder.name):
         return Verdict("a version is a whole number from 1, of at most 18 digits, without leading zeros")
-    if file and not (folder / file).is_file():
+    onnx_file = _onnx_file(folder, file)
+    if file and not onnx_file.is_file():
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))[:_MOST_NAMED]
         if not others:
             return Verdict(f"it is empty, without {file}")
+        file = str(onnx_file.relative_to(folder))
         advice = "rename one, or set default_model_filename" if any(map(_is_onnx, others)) else "only ONNX is served"
         return Verdict(f"it has no {file} but {', '.join(others)}; {advice}")
-    if file not in ("", MODEL_FILE) and not (folder / file).resolve().is_relative_to(folder.resolve()):
+    if onnx_file != folder / MODEL_FILE and not onnx_file.resolve().is_relative_to(folder.resolve()):
         return Verdict(f"{file} is a link out of it, which only {MODEL_FILE} may be")
     return YES
 
@@ -322,6 +343,12 @@ def _labels(folder: Path, name: str) -> tuple[bytes, ...]:
 
 def _is_onnx(name: str) -> bool:
     return name.endswith(".onnx")
+
+
+def _onnx_file(folder: Path, name: str) -> Path:
+    """As in Triton, `name` may also be a folder that holds MODEL_FILE and its external data."""
+    path = folder / name
+    return path / MODEL_FILE if path.is_dir() else path
 
 
 def _model_file(configured: ModelConfig) -> str:

@@ -21,7 +21,7 @@ from ringmesh.oip.v2 import model_config_pb2 as config_pb2
 from services.inference.codec.request import Decoded, SequenceStep
 from services.inference.codec.tensor_spec import TensorSpec, agree
 from services.inference.execution.model import OnnxModel
-from services.inference.repository.config import ConfigError
+from services.inference.repository.config import DEFAULT_IDLE_US, ConfigError
 from services.inference.repository.repository import data_file
 from services.inference.scheduling.batcher import Batcher, BatchResult
 from services.runtime.errors import (
@@ -33,7 +33,6 @@ from services.runtime.errors import (
 )
 from services.runtime.oip.tensors import decode
 
-_DEFAULT_IDLE_US = 1_000_000
 MAX_SEQUENCES = 1 << 14
 
 Array = npt.NDArray[Any]
@@ -65,7 +64,7 @@ class Sequencer:
         batching = model.configured.sequence_batching
         self._model = model
         self._batcher = batcher
-        self._idle = (batching.max_sequence_idle_microseconds or _DEFAULT_IDLE_US) / 1e6
+        self._idle = (batching.max_sequence_idle_microseconds or DEFAULT_IDLE_US) / 1e6
         self._controls = [
             (_control(control, model.hidden_inputs[tensor.name]), tensor.name)
             for tensor in batching.control_input

@@ -17,10 +17,12 @@ _MOST_COMPARED = 100
 _LEAST_SIMILARITY = 0.65
 
 
-def absent(name: str, version: str, held: Mapping[str, Collection[str]], failures: Failures) -> RingmeshError:
+def absent(
+    name: str, version: str, held: Mapping[str, Collection[str]], failures: Failures, *, suggests: bool = True
+) -> RingmeshError:
     """Returns the error for a version that is not in `held`, the versions by model; `version` is "" for the latest.
 
-    The error names at most one other model, and only if its name is similar.
+    The error names at most one other model, and only if its name is similar and the caller may see it (`suggests`).
     """
     if version and re.fullmatch("[0-9]{1,20}", version) is None:
         return InvalidArgumentError(
@@ -35,7 +37,7 @@ def absent(name: str, version: str, held: Mapping[str, Collection[str]], failure
         return NotFoundError(
             f"model {name!r} has no version {version!r}; it has: {some(held[name])}", field="model_version"
         )
-    near = nearest(name, (*held, *failures))
+    near = nearest(name, (*held, *failures)) if suggests else ""
     hint = f"; did you mean {near!r}?" if near else "; RepositoryIndex lists those there are"
     return NotFoundError(f"Request for unknown model: {name!r} is not found{hint}", field="model_name")
 

@@ -2,7 +2,7 @@ import pytest
 
 from services.inference.execution import execution
 from services.inference.execution.execution import CPU, CUDA, OPENVINO, TENSORRT
-from services.inference.repository.config import ConfigError, parse
+from services.inference.repository.config import ConfigError, ignored_fields, parse
 
 GPU_BUILD = [TENSORRT, CUDA, CPU]
 
@@ -117,6 +117,28 @@ def test_engines_of_tensorrt_are_cached_in_the_folder_of_the_worker():
     assert chosen.providers[0][1]["trt_engine_cache_path"] == "/state/engines"
 
 
+def test_a_folder_for_engines_in_the_configuration_gives_way_to_the_workers_and_is_reported():
+    paths = "".join(
+        f'parameters {{ key: "trt_{cache}_cache_{field}" value: "{value}" }}'
+        for cache in ("engine", "timing")
+        for field, value in (("enable", "1"), ("path", "/models/1"))
+    )
+    text = accelerator("gpu", "tensorrt", paths)
+    (chosen,) = execution.executions(config(text), GPU_BUILD, "/state/engines")
+    assert "/models/1" not in chosen.providers[0][1].values()
+    assert chosen.providers[0][1]["trt_timing_cache_path"] == "/state/engines"
+    assert [path.rpartition(".")[2] for path in ignored_fields(config(text))] == [
+        "trt_engine_cache_path",
+        "trt_timing_cache_path",
+    ]
+
+
+@pytest.mark.parametrize(("text", "on"), [("1", True), ("true", True), ("On", True), ("0", False), ("False", False)])
+def test_parameters_that_are_booleans_are_read_as_triton_reads_them(text, on):
+    given = f'parameters {{ key: "enable_mem_pattern" value {{ string_value: "{text}" }} }}'
+    assert execution.session_options(config(given), 1).enable_mem_pattern is on
+
+
 def accelerator(kind, name, parameters=""):
     return f"""optimization {{ execution_accelerators {{ {kind}_execution_accelerator {{
         name: "{name}" {parameters} }} }} }}"""
@@ -132,8 +154,8 @@ def accelerator(kind, name, parameters=""):
         *(
             (accelerator("gpu", "tensorrt", f'parameters {{ key: "{name}" value: "x" }}'), f"'{name}'.*worker's")
             for name in (
-                *("trt_extra_plugin_lib_paths", "trt_engine_decryption_lib_path", "trt_engine_cache_path"),
-                *("trt_engine_cache_prefix", "trt_timing_cache_path", "trt_ep_context_file_path"),
+                *("trt_extra_plugin_lib_paths", "trt_engine_decryption_lib_path"),
+                *("trt_engine_cache_prefix", "trt_ep_context_file_path"),
                 *("trt_onnx_model_folder_path", "trt_dump_subgraphs", "trt_int8_calibration_table_name"),
             )
         ),

@@ -194,25 +194,115 @@ def test_the_configuration_told_is_complete(tmp_path):
         ("x", [64]),
         ("y", [10]),
     ]
-    assert config.response_cache.enable
-    assert config.HasField("dynamic_batching")
+    assert [*config.dynamic_batching.preferred_batch_size] == [8]
     assert config.parameters["ringmesh_cached"].string_value == "yes"
 
 
-def test_the_configuration_told_is_the_one_given(tmp_path):
+ADDED = """
+    version_policy { latest { num_versions: 1 } }
+    platform: "onnxruntime_onnx"
+    backend: "onnxruntime"
+    default_model_filename: "model.onnx"
+    optimization { input_pinned_memory { enable: true } output_pinned_memory { enable: true } }
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (
+            """
+            max_batch_size: 4
+            input { name: "x" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [1, 8, 8] reshape { shape: [64] } }
+            output { name: "y" data_type: TYPE_FP32 dims: [ -1 ] label_filename: "labels.txt" }
+            metric_tags { key: "a" value: "b" }
+            parameters { key: "theirs" value { string_value: "kept" } }
+            """,
+            ADDED + 'instance_group { name: "mlp" kind: KIND_CPU count: 1 }',
+        ),
+        (
+            """
+            name: "mlp"
+            version_policy { all { } }
+            max_batch_size: 8
+            input { name: "x" data_type: TYPE_FP32 dims: [64] }
+            output { name: "y" data_type: TYPE_FP32 dims: [10] }
+            dynamic_batching { max_queue_delay_microseconds: 5 default_queue_policy { max_queue_size: 9 } }
+            instance_group { count: 2 kind: KIND_GPU gpus: [0] rate_limiter { priority: 2 } }
+            instance_group { name: "second" }
+            optimization { priority: PRIORITY_MAX graph { level: 1 } output_pinned_memory { enable: false } }
+            response_cache { enable: false }
+            model_warmup { name: "w" inputs { key: "x" value { data_type: TYPE_FP32 dims: [64] random_data: true } } }
+            """,
+            """
+            platform: "onnxruntime_onnx"
+            backend: "onnxruntime"
+            default_model_filename: "model.onnx"
+            optimization { input_pinned_memory { enable: true } }
+            max_batch_size: 8
+            dynamic_batching { preferred_batch_size: 8 }
+            """,
+        ),
+        (
+            "",
+            ADDED
+            + """
+            max_batch_size: 8
+            input { name: "x" data_type: TYPE_FP32 dims: [64] }
+            output { name: "y" data_type: TYPE_FP32 dims: [10] }
+            dynamic_batching { preferred_batch_size: 8 }
+            instance_group { name: "mlp" kind: KIND_CPU count: 1 }
+            """,
+        ),
+    ],
+)
+def test_the_configuration_told_is_the_one_given_with_what_triton_adds(tmp_path, given, added):
     folder = models.mlp(tmp_path)
     (folder.parent / "labels.txt").write_text("cat")
-    given = """
-        max_batch_size: 4
-        input { name: "x" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [1, 8, 8] reshape { shape: [64] } }
-        output { name: "y" data_type: TYPE_FP32 dims: [ -1 ] label_filename: "labels.txt" }
-        optimization { input_pinned_memory { enable: true } }
-        metric_tags { key: "a" value: "b" }
-    """
     told = configured(folder, given).config()
     wanted = parse(given, "config.pbtxt", "mlp")
-    for field in ("input", "output", "optimization", "metric_tags", "max_batch_size"):
-        assert getattr(told, field) == getattr(wanted, field)
+    wanted.MergeFrom(parse(f'{added} name: "mlp"', "added", "mlp"))
+    for index, group in enumerate(wanted.instance_group):
+        group.name, group.count = group.name or f"mlp_{index}", group.count or 1
+        group.kind = group.kind or group.KIND_CPU
+    for name in [name for name in told.parameters if name.startswith("ringmesh_")]:
+        del told.parameters[name]
+    assert told == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("max_batch_size: 4", (-1, 3, -1)),
+        ('max_batch_size: 4 input { name: "x" data_type: TYPE_FP32 dims: [3, 8] }', (-1, 3, 8)),
+        ('max_batch_size: 4 input { name: "x" data_type: TYPE_FP32 dims: [-1, 8] }', (-1, 3, 8)),
+        ('input { name: "x" dims: [1, 3, 8] } output { name: "y" dims: [-1, 3, -1] }', (1, 3, 8)),
+        ('input { name: "x" dims: [1, 3, 8] }', (-1, 3, 8)),
+    ],
+)
+def test_a_configuration_may_fix_sizes_of_an_input_that_the_file_leaves_free(tmp_path, text, shape):
+    x, y = (models.value(name, FLOAT, "n", 3, "m") for name in "xy")
+    folder = models.save(tmp_path, "m", [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+    assert configured(folder, text).inputs["x"].shape == shape
+
+
+def test_an_output_that_the_configuration_leaves_out_is_not_offered(tmp_path):
+    model = configured(models.add_sub(tmp_path), 'output { name: "sum" data_type: TYPE_FP32 dims: [-1, 2] }')
+    assert [*model.outputs] == ["sum"]
+    assert [tensor.name for tensor in model.config().output] == ["sum"]
+
+
+@pytest.mark.parametrize("dims", ["[1]", "[1, 1]"])
+def test_ones_in_a_configuration_stand_for_a_scalar(tmp_path, dims):
+    x, y = models.value("x", FLOAT), models.value("y", FLOAT)
+    folder = models.save(tmp_path, "m", [helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+    tensors = " ".join(f'{kind} {{ name: "{name}" dims: {dims} }}' for kind, name in (("input", "x"), ("output", "y")))
+    model = configured(folder, tensors)
+    given = np.full(model.inputs["x"].shape, 5, np.float32)
+    (answer,) = model.run({"x": given}, ["y"])
+    assert (answer.shape, answer.tolist()) == (given.shape, given.tolist())
+    with pytest.raises(ModelLoadError, match=r"gives 'x' dims \[2\]; the file has \[\]"):
+        configured(folder, 'input { name: "x" dims: [2] }')
 
 
 def test_the_batch_is_not_in_the_dims_that_are_told(tmp_path):

@@ -290,6 +290,55 @@ async def test_polling_follows_the_repository(tmp_path):
     polling.cancel()
 
 
+async def test_polling_follows_the_deletion_of_the_only_model_and_a_model_after_it(tmp_path):
+    models.mlp(tmp_path)
+    made = await store(tmp_path)
+    polling = asyncio.create_task(made.poll(0.01))
+    shutil.rmtree(tmp_path / "mlp")
+    async with asyncio.timeout(60):
+        while made.held.of("mlp"):
+            await asyncio.sleep(0.01)
+    assert await made.index() == []
+    models.add_sub(tmp_path)
+    async with asyncio.timeout(60):
+        while not made.held.of("add_sub"):
+            await asyncio.sleep(0.01)
+    polling.cancel()
+
+
+class Counting(Directory):
+    """Counts the polls that have ended."""
+
+    polls = 0
+
+    def fingerprint(self):
+        try:
+            return super().fingerprint()
+        finally:
+            self.polls += 1
+
+
+@pytest.mark.parametrize("left", ["an empty mount point", "nothing", "a file"])
+async def test_a_repository_that_is_lost_takes_no_model_with_it(tmp_path, left):
+    repository = tmp_path / "repository"
+    models.mlp(repository)
+    source = Counting(repository)
+    made = ModelStore(source, open_model, EXECUTOR)
+    await made.load_all()
+    repository.rename(tmp_path / "elsewhere")
+    if left == "an empty mount point":
+        repository.mkdir()
+    elif left == "a file":
+        repository.touch()
+    source.polls = 0
+    polling = asyncio.create_task(made.poll(0.001))
+    async with asyncio.timeout(60):
+        while source.polls < 5:  # two would be enough to follow a deletion
+            await asyncio.sleep(0.001)
+    assert made.held.of("mlp")
+    polling.cancel()
+
+
 async def test_polling_follows_a_version_that_is_a_link(tmp_path):
     releases = [models.mlp(tmp_path / f"release-{seed}", seed=seed) for seed in (0, 1)]
     version = tmp_path / "models/mlp/1"

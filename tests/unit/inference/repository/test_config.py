@@ -16,7 +16,7 @@ from services.inference.repository.config import (
 # Of Triton's fields those that are reported, as docs/models.md lists them.
 IGNORED = {
     *("runtime", "batch_input", "batch_output", "cc_model_filenames", "metric_tags", "model_repository_agents"),
-    *("model_metrics", "model_operations", "model_transaction_policy"),
+    *("model_metrics", "model_operations"),
     *("input.is_shape_tensor", "input.allow_ragged_batch", "input.is_non_linear_format_io"),
     *("output.is_shape_tensor", "output.is_non_linear_format_io"),
     *("optimization.priority", "optimization.input_pinned_memory", "optimization.gather_kernel_buffer_threshold"),
@@ -161,7 +161,9 @@ def test_an_unknown_name_is_said_in_one_line_with_the_nearest(text, said):
             'parameters { key: "ringmesh_semantic_embedding" value { string_value: "e" } }',
             ["ringmesh_semantic_embedding", "'e'", "beside ringmesh_semantic_threshold"],
         ),
-        ('input { name: "x" allow_ragged_batch: true }', ["x", "ragged"]),
+        ('input { name: "x" allow_ragged_batch: true }', ["allow_ragged_batch of x"]),
+        ('batch_input { target_name: "i" source_input: "x" }', ["batch_input for 'i'"]),
+        ('batch_output { target_name: "o" source_input: "x" }', ["batch_output for 'o'"]),
         ('input { name: "x" format: FORMAT_NCHW dims: [8] }', ["'x'", "FORMAT_NCHW", "[8]", "three"]),
         ('model_operations { op_library_filename: "libcustom.so" }', ["op_library_filename", "libcustom.so", "custom"]),
     ],

@@ -122,8 +122,8 @@ def test_a_size_is_1_or_more_or_free(path):
         ('{"input": [{"name": "x", "dataType": 99}]}', ["input.data_type is 99", "TYPE_FP32"]),
         ('input { name: "x" data_type: TYPE_FP8 }', ["TYPE_FP8"]),
         ('input { name: "x" } input { name: "x" }', ["input 'x'", "2 times"]),
-        ('output { name: "y" is_shape_tensor: true }', ["'y'", "shape tensor"]),
-        ('input { name: "x" is_non_linear_format_io: true }', ["'x'", "non-linear"]),
+        ('output { name: "y" is_shape_tensor: true }', ["'y'", "is_shape_tensor"]),
+        ('input { name: "x" is_non_linear_format_io: true }', ["'x'", "is_non_linear_format_io"]),
         ("dynamic_batching { max_queue_delay_microseconds: -1 }", ["-1"]),
         (
             f"dynamic_batching {{ max_queue_delay_microseconds: {2**64 - 1} }}",

@@ -174,6 +174,20 @@ def test_the_model_file_may_have_another_name(tmp_path):
     assert versions(tmp_path, "a")[0].model.name == "net.onnx"
 
 
+def test_the_model_file_may_be_a_folder_with_the_file(tmp_path):
+    write(tmp_path, "a", "1")
+    (tmp_path / "a/1/model.onnx").rename(tmp_path / "a/1/file")
+    (tmp_path / "a/1/model.onnx").mkdir()
+    with pytest.raises(RepositoryError, match=r"it has no model\.onnx/model\.onnx"):
+        versions(tmp_path, "a")
+    (tmp_path / "a/1/file").rename(tmp_path / "a/1/model.onnx/model.onnx")
+    assert versions(tmp_path, "a")[0].model == tmp_path / "a/1/model.onnx/model.onnx"
+    (tmp_path / "a/1/model.onnx").rename(tmp_path / "outside")
+    (tmp_path / "a/1/model.onnx").symlink_to(tmp_path / "outside")
+    with pytest.raises(RepositoryError, match=r"model\.onnx is a link out of it"):
+        versions(tmp_path, "a")
+
+
 @pytest.mark.parametrize("what", ["missing", "empty", "file"])
 def test_a_repository_that_cannot_be_served_is_named(tmp_path, what):
     repository = tmp_path / "repository"

@@ -111,6 +111,13 @@ def test_a_model_that_no_worker_could_load_is_unavailable_with_the_reason():
     assert Catalog([[version("bad", number=2)]], failed).find("bad", "2").version == "2"
 
 
+def test_where_workers_hold_no_model_any_is_unknown_and_without_workers_none_can_be_served():
+    with pytest.raises(NotFoundError, match="'m' is not found"):
+        Catalog([[]]).find("m", "")
+    with pytest.raises(UnavailableError, match="no worker is connected"):
+        Catalog([]).find("m", "")
+
+
 def test_a_message_is_clipped_between_two_characters():
     said = InvalidArgumentError("é" * 900).message
     assert said == "é" * 500 + "…"

@@ -36,6 +36,7 @@ def test_a_version_that_is_not_served_is_told_with_its_cause(name, version, erro
 def test_no_other_model_is_named_unless_its_name_is_almost_the_same():
     message = absent("nobody", "", HELD, FAILED).message
     assert not any(name in message for name in (*HELD, *FAILED))
+    assert "mlp" not in absent("mlq", "", HELD, FAILED, suggests=False).message
 
 
 def test_the_nearest_of_many_names_is_sought_among_few():
