@@ -370,7 +370,7 @@ def test_the_same_question_is_answered_from_the_cache_until_its_roll_up_changes(
     question = {"tenant": tenant, "from_ms": now_ms() - HOUR_MS, "until_ms": now_ms() + HOUR_MS}
     answers = [ledger.report("tenant", **question)]
     assert not answers[0].cached
-    # A cache that was slow to answer is not asked for some seconds.
+    # Answers are stored in the background, and a cache that was slow to answer is not asked for a second.
     eventually(lambda: answers.append(ledger.report("tenant", **question)) or answers[-1].cached)
     assert answers[0].rows == answers[-1].rows
     sender.append([miss(tenant)])

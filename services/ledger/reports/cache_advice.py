@@ -10,8 +10,8 @@ from ringmesh.ledger.v1 import ledger_pb2
 from services.ledger.reports.miss_ratio import Curve, LookUp
 from services.ledger.reports.rating import Rating
 from services.ledger.reports.time_range import TimeRange
+from services.ledger.storage import kinds
 from services.ledger.storage.database import Connection
-from services.ledger.storage.kinds import IS_HIT
 from services.ledger.storage.times import HOUR_MS, utc
 
 # Samples that are replayed: beyond, keys below a lower threshold.
@@ -31,7 +31,7 @@ _SAMPLES = (
 _ASKED = (
     "SELECT s.model || '/' || s.version AS model, k.outcome <> 'bypass' AS cacheable, s.worker_type, "
     "sum(u.requests)::bigint AS requests, sum(u.saved_us)::bigint AS saved_us, "
-    f"coalesce(sum(u.requests) FILTER (WHERE {IS_HIT}), 0)::bigint AS hits "
+    "coalesce(sum(u.requests) FILTER (WHERE u.kind = ANY($4)), 0)::bigint AS hits "
     "FROM usage u JOIN series s ON s.id = u.series "
     "JOIN kind k ON k.id = u.kind WHERE u.at >= $1 AND u.at < $2 AND k.status = 'OK' "
     "AND ($3 = '' OR s.worker_type = $3) GROUP BY 1, 2, 3"
@@ -66,7 +66,8 @@ class CacheAdvice:
         threshold = below * 256 if count <= _MOST_SAMPLES else max(1, below * 256 * _MOST_SAMPLES // count)
         self._share = threshold / 65536
         self._samples = await connection.fetch(_SAMPLES, begin, end, threshold, worker_type)
-        self._asked = await connection.fetch(_ASKED, begin, end, worker_type)
+        hits = (await kinds.numbers(connection)).hits
+        self._asked = await connection.fetch(_ASKED, begin, end, worker_type, hits)
 
     def advise(self) -> tuple[list[ledger_pb2.CacheSize], list[ledger_pb2.Recommendation]]:
         """By size, and what to do. On a thread: it takes seconds."""

@@ -30,9 +30,10 @@ def apportioned(weights: Sequence[int], total: int) -> list[int]:
     whole = sum(weights)
     if not whole:
         return [0] * len(weights)
-    parts = [weight * total // whole for weight in weights]
+    divided = [divmod(weight * total, whole) for weight in weights]
+    parts, remainders = ([one[place] for one in divided] for place in (0, 1))
     left = total - sum(parts)
-    by_remainder = sorted(range(len(weights)), key=lambda place: weights[place] * total % whole, reverse=True)
+    by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
     for place in by_remainder[:left]:
         parts[place] += 1
     return parts

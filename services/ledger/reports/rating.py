@@ -35,6 +35,7 @@ class Rating:
     def __init__(self, book: PriceBook, boundaries: Sequence[int]) -> None:
         self._book = book
         self._boundaries = boundaries
+        self._rates: dict[tuple[str, int], int] = {}
         self._missing: set[tuple[str, int]] = set()
 
     def amounts(self, sums: Sums) -> Amounts:
@@ -74,8 +75,11 @@ class Rating:
         return [f"{one}: it is not in the cost" for one in missing]
 
     def _rate(self, worker_type: str, segment: int) -> int:
-        price = self.price(worker_type, segment)
-        if price is None:
-            self._missing.add((worker_type, segment))
-            return 0
-        return self._book.rate(price)
+        key = (worker_type, segment)
+        rate = self._rates.get(key)
+        if rate is None:
+            price = self.price(worker_type, segment)
+            if price is None:
+                self._missing.add(key)
+            rate = self._rates[key] = 0 if price is None else self._book.rate(price)
+        return rate

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
 
-from services.ledger.storage import rollups
+from services.ledger.storage import kinds, rollups
 from services.ledger.storage.cubes import CUBES
 from services.ledger.storage.database import Connection, Database
-from services.ledger.storage.kinds import IS_ERROR, IS_HIT
 from services.ledger.storage.partitions import Partitions
 from services.ledger.storage.rollups import MEASURES
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
 
-_SUMS = {
-    "hits": f"u.requests * {IS_HIT}::int",
-    "errors": f"u.requests * {IS_ERROR}::int",
-    "error_us": f"u.compute_us * {IS_ERROR}::int",
+# $3 and $4 are the fields of `kinds.KindNumbers`.
+_OF_RECORDS = {
+    "hits": "CASE WHEN u.kind = ANY($3) THEN u.requests ELSE 0 END",
+    "errors": "CASE WHEN u.kind = ANY($4) THEN u.requests ELSE 0 END",
+    "error_us": "CASE WHEN u.kind = ANY($4) THEN u.compute_us ELSE 0 END",
 }
 _NAMES = ", ".join(MEASURES)
-_FROM_RECORDS = ", ".join(f"sum({_SUMS.get(name, f'u.{name}')})::bigint AS {name}" for name in MEASURES)
-_FROM_CELLS = ", ".join(f"sum(u.{name})::bigint" for name in MEASURES)
+_FROM_RECORDS = ", ".join(f"bigint_sum({_OF_RECORDS.get(name, f'u.{name}')})" for name in MEASURES)
+_FROM_CELLS = ", ".join(f"bigint_sum(u.{name})" for name in MEASURES)
 
 
 async def rebuild(database: Database, partitions: Partitions, day: date, now: datetime) -> tuple[int, int]:
@@ -48,27 +48,29 @@ async def rebuild(database: Database, partitions: Partitions, day: date, now: da
                 field="day",
             )
         # Of cells that were just inserted PostgreSQL has no statistics, and would read all margins for each of them.
-        await connection.execute("SET LOCAL enable_nestloop = off")
+        await connection.execute("SET LOCAL enable_nestloop = off; SET LOCAL jit = off")
         # Each grain from the one before, the finest from the records.
-        source, sums = "usage u JOIN kind k ON k.id = u.kind", _FROM_RECORDS
+        source, sums = "usage u", _FROM_RECORDS
+        arguments: tuple[object, ...] = (*bounds, *await kinds.numbers(connection))
         for grain in rollups.GRAINS:
             for tables in ("rollup", "margin"):
                 await connection.execute(f"DELETE FROM {tables}_{grain} WHERE at >= $1 AND at < $2", *bounds)
             if grain != "minute" or keeps_minutes:
-                await _fill(connection, grain, source, sums, bounds)
-                source, sums = f"rollup_{grain} u", _FROM_CELLS
+                await _fill(connection, grain, source, sums, arguments)
+                source, sums, arguments = f"rollup_{grain} u", _FROM_CELLS, bounds
         await rollups.touch(connection, [day])
     partitions.made([day])
     return records, requests
 
 
-async def _fill(connection: Connection, grain: str, source: str, sums: str, bounds: tuple[datetime, datetime]) -> None:
-    """The cells of a day. Margins are there since its records were written."""
+async def _fill(connection: Connection, grain: str, source: str, sums: str, arguments: tuple[object, ...]) -> None:
+    """The cells of a day, whose bounds are the first two of `arguments`. Margins are there since its records were
+    written."""
     await connection.execute(
         f"INSERT INTO rollup_{grain} (at, series, {_NAMES}) "
         f"SELECT date_trunc('{grain}', u.at, 'UTC'), u.series, {sums} FROM {source} "
         "WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2 ORDER BY 1, 2",
-        *bounds,
+        *arguments,
     )
     for cube, names in CUBES.items():
         same = " AND ".join(f"m.{name} = s.{name}" for name in (*names, "worker_type"))
@@ -76,5 +78,5 @@ async def _fill(connection: Connection, grain: str, source: str, sums: str, boun
             f"INSERT INTO margin_{grain} (at, series, {_NAMES}) SELECT u.at, m.id, {_FROM_CELLS} "
             f"FROM rollup_{grain} u JOIN series s ON s.id = u.series JOIN margin m ON m.cube = '{cube}' AND {same} "
             "WHERE u.at >= $1 AND u.at < $2 GROUP BY 1, 2 ORDER BY 1, 2",
-            *bounds,
+            *arguments[:2],
         )

@@ -1,13 +1,14 @@
 """Answers of reports in the fleet's cache, `ringmesh.cache.v1`.
 
 A key names the question, the prices, and the version of the roll-ups of each day that it covers: what changed is not
-found any more, so nothing has to be deleted. A cache that is down or slow is skipped.
+found any more, so nothing has to be deleted. A cache that is down or slow is skipped for a second.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import grpc
 from blake3 import blake3
@@ -22,10 +23,13 @@ from services.ledger.storage.times import DAY_MS, day_of
 from services.runtime.rpc.access import CREDENTIAL
 from services.runtime.rpc.client_metadata import sending
 from services.runtime.rpc.service_tls import ServiceTls, open_channel
+from services.runtime.telemetry.supervisor import BACKGROUND
 
 _NAMESPACE = "ringmesh-ledger"
-_SECONDS = 0.1
-_SKIP_SECONDS = 5.0
+# A caller waits for a look-up, and nobody for what is stored.
+_GET_SECONDS = 0.1
+_PUT_SECONDS = 5.0
+_SKIP_SECONDS = 1.0
 _TTL_MS = DAY_MS
 
 
@@ -48,32 +52,37 @@ class ReportCache:
         if self._stub is None or time.monotonic() < self._skip_until:
             return None
         try:
-            answer = await self._stub.Get(cache_pb2.GetRequest(key=key, namespace=_NAMESPACE), timeout=_SECONDS)
-            if not answer.HasField("entry"):
-                self.misses += 1
-                return None
+            answer = await self._stub.Get(cache_pb2.GetRequest(key=key, namespace=_NAMESPACE), timeout=_GET_SECONDS)
+        except grpc.aio.AioRpcError:
+            self.failures += 1
+            self._skip_until = time.monotonic() + _SKIP_SECONDS
+            return None
+        if not answer.HasField("entry"):
+            self.misses += 1
+            return None
+        try:
             found = ledger_pb2.ReportResponse.FromString(answer.entry.value)
-        except (grpc.aio.AioRpcError, DecodeError):
-            self._failed()
+        except DecodeError:
+            self.failures += 1
             return None
         self.hits += 1
         found.cached = True
         return found
 
-    async def put(self, key: bytes, answer: ledger_pb2.ReportResponse, compute_us: int) -> None:
+    def put(self, key: bytes, answer: ledger_pb2.ReportResponse, compute_us: int) -> None:
+        """In the background. One that fails says nothing of look-ups: the cache may refuse what is too large."""
         if self._stub is None or time.monotonic() < self._skip_until:
             return
         request = cache_pb2.PutRequest(
             key=key, value=answer.SerializeToString(), compute_us=compute_us, namespace=_NAMESPACE, ttl_ms=_TTL_MS
         )
-        try:
-            await self._stub.Put(request, timeout=_SECONDS)
-        except grpc.aio.AioRpcError:
-            self._failed()
+        BACKGROUND.once("report cache", partial(self._put, self._stub, request))
 
-    def _failed(self) -> None:
-        self.failures += 1
-        self._skip_until = time.monotonic() + _SKIP_SECONDS
+    async def _put(self, stub: cache_pb2_grpc.CacheServiceAsyncStub, request: cache_pb2.PutRequest) -> None:
+        try:
+            await stub.Put(request, timeout=_PUT_SECONDS)
+        except grpc.aio.AioRpcError:
+            self.failures += 1
 
 
 async def versions(connection: Connection, ranges: Sequence[TimeRange]) -> bytes:

@@ -53,10 +53,13 @@ class Reports:
         async with self._database.reading() as connection:
             book = await self._prices.book(connection)
             key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))
-            if (found := await self._cache.get(key)) is not None:
-                return found
+        # No session waits for the cache. What is read in a transaction of its own may be newer than the key says, and
+        # is never older.
+        if (found := await self._cache.get(key)) is not None:
+            return found
+        async with self._database.reading() as connection:
             answer = await usage_report(connection, book, question)
-        await self._cache.put(key, answer, (time.perf_counter_ns() - began) // 1000)
+        self._cache.put(key, answer, (time.perf_counter_ns() - began) // 1000)
         return answer
 
     async def requests(self, question: UsageQuestion, trace_id: str) -> ledger_pb2.ReportResponse:

@@ -26,32 +26,38 @@ class Sums(NamedTuple):
 
 
 def statement(parts: Iterable[Piece], groups: Sequence[str], filters: Mapping[str, str]) -> tuple[str, list[Any]]:
-    """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` are values of COLUMNS."""
+    """The query and its arguments. `groups` are of COLUMNS or "day"; `filters` are values of COLUMNS.
+
+    Cells are summed by the number of their series first, and those sums by name: to sum cells by name takes twice as
+    long.
+    """
     cube = smallest([*(group for group in groups if group != "day"), *filters])
-    tables = "margin" if cube else "rollup"
+    tables, series = ("margin", "margin") if cube else ("rollup", "series")
     arguments: list[Any] = []
-    day = ", date_trunc('day', at, 'UTC') AS day" if "day" in groups else ""
+    wanted = [f"s.cube = '{cube}'"] if cube else []
+    for name, value in filters.items():
+        assert name in COLUMNS
+        arguments.append(value)
+        wanted.append(f"s.{name} = ${len(arguments)}")
+    where = f"WHERE {' AND '.join(wanted)}" if wanted else ""
+    filtered = f"AND series IN (SELECT id FROM {series} s {where}) " if filters else ""
+    day, truncated = ("day, ", "date_trunc('day', at, 'UTC') AS day, ") if "day" in groups else ("", "")
     names = ", ".join(MEASURES)
     selects = []
     for piece in parts:
         arguments += (utc(piece.from_ms), utc(piece.until_ms))
         end = len(arguments)
         selects.append(
-            f"SELECT {piece.segment} AS segment{day}, series, {names} FROM {tables}_{piece.grain} "
-            f"WHERE at >= ${end - 1} AND at < ${end}"
+            f"SELECT {piece.segment} AS segment, {truncated}series, {names} FROM {tables}_{piece.grain} "
+            f"WHERE at >= ${end - 1} AND at < ${end} {filtered}"
         )
-    wanted = [f"s.cube = '{cube}'"] if cube else []
-    for name, value in filters.items():
-        assert name in COLUMNS
-        arguments.append(value)
-        wanted.append(f"s.{name} = ${len(arguments)}")
+    sums = ", ".join(f"bigint_sum({name}) AS {name}" for name in MEASURES)
     keys = "".join("day, " if group == "day" else f"s.{group}, " for group in groups)
     numbers = ", ".join(str(place + 1) for place in range(len(groups) + 2))
-    sums = ", ".join(f"sum({name})::bigint" for name in MEASURES)
     return (
-        f"SELECT {keys}segment, s.worker_type, {sums} FROM ({' UNION ALL '.join(selects)}) AS u "
-        f"JOIN {'margin' if cube else 'series'} s ON s.id = u.series "
-        f"{'WHERE ' + ' AND '.join(wanted) if wanted else ''} GROUP BY {numbers}"
+        f"SELECT {keys}segment, s.worker_type, {sums} FROM (SELECT segment, {day}series, {sums} "
+        f"FROM ({'UNION ALL '.join(selects)}) AS cells GROUP BY segment, {day}series) AS u "
+        f"JOIN {series} s ON s.id = u.series {where} GROUP BY {numbers}"
     ), arguments
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from operator import add
+from typing import Any, NamedTuple
 
 from ringmesh.ledger.v1 import ledger_pb2
 
@@ -34,9 +35,21 @@ _NOTHING = Amounts()
 _REQUESTS = MEASURES.index("requests")
 
 
+class _Money(NamedTuple):
+    """Fields of a row, in nano-units."""
+
+    cost_nano: int
+    saved_nano: int
+    error_nano: int
+    previous_cost_nano: int
+
+
+_MONEY = _Money._fields
+
+
 @dataclass(slots=True)
 class _Row:
-    measures: list[int] = field(default_factory=lambda: [0] * len(MEASURES))
+    measures: tuple[int, ...] = (0,) * len(MEASURES)
     amounts: Amounts = _NOTHING
     previous: Amounts = _NOTHING
 
@@ -46,28 +59,24 @@ async def usage_report(connection: Connection, book: PriceBook, question: UsageQ
     warnings: list[str] = []
     rows: dict[tuple[str, ...], _Row] = {}
     for sums, amounts in await _rated(connection, book, question, question.range, warnings):
-        row = rows.setdefault(sums.group, _Row())
-        row.measures = [a + b for a, b in zip(row.measures, sums.measures, strict=True)]
-        row.amounts = row.amounts.plus(amounts)
+        if (row := rows.get(sums.group)) is None:
+            rows[sums.group] = _Row(sums.measures, amounts)
+        else:
+            row.measures = tuple(map(add, row.measures, sums.measures))
+            row.amounts = row.amounts.plus(amounts)
     if question.before is not None:
         for sums, amounts in await _rated(connection, book, question, question.before, warnings):
             row = rows.setdefault(sums.group, _Row())
             row.previous = row.previous.plus(amounts)
-    money, totals = _money(list(rows.values()), book.denominator)
-    shown = _order(list(rows.items()), money, question)[: question.limit] if question.groups else []
-    keys, all_rows = list(rows), list(rows.values())
+    all_rows = list(rows.values())
+    money, total = _money(all_rows, book.denominator)
+    shown = _order(list(rows), all_rows, money, question)[: question.limit] if question.groups else []
+    keys = list(rows)
     measures = [sum(column) for column in zip(*(row.measures for row in all_rows), strict=True)] or [0] * len(MEASURES)
+    fields = (*question.groups, *MEASURES, *_MONEY)
     return ledger_pb2.ReportResponse(
-        rows=[
-            _row(
-                all_rows[place].measures,
-                {name: parts[place] for name, parts in money.items()},
-                question.groups,
-                keys[place],
-            )
-            for place in shown
-        ],
-        total=_row(measures, totals, (), ()),
+        rows=[_message(fields, (*keys[place], *all_rows[place].measures, *money[place])) for place in shown],
+        total=_message((*MEASURES, *_MONEY), (*measures, *total)),
         from_ms=question.range.from_ms,
         until_ms=question.range.until_ms,
         currency=book.currency,
@@ -87,44 +96,38 @@ async def _rated(
     return rated
 
 
-def _money(rows: Sequence[_Row], denominator: int) -> tuple[dict[str, list[int]], dict[str, int]]:
+def _money(rows: Sequence[_Row], denominator: int) -> tuple[list[_Money], _Money]:
     """Of each row, and in total: each kind rounded once, and divided among the rows."""
-    money: dict[str, list[int]] = {}
-    totals: dict[str, int] = {}
-    for name, weights in (
-        ("cost_nano", [row.amounts.cost for row in rows]),
-        ("saved_nano", [row.amounts.saved for row in rows]),
-        ("error_nano", [row.amounts.error for row in rows]),
-        ("previous_cost_nano", [row.previous.cost for row in rows]),
-    ):
-        totals[name] = rounded(sum(weights), denominator)
-        money[name] = apportioned(weights, totals[name])
-    return money, totals
+    columns = (
+        [row.amounts.cost for row in rows],
+        [row.amounts.saved for row in rows],
+        [row.amounts.error for row in rows],
+        [row.previous.cost for row in rows],
+    )
+    total = _Money(*(rounded(sum(weights), denominator) for weights in columns))
+    parts = map(apportioned, columns, total)
+    return list(map(_Money, *parts)), total
 
 
 def _order(
-    rows: Sequence[tuple[tuple[str, ...], _Row]], money: Mapping[str, Sequence[int]], question: UsageQuestion
+    keys: Sequence[tuple[str, ...]], rows: Sequence[_Row], money: Sequence[_Money], question: UsageQuestion
 ) -> list[int]:
     """Places of the rows as they are shown."""
-    cost, saved, previous = money["cost_nano"], money["saved_nano"], money["previous_cost_nano"]
 
     def rank(place: int) -> tuple[str | int, ...]:
-        key, row = rows[place]
+        key, requests = keys[place], rows[place].measures[_REQUESTS]
+        cost, saved, _, previous = money[place]
         if question.before is not None:
-            return -abs(cost[place] - previous[place]), -row.measures[_REQUESTS], *key
+            return -abs(cost - previous), -requests, *key
         if "day" in question.groups:
-            return key[question.groups.index("day")], -cost[place], *key
-        return -cost[place], -saved[place], -row.measures[_REQUESTS], *key
+            return key[question.groups.index("day")], -cost, *key
+        return -cost, -saved, -requests, *key
 
     return sorted(range(len(rows)), key=rank)
 
 
-def _row(
-    measures: Sequence[int], money: Mapping[str, int], groups: Sequence[str], key: Sequence[str]
-) -> ledger_pb2.ReportRow:
-    names: dict[str, Any] = dict(zip(groups, key, strict=True))
-    numbers: dict[str, Any] = {**dict(zip(MEASURES, measures, strict=True)), **money}
-    row = ledger_pb2.ReportRow(**names, **numbers)
+def _message(fields: Sequence[str], values: Sequence[Any]) -> ledger_pb2.ReportRow:
+    row = ledger_pb2.ReportRow(**dict(zip(fields, values, strict=True)))
     if row.requests:
         row.cost_per_1000_nano = rounded(row.cost_nano * 1000, row.requests)
     return row

@@ -37,7 +37,6 @@ _SETTINGS = {
     "max_wal_size": "4GB",
     "checkpoint_timeout": "15min",
     "wal_compression": "pglz",
-    "jit": "off",
     "log_min_messages": "warning",
     "log_checkpoints": "off",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
+
+from services.ledger.storage.database import Connection
 
 
 class UsageKind(NamedTuple):
@@ -21,6 +23,18 @@ class UsageKind(NamedTuple):
         return self.status != "OK"
 
 
-# The same in SQL, of the table `kind` as k.
-IS_HIT: Final = "(k.status = 'OK' AND (k.outcome LIKE 'hit-%' OR k.outcome = 'joined'))"
-IS_ERROR: Final = "(k.status <> 'OK')"
+class KindNumbers(NamedTuple):
+    """Numbers of the kinds that count as hits, and of those that count as errors."""
+
+    hits: list[int]
+    errors: list[int]
+
+
+async def numbers(connection: Connection) -> KindNumbers:
+    """Of all kinds, for queries: which of them count as what is said in `UsageKind` alone."""
+    rows = await connection.fetch("SELECT id, outcome, status FROM kind")
+    kinds = {row["id"]: UsageKind(row["outcome"], row["status"]) for row in rows}
+    return KindNumbers(
+        [number for number, kind in kinds.items() if kind.is_hit],
+        [number for number, kind in kinds.items() if kind.is_error],
+    )
