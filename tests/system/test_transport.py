@@ -149,10 +149,15 @@ def test_deflate_is_unimplemented_and_named(channel, path):
     assert "deflate" in details
 
 
-def test_a_message_that_is_small_only_when_compressed_is_refused(serving, channel):
-    code, details = refusal(channel.unary_unary(INFER), bytes(MAX_MESSAGE_BYTES + 1), compression=grpc.Compression.Gzip)
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_a_message_of_the_largest_size_is_served_and_one_more_byte_is_refused(serving, compression):
+    with grpc.insecure_channel(serving.address, [("grpc.max_receive_message_length", -1)], compression) as channel:
+        infer = channel.unary_unary(INFER)
+        assert len(infer(bytes(MAX_MESSAGE_BYTES), timeout=60)) == MAX_MESSAGE_BYTES
+        code, details = refusal(infer, bytes(MAX_MESSAGE_BYTES + 1))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in details
+    assert str(MAX_MESSAGE_BYTES) in details
     assert is_well(serving)
 
 

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import re
 import tempfile
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,13 +14,6 @@ from starlette.requests import Request
 from services.console.data.sources import Sources
 from services.console.data.trace_store import TraceStore
 from services.console.pages import traces_page
-from services.ledger.api.service import LedgerService
-from services.ledger.reports.budgets import BudgetList
-from services.ledger.reports.price_list import PriceList
-from services.ledger.reports.report_cache import ReportCache
-from services.ledger.reports.reports import Reports
-from services.ledger.storage.partitions import Partitions, Retention
-from services.ledger.storage.price_table import NO_END_MS
 from services.ledger.storage.times import utc
 from services.runtime.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
 from services.runtime.rpc.audit_log import AuditLog
@@ -30,78 +21,23 @@ from services.runtime.rpc.audit_service import pages
 from services.runtime.rpc.rpc import parse
 from tests.fuzz.target import target
 from tests.unit.console.data.test_trace_store import span
+from tests.unit.ledger.empty_ledger import LEDGER, NOW
 
 _LOOP = asyncio.new_event_loop()
-_NOW = 1_780_000_000.0
-_PRICE = ("cpu", utc(0), utc(NO_END_MS), 10**9, "cpu", 2, 0, 0)
 
 
-class _Connection:
-    """PostgreSQL with one price and nothing else, which takes what the real one does."""
-
-    async def fetch(self, sql, *arguments):
-        named = {int(number) for number in re.findall(r"\$(\d+)", sql)}
-        assert named == set(range(1, len(arguments) + 1)), sql
-        for argument in arguments:
-            _check(argument)
-        return [_PRICE] if " FROM price " in sql else []
-
-    async def fetchrow(self, sql, *arguments):
-        await self.fetch(sql, *arguments)
-        return 256, 0
-
-    async def fetchval(self, sql, *arguments):
-        await self.fetch(sql, *arguments)
-        return 0
-
-    async def execute(self, sql, *arguments):
-        await self.fetch(sql, *arguments)
-        return "DELETE 0"
-
-    async def executemany(self, sql, rows):
-        for row in rows:
-            await self.fetch(sql, *row)
-
-
-def _check(argument):
-    if isinstance(argument, str):
-        assert "\0" not in argument
-        argument.encode()
-    elif isinstance(argument, int):
-        assert -1 << 63 <= argument < 1 << 63
-    elif isinstance(argument, datetime):
-        assert argument.tzinfo is not None
-
-
-class _Database:
-    @asynccontextmanager
-    async def reading(self, seconds=None):
-        yield _Connection()
-
-    writing = changing = reading
-
-
-def _service():
-    database, clock = _Database(), lambda: _NOW
-    retention = Retention(30, 30, 400)
-    prices, partitions = PriceList(database, "EUR"), Partitions(retention)
-    reports = Reports(database, prices, ReportCache(None, ""), retention, clock)
-    return LedgerService(database, partitions, None, prices, reports, BudgetList(database, prices, clock), clock)
-
-
-_LEDGER = _service()
 _METHODS = (
-    (ledger_pb2.ReportRequest, _LEDGER._report),
-    (ledger_pb2.BillRequest, _LEDGER._bill),
-    (ledger_pb2.AdviseRequest, _LEDGER._advise),
-    (ledger_pb2.RebuildRequest, _LEDGER._rebuild),
-    (ledger_pb2.SetPriceRequest, _LEDGER._set_price),
-    (ledger_pb2.DeletePriceRequest, _LEDGER._delete_price),
-    (ledger_pb2.SetBudgetRequest, _LEDGER._set_budget),
-    (ledger_pb2.DeleteBudgetRequest, _LEDGER._delete_budget),
-    (ledger_pb2.LeaseRequest, _LEDGER._lease),
+    (ledger_pb2.ReportRequest, LEDGER._report),
+    (ledger_pb2.BillRequest, LEDGER._bill),
+    (ledger_pb2.AdviseRequest, LEDGER._advise),
+    (ledger_pb2.RebuildRequest, LEDGER._rebuild),
+    (ledger_pb2.SetPriceRequest, LEDGER._set_price),
+    (ledger_pb2.DeletePriceRequest, LEDGER._delete_price),
+    (ledger_pb2.SetBudgetRequest, LEDGER._set_budget),
+    (ledger_pb2.DeleteBudgetRequest, LEDGER._delete_budget),
+    (ledger_pb2.LeaseRequest, LEDGER._lease),
 )
-_BEGIN = int(_NOW - 7200) * 1000 // 3_600_000 * 3_600_000
+_BEGIN = int(NOW - 7200) * 1000 // 3_600_000 * 3_600_000
 _BUDGET = ledger_pb2.Budget(tenant="t", model="m", period=ledger_pb2.PERIOD_DAY, hard_nano=5, currency="EUR")
 _USE = ledger_pb2.BudgetUse(tenant="t", period=ledger_pb2.PERIOD_MONTH, unsent_nano=7)
 _GROUPS = [ledger_pb2.GROUP_TENANT, ledger_pb2.GROUP_DAY, ledger_pb2.GROUP_MODEL]
