@@ -12,7 +12,7 @@ from tests.fuzz.target import TARGETS
 def main() -> None:
     module, name, *options = sys.argv[1:]
     # Interpreted sources: atheris counts branches of bytecode.
-    with atheris.instrument_imports(include=["cache", "router", "services"]):
+    with atheris.instrument_imports(include=["cache", "jwt", "router", "services"]):
         importlib.import_module(module)
     logging.disable(logging.CRITICAL)
     atheris.Setup([sys.argv[0], *options], TARGETS[name].run)

@@ -1,6 +1,7 @@
 """What callers and networks may do at the level of gRPC and HTTP/2, the same on both engines."""
 
 import asyncio
+import itertools
 import struct
 import threading
 from contextlib import suppress
@@ -9,6 +10,7 @@ import grpc
 import pytest
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
+from services.runtime.driver import ON_LOOP
 from services.runtime.oip import protocol
 from services.runtime.rpc import backlog, server
 from services.runtime.rpc.rpc import MAX_METADATA_BYTES, Answer
@@ -16,6 +18,7 @@ from services.runtime.rpc.server import Engine, Server
 from tests.system import raw_http2
 from tests.system.conftest import eventually
 from tests.system.raw_http2 import (
+    ACK,
     CONTINUATION,
     DATA,
     END_HEADERS,
@@ -62,7 +65,8 @@ class Serving:
 
     async def _start(self, engine, answer, options):
         async def infer(data, metadata, deadline):
-            return answer(data)
+            made = answer(data)
+            return await made if asyncio.iscoroutine(made) else made
 
         service = protocol.service(lambda: True, {}, {"ModelInfer": infer})
         limits = {"max_message_bytes": MAX_MESSAGE_BYTES, "max_connection_age": 3600}
@@ -145,10 +149,15 @@ def test_deflate_is_unimplemented_and_named(channel, path):
     assert "deflate" in details
 
 
-def test_a_message_that_is_small_only_when_compressed_is_refused(serving, channel):
-    code, details = refusal(channel.unary_unary(INFER), bytes(MAX_MESSAGE_BYTES + 1), compression=grpc.Compression.Gzip)
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_a_message_of_the_largest_size_is_served_and_one_more_byte_is_refused(serving, compression):
+    with grpc.insecure_channel(serving.address, [("grpc.max_receive_message_length", -1)], compression) as channel:
+        infer = channel.unary_unary(INFER)
+        assert len(infer(bytes(MAX_MESSAGE_BYTES), timeout=60)) == MAX_MESSAGE_BYTES
+        code, details = refusal(infer, bytes(MAX_MESSAGE_BYTES + 1))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in details
+    assert str(MAX_MESSAGE_BYTES) in details
     assert is_well(serving)
 
 
@@ -172,6 +181,69 @@ def test_a_client_learns_how_many_streams_it_may_have(serving):
         first = client.until(lambda got: got.kind == SETTINGS and got.payload)
         settings = dict(struct.iter_unpack(">HI", first.payload))
         assert settings[3] == 1024
+
+
+class Held:
+    """A server whose calls wait until `release`."""
+
+    def __init__(self, engine):
+        self.begun = self.at_once = self.most_at_once = 0
+        self._released = asyncio.Event()
+        self.serving = Serving(engine, self._answer)
+
+    async def _answer(self, data):
+        await ON_LOOP
+        self.begun += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await self._released.wait()
+        self.at_once -= 1
+        return Answer(data, ())
+
+    def release(self):
+        self.serving.loop.call_soon_threadsafe(self._released.set)
+
+
+@pytest.fixture(params=list(Engine))
+def held(request):
+    held = Held(request.param)
+    yield held
+    held.serving.close()
+
+
+def test_a_connection_has_1024_calls_at_once_and_one_more_is_refused_alone(held):
+    with RawClient(held.serving.port) as client:
+        client.send(frame(SETTINGS, ACK, 0))
+        streams = [2 * number + 1 for number in range(1024)]
+        for stream in streams:
+            client.call(stream, CALL)
+        eventually(lambda: held.begun == 1024)
+        client.call(2049, CALL)
+        assert client.outcome(2049) == "reset"
+        held.release()
+        ended = {}
+        while len(ended) < 1024:
+            got = client.until(lambda got: got.kind == HEADERS and got.flags & END_STREAM)
+            ended[got.stream] = int(got.headers["grpc-status"])
+        assert ended == dict.fromkeys(streams, OK)
+        assert held.begun == 1024
+        later = itertools.count(2051, 2)
+        eventually(lambda: answered(client, next(later)))  # once the engine has freed their places
+
+
+def answered(client, stream):
+    client.call(stream, CALL)
+    return client.outcome(stream) == OK
+
+
+def test_a_client_queues_the_calls_beyond_1024(held):
+    with grpc.insecure_channel(held.serving.address) as channel:
+        infer = channel.unary_unary(INFER)
+        calls = [infer.future(b"%d" % number, timeout=60) for number in range(1025)]
+        eventually(lambda: held.begun == 1024)
+        held.release()
+        assert [int(call.result()) for call in calls] == [*range(1025)]
+    assert held.most_at_once == 1024
 
 
 @pytest.mark.parametrize(

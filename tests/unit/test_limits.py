@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from ringmesh.cache.v1 import cache_pb2
+from ringmesh.ledger.v1 import ledger_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,17 +15,24 @@ from starlette.requests import Request
 from cache.api import service as cache_service
 from cache.policy import cache_control
 from services.console.pages import form
+from services.inference.codec import request as codec_request
 from services.inference.codec import shared_memory
 from services.inference.repository import config_rules, repository
 from services.inference.repository.config import ConfigError
+from services.ledger.api import service as ledger_service
 from services.ledger.ingest import batch
+from services.ledger.reports import advice, time_range
+from services.ledger.storage.times import DAY_MS, HOUR_MS
 from services.runtime import request_limits, w3c, wire
 from services.runtime.errors import InvalidArgumentError, ResourceExhaustedError
 from services.runtime.oip import protocol, request_check
 from services.runtime.rpc import exposition, rpc, server
 from services.runtime.telemetry.metrics import Metrics
+from tests.unit.ledger.empty_ledger import LEDGER
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operations.md"
+AT_MS = 1_764_000_000_000
+BATCH = {name: most for name, _, most in batch._ENTRIES}
 REFUSED = (InvalidArgumentError, ResourceExhaustedError, ConfigError)
 
 
@@ -72,6 +81,33 @@ def check_warmup(elements):
 def check_labels(folder, size):
     (folder / "labels").write_bytes(bytes(size))
     repository._labels(folder, "labels")
+
+
+def check_batch(**fields):
+    data = ledger_pb2.Batch(format=1, **fields).SerializeToString()
+    made = ledger_pb2.AppendRequest(router_id="r", start_epoch=1, sequence=1, batch=data)
+    made.digest = blake3(data).digest(16)
+    return batch.read(made)
+
+
+def check_records(count):
+    dimensions = [ledger_pb2.Dimension(status="OK")]
+    read = check_batch(dimensions=dimensions, at_ms=[AT_MS] * count, dimension=[0] * count, requests=[1] * count)
+    assert read.records == count
+
+
+def ask_ledger(name, **fields):
+    kind = {"_report": ledger_pb2.ReportRequest, "_advise": ledger_pb2.AdviseRequest}[name]
+    return asyncio.run(getattr(LEDGER, name)(kind(**fields), None))
+
+
+def check_shared_bytes(size):
+    made = request()
+    for name in ("a", "b"):
+        region = made.inputs.add(name=name).parameters
+        region["shared_memory_region"].string_param = "region"
+        region["shared_memory_byte_size"].int64_param = size - 8 if name == "a" else 8
+    codec_request._check_shared_bytes(made.inputs)
 
 
 # By row: the limit as it is documented, what it is in the code, and what is done with a number at and beyond it.
@@ -154,12 +190,42 @@ LIMITS = {
         lambda count: check_config(f"instance_group [{{ count: {count - 1} }}, {{ count: 1 }}]"),
     ),
     "elements of an input of a warm-up": ("268,435,456", config_rules.MAX_WARMUP_ELEMENTS, check_warmup),
-    "records of usage in a batch": ("50,000", batch.MOST_RECORDS, None),
+    "records of usage in a batch": ("50,000", batch.MOST_RECORDS, check_records),
+    "dimensions of usage in a batch": (
+        "50,000",
+        BATCH["dimensions"],
+        lambda count: check_batch(dimensions=[ledger_pb2.Dimension(status="OK")] * count),
+    ),
+    "minutes of workers in a batch of usage": (
+        "10,000",
+        BATCH["worker_times"],
+        lambda count: check_batch(worker_times=[ledger_pb2.WorkerTime(worker_id="w", minute=29_400_000)] * count),
+    ),
+    "samples of keys in a batch of usage": (
+        "20,000",
+        BATCH["key_samples"],
+        lambda count: check_batch(key_samples=[ledger_pb2.KeySample(below=1, requests=1, at_ms=AT_MS)] * count),
+    ),
     "names in usage": ("256 characters", batch._LONGEST_NAME, lambda size: batch.check_name("n" * size, "name")),
+    "rows of a report": (
+        "10,000",
+        ledger_service._MOST_ROWS,
+        lambda count: ask_ledger("_report", limit=count, until_ms=DAY_MS),
+    ),
+    "days of a report": (
+        "1,100",
+        time_range._MOST_DAYS,
+        lambda days: ask_ledger("_report", from_ms=DAY_MS, until_ms=(days + 1) * DAY_MS),
+    ),
+    "hours of advice": (
+        "48",
+        advice._MOST_HOURS,
+        lambda hours: ask_ledger("_advise", from_ms=HOUR_MS, until_ms=(hours + 1) * HOUR_MS),
+    ),
+    "bytes of a request in shared memory": ("1 GiB", shared_memory.MAX_REQUEST_BYTES, check_shared_bytes),
     # Tested elsewhere: on connections, or with files.
     "concurrent calls on a connection": ("1,024", server._MAX_STREAMS, None),
     "regions of shared memory": ("1,024", shared_memory.MAX_REGIONS, None),
-    "bytes of a request in shared memory": ("1 GiB", shared_memory.MAX_REQUEST_BYTES, None),
     "a file of labels": ("16 MiB", repository._MAX_LABEL_BYTES, None),
     "a form of the console": ("2 MiB", form._MAX_BYTES, None),
     "fields of a form of the console": ("200", form._MAX_FIELDS, None),

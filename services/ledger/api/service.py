@@ -108,6 +108,8 @@ class LedgerService:
             raise InvalidArgumentError(f"limit is {request.limit}; at most {_MOST_ROWS}", field="limit")
         limit = request.limit or _ROWS
         filters: dict[str, str] = {name: getattr(request, name) for name in _FILTERS if request.HasField(name)}
+        for name, value in filters.items():
+            check_name(value, name)
         is_single = ledger_pb2.GROUP_REQUEST in request.by or bool(request.trace_id)
         if is_single:
             if len(request.by) > 1 or request.changes:
@@ -170,6 +172,7 @@ class LedgerService:
     async def _advise(self, request: ledger_pb2.AdviseRequest, _: Context) -> ledger_pb2.AdviseResponse:
         if request.memory_gb_hour_nano < 0:
             raise InvalidArgumentError("memory_gb_hour_nano is 0 or more", field="memory_gb_hour_nano")
+        check_name(request.worker_type, "worker_type")
         return await self._reports.advise(request)
 
     async def _list_budgets(self, _: ledger_pb2.ListBudgetsRequest, __: Context) -> ledger_pb2.ListBudgetsResponse:
@@ -233,6 +236,8 @@ def _budget_key(sent: ledger_pb2.Budget | ledger_pb2.DeleteBudgetRequest | ledge
     period = next((name for name, number in PERIODS.items() if number == sent.period), "")
     if not period:
         raise InvalidArgumentError("period is DAY or MONTH", field="period")
+    for name in ("tenant", "model"):
+        check_name(getattr(sent, name), name)
     return BudgetKey(sent.tenant, sent.model, period)
 
 

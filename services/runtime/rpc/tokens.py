@@ -157,10 +157,13 @@ class Tokens:
     def _load(self) -> dict[str | None, Any]:
         """The public keys by id; None: of a key without one."""
         try:
-            found = jwt.PyJWKSet.from_dict(json.loads(self._read())).keys
-        except (OSError, HTTPException, ValueError, TypeError, AttributeError, RecursionError, jwt.PyJWTError) as error:
+            document = json.loads(self._read())
+        except (OSError, HTTPException, ValueError, RecursionError) as error:
             raise KeySetError(f"cannot read a JWKS from {self._source}: {error}") from None
-        keys = {key.key_id: key for key in found if key.key_type != "oct" and key.public_key_use != "enc"}
+        given = document.get("keys") if isinstance(document, dict) else None
+        if not isinstance(given, list):
+            raise KeySetError(f"cannot read a JWKS from {self._source}: it has no list `keys`")
+        keys = {key.key_id: key for one in given if (key := _public_key(one)) is not None}
         if not keys:
             raise KeySetError(f"{self._source} has no public key to verify signatures")
         return keys
@@ -170,3 +173,13 @@ class Tokens:
         with opener.open(self._source, timeout=_FETCH_SECONDS) as response:
             body: bytes = response.read(_LARGEST)
         return body
+
+
+def _public_key(entry: Any) -> Any:
+    """A key to verify signatures; None for others, and for malformed ones, which RFC 7517 says to ignore."""
+    try:
+        key = jwt.PyJWK(entry)
+    except (jwt.PyJWTError, AttributeError, LookupError, TypeError, NotImplementedError):  # PyJWT raises all of these
+        return None
+    is_named = key.key_id is None or isinstance(key.key_id, str)
+    return key if is_named and key.key_type != "oct" and key.public_key_use != "enc" else None

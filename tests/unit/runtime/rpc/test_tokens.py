@@ -314,6 +314,36 @@ async def test_keys_of_a_url_are_read_again_if_a_token_names_an_unknown_one(issu
     following.cancel()
 
 
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        {"kty": "oct", "kid": "x"},
+        {"kty": "RSA", "alg": "none"},
+        {"kty": "RSA", "kid": ["x"], "n": "AQ", "e": "AQAB"},
+        {"kty": "EC", "crv": "P-256", "x": 7, "y": None},
+        {"kty": ["EC"], "alg": {}},
+        ["EC"],
+        None,
+    ],
+    ids=str,
+)
+def test_a_malformed_key_is_left_out_and_those_beside_it_are_used(file, malformed):
+    document = json.loads(jwks("ec"))
+    document["keys"].insert(0, malformed)
+    file.write_text(json.dumps(document))
+    assert caller(Tokens(str(file), ISSUER, AUDIENCE, 30), bearer(token("ec"))).error is None
+    file.write_text(json.dumps({"keys": [malformed]}))
+    with pytest.raises(KeySetError, match="has no public key to verify signatures"):
+        Tokens(str(file), ISSUER, AUDIENCE, 30)
+
+
+@pytest.mark.parametrize("document", ["[]", "7", "{}", '{"keys": {}}', "null"])
+def test_a_document_without_a_list_of_keys_is_named(file, document):
+    file.write_text(document)
+    with pytest.raises(KeySetError, match="it has no list `keys`"):
+        Tokens(str(file), ISSUER, AUDIENCE, 30)
+
+
 def test_keys_must_be_readable_at_the_start(tmp_path):
     for source, says in (
         (str(tmp_path / "missing"), "cannot read a JWKS"),
