@@ -128,8 +128,18 @@ class EmbeddedPostgres:
                     log.warning("killed a session of PostgreSQL, process %d, whose server is gone", process.pid)
                     process.kill()
 
+    def _remove_empty_locks(self) -> None:
+        """Removes the lock files of a server that was killed between creating and writing them: PostgreSQL refuses to
+        start over an empty one."""
+        for path in (self._folder / "postmaster.pid", *self._folder.glob(".s.PGSQL.*.lock")):
+            with suppress(FileNotFoundError):
+                if path.stat().st_size == 0:
+                    log.warning("removed %s, which a killed PostgreSQL left empty", path)
+                    path.unlink()
+
     async def _run(self) -> None:
         self._end_orphans()
+        self._remove_empty_locks()
         settings = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
         self._process = await self._spawn("postgres", "-D", str(self._folder), *settings, folder=self._folder)
         code = await self._process.wait()

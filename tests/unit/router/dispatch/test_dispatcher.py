@@ -124,14 +124,17 @@ HEDGED = replace(MODEL, hedged=True)
 
 
 async def hedged(outcome_of_owner, outcome=DONE, *, seen=64):
-    """Who answered, who was asked, the owner, and who was lost, after so many answers of a model that is hedged."""
+    """Who answered, who was asked, the owner, and who was lost, after so many answers of a model that is hedged.
+
+    They took no time, so the hedge is due in the next turn of the loop.
+    """
     _, ranked, _, _ = dispatcher(dict.fromkeys(NAMES, DONE))
     made, _, asked, lost = dispatcher({name: outcome_of_owner if name == ranked[0] else outcome for name in NAMES})
     for _ in range(seen):
-        made._parts.tails.observe(HEDGED.digest, 0.001)
+        made._parts.tails.observe(HEDGED.digest, 0.0)
     result = asyncio.create_task(run(made, HEDGED, request_hash=PLACE))
-    done, _ = await asyncio.wait([result], timeout=0.5)
-    member = (await result)[1].address if done else None
+    await turns()
+    member = (await result)[1].address if result.done() else None
     result.cancel()
     return member, asked, ranked, lost
 

@@ -12,8 +12,8 @@ from cryptography import x509
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from services.console.data import scraper
 from services.console.data.history import History
-from services.console.data.scraper import Scraper
 from services.console.http_server import HttpServer
 from services.console.settings import ConsoleSettings
 from services.runtime.process.process import publish
@@ -153,20 +153,21 @@ async def test_no_connection_resumes_the_session_of_an_earlier_one(serving, file
             await asyncio.to_thread(resumed, port, context)
 
 
-async def test_services_with_certificates_serve_metrics_by_mutual_tls_and_the_console_scrapes_them(files, tmp_path):
+async def test_services_with_certificates_serve_metrics_by_mutual_tls_and_the_console_scrapes_them(files, monkeypatch):
+    monkeypatch.setattr(scraper, "_TIMEOUT", 60.0)
     settings = ConsoleSettings(service_certificate=files.certificate, service_key=files.key, service_ca=files.client_ca)
     port = free_port()
     exposition = await publish(settings.model_copy(update={"metrics_address": f"127.0.0.1:{port}"}), Metrics())
     found = {}
     for name, tls in (("plain", None), ("mutual", ServiceTls(files))):
         history, read = History(lambda: 0.0), asyncio.Event()
-        scraper = Scraper({name: f"127.0.0.1:{port}"}, history, tls)
+        scraping = scraper.Scraper({name: f"127.0.0.1:{port}"}, history, tls)
         history.add = lambda *_, read=read: read.set()
-        scraper.start()
-        while not read.is_set() and not scraper.problems:
+        scraping.start()
+        while not read.is_set() and not scraping.problems:
             await asyncio.sleep(0.01)
-        found[name] = (read.is_set(), *scraper.problems)
-        scraper.close()
+        found[name] = (read.is_set(), *scraping.problems)
+        scraping.close()
     exposition.close()
     assert found == {"plain": (False, "plain"), "mutual": (True,)}
 
