@@ -53,11 +53,13 @@ class Reports:
         async with self._database.reading() as connection:
             book = await self._prices.book(connection)
             key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))
-        # No session waits for the cache. What is read in a transaction of its own may be newer than the key says, and
-        # is never older.
+        # No session waits for the cache.
         if (found := await self._cache.get(key)) is not None:
             return found
         async with self._database.reading() as connection:
+            # The versions again, from the session that reads the roll-ups: another replica may be behind the first. The
+            # report may be newer than they say, and is never older.
+            key = report_cache.key(question, book.prices, await report_cache.versions(connection, ranges))
             answer = await usage_report(connection, book, question)
         self._cache.put(key, answer, (time.perf_counter_ns() - began) // 1000)
         return answer
