@@ -63,7 +63,9 @@ _PURGE = (
 local epoch = math.max(now, (redis.call('HGET', KEYS[1], 'version') or 0) + 1, ARGV[1] + 0)
 local text = string.format('%.0f', epoch)
 for i = 3, #ARGV do if ARGV[i] == 'all' then redis.call('DEL', KEYS[1]) end end
-if redis.call('HLEN', KEYS[1]) + #ARGV > ARGV[2] + 0 then return 'full' end
+local added = 0
+for i = 3, #ARGV do added = added + 1 - redis.call('HEXISTS', KEYS[1], ARGV[i]) end
+if added > 0 and redis.call('HLEN', KEYS[1]) + added > ARGV[2] + 0 then return 'full' end
 for i = 3, #ARGV do redis.call('HSET', KEYS[1], ARGV[i], text) end
 redis.call('HSET', KEYS[1], 'version', text)
 return text
@@ -121,7 +123,7 @@ class InvalidationLog:
         # Heartbeats run one at a time, so that none confirms a version that another is still applying.
         self._version_read = 0
         self._heartbeat_lock = asyncio.Lock()
-        # When the last heartbeat that was answered began; for ever without Redis.
+        # When the last heartbeat began whose news were confirmed; for ever without Redis.
         self._contact = inf if shared is None else time.monotonic()
         self._said_limited = False
         self._task: asyncio.Task[None] | None = None
@@ -147,7 +149,7 @@ class InvalidationLog:
     async def announce(self, scope: str) -> None:
         """Purges a scope that contains no keys. Returns when `on_news` has run in every process."""
         if self._shared is not None:
-            await self._publish([scope], 0.0)
+            await self._publish([scope])
 
     async def purge(self, scopes: Sequence[str]) -> tuple[int, int]:
         """Returns the epoch and the number of processes that confirmed it, when no process serves older entries.
@@ -159,7 +161,7 @@ class InvalidationLog:
             epoch = max(time.time_ns() // 1_000_000, self.epochs.version + 1)
             self._merge(dict.fromkeys(scopes, epoch))
             return epoch, 1
-        return await self._publish(scopes, _SETTLE_SECONDS)
+        return await self._publish(scopes)
 
     async def merge(self, scopes: Mapping[str, int]) -> None:
         """Applies the purges of another region. Raises UnavailableError."""
@@ -179,7 +181,7 @@ class InvalidationLog:
         except UnavailableError as error:
             log.debug("this process could not be removed from the list of members: %s", error.message)
 
-    async def _publish(self, scopes: Sequence[str], settle_seconds: float) -> tuple[int, int]:
+    async def _publish(self, scopes: Sequence[str]) -> tuple[int, int]:
         start = time.monotonic()
         reply = await self._run(_PURGE, str(self.epochs.version + 1), str(_MAX_SCOPES), *scopes)
         if reply == b"full":
@@ -196,7 +198,7 @@ class InvalidationLog:
             beats = {member: said.split() for member, said in zip(members[::2], members[1::2], strict=True)}
             behind = {member: int(now) - int(at) for member, (version, at) in beats.items() if int(version) < epoch}
             waited = time.monotonic() - start
-            if waited >= settle_seconds and (
+            if waited >= _SETTLE_SECONDS and (
                 not behind or (waited >= self._lease and min(behind.values()) > _SILENT_MS)
             ):
                 return epoch, len(beats) - len(behind)
@@ -226,7 +228,6 @@ class InvalidationLog:
                 # Redis lost epochs in a restart or a failover.
                 await self._run(_MERGE, *_flat(self.epochs.scopes))
             self.is_known = True
-            self._contact = before
             if flat:
                 news = {scope for scope, epoch in scopes.items() if epoch > self._told.get(scope, 0)}
                 if not await self.on_news(news):
@@ -234,14 +235,16 @@ class InvalidationLog:
                 self._told = scopes
                 await self._run(_BEAT, self._member, version.decode())
             self._version_read = int(version)
+            # Not before the news are confirmed: a purge waits no longer than the lease for one that seems silent.
+            self._contact = before
 
     def _log_limit(self) -> None:
         is_limited = self.oldest_ms > 0
         if is_limited and not self._said_limited:
             disconnected = time.monotonic() - self._contact
-            log.warning("disconnected from Redis for %.0f s: only recent answers are served", disconnected)
+            log.warning("no heartbeat to Redis was completed for %.0f s: only recent answers are served", disconnected)
         elif self._said_limited and not is_limited:
-            log.info("Redis answers again")
+            log.info("heartbeats to Redis are completed again")
         self._said_limited = is_limited
 
     def _merge(self, scopes: Mapping[str, int]) -> None:

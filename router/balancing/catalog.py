@@ -29,6 +29,7 @@ class ModelEntry:
     - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
+      `step_digests`: those of the models, in the plan's order.
     - `runnable`: whether a worker may run it.
     """
 
@@ -48,6 +49,7 @@ class ModelEntry:
     shared_tier: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
+    step_digests: tuple[bytes, ...] = ()
     cache_steps: bool = False
     provider: str = ""
     limits_queue: bool = False
@@ -57,14 +59,16 @@ class ModelEntry:
 class Catalog:
     """An immutable view of all models that at least one worker of `holdings` holds.
 
-    `failed`: versions that workers could not load; used for errors if no worker holds the model. `isolates`: callers
-    have identities, so tenants share the answers of a model only if its configuration says so.
+    `failed`: versions that workers could not load; used for errors if no worker holds the model. `lost`: versions of
+    workers that cannot be reached, likewise. `isolates`: callers have identities, so tenants share the answers of a
+    model only if its configuration says so.
     """
 
     def __init__(
         self,
         holdings: Iterable[Iterable[inference_pb2.ModelVersion]],
         failed: Iterable[inference_pb2.FailedVersion] = (),
+        lost: Iterable[inference_pb2.ModelVersion] = (),
         *,
         isolates: bool = False,
     ) -> None:
@@ -72,6 +76,7 @@ class Catalog:
         self._failures: dict[str, dict[str, str]] = {}
         for failure in failed:
             self._failures.setdefault(failure.model, {}).setdefault(failure.version, failure.reason)
+        self._lost = {(model.name, version) for model in lost for version in (model.version, "")}
         found: dict[tuple[str, str], inference_pb2.ModelVersion] = {}
         # Ensembles that a worker runs whole.
         whole: set[tuple[str, str]] = set()
@@ -113,6 +118,8 @@ class Catalog:
             return entry
         if not (self._has_workers or self._failures):
             raise UnavailableError("no worker is connected, so no model can be served; retry later", kind="no_worker")
+        if (name, version) in self._lost:
+            raise UnavailableError(f"no worker that holds model {name!r} can be reached; retry later", kind="no_worker")
         raise absent(name, version, self.versions, self._failures, suggests=may_read or not self._isolates)
 
     def _ensemble(
@@ -150,6 +157,7 @@ class Catalog:
         return replace(
             entry,
             plan=plan,
+            step_digests=tuple([step.digest for step in steps]),
             cache_steps=cache_steps,
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from ringmesh.inference.v1 import inference_pb2
+from collections.abc import Iterable
 
 from router.balancing.member import Member
 
@@ -23,20 +21,3 @@ def missed_decisions(member: Member, newest: dict[str, tuple[int, Member]]) -> d
     """The models on which the worker lacks the last decision, each with a worker that has it."""
     known = {decided.model: decided.decided_unix_ns for decided in member.decisions}
     return {model: source for model, (decided_ns, source) in newest.items() if known.get(model, 0) < decided_ns}
-
-
-def current_models(members: Sequence[Member]) -> list[list[inference_pb2.ModelVersion]]:
-    """The models of each worker, without those that another worker has replaced or unloaded for the fleet, and without
-    ensembles that have such a step."""
-    newest = newest_decisions(members)
-    if not newest:
-        return [list(member.models) for member in members]
-    current = []
-    for member in members:
-        missed = missed_decisions(member, newest)
-        current.append([model for model in member.models if missed.keys().isdisjoint(_parts(model))])
-    return current
-
-
-def _parts(model: inference_pb2.ModelVersion) -> list[str]:
-    return [model.name, *(step.model_name for step in model.ensemble.config.ensemble_scheduling.step)]

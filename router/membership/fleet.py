@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from math import inf
 from typing import Any
 
 from ringmesh.inference.v1 import inference_pb2
@@ -18,7 +17,7 @@ from router.balancing.member import Listing, Member
 from router.balancing.pool import pools
 from router.balancing.ring import Ring
 from router.balancing.view import FleetView
-from router.membership.decisions import current_models
+from router.membership.decisions import missed_decisions, newest_decisions
 from router.membership.discovery import Watch
 from router.membership.events import Event, MembershipEvents
 from router.membership.membership import Membership
@@ -91,8 +90,8 @@ class Fleet:
         self._busy_since: dict[str, tuple[float, int]] = {}
         # How often models were loaded or unloaded through a router, as far as this one has heard.
         self._changes = 0
-        # Since when a worker has been too busy to describe itself after such a change.
-        self._unsure_since = inf
+        # By address, for workers that have been too busy to describe themselves after such a change: since when.
+        self._unsure_since: dict[str, float] = {}
         self._sources = sources or {}
         self._region = region
         self._zone = zone
@@ -157,20 +156,18 @@ class Fleet:
         self._changes += 1
         asked = [member for member in self._members.values() if member.healthy]
         described = await asyncio.gather(*(self.describe(member) for member in asked))
-        busy = [member for member, is_described in zip(asked, described, strict=True) if not is_described]
         now = self._clock()
-        self._unsure_since = min(self._unsure_since, now) if busy else inf
-        if now - self._unsure_since >= MOST_BUSY_SECONDS:
-            for member in busy:
+        busy = False
+        for member, is_described in zip(asked, described, strict=True):
+            if is_described:
+                continue
+            if now - self._unsure_since.setdefault(member.address, now) < MOST_BUSY_SECONDS:
+                busy = True
+            else:
                 self._unreachable(member, WorkerUnreachableError("it is too busy to say which models it holds"))
-            busy = []
-        if not any(member.healthy for member in asked):
+        if not any(member.healthy for member in self._members.values()):
             # Nobody says what the models are now, so cached answers of the last ones are not given either.
-            for member in self._members.values():
-                if not member.healthy:
-                    member.models, member.version = (), 0
             self.view = self._view(self.view.ring, self.view.far, Catalog([]))
-            self._refresh()
         return not busy
 
     async def describe(self, member: Member) -> bool:
@@ -189,6 +186,7 @@ class Fleet:
         if self._members.get(member.address) is not member:
             return True  # it has left meanwhile
         self._busy_since.pop(member.address, None)
+        self._unsure_since.pop(member.address, None)
         same = description.version != 0 and description.version == known
         try:
             check_description(description, member.models if same else description.models)
@@ -299,31 +297,27 @@ class Fleet:
             self.events.publish(Event.KIND_MODEL_LOST, member, model=f"{name}/{version}")
 
     def _refresh(self) -> None:
-        members = [*self._members.values()]
-        # If no worker is healthy, the last catalog stays.
-        catalog = self.view.catalog
-        if is_ready := any(member.healthy for member in members):
-            failed = [failure for member in members if member.healthy for failure in member.failed]
-            catalog = Catalog(self._holdings(members), failed, isolates=self._isolates)
-        self.view = self._view(self.view.ring, self.view.far, catalog)
-        self._on_ready(is_ready)
-
-    def _holdings(self, members: Sequence[Member]) -> Iterator[list[inference_pb2.ModelVersion]]:
-        """The models of each healthy worker, then those that only others hold.
-
-        Callers of a model whose only worker is lost get UNAVAILABLE, not that the model does not exist. A lost worker's
-        decisions count as well: what it had replaced does not return with an older worker.
-        """
-        current = current_models(members)
-        served: set[str] = set()
-        for member, models in zip(members, current, strict=True):
-            member.held = frozenset([(model.name, model.version) for model in models])
+        # Decisions of workers that cannot be reached count too: what they have replaced does not return.
+        newest = newest_decisions(self._members.values())
+        held: list[list[inference_pb2.ModelVersion]] = []
+        failed: list[inference_pb2.FailedVersion] = []
+        lost: list[inference_pb2.ModelVersion] = []
+        for member in self._members.values():
+            missed = missed_decisions(member, newest)
+            models = [model for model in member.models if model.name not in missed]
+            # An ensemble of which the worker has an old step is run step by step.
+            member.held = frozenset(
+                [(model.name, model.version) for model in models if missed.keys().isdisjoint(_steps(model))]
+            )
+            failed += [failure for failure in member.failed if failure.model not in missed]
             if member.healthy:
-                served.update(model.name for model in models)
-                yield models
-        for member, models in zip(members, current, strict=True):
-            if not member.healthy:
-                yield [model for model in models if model.name not in served]
+                held.append(models)
+            else:
+                lost += models
+        # If no worker is healthy, the last catalog stays: its answers may be cached.
+        catalog = Catalog(held, failed, lost, isolates=self._isolates) if held else self.view.catalog
+        self.view = self._view(self.view.ring, self.view.far, catalog)
+        self._on_ready(bool(held))
 
     def _view(self, ring: Ring, far: Ring, catalog: Catalog) -> FleetView:
         # A member that left is in the ring until the next one is built.
@@ -396,6 +390,7 @@ class Fleet:
         self._refresh()
         self._polls.pop(member.address).cancel()
         self._busy_since.pop(member.address, None)
+        self._unsure_since.pop(member.address, None)
         self.outliers.forget(member.address)
         self._slow_start.forget(member.address)
         self._once("disconnection of a worker", partial(_retire, member))
@@ -427,6 +422,10 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _steps(model: inference_pb2.ModelVersion) -> list[str]:
+    return [step.model_name for step in model.ensemble.config.ensemble_scheduling.step]
 
 
 def _rings(members: Mapping[str, tuple[float, bool]]) -> tuple[Ring, Ring]:

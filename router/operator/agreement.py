@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,6 +20,7 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from router.balancing.member import Member
 from router.membership.decisions import missed_decisions, newest_decisions
 from router.membership.fleet import Fleet
+from services.runtime.errors import UnavailableError
 from services.runtime.oip.protocol import DECIDED_NS, full_name
 from services.runtime.telemetry.supervisor import BACKGROUND
 
@@ -32,10 +34,14 @@ _RETRY_SECONDS = 30.0
 LOAD_SECONDS = 600.0
 
 
-def next_ns(members: Iterable[Member], model: str) -> int:
-    """The time of a decision made now: later than all others on this model, even if clocks disagree."""
-    known = (decided.decided_unix_ns for member in members for decided in member.decisions if decided.model == model)
-    return max(time.time_ns(), max(known, default=0) + 1)
+def next_ns(members: Iterable[Member]) -> int:
+    """The time of a decision made now: later than all others, even if clocks disagree.
+
+    With random nanoseconds: two routers that decide at once after a decision of a clock ahead must not give both the
+    same time.
+    """
+    known = (decided.decided_unix_ns for member in members for decided in member.decisions)
+    return max(time.time_ns(), max(known, default=0) + 1 + random.getrandbits(20))
 
 
 class Agreement:
@@ -56,7 +62,11 @@ class Agreement:
         members = [member for member in self._fleet.view.members.values() if member.healthy]
         newest = newest_decisions(members)
         now = self._clock()
-        self._tried = {key: tried for key, tried in self._tried.items() if tried > now - _RETRY_SECONDS}
+        # A worker that was lost meanwhile is tried again as soon as it is back.
+        reachable = {member.address for member in members}
+        self._tried = {
+            key: tried for key, tried in self._tried.items() if tried > now - _RETRY_SECONDS and key[0] in reachable
+        }
         for member in members if newest else ():
             lacking = {
                 model: source
@@ -92,6 +102,8 @@ async def _pass_on(model: str, source: Member, to: Member) -> None:
     query = inference_pb2.GetDecisionRequest(model=model).SerializeToString()
     found = await source.link.call(f"{_WORKER}GetDecision", query, LOAD_SECONDS)
     answer = inference_pb2.GetDecisionResponse.FromString(found)
+    if not answer.decision.fleet:
+        raise UnavailableError(f"worker {source.worker_id} has since got a decision of its own")
     loads = answer.HasField("load")
     request = answer.load if loads else v2.RepositoryModelUnloadRequest(model_name=model)
     request.parameters[DECIDED_NS].int64_param = answer.decision.decided_unix_ns

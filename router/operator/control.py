@@ -151,14 +151,23 @@ class FleetControl:
         return v2.RepositoryIndexResponse(models=[lines[key] for key in shown])
 
     async def _load(self, request: v2.RepositoryModelLoadRequest, _: Context) -> v2.RepositoryModelLoadResponse:
-        """Returns when every worker serves the new files and every router uses their digest in cache keys."""
+        """Returns when every worker serves the new files and every router uses their digest in cache keys.
+
+        Without Redis, other routers learn of them by their polls.
+        """
         await self._change("RepositoryModelLoad", request)
         return v2.RepositoryModelLoadResponse()
 
     async def _unload(self, request: v2.RepositoryModelUnloadRequest, _: Context) -> v2.RepositoryModelUnloadResponse:
-        held = {model.name for member in self._reachable() for model in member.models}
-        if request.model_name not in held | self._fleet.view.catalog.versions.keys():
-            raise NotFoundError(f"model {request.model_name!r} is not loaded", field="model_name")
+        name = request.model_name
+        # A worker that failed to unload it before still holds it, but not for the catalog.
+        if not any(model.name == name for member in self._reachable() for model in member.models):
+            try:
+                self._fleet.view.catalog.find(name, "")
+            except NotFoundError:
+                raise NotFoundError(f"model {name!r} is not loaded", field="model_name") from None
+            except UnavailableError:
+                pass  # a worker that cannot be reached may hold it
         await self._change("RepositoryModelUnload", request)
         return v2.RepositoryModelUnloadResponse()
 
@@ -168,7 +177,8 @@ class FleetControl:
         """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
         # A decision of another router may be newer than the last descriptions, and the clocks of routers differ.
         await asyncio.gather(*map(self._fleet.describe, self._reachable()))
-        request.parameters[DECIDED_NS].int64_param = next_ns(self._fleet.view.members.values(), request.model_name)
+        self._reachable()  # raises before anything has changed
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._fleet.view.members.values())
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it

@@ -84,7 +84,7 @@ class RequestPath:
         self._keyer = Keyer(fleet, mesh.purges, hasher, audit)
         self._local = LocalAnswers(mesh, self._renewal)
         self._rows = RowCache(mesh, hasher, limits)
-        self._semantic = SemanticMatches(mesh, hasher, fleet, self._embed)
+        self._semantic = SemanticMatches(mesh, hasher, self._embed)
         self._sequences = KeyedLock()
 
     def samples(self) -> Iterator[Sample]:
@@ -192,7 +192,7 @@ class RequestPath:
                 computed = await self._compute(call, model, epochs)
         else:
             computed = await self._compute(call, model, epochs)
-        return Found(computed.entry, "bypass", computed.worker)
+        return Found(computed.entry, "bypass", computed.worker, exact=computed.exact)
 
     async def _by_row(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
         """Answers a batch row by row if it can be split into rows, else as a whole."""
@@ -231,7 +231,7 @@ class RequestPath:
             # its caller, or another row of its batch.
             try:
                 found = await flight
-                return Found(found.entry, "joined", found.worker) if joined else found
+                return Found(found.entry, "joined", found.worker, exact=found.exact) if joined else found
             except RefusedError as refused:
                 if refused.caller == call.caller:
                     raise
@@ -257,7 +257,8 @@ class RequestPath:
             self._replies.computed_late(call)
         entry = Entry(result.response, int(timing.share_us))
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
-        return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start)
+        exact = result.model_digest == model.digest
+        return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start, exact=exact)
 
     def _forward(
         self, call: Call, model: ModelEntry, data: bytes, ring_hash: bytes, joins: bytes
@@ -295,23 +296,34 @@ class RequestPath:
         return not model.cache_steps and any(member.can_run(model) for member in members)
 
     async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
-        """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live."""
+        """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live.
+
+        It is not cached if a step ran in another version than `model` has: the key names the versions.
+        """
         assert model.plan is not None
         ages: list[int] = []
+        exact = True
         start = time.monotonic()
 
-        async def infer(data: bytes) -> Entry:
-            return await driver.run(self._step(data, call, ages))
+        async def infer(index: int, data: bytes) -> Entry:
+            nonlocal exact
+            entry, ran = await driver.run(self._step(data, call, ages))
+            exact = exact and ran == model.step_digests[index]
+            return entry
 
         entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
         entry.created_at_ms = min(ages, default=entry.created_at_ms)
-        return Computed(entry, call.key or None, "", model.freshness, time.monotonic() - start)
+        key = call.key if exact and call.key else None
+        return Computed(entry, key, "", model.freshness, time.monotonic() - start, exact=exact)
 
-    async def _embed(self, data: bytes, whole: Call) -> Entry:
+    async def _embed(self, data: bytes, whole: Call) -> tuple[Entry, bytes]:
         return await self._step(data, whole, [])
 
-    async def _step(self, data: bytes, whole: Call, ages: list[int]) -> Entry:
-        """Runs an internal request as part of `whole`. If the answer expires, adds its creation time to `ages`."""
+    async def _step(self, data: bytes, whole: Call, ages: list[int]) -> tuple[Entry, bytes]:
+        """Runs an internal request as part of `whole`. If the answer expires, adds its creation time to `ages`.
+
+        Returns the answer and the digest of the version that computed it; b"" if it is not known.
+        """
         call = Call(data, whole.trace.child(), whole.metadata, STEP, whole.deadline)
         call.tenant, call.caller, call.control = whole.tenant, whole.caller, whole.control
         attributes: dict[str, Value] = {}
@@ -336,4 +348,4 @@ class RequestPath:
             afterwards()
         if call.model is not None and call.model.freshness is not None:
             ages.append(found.entry.created_at_ms)
-        return found.entry
+        return found.entry, call.model.digest if found.exact and call.model is not None else b""

@@ -16,7 +16,6 @@ from cache.semantic.semantic_index import Vector
 from cache.semantic.semantic_tier import SemanticTier
 from cache.tiers.entry import Entry
 from router.balancing.catalog import ModelEntry
-from router.dispatch.attempts import Workers
 from router.request.call import Call
 from router.request.local_answers import takes
 from services.runtime.driver import in_task
@@ -39,11 +38,10 @@ class SemanticMatches:
     """Finds answers to similar requests. `embed` runs a serialized request on an embedding model, as part of a call."""
 
     def __init__(
-        self, mesh: Mesh, hasher: RequestHasher, fleet: Workers, embed: Callable[[bytes, Call], Awaitable[Entry]]
+        self, mesh: Mesh, hasher: RequestHasher, embed: Callable[[bytes, Call], Awaitable[tuple[Entry, bytes]]]
     ) -> None:
         self._mesh = mesh
         self._hasher = hasher
-        self._fleet = fleet
         self._embed = embed
         self._tier = SemanticTier(mesh.shared)
 
@@ -77,11 +75,12 @@ class SemanticMatches:
         if data is None:
             return None
         try:
-            space = self._fleet.view.catalog.find(model.semantic_embedding, "").digest
-            answer = await self._embed(data, call)
+            answer, space = await self._embed(data, call)
         except RingmeshError as error:
             log.info("model %s: the request could not be embedded: %s", model.name, error.message)
             return None
+        if not space:
+            return None  # the embedding model is being replaced
         query = embedded(request, answer.value)
         return None if query is None else (query, space)
 

@@ -354,6 +354,42 @@ def routers(world):
     world.play(2)
 
 
+def replacement(world):
+    """Models are replaced while a worker is killed, stopped, busy or out of a router's reach."""
+    random = world.random
+    kinds = _kinds(world, 2)
+    _fleet(world, kinds=kinds, workers=random.choice((2, 3)), routers=2, purge_lease_seconds=5.0)
+    world.faulty = True
+    _traffic(world, random.choice((80, 160)), 4.0, seconds=(0, 0.02), pool=6, wrong=0, controls=0)
+    for _ in range(random.choice((1, 2, 3))):
+        at, lasts = random.uniform(0.1, 2.5), random.choice((0.1, 0.8, 3.0))
+        world.at(at, world.switch, random.choice(world.routers), random.choice(kinds))
+        worker, begins = random.choice(world.workers), at + random.uniform(-0.1, 0.05)
+        way = world.network.way(random.choice(world.routers).name, worker.address)
+        what = random.choice(("kill", "stop", "busy", "cut", "dark"))
+        if what == "kill":
+            world.at(begins, worker.kill, "fault")
+            world.at(begins + lasts, _restart, worker)
+        elif what == "stop":
+            world.at(begins, _stop, world, worker)
+            world.at(begins + lasts, _go_on, world, worker)
+        elif what == "busy":
+            world.at(begins, _be_busy, world, worker, lasts)
+        else:
+            world.at(begins, _harm, world, way, what)
+            world.at(begins + lasts, _heal, world, way)
+    world.play(6)
+    for worker in world.workers:
+        worker.process.go_on()
+        _restart(worker)
+
+
+def _be_busy(world, worker, seconds):
+    world.trace("busy", worker.worker_id)
+    if worker.process.alive:
+        worker.process.held(clock.now_ns + int(seconds * 1e9))
+
+
 def chaos(world):
     """Many kinds of faults together."""
     random = world.random
@@ -413,5 +449,6 @@ PLANS = {
     "poison": (poison, 4),
     "exceptions": (exceptions, 4),
     "routers": (routers, 4),
+    "replacement": (replacement, 4),
     "chaos": (chaos, 3),
 }

@@ -188,7 +188,8 @@ class Redis:
         epoch = max(self.now_ms(), int(epochs.get(b"version", 0)) + 1, int(arguments[0]))
         if b"all" in scopes:
             epochs.clear()
-        if len(epochs) + len(arguments) > int(arguments[1]):
+        added = sum(scope not in epochs for scope in scopes)
+        if added and len(epochs) + added > int(arguments[1]):
             return b"full"
         for scope in (*scopes, b"version"):
             epochs[scope] = b"%d" % epoch

@@ -8,6 +8,7 @@ import time
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
 
 from cache.keys.epochs import EVERYTHING, model_scope, tenant_scope
+from router.membership.decisions import newest_decisions
 from services.runtime import faults
 from services.runtime.errors import RingmeshError
 from services.runtime.redis import redis_client
@@ -188,18 +189,23 @@ class World:
                     self.violated(f"a load of {kind} failed: {error.message}")
             else:
                 self.trace("loaded", kind, variant)
-                if all(self._holds(worker, kind, variant) for worker in self.workers):
-                    # If Redis fails, other routers learn of the load by polling.
-                    told = self.redis is not None and not self.redis.harmed
-                    for hears in self.routers if told else [router]:
+                # If Redis fails, other routers learn of the load by polling. One that can reach no worker with the new
+                # model cannot know which model was replaced.
+                told = self.redis is not None and not self.redis.harmed
+                decided_ns = self._decided_ns(router, kind)
+                for hears in self.routers if told else [router]:
+                    if self._decided_ns(hears, kind) == decided_ns:
                         self.switched[hears, kind] = (clock.ns(), variant)
             del self.switching[kind]
 
         self.trace("switch", router.name, kind, variant)
         router.process.spawn(load())
 
-    def _holds(self, worker, kind, variant):
-        return worker.is_up and [held.model.variant for held in worker.store.held.of(kind)] == [variant]
+    def _decided_ns(self, router, kind):
+        """The newest decision on a model that a router knows of; 0: none."""
+        members = router.fleet.view.members.values() if router.fleet is not None else ()
+        decisions = newest_decisions(members)
+        return decisions[kind][0] if kind in decisions else 0
 
     # Invariants.
 

@@ -208,6 +208,8 @@ class ModelStore:
                     for step in ensemble.model.plan.steps
                 }
             for gone in names:
+                if decided_ns and decided_ns <= self.decisions.decided_ns.get(gone, 0):
+                    continue
                 decision = Decision(False, decided_ns or self.decisions.next_ns(gone), fleet=decided_ns > 0)
                 await asyncio.to_thread(self.decisions.keep, gone, decision)
                 await self._take_out(gone)

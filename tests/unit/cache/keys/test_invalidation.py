@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from cache.keys import invalidation
 from cache.keys.invalidation import _PURGE, EPOCHS, InvalidationLog
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import ResourceExhaustedError, UnavailableError
 from tests.simulation.redis import Redis
 
 
@@ -127,6 +128,30 @@ async def test_a_purge_waits_for_a_process_that_cannot_act_on_news_yet_and_does_
     assert (await asyncio.wait_for(purging, 60))[1] == 2
     await first.close()
     await second.close()
+
+
+async def test_what_was_announced_before_can_be_announced_when_the_table_is_full(monkeypatch):
+    first, _ = boards()
+    await first.announce("models")
+    monkeypatch.setattr(invalidation, "_MAX_SCOPES", 4)
+    await first.purge(["key:a", "key:b"])
+    with pytest.raises(ResourceExhaustedError):
+        await first.purge(["key:c"])
+    await first.announce("models")
+
+
+async def test_a_process_whose_news_are_not_confirmed_serves_nothing_older_than_its_lease():
+    first, second = boards()
+
+    async def on_news(news):
+        return False
+
+    await second._send_heartbeat()
+    second.on_news = on_news
+    await first._run(_PURGE, "1", "1000", "models")
+    second._contact -= 29
+    await second._send_heartbeat()
+    assert second.oldest_ms > 0
 
 
 async def test_a_process_that_is_held_up_serves_nothing_older_than_its_lease():

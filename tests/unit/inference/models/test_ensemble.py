@@ -190,6 +190,16 @@ async def test_unloading_with_dependents_takes_the_steps_along(tmp_path):
     assert [line.state for line in await store.index()] == ["UNAVAILABLE"] * 3
 
 
+async def test_unloading_with_dependents_leaves_a_step_that_was_loaded_later(tmp_path):
+    models.mlp(tmp_path)
+    models.pipeline(tmp_path)
+    store = await store_of(tmp_path)
+    await store.load("mlp", decided_ns=200)
+    await store.unload("pipeline", dependents=True, decided_ns=100)
+    assert [line.name for line in await store.index() if line.state == "READY"] == ["mlp"]
+    assert store.decisions.decided_ns["mlp"] == 200
+
+
 async def test_the_router_refuses_more_rows_than_an_ensemble_says_before_it_runs_a_step():
     metadata = v2.ModelMetadataResponse(inputs=[{"name": "a", "datatype": "FP32", "shape": [-1, 1]}])
     plan = ensemble.plan(scheduling(("one", "a", "b")), "a", "b")
@@ -197,7 +207,7 @@ async def test_the_router_refuses_more_rows_than_an_ensemble_says_before_it_runs
     request = v2.ModelInferRequest(raw_input_contents=[bytes(20)])
     request.inputs.add(name="a", datatype="FP32", shape=[5, 1])
 
-    async def infer(data):
+    async def infer(index, data):
         raise AssertionError("a step ran")
 
     with pytest.raises(InvalidArgumentError, match=r"5 rows; ensemble 'e' takes 4 at most"):

@@ -9,7 +9,7 @@ from router.balancing.member import Listing
 from router.membership import fleet
 from router.membership.fleet import Fleet
 from router.transport.worker_client import WorkerBusyError, WorkerUnreachableError
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import NotFoundError, UnavailableError
 from tests.unit.router.transport.test_worker_client import Worker
 
 
@@ -192,13 +192,17 @@ async def test_an_older_worker_does_not_bring_back_what_a_lost_worker_had_replac
     await made.describe(after)
     second.answers.put_nowait(WorkerUnreachableError("gone"))
     await made.describe(after)
-    model = made.view.catalog.find("m", "")
-    assert model.digest == b"2" * 16
-    assert not any(member.can_run(model) for member in made.view.members.values())
+    with pytest.raises(UnavailableError, match="no worker that holds model 'm' can be reached"):
+        made.view.catalog.find("m", "")
+    assert before.healthy
+    assert not before.held
+    made._polls[after.address] = asyncio.create_task(asyncio.sleep(0))
+    made._leave(made._members.pop(after.address))
+    assert made.view.catalog.find("m", "").digest == b"1" * 16
     made.close()
 
 
-async def test_a_model_whose_only_worker_is_lost_still_exists():
+async def test_a_model_whose_only_worker_is_lost_is_unavailable_and_not_unknown():
     made, first, second = fleet_of("a:1", "b:1")
     holder, other = made.view.members.values()
     first.answers.put_nowait(described(1, b"1"))
@@ -207,8 +211,44 @@ async def test_a_model_whose_only_worker_is_lost_still_exists():
     await made.describe(other)
     first.answers.put_nowait(WorkerUnreachableError("gone"))
     await made.describe(holder)
-    model = made.view.catalog.find("m", "")
-    assert [str(member.can_run(model).reason) for member in (holder, other)] == ["gone", "does not hold the model"]
+    for version in ("", "1"):
+        with pytest.raises(UnavailableError, match="no worker that holds model 'm' can be reached"):
+            made.view.catalog.find("m", version)
+    with pytest.raises(NotFoundError):
+        made.view.catalog.find("m", "2")
+    made.close()
+
+
+async def test_a_worker_that_was_busy_after_an_earlier_change_has_its_time_again_after_the_next():
+    made, member, link = await fleet_of_one()
+    link.answers.put_nowait(WorkerBusyError("no answer"))
+    assert not await made.describe_all()
+    link.answers.put_nowait(described(2, b"2"))
+    await made.describe(member)
+    made._clock.now += 3600
+    link.answers.put_nowait(WorkerBusyError("no answer"))
+    assert not await made.describe_all()
+    assert member.healthy
+    made.close()
+
+
+async def test_an_ensemble_stays_known_while_a_worker_has_an_old_step_of_it():
+    made, first, second = fleet_of("a:1", "b:1")
+    ahead, behind = made.view.members.values()
+    whole = inference_pb2.ModelVersion(name="e", version="1", digest=b"e" * 16)
+    config = whole.ensemble.config
+    config.input.add(name="x")
+    config.output.add(name="y")
+    step = config.ensemble_scheduling.step.add(model_name="m", model_version=-1)
+    step.input_map["x"], step.output_map["y"] = "x", "y"
+    old = described(1, b"1")
+    old.models.append(whole)
+    first.answers.put_nowait(described(1, b"2", decided_ns=2))
+    second.answers.put_nowait(old)
+    await made.describe(ahead)
+    await made.describe(behind)
+    assert made.view.catalog.find("e", "").step_digests == (b"2" * 16,)
+    assert not behind.held
     made.close()
 
 

@@ -103,7 +103,31 @@ async def test_workers_that_cannot_be_asked_are_left_out():
     assert away.told == []
 
 
-def test_a_new_decision_is_later_than_every_known_one():
-    ahead = 1 << 62
-    assert next_ns([Worker("w", m=(ahead, True, True)), Worker("x")], "m") == ahead + 1
-    assert next_ns([Worker("w", m=(ahead, True, True))], "n") < ahead
+async def test_a_worker_that_was_lost_while_it_was_told_is_told_as_soon_as_it_is_back():
+    source, lost = Worker("source", m=(100, False, True)), Worker("lost")
+    agreement = Agreement(Fleet(source, lost), lambda: 0.0)
+    lost.broken = True
+    await agree(agreement)
+    lost.healthy = False
+    await agree(agreement)
+    lost.healthy, lost.broken = True, False
+    await agree(agreement)
+    assert lost.told == [(UNLOAD, "m", 100)]
+
+
+async def test_what_the_source_has_decided_for_itself_meanwhile_is_not_passed_on():
+    source, other = Worker("source", m=(100, True, True)), Worker("other")
+    agreement = Agreement(Fleet(source, other), lambda: 0.0)
+    agreement.compare()
+    source.known["m"] = (200, False, False)
+    await asyncio.gather(*agreement._sending.values())
+    assert other.told == []
+
+
+def test_a_new_decision_is_later_than_every_known_one_and_never_equal_to_another():
+    ahead = 1 << 61
+    workers = [Worker("w", m=(ahead, True, True)), Worker("x")]
+    made = {next_ns(workers) for _ in range(20)}
+    assert min(made) > ahead
+    assert len(made) > 1
+    assert next_ns([Worker("x")]) < ahead

@@ -51,7 +51,7 @@ class Workers:
     """A fleet; `learned` are decisions that a worker tells when it describes itself again."""
 
     def __init__(self, *members, learned=()):
-        self.view = SimpleNamespace(members={member.address: member for member in members}, catalog=Catalog([]))
+        self.view = SimpleNamespace(members={member.address: member for member in members}, catalog=Catalog([[]]))
         self._learned = learned
 
     async def describe(self, member):
@@ -87,7 +87,8 @@ async def test_a_load_is_later_than_one_that_another_router_made_with_a_clock_ah
     await control._load(v2.RepositoryModelLoadRequest(model_name="m"), None)
     ((method, asked),) = made.link.asked
     request = v2.RepositoryModelLoadRequest.FromString(asked)
-    assert (method, request.parameters["ringmesh_decided_ns"].int64_param) == ("RepositoryModelLoad", ahead + 1)
+    assert method == "RepositoryModelLoad"
+    assert request.parameters["ringmesh_decided_ns"].int64_param > ahead
 
 
 async def test_an_unload_can_be_repeated_for_a_worker_that_failed_to_apply_it():

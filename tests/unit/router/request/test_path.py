@@ -27,6 +27,7 @@ from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
 from router.balancing.catalog import Catalog
+from router.balancing.pool import pools
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -463,3 +464,60 @@ async def test_one_with_time_left_asks_again_when_the_first_ran_out_of_it():
     router.worker.end()
     assert router.told[1].body == b"answer"
     assert len(router.worker.sent) == 2
+
+
+def listed(name, digest, *steps):
+    """A model that doubles nothing in particular; with steps, an ensemble that only the router can run."""
+    tensors = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1]}],
+    }
+    made = inference_pb2.ModelVersion(
+        name=name, version="1", digest=digest * 16, cacheable=True, metadata=v2.ModelMetadataResponse(**tensors)
+    )
+    if steps:
+        made.ensemble.not_runnable, made.ensemble.own_digest = "its steps are elsewhere", b"e" * 16
+        config = made.ensemble.config
+        config.input.add(name="x")
+        config.output.add(name="y")
+        tensors = ["x", *(f"t{place}" for place in range(1, len(steps))), "y"]
+        for place, step in enumerate(steps):
+            added = config.ensemble_scheduling.step.add(model_name=step, model_version=-1)
+            added.input_map["x"], added.output_map["y"] = tensors[place], tensors[place + 1]
+    return made
+
+
+def computed_by(digest):
+    response = v2.ModelInferResponse(outputs=[{"name": "y", "datatype": "FP32", "shape": [1]}])
+    response.raw_output_contents.append(np.float32(1).tobytes())
+    return inference_pb2.WorkResult(response=response.SerializeToString(), model_digest=digest * 16)
+
+
+@pytest.mark.parametrize(
+    ("switches", "ran", "kept"),
+    [(False, b"O", True), (True, b"N", False), (True, b"O", False), (False, b"N", False)],
+    ids=["no change", "replaced between steps", "replaced, and not yet on the worker", "not yet heard of"],
+)
+async def test_an_ensembles_answer_is_kept_only_for_the_versions_that_ran(switches, ran, kept):
+    router = Router()
+    fleet = router.path._fleet
+    (worker,) = fleet.view.members.values()
+    worker.held = frozenset([("first", "1"), ("second", "1")])
+
+    def serve(second):
+        models = [listed("e", b"", "first", "second"), listed("first", b"1"), listed("second", second)]
+        fleet.view = replace(fleet.view, catalog=Catalog([models]), pools=pools([worker], "", "").by_model)
+
+    serve(b"O")
+    router.send(request(model="e"))
+    await until(lambda: len(router.worker.sent) == 1)
+    router.worker.end(computed_by(b"1"))
+    if switches:
+        serve(b"N")
+    await until(lambda: len(router.worker.sent) == 2)
+    router.worker.end(computed_by(ran))
+    await until(lambda: len(router.told) == 1)
+    serve(b"O")  # as after a rollback
+    router.send(request(model="e"))
+    await until(lambda: len(router.told) == 2 or len(router.worker.sent) == 3)
+    assert [outcome for _, outcome in router.answers()[1:]].count("hit-local") == kept
