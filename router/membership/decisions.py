@@ -25,17 +25,32 @@ def missed_decisions(member: Member, newest: dict[str, tuple[int, Member]]) -> d
     return {model: source for model, (decided_ns, source) in newest.items() if known.get(model, 0) < decided_ns}
 
 
-def current_models(members: Sequence[Member]) -> list[list[inference_pb2.ModelVersion]]:
-    """The models of each worker, without those that another worker has replaced or unloaded for the fleet, and without
-    ensembles that have such a step."""
-    newest = newest_decisions(members)
+def current_models(
+    healthy: Sequence[Member], listed: Sequence[Member]
+) -> tuple[list[list[inference_pb2.ModelVersion]], list[inference_pb2.FailedVersion]]:
+    """The models of each healthy worker, without those that another worker has replaced or unloaded for the fleet, and
+    without ensembles that have such a step; and the models that no healthy worker may serve for this reason.
+
+    `listed`: all workers of the fleet. The decisions of one that cannot be reached still apply.
+    """
+    newest = newest_decisions(listed)
     if not newest:
-        return [list(member.models) for member in members]
+        return [list(member.models) for member in healthy], []
     current = []
-    for member in members:
+    outdated: dict[str, str] = {}
+    for member in healthy:
         missed = missed_decisions(member, newest)
         current.append([model for model in member.models if missed.keys().isdisjoint(_parts(model))])
-    return current
+        for model in member.models:
+            sources = [missed[part].worker_id for part in _parts(model) if part in missed]
+            outdated.update(dict.fromkeys([model.name], sources[0]) if sources else {})
+    for models in current:
+        for model in models:
+            outdated.pop(model.name, None)
+    reason = "it was loaded or unloaded since, and the workers that know of that cannot be reached: {}"
+    return current, [
+        inference_pb2.FailedVersion(model=name, reason=reason.format(source)) for name, source in outdated.items()
+    ]
 
 
 def _parts(model: inference_pb2.ModelVersion) -> list[str]:

@@ -297,8 +297,8 @@ class Fleet:
         # If no worker is healthy, the last catalog stays: callers get UNAVAILABLE, not that the model does not exist.
         catalog = self.view.catalog
         if healthy:
-            failed = [failure for member in healthy for failure in member.failed]
-            current = current_models(healthy)
+            current, outdated = current_models(healthy, list(self._members.values()))
+            failed = [*outdated, *(failure for member in healthy for failure in member.failed)]
             for member, models in zip(healthy, current, strict=True):
                 member.held = frozenset([(model.name, model.version) for model in models])
             catalog = Catalog(current, failed, isolates=self._isolates)

@@ -158,7 +158,9 @@ class FleetControl:
         self, method: str, request: v2.RepositoryModelLoadRequest | v2.RepositoryModelUnloadRequest
     ) -> None:
         """Applies a change on all workers. `Agreement` applies it later on workers that are unreachable now."""
-        request.parameters[DECIDED_NS].int64_param = next_ns(self._reachable(), request.model_name)
+        self._reachable()
+        # Decisions of workers that are unreachable now count too: theirs must not override this one later.
+        request.parameters[DECIDED_NS].int64_param = next_ns(self._fleet.view.members.values(), request.model_name)
         try:
             await self._ask_all(method, request, LOAD_SECONDS)
         finally:  # also if only some workers applied it

@@ -181,3 +181,22 @@ async def test_the_models_of_a_worker_that_missed_a_decision_of_the_fleet_are_no
     await made.describe(before)
     assert before.held == after.held
     made.close()
+
+
+async def test_a_worker_that_missed_a_decision_stays_unused_after_the_only_one_that_has_it_is_lost():
+    made, first, second = fleet_of("a:1", "b:1")
+    old, lost = made.view.members.values()
+    second.answers.put_nowait(described(1, b"2", decided_ns=2))
+    await made.describe(lost)
+    second.answers.put_nowait(WorkerUnreachableError("gone"))
+    await made.describe(lost)
+    first.answers.put_nowait(described(1, b"1", decided_ns=1))
+    await made.describe(old)
+    assert old.healthy
+    assert not old.held
+    with pytest.raises(UnavailableError, match="cannot be reached: w"):
+        made.view.catalog.find("m", "")
+    second.answers.put_nowait(described(2, b"2", decided_ns=2))
+    await made.describe(lost)
+    assert made.view.catalog.find("m", "").digest == b"2" * 16
+    made.close()
