@@ -29,7 +29,7 @@ def current_models(
     healthy: Sequence[Member], listed: Sequence[Member]
 ) -> tuple[list[list[inference_pb2.ModelVersion]], list[inference_pb2.FailedVersion]]:
     """The models of each healthy worker, without those that another worker has replaced or unloaded for the fleet, and
-    without ensembles that have such a step; and the models that no healthy worker may serve for this reason.
+    without ensembles that have such a step; and why models are served by no worker until an unreachable one returns.
 
     `listed`: all workers of the fleet. The decisions of one that cannot be reached still apply.
     """
@@ -37,20 +37,17 @@ def current_models(
     if not newest:
         return [list(member.models) for member in healthy], []
     current = []
-    outdated: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for member in healthy:
         missed = missed_decisions(member, newest)
         current.append([model for model in member.models if missed.keys().isdisjoint(_parts(model))])
         for model in member.models:
-            sources = [missed[part].worker_id for part in _parts(model) if part in missed]
-            outdated.update(dict.fromkeys([model.name], sources[0]) if sources else {})
-    for models in current:
-        for model in models:
-            outdated.pop(model.name, None)
-    reason = "it was loaded or unloaded since, and the workers that know of that cannot be reached: {}"
-    return current, [
-        inference_pb2.FailedVersion(model=name, reason=reason.format(source)) for name, source in outdated.items()
-    ]
+            for source in [missed[part] for part in _parts(model) if part in missed]:
+                if not source.healthy:
+                    reasons[model.name] = f"only worker {source.worker_id}, which cannot be reached, has its last files"
+    served = {model.name for models in current for model in models}
+    failed = [inference_pb2.FailedVersion(model=name, reason=reasons[name]) for name in reasons if name not in served]
+    return current, failed
 
 
 def _parts(model: inference_pb2.ModelVersion) -> list[str]:

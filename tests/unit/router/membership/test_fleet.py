@@ -9,7 +9,7 @@ from router.balancing.member import Listing
 from router.membership import fleet
 from router.membership.fleet import Fleet
 from router.transport.worker_client import WorkerBusyError, WorkerUnreachableError
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import NotFoundError, UnavailableError
 from tests.unit.router.transport.test_worker_client import Worker
 
 
@@ -194,9 +194,15 @@ async def test_a_worker_that_missed_a_decision_stays_unused_after_the_only_one_t
     await made.describe(old)
     assert old.healthy
     assert not old.held
-    with pytest.raises(UnavailableError, match="cannot be reached: w"):
+    with pytest.raises(UnavailableError, match="only worker w, which cannot be reached"):
         made.view.catalog.find("m", "")
     second.answers.put_nowait(described(2, b"2", decided_ns=2))
     await made.describe(lost)
     assert made.view.catalog.find("m", "").digest == b"2" * 16
+    unloaded = described(3, b"2", decided_ns=3)
+    unloaded.models[0].name = "other"
+    second.answers.put_nowait(unloaded)
+    await made.describe(lost)
+    with pytest.raises(NotFoundError):
+        made.view.catalog.find("m", "")
     made.close()
