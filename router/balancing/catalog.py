@@ -29,6 +29,7 @@ class ModelEntry:
     - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
+      `step_digests`: of the models that they run.
     - `runnable`: whether a worker may run it.
     """
 
@@ -48,6 +49,7 @@ class ModelEntry:
     shared_tier: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
+    step_digests: frozenset[bytes] = frozenset()
     cache_steps: bool = False
     provider: str = ""
     limits_queue: bool = False
@@ -144,6 +146,7 @@ class Catalog:
         return replace(
             entry,
             plan=plan,
+            step_digests=frozenset([step.digest for step in steps]),
             cache_steps=cache_steps,
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import model_config_pb2
 
 from cache.keys.epochs import Epochs
 from cache.keys.invalidation import InvalidationLog
@@ -26,7 +27,7 @@ from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
-from router.balancing.catalog import Catalog
+from router.balancing.catalog import CACHE_STEPS, Catalog
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -463,3 +464,60 @@ async def test_one_with_time_left_asks_again_when_the_first_ran_out_of_it():
     router.worker.end()
     assert router.told[1].body == b"answer"
     assert len(router.worker.sent) == 2
+
+
+def ensemble_of(digest):
+    """What a fleet serves: model m with this digest, and an ensemble that runs it twice, each through the cache."""
+    tensor = {"name": "x", "data_type": "TYPE_FP32", "dims": [-1]}
+    flow = [("x", "between"), ("between", "y")]
+    steps = [{"model_name": "m", "input_map": {"x": a}, "output_map": {"y": b}} for a, b in flow]
+    config = model_config_pb2.ModelConfig(
+        input=[tensor],
+        output=[tensor | {"name": "y"}],
+        ensemble_scheduling={"step": steps},
+        parameters={CACHE_STEPS: {"string_value": "true"}},
+    )
+    metadata = v2.ModelMetadataResponse(inputs=[{"name": "x", "datatype": "FP32", "shape": [-1]}])
+    metadata.outputs.add(name="y", datatype="FP32", shape=[-1])
+    common = {"version": "1", "cacheable": True, "metadata": metadata}
+    whole = inference_pb2.Ensemble(own_digest=b"e" * 16, config=config)
+    return Catalog(
+        [
+            [
+                inference_pb2.ModelVersion(name="m", digest=digest, **common),
+                inference_pb2.ModelVersion(name="e", digest=b"e" * 16, ensemble=whole, **common),
+            ]
+        ]
+    )
+
+
+def computed(value, digest):
+    response = v2.ModelInferResponse(raw_output_contents=[np.float32(value).tobytes()])
+    response.outputs.add(name="y", datatype="FP32", shape=[1])
+    return inference_pb2.WorkResult(response=response.SerializeToString(), model_digest=digest)
+
+
+async def test_an_ensemble_runs_again_if_a_step_is_replaced_meanwhile_and_nothing_is_filed_under_the_old_steps():
+    router, new = Router(), b"n" * 16
+    fleet = router.path._fleet
+    before, after = (replace(fleet.view, catalog=ensemble_of(digest)) for digest in (DIGEST, new))
+    fleet.view = before
+    router.send(request(model="e"))
+    await until(lambda: router.worker.sent)
+    router.worker.end(computed(10, DIGEST))
+    await until(lambda: len(router.worker.sent) == 2)
+    fleet.view = after
+    router.worker.end(computed(21, new))
+    await until(lambda: len(router.worker.sent) == 3)
+    router.worker.end(computed(20, new))
+    await until(lambda: len(router.worker.sent) == 4)
+    router.worker.end(computed(40, new))
+    await until(lambda: router.told)
+    answer = v2.ModelInferResponse.FromString(router.told[0].body)
+    assert np.frombuffer(answer.raw_output_contents[0], np.float32) == [40]
+    fleet.view = before  # rolled back
+    router.send(request(model="e"))
+    await until(lambda: len(router.worker.sent) == 5)
+    router.worker.end(computed(20, DIGEST))
+    await until(lambda: router.told[1:])
+    assert dict(router.told[1].trailing)["ringmesh-cache"] == "miss"
