@@ -42,10 +42,10 @@ class Computed:
     """A computed answer. `key` is the cache key with the model version that ran; None if the answer is not cached.
 
     `freshness` is the freshness of the model; None if answers do not expire. `seconds` is the time that computing took,
-    including the trip to the worker. `exact`: whether the versions ran that the request was keyed with.
+    including the trip to the worker. `model_digest`: of the version that ran; b"" if none did.
     """
 
-    __slots__ = ("entry", "exact", "freshness", "key", "seconds", "worker")
+    __slots__ = ("entry", "freshness", "key", "model_digest", "seconds", "worker")
 
     def __init__(
         self,
@@ -54,15 +54,14 @@ class Computed:
         worker: str,
         freshness: Freshness | None = None,
         seconds: float = 0.0,
-        *,
-        exact: bool = True,
+        model_digest: bytes = b"",
     ) -> None:
         self.entry = entry
         self.key = key
         self.worker = worker
         self.freshness = freshness
         self.seconds = seconds
-        self.exact = exact
+        self.model_digest = model_digest
 
 
 # Computes an answer. The coroutine runs under `services.runtime.driver`.
@@ -74,10 +73,11 @@ class Found:
 
     `rows`: how many rows of a batch were cached, such as "6/8"; "" if the request was not split into rows.
     `similarity`: above 0 if this is the answer to a similar request. `reason`: why the shared tier was used as it was;
-    "" without a decision. `exact` is as in Computed.
+    "" without a decision. `model_digest`: of the version that computed it for this request or an equal one; it differs
+    from the key's if the model was replaced meanwhile. b"": the answer is that of the key's version.
     """
 
-    __slots__ = ("entry", "exact", "outcome", "reason", "rows", "similarity", "worker")
+    __slots__ = ("entry", "model_digest", "outcome", "reason", "rows", "similarity", "worker")
 
     def __init__(
         self,
@@ -87,8 +87,7 @@ class Found:
         rows: str = "",
         similarity: float = 0.0,
         reason: str = "",
-        *,
-        exact: bool = True,
+        model_digest: bytes = b"",
     ) -> None:
         self.entry = entry
         self.outcome = outcome
@@ -96,7 +95,7 @@ class Found:
         self.rows = rows
         self.similarity = similarity
         self.reason = reason
-        self.exact = exact
+        self.model_digest = model_digest
 
 
 class Mesh:
@@ -292,7 +291,7 @@ class Mesh:
             return Found(answer, "hit-peer")
         self.learn(subject, answer.seconds)
         self.fill(answer, writes=writes)
-        return Found(answer.entry, "miss", answer.worker, exact=answer.exact)
+        return Found(answer.entry, "miss", answer.worker, model_digest=answer.model_digest)
 
     def _peers_to_ask(self, key: bytes, subject: Subject) -> Mapping[PeerRegion, LookUpDecision]:
         # A process that does not know all purges must not fetch purged answers from a peer.

@@ -29,7 +29,7 @@ class ModelEntry:
     - `shared_tier`: "always" or "never" if its configuration decides whether Redis is used, else "" (by cost).
     - `freshness`: how long answers are valid; None: forever.
     - `plan`: the steps, for an ensemble; with `cache_steps` the router runs them one by one, each through the cache.
-      `step_digests`: those of the models, in the plan's order.
+      `step_digests`: of the models that they run.
     - `runnable`: whether a worker may run it.
     """
 
@@ -49,7 +49,7 @@ class ModelEntry:
     shared_tier: str = ""
     freshness: Freshness | None = None
     plan: Plan | None = None
-    step_digests: tuple[bytes, ...] = ()
+    step_digests: frozenset[bytes] = frozenset()
     cache_steps: bool = False
     provider: str = ""
     limits_queue: bool = False
@@ -157,7 +157,7 @@ class Catalog:
         return replace(
             entry,
             plan=plan,
-            step_digests=tuple([step.digest for step in steps]),
+            step_digests=frozenset([step.digest for step in steps]),
             cache_steps=cache_steps,
             freshness=freshness,
             tenant_scoped=entry.tenant_scoped or any(step.tenant_scoped for step in steps),

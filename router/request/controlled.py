@@ -31,4 +31,4 @@ async def find(mesh: Mesh, call: Call, model: ModelEntry, control: CacheControl,
     if not control.no_store:
         # With no-cache the answer replaces the one that other routers may find in Redis.
         mesh.fill(computed, writes=decision.asks or (control.no_cache and decision is not NEVER))
-    return Found(computed.entry, "miss", computed.worker, reason=decision.reason, exact=computed.exact)
+    return Found(computed.entry, "miss", computed.worker, reason=decision.reason, model_digest=computed.model_digest)

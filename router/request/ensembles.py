@@ -25,8 +25,8 @@ class _StepTensor(NamedTuple):
     raw: bytes
 
 
-async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[int, bytes], Awaitable[Entry]]) -> Entry:
-    """Answers a serialized ModelInferRequest that was checked; `infer` answers that of a step, given its index.
+async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[bytes], Awaitable[Entry]]) -> Entry:
+    """Answers a serialized ModelInferRequest that was checked; `infer` answers the serialized requests of the steps.
 
     Raises InvalidArgumentError for features that need one worker with all steps, and whatever `infer` raises.
     """
@@ -50,7 +50,7 @@ async def run(model: ModelEntry, plan: Plan, data: bytes, infer: Callable[[int, 
             if name in request.parameters:
                 step_request.parameters[name].CopyFrom(request.parameters[name])
         try:
-            entry = await infer(index, step_request.SerializeToString())
+            entry = await infer(step_request.SerializeToString())
         except RingmeshError as error:
             error.message = f"step {step.model!r} of ensemble {model.name!r}: {error.message}"
             raise

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
@@ -46,6 +48,8 @@ from services.runtime.telemetry.tracing import Tracer, untraced
 log = logging.getLogger(__name__)
 
 _RENEWAL_SECONDS = 30.0
+# Seconds until an ensemble is run again after one of its steps was replaced. Together longer than a poll of the fleet.
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.0)
 # Outcomes of answers that were stored in the local tier.
 _FILLS = frozenset(("miss", "hit-shared", "hit-peer"))
 
@@ -192,7 +196,7 @@ class RequestPath:
                 computed = await self._compute(call, model, epochs)
         else:
             computed = await self._compute(call, model, epochs)
-        return Found(computed.entry, "bypass", computed.worker, exact=computed.exact)
+        return Found(computed.entry, "bypass", computed.worker, model_digest=computed.model_digest)
 
     async def _by_row(self, call: Call, model: ModelEntry, epochs: Epochs) -> Found:
         """Answers a batch row by row if it can be split into rows, else as a whole."""
@@ -231,7 +235,9 @@ class RequestPath:
             # its caller, or another row of its batch.
             try:
                 found = await flight
-                return Found(found.entry, "joined", found.worker, exact=found.exact) if joined else found
+                if not joined:
+                    return found
+                return Found(found.entry, "joined", found.worker, model_digest=found.model_digest)
             except RefusedError as refused:
                 if refused.caller == call.caller:
                     raise
@@ -245,7 +251,7 @@ class RequestPath:
         """Computes the answer on a worker, or step by step for an ensemble that no worker runs whole."""
         if model.plan is not None and not self._runs_whole(model):
             self._take_quota(call)
-            return await self._by_step(call, model)
+            return await self._by_step(call, model, epochs)
         # With no-cache the request must not join another on the worker either.
         joins = b"" if call.control is not None and call.control.no_cache else call.key
         ring_hash = call.ring_hash or call.request_hash
@@ -257,8 +263,8 @@ class RequestPath:
             self._replies.computed_late(call)
         entry = Entry(result.response, int(timing.share_us))
         key = epochs.key(result.model_digest, model.name, call.request_hash) if call.request_hash else None
-        exact = result.model_digest == model.digest
-        return Computed(entry, key, member.worker_id, model.freshness, time.monotonic() - start, exact=exact)
+        took = time.monotonic() - start
+        return Computed(entry, key, member.worker_id, model.freshness, took, result.model_digest)
 
     def _forward(
         self, call: Call, model: ModelEntry, data: bytes, ring_hash: bytes, joins: bytes
@@ -295,35 +301,42 @@ class RequestPath:
         members = self._fleet.view.members.values()
         return not model.cache_steps and any(member.can_run(model) for member in members)
 
-    async def _by_step(self, call: Call, model: ModelEntry) -> Computed:
+    async def _by_step(self, call: Call, model: ModelEntry, epochs: Epochs) -> Computed:
         """Runs an ensemble step by step. Its answer is as old as the oldest step that has a time to live.
 
-        It is not cached if a step ran in another version than `model` has: the key names the versions.
+        If a step was replaced meanwhile, runs it again, with the steps that the router knows by then: an answer must
+        not mix old and new steps. It is cached only if all steps were those of its key.
         """
-        assert model.plan is not None
-        ages: list[int] = []
-        exact = True
         start = time.monotonic()
+        key: bytes | None = None
+        for pause in _PAUSES:
+            assert model.plan is not None
+            ages: list[int] = []
+            ran: set[bytes] = set()
+            infer = partial(self._run_step, call, ages, ran)
+            entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
+            entry.created_at_ms = min(ages, default=entry.created_at_ms)
+            if ran == model.step_digests:
+                key = epochs.key(model.digest, model.name, call.request_hash) if call.request_hash else None
+                break
+            await in_task(asyncio.sleep(pause))
+            with suppress(RingmeshError):  # this version may be unloaded by now
+                now = self._fleet.view.catalog.find(model.name, model.version)
+                model = now if now.plan is not None else model
+        return Computed(entry, key, "", model.freshness, time.monotonic() - start)
 
-        async def infer(index: int, data: bytes) -> Entry:
-            nonlocal exact
-            entry, ran = await driver.run(self._step(data, call, ages))
-            exact = exact and ran == model.step_digests[index]
-            return entry
-
-        entry = await in_task(ensembles.run(model, model.plan, call.data, infer))
-        entry.created_at_ms = min(ages, default=entry.created_at_ms)
-        key = call.key if exact and call.key else None
-        return Computed(entry, key, "", model.freshness, time.monotonic() - start, exact=exact)
+    async def _run_step(self, whole: Call, ages: list[int], ran: set[bytes], data: bytes) -> Entry:
+        return await driver.run(self._step(data, whole, ages, ran))
 
     async def _embed(self, data: bytes, whole: Call) -> tuple[Entry, bytes]:
-        return await self._step(data, whole, [])
+        """Runs an embedding model. Returns also the digest of the version that ran."""
+        ran: set[bytes] = set()
+        entry = await self._step(data, whole, [], ran)
+        return entry, ran.pop()
 
-    async def _step(self, data: bytes, whole: Call, ages: list[int]) -> tuple[Entry, bytes]:
-        """Runs an internal request as part of `whole`. If the answer expires, adds its creation time to `ages`.
-
-        Returns the answer and the digest of the version that computed it; b"" if it is not known.
-        """
+    async def _step(self, data: bytes, whole: Call, ages: list[int], ran: set[bytes]) -> Entry:
+        """Runs an internal request as part of `whole`. Adds the digest of the version that answered to `ran`, and if
+        the answer expires, its creation time to `ages`."""
         call = Call(data, whole.trace.child(), whole.metadata, STEP, whole.deadline)
         call.tenant, call.caller, call.control = whole.tenant, whole.caller, whole.control
         attributes: dict[str, Value] = {}
@@ -346,6 +359,8 @@ class RequestPath:
             )
         if afterwards := self._replies.count(call, found):
             afterwards()
-        if call.model is not None and call.model.freshness is not None:
+        assert call.model is not None
+        ran.add(found.model_digest or call.model.digest)
+        if call.model.freshness is not None:
             ages.append(found.entry.created_at_ms)
-        return found.entry, call.model.digest if found.exact and call.model is not None else b""
+        return found.entry

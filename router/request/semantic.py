@@ -79,8 +79,6 @@ class SemanticMatches:
         except RingmeshError as error:
             log.info("model %s: the request could not be embedded: %s", model.name, error.message)
             return None
-        if not space:
-            return None  # the embedding model is being replaced
         query = embedded(request, answer.value)
         return None if query is None else (query, space)
 

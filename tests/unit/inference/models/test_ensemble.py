@@ -207,7 +207,7 @@ async def test_the_router_refuses_more_rows_than_an_ensemble_says_before_it_runs
     request = v2.ModelInferRequest(raw_input_contents=[bytes(20)])
     request.inputs.add(name="a", datatype="FP32", shape=[5, 1])
 
-    async def infer(index, data):
+    async def infer(data):
         raise AssertionError("a step ran")
 
     with pytest.raises(InvalidArgumentError, match=r"5 rows; ensemble 'e' takes 4 at most"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ringmesh.inference.v1 import inference_pb2
 from ringmesh.oip.v2 import grpc_service_pb2 as v2
+from ringmesh.oip.v2 import model_config_pb2
 
 from cache.keys.epochs import Epochs
 from cache.keys.invalidation import InvalidationLog
@@ -26,8 +27,7 @@ from router.accounting.request_metrics import RequestMetrics
 from router.admission.concurrency_limit import ConcurrencyLimits
 from router.admission.quotas import Quotas
 from router.admission.tenant_limits import TenantLimits
-from router.balancing.catalog import Catalog
-from router.balancing.pool import pools
+from router.balancing.catalog import CACHE_STEPS, Catalog
 from router.dispatch.dispatcher import Dispatcher
 from router.dispatch.retry_budget import RetryBudget
 from router.dispatch.tail_latency import TailLatency
@@ -466,58 +466,58 @@ async def test_one_with_time_left_asks_again_when_the_first_ran_out_of_it():
     assert len(router.worker.sent) == 2
 
 
-def listed(name, digest, *steps):
-    """A model that doubles nothing in particular; with steps, an ensemble that only the router can run."""
-    tensors = {
-        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}],
-        "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1]}],
-    }
-    made = inference_pb2.ModelVersion(
-        name=name, version="1", digest=digest * 16, cacheable=True, metadata=v2.ModelMetadataResponse(**tensors)
+def ensemble_of(digest):
+    """What a fleet serves: model m with this digest, and an ensemble that runs it twice, each through the cache."""
+    tensor = {"name": "x", "data_type": "TYPE_FP32", "dims": [-1]}
+    flow = [("x", "between"), ("between", "y")]
+    steps = [{"model_name": "m", "input_map": {"x": a}, "output_map": {"y": b}} for a, b in flow]
+    config = model_config_pb2.ModelConfig(
+        input=[tensor],
+        output=[tensor | {"name": "y"}],
+        ensemble_scheduling={"step": steps},
+        parameters={CACHE_STEPS: {"string_value": "true"}},
     )
-    if steps:
-        made.ensemble.not_runnable, made.ensemble.own_digest = "its steps are elsewhere", b"e" * 16
-        config = made.ensemble.config
-        config.input.add(name="x")
-        config.output.add(name="y")
-        tensors = ["x", *(f"t{place}" for place in range(1, len(steps))), "y"]
-        for place, step in enumerate(steps):
-            added = config.ensemble_scheduling.step.add(model_name=step, model_version=-1)
-            added.input_map["x"], added.output_map["y"] = tensors[place], tensors[place + 1]
-    return made
+    metadata = v2.ModelMetadataResponse(inputs=[{"name": "x", "datatype": "FP32", "shape": [-1]}])
+    metadata.outputs.add(name="y", datatype="FP32", shape=[-1])
+    common = {"version": "1", "cacheable": True, "metadata": metadata}
+    whole = inference_pb2.Ensemble(own_digest=b"e" * 16, config=config)
+    return Catalog(
+        [
+            [
+                inference_pb2.ModelVersion(name="m", digest=digest, **common),
+                inference_pb2.ModelVersion(name="e", digest=b"e" * 16, ensemble=whole, **common),
+            ]
+        ]
+    )
 
 
-def computed_by(digest):
-    response = v2.ModelInferResponse(outputs=[{"name": "y", "datatype": "FP32", "shape": [1]}])
-    response.raw_output_contents.append(np.float32(1).tobytes())
-    return inference_pb2.WorkResult(response=response.SerializeToString(), model_digest=digest * 16)
+def computed(value, digest):
+    response = v2.ModelInferResponse(raw_output_contents=[np.float32(value).tobytes()])
+    response.outputs.add(name="y", datatype="FP32", shape=[1])
+    return inference_pb2.WorkResult(response=response.SerializeToString(), model_digest=digest)
 
 
-@pytest.mark.parametrize(
-    ("switches", "ran", "kept"),
-    [(False, b"O", True), (True, b"N", False), (True, b"O", False), (False, b"N", False)],
-    ids=["no change", "replaced between steps", "replaced, and not yet on the worker", "not yet heard of"],
-)
-async def test_an_ensembles_answer_is_kept_only_for_the_versions_that_ran(switches, ran, kept):
-    router = Router()
+async def test_an_ensemble_runs_again_if_a_step_is_replaced_meanwhile_and_nothing_is_filed_under_the_old_steps():
+    router, new = Router(), b"n" * 16
     fleet = router.path._fleet
-    (worker,) = fleet.view.members.values()
-    worker.held = frozenset([("first", "1"), ("second", "1")])
-
-    def serve(second):
-        models = [listed("e", b"", "first", "second"), listed("first", b"1"), listed("second", second)]
-        fleet.view = replace(fleet.view, catalog=Catalog([models]), pools=pools([worker], "", "").by_model)
-
-    serve(b"O")
+    before, after = (replace(fleet.view, catalog=ensemble_of(digest)) for digest in (DIGEST, new))
+    fleet.view = before
     router.send(request(model="e"))
-    await until(lambda: len(router.worker.sent) == 1)
-    router.worker.end(computed_by(b"1"))
-    if switches:
-        serve(b"N")
+    await until(lambda: router.worker.sent)
+    router.worker.end(computed(10, DIGEST))
     await until(lambda: len(router.worker.sent) == 2)
-    router.worker.end(computed_by(ran))
-    await until(lambda: len(router.told) == 1)
-    serve(b"O")  # as after a rollback
+    fleet.view = after
+    router.worker.end(computed(21, new))
+    await until(lambda: len(router.worker.sent) == 3)
+    router.worker.end(computed(20, new))
+    await until(lambda: len(router.worker.sent) == 4)
+    router.worker.end(computed(40, new))
+    await until(lambda: router.told)
+    answer = v2.ModelInferResponse.FromString(router.told[0].body)
+    assert np.frombuffer(answer.raw_output_contents[0], np.float32) == [40]
+    fleet.view = before  # rolled back
     router.send(request(model="e"))
-    await until(lambda: len(router.told) == 2 or len(router.worker.sent) == 3)
-    assert [outcome for _, outcome in router.answers()[1:]].count("hit-local") == kept
+    await until(lambda: len(router.worker.sent) == 5)
+    router.worker.end(computed(20, DIGEST))
+    await until(lambda: router.told[1:])
+    assert dict(router.told[1].trailing)["ringmesh-cache"] == "miss"
