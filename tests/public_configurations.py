@@ -13,7 +13,7 @@ import onnx
 from onnx import numpy_helper, parser
 
 SAME, DIFFERENT, NOT_SERVED = "same", "different", "not served"
-CPU_FALLBACK = "`KIND_GPU` without a GPU: Triton refuses the model, here it runs on the CPU, with a warning"
+CPU_FALLBACK = "a GPU is asked for and there is none: Triton refuses the model, here it runs on the CPU, with a warning"
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,6 @@ _LETTERS = """(float[n,1,32,100] "input.1") => (float[n,26,37] "308") {
 }"""
 _RECOGNITION = _input("input.1", "FP32", "1, 32, 100") + _output("308", "FP32", "26, 37")
 _OF_LETTERS = {"weights": (26, 37)}
-
-
-def _image(name: str, output: str, size: int = 224) -> str:
-    """A graph that makes a vector of an image."""
-    return f"""(float[n,3,{size},{size}] {name}) => (float[n,k] {output}) {{
-        A = ReduceMean<axes = [2, 3], keepdims = 0>({name})
-        {output} = MatMul(A, weights)
-    }}"""
 
 
 def _same(kind: str, inputs: str = "INPUT0", outputs: str = "OUTPUT0") -> str:
@@ -462,6 +454,8 @@ CASES: dict[str, Case] = {
         }}
         """,
         _same("float[n,16]"),
+        DIFFERENT,
+        "a full queue and a passed timeout have [other statuses](models.md#intended-differences-from-triton)",
     ),
     "rate_limited": Case(
         f"{_OF_DOCS}/rate_limiter.md",
@@ -519,6 +513,16 @@ CASES: dict[str, Case] = {
         """,
         _same("float[n]"),
     ),
+    "auto_instances": Case(
+        "several repositories that name GPUs, but no kind",
+        'platform: "onnxruntime_onnx" max_batch_size: 8\n'
+        + _input("INPUT0", "FP32", "16")
+        + _output("OUTPUT0", "FP32", "16")
+        + "instance_group [ { count: 2 gpus: [ 0, 1 ] } ]",
+        _same("float[n,16]"),
+        DIFFERENT,
+        CPU_FALLBACK,
+    ),
     "model_in_a_folder": Case(
         f"{_OF_DOCS}/model_repository.md",
         "",
@@ -530,8 +534,15 @@ CASES: dict[str, Case] = {
         "several repositories with YOLO and OCR models",
         'platform: "onnxruntime_onnx" max_batch_size: 0\n'
         + _input("x", "FP32", "-1, 3, 32, 32")
-        + _output("y", "FP32", "-1, 3, 32, 32")
+        + _output("y", "FP32", "-1, 3, -1, -1")
         + "dynamic_batching { max_queue_delay_microseconds: 100 }",
+        _same("float[n,3,h,w]", "x", "y"),
+    ),
+    "fixed_output": Case(
+        "several repositories with models that were exported with free sizes",
+        'platform: "onnxruntime_onnx" max_batch_size: 4\n'
+        + _input("x", "FP32", "3, 32, 32")
+        + _output("y", "FP32", "3, 32, 32"),
         _same("float[n,3,h,w]", "x", "y"),
         DIFFERENT,
         "`dims` of an output that fix sizes which the file leaves free: Triton refuses them",
@@ -674,6 +685,7 @@ CASES: dict[str, Case] = {
         max_batch_size: 1
         input {{ name: "x" data_type: TYPE_FP32 dims: -1 dims: 80 }}
         output {{ name: "encoder_out" data_type: TYPE_FP32 dims: -1 dims: -1 }}
+        instance_group {{ count: 2 gpus: 0 gpus: 1 kind: KIND_GPU }}
         default_model_filename: "encoder.onnx"
         sequence_batching {{
           max_sequence_idle_microseconds: 5000000
@@ -686,6 +698,8 @@ CASES: dict[str, Case] = {
           A = MatMul(x, weights) B = Unsqueeze(cached_att, axis) encoder_out = Add(A, B)
           r_cached_att = Add(cached_att, more)
         }""",
+        DIFFERENT,
+        CPU_FALLBACK,
         no_effect=("sequence_batching.oldest.max_candidate_sequences",),
         weights={"weights": (80, 16)},
         file="encoder.onnx",
@@ -777,14 +791,19 @@ output [
   instance_group [
     {
       count: 1
-      kind: KIND_CPU
+      kind: KIND_GPU
+      gpus: [ 0 ]
     }
 ]
 dynamic_batching {
   preferred_batch_size: [16, 64, 256]
   max_queue_delay_microseconds: 1000
 }""",
-        _image("input", "output").replace("n,k", "n,3"),
+        """(float[n,3,224,224] input) => (float[n,3] output) {
+          A = ReduceMean<axes = [2, 3], keepdims = 0>(input) output = MatMul(A, weights)
+        }""",
+        DIFFERENT,
+        CPU_FALLBACK,
         weights={"weights": (3, 3)},
     ),
     "clip_image_encoder": Case(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -106,7 +107,8 @@ def test_the_wheels_serve_from_a_clean_environment(request, models, tmp_path, wh
 
 @pytest.mark.proof
 def test_a_new_user_gets_an_answer_of_each_example_model(compiled_wheels, tmp_path, capsys):
-    """By scripts/first-answer: a new user's way from the wheels to a first answer."""
+    """By scripts/first-answer: a new user's way from the wheels to a first answer, whose time it prints, and on to the
+    console in a real browser."""
     triton_models.build(tmp_path / "models")
     wheels, _ = compiled_wheels
     done = subprocess.run(
@@ -119,5 +121,16 @@ def test_a_new_user_gets_an_answer_of_each_example_model(compiled_wheels, tmp_pa
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\d s  first answer: densenet_onnx by grpcurl", done.stdout)
-    assert "an answer of each model" in done.stdout
+    steps = re.findall(r"(?m)^ *(\d+\.\d) s  (.*)$", done.stdout)
+    assert [re.sub("installed .*", "installed", step) for _, step in steps] == [
+        "installed",
+        f"checked {len(triton_models.CONFIGS)} models",
+        "serving",
+        "first answer: densenet_onnx by grpcurl",
+        "an answer of each model to each sample request",
+        "the console in a browser shows each model"
+        if any(map(shutil.which, ("chromium", "google-chrome")))
+        else "no chromium and no google-chrome here: the console was not opened",
+    ]
+    seconds = [float(second) for second, _ in steps]
+    assert seconds == sorted(seconds)
