@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.fuzz import corpus
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.readers import TARGETS
 
 LARGEST_INPUT = 4096
 

@@ -1,7 +1,6 @@
 """`ringmesh up` as an operator meets it: real processes, started, broken and ended."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -9,11 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-from http.cookiejar import CookieJar
 from pathlib import Path
-from urllib.parse import urlencode
 
 import grpc
 import psutil
@@ -22,8 +17,6 @@ from ringmesh.oip.v2 import grpc_service_pb2 as v2
 from ringmesh.oip.v2 import grpc_service_pb2_grpc
 from ringmesh.router.v1 import router_pb2, router_pb2_grpc
 
-from services.cli.commands import keys
-from services.runtime.rpc.access import credential_of
 from tests import models
 from tests.ports import free_block
 from tests.system import processes
@@ -273,57 +266,6 @@ def test_an_unreachable_redis_is_a_warning(state):
     assert "warning: the Redis of --redis does not answer" in stack.output
     assert "valkey" not in stack.pids
     assert stop_stack(stack) == 0
-
-
-def test_secrets_are_in_no_argument_log_trace_metric_and_page(state, monkeypatch):
-    key = keys.create(state / "keys.jsonl", "one", "", ["infer", "read"], [], None)
-    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
-    stack = start_stack(state, "--workers", "1", "--redis", "redis://:hunter2@127.0.0.1:1")
-    described = json.loads((state / "stack.json").read_text())
-    with grpc.insecure_channel(stack.router) as channel:
-        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        sampled = ("traceparent", f"00-{7:032x}-{7:016x}-01")
-        for method, sent in (
-            (stub.ModelMetadata, key),
-            (stub.RepositoryModelUnload, key),
-            (stub.ModelInfer, "rmk_wrong"),
-        ):
-            with contextlib.suppress(grpc.RpcError):
-                method(v2.ModelMetadataRequest(name="mlp"), metadata=(("authorization", f"Bearer {sent}"), sampled))
-    console, cookies = described["console"], CookieJar()
-    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(cookies))
-
-    def post(path, **fields):
-        request = urllib.request.Request(console + path, urlencode(fields).encode(), {"Origin": console})
-        try:
-            with browser.open(request, timeout=60) as answer:
-                return answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.read().decode()
-
-    shown = [post("/sign-in", key="rmk_guessed"), post("/sign-in", key=key)]
-    (session,) = [cookie.value for cookie in cookies]
-    assert "key one" in shown[1]
-
-    def is_tried():
-        shown.append(post("/try", model="mlp"))
-        return "miss" in shown[-1]
-
-    eventually(is_tried)  # once the console has found the router
-    shown.append(post("/cache", scope="everything", confirmed="yes"))
-    shown += [stack.output, *(str(process.cmdline()) for process in stack.tree())]
-    pages = [f"{console}{path}" for path in ("/", "/models", "/cache", "/traces", "/api/summary")]
-    for url in (*pages, *(f"http://{address}/metrics" for address in described["metrics"].values())):
-        with browser.open(url, timeout=60) as answer:
-            shown.append(answer.read().decode())
-    shown.append(post("/sign-out"))
-    assert stop_stack(stack) == 0
-    left = [path for path in state.rglob("*") if path.is_file() and path.name != "key-secret"]
-    shown += [path.read_bytes().decode(errors="replace") for path in left]
-    assert "RepositoryModelUnload" in "".join(shown)
-    credential = credential_of(processes.KEY_SECRET)
-    for secret in (key, session, "rmk_wrong", "rmk_guessed", "hunter2", processes.KEY_SECRET, credential):
-        assert [text for text in shown if secret in text] == []
 
 
 def test_what_it_writes_is_for_its_user_only(running):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import corpus
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.readers import TARGETS
 
 GROWN_BYTES = 1 << 16
 

@@ -1,6 +1,0 @@
-"""All targets, by what sends the bytes."""
-
-from tests.fuzz.target import TARGETS
-from tests.fuzz.targets import callers, connections, files, identities, metadata, processes, reports, web
-
-__all__ = ["TARGETS", "callers", "connections", "files", "identities", "metadata", "processes", "reports", "web"]
