@@ -348,7 +348,7 @@ def test_a_kill_while_the_database_is_created_or_migrated_is_made_good(tmp_path,
     tenant = unique("tenant")
     random.seed(3)
     begun = done = 0
-    for _ in range(8):
+    for _ in range(4):
         command = [sys.executable, "-c", SENDING_ROUTER, str(tmp_path / "spool"), settings["address"], tenant]
         router = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         process = subprocess.Popen([sys.executable, "-m", "services.ledger"], env={**os.environ, **environment})

@@ -93,11 +93,11 @@ async def test_a_worker_whose_socket_was_deleted_is_reached_over_tcp_by_those_wh
         await eventually(partial(uses_the_socket, worker, path))
         await asyncio.to_thread(shutil.rmtree, tmp_path)
         await callers.more()
+        assert await uses_the_socket(worker, path)
     late = await asyncio.to_thread(start_router, [worker.address], None)
     async with sixteen(late.address) as late_callers:
         await late_callers.more()
     assert callers.errors == late_callers.errors == []
-    assert await uses_the_socket(worker, path)
 
 
 @pytest.mark.proof

@@ -238,21 +238,31 @@ def test_failed_models_are_printed_and_plain_files_are_ignored(state):
     assert stop_stack(stack) == 0
 
 
-def test_an_unknown_variable_is_reported(state):
-    stack = start_stack(state, "--workers", "1", trace_rato="1")
+def test_an_unknown_variable_a_redis_that_is_not_reached_and_a_ledger_that_cannot_start_are_warnings(state):
+    broken = {"trace_rato": "1", "database_url": "mysql://nowhere"}
+    stack = start_stack(state, "--workers", "1", "--redis", "redis://127.0.0.1:1", **broken)
     assert "warning: the variable RINGMESH_TRACE_RATO is unknown and has no effect; did you mean" in stack.output
+    assert "warning: the Redis of --redis does not answer" in stack.output
+    assert "valkey" not in stack.pids
+    assert "warning: ledger cannot start: RINGMESH_DATABASE_URL" in stack.output
     assert stop_stack(stack) == 0
 
 
-def test_a_stack_on_all_interfaces_is_reached_at_each_address(state):
+def test_a_stack_on_all_interfaces_is_reached_at_each_address_and_says_what_is_open_without_keys(state, monkeypatch):
     stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
     port = stack.router.rpartition(":")[2]
+    assert f"warning: 0.0.0.0:{port} is open to other hosts without API keys: anybody" in stack.output
     with grpc.insecure_channel(f"127.0.0.2:{port}") as channel:
         grpc.channel_ready_future(channel).result(60)
     listens = [
         c.laddr.ip for c in psutil.Process(stack.pids["worker-0"]).net_connections("tcp") if c.status == "LISTEN"
     ]
     assert sorted(listens) == ["0.0.0.0", "127.0.0.1"]  # /metrics, and gRPC for routers of this host
+    assert stop_stack(stack) == 0
+    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
+    (state / "keys.jsonl").touch()
+    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
+    assert "API keys" not in stack.output
     assert stop_stack(stack) == 0
 
 
@@ -268,18 +278,11 @@ def test_an_unreachable_redis_is_a_warning(state):
     assert stop_stack(stack) == 0
 
 
-def test_what_it_writes_is_for_its_user_only(running):
-    created = [path for path in Path(running.state).rglob("*") if path.parent.name in ("logs", "traces", "worker")]
-    created += [Path(running.state) / name for name in ("logs", "traces", "worker", "stack.json", "supervisor.pid")]
+def test_what_it_writes_is_for_its_user_only(first):
+    created = [path for path in Path(first.state).rglob("*") if path.parent.name in ("logs", "traces", "worker")]
+    created += [Path(first.state) / name for name in ("logs", "traces", "worker", "stack.json", "supervisor.pid")]
     assert len(created) > 10
     assert [path for path in created if path.stat().st_mode & 0o077] == []
-
-
-def test_a_ledger_that_cannot_start_is_a_warning(state, monkeypatch):
-    monkeypatch.setenv("RINGMESH_DATABASE_URL", "mysql://nowhere")
-    running = start_stack(state)
-    assert "warning: ledger cannot start: RINGMESH_DATABASE_URL" in running.output
-    assert stop_stack(running) == 0
 
 
 def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
@@ -297,15 +300,3 @@ def test_a_folder_named_like_ours_does_not_disturb(state, tmp_path_factory):
 
 def _is_of(process, state):
     return str(state) in ((process.info["environ"] or {}).get("RINGMESH_TRACE_DIR") or "")
-
-
-def test_a_stack_that_other_hosts_reach_without_keys_says_what_is_open(state, monkeypatch):
-    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
-    port = stack.router.rpartition(":")[2]
-    assert f"warning: 0.0.0.0:{port} is open to other hosts without API keys: anybody" in stack.output
-    assert stop_stack(stack) == 0
-    monkeypatch.setenv("RINGMESH_API_KEYS", str(state / "keys.jsonl"))
-    (state / "keys.jsonl").touch()
-    stack = start_stack(state, "--workers", "1", "--host", "0.0.0.0")
-    assert "API keys" not in stack.output
-    assert stop_stack(stack) == 0
