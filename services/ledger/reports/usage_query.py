@@ -39,8 +39,7 @@ def statement(parts: Iterable[Piece], groups: Sequence[str], filters: Mapping[st
         assert name in COLUMNS
         arguments.append(value)
         wanted.append(f"s.{name} = ${len(arguments)}")
-    where = f"WHERE {' AND '.join(wanted)}" if wanted else ""
-    filtered = f"AND series IN (SELECT id FROM {series} s {where}) " if filters else ""
+    filtered = f"AND series IN (SELECT id FROM {series} s WHERE {' AND '.join(wanted)}) " if wanted else ""
     day, truncated = ("day, ", "date_trunc('day', at, 'UTC') AS day, ") if "day" in groups else ("", "")
     names = ", ".join(MEASURES)
     selects = []
@@ -57,7 +56,7 @@ def statement(parts: Iterable[Piece], groups: Sequence[str], filters: Mapping[st
     return (
         f"SELECT {keys}segment, s.worker_type, {sums} FROM (SELECT segment, {day}series, {sums} "
         f"FROM ({'UNION ALL '.join(selects)}) AS cells GROUP BY segment, {day}series) AS u "
-        f"JOIN {series} s ON s.id = u.series {where} GROUP BY {numbers}"
+        f"JOIN {series} s ON s.id = u.series GROUP BY {numbers}"
     ), arguments
 
 
