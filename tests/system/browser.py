@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from tests.system.conftest import UP_SECONDS, eventually
 from tests.system.processes import free_address
 
 FLAGS = [
@@ -33,14 +34,13 @@ class Browser:
         self._base = f"http://{address}"
         options = {"binary": shutil.which("chromium"), "args": [*FLAGS, f"--user-data-dir={profile}"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        give_up = time.monotonic() + 60
-        while True:
-            try:
-                made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-                break
-            except OSError:
-                assert time.monotonic() < give_up, "chromedriver does not come up"
-                time.sleep(0.1)
+        try:
+            eventually(self._is_up)
+            # Where Chromium is slow to start, another session would find the profile in use.
+            made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}}, UP_SECONDS)
+        except BaseException:
+            self._driver.terminate()
+            raise
         self._base += f"/session/{made['sessionId']}"
 
     def close(self) -> None:
@@ -114,17 +114,23 @@ class Browser:
             assert time.monotonic() < give_up, f"not within {seconds} s; the page says:\n{self.text()}"
             time.sleep(0.1)
 
+    def _is_up(self) -> bool:
+        try:
+            return self._call("GET", "/status")["ready"]
+        except OSError:
+            return False
+
     def _find(self, css: str) -> str:
         return self._call("POST", "/element", {"using": "css selector", "value": css})[_ELEMENT]
 
     def _devtools(self, command: str, **parameters) -> None:
         self._call("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
 
-    def _call(self, method: str, path: str, body=None):
+    def _call(self, method: str, path: str, body=None, seconds: float = 60.0):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._base + path, data, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=seconds) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise AssertionError(json.load(error)["value"]["message"]) from None

@@ -16,7 +16,7 @@ from tests.system.test_cache import INFER
 
 pytestmark = pytest.mark.proof
 LOAD = "/inference.GRPCInferenceService/RepositoryModelLoad"
-SWAPS = 100
+SWAPS = 40
 
 
 def write(repository, turn):
@@ -31,7 +31,7 @@ def write(repository, turn):
     assert onnx.load(place / "model.onnx").graph.initializer[0].name == "turn"
 
 
-async def test_a_hundred_swaps_under_load_and_not_one_wrong_answer(start_worker, start_router, tmp_path, valkey):
+async def test_forty_swaps_under_load_and_not_one_wrong_answer(start_worker, start_router, tmp_path, valkey):
     repository = tmp_path / "models"
     write(repository, 0)
     workers = [start_worker(f"worker-{index}", models=repository, address=free_address()) for index in range(2)]
