@@ -8,7 +8,9 @@ import hpack
 from cache.tiers.redis_connection import AwaitedCommand, RedisConnection
 from router.transport.http2 import Connection
 from router.transport.local_channel import LocalConnection
-from services.runtime.frames import ANSWER, CALL, FAILURE, PART, FrameConnection, FrameError
+from services.inference.api.envelope_socket import EnvelopeSocket, _EnvelopeConnection
+from services.runtime.frames import ANSWER, CALL, FAILURE, PART
+from services.runtime.rpc.rpc import Answer
 from tests.fuzz.target import target
 
 _LOOP = asyncio.new_event_loop()
@@ -148,26 +150,14 @@ def frames_of_worker(data):
     equal_in_pieces(_local, data)
 
 
-class _Server(FrameConnection):
-    def __init__(self):
-        super().__init__(100)
-        self.seen = []
-
-    def take(self, kind, number, payload):
-        if kind > 5:
-            raise FrameError("kind")
-        self.seen.append((kind, number, bytes(payload)))
-
-    def too_large(self, kind, number, size):
-        self.seen.append((kind, number, size))
-
-    def ended(self, why):
-        self.seen.append(why)
-
-
 def _server():
-    server = _Server()
-    return server, lambda: server.seen
+    seen = []
+
+    async def execute(payload, metadata, deadline):
+        seen.append(bytes(payload))
+        return Answer(b"answer", ())
+
+    return _EnvelopeConnection(EnvelopeSocket("", execute, 100, seen.append)), lambda: seen
 
 
 @target("frames-of-router", [_frame(CALL, 7, b"request") + _frame(1, 7), _frame(CALL, 1, bytes(101)) + _frame(CALL, 2)])
