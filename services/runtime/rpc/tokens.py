@@ -101,7 +101,7 @@ class Tokens:
                 token,
                 key,
                 _ALGORITHMS,
-                {"require": ["exp", "sub"]},
+                {"require": ["exp", "sub"], "enforce_minimum_key_length": True},
                 issuer=self._issuer,
                 audience=self._audience,
                 leeway=self._skew,

@@ -337,6 +337,15 @@ def test_a_malformed_key_is_left_out_and_those_beside_it_are_used(file, malforme
         Tokens(str(file), ISSUER, AUDIENCE, 30)
 
 
+@pytest.mark.filterwarnings("ignore:The RSA key is 1024 bits")  # when it signs
+def test_a_token_of_a_key_that_is_too_short_is_refused(file, monkeypatch):
+    monkeypatch.setitem(KEYS, "rsa", (rsa.generate_private_key(65537, 1024), "RS256"))
+    file.write_bytes(jwks("rsa"))
+    refused = caller(Tokens(str(file), ISSUER, AUDIENCE, 30), bearer(token("rsa"))).error
+    assert isinstance(refused, UnauthenticatedError)
+    assert "1024 bits long, which is below the minimum recommended size of 2048 bits" in refused.message
+
+
 @pytest.mark.parametrize("document", ["[]", "7", "{}", '{"keys": {}}', "null"])
 def test_a_document_without_a_list_of_keys_is_named(file, document):
     file.write_text(document)
